@@ -33,7 +33,7 @@ setup(
     packages=find_packages(include=["short_gpt", "short_gpt.*", "llama", "llama.*"]),
     package_data={
         "short_gpt": ["py.typed"],
-        "short_gpt.jobs": ["published.json"],
+        "short_gpt.jobs": ["page.html", "published.json"],
         "llama": ["py.typed"],
     },
     python_requires=">=3.10",
@@ -54,6 +54,7 @@ setup(
         "huggingface_hub>=0.24",
         "datasets>=3",
         "pyarrow>=15",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "platformdirs>=4",
         "psutil>=5.9",

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llama.io.sources import NAMED
 from llama.lazy import lazy
 from llama.renamed import install
 from short_gpt.runtime.renamed import MOVED
 
 install(MOVED)
+
+
+def _demo() -> str:
+    from short_gpt.data.demo import gguf_file
+
+    return str(gguf_file())
+
+
+NAMED["demo"] = _demo
 
 REMOVED = {
     "draft_agreement": "compare models by perplexity or run_tasks",
@@ -26,7 +36,7 @@ if TYPE_CHECKING:
     from short_gpt.healing.recipe import Recipe
     from short_gpt.healing.refit import heal as heal_refit
     from short_gpt.healing.refit import heal_patch
-    from short_gpt.jobs import convert, prune, rank
+    from short_gpt.jobs import convert, prune, rank, shrink
     from short_gpt.jobs.calibration import calibrate
     from short_gpt.jobs.comparing import compare
     from short_gpt.runtime.errors import ShortGPTError
@@ -77,6 +87,7 @@ __all__ = [
     "prune",
     "rank",
     "run_tasks",
+    "shrink",
     "texts",
     "windows",
 ]

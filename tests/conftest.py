@@ -212,11 +212,11 @@ def interrupted(owner: type, name: str, after: int) -> Iterator[None]:
     """Has a method raise KeyboardInterrupt after so many calls, which must end the block."""
     plain, left = getattr(owner, name), [after]
 
-    def fails(*args: object) -> object:
+    def fails(*args: object, **options: object) -> object:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return plain(*args)
+        return plain(*args, **options)
 
     setattr(owner, name, fails)
     try:

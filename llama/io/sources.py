@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,6 +14,8 @@ from llama.errors import InputError, required
 Kind = Literal["meta", "hf", "gguf", "hub"]
 FETCHED = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
 FETCHED += ["README.md"]
+# Models known by a name alone, where nothing of that name is here, and what fetches each.
+NAMED: dict[str, Callable[[], str]] = {}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def find_source(name: str | PathLike[str]) -> Source:
     if isinstance(name, Source):
         return name
     name, path = str(name), Path(name)
+    if name in NAMED and not path.exists():
+        return find_source(NAMED[name]())
     if is_gguf(name):
         if not path.is_file():
             raise FileNotFoundError(f"GGUF file {name} does not exist")

@@ -14,6 +14,7 @@ import short_gpt
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
 from short_gpt.cli.options import Output, note, record_of, say, say_written, tell
+from short_gpt.cli.shrinking import shrink
 from short_gpt.jobs import (
     Answer,
     Cases,
@@ -40,7 +41,8 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
 from short_gpt.wrappers.options import TOKENIZER
 
-ALONE = ("prune", "convert", "plot")  # of several ranks, only the first runs these
+# of several ranks, only the first runs these
+ALONE = ("shrink", "prune", "convert", "plot")
 REMOVED = {"draft": "compare the pruned model by perplexity, or by evaluate on tasks"}
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
@@ -512,5 +514,5 @@ def convert(model: str, out: str, *, conversion: Conversion = Conversion()) -> N
 
 
 # in the order of use
-EVERY = (demo, rank, prune, heal, calibrate, compare, generate, perplexity, evaluate, plot)
+EVERY = (demo, shrink, rank, prune, heal, calibrate, compare, generate, perplexity, evaluate, plot)
 COMMANDS: dict[str, Callable[..., None]] = {c.__name__: c for c in (*EVERY, reproduce, convert)}

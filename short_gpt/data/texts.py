@@ -18,6 +18,7 @@ from short_gpt.runtime.progress import bar
 SPLITS = ("train", "validation", "test")
 KINDS = ".txt, .jsonl or .parquet"
 OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
+DEMO = "demo"  # the demo's book, where no file has that name
 EXPECTED = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
 
 
@@ -66,8 +67,9 @@ def texts(
     The first text is read before this returns, so that most errors come from the call itself.
 
     Args:
-        source: a path, else a name at the hub: "allenai/c4:en" has a configuration; or texts in
-            memory, a list of strings or a ``datasets.Dataset``.
+        source: a path, else a name at the hub: "allenai/c4:en" has a configuration. "demo" is the
+            demo's book: its held-out chapters, or with another split than "test" the others. Or
+            texts in memory, a list of strings or a ``datasets.Dataset``.
         split: of a folder, only sub-folders of this name and files whose names begin with it, if
             there are any; else all files, sorted by name. A data set with several splits needs it.
         column: of the text, in .jsonl, .parquet and data sets; or of messages with role and
@@ -92,6 +94,10 @@ def texts(
             f"{source} is the model's own text, which no model is judged by (perplexity on own "
             f"samples is not quality): expected {EXPECTED}"
         )
+    if source == DEMO and not path.exists():
+        from short_gpt.data.demo import bible
+
+        return iter(bible("held_out" if split in (None, "test") else "calibration"))
     if str(source) and path.exists():
         files = _files(path, split)
         return _started(chain.from_iterable(_read(file, column) for file in files), source)
@@ -130,8 +136,8 @@ def has_split(source: str, split: str) -> bool:
 def has_columns(source: str) -> bool:
     """Whether the texts of a source, a path or pg19, are in columns."""
     path = _path(source)
-    if source in ("pg19", *OWN) or not path.is_dir():
-        return source not in ("pg19", *OWN) and path.suffix.lower() != ".txt"
+    if source in ("pg19", DEMO, *OWN) or not path.is_dir():
+        return source not in ("pg19", DEMO, *OWN) and path.suffix.lower() != ".txt"
     return any(not name.lower().endswith(".txt") for name in _names(path))
 
 

@@ -68,6 +68,8 @@ class HealingEvidence:
     perplexity: Mapping[str, Perplexity]
     change: Difference  # of the loss by the healing alone, paired over the windows
     changes: Mapping[str, Difference] = field(default_factory=dict)  # the same by step
+    # by the kind of text, where that is known, and the model's state
+    by_kind: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)
 
     @property
     def how(self) -> Mapping[str, object]:
@@ -167,6 +169,7 @@ class HealingJob:
             {name: together(windows) for name, windows in parts.items()},
             difference(pruned, healed[-1]),
             {n: difference(a, b) for n, a, b in zip(names, before, healed, strict=True)},
+            {kind: self._of_kind(kind, parts) for kind in dict.fromkeys(self.windows.kinds)},
         )
         self.short.evidence["change"] = asdict(self.evidence.change)
         return self.evidence
@@ -277,6 +280,13 @@ class HealingJob:
         finally:
             with suppress(OSError):  # a folder that holds something stays
                 folder.rmdir()
+
+    def _of_kind(
+        self, kind: str, parts: Mapping[str, Sequence[Perplexity]]
+    ) -> dict[str, Perplexity]:
+        """Perplexities by state, of the windows of one kind of text."""
+        own = [i for i, name in enumerate(self.windows.kinds) if name == kind]
+        return {state: together([each[i] for i in own]) for state, each in parts.items()}
 
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
         parts[state] = self.short.window_losses(self.windows.evaluation, progress=self.progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -35,6 +36,7 @@ from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required
+from short_gpt.scoring.run import wait
 from short_gpt.wrappers.scored_model import ScoredModel
 
 if TYPE_CHECKING:
@@ -207,6 +209,21 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
     finally:
         torch.nn.Module.to(model, device)
         _clean(model, run.recipe)
+
+
+def seconds_a_step(short: ScoredModel, window: Window, recipe: Recipe) -> float:
+    """Seconds of an optimizer step on such windows, measured on one; the model stays as it is."""
+    model = short.trainable()
+    tokens, adapted = torch.tensor([list(window)], device=model.device), adapt(model, recipe)
+    try:
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            adapted(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            wait(tokens.device)
+        return recipe.batch * (time.perf_counter() - started)
+    finally:
+        adapted.unload()
+        _clean(model, recipe)
 
 
 def _clean(model: PreTrainedModel, recipe: Recipe) -> None:

@@ -5,16 +5,18 @@ Shapes: B windows of a batch, S tokens of the longest.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from short_gpt.data.disjoint import check_disjoint, without_overlap
-from short_gpt.data.texts import read_kinds, texts
+from short_gpt.data.texts import OWN, read_kinds, source_names, texts
 from short_gpt.data.windows import mix
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.own_text import Write, written_apart
@@ -34,6 +36,7 @@ class Learning:
     validation: Sequence[Sequence[int]]  # to choose the training step by; none for a patch
     evaluation: Sequence[Sequence[int]]  # to evaluate on
     left_out: str | None = None  # in words, how many windows were dropped for shared text
+    kinds: Sequence[str] = ()  # of each window of ``evaluation``: the name of its source
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Source:
     # a local file or folder, pg19, a hub data set's name, self, or several with commas between: as
     # many windows of each where the number is limited, else all
     data: str
-    eval_data: str | None = None  # to evaluate on; None holds a tenth of ``data`` out
+    # to evaluate on, one or several as in ``data``; None holds a tenth of ``data`` out
+    eval_data: str | None = None
     split: str = "validation"  # of ``data``, see `data.read_texts`
     column: str = "text"  # of ``data``
     max_texts: int | None = None  # of ``data``
@@ -76,9 +80,15 @@ class Source:
         """
         cut = partial(mix, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
         kinds = read_kinds(self.data, self.split, self.column, self.max_texts)
-        held = [] if self.eval_data is None else [[*texts(self.eval_data, column=self.column)]]
+        judges = [] if self.eval_data is None else source_names(self.eval_data)
+        held = [[*texts(name, column=self.column)] for name in judges]
         training_texts, held_out = written_apart(kinds, held, write, limit, self.seed)
-        evaluation: list[list[int]] = list(cut(held_out, limit=eval_windows))
+        cuts = list(cut(held_out, limit=eval_windows))
+        evaluation: list[list[int]] = [*cuts]
+        every = source_names(self.data)  # own text judges only where there is no other
+        names = judges or [name for name in every if name not in OWN] or every
+        ends = [*accumulate(map(len, held_out))]  # of each kind, in texts
+        of_windows = [names[bisect_right(ends, window.text)] for window in cuts]
         training: list[list[int]] = list(cut(training_texts, limit=limit))
         before = len(training)
         drop = self.eval_data is None if drop_overlap is None else drop_overlap
@@ -90,7 +100,7 @@ class Source:
             training = _disjoint(training, validation, drop=True)
         gone = before - len(training) - len(validation)
         words = f"left out {gone} of {before} windows: text kept apart from learning"
-        return Learning(training, validation, evaluation, words if gone else None)
+        return Learning(training, validation, evaluation, words if gone else None, of_windows)
 
 
 def _disjoint(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:

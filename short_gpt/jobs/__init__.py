@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.comparison import DistillHealing, LoraHealing, compare_checkpoint
     from short_gpt.jobs.conversion import convert
     from short_gpt.jobs.demonstration import Demo, run_demo
+    from short_gpt.jobs.dial import Dial, Shrinking
     from short_gpt.jobs.evaluation import evaluate, perplexity_of, write_samples
     from short_gpt.jobs.healing import Healing, heal
     from short_gpt.jobs.inputs import Cut, DemoRun, Reading, Running, Tasks, TextSource
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.saving import Saving
     from short_gpt.jobs.scores import Chosen, Scores, chosen, read_scores
     from short_gpt.jobs.settings import Answer, Choice, HealingWindows, Settings, Written
+    from short_gpt.jobs.shrinking import Look, Shrunk, shrink
     from short_gpt.wrappers.options import OpenOptions
 else:
     _new, __dir__ = lazy(__name__)
@@ -85,10 +87,12 @@ __all__ = [
     "Cut",
     "Demo",
     "DemoRun",
+    "Dial",
     "DistillHealing",
     "Healing",
     "HealingWindows",
     "Kinds",
+    "Look",
     "LoraHealing",
     "LoraSettings",
     "OpenOptions",
@@ -107,6 +111,8 @@ __all__ = [
     "Scores",
     "Settings",
     "Shares",
+    "Shrinking",
+    "Shrunk",
     "Tasks",
     "TextSource",
     "WindowScores",
@@ -131,5 +137,6 @@ __all__ = [
     "read_scores",
     "reproduce",
     "run_demo",
+    "shrink",
     "write_samples",
 ]

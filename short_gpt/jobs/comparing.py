@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -210,7 +210,7 @@ class Comparison:
     ) -> None:
         check_disjoint(calibration, evaluation)
         self.short, self._calibration, self._evaluation = short, calibration, evaluation
-        self._few, self._cells, self._progress = calibration[:few], Cells(state), progress
+        self._few, self.cells, self._progress = calibration[:few], Cells(state), progress
         self._raw = partial(pruned_losses, short, evaluation=evaluation)
         self._refitted = partial(self._raw, fit_on=calibration, progress=progress)
 
@@ -269,7 +269,7 @@ class Comparison:
     def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
         """The n layers that a method removes; searches go on to ``most`` at once."""
         if method == AUTO:
-            return self._auto(n)
+            return list(self.choice(n)["layers"])
         if method in BY_LOSS:
             return self._search(method, most or n).removed[:n]
         return choose(self.importance, n, method=method, seed=seed)
@@ -290,7 +290,7 @@ class Comparison:
             finally:
                 self.short.importance = before
 
-        return Importance.from_dict(self._cells.value(name, measure))
+        return Importance.from_dict(self.cells.value(name, measure))
 
     def _search(self, method: str, n: int) -> Search:
         def measure(part: StateFile | None) -> JsonObject:
@@ -298,19 +298,19 @@ class Comparison:
             result = self.short.search(self._few, n, method=method, state=part, progress=show)
             return {"removed": result.removed, "losses": result.losses}
 
-        content = self._cells.resumed(f"{method} {n}", measure)
+        content = self.cells.resumed(f"{method} {n}", measure)
         # JSON's keys are texts
         trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
         return Search(content["removed"], trials)
 
-    def _auto(self, n: int) -> list[int]:
-        def measure(part: StateFile | None) -> JsonObject:
-            show = self._progress
-            return choose_healed(
-                self.short, self._calibration, n, state=part, progress=show
-            ).to_dict()
+    def choice(self, n: int) -> JsonObject:
+        """What auto chose, and how: a `HealedChoice`, ready for JSON."""
 
-        return list(self._cells.resumed(f"{AUTO} {n}", measure)["layers"])
+        def measure(part: StateFile | None) -> JsonObject:
+            options: dict[str, Any] = {"state": part, "progress": self._progress}
+            return choose_healed(self.short, self._calibration, n, **options).to_dict()
+
+        return self.cells.resumed(f"{AUTO} {n}", measure)
 
     def agreement(self, n: int, most: int) -> Agreement:
         """How far bi, angular and sleb, which searches to ``most`` layers, agree on n layers."""
@@ -336,7 +336,7 @@ class Comparison:
                 with self.short.without_layers(layers):
                     return vars(run())
 
-            return TaskRun(**self._cells.value(f"documents {suite} {layers}", measure))
+            return TaskRun(**self.cells.value(f"documents {suite} {layers}", measure))
 
         original = documents([])
         sets = [sorted(row.layers) for row in rows if row.healing == RAW]
@@ -370,11 +370,11 @@ class Comparison:
 
     def _losses(self, healing: str, layers: list[int], heal: Heal) -> list[Perplexity]:
         """Losses of the evaluation windows, measured once for every set of layers."""
-        return self._cells.losses(f"{healing} {sorted(layers)}", partial(heal, layers))
+        return self.cells.losses(f"{healing} {sorted(layers)}", partial(heal, layers))
 
     def _speed(self, n: int, layers: list[int]) -> float:
         def measure() -> float:
             with self.short.without_layers(layers):
                 return tokens_per_second(self.short, self._evaluation[0])
 
-        return float(self._cells.value(f"speed {n}", measure))
+        return float(self.cells.value(f"speed {n}", measure))

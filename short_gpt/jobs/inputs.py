@@ -110,9 +110,9 @@ class TextSource:
     """Texts by the name of their source.
 
     Args:
-        data: pg19, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's name;
-            to choose layers or to heal by also self, text that the model itself writes (self:chat
-            is dialogs), and several with commas between, read in equal parts.
+        data: pg19, demo, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's
+            name; to choose layers or to heal by also self, text that the model itself writes
+            (self:chat is dialogs), and several with commas between, read in equal parts.
         split: split of a data set of the hub, of pg19, or of a folder that has files or sub-folders
             of that name; all else is read in full.
         column: column of the text in .jsonl, .parquet and hub data sets.

@@ -27,6 +27,7 @@ from short_gpt.healing import (
     LoraSettings,
     PatchSettings,
     Recipe,
+    Source,
     heal_patch,
     lora,
     solver,
@@ -243,3 +244,26 @@ def test_a_patched_meta_checkpoint_is_proved_before_it_is_there(tmp_path, monkey
     with pytest.raises(RuntimeError, match="the saved model is not the model in memory"):
         job.save(tmp_path / "out", overwrite=True)
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_every_kind_of_text_is_judged_by_itself(tmp_path):
+    kinds = {"low": "abcd", "high": "wxyz"}
+    for number, (name, letters) in enumerate(kinds.items()):
+        (tmp_path / name).mkdir()
+        for text, ids in enumerate(random_windows(5, 70, vocab=4, seed=10 * number)):
+            (tmp_path / f"{name}/{text}.txt").write_text("".join(letters[i] for i in ids))
+    short = ShortHFModel(make("llama"))
+    low, high = (f"{tmp_path}/{name}" for name in kinds)
+
+    def encode(text: str) -> list[int]:
+        return [ord(letter) - 96 for letter in text]
+
+    read = Source(f"{low},{high}", seed=3).windows(encode, 16, eval_windows=4)
+    assert read.kinds == [low if max(window) < 5 else high for window in read.evaluation]
+    assert sorted(read.kinds) == sorted([low, high] * 2)
+    evidence = HealingJob(short, read, [2], settings=PatchSettings(), progress=False).run()
+    own = [w for w in read.evaluation if max(w) < 5]
+    by_hand = short.perplexity(own, progress=False)
+    assert evidence.by_kind[low]["healed"].value == pytest.approx(by_hand.value)
+    assert list(evidence.by_kind[high]) == list(evidence.perplexity)
+    assert [*Source(low, f"{low},{high}").windows(encode, 16, drop_overlap=True).kinds]

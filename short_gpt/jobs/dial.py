@@ -1,0 +1,138 @@
+"""What a user sets of `shrink`: how small, and how; needs no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
+from short_gpt.jobs.inputs import at_least
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, needs_one_of, setting
+
+DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")
+MEMORY = needs_one_of("`memory`", "memory")
+RATIO = 0.25
+PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+@dataclass(frozen=True)
+class Dial:
+    """How small a model becomes: one of the first five, a ratio of 0.25 if none is set.
+
+    Args:
+        ratio: share of the layers to remove; 0.25 if none of the five is given.
+        n: how many layers to remove.
+        params: most parameters of the result, as in 6B or 750M.
+        memory: most memory of the result, as in 12GB, for its weights and a KV cache.
+        max_perplexity_ratio: remove as many layers as the perplexity allows, which may rise by this
+            factor once the model is refitted, as in 1.2. Windows of data that nothing is fitted on
+            tell how many.
+        context: tokens of each text in the KV cache of memory.
+        batch: texts in the KV cache of memory.
+
+    Example:
+        >>> Dial(n=8).count([100] * 30, 500), Dial(params="3k").count([100] * 30, 500)
+        (8, 5)
+    """
+
+    HEADING: ClassVar = CHOOSE
+    ratio: float | None = None
+    n: int | None = None
+    params: str | int | None = setting(None, value="SIZE")
+    memory: str | int | None = setting(None, value="SIZE")
+    max_perplexity_ratio: float | None = None
+    context: int = setting(4096, needs=MEMORY)
+    batch: int = setting(1, needs=MEMORY)
+
+    def __post_init__(self) -> None:
+        if len(both := [name for name in DIALS if getattr(self, name) is not None]) > 1:
+            raise ShortGPTError(
+                f"`{both[0]}` and `{both[1]}` both say how small the model becomes: give one"
+            )
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise ShortGPTError(f"`ratio` {self.ratio}: expected above 0 and below 1, as in 0.25")
+        rise = self.max_perplexity_ratio
+        if rise is not None and not 1 < rise < math.inf:
+            raise ShortGPTError(f"`max_perplexity_ratio` {rise}: expected above 1, as in 1.2")
+
+    @property
+    def name(self) -> str:
+        """What is set, as a flag."""
+        name = next((name for name in DIALS if getattr(self, name) is not None), "ratio")
+        return f"--{name} {getattr(self, name) or RATIO}"
+
+    @property
+    def target(self) -> int | None:
+        """The most parameters, or bytes of memory; None where neither is set."""
+        from short_gpt.runtime.memory import bytes_of
+
+        if self.params is None:
+            return None if self.memory is None else bytes_of(self.memory)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(self.params).strip().lower())
+        if match is None:
+            raise ShortGPTError(f"`params` {self.params}: expected a number as in 6B or 750M")
+        return int(float(match[1]) * PARAMETERS[match[2]])
+
+    def check(self) -> None:
+        """Raises ShortGPTError for a number out of range, before a model is loaded."""
+        at_least(1, optional=True, n=self.n, context=self.context, batch=self.batch)
+        self.target  # noqa: B018  # raises for a size that is none
+
+    def count(self, layers: Sequence[int], rest: int) -> int:
+        """How many layers go so that the target holds, whichever these are.
+
+        Args:
+            layers: parameters of every layer; for ``memory`` its bytes, with its KV cache.
+            rest: the same of what belongs to no layer.
+        """
+        from short_gpt.models.numbering import check_count
+
+        total, most = len(layers), len(layers) - 2
+        n = self.n or max(1, math.floor((self.ratio or RATIO) * total + 0.5))
+        if self.target is not None:
+            removed = accumulate(sorted(layers), initial=0)  # the smallest may be those that go
+            sizes = [sum(layers) + rest - size for size in removed]
+            n = next((i for i, size in enumerate(sizes) if size <= self.target), total)
+            if not n:
+                raise ShortGPTError(f"{self.name}: the model is no larger, so no layer has to go")
+            if n > most:
+                raise ShortGPTError(
+                    f"{self.name}: with 2 of its {total} layers this model still takes "
+                    f"{sizes[most]:,}; name that or more"
+                )
+        check_count(n, total, most=most)
+        return n
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """How a model is shrunk.
+
+    Args:
+        method: that chooses the layers: auto, or another of rank.
+        minutes: distill after the refit, for as long as that; not at all if not given.
+        prompt: what the original, the pruned and the healed model answer, or continue where they
+            have no chat template; one of ours if not given.
+        to: the format to write: hf, meta or gguf (a Llama only, except from GGUF to GGUF). If not
+            given, gguf where OUT ends with .gguf, else hf.
+        dry_run: only say what would be done, in time and memory.
+    """
+
+    HEADING: ClassVar = RUN
+    method: str = setting("auto", heading=CHOOSE)
+    minutes: float | None = None
+    prompt: str | None = setting(None, value="TEXT")
+    to: str | None = setting(None, heading=WRITE)
+    dry_run: bool = False
+
+    def check(self) -> None:
+        """Raises ShortGPTError for an unknown method, or minutes that are none."""
+        from short_gpt.selection.methods import check_method
+
+        check_method(self.method)
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ShortGPTError(f"`minutes` {self.minutes}: expected above 0")

@@ -1,0 +1,111 @@
+"""The page of a shrunk model: one HTML file that needs nothing else, in a program or a browser.
+
+Pictures are SVG in the page, whose colours are the page's and follow light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from short_gpt.runtime.state import versions
+from short_gpt.scoring.importance import Importance
+
+if TYPE_CHECKING:
+    from short_gpt.jobs.shrunk import Shrunk
+
+TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
+WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, so that letters stay large
+
+
+def page(shrunk: Shrunk) -> str:
+    """The page as one text."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = files("short_gpt.jobs").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    made = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
+    picture = None if shrunk.importance is None else bars(shrunk.importance, shrunk.layers)
+    return made.render(
+        mark=MARK,
+        shrunk=shrunk,
+        head=shrunk.rows()[0],
+        rows=shrunk.rows()[1:],
+        importance=picture,
+        candidates=dots(shrunk.choice),
+        versions=versions(),
+    )
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is such a page."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return MARK in file.read(200)
+
+
+def bars(importance: Importance, removed: Sequence[int]) -> str:
+    """Block Influence of every layer on a logarithmic axis, as SVG; removed layers are marked."""
+    values = dict(zip(importance.layers, importance.block_influence.tolist(), strict=True))
+    known = [value for value in values.values() if value > 0 and math.isfinite(value)] or [1.0]
+    low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)) + 1e-9)
+    low = min(low, high - 1)
+    step = (WIDTH - LEFT) / max(len(values), 1)
+
+    def top(value: float) -> float:
+        return HEIGHT * (high - math.log10(max(value, 10.0**low))) / (high - low)
+
+    parts = []
+    for power in range(low, high + 1):
+        y = top(10.0**power)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 4}" y="{y + 4:.1f}" class="end">{10.0**power:g}</text>')
+    every = -(-len(values) // 10)
+    for index, (layer, value) in enumerate(values.items()):
+        kind, x, y = "removed" if layer in removed else "kept", LEFT + index * step, top(value)
+        parts.append(
+            f'<rect class="{kind}" x="{x + step / 10:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" '
+            f'height="{HEIGHT - y:.1f}"><title>layer {layer}, {kind}: {value:.4g}</title></rect>'
+        )
+        if not index % every:
+            parts.append(f'<text x="{x + step / 2:.1f}" y="{HEIGHT + 16}">{layer}</text>')
+    return _svg(parts, -8, HEIGHT + 30, "Block Influence of every layer")
+
+
+def dots(choice: Mapping[str, Any]) -> str | None:
+    """How much more each candidate set costs than the chosen one, as SVG; None without them."""
+    if not choice:
+        return None
+    rows = [(", ".join(c["methods"]), c["difference"], c["layers"]) for c in choice["candidates"]]
+    ends = [
+        [c["nats"] - 2 * c["standard_error"], c["nats"] + 2 * c["standard_error"]]
+        for _, c, _ in rows
+    ]
+    known = [end for pair in ends for end in pair if math.isfinite(end)] + [0.0]
+    low, high = min(known), max(known)
+    scale = (WIDTH - 16) / ((high - low) or 1.0)
+
+    def at(nats: float) -> float:
+        return 8 + (nats - low) * scale
+
+    foot = len(rows) * ROW
+    parts = [f'<line class="grid" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="0" y2="{foot}"/>']
+    for number, ((name, change, layers), (first, last)) in enumerate(zip(rows, ends, strict=True)):
+        y, kind = number * ROW + 24, "removed" if layers == choice["layers"] else "kept"
+        said = (
+            f"{escape(name)}: {change['nats']:+.4f} nats" if kind == "kept" else f"{name}: chosen"
+        )
+        parts.append(f'<text x="8" y="{y - 10}" class="start">{said}</text>')
+        if math.isfinite(first):
+            parts.append(
+                f'<line class="error" x1="{at(first):.1f}" x2="{at(last):.1f}" y1="{y}" y2="{y}"/>'
+            )
+        parts.append(f'<circle class="{kind}" cx="{at(change["nats"]):.1f}" cy="{y}" r="4"/>')
+    return _svg(parts, 0, foot + 4, "Held-out loss of candidate sets, from the chosen one")
+
+
+def _svg(parts: Sequence[str], top: int, height: int, about: str) -> str:
+    box = f"0 {top} {WIDTH} {height - top}"
+    return f'<svg viewBox="{box}" role="img" aria-label="{about}">{"".join(parts)}</svg>'

@@ -1,0 +1,479 @@
+"""From a model to a smaller one that works, in one call: choose, refit, train, judge, write."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, partial
+from os import PathLike
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llama.checkpoint.meta import Checkpoint
+from llama.io.files import check_new, check_output, new_directory
+from llama.io.json_files import read_json
+from llama.io.sources import Source as Weights
+from llama.io.sources import find_source, is_gguf, resolve
+from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.gguf import about_types, check_saved
+from short_gpt.checkpoints.gguf_layers import LAYER, Stack
+from short_gpt.checkpoints.hf import save_as_meta
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.records import PROVENANCE
+from short_gpt.checkpoints.target import Target, check_format, check_new_gguf, out_paths
+from short_gpt.data.disjoint import without_overlap
+from short_gpt.data.texts import OWN, source_names, texts
+from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.healing import (
+    DistillSettings,
+    HealingEvidence,
+    HealingJob,
+    RefitSettings,
+    Source,
+    Step,
+    choosing,
+)
+from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, pruned_losses
+from short_gpt.healing.lora import require_packages, seconds_a_step
+from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.healing.texts import Learning
+from short_gpt.jobs.comparing import Comparison, size_without, tokens_per_second, windows_digest
+from short_gpt.jobs.conversion import convert
+from short_gpt.jobs.dial import Dial, Shrinking
+from short_gpt.jobs.healing import CLOSED_WINDOWS
+from short_gpt.jobs.inputs import SIZE, Notify, Tasks, TextSource, about_own, ignore, source_of
+from short_gpt.jobs.page import is_page, page
+from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.settings import HealingWindows
+from short_gpt.jobs.shrunk import PLAIN, REPORT, Look, Shrunk, next_steps, report_of
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import duration
+from short_gpt.runtime.state import StateFile, hold, joined
+from short_gpt.selection.methods import AUTO, METHODS, SEARCHED
+from short_gpt.selection.search import most_layers_run
+from short_gpt.wrappers.opening import open_trainable
+from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import AT_ONCE, COUNT, TIMED, writes
+from short_gpt.wrappers.short_hf import ShortHFModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHAT = "What is the capital of France, and what is it known for?"  # of models with a chat template
+ANSWER = 48  # tokens of a completion
+CHECKS, HELD = 8, 16  # evaluations of a training, each on at most so many windows
+
+
+@interruptible()
+def shrink(
+    model: str | PathLike[str] | PreTrainedModel,
+    out: str | PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dial: Dial | None = None,
+    data: str | TextSource = "self",
+    windows: HealingWindows | None = None,
+    settings: Shrinking | None = None,
+    tasks: Tasks | None = None,
+    opening: OpenOptions | None = None,
+    overwrite: bool = False,
+    notify: Notify = ignore,
+    **changes: Any,
+) -> Shrunk:
+    """Writes a smaller model that works: layers chosen and removed, the rest healed and judged.
+
+    Interrupted or killed, the same call continues from the folder ``OUT.shrinking``, which is gone
+    once ``out`` is whole. ``out`` gets a page with all of this, or a GGUF file has it beside it.
+
+    Args:
+        model: Hugging Face directory or hub id, Meta directory or GGUF file; or a loaded model of
+            transformers, which is shrunk in place too.
+        out: new directory, or GGUF file if it ends with .gguf.
+        tokenizer: of a loaded model.
+        dial: how small.
+        data: texts that choose the layers and heal; "self" is what the model itself writes.
+        windows: how texts are cut, and which evaluate.
+        settings: method, minutes of training, format and so on.
+        tasks: also run on the original, the pruned and the healed model.
+        opening: how the model is opened.
+        overwrite: replace an earlier output.
+        notify: called with what will be done and how long it takes, before it is.
+        changes: fields of ``dial`` and ``settings``, as in ``ratio=0.5`` or ``dry_run=True``.
+
+    Raises:
+        ShortGPTError: a setting, the model or the texts are refused.
+        FileExistsError: ``out`` exists.
+
+    Example:
+        >>> print(shrink("llama-2-7b", "llama-2-5b", ratio=0.25))  # doctest: +SKIP
+    """
+    sizes = {f.name for f in fields(Dial)} & changes.keys()
+    dial = replace(dial or Dial(), **{name: changes.pop(name) for name in sizes})
+    settings = replace(settings or Shrinking(), **changes)
+    cut, tasks, opening = windows or HealingWindows(), tasks or Tasks(), opening or OpenOptions()
+    source = find_source(model) if isinstance(model, str | PathLike) else None
+    to, texts = settings.to or ("gguf" if is_gguf(out) else "hf"), source_of(data)
+    how = (dial, settings, texts, cut, tasks, opening)
+    run = _Run(source, Path(out), to, *how, overwrite, notify)
+    run.check()
+    # where nothing is there yet, nobody works either
+    lock = hold(run.folder) if run.out.parent.is_dir() and not settings.dry_run else None
+    if isinstance(model, str | PathLike):
+        run.open(open_trainable(str(model), opening))
+    else:
+        run.open(ShortHFModel(model, tokenizer=tokenizer))
+    if settings.dry_run:
+        return Shrunk(run.out, run.plan)
+    notify(run.plan)
+    try:
+        result = run.done()
+        shutil.rmtree(run.folder, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # what is kept to continue from stays
+            run.folder.rmdir()
+        del lock
+    return result
+
+
+@dataclass
+class _Run:
+    """One shrinking: what it reads and writes, and what was measured so far."""
+
+    source: Weights | None  # None of a loaded model
+    out: Path
+    to: str
+    dial: Dial
+    settings: Shrinking
+    texts: TextSource
+    cut: HealingWindows
+    tasks: Tasks
+    opening: OpenOptions
+    overwrite: bool
+    notify: Notify
+
+    def check(self) -> None:
+        """Raises what can be known before a model is loaded."""
+        for group in (self.dial, self.settings, self.cut, self.tasks):
+            group.check()
+        if self.settings.minutes is not None:
+            require_packages()
+        check_format(self.out, self.to)
+        if self.to == "gguf":
+            check_new_gguf(self.out, overwrite=self.overwrite)
+            check_output(report_of(self.out), overwrite=True, ours=is_page)
+        else:
+            path = None if self.source is None else self.source.path
+            check_new(self.out, marker=PROVENANCE, overwrite=self.overwrite, source=path)
+        self.texts.kinds()  # reads the first text of each
+        judges = self.cut.eval_data
+        for name in [] if judges is None else source_names(judges):
+            texts(name, column=self.texts.column)
+        self.folder = Path(f"{self.out}.shrinking")  # what a killed run continues from
+
+    def open(self, short: ShortHFModel) -> None:
+        """Takes the original model, and derives the rest of the settings from it."""
+        kind, self.short, self.judged = short.model.config.model_type, short, short.model.dtype
+        if self.to != "hf" and kind != "llama" and not self.in_place:
+            raise ShortGPTError(
+                f"`to` {self.to} is for a Llama, and this is a {kind}: leave it out"
+            )
+        self.size = self.cut.size or min(SIZE, short.decoder.max_seq_len)
+        self.count = len(short.kept)
+        self.own = [name for name in source_names(self.texts.data) if name in OWN]
+        minutes, many = self.settings.minutes, 3 * CLOSED_WINDOWS
+        limit = CLOSED_WINDOWS if minutes is None else many if self.own else None
+        self.limit = self.cut.max_windows or limit  # windows to learn from
+        self.fitted = min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)  # of the refit, at most
+        self.refit = RefitSettings(max_windows=CLOSED_WINDOWS)
+        self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
+        self.parameters, self.stored = self._sizes()
+        sizes, rest = self.parameters
+        if self.dial.memory is not None:
+            sizes, rest = [size + self.cache for size in self.stored[0]], self.stored[1]
+        open_ended = self.dial.max_perplexity_ratio is not None
+        self.n = None if open_ended else self.dial.count(sizes, rest)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether tensors keep the types of a GGUF file."""
+        return self.source is not None and self.source.kind == self.to == "gguf"
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the weights as they are written: the source's own, unless one was asked for."""
+        if self.source is None or self.opening.dtype is not None or self.source.kind == "gguf":
+            return self.judged
+        if self.source.kind == "meta":
+            infos = Checkpoint(self.source).infos.values()
+            stored = max(infos, key=lambda info: math.prod(info.shape)).dtype
+        else:
+            config = read_json(resolve(self.source) / "config.json")
+            name = str(config.get("dtype") or config.get("torch_dtype"))
+            stored = getattr(torch, name, self.judged)
+        return min(self.judged, stored, key=lambda dtype: dtype.itemsize)
+
+    @cached_property
+    def cache(self) -> int:
+        """Bytes of a layer's KV cache."""
+        config = self.short.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        itemsize = 2 if self.to == "gguf" else self.dtype.itemsize  # llama.cpp's is float16
+        return 2 * heads * width * self.dial.context * self.dial.batch * itemsize
+
+    def _sizes(self) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
+        """Parameters of each layer and of the rest, and bytes of both as they are written."""
+        total = size_without(self.short, ())[0]
+        layers = [total - size_without(self.short, [i])[0] for i in self.short.kept]
+        parameters = layers, total - sum(layers)
+        if not self.in_place:
+            width = self.dtype.itemsize
+            return parameters, ([width * size for size in layers], width * parameters[1])
+        sizes = [0] * (self.count + 1)  # each tensor in its own type; the rest last
+        for name, entry in Stack.open(str(self.source)).parts.tensors.items():
+            match = LAYER.fullmatch(name)
+            sizes[min(int(match[1]), self.count) if match else self.count] += entry.nbytes
+        return parameters, (sizes[:-1], sizes[-1])
+
+    @cached_property
+    def plan(self) -> str:
+        """What will be done, and about how long each part takes."""
+        a_pass, count = self.short.seconds_a_window(self.probe), self.count
+        method = self.settings.method
+        few, rounds = FEW * a_pass / count, 1 if method == "perplexity" else self.n or count // 2
+        search = few * most_layers_run(count, rounds)
+        auto = choosing.BUDGET * FIRST * a_pass
+        chosen = auto if method == AUTO else search if method in SEARCHED else MOST * a_pass
+        parts = {"writing its own text": self._seconds_of_own_text()} if self.own else {}
+        if self.n is None:
+            tries = math.ceil(math.log2(count)) * (REFIT * 3 + 1) * MOST / 4 * a_pass
+            parts["finding how many layers"] = few * most_layers_run(count, count - 2) + tries
+        parts["choosing them, at most" if method == AUTO else "choosing them"] = chosen
+        parts["the refit"] = REFIT * self.fitted * a_pass
+        parts["training"] = 60 * (self.settings.minutes or 0)
+        parts["judging"] = 3 * self.cut.eval_windows * a_pass
+        times = [f"{name} {duration(time)}" for name, time in parts.items() if time]
+        read = Learning([self.probe] * self.fitted, [], [])
+        memory = self.refit.plan(self.short, read, None).describe()
+        sizes, rest = self.parameters
+        n, left = self.n or "some", sum(sizes) + rest - sum(sorted(sizes)[: self.n or 0])
+        kept = f", at most {left / 1e6:.1f} M parameters stay" if self.n else ""
+        lines = [f"{n} of {count} layers go ({self.dial.name}){kept}"]
+        lines += [f"a window of {self.size} tokens takes {duration(a_pass)}: {', '.join(times)}"]
+        lines += [f"in all about {duration(sum(parts.values()))}; {memory}"]
+        return "\n".join(lines)
+
+    def _seconds_of_own_text(self) -> float:
+        """Timed on a few steps."""
+        share = -(-(self.limit or COUNT) // len(source_names(self.texts.data)))
+        texts, times = len(self.own) * share, list[float]()
+
+        def likeliest(logits: torch.Tensor) -> torch.Tensor:  # (B, V) to (B,)
+            times.append(perf_counter())
+            return logits.argmax(-1)
+
+        self.short.continued([[0]] * min(AT_ONCE, texts), TIMED, likeliest)
+        step = (times[-1] - times[0]) / (TIMED - 1)
+        return step * self.size * math.ceil(texts / AT_ONCE)
+
+    def done(self) -> Shrunk:
+        """Does all of it; continues what the folder holds."""
+        short, windows = self.short, self._read()
+        digests = {"training": windows.training, "evaluation": windows.evaluation}
+        settings = {**asdict(self.dial), **asdict(self.settings), **asdict(self.tasks)}
+        texts = {name: windows_digest(own) for name, own in digests.items()}
+        identity = joined(short.identity(), texts, settings)
+        file, calibration = self.folder / "state.json", windows.training[:MOST]
+        saved, method = StateFile(file, identity, folder=self.folder), self.settings.method
+        sets = Comparison(short, calibration, windows.evaluation, few=FEW, state=saved)
+        self.cells, short.importance = sets.cells, sets.importance
+        n = self.n or self.cells.value("how many", partial(self._within, sets, calibration))
+        layers = sets.layers(method, n, self.cut.seed)
+        if self.in_place:
+            check_saved(str(self.source), layers, short.importance.block_influence.tolist())
+        how = {"method": METHODS[method], "eval_data": self.cut.eval_data}
+        short.evidence |= {**how, "size": self.size}
+        looks = {"original": self._look("original")}
+        with short.without_layers(layers):
+            looks["pruned"] = self._look("pruned")
+            steps = self._steps()
+        work = self.folder / "healing"
+        kept: Any = {"work_dir": work, "resume": work.is_dir() and any(work.iterdir())}
+        job = HealingJob(short, windows, layers, settings=steps, notify=self.notify, **kept)
+        importance, evidence = short.importance, job.run()
+        looks["healed"] = self._look("healed")
+        built, prompt = self._write(evidence.perplexity), self._prompt()
+        choice = sets.choice(n) if method == AUTO else {}
+        del short, job, self.short, sets  # which makes room for what is read again
+        result = Shrunk(
+            self.out,
+            self.plan,
+            self.count,
+            layers,
+            method,
+            {
+                kind: {state: p for name, p in own.items() if (state := _state(name)) in looks}
+                for kind, own in evidence.by_kind.items()
+            },
+            looks,
+            prompt,
+            self._remarks(built, evidence),
+            evidence.steps,
+            choice,
+            importance,
+            next_steps(self.out, self.to),
+        )
+        self._place(built, result)
+        return result
+
+    def _read(self) -> Learning:
+        """The windows; what the model writes is kept in the folder."""
+        short, cut, texts = self.short, self.cut, self.texts
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = (texts.split, texts.column, texts.max_texts, cut.seed)
+        self.windows = Source(texts.data, cut.eval_data, *place).windows(
+            short.encode,
+            self.size,
+            bos=cut.bos or short.bos,
+            limit=self.limit,
+            eval_windows=cut.eval_windows,
+            drop_overlap=cut.drop_overlap,
+            validate=self.settings.minutes is not None,
+            write=writes(short, self.size, seed=cut.seed, beside=self.folder / REPORT),
+        )
+        return self.windows
+
+    def _remarks(self, built: Path, evidence: HealingEvidence) -> list[str]:
+        """What must be known of the numbers; a GGUF file, whose tensors were rounded, is judged."""
+        said = [about_own(self.texts.data, self.cut.eval_data), self.windows.left_out]
+        if evidence.worse:
+            said.append(f"WORSE: healing changes the loss by {evidence.change}; give more text")
+        if self.in_place:
+            again = open_trainable(str(built), self.opening)
+            written = together(losses(again.decoder, self.windows.evaluation))
+            change = difference([evidence.perplexity["healed"]], [written])
+            said.append(f"writing it in the file's own types changes the loss by {change}")
+            said.append(about_types(str(self.source), built))
+        elif self.judged != self.dtype:
+            said.append(f"judged in {self.judged}, written in {self.dtype}")
+        return [remark for remark in said if remark]
+
+    def _within(self, sets: Comparison, every: Sequence[Sequence[int]]) -> int:
+        """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
+        short, held = self.short, max(2, len(every) // 4)
+        fit, ratio = every[:-held], self.dial.max_perplexity_ratio or 1.0
+        judging, _ = without_overlap(every[-held:], fit)
+        order = sets.layers("sleb", self.count - 2)
+        original = together(self.cells.losses("original", lambda: losses(short.decoder, judging)))
+
+        def rise(n: int) -> float:
+            run = partial(pruned_losses, short, order[:n], judging, fit_on=fit)
+            return together(self.cells.losses(f"without {n}", run)).value / original.value
+
+        low, high = 0, self.count - 2  # the ratio holds at the first
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if rise(middle) <= ratio else (low, middle - 1)
+        if not low:
+            raise ShortGPTError(
+                f"{self.dial.name}: without layer {order[0]} alone, refitted, the perplexity rises "
+                f"by {rise(1):.3f} already; allow more"
+            )
+        return low
+
+    def _steps(self) -> list[Step]:
+        """The refit, and a distillation of so many steps as take the minutes."""
+        if self.settings.minutes is None:
+            return [self.refit]
+        recipe = recipe_for(self.short.model.config, "small", seed=self.cut.seed)
+        steps = self.cells.value(
+            "steps", partial(self._steps_in, 60 * self.settings.minutes, recipe)
+        )
+        every = max(1, steps // CHECKS)
+        own = replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 8), eval_every=every)
+        return [self.refit, DistillSettings(own)]
+
+    def _steps_in(self, seconds: float, recipe: Recipe) -> int:
+        """Training steps that fit, by one that is timed; the teacher reads each window before."""
+        a_pass = self.short.seconds_a_window(self.probe)
+        step = seconds_a_step(self.short, self.probe, recipe) + recipe.batch * a_pass
+        return max(1, int((seconds - (CHECKS + 1) * HELD * a_pass) / step))
+
+    def _prompt(self) -> str:
+        chat = self.short.tokenizer is not None and self.short.tokenizer.chat_template
+        return self.settings.prompt or (CHAT if chat else PLAIN)
+
+    def _look(self, state: str) -> Look:
+        """Measured once; the text is that of the model as it is now."""
+        return Look(*self.cells.value(f"look {state}", self._measured))
+
+    def _measured(self) -> list[Any]:
+        short, tokenizer, prompt = self.short, self.short.tokenizer, self._prompt()
+        assert tokenizer is not None  # texts were encoded by it
+        ids = short.encode(prompt)
+        if tokenizer.chat_template:
+            turn = [{"role": "user", "content": prompt}]
+            rendered = tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
+        answer = short.greedy(ids, ANSWER)
+        text = str(tokenizer.decode(answer, skip_special_tokens=True))
+        speed = tokens_per_second(short, self.windows.evaluation[0])
+        numbers, size = (
+            rest + sum(each[i] for i in short.present)
+            for each, rest in (self.parameters, self.stored)
+        )
+        memory = size + self.cache * len(short.present)
+        return [text, speed, numbers, size, memory, vars(self.tasks.run(short))]
+
+    def _write(self, measured: Mapping[str, Perplexity]) -> Path:
+        """The model in the folder, in its format, read again and compared."""
+        short, built = self.short, self.folder / self.out.name
+        shutil.rmtree(built, ignore_errors=True)
+        how: dict[str, Any] = {"facts": {"data": self.texts.data}, "measured": measured}
+        if self.in_place:
+            return short.save(built, **how, overwrite=True)
+        for weight in short.model.parameters():  # no buffers, which loading leaves in float32
+            weight.data = weight.data.to(self.dtype)
+        if self.to == "hf":
+            return short.save_pretrained(built, **how)
+        scratch = self.folder / f"{self.out.stem}-hf"
+        shutil.rmtree(scratch, ignore_errors=True)
+        if self.to == "gguf":
+            short.save_pretrained(scratch, **how)
+            return convert(str(scratch), str(built), to="gguf", overwrite=True, notify=self.notify)
+        record = Provenance.of(short, short.source, **how)
+        if self.source is not None and self.source.kind == "meta":
+            tokenizer = Path(self.opening.tokenizer_path or find_tokenizer(self.source))
+        else:
+            assert short.tokenizer is not None
+            short.tokenizer.save_pretrained(scratch)
+            tokenizer = find_tokenizer(scratch)
+        target = Target(built, "meta", False, short.check_saved)
+        return save_as_meta(short.model, target, record=record, tokenizer_path=tokenizer)
+
+    def _place(self, built: Path, result: Shrunk) -> None:
+        """Puts model and page where they belong, whole or not at all."""
+        if self.to == "gguf":
+            report_of(self.out).write_text(page(result), encoding="utf-8")
+            for here, there in reversed([*zip(out_paths(built), out_paths(self.out), strict=True)]):
+                here.replace(there)
+            return
+        with new_directory(self.out, marker=PROVENANCE, overwrite=self.overwrite) as partial:
+            for path in built.iterdir():
+                path.rename(partial / path.name)
+            (partial / REPORT).write_text(page(result), encoding="utf-8")
+
+
+def _state(name: str) -> str:
+    """The short name of a state: ``"original, 30 layers"`` is ``"original"``."""
+    return name.partition(",")[0]

@@ -1,0 +1,156 @@
+"""What `shrink` gives: layers, quality, completions, and how to go on; as text and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama.io.sources import is_gguf
+from short_gpt.evaluation.paired import difference
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.tasks import TaskRun, task_changes
+from short_gpt.runtime.errors import one_line
+from short_gpt.runtime.memory import shown
+from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import AUTO
+
+REPORT = "report.html"
+PLAIN = "The capital of France is"  # a prompt for models without a chat template
+
+
+class Look(NamedTuple):
+    """What one state of the model is worth beside its perplexity."""
+
+    completion: str  # greedy
+    tokens_per_second: float  # greedy generation with the cache, one sequence
+    parameters: int
+    size: int  # bytes of the weights as they are written
+    memory: int  # the same with the KV cache
+    tasks: dict[str, Any]  # of `TaskRun`
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What `shrink` did, and how good the result is. States are original, pruned, ..., healed."""
+
+    out: Path  # the new directory or file
+    plan: str  # what was to be done, in time and memory
+    total: int = 0  # layers of the original model
+    layers: Sequence[int] = ()  # removed, original numbers
+    method: str = AUTO  # that chose them
+    quality: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)  # kind and state
+    looks: Mapping[str, Look] = field(default_factory=dict)  # by state
+    prompt: str = ""  # of the completions
+    remarks: Sequence[str] = ()  # what must be known of the numbers
+    healing: Sequence[Mapping[str, object]] = ()  # the steps, for JSON
+    choice: Mapping[str, Any] = field(default_factory=dict)  # of `HealedChoice`
+    importance: Importance | None = None  # scores of the original model
+    next_steps: Sequence[str] = ()  # commands that use the result
+
+    def report(self) -> Path:
+        """The page: in a directory, or beside a file."""
+        return report_of(self.out)
+
+    def rows(self) -> list[list[str]]:
+        """The table: names first, then a column for every state; the first row is the head."""
+        rows = [["", *self.looks]]
+        for kind, states in self.quality.items():
+            rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in states.values())])
+            ends = ["{:.4g} to {:.4g}".format(*p.interval()) for p in states.values()]
+            rows.append(["95%", *(end.replace("nan to nan", "unknown") for end in ends)])
+            first = next(iter(states.values()))
+            changes = [difference([first], [p]) for p in [*states.values()][1:]]
+            cells = [f"{c.nats:+.4f} ± {c.error.reach():.4f}" for c in changes]
+            rows.append(
+                ["nats from the original, 95%", "", *(c.replace("nan", "?") for c in cells)]
+            )
+        looks = self.looks.values()
+        rows.append(["parameters, millions", *(f"{look.parameters / 1e6:.1f}" for look in looks)])
+        rows.append(["weights as written", *(shown(look.size) for look in looks)])
+        rows.append(["with the KV cache", *(shown(look.memory) for look in looks)])
+        rows.append(["tokens a second", *(f"{look.tokens_per_second:.1f}" for look in looks)])
+        return rows + self._task_rows()
+
+    def _task_rows(self) -> list[list[str]]:
+        runs = [TaskRun(**look.tasks) for look in self.looks.values() if look.tasks]
+        named, rows = [run.named() for run in runs], list[list[str]]()
+        changes = [task_changes(runs[0], run) for run in runs[1:]]
+        for metric in named[0] if named else ():
+            if not metric.endswith("_stderr"):
+                rows.append([metric, *(f"{own[metric]:.4f}" for own in named)])
+        for metric in changes[0] if changes else ():
+            if metric.endswith(" change"):
+                errors = [own.get(f"{metric}_stderr", math.nan) for own in changes]
+                pairs = zip((own[metric] for own in changes), errors, strict=True)
+                cells = [f"{value:+.4f} (error {error:.4f})" for value, error in pairs]
+                rows.append([f"{metric}, paired", "", *cells])
+        return rows
+
+    @property
+    def head(self) -> str:
+        """What was removed, in one line."""
+        count = f"{len(self.layers)} of {self.total} layers"
+        return f"removed {count}, chosen by {self.method}: {[*self.layers]}"
+
+    def __str__(self) -> str:
+        if not self.looks:
+            return self.plan
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [self.head, ""]
+        for first, *cells in rows:
+            right = (f"{c:>{width}}" for c, width in zip(cells, widths[1:], strict=True))
+            lines.append(f"{first:<{widths[0]}}  {'  '.join(right)}".rstrip())
+        lines += [*self.remarks, "", self.prompt]
+        width = max(map(len, self.looks))
+        for state, look in self.looks.items():
+            lines.append(f"  {state:<{width}}  {one_line(' '.join(look.completion.split()))}")
+        lines += ["", f"written: {self.out}", f"written: {self.report()}", "", "next:"]
+        return "\n".join([*lines, *(f"  {step}" for step in self.next_steps)])
+
+    def _repr_html_(self) -> str:
+        head, *body = ([escape(cell) for cell in row] for row in self.rows())
+        lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+        for first, *cells in body:
+            right = "".join(f"<td>{cell}</td>" for cell in cells)
+            lines.append(f"<tr><th>{first}</th>{right}</tr>")
+        return f"<table>{''.join(lines)}</table>"
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it, ready for JSON."""
+        quality = {
+            kind: {state: p.to_dict() for state, p in states.items()}
+            for kind, states in self.quality.items()
+        }
+        content = {**vars(self), "out": str(self.out), "quality": quality}
+        content["looks"] = {state: look._asdict() for state, look in self.looks.items()}
+        content["importance"] = None if self.importance is None else self.importance.to_dict()
+        return content
+
+
+def report_of(out: Path) -> Path:
+    """Where the page of an output is."""
+    return Path(f"{out}.{REPORT}") if is_gguf(out) else out / REPORT
+
+
+def next_steps(out: Path, to: str) -> list[str]:
+    """Commands that use a model in a format."""
+    if to == "gguf":
+        folder, name = out.parent, out.name
+        opened = f"gguf_file={name}"
+        return [
+            f"llama-cli -m {out}",
+            f"lm_eval --model hf --model_args pretrained={folder},{opened} --tasks piqa",
+        ]
+    if to == "meta":
+        return [f'short-gpt generate {out} "{PLAIN}"', f"short-gpt convert {out} {out}.gguf"]
+    return [
+        f"python -c \"from transformers import pipeline; print(pipeline('text-generation', "
+        f"'{out}')('{PLAIN}'))\"",
+        f"short-gpt convert {out} {out}.gguf && llama-cli -m {out}.gguf",
+        f"lm_eval --model hf --model_args pretrained={out} --tasks piqa",
+    ]

@@ -1,0 +1,36 @@
+"""The name ``demo`` stands for the demo's model and book, where nothing here has that name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import short_gpt
+from llama.io.sources import NAMED, find_source
+from short_gpt.data import demo
+from short_gpt.data.texts import has_columns, read_texts, texts
+
+
+def test_demo_is_a_model_unless_a_directory_has_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("small.gguf").touch()
+    assert "demo" in NAMED and short_gpt.texts is texts  # the package registers it
+    monkeypatch.setattr(demo, "gguf_file", lambda: Path("small.gguf"))
+    assert (find_source("demo").name, find_source("demo").kind) == ("small.gguf", "gguf")
+    Path("demo").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"demo has no params.json"):
+        find_source("demo")
+    Path("demo/params.json").touch()
+    assert find_source("demo").kind == "meta"
+
+
+def test_demo_judges_by_the_held_out_chapters_and_learns_from_the_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "bible", lambda part: [part, part])
+    assert list(read_texts("demo", "validation", "text", 1)) == ["calibration"]
+    assert list(texts("demo")) == list(texts("demo", split="test")) == ["held_out"] * 2
+    assert not has_columns("demo")
+    Path("demo").mkdir()
+    Path("demo/a.txt").write_text("own")
+    assert list(texts("demo")) == ["own"]

@@ -1,0 +1,62 @@
+"""How many layers each dial takes: known answers, and targets that hold for any choice."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from short_gpt import ShortGPTError
+from short_gpt.jobs import Dial
+
+
+@pytest.mark.parametrize(
+    ("dial", "count"),
+    [
+        (Dial(), 8),  # 7.5 of 30, to the nearest whole
+        (Dial(ratio=0.01), 1),
+        (Dial(n=3), 3),
+        (Dial(params=3000), 5),
+        (Dial(params="3.0k"), 5),
+        (Dial(params="0.0029M"), 6),
+        (Dial(memory="3kB"), 5),
+        (Dial(memory=2999), 6),
+    ],
+)
+def test_known_answers(dial, count):
+    assert dial.count([100] * 30, 500) == count
+
+
+@given(st.lists(st.integers(1, 50), min_size=4, max_size=7), st.integers(0, 40), st.data())
+def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, rest, data):
+    total = sum(layers) + rest
+    least = total - sum(sorted(layers)[:-2])
+    target = data.draw(st.integers(least, total - 1))
+    n = Dial(params=target).count(layers, rest)
+    sets = [total - sum(chosen) for chosen in combinations(layers, n)]
+    assert max(sets) <= target
+    assert max(total - sum(chosen) for chosen in combinations(layers, n - 1)) > target
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratio": 0.5, "n": 3}, "`ratio` and `n` both say how small"),
+        ({"ratio": 1.0}, "`ratio` 1.0: expected above 0 and below 1"),
+        ({"n": 0}, "n = 0"),
+        ({"n": 29}, "n = 29; the model has 30 layers: expected 1 to 28"),
+        ({"params": "6 GB"}, "`params` 6 GB: expected a number as in 6B"),
+        ({"params": "1B"}, "--params 1B: the model is no larger"),
+        ({"params": 600}, "still takes 700; name that or more"),
+        ({"memory": "much"}, "expected a size such as 3GB"),
+        ({"max_perplexity_ratio": 0.9}, "`max_perplexity_ratio` 0.9: expected above 1"),
+        ({"memory": "1kB", "batch": 0}, "batch = 0"),
+    ],
+)
+def test_refusals(settings, message):
+    with pytest.raises(ShortGPTError, match=message):
+        dial = Dial(**settings)
+        dial.check()
+        dial.count([100] * 30, 500)

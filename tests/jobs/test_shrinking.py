@@ -1,0 +1,271 @@
+"""One call from a model to a smaller one: in each format, killed, refused, and what it reports."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from commands import fails, run
+from conftest import (
+    BYTE_VOCAB,
+    interrupted,
+    make_transformer,
+    random_windows,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llama.formats.convert import meta_to_hf
+from llama.formats.gguf import llama_to_gguf
+from llama.formats.tokenizers import with_bos
+from short_gpt import heal_refit, shrink
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.healing import Source
+from short_gpt.healing.refit_layer import LayerRefit
+from short_gpt.jobs import HealingWindows, OpenOptions, Shrunk, shrinking
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.short_hf import ShortHFModel
+
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # transformers' own
+    pytest.mark.usefixtures("few_timed_tokens"),
+]
+CUT = HealingWindows("books", 24, 8, 6)
+FLAGS = ("--size", 24, "--max_windows", 8, "--eval_windows", 6, "--method", "bi")
+TEXTS = ("--data", "other", "--eval_data", "books")
+TOKENS = torch.tensor(random_windows(1, 12, vocab=200))
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, one_rank) -> Path:
+    """A random Llama of 6 layers in all formats, and two folders of texts."""
+    path = tmp_path_factory.mktemp("made")
+    model = make_transformer(vocab_size=BYTE_VOCAB, n_layers=6)
+    write_byte_tokenizer(save_checkpoint(path / "meta", model))
+    words = path / "meta/tokenizer.json"
+    words.write_text(with_bos(words.read_text(), "<s>", 0))
+    meta_to_hf(path / "meta", path / "hf")
+    config = json.loads((path / "hf/tokenizer_config.json").read_text())
+    config["chat_template"] = TEMPLATE
+    (path / "hf/tokenizer_config.json").write_text(json.dumps(config))
+    llama_to_gguf(path / "hf", path / "model.gguf")
+    for name, start in (("books", 97), ("other", 65)):
+        (path / name).mkdir()
+        for i, ids in enumerate(random_windows(8, 90, vocab=26, seed=start + 9)):
+            text = "".join(chr(start + token) for token in ids)
+            (path / f"{name}/{i}.txt").write_text(text)
+    return path
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def logits(path: str) -> torch.Tensor:
+    return open_model(path, device="cpu", dtype="float32").decoder.logits(TOKENS)
+
+
+@pytest.fixture(scope="module")
+def by_hand(made) -> tuple[list[int], torch.Tensor]:
+    """The layers and the logits of what `FLAGS` and `TEXTS` ask for, without 2 layers."""
+    short = open_model(str(made / "hf"), device="cpu")
+    source = Source(str(made / "other"), str(made / "books"))
+    read = source.windows(short.encode, 24, limit=8, eval_windows=6)
+    short.measure(read.training, progress=False)
+    layers = short.layers_to_remove(n=2)
+    heal_refit(short, layers, read.training, progress=False)
+    return layers, short.decoder.logits(TOKENS)
+
+
+# four layers are refitted
+KILLED = {"n": 2, "method": "sequential", "windows": HealingWindows(None, 24, 8, 6)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made, few_timed_tokens) -> Shrunk:
+    return shrink(str(made / "hf"), str(made / "whole"), **KILLED)
+
+
+def test_it_needs_nothing_but_a_model(here):
+    said = []
+    cut = HealingWindows(None, 24, 12, 6)
+    done = shrink("hf", "out", ratio=0.3, windows=cut, notify=said.append)
+    assert len(done.layers) == 2 and done.method == "auto" and done.total == 6
+    record = json.loads(Path("out/pruning.json").read_text())
+    assert record["removed_layers"] == done.layers and "report.html" in record["files"]
+    assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 4
+    assert [*here.glob("*shrinking*")] == [*here.glob(".*shrinking*")] == []
+    assert list(done.quality) == ["self"] and list(done.looks) == ["original", "pruned", "healed"]
+    assert done.quality["self"]["healed"].tokens == done.quality["self"]["original"].tokens
+    assert "2 of 6 layers go (--ratio 0.3)" in said[0] and "its own text" in said[0]
+    text = str(done)
+    assert "judged by self: text that the model itself wrote" in text
+    assert f"{done.quality['self']['healed'].value:.3f}" in text and f"{done.layers}" in text
+    original, healed = done.looks["original"], done.looks["healed"]
+    assert original.size - healed.size == 2 * (original.size - done.looks["pruned"].size) / 2
+    assert original.memory - original.size == 6 * 2 * 2 * 8 * 4096 * 4  # 2 KV heads of 8, float32
+    assert healed.memory - healed.size == 4 * 2 * 2 * 8 * 4096 * 4
+    assert sum(p.stat().st_size for p in Path("out").glob("*.safetensors")) == pytest.approx(
+        healed.size, rel=0.05
+    )
+    words = AutoTokenizer.from_pretrained("hf")
+    asked = words(f"<s>{done.prompt}>", add_special_tokens=False)["input_ids"]
+    answer = open_model("hf", device="cpu").greedy(asked, shrinking.ANSWER)
+    assert original.completion == words.decode(answer, skip_special_tokens=True)
+    page = done.report().read_text()
+    for part in (done.prompt, "Which sets were tried", "What was removed", *done.rows()[1]):
+        assert part in page
+    assert page.count('<rect class="removed"') == 2 and page.count('<rect class="kept"') == 4
+    assert not re.search(r"(src|href|url\(|@import)\s*[=(]", page)
+    assert "<table>" in done._repr_html_() and "tokens a second" in done._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "flags"),
+    [
+        ("hf", "out", ()),
+        ("meta", "out", ()),
+        ("hf", "out", ("--to", "meta")),
+        ("hf", "out.gguf", ()),
+        ("model.gguf", "out.gguf", ()),
+        ("model.gguf", "out", ()),
+    ],
+)
+def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model, out, flags):
+    layers, expected = by_hand
+    run("shrink", model, out, "--n", 2, *FLAGS, *TEXTS, *flags)
+    printed = capsys.readouterr().out
+    assert f"removed 2 of 6 layers, chosen by bi: {layers}" in printed
+    assert f"written: {out}\n" in printed and "perplexity, books" in printed
+    kind = {"out.gguf": None}.get(out, "params.json" if flags else "config.json")
+    assert Path(out).is_file() if kind is None else (Path(out) / kind).is_file()
+    assert (logits(out) - expected).abs().max() < 1e-3 * expected.abs().max()
+    report = Path("out.gguf.report.html" if kind is None else "out/report.html")
+    assert f"{layers}" in report.read_text()
+    assert {p.name for p in here.iterdir() if "out" in p.name} <= {out, report.name}
+    in_place = "writing it in the file's own types changes the loss by" in printed
+    assert in_place == (model == "model.gguf" and kind is None)
+    if model == "hf" and not flags:
+        again = ("shrink", model, out, "--n", 3, *FLAGS, *TEXTS)
+        assert "exists; choose another" in fails(capsys, *again)
+        run(*again, "--overwrite")
+        assert logits(out).shape == expected.shape and f"{layers}" not in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "after"),
+    [
+        (shrinking.ShortHFModel, "continued", 1),  # the first is timed
+        (LayerRefit, "solve", 1),
+        (ShortHFModel, "save_pretrained", 0),
+        (shrinking._Run, "_place", 0),
+    ],
+)
+def test_the_same_call_continues_what_was_killed(
+    here, monkeypatch, uninterrupted, owner, name, after
+):
+    with interrupted(owner, name, after):
+        shrink("hf", "out", **KILLED)
+    assert not Path("out").exists() and Path("out.shrinking").is_dir()
+    if name != "continued":
+        with pytest.raises(ValueError, match="with another method: 'sequential', now 'deepest'"):
+            shrink("hf", "out", **{**KILLED, "method": "deepest"})
+        monkeypatch.setattr(ShortHFModel, "measure", None)  # nothing is measured again
+    done = shrink("hf", "out", **KILLED)
+    assert done.layers == uninterrupted.layers
+    assert torch.equal(logits("out"), logits(str(uninterrupted.out)))
+    assert done.looks["healed"].completion == uninterrupted.looks["healed"].completion
+    assert not Path("out.shrinking").exists()
+
+
+def test_a_dry_run_writes_nothing(here, capsys):
+    before = sorted(here.rglob("*"))
+    run("shrink", "hf", "out", "--memory", "190kB", "--context", 64, "--dry_run", *FLAGS)
+    assert sorted(here.rglob("*")) == before
+    out = capsys.readouterr().out
+    assert "of 6 layers go (--memory 190kB)" in out and "in all about" in out and "refit:" in out
+
+
+def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
+    model = AutoModelForCausalLM.from_pretrained("hf")
+    tokenizer = AutoTokenizer.from_pretrained("hf")
+    done = shrink(
+        model, "out", tokenizer=tokenizer, n=2, minutes=0.03, windows=CUT, data="other", method="bi"
+    )
+    assert model.config.num_hidden_layers == 4
+    assert [step["method"] for step in done.healing] == ["refit", "distillation"]
+    assert done.healing[1]["recipe"]["steps"] >= 1
+    assert torch.equal(
+        model(TOKENS).logits, AutoModelForCausalLM.from_pretrained("out")(TOKENS).logits
+    )
+
+
+def test_the_weights_are_written_as_the_source_has_them(here):
+    AutoModelForCausalLM.from_pretrained("hf", dtype=torch.bfloat16).save_pretrained("half")
+    AutoTokenizer.from_pretrained("hf").save_pretrained("half")
+    (here / "third").mkdir()
+    (here / "third/0.txt").write_text("0123456789" * 20)
+    settings = {"n": 2, "windows": replace(CUT, eval_data="books,third"), "data": "other"}
+    done = shrink("half", "out", **settings, method="bi", opening=OpenOptions(device="cpu"))
+    assert {"books", "third"} == {*done.quality}
+    assert [row[0] for row in done.rows()].count("nats from the original, 95%") == 2
+    assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16
+    assert "judged in torch.float32, written in torch.bfloat16" in done.remarks
+    assert done.looks["healed"].size == 2 * done.looks["healed"].parameters
+
+
+def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
+    tried = []
+
+    def measured(short, layers, judging, *, fit_on):
+        tried.append(len(layers))
+        return [Perplexity(2.0 + 0.1 * len(layers), 1, 1)]
+
+    monkeypatch.setattr(shrinking, "pruned_losses", measured)
+    monkeypatch.setattr(shrinking, "losses", lambda *_: [Perplexity(2.0, 1, 1)])
+    settings = {"windows": CUT, "data": "other", "method": "bi"}
+    done = shrink("hf", "out", max_perplexity_ratio=1.3, **settings)  # exp(0.2) is 1.22
+    assert len(done.layers) == 2 and tried == [2, 3]
+    with pytest.raises(ValueError, match="the perplexity rises by 1.105 already"):
+        shrink("hf", "no", max_perplexity_ratio=1.05, **settings)
+
+
+def test_tasks_are_paired(here, lm_eval, tasks, capsys):
+    run("shrink", "hf", "out", "--n", 2, *FLAGS, *TEXTS, "--tasks", "tiny_choice", "--include_path",
+        tasks, "--json", "r.json")  # fmt: skip
+    out = capsys.readouterr().out
+    assert "tiny_choice acc " in out and "tiny_choice acc change, paired" in out
+    result = json.loads(Path("r.json").read_text())["result"]
+    assert len(result["looks"]["healed"]["tasks"]["documents"]["tiny_choice"]["acc"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("hf", "out", "--n", 2, "--ratio", 0.5), "--ratio and --n both say how small"),
+        (("hf", "out", "--n", 5), "n = 5; the model has 6 layers: expected 1 to 4"),
+        (("hf", "hf", "--n", 2), "hf exists; choose another directory"),
+        (("hf", "out", "--to", "gguf"), "expected a name that ends with .gguf to write gguf"),
+        (("hf", "out", "--context", 9), "--context has no effect without --memory"),
+        (("hf", "out", "--method", "best"), "no method 'best'"),
+        (("hf", "out", "--minutes", 0), "--minutes 0.0: expected above 0"),
+        (("none", "out"), "checkpoint directory none does not exist"),
+        (("hf", "out", "--eval_data", "self", "--size", 24), "self is the model's own text"),
+    ],
+)
+def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
+    assert line in fails(capsys, "shrink", *words)
+    assert not [p for p in here.iterdir() if "out" in p.name]
