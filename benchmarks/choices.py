@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import fire
-from healing import Windows, cut, halves
+from healing import Windows, halves, judged_by
 from outcome import begin, finish
 from refit_choices import compared
 from scoring import build
@@ -63,11 +63,7 @@ def main(
     """
     begin(out, overwrite=overwrite)
     short = build()
-    kinds = {"held-out chapters": cut(short, demo.bible("held_out"), judged, size)}
-    kinds["other half of the second text"] = cut(short, [halves(also)[1]], judged, size)
-    for path in filter(None, (others or "").split(",")):
-        with open(path, encoding="utf-8") as file:
-            kinds["novels"] = cut(short, [file.read()], judged, size)
+    kinds = judged_by(short, also, others, judged, size)
     identity = {"model": short.identity(), "learned": learned, "judged by": json_digest(kinds)}
     identity |= {"budget": budget}
     cells = Cells(StateFile(f"{out or 'choices'}.state", identity, every=0.0))

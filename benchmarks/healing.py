@@ -101,14 +101,14 @@ def fitted_on(
 
 
 def judged_by(
-    short: ShortLlama, also: str | None, others: str | None, judged: int
+    short: ShortLlama, also: str | None, others: str | None, judged: int, size: int = SIZE
 ) -> dict[str, Windows]:
     """Windows to judge by, by their kind."""
-    kinds = {"held-out chapters": cut(short, demo.bible("held_out"), judged)}
+    kinds = {"held-out chapters": cut(short, demo.bible("held_out"), judged, size)}
     if also is not None:
-        kinds["other half of the second text"] = cut(short, [halves(also)[1]], judged)
+        kinds["other half of the second text"] = cut(short, [halves(also)[1]], judged, size)
     for path in filter(None, (others or "").split(",")):
-        kinds[Path(path).stem] = cut(short, [Path(path).read_text(encoding="utf-8")], judged)
+        kinds[Path(path).stem] = cut(short, [Path(path).read_text("utf-8")], judged, size)
     return kinds
 
 

@@ -174,7 +174,7 @@ def perplexities(cells: Mapping[str, Any]) -> str:
 
 
 def shown(table: Mapping[str, Mapping[str, Any]]) -> str:
-    return "\n".join(f"{name:<16}{perplexities(cells)}" for name, cells in table.items())
+    return "\n".join(f"{name:<24}{perplexities(cells)}" for name, cells in table.items())
 
 
 if __name__ == "__main__":

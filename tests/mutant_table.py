@@ -356,11 +356,6 @@ MUTANTS = [
         "change.nats < 0",
         "test_a_swap_is_kept_if_the_loss_falls_by_more_than_its_error",
     ),
-    (
-        "min(map(len, both))",
-        "max(map(len, both))",
-        "test_what_is_not_told_apart_is_said_and_judged_by_more_windows",
-    ),
     # Ranks and replicas.
     ("(batch_size % 2 and self.count > 1)", "0", "test_shares_are_disjoint_whole_and_in_step"),
     (

@@ -39,7 +39,7 @@ KINDS: tuple[type[Step], ...] = (
 STEPS = {kind.name: kind for kind in KINDS}
 
 
-def begun(short: ScoredModel, folder: Path | None) -> bool:
+def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
     """Whether a folder held anything when all ranks had come here; all must call it."""
     own = folder is not None and folder.is_dir() and any(folder.iterdir())
     return replicas.current(short.decoder.device).gather(own)[0]
@@ -264,7 +264,7 @@ class HealingJob:
         folder = self.work_dir
         self._lock = hold(folder)
         try:
-            any_there = begun(self.short, folder)
+            any_there = holds_a_run(self.short, folder)
             if any_there and not self.resume:
                 raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
             if self.resume and not any_there:

@@ -24,7 +24,7 @@ from short_gpt.healing import (
     Step,
 )
 from short_gpt.healing.distillation import IDENTITY
-from short_gpt.healing.job import STEPS, begun
+from short_gpt.healing.job import STEPS, holds_a_run
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.solver import RIDGES
 from short_gpt.jobs.inputs import (
@@ -211,7 +211,7 @@ def _heal(
         "distill": settings.distill(recipe, _teacher(model, settings, opening, size)),
     }
     steps = [known.get(name) or STEPS[name]() for name in methods]
-    resume, layers = begun(short, folder) or settings.resume, removal.layers
+    resume, layers = holds_a_run(short, folder) or settings.resume, removal.layers
     job = HealingJob(
         short, parts, layers, settings=steps, work_dir=folder, resume=resume, notify=notify
     )
