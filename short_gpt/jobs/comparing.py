@@ -205,12 +205,14 @@ class Comparison:
         evaluation: Windows,
         *,
         few: int = 4,
+        budget: int | None = None,
         state: StateFile | None = None,
         progress: bool = True,
     ) -> None:
         check_disjoint(calibration, evaluation)
         self.short, self._calibration, self._evaluation = short, calibration, evaluation
         self._few, self.cells, self._progress = calibration[:few], Cells(state), progress
+        self._budget = budget  # of auto, in bare passes
         self._raw = partial(pruned_losses, short, evaluation=evaluation)
         self._refitted = partial(self._raw, fit_on=calibration, progress=progress)
 
@@ -308,6 +310,7 @@ class Comparison:
 
         def measure(part: StateFile | None) -> JsonObject:
             options: dict[str, Any] = {"state": part, "progress": self._progress}
+            options["budget"] = self._budget
             return choose_healed(self.short, self._calibration, n, **options).to_dict()
 
         return self.cells.resumed(f"{AUTO} {n}", measure)

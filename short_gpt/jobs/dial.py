@@ -11,10 +11,13 @@ from typing import ClassVar
 
 from short_gpt.jobs.inputs import at_least
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, needs_one_of, setting
+from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Needs, needs_one_of, setting
 
 DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")
 MEMORY = needs_one_of("`memory`", "memory")
+BY_AUTO = Needs(
+    "`method` auto", lambda v: v["method"] == "auto" or not (v["method"] or v["stream"])
+)
 RATIO = 0.25
 PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -113,7 +116,9 @@ class Shrinking:
     """How a model is shrunk.
 
     Args:
-        method: that chooses the layers: auto, or another of rank.
+        method: that chooses the layers: auto, which refits the sets of several methods and takes
+            the one of lowest held-out loss, or another of rank; auto if not given, bi with stream.
+        budget: what auto may take, as rank's.
         minutes: distill after the refit, for as long as that; not at all if not given.
         prompt: what the original, the pruned and the healed model answer, or continue where they
             have no chat template; one of ours if not given.
@@ -123,7 +128,8 @@ class Shrinking:
     """
 
     HEADING: ClassVar = RUN
-    method: str = setting("auto", heading=CHOOSE)
+    method: str | None = setting(None, heading=CHOOSE)
+    budget: int | None = setting(None, heading=CHOOSE, needs=BY_AUTO)
     minutes: float | None = None
     prompt: str | None = setting(None, value="TEXT")
     to: str | None = setting(None, heading=WRITE)
@@ -133,6 +139,7 @@ class Shrinking:
         """Raises ShortGPTError for an unknown method, or minutes that are none."""
         from short_gpt.selection.methods import check_method
 
-        check_method(self.method)
+        if self.method is not None:
+            check_method(self.method)
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ShortGPTError(f"`minutes` {self.minutes}: expected above 0")

@@ -273,35 +273,6 @@ class Reading:
         return protocol(self.data, short.encode, size=size, limit=limit, source=source, bos=bos)
 
 
-@dataclass(frozen=True)
-class DemoRun:
-    """What the demo reads.
-
-    Args:
-        max_windows: windows of 1024 tokens to score.
-        eval_windows: windows of 1024 tokens of held-out chapters to evaluate on.
-        seed: of the random choice of windows.
-        device: cpu, cuda or mps; the best there is if not given.
-    """
-
-    HEADING: ClassVar = READ
-    max_windows: int = 24
-    eval_windows: int = 12
-    seed: int = 0
-    device: str | None = setting(None, heading=RUN)
-
-    def windows(self, short: ShortModel, part: str) -> list[list[int]]:
-        """Windows of a part of the book."""
-        from short_gpt.data import demo
-
-        limit = self.max_windows if part == "calibration" else self.eval_windows
-        return list(Cut(SIZE, limit, self.seed).windows(demo.bible(part), short.encode))
-
-    def check(self) -> None:
-        """Raises ShortGPTError for a number of windows out of range."""
-        at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
-
-
 # How to run
 
 

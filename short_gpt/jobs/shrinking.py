@@ -11,24 +11,19 @@ from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from llama.checkpoint.meta import Checkpoint
 from llama.io.files import check_new, check_output, new_directory
-from llama.io.json_files import read_json
 from llama.io.sources import Source as Weights
-from llama.io.sources import find_source, is_gguf, resolve
-from llama.tokenizer import find_tokenizer
+from llama.io.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_types, check_saved
-from short_gpt.checkpoints.gguf_layers import LAYER, Stack
-from short_gpt.checkpoints.hf import save_as_meta
-from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
-from short_gpt.checkpoints.target import Target, check_format, check_new_gguf, out_paths
+from short_gpt.checkpoints.target import check_format, check_new_gguf, out_paths
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.texts import OWN, source_names, texts
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import (
@@ -44,36 +39,46 @@ from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, pruned_losses
 from short_gpt.healing.lora import require_packages, seconds_a_step
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.texts import Learning
-from short_gpt.jobs.comparing import Comparison, size_without, tokens_per_second, windows_digest
-from short_gpt.jobs.conversion import convert
+from short_gpt.jobs.comparing import Comparison, windows_digest
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.healing import CLOSED_WINDOWS
-from short_gpt.jobs.inputs import SIZE, Notify, Tasks, TextSource, about_own, ignore, source_of
+from short_gpt.jobs.inputs import (
+    SIZE,
+    Notify,
+    Running,
+    Tasks,
+    TextSource,
+    about_own,
+    ignore,
+    source_of,
+)
 from short_gpt.jobs.page import is_page, page
 from short_gpt.jobs.saving import interruptible
 from short_gpt.jobs.settings import HealingWindows
-from short_gpt.jobs.shrunk import PLAIN, REPORT, Look, Shrunk, next_steps, report_of
+from short_gpt.jobs.shrink_models import InMemory, Opened, Streamed
+from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.state import StateFile, hold, joined
-from short_gpt.selection.methods import AUTO, METHODS, SEARCHED
+from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import AUTO, BY_LOSS, METHODS, SEARCHED, choose
 from short_gpt.selection.search import most_layers_run
-from short_gpt.wrappers.opening import open_trainable
+from short_gpt.wrappers.opening import of_source, open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import AT_ONCE, COUNT, TIMED, writes
+from short_gpt.wrappers.own_text import AT_ONCE, COUNT, STREAMED, TIMED, writes
 from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CHAT = "What is the capital of France, and what is it known for?"  # of models with a chat template
-ANSWER = 48  # tokens of a completion
+Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
 CHECKS, HELD = 8, 16  # evaluations of a training, each on at most so many windows
 
 
 @interruptible()
 def shrink(
-    model: str | PathLike[str] | PreTrainedModel,
+    model: Model,
     out: str | PathLike[str],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -83,6 +88,7 @@ def shrink(
     settings: Shrinking | None = None,
     tasks: Tasks | None = None,
     opening: OpenOptions | None = None,
+    streaming: Running | None = None,
     overwrite: bool = False,
     notify: Notify = ignore,
     **changes: Any,
@@ -103,6 +109,8 @@ def shrink(
         settings: method, minutes of training, format and so on.
         tasks: also run on the original, the pruned and the healed model.
         opening: how the model is opened.
+        streaming: whether one layer at a time is in memory: for a Llama, which Block Influence or
+            another score chooses layers of, and which is written in its own format.
         overwrite: replace an earlier output.
         notify: called with what will be done and how long it takes, before it is.
         changes: fields of ``dial`` and ``settings``, as in ``ratio=0.5`` or ``dry_run=True``.
@@ -118,17 +126,12 @@ def shrink(
     dial = replace(dial or Dial(), **{name: changes.pop(name) for name in sizes})
     settings = replace(settings or Shrinking(), **changes)
     cut, tasks, opening = windows or HealingWindows(), tasks or Tasks(), opening or OpenOptions()
-    source = find_source(model) if isinstance(model, str | PathLike) else None
-    to, texts = settings.to or ("gguf" if is_gguf(out) else "hf"), source_of(data)
-    how = (dial, settings, texts, cut, tasks, opening)
-    run = _Run(source, Path(out), to, *how, overwrite, notify)
-    run.check()
+    how = (dial, settings, source_of(data), cut, tasks, opening, streaming or Running())
+    run = _Run(Path(out), *how, overwrite, notify)
+    run.check(model)
     # where nothing is there yet, nobody works either
     lock = hold(run.folder) if run.out.parent.is_dir() and not settings.dry_run else None
-    if isinstance(model, str | PathLike):
-        run.open(open_trainable(str(model), opening))
-    else:
-        run.open(ShortHFModel(model, tokenizer=tokenizer))
+    run.derive(run.opened_model(model, tokenizer))
     if settings.dry_run:
         return Shrunk(run.out, run.plan)
     notify(run.plan)
@@ -146,54 +149,98 @@ def shrink(
 class _Run:
     """One shrinking: what it reads and writes, and what was measured so far."""
 
-    source: Weights | None  # None of a loaded model
     out: Path
-    to: str
     dial: Dial
     settings: Shrinking
     texts: TextSource
     cut: HealingWindows
     tasks: Tasks
     opening: OpenOptions
+    streaming: Running
     overwrite: bool
     notify: Notify
 
-    def check(self) -> None:
-        """Raises what can be known before a model is loaded."""
+    def check(self, model: Model) -> None:
+        """Raises what can be known before a model is loaded: the cheapest first."""
         for group in (self.dial, self.settings, self.cut, self.tasks):
             group.check()
+        self.streaming.check_bounds()
+        self.method = self.settings.method or ("bi" if self.streaming.stream else AUTO)
+        self.to = self.settings.to or ("gguf" if is_gguf(self.out) else "hf")
         if self.settings.minutes is not None:
             require_packages()
-        check_format(self.out, self.to)
-        if self.to == "gguf":
+        replacing = {"marker": PROVENANCE, "overwrite": self.overwrite}
+        if is_gguf(self.out):
             check_new_gguf(self.out, overwrite=self.overwrite)
             check_output(report_of(self.out), overwrite=True, ours=is_page)
         else:
-            path = None if self.source is None else self.source.path
-            check_new(self.out, marker=PROVENANCE, overwrite=self.overwrite, source=path)
+            check_new(self.out, **replacing)
+        self.source: Weights | None = None  # of a loaded model
+        if isinstance(model, str | PathLike):
+            self.source = find_source(model)
+            if not is_gguf(self.out):
+                check_new(self.out, **replacing, source=self.source.path)
+        if self.streaming.stream:
+            self._check_streamed()
+        check_format(self.out, self.to)
         self.texts.kinds()  # reads the first text of each
         judges = self.cut.eval_data
         for name in [] if judges is None else source_names(judges):
             texts(name, column=self.texts.column)
         self.folder = Path(f"{self.out}.shrinking")  # what a killed run continues from
 
-    def open(self, short: ShortHFModel) -> None:
-        """Takes the original model, and derives the rest of the settings from it."""
-        kind, self.short, self.judged = short.model.config.model_type, short, short.model.dtype
-        if self.to != "hf" and kind != "llama" and not self.in_place:
+    def _check_streamed(self) -> None:
+        """Raises for all that needs the model in memory."""
+        if self.source is None:
+            raise ShortGPTError("`stream` reads a checkpoint: give its name, not a loaded model")
+        if {*source_names(self.texts.data)} & {*OWN}:
+            raise ShortGPTError(STREAMED)
+        asked = {"method": self.method in (AUTO, *BY_LOSS), "tasks": self.tasks.tasks}
+        asked |= {"max_perplexity_ratio": self.dial.max_perplexity_ratio}
+        asked |= {"minutes": self.settings.minutes, "prompt": self.settings.prompt}
+        if names := [name for name, value in asked.items() if value]:
             raise ShortGPTError(
-                f"`to` {self.to} is for a Llama, and this is a {kind}: leave it out"
+                f"`{names[0]}` needs the model in memory, and `stream` holds one layer: leave one "
+                "of them out"
             )
-        self.size = self.cut.size or min(SIZE, short.decoder.max_seq_len)
-        self.count = len(short.kept)
+        own = "meta" if self.source.kind == "meta" else "hf"
+        if (self.settings.to or own) != own or is_gguf(self.out):
+            raise ShortGPTError(
+                f"a streamed model is written in its own format, {own}: leave out `to`, and name "
+                "a directory; `short-gpt convert` makes another format of it"
+            )
+        self.to = own
+
+    def opened_model(self, model: Model, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
+        """The original model."""
+        if self.source is None:
+            short = ShortHFModel(model, tokenizer=tokenizer)
+        elif not self.streaming.stream:
+            short = open_trainable(str(self.source), self.opening)
+        else:
+            size = self.cut.size or SIZE
+            own = of_source(self.opening, self.source, stream=True)
+            streamed = self.streaming.open(str(self.source), own, size)
+            assert isinstance(streamed, StreamedLlama)
+            return Streamed(streamed, self.to)
+        return InMemory(short, self.source, self.to, self.opening)
+
+    def derive(self, opened: Opened) -> None:
+        """Derives the rest of the settings from the original model."""
+        self.opened, self.short = opened, opened.short
+        self.judged, _ = self.short.runs_in()
+        self.size = self.cut.size or min(SIZE, self.short.decoder.max_seq_len)
+        self.count, self.prompt = len(self.short.kept), opened.prompt(self.settings.prompt)
         self.own = [name for name in source_names(self.texts.data) if name in OWN]
         minutes, many = self.settings.minutes, 3 * CLOSED_WINDOWS
         limit = CLOSED_WINDOWS if minutes is None else many if self.own else None
         self.limit = self.cut.max_windows or limit  # windows to learn from
         self.fitted = min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)  # of the refit, at most
         self.refit = RefitSettings(max_windows=CLOSED_WINDOWS)
-        self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
-        self.parameters, self.stored = self._sizes()
+        self.probe = [i % self.short.decoder.vocab_size for i in range(self.size)]
+        self.parameters, self.stored = opened.sizes()
+        itemsize = 2 if opened.to == "gguf" else opened.dtype.itemsize  # llama.cpp's is float16
+        self.cache = opened.cache_width() * self.dial.context * self.dial.batch * itemsize
         sizes, rest = self.parameters
         if self.dial.memory is not None:
             sizes, rest = [size + self.cache for size in self.stored[0]], self.stored[1]
@@ -201,56 +248,18 @@ class _Run:
         self.n = None if open_ended else self.dial.count(sizes, rest)
 
     @property
-    def in_place(self) -> bool:
-        """Whether tensors keep the types of a GGUF file."""
-        return self.source is not None and self.source.kind == self.to == "gguf"
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """Of the weights as they are written: the source's own, unless one was asked for."""
-        if self.source is None or self.opening.dtype is not None or self.source.kind == "gguf":
-            return self.judged
-        if self.source.kind == "meta":
-            infos = Checkpoint(self.source).infos.values()
-            stored = max(infos, key=lambda info: math.prod(info.shape)).dtype
-        else:
-            config = read_json(resolve(self.source) / "config.json")
-            name = str(config.get("dtype") or config.get("torch_dtype"))
-            stored = getattr(torch, name, self.judged)
-        return min(self.judged, stored, key=lambda dtype: dtype.itemsize)
-
-    @cached_property
-    def cache(self) -> int:
-        """Bytes of a layer's KV cache."""
-        config = self.short.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        itemsize = 2 if self.to == "gguf" else self.dtype.itemsize  # llama.cpp's is float16
-        return 2 * heads * width * self.dial.context * self.dial.batch * itemsize
-
-    def _sizes(self) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
-        """Parameters of each layer and of the rest, and bytes of both as they are written."""
-        total = size_without(self.short, ())[0]
-        layers = [total - size_without(self.short, [i])[0] for i in self.short.kept]
-        parameters = layers, total - sum(layers)
-        if not self.in_place:
-            width = self.dtype.itemsize
-            return parameters, ([width * size for size in layers], width * parameters[1])
-        sizes = [0] * (self.count + 1)  # each tensor in its own type; the rest last
-        for name, entry in Stack.open(str(self.source)).parts.tensors.items():
-            match = LAYER.fullmatch(name)
-            sizes[min(int(match[1]), self.count) if match else self.count] += entry.nbytes
-        return parameters, (sizes[:-1], sizes[-1])
+    def in_memory(self) -> ShortHFModel:
+        assert isinstance(self.short, ShortHFModel)  # what needs it refuses a streamed one before
+        return self.short
 
     @cached_property
     def plan(self) -> str:
         """What will be done, and about how long each part takes."""
         a_pass, count = self.short.seconds_a_window(self.probe), self.count
-        method = self.settings.method
+        method = self.method
         few, rounds = FEW * a_pass / count, 1 if method == "perplexity" else self.n or count // 2
         search = few * most_layers_run(count, rounds)
-        auto = choosing.BUDGET * FIRST * a_pass
+        auto = (self.settings.budget or choosing.BUDGET) * FIRST * a_pass
         chosen = auto if method == AUTO else search if method in SEARCHED else MOST * a_pass
         parts = {"writing its own text": self._seconds_of_own_text()} if self.own else {}
         if self.n is None:
@@ -280,7 +289,7 @@ class _Run:
             times.append(perf_counter())
             return logits.argmax(-1)
 
-        self.short.continued([[0]] * min(AT_ONCE, texts), TIMED, likeliest)
+        self.in_memory.continued([[0]] * min(AT_ONCE, texts), TIMED, likeliest)
         step = (times[-1] - times[0]) / (TIMED - 1)
         return step * self.size * math.ceil(texts / AT_ONCE)
 
@@ -292,14 +301,10 @@ class _Run:
         texts = {name: windows_digest(own) for name, own in digests.items()}
         identity = joined(short.identity(), texts, settings)
         file, calibration = self.folder / "state.json", windows.training[:MOST]
-        saved, method = StateFile(file, identity, folder=self.folder), self.settings.method
-        sets = Comparison(short, calibration, windows.evaluation, few=FEW, state=saved)
-        self.cells, short.importance = sets.cells, sets.importance
-        n = self.n or self.cells.value("how many", partial(self._within, sets, calibration))
-        layers = sets.layers(method, n, self.cut.seed)
-        if self.in_place:
+        layers, choice = self._chosen(calibration, StateFile(file, identity, folder=self.folder))
+        if self.opened.in_place:
             check_saved(str(self.source), layers, short.importance.block_influence.tolist())
-        how = {"method": METHODS[method], "eval_data": self.cut.eval_data}
+        how = {"method": METHODS[self.method], "eval_data": self.cut.eval_data}
         short.evidence |= {**how, "size": self.size}
         looks = {"original": self._look("original")}
         with short.without_layers(layers):
@@ -310,22 +315,22 @@ class _Run:
         job = HealingJob(short, windows, layers, settings=steps, notify=self.notify, **kept)
         importance, evidence = short.importance, job.run()
         looks["healed"] = self._look("healed")
-        built, prompt = self._write(evidence.perplexity), self._prompt()
-        choice = sets.choice(n) if method == AUTO else {}
-        del short, job, self.short, sets  # which makes room for what is read again
+        built, in_place = self._write(evidence.perplexity), self.opened.in_place
+        remarks = self._remarks(evidence)
+        del short, job, self.short, self.opened  # which makes room for what is read again
         result = Shrunk(
             self.out,
             self.plan,
             self.count,
             layers,
-            method,
+            self.method,
             {
                 kind: {state: p for name, p in own.items() if (state := _state(name)) in looks}
                 for kind, own in evidence.by_kind.items()
             },
             looks,
-            prompt,
-            self._remarks(built, evidence),
+            self.prompt,
+            remarks + (self._rounded(built, evidence) if in_place else []),
             evidence.steps,
             choice,
             importance,
@@ -333,6 +338,28 @@ class _Run:
         )
         self._place(built, result)
         return result
+
+    def _chosen(
+        self, calibration: Sequence[Sequence[int]], saved: StateFile
+    ) -> tuple[list[int], Mapping[str, Any]]:
+        """The layers to remove, and how `auto` chose them."""
+        if self.short.streamed:
+            self.cells = Cells(saved)
+            scores = self.cells.value("importance", partial(self._scores, calibration))
+            self.short.importance = Importance.from_dict(scores)
+            assert self.n is not None
+            chosen = choose(self.short.importance, self.n, method=self.method, seed=self.cut.seed)
+            return chosen, {}
+        how: Any = {"few": FEW, "state": saved, "budget": self.settings.budget}
+        sets = Comparison(self.in_memory, calibration, self.windows.evaluation, **how)
+        self.cells, self.short.importance = sets.cells, sets.importance
+        n = self.n or self.cells.value("how many", partial(self._within, sets, calibration))
+        layers = sets.layers(self.method, n, self.cut.seed)
+        return layers, sets.choice(n) if self.method == AUTO else {}
+
+    def _scores(self, windows: Sequence[Sequence[int]]) -> dict[str, object]:
+        self.short.measure(windows)
+        return self.short.importance.to_dict()
 
     def _read(self) -> Learning:
         """The windows; what the model writes is kept in the folder."""
@@ -351,24 +378,27 @@ class _Run:
         )
         return self.windows
 
-    def _remarks(self, built: Path, evidence: HealingEvidence) -> list[str]:
-        """What must be known of the numbers; a GGUF file, whose tensors were rounded, is judged."""
+    def _remarks(self, evidence: HealingEvidence) -> list[str]:
+        """What must be known of the numbers."""
         said = [about_own(self.texts.data, self.cut.eval_data), self.windows.left_out]
         if evidence.worse:
             said.append(f"WORSE: healing changes the loss by {evidence.change}; give more text")
-        if self.in_place:
-            again = open_trainable(str(built), self.opening)
-            written = together(losses(again.decoder, self.windows.evaluation))
-            change = difference([evidence.perplexity["healed"]], [written])
-            said.append(f"writing it in the file's own types changes the loss by {change}")
-            said.append(about_types(str(self.source), built))
-        elif self.judged != self.dtype:
-            said.append(f"judged in {self.judged}, written in {self.dtype}")
+        dtype = self.opened.dtype
+        if self.judged != dtype and not self.opened.in_place:
+            said.append(f"judged in {self.judged}, written in {dtype}")
         return [remark for remark in said if remark]
+
+    def _rounded(self, built: Path, evidence: HealingEvidence) -> list[str]:
+        """What the types of a GGUF file, in which the changed tensors are rounded, cost."""
+        again = open_trainable(str(built), self.opening)
+        written = together(losses(again.decoder, self.windows.evaluation))
+        change = difference([evidence.perplexity["healed"]], [written])
+        said = [f"writing it in the file's own types changes the loss by {change}"]
+        return [*said, *filter(None, [about_types(str(self.source), built)])]
 
     def _within(self, sets: Comparison, every: Sequence[Sequence[int]]) -> int:
         """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
-        short, held = self.short, max(2, len(every) // 4)
+        short, held = self.in_memory, max(2, len(every) // 4)
         fit, ratio = every[:-held], self.dial.max_perplexity_ratio or 1.0
         judging, _ = without_overlap(every[-held:], fit)
         order = sets.layers("sleb", self.count - 2)
@@ -393,7 +423,7 @@ class _Run:
         """The refit, and a distillation of so many steps as take the minutes."""
         if self.settings.minutes is None:
             return [self.refit]
-        recipe = recipe_for(self.short.model.config, "small", seed=self.cut.seed)
+        recipe = recipe_for(self.in_memory.model.config, "small", seed=self.cut.seed)
         steps = self.cells.value(
             "steps", partial(self._steps_in, 60 * self.settings.minutes, recipe)
         )
@@ -404,62 +434,30 @@ class _Run:
     def _steps_in(self, seconds: float, recipe: Recipe) -> int:
         """Training steps that fit, by one that is timed; the teacher reads each window before."""
         a_pass = self.short.seconds_a_window(self.probe)
-        step = seconds_a_step(self.short, self.probe, recipe) + recipe.batch * a_pass
+        step = seconds_a_step(self.in_memory, self.probe, recipe) + recipe.batch * a_pass
         return max(1, int((seconds - (CHECKS + 1) * HELD * a_pass) / step))
-
-    def _prompt(self) -> str:
-        chat = self.short.tokenizer is not None and self.short.tokenizer.chat_template
-        return self.settings.prompt or (CHAT if chat else PLAIN)
 
     def _look(self, state: str) -> Look:
         """Measured once; the text is that of the model as it is now."""
         return Look(*self.cells.value(f"look {state}", self._measured))
 
     def _measured(self) -> list[Any]:
-        short, tokenizer, prompt = self.short, self.short.tokenizer, self._prompt()
-        assert tokenizer is not None  # texts were encoded by it
-        ids = short.encode(prompt)
-        if tokenizer.chat_template:
-            turn = [{"role": "user", "content": prompt}]
-            rendered = tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True
-            )
-            ids = tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
-        answer = short.greedy(ids, ANSWER)
-        text = str(tokenizer.decode(answer, skip_special_tokens=True))
-        speed = tokens_per_second(short, self.windows.evaluation[0])
+        short, opened = self.short, self.opened
         numbers, size = (
             rest + sum(each[i] for i in short.present)
             for each, rest in (self.parameters, self.stored)
         )
         memory = size + self.cache * len(short.present)
-        return [text, speed, numbers, size, memory, vars(self.tasks.run(short))]
+        speed = opened.speed(self.windows.evaluation[0])
+        tasks = {} if short.streamed else vars(self.tasks.run(self.in_memory))
+        return [opened.answer(self.prompt), speed, numbers, size, memory, tasks]
 
     def _write(self, measured: Mapping[str, Perplexity]) -> Path:
         """The model in the folder, in its format, read again and compared."""
-        short, built = self.short, self.folder / self.out.name
+        built = self.folder / self.out.name
         shutil.rmtree(built, ignore_errors=True)
-        how: dict[str, Any] = {"facts": {"data": self.texts.data}, "measured": measured}
-        if self.in_place:
-            return short.save(built, **how, overwrite=True)
-        for weight in short.model.parameters():  # no buffers, which loading leaves in float32
-            weight.data = weight.data.to(self.dtype)
-        if self.to == "hf":
-            return short.save_pretrained(built, **how)
-        scratch = self.folder / f"{self.out.stem}-hf"
-        shutil.rmtree(scratch, ignore_errors=True)
-        if self.to == "gguf":
-            short.save_pretrained(scratch, **how)
-            return convert(str(scratch), str(built), to="gguf", overwrite=True, notify=self.notify)
-        record = Provenance.of(short, short.source, **how)
-        if self.source is not None and self.source.kind == "meta":
-            tokenizer = Path(self.opening.tokenizer_path or find_tokenizer(self.source))
-        else:
-            assert short.tokenizer is not None
-            short.tokenizer.save_pretrained(scratch)
-            tokenizer = find_tokenizer(scratch)
-        target = Target(built, "meta", False, short.check_saved)
-        return save_as_meta(short.model, target, record=record, tokenizer_path=tokenizer)
+        how = {"facts": {"data": self.texts.data}, "measured": measured}
+        return self.opened.write(built, how, self.notify)
 
     def _place(self, built: Path, result: Shrunk) -> None:
         """Puts model and page where they belong, whole or not at all."""

@@ -25,8 +25,8 @@ PLAIN = "The capital of France is"  # a prompt for models without a chat templat
 class Look(NamedTuple):
     """What one state of the model is worth beside its perplexity."""
 
-    completion: str  # greedy
-    tokens_per_second: float  # greedy generation with the cache, one sequence
+    completion: str  # greedy; empty of a streamed model, which does not generate
+    tokens_per_second: float | None  # greedy generation with the cache, one sequence
     parameters: int
     size: int  # bytes of the weights as they are written
     memory: int  # the same with the KV cache
@@ -72,7 +72,8 @@ class Shrunk:
         rows.append(["parameters, millions", *(f"{look.parameters / 1e6:.1f}" for look in looks)])
         rows.append(["weights as written", *(shown(look.size) for look in looks)])
         rows.append(["with the KV cache", *(shown(look.memory) for look in looks)])
-        rows.append(["tokens a second", *(f"{look.tokens_per_second:.1f}" for look in looks)])
+        if speeds := [f"{look.tokens_per_second:.1f}" for look in looks if look.tokens_per_second]:
+            rows.append(["tokens a second", *speeds])
         return rows + self._task_rows()
 
     def _task_rows(self) -> list[list[str]]:
@@ -105,9 +106,9 @@ class Shrunk:
         for first, *cells in rows:
             right = (f"{c:>{width}}" for c, width in zip(cells, widths[1:], strict=True))
             lines.append(f"{first:<{widths[0]}}  {'  '.join(right)}".rstrip())
-        lines += [*self.remarks, "", self.prompt]
+        lines += [*self.remarks, *(["", self.prompt] if self.prompt else [])]
         width = max(map(len, self.looks))
-        for state, look in self.looks.items():
+        for state, look in self.looks.items() if self.prompt else ():
             lines.append(f"  {state:<{width}}  {one_line(' '.join(look.completion.split()))}")
         lines += ["", f"written: {self.out}", f"written: {self.report()}", "", "next:"]
         return "\n".join([*lines, *(f"  {step}" for step in self.next_steps)])

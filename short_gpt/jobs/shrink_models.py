@@ -1,0 +1,208 @@
+"""What `shrink` needs of an opened model: its sizes, a completion, and its files."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from llama.checkpoint.meta import Checkpoint
+from llama.io.json_files import read_json
+from llama.io.sources import Source as Weights
+from llama.io.sources import resolve
+from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.gguf_layers import LAYER, Stack
+from short_gpt.checkpoints.hf import save_as_meta
+from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.target import Target
+from short_gpt.jobs.comparing import size_without, tokens_per_second
+from short_gpt.jobs.conversion import convert
+from short_gpt.jobs.inputs import Notify
+from short_gpt.jobs.shrunk import PLAIN
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.streamed_llama import StreamedLlama
+
+CHAT = "What is the capital of France, and what is it known for?"  # of models with a chat template
+ANSWER = 48  # tokens of a completion
+Sizes = tuple[list[int], int]  # of every layer, and of the rest
+
+
+class Opened(Protocol):
+    """An opened model, and how it is written."""
+
+    to: str  # hf, meta or gguf
+
+    @property
+    def short(self) -> ScoredModel: ...
+
+    @property
+    def in_place(self) -> bool:
+        """Whether tensors keep the types of a GGUF file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights as they are written."""
+
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        """Parameters, and bytes as they are written."""
+
+    def cache_width(self) -> int:
+        """Numbers that a layer's KV cache holds for a token."""
+
+    def prompt(self, own: str | None) -> str:
+        """What it is asked, unless the user has an own prompt."""
+
+    def answer(self, prompt: str) -> str:
+        """The greedy completion; empty of a streamed model, which does not generate."""
+
+    def speed(self, window: Sequence[int]) -> float | None:
+        """Tokens a second; None of a streamed model."""
+
+    def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
+        """Writes the model, reads it again and compares it."""
+
+
+@dataclass
+class InMemory:
+    """A model of transformers."""
+
+    short: ShortHFModel
+    source: Weights | None  # None of a loaded model
+    to: str
+    opening: OpenOptions
+
+    def __post_init__(self) -> None:
+        kind = self.short.model.config.model_type
+        if self.to != "hf" and kind != "llama" and not self.in_place:
+            raise ShortGPTError(
+                f"`to` {self.to} is for a Llama, and this is a {kind}: leave it out"
+            )
+
+    @property
+    def in_place(self) -> bool:
+        return self.source is not None and self.source.kind == self.to == "gguf"
+
+    @cached_property
+    def dtype(self) -> torch.dtype:  # the source's own, unless one was asked for
+        loaded = self.short.model.dtype
+        if self.source is None or self.opening.dtype is not None or self.source.kind == "gguf":
+            return loaded
+        if self.source.kind == "meta":
+            infos = Checkpoint(self.source).infos.values()
+            stored = max(infos, key=lambda info: math.prod(info.shape)).dtype
+        else:
+            config = read_json(resolve(self.source) / "config.json")
+            name = str(config.get("dtype") or config.get("torch_dtype"))
+            stored = getattr(torch, name, loaded)
+        return min(loaded, stored, key=lambda dtype: dtype.itemsize)
+
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        total, count = size_without(self.short, ())[0], len(self.short.kept)
+        layers = [total - size_without(self.short, [i])[0] for i in self.short.kept]
+        parameters = layers, total - sum(layers)
+        if not self.in_place:
+            width = self.dtype.itemsize
+            return parameters, ([width * size for size in layers], width * parameters[1])
+        sizes = [0] * (count + 1)  # each tensor in its own type; the rest last
+        for name, entry in Stack.open(str(self.source)).parts.tensors.items():
+            match = LAYER.fullmatch(name)
+            sizes[min(int(match[1]), count) if match else count] += entry.nbytes
+        return parameters, (sizes[:-1], sizes[-1])
+
+    def cache_width(self) -> int:
+        config = self.short.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        return 2 * heads * (width or config.hidden_size // config.num_attention_heads)
+
+    def prompt(self, own: str | None) -> str:
+        tokenizer = self.short.tokenizer
+        return own or (CHAT if tokenizer is not None and tokenizer.chat_template else PLAIN)
+
+    def answer(self, prompt: str) -> str:
+        tokenizer, ids = self.short.tokenizer, self.short.encode(prompt)
+        assert tokenizer is not None  # texts were encoded by it
+        if tokenizer.chat_template:
+            turn = [{"role": "user", "content": prompt}]
+            rendered = tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
+        return str(tokenizer.decode(self.short.greedy(ids, ANSWER), skip_special_tokens=True))
+
+    def speed(self, window: Sequence[int]) -> float:
+        return tokens_per_second(self.short, window)
+
+    def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
+        short = self.short
+        if self.in_place:
+            return short.save(built, **how, overwrite=True)
+        for weight in short.model.parameters():  # no buffers, which loading leaves in float32
+            weight.data = weight.data.to(self.dtype)
+        if self.to == "hf":
+            return short.save_pretrained(built, **how)
+        scratch = built.with_name(f"{built.stem}-hf")
+        shutil.rmtree(scratch, ignore_errors=True)
+        if self.to == "gguf":
+            short.save_pretrained(scratch, **how)
+            return convert(str(scratch), str(built), to="gguf", overwrite=True, notify=notify)
+        record = Provenance.of(short, short.source, **how)
+        if self.source is not None and self.source.kind == "meta":
+            tokenizer = Path(self.opening.tokenizer_path or find_tokenizer(self.source))
+        else:
+            assert short.tokenizer is not None
+            short.tokenizer.save_pretrained(scratch)
+            tokenizer = find_tokenizer(scratch)
+        target = Target(built, "meta", False, short.check_saved)
+        return save_as_meta(short.model, target, record=record, tokenizer_path=tokenizer)
+
+
+@dataclass
+class Streamed:
+    """A Llama of which one layer at a time is in memory; it is written in its own format."""
+
+    short: StreamedLlama
+    to: str
+    in_place = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.short.stream.stored
+
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        sizes: list[Sizes] = []
+        for weigh in (lambda dtype: 1, lambda dtype: dtype.itemsize):
+            layers, rest = [0] * len(self.short.kept), 0
+            for name, info in self.short.stream.source.infos.items():
+                size = math.prod(info.shape) * weigh(info.dtype)
+                if name.startswith("layers."):
+                    layers[int(name.split(".")[1])] += size
+                else:
+                    rest += size
+            sizes.append((layers, rest))
+        return sizes[0], sizes[1]
+
+    def cache_width(self) -> int:
+        args = self.short.stream.params
+        return 2 * args.kv_heads * args.head_dim
+
+    def prompt(self, own: str | None) -> str:
+        return ""
+
+    def answer(self, prompt: str) -> str:
+        return ""
+
+    def speed(self, window: Sequence[int]) -> None:
+        return None
+
+    def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
+        return self.short.save(built, **how)
