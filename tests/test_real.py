@@ -197,19 +197,21 @@ def test_pruning_takes_the_memory_of_one_tensor(tmp_path):
 
 
 def test_the_demo_does_the_whole_job(tmp_path, capsys):
-    command = [sys.executable, "-m", "short_gpt", "demo", "--max_windows", "2"]
-    command += ["--eval_windows", "1", "--out_dir", str(tmp_path / "out")]
+    from transformers import AutoModelForCausalLM
+
+    out, result = tmp_path / "out", tmp_path / "demo.json"
+    command = [sys.executable, "-m", "short_gpt", "demo", str(out), "--json", str(result)]
+    command += ["--max_windows", "4", "--eval_windows", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "gives the same logits" in done.stdout
-    names = {"layers.json", "block_influence.png", "angular.png", "pruned"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == names
-    record = json.loads((tmp_path / "out/layers.json").read_text())
-    assert len(record["layers"]["block_influence"]) == 4
-    block = record["layers"]["angular"]
-    assert block == list(range(block[0], block[0] + 4))
-    whole, cut, refitted = record["result"].values()
-    assert 5 < whole["perplexity"] < refitted["perplexity"] < cut["perplexity"] < 200
-    assert cut["megabytes"] == refitted["megabytes"] < whole["megabytes"]
+    assert "removed 4 of 30 layers, chosen by bi" in done.stdout
+    record = json.loads(result.read_text())["result"]
+    original, pruned, healed = (p["perplexity"] for p in record["quality"]["demo"].values())
+    assert 5 < original < healed < pruned < 200
+    assert "Paris" in record["looks"]["original"]["completion"]
+    sizes = [look["size"] for look in record["looks"].values()]
+    assert sizes[0] > sizes[1] == sizes[2]
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 26
+    assert "<h2>What was removed</h2>" in (out / "report.html").read_text()
     assert "exists" in fails(capsys, *command[3:])
 
 

@@ -89,7 +89,8 @@ class Flag(NamedTuple):
         if self.positional:
             name = f"  {self.name.upper()}"
         elif bool not in self.kinds:
-            name += f" {'N' if {int, float} & {*self.kinds} else self.value}"
+            number = {int, float} & {*self.kinds} and str not in self.kinds
+            name += f" {'N' if number else self.value}"
         if self.default is not None and self.default is not False:
             parts = self.default if isinstance(self.default, tuple) else [self.default]
             default = ",".join(map(str, parts))  # as it is written in a command line

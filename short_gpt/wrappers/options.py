@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llama.io.sources import is_meta
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import Needs, Values, needs_one_of, setting
+from short_gpt.runtime.settings import Needs, Values, setting
 
 
 def _tokenizer_is_read(values: Values) -> bool:
@@ -24,8 +24,26 @@ TOKENIZER = Needs(
     "a model in Meta's format (others bring their own tokenizer) or `stream`", _tokenizer_is_read
 )
 PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
-READING = ("rank", "prune", "heal", "calibrate", "compare", "perplexity", "evaluate", "reproduce")
-LOADED = needs_one_of("`max_perplexity_ratio`", "max_perplexity_ratio")
+READING = (
+    "shrink",
+    "rank",
+    "prune",
+    "heal",
+    "calibrate",
+    "compare",
+    "perplexity",
+    "evaluate",
+    "reproduce",
+)
+
+
+def _is_loaded(values: Values) -> bool:
+    """Whether a command opens the model, as all do except prune without a perplexity to keep."""
+    asked = "max_perplexity_ratio"
+    return "ratio" in values or asked not in values or values[asked] is not None
+
+
+LOADED = Needs("`max_perplexity_ratio`", _is_loaded)
 
 
 @dataclass(frozen=True)

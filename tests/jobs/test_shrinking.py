@@ -24,10 +24,11 @@ from llama.formats.convert import meta_to_hf
 from llama.formats.gguf import llama_to_gguf
 from llama.formats.tokenizers import with_bos
 from short_gpt import heal_refit, shrink
+from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import Source
 from short_gpt.healing.refit_layer import LayerRefit
-from short_gpt.jobs import HealingWindows, OpenOptions, Shrunk, shrinking
+from short_gpt.jobs import HealingWindows, OpenOptions, Shrunk, shrink_models, shrinking
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -38,6 +39,7 @@ pytestmark = [
 CUT = HealingWindows("books", 24, 8, 6)
 FLAGS = ("--size", 24, "--max_windows", 8, "--eval_windows", 6, "--method", "bi")
 TEXTS = ("--data", "other", "--eval_data", "books")
+STREAM = ("--stream", "--data", "books")
 TOKENS = torch.tensor(random_windows(1, 12, vocab=200))
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.content }}{% endfor %}"
@@ -123,7 +125,7 @@ def test_it_needs_nothing_but_a_model(here):
     )
     words = AutoTokenizer.from_pretrained("hf")
     asked = words(f"<s>{done.prompt}>", add_special_tokens=False)["input_ids"]
-    answer = open_model("hf", device="cpu").greedy(asked, shrinking.ANSWER)
+    answer = open_model("hf", device="cpu").greedy(asked, shrink_models.ANSWER)
     assert original.completion == words.decode(answer, skip_special_tokens=True)
     page = done.report().read_text()
     for part in (done.prompt, "Which sets were tried", "What was removed", *done.rows()[1]):
@@ -189,6 +191,40 @@ def test_the_same_call_continues_what_was_killed(
     assert torch.equal(logits("out"), logits(str(uninterrupted.out)))
     assert done.looks["healed"].completion == uninterrupted.looks["healed"].completion
     assert not Path("out.shrinking").exists()
+
+
+@pytest.mark.parametrize("model", ["hf", "meta"])
+def test_a_streamed_llama_is_shrunk_as_one_in_memory(here, by_hand, capsys, model):
+    layers, expected = by_hand
+    flags = ("--n", 2, "--size", 24, "--max_windows", 8, "--eval_windows", 6, *TEXTS)
+    run("shrink", model, "out", *flags, "--stream", "--json", "r.json")
+    printed = capsys.readouterr().out
+    result = json.loads(Path("r.json").read_text())["result"]
+    assert result["layers"] == layers and result["method"] == "bi"
+    assert (logits("out") - expected).abs().max() < 1e-3 * expected.abs().max()
+    kind = "config.json" if model == "hf" else "params.json"
+    assert Path("out", kind).is_file() and Path("out/report.html").is_file()
+    assert "tokens a second" not in printed and shrink_models.CHAT not in printed
+    run("shrink", model, "whole", *flags, "--method", "bi", "--to", model, "--json", "w.json")
+    whole = json.loads(Path("w.json").read_text())["result"]
+    for state, look in whole["looks"].items():
+        own = result["looks"][state]
+        assert [own[k] for k in ("parameters", "size", "memory")] == [
+            look[k] for k in ("parameters", "size", "memory")
+        ]
+
+
+def test_the_demo_shrinks_its_model_on_its_book(here, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "gguf_file", lambda: Path("model.gguf"))
+    folders = {"calibration": "other", "held_out": "books"}
+    monkeypatch.setattr(
+        demo, "bible", lambda part: [p.read_text() for p in sorted(Path(folders[part]).iterdir())]
+    )
+    run("demo", "--n", 2, "--size", 24, "--max_windows", 8, "--eval_windows", 6, "--table")
+    printed = capsys.readouterr().out
+    assert "removed 2 of 6 layers, chosen by bi" in printed and "perplexity, demo" in printed
+    assert re.search(r"^ +5 +\d\.\d{6} ", printed, flags=re.MULTILINE)  # the last layer's score
+    assert AutoModelForCausalLM.from_pretrained("short_gpt_demo").config.num_hidden_layers == 4
 
 
 def test_a_dry_run_writes_nothing(here, capsys):
@@ -262,8 +298,13 @@ def test_tasks_are_paired(here, lm_eval, tasks, capsys):
         (("hf", "out", "--context", 9), "--context has no effect without --memory"),
         (("hf", "out", "--method", "best"), "no method 'best'"),
         (("hf", "out", "--minutes", 0), "--minutes 0.0: expected above 0"),
-        (("none", "out"), "checkpoint directory none does not exist"),
+        (("none", "out", "--device", "cpu"), "checkpoint directory none does not exist"),
         (("hf", "out", "--eval_data", "self", "--size", 24), "self is the model's own text"),
+        (("hf", "out", "--budget", 9, "--method", "bi"), "--budget has no effect without --method"),
+        (("hf", "out", "--stream"), "a streamed model writes no text of its own"),
+        (("hf", "out", *STREAM, "--method", "sleb"), "--method needs the model in memory"),
+        (("hf", "out", *STREAM, "--minutes", 1), "--minutes needs the model in memory"),
+        (("hf", "out", *STREAM, "--to", "meta"), "is written in its own format, hf"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
