@@ -169,7 +169,7 @@ class _Run:
         self.to = self.settings.to or ("gguf" if is_gguf(self.out) else "hf")
         if self.settings.minutes is not None:
             require_packages()
-        replacing = {"marker": PROVENANCE, "overwrite": self.overwrite}
+        replacing: Any = {"marker": PROVENANCE, "overwrite": self.overwrite}
         if is_gguf(self.out):
             check_new_gguf(self.out, overwrite=self.overwrite)
             check_output(report_of(self.out), overwrite=True, ours=is_page)
@@ -195,7 +195,10 @@ class _Run:
             raise ShortGPTError("`stream` reads a checkpoint: give its name, not a loaded model")
         if {*source_names(self.texts.data)} & {*OWN}:
             raise ShortGPTError(STREAMED)
-        asked = {"method": self.method in (AUTO, *BY_LOSS), "tasks": self.tasks.tasks}
+        asked: dict[str, object] = {
+            "method": self.method in (AUTO, *BY_LOSS),
+            "tasks": self.tasks.tasks,
+        }
         asked |= {"max_perplexity_ratio": self.dial.max_perplexity_ratio}
         asked |= {"minutes": self.settings.minutes, "prompt": self.settings.prompt}
         if names := [name for name, value in asked.items() if value]:

@@ -205,7 +205,7 @@ def test_a_streamed_llama_is_shrunk_as_one_in_memory(here, by_hand, capsys, mode
     kind = "config.json" if model == "hf" else "params.json"
     assert Path("out", kind).is_file() and Path("out/report.html").is_file()
     assert "tokens a second" not in printed and shrink_models.CHAT not in printed
-    run("shrink", model, "whole", *flags, "--method", "bi", "--to", model, "--json", "w.json")
+    run("shrink", model, "memory", *flags, "--method", "bi", "--to", model, "--json", "w.json")
     whole = json.loads(Path("w.json").read_text())["result"]
     for state, look in whole["looks"].items():
         own = result["looks"][state]
