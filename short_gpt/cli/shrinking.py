@@ -8,7 +8,7 @@ from short_gpt.cli.options import Output, say, say_written, tell
 from short_gpt.jobs import Dial, HealingWindows, OpenOptions, Running, Shrinking, Tasks, TextSource
 
 # of the demo: few enough for two minutes on two cores
-FEW = HealingWindows(eval_data="demo", size=512, max_windows=16, eval_windows=12)
+FEW = HealingWindows(eval_data="demo", size=512, max_windows=12, eval_windows=8)
 
 
 def shrink(
@@ -65,7 +65,7 @@ def demo(
     out: str = "short_gpt_demo",
     *,
     n: int = 4,
-    settings: Shrinking = Shrinking(method="bi"),
+    settings: Shrinking = Shrinking(method="bi", prompt="What is a king?"),
     windows: HealingWindows = FEW,
     opening: OpenOptions = OpenOptions(),
     output: Output = Output(),

@@ -67,13 +67,13 @@ def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
 
 
 def tokens_per_second(
-    short: ShortModel, window: Sequence[int], *, prompt: int = 64, count: int = 32
+    short: ShortModel, window: Sequence[int], *, prompt: int = 64, count: int = 32, runs: int = 3
 ) -> float:
-    """Greedy generation with the cache after the window's beginning; the median of three runs."""
+    """Greedy generation with the cache after the window's beginning; the median of some runs."""
     half_context = short.decoder.max_seq_len // 2
     ids, count = list(window[: min(prompt, half_context)]), min(count, half_context)
     seconds = []
-    for _ in range(4):
+    for _ in range(1 + runs):  # the first warms up
         started = time.perf_counter()
         generated = len(short.greedy(ids, count))
         seconds.append((time.perf_counter() - started) / max(generated, 1))

@@ -140,7 +140,7 @@ class InMemory:
         return str(tokenizer.decode(self.short.greedy(ids, ANSWER), skip_special_tokens=True))
 
     def speed(self, window: Sequence[int]) -> float:
-        return tokens_per_second(self.short, window)
+        return tokens_per_second(self.short, window, count=16, runs=2)
 
     def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
         short = self.short

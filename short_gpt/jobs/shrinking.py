@@ -263,7 +263,8 @@ class _Run:
         few, rounds = FEW * a_pass / count, 1 if method == "perplexity" else self.n or count // 2
         search = few * most_layers_run(count, rounds)
         auto = (self.settings.budget or choosing.BUDGET) * FIRST * a_pass
-        chosen = auto if method == AUTO else search if method in SEARCHED else MOST * a_pass
+        scored = min(self.limit or MOST, MOST) * a_pass
+        chosen = auto if method == AUTO else search if method in SEARCHED else scored
         parts = {"writing its own text": self._seconds_of_own_text()} if self.own else {}
         if self.n is None:
             tries = math.ceil(math.log2(count)) * (REFIT * 3 + 1) * MOST / 4 * a_pass
@@ -442,16 +443,16 @@ class _Run:
 
     def _look(self, state: str) -> Look:
         """Measured once; the text is that of the model as it is now."""
-        return Look(*self.cells.value(f"look {state}", self._measured))
+        return Look(*self.cells.value(f"look {state}", partial(self._measured, state)))
 
-    def _measured(self) -> list[Any]:
+    def _measured(self, state: str) -> list[Any]:
         short, opened = self.short, self.opened
         numbers, size = (
             rest + sum(each[i] for i in short.present)
             for each, rest in (self.parameters, self.stored)
         )
         memory = size + self.cache * len(short.present)
-        speed = opened.speed(self.windows.evaluation[0])
+        speed = None if state == "pruned" else opened.speed(self.windows.evaluation[0])
         tasks = {} if short.streamed else vars(self.tasks.run(self.in_memory))
         return [opened.answer(self.prompt), speed, numbers, size, memory, tasks]
 

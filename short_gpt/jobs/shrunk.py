@@ -26,7 +26,8 @@ class Look(NamedTuple):
     """What one state of the model is worth beside its perplexity."""
 
     completion: str  # greedy; empty of a streamed model, which does not generate
-    tokens_per_second: float | None  # greedy generation with the cache, one sequence
+    # greedy generation with the cache, one sequence; not measured of pruned, which is as healed
+    tokens_per_second: float | None
     parameters: int
     size: int  # bytes of the weights as they are written
     memory: int  # the same with the KV cache
@@ -60,7 +61,7 @@ class Shrunk:
         rows = [["", *self.looks]]
         for kind, states in self.quality.items():
             rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in states.values())])
-            ends = ["{:.4g} to {:.4g}".format(*p.interval()) for p in states.values()]
+            ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in states.values()]
             rows.append(["95%", *(end.replace("nan to nan", "unknown") for end in ends)])
             first = next(iter(states.values()))
             changes = [difference([first], [p]) for p in [*states.values()][1:]]
@@ -72,8 +73,9 @@ class Shrunk:
         rows.append(["parameters, millions", *(f"{look.parameters / 1e6:.1f}" for look in looks)])
         rows.append(["weights as written", *(shown(look.size) for look in looks)])
         rows.append(["with the KV cache", *(shown(look.memory) for look in looks)])
-        if speeds := [f"{look.tokens_per_second:.1f}" for look in looks if look.tokens_per_second]:
-            rows.append(["tokens a second", *speeds])
+        speeds = [look.tokens_per_second for look in looks]
+        if any(speeds):
+            rows.append(["tokens a second", *(f"{speed:.1f}" if speed else "" for speed in speeds)])
         return rows + self._task_rows()
 
     def _task_rows(self) -> list[list[str]]:
