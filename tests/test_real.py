@@ -203,7 +203,7 @@ def test_the_demo_does_the_whole_job(tmp_path, capsys):
     command = [sys.executable, "-m", "short_gpt", "demo", str(out), "--json", str(result)]
     command += ["--max_windows", "4", "--eval_windows", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "removed 4 of 30 layers, chosen by bi" in done.stdout
+    assert "removed 4 of 30 layers by Block Influence" in done.stdout
     record = json.loads(result.read_text())["result"]
     original, pruned, healed = (p["perplexity"] for p in record["quality"]["demo"].values())
     assert 5 < original < healed < pruned < 200

@@ -55,7 +55,7 @@ from short_gpt.jobs.inputs import (
 from short_gpt.jobs.page import is_page, page
 from short_gpt.jobs.saving import interruptible
 from short_gpt.jobs.settings import HealingWindows
-from short_gpt.jobs.shrink_models import InMemory, Opened, Streamed
+from short_gpt.jobs.shrink_models import ANSWER, InMemory, Opened, Streamed
 from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import duration
@@ -273,6 +273,8 @@ class _Run:
         parts["the refit"] = REFIT * self.fitted * a_pass
         parts["training"] = 60 * (self.settings.minutes or 0)
         parts["judging"] = 3 * self.cut.eval_windows * a_pass
+        if self.prompt:
+            parts["three completions"] = 3 * 2 * ANSWER * self._seconds_a_token(1)
         times = [f"{name} {duration(time)}" for name, time in parts.items() if time]
         read = Learning([self.probe] * self.fitted, [], [])
         memory = self.refit.plan(self.short, read, None).describe()
@@ -285,17 +287,21 @@ class _Run:
         return "\n".join(lines)
 
     def _seconds_of_own_text(self) -> float:
-        """Timed on a few steps."""
         share = -(-(self.limit or COUNT) // len(source_names(self.texts.data)))
-        texts, times = len(self.own) * share, list[float]()
+        texts = len(self.own) * share
+        step = self._seconds_a_token(min(AT_ONCE, texts))
+        return step * self.size * math.ceil(texts / AT_ONCE)
+
+    def _seconds_a_token(self, texts: int) -> float:
+        """For so many texts at once, timed on a few."""
+        times = list[float]()
 
         def likeliest(logits: torch.Tensor) -> torch.Tensor:  # (B, V) to (B,)
             times.append(perf_counter())
             return logits.argmax(-1)
 
-        self.in_memory.continued([[0]] * min(AT_ONCE, texts), TIMED, likeliest)
-        step = (times[-1] - times[0]) / (TIMED - 1)
-        return step * self.size * math.ceil(texts / AT_ONCE)
+        self.in_memory.continued([[0]] * texts, TIMED, likeliest)
+        return (times[-1] - times[0]) / (TIMED - 1)
 
     def done(self) -> Shrunk:
         """Does all of it; continues what the folder holds."""

@@ -16,7 +16,7 @@ from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.runtime.errors import one_line
 from short_gpt.runtime.memory import shown
 from short_gpt.scoring.importance import Importance
-from short_gpt.selection.methods import AUTO
+from short_gpt.selection.methods import AUTO, LABELS
 
 REPORT = "report.html"
 PLAIN = "The capital of France is"  # a prompt for models without a chat template
@@ -97,7 +97,7 @@ class Shrunk:
     def head(self) -> str:
         """What was removed, in one line."""
         count = f"{len(self.layers)} of {self.total} layers"
-        return f"removed {count}, chosen by {self.method}: {[*self.layers]}"
+        return f"removed {count} by {LABELS[self.method]}: {sorted(self.layers)}"
 
     def __str__(self) -> str:
         if not self.looks:
