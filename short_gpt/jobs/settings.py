@@ -234,7 +234,7 @@ class HealingWindows:
 
     HEADING: ClassVar = READ
     eval_data: str | None = setting(None, value="TEXTS")
-    size: int | None = None
+    size: int | None = setting(None, more={"shrink": "Here it is 512"})
     max_windows: int | None = None
     eval_windows: int = 32
     drop_overlap: bool | None = None

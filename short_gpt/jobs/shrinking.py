@@ -43,7 +43,6 @@ from short_gpt.jobs.comparing import Comparison, windows_digest
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.healing import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import (
-    SIZE,
     Notify,
     Running,
     Tasks,
@@ -73,6 +72,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
+WINDOW = 512  # tokens
+LONG = 1800  # seconds after which a plan says what takes less
 CHECKS, HELD = 8, 16  # evaluations of a training, each on at most so many windows
 
 
@@ -221,7 +222,7 @@ class _Run:
         elif not self.streaming.stream:
             short = open_trainable(str(self.source), self.opening)
         else:
-            size = self.cut.size or SIZE
+            size = self.cut.size or WINDOW
             own = of_source(self.opening, self.source, stream=True)
             streamed = self.streaming.open(str(self.source), own, size)
             assert isinstance(streamed, StreamedLlama)
@@ -232,7 +233,7 @@ class _Run:
         """Derives the rest of the settings from the original model."""
         self.opened, self.short = opened, opened.short
         self.judged, _ = self.short.runs_in()
-        self.size = self.cut.size or min(SIZE, self.short.decoder.max_seq_len)
+        self.size = self.cut.size or min(WINDOW, self.short.decoder.max_seq_len)
         self.count, self.prompt = len(self.short.kept), opened.prompt(self.settings.prompt)
         self.own = [name for name in source_names(self.texts.data) if name in OWN]
         minutes, many = self.settings.minutes, 3 * CLOSED_WINDOWS
@@ -284,6 +285,9 @@ class _Run:
         lines = [f"{n} of {count} layers go ({self.dial.name}){kept}"]
         lines += [f"a window of {self.size} tokens takes {duration(a_pass)}: {', '.join(times)}"]
         lines += [f"in all about {duration(sum(parts.values()))}; {memory}"]
+        if sum(parts.values()) > LONG:
+            others = "" if method == "bi" else "method bi, "
+            lines += [f"to take less: {others}a smaller size or max_windows, or a GPU"]
         return "\n".join(lines)
 
     def _seconds_of_own_text(self) -> float:

@@ -311,3 +311,10 @@ def test_tasks_are_paired(here, lm_eval, tasks, capsys):
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
     assert line in fails(capsys, "shrink", *words)
     assert not [p for p in here.iterdir() if "out" in p.name]
+
+
+def test_a_long_plan_says_what_takes_less(here, monkeypatch):
+    monkeypatch.setattr(shrinking, "LONG", 0)
+    how = {"n": 2, "windows": CUT, "data": "other", "dry_run": True}
+    assert "to take less: method bi, a smaller size" in str(shrink("hf", "out", **how))
+    assert "to take less: a smaller size" in str(shrink("hf", "out", method="bi", **how))
