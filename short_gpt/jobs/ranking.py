@@ -266,7 +266,7 @@ def _measure(
         followed = rule or Stop(answer.n or 1, answer.method == "angular")
         follow = Following(notify, followed, stops=rule is not None)
     with interruptible():
-        verdict = short.measure(
+        importance = short.measure(
             windows,
             batch_size=size,
             total=total,
@@ -277,7 +277,7 @@ def _measure(
             all_tokens=answer.method == "angular_all",
             follow=follow,
         )
-    return replace(result, importance=short.importance, verdict=verdict)
+    return replace(result, importance=importance, verdict=short.verdict)
 
 
 def first_of(windows: Iterable[W]) -> tuple[W | None, Iterable[W]]:
