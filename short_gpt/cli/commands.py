@@ -13,7 +13,15 @@ from typing import ClassVar
 import short_gpt
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
-from short_gpt.cli.options import Output, note, record_of, say, say_written, tell
+from short_gpt.cli.options import (
+    Output,
+    note,
+    record_of,
+    say,
+    say_uploaded,
+    say_written,
+    tell,
+)
 from short_gpt.cli.shrinking import shrink
 from short_gpt.jobs import (
     Answer,
@@ -22,6 +30,7 @@ from short_gpt.jobs import (
     Cut,
     DemoRun,
     HealingWindows,
+    Hub,
     Kinds,
     LoraSettings,
     OpenOptions,
@@ -135,6 +144,7 @@ def prune(
     choice: Choice = Choice(),
     opening: OpenOptions = OpenOptions(),
     written: Written = Written(),
+    hub: Hub = Hub(),
 ) -> None:
     """Writes a checkpoint without some layers, in any format.
 
@@ -150,7 +160,9 @@ def prune(
             file.
         out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
-    say(tables.pruned(jobs.prune(model, out, choice, opening=opening, written=written)))
+    result = jobs.prune(model, out, choice, opening=opening, written=written, hub=hub)
+    say(tables.pruned(result))
+    say_uploaded(result.address)
 
 
 def heal(
@@ -164,6 +176,7 @@ def heal(
     settings: Settings = Settings(),
     opening: OpenOptions = OpenOptions(),
     streaming: Running = Running(),
+    hub: Hub = Hub(),
     output: Output = Output(),
 ) -> None:
     """Removes layers and brings quality back: closed forms or training.
@@ -193,6 +206,7 @@ def heal(
         settings=settings,
         opening=opening,
         streaming=streaming,
+        hub=hub,
         notify=tell,
         overwrite=output.overwrite,
         dry_run=output.dry_run,
@@ -200,6 +214,7 @@ def heal(
     say(tables.healed(result))
     output.write({**record, "result": result.to_dict()})
     say_written([result.out, *output.targets])
+    say_uploaded(result.address)
 
 
 def calibrate(

@@ -163,3 +163,9 @@ def say_written(targets: Sequence[Path]) -> None:
     """Names files that were written."""
     for target in targets:
         note(f"written: {target}")
+
+
+def say_uploaded(address: str | None) -> None:
+    """Names the page of a model that was uploaded."""
+    if address is not None:
+        note(f"uploaded: {address}")

@@ -12,7 +12,7 @@ from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
-from short_gpt.checkpoints.target import check_new_gguf, out_paths
+from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
 from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
     HealingEvidence,
@@ -39,7 +39,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.renamed import takes_old
-from short_gpt.jobs.saving import as_begun, interruptible
+from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
 from short_gpt.jobs.settings import (
     Choice,
@@ -74,6 +74,7 @@ class Healing:
     remark: str | None = None  # what a GGUF file holds otherwise than its source, if anything
     written: Perplexity | None = None  # of one GGUF file, read again, on the same windows
     quantization: Difference | None = None  # of that, from the model before it was rounded
+    address: str | None = None  # of the model on the hub, if it was uploaded
 
     @property
     def perplexity(self) -> dict[str, Perplexity]:
@@ -102,6 +103,7 @@ def heal(
     settings: Settings | None = None,
     opening: OpenOptions | None = None,
     streaming: Running | None = None,
+    hub: Hub | None = None,
     overwrite: bool = False,
     notify: Notify = ignore,
     dry_run: bool = False,
@@ -123,6 +125,7 @@ def heal(
         settings: of the methods.
         opening: how the model is opened.
         streaming: how a refit holds one layer at a time.
+        hub: where the healed model is uploaded.
         overwrite: replace an earlier output.
         notify: called with what a refit will take, and with every perplexity.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
@@ -140,7 +143,7 @@ def heal(
         6.1
     """
     windows, settings = windows or HealingWindows(), settings or Settings()
-    opening, streaming = opening or OpenOptions(), streaming or Running()
+    opening, streaming, hub = opening or OpenOptions(), streaming or Running(), hub or Hub()
     texts, methods, choice = source_of(data), methods_of(method), choice or Choice()
     windows.check()
     settings.check(methods)
@@ -148,11 +151,13 @@ def heal(
     teacher, stream = settings.teacher or model, streaming.stream or settings.stream_teacher
     check_tokenizer(opening.tokenizer_path, model, teacher, stream=stream)
     _check_target(model, out, overwrite=overwrite)
+    hub.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, settings, opening)
     if is_gguf(out):
         check_saved(model, removal.layers, removal.record.block_influence)
     how = (texts, windows, settings, opening, streaming)
-    return _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
+    done = _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
+    return replace(done, address=hub.push(done.out))
 
 
 @interruptible()

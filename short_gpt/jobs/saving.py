@@ -1,4 +1,4 @@
-"""Long runs that can be interrupted: the file they are saved in, and requests to end."""
+"""Where jobs keep what they do: a long run's state, a model on the hub; and requests to end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llama.io.files import check_writable, is_stream
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.settings import WRITE, needs_one_of, setting
 from short_gpt.wrappers.options import AUTO, OpenOptions
 
@@ -55,6 +56,39 @@ class Saving:
             raise ShortGPTError(
                 f"`save_every` {self.save_every}: expected seconds, 0 to save after every batch"
             )
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a written model is uploaded.
+
+    Args:
+        push_to_hub: also upload the model, with its card, to this repository of the hub, as in
+            USER/MODEL; after hf auth login.
+        private: whether a repository that is made for it is private.
+    """
+
+    HEADING: ClassVar = WRITE
+    push_to_hub: str | None = setting(None, value="REPO")
+    private: bool = setting(False, needs=needs_one_of("`push_to_hub`", "push_to_hub"))
+
+    def check(self, out: str | Path, format: str | None) -> None:
+        """Raises what would keep a model from being uploaded, before it is made."""
+        if self.push_to_hub is not None:
+            from short_gpt.checkpoints.hub import check_push
+
+            check_push(self.push_to_hub, out, format)
+
+    def push(self, out: Path) -> str | None:
+        """Uploads a model that was written; its address, or None where none was asked for."""
+        from short_gpt.checkpoints.hub import push
+
+        if (repo := self.push_to_hub) is None or not first_rank():
+            return None
+        try:
+            return push(out, repo, private=self.private)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; it is written: hf upload {repo} {out}") from error
 
 
 def as_begun(opening: OpenOptions, *states: str | Path | None) -> OpenOptions:

@@ -429,7 +429,8 @@ def methods_of(text: str) -> list[str]:
 def takes_fields(command: str, **defaults: object) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Lets a job take fields of its settings by their names: ``rank(model, data, size=512)``.
 
-    The job has a parameter ``**fields`` for them, which it finds empty.
+    The job has a parameter ``**fields`` for them, which it finds empty. They replace those of
+    objects that are passed too.
 
     Args:
         command: the command whose flags these are; a flag's own name is taken too.
@@ -451,15 +452,13 @@ def takes_fields(command: str, **defaults: object) -> Callable[[Callable[P, T]],
                     hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
                     raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
             groups = {known[name][0] for name in singles}
-            both = [name for name in arguments if name in known and known[name][0] in groups]
-            singles |= {name: arguments.pop(name) for name in both}
+            also = [name for name in arguments.keys() & known.keys() if known[name][0] != name]
+            singles |= {name: arguments.pop(name) for name in also if known[name][0] in groups}
             for group in groups:
                 base: Any = arguments.get(group) or defaults.get(group) or kinds[group]()
                 base = source_of(base) if issubclass(kinds[group], TextSource) else base
-                parts = {
-                    known[name][1]: v for name, v in singles.items() if known[name][0] == group
-                }
-                arguments[group] = replace(base, **parts)
+                own = [name for name in singles if known[name][0] == group]
+                arguments[group] = replace(base, **{known[name][1]: singles[name] for name in own})
             return run(**arguments)  # type: ignore[call-arg]
 
         return with_fields

@@ -250,10 +250,6 @@ def test_cases_are_read_with_or_without_spaces():
 
 
 def test_settings_that_would_be_passed_over_are_refused(here):
-    with pytest.raises(ShortGPTError, match="expected a Choice, or `layers`.*; got both"):
-        prune("ckpt", "x", layers=[1], choice=Choice([2]))
-    with pytest.raises(ShortGPTError, match="expected a Written, or `to`.*; got both"):
-        prune("ckpt", "x", layers=[1], to="hf", written=Written())
     with pytest.raises(ShortGPTError, match="the rest is the paper's protocol"):
         reproduce("ckpt", paper=Answer(3))
     with pytest.raises(ShortGPTError, match="`max_perplexity_ratio` is for prune"):
@@ -362,6 +358,10 @@ def test_settings_are_taken_as_single_arguments(here):
     assert value == perplexity_of("ckpt", "book.txt", cut=Cut(32))
     rows = evaluate(["ckpt"], data="book.txt", size=32, max_windows=2)
     assert rows == evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=2))
+    few = TextSource([{"body": TEXT}] * 3, column="body")
+    assert perplexity_of("ckpt", few, max_texts=2, size=32).windows == 2 * value.windows
+    done = prune("ckpt", "x", Choice([1]), layers=[2], to="hf", written=Written(verify=False))
+    assert done.layers == [2] and done.proof is None and Path("x/config.json").is_file()
 
 
 def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
