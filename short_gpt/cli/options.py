@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +46,6 @@ class Output:
     plots: str | None = setting(None, value="FOLDER", commands=DRAWING, needs=SCORES)
     kinds: tuple[str, ...] = setting((), commands=())
     dry_run: bool = setting(False, heading=RUN, commands=LONG)
-
-    @property
-    def folder(self) -> Path | None:
-        """Where this process draws, if it does."""
-        return Path(self.plots) if self.plots is not None and first_rank() else None
 
     @property
     def pictures(self) -> list[Path]:
@@ -114,6 +109,15 @@ class Output:
             print(record_text(record), end="", flush=True, file=_alone[-1] if _alone else None)
         elif self.file is not None and first_rank():
             write_record(self.file, record, overwrite=self.overwrite)
+
+    def finish(
+        self, record: Mapping[str, object], draw: Callable[[Path], object] | None = None
+    ) -> None:
+        """Writes the result, draws its pictures if they were asked for, and names all files."""
+        self.write(record)
+        if draw is not None and self.plots is not None and first_rank():
+            draw(Path(self.plots))
+        say_written(self.targets)
 
 
 @contextmanager
