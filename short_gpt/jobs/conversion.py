@@ -35,7 +35,7 @@ def convert(
     model: str,
     out: str,
     *,
-    conversion: Conversion | None = None,
+    conversion: Conversion = Conversion(),
     notify: Notify = ignore,
     **fields: Any,
 ) -> Path:
@@ -58,7 +58,7 @@ def convert(
         >>> convert("model.gguf", "model-meta")  # doctest: +SKIP
         PosixPath('model-meta')
     """
-    how = conversion or Conversion()
+    how = conversion
     check_format(out, how.to)
     source = find_source(model)
     to = how.to or _format(source, out, how.shards)

@@ -97,13 +97,13 @@ def heal(
     out: str,
     method: str = "refit",
     *,
-    choice: Choice | None = None,
-    data: Data = "pg19",
-    windows: HealingWindows | None = None,
-    settings: Settings | None = None,
-    opening: OpenOptions | None = None,
-    streaming: Running | None = None,
-    hub: Hub | None = None,
+    choice: Choice = Choice(),
+    data: Data = TextSource(),
+    windows: HealingWindows = HealingWindows(),
+    settings: Settings = Settings(),
+    opening: OpenOptions = OpenOptions(),
+    streaming: Running = Running(),
+    hub: Hub = Hub(),
     overwrite: bool = False,
     notify: Notify = ignore,
     dry_run: bool = False,
@@ -142,9 +142,7 @@ def heal(
         >>> done.evidence.perplexity["healed"].value  # doctest: +SKIP
         6.1
     """
-    windows, settings = windows or HealingWindows(), settings or Settings()
-    opening, streaming, hub = opening or OpenOptions(), streaming or Running(), hub or Hub()
-    texts, methods, choice = source_of(data), methods_of(method), choice or Choice()
+    texts, methods = source_of(data), methods_of(method)
     windows.check()
     settings.check(methods)
     streaming.check_healing(methods)

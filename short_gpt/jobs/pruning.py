@@ -54,11 +54,11 @@ class Pruned:
 def prune(
     model: str,
     out: str,
-    choice: Choice | None = None,
+    choice: Choice = Choice(),
     *,
-    written: Written | None = None,
-    opening: OpenOptions | None = None,
-    hub: Hub | None = None,
+    written: Written = Written(),
+    opening: OpenOptions = OpenOptions(),
+    hub: Hub = Hub(),
     **fields: Any,
 ) -> Pruned:
     """Writes a checkpoint without some layers, tensor by tensor, in any format.
@@ -84,9 +84,6 @@ def prune(
         >>> prune("llama-2-7b", "llama-2-5b", layers=[21, 22, 25]).layers  # doctest: +SKIP
         [21, 22, 25]
     """
-    choice, written, opening = choice or Choice(), written or Written(), opening or OpenOptions()
-
-    hub = hub or Hub()
     check_tokenizer(opening.tokenizer_path, model)
     source = find_source(model)
     target = Target(out, written.to, written.overwrite).resolved(source)

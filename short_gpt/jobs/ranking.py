@@ -123,17 +123,17 @@ class Ranking:
             self.state.clear()
 
 
-@takes_fields("rank", cut=Cut(stride=STRIDE))
+@takes_fields("rank")
 def rank(
     model: str,
-    data: Data = "pg19",
+    data: Data = TextSource(),
     *,
     n: int | None = None,
-    answer: Answer | None = None,
-    cut: Cut | None = None,
-    opening: OpenOptions | None = None,
-    running: Running | None = None,
-    saving: Saving | None = None,
+    answer: Answer = Answer(),
+    cut: Cut = Cut(stride=STRIDE),
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
+    saving: Saving = Saving(),
     notify: Notify = ignore,
     detailed: bool = False,
     dry_run: bool = False,
@@ -144,7 +144,7 @@ def rank(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         data: texts to score on.
-        n: how many layers to remove; short for ``answer=Answer(n)``.
+        n: how many layers to remove; that of the answer.
         answer: what is asked: the method, the number of layers, when to stop.
         cut: how the texts are cut into windows.
         opening: how the model is opened.
@@ -166,11 +166,10 @@ def rank(
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
         >>> quick = rank("llama-2-7b", "novels/", n=9, size=512, max_windows=24)  # doctest: +SKIP
     """
-    answer, texts, saving = answer or Answer(n), source_of(data), saving or Saving()
-    cut, running = cut or Cut(stride=STRIDE), running or Running()
+    answer, texts = answer if n is None else replace(answer, n=n), source_of(data)
     if answer.method == AUTO:  # what judges must not overlap what is fitted on
         cut = replace(cut, stride=max(cut.step, cut.size), max_windows=cut.max_windows or MOST)
-    opening = as_begun(opening or OpenOptions(), saving.state)
+    opening = as_begun(opening, saving.state)
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
     # of the files as they are now

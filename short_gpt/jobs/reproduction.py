@@ -276,11 +276,11 @@ def reproduce(
     model: str | None,
     data: str | TextSource = "pg19",
     *,
-    paper: Answer | None = None,
-    cut: Cut | None = None,
-    opening: OpenOptions | None = None,
-    running: Running | None = None,
-    saving: Saving | None = None,
+    paper: Answer = Answer(),
+    cut: Cut = PROTOCOL,
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
+    saving: Saving = Saving(),
     notify: Notify = ignore,
 ) -> Reproduced:
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
@@ -298,8 +298,6 @@ def reproduce(
         >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
-    paper, cut = paper or Answer(), cut or PROTOCOL
-    opening, running = opening or OpenOptions(), running or Running()
     if model is None:
         raise ShortGPTError(
             "reproduce needs a checkpoint of one of the paper's models, Llama-2-7B or Llama-2-13B "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from short_gpt.jobs.inputs import (
     SIZE,
@@ -17,7 +17,6 @@ from short_gpt.jobs.inputs import (
     layer_list,
     listed,
     name_texts,
-    source_of,
 )
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import (
@@ -426,39 +425,38 @@ def methods_of(text: str) -> list[str]:
 # Settings as single arguments
 
 
-def takes_fields(command: str, **defaults: object) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Lets a job take fields of its settings by their names: ``rank(model, data, size=512)``.
 
-    The job has a parameter ``**fields`` for them, which it finds empty. They replace those of
-    objects that are passed too.
-
-    Args:
-        command: the command whose flags these are; a flag's own name is taken too.
-        defaults: settings of the job that are not those of their class.
+    Settings are the parameters whose defaults are dataclasses; None stands for the default. The job
+    has a parameter ``**fields``, which it finds empty: they replace fields of the settings, which
+    the ``command`` may know by other names, those of its flags.
     """
 
     def wrap(run: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(run)
+        every = {name: one.default for name, one in signature.parameters.items()}
+        groups: dict[str, Any] = {n: value for n, value in every.items() if is_dataclass(value)}
+        known = _places(groups, command)
+
         @wraps(run)
         def with_fields(*args: Any, **named: Any) -> T:
-            own = inspect.signature(run).parameters
-            if named.keys() <= own.keys():
-                return run(*args, **named)
-            known, kinds = _fields_of(run, command)
-            arguments = inspect.signature(run).bind_partial(*args, **named).arguments
-            singles = arguments.pop("fields")
+            arguments = signature.bind(*args, **named).arguments
+            singles = arguments.pop("fields", {})
             for name in singles:
                 if name not in known:
-                    near = get_close_matches(name, [*known, *own], n=1)
+                    near = get_close_matches(name, [*known, *every], n=1)
                     hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
                     raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
-            groups = {known[name][0] for name in singles}
-            also = [name for name in arguments.keys() & known.keys() if known[name][0] != name]
-            singles |= {name: arguments.pop(name) for name in also if known[name][0] in groups}
-            for group in groups:
-                base: Any = arguments.get(group) or defaults.get(group) or kinds[group]()
-                base = source_of(base) if issubclass(kinds[group], TextSource) else base
-                own = [name for name in singles if known[name][0] == group]
-                arguments[group] = replace(base, **{known[name][1]: singles[name] for name in own})
+            changed = {known[name][0] for name in singles}
+            also = [n for n in arguments.keys() & known.keys() if n != known[n][0] in changed]
+            singles |= {name: arguments.pop(name) for name in also}
+            for group, default in groups.items():
+                value = default if arguments.get(group) is None else arguments[group]
+                if isinstance(default, TextSource) and not isinstance(value, TextSource):
+                    value = type(default)(value)
+                own = {known[n][1]: single for n, single in singles.items() if known[n][0] == group}
+                arguments[group] = replace(value, **own)
             return run(**arguments)  # type: ignore[call-arg]
 
         return with_fields
@@ -466,21 +464,12 @@ def takes_fields(command: str, **defaults: object) -> Callable[[Callable[P, T]],
     return wrap
 
 
-def _fields_of(
-    run: Callable[..., object], command: str
-) -> tuple[dict[str, tuple[str, str]], dict[str, type[Any]]]:
-    """The parameter and field of every name that a job takes, and the parameters' classes."""
-    hints, known = get_type_hints(run), dict[str, tuple[str, str]]()
-    kinds = {
-        name: kind
-        for name, hint in hints.items()
-        for kind in get_args(hint)
-        if isinstance(kind, type) and is_dataclass(kind) and name != "return"
-    }
-    every = [(group, field) for group, kind in kinds.items() for field in fields(kind)]
+def _places(groups: dict[str, Any], command: str) -> dict[str, tuple[str, str]]:
+    """The parameter and field that a name stands for: of a flag, else of a field."""
+    every = [(group, field) for group, value in groups.items() for field in fields(value)]
     flags = [(flag_of(field, command), group, field.name) for group, field in every]
-    known |= {flag: (group, name) for flag, group, name in flags if flag is not None}
+    known = {flag: (group, name) for flag, group, name in flags if flag is not None}
     for flag, group, name in flags:  # a name that is another's flag is that one
         if flag is not None:
             known.setdefault(name, (group, name))
-    return known, kinds
+    return known

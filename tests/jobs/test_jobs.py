@@ -33,6 +33,7 @@ from short_gpt.jobs import (
     Choice,
     Cut,
     HealingWindows,
+    Kinds,
     LoraSettings,
     OpenOptions,
     Reading,
@@ -365,15 +366,24 @@ def test_settings_are_taken_as_single_arguments(here):
 
 
 def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
-    @takes_fields("rank", cut=Cut(stride=7))
-    def job(model, *, cut: Cut | None = None, data: str | TextSource = "pg19", **fields):
+    defaults = {"cut": Cut(stride=7), "data": TextSource(), "kinds": Kinds(), "shares": Shares()}
+    defaults["lora"] = LoraSettings()
+
+    @takes_fields("rank")
+    def job(model, *, cut=defaults["cut"], data=defaults["data"], **fields):
         return cut, data, fields
 
     assert job("m", size=5, column="c") == (Cut(5, stride=7), TextSource(column="c"), {})
-    assert job("m") == (None, "pg19", {})
+    assert job("m", cut=None, data="b") == (Cut(stride=7), TextSource("b"), {})
+
+    @takes_fields("calibrate")
+    def calibrated(data=defaults["kinds"], **fields):
+        return data
+
+    assert calibrated("a,b", column="c") == Kinds("a,b", column="c")
 
     @takes_fields("compare")
-    def compared(*, shares: Shares | None = None, lora: LoraSettings | None = None, **fields):
+    def compared(*, shares=defaults["shares"], lora=defaults["lora"], **fields):
         return shares, lora
 
     assert compared(size=5, lora_size=6, rank=2) == (Shares(size=5), LoraSettings(rank=2, size=6))
@@ -395,7 +405,7 @@ def test_an_unknown_setting_is_named_with_the_nearest(call, said):
 
 def test_a_job_shows_its_signature_in_help():
     shown = str(inspect.signature(rank))
-    assert "cut: 'Cut | None' = None" in shown and shown.count("**fields") == 1
+    assert "cut: 'Cut' = Cut(size=1024" in shown and shown.count("**fields") == 1
 
 
 TEXTS = [" ".join(f"{(n + 3) * (i + 7) % 997} {n}" for i in range(40)) for n in range(8)]
