@@ -49,7 +49,6 @@ class Output:
 
     @property
     def pictures(self) -> list[Path]:
-        """The pictures that the command will draw."""
         if self.plots is None:
             return []
         from short_gpt.plots.pictures import FILES
@@ -58,7 +57,6 @@ class Output:
 
     @property
     def targets(self) -> list[Path]:
-        """The files that the command will write."""
         return [*([] if self.file is None else [self.file]), *self.pictures]
 
     @property
@@ -164,12 +162,10 @@ def tell(text: str) -> None:
 
 
 def say_written(targets: Sequence[Path]) -> None:
-    """Names files that were written."""
     for target in targets:
         note(f"written: {target}")
 
 
 def say_uploaded(address: str | None) -> None:
-    """Names the page of a model that was uploaded."""
     if address is not None:
         note(f"uploaded: {address}")

@@ -145,7 +145,6 @@ def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
 
 
 def pruned(result: Pruned) -> str:
-    """What was tried, removed, written and proved."""
     chosen = result.chosen
     lines = [chosen.unchecked] if chosen.unchecked else []
     lines += [] if chosen.budget is None else _tried(chosen.budget)
@@ -157,7 +156,6 @@ def pruned(result: Pruned) -> str:
 
 
 def _tried(budget: Budget) -> list[str]:
-    """How much the perplexity rises with each number of layers removed."""
     lines = []
     for n, tried in budget.tried.items():
         verdict = f", {budget.verdict(n)}" if n else ""
@@ -198,7 +196,6 @@ def _unchanged(step: Mapping[str, Any]) -> str | None:
 
 
 def demonstrated(result: Demo, n: int) -> str:
-    """All that the demo measured."""
     looks = result.looks
     width = max(map(len, looks))
     costs = [f"{'':<{width}}  {'megabytes':>10}  {'tokens/s':>9}"]

@@ -115,12 +115,10 @@ class Cases:
 
     @property
     def names(self) -> list[str]:
-        """The methods."""
         return _names(self.methods)
 
     @property
     def numbers(self) -> list[int]:
-        """The numbers of layers."""
         numbers = whole_numbers(self.counts, "counts", "2,4,8")
         if min(numbers) < 1:
             raise ShortGPTError(f"expected whole numbers as in `counts` 2,4,8, got {self.counts!r}")
@@ -128,7 +126,6 @@ class Cases:
 
     @property
     def heals(self) -> list[str]:
-        """The healings."""
         return _names(self.healings)
 
     @property
@@ -191,7 +188,6 @@ class Shares:
         name_texts(self, "eval_data")
 
     def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, before a text is read."""
         Cut(self.size, bos=self.bos).check()
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
@@ -229,7 +225,6 @@ class LoraSettings:
     size: int | None = setting(None, flag="lora_size", needs=TRAINING)
 
     def check(self) -> None:
-        """Raises ShortGPTError for a value out of range, before a model is opened."""
         from short_gpt.healing.recipe import Recipe
 
         Recipe(**{**asdict(Recipe()), **self._changes})
@@ -303,7 +298,6 @@ class Readings:
 
     @property
     def numbers(self) -> list[int]:
-        """The sizes."""
         return whole_numbers(self.sizes, "sizes", "512,1024")
 
     def cuts(self, bos: str = "first") -> dict[str, Cut]:
@@ -315,7 +309,6 @@ class Readings:
         }
 
     def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, before a text is read."""
         for cut in self.cuts().values():
             cut.check()
         at_least(2, max_windows=self.max_windows, eval_windows=self.eval_windows)

@@ -54,7 +54,6 @@ Case = tuple[str, int | None, int]  # method, seed of a random one, number of la
 
 
 def windows_digest(windows: Windows) -> str:
-    """What tells windows from others."""
     return json_digest([list(window) for window in windows])
 
 
@@ -369,7 +368,6 @@ class Comparison:
         )
 
     def _losses(self, healing: str, layers: list[int], heal: Heal) -> list[Perplexity]:
-        """Losses of the evaluation windows, measured once for every set of layers."""
         return self.cells.losses(f"{healing} {sorted(layers)}", partial(heal, layers))
 
     def _speed(self, n: int, layers: list[int]) -> float:

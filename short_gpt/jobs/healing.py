@@ -173,7 +173,6 @@ def _heal(
     notify: Notify,
     dry_run: bool,
 ) -> Healing:
-    """Opens the model, heals it without the layers of the choice, and saves it."""
     trains, folder = methods[-1] in TRAINING, None
     if trains or "refit" in methods:  # which continue from what lies beside the new directory
         folder = Path(f"{out}.{'training' if trains else 'refit'}")

@@ -70,7 +70,6 @@ def at_least(least: int, *, optional: bool = False, **numbers: int | None) -> No
 
 
 def _sources(values: Values) -> list[str]:
-    """The names of the texts that a command reads."""
     from short_gpt.data.texts import source_names
 
     return source_names(str(values["data"]))
@@ -194,7 +193,6 @@ class Cut:
         return self.size if self.stride is None else self.stride
 
     def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, before a model is loaded."""
         from short_gpt.data.windows import BOS, windows
 
         if self.bos is not None and self.bos not in BOS:
@@ -245,7 +243,6 @@ class Reading:
         name_texts(self, "data")
 
     def check(self) -> None:
-        """Raises ShortGPTError for what would go wrong after a model is loaded."""
         from short_gpt.evaluation.protocols import PROTOCOLS
 
         if self.source is not None and self.data not in PROTOCOLS:
@@ -298,7 +295,6 @@ class DemoRun:
         return list(Cut(SIZE, limit, self.seed).windows(demo.bible(part), short.encode))
 
     def check(self) -> None:
-        """Raises ShortGPTError for a number of windows out of range."""
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
 
@@ -383,11 +379,9 @@ class Tasks:
 
     @property
     def names(self) -> list[str]:
-        """The tasks."""
         return listed(self.tasks or "")
 
     def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, or a task that is unknown."""
         from short_gpt.evaluation.tasks import task_names
 
         at_least(0, optional=True, num_fewshot=self.num_fewshot)

@@ -156,7 +156,6 @@ def _write(
 
 
 def _recipe(source: Source, out: str, written: Written, dtype: str) -> Path | None:
-    """Writes the mergekit recipe, if it is asked for."""
     if written.recipe is None:
         return None
     path = Path(written.recipe)

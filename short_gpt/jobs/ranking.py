@@ -250,7 +250,6 @@ def _measure(
     *,
     detailed: bool,
 ) -> Ranking:
-    """The scores of one pass."""
     answer, size = result.answer, running.batch_size
     state = None if result.state is None else RunState(result.state)
     rule, total, follow = answer.rule(cut.seed), known_total(windows, cut.max_windows), None
@@ -327,7 +326,6 @@ def end_dry_run(
 def _search(
     short: ScoredModel, windows: Iterable[list[int]], result: Ranking, running: Running
 ) -> Ranking:
-    """What a method by loss removes."""
     assert isinstance(short, ShortModel) and isinstance(windows, list)  # it is not streamed
     answer, few = result.answer, None
     n = answer.n or 0  # checked: it is given

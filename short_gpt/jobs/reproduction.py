@@ -191,7 +191,6 @@ class PaperOrder(NamedTuple):
     pairs: list[Pair]  # every two layers of the list, in its order
 
     def of(self, verdict: str) -> list[Pair]:
-        """The pairs of one verdict."""
         return [pair for pair in self.pairs if pair.verdict == verdict]
 
     def to_dict(self) -> dict[str, object]:
@@ -242,12 +241,10 @@ class Reproduced(NamedTuple):
 
     @property
     def n(self) -> int:
-        """How many layers the paper removes."""
         return len(self.comparison.paper)
 
     @property
     def importance(self) -> Importance:
-        """Our scores."""
         assert self.ranking.importance is not None  # one pass was asked for
         return self.ranking.importance
 
@@ -334,7 +331,6 @@ def reproduce(
 
 
 def _name(model: str, shape: Shape, name: str | None) -> str:
-    """The paper's name of a checkpoint, which has as many layers as the paper's model."""
     if name is None:
         try:
             name = identify(shape.dim, shape.n_layers, shape.vocab_size)

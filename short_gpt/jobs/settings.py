@@ -111,7 +111,6 @@ class Answer:
 
     @property
     def by_loss(self) -> bool:
-        """Whether the method runs the model without layers."""
         return _by_loss(self.method)
 
     def rule(self, seed: int | None) -> Stop | None:
@@ -187,7 +186,6 @@ class Choice:
 
     @property
     def named(self) -> list[int] | None:
-        """The layers that are named; None where scores choose."""
         return None if self.layers is None else layer_list(self.layers)
 
 
@@ -324,7 +322,6 @@ class Settings:
 
     @property
     def changes(self) -> dict[str, object]:
-        """The settings of a recipe that differ from the preset's."""
         return self._changed(RECIPE)
 
     def check(self, methods: Sequence[str]) -> None:
@@ -392,7 +389,6 @@ class Settings:
     def distill(
         self, recipe: Recipe | None, teacher: Callable[[], Predictor] | None
     ) -> DistillSettings:
-        """What distillation takes."""
         from short_gpt.healing import DistillSettings
 
         changed = self._changed(("top_k", "temperature", "kl_share"))
