@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
+from short_gpt.data.texts import texts
+from short_gpt.data.windows import Text
 from short_gpt.jobs.inputs import (
     Cut,
     TextSource,
@@ -19,7 +21,6 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
 if TYPE_CHECKING:
-    from short_gpt.data.windows import Text
     from short_gpt.healing.recipe import ModelConfig, Recipe
     from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -193,8 +194,6 @@ class Shares:
 
     def held(self, column: str) -> list[list[str]]:
         """The texts of eval_data, if it is given."""
-        from short_gpt.data.texts import texts
-
         return [] if self.eval_data is None else [list(texts(self.eval_data, column=column))]
 
     def cut(

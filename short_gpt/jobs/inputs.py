@@ -11,11 +11,23 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from short_gpt.data.texts import (
+    OWN,
+    Given,
+    count_texts,
+    has_columns,
+    has_split,
+    read_kinds,
+    read_texts,
+    shown,
+    source_names,
+    texts,
+)
+from short_gpt.data.windows import BOS, Text, at_least, count_of, mix, windows
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import READ, RUN, Needs, Values, needs_one_of, setting
 
 if TYPE_CHECKING:
-    from short_gpt.data.windows import Text
     from short_gpt.evaluation.tasks import TaskRun, TaskSuite
     from short_gpt.wrappers.options import OpenOptions
     from short_gpt.wrappers.scored_model import ScoredModel
@@ -57,33 +69,18 @@ def layer_list(layers: object, name: str = "layers") -> list[int]:
     return whole_numbers(layers, name, "21,22,23", what="layer numbers", empty=True)
 
 
-def at_least(least: int, *, optional: bool = False, **numbers: int | None) -> None:
-    """Raises ShortGPTError for no whole number of at least so much; None passes if ``optional``."""
-    from short_gpt.data.windows import at_least as check
-
-    for name, number in numbers.items():
-        if number is not None or not optional:
-            check(least, name, number)  # type: ignore[arg-type]  # None is refused by name
-
-
 # What flags need
 
 
 def _sources(values: Values) -> list[str]:
-    from short_gpt.data.texts import source_names
-
     return source_names(str(values["data"]))
 
 
 def _splits(values: Values) -> bool:
-    from short_gpt.data.texts import has_split
-
     return any(has_split(name, str(values["split"])) for name in _sources(values))
 
 
 def _columns(values: Values) -> bool:
-    from short_gpt.data.texts import has_columns
-
     held_out = values.get("eval_data")
     return any(map(has_columns, [*_sources(values), *([str(held_out)] if held_out else [])]))
 
@@ -139,14 +136,10 @@ class TextSource:
 
     def read(self) -> Iterable[str]:
         """The texts, with a progress bar; errors as of `short_gpt.texts`."""
-        from short_gpt.data.texts import read_texts
-
         return read_texts(self.data, self.split, self.column, self.max_texts)
 
     def kinds(self) -> list[Iterable[Text]]:
         """The texts of each source, as `data.texts.read_kinds`."""
-        from short_gpt.data.texts import read_kinds
-
         return read_kinds(self.data, self.split, self.column, self.max_texts)
 
 
@@ -161,8 +154,6 @@ def source_of(data: Data) -> TextSource:
 def name_texts(settings: object, field: str) -> None:
     """Makes a `data.texts.Given` of a field of settings that holds texts in memory."""
     if not isinstance(value := getattr(settings, field), str | None):
-        from short_gpt.data.texts import Given
-
         object.__setattr__(settings, field, Given(value))
 
 
@@ -193,8 +184,6 @@ class Cut:
         return self.size if self.stride is None else self.stride
 
     def check(self) -> None:
-        from short_gpt.data.windows import BOS, windows
-
         if self.bos is not None and self.bos not in BOS:
             raise ShortGPTError(f"bos = {self.bos!r}: expected {' or '.join(BOS)}")
         at_least(1, optional=True, max_windows=self.max_windows)
@@ -210,8 +199,6 @@ class Cut:
         self, kinds: Sequence[Iterable[Text]], encode: Encode, bos: str = "first"
     ) -> Iterable[list[int]]:
         """The same of several kinds of text, in equal parts; see `data.windows.mix`."""
-        from short_gpt.data.windows import mix
-
         cutting = {"size": self.size, "stride": self.step, "bos": self.bos or bos}
         limit, seed = self.max_windows, self.seed
         return mix(kinds, encode, seed=seed, limit=limit, equal=True, **cutting)
@@ -252,7 +239,6 @@ class Reading:
 
     def own_texts(self) -> list[str]:
         """The texts of a local file or folder; none of a published protocol."""
-        from short_gpt.data.texts import count_texts, shown, texts
         from short_gpt.evaluation.protocols import PROTOCOLS
 
         if self.data in ("none", *PROTOCOLS):
@@ -426,8 +412,6 @@ def about_bos(bos: str) -> str | None:
 
 def about_own(data: str, eval_data: str | None = None, *, each: bool = False) -> str | None:
     """The remark where text of the model's own judges alone, or as one of ``each``; else None."""
-    from short_gpt.data.texts import OWN, source_names
-
     names = source_names(data)
     own = [name for name in names if name in OWN]
     if eval_data is not None or not own or (not each and own != names):
@@ -438,6 +422,4 @@ def about_own(data: str, eval_data: str | None = None, *, each: bool = False) ->
 
 def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:
     """How many windows are to come, as far as that is known."""
-    from short_gpt.data.windows import count_of
-
     return limit if (count := count_of(windows)) is None else count
