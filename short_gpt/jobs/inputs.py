@@ -309,11 +309,6 @@ class Running:
         """The model for windows of up to ``size`` tokens, in memory or streamed."""
         from short_gpt.wrappers.opening import open_model
 
-        if self.stream and self.model_parallel_size is not None:
-            raise ShortGPTError(
-                f"`model_parallel_size` {self.model_parallel_size}: `stream` holds one layer on "
-                "one rank; leave one of them out"
-            )
         return open_model(
             source,
             options,
