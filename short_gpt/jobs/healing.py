@@ -227,7 +227,11 @@ def _heal(
     del short, job, known, steps, lock  # which makes room for what is read again
     if not first_rank():
         return done
-    return reread(replace(done, remark=_remark(model, out, removal)), parts, opening, size)
+    if is_gguf(out):
+        kinds = about_kinds(model, removal.layers, removal.record.block_influence)
+        remarks = [line for line in (about_types(model, str(out)), kinds) if line]
+        done = replace(done, remark="\n".join(remarks) or None)
+    return reread(done, parts, opening, size)
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
@@ -241,14 +245,6 @@ def _check_target(model: str, out: str, *, overwrite: bool) -> None:
             f"{out} is written from a GGUF file alone: heal into a directory and convert that, "
             f"short-gpt convert DIRECTORY {out}"
         )
-
-
-def _remark(model: str, out: Path, removal: Chosen) -> str | None:
-    """What is to be said of a GGUF file: types that are others, and kinds of layers."""
-    if not is_gguf(out):
-        return None
-    kinds = about_kinds(model, removal.layers, removal.record.block_influence)
-    return "\n".join(line for line in (about_types(model, str(out)), kinds) if line) or None
 
 
 def _teacher(

@@ -119,11 +119,11 @@ class PaperComparison(NamedTuple):
             for value in (self.kendall_tau, self.rank_correlation)
         )
         agree = f"Kendall's tau {tau}, rank correlation {rho}"
-        count = len(self.paper)
+        count, yes = len(self.paper), {True: "yes", False: "no"}
         lines += [
-            f"same layers: {_yes(self.same_set)} ({self.overlap} of {count})",
+            f"same layers: {yes[self.same_set]} ({self.overlap} of {count})",
             f"same places: {self.same_places} of {count}",
-            f"same order: {_yes(self.same_order)} ({agree})",
+            f"same order: {yes[self.same_order]} ({agree})",
         ]
         for who, only in (
             ("the paper removes", {*self.paper} - {*self.ours}),
@@ -131,10 +131,6 @@ class PaperComparison(NamedTuple):
         ):
             lines += [f"only {who} {sorted(only)}"] if only else []
         return "\n".join(lines)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:

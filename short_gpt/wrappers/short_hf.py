@@ -287,20 +287,11 @@ class ShortHFModel(ShortModel):
             saved = self.save_pretrained(Path(folder) / "model", verify=verify)
             return push(saved, repo_id, private=private)
 
-    def save(
-        self,
-        out_dir: StrPath,
-        *,
-        facts: Mapping[str, object] | None = None,
-        measured: Mapping[str, Perplexity] | None = None,
-        overwrite: bool = False,
-    ) -> Path:
+    def save(self, out_dir: StrPath, *, overwrite: bool = False, **about: Any) -> Path:
         """Saves as `save_pretrained`; as it came one from `from_meta`, or to a ``.gguf`` file."""
         if self._meta_tokenizer is None and not is_gguf(out_dir):
-            return self.save_pretrained(
-                out_dir, facts=facts, measured=measured, overwrite=overwrite
-            )
-        record = Provenance.of(self, self.source, facts=facts, measured=measured)
+            return self.save_pretrained(out_dir, overwrite=overwrite, **about)
+        record = Provenance.of(self, self.source, **about)
         if is_gguf(out_dir):
             target = Target(out_dir, "gguf", overwrite)
             return save_gguf(self, target, self.source, self._layers_path, record=record)
