@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_output, new_file
+from short_gpt.data.texts import read_texts
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -165,7 +166,7 @@ def perplexity_of(
     running.check_bounds()
     check_model(model)
     cut.check()
-    documents = texts.read()
+    documents = read_texts(texts.data, texts.split, texts.column, texts.max_texts)
     short = running.open(model, opening, cut.size)
     windows = cut.windows(documents, short.encode, short.bos)
     for remark in (about_bos(cut.bos or short.bos), short.plan_text(running.batch_size)):

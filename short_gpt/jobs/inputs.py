@@ -18,7 +18,6 @@ from short_gpt.data.texts import (
     has_columns,
     has_split,
     read_kinds,
-    read_texts,
     shown,
     source_names,
     texts,
@@ -133,10 +132,6 @@ class TextSource:
         name_texts(self, "data")
         if self.chat and self.column == TextSource.column:
             object.__setattr__(self, "column", "messages")
-
-    def read(self) -> Iterable[str]:
-        """The texts, with a progress bar; errors as of `short_gpt.texts`."""
-        return read_texts(self.data, self.split, self.column, self.max_texts)
 
     def kinds(self) -> list[Iterable[Text]]:
         """The texts of each source, as `data.texts.read_kinds`."""
