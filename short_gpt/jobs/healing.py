@@ -38,7 +38,6 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.ranking import end_dry_run
-from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
 from short_gpt.jobs.settings import (
@@ -90,8 +89,7 @@ class Healing:
         return {**self.evidence.to_dict(), "perplexity": values, **self.texts, **rounded}
 
 
-@takes_old(learned="windows", distilling="settings")
-@takes_fields("heal")
+@takes_fields("heal", learned="windows", distilling="settings")
 def heal(
     model: str,
     out: str,

@@ -20,7 +20,6 @@ from short_gpt.checkpoints.prune import (
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target
 from short_gpt.jobs.conversion import prove
-from short_gpt.jobs.renamed import takes_old
 from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
 from short_gpt.jobs.settings import Choice, Written, takes_fields
@@ -49,8 +48,7 @@ class Pruned:
         return self.chosen.layers
 
 
-@takes_old(limit="choice")
-@takes_fields("prune")
+@takes_fields("prune", limit="choice")
 def prune(
     model: str,
     out: str,
@@ -109,8 +107,7 @@ def prune(
     return Pruned(target.path, removal, recipe, proof, remark, hub.push(target.path))
 
 
-@takes_old(limit="choice")
-def prune_by(model: str, out: str, choice: Choice, **settings: Any) -> Pruned:
+def prune_by(model: str, out: str, choice: Choice = Choice(), **settings: Any) -> Pruned:
     """The older name of `prune`."""
     warnings.warn("prune_by is now prune", DeprecationWarning, stacklevel=2)
     return prune(model, out, choice, **settings)
