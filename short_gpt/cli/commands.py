@@ -439,7 +439,7 @@ def reproduce(
         plots.draw_published(result.importance, result.comparison, folder)
 
     output.finish({**record, **result.to_dict()}, draw)
-    result.finish()
+    result.ranking.finish()
 
 
 def convert(model: str, out: str, *, conversion: jobs.Conversion = jobs.Conversion()) -> None:

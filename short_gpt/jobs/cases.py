@@ -73,14 +73,6 @@ def _searches(values: Values) -> bool:
     return not {*_names(values["methods"])} <= {*METHODS} - {*BY_LOSS}
 
 
-def check_healing(name: str) -> None:
-    """Raises ShortGPTError for none of `HEALINGS`."""
-    if name in REMOVED_HEALINGS:
-        raise ShortGPTError(f"the healing {name} was removed: use refit, which restores more")
-    if name not in HEALINGS:
-        raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
-
-
 TRAINING = Needs(
     "lora or distill in `healing`", lambda v: bool({*TRAINED} & {*_names(v["healing"])})
 )
@@ -148,7 +140,12 @@ class Cases:
 
     def __post_init__(self) -> None:
         for name in self.heals:
-            check_healing(name)
+            if name in REMOVED_HEALINGS:
+                raise ShortGPTError(
+                    f"the healing {name} was removed: use refit, which restores more"
+                )
+            if name not in HEALINGS:
+                raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
         if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
             from short_gpt.selection.methods import check_method
 

@@ -260,10 +260,6 @@ class Reproduced(NamedTuple):
             **self.ranking.to_dict(),
         }
 
-    def finish(self) -> None:
-        """Deletes the state, once the result is safe."""
-        self.ranking.finish()
-
 
 def reproduce(
     model: str | None,
