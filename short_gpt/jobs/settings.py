@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 from short_gpt.jobs.inputs import (
     SIZE,
     Cut,
-    TextSource,
     at_least,
     layer_list,
     listed,
@@ -327,7 +326,9 @@ class Settings:
 
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
-        from short_gpt.healing.recipe import PRESETS
+        from short_gpt.healing.distillation import check_share, check_targets
+        from short_gpt.healing.lora import check_reports, require_four_bit, require_packages
+        from short_gpt.healing.recipe import PRESETS, Recipe
 
         closed, training = kinds_of_methods()
         for names, users in (
@@ -342,14 +343,8 @@ class Settings:
             self.refit()
         if self.preset not in PRESETS:
             raise ShortGPTError(f"`preset` {self.preset}: expected one of {', '.join(PRESETS)}")
-        if {*training} & {*methods}:
-            self._check_training(methods)
-
-    def _check_training(self, methods: Sequence[str]) -> None:
-        from short_gpt.healing.distillation import check_share, check_targets
-        from short_gpt.healing.lora import check_reports, require_four_bit, require_packages
-        from short_gpt.healing.recipe import Recipe
-
+        if not {*training} & {*methods}:
+            return
         Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
         require_packages()
         check_reports(self.report_to)
@@ -458,8 +453,8 @@ def takes_fields(command: str, **older: str) -> Callable[[Callable[P, T]], Calla
             singles |= {name: arguments.pop(name) for name in also}
             for group, default in groups.items():
                 value = default if arguments.get(group) is None else arguments[group]
-                if isinstance(default, TextSource) and not isinstance(value, TextSource):
-                    value = type(default)(value)
+                if not isinstance(value, type(default)):  # of the field of this name, as of data
+                    value = replace(default, **{group: value})
                 own = {known[n][1]: single for n, single in singles.items() if known[n][0] == group}
                 arguments[group] = replace(value, **own)
             return run(**arguments)  # type: ignore[call-arg]

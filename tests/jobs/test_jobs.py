@@ -367,7 +367,7 @@ def test_settings_are_taken_as_single_arguments(here):
 
 def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
     defaults = {"cut": Cut(stride=7), "data": TextSource(), "kinds": Kinds(), "shares": Shares()}
-    defaults["lora"] = LoraSettings()
+    defaults |= {"lora": LoraSettings(), "tasks": Tasks()}
 
     @takes_fields("rank")
     def job(model, *, cut=defaults["cut"], data=defaults["data"], **fields):
@@ -381,6 +381,13 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
         return data
 
     assert calibrated("a,b", column="c") == Kinds("a,b", column="c")
+
+    @takes_fields("evaluate")
+    def evaluated(*, tasks=defaults["tasks"], **fields):
+        return tasks
+
+    assert evaluated(tasks="piqa") == Tasks("piqa")
+    assert evaluated(tasks="piqa", limit=3) == Tasks("piqa", limit=3)
 
     @takes_fields("compare")
     def compared(*, shares=defaults["shares"], lora=defaults["lora"], **fields):
