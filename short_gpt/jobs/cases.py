@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from short_gpt.data.texts import texts
 from short_gpt.data.windows import Text
-from short_gpt.jobs.inputs import (
-    Cut,
-    TextSource,
-    at_least,
-    listed,
-    name_texts,
-    whole_numbers,
-)
+from short_gpt.jobs.inputs import Cut, TextSource, at_least, listed, name_texts, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 

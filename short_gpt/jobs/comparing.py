@@ -25,16 +25,7 @@ from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
-from short_gpt.jobs.cases import (
-    PATCHED,
-    RAW,
-    REFIT,
-    TRAINED,
-    Agreement,
-    Cases,
-    Row,
-    Windows,
-)
+from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Agreement, Cases, Row, Windows
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
