@@ -30,7 +30,7 @@ from short_gpt.jobs.settings import Answer, takes_fields
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.frames import data_frame, html_table
+from short_gpt.runtime.frames import Table
 from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.progress import DryRun, duration, first_rank
 from short_gpt.runtime.state import StateFile, joined
@@ -49,7 +49,7 @@ W = TypeVar("W", bound=list[int])
 
 
 @dataclass(frozen=True, repr=False)
-class Ranking:
+class Ranking(Table):
     """What `rank` measured."""
 
     answer: Answer  # what was asked
@@ -92,7 +92,12 @@ class Ranking:
 
     @property
     def columns(self) -> dict[str, list[object]]:
-        """`Importance.columns` and whether each is to go; of a search, layers and losses."""
+        """`Importance.columns` and whether each is to go; else the layers or sets with losses."""
+        if self.choice is not None:
+            sets = self.choice.candidates
+            names = [", ".join(one.methods) for one in sets]
+            losses = [one.loss for one in sets]
+            return {"methods": [*names], "layers": [one.layers for one in sets], "loss": [*losses]}
         if self.importance is None:
             assert self.search is not None
             removed, losses = self.search.removed, self.search.losses
@@ -103,19 +108,12 @@ class Ranking:
         gone = [layer in self.layers for layer in self.importance.layers]
         return {**self.importance.columns, "remove": [*gone]}
 
-    def to_dataframe(self) -> Any:
-        """`columns` as a pandas frame, by layer; MissingPackageError where there is no pandas."""
-        return data_frame(self.columns)
-
     def __repr__(self) -> str:
         parts = [self.answer.method + ("" if self.answer.n is None else f": {self.layers}")]
         parts += [] if self.importance is None else [repr(self.importance)]
         if self.verdict is not None:
             parts += ["settled" if self.verdict.settled else "NOT settled"]
         return f"Ranking({', '.join(parts)})"
-
-    def _repr_html_(self) -> str:
-        return html_table(self.columns, repr(self))
 
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
