@@ -71,7 +71,8 @@ def convert(
         proofs.append(prove(directory, source, out, opening, how.verify, dtype=how.dtype))
 
     with interruptible(), bar("converting", total=None, unit="tensor") as shown:
-        writing = {"overwrite": how.overwrite, "progress": lambda _: shown.update()}
+        writing: dict[str, Any] = {"progress": lambda _: shown.update()}
+        writing |= {"overwrite": how.overwrite}
         if to == "gguf":
             _to_gguf(source, out, how, writing)
         elif to == "hf" and source.kind == "gguf":  # as transformers reads it
