@@ -147,7 +147,7 @@ class Agreement:
             >>> (found.accepted, found.drafted, found.passes)
             (3, 4, 2)
         """
-        at_least(1, "length", length)
+        at_least(1, length=length)
         each = [_drafts(agreed, length) for agreed in self.agreed]
         pairs = zip(self.texts, each, strict=True)
         samples = [Sample(text, accepted, drafted) for text, (accepted, drafted, _) in pairs]
@@ -194,7 +194,7 @@ def draft_agreement(
         >>> found.at(4).share  # doctest: +SKIP
         0.5
     """
-    at_least(1, "tokens", tokens)
+    at_least(1, tokens=tokens)
     check_prompts(prompts, tokens, min(m.decoder.max_seq_len for m in (whole, draft)))
     agreed: list[tuple[bool, ...]] = []
     with bar("drafting", total=len(prompts), unit="prompt", show=progress) as shown:

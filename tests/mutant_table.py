@@ -316,8 +316,8 @@ MUTANTS = [
         "test_predictions_of_something_else_are_refused",
     ),
     (
-        "{} if self.distillation is None else self.distillation.identity())",
-        "{})",
+        "taught |= {} if self.distillation is None else self.distillation.identity()",
+        "taught |= {}",
         "test_resuming_gives_what_one_run_gives",
     ),
     (

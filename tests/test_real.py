@@ -336,13 +336,13 @@ def test_one_layer_at_a_time_is_the_model_in_memory(llama, book):
 
 
 def test_the_patch_recovers_quality_on_held_out_text(llama, book):
-    from short_gpt.jobs.comparing import Comparison
+    from short_gpt.jobs import Cases, Comparison
 
     short = ShortLlama(llama)
     sample = {"size": 512, "stride": 512, "seed": 0, "limit": 4}
     held_out = list(windows(demo.bible("held_out"), short.encode, **sample))
     comparison = Comparison(short, [w[:512] for w in book[:4]], held_out)
-    rows = comparison.rows(["bi"], [8], healings=["raw", "patched"])
+    rows = comparison.rows(Cases(["bi"], [8], ["raw", "patched"]))
     raw, patched = (next(r for r in rows if r.n and r.healing == h) for h in ("raw", "patched"))
     assert raw.layers == patched.layers
     assert raw.nats - patched.nats > 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.numbering import span
-from short_gpt.models.weight_changes import Parameter, WeightChange, restored_on_error
+from short_gpt.models.weight_changes import (
+    REMOVED_SUBLAYERS,
+    Parameter,
+    WeightChange,
+    restored_on_error,
+)
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import html_table
@@ -105,6 +110,17 @@ class ModelRecord:
         """The parameters of the kept layers that have other values than the source's."""
         every = set().union(*(change.parameters for change in self.changes))
         return {(number, name) for number, name in every if number in self.kept}
+
+    @property
+    def removed_sublayers(self) -> dict[str, list[int]]:
+        """The kept layers that lost their "attention", and those that lost their "mlp"."""
+        removed: dict[str, list[int]] = {"attention": [], "mlp": []}
+        for change in self.changes:
+            if change.how["method"] == REMOVED_SUBLAYERS:
+                for kind, layers in removed.items():
+                    named = cast("Sequence[int]", change.how[kind])
+                    layers += [layer for layer in named if layer in self.kept]
+        return removed
 
     def note_change(self, change: WeightChange) -> None:
         """Records a change of weights; what was measured of this model before is dropped."""

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 from llama.io.json_files import write_json
 from llama.renamed import renamed_function
@@ -123,6 +122,7 @@ class Provenance:
         if measured is None:
             states = (tuple(range(short.n_layers)), tuple(short.kept))
             measured = {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}
+        sublayers = short.removed_sublayers
         return cls(
             removed_layers=list(short.removed),
             kept_layers=list(short.kept),
@@ -132,7 +132,7 @@ class Provenance:
             scored=_counts(short.importance),
             quality={name: _measured(perplexity) for name, perplexity in measured.items()},
             healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
-            removed_sublayers=_removed_sublayers(short),
+            removed_sublayers=sublayers if any(sublayers.values()) else {},
             evidence=dict(short.evidence),
             source_card=source_card(source),
             facts=dict(facts or {}),
@@ -314,17 +314,6 @@ def _measured(perplexity: Perplexity) -> Measured:
         return Measured(perplexity.value, perplexity.tokens)
     kept = {"interval_95": list(perplexity.interval()), "windows": error.windows}
     return Measured(perplexity.value, perplexity.tokens, {**kept, "texts": error.texts})
-
-
-def _removed_sublayers(short: ModelRecord) -> dict[str, list[int]]:
-    """The kept layers without their attention or MLP; empty if there are none."""
-    by_kind: dict[str, list[int]] = {"attention": [], "mlp": []}
-    for change in short.changes:
-        if change.how["method"] == REMOVED_SUBLAYERS:
-            for kind, layers in by_kind.items():
-                removed = cast("Sequence[int]", change.how[kind])
-                layers += [i for i in removed if i in short.kept]
-    return by_kind if any(by_kind.values()) else {}
 
 
 def write_provenance(directory: Path, record: Provenance, *, card: bool) -> None:

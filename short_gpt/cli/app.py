@@ -1,4 +1,4 @@
-"""``python -m short_gpt`` and the console script ``short-gpt``: all that is wrapped around fire."""
+"""``python -m short_gpt`` and the console script ``short-gpt``: helps, commands and errors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,7 @@ from typing import TextIO
 
 from llama.ranks import several_ranks
 from short_gpt.cli.commands import ALONE, COMMANDS, REMOVED
-from short_gpt.cli.flags import (
-    flags_of,
-    for_completion,
-    help_of,
-    overview,
-    prepared,
-    similar,
-    typed,
-)
+from short_gpt.cli.flags import call, flags_of, for_completion, help_of, overview, prepared, similar
 from short_gpt.cli.options import result_alone, say
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
 from short_gpt.runtime.progress import DryRun, be_quiet, first_rank
@@ -57,14 +49,11 @@ def run(argv: list[str]) -> None:
     be_quiet("--quiet" in argv)
     argv = [word for word in argv if word != "--quiet"]
     if (text := answer(argv)) is None:
-        arguments = prepared(argv, COMMANDS)
+        texts = prepared(argv, COMMANDS)
         if first_rank() or argv[0] not in ALONE:
-            import fire
-
-            with result_alone() if "--json=-" in arguments else nullcontext():
+            with result_alone() if texts.get("json") == "-" else nullcontext():
                 try:
-                    command = {argv[0]: typed(COMMANDS[argv[0]])}
-                    fire.Fire(command, command=arguments, name="short-gpt")
+                    call(COMMANDS[argv[0]], texts)
                 except DryRun as plan:
                     say(str(plan))
     elif first_rank():

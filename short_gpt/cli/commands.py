@@ -7,38 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import short_gpt
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
-from short_gpt.cli.options import Output, note, say, say_written, tell
+from short_gpt.cli.options import Output, note, say, say_uploaded, say_written, tell
 from short_gpt.cli.shrinking import demo, shrink
-from short_gpt.jobs import (
-    Answer,
-    Cases,
-    Choice,
-    Cut,
-    HealingWindows,
-    Kinds,
-    LoraSettings,
-    OpenOptions,
-    Ranked,
-    Reading,
-    Readings,
-    Running,
-    Saving,
-    Settings,
-    Shares,
-    Tasks,
-    TextSource,
-    Written,
-)
 from short_gpt.jobs.inputs import STRIDE, about_own, layer_list
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
-from short_gpt.wrappers.options import TOKENIZER
 
 # of several ranks, only the first runs these
 ALONE = ("demo", "shrink", "prune", "convert", "plot")
@@ -51,12 +30,12 @@ WRITES = needs_one_of("`samples`", "samples")
 def rank(
     model: str,
     *,
-    texts: TextSource = TextSource(),
-    cut: Cut = Cut(stride=STRIDE),
-    answer: Answer = Answer(),
-    opening: OpenOptions = OpenOptions(),
-    running: Running = Running(),
-    saving: Saving = Saving(),
+    texts: jobs.TextSource = jobs.TextSource(),
+    cut: jobs.Cut = jobs.Cut(stride=STRIDE),
+    answer: jobs.Answer = jobs.Answer(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    running: jobs.Running = jobs.Running(),
+    saving: jobs.Saving = jobs.Saving(),
     output: Output = Output(kinds=("scores",)),
 ) -> None:
     """Scores every layer by Block Influence and angular distance.
@@ -85,11 +64,10 @@ def rank(
         dry_run=output.dry_run,
     )
     say(tables.ranked(result))
-    output.write({**record, **result.to_dict()})
-    if output.folder is not None and result.importance is not None:
-        plots.draw_scores(result.importance, output.folder, answer.n)
+    scores = result.importance
+    draw = None if scores is None else partial(plots.draw_scores, scores, n=answer.n)
+    output.finish({**record, **result.to_dict()}, draw)
     result.finish()
-    say_written(output.targets)
     json = None if output.file is None else str(output.file)
     if (command := tables.next_command(model, result, json)) is not None:
         note(command)
@@ -99,9 +77,10 @@ def prune(
     model: str,
     out: str,
     *,
-    choice: Choice = Choice(),
-    opening: OpenOptions = OpenOptions(),
-    written: Written = Written(),
+    choice: jobs.Choice = jobs.Choice(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    written: jobs.Written = jobs.Written(),
+    hub: jobs.Hub = jobs.Hub(),
 ) -> None:
     """Writes a checkpoint without some layers, in any format.
 
@@ -117,7 +96,9 @@ def prune(
             file.
         out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
-    say(tables.pruned(jobs.prune(model, out, choice, opening=opening, written=written)))
+    result = jobs.prune(model, out, choice, opening=opening, written=written, hub=hub)
+    say(tables.pruned(result))
+    say_uploaded(result.address)
 
 
 def heal(
@@ -125,12 +106,13 @@ def heal(
     out: str,
     *,
     method: str = "refit",
-    choice: Choice = Choice(),
-    texts: TextSource = TextSource(),
-    windows: HealingWindows = HealingWindows(),
-    settings: Settings = Settings(),
-    opening: OpenOptions = OpenOptions(),
-    streaming: Running = Running(),
+    choice: jobs.Choice = jobs.Choice(),
+    texts: jobs.TextSource = jobs.TextSource(),
+    windows: jobs.HealingWindows = jobs.HealingWindows(),
+    settings: jobs.Settings = jobs.Settings(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    streaming: jobs.Running = jobs.Running(),
+    hub: jobs.Hub = jobs.Hub(),
     output: Output = Output(),
 ) -> None:
     """Removes layers and brings quality back: closed forms or training.
@@ -160,23 +142,25 @@ def heal(
         settings=settings,
         opening=opening,
         streaming=streaming,
+        hub=hub,
         notify=tell,
         overwrite=output.overwrite,
         dry_run=output.dry_run,
     )
     say(tables.healed(result))
-    output.write({**record, "result": result.to_dict()})
-    say_written([result.out, *output.targets])
+    say_written([result.out])
+    output.finish({**record, "result": result.to_dict()})
+    say_uploaded(result.address)
 
 
 def calibrate(
     model: str,
     *,
-    texts: Kinds = Kinds(),
-    ranked: Ranked = Ranked(),
-    readings: Readings = Readings(),
-    opening: OpenOptions = OpenOptions(),
-    saving: Saving = Saving(),
+    texts: jobs.Kinds = jobs.Kinds(),
+    ranked: jobs.Ranked = jobs.Ranked(),
+    readings: jobs.Readings = jobs.Readings(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    saving: jobs.Saving = jobs.Saving(),
     output: Output = Output(kinds=("crossed",)),
 ) -> None:
     """Ranks on several kinds of text, and judges each choice on all.
@@ -203,24 +187,21 @@ def calibrate(
     say(tables.calibrated(result))
     if (remark := about_own(texts.data, each=True)) is not None:
         say(remark)
-    output.write({**record, **result.to_dict()})
-    if output.folder is not None:
-        plots.draw_crossed(result.cells, output.folder)
+    output.finish({**record, **result.to_dict()}, partial(plots.draw_crossed, result.cells))
     if result.state is not None:
         result.state.clear()
-    say_written(output.targets)
 
 
 def compare(
     model: str | None = None,
     *,
-    cases: Cases = Cases(healings="raw,patched"),
-    texts: TextSource = TextSource(),
-    shares: Shares = Shares(),
-    lora: LoraSettings = LoraSettings(),
-    tasks: Tasks = Tasks(),
-    opening: OpenOptions = OpenOptions(),
-    saving: Saving = Saving(),
+    cases: jobs.Cases = jobs.Cases(healings="raw,patched"),
+    texts: jobs.TextSource = jobs.TextSource(),
+    shares: jobs.Shares = jobs.Shares(),
+    lora: jobs.LoraSettings = jobs.LoraSettings(),
+    tasks: jobs.Tasks = jobs.Tasks(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    saving: jobs.Saving = jobs.Saving(),
     output: Output = Output(kinds=("quality",)),
 ) -> None:
     """Compares methods x numbers of layers x healing on one model.
@@ -248,12 +229,9 @@ def compare(
     say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
     if (remark := about_own(texts.data, shares.eval_data)) is not None:
         say(remark)
-    output.write({**record, **result.to_dict()})
-    if output.folder is not None:
-        plots.draw_quality(result.rows, output.folder)
+    output.finish({**record, **result.to_dict()}, partial(plots.draw_quality, result.rows))
     if result.state is not None:
         result.state.clear()
-    say_written(output.targets)
 
 
 @dataclass(frozen=True)
@@ -285,7 +263,7 @@ def generate(
     prompt: str | None = None,
     *,
     sampling: Sampling = Sampling(),
-    opening: OpenOptions = OpenOptions(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
 ) -> None:
     """Completes a text, or writes texts of the model's own.
 
@@ -314,10 +292,10 @@ def generate(
 def perplexity(
     model: str,
     *,
-    texts: TextSource = TextSource(split="test"),
-    cut: Cut = Cut(),
-    opening: OpenOptions = OpenOptions(),
-    running: Running = Running(),
+    texts: jobs.TextSource = jobs.TextSource(split="test"),
+    cut: jobs.Cut = jobs.Cut(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    running: jobs.Running = jobs.Running(),
     output: Output = Output(),
 ) -> None:
     """Measures the perplexity of a checkpoint on a text.
@@ -340,17 +318,16 @@ def perplexity(
         dry_run=output.dry_run,
     )
     say(tables.perplexities({model: value}))
-    output.write({**record, "result": value.to_dict()})
-    say_written(output.targets)
+    output.finish({**record, "result": value.to_dict()})
 
 
 def evaluate(
     model: str,
     pruned: str | None = None,
     *,
-    reading: Reading = Reading(),
-    tasks: Tasks = Tasks(),
-    opening: OpenOptions = OpenOptions(),
+    reading: jobs.Reading = jobs.Reading(),
+    tasks: jobs.Tasks = jobs.Tasks(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
     output: Output = Output(),
 ) -> None:
     """Sets a model beside its pruned one: perplexity and tasks.
@@ -365,8 +342,7 @@ def evaluate(
     models = [model] if pruned is None else [model, pruned]
     result = jobs.evaluate(models, reading, tasks=tasks, opening=opening, dry_run=output.dry_run)
     say(tables.comparison(result))
-    output.write({**record, "result": result})
-    say_written(output.targets)
+    output.finish({**record, "result": result})
 
 
 def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False) -> None:
@@ -383,19 +359,18 @@ def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False
     importance = jobs.read_scores(scores)
     output = Output(plots=out, overwrite=overwrite, kinds=("scores",))
     output.check({})
-    plots.draw_scores(importance, Path(out), n)
-    say_written(output.targets)
+    output.finish({}, partial(plots.draw_scores, importance, n=n))
 
 
 def reproduce(
     model: str | None = None,
     *,
-    texts: TextSource = TextSource(),
-    cut: Cut = Cut(stride=STRIDE),
-    paper: Answer = Answer(),
-    opening: OpenOptions = OpenOptions(),
-    running: Running = Running(),
-    saving: Saving = Saving(),
+    texts: jobs.TextSource = jobs.TextSource(),
+    cut: jobs.Cut = jobs.Cut(stride=STRIDE),
+    paper: jobs.Answer = jobs.Answer(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    running: jobs.Running = jobs.Running(),
+    saving: jobs.Saving = jobs.Saving(),
     output: Output = Output(kinds=("scores", "published")),
 ) -> None:
     """Runs the paper's protocol and shows the paper's list beside it.
@@ -422,48 +397,16 @@ def reproduce(
         notify=tell,
     )
     say(tables.reproduced(result))
-    output.write({**record, **result.to_dict()})
-    if output.folder is not None:
-        plots.draw_scores(result.importance, output.folder, result.n)
-        plots.draw_published(result.importance, result.comparison, output.folder)
-    result.finish()
-    say_written(output.targets)
+
+    def draw(folder: Path) -> None:
+        plots.draw_scores(result.importance, folder, result.n)
+        plots.draw_published(result.importance, result.comparison, folder)
+
+    output.finish({**record, **result.to_dict()}, draw)
+    result.ranking.finish()
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """How a converted model is written.
-
-    Args:
-        to: the format to write: meta, hf or gguf. If not given, gguf where OUT ends with .gguf,
-            else Meta's; Hugging Face's from Meta's and from a GGUF file that is no Llama.
-        type: of matrices in GGUF, from another format: f32, f16, bf16 or q8_0; the source's if not
-            given.
-        dtype: of the weights written for Meta, or read from GGUF; the source's if not given,
-            float32 from GGUF, which keeps what quantized weights stand for exactly.
-        shards: write Meta's format in so many files. The embedding stays cut as it is; that of
-            one file is cut by vocabulary if that is Llama 3's or tied to the output head, else by
-            width, as Llama 2's. Any number of files runs on any number of ranks all the same.
-        tokenizer_path: tokenizer of a Meta checkpoint; looked for beside it if not given.
-        trust_remote_code: run the Python files that come with a Hugging Face model, to prove the
-            result; look at them first.
-        verify: prove the result by loading source and result, one after the other; yes if not
-            given, but no where both are Meta's.
-        overwrite: replace an earlier conversion.
-    """
-
-    HEADING: ClassVar = WRITE
-    to: str | None = None
-    type: str | None = None
-    dtype: str | None = None
-    shards: int | None = None
-    tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)
-    trust_remote_code: bool = False
-    verify: bool | None = None
-    overwrite: bool = False
-
-
-def convert(model: str, out: str, *, conversion: Conversion = Conversion()) -> None:
+def convert(model: str, out: str, *, conversion: jobs.Conversion = jobs.Conversion()) -> None:
     """Writes a model in another format: Meta's, Hugging Face's or GGUF.
 
     GGUF and Hugging Face go to Meta's format, Meta's to Hugging Face's, and both to GGUF where OUT
@@ -476,7 +419,7 @@ def convert(model: str, out: str, *, conversion: Conversion = Conversion()) -> N
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
         out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
-    jobs.convert(model, out, notify=note, **vars(conversion))
+    jobs.convert(model, out, conversion=conversion, notify=note)
     say_written([Path(out)])
 
 

@@ -156,10 +156,8 @@ def described(thing: object) -> dict[str, str]:
     return texts
 
 
-def prepared(argv: list[str], commands: Mapping[str, Command]) -> list[str]:
-    """The arguments in a form that fire cannot misread: ``--flag=value`` each.
-
-    Fire alone would run the command and complain about a mistyped flag afterwards.
+def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]:
+    """The text of every flag in the arguments of a command, by the flag's name.
 
     Raises:
         ShortGPTError: an unknown flag, a flag without its value, or a missing argument.
@@ -192,8 +190,7 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> list[str]:
         )
     if missing := [f.name.upper() for f in free[len(positional) :] if f.required]:
         raise ShortGPTError(f"{name} needs {' '.join(missing)}; see {name} --help")
-    values |= {f.name: value for f, value in zip(free, positional, strict=False)}
-    return [name, *(f"--{flag}={value}" for flag, value in values.items())]
+    return values | {f.name: value for f, value in zip(free, positional, strict=False)}
 
 
 def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
@@ -213,26 +210,20 @@ def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
     raise ShortGPTError(f"{command} has no flag {written}{close}; see {command} --help")
 
 
-def typed(command: Command) -> Command:
-    """The command as a function of its flags, each of which reads its own text.
+def call(command: Command, texts: Mapping[str, str]) -> None:
+    """Calls a command with what the texts of its flags stand for.
 
     Raises:
-        ShortGPTError: when called, for a value of another type, or a flag without what it needs.
+        ShortGPTError: a value is of another type, or a flag lacks what it needs.
     """
-    from fire.decorators import SetParseFns
-
     flags, parameters = flags_of(command), inspect.signature(command).parameters
-
-    @SetParseFns(**{name: flag.read for name, flag in flags.items()})
-    def run(**values: Any) -> None:
-        refuse_unused(flags, values)
-        arguments = {name: v for name, v in values.items() if not flags[name].field}
-        for group in {flags[name].parameter for name in values} - {*arguments}:
-            own = {f.field: values[n] for n in values if (f := flags[n]).parameter == group}
-            arguments[group] = replace(parameters[group].default, **own)
-        command(**arguments)
-
-    return run
+    values: dict[str, Any] = {name: flags[name].read(text) for name, text in texts.items()}
+    refuse_unused(flags, values)
+    arguments = {name: v for name, v in values.items() if not flags[name].field}
+    for group in {flags[name].parameter for name in values} - {*arguments}:
+        own = {f.field: values[n] for n in values if (f := flags[n]).parameter == group}
+        arguments[group] = replace(parameters[group].default, **own)
+    command(**arguments)
 
 
 def for_completion(command: Command) -> Command:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +48,7 @@ class Output:
     dry_run: bool = setting(False, heading=RUN, commands=LONG)
 
     @property
-    def folder(self) -> Path | None:
-        """Where this process draws, if it does."""
-        return Path(self.plots) if self.plots is not None and first_rank() else None
-
-    @property
     def pictures(self) -> list[Path]:
-        """The pictures that the command will draw."""
         if self.plots is None:
             return []
         from short_gpt.plots.pictures import FILES
@@ -63,7 +57,6 @@ class Output:
 
     @property
     def targets(self) -> list[Path]:
-        """The files that the command will write."""
         return [*([] if self.file is None else [self.file]), *self.pictures]
 
     @property
@@ -115,6 +108,15 @@ class Output:
         elif self.file is not None and first_rank():
             write_record(self.file, record, overwrite=self.overwrite)
 
+    def finish(
+        self, record: Mapping[str, object], draw: Callable[[Path], object] | None = None
+    ) -> None:
+        """Writes the result, draws its pictures if they were asked for, and names all files."""
+        self.write(record)
+        if draw is not None and self.plots is not None and first_rank():
+            draw(Path(self.plots))
+        say_written(self.targets)
+
 
 @contextmanager
 def result_alone() -> Iterator[None]:
@@ -160,6 +162,10 @@ def tell(text: str) -> None:
 
 
 def say_written(targets: Sequence[Path]) -> None:
-    """Names files that were written."""
     for target in targets:
         note(f"written: {target}")
+
+
+def say_uploaded(address: str | None) -> None:
+    if address is not None:
+        note(f"uploaded: {address}")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from short_gpt.jobs.calibration import Calibrated, Crossed
     from short_gpt.jobs.cases import Agreement, Row
     from short_gpt.scoring.importance import Importance
-    from short_gpt.selection.perplexity_budget import Budget
     from short_gpt.selection.search import Search
 
 BOS = ", bos in every window"  # of a measure of `jobs.evaluate`
@@ -145,25 +144,18 @@ def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
 
 
 def pruned(result: Pruned) -> str:
-    """What was tried, removed, written and proved."""
     chosen = result.chosen
     lines = [chosen.unchecked] if chosen.unchecked else []
-    lines += [] if chosen.budget is None else _tried(chosen.budget)
+    if (budget := chosen.budget) is not None:
+        for n, tried in budget.tried.items():
+            verdict = f", {budget.verdict(n)}" if n else ""
+            rise = f"ratio {tried.value / budget.tried[0].value:.4f}{verdict}"
+            lines.append(f"{n:>3} layers removed: perplexity {tried.value:.3f}, {rise}")
     lines += [f"--eval_data was {chosen.unsure}"] if chosen.unsure else []
     lines += [f"removed layers {result.layers}", f"written: {result.out}"]
     lines += [f"written: {result.recipe}"] if result.recipe is not None else []
     remark = re.sub(r"`(\w+)`", r"--\1", result.remark or "")
     return "\n".join([*lines, *(line for line in (result.proof, remark) if line)])
-
-
-def _tried(budget: Budget) -> list[str]:
-    """How much the perplexity rises with each number of layers removed."""
-    lines = []
-    for n, tried in budget.tried.items():
-        verdict = f", {budget.verdict(n)}" if n else ""
-        rise = f"ratio {tried.value / budget.tried[0].value:.4f}{verdict}"
-        lines.append(f"{n:>3} layers removed: perplexity {tried.value:.3f}, {rise}")
-    return lines
 
 
 def healed(result: Healing) -> str:
@@ -395,14 +387,15 @@ def _crossed(cells: Sequence[Crossed]) -> list[str]:
     name = "pruned" if cells[0].healing == RAW else cells[0].healing
     texts = "".join(f"{text:>22}" for text in dict.fromkeys(c.text for c in cells))
     lines, more = [f"{'chosen on':<24}{texts}"], "nats a token more than by the text's own choice"
-    columns = {"perplexity": lambda c: _short(c.perplexity), f"{more} (standard error)": _excess}
+    columns: dict[str, Callable[[Crossed], str]] = {
+        "perplexity": lambda c: _short(c.perplexity),
+        f"{more} (standard error)": lambda c: (
+            "own" if c.choice == c.text else f"{c.excess:+.3f} ({c.excess_error:.3f})"
+        ),
+    }
     for title, cell in columns.items():
         lines.append(f"{name}: {title}")
         for choice in dict.fromkeys(c.choice for c in cells):
             row = "".join(f"{cell(c):>22}" for c in cells if c.choice == choice)
             lines.append(f"  {choice:<22}{row}")
     return lines
-
-
-def _excess(c: Crossed) -> str:
-    return "own" if c.choice == c.text else f"{c.excess:+.3f} ({c.excess_error:.3f})"

@@ -99,10 +99,10 @@ def windows(
         raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
     if bos not in BOS:
         raise ShortGPTError(f"bos = {bos!r}: expected 'first' or 'every'")
-    at_least(2, "size", size)
-    at_least(1, "stride", stride)
+    at_least(2, size=size)
+    at_least(1, stride=stride)
     if limit is not None:
-        at_least(1, "limit", limit)
+        at_least(1, limit=limit)
     start = _start(encode, size) if bos == "every" else []
     room = size - len(start)
     encoded = (_without(start, tokens_of(text, encode)) for text in texts)
@@ -240,17 +240,23 @@ def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:
         >>> [*batches([1, 2, 3], 2)]
         [[1, 2], [3]]
     """
-    at_least(1, "size", size)
+    at_least(1, size=size)
     rest = iter(windows)
     return iter(lambda: list(islice(rest, size)), [])
 
 
-def at_least(least: int, name: str, value: int) -> None:
-    """Raises ShortGPTError unless a setting is a whole number from ``least`` to `MOST`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
-    if value > MOST:
-        raise ShortGPTError(f"{name} = {value}: expected at most {MOST}")
+def at_least(least: int, *, optional: bool = False, **numbers: object) -> None:
+    """Raises ShortGPTError unless these are whole numbers from ``least`` to `MOST`.
+
+    ``optional``: whether None passes.
+    """
+    for name, value in numbers.items():
+        if value is None and optional:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
+        if value > MOST:
+            raise ShortGPTError(f"{name} = {value}: expected at most {MOST}")
 
 
 def _with_spans(

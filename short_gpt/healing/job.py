@@ -164,12 +164,19 @@ class HealingJob:
             done = self._heal(ready, parts)
         pruned, *healed = [*parts.values()][-len(done) - 1 :]
         names, before = [step.name for step in self.steps], [pruned, *healed[:-1]]
+        kinds = self.windows.kinds  # of the windows to evaluate on
         self.evidence = HealingEvidence(
             done,
             {name: together(windows) for name, windows in parts.items()},
             difference(pruned, healed[-1]),
             {n: difference(a, b) for n, a, b in zip(names, before, healed, strict=True)},
-            {kind: self._of_kind(kind, parts) for kind in dict.fromkeys(self.windows.kinds)},
+            {
+                kind: {
+                    state: together([own for own, k in zip(each, kinds, strict=True) if k == kind])
+                    for state, each in parts.items()
+                }
+                for kind in dict.fromkeys(kinds)
+            },
         )
         self.short.evidence["change"] = asdict(self.evidence.change)
         return self.evidence
@@ -280,13 +287,6 @@ class HealingJob:
         finally:
             with suppress(OSError):  # a folder that holds something stays
                 folder.rmdir()
-
-    def _of_kind(
-        self, kind: str, parts: Mapping[str, Sequence[Perplexity]]
-    ) -> dict[str, Perplexity]:
-        """Perplexities by state, of the windows of one kind of text."""
-        own = [i for i, name in enumerate(self.windows.kinds) if name == kind]
-        return {state: together([each[i] for i in own]) for state, each in parts.items()}
 
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
         parts[state] = self.short.window_losses(self.windows.evaluation, progress=self.progress)

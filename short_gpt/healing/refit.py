@@ -348,7 +348,6 @@ class Visit(NamedTuple):
 
 
 def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Visit]:
-    """The kept layers that windows pass, of ``count``."""
     pairs = [*zip(kept, [*kept[1:], count], strict=True)]
     if settings.where == "gaps":  # nothing is to be done after the last gap
         visits = [Visit(i, after, after > i + 1, copied=True) for i, after in pairs]
@@ -367,8 +366,6 @@ def _fit_best(
     folder: Path | None,
     progress: bool,
 ) -> Refit:
-    """Fits with several settings, and keeps those of least loss on held-out windows."""
-
     def fitted(changed: RefitSettings) -> Refit:
         name = changed.label
         own = None if folder is None else folder / name.replace(" ", "-").replace(",", "-")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from llama.io.files import follow_umask
-from llama.io.json_files import write_json
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.distillation import Distillation
@@ -32,6 +30,7 @@ from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import (
     CHECKED,
+    StateFile,
     check_saved,
     content_digest,
     damaged,
@@ -64,14 +63,16 @@ class TrainingRun(NamedTuple):
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
-        recipe = {k: v for k, v in asdict(self.recipe).items() if k != "report_to"}
         own = {
-            "recipe": json.loads(json.dumps(recipe)),  # as a file gives it back
             "text": json_digest(windows),
             "model": weights_digest(adapted),
             "configuration": config_digest(config_entries(adapted.get_base_model().config)),
         }
-        return joined(own, {} if self.distillation is None else self.distillation.identity())
+        taught = dict.fromkeys(("teacher", "top_k", "temperature", "cached", "kl_share"))
+        taught |= {} if self.distillation is None else self.distillation.identity()
+        recipe = asdict(self.recipe)
+        del recipe["report_to"]
+        return joined(recipe, own, taught)
 
     def measure(self, adapted: PeftModel) -> dict[str, float]:
         """On the validation windows: what the best step is chosen by, and the perplexity."""
@@ -255,20 +256,21 @@ def run_folder(
             team.gather(None)  # waits for those who still read
         return
     folder = Path(str(work_dir))
-    with hold(folder):
+    with hold(folder) as lock:
         if not resume:
             if folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}:
                 raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
             team.gather(None)  # all have looked before one writes
             folder.mkdir(parents=True, exist_ok=True)
             if not team.rank:
-                write_json(folder / RECIPE, run)
-        elif not finished_checkpoints(folder) or not (folder / RECIPE).is_file():
+                (folder / RECIPE).unlink(missing_ok=True)
+                StateFile(folder / RECIPE, run, lock=lock).save({})
+        elif not begun(folder):
             raise ShortGPTError(
                 f"{folder} holds no checkpoint to resume from; start without resume"
             )
         else:
-            _check_run(folder, run)
+            StateFile(folder / RECIPE, run, lock=lock, folder=folder)  # refuses another run
             for path in sorted(folder.glob("checkpoint-*")):
                 for name, digest in _digests(path).items():
                     check_saved(path / name, digest, folder=folder)
@@ -278,21 +280,6 @@ def run_folder(
             if not team.rank and not _drop_unfinished(folder):  # there is nothing to continue from
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def _check_run(folder: Path, run: dict[str, object]) -> None:
-    earlier, now = _by_name(read_record(folder / RECIPE)), _by_name(run)
-    for name in [*now, *(earlier.keys() - now.keys())]:
-        if earlier.get(name) != now.get(name):
-            raise ShortGPTError(
-                f"{folder} holds a run of another {name}: {earlier.get(name)!r}, now "
-                f"{now.get(name)!r}; go on with the former {name}, or delete {folder} to begin anew"
-            )
-
-
-def _by_name(run: Mapping[str, object]) -> dict[str, object]:
-    own = recipe if isinstance(recipe := run.get("recipe"), dict) else {}
-    return {**own, **{name: value for name, value in run.items() if name != "recipe"}}
 
 
 def begun(folder: Path) -> bool:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         published_scores,
         reproduce,
     )
-    from short_gpt.jobs.saving import Saving
+    from short_gpt.jobs.saving import Conversion, Hub, Saving
     from short_gpt.jobs.scores import Chosen, Scores, chosen, read_scores
     from short_gpt.jobs.settings import Answer, Choice, HealingWindows, Settings, Written
     from short_gpt.jobs.shrinking import Look, Shrunk, shrink
@@ -85,12 +85,14 @@ __all__ = [
     "Chosen",
     "Compared",
     "Comparison",
+    "Conversion",
     "Crossed",
     "Cut",
     "Dial",
     "DistillHealing",
     "Healing",
     "HealingWindows",
+    "Hub",
     "Kinds",
     "Look",
     "LoraHealing",

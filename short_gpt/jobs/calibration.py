@@ -361,12 +361,12 @@ class _Run(NamedTuple):
 @takes_fields("calibrate")
 def calibrate_checkpoint(
     model: str,
-    data: str | Mapping[str, Iterable[object]] | Kinds,
+    data: str | Mapping[str, Iterable[object]] | Kinds = Kinds(),
     *,
-    ranked: Ranked | None = None,
-    readings: Readings | None = None,
-    opening: OpenOptions | None = None,
-    saving: Saving | None = None,
+    ranked: Ranked = Ranked(),
+    readings: Readings = Readings(),
+    opening: OpenOptions = OpenOptions(),
+    saving: Saving = Saving(),
     dry_run: bool = False,
     **fields: Any,
 ) -> Calibrated:
@@ -376,8 +376,7 @@ def calibrate_checkpoint(
     raises `DryRun`, which says what would be done, in place of the work. ``fields`` are single
     settings by their names, in place of objects: ``n=8``, ``sizes=512``, ``max_windows=24``.
     """
-    ranked = ranked or Ranked()
-    readings, state = readings or Readings(), (saving or Saving()).state
+    state = saving.state
     if several_ranks():
         raise ShortGPTError("calibrate runs on one rank; start it alone")
     if ranked.n is None:
@@ -388,8 +387,7 @@ def calibrate_checkpoint(
     sources = (data if isinstance(data, Kinds) else Kinds(data)).each()  # type: ignore[arg-type]
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
-    opening = as_begun(opening or OpenOptions(), state)
-    short = open_model(model, opening, max_seq_len=max(readings.numbers))
+    short = open_model(model, as_begun(opening, state), max_seq_len=max(readings.numbers))
     if dry_run:
         healings, names = listed(ranked.healing), ", ".join(sources)
         models = (len(sources) + 1) * len(healings) + 1

@@ -7,19 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
-from short_gpt.jobs.inputs import (
-    Cut,
-    TextSource,
-    at_least,
-    listed,
-    name_texts,
-    whole_numbers,
-)
+from short_gpt.data.texts import texts
+from short_gpt.data.windows import Text
+from short_gpt.jobs.inputs import Cut, TextSource, at_least, listed, name_texts, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
 if TYPE_CHECKING:
-    from short_gpt.data.windows import Text
     from short_gpt.healing.recipe import ModelConfig, Recipe
     from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -72,14 +66,6 @@ def _searches(values: Values) -> bool:
     return not {*_names(values["methods"])} <= {*METHODS} - {*BY_LOSS}
 
 
-def check_healing(name: str) -> None:
-    """Raises ShortGPTError for none of `HEALINGS`."""
-    if name in REMOVED_HEALINGS:
-        raise ShortGPTError(f"the healing {name} was removed: use refit, which restores more")
-    if name not in HEALINGS:
-        raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
-
-
 TRAINING = Needs(
     "lora or distill in `healing`", lambda v: bool({*TRAINED} & {*_names(v["healing"])})
 )
@@ -115,12 +101,10 @@ class Cases:
 
     @property
     def names(self) -> list[str]:
-        """The methods."""
         return _names(self.methods)
 
     @property
     def numbers(self) -> list[int]:
-        """The numbers of layers."""
         numbers = whole_numbers(self.counts, "counts", "2,4,8")
         if min(numbers) < 1:
             raise ShortGPTError(f"expected whole numbers as in `counts` 2,4,8, got {self.counts!r}")
@@ -128,7 +112,6 @@ class Cases:
 
     @property
     def heals(self) -> list[str]:
-        """The healings."""
         return _names(self.healings)
 
     @property
@@ -150,7 +133,12 @@ class Cases:
 
     def __post_init__(self) -> None:
         for name in self.heals:
-            check_healing(name)
+            if name in REMOVED_HEALINGS:
+                raise ShortGPTError(
+                    f"the healing {name} was removed: use refit, which restores more"
+                )
+            if name not in HEALINGS:
+                raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
         if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
             from short_gpt.selection.methods import check_method
 
@@ -191,14 +179,11 @@ class Shares:
         name_texts(self, "eval_data")
 
     def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, before a text is read."""
         Cut(self.size, bos=self.bos).check()
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
     def held(self, column: str) -> list[list[str]]:
         """The texts of eval_data, if it is given."""
-        from short_gpt.data.texts import texts
-
         return [] if self.eval_data is None else [list(texts(self.eval_data, column=column))]
 
     def cut(
@@ -229,7 +214,6 @@ class LoraSettings:
     size: int | None = setting(None, flag="lora_size", needs=TRAINING)
 
     def check(self) -> None:
-        """Raises ShortGPTError for a value out of range, before a model is opened."""
         from short_gpt.healing.recipe import Recipe
 
         Recipe(**{**asdict(Recipe()), **self._changes})
@@ -303,7 +287,6 @@ class Readings:
 
     @property
     def numbers(self) -> list[int]:
-        """The sizes."""
         return whole_numbers(self.sizes, "sizes", "512,1024")
 
     def cuts(self, bos: str = "first") -> dict[str, Cut]:
@@ -315,7 +298,6 @@ class Readings:
         }
 
     def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, before a text is read."""
         for cut in self.cuts().values():
             cut.check()
         at_least(2, max_windows=self.max_windows, eval_windows=self.eval_windows)

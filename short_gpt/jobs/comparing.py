@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
@@ -25,24 +25,14 @@ from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
-from short_gpt.jobs.cases import (
-    PATCHED,
-    RAW,
-    REFIT,
-    TRAINED,
-    Agreement,
-    Cases,
-    Row,
-    Windows,
-    check_healing,
-)
+from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Agreement, Cases, Row, Windows
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring import Importance, spearman
-from short_gpt.selection.methods import AUTO, BY_LOSS, check_method, choose
+from short_gpt.selection.methods import AUTO, BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -54,7 +44,6 @@ Case = tuple[str, int | None, int]  # method, seed of a random one, number of la
 
 
 def windows_digest(windows: Windows) -> str:
-    """What tells windows from others."""
     return json_digest([list(window) for window in windows])
 
 
@@ -149,7 +138,6 @@ def compare(
         >>> print(tables.compared(result.rows))  # doctest: +SKIP
     """
     heals = {k: heal for k, heal in zip(TRAINED, (lora, distill), strict=True) if heal is not None}
-    _check_trained(cases.heals, heals, "{0}={1}Healing(...)")
     if tasks is not None:
         tasks.check()
     saved = None
@@ -164,14 +152,8 @@ def compare(
         saved = StateFile(state, identity)
     few = cases.search_windows
     comparison = Comparison(short, calibration, evaluation, few=few, state=saved, progress=progress)
-    rows = comparison.rows(
-        cases.names,
-        cases.numbers,
-        healings=cases.heals,
-        seeds=cases.seeds,
-        trained={name: _with_folder(name, heal, saved) for name, heal in heals.items()},
-        lora_only=cases.pairs,
-    )
+    trained = {name: _with_folder(name, heal, saved) for name, heal in heals.items()}
+    rows = comparison.rows(cases, trained)
     searched = cases.numbers if "sleb" in cases.names else ()
     agreement = [comparison.agreement(n, max(cases.numbers)) for n in searched]
     metrics = {}
@@ -179,12 +161,6 @@ def compare(
         suite = json_digest([asdict(tasks), short.encode(PROBE)])
         metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
     return Compared(rows, agreement, metrics, saved)
-
-
-def _check_trained(healings: Sequence[str], heals: Collection[str], argument: str) -> None:
-    if missing := [name for name in healings if name in TRAINED and name not in heals]:
-        argument = argument.format(missing[0], missing[0].capitalize())
-        raise ShortGPTError(f"healing by {missing[0]} trains a model: pass {argument}")
 
 
 def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:
@@ -216,29 +192,15 @@ class Comparison:
         self._raw = partial(pruned_losses, short, evaluation=evaluation)
         self._refitted = partial(self._raw, fit_on=calibration, progress=progress)
 
-    def rows(
-        self,
-        methods: Sequence[str],
-        counts: Sequence[int],
-        *,
-        healings: Sequence[str] = (RAW,),
-        seeds: int = 3,
-        trained: Mapping[str, Heal] | None = None,
-        lora_only: Collection[tuple[str, int]] | None = None,
-    ) -> list[Row]:
+    def rows(self, cases: Cases, trained: Mapping[str, Heal] | None = None) -> list[Row]:
         """Measures every method x number of layers x healing, and the original model first.
 
+        A set that cannot be healed one way has no such row.
+
         Args:
-            methods: names of `methods.METHODS`; ``random`` is drawn ``seeds`` times.
-            counts: numbers of layers to remove.
-            healings: of `cases.HEALINGS`; a set that cannot be healed so has no such row.
             trained: the healings lora and distill, which give losses of the evaluation windows.
-            lora_only: the methods and numbers to heal so; None means all.
         """
-        for method in methods:
-            check_method(method)
-        for healing in healings:
-            check_healing(healing)
+        counts = cases.numbers
         for n in counts:
             check_count(n, len(self.short.kept), name="counts")
         heals: dict[str, Heal] = {
@@ -247,20 +209,22 @@ class Comparison:
             REFIT: self._refitted,
             **(trained or {}),
         }
-        _check_trained(healings, heals, "trained=...")
-        cases: list[Case] = [
+        if missing := [name for name in cases.heals if name not in heals]:
+            argument = f"{missing[0]}={missing[0].capitalize()}Healing(...)"
+            raise ShortGPTError(f"healing by {missing[0]} trains a model: pass {argument}")
+        every: list[Case] = [
             (method, seed, n)
-            for method in methods
-            for seed in (range(seeds) if method == "random" else [None])
+            for method in cases.names
+            for seed in (range(cases.seeds) if method == "random" else [None])
             for n in counts
         ]
-        sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in cases]
-        few = {(m, n) for m, _, n in cases} if lora_only is None else {*lora_only}
+        sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in every]
+        few = {(m, n) for m, _, n in every} if cases.pairs is None else {*cases.pairs}
         rows = [self._row(("dense", None, 0), [], RAW, self._raw)]
-        count = len(cases) * len(healings)
+        count = len(every) * len(cases.heals)
         with bar("comparing", total=count, unit="model", show=self._progress) as shown:
-            for healing in healings:
-                for case, layers in zip(cases, sets, strict=True):
+            for healing in cases.heals:
+                for case, layers in zip(every, sets, strict=True):
                     shown.update()
                     if healing in TRAINED and (case[0], case[2]) not in few:
                         continue
@@ -372,7 +336,6 @@ class Comparison:
         )
 
     def _losses(self, healing: str, layers: list[int], heal: Heal) -> list[Perplexity]:
-        """Losses of the evaluation windows, measured once for every set of layers."""
         return self.cells.losses(f"{healing} {sorted(layers)}", partial(heal, layers))
 
     def _speed(self, n: int, layers: list[int]) -> float:

@@ -22,7 +22,7 @@ from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.trainer import begun
 from short_gpt.jobs.cases import DISTILL, LORA, PATCHED, RAW, Cases, LoraSettings, Shares, Windows
 from short_gpt.jobs.comparing import Compared, compare, windows_digest
-from short_gpt.jobs.inputs import Data, Tasks, check_model, source_of
+from short_gpt.jobs.inputs import Data, Tasks, TextSource, check_model, source_of
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.settings import takes_fields
@@ -34,20 +34,19 @@ from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import writes, written_apart
 
 MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
-DEFAULT_CASES = Cases(healings=(RAW, PATCHED))
 
 
-@takes_fields("compare", cases=DEFAULT_CASES)
+@takes_fields("compare")
 def compare_checkpoint(
     model: str | None,
-    data: Data = "pg19",
+    data: Data = TextSource(),
     *,
-    cases: Cases | None = None,
-    shares: Shares | None = None,
-    lora: LoraSettings | None = None,
-    tasks: Tasks | None = None,
-    opening: OpenOptions | None = None,
-    saving: Saving | None = None,
+    cases: Cases = Cases(healings=(RAW, PATCHED)),
+    shares: Shares = Shares(),
+    lora: LoraSettings = LoraSettings(),
+    tasks: Tasks = Tasks(),
+    opening: OpenOptions = OpenOptions(),
+    saving: Saving = Saving(),
     dry_run: bool = False,
     **fields: Any,
 ) -> Compared:
@@ -67,8 +66,6 @@ def compare_checkpoint(
         >>> compare_checkpoint("llama-2-7b", cases=Cases("bi", 9)).rows[1].n  # doctest: +SKIP
         9
     """
-    cases, shares, opening = cases or DEFAULT_CASES, shares or Shares(), opening or OpenOptions()
-    tasks, saving, lora = tasks or Tasks(), saving or Saving(), lora or LoraSettings()
     if several_ranks():
         raise ShortGPTError("compare runs on one rank; start it alone")
     tasks.check()

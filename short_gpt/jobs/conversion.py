@@ -20,7 +20,8 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE, RECORD
 from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.inputs import Notify, ignore
-from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.saving import Conversion, interruptible
+from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.wrappers.opening import check_tokenizer, open_hf, same_model
@@ -29,36 +30,24 @@ from short_gpt.wrappers.options import OpenOptions
 TWICE = "not verified: that loads the model on one rank; run it without torchrun"
 
 
+@takes_fields("convert")
 def convert(
     model: str,
     out: str,
     *,
-    to: str | None = None,
-    type: str | None = None,
-    dtype: str | None = None,
-    shards: int | None = None,
-    tokenizer_path: str | None = None,
-    trust_remote_code: bool = False,
-    verify: bool | None = None,
-    overwrite: bool = False,
+    conversion: Conversion = Conversion(),
     notify: Notify = ignore,
+    **fields: Any,
 ) -> Path:
     """Writes a Llama in another format, or any GGUF file that transformers reads.
 
     Args:
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
         out: new directory, or GGUF file if it ends with .gguf.
-        to: meta, hf or gguf. None is gguf where ``out`` ends with .gguf; else hf from Meta's format
-            and from a GGUF file that is no Llama; else meta.
-        type: of matrices in GGUF: f32, f16, bf16 or q8_0; None is the source's.
-        dtype: of the weights written for Meta, or from GGUF; None is the source's, else float32.
-        shards: writes Meta's format in any case, in so many files.
-        tokenizer_path: tokenizer of a Meta checkpoint; None looks beside it.
-        trust_remote_code: whether a Hugging Face model's Python files are run for the proof.
-        verify: whether to load source and result, one after the other, and compare logits and
-            greedy generation with and without the cache; None does unless both are Meta's.
-        overwrite: replace an earlier output.
+        conversion: the format, its types and shards, and whether it is proved.
         notify: called with what was proved, in a sentence.
+        fields: single settings by their names, in place of an object: ``to="hf"``,
+            ``type="q8_0"``, ``dtype="bfloat16"``, ``shards=2``, ``verify=False``.
 
     Raises:
         FileNotFoundError: there is no such source.
@@ -69,67 +58,63 @@ def convert(
         >>> convert("model.gguf", "model-meta")  # doctest: +SKIP
         PosixPath('model-meta')
     """
-    check_format(out, to)
+    how = conversion
+    check_format(out, how.to)
     source = find_source(model)
-    to = to or _format(source, out, shards)
-    _check_options(source, to, type, dtype, shards)
-    opening = OpenOptions(tokenizer_path, trust_remote_code=trust_remote_code)
-    check_tokenizer(tokenizer_path, model)
+    to = how.to or _format(source, out, how.shards)
+    _check_options(source, to, how)
+    opening = OpenOptions(how.tokenizer_path, trust_remote_code=how.trust_remote_code)
+    check_tokenizer(how.tokenizer_path, model)
     proofs: list[str | None] = []
 
     def check(directory: Path) -> None:
-        proofs.append(prove(directory, source, out, opening, verify, dtype=dtype))
+        proofs.append(prove(directory, source, out, opening, how.verify, dtype=how.dtype))
 
     with interruptible(), bar("converting", total=None, unit="tensor") as shown:
-        how: dict[str, Any] = {"overwrite": overwrite, "progress": lambda _: shown.update()}
+        writing: dict[str, Any] = {"progress": lambda _: shown.update()}
+        writing |= {"overwrite": how.overwrite}
         if to == "gguf":
-            _to_gguf(source, out, type, tokenizer_path, how)
+            _to_gguf(source, out, how, writing)
         elif to == "hf" and source.kind == "gguf":  # as transformers reads it
-            short = open_hf(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
-            target = Target(out, "hf", overwrite, None if verify is False else short.check_saved)
-            record, tokenizer = Provenance.of_checkpoint(source), short.tokenizer
+            short = open_hf(source, OpenOptions(device="cpu", dtype=how.dtype or "float32"))
+            verify = None if how.verify is False else short.check_saved
+            target, tokenizer = Target(out, "hf", how.overwrite, verify), short.tokenizer
+            record = Provenance.of_checkpoint(source)
             save_hf(short.trainable(), target, tokenizer=tokenizer, record=record, source=source)
         else:
-            _to_directory(source, out, dtype, shards, tokenizer_path, {**how, "verify": check})
+            _to_directory(source, out, how, {**writing, "verify": check})
     if proofs and proofs[0] is not None:
         notify(proofs[0])
     return Path(out)
 
 
-def _to_gguf(
-    source: Source, out: str, type: str | None, tokenizer_path: str | None, how: dict[str, Any]
-) -> None:
+def _to_gguf(source: Source, out: str, how: Conversion, writing: dict[str, Any]) -> None:
     """Writes GGUF: of its own tensors as they are, in as many files as ``out`` says, or a Llama."""
     if source.kind == "gguf":
-        stack, target = Stack.open(source), Target(out, "gguf", how["overwrite"])
-        write_gguf(stack.parts, target, range(stack.blocks), progress=how["progress"])
+        stack, target = Stack.open(source), Target(out, "gguf", how.overwrite)
+        write_gguf(stack.parts, target, range(stack.blocks), progress=writing["progress"])
         return
     # the same model in another format has the same history
     before = Provenance.of_checkpoint(resolve(source))
     also = {} if before is None else {RECORD: json_text(before.to_dict())}
-    llama_to_gguf(source, out, kind=type, tokenizer_path=tokenizer_path, also=also, **how)
+    path = how.tokenizer_path
+    llama_to_gguf(source, out, kind=how.type, tokenizer_path=path, also=also, **writing)
 
 
-def _to_directory(
-    source: Source,
-    out: str,
-    dtype: str | None,
-    shards: int | None,
-    tokenizer_path: str | None,
-    how: dict[str, Any],
-) -> None:
+def _to_directory(source: Source, out: str, how: Conversion, writing: dict[str, Any]) -> None:
     """Writes Meta's format, or Hugging Face's from Meta's."""
-    files = 1 if shards is None else shards
+    dtype, path = how.dtype, how.tokenizer_path
+    shards = 1 if how.shards is None else how.shards
     if source.kind == "gguf":
-        gguf_to_meta(source, out, dtype=dtype or "float32", shards=files, **how)
+        gguf_to_meta(source, out, dtype=dtype or "float32", shards=shards, **writing)
     elif source.kind != "meta":
-        hf_to_meta(source, out, dtype=dtype, shards=files, **how)
-    elif shards is None:
-        meta_to_hf(source, out, tokenizer_path=tokenizer_path, **how)
+        hf_to_meta(source, out, dtype=dtype, shards=shards, **writing)
+    elif how.shards is None:
+        meta_to_hf(source, out, tokenizer_path=path, **writing)
     else:
         also = (PROVENANCE,)  # the same model in other files has the same history
-        how |= {"tokenizer_path": tokenizer_path, "also": also}
-        reshard(source, out, shards=shards, dtype=dtype, **how)
+        writing |= {"tokenizer_path": path, "also": also}
+        reshard(source, out, shards=shards, dtype=dtype, **writing)
 
 
 def _format(source: Source, out: str, shards: int | None) -> str:
@@ -142,11 +127,9 @@ def _format(source: Source, out: str, shards: int | None) -> str:
     return "hf" if source.kind == "meta" and shards is None else "meta"
 
 
-def _check_options(
-    source: Source, to: str, type: str | None, dtype: str | None, shards: int | None
-) -> None:
+def _check_options(source: Source, to: str, how: Conversion) -> None:
     """Raises ShortGPTError for options that have no effect on what is written."""
-    kind = source.kind
+    kind, type, dtype, shards = source.kind, how.type, how.dtype, how.shards
     if type is not None and (to != "gguf" or kind == "gguf"):
         raise ShortGPTError(
             f"`type` {type} is for writing GGUF from another format; tensors of a GGUF file stay "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_output, new_file
+from short_gpt.data.texts import read_texts
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -19,6 +20,7 @@ from short_gpt.jobs.inputs import (
     Reading,
     Running,
     Tasks,
+    TextSource,
     about_bos,
     check_model,
     ignore,
@@ -39,10 +41,10 @@ from short_gpt.wrappers.own_text import own_samples
 @takes_fields("evaluate")
 def evaluate(
     models: Sequence[str],
-    reading: Reading | None = None,
+    reading: Reading = Reading(),
     *,
-    tasks: Tasks | None = None,
-    opening: OpenOptions | None = None,
+    tasks: Tasks = Tasks(),
+    opening: OpenOptions = OpenOptions(),
     dry_run: bool = False,
     **fields: Any,
 ) -> dict[str, dict[str, float]]:
@@ -60,7 +62,6 @@ def evaluate(
         >>> evaluate(["llama-2-7b", "llama-2-5b"])["llama-2-5b"]["layers"]  # doctest: +SKIP
         23.0
     """
-    reading, tasks = reading or Reading(), tasks or Tasks()
     if reading.data == "none" and tasks.tasks is None:
         raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     reading.check()
@@ -69,7 +70,7 @@ def evaluate(
         if name in models[:number]:
             raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     tasks.check()
-    own, opening = reading.own_texts(), opening or OpenOptions()
+    own = reading.own_texts()
     check_tokenizer(opening.tokenizer_path, *models)
     if dry_run:
         short = open_model(models[0], of_source(opening, models[0]), max_seq_len=reading.size)
@@ -142,11 +143,11 @@ def write_samples(
 @takes_fields("perplexity")
 def perplexity_of(
     model: str,
-    data: Data = "pg19",
+    data: Data = TextSource(),
     *,
-    cut: Cut | None = None,
-    opening: OpenOptions | None = None,
-    running: Running | None = None,
+    cut: Cut = Cut(),
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
     notify: Notify = ignore,
     dry_run: bool = False,
     **fields: Any,
@@ -161,12 +162,12 @@ def perplexity_of(
         >>> perplexity_of("llama-2-7b", "novels/").value  # doctest: +SKIP
         5.47
     """
-    texts, cut, running = source_of(data), cut or Cut(), running or Running()
+    texts = source_of(data)
     running.check_bounds()
     check_model(model)
     cut.check()
-    documents = texts.read()
-    short = running.open(model, opening or OpenOptions(), cut.size)
+    documents = read_texts(texts.data, texts.split, texts.column, texts.max_texts)
+    short = running.open(model, opening, cut.size)
     windows = cut.windows(documents, short.encode, short.bos)
     for remark in (about_bos(cut.bos or short.bos), short.plan_text(running.batch_size)):
         if remark is not None:

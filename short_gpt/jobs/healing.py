@@ -12,7 +12,7 @@ from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
-from short_gpt.checkpoints.target import check_new_gguf, out_paths
+from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
 from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
 from short_gpt.healing import (
     HealingEvidence,
@@ -38,8 +38,7 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.ranking import end_dry_run
-from short_gpt.jobs.renamed import takes_old
-from short_gpt.jobs.saving import as_begun, interruptible
+from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
 from short_gpt.jobs.settings import (
     Choice,
@@ -74,6 +73,7 @@ class Healing:
     remark: str | None = None  # what a GGUF file holds otherwise than its source, if anything
     written: Perplexity | None = None  # of one GGUF file, read again, on the same windows
     quantization: Difference | None = None  # of that, from the model before it was rounded
+    address: str | None = None  # of the model on the hub, if it was uploaded
 
     @property
     def perplexity(self) -> dict[str, Perplexity]:
@@ -89,19 +89,19 @@ class Healing:
         return {**self.evidence.to_dict(), "perplexity": values, **self.texts, **rounded}
 
 
-@takes_old(learned="windows", distilling="settings")
-@takes_fields("heal")
+@takes_fields("heal", learned="windows", distilling="settings")
 def heal(
     model: str,
     out: str,
     method: str = "refit",
     *,
-    choice: Choice | None = None,
-    data: Data = "pg19",
-    windows: HealingWindows | None = None,
-    settings: Settings | None = None,
-    opening: OpenOptions | None = None,
-    streaming: Running | None = None,
+    choice: Choice = Choice(),
+    data: Data = TextSource(),
+    windows: HealingWindows = HealingWindows(),
+    settings: Settings = Settings(),
+    opening: OpenOptions = OpenOptions(),
+    streaming: Running = Running(),
+    hub: Hub = Hub(),
     overwrite: bool = False,
     notify: Notify = ignore,
     dry_run: bool = False,
@@ -123,6 +123,7 @@ def heal(
         settings: of the methods.
         opening: how the model is opened.
         streaming: how a refit holds one layer at a time.
+        hub: where the healed model is uploaded.
         overwrite: replace an earlier output.
         notify: called with what a refit will take, and with every perplexity.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
@@ -139,20 +140,20 @@ def heal(
         >>> done.evidence.perplexity["healed"].value  # doctest: +SKIP
         6.1
     """
-    windows, settings = windows or HealingWindows(), settings or Settings()
-    opening, streaming = opening or OpenOptions(), streaming or Running()
-    texts, methods, choice = source_of(data), methods_of(method), choice or Choice()
+    texts, methods = source_of(data), methods_of(method)
     windows.check()
     settings.check(methods)
     streaming.check_healing(methods)
     teacher, stream = settings.teacher or model, streaming.stream or settings.stream_teacher
     check_tokenizer(opening.tokenizer_path, model, teacher, stream=stream)
     _check_target(model, out, overwrite=overwrite)
+    hub.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, settings, opening)
     if is_gguf(out):
         check_saved(model, removal.layers, removal.record.block_influence)
     how = (texts, windows, settings, opening, streaming)
-    return _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
+    done = _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
+    return replace(done, address=hub.push(done.out))
 
 
 @interruptible()
@@ -170,7 +171,6 @@ def _heal(
     notify: Notify,
     dry_run: bool,
 ) -> Healing:
-    """Opens the model, heals it without the layers of the choice, and saves it."""
     trains, folder = methods[-1] in TRAINING, None
     if trains or "refit" in methods:  # which continue from what lies beside the new directory
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
@@ -225,7 +225,11 @@ def _heal(
     del short, job, known, steps, lock  # which makes room for what is read again
     if not first_rank():
         return done
-    return reread(replace(done, remark=_remark(model, out, removal)), parts, opening, size)
+    if is_gguf(out):
+        kinds = about_kinds(model, removal.layers, removal.record.block_influence)
+        remarks = [line for line in (about_types(model, str(out)), kinds) if line]
+        done = replace(done, remark="\n".join(remarks) or None)
+    return reread(done, parts, opening, size)
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
@@ -239,14 +243,6 @@ def _check_target(model: str, out: str, *, overwrite: bool) -> None:
             f"{out} is written from a GGUF file alone: heal into a directory and convert that, "
             f"short-gpt convert DIRECTORY {out}"
         )
-
-
-def _remark(model: str, out: Path, removal: Chosen) -> str | None:
-    """What is to be said of a GGUF file: types that are others, and kinds of layers."""
-    if not is_gguf(out):
-        return None
-    kinds = about_kinds(model, removal.layers, removal.record.block_influence)
-    return "\n".join(line for line in (about_types(model, str(out)), kinds) if line) or None
 
 
 def _teacher(

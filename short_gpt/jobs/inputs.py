@@ -11,11 +11,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from short_gpt.data.texts import (
+    OWN,
+    Given,
+    count_texts,
+    has_columns,
+    has_split,
+    read_kinds,
+    shown,
+    source_names,
+    texts,
+)
+from short_gpt.data.windows import BOS, Text, at_least, count_of, mix, windows
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import READ, RUN, Needs, Values, needs_one_of, setting
 
 if TYPE_CHECKING:
-    from short_gpt.data.windows import Text
     from short_gpt.evaluation.tasks import TaskRun, TaskSuite
     from short_gpt.wrappers.options import OpenOptions
     from short_gpt.wrappers.scored_model import ScoredModel
@@ -57,34 +68,18 @@ def layer_list(layers: object, name: str = "layers") -> list[int]:
     return whole_numbers(layers, name, "21,22,23", what="layer numbers", empty=True)
 
 
-def at_least(least: int, *, optional: bool = False, **numbers: int | None) -> None:
-    """Raises ShortGPTError for no whole number of at least so much; None passes if ``optional``."""
-    from short_gpt.data.windows import at_least as check
-
-    for name, number in numbers.items():
-        if number is not None or not optional:
-            check(least, name, number)  # type: ignore[arg-type]  # None is refused by name
-
-
 # What flags need
 
 
 def _sources(values: Values) -> list[str]:
-    """The names of the texts that a command reads."""
-    from short_gpt.data.texts import source_names
-
     return source_names(str(values["data"]))
 
 
 def _splits(values: Values) -> bool:
-    from short_gpt.data.texts import has_split
-
     return any(has_split(name, str(values["split"])) for name in _sources(values))
 
 
 def _columns(values: Values) -> bool:
-    from short_gpt.data.texts import has_columns
-
     held_out = values.get("eval_data")
     return any(map(has_columns, [*_sources(values), *([str(held_out)] if held_out else [])]))
 
@@ -138,16 +133,8 @@ class TextSource:
         if self.chat and self.column == TextSource.column:
             object.__setattr__(self, "column", "messages")
 
-    def read(self) -> Iterable[str]:
-        """The texts, with a progress bar; errors as of `short_gpt.texts`."""
-        from short_gpt.data.texts import read_texts
-
-        return read_texts(self.data, self.split, self.column, self.max_texts)
-
     def kinds(self) -> list[Iterable[Text]]:
         """The texts of each source, as `data.texts.read_kinds`."""
-        from short_gpt.data.texts import read_kinds
-
         return read_kinds(self.data, self.split, self.column, self.max_texts)
 
 
@@ -162,8 +149,6 @@ def source_of(data: Data) -> TextSource:
 def name_texts(settings: object, field: str) -> None:
     """Makes a `data.texts.Given` of a field of settings that holds texts in memory."""
     if not isinstance(value := getattr(settings, field), str | None):
-        from short_gpt.data.texts import Given
-
         object.__setattr__(settings, field, Given(value))
 
 
@@ -194,9 +179,6 @@ class Cut:
         return self.size if self.stride is None else self.stride
 
     def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, before a model is loaded."""
-        from short_gpt.data.windows import BOS, windows
-
         if self.bos is not None and self.bos not in BOS:
             raise ShortGPTError(f"bos = {self.bos!r}: expected {' or '.join(BOS)}")
         at_least(1, optional=True, max_windows=self.max_windows)
@@ -212,8 +194,6 @@ class Cut:
         self, kinds: Sequence[Iterable[Text]], encode: Encode, bos: str = "first"
     ) -> Iterable[list[int]]:
         """The same of several kinds of text, in equal parts; see `data.windows.mix`."""
-        from short_gpt.data.windows import mix
-
         cutting = {"size": self.size, "stride": self.step, "bos": self.bos or bos}
         limit, seed = self.max_windows, self.seed
         return mix(kinds, encode, seed=seed, limit=limit, equal=True, **cutting)
@@ -245,7 +225,6 @@ class Reading:
         name_texts(self, "data")
 
     def check(self) -> None:
-        """Raises ShortGPTError for what would go wrong after a model is loaded."""
         from short_gpt.evaluation.protocols import PROTOCOLS
 
         if self.source is not None and self.data not in PROTOCOLS:
@@ -255,7 +234,6 @@ class Reading:
 
     def own_texts(self) -> list[str]:
         """The texts of a local file or folder; none of a published protocol."""
-        from short_gpt.data.texts import count_texts, shown, texts
         from short_gpt.evaluation.protocols import PROTOCOLS
 
         if self.data in ("none", *PROTOCOLS):
@@ -298,11 +276,6 @@ class Running:
         """The model for windows of up to ``size`` tokens, in memory or streamed."""
         from short_gpt.wrappers.opening import open_model
 
-        if self.stream and self.model_parallel_size is not None:
-            raise ShortGPTError(
-                f"`model_parallel_size` {self.model_parallel_size}: `stream` holds one layer on "
-                "one rank; leave one of them out"
-            )
         return open_model(
             source,
             options,
@@ -354,11 +327,9 @@ class Tasks:
 
     @property
     def names(self) -> list[str]:
-        """The tasks."""
         return listed(self.tasks or "")
 
     def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, or a task that is unknown."""
         from short_gpt.evaluation.tasks import task_names
 
         at_least(0, optional=True, num_fewshot=self.num_fewshot)
@@ -403,8 +374,6 @@ def about_bos(bos: str) -> str | None:
 
 def about_own(data: str, eval_data: str | None = None, *, each: bool = False) -> str | None:
     """The remark where text of the model's own judges alone, or as one of ``each``; else None."""
-    from short_gpt.data.texts import OWN, source_names
-
     names = source_names(data)
     own = [name for name in names if name in OWN]
     if eval_data is not None or not own or (not each and own != names):
@@ -415,6 +384,4 @@ def about_own(data: str, eval_data: str | None = None, *, each: bool = False) ->
 
 def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:
     """How many windows are to come, as far as that is known."""
-    from short_gpt.data.windows import count_of
-
     return limit if (count := count_of(windows)) is None else count

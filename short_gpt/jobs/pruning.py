@@ -20,10 +20,9 @@ from short_gpt.checkpoints.prune import (
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target
 from short_gpt.jobs.conversion import prove
-from short_gpt.jobs.renamed import takes_old
-from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
-from short_gpt.jobs.settings import Choice, Written
+from short_gpt.jobs.settings import Choice, Written, takes_fields
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import read_record
@@ -41,6 +40,7 @@ class Pruned:
     recipe: Path | None  # the mergekit recipe's file, if one was asked for
     proof: str | None  # what was verified, in a sentence, if anything
     remark: str | None = None  # what other programs may get wrong, or what it still lacks
+    address: str | None = None  # of the model on the hub, if it was uploaded
 
     @property
     def layers(self) -> list[int]:
@@ -48,27 +48,21 @@ class Pruned:
         return self.chosen.layers
 
 
-@takes_old(limit="choice")
+@takes_fields("prune", limit="choice")
 def prune(
     model: str,
     out: str,
-    choice: Choice | None = None,
+    choice: Choice = Choice(),
     *,
-    layers: object = None,
-    scores: str | None = None,
-    n: int | None = None,
-    method: str | None = None,
-    to: str | None = None,
-    verify: bool | None = None,
-    overwrite: bool = False,
-    written: Written | None = None,
-    opening: OpenOptions | None = None,
+    written: Written = Written(),
+    opening: OpenOptions = OpenOptions(),
+    hub: Hub = Hub(),
+    **fields: Any,
 ) -> Pruned:
     """Writes a checkpoint without some layers, tensor by tensor, in any format.
 
     The model is not loaded for that: memory is bounded by the largest tensor. To verify, source
-    and result are then loaded, one after the other, and compared. ``layers``, ``scores``, ``n`` and
-    ``method`` are short for a `Choice`; ``to``, ``verify`` and ``overwrite`` for a `Written`.
+    and result are then loaded, one after the other, and compared.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
@@ -76,6 +70,9 @@ def prune(
         out: new directory, or file if it ends with .gguf; appears whole or not at all.
         choice: which layers, or how far the perplexity may rise.
         written: format, proof, recipe, and whether an earlier checkpoint is replaced.
+        hub: where it is uploaded.
+        fields: single settings by their names, in place of objects: ``layers=[21, 22]``,
+            ``scores="ranking.json"``, ``n=9``, ``to="hf"``, ``push_to_hub="user/model"``.
 
     Raises:
         RuntimeError: the result is not the source without the layers. It is deleted, and an
@@ -85,30 +82,12 @@ def prune(
         >>> prune("llama-2-7b", "llama-2-5b", layers=[21, 22, 25]).layers  # doctest: +SKIP
         [21, 22, 25]
     """
-    if choice is None:
-        choice = Choice(layers, scores, n, method=method)
-    elif any(part is not None for part in (layers, scores, n, method)):
-        raise ShortGPTError("expected a Choice, or `layers`, `scores`, `n` and `method`; got both")
-    if written is None:
-        written = Written(None, to, verify, overwrite)
-    elif to is not None or verify is not None or overwrite:
-        raise ShortGPTError("expected a Written, or `to`, `verify` and `overwrite`; got both")
-    return _prune(model, out, choice, written, opening or OpenOptions())
-
-
-@takes_old(limit="choice")
-def prune_by(model: str, out: str, choice: Choice, **settings: Any) -> Pruned:
-    """The older name of `prune`."""
-    warnings.warn("prune_by is now prune", DeprecationWarning, stacklevel=2)
-    return prune(model, out, choice, **settings)
-
-
-def _prune(model: str, out: str, choice: Choice, written: Written, opening: OpenOptions) -> Pruned:
     check_tokenizer(opening.tokenizer_path, model)
     source = find_source(model)
     target = Target(out, written.to, written.overwrite).resolved(source)
     choice.check()
     target.check()
+    hub.check(out, target.format)
     dtype = _recipe_dtype(source, target, written)
     if target.format == "gguf" and written.verify and len(target.paths) > 1:
         raise ShortGPTError(
@@ -125,7 +104,13 @@ def _prune(model: str, out: str, choice: Choice, written: Written, opening: Open
     recipe = _recipe(source, out, written, dtype)
     influence = removal.record.block_influence
     remark = about_kinds(source, removal.layers, influence) if copied else None
-    return Pruned(target.path, removal, recipe, proof, remark)
+    return Pruned(target.path, removal, recipe, proof, remark, hub.push(target.path))
+
+
+def prune_by(model: str, out: str, choice: Choice = Choice(), **settings: Any) -> Pruned:
+    """The older name of `prune`."""
+    warnings.warn("prune_by is now prune", DeprecationWarning, stacklevel=2)
+    return prune(model, out, choice, **settings)
 
 
 def _write_opened(
@@ -168,7 +153,6 @@ def _write(
 
 
 def _recipe(source: Source, out: str, written: Written, dtype: str) -> Path | None:
-    """Writes the mergekit recipe, if it is asked for."""
     if written.recipe is None:
         return None
     path = Path(written.recipe)

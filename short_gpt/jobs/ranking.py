@@ -30,7 +30,7 @@ from short_gpt.jobs.settings import Answer, takes_fields
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.frames import data_frame, html_table
+from short_gpt.runtime.frames import Table
 from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.progress import DryRun, duration, first_rank
 from short_gpt.runtime.state import StateFile, joined
@@ -49,7 +49,7 @@ W = TypeVar("W", bound=list[int])
 
 
 @dataclass(frozen=True, repr=False)
-class Ranking:
+class Ranking(Table):
     """What `rank` measured."""
 
     answer: Answer  # what was asked
@@ -92,7 +92,12 @@ class Ranking:
 
     @property
     def columns(self) -> dict[str, list[object]]:
-        """`Importance.columns` and whether each is to go; of a search, layers and losses."""
+        """`Importance.columns` and whether each is to go; else the layers or sets with losses."""
+        if self.choice is not None:
+            sets = self.choice.candidates
+            names = [", ".join(one.methods) for one in sets]
+            losses = [one.loss for one in sets]
+            return {"methods": [*names], "layers": [one.layers for one in sets], "loss": [*losses]}
         if self.importance is None:
             assert self.search is not None
             removed, losses = self.search.removed, self.search.losses
@@ -103,10 +108,6 @@ class Ranking:
         gone = [layer in self.layers for layer in self.importance.layers]
         return {**self.importance.columns, "remove": [*gone]}
 
-    def to_dataframe(self) -> Any:
-        """`columns` as a pandas frame, by layer; MissingPackageError where there is no pandas."""
-        return data_frame(self.columns)
-
     def __repr__(self) -> str:
         parts = [self.answer.method + ("" if self.answer.n is None else f": {self.layers}")]
         parts += [] if self.importance is None else [repr(self.importance)]
@@ -114,26 +115,23 @@ class Ranking:
             parts += ["settled" if self.verdict.settled else "NOT settled"]
         return f"Ranking({', '.join(parts)})"
 
-    def _repr_html_(self) -> str:
-        return html_table(self.columns, repr(self))
-
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
         if self.state is not None and first_rank():
             self.state.clear()
 
 
-@takes_fields("rank", cut=Cut(stride=STRIDE))
+@takes_fields("rank")
 def rank(
     model: str,
-    data: Data = "pg19",
+    data: Data = TextSource(),
     *,
     n: int | None = None,
-    answer: Answer | None = None,
-    cut: Cut | None = None,
-    opening: OpenOptions | None = None,
-    running: Running | None = None,
-    saving: Saving | None = None,
+    answer: Answer = Answer(),
+    cut: Cut = Cut(stride=STRIDE),
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
+    saving: Saving = Saving(),
     notify: Notify = ignore,
     detailed: bool = False,
     dry_run: bool = False,
@@ -144,7 +142,7 @@ def rank(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         data: texts to score on.
-        n: how many layers to remove; short for ``answer=Answer(n)``.
+        n: how many layers to remove; that of the answer.
         answer: what is asked: the method, the number of layers, when to stop.
         cut: how the texts are cut into windows.
         opening: how the model is opened.
@@ -166,11 +164,10 @@ def rank(
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
         >>> quick = rank("llama-2-7b", "novels/", n=9, size=512, max_windows=24)  # doctest: +SKIP
     """
-    answer, texts, saving = answer or Answer(n), source_of(data), saving or Saving()
-    cut, running = cut or Cut(stride=STRIDE), running or Running()
+    answer, texts = answer if n is None else replace(answer, n=n), source_of(data)
     if answer.method == AUTO:  # what judges must not overlap what is fitted on
         cut = replace(cut, stride=max(cut.step, cut.size), max_windows=cut.max_windows or MOST)
-    opening = as_begun(opening or OpenOptions(), saving.state)
+    opening = as_begun(opening, saving.state)
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
     # of the files as they are now
@@ -251,7 +248,6 @@ def _measure(
     *,
     detailed: bool,
 ) -> Ranking:
-    """The scores of one pass."""
     answer, size = result.answer, running.batch_size
     state = None if result.state is None else RunState(result.state)
     rule, total, follow = answer.rule(cut.seed), known_total(windows, cut.max_windows), None
@@ -266,7 +262,7 @@ def _measure(
         followed = rule or Stop(answer.n or 1, answer.method == "angular")
         follow = Following(notify, followed, stops=rule is not None)
     with interruptible():
-        verdict = short.measure(
+        importance = short.measure(
             windows,
             batch_size=size,
             total=total,
@@ -277,7 +273,7 @@ def _measure(
             all_tokens=answer.method == "angular_all",
             follow=follow,
         )
-    return replace(result, importance=short.importance, verdict=verdict)
+    return replace(result, importance=importance, verdict=short.verdict)
 
 
 def first_of(windows: Iterable[W]) -> tuple[W | None, Iterable[W]]:
@@ -328,7 +324,6 @@ def end_dry_run(
 def _search(
     short: ScoredModel, windows: Iterable[list[int]], result: Ranking, running: Running
 ) -> Ranking:
-    """What a method by loss removes."""
     assert isinstance(short, ShortModel) and isinstance(windows, list)  # it is not streamed
     answer, few = result.answer, None
     n = answer.n or 0  # checked: it is given

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from short_gpt.jobs.cases import Cases, LoraSettings
 from short_gpt.jobs.inputs import Cut, Running, Tasks
 from short_gpt.jobs.saving import Saving
 from short_gpt.jobs.settings import DISTILLING, LIMITS, Answer, Choice, HealingWindows, Settings
 from short_gpt.wrappers.options import OpenOptions
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def _with(new: Callable[..., object], order: str, **defaults: object) -> Callable[..., object]:
@@ -32,29 +26,6 @@ def _with(new: Callable[..., object], order: str, **defaults: object) -> Callabl
         return new(**{NEW_SETTINGS.get(name, name): value for name, value in named.items()})
 
     return make
-
-
-def takes_old(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Lets a function take settings by the names that its arguments had, as parts of the new."""
-
-    def wrap(run: Callable[P, T]) -> Callable[P, T]:
-        @wraps(run)
-        def either(*args: Any, **named: Any) -> T:
-            given = {names[old]: (old, named.pop(old)) for old in names if old in named}
-            arguments = inspect.signature(run).bind_partial(*args, **named).arguments
-            arguments |= arguments.pop("fields", {})
-            for new, (old, part) in given.items():
-                message = f"{run.__name__}: {old} is now {new}"
-                warnings.warn(message, DeprecationWarning, stacklevel=2)
-                if part is not None:
-                    default = type(part)()
-                    changes = {k: v for k, v in vars(part).items() if v != getattr(default, k)}
-                    arguments[new] = replace(arguments.get(new) or default, **changes)
-            return run(**arguments)  # type: ignore[call-arg]
-
-        return either
-
-    return wrap
 
 
 NEW_SETTINGS = {"healing": "healings", "lora_size": "size"}

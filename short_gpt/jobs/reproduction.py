@@ -119,11 +119,11 @@ class PaperComparison(NamedTuple):
             for value in (self.kendall_tau, self.rank_correlation)
         )
         agree = f"Kendall's tau {tau}, rank correlation {rho}"
-        count = len(self.paper)
+        count, yes = len(self.paper), {True: "yes", False: "no"}
         lines += [
-            f"same layers: {_yes(self.same_set)} ({self.overlap} of {count})",
+            f"same layers: {yes[self.same_set]} ({self.overlap} of {count})",
             f"same places: {self.same_places} of {count}",
-            f"same order: {_yes(self.same_order)} ({agree})",
+            f"same order: {yes[self.same_order]} ({agree})",
         ]
         for who, only in (
             ("the paper removes", {*self.paper} - {*self.ours}),
@@ -131,10 +131,6 @@ class PaperComparison(NamedTuple):
         ):
             lines += [f"only {who} {sorted(only)}"] if only else []
         return "\n".join(lines)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
@@ -191,7 +187,6 @@ class PaperOrder(NamedTuple):
     pairs: list[Pair]  # every two layers of the list, in its order
 
     def of(self, verdict: str) -> list[Pair]:
-        """The pairs of one verdict."""
         return [pair for pair in self.pairs if pair.verdict == verdict]
 
     def to_dict(self) -> dict[str, object]:
@@ -242,12 +237,10 @@ class Reproduced(NamedTuple):
 
     @property
     def n(self) -> int:
-        """How many layers the paper removes."""
         return len(self.comparison.paper)
 
     @property
     def importance(self) -> Importance:
-        """Our scores."""
         assert self.ranking.importance is not None  # one pass was asked for
         return self.ranking.importance
 
@@ -267,20 +260,16 @@ class Reproduced(NamedTuple):
             **self.ranking.to_dict(),
         }
 
-    def finish(self) -> None:
-        """Deletes the state, once the result is safe."""
-        self.ranking.finish()
-
 
 def reproduce(
     model: str | None,
     data: str | TextSource = "pg19",
     *,
-    paper: Answer | None = None,
-    cut: Cut | None = None,
-    opening: OpenOptions | None = None,
-    running: Running | None = None,
-    saving: Saving | None = None,
+    paper: Answer = Answer(),
+    cut: Cut = PROTOCOL,
+    opening: OpenOptions = OpenOptions(),
+    running: Running = Running(),
+    saving: Saving = Saving(),
     notify: Notify = ignore,
 ) -> Reproduced:
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
@@ -298,8 +287,6 @@ def reproduce(
         >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
-    paper, cut = paper or Answer(), cut or PROTOCOL
-    opening, running = opening or OpenOptions(), running or Running()
     if model is None:
         raise ShortGPTError(
             "reproduce needs a checkpoint of one of the paper's models, Llama-2-7B or Llama-2-13B "
@@ -336,7 +323,6 @@ def reproduce(
 
 
 def _name(model: str, shape: Shape, name: str | None) -> str:
-    """The paper's name of a checkpoint, which has as many layers as the paper's model."""
     if name is None:
         try:
             name = identify(shape.dim, shape.n_layers, shape.vocab_size)

@@ -1,4 +1,4 @@
-"""Long runs that can be interrupted: the file they are saved in, and requests to end."""
+"""Where jobs keep what they do: a long run's state, a model on the hub; and requests to end."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llama.io.files import check_writable, is_stream
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.settings import WRITE, needs_one_of, setting
-from short_gpt.wrappers.options import AUTO, OpenOptions
+from short_gpt.wrappers.options import AUTO, TOKENIZER, OpenOptions
 
 if TYPE_CHECKING:
     from short_gpt.runtime.state import StateFile
@@ -55,6 +56,72 @@ class Saving:
             raise ShortGPTError(
                 f"`save_every` {self.save_every}: expected seconds, 0 to save after every batch"
             )
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a written model is uploaded.
+
+    Args:
+        push_to_hub: also upload the model, with its card, to this repository of the hub, as in
+            USER/MODEL; after hf auth login.
+        private: whether a repository that is made for it is private.
+    """
+
+    HEADING: ClassVar = WRITE
+    push_to_hub: str | None = setting(None, value="REPO")
+    private: bool = setting(False, needs=needs_one_of("`push_to_hub`", "push_to_hub"))
+
+    def check(self, out: str | Path, format: str | None) -> None:
+        """Raises what would keep a model from being uploaded, before it is made."""
+        if self.push_to_hub is not None:
+            from short_gpt.checkpoints.hub import check_push
+
+            check_push(self.push_to_hub, out, format)
+
+    def push(self, out: Path) -> str | None:
+        """Uploads a model that was written; its address, or None where none was asked for."""
+        from short_gpt.checkpoints.hub import push
+
+        if (repo := self.push_to_hub) is None or not first_rank():
+            return None
+        try:
+            return push(out, repo, private=self.private)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; it is written: hf upload {repo} {out}") from error
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a converted model is written.
+
+    Args:
+        to: the format to write: meta, hf or gguf. If not given, gguf where OUT ends with .gguf,
+            else Meta's; Hugging Face's from Meta's and from a GGUF file that is no Llama.
+        type: of matrices in GGUF, from another format: f32, f16, bf16 or q8_0; the source's if not
+            given.
+        dtype: of the weights written for Meta, or read from GGUF; the source's if not given,
+            float32 from GGUF, which keeps what quantized weights stand for exactly.
+        shards: write Meta's format in so many files. The embedding stays cut as it is; that of
+            one file is cut by vocabulary if that is Llama 3's or tied to the output head, else by
+            width, as Llama 2's. Any number of files runs on any number of ranks all the same.
+        tokenizer_path: tokenizer of a Meta checkpoint; looked for beside it if not given.
+        trust_remote_code: run the Python files that come with a Hugging Face model, to prove the
+            result; look at them first.
+        verify: prove the result by loading source and result, one after the other; yes if not
+            given, but no where both are Meta's.
+        overwrite: replace an earlier conversion.
+    """
+
+    HEADING: ClassVar = WRITE
+    to: str | None = None
+    type: str | None = None
+    dtype: str | None = None
+    shards: int | None = None
+    tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)
+    trust_remote_code: bool = False
+    verify: bool | None = None
+    overwrite: bool = False
 
 
 def as_begun(opening: OpenOptions, *states: str | Path | None) -> OpenOptions:

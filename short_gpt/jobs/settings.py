@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
-from short_gpt.jobs.inputs import (
-    SIZE,
-    Cut,
-    TextSource,
-    at_least,
-    layer_list,
-    listed,
-    name_texts,
-    source_of,
-)
+from short_gpt.jobs.inputs import SIZE, Cut, at_least, layer_list, listed, name_texts
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import (
     CHOOSE,
@@ -112,7 +104,6 @@ class Answer:
 
     @property
     def by_loss(self) -> bool:
-        """Whether the method runs the model without layers."""
         return _by_loss(self.method)
 
     def rule(self, seed: int | None) -> Stop | None:
@@ -188,7 +179,6 @@ class Choice:
 
     @property
     def named(self) -> list[int] | None:
-        """The layers that are named; None where scores choose."""
         return None if self.layers is None else layer_list(self.layers)
 
 
@@ -325,12 +315,13 @@ class Settings:
 
     @property
     def changes(self) -> dict[str, object]:
-        """The settings of a recipe that differ from the preset's."""
         return self._changed(RECIPE)
 
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
-        from short_gpt.healing.recipe import PRESETS
+        from short_gpt.healing.distillation import check_share, check_targets
+        from short_gpt.healing.lora import check_reports, require_four_bit, require_packages
+        from short_gpt.healing.recipe import PRESETS, Recipe
 
         closed, training = kinds_of_methods()
         for names, users in (
@@ -345,14 +336,8 @@ class Settings:
             self.refit()
         if self.preset not in PRESETS:
             raise ShortGPTError(f"`preset` {self.preset}: expected one of {', '.join(PRESETS)}")
-        if {*training} & {*methods}:
-            self._check_training(methods)
-
-    def _check_training(self, methods: Sequence[str]) -> None:
-        from short_gpt.healing.distillation import check_share, check_targets
-        from short_gpt.healing.lora import check_reports, require_four_bit, require_packages
-        from short_gpt.healing.recipe import Recipe
-
+        if not {*training} & {*methods}:
+            return
         Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
         require_packages()
         check_reports(self.report_to)
@@ -393,7 +378,6 @@ class Settings:
     def distill(
         self, recipe: Recipe | None, teacher: Callable[[], Predictor] | None
     ) -> DistillSettings:
-        """What distillation takes."""
         from short_gpt.healing import DistillSettings
 
         changed = self._changed(("top_k", "temperature", "kl_share"))
@@ -426,40 +410,46 @@ def methods_of(text: str) -> list[str]:
 # Settings as single arguments
 
 
-def takes_fields(command: str, **defaults: object) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def takes_fields(command: str, **older: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Lets a job take fields of its settings by their names: ``rank(model, data, size=512)``.
 
-    The job has a parameter ``**fields`` for them, which it finds empty.
-
-    Args:
-        command: the command whose flags these are; a flag's own name is taken too.
-        defaults: settings of the job that are not those of their class.
+    Settings are the parameters whose defaults are dataclasses; None stands for the default. The job
+    has a parameter ``**fields``, which it finds empty: they replace fields of the settings, which
+    the ``command`` may know by other names, those of its flags. ``older`` names of settings still
+    work, with a warning.
     """
 
     def wrap(run: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(run)
+        every = {name: one.default for name, one in signature.parameters.items()}
+        groups: dict[str, Any] = {n: value for n, value in every.items() if is_dataclass(value)}
+        known = _places(groups, command)
+
         @wraps(run)
         def with_fields(*args: Any, **named: Any) -> T:
-            own = inspect.signature(run).parameters
-            if named.keys() <= own.keys():
-                return run(*args, **named)
-            known, kinds = _fields_of(run, command)
-            arguments = inspect.signature(run).bind_partial(*args, **named).arguments
-            singles = arguments.pop("fields")
+            arguments = signature.bind(*args, **named).arguments
+            singles = arguments.pop("fields", {})
+            for name in older.keys() & singles.keys():
+                new, part = older[name], singles.pop(name)
+                message = f"{run.__name__}: {name} is now {new}"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                usual = vars(type(part)()) if part is not None else {}
+                changes = {k: vars(part)[k] for k, v in usual.items() if vars(part)[k] != v}
+                arguments[new] = replace(arguments.get(new) or groups[new], **changes)
             for name in singles:
                 if name not in known:
-                    near = get_close_matches(name, [*known, *own], n=1)
+                    near = get_close_matches(name, [*known, *every], n=1)
                     hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
                     raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
-            groups = {known[name][0] for name in singles}
-            both = [name for name in arguments if name in known and known[name][0] in groups]
-            singles |= {name: arguments.pop(name) for name in both}
-            for group in groups:
-                base: Any = arguments.get(group) or defaults.get(group) or kinds[group]()
-                base = source_of(base) if issubclass(kinds[group], TextSource) else base
-                parts = {
-                    known[name][1]: v for name, v in singles.items() if known[name][0] == group
-                }
-                arguments[group] = replace(base, **parts)
+            changed = {known[name][0] for name in singles}
+            also = [n for n in arguments.keys() & known.keys() if n != known[n][0] in changed]
+            singles |= {name: arguments.pop(name) for name in also}
+            for group, default in groups.items():
+                value = default if arguments.get(group) is None else arguments[group]
+                if not isinstance(value, type(default)):  # of the field of this name, as of data
+                    value = replace(default, **{group: value})
+                own = {known[n][1]: single for n, single in singles.items() if known[n][0] == group}
+                arguments[group] = replace(value, **own)
             return run(**arguments)  # type: ignore[call-arg]
 
         return with_fields
@@ -467,21 +457,12 @@ def takes_fields(command: str, **defaults: object) -> Callable[[Callable[P, T]],
     return wrap
 
 
-def _fields_of(
-    run: Callable[..., object], command: str
-) -> tuple[dict[str, tuple[str, str]], dict[str, type[Any]]]:
-    """The parameter and field of every name that a job takes, and the parameters' classes."""
-    hints, known = get_type_hints(run), dict[str, tuple[str, str]]()
-    kinds = {
-        name: kind
-        for name, hint in hints.items()
-        for kind in get_args(hint)
-        if isinstance(kind, type) and is_dataclass(kind) and name != "return"
-    }
-    every = [(group, field) for group, kind in kinds.items() for field in fields(kind)]
+def _places(groups: dict[str, Any], command: str) -> dict[str, tuple[str, str]]:
+    """The parameter and field that a name stands for: of a flag, else of a field."""
+    every = [(group, field) for group, value in groups.items() for field in fields(value)]
     flags = [(flag_of(field, command), group, field.name) for group, field in every]
-    known |= {flag: (group, name) for flag, group, name in flags if flag is not None}
+    known = {flag: (group, name) for flag, group, name in flags if flag is not None}
     for flag, group, name in flags:  # a name that is another's flag is that one
         if flag is not None:
             known.setdefault(name, (group, name))
-    return known, kinds
+    return known

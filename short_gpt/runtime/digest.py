@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 PIECE = 2**23  # bytes of a file that one thread holds at once
 
@@ -60,5 +61,7 @@ def _piece(path: Path, start: int) -> bytes:
 
 
 def _tensor(weight: Tensor) -> bytes:
+    import torch
+
     flat = weight.detach().cpu().contiguous().flatten()
     return sha256(flat.view(torch.uint8).numpy().data).digest()

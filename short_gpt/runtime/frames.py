@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import import_module
 from typing import Any
 
-from short_gpt.runtime.errors import MissingPackageError
+from short_gpt.runtime.errors import required
 
 Columns = Mapping[str, Sequence[object]]  # of one length, by their names
 
 
-def data_frame(columns: Columns) -> Any:
-    """A pandas frame, the first column as index; MissingPackageError where there is no pandas."""
-    try:
-        frame = import_module("pandas").DataFrame
-    except ImportError:
-        raise MissingPackageError("a data frame needs: pip install pandas") from None
-    return frame(dict(columns)).set_index(next(iter(columns)))
+class Table(ABC):
+    """A result of columns: a table in a notebook, and a pandas frame for all else."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> dict[str, list[object]]:
+        """Values by name, as many of each; the first name the rows."""
+
+    def to_dataframe(self) -> Any:
+        """`columns` as a pandas frame; MissingPackageError where there is no pandas."""
+        with required("pandas", by="a data frame"):
+            frame = import_module("pandas").DataFrame
+        return frame(self.columns).set_index(next(iter(self.columns)))
+
+    def _repr_html_(self) -> str:
+        return html_table(self.columns, repr(self))
 
 
 def html_table(columns: Columns, title: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama.renamed import renamed_argument
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.frames import data_frame, html_table
+from short_gpt.runtime.frames import Table
 from short_gpt.scoring import lists, moments
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
@@ -26,7 +26,7 @@ from short_gpt.scoring.order import best_block, lowest
 
 @renamed_argument("halves", "sublayers")
 @dataclass(repr=False)
-class Importance:
+class Importance(Table):
     """Block Influence, angular distances and further scores of a model's layers.
 
     Plain data that knows no model: two of them add up (`+`, or `merge` for parts of one reading),
@@ -279,10 +279,6 @@ class Importance:
         table["rank"] = (scores.argsort(stable=True).argsort() + 1).tolist()
         return {**table, **{name: self.mean(name).tolist() for name in LAYER_METRICS}}
 
-    def to_dataframe(self) -> Any:
-        """`columns` as a pandas frame, by layer; MissingPackageError where there is no pandas."""
-        return data_frame(self.columns)
-
     def __repr__(self) -> str:
         about = f"{len(self.layers)} layers, {self.n_windows:,} windows, {self.n_tokens:,} tokens"
         if not self.n_windows or not self.block_influence.isfinite().all():
@@ -290,9 +286,6 @@ class Importance:
         order = lowest(self.block_influence, min(10, len(self.layers) - 1))
         few = ", ".join(str(self.layers[i]) for i in order)
         return f"Importance({about}; lowest Block Influence first: {few}, ...)"
-
-    def _repr_html_(self) -> str:
-        return html_table(self.columns, repr(self))
 
     def to_dict(self) -> dict[str, object]:
         sums = {name: lists.to_lists(value) for name, value in self._named().items()}

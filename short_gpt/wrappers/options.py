@@ -103,6 +103,6 @@ class OpenOptions:
             )
         if self.model_parallel_size is not None and stream:
             raise ShortGPTError(
-                f"model_parallel_size {self.model_parallel_size}: a streamed model holds one layer "
-                "on one rank; leave one of them out"
+                f"`model_parallel_size` {self.model_parallel_size}: `stream` holds one layer on "
+                "one rank; leave one of them out"
             )

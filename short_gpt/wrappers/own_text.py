@@ -77,8 +77,9 @@ def own_samples(
     """
     if not isinstance(short, ShortModel):
         raise ShortGPTError(STREAMED)
-    for least, name, value in ((1, "count", count), (2, "size", size), (0, "seed", seed)):
-        at_least(least, name, value)
+    at_least(1, count=count)
+    at_least(2, size=size)
+    at_least(0, seed=seed)
     team = replicas.current(short.decoder.device)
     if model_parallel_size() > 1:
         raise ShortGPTError(

@@ -36,6 +36,7 @@ from short_gpt.wrappers.options import FLOAT32, MIXED
 class ScoredModel(ModelRecord, ABC):
     """A model whose layers can be scored and removed; ``n_prune_layers`` is 1 to L - 1.
 
+    ``verdict`` says whether the answer of the last run with a stop is settled, and on what.
     A wrapper of another kind of model implements `encode`, `configuration` and `save`.
     """
 
@@ -44,6 +45,7 @@ class ScoredModel(ModelRecord, ABC):
     def __init__(self, decoder: Decoder, n_prune_layers: int | None = None) -> None:
         super().__init__(decoder)
         self._weights_checked = False
+        self.verdict: Verdict | None = None
         self.n_prune_layers = n_prune_layers
         if n_prune_layers is not None:
             check_count(n_prune_layers, len(self.kept), name="n_prune_layers")
@@ -97,20 +99,24 @@ class ScoredModel(ModelRecord, ABC):
         sublayers: bool = False,
         all_tokens: bool = False,
         follow: Follow | None = None,
-    ) -> Verdict | None:
+    ) -> Importance:
         """Scores windows of at most ``max_seq_len`` token ids; adds to the scores so far.
 
         One pass gives the measures of both papers. A text read again in another call counts as a
         new one: standard errors are then too small.
 
         Args:
-            stop: ends the run when its answer is settled, which is returned. It needs no scores so
-                far and a random sample: `data.windows` with a seed, or ``random_order``.
+            stop: ends the run when its answer is settled; ``verdict`` then tells what it rests on.
+                It needs no scores so far and a random sample: `data.windows` with a seed, or
+                ``random_order``.
             state: saves the run and continues it; the scores so far are then those saved.
             random_order: other windows stand in random order, which nothing can check.
             sublayers: also score attention and MLP.
             all_tokens: also take angles at all tokens; keeps the states of all layers.
             follow: called with the sums, and the number of all windows, as the sums grow.
+
+        Returns:
+            `importance`, the scores so far, which a later call adds to.
 
         Raises:
             NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
@@ -142,7 +148,8 @@ class ScoredModel(ModelRecord, ABC):
             run.read(windows, total=total, progress=progress, **kinds)
         finally:  # also after Ctrl-C: what was read before counts
             self.importance = run.into if run.into.n_windows else self.importance
-        return run.verdict
+            self.verdict = run.verdict
+        return self.importance
 
     def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
         """How many windows a run hands to `score` at once."""

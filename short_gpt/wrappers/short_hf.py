@@ -20,6 +20,7 @@ from llama.parallel import choose_device, choose_dtype
 from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf import save_gguf
 from short_gpt.checkpoints.hf import save_as_meta, save_hf
+from short_gpt.checkpoints.hub import check_push, push
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
@@ -270,20 +271,27 @@ class ShortHFModel(ShortModel):
         target = Target(out_dir, "hf", overwrite, self.check_saved if verify else None)
         return save_hf(self.trainable(), target, tokenizer=self.tokenizer, record=record)
 
-    def save(
-        self,
-        out_dir: StrPath,
-        *,
-        facts: Mapping[str, object] | None = None,
-        measured: Mapping[str, Perplexity] | None = None,
-        overwrite: bool = False,
-    ) -> Path:
+    def push_to_hub(self, repo_id: str, *, private: bool = False, verify: bool = True) -> str:
+        """Uploads what `save_pretrained` writes, its card included; returns the page's address.
+
+        Args:
+            repo_id: as in ``"user/model"``; made if the hub has none of that name.
+            private: whether a repository that is made is private.
+            verify: as of `save_pretrained`.
+
+        Raises:
+            ConnectionError: nobody is logged in, or the hub refused.
+        """
+        check_push(repo_id, "model")
+        with tempfile.TemporaryDirectory() as folder:
+            saved = self.save_pretrained(Path(folder) / "model", verify=verify)
+            return push(saved, repo_id, private=private)
+
+    def save(self, out_dir: StrPath, *, overwrite: bool = False, **about: Any) -> Path:
         """Saves as `save_pretrained`; as it came one from `from_meta`, or to a ``.gguf`` file."""
         if self._meta_tokenizer is None and not is_gguf(out_dir):
-            return self.save_pretrained(
-                out_dir, facts=facts, measured=measured, overwrite=overwrite
-            )
-        record = Provenance.of(self, self.source, facts=facts, measured=measured)
+            return self.save_pretrained(out_dir, overwrite=overwrite, **about)
+        record = Provenance.of(self, self.source, **about)
         if is_gguf(out_dir):
             target = Target(out_dir, "gguf", overwrite)
             return save_gguf(self, target, self.source, self._layers_path, record=record)

@@ -58,17 +58,6 @@ class ShortLlama(ShortModel):
     @overload
     @classmethod
     def from_checkpoint(
-        cls,
-        ckpt_dir: StrPath,
-        n_prune_layers: int | None = ...,
-        *,
-        stream: Literal[True],
-        **options: Any,
-    ) -> StreamedLlama: ...
-
-    @overload
-    @classmethod
-    def from_checkpoint(
         cls, ckpt_dir: StrPath, n_prune_layers: int | None = ..., *, stream: bool, **options: Any
     ) -> ShortLlama | StreamedLlama: ...
 

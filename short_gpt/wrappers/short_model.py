@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,16 +162,6 @@ class ShortModel(ScoredModel):
         how = {"method": REMOVED_SUBLAYERS, **removed}
         self.note_change(WeightChange(how, frozenset(parameters)))
         self.importance = Importance.empty(self.kept)
-
-    @property
-    def removed_sublayers(self) -> dict[str, list[int]]:
-        """The layers that lost their attention, and those that lost their MLP."""
-        removed: dict[str, list[int]] = {"attention": [], "mlp": []}
-        for change in self.changes:
-            if change.how["method"] == REMOVED_SUBLAYERS:
-                for kind, layers in removed.items():
-                    layers += cast(list[int], change.how[kind])
-        return removed
 
 
 def remove_sublayers(

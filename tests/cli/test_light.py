@@ -10,7 +10,8 @@ import pytest
 from processes import alone
 
 from short_gpt import jobs
-from short_gpt.jobs.renamed import OLD, takes_old
+from short_gpt.jobs.renamed import OLD
+from short_gpt.jobs.settings import takes_fields
 
 HELPS = """
 import sys
@@ -73,8 +74,10 @@ def test_old_settings_mean_what_they_meant():
 
 
 def test_settings_are_taken_by_the_names_that_arguments_had():
-    @takes_old(learned="windows", distilling="settings")
-    def heal(model, *, windows=None, settings=None):
+    defaults = jobs.HealingWindows(), jobs.Settings()
+
+    @takes_fields("heal", learned="windows", distilling="settings")
+    def heal(model, *, windows=defaults[0], settings=defaults[1], **fields):
         return model, windows, settings
 
     windows, settings = jobs.HealingWindows(size=32), jobs.Settings(steps=3)
@@ -83,7 +86,7 @@ def test_settings_are_taken_by_the_names_that_arguments_had():
     assert warned[0].filename == __file__
     with pytest.warns(DeprecationWarning, match="heal: distilling is now settings"):
         found = heal("m", settings=settings, distilling=jobs.Settings(top_k=5))
-    assert found == ("m", None, jobs.Settings(steps=3, top_k=5))
+    assert found == ("m", defaults[0], jobs.Settings(steps=3, top_k=5))
 
 
 def test_a_name_that_was_removed_says_what_to_use():

@@ -15,6 +15,13 @@ from short_gpt.data import demo
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 FEWER = {
+    "quickstart.ipynb": {
+        'method = "auto"': 'method = "deepest"',
+        "n = 4 ": "n = 2 ",
+        "size = 512 ": "size = 64 ",
+        "max_windows = 16 ": "max_windows = 2 ",
+        "eval_windows = 8 ": "eval_windows = 1 ",
+    },
     "short_llama.ipynb": {
         "size = 1024 ": "size = 256 ",
         "n_prune_layers = 8 ": "n_prune_layers = 2 ",
@@ -46,12 +53,14 @@ FEWER = {
     },
 }
 PICTURES = {
+    "quickstart.ipynb": 1,
     "short_llama.ipynb": 2,
-    "short_hf.ipynb": 0,
+    "short_hf.ipynb": 1,
     "compare_methods.ipynb": 1,
     "healing.ipynb": 3,
 }
 PRINTED = {
+    "quickstart.ipynb": "the same completion: True",
     "short_llama.ipynb": "the same completion: True",
     "short_hf.ipynb": "the same completion: True",
     "compare_methods.ipynb": "layers in common: bi, angular",

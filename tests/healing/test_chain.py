@@ -205,7 +205,7 @@ def test_what_was_kept_of_another_run_is_refused(tmp_path, monkeypatch):
     for steps, message in (
         ([PatchSettings(), DISTILL], "patch/refit.json is the state of a run with another ridges"),
         ([PATCH, replace(DISTILL, top_k=4)], "teacher.json .* another top_k: 8, now 4"),
-        ([PATCH, replace(DISTILL, recipe=replace(QUICK, rank=2))], "a run of another rank"),
+        ([PATCH, replace(DISTILL, recipe=replace(QUICK, rank=2))], "a run with another rank"),
     ):
         short = whole()
         with pytest.raises(ValueError, match=message):

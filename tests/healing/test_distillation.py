@@ -152,7 +152,7 @@ def test_resuming_gives_what_one_run_gives(teacher, tmp_path, monkeypatch):
         (Distillation(LiveTeacher(whole(), k=K, temperature=1.5), 0.5), "another cached: True"),
         (None, "another (teacher|top_k|temperature|cached|kl_share): .*, now None"),
     ):
-        with pytest.raises(ValueError, match=f"holds a run of {message}"):
+        with pytest.raises(ValueError, match=f"is the state of a run with {message}"):
             heal(resumed, TRAINING, VALIDATION, **{**again, "distillation": other})
     second = heal(resumed, TRAINING, VALIDATION, **again)
     assert all(map(torch.equal, weights(one), weights(resumed)))

@@ -193,12 +193,12 @@ def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_
         (TRAINING, QUICK, "another dropout: 0.1, now 0.05; go on with the former dropout, or"),
         (TRAINING[1:], recipe, "another text"),
     ):
-        with pytest.raises(ValueError, match=f"holds a run of {what}"):
+        with pytest.raises(ValueError, match=f"is the state of a run with {what}"):
             heal(resumed, windows, VALIDATION, recipe=other, resume=True, **options)
-    with pytest.raises(ValueError, match="holds a run of another model"):
+    with pytest.raises(ValueError, match="a run with another model"):
         other_model = ShortHFModel(make("llama", seed=1))
         heal(other_model, TRAINING, VALIDATION, recipe=recipe, resume=True, **options)
-    with pytest.raises(ValueError, match="holds a run of another configuration"):
+    with pytest.raises(ValueError, match="a run with another configuration"):
         other_model = ShortHFModel(make("llama"))
         other_model.model.config.rms_norm_eps = 0.5
         heal(other_model, TRAINING, VALIDATION, recipe=recipe, resume=True, **options)

@@ -33,6 +33,7 @@ from short_gpt.jobs import (
     Choice,
     Cut,
     HealingWindows,
+    Kinds,
     LoraSettings,
     OpenOptions,
     Reading,
@@ -250,10 +251,6 @@ def test_cases_are_read_with_or_without_spaces():
 
 
 def test_settings_that_would_be_passed_over_are_refused(here):
-    with pytest.raises(ShortGPTError, match="expected a Choice, or `layers`.*; got both"):
-        prune("ckpt", "x", layers=[1], choice=Choice([2]))
-    with pytest.raises(ShortGPTError, match="expected a Written, or `to`.*; got both"):
-        prune("ckpt", "x", layers=[1], to="hf", written=Written())
     with pytest.raises(ShortGPTError, match="the rest is the paper's protocol"):
         reproduce("ckpt", paper=Answer(3))
     with pytest.raises(ShortGPTError, match="`max_perplexity_ratio` is for prune"):
@@ -362,18 +359,38 @@ def test_settings_are_taken_as_single_arguments(here):
     assert value == perplexity_of("ckpt", "book.txt", cut=Cut(32))
     rows = evaluate(["ckpt"], data="book.txt", size=32, max_windows=2)
     assert rows == evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=2))
+    few = TextSource([{"body": TEXT}] * 3, column="body")
+    assert perplexity_of("ckpt", few, max_texts=2, size=32).windows == 2 * value.windows
+    done = prune("ckpt", "x", Choice([1]), layers=[2], to="hf", written=Written(verify=False))
+    assert done.layers == [2] and done.proof is None and Path("x/config.json").is_file()
 
 
 def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
-    @takes_fields("rank", cut=Cut(stride=7))
-    def job(model, *, cut: Cut | None = None, data: str | TextSource = "pg19", **fields):
+    defaults = {"cut": Cut(stride=7), "data": TextSource(), "kinds": Kinds(), "shares": Shares()}
+    defaults |= {"lora": LoraSettings(), "tasks": Tasks()}
+
+    @takes_fields("rank")
+    def job(model, *, cut=defaults["cut"], data=defaults["data"], **fields):
         return cut, data, fields
 
     assert job("m", size=5, column="c") == (Cut(5, stride=7), TextSource(column="c"), {})
-    assert job("m") == (None, "pg19", {})
+    assert job("m", cut=None, data="b") == (Cut(stride=7), TextSource("b"), {})
+
+    @takes_fields("calibrate")
+    def calibrated(data=defaults["kinds"], **fields):
+        return data
+
+    assert calibrated("a,b", column="c") == Kinds("a,b", column="c")
+
+    @takes_fields("evaluate")
+    def evaluated(*, tasks=defaults["tasks"], **fields):
+        return tasks
+
+    assert evaluated(tasks="piqa") == Tasks("piqa")
+    assert evaluated(tasks="piqa", limit=3) == Tasks("piqa", limit=3)
 
     @takes_fields("compare")
-    def compared(*, shares: Shares | None = None, lora: LoraSettings | None = None, **fields):
+    def compared(*, shares=defaults["shares"], lora=defaults["lora"], **fields):
         return shares, lora
 
     assert compared(size=5, lora_size=6, rank=2) == (Shares(size=5), LoraSettings(rank=2, size=6))
@@ -395,7 +412,7 @@ def test_an_unknown_setting_is_named_with_the_nearest(call, said):
 
 def test_a_job_shows_its_signature_in_help():
     shown = str(inspect.signature(rank))
-    assert "cut: 'Cut | None' = None" in shown and shown.count("**fields") == 1
+    assert "cut: 'Cut' = Cut(size=1024" in shown and shown.count("**fields") == 1
 
 
 TEXTS = [" ".join(f"{(n + 3) * (i + 7) % 997} {n}" for i in range(40)) for n in range(8)]
@@ -476,6 +493,10 @@ def test_a_ranking_shows_what_goes(here):
     assert searched.columns["layer"] == searched.layers
     losses = [searched.search.losses[i][layer] for i, layer in enumerate(searched.layers)]
     assert searched.columns["loss"] == losses
+    refitted = rank("ckpt", "book.txt", n=2, method="auto", size=32)
+    assert repr(refitted) == f"Ranking(auto: {refitted.layers})"
+    assert refitted.columns["layers"] == [one.layers for one in refitted.choice.candidates]
+    assert f"<td>{refitted.columns['loss'][0]:.4g}</td>" in refitted._repr_html_()
 
 
 def test_the_package_says_its_version_and_shows_what_is_public():

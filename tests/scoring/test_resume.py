@@ -174,10 +174,10 @@ def test_what_was_settled_when_it_was_killed_reads_no_further(tmp_path):
         state = None if path is None else RunState(StateFile(path, IDENTITY))
         rule = Stop(1, min_windows=16, rare=0.4)
         windows = random_windows(100, 40)
-        verdict = short.measure(
+        scores = short.measure(
             windows, batch_size=2, progress=False, stop=rule, state=state, random_order=True
         )
-        return str(verdict), short.importance.to_dict()
+        return str(short.verdict), scores.to_dict()
 
     expected = ended(None)
     assert "settled at 0.99 after 16 windows" in expected[0]

@@ -377,9 +377,9 @@ def test_a_run_stops_and_gives_the_answer_of_all_windows():
     text = "".join(chr(32 + i % 90) for w in random_windows(60, 97, seed=5) for i in w)
     short = ShortLlama(Tiny(), n_prune_layers=2)
     chosen = windows([text], short.encode, size=16, stride=16, seed=0)
-    verdict = short.measure(chosen, progress=False, stop=Stop(2, rare=0.1))
-    whole = ShortLlama(Tiny(), n_prune_layers=2)
-    assert whole.measure(chosen, progress=False) is None
+    assert short.measure(chosen, progress=False, stop=Stop(2, rare=0.1)) is short.importance
+    whole, verdict = ShortLlama(Tiny(), n_prune_layers=2), short.verdict
+    assert whole.measure(chosen, progress=False).n_windows == len(chosen) and not whole.verdict
     assert verdict.settled and verdict.population == len(chosen) == whole.n_windows
     assert short.n_windows == verdict.windows < whole.n_windows
     assert set(short.layers_to_remove()) == set(whole.layers_to_remove())
@@ -390,7 +390,8 @@ def test_a_limited_sample_of_a_larger_population_may_end_unsettled():
     text = "".join(chr(32 + i % 90) for w in random_windows(60, 97, seed=5) for i in w)
     short = ShortLlama(Tiny())
     chosen = windows([text], short.encode, size=16, stride=16, seed=0, limit=20)
-    verdict = short.measure(chosen, progress=False, stop=Stop(2))
+    short.measure(chosen, progress=False, stop=Stop(2))
+    verdict = short.verdict
     assert not verdict.settled and (verdict.windows, len(chosen)) == (20, 20)
     assert verdict.population > 300
 
@@ -404,12 +405,13 @@ def test_a_stop_judges_one_run_over_windows_in_random_order():
             short.measure(ordered, progress=False, stop=rule)
     assert short.n_windows == 0
     drawn = windows([text], short.encode, size=16, stride=16, seed=0)
-    read = short.measure(drawn, progress=False, stop=rule).windows
+    read = short.measure(drawn, progress=False, stop=rule).n_windows
     with pytest.raises(ValueError, match=f"{read} windows were scored before it.*count twice"):
         short.measure(drawn, progress=False, stop=rule)
     assert short.n_windows == read
     again = ShortLlama(Tiny())
-    assert again.measure(list(drawn), progress=False, stop=rule, random_order=True).windows > 0
+    again.measure(list(drawn), progress=False, stop=rule, random_order=True)
+    assert again.verdict.windows == again.n_windows > 0
 
 
 @pytest.mark.parametrize("n", [0, 5])

@@ -192,7 +192,8 @@ def test_a_rule_stops_after_a_round(streamed):
     few_rounds(streamed, 4)
     many = random_windows(90, 12)
     rule = Stop(3, min_windows=16, rare=0.3)
-    verdict = streamed.measure(many, progress=False, stop=rule, random_order=True)
+    streamed.measure(many, progress=False, stop=rule, random_order=True)
+    verdict = streamed.verdict
     assert verdict.settled and verdict.windows == streamed.n_windows < 90
     assert streamed.n_windows % 4 == 0 and streamed.n_windows >= 16
 

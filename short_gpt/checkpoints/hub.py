@@ -1,0 +1,72 @@
+"""A written model uploaded to the hub, its card with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llama.io.sources import is_gguf, kind_of
+from short_gpt.checkpoints.target import StrPath
+from short_gpt.runtime.errors import ShortGPTError
+
+
+def check_push(repo_id: str, out: StrPath, format: str | None = "hf") -> None:
+    """Raises what would keep a model from being uploaded, before it is made.
+
+    Raises:
+        ShortGPTError: the name is none of a repository, or ``format`` is not Hugging Face's.
+        ConnectionError: nobody is logged in, or the hub cannot be reached.
+    """
+    if format != "hf" or is_gguf(out):
+        raise ShortGPTError(
+            f"`push_to_hub` uploads a directory in Hugging Face's format, which has the card; "
+            f"write {out} first, then: hf upload {repo_id} {out}"
+        )
+    with _explained(repo_id):
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo_id)
+        HfApi().whoami()
+
+
+def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
+    """Uploads all files of a model's directory, the card included; returns the page's address.
+
+    Args:
+        directory: in Hugging Face's format, as `save_hf` and `prune_hf` write it.
+        repo_id: as in ``"user/model"``; made if the hub has none of that name.
+        private: whether a repository that is made is private.
+
+    Raises:
+        ShortGPTError: the name is none of a repository, or the directory is of another format.
+        ConnectionError: nobody is logged in, or the hub refused; the directory stays.
+    """
+    if kind_of(directory) != "hf":
+        check_push(repo_id, directory, "other")
+    with _explained(repo_id):
+        from huggingface_hub import HfApi
+
+        hub = HfApi()
+        url = hub.create_repo(repo_id, private=private, exist_ok=True)
+        message = "Upload a model pruned by ShortGPT"
+        hub.upload_folder(repo_id=url.repo_id, folder_path=directory, commit_message=message)
+    return str(url)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Failures of the hub inside the block as errors of one line."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError:
+        raise ShortGPTError(f"`push_to_hub` {repo_id}: expected a name as in USER/MODEL") from None
+    except errors.LocalTokenNotFoundError:
+        raise ConnectionError(
+            f"{repo_id} cannot be uploaded: log in with hf auth login, or set HF_TOKEN"
+        ) from None
+    except Exception as error:  # of the hub, or of the package that its version connects by
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ConnectionError(f"{repo_id} cannot be uploaded: {why}") from error

@@ -1,0 +1,177 @@
+"""Uploads, to a hub of this process."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from commands import fails, run
+from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from huggingface_hub import constants
+
+from llama.formats.convert import meta_to_hf
+from short_gpt import ShortGPTError, prune
+from short_gpt.checkpoints.hub import push
+from short_gpt.jobs import heal
+from short_gpt.wrappers.short_hf import ShortHFModel
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+TEXTS = [" ".join(f"{(n + 3) * (i + 7) % 997} {n}" for i in range(40)) for n in range(8)]
+FEW = {"layers": [1], "size": 16, "max_windows": 4, "eval_windows": 2, "device": "cpu"}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The parts of the hub's API by which `huggingface_hub` uploads a folder."""
+
+    def do_GET(self) -> None:
+        self.answer({"type": "user", "name": "me", "orgs": []})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            body = b"".join(iter(self.chunk, b""))
+        hub = self.server
+        if self.headers.get("Authorization") != "Bearer hf_ours":
+            self.answer({"error": "Invalid user token"}, 401)
+        elif self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            known = name in hub.private
+            private = asked.get("private") or asked.get("visibility") == "private"
+            hub.private.setdefault(name, bool(private))
+            self.answer({"url": f"{hub.url}/{name}"}, 409 if known else 200)
+        elif "/preupload/" in self.path:
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for f in json.loads(body)["files"]]  # fmt: skip
+            self.answer({"files": files})
+        elif match := re.fullmatch(r"/api/models/(.+)/commit/main.*", self.path):
+            if hub.refuses:
+                return self.answer({"error": "Storage is full"}, 403)
+            lines = [json.loads(line) for line in body.splitlines()]
+            for value in (line["value"] for line in lines if line["key"] == "file"):
+                hub.files[match[1], value["path"]] = base64.b64decode(value["content"])
+            page = f"{hub.url}/{match[1]}/commit/1"
+            self.answer({"commitUrl": page, "commitOid": "1", "success": True})
+        else:
+            self.answer({"errors": [], "warnings": []})
+
+    def chunk(self) -> bytes:
+        size = int(self.rfile.readline(), 16)
+        return self.rfile.read(size + 2)[:size]
+
+    def answer(self, content: dict, status: int = 200) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url, server.files, server.private = f"http://127.0.0.1:{server.server_port}", {}, {}
+    server.refuses = False
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name, value in {"HF_TOKEN": "hf_ours", "NO_PROXY": "*"}.items():
+        monkeypatch.setenv(name, value)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, one_rank) -> Path:
+    """A random Llama in both formats, with a card of its own."""
+    path = tmp_path_factory.mktemp("made")
+    model = make_transformer(vocab_size=BYTE_VOCAB)
+    write_byte_tokenizer(save_checkpoint(path / "meta", model))
+    meta_to_hf(path / "meta", path / "hf")
+    card = "---\nlicense: mit\nbase_model: them/big\n---\n\nTheirs.\n"
+    (path / "hf/README.md").write_text(card)
+    return path
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def check_uploaded(hub, repo: str, folder: str) -> str:
+    """That the hub has all files of a folder, byte for byte; returns the card."""
+    ours = {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*")}
+    theirs = {path: content for (name, path), content in hub.files.items() if name == repo}
+    assert theirs == ours
+    return theirs["README.md"].decode()
+
+
+def test_what_prune_wrote_is_what_the_hub_gets(here, hub, capsys):
+    run("prune", "hf", "small", "--layers", 1, "--push_to_hub", "me/small", "--private")
+    assert f"uploaded: {hub.url}/me/small\n" in capsys.readouterr().out
+    card = check_uploaded(hub, "me/small", "small")
+    assert hub.private == {"me/small": True}
+    head = card.split("---")[1]
+    assert "license: mit" in head and "base_model: them/big" in head
+    assert "tags: [pruned, depth-pruning, short-gpt]" in head and "    [1]\n" in card
+    run("prune", "hf", "other", "--layers", 2, "--push-to-hub", "me/small")  # it is there already
+    assert "    [2]\n" in check_uploaded(hub, "me/small", "other")
+
+
+def test_a_healed_model_goes_there_too(here, hub):
+    done = heal("hf", "out", data=TEXTS, push_to_hub="me/healed", **FEW)
+    assert done.address == f"{hub.url}/me/healed" and hub.private == {"me/healed": False}
+    assert "# hf without 1 of its 5 layers, healed" in check_uploaded(hub, "me/healed", "out")
+
+
+def test_a_model_in_memory_is_uploaded_as_it_would_be_saved(here, hub):
+    short = ShortHFModel("hf", device="cpu")
+    short.remove_layers([3])
+    assert short.push_to_hub("small", private=True) == f"{hub.url}/me/small"
+    short.save_pretrained("saved")
+    assert "license: mit" in check_uploaded(hub, "me/small", "saved")
+
+
+def test_what_keeps_it_from_the_hub_is_said_before_the_work(here, hub, capsys, monkeypatch):
+    def refused(*more: object) -> str:
+        line = fails(capsys, "prune", "hf", "x", "--layers", 1, *more)
+        assert not Path("x").exists()
+        return line
+
+    assert "--private has no effect without --push_to_hub" in refused("--private")
+    line = refused("--to", "meta", "--push_to_hub", "me/small")
+    assert "--push_to_hub uploads a directory in Hugging Face's format" in line
+    assert "hf upload me/small x" in line
+    with pytest.raises(ShortGPTError, match="uploads a directory in Hugging Face's format"):
+        heal("meta", "x", data=TEXTS, push_to_hub="me/small", **FEW)
+    with pytest.raises(ShortGPTError, match="uploads a directory in Hugging Face's format"):
+        push("meta", "me/small")
+    line = refused("--push_to_hub", "a/b/c")
+    assert "--push_to_hub a/b/c: expected a name as in USER/MODEL" in line
+    monkeypatch.setenv("HF_TOKEN", "hf_theirs")
+    assert "me/small cannot be uploaded: " in refused("--push_to_hub", "me/small")
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "nowhere")
+    assert "log in with hf auth login, or set HF_TOKEN" in refused("--push_to_hub", "me/small")
+    assert hub.private == {}
+
+
+def test_a_model_that_the_hub_refuses_is_still_written(here, hub):
+    hub.refuses = True
+    with pytest.raises(ConnectionError, match="Storage is full.*; it is written: hf upload me/s s"):
+        prune("hf", "s", layers=[1], push_to_hub="me/s")
+    assert Path("s/config.json").is_file()
