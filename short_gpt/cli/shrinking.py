@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from short_gpt import jobs
 from short_gpt.cli import tables
-from short_gpt.cli.options import Output, say, say_written, tell
-from short_gpt.jobs import Dial, HealingWindows, OpenOptions, Running, Shrinking, Tasks, TextSource
+from short_gpt.cli.options import Output, say, say_uploaded, say_written, tell
+from short_gpt.jobs import (
+    Dial,
+    HealingWindows,
+    Hub,
+    OpenOptions,
+    Running,
+    Shrinking,
+    Tasks,
+    TextSource,
+)
 
 # of the demo: few enough for two minutes on two cores
 FEW = HealingWindows(eval_data="demo", size=512, max_windows=12, eval_windows=8)
@@ -22,6 +31,7 @@ def shrink(
     tasks: Tasks = Tasks(),
     opening: OpenOptions = OpenOptions(),
     streaming: Running = Running(),
+    hub: Hub = Hub(),
     output: Output = Output(),
     table: bool = False,
 ) -> None:
@@ -50,6 +60,7 @@ def shrink(
         tasks=tasks,
         opening=opening,
         streaming=streaming,
+        hub=hub,
         overwrite=output.overwrite,
         notify=tell,
     )
@@ -58,6 +69,7 @@ def shrink(
     say(str(result))
     if not settings.dry_run:
         output.write({**record, "result": result.to_dict()})
+        say_uploaded(result.address)
         say_written(output.targets)
 
 

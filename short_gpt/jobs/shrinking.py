@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
@@ -43,6 +43,7 @@ from short_gpt.jobs.comparing import Comparison, windows_digest
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.healing import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import (
+    Data,
     Notify,
     Running,
     Tasks,
@@ -52,8 +53,8 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.page import is_page, page
-from short_gpt.jobs.saving import interruptible
-from short_gpt.jobs.settings import HealingWindows
+from short_gpt.jobs.saving import Hub, interruptible
+from short_gpt.jobs.settings import HealingWindows, takes_fields
 from short_gpt.jobs.shrink_models import ANSWER, InMemory, Opened, Streamed
 from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
 from short_gpt.runtime.errors import ShortGPTError
@@ -77,22 +78,24 @@ LONG = 1800  # seconds after which a plan says what takes less
 CHECKS, HELD = 8, 16  # evaluations of a training, each on at most so many windows
 
 
+@takes_fields("shrink")
 @interruptible()
 def shrink(
     model: Model,
     out: str | PathLike[str],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dial: Dial | None = None,
-    data: str | TextSource = "self",
-    windows: HealingWindows | None = None,
-    settings: Shrinking | None = None,
-    tasks: Tasks | None = None,
-    opening: OpenOptions | None = None,
-    streaming: Running | None = None,
+    dial: Dial = Dial(),
+    data: Data = TextSource("self"),
+    windows: HealingWindows = HealingWindows(),
+    settings: Shrinking = Shrinking(),
+    tasks: Tasks = Tasks(),
+    opening: OpenOptions = OpenOptions(),
+    streaming: Running = Running(),
+    hub: Hub = Hub(),
     overwrite: bool = False,
     notify: Notify = ignore,
-    **changes: Any,
+    **fields: Any,
 ) -> Shrunk:
     """Writes a smaller model that works: layers chosen and removed, the rest healed and judged.
 
@@ -112,9 +115,11 @@ def shrink(
         opening: how the model is opened.
         streaming: whether one layer at a time is in memory: for a Llama, which Block Influence or
             another score chooses layers of, and which is written in its own format.
+        hub: where the result is uploaded.
         overwrite: replace an earlier output.
         notify: called with what will be done and how long it takes, before it is.
-        changes: fields of ``dial`` and ``settings``, as in ``ratio=0.5`` or ``dry_run=True``.
+        fields: single settings by their names, in place of objects: ``ratio=0.5``,
+            ``method="bi"``, ``size=256``, ``dry_run=True``.
 
     Raises:
         ShortGPTError: a setting, the model or the texts are refused.
@@ -123,13 +128,10 @@ def shrink(
     Example:
         >>> print(shrink("llama-2-7b", "llama-2-5b", ratio=0.25))  # doctest: +SKIP
     """
-    sizes = {f.name for f in fields(Dial)} & changes.keys()
-    dial = replace(dial or Dial(), **{name: changes.pop(name) for name in sizes})
-    settings = replace(settings or Shrinking(), **changes)
-    cut, tasks, opening = windows or HealingWindows(), tasks or Tasks(), opening or OpenOptions()
-    how = (dial, settings, source_of(data), cut, tasks, opening, streaming or Running())
+    how = (dial, settings, source_of(data), windows, tasks, opening, streaming)
     run = _Run(Path(out), *how, overwrite, notify)
     run.check(model)
+    hub.check(out, run.to)
     # where nothing is there yet, nobody works either
     lock = hold(run.folder) if run.out.parent.is_dir() and not settings.dry_run else None
     run.derive(run.opened_model(model, tokenizer))
@@ -137,7 +139,7 @@ def shrink(
         return Shrunk(run.out, run.plan)
     notify(run.plan)
     try:
-        result = run.done()
+        result = replace(run.done(), address=hub.push(run.out))
         shutil.rmtree(run.folder, ignore_errors=True)
     finally:
         with suppress(OSError):  # what is kept to continue from stays

@@ -51,6 +51,7 @@ class Shrunk:
     choice: Mapping[str, Any] = field(default_factory=dict)  # of `HealedChoice`
     importance: Importance | None = None  # scores of the original model
     next_steps: Sequence[str] = ()  # commands that use the result
+    address: str | None = None  # of the model on the hub, if it was uploaded
 
     def report(self) -> Path:
         """The page: in a directory, or beside a file."""

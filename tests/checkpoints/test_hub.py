@@ -16,7 +16,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 from huggingface_hub import constants
 
 from llama.formats.convert import meta_to_hf
-from short_gpt import ShortGPTError, prune
+from short_gpt import ShortGPTError, prune, shrink
 from short_gpt.checkpoints.hub import push
 from short_gpt.jobs import heal
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -136,6 +136,14 @@ def test_a_healed_model_goes_there_too(here, hub):
     done = heal("hf", "out", data=TEXTS, push_to_hub="me/healed", **FEW)
     assert done.address == f"{hub.url}/me/healed" and hub.private == {"me/healed": False}
     assert "# hf without 1 of its 5 layers, healed" in check_uploaded(hub, "me/healed", "out")
+
+
+def test_a_shrunk_model_goes_there_with_its_page(here, hub):
+    how = {"size": 16, "max_windows": 4, "eval_windows": 2, "device": "cpu", "method": "bi"}
+    done = shrink("hf", "out", n=1, data=TEXTS, push_to_hub="me/shrunk", **how)
+    assert done.address == f"{hub.url}/me/shrunk"
+    assert "changed by refit" in check_uploaded(hub, "me/shrunk", "out")
+    assert ("me/shrunk", "report.html") in hub.files
 
 
 def test_a_model_in_memory_is_uploaded_as_it_would_be_saved(here, hub):
