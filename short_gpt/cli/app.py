@@ -51,7 +51,8 @@ def run(argv: list[str]) -> None:
     if (text := answer(argv)) is None:
         texts = prepared(argv, COMMANDS)
         if first_rank() or argv[0] not in ALONE:
-            with result_alone() if texts.get("json") == "-" else nullcontext():
+            alone = "-" in (texts.get("json"), texts.get("report"))
+            with result_alone() if alone else nullcontext():
                 try:
                     call(COMMANDS[argv[0]], texts)
                 except DryRun as plan:

@@ -229,6 +229,8 @@ def compare(
     say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
     if (remark := about_own(texts.data, shares.eval_data)) is not None:
         say(remark)
+    if output.report is not None:
+        output.write_page(plots.compared_page(model or "demo", result))
     output.finish({**record, **result.to_dict()}, partial(plots.draw_quality, result.rows))
     if result.state is not None:
         result.state.clear()

@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
-from llama.io.files import check_output
+from llama.io.files import check_output, new_file
 from short_gpt.cli.flags import Command, flags_of
 from short_gpt.jobs.settings import SCORES
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import above_bars, first_rank, quiet
 from short_gpt.runtime.settings import RUN, WRITE, Needs, setting
 
-FILE_FLAGS, DRAWING = ("json", "plots"), ("rank", "calibrate", "compare", "reproduce")
+FILE_FLAGS, DRAWING = ("json", "report", "plots"), ("rank", "calibrate", "compare", "reproduce")
 LONG = ("rank", "heal", "calibrate", "compare", "perplexity", "evaluate")
 STDOUT = "-"  # in place of a file
 _alone: list[TextIO] = []  # the stdout that a result has for itself
 WRITTEN = Needs(  # of heal, the model
-    "--json or --plots", lambda v: "out" in v or any(v.get(n) is not None for n in FILE_FLAGS)
+    "--json or --plots",
+    lambda v: "out" in v or any(v.get(n) is not None for n in FILE_FLAGS),
 )
 
 
@@ -33,6 +34,7 @@ class Output:
     Args:
         json: JSON file for the result, with all arguments, versions and the seed; - is stdout,
             where nothing else is printed then.
+        report: HTML file with the tables and the picture; - is stdout, as for json.
         overwrite: replace what an earlier run has written.
         plots: folder for the pictures.
         kinds: of `plots.pictures.FILES`.
@@ -42,6 +44,7 @@ class Output:
 
     HEADING: ClassVar = WRITE
     json: str | None = setting(None, value="FILE")
+    report: str | None = setting(None, value="FILE", commands=("compare",))
     overwrite: bool = setting(False, needs=WRITTEN)
     plots: str | None = setting(None, value="FOLDER", commands=DRAWING, needs=SCORES)
     kinds: tuple[str, ...] = setting((), commands=())
@@ -57,12 +60,18 @@ class Output:
 
     @property
     def targets(self) -> list[Path]:
-        return [*([] if self.file is None else [self.file]), *self.pictures]
+        named = [path for path in (self.file, self.page) if path is not None]
+        return [*named, *self.pictures]
 
     @property
     def file(self) -> Path | None:
         """The file of the result; None where it has none."""
         return None if self.json in (None, STDOUT) else Path(str(self.json))
+
+    @property
+    def page(self) -> Path | None:
+        """The file of the report; None where it has none."""
+        return None if self.report in (None, STDOUT) else Path(str(self.report))
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raises what would keep a file from being written, before the work."""
@@ -76,6 +85,12 @@ class Output:
             from short_gpt.runtime.state import is_record
 
             check_output(self.file, overwrite=self.overwrite, ours=is_record)
+        if self.page is not None:
+            from short_gpt.jobs.page import is_page
+
+            check_output(self.page, overwrite=self.overwrite, ours=is_page)
+        if self.json == self.report == STDOUT:
+            raise ShortGPTError("--json - and --report - both write to stdout: name a file for one")
         out = arguments.get("out")
         named = {k: v for k, v in arguments.items() if k not in FILE_FLAGS}
         for target in self.targets:
@@ -107,6 +122,16 @@ class Output:
             print(record_text(record), end="", flush=True, file=_alone[-1] if _alone else None)
         elif self.file is not None and first_rank():
             write_record(self.file, record, overwrite=self.overwrite)
+
+    def write_page(self, text: str) -> None:
+        """Writes the report, if one was asked for."""
+        if self.report == STDOUT and first_rank():
+            print(text, end="", flush=True, file=_alone[-1] if _alone else None)
+        elif self.page is not None and first_rank():
+            from short_gpt.jobs.page import is_page
+
+            with new_file(self.page, overwrite=self.overwrite, ours=is_page) as partial:
+                partial.write_text(text, encoding="utf-8")
 
     def finish(
         self, record: Mapping[str, object], draw: Callable[[Path], object] | None = None

@@ -1,6 +1,6 @@
-"""The page of a shrunk model: one HTML file that needs nothing else, in a program or a browser.
+"""The page of a result: one HTML file that needs nothing else, in a program or a browser.
 
-Pictures are SVG in the page, whose colours are the page's and follow light and dark.
+Pictures are SVG in the page; those drawn here take the page's colours, which follow light and dark.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from short_gpt.runtime.state import versions
 from short_gpt.scoring.importance import Importance
@@ -22,21 +22,77 @@ TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
 WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, so that letters stay large
 
 
-def page(shrunk: Shrunk) -> str:
-    """The page as one text."""
+REMOVED = "Block Influence of every layer, 1 - cos of the hidden states before and after it. "
+REMOVED += "Removed layers are orange."
+TRIED = "Each set was refitted, and judged by held-out loss: nats a token more than the chosen "
+TRIED += "set's (orange, or a swap of it), with two standard errors, paired over the windows."
+
+
+class Picture(NamedTuple):
+    """A part of a page."""
+
+    heading: str
+    svg: str
+    caption: str
+    own_paper: bool = False  # whether it has colours of its own, for a white ground
+
+
+def page(
+    title: str,
+    lead: str,
+    rows: Sequence[Sequence[str]],
+    *,
+    remarks: Sequence[str] = (),
+    prompt: str = "",
+    completions: Mapping[str, str] | None = None,
+    pictures: Sequence[Picture] = (),
+    how: str = "",
+    steps: Sequence[str] = (),
+    commands: Sequence[str] = (),
+) -> str:
+    """A page as one text.
+
+    Args:
+        title: the heading.
+        lead: one sentence below it.
+        rows: of the table, its head first.
+        remarks: paragraphs below the table.
+        prompt: that the completions, by the model's state, answer.
+        how: the text of *How it was made*, and ``steps`` its list.
+        commands: that open the result.
+    """
     from jinja2 import Environment, StrictUndefined
 
     template = files("short_gpt.jobs").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    made = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
-    picture = None if shrunk.importance is None else bars(shrunk.importance, shrunk.layers)
-    return made.render(
-        mark=MARK,
-        shrunk=shrunk,
-        head=shrunk.rows()[0],
-        rows=shrunk.rows()[1:],
-        importance=picture,
-        candidates=dots(shrunk.choice),
-        versions=versions(),
+    made = Environment(
+        autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    ).from_string(template)
+    parts = {"mark": MARK, "title": title, "lead": lead, "head": rows[0], "rows": rows[1:]}
+    parts |= {"remarks": remarks, "prompt": prompt, "completions": completions or {}}
+    parts |= {"pictures": pictures, "how": how, "commands": commands}
+    own = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return made.render(**parts, steps=[*steps, own])
+
+
+def shrunk_page(shrunk: Shrunk) -> str:
+    """The page of a shrunk model."""
+    pictures = []
+    if shrunk.importance is not None:
+        svg = bars(shrunk.importance, shrunk.layers)
+        pictures.append(Picture("What was removed", svg, REMOVED))
+    if (svg := dots(shrunk.choice)) is not None:
+        pictures.append(Picture("Which sets were tried", svg, TRIED))
+    return page(
+        shrunk.out.name,
+        shrunk.head,
+        shrunk.rows(),
+        remarks=shrunk.remarks,
+        prompt=shrunk.prompt,
+        completions={state: look.completion for state, look in shrunk.looks.items()},
+        pictures=pictures,
+        how=shrunk.plan,
+        steps=[str(step["method"]) for step in shrunk.healing],
+        commands=shrunk.next_steps,
     )
 
 

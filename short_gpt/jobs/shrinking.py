@@ -52,7 +52,7 @@ from short_gpt.jobs.inputs import (
     ignore,
     source_of,
 )
-from short_gpt.jobs.page import is_page, page
+from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.settings import HealingWindows, takes_fields
 from short_gpt.jobs.shrink_models import ANSWER, InMemory, Opened, Streamed
@@ -478,14 +478,14 @@ class _Run:
     def _place(self, built: Path, result: Shrunk) -> None:
         """Puts model and page where they belong, whole or not at all."""
         if self.to == "gguf":
-            report_of(self.out).write_text(page(result), encoding="utf-8")
+            report_of(self.out).write_text(shrunk_page(result), encoding="utf-8")
             for here, there in reversed([*zip(out_paths(built), out_paths(self.out), strict=True)]):
                 here.replace(there)
             return
         with new_directory(self.out, marker=PROVENANCE, overwrite=self.overwrite) as partial:
             for path in built.iterdir():
                 path.rename(partial / path.name)
-            (partial / REPORT).write_text(page(result), encoding="utf-8")
+            (partial / REPORT).write_text(shrunk_page(result), encoding="utf-8")
 
 
 def _state(name: str) -> str:

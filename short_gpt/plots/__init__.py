@@ -9,7 +9,13 @@ from llama.lazy import lazy
 if TYPE_CHECKING:
     from short_gpt.plots.figures import require_matplotlib, save
     from short_gpt.plots.layers import angular_heatmap, beside_published, importance_bars
-    from short_gpt.plots.pictures import draw_crossed, draw_published, draw_quality, draw_scores
+    from short_gpt.plots.pictures import (
+        compared_page,
+        draw_crossed,
+        draw_published,
+        draw_quality,
+        draw_scores,
+    )
     from short_gpt.plots.quality import cross_map, quality_curves
 else:
     __getattr__, __dir__ = lazy(__name__)
@@ -17,6 +23,7 @@ else:
 __all__ = [
     "angular_heatmap",
     "beside_published",
+    "compared_page",
     "cross_map",
     "draw_crossed",
     "draw_published",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from short_gpt.jobs.calibration import Crossed
 from short_gpt.jobs.cases import Row
+from short_gpt.jobs.comparing import Compared
+from short_gpt.jobs.page import Picture, page
 from short_gpt.jobs.reproduction import PaperComparison
 from short_gpt.plots.figures import save
 from short_gpt.plots.layers import angular_heatmap, beside_published, importance_bars
 from short_gpt.plots.quality import cross_map, quality_curves
 from short_gpt.scoring.importance import Importance
+from short_gpt.selection.methods import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +51,26 @@ def draw_published(importance: Importance, comparison: PaperComparison, folder: 
 def draw_quality(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draws a comparison's perplexities into a folder; returns the file in a list."""
     return _save("quality", folder, quality_curves(rows))
+
+
+def compared_page(model: str, result: Compared) -> str:
+    """The page of a comparison: a row for every model, and the picture."""
+    head = ["layers chosen by", "removed", "healed by", "perplexity", "nats from the original"]
+    rows = [[*head, "parameters, millions", "tokens a second", "layers"]]
+    for row in result.rows:
+        own = [*([str(row.n), row.healing] if row.n else ["", ""]), f"{row.perplexity:.3f}"]
+        change = f"{row.nats:+.4f} ({row.standard_error:.4f})" if row.n else ""
+        size, speed = f"{row.parameters / 1e6:.1f}", f"{row.tokens_per_second:.1f}"
+        name = LABELS.get(row.method, "original model")
+        name += "" if row.seed is None else f", seed {row.seed}"
+        rows.append([name, *own, change, size, speed, ", ".join(map(str, sorted(row.layers)))])
+    text = StringIO()
+    quality_curves(result.rows).savefig(text, format="svg")
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    about = "Perplexity of every model by the number of layers removed."
+    picture = Picture("Quality", svg, about, own_paper=True)
+    lead = f"{len(result.rows) - 1} pruned models on the same windows; standard errors in brackets"
+    return page(f"{model}: methods compared", lead, rows, pictures=[picture])
 
 
 def draw_crossed(cells: Sequence[Crossed], folder: Path) -> list[Path]:
