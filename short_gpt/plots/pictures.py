@@ -55,21 +55,21 @@ def draw_quality(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def compared_page(model: str, result: Compared) -> str:
     """The page of a comparison: a row for every model, and the picture."""
-    head = ["layers chosen by", "removed", "healed by", "perplexity", "nats from the original"]
-    rows = [[*head, "parameters, millions", "tokens a second", "layers"]]
+    rows = [["layers chosen by", "healed by", "perplexity", "nats more", "removed"]]
     for row in result.rows:
-        own = [*([str(row.n), row.healing] if row.n else ["", ""]), f"{row.perplexity:.3f}"]
-        change = f"{row.nats:+.4f} ({row.standard_error:.4f})" if row.n else ""
-        size, speed = f"{row.parameters / 1e6:.1f}", f"{row.tokens_per_second:.1f}"
         name = LABELS.get(row.method, "original model")
         name += "" if row.seed is None else f", seed {row.seed}"
-        rows.append([name, *own, change, size, speed, ", ".join(map(str, sorted(row.layers)))])
+        value = f"{row.perplexity:.3f}" if row.perplexity < 1e5 else f"{row.perplexity:.3g}"
+        change = f"{row.nats:+.4f} ({row.standard_error:.4f})" if row.n else ""
+        removed = f"{row.n}: {', '.join(map(str, sorted(row.layers)))}" if row.n else ""
+        rows.append([name, row.healing if row.n else "", value, change, removed])
     text = StringIO()
     quality_curves(result.rows).savefig(text, format="svg")
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     about = "Perplexity of every model by the number of layers removed."
     picture = Picture("Quality", svg, about, own_paper=True)
-    lead = f"{len(result.rows) - 1} pruned models on the same windows; standard errors in brackets"
+    lead = f"{len(result.rows) - 1} pruned models on the same windows. In brackets, the standard "
+    lead += "error of the nats a token more than the original model's"
     return page(f"{model}: methods compared", lead, rows, pictures=[picture])
 
 

@@ -130,7 +130,7 @@ def test_a_report_of_a_comparison_is_one_page(ckpt, capfd):
     assert page.startswith("<!-- a page of ShortGPT -->") and page.endswith("</html>\n")
     rows = json.loads(Path("r.json").read_text())["rows"]
     for row in rows:
-        assert f"<td>{row['perplexity']:.3f}</td>" in page
+        assert f"<td>{row['perplexity']:.3f}</td>" in page, row
     assert "<th>random layers, seed 2</th>" in page and page.count("<svg") == 1
     assert not re.search(r"(src|href)=.http|@import|url\(http", page) and "original model" in err
     run(*how, "--report", "page.html")
