@@ -204,7 +204,7 @@ def own_text() -> str:
 
 
 def operations(inputs: int, outputs: int) -> float:
-    """Floating-point operations to solve a layer's ``down_proj`` and ``o_proj``, of these widths."""
+    """Floating-point operations to solve ``down_proj`` and ``o_proj``, of these widths."""
     return sum(f**3 / 3 + 2 * f**2 * outputs for f in (inputs, outputs))
 
 
@@ -243,7 +243,7 @@ def gemma() -> list[str]:
     found, lines = result("gemma_kinds"), list[str]()
     for case in found["rows"]:
         cuts = [case[name] for name in ("ours", "theirs")]
-        cells = [f"{cut['difference']:.2g}, {cut['same_likeliest']}" for cut in cuts]
+        cells = [f"{cut['difference']:.2f}, {abs(cut['divergence']):.2f}" for cut in cuts]
         names = (case["kinds"], case["kinds_by_position"])
         lines.append(evidence.row(evidence.layer_set(case["removed"]), *names, *cells))
     return lines
@@ -365,7 +365,7 @@ COVERED += "| times as wide | no interval |"
 DRAFTED = "| tokens per draft | 4 removed: accepted | 8 removed: accepted "
 DRAFTED += "| 4 removed: tokens per pass | 8 removed: tokens per pass |"
 GEMMA = "| removed | kinds of the kept layers | kinds by position "
-GEMMA += "| ShortGPT's cut: difference, same likeliest token of 20 | llama.cpp's cut |"
+GEMMA += "| ShortGPT's cut: difference, divergence | llama.cpp's cut |"
 FAMILY = "| Qwen2.5-Coder-0.5B | perplexity | MB |"
 SERVED = "| | file, MB | peak, MB | prompt, tokens/s | ratio, expected | writing, tokens/s "
 SERVED += "| ratio, expected |"
