@@ -61,6 +61,7 @@ script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving
 script second_family second_family
+script gemma_kinds gemma_kinds
 script draft_4 drafts smollm2.gguf less-4.gguf --data held_out
 script draft_8 drafts smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit

@@ -17,6 +17,9 @@ from evidence_tables import result
 from short_gpt.cli import tables
 from short_gpt.jobs.cases import Row
 from short_gpt.scoring.stopping import Stop
+from short_gpt.selection.search import most_layers_run
+
+OWN_OR_REAL = ("own-24", "book+wikitext-24")  # rows of own_samples.json
 
 
 def spread(values: dict[str, float], digits: int = 3) -> str:
@@ -190,6 +193,62 @@ def slower() -> str:
     )
 
 
+def own_text() -> str:
+    """What a refit on own text restores on novels, beside one on two real texts, as a sentence."""
+    rows = result("own_samples")["rows"]
+    own, real = (f"{rows[name]['novels']['restored']:.0%}" for name in OWN_OR_REAL)
+    return (
+        f"24 windows of own text restore {own} of the nats that pruning cost; 24 windows of two "
+        f"other texts restore {real}"
+    )
+
+
+def operations(inputs: int, outputs: int) -> float:
+    """Floating-point operations to solve ``down_proj`` and ``o_proj``, of these widths."""
+    return sum(f**3 / 3 + 2 * f**2 * outputs for f in (inputs, outputs))
+
+
+def solved() -> str:
+    """How long a layer of Llama-3.1-8B is solved at most, from Llama-2-7B's, as sentences."""
+    found, (ours, theirs) = result("refit_streamed"), (operations(f, 4096) for f in (14336, 11008))
+    seconds, layers = found["refit_seconds"], found["matrices"] // 2
+    each, numbers = seconds / layers, [f"{n / 1e12:.2f}" for n in (ours, theirs)]
+    return (
+        f"of this model {numbers[0]} x 10¹² a layer, and {numbers[1]} x 10¹² with Llama-2-7B's "
+        f"shapes (F = 11,008). There, two layers took {seconds:.0f} s on one core, all reading and "
+        f"passes included (`benchmarks/results/refit_streamed.json`): {each:.0f} s a layer at "
+        f"most, and {each:.0f} x {numbers[0]} / {numbers[1]} = {each * ours / theirs:.0f} s."
+    )
+
+
+def searched() -> str:
+    """How many passes a greedy search for 8 of 32 layers takes, as a cell."""
+    found, layers = result("greedy"), most_layers_run(32, 8)
+    slower = found["time_ratio"]["median"] / found["layers_run_ratio"]
+    return (
+        f"{layers:,} layers a window on 4 windows: {4 * layers / 32:.0f} passes, in {slower:.1f} "
+        "times their bare time"
+    )
+
+
+def refit_passes() -> str:
+    """What a refit on 64 windows and three evaluations on 32 take, as a cell."""
+    passes = result("healing")["cost"]["refit"]["passes"]
+    total = 64 * passes + 3 * 32
+    return f"64 windows in {passes:.2f} passes each, 3 x 32 windows to judge: {total:.0f} passes"
+
+
+def gemma() -> list[str]:
+    """A row for every set of layers removed from a Gemma 3."""
+    found, lines = result("gemma_kinds"), list[str]()
+    for case in found["rows"]:
+        cuts = [case[name] for name in ("ours", "theirs")]
+        cells = [f"{cut['difference']:.2f}, {abs(cut['divergence']):.2f}" for cut in cuts]
+        names = (case["kinds"], case["kinds_by_position"])
+        lines.append(evidence.row(evidence.layer_set(case["removed"]), *names, *cells))
+    return lines
+
+
 def greedy() -> str:
     found = result("greedy")
     time = found["time_ratio"]
@@ -305,6 +364,8 @@ COVERED = "| texts | two-sided, before | CR2 | now | one-sided, before | CR2 | n
 COVERED += "| times as wide | no interval |"
 DRAFTED = "| tokens per draft | 4 removed: accepted | 8 removed: accepted "
 DRAFTED += "| 4 removed: tokens per pass | 8 removed: tokens per pass |"
+GEMMA = "| removed | kinds of the kept layers | kinds by position "
+GEMMA += "| ShortGPT's cut: difference, divergence | llama.cpp's cut |"
 FAMILY = "| Qwen2.5-Coder-0.5B | perplexity | MB |"
 SERVED = "| | file, MB | peak, MB | prompt, tokens/s | ratio, expected | writing, tokens/s "
 SERVED += "| ratio, expected |"
@@ -328,6 +389,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for n in (2, 4, 8)
     },
     "a second family": table(FAMILY, family),
+    "cuts of a Gemma 3": table(GEMMA, gemma),
     "choices on other samples": table(CHOSEN, choices),
     "how near the best choice": table(NEAREST, healing.nearest),
     "every healing": table(HEALINGS, healings),

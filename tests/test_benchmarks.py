@@ -47,6 +47,7 @@ from short_gpt.jobs.comparing import Cells
         ("choice_variance", "build", {}),
         ("choices", "build", {"also": "wikitext2_test.txt"}),
         ("coverage", "case", {}),
+        ("gemma_kinds", "compared", {}),
         ("greedy", "build", {}),
         ("optimality", "build", {}),
         ("own_samples", "open_model", {"novels": "novels.jsonl"}),

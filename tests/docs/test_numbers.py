@@ -17,10 +17,14 @@ from made_tables import (
     greedy,
     healed,
     least,
+    own_text,
+    refit_passes,
     rows,
+    searched,
     served_sets,
     short_table,
     slower,
+    solved,
     spread,
 )
 from pages import PAGES, RESULTS, commands, flowing, measured, result
@@ -69,8 +73,10 @@ SENTENCES = {
         lambda: f"at most {misled():.2%} of the runs ended early and wrong",
     ),
     "docs/serve.md": (served_sets, slower),
+    "docs/prune-8b.md": (solved, searched, refit_passes),
     "README.md": (
         lambda: f"original model: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
+        own_text,
         lambda: (
             f"8 layers reaches perplexity {chapters('distillation_influence')} on the same chapters"
         ),
