@@ -34,7 +34,7 @@ class Look(NamedTuple):
     tasks: dict[str, Any]  # of `TaskRun`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shrunk:
     """What `shrink` did, and how good the result is. States are original, pruned, ..., healed."""
 
@@ -99,6 +99,9 @@ class Shrunk:
         """What was removed, in one line."""
         count = f"{len(self.layers)} of {self.total} layers"
         return f"removed {count} by {LABELS[self.method]}: {sorted(self.layers)}"
+
+    def __repr__(self) -> str:
+        return f"Shrunk({self.head if self.looks else self.plan!r})"
 
     def __str__(self) -> str:
         if not self.looks:
