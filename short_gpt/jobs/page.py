@@ -67,7 +67,13 @@ def page(
     made = Environment(
         autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     ).from_string(template)
-    parts = {"mark": MARK, "title": title, "lead": lead, "head": rows[0], "rows": rows[1:]}
+    parts: dict[str, object] = {
+        "mark": MARK,
+        "title": title,
+        "lead": lead,
+        "head": rows[0],
+        "rows": rows[1:],
+    }
     parts |= {"remarks": remarks, "prompt": prompt, "completions": completions or {}}
     parts |= {"pictures": pictures, "how": how, "commands": commands}
     own = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -78,8 +84,8 @@ def shrunk_page(shrunk: Shrunk) -> str:
     """The page of a shrunk model."""
     pictures = []
     if shrunk.importance is not None:
-        svg = bars(shrunk.importance, shrunk.layers)
-        pictures.append(Picture("What was removed", svg, REMOVED))
+        drawn = bars(shrunk.importance, shrunk.layers)
+        pictures.append(Picture("What was removed", drawn, REMOVED))
     if (svg := dots(shrunk.choice)) is not None:
         pictures.append(Picture("Which sets were tried", svg, TRIED))
     return page(

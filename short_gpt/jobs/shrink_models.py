@@ -49,6 +49,10 @@ class Opened(Protocol):
         """Whether tensors keep the types of a GGUF file."""
 
     @property
+    def is_llama(self) -> bool:
+        """Whether `convert` knows its architecture."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights as they are written."""
 
@@ -81,11 +85,15 @@ class InMemory:
     opening: OpenOptions
 
     def __post_init__(self) -> None:
-        kind = self.short.model.config.model_type
-        if self.to != "hf" and kind != "llama" and not self.in_place:
+        if self.to != "hf" and not self.is_llama and not self.in_place:
+            kind = self.short.model.config.model_type
             raise ShortGPTError(
                 f"`to` {self.to} is for a Llama, and this is a {kind}: leave it out"
             )
+
+    @property
+    def is_llama(self) -> bool:
+        return self.short.model.config.model_type == "llama"
 
     @property
     def in_place(self) -> bool:
@@ -172,7 +180,7 @@ class Streamed:
 
     short: StreamedLlama
     to: str
-    in_place = False
+    in_place, is_llama = False, True
 
     @property
     def dtype(self) -> torch.dtype:

