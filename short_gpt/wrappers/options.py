@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llama.io.sources import is_meta
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import Needs, Values, needs_one_of, setting
+from short_gpt.runtime.settings import Needs, Values, setting
 
 
 def _tokenizer_is_read(values: Values) -> bool:
@@ -25,7 +25,11 @@ TOKENIZER = Needs(
 )
 PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
 READING = ("rank", "prune", "heal", "calibrate", "compare", "perplexity", "evaluate", "reproduce")
-LOADED = needs_one_of("`max_perplexity_ratio`", "max_perplexity_ratio")
+# of prune, which loads the model for that alone
+LOADED = Needs(
+    "`max_perplexity_ratio`",
+    lambda v: "recipe" not in v or v["max_perplexity_ratio"] is not None,
+)
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,7 @@ class StreamedLlama(ScoredModel):
             )
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
         self.max_memory, directory = max_memory, self.stream.source.directory
+        self.source = str(ckpt_dir)
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
         self.tokenizer = Tokenizer(self.tokenizer_path)
         from_hf = isinstance(self.stream.source, HFSource)
