@@ -50,7 +50,7 @@ def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
         hub = HfApi()
         url = hub.create_repo(repo_id, private=private, exist_ok=True)
         message = "Upload a model pruned by ShortGPT"
-        hub.upload_folder(repo_id=url.repo_id, folder_path=directory, commit_message=message)
+        hub.upload_folder(repo_id=url.repo_id, folder_path=str(directory), commit_message=message)
     return str(url)
 
 

@@ -74,17 +74,26 @@ def prune_checkpoint(
     return _write_converted(source, target, write, progress)
 
 
-def kept_tensors(source: Source, layers: Sequence[int]) -> int:
-    """How many tensors a local checkpoint without some layers has, each counted in every file."""
-    names: list[str] = []
-    if source.kind == "gguf":
-        names += GGUFParts(source.path).tensors
-    elif source.kind == "meta":
-        names += [name for shard in Checkpoint(source).shards for name in shard.infos]
-    else:
-        names += open_weights(source.path)
+def kept_tensors(source: Source, layers: Sequence[int], to: str | None = None) -> int | None:
+    """How many tensors are written of a checkpoint without some layers; None if it is not local.
+
+    Those of every file, and each once more where they are then converted ``to`` another format.
+    """
+    if source.kind == "hub":
+        return None
+    names = tensor_names(source)
     removed = re.compile(rf"\D*({'|'.join(map(str, layers))})\.")  # the first number is the layer
-    return sum(not removed.match(name) for name in names)
+    kept = [name for name in names if not removed.match(name)]
+    return len(kept) + (0 if to in (None, source.kind) else len({*kept}))
+
+
+def tensor_names(source: Source) -> list[str]:
+    """The names of a local checkpoint's tensors, in every file that has them."""
+    if source.kind == "gguf":
+        return [*GGUFParts(source.path).tensors]
+    if source.kind == "meta":
+        return [name for shard in Checkpoint(source).shards for name in shard.infos]
+    return [*open_weights(source.path)]
 
 
 def _write_converted(

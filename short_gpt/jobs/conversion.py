@@ -17,6 +17,7 @@ from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import save_hf
 from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.prune import tensor_names
 from short_gpt.checkpoints.records import PROVENANCE, RECORD
 from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.inputs import Notify, ignore
@@ -70,7 +71,9 @@ def convert(
     def check(directory: Path) -> None:
         proofs.append(prove(directory, source, out, opening, how.verify, dtype=how.dtype))
 
-    with interruptible(), bar("converting", total=None, unit="tensor") as shown:
+    known = source.kind != "hub" and (source.kind, to) != ("gguf", "hf")
+    total = len({*tensor_names(source)}) if known else None
+    with interruptible(), bar("converting", total=total, unit="tensor") as shown:
         writing: dict[str, Any] = {"progress": lambda _: shown.update()}
         writing |= {"overwrite": how.overwrite}
         if to == "gguf":

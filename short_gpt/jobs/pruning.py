@@ -139,7 +139,7 @@ def _write(
         layers = removal.layers
         proofs.append(prove(directory, source, str(target.out), opening, verify, drop=layers))
 
-    total = kept_tensors(source, removal.layers) if target.format == source.kind else None
+    total = kept_tensors(source, removal.layers, target.format)
     with bar("writing", total=total, unit="tensor") as shown:
         prune_checkpoint(
             source,

@@ -95,9 +95,9 @@ class Ranking(Table):
         """`Importance.columns` and whether each is to go; else the layers or sets with losses."""
         if self.choice is not None:
             sets = self.choice.candidates
-            names = [", ".join(one.methods) for one in sets]
-            losses = [one.loss for one in sets]
-            return {"methods": [*names], "layers": [one.layers for one in sets], "loss": [*losses]}
+            named: list[object] = [", ".join(one.methods) for one in sets]
+            loss: list[object] = [one.loss for one in sets]
+            return {"methods": named, "layers": [one.layers for one in sets], "loss": loss}
         if self.importance is None:
             assert self.search is not None
             removed, losses = self.search.removed, self.search.losses

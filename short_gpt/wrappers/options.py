@@ -24,26 +24,13 @@ TOKENIZER = Needs(
     "a model in Meta's format (others bring their own tokenizer) or `stream`", _tokenizer_is_read
 )
 PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
-READING = (
-    "shrink",
-    "rank",
-    "prune",
-    "heal",
-    "calibrate",
-    "compare",
-    "perplexity",
-    "evaluate",
-    "reproduce",
+READING = ("shrink", "rank", "prune", "heal", "calibrate", "compare", "perplexity", "evaluate")
+READING += ("reproduce",)
+# of prune, which loads the model for that alone
+LOADED = Needs(
+    "`max_perplexity_ratio`",
+    lambda v: "recipe" not in v or v["max_perplexity_ratio"] is not None,
 )
-
-
-def _is_loaded(values: Values) -> bool:
-    """Whether a command opens the model, as all do except prune without a perplexity to keep."""
-    asked = "max_perplexity_ratio"
-    return "ratio" in values or asked not in values or values[asked] is not None
-
-
-LOADED = Needs("`max_perplexity_ratio`", _is_loaded)
 
 
 @dataclass(frozen=True)

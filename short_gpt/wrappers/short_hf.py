@@ -287,8 +287,16 @@ class ShortHFModel(ShortModel):
             saved = self.save_pretrained(Path(folder) / "model", verify=verify)
             return push(saved, repo_id, private=private)
 
-    def save(self, out_dir: StrPath, *, overwrite: bool = False, **about: Any) -> Path:
+    def save(
+        self,
+        out_dir: StrPath,
+        *,
+        facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
         """Saves as `save_pretrained`; as it came one from `from_meta`, or to a ``.gguf`` file."""
+        about: dict[str, Any] = {"facts": facts, "measured": measured}
         if self._meta_tokenizer is None and not is_gguf(out_dir):
             return self.save_pretrained(out_dir, overwrite=overwrite, **about)
         record = Provenance.of(self, self.source, **about)

@@ -42,7 +42,7 @@ class ShortLlama(ShortModel):
 
     def __init__(self, llama: Llama, n_prune_layers: int | None = None) -> None:
         super().__init__(MetaDecoder(llama.model), n_prune_layers)
-        self.llama = llama
+        self.llama, self.source = llama, getattr(llama, "ckpt_dir", None)
 
     @overload
     @classmethod

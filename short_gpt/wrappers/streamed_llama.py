@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -251,6 +251,7 @@ class StreamedLlama(ScoredModel):
             )
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
         self.max_memory, directory = max_memory, self.stream.source.directory
+        self.source = str(ckpt_dir)
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
         self.tokenizer = Tokenizer(self.tokenizer_path)
         from_hf = isinstance(self.stream.source, HFSource)
@@ -332,12 +333,19 @@ class StreamedLlama(ScoredModel):
     def plan_text(self, batch_size: int = 1) -> str:
         return self.plan(batch_size).describe()
 
-    def save(self, out_dir: StrPath, *, overwrite: bool = False, **about: Any) -> Path:
+    def save(
+        self,
+        out_dir: StrPath,
+        *,
+        facts: Mapping[str, object] | None = None,
+        measured: Mapping[str, Perplexity] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
         source, changed = self.stream.source, sorted(self.changed)
         if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         self.check_whole()
-        record = Provenance.of(self, source.directory, **about)
+        record = Provenance.of(self, source.directory, facts=facts, measured=measured)
 
         def as_stored(number: int, name: str) -> Tensor:
             return source.as_stored(f"layers.{number}.{name}", self.stream.weight(number, name))

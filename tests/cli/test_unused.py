@@ -120,6 +120,13 @@ def test_every_need_can_be_looked_at_in_every_command_that_has_the_flag(command)
         assert all(need.met(values) in (True, False) for need in flag.needs), flag.name
 
 
+def test_a_command_that_loads_the_model_in_any_case_takes_a_device():
+    values = {"device": "cpu", "dtype": "float32", "precision": "auto"}
+    for command in {*COMMANDS} - {"prune"}:
+        flags = flags_of(COMMANDS[command])
+        refuse_unused(flags, {name: value for name, value in values.items() if name in flags})
+
+
 def test_what_counts_or_asks_for_nothing_passes():
     for given in (
         {"n": 2, "confidence": 0.9},

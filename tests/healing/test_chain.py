@@ -141,7 +141,7 @@ def test_all_training_of_a_chain_begins_with_the_same_and_alone_with_the_first(m
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(LoraSettings, "a run of another text"), (DistillSettings, "another windows")],
+    [(LoraSettings, "a run with another text"), (DistillSettings, "another windows")],
 )
 def test_no_run_goes_on_from_one_that_read_the_windows_in_another_order(
     kind, message, tmp_path, monkeypatch

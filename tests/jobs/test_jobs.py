@@ -493,7 +493,7 @@ def test_a_ranking_shows_what_goes(here):
     assert searched.columns["layer"] == searched.layers
     losses = [searched.search.losses[i][layer] for i, layer in enumerate(searched.layers)]
     assert searched.columns["loss"] == losses
-    refitted = rank("ckpt", "book.txt", n=2, method="auto", size=32)
+    refitted = rank("ckpt", TEXTS, n=2, method="auto", size=16)
     assert repr(refitted) == f"Ranking(auto: {refitted.layers})"
     assert refitted.columns["layers"] == [one.layers for one in refitted.choice.candidates]
     assert f"<td>{refitted.columns['loss'][0]:.4g}</td>" in refitted._repr_html_()

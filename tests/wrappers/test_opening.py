@@ -181,3 +181,6 @@ def test_a_model_says_what_it_is_and_what_was_done_to_it(folder):
     short.remove_layers([3, 1])
     assert "layers 3, removed [3, 1], windows scored 3" in repr(short)
     assert "<td>[3, 1]</td>" in short._repr_html_()
+    for stream, name in ((False, "ShortLlama"), (True, "StreamedLlama")):
+        other = open_model(str(folder / "meta"), stream=stream, device="cpu")
+        assert repr(other) == f"{name}(model {folder / 'meta'}, layers 5, windows scored 0)"
