@@ -48,6 +48,11 @@ def misled() -> float:
     return max(1 - case["misled"]["agreement"] for case in result("stopping")["cases"].values())
 
 
+def last_words(state: str) -> str:
+    """The share of passages whose last word a model predicts, as a page prints it."""
+    return f"{result('tasks')['rows'][state]['tasks']['lambada_openai acc']['value']:.0%}"
+
+
 SENTENCES = {
     "docs/results.md": (
         greedy,
@@ -74,6 +79,9 @@ SENTENCES = {
     ),
     "docs/serve.md": (served_sets, slower),
     "docs/prune-8b.md": (solved, searched, refit_passes),
+    "docs/choose.md": (
+        lambda: f"in {last_words('4 less')} of the cases instead of {last_words('whole')}",
+    ),
     "README.md": (
         lambda: f"original model: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
         own_text,
