@@ -24,7 +24,16 @@ TOKENIZER = Needs(
     "a model in Meta's format (others bring their own tokenizer) or `stream`", _tokenizer_is_read
 )
 PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
-READING = ("shrink", "rank", "prune", "heal", "calibrate", "compare", "perplexity", "evaluate")
+READING: tuple[str, ...] = (
+    "shrink",
+    "rank",
+    "prune",
+    "heal",
+    "calibrate",
+    "compare",
+    "perplexity",
+    "evaluate",
+)
 READING += ("reproduce",)
 # of prune, which loads the model for that alone
 LOADED = Needs(
