@@ -7,6 +7,7 @@
 #
 # WIKITEXT: WikiText-2's test text. TASKS: folder with piqa.jsonl, arc_easy.jsonl, winogrande.jsonl
 # and lambada_openai.jsonl as benchmarks/task_files.py reads them. OUT: benchmarks/new_results.
+# Beside ".[dev]" it needs `pip install llama-cpp-py-sync`, for gemma_kinds.
 set -euo pipefail
 wikitext=$(realpath "${1:?give the file of WikiText-2, test}")
 tasks=$(realpath "${2:?give the folder of the tasks}")
