@@ -18,7 +18,7 @@ from llama.errors import required
 
 EXTRAS = {"eval", "four-bit", "notebooks", "docs", "dev"}
 # What an installation lacks: pip itself, pandas, and services that a training reports to.
-RAISING = {"llama/errors.py", "short_gpt/data/demo.py", "short_gpt/runtime/frames.py"}
+RAISING = {"llama/errors.py", "short_gpt/data/demo.py"}
 RAISING |= {"short_gpt/healing/lora.py"}
 OLD = {"plots", "demo", "hf", "heal"}  # what they named is always installed
 # Imported where an extra or a user brings them, or only while types are checked.
