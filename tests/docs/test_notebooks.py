@@ -53,7 +53,6 @@ FEWER = {
     },
 }
 PICTURES = {
-    "quickstart.ipynb": 1,
     "short_llama.ipynb": 2,
     "short_hf.ipynb": 1,
     "compare_methods.ipynb": 1,
@@ -118,7 +117,7 @@ def test_the_notebook_runs(name, tmp_path, small_cache):
     assert PRINTED[name] in printed
 
 
-@pytest.mark.parametrize("name", FEWER)
+@pytest.mark.parametrize("name", PICTURES)
 def test_the_outputs_are_kept(name):
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     code = [c for c in notebook.cells if c.cell_type == "code"]

@@ -179,7 +179,7 @@ def test_n_out_of_range_is_refused(short, n):
 def test_without_n_there_is_nothing_to_choose(short):
     short.n_prune_layers = None
     short.eval_importance(WINDOWS[:1])
-    with pytest.raises(ValueError, match="set n_prune_layers, or name the layers"):
+    with pytest.raises(ValueError, match="set n_prune_layers, or name them"):
         short.remove_layers()
     assert short.remove_layers([4, 0]) == [4, 0]
 
