@@ -53,6 +53,7 @@ FEWER = {
     },
 }
 PICTURES = {
+    "quickstart.ipynb": 1,
     "short_llama.ipynb": 2,
     "short_hf.ipynb": 1,
     "compare_methods.ipynb": 1,
