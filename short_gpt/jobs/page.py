@@ -88,16 +88,23 @@ def shrunk_page(shrunk: Shrunk) -> str:
         pictures.append(Picture("What was removed", drawn, REMOVED))
     if (svg := dots(shrunk.choice)) is not None:
         pictures.append(Picture("Which sets were tried", svg, TRIED))
+    learned, judged, size = shrunk.windows
+    name = "the loaded model" if shrunk.source is None else Path(shrunk.source).name
+    read = f"{learned} windows of {size} tokens learned from, {judged} others judged on"
     return page(
-        shrunk.out.name,
-        shrunk.head,
+        f"{shrunk.out.name}: {name} without {len(shrunk.layers)} of {shrunk.total} layers",
+        f"{shrunk.head}. {shrunk.verdict}.",
         shrunk.rows(),
         remarks=shrunk.remarks,
         prompt=shrunk.prompt,
         completions={state: look.completion for state, look in shrunk.looks.items()},
         pictures=pictures,
         how=shrunk.plan,
-        steps=[str(step["method"]) for step in shrunk.healing],
+        steps=[
+            read,
+            *(str(step["method"]) for step in shrunk.healing),
+            "what was written was read again and compared with the model in memory",
+        ],
         commands=shrunk.next_steps,
     )
 

@@ -36,6 +36,11 @@ ANSWER = 48  # tokens of a completion
 Sizes = tuple[list[int], int]  # of every layer, and of the rest
 
 
+def tensor_bytes(path: Path) -> int:
+    """Of all tensors of a GGUF file."""
+    return sum(entry.nbytes for entry in Stack.open(str(path)).parts.tensors.values())
+
+
 class Opened(Protocol):
     """An opened model, and how it is written."""
 

@@ -55,7 +55,7 @@ from short_gpt.jobs.inputs import (
 from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.settings import HealingWindows, takes_fields
-from short_gpt.jobs.shrink_models import ANSWER, InMemory, Opened, Streamed
+from short_gpt.jobs.shrink_models import ANSWER, InMemory, Opened, Streamed, tensor_bytes
 from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import duration
@@ -282,14 +282,19 @@ class _Run:
         read = Learning([self.probe] * self.fitted, [], [])
         memory = self.refit.plan(self.short, read, None).describe()
         sizes, rest = self.parameters
-        n, left = self.n or "some", sum(sizes) + rest - sum(sorted(sizes)[: self.n or 0])
-        kept = f", at most {left / 1e6:.1f} M parameters stay" if self.n else ""
+        before, n = sum(sizes) + rest, self.n or "some"
+        after = before - sum(sorted(sizes)[: self.n or 0])
+        kept = f": {before / 1e6:.1f} M parameters become {after / 1e6:.1f} M" if self.n else ""
         lines = [f"{n} of {count} layers go ({self.dial.name}){kept}"]
         lines += [f"a window of {self.size} tokens takes {duration(a_pass)}: {', '.join(times)}"]
         lines += [f"in all about {duration(sum(parts.values()))}; {memory}"]
         if sum(parts.values()) > LONG:
             others = "" if method == "bi" else "method bi, "
-            lines += [f"to take less: {others}a smaller size or max_windows, or a GPU"]
+            quick = (16 * (1 + REFIT) + 3 * 8) * a_pass * min(1.0, 128 / self.size)
+            lines += [
+                f"a first try in about {duration(quick)}, without what is written: {others}size "
+                "128, max_windows 16, eval_windows 8"
+            ]
         return "\n".join(lines)
 
     def _seconds_of_own_text(self) -> float:
@@ -333,6 +338,9 @@ class _Run:
         looks["healed"] = self._look("healed")
         built, in_place = self._write(evidence.perplexity), self.opened.in_place
         remarks, is_llama = self._remarks(evidence), self.opened.is_llama
+        if in_place:  # some of the changed tensors may have another type
+            look, size = looks["healed"], tensor_bytes(built)
+            looks["healed"] = look._replace(size=size, memory=look.memory - look.size + size)
         del short, job, self.short, self.opened  # which makes room for what is read again
         result = Shrunk(
             self.out,
@@ -351,6 +359,8 @@ class _Run:
             choice,
             importance,
             next_steps(self.out, self.to, is_llama=is_llama),
+            source=None if self.source is None else str(self.source),
+            windows=(len(windows.training), len(windows.evaluation), self.size),
         )
         self._place(built, result)
         return result
@@ -361,7 +371,8 @@ class _Run:
         """The layers to remove, and how `auto` chose them."""
         if self.short.streamed:
             self.cells = Cells(saved)
-            scores = self.cells.value("importance", partial(self._scores, calibration))
+            measured = partial(self.short.measure, calibration)
+            scores = self.cells.value("importance", lambda: measured().to_dict())
             self.short.importance = Importance.from_dict(scores)
             assert self.n is not None
             chosen = choose(self.short.importance, self.n, method=self.method, seed=self.cut.seed)
@@ -372,10 +383,6 @@ class _Run:
         n = self.n or self.cells.value("how many", partial(self._within, sets, calibration))
         layers = sets.layers(self.method, n, self.cut.seed)
         return layers, sets.choice(n) if self.method == AUTO else {}
-
-    def _scores(self, windows: Sequence[Sequence[int]]) -> dict[str, object]:
-        self.short.measure(windows)
-        return self.short.importance.to_dict()
 
     def _read(self) -> Learning:
         """The windows; what the model writes is kept in the folder."""

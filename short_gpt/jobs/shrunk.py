@@ -52,6 +52,8 @@ class Shrunk:
     importance: Importance | None = None  # scores of the original model
     next_steps: Sequence[str] = ()  # commands that use the result
     address: str | None = None  # of the model on the hub, if it was uploaded
+    source: str | None = None  # of the original model; None of a loaded one
+    windows: tuple[int, int, int] = (0, 0, 0)  # learned from, judged on, and tokens in each
 
     def report(self) -> Path:
         """The page: in a directory, or beside a file."""
@@ -100,6 +102,22 @@ class Shrunk:
         count = f"{len(self.layers)} of {self.total} layers"
         return f"removed {count} by {LABELS[self.method]}: {sorted(self.layers)}"
 
+    @property
+    def verdict(self) -> str:
+        """What was lost and won, in a sentence."""
+        kind, states = next(iter(self.quality.items()))
+        original, pruned, healed = (states[name] for name in ("original", "pruned", "healed"))
+        lost = [difference([original], [state]).nats for state in (pruned, healed)]
+        parts = [f"perplexity {original.value:.2f} becomes {healed.value:.2f} on {kind}"]
+        if lost[0] > 0:
+            parts.append(f"healing restores {1 - lost[1] / lost[0]:.0%} of the lost nats")
+        first, last = self.looks["original"], self.looks["healed"]
+        parts.append(f"{1 - last.size / first.size:.0%} smaller")
+        if first.tokens_per_second and last.tokens_per_second:
+            speed = last.tokens_per_second / first.tokens_per_second
+            parts.append(f"{speed:.2f} times as fast in PyTorch")
+        return "; ".join(parts)
+
     def __repr__(self) -> str:
         return f"Shrunk({self.head if self.looks else self.plan!r})"
 
@@ -108,7 +126,7 @@ class Shrunk:
             return self.plan
         rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [self.head, ""]
+        lines = [self.head, self.verdict, ""]
         for first, *cells in rows:
             right = (f"{c:>{width}}" for c, width in zip(cells, widths[1:], strict=True))
             lines.append(f"{first:<{widths[0]}}  {'  '.join(right)}".rstrip())
@@ -116,7 +134,8 @@ class Shrunk:
         width = max(map(len, self.looks))
         for state, look in self.looks.items() if self.prompt else ():
             lines.append(f"  {state:<{width}}  {one_line(' '.join(look.completion.split()))}")
-        lines += ["", f"written: {self.out}", f"written: {self.report()}", "", "next:"]
+        lines += ["", f"written: {self.out}, read again and compared"]
+        lines += [f"written: {self.report()}", "", "next:"]
         return "\n".join([*lines, *(f"  {step}" for step in self.next_steps)])
 
     def _repr_html_(self) -> str:

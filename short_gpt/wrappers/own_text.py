@@ -30,6 +30,7 @@ from short_gpt.wrappers.short_model import ShortModel
 
 COUNT = 96  # texts where no number is given
 AT_ONCE = 64  # texts written at once at most: more bring hardly any speed on a CPU
+JUDGES = 4  # texts held out at least where no other text judges
 TIMED = 3  # steps by which the time is foretold
 Write = Callable[[bool, int], Sequence[Text]]  # from whether they are chats, and how many
 STREAMED = (
@@ -201,10 +202,10 @@ def written(
 ) -> list[Iterable[Text]]:
     """The kinds, with what the model writes: its share of ``limit`` windows, or `COUNT`.
 
-    ``spare`` asks for a tenth more, to be held out.
+    ``spare`` asks for a tenth more, at least `JUDGES`, to be held out.
     """
     count = COUNT if limit is None else -(-limit // len(kinds))
-    count += -(-count // 9) if spare else 0
+    count += max(-(-count // 9), JUDGES) if spare else 0
     return [write(OWN[kind], count) if isinstance(kind, str) else kind for kind in kinds]
 
 
@@ -224,6 +225,11 @@ def written_apart(
     texts = [list(kind) for kind in written(kinds, write, limit, spare=spare)]
     if held:
         return texts, held
-    pairs = zip(texts, own, strict=True)
-    parts = [(t, nothing) if mine and not spare else hold_out(t, seed=seed) for t, mine in pairs]
+    parts = []
+    for each, mine in zip(texts, own, strict=True):
+        if mine and not spare:
+            parts.append((each, nothing))
+        else:
+            share = JUDGES / len(each) if spare and len(each) > 2 * JUDGES else 0.1
+            parts.append(hold_out(each, share=max(share, 0.1), seed=seed))
     return [kept for kept, _ in parts], [part for _, part in parts if part]

@@ -111,6 +111,7 @@ def test_it_needs_nothing_but_a_model(here):
     assert record["removed_layers"] == done.layers and "report.html" in record["files"]
     assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 4
     assert [*here.glob("*shrinking*")] == [*here.glob(".*shrinking*")] == []
+    assert done.quality["self"]["healed"].windows == 4  # held out of text of its own
     assert list(done.quality) == ["self"] and list(done.looks) == ["original", "pruned", "healed"]
     assert done.quality["self"]["healed"].tokens == done.quality["self"]["original"].tokens
     assert "2 of 6 layers go (--ratio 0.3)" in said[0] and "its own text" in said[0]
@@ -317,8 +318,19 @@ def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
 def test_a_long_plan_says_what_takes_less(here, monkeypatch):
     monkeypatch.setattr(shrinking, "LONG", 0)
     how = {"n": 2, "windows": CUT, "data": "other", "dry_run": True}
-    assert "to take less: method bi, a smaller size" in str(shrink("hf", "out", **how))
-    assert "to take less: a smaller size" in str(shrink("hf", "out", method="bi", **how))
+    assert "written: method bi, size 128, max_windows 16" in str(shrink("hf", "out", **how))
+    assert "written: size 128, max_windows 16" in str(shrink("hf", "out", method="bi", **how))
+
+
+def test_the_size_of_a_file_is_that_of_its_tensors(here, monkeypatch):
+    monkeypatch.setattr(shrinking, "tensor_bytes", lambda path: 10**5 + path.stat().st_size * 0)
+    done = shrink("model.gguf", "out.gguf", n=2, method="bi", data="other", windows=CUT)
+    pruned, healed = done.looks["pruned"], done.looks["healed"]
+    assert healed.size == 10**5 and healed.memory - healed.size == pruned.memory - pruned.size
+    assert shrink_models.tensor_bytes(Path("out.gguf")) == pruned.size  # all of float32
+    page = done.report().read_text()
+    assert f"{1 - 10**5 / done.looks['original'].size:.0%} smaller" in page
+    assert "out.gguf: model.gguf without 2 of 6 layers" in page and "6 others judged on" in page
 
 
 def test_what_to_type_next_suits_the_architecture():
