@@ -82,8 +82,8 @@ def answer(argv: list[str]) -> str | None:
     if name in REMOVED:
         raise ShortGPTError(f"the command {name} was removed: {REMOVED[name]}")
     if name not in COMMANDS:
-        close, known = similar(name, COMMANDS), ", ".join(COMMANDS)
-        raise ShortGPTError(f"no command {name!r}{close}; there are {known}")
+        known = f"; there are {', '.join(COMMANDS)}"
+        raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS) or known}")
     return help_of(name, COMMANDS[name]) if {"--help", "-h"} & {*argv} else None
 
 

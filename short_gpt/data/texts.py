@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 KINDS = ".txt, .jsonl or .parquet"
 OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
 DEMO = "demo"  # the demo's book, where no file has that name
-EXPECTED = f"a file or folder of {KINDS}, or a data set at the hub such as allenai/c4:en"
+EXPECTED = f"a file or folder of {KINDS}, demo, or a data set at the hub such as allenai/c4:en"
 
 
 class Conversation(str):
