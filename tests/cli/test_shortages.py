@@ -54,7 +54,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_change(ckpt, capsys, monkey
 def test_a_full_disk_is_one_line_and_leaves_nothing(ckpt, capsys, monkeypatch, command):
     full = refuse(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     monkeypatch.setattr("short_gpt.checkpoints.meta.write_shard", full)
-    monkeypatch.setattr("short_gpt.runtime.state.write_json", full)
+    monkeypatch.setattr("short_gpt.runtime.state.record_text", full)
     if command == "prune":
         line = fails(capsys, "prune", "ckpt", "x", "--layers", 1)
     else:
