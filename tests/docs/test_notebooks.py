@@ -16,10 +16,9 @@ from short_gpt.data import demo
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 FEWER = {
     "quickstart.ipynb": {
-        'method = "auto"': 'method = "deepest"',
         "n = 4 ": "n = 2 ",
         "size = 512 ": "size = 64 ",
-        "max_windows = 16 ": "max_windows = 2 ",
+        "max_windows = 12 ": "max_windows = 2 ",
         "eval_windows = 8 ": "eval_windows = 1 ",
     },
     "short_llama.ipynb": {
