@@ -139,13 +139,13 @@ def shrink(
         return Shrunk(run.out, run.plan)
     notify(run.plan)
     try:
-        result = replace(run.done(), address=hub.push(run.out))
+        result = run.done()
         shutil.rmtree(run.folder, ignore_errors=True)
     finally:
         with suppress(OSError):  # what is kept to continue from stays
             run.folder.rmdir()
         del lock
-    return result
+    return replace(result, address=hub.push(run.out))  # a refusal leaves the result alone
 
 
 @dataclass

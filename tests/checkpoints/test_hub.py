@@ -145,6 +145,10 @@ def test_a_shrunk_model_goes_there_with_its_page(here, hub):
     assert done.address == f"{hub.url}/me/shrunk"
     assert "changed by refit" in check_uploaded(hub, "me/shrunk", "out")
     assert ("me/shrunk", "report.html") in hub.files
+    hub.refuses = True
+    with pytest.raises(ConnectionError, match="it is written: hf upload me/shrunk again"):
+        shrink("hf", "again", n=1, data=TEXTS, push_to_hub="me/shrunk", **how)
+    assert Path("again/report.html").is_file() and not Path("again.shrinking").exists()
 
 
 def test_a_model_in_memory_is_uploaded_as_it_would_be_saved(here, hub):

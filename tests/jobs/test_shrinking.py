@@ -28,7 +28,14 @@ from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import Source
 from short_gpt.healing.refit_layer import LayerRefit
-from short_gpt.jobs import HealingWindows, OpenOptions, Shrunk, shrink_models, shrinking
+from short_gpt.jobs import (
+    HealingWindows,
+    OpenOptions,
+    Running,
+    Shrunk,
+    shrink_models,
+    shrinking,
+)
 from short_gpt.jobs.shrunk import next_steps
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -229,6 +236,17 @@ def test_the_demo_shrinks_its_model_on_its_book(here, monkeypatch, capsys):
     assert "removed 2 of 6 layers by Block Influence" in printed and "perplexity, demo" in printed
     assert re.search(r"^ +5 +\d\.\d{6} ", printed, flags=re.MULTILINE)  # the last layer's score
     assert AutoModelForCausalLM.from_pretrained("short_gpt_demo").config.num_hidden_layers == 4
+
+
+def test_a_streamed_run_continues_what_was_killed(here):
+    how = {"n": 2, "windows": CUT, "data": "other", "method": "sequential"}
+    how["streaming"] = Running(stream=True)
+    whole = shrink("hf", "whole-2", **how)
+    with interrupted(LayerRefit, "solve", 1):
+        shrink("hf", "out", **how)
+    assert not Path("out").exists() and Path("out.shrinking").is_dir()
+    assert shrink("hf", "out", **how).layers == whole.layers
+    assert torch.equal(logits("out"), logits("whole-2")) and not Path("out.shrinking").exists()
 
 
 def test_a_dry_run_writes_nothing(here, capsys):
