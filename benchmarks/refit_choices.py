@@ -16,10 +16,12 @@ measures what a refit takes.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +32,7 @@ from realigned import realigned
 from scoring import build
 from torch import Tensor
 
-from short_gpt import ShortLlama
+from short_gpt import ShortLlama, open_model, own_samples
 from short_gpt.data import demo
 from short_gpt.evaluation.paired import difference, together
 from short_gpt.evaluation.perplexity import Perplexity
@@ -38,6 +40,7 @@ from short_gpt.evaluation.sampling import Sample
 from short_gpt.healing import refit
 from short_gpt.healing.refit_layer import Batches, LayerRefit
 from short_gpt.healing.refit_state import HiddenStates
+from short_gpt.healing.solver import NormalEquations
 from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import pad
 from short_gpt.runtime.digest import json_digest
@@ -57,17 +60,23 @@ class Case:
     """Settings of a refit, and the ridge of the maps that realign its inputs, if there are any."""
 
     step_size: float = 0.5
-    ridges: tuple[float, ...] = LOCAL
+    ridges: tuple[float, ...] | None = LOCAL  # None: `times` the inputs by tokens, F / N
     maps: float | None = None
+    times: float = 1.0
 
     @property
     def name(self) -> str:
-        ridge = "local" if self.ridges == LOCAL else f"{self.ridges[0]:g}"
+        if self.ridges is None:
+            ridge = "F / N" if self.times == 1 else f"{self.times:g} F / N"
+        else:
+            ridge = "local" if self.ridges == LOCAL else f"{self.ridges[0]:g}"
         maps = "" if self.maps is None else f", inputs realigned (ridge {self.maps:g})"
         return f"step {self.step_size:g}, ridge {ridge}{maps}"
 
 
 FORMER, HALF, CHOSEN = Case(1.0), Case(), Case(ridges=(0.3,))
+TOKENS = {Case(ridges=(ridge,)): CHOSEN for ridge in (0.01, 0.03, 0.1)}
+TOKENS |= {Case(ridges=None, times=times): CHOSEN for times in (1.0, 2.0)}
 # by set of layers and group, every case with the one that it is compared with
 CASES: dict[str, dict[str, dict[Case, Case]]] = {
     "Block Influence": {
@@ -75,10 +84,12 @@ CASES: dict[str, dict[str, dict[Case, Case]]] = {
         "ridges": {Case(ridges=(ridge,)): HALF for ridge in (0.03, 0.1, 0.3, 1.0, 3.0)},
         "curve": {Case(step, (0.3,)): CHOSEN for step in (0.2, 0.35, 0.7)},
         "realigned": {Case(maps=0.1): HALF},
+        "tokens": TOKENS,
     },
     "greedy search": {
         "steps": {FORMER: FORMER, HALF: FORMER, CHOSEN: FORMER},
         "ridges": {CHOSEN: HALF},
+        "tokens": TOKENS,
     },
 }
 
@@ -87,6 +98,7 @@ def main(
     also: str,
     others: str | None = None,
     count: int = 24,
+    own: int = 0,
     size: int = 512,
     judged: int = 8,
     only: str | Sequence[str] = ("steps", "ridges", "curve", "realigned"),
@@ -99,6 +111,7 @@ def main(
     Args:
         also, others: as in ``healing.py``.
         count: windows to refit on, half of each text.
+        own: windows of the model's own text to refit on beside them.
         size: their tokens, and those of the windows that judge.
         judged: windows of each kind to judge by.
         only: groups of cases; sets: names of sets of layers.
@@ -112,8 +125,14 @@ def main(
         with open(path, encoding="utf-8") as file:
             kinds["novels"] = cut(short, [file.read()], judged, size)
     identity = {"model": short.identity(), "count": count, "judged by": json_digest(kinds)}
+    identity |= {"own": own} if own else {}
     cells = Cells(StateFile(f"{out or 'refit_choices'}.state", identity, every=0.0))
     learned = fitted_on(short, count // 2, count // 2, also, size)
+    if own:
+        learned += own_samples(
+            open_model(str(demo.gguf_file())), own, size, beside=Path(out or "refit_choices")
+        )
+        random.Random(0).shuffle(learned)  # every eighth is held out
     result: dict[str, Any] = {}
     for name in named(sets):
         trial = Trial(cells, short, kinds, SETS[name], learned)
@@ -123,7 +142,13 @@ def main(
             for case, than in CASES[name][group].items():
                 rows[case.name] = trial.row(case, than)
                 print(line(name, case.name, rows[case.name]), flush=True)
-    content = {"windows": count, "tokens_per_window": size, "judged": judged, "sets": result}
+    content = {
+        "windows": count,
+        "own_windows": own,
+        "tokens_per_window": size,
+        "judged": judged,
+        "sets": result,
+    }
     finish("refit_choices", [], content, out=out, overwrite=overwrite)
 
 
@@ -169,6 +194,9 @@ class Trial:
     def _refitted(self, case: Case) -> Any:
         options = {"step_size": case.step_size, "ridges": case.ridges, "progress": False}
         with original_once(self._originals), ExitStack() as stack:
+            if case.times != 1:
+                rule = property(lambda sums: case.times * len(sums._gram) / sums.tokens)
+                stack.enter_context(patch.object(NormalEquations, "few_tokens", rule))
             if case.maps is not None:
                 stack.enter_context(realigned(0.5, case.maps))
             found = refit.fit(self._short, self._layers, self._fitted, held=self._held, **options)

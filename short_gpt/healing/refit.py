@@ -65,8 +65,8 @@ class RefitSettings(ClosedForm):
     # sublayers to solve; None tries several settings and keeps the best on held-out windows
     parts: tuple[str, ...] | None = PARTS
     # relative to the weighted inputs' mean square; of several, each matrix takes the one of least
-    # error on held-out windows
-    ridges: Sequence[float] = (0.3,)
+    # error on held-out windows. None is F / N: inputs of the matrix by tokens that are fitted on
+    ridges: Sequence[float] | None = None
     weights: str = WEIGHTS[0]  # w of a token: "inverse" is 1 / ||T||^2, "equal" all alike
     # a factor of every solved change, above 0 and at most 1. C is best for the inputs of the pruned
     # model; the layers that follow were trained on others, and half of it has the lower loss
@@ -84,7 +84,9 @@ class RefitSettings(ClosedForm):
             not parts or isinstance(parts, str) or not set(parts) <= set(PARTS)
         ):
             raise ShortGPTError(f"parts = {parts!r}: expected some of {', '.join(PARTS)}")
-        if not ridges or not all(0 < ridge < float("inf") for ridge in ridges):
+        if ridges is not None and not (
+            ridges and all(0 < ridge < float("inf") for ridge in ridges)
+        ):
             raise ShortGPTError(
                 f"ridges = {ridges!r}: expected numbers above 0, such as {RIDGES[0]}"
             )

@@ -115,6 +115,11 @@ class NormalEquations:
         self.tokens, self._diagonal = int(tokens), self._gram.diagonal().clone()  # (F,)
 
     @property
+    def few_tokens(self) -> float:
+        """F / N, the ridge where none is given: few tokens change a matrix little."""
+        return len(self._gram) / self.tokens
+
+    @property
     def solvable(self) -> bool:
         """Whether something is missing, and some input is not zero."""
         return bool(self.square and self._diagonal.any())
@@ -214,7 +219,7 @@ class SublayerSolver:
         fitted: Callable[[], Iterable[Tokens]],
         held_out: Callable[[], Iterable[Tokens]],
         *,
-        ridges: Sequence[float] = RIDGES,
+        ridges: Sequence[float] | None = RIDGES,
         step_size: float = 1.0,
         team: Replicas = ALONE,
     ) -> None:
@@ -230,6 +235,8 @@ class SublayerSolver:
         """
         if equations.square <= noise**2 * equations.tokens or not self._error_before:
             return Fit(layer, part)
+        if self._ridges is None:
+            self._ridges = (equations.few_tokens,)
         if self._projection.norm is None:
             ridge, restored = self._solve_matrix(equations)
             return Fit(layer, part, ridge, restored, self._restored())

@@ -358,7 +358,7 @@ class Settings:
         from short_gpt.healing.refit import RefitSettings
         from short_gpt.healing.solver import PARTS
 
-        ridges = RefitSettings.ridges if self.ridge is None else (self.ridge,)
+        ridges = None if self.ridge is None else (self.ridge,)
         if self.parts == "best":
             if self.aim is not None:
                 raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")
