@@ -257,10 +257,22 @@ def test_the_refit_applies_half_of_a_solution_and_the_patch_all_of_it():
     torch.testing.assert_close(patch, once, rtol=1e-4, atol=1e-7)
 
 
-def test_one_ridge_serves_all_matrices_where_none_is_named():
-    refit = fit(meta(), [2, 3], WINDOWS, held=WINDOWS, progress=False)
-    assert {found.ridge for found in refit.fits if found.changed} == {0.3}
-    assert Settings().refit() == RefitSettings() == RefitSettings(ridges=(0.3,), step_size=0.5)
+def test_the_ridge_is_inputs_by_tokens_where_none_is_named():
+    short = meta()
+    layer = dict(short.decoder.layers[2].named_modules())
+    inputs = {
+        "attention": layer["attention.wo"].weight.shape[1],
+        "mlp": layer["feed_forward.w2"].weight.shape[1],
+    }
+    assert len({*inputs.values()}) == 2
+    for count in (4, 8):
+        refit = fit(short, [2, 3], WINDOWS[:count], held=WINDOWS, progress=False)
+        tokens = sum(map(len, WINDOWS[:count]))
+        changed = [found for found in refit.fits if found.changed]
+        assert {found.part for found in changed} == {*inputs}
+        assert all(found.ridge == inputs[found.part] / tokens for found in changed)
+    assert Settings().refit() == RefitSettings() == RefitSettings(ridges=None, step_size=0.5)
+    assert Settings(ridge=0.3).refit() == RefitSettings(ridges=(0.3,))
     assert PatchSettings().ridges == solver.RIDGES
 
 
@@ -318,6 +330,8 @@ def test_what_cannot_be_is_refused_in_one_line():
         fit(short, [3], WINDOWS, parts=("norm",))
     with pytest.raises(ValueError, match="ridges = .*expected numbers above 0"):
         fit(short, [3], WINDOWS, ridges=(0.0,))
+    with pytest.raises(ValueError, match=r"ridges = \(\): expected numbers above 0"):
+        fit(short, [3], WINDOWS, ridges=())
     with pytest.raises(ValueError, match="weights = 'even': expected one of inverse, equal"):
         fit(short, [3], WINDOWS, weights="even")
     with pytest.raises(ValueError, match="step_size = 1.5: expected above 0 and at most 1"):
