@@ -75,8 +75,8 @@ class Case:
 
 
 FORMER, HALF, CHOSEN = Case(1.0), Case(), Case(ridges=(0.3,))
-TOKENS = {Case(ridges=(ridge,)): CHOSEN for ridge in (0.01, 0.03, 0.1)}
-TOKENS |= {Case(ridges=None, times=times): CHOSEN for times in (1.0, 2.0)}
+TOKENS = {Case(ridges=None, times=times): CHOSEN for times in (1.0, 2.0)}
+TOKENS |= {Case(ridges=(ridge,)): CHOSEN for ridge in (0.03, 0.1)}
 # by set of layers and group, every case with the one that it is compared with
 CASES: dict[str, dict[str, dict[Case, Case]]] = {
     "Block Influence": {
