@@ -62,7 +62,7 @@ class Case:
     step_size: float = 0.5
     ridges: tuple[float, ...] | None = LOCAL  # None: `times` the inputs by tokens, F / N
     maps: float | None = None
-    times: float = 1.0
+    times: float = 2.0
 
     @property
     def name(self) -> str:
@@ -194,9 +194,8 @@ class Trial:
     def _refitted(self, case: Case) -> Any:
         options = {"step_size": case.step_size, "ridges": case.ridges, "progress": False}
         with original_once(self._originals), ExitStack() as stack:
-            if case.times != 1:
-                rule = property(lambda sums: case.times * len(sums._gram) / sums.tokens)
-                stack.enter_context(patch.object(NormalEquations, "few_tokens", rule))
+            rule = property(lambda sums: case.times * len(sums._gram) / sums.tokens)
+            stack.enter_context(patch.object(NormalEquations, "usual_ridge", rule))
             if case.maps is not None:
                 stack.enter_context(realigned(0.5, case.maps))
             found = refit.fit(self._short, self._layers, self._fitted, held=self._held, **options)

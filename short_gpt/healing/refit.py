@@ -11,8 +11,8 @@ inputs m to what the sublayer adds to the stream h, becomes W + step_size C^T, w
 The inputs are those of the model pruned and refitted before k, and so later layers restore what
 earlier ones could not. w = 1 / ||T_k||^2, because RMSNorm makes a token's scale irrelevant. The
 attention's o_proj is solved first, for the original state between the sublayers, then down_proj.
-One ridge serves all matrices: the error of a single matrix on held-out windows does not tell which
-ridge has the lowest loss. A matrix whose error rises there stays. The patch is the same for the
+The ridge is 2 F / N: the error of a single matrix on held-out windows does not tell which ridge has
+the lowest loss. A matrix whose error rises there stays. The patch is the same for the
 layers before gaps alone, with the original model's inputs.
 
 Shapes: B windows, S tokens, N tokens in all, L layers, D width of the stream, F inputs of a matrix.
@@ -65,7 +65,7 @@ class RefitSettings(ClosedForm):
     # sublayers to solve; None tries several settings and keeps the best on held-out windows
     parts: tuple[str, ...] | None = PARTS
     # relative to the weighted inputs' mean square; of several, each matrix takes the one of least
-    # error on held-out windows. None is F / N: inputs of the matrix by tokens that are fitted on
+    # error on held-out windows. None is 2 F / N: twice a matrix's inputs by the tokens fitted on
     ridges: Sequence[float] | None = None
     weights: str = WEIGHTS[0]  # w of a token: "inverse" is 1 / ||T||^2, "equal" all alike
     # a factor of every solved change, above 0 and at most 1. C is best for the inputs of the pruned

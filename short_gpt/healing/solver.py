@@ -115,9 +115,9 @@ class NormalEquations:
         self.tokens, self._diagonal = int(tokens), self._gram.diagonal().clone()  # (F,)
 
     @property
-    def few_tokens(self) -> float:
-        """F / N, the ridge where none is given: few tokens change a matrix little."""
-        return len(self._gram) / self.tokens
+    def usual_ridge(self) -> float:
+        """2 F / N, where none is given: the more tokens, the less a change is held back."""
+        return 2 * len(self._gram) / self.tokens
 
     @property
     def solvable(self) -> bool:
@@ -236,7 +236,7 @@ class SublayerSolver:
         if equations.square <= noise**2 * equations.tokens or not self._error_before:
             return Fit(layer, part)
         if self._ridges is None:
-            self._ridges = (equations.few_tokens,)
+            self._ridges = (equations.usual_ridge,)
         if self._projection.norm is None:
             ridge, restored = self._solve_matrix(equations)
             return Fit(layer, part, ridge, restored, self._restored())

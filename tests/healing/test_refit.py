@@ -257,7 +257,7 @@ def test_the_refit_applies_half_of_a_solution_and_the_patch_all_of_it():
     torch.testing.assert_close(patch, once, rtol=1e-4, atol=1e-7)
 
 
-def test_the_ridge_is_inputs_by_tokens_where_none_is_named():
+def test_the_ridge_is_twice_inputs_by_tokens_where_none_is_named():
     short = meta()
     layer = dict(short.decoder.layers[2].named_modules())
     inputs = {
@@ -270,7 +270,7 @@ def test_the_ridge_is_inputs_by_tokens_where_none_is_named():
         tokens = sum(map(len, WINDOWS[:count]))
         changed = [found for found in refit.fits if found.changed]
         assert {found.part for found in changed} == {*inputs}
-        assert all(found.ridge == inputs[found.part] / tokens for found in changed)
+        assert all(found.ridge == 2 * inputs[found.part] / tokens for found in changed)
     assert Settings().refit() == RefitSettings() == RefitSettings(ridges=None, step_size=0.5)
     assert Settings(ridge=0.3).refit() == RefitSettings(ridges=(0.3,))
     assert PatchSettings().ridges == solver.RIDGES
