@@ -66,6 +66,8 @@ script gemma_kinds gemma_kinds
 script draft_4 drafts smollm2.gguf less-4.gguf --data held_out
 script draft_8 drafts smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
+script healing_own healing --layers 3,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
+    --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
 script distillation_influence distillation --layers 2,3,12,13,14,15,17,25 --also wikitext2_test.txt \
     --others lambada_passages.txt
@@ -75,6 +77,8 @@ script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_
 script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt
 script refit_aims refits --only aims --also wikitext2_test.txt --others lambada_passages.txt
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt
+script refit_ridges refit_choices --also wikitext2_test.txt --others lambada_passages.txt \
+    --sets "Block Influence" --only tokens
 script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt
 script training_choices training_choices --novels tasks/lambada_openai.jsonl \
     --wikitext wikitext2_test.txt --rows lora,full-1e-4

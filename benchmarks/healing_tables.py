@@ -115,11 +115,15 @@ def aims() -> list[str]:
 
 def choices() -> list[str]:
     """Every case of `refit_choices.py`: perplexities, and what each is from another case by."""
-    lines = []
+    lines, rules = [], result("refit_ridges")["sets"]
     for name, found in result("refit_choices")["sets"].items():
         of = f"{name}'s 8"
         lines += [row(f"{of}: {model}", *_plain(found[model]), "") for model in PERPLEXITIES]
-        for group in (found[g] for g in ("steps", "ridges", "curve", "realigned") if g in found):
+        groups = [found[g] for g in ("steps", "ridges", "curve", "realigned") if g in found]
+        if name in rules:  # of its fixed ridges the table has the rows already
+            tokens = rules[name]["tokens"].items()
+            groups.append({case: cells for case, cells in tokens if "F / N" in case})
+        for group in groups:
             for case, cells in group.items():
                 kinds, than = cells["kinds"], cells["than"]
                 cell = [f"{kinds[kind]['perplexity']:.2f}{_than(kinds[kind])}" for kind in JUDGED]
