@@ -23,13 +23,5 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = [
-    "Dialog",
-    "InputError",
-    "Llama",
-    "MissingPackageError",
-    "ModelArgs",
-    "Tokenizer",
-    "Transformer",
-    "load_model",
-]
+__all__ = ["Dialog", "InputError", "Llama", "MissingPackageError", "ModelArgs", "Tokenizer"]
+__all__ += ["Transformer", "load_model"]

@@ -20,26 +20,7 @@ from short_gpt.checkpoints.verify import (
     fingerprint,
 )
 
-__all__ = [
-    "PROVENANCE",
-    "ROUNDING",
-    "Fingerprint",
-    "Provenance",
-    "Target",
-    "check_same",
-    "copy_weights",
-    "fingerprint",
-    "format_of",
-    "mergekit_recipe",
-    "model_card",
-    "prune_checkpoint",
-    "prune_gguf",
-    "prune_hf",
-    "prune_meta",
-    "recipe_dtype",
-    "save_as_meta",
-    "save_hf",
-    "save_meta",
-    "write_gguf",
-    "write_provenance",
-]
+__all__ = ["PROVENANCE", "ROUNDING", "Fingerprint", "Provenance", "Target", "check_same"]
+__all__ += ["copy_weights", "fingerprint", "format_of", "mergekit_recipe", "model_card"]
+__all__ += ["prune_checkpoint", "prune_gguf", "prune_hf", "prune_meta", "recipe_dtype"]
+__all__ += ["save_as_meta", "save_hf", "save_meta", "write_gguf", "write_provenance"]

@@ -25,16 +25,5 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = [
-    "USER_ERRORS",
-    "MissingPackageError",
-    "NotFiniteError",
-    "ShortGPTError",
-    "StateFile",
-    "environment",
-    "machine",
-    "read_record",
-    "versions",
-    "weights_digest",
-    "write_record",
-]
+__all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "ShortGPTError", "StateFile"]
+__all__ += ["environment", "machine", "read_record", "versions", "weights_digest", "write_record"]
