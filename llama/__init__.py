@@ -5,8 +5,6 @@
 >>> llama.text_completion(["I am an avid fan of "])  # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy

@@ -3,8 +3,6 @@
 `prune_checkpoint` prunes any format without loading a weight; a model in memory has ``save``.
 """
 
-from __future__ import annotations
-
 from short_gpt.checkpoints.gguf import prune_gguf, write_gguf
 from short_gpt.checkpoints.hf import prune_hf, save_as_meta, save_hf
 from short_gpt.checkpoints.meta import prune_meta, save_meta

@@ -4,8 +4,6 @@ Jobs print nothing. They return plain data with a ``to_dict`` where it is kept a
 progress bars, and call a ``notify`` with what must be known before a long run starts.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy

@@ -1,7 +1,5 @@
 """Results as pictures."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy

@@ -1,7 +1,5 @@
 """What every run needs: errors, progress bars, states on disk, digests, replicas, memory plans."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy

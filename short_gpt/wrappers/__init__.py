@@ -1,7 +1,5 @@
 """A model with its scores; `open_model` opens any source as one."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
