@@ -5,8 +5,6 @@
 >>> llama.text_completion(["I am an avid fan of "])  # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
@@ -23,13 +21,5 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = [
-    "Dialog",
-    "InputError",
-    "Llama",
-    "MissingPackageError",
-    "ModelArgs",
-    "Tokenizer",
-    "Transformer",
-    "load_model",
-]
+__all__ = ["Dialog", "InputError", "Llama", "MissingPackageError", "ModelArgs", "Tokenizer"]
+__all__ += ["Transformer", "load_model"]

@@ -62,32 +62,7 @@ else:
         return _new(name)
 
 
-__all__ = [
-    "Importance",
-    "Recipe",
-    "ShortGPTError",
-    "ShortHFModel",
-    "ShortLlama",
-    "ShortModel",
-    "Stop",
-    "batches",
-    "calibrate",
-    "choose",
-    "choose_healed",
-    "compare",
-    "convert",
-    "heal_lora",
-    "heal_patch",
-    "heal_refit",
-    "measure",
-    "open_model",
-    "own_samples",
-    "perplexity",
-    "pg19",
-    "prune",
-    "rank",
-    "run_tasks",
-    "shrink",
-    "texts",
-    "windows",
-]
+__all__ = ["Importance", "Recipe", "ShortGPTError", "ShortHFModel", "ShortLlama", "ShortModel"]
+__all__ += ["Stop", "batches", "calibrate", "choose", "choose_healed", "compare", "convert"]
+__all__ += ["heal_lora", "heal_patch", "heal_refit", "measure", "open_model", "own_samples"]
+__all__ += ["perplexity", "pg19", "prune", "rank", "run_tasks", "shrink", "texts", "windows"]

@@ -145,6 +145,23 @@ def write_byte_tokenizer(directory: Path) -> Path:
     return path
 
 
+def save_byte_llama(directory: Path, model: Transformer | None = None) -> Path:
+    """Writes a Llama, a random one if none is given, with a tokenizer of bytes in Meta's format."""
+    model = make_transformer(vocab_size=BYTE_VOCAB) if model is None else model
+    write_byte_tokenizer(save_checkpoint(directory, model))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llama_folders(tmp_path_factory, one_rank) -> Path:
+    """A folder with a random Llama in Meta's format, "meta", and Hugging Face's, "hf"."""
+    from llama.formats.convert import meta_to_hf
+
+    path = tmp_path_factory.mktemp("llama")
+    meta_to_hf(save_byte_llama(path / "meta"), path / "hf")
+    return path
+
+
 @pytest.fixture(scope="session")
 def lm_eval() -> Iterator[Any]:
     """The package, without what takes it seconds: its own tasks' files, a report on the machine."""

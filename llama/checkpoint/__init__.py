@@ -12,20 +12,6 @@ from llama.checkpoint.meta import (
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard, write_shards
 from llama.checkpoint.sharding import full_shapes, part_of, shapes_of_rank, split_dim
 
-__all__ = [
-    "CONVERSION",
-    "Checkpoint",
-    "Shard",
-    "TensorInfo",
-    "check_shards",
-    "copy_tokenizer",
-    "full_shapes",
-    "part_of",
-    "read_params",
-    "reshard",
-    "shapes_of_rank",
-    "split_dim",
-    "write_model",
-    "write_shard",
-    "write_shards",
-]
+__all__ = ["CONVERSION", "Checkpoint", "Shard", "TensorInfo", "check_shards", "copy_tokenizer"]
+__all__ += ["full_shapes", "part_of", "read_params", "reshard", "shapes_of_rank", "split_dim"]
+__all__ += ["write_model", "write_shard", "write_shards"]

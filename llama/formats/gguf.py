@@ -195,7 +195,6 @@ class _Llama(NamedTuple):
 
 
 def _shape_records(opened: _Llama) -> dict[str, Record]:
-    """The keys of a model's shape."""
     args = opened.args
     values: dict[str, tuple[object, int]] = {
         "general.architecture": ("llama", STRING),
@@ -254,7 +253,6 @@ def _context(config: JsonObject, path: Path) -> int:
 
 
 def _tensors(opened: _Llama, kind: str | None) -> dict[str, Stored]:
-    """All tensors by GGUF's names, read when they are written."""
     type_name = kind if kind is not None else SOURCE_TYPES.get(opened.dtype, "f32")
     if type_name not in TYPES:
         raise InputError(f"expected a type of {', '.join(TYPES)}, got {type_name!r}")

@@ -61,7 +61,6 @@ def _key(key: str, value: object, kind: int, element: int | None = None) -> dict
 
 
 def _template(directory: Path) -> str | None:
-    """The template of chats in a directory."""
     own, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if own.is_file():
         return own.read_text(encoding="utf-8")
@@ -73,7 +72,6 @@ def _template(directory: Path) -> str | None:
 
 
 def _of_pieces(pieces: Pieces, size: int) -> dict[str, Record]:
-    """The keys of a SentencePiece model of byte-pair encoding."""
     missing = range(len(pieces.texts), size)
     texts = [*pieces.texts, *(f"[PAD{i}]" for i in missing)]
     keys = _key(f"{PREFIX}.model", "llama", STRING) | _key(f"{PREFIX}.pre", "default", STRING)
@@ -146,7 +144,6 @@ def _as_pieces(
 
 
 def _kinds(*parts: object) -> list[str]:
-    """The kinds of all rules in parts of a ``tokenizer.json``."""
     kinds: list[str] = []
     for part in parts:
         if isinstance(part, dict):
@@ -205,7 +202,6 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
 
 
 def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
-    """The SentencePiece model in a GGUF file, and its configuration."""
     keys = (f"{PREFIX}.{key}" for key in ("tokens", "scores", "token_type"))
     tokens, scores, types = map(source.need, keys)
     if not len(tokens) == len(scores) == len(types) == len(set(tokens)):

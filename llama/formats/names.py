@@ -49,9 +49,7 @@ def permute(meta_name: str, weight: Tensor, args: ModelArgs, *, to: int) -> Tens
     Meta rotates the neighbours (2i, 2i + 1) of a head, Hugging Face i and i + hd / 2.
     """
     heads = {"wq": args.n_heads, "wk": args.kv_heads}.get(meta_name.split(".")[-2])
-    if heads is None:
-        return weight
-    return permute_rows(weight, heads, to_neighbours=to == META)
+    return weight if heads is None else permute_rows(weight, heads, to_neighbours=to == META)
 
 
 def permute_rows(weight: Tensor, heads: int, *, to_neighbours: bool) -> Tensor:

@@ -33,21 +33,11 @@ DIGITS = "smollm"  # the one with that cut
 # Types of tokens in llama.cpp's table, and of SentencePiece's pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-LLAMA2_CONFIG: dict[str, object] = {
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "legacy": True,
-    "tokenizer_class": "LlamaTokenizer",
-}
-LLAMA3_CONFIG: dict[str, object] = {
-    "bos_token": "<|begin_of_text|>",
-    "eos_token": "<|end_of_text|>",
-    "add_bos_token": True,
-    "tokenizer_class": "PreTrainedTokenizerFast",
-}
+LLAMA2_CONFIG: dict[str, object] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+LLAMA2_CONFIG |= {"add_bos_token": True, "add_eos_token": False, "legacy": True}
+LLAMA2_CONFIG |= {"tokenizer_class": "LlamaTokenizer"}
+LLAMA3_CONFIG: dict[str, object] = {"bos_token": "<|begin_of_text|>", "add_bos_token": True}
+LLAMA3_CONFIG |= {"eos_token": "<|end_of_text|>", "tokenizer_class": "PreTrainedTokenizerFast"}
 
 # Numbers of SentencePiece's protobuf: fields of the message, of a piece, of the trainer, of the
 # normalizer, and the trainer's model type.
@@ -56,7 +46,6 @@ TEXT, SCORE, TYPE = 1, 2, 3
 MODEL_TYPE, VOCAB_SIZE, BYTE_FALLBACK, UNK_PIECE, BOS_PIECE, EOS_PIECE = 3, 4, 35, 45, 46, 47
 CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE = 2, 3, 4, 5
 BPE = 2
-
 
 # GPT-2's printable stand-ins of the 256 bytes.
 ALPHABET = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
@@ -227,7 +216,6 @@ class Pieces:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """The fields of a message: numbers as int, all else as bytes."""
     at = 0
     while at < len(data):
         key, at = _read_number(data, at)

@@ -3,8 +3,6 @@
 `prune_checkpoint` prunes any format without loading a weight; a model in memory has ``save``.
 """
 
-from __future__ import annotations
-
 from short_gpt.checkpoints.gguf import prune_gguf, write_gguf
 from short_gpt.checkpoints.hf import prune_hf, save_as_meta, save_hf
 from short_gpt.checkpoints.meta import prune_meta, save_meta
@@ -20,26 +18,7 @@ from short_gpt.checkpoints.verify import (
     fingerprint,
 )
 
-__all__ = [
-    "PROVENANCE",
-    "ROUNDING",
-    "Fingerprint",
-    "Provenance",
-    "Target",
-    "check_same",
-    "copy_weights",
-    "fingerprint",
-    "format_of",
-    "mergekit_recipe",
-    "model_card",
-    "prune_checkpoint",
-    "prune_gguf",
-    "prune_hf",
-    "prune_meta",
-    "recipe_dtype",
-    "save_as_meta",
-    "save_hf",
-    "save_meta",
-    "write_gguf",
-    "write_provenance",
-]
+__all__ = ["PROVENANCE", "ROUNDING", "Fingerprint", "Provenance", "Target", "check_same"]
+__all__ += ["copy_weights", "fingerprint", "format_of", "mergekit_recipe", "model_card"]
+__all__ += ["prune_checkpoint", "prune_gguf", "prune_hf", "prune_meta", "recipe_dtype"]
+__all__ += ["save_as_meta", "save_hf", "save_meta", "write_gguf", "write_provenance"]

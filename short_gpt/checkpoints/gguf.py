@@ -30,7 +30,7 @@ from short_gpt.checkpoints.gguf_kinds import PATTERN
 from short_gpt.checkpoints.gguf_layers import Influence, Stack
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.records import RECORD
+from short_gpt.checkpoints.records import NAME, RECORD
 from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, stored_names, takes_target
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -84,6 +84,8 @@ def write_gguf(
     records = Stack.of(source).records(keep)
     if done is not None:
         records[RECORD] = record(RECORD, json_text(done.to_dict()), STRING)
+        if isinstance(name := source.fields.get(NAME), str):
+            records[NAME] = record(NAME, done.named(name), STRING)
     with target.new_files() as partial:
         write_again(partial, source, tensors, records=records, progress=progress)
         check_written(partial[0], source, names, records, changed=changed)

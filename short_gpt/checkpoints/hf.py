@@ -160,7 +160,6 @@ def _write_kept(
 
 
 def _copy_others(directory: Path, out: Path) -> None:
-    """Copies files that do not change; Python files too, if the tokenizer is defined in one."""
     config = directory / "tokenizer_config.json"
     own_code = config.is_file() and "auto_map" in read_json(config)
     for path in sorted(directory.iterdir()):
@@ -170,7 +169,6 @@ def _copy_others(directory: Path, out: Path) -> None:
 
 
 def _skeleton(directory: Path) -> HFDecoder:
-    """The model of a directory's config, without weights."""
     quantization = read_record(directory / "config.json").get("quantization_config")
     if re.search(r"(layers|blocks|h)\.\d", json.dumps(quantization)):
         raise ShortGPTError(
@@ -244,7 +242,6 @@ def _patch(
 
 
 def _check_config(partial: Path, decoder: HFDecoder) -> None:
-    """Raises ShortGPTError unless the written config reads as that of the pruned model."""
     from transformers import AutoConfig
 
     read = AutoConfig.from_pretrained(partial, trust_remote_code=False).to_dict()

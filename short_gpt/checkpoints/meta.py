@@ -109,7 +109,6 @@ def save_meta(
 
 
 def _check_one_file(checkpoint: Checkpoint) -> None:
-    """Raises ShortGPTError unless one file, and one rank, hold all of the weights."""
     source, shards, ranks = checkpoint.directory, len(checkpoint.shards), model_parallel_size()
     if shards > 1:
         raise ShortGPTError(
@@ -132,8 +131,6 @@ def _write(
     replaced: Replaced,
     progress: Callable[[str], object],
 ) -> Path:
-    """Writes each file of a checkpoint with the kept layers only, and what goes with them."""
-
     def read(rank: int, stored: Mapping[str, str], name: str) -> Tensor:
         progress(name)
         shard, old = source.shards[rank], stored[name]

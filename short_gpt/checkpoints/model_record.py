@@ -58,18 +58,12 @@ class ModelRecord:
         self._trial: list[int] | None = None
 
     def _about(self) -> dict[str, object]:
-        """What `repr` says."""
         gone = {"removed": self.removed} if self.removed else {}
         source = getattr(self, "source", None)
         name = {} if source is None else {"model": str(source)}
         healed = {"changed parameters": len(self.changed)} if self.changed else {}
-        return {
-            **name,
-            "layers": len(self.kept),
-            **gone,
-            **healed,
-            "windows scored": self.n_windows,
-        }
+        layers = {"layers": len(self.kept), **gone, **healed}
+        return {**name, **layers, "windows scored": self.n_windows}
 
     def __repr__(self) -> str:
         parts = (f"{name} {value}" for name, value in self._about().items())

@@ -222,6 +222,11 @@ class Provenance:
         """The first model, as far back as its records name it."""
         return (self.earlier.first_source if self.earlier else None) or self.source
 
+    def named(self, name: str) -> str:
+        """The name of a model with what was removed, once: ``"Qwen, 4 layers removed"``."""
+        count, stem = len(self.all_removed), re.sub(r", \d+ layers? removed$", "", name)
+        return f"{stem}, {count} layer{'s' * (count > 1)} removed" if count else name
+
     def to_dict(self) -> dict[str, object]:
         """The content of ``pruning.json``; what is empty is left out."""
         record: dict[str, object] = {

@@ -24,7 +24,7 @@ from short_gpt.checkpoints.gguf import prune_gguf
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
-from short_gpt.checkpoints.records import PROVENANCE, RECORD
+from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
 from short_gpt.checkpoints.target import StrPath, Target, takes_target
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import read_record
@@ -111,8 +111,9 @@ def _write_converted(
     if target.format == "gguf":
         with target.new_file() as file:
             pruned = write(Target(file.with_name("pruned")))
-            also = {RECORD: json_text(Provenance.read(pruned / PROVENANCE).to_dict())}
-            also |= {SOURCE_KEY: str(source), "general.name": source.path.name}
+            done = Provenance.read(pruned / PROVENANCE)
+            also = {RECORD: json_text(done.to_dict()), NAME: done.named(source.path.name)}
+            also |= {SOURCE_KEY: str(source)}
             llama_to_gguf(pruned, file, also=also, progress=progress)
         return target.path
     converters: dict[str, Callable[..., Path]] = {"meta": meta_to_hf, "gguf": gguf_to_meta}

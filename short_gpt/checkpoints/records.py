@@ -22,6 +22,7 @@ from short_gpt.runtime.state import read_record
 
 PROVENANCE = "pruning.json"
 RECORD = "short_gpt.pruning"  # a key of GGUF, whose value is the text of that file
+NAME = "general.name"  # another, the model's name
 # What jobs record of a choice and of a healing, as it comes; the model's own record holds it.
 EVIDENCE = ("method", "scored_by", "quality_gate", "change", "eval_data", "size", "precision")
 # The library's own keys. They are made from the model; no caller may contradict them.
@@ -199,7 +200,6 @@ def _card_in_metadata(path: Path) -> dict[str, object]:
 
 
 def _is_names(value: object) -> bool:
-    """Whether a value is a name, or several; not a nested object."""
     if isinstance(value, list):
         return bool(value) and all(isinstance(v, str) for v in value)
     return isinstance(value, str) and bool(value)
@@ -229,7 +229,6 @@ def _hub_name(source: str | os.PathLike[str]) -> str | None:
 
 
 def _readme(source: str | os.PathLike[str]) -> str:
-    """A model's card; empty where there is none, or where it is no text."""
     path = Path(source) / "README.md"
     if not Path(source).exists() and is_hub_id(str(source)):
         from huggingface_hub import try_to_load_from_cache

@@ -1,7 +1,5 @@
 """The command line. Only this package prints."""
 
-from __future__ import annotations
-
 from short_gpt.cli.commands import ALONE, COMMANDS, REMOVED
 
 __all__ = ["ALONE", "COMMANDS", "REMOVED"]

@@ -30,7 +30,7 @@ WRITES = needs_one_of("`samples`", "samples")
 def rank(
     model: str,
     *,
-    texts: jobs.TextSource = jobs.TextSource(),
+    data: jobs.TextSource = jobs.TextSource(),
     cut: jobs.Cut = jobs.Cut(stride=STRIDE),
     answer: jobs.Answer = jobs.Answer(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
@@ -47,22 +47,9 @@ def rank(
     file.
 
     Example: short-gpt rank llama-2-7b --n 9 --json ranking.json
-
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    record = output.checked(rank, locals())
-    result = jobs.rank(
-        model,
-        texts,
-        answer=answer,
-        cut=cut,
-        opening=opening,
-        running=running,
-        saving=saving.beside(output.json),
-        notify=tell,
-        dry_run=output.dry_run,
-    )
+    record, given = output.checked(rank, locals())
+    result = jobs.rank(**given, notify=tell)
     say(tables.ranked(result))
     scores = result.importance
     draw = None if scores is None else partial(plots.draw_scores, scores, n=answer.n)
@@ -94,7 +81,6 @@ def prune(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file.
-        out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
     result = jobs.prune(model, out, choice, opening=opening, written=written, hub=hub)
     say(tables.pruned(result))
@@ -107,7 +93,7 @@ def heal(
     *,
     method: str = "refit",
     choice: jobs.Choice = jobs.Choice(),
-    texts: jobs.TextSource = jobs.TextSource(),
+    data: jobs.TextSource = jobs.TextSource(),
     windows: jobs.HealingWindows = jobs.HealingWindows(),
     settings: jobs.Settings = jobs.Settings(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
@@ -127,26 +113,11 @@ def heal(
     Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         out: new directory, or from a GGUF file another if it ends with .gguf; must not exist.
         method: refit, patch, lora or distill; or several by commas, a closed form first.
     """
-    record = output.checked(heal, locals())
-    result = jobs.heal(
-        model,
-        out,
-        method,
-        choice=choice,
-        data=texts,
-        windows=windows,
-        settings=settings,
-        opening=opening,
-        streaming=streaming,
-        hub=hub,
-        notify=tell,
-        overwrite=output.overwrite,
-        dry_run=output.dry_run,
-    )
+    record, given = output.checked(heal, locals())
+    result = jobs.heal(**given, notify=tell, overwrite=output.overwrite)
     say(tables.healed(result))
     say_written([result.out])
     output.finish({**record, "result": result.to_dict()})
@@ -156,7 +127,7 @@ def heal(
 def calibrate(
     model: str,
     *,
-    texts: jobs.Kinds = jobs.Kinds(),
+    data: jobs.Kinds = jobs.Kinds(),
     ranked: jobs.Ranked = jobs.Ranked(),
     readings: jobs.Readings = jobs.Readings(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
@@ -169,23 +140,11 @@ def calibrate(
     Interrupted, the same command continues.
 
     Example: short-gpt calibrate llama-2-7b --data novels/,questions.txt,code.txt --n 8
-
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    record = output.checked(calibrate, locals())
-    saving = saving.beside(output.json)
-    result = jobs.calibrate_checkpoint(
-        model,
-        texts,
-        ranked=ranked,
-        readings=readings,
-        opening=opening,
-        saving=saving,
-        dry_run=output.dry_run,
-    )
+    record, given = output.checked(calibrate, locals())
+    result = jobs.calibrate_checkpoint(**given)
     say(tables.calibrated(result))
-    if (remark := about_own(texts.data, each=True)) is not None:
+    if (remark := about_own(data.data, each=True)) is not None:
         say(remark)
     output.finish({**record, **result.to_dict()}, partial(plots.draw_crossed, result.cells))
     if result.state is not None:
@@ -196,7 +155,7 @@ def compare(
     model: str | None = None,
     *,
     cases: jobs.Cases = jobs.Cases(healings="raw,patched"),
-    texts: jobs.TextSource = jobs.TextSource(),
+    data: jobs.TextSource = jobs.TextSource(),
     shares: jobs.Shares = jobs.Shares(),
     lora: jobs.LoraSettings = jobs.LoraSettings(),
     tasks: jobs.Tasks = jobs.Tasks(),
@@ -210,24 +169,11 @@ def compare(
     Interrupted, the same command continues from its state file.
 
     Example: short-gpt compare llama-2-7b --data novels/ --json compared.json
-
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    record = output.checked(compare, locals())
-    result = jobs.compare_checkpoint(
-        model,
-        texts,
-        cases=cases,
-        shares=shares,
-        lora=lora,
-        tasks=tasks,
-        opening=opening,
-        saving=saving.beside(output.json),
-        dry_run=output.dry_run,
-    )
+    record, given = output.checked(compare, locals())
+    result = jobs.compare_checkpoint(**given)
     say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
-    if (remark := about_own(texts.data, shares.eval_data)) is not None:
+    if (remark := about_own(data.data, shares.eval_data)) is not None:
         say(remark)
     if output.report is not None:
         output.write_page(plots.compared_page(model or "demo", result))
@@ -272,7 +218,6 @@ def generate(
     Example: short-gpt generate llama-2-7b "I am an avid fan of"
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         prompt: the text to continue.
     """
     count, size, seed = sampling.samples, sampling.max_gen_len, sampling.seed
@@ -294,7 +239,7 @@ def generate(
 def perplexity(
     model: str,
     *,
-    texts: jobs.TextSource = jobs.TextSource(split="test"),
+    data: jobs.TextSource = jobs.TextSource(split="test"),
     cut: jobs.Cut = jobs.Cut(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     running: jobs.Running = jobs.Running(),
@@ -305,20 +250,9 @@ def perplexity(
     Windows do not overlap; each is read on its own, its first token is not predicted.
 
     Example: short-gpt perplexity llama-2-7b --data novels/ --max_windows 100
-
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
     """
-    record = output.checked(perplexity, locals())
-    value = jobs.perplexity_of(
-        model,
-        texts,
-        cut=cut,
-        opening=opening,
-        running=running,
-        notify=tell,
-        dry_run=output.dry_run,
-    )
+    record, given = output.checked(perplexity, locals())
+    value = jobs.perplexity_of(**given, notify=tell)
     say(tables.perplexities({model: value}))
     output.finish({**record, "result": value.to_dict()})
 
@@ -337,10 +271,9 @@ def evaluate(
     Example: short-gpt evaluate llama-2-7b llama-2-5b --tasks piqa,arc_easy
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         pruned: another, to stand beside it.
     """
-    record = output.checked(evaluate, locals())
+    record, _ = output.checked(evaluate, locals())
     models = [model] if pruned is None else [model, pruned]
     result = jobs.evaluate(models, reading, tasks=tasks, opening=opening, dry_run=output.dry_run)
     say(tables.comparison(result))
@@ -367,7 +300,7 @@ def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False
 def reproduce(
     model: str | None = None,
     *,
-    texts: jobs.TextSource = jobs.TextSource(),
+    data: jobs.TextSource = jobs.TextSource(),
     cut: jobs.Cut = jobs.Cut(stride=STRIDE),
     paper: jobs.Answer = jobs.Answer(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
@@ -387,17 +320,8 @@ def reproduce(
     Args:
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
     """
-    record = output.checked(reproduce, locals())
-    result = jobs.reproduce(
-        model,
-        texts,
-        paper=paper,
-        cut=cut,
-        opening=opening,
-        running=running,
-        saving=saving.beside(output.json),
-        notify=tell,
-    )
+    record, given = output.checked(reproduce, locals())
+    result = jobs.reproduce(**given, notify=tell)
     say(tables.reproduced(result))
 
     def draw(folder: Path) -> None:
@@ -419,7 +343,6 @@ def convert(model: str, out: str, *, conversion: jobs.Conversion = jobs.Conversi
 
     Args:
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
-        out: new directory, or GGUF file if it ends with .gguf; must not exist.
     """
     jobs.convert(model, out, conversion=conversion, notify=note)
     say_written([Path(out)])

@@ -38,9 +38,11 @@ ALSO = {
 }
 ALSO_EVERYWHERE = {"n_prune_layers": "n", "ckpt_dir": "model", "model_dir": "model"}
 ALSO_EVERYWHERE |= {"out_dir": "out", "out": "json"}
-REMOVED = {
-    ("rank", "healed"): "heal what --method sleb removes",
+USUAL = {  # what arguments mean where a command does not say otherwise
+    "model": "Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.",
+    "out": "new directory, or GGUF file if it ends with .gguf; must not exist.",
 }
+REMOVED = {("rank", "healed"): "heal what --method sleb removes"}
 
 
 class Flag(NamedTuple):
@@ -112,7 +114,7 @@ def _python(text: str) -> object:
 
 def flags_of(command: Command) -> dict[str, Flag]:
     """All arguments of a command by their names, in the order of its signature."""
-    hints, texts = get_type_hints(command), described(command)
+    hints, texts = get_type_hints(command), USUAL | described(command)
     flags: list[Flag] = []
     for name, parameter in inspect.signature(command).parameters.items():
         default = parameter.default
@@ -129,7 +131,6 @@ def flags_of(command: Command) -> dict[str, Flag]:
 
 
 def _fields(command: str, parameter: str, group: Any) -> list[Flag]:
-    """The fields of a group that are flags of the command."""
     kind, flags = type(group), []
     hints, texts = get_type_hints(kind), described(kind)
     for field in fields(kind):
@@ -207,6 +208,8 @@ def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
     if reason := REMOVED.get((command, flag)):
         raise ShortGPTError(f"{command} {written} was removed: {reason}")
     close = similar(f"--{flag}", [f"--{f}" for f in flags])
+    if "n" in flags and re.fullmatch(r"(n|num|number)_\w+|layers", flag):
+        close = "; did you mean --n?"
     raise ShortGPTError(f"{command} has no flag {written}{close}; see {command} --help")
 
 

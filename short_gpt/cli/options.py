@@ -22,8 +22,7 @@ LONG = ("rank", "heal", "calibrate", "compare", "perplexity", "evaluate")
 STDOUT = "-"  # in place of a file
 _alone: list[TextIO] = []  # the stdout that a result has for itself
 WRITTEN = Needs(  # of heal, the model
-    "--json or --plots",
-    lambda v: "out" in v or any(v.get(n) is not None for n in FILE_FLAGS),
+    "--json or --plots", lambda v: "out" in v or any(v.get(n) is not None for n in FILE_FLAGS)
 )
 
 
@@ -108,29 +107,39 @@ class Output:
                         "another name"
                     )
 
-    def checked(self, command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
-        """`record_of` a command, checked as by `check`."""
+    def checked(
+        self, command: Command, values: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`record_of` a command, checked as by `check`; and what its job takes of the ``values``.
+
+        These are the command's arguments by their names, which are the job's too.
+        """
         record = record_of(command, values)
         self.check(record["arguments"])
-        return record
+        given = {name: value for name, value in values.items() if name not in ("output", "table")}
+        if "saving" in given:
+            given["saving"] = given["saving"].beside(self.json)
+        return record, given | ({"dry_run": self.dry_run} if command.__name__ in LONG else {})
 
     def write(self, record: Mapping[str, object]) -> None:
         """Writes the result, if it has a name; of several ranks, only the first does."""
-        from short_gpt.runtime.state import record_text, write_record
+        from short_gpt.runtime.state import is_record, record_text
 
-        if self.json == STDOUT and first_rank():
-            print(record_text(record), end="", flush=True, file=_alone[-1] if _alone else None)
-        elif self.file is not None and first_rank():
-            write_record(self.file, record, overwrite=self.overwrite)
+        if self.json is not None:
+            self._write(record_text(record), self.json, is_record)
 
     def write_page(self, text: str) -> None:
         """Writes the report, if one was asked for."""
-        if self.report == STDOUT and first_rank():
-            print(text, end="", flush=True, file=_alone[-1] if _alone else None)
-        elif self.page is not None and first_rank():
-            from short_gpt.jobs.page import is_page
+        from short_gpt.jobs.page import is_page
 
-            with new_file(self.page, overwrite=self.overwrite, ours=is_page) as partial:
+        if self.report is not None:
+            self._write(text, self.report, is_page)
+
+    def _write(self, text: str, name: str, ours: Callable[[Path], bool]) -> None:
+        if name == STDOUT and first_rank():
+            print(text, end="", flush=True, file=_alone[-1] if _alone else None)
+        elif first_rank():
+            with new_file(Path(name), overwrite=self.overwrite, ours=ours) as partial:
                 partial.write_text(text, encoding="utf-8")
 
     def finish(

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from short_gpt import jobs
 from short_gpt.cli import tables
 from short_gpt.cli.options import Output, say, say_uploaded, say_written, tell
-from short_gpt.jobs import (
-    Dial,
-    HealingWindows,
-    Hub,
-    OpenOptions,
-    Running,
-    Shrinking,
-    Tasks,
-    TextSource,
-)
 
 # of the demo: few enough for two minutes on two cores
-FEW = HealingWindows(eval_data="demo", size=512, max_windows=12, eval_windows=8)
+FEW = jobs.HealingWindows(eval_data="demo", size=512, max_windows=12, eval_windows=8)
 
 
 def shrink(
     model: str,
     out: str,
     *,
-    dial: Dial = Dial(),
-    settings: Shrinking = Shrinking(),
-    texts: TextSource = TextSource("self"),
-    windows: HealingWindows = HealingWindows(),
-    tasks: Tasks = Tasks(),
-    opening: OpenOptions = OpenOptions(),
-    streaming: Running = Running(),
-    hub: Hub = Hub(),
+    dial: jobs.Dial = jobs.Dial(),
+    settings: jobs.Shrinking = jobs.Shrinking(),
+    data: jobs.TextSource = jobs.TextSource("self"),
+    windows: jobs.HealingWindows = jobs.HealingWindows(),
+    tasks: jobs.Tasks = jobs.Tasks(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    streaming: jobs.Running = jobs.Running(),
+    hub: jobs.Hub = jobs.Hub(),
     output: Output = Output(),
     table: bool = False,
 ) -> None:
@@ -45,28 +38,13 @@ def shrink(
     Example: short-gpt shrink llama-2-7b llama-2-5b --eval_data novels/
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
-        out: new directory, or GGUF file if it ends with .gguf; must not exist.
         table: also print the scores of every layer.
     """
-    record = output.checked(shrink, locals())
-    result = jobs.shrink(
-        model,
-        out,
-        dial=dial,
-        settings=settings,
-        data=texts,
-        windows=windows,
-        tasks=tasks,
-        opening=opening,
-        streaming=streaming,
-        hub=hub,
-        overwrite=output.overwrite,
-        notify=tell,
-    )
+    record, given = output.checked(shrink, locals())
+    result = jobs.shrink(**given, notify=tell, overwrite=output.overwrite)
     if table and result.importance is not None:
         say(tables.ranking(result.importance, len(result.layers)) + "\n")
-    say(str(result))
+    say(str(replace(result, remarks=[*map(tables.as_flags, result.remarks)])))
     if not settings.dry_run:
         output.write({**record, "result": result.to_dict()})
         say_uploaded(result.address)
@@ -77,9 +55,9 @@ def demo(
     out: str = "short_gpt_demo",
     *,
     n: int = 4,
-    settings: Shrinking = Shrinking(method="bi", prompt="What is a king?"),
-    windows: HealingWindows = FEW,
-    opening: OpenOptions = OpenOptions(),
+    settings: jobs.Shrinking = jobs.Shrinking(method="bi", prompt="What is a king?"),
+    windows: jobs.HealingWindows = FEW,
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
     output: Output = Output(),
     table: bool = False,
 ) -> None:
@@ -91,18 +69,9 @@ def demo(
     Example: short-gpt demo
 
     Args:
-        out: new directory, or GGUF file if it ends with .gguf; must not exist.
         n: how many layers to remove.
         table: also print the scores of every layer.
     """
-    shrink(
-        "demo",
-        out,
-        dial=Dial(n=n),
-        settings=settings,
-        texts=TextSource("demo"),
-        windows=windows,
-        opening=opening,
-        output=output,
-        table=table,
-    )
+    texts = jobs.TextSource("demo")
+    how: dict[str, Any] = {"settings": settings, "windows": windows, "opening": opening}
+    shrink("demo", out, dial=jobs.Dial(n=n), data=texts, **how, output=output, table=table)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llama.io.sources import is_gguf
 from short_gpt.jobs.cases import RAW
 from short_gpt.jobs.inputs import about_bos, about_own
+from short_gpt.runtime.frames import aligned
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from short_gpt.selection.search import Search
 
 BOS = ", bos in every window"  # of a measure of `jobs.evaluate`
+
+
+def as_flags(text: str) -> str:
+    """A remark whose settings, in backticks, are written as flags."""
+    return re.sub(r"`(\w+)`", r"--\1", text)
 
 
 def ranked(result: Ranking) -> str:
@@ -41,7 +47,7 @@ def ranked(result: Ranking) -> str:
     assert result.importance is not None
     parts += [ranking(result.importance, answer.n, method=answer.method, seed=result.seed or 0)]
     parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []
-    parts += [str(result.verdict)] if result.verdict else []
+    parts += [as_flags(str(result.verdict))] if result.verdict else []
     return "\n".join(parts)
 
 
@@ -154,7 +160,7 @@ def pruned(result: Pruned) -> str:
     lines += [f"--eval_data was {chosen.unsure}"] if chosen.unsure else []
     lines += [f"removed layers {result.layers}", f"written: {result.out}"]
     lines += [f"written: {result.recipe}"] if result.recipe is not None else []
-    remark = re.sub(r"`(\w+)`", r"--\1", result.remark or "")
+    remark = as_flags(result.remark or "")
     return "\n".join([*lines, *(line for line in (result.proof, remark) if line)])
 
 
@@ -214,22 +220,15 @@ def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
     every = dict.fromkeys(m for row in results.values() for m in row)
     measures = {m: _named(m) for m in every if not re.search(f"(_stderr|_p)({BOS})?$", m)}
     cells = {m: [_with_error(row, m) for row in results.values()] for m in measures}
-    lines = [["", *heads.values()], *([label, *cells[m]] for m, label in measures.items())]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = []
-    for first, *others in lines:
-        right = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-        rows.append("  ".join([f"{first:<{widths[0]}}", *right]).rstrip())
+    rows = aligned([["", *heads.values()], *([label, *cells[m]] for m, label in measures.items())])
     return "\n".join([*rows, *["in brackets: standard errors"] * (len(every) > len(measures))])
 
 
 def _named(measure: str) -> str:
-    """The name of a measure of `jobs.evaluate` as it is printed."""
     return re.sub(f" nats change(?={BOS}|$)", ": change of the loss, nats a token", measure)
 
 
 def _with_error(row: Mapping[str, float], measure: str) -> str:
-    """A measure's cell: its value, its standard error and the p of its change, where known."""
     if measure not in row:
         return ""
     found = re.fullmatch(f"(.*?)({BOS})?", measure)
@@ -262,7 +261,6 @@ def compared(
 
 
 def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Metrics of the models without healing, and what each lost, paired over the documents."""
     lines = []
     for layers, values in tasks.items():
         lines.append(f"{layers} removed:" if layers != "[]" else "original:")
@@ -279,7 +277,6 @@ def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
-    """The models healed one way: their perplexities, and how the healing changed the loss."""
     parts = {f"{healing}: perplexity (standard error)": _perplexity}
     if any(r.gain is not None for r in rows):
         parts[f"{healing}: loss in nats a token, change from raw (standard error)"] = _gain
@@ -317,7 +314,6 @@ def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[
 
 
 def _agreed(agreed: Sequence[Agreement]) -> list[str]:
-    """How far the cheap rankings agree with the greedy search."""
     lines = []
     for one in agreed:
         shares = "; ".join(f"{pair} {share:.0%}" for pair, share in one["overlap"].items())
@@ -330,7 +326,6 @@ def _agreed(agreed: Sequence[Agreement]) -> list[str]:
 
 
 def _perplexity(rows: Sequence[Row]) -> str:
-    """One model's perplexity with its error, or the range of several."""
     values = [r.perplexity for r in rows]
     if len(values) > 1:
         return f"{_short(min(values))} to {_short(max(values))}"
@@ -350,7 +345,6 @@ def _short(value: float) -> str:
 
 
 def _gain(rows: Sequence[Row]) -> str:
-    """How healing changed one model's loss with its error, or the range of several."""
     values = [r.gain for r in rows if r.gain is not None]
     if len(values) > 1:
         return f"{min(values):+.2f} to {max(values):+.2f}"

@@ -15,16 +15,5 @@ if TYPE_CHECKING:
 else:
     __getattr__, _ = lazy(__name__)  # these need numpy
 
-__all__ = [
-    "Window",
-    "Windows",
-    "batches",
-    "check_disjoint",
-    "hold_out",
-    "overlapping",
-    "pg19",
-    "read_texts",
-    "texts",
-    "windows",
-    "without_overlap",
-]
+__all__ = ["Window", "Windows", "batches", "check_disjoint", "hold_out", "overlapping", "pg19"]
+__all__ += ["read_texts", "texts", "windows", "without_overlap"]

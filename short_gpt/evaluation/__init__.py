@@ -14,22 +14,6 @@ from short_gpt.evaluation.tasks import (
     task_names,
 )
 
-__all__ = [
-    "PROTOCOLS",
-    "Difference",
-    "Perplexity",
-    "TaskDifference",
-    "TaskRun",
-    "TaskSuite",
-    "difference",
-    "hugging_face_lm",
-    "llama_lm",
-    "losses",
-    "perplexity",
-    "protocol",
-    "run_tasks",
-    "task_changes",
-    "task_difference",
-    "task_names",
-    "together",
-]
+__all__ = ["PROTOCOLS", "Difference", "Perplexity", "TaskDifference", "TaskRun", "TaskSuite"]
+__all__ += ["difference", "hugging_face_lm", "llama_lm", "losses", "perplexity", "protocol"]
+__all__ += ["run_tasks", "task_changes", "task_difference", "task_names", "together"]

@@ -121,7 +121,6 @@ class _LlamaLM:
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Nats of each continuation, and whether greedy decoding gives it."""
         requests_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length or not context:

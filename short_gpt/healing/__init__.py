@@ -23,34 +23,11 @@ from short_gpt.healing.refit import heal as heal_refit
 from short_gpt.healing.solver import Fit
 from short_gpt.healing.texts import Learning, Source
 
-__all__ = [
-    "PRESETS",
-    "STEPS",
-    "TOP_K",
-    "CachedTeacher",
-    "DistillSettings",
-    "Distillation",
-    "Fit",
-    "Healed",
-    "HealedChoice",
-    "HealingEvidence",
-    "HealingJob",
-    "Learning",
-    "LiveTeacher",
-    "LoraSettings",
-    "PatchSettings",
-    "Recipe",
-    "Refit",
-    "RefitSettings",
-    "Source",
-    "Step",
-    "choose_healed",
-    "heal_lora",
-    "heal_patch",
-    "heal_refit",
-    "recipe_for",
-    "require_packages",
-]
+__all__ = ["PRESETS", "STEPS", "TOP_K", "CachedTeacher", "DistillSettings", "Distillation", "Fit"]
+__all__ += ["Healed", "HealedChoice", "HealingEvidence", "HealingJob", "Learning", "LiveTeacher"]
+__all__ += ["LoraSettings", "PatchSettings", "Recipe", "Refit", "RefitSettings", "Source", "Step"]
+__all__ += ["choose_healed", "heal_lora", "heal_patch", "heal_refit", "recipe_for"]
+__all__ += ["require_packages"]
 
 # Former names: what they are now, and by which name.
 _FORMER = {"Patch": (Refit, "Refit"), "RIDGE": (1e-4, "PatchSettings(ridges=...)")}

@@ -30,12 +30,7 @@ from short_gpt.runtime.state import Lock, hold
 from short_gpt.wrappers.scored_model import ScoredModel
 
 # All steps by the names that ``heal --method`` knows. A new closed form is a line here.
-KINDS: tuple[type[Step], ...] = (
-    RefitSettings,
-    PatchSettings,
-    LoraSettings,
-    DistillSettings,
-)
+KINDS: tuple[type[Step], ...] = (RefitSettings, PatchSettings, LoraSettings, DistillSettings)
 STEPS = {kind.name: kind for kind in KINDS}
 
 

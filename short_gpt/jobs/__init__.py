@@ -4,8 +4,6 @@ Jobs print nothing. They return plain data with a ``to_dict`` where it is kept a
 progress bars, and call a ``notify`` with what must be known before a long run starts.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
@@ -74,70 +72,13 @@ else:
         return old(name) if name in OLD else _new(name)
 
 
-__all__ = [
-    "MIX",
-    "Agreement",
-    "Answer",
-    "Apart",
-    "Calibrated",
-    "Cases",
-    "Choice",
-    "Chosen",
-    "Compared",
-    "Comparison",
-    "Conversion",
-    "Crossed",
-    "Cut",
-    "Dial",
-    "DistillHealing",
-    "Healing",
-    "HealingWindows",
-    "Hub",
-    "Kinds",
-    "Look",
-    "LoraHealing",
-    "LoraSettings",
-    "OpenOptions",
-    "Pair",
-    "PaperComparison",
-    "PaperOrder",
-    "Pruned",
-    "Ranked",
-    "Ranking",
-    "Reading",
-    "Readings",
-    "Reproduced",
-    "Row",
-    "Running",
-    "Saving",
-    "Scores",
-    "Settings",
-    "Shares",
-    "Shrinking",
-    "Shrunk",
-    "Tasks",
-    "TextSource",
-    "WindowScores",
-    "Written",
-    "agreement",
-    "bear_out",
-    "calibrate",
-    "calibrate_checkpoint",
-    "chosen",
-    "compare",
-    "compare_checkpoint",
-    "compare_with_paper",
-    "convert",
-    "evaluate",
-    "heal",
-    "identify",
-    "perplexity_of",
-    "prune",
-    "prune_by",
-    "published_scores",
-    "rank",
-    "read_scores",
-    "reproduce",
-    "shrink",
-    "write_samples",
-]
+__all__ = ["MIX", "Agreement", "Answer", "Apart", "Calibrated", "Cases", "Choice", "Chosen"]
+__all__ += ["Compared", "Comparison", "Conversion", "Crossed", "Cut", "Dial", "DistillHealing"]
+__all__ += ["Healing", "HealingWindows", "Hub", "Kinds", "Look", "LoraHealing", "LoraSettings"]
+__all__ += ["OpenOptions", "Pair", "PaperComparison", "PaperOrder", "Pruned", "Ranked", "Ranking"]
+__all__ += ["Reading", "Readings", "Reproduced", "Row", "Running", "Saving", "Scores", "Settings"]
+__all__ += ["Shares", "Shrinking", "Shrunk", "Tasks", "TextSource", "WindowScores", "Written"]
+__all__ += ["agreement", "bear_out", "calibrate", "calibrate_checkpoint", "chosen", "compare"]
+__all__ += ["compare_checkpoint", "compare_with_paper", "convert", "evaluate", "heal", "identify"]
+__all__ += ["perplexity_of", "prune", "prune_by", "published_scores", "rank", "read_scores"]
+__all__ += ["reproduce", "shrink", "write_samples"]

@@ -351,7 +351,6 @@ class _Run(NamedTuple):
     def _losses(
         self, cell: str, layers: list[int], fit_on: Windows | None = None
     ) -> dict[str, list[Perplexity]]:
-        """Losses of every text's windows without the layers."""
         judged = [window for parts in self.texts.values() for window in parts.judged]
         measure = partial(pruned_losses, self.short, layers, judged, fit_on=fit_on)
         losses = iter(self.cells.losses(cell, measure))  # of all texts' windows, in their order

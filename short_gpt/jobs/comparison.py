@@ -59,8 +59,7 @@ def compare_checkpoint(
         lora: settings of the healings that train.
         tasks: also run on the models without healing.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
-        fields: single settings by their names, in place of objects: ``counts=[4, 8]``,
-            ``size=512``, ``max_windows=24``, ``device="cuda"``.
+        fields: single settings by their names, in place of objects: ``counts=[4, 8]``.
 
     Example:
         >>> compare_checkpoint("llama-2-7b", cases=Cases("bi", 9)).rows[1].n  # doctest: +SKIP
@@ -91,9 +90,9 @@ def compare_checkpoint(
         count = models * shares.eval_windows + shares.max_windows
         end_dry_run(short, work, shares.size, count)
     write = writes(short, size, seed=shares.seed, beside=saving.state)
-    how = (write, shares.max_windows, shares.seed)
     with interruptible():
-        calibration, evaluation = written_apart(kinds, held, *how)
+        limits = (shares.max_windows, shares.seed)
+        calibration, evaluation = written_apart(kinds, held, write, *limits)
     held_out = shares.cut(short, evaluation, shares.eval_windows)
     fit_on = shares.cut(short, calibration, shares.max_windows)
     every, bos = [text for kind in calibration for text in kind], shares.bos or short.bos
@@ -104,16 +103,8 @@ def compare_checkpoint(
     if DISTILL in cases.heals:
         distill_healing = DistillHealing(*options, teacher=short, fitted_on=fit_on)
     with interruptible():
-        result = compare(
-            short,
-            fit_on,
-            held_out,
-            cases=cases,
-            lora=lora_healing,
-            distill=distill_healing,
-            tasks=tasks.suite(),
-            state=saving.state,
-        )
+        how: Any = {"lora": lora_healing, "distill": distill_healing, "tasks": tasks.suite()}
+        result = compare(short, fit_on, held_out, cases=cases, **how, state=saving.state)
     return replace(result, bos=bos, precision=short.about_precision)
 
 
@@ -254,5 +245,4 @@ def _checkpoints(work_dir: Path | None) -> Iterator[bool]:
 
 
 def _refit_folder(work_dir: Path) -> Path:
-    """What a refit continues from, next to the training's checkpoints."""
     return work_dir.with_name(f"{work_dir.name}.refit")

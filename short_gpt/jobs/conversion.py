@@ -18,7 +18,7 @@ from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import save_hf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.prune import tensor_names
-from short_gpt.checkpoints.records import PROVENANCE, RECORD
+from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
 from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.saving import Conversion, interruptible
@@ -47,8 +47,7 @@ def convert(
         out: new directory, or GGUF file if it ends with .gguf.
         conversion: the format, its types and shards, and whether it is proved.
         notify: called with what was proved, in a sentence.
-        fields: single settings by their names, in place of an object: ``to="hf"``,
-            ``type="q8_0"``, ``dtype="bfloat16"``, ``shards=2``, ``verify=False``.
+        fields: single settings by their names, in place of an object: ``to="hf"``.
 
     Raises:
         FileNotFoundError: there is no such source.
@@ -100,12 +99,13 @@ def _to_gguf(source: Source, out: str, how: Conversion, writing: dict[str, Any])
     # the same model in another format has the same history
     before = Provenance.of_checkpoint(resolve(source))
     also = {} if before is None else {RECORD: json_text(before.to_dict())}
+    if before is not None and before.first_source is not None:
+        also[NAME] = before.named(Path(before.first_source).name)
     path = how.tokenizer_path
     llama_to_gguf(source, out, kind=how.type, tokenizer_path=path, also=also, **writing)
 
 
 def _to_directory(source: Source, out: str, how: Conversion, writing: dict[str, Any]) -> None:
-    """Writes Meta's format, or Hugging Face's from Meta's."""
     dtype, path = how.dtype, how.tokenizer_path
     shards = 1 if how.shards is None else how.shards
     if source.kind == "gguf":
@@ -121,7 +121,6 @@ def _to_directory(source: Source, out: str, how: Conversion, writing: dict[str, 
 
 
 def _format(source: Source, out: str, shards: int | None) -> str:
-    """The format to write where none is named."""
     if is_gguf(out):
         return "gguf"
     if source.kind == "gguf":
@@ -131,7 +130,6 @@ def _format(source: Source, out: str, shards: int | None) -> str:
 
 
 def _check_options(source: Source, to: str, how: Conversion) -> None:
-    """Raises ShortGPTError for options that have no effect on what is written."""
     kind, type, dtype, shards = source.kind, how.type, how.dtype, how.shards
     if type is not None and (to != "gguf" or kind == "gguf"):
         raise ShortGPTError(

@@ -98,7 +98,6 @@ def _evaluated(
     opening: OpenOptions,
     first: Measured | None,
 ) -> tuple[dict[str, float], Measured]:
-    """The results by their names, with their changes from the first model, and as measured."""
     size, batch_size = reading.size, reading.batch_size
     short = open_model(name, of_source(opening, name), max_seq_len=size, max_batch_size=batch_size)
     bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""

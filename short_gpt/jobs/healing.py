@@ -20,7 +20,6 @@ from short_gpt.healing import (
     Learning,
     LoraSettings,
     PatchSettings,
-    Source,
     Step,
 )
 from short_gpt.healing.distillation import IDENTITY
@@ -53,7 +52,6 @@ from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import writes
 from short_gpt.wrappers.scored_model import ScoredModel
 
 CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with others
@@ -127,8 +125,7 @@ def heal(
         overwrite: replace an earlier output.
         notify: called with what a refit will take, and with every perplexity.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
-        fields: single settings by their names, in place of objects: ``layers=[21, 22]``,
-            ``scores="ranking.json"``, ``size=512``, ``max_windows=24``, ``device="cuda"``.
+        fields: single settings by their names, in place of objects: ``layers=[21, 22]``.
 
     Raises:
         ShortGPTError: a setting, the model or the texts are refused, before anything is written.
@@ -174,8 +171,8 @@ def _heal(
     trains, folder = methods[-1] in TRAINING, None
     if trains or "refit" in methods:  # which continue from what lies beside the new directory
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
-    # before the model is opened; where nothing is there yet, nobody works either
-    lock = hold(folder) if folder is not None and folder.parent.is_dir() else None
+    # before the model is opened
+    lock = None if folder is None or dry_run else hold(folder)
     opening = as_begun(opening, *(p for n in (STATE, IDENTITY) for p in (folder or out).rglob(n)))
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
     if not streaming.stream:  # of several ranks each has the whole model, and windows of its own
@@ -191,17 +188,8 @@ def _heal(
         count = recipe.steps * recipe.batch if recipe else windows.max_windows or CLOSED_WINDOWS
         work += f"{count:,} windows of {texts.data}, and write {out}; each is read twice or more"
         end_dry_run(short, work, size, count)
-    place = (texts.split, texts.column, texts.max_texts, windows.seed)
-    parts = Source(texts.data, windows.eval_data, *place).windows(
-        short.encode,
-        size,
-        bos=bos,
-        limit=windows.max_windows or (None if trains else CLOSED_WINDOWS),
-        eval_windows=windows.eval_windows,
-        drop_overlap=windows.drop_overlap,
-        validate=trains,
-        write=writes(short, size, seed=windows.seed, beside=out),
-    )
+    limit = None if trains else CLOSED_WINDOWS
+    parts = windows.read(texts, short, size, limit, validate=trains, beside=out)
     few = CLOSED_WINDOWS if trains or windows.max_windows is None else None
     ridges = RIDGES if settings.ridge is None else (settings.ridge,)
     known: dict[str, Step] = {
@@ -248,7 +236,6 @@ def _check_target(model: str, out: str, *, overwrite: bool) -> None:
 def _teacher(
     model: str, settings: Settings, opening: OpenOptions, size: int
 ) -> Callable[[], ScoredModel] | None:
-    """What opens the teacher; None where it is the model itself before its layers go."""
     if settings.teacher is None and not settings.live_teacher and not settings.stream_teacher:
         return None
     source, stream = settings.teacher or model, settings.stream_teacher

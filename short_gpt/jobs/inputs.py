@@ -75,19 +75,14 @@ def _sources(values: Values) -> list[str]:
     return source_names(str(values["data"]))
 
 
-def _splits(values: Values) -> bool:
-    return any(has_split(name, str(values["split"])) for name in _sources(values))
-
-
-def _columns(values: Values) -> bool:
-    held_out = values.get("eval_data")
-    return any(map(has_columns, [*_sources(values), *([str(held_out)] if held_out else [])]))
-
-
 SPLITS = Needs(
-    "data with splits (pg19, a data set of the hub, a folder with files of that name)", _splits
+    "data with splits (pg19, a data set of the hub, a folder with files of that name)",
+    lambda v: any(has_split(name, str(v["split"])) for name in _sources(v)),
 )
-COLUMNS = Needs("data with columns (.jsonl, .parquet or a data set of the hub)", _columns)
+COLUMNS = Needs(
+    "data with columns (.jsonl, .parquet or a data set of the hub)",
+    lambda v: any(map(has_columns, _sources(v) + [str(v[k]) for k in ["eval_data"] if v.get(k)])),
+)
 TASKS = needs_one_of("`tasks`", "tasks")
 # of heal alone: rank bounds the states of a search by it too
 STREAM = Needs("`stream`", lambda v: bool(v["stream"]) or "teacher" not in v)

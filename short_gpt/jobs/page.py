@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
 WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, so that letters stay large
 
-
 REMOVED = "Block Influence of every layer, 1 - cos of the hidden states before and after it. "
 REMOVED += "Removed layers are orange."
 TRIED = "Each set was refitted, and judged by held-out loss: nats a token more than the chosen "
@@ -67,14 +66,9 @@ def page(
     made = Environment(
         autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     ).from_string(template)
-    parts: dict[str, object] = {
-        "mark": MARK,
-        "title": title,
-        "lead": lead,
-        "head": rows[0],
-        "rows": rows[1:],
-    }
-    parts |= {"remarks": remarks, "prompt": prompt, "completions": completions or {}}
+    parts: dict[str, object] = {"mark": MARK, "title": title, "lead": lead}
+    parts |= {"head": rows[0], "rows": rows[1:], "remarks": remarks}
+    parts |= {"prompt": prompt, "completions": completions or {}}
     parts |= {"pictures": pictures, "how": how, "commands": commands}
     own = ", ".join(f"{name} {version}" for name, version in versions().items())
     return made.render(**parts, steps=[*steps, own])
@@ -93,14 +87,15 @@ def shrunk_page(shrunk: Shrunk) -> str:
     read = f"{learned} windows of {size} tokens learned from, {judged} others judged on"
     return page(
         f"{shrunk.out.name}: {name} without {len(shrunk.layers)} of {shrunk.total} layers",
-        f"{shrunk.head}. {shrunk.verdict}.",
+        ". ".join(line[0].upper() + line[1:] for line in (shrunk.head, shrunk.verdict)) + ".",
         shrunk.rows(),
         remarks=shrunk.remarks,
         prompt=shrunk.prompt,
         completions={state: look.completion for state, look in shrunk.looks.items()},
         pictures=pictures,
-        how=shrunk.plan,
+        how=f"{shrunk.command}\n\n{shrunk.plan}",
         steps=[
+            f"seed {shrunk.seed}",
             read,
             *(str(step["method"]) for step in shrunk.healing),
             "what was written was read again and compared with the model in memory",

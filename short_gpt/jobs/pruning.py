@@ -71,8 +71,7 @@ def prune(
         choice: which layers, or how far the perplexity may rise.
         written: format, proof, recipe, and whether an earlier checkpoint is replaced.
         hub: where it is uploaded.
-        fields: single settings by their names, in place of objects: ``layers=[21, 22]``,
-            ``scores="ranking.json"``, ``n=9``, ``to="hf"``, ``push_to_hub="user/model"``.
+        fields: single settings by their names, in place of objects: ``layers=[21, 22]``.
 
     Raises:
         RuntimeError: the result is not the source without the layers. It is deleted, and an
@@ -116,7 +115,6 @@ def prune_by(model: str, out: str, choice: Choice = Choice(), **settings: Any) -
 def _write_opened(
     source: Source, target: Target, removal: Chosen, verify: bool | None, opening: OpenOptions
 ) -> str | None:
-    """Opens a model, removes the layers, and writes it in Hugging Face's format."""
     short = open_model(str(source), opening, max_seq_len=1024, precision=FLOAT32)
     if removal.importance is not None:
         short.importance = removal.importance

@@ -152,8 +152,7 @@ def rank(
         detailed: whether it is also called with the time that one pass will take, from a window
             that is timed, and how the answer stands while it goes on.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
-        fields: single settings by their names, in place of objects: ``method="angular"``,
-            ``size=512``, ``max_windows=24``, ``column="content"``, ``device="cuda"``.
+        fields: single settings by their names, in place of objects: ``method="angular"``.
 
     Raises:
         ShortGPTError: a setting, the model, the texts or the state of another run are refused.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import combinations, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,6 @@ def published_scores(model: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _paper_model(name: str) -> JsonObject:
-    """What the paper says of a model; ShortGPTError for a name that it does not have."""
     models = published()["paper"]["models"]
     if name not in models:
         raise ShortGPTError(f"the paper has no list for {name!r}, only for {', '.join(models)}")
@@ -252,13 +251,9 @@ class Reproduced(NamedTuple):
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
-        return {
-            "result": self.comparison._asdict(),
-            "order": self.order.to_dict(),
-            "published_rank_correlation": self.published,
-            "changed": list(self.changed),
-            **self.ranking.to_dict(),
-        }
+        compared = {"result": self.comparison._asdict(), "order": self.order.to_dict()}
+        about = {"published_rank_correlation": self.published, "changed": list(self.changed)}
+        return {**compared, **about, **self.ranking.to_dict()}
 
 
 def reproduce(
@@ -305,17 +300,8 @@ def reproduce(
     check_ranking(model, answer, cut, running, opening)  # before anything is said
     if not running.stream:
         notify(_in_memory(shape, opening))
-    result = rank(
-        model,
-        data,
-        answer=answer,
-        cut=cut,
-        opening=opening,
-        running=running,
-        saving=saving,
-        notify=notify,
-        detailed=True,
-    )
+    how: Any = {"opening": opening, "running": running, "saving": saving, "notify": notify}
+    result = rank(model, data, answer=answer, cut=cut, **how, detailed=True)
     ours = compare_with_paper(name, result.layers)
     assert result.importance is not None  # of Block Influence, which is no search
     order = bear_out(ours.paper, result.importance)
@@ -342,7 +328,6 @@ def _name(model: str, shape: Shape, name: str | None) -> str:
 
 
 def _in_memory(shape: Shape, opening: OpenOptions) -> str:
-    """What a model in memory takes, by its shape, before it is loaded."""
     device = choose_device(opening.device)
     dtype = choose_dtype(opening.dtype, device)
     size, kind = shape.parameters * dtype.itemsize, str(dtype).removeprefix("torch.")
@@ -355,7 +340,6 @@ def _in_memory(shape: Shape, opening: OpenOptions) -> str:
 
 
 def _changed(cut: Cut, texts: TextSource, bos: str) -> tuple[str, ...]:
-    """How a run differs from the paper's protocol, in words."""
     numbers = (("size", cut.size, PROTOCOL.size), ("stride", cut.step, PROTOCOL.step))
     changed = [f"{name} {ours:,}, not {paper:,}" for name, ours, paper in numbers if ours != paper]
     changed += [f"at most {cut.max_windows:,} windows"] if cut.max_windows is not None else []

@@ -197,7 +197,6 @@ def read_scores(file: str) -> Importance:
 
 
 def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
-    """An object inside a record; empty where there is none."""
     part = record.get(name) or {}
     if not isinstance(part, dict):
         raise ShortGPTError(f"{file}: {name} is {part!r}, expected an object; rank anew")
@@ -292,7 +291,6 @@ def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) ->
 def _chosen_within(
     model: str, scores: Scores, choice: Choice, data: str, ratio: float, opening: OpenOptions
 ) -> Chosen:
-    """As many layers as the perplexity on held-out text allows."""
     if scores.method == AUTO:
         raise ShortGPTError(
             f"`max_perplexity_ratio` needs layers in an order, and {AUTO} chooses a set: name `n`, "

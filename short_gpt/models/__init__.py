@@ -13,24 +13,7 @@ from short_gpt.models.weight_changes import (
     restored_on_error,
 )
 
-__all__ = [
-    "FAMILIES",
-    "Decoder",
-    "Family",
-    "HFDecoder",
-    "MetaDecoder",
-    "Parameter",
-    "WeightChange",
-    "check_count",
-    "check_exist",
-    "check_layers",
-    "family_of",
-    "find_layers",
-    "pad",
-    "parameters_of",
-    "remove_layers",
-    "restored_on_error",
-    "skipped_in_prefill",
-    "span",
-    "without_layers",
-]
+__all__ = ["FAMILIES", "Decoder", "Family", "HFDecoder", "MetaDecoder", "Parameter", "WeightChange"]
+__all__ += ["check_count", "check_exist", "check_layers", "family_of", "find_layers", "pad"]
+__all__ += ["parameters_of", "remove_layers", "restored_on_error", "skipped_in_prefill", "span"]
+__all__ += ["without_layers"]

@@ -1,7 +1,5 @@
 """Results as pictures."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
@@ -20,17 +18,6 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = [
-    "angular_heatmap",
-    "beside_published",
-    "compared_page",
-    "cross_map",
-    "draw_crossed",
-    "draw_published",
-    "draw_quality",
-    "draw_scores",
-    "importance_bars",
-    "quality_curves",
-    "require_matplotlib",
-    "save",
-]
+__all__ = ["angular_heatmap", "beside_published", "compared_page", "cross_map", "draw_crossed"]
+__all__ += ["draw_published", "draw_quality", "draw_scores", "importance_bars", "quality_curves"]
+__all__ += ["require_matplotlib", "save"]

@@ -174,7 +174,6 @@ def angular_heatmap(
 
 
 def _mark_minima(axes: Axes, values: Tensor) -> None:
-    """A dot on the least distance of every row that has one."""
     rows = [row for row in range(len(values)) if values[row].isfinite().any()]
     least = [int(values[row].nan_to_num(nan=torch.inf).argmin()) for row in rows]
     axes.plot(
@@ -191,7 +190,6 @@ def _mark_minima(axes: Axes, values: Tensor) -> None:
 
 
 def _outline(axes: Axes, start: int, n: int) -> None:
-    """A frame around the block's cell, light outside so that it shows on every colour."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -248,7 +246,6 @@ def _influence(axes: Axes, importance: Importance, comparison: PaperComparison) 
 
 
 def _published(axes: Axes, x: Sequence[int], theirs: Tensor, ours: Tensor) -> None:
-    """Published scores at the median of the measured ones."""
     scaled = theirs * (ours.median() / theirs.median())
     axes.plot(
         x, scaled, "s--", color=KEPT, markersize=4, label="published, scaled to the measured median"

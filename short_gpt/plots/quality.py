@@ -104,7 +104,6 @@ def _place(healing: str) -> int:
 
 
 def _top(rows: Sequence[Row]) -> float:
-    """Where the axis of perplexities ends."""
     ends = [r.perplexity * math.exp(r.standard_error) for r in rows]
     return min(1.1 * max(filter(math.isfinite, ends), default=1.0), SHOWN * rows[0].perplexity)
 

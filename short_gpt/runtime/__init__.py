@@ -1,7 +1,5 @@
 """What every run needs: errors, progress bars, states on disk, digests, replicas, memory plans."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
@@ -25,16 +23,5 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = [
-    "USER_ERRORS",
-    "MissingPackageError",
-    "NotFiniteError",
-    "ShortGPTError",
-    "StateFile",
-    "environment",
-    "machine",
-    "read_record",
-    "versions",
-    "weights_digest",
-    "write_record",
-]
+__all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "ShortGPTError", "StateFile"]
+__all__ += ["environment", "machine", "read_record", "versions", "weights_digest", "write_record"]

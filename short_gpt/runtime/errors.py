@@ -6,16 +6,8 @@ import re
 
 from llama.errors import InputError, MissingPackageError, required
 
-__all__ = [
-    "USER_ERRORS",
-    "MissingPackageError",
-    "NotFiniteError",
-    "NotSavedError",
-    "ShortGPTError",
-    "one_line",
-    "required",
-    "shortage",
-]
+__all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "NotSavedError", "ShortGPTError"]
+__all__ += ["one_line", "required", "shortage"]
 
 # One class for both packages, a ``ValueError``: who catches either catches what both raise.
 ShortGPTError = InputError

@@ -40,3 +40,13 @@ def html_table(columns: Columns, title: str) -> str:
 
     rows = [row([*columns], "th"), *(row(r, "td") for r in zip(*columns.values(), strict=True))]
     return f"<table><caption>{escape(title)}</caption>{''.join(rows)}</table>"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *cells in rows:
+        right = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([f"{first:<{widths[0]}}", *right]).rstrip())
+    return lines

@@ -10,6 +10,7 @@ from llama.ranks import several_ranks
 
 Bar = Any  # of tqdm, which has no types
 _quiet = False  # whether neither bars nor notes are shown
+RARELY = 30.0  # seconds between two lines of a bar in a file
 UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
@@ -41,7 +42,21 @@ def bar(
     from tqdm import tqdm
 
     silent = _quiet or not (show and first_rank())
-    return tqdm(total=total, desc=desc, unit=unit, delay=delay, initial=done, disable=silent)
+    how: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": done}
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # notebooks redraw a line, too
+        how |= {"file": _Lines(), "mininterval": RARELY, "maxinterval": RARELY, "ncols": 100}
+    return tqdm(**how, delay=delay, disable=silent)
+
+
+class _Lines:
+    """Stderr as a file of whole lines: each state of a bar is one, and what clears it is none."""
+
+    def write(self, text: str) -> None:
+        if line := text.replace("\x1b[A", "").strip():
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def above_bars(text: str) -> None:

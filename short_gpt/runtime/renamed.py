@@ -1,55 +1,42 @@
 """Paths of the last version's modules, which still work and warn with the new ones."""
 
-from __future__ import annotations
-
+# inside a package: the old name, and the modules that have its names now
+_WITHIN = {
+    "checkpoints": "card>provenance mergekit>prune save>hf+meta",
+    "cli": "results>tables",
+    "evaluation": "documents>tasks llama_lm>harness",
+    "healing": ("moments>solver refit_memory>refit_state steps>job+lora teacher>distillation"),
+    "jobs": (
+        "calibrating>calibration cells>comparing choice>scores "
+        "published>reproduction rows>cases scored>scores"
+    ),
+    "models": (
+        "computation>config_file config_check>config_file layer_removal>decoder "
+        "rotary>layer_config shape>config_file weights_report>loading"
+    ),
+    "runtime": "abort>replicas lock>state results>state",
+    "scoring": (
+        "clusters>moments+lists differences>importance following>run "
+        "halves>hooks measuring>run state>run timing>run"
+    ),
+    "selection": "found>search partial_run>search trials>search",
+    "wrappers": "streamed_weights>streamed_transformer sublayers>short_model",
+}
 # the old path, and the modules that have its names now
-MOVED = {
-    "short_gpt.checkpoints.card": ("short_gpt.checkpoints.provenance",),
-    "short_gpt.checkpoints.mergekit": ("short_gpt.checkpoints.prune",),
-    "short_gpt.checkpoints.save": ("short_gpt.checkpoints.hf", "short_gpt.checkpoints.meta"),
-    "short_gpt.cli.results": ("short_gpt.cli.tables",),
-    "short_gpt.evaluation.documents": ("short_gpt.evaluation.tasks",),
-    "short_gpt.evaluation.llama_lm": ("short_gpt.evaluation.harness",),
+MOVED: dict[str, tuple[str, ...]] = {
     "short_gpt.experiments": ("short_gpt.jobs",),
-    "short_gpt.healing.moments": ("short_gpt.healing.solver",),
-    "short_gpt.healing.refit_memory": ("short_gpt.healing.refit_state",),
-    "short_gpt.healing.steps": ("short_gpt.healing.job", "short_gpt.healing.lora"),
-    "short_gpt.healing.teacher": ("short_gpt.healing.distillation",),
-    "short_gpt.jobs.calibrating": ("short_gpt.jobs.calibration",),
-    "short_gpt.jobs.cells": ("short_gpt.jobs.comparing",),
-    "short_gpt.jobs.choice": ("short_gpt.jobs.scores",),
     "short_gpt.jobs.choice_settings": ("short_gpt.jobs.settings", "short_gpt.jobs"),
     "short_gpt.jobs.healing_settings": ("short_gpt.jobs.settings", "short_gpt.jobs"),
-    "short_gpt.jobs.published": ("short_gpt.jobs.reproduction",),
-    "short_gpt.jobs.rows": ("short_gpt.jobs.cases",),
-    "short_gpt.jobs.scored": ("short_gpt.jobs.scores",),
-    "short_gpt.models.computation": ("short_gpt.models.config_file",),
-    "short_gpt.models.config_check": ("short_gpt.models.config_file",),
-    "short_gpt.models.layer_removal": ("short_gpt.models.decoder",),
-    "short_gpt.models.rotary": ("short_gpt.models.layer_config",),
-    "short_gpt.models.shape": ("short_gpt.models.config_file",),
-    "short_gpt.models.weights_report": ("short_gpt.models.loading",),
     "short_gpt.opening": ("short_gpt.wrappers.opening",),
     "short_gpt.report": ("short_gpt.plots", "short_gpt.cli.tables", "short_gpt.cli"),
-    "short_gpt.runtime.abort": ("short_gpt.runtime.replicas",),
-    "short_gpt.runtime.lock": ("short_gpt.runtime.state",),
-    "short_gpt.runtime.results": ("short_gpt.runtime.state",),
-    "short_gpt.scoring.clusters": ("short_gpt.scoring.moments", "short_gpt.scoring.lists"),
-    "short_gpt.scoring.differences": ("short_gpt.scoring.importance",),
-    "short_gpt.scoring.following": ("short_gpt.scoring.run",),
-    "short_gpt.scoring.halves": ("short_gpt.scoring.hooks",),
-    "short_gpt.scoring.measuring": ("short_gpt.scoring.run",),
-    "short_gpt.scoring.state": ("short_gpt.scoring.run",),
-    "short_gpt.scoring.timing": ("short_gpt.scoring.run",),
-    "short_gpt.selection.found": ("short_gpt.selection.search",),
-    "short_gpt.selection.partial_run": ("short_gpt.selection.search",),
-    "short_gpt.selection.trials": ("short_gpt.selection.search",),
     "short_gpt.short_hf": ("short_gpt.wrappers.short_hf",),
     "short_gpt.short_llama": ("short_gpt.wrappers.short_llama",),
     "short_gpt.short_model": ("short_gpt.wrappers.short_model",),
     "short_gpt.streaming": ("short_gpt.wrappers", "short_gpt.runtime.memory"),
     "short_gpt.streaming.memory": ("short_gpt.runtime.memory",),
     "short_gpt.surgery": ("short_gpt.models", "short_gpt.wrappers"),
-    "short_gpt.wrappers.streamed_weights": ("short_gpt.wrappers.streamed_transformer",),
-    "short_gpt.wrappers.sublayers": ("short_gpt.wrappers.short_model",),
 }
+for _package, _moves in _WITHIN.items():
+    for _old, _new in (move.split(">") for move in _moves.split()):
+        _modules = tuple(f"short_gpt.{_package}.{name}" for name in _new.split("+"))
+        MOVED[f"short_gpt.{_package}.{_old}"] = _modules

@@ -114,26 +114,23 @@ class Lock:
         self.process = os.getpid()
         target = path.resolve()
         file = target.with_name(f".{target.name}.lock")
+        alone = not file.parent.exists()  # so that the folder is made for this file
         handle = _locked(path, file) if first_rank() else None
         if handle is not None:
             with suppress(OSError):  # a full disk
                 os.ftruncate(handle, 0)
                 since = time.strftime("%Y-%m-%d %H:%M:%S")
                 holder = f"process {self.process} on {platform.node()} since {since}: "
-                os.write(handle, (holder + _command()).encode(errors="replace"))
-            finalize(self, _release, handle, file, self.process)
+                file_name, *arguments = sys.argv or [""]
+                program = Path(file_name)  # of python -m the file __main__.py in the package
+                name = program.parent.name if program.stem == "__main__" else program.name
+                os.write(handle, (holder + " ".join([name, *arguments])).encode(errors="replace"))
+            finalize(self, _release, handle, file, self.process, alone)
 
     def __enter__(self) -> Lock:
         return self  # the with statement keeps the object to its end
 
     def __exit__(self, *_: object) -> None: ...
-
-
-def _command() -> str:
-    file, *arguments = sys.argv or [""]
-    program = Path(file)  # of python -m the file __main__.py in the package
-    name = program.parent.name if program.stem == "__main__" else program.name
-    return " ".join([name, *arguments])
 
 
 _HELD: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
@@ -172,11 +169,13 @@ def _locked(path: Path, file: Path) -> int | None:
     return None
 
 
-def _release(handle: int, file: Path, process: int) -> None:
+def _release(handle: int, file: Path, process: int, alone: bool) -> None:
     """Removes the file while it is still locked; a fork's copy only closes its own."""
     if os.getpid() == process:
         with suppress(OSError):
             file.unlink()
+            if alone:  # a folder that holds something stays
+                file.parent.rmdir()
     os.close(handle)
 
 

@@ -13,21 +13,6 @@ from short_gpt.scoring.metrics import (
 from short_gpt.scoring.run import RunState, ScoringRun, measure
 from short_gpt.scoring.stopping import Stop, Verdict
 
-__all__ = [
-    "Importance",
-    "LayerHooks",
-    "RunState",
-    "Scores",
-    "ScoringRun",
-    "Stop",
-    "Verdict",
-    "angular_distance",
-    "angular_distances",
-    "block_influence",
-    "cosine",
-    "hooked",
-    "measure",
-    "relative_magnitude",
-    "score",
-    "spearman",
-]
+__all__ = ["Importance", "LayerHooks", "RunState", "Scores", "ScoringRun", "Stop", "Verdict"]
+__all__ += ["angular_distance", "angular_distances", "block_influence", "cosine", "hooked"]
+__all__ += ["measure", "relative_magnitude", "score", "spearman"]

@@ -62,19 +62,11 @@ class Importance(Table):
     def empty(cls, layers: Sequence[int]) -> Importance:
         """Zero sums for these layers."""
         n = len(layers)
-        shapes = {
-            "windows": (2,),
-            "tokens": (2,),
-            "influence": (2, n),
-            "products": (n + 1, n + 1),
-            "cubes": (2, n + 1, n + 1),
-            "angles": (n + 1, n + 1),
-            "angle_products": (n, n, n),
-            "angle_cubes": (n, n, n),
-            "metrics": (len(LAYER_METRICS), n),
-            "sublayers": (2, n),
-            "token_angles": (n + 1, n + 1),
-        }
+        shapes: dict[str, tuple[int, ...]] = {"windows": (2,), "tokens": (2,), "influence": (2, n)}
+        shapes |= {"products": (n + 1, n + 1), "cubes": (2, n + 1, n + 1), "angles": (n + 1, n + 1)}
+        shapes |= {"angle_products": (n, n, n), "angle_cubes": (n, n, n)}
+        shapes |= {"metrics": (len(LAYER_METRICS), n), "sublayers": (2, n)}
+        shapes |= {"token_angles": (n + 1, n + 1)}
         zeros: dict[str, Any] = {k: torch.zeros(v, dtype=torch.float64) for k, v in shapes.items()}
         return cls(list(layers), **zeros)
 

@@ -227,7 +227,21 @@ class Verdict:
             )
             return f"{what} settled at {sure:.4g} after {read}; {closest}; {promise}"
         early = f", looked at from {first:,} on" if self.windows < first else ""
-        return f"{what} NOT settled at {self.stop.confidence:.4g} by {read}{early}; {closest}"
+        not_yet = f"{what} NOT settled at {self.stop.confidence:.4g} by {read}{early}"
+        return f"{not_yet}; {closest}; more windows (`max_windows`) may settle it"
+
+
+def unsure(importance: Importance, n: int, *, angular: bool = False) -> str | None:
+    """Why other windows may choose other layers than the n of least score; None if they hardly may.
+
+    It compares the removed layers with the kept ones as `Stop` does, at 95%.
+    """
+    verdict = Stop(n, angular, 0.95).judge(importance, None, final=True)
+    if verdict.z > verdict.needed:
+        return None
+    why = f"by {verdict.windows:,} windows, {verdict.closest} are {verdict.apart(True)}"
+    why = "one window tells nothing of others" if verdict.windows < 2 else why
+    return f"not sure which layers to remove: {why}; read more (`max_windows`)"
 
 
 def order_z(means: Tensor, covariance: Tensor, chosen: Tensor) -> Tensor:

@@ -5,22 +5,6 @@ from short_gpt.selection.methods import BY_LOSS, METHODS, check_method, choose
 from short_gpt.selection.perplexity_budget import Budget, most_layers
 from short_gpt.selection.search import Options, Search, one_shot, sleb, sleb_rounds
 
-__all__ = [
-    "BY_LOSS",
-    "METHODS",
-    "Budget",
-    "Options",
-    "Search",
-    "at_random",
-    "best_block",
-    "check_method",
-    "choose",
-    "deepest",
-    "lowest",
-    "most_layers",
-    "one_shot",
-    "reverse",
-    "sequential",
-    "sleb",
-    "sleb_rounds",
-]
+__all__ = ["BY_LOSS", "METHODS", "Budget", "Options", "Search", "at_random", "best_block"]
+__all__ += ["check_method", "choose", "deepest", "lowest", "most_layers", "one_shot", "reverse"]
+__all__ += ["sequential", "sleb", "sleb_rounds"]

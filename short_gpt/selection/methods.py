@@ -18,7 +18,7 @@ class Method(NamedTuple):
     # from the scores, the number of layers and a seed to positions of layers; None runs the model
     # without layers, see `search`
     choose: Callable[[Importance, int, int], list[int]] | None = None
-    label: str = ""  # as pictures write it; else the name
+    label: str = ""  # as pictures write it; else as ``about``
 
 
 AUTO = "auto"  # see `healing.choosing`
@@ -59,21 +59,9 @@ REGISTRY = (
         lambda scores, n, _: lowest(-scores.mean("norm"), n),
         "largest norm",
     ),
-    Method(
-        "sequential",
-        "first layers",
-        lambda scores, n, _: sequential(len(scores.layers), n),
-        "first layers",
-    ),
-    Method(
-        "reverse", "last layers", lambda scores, n, _: reverse(len(scores.layers), n), "last layers"
-    ),
-    Method(
-        "random",
-        "random layers",
-        lambda scores, n, seed: at_random(len(scores.layers), n, seed),
-        "random layers",
-    ),
+    Method("sequential", "first layers", lambda scores, n, _: sequential(len(scores.layers), n)),
+    Method("reverse", "last layers", lambda scores, n, _: reverse(len(scores.layers), n)),
+    Method("random", "random layers", lambda scores, n, i: at_random(len(scores.layers), n, i)),
     Method(
         "perplexity",
         "lowest perplexity without the one layer (Shortened LLaMA)",
@@ -91,7 +79,7 @@ REGISTRY = (
     ),
 )
 METHODS = {method.name: method.about for method in REGISTRY}
-LABELS = {method.name: method.label or method.name for method in REGISTRY}
+LABELS = {method.name: method.label or method.about for method in REGISTRY}
 BY_LOSS = tuple(method.name for method in REGISTRY if method.choose is None)
 SEARCHED = tuple(name for name in BY_LOSS if name != AUTO)  # by `selection.search`
 REMOVED = {

@@ -1,7 +1,5 @@
 """A model with its scores; `open_model` opens any source as one."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
@@ -19,20 +17,6 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = [
-    "Batch",
-    "OpenOptions",
-    "ScoredModel",
-    "ShortHFModel",
-    "ShortLlama",
-    "ShortModel",
-    "StreamedDecoder",
-    "StreamedLlama",
-    "StreamedTransformer",
-    "open_model",
-    "open_stream",
-    "own_samples",
-    "remove_sublayers",
-    "sublayer_parameters",
-    "writes",
-]
+__all__ = ["Batch", "OpenOptions", "ScoredModel", "ShortHFModel", "ShortLlama", "ShortModel"]
+__all__ += ["StreamedDecoder", "StreamedLlama", "StreamedTransformer", "open_model", "open_stream"]
+__all__ += ["own_samples", "remove_sublayers", "sublayer_parameters", "writes"]

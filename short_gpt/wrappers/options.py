@@ -24,21 +24,11 @@ TOKENIZER = Needs(
     "a model in Meta's format (others bring their own tokenizer) or `stream`", _tokenizer_is_read
 )
 PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
-READING: tuple[str, ...] = (
-    "shrink",
-    "rank",
-    "prune",
-    "heal",
-    "calibrate",
-    "compare",
-    "perplexity",
-    "evaluate",
-)
-READING += ("reproduce",)
+READING: tuple[str, ...] = ("shrink", "rank", "prune", "heal", "calibrate", "compare")
+READING += ("perplexity", "evaluate", "reproduce")
 # of prune, which loads the model for that alone
 LOADED = Needs(
-    "`max_perplexity_ratio`",
-    lambda v: "recipe" not in v or v["max_perplexity_ratio"] is not None,
+    "`max_perplexity_ratio`", lambda v: "recipe" not in v or v["max_perplexity_ratio"] is not None
 )
 
 

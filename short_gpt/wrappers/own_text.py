@@ -148,7 +148,10 @@ class _Writing:
             shown.update(len(rows))
             self.times.append(perf_counter())
             if progress and not self.team.rank and len(self.times) == TIMED:
-                above_bars(self._forecast(total, len(rows)))
+                left = (self.times[-1] - self.times[0]) / (TIMED - 1) * total / len(rows)
+                kept = f"in {self.state.path}" if self.state else "nowhere: no state is named"
+                words = f"{total:,} tokens of its own, {len(rows)} texts at once"
+                above_bars(f"the model writes {words}: about {duration(left)}; kept {kept}")
             if self.state is not None and self.state.due():
                 self.state.save({"texts": self.texts})
             return tokens
@@ -167,12 +170,6 @@ class _Writing:
             finally:
                 if self.state is not None and missing:
                     self.state.save({"texts": self.texts})
-
-    def _forecast(self, missing: int, at_once: int) -> str:
-        seconds = (self.times[-1] - self.times[0]) / (TIMED - 1) * missing / at_once
-        kept = f"kept in {self.state.path}" if self.state else "kept nowhere: no state is named"
-        words = f"{missing:,} tokens of its own, {at_once} texts at once"
-        return f"the model writes {words}: about {duration(seconds)}; {kept}"
 
     def _fitting(self) -> int:
         """How many texts at once leave half of the memory free, by an upper bound."""
@@ -197,15 +194,20 @@ def writes(
     )
 
 
-def written(
-    kinds: Sequence[Iterable[Text]], write: Write, limit: int | None, *, spare: bool = False
-) -> list[Iterable[Text]]:
-    """The kinds, with what the model writes: its share of ``limit`` windows, or `COUNT`.
+def count_of_own(limit: int | None, kinds: int, *, spare: bool) -> int:
+    """How many texts the model writes: one kind's share of ``limit`` windows, or `COUNT`.
 
     ``spare`` asks for a tenth more, at least `JUDGES`, to be held out.
     """
-    count = COUNT if limit is None else -(-limit // len(kinds))
-    count += max(-(-count // 9), JUDGES) if spare else 0
+    count = COUNT if limit is None else -(-limit // kinds)
+    return count + (max(-(-count // 9), JUDGES) if spare else 0)
+
+
+def written(
+    kinds: Sequence[Iterable[Text]], write: Write, limit: int | None, *, spare: bool = False
+) -> list[Iterable[Text]]:
+    """The kinds, with what the model writes, as many texts as `count_of_own` says."""
+    count = count_of_own(limit, len(kinds), spare=spare)
     return [write(OWN[kind], count) if isinstance(kind, str) else kind for kind in kinds]
 
 

@@ -235,15 +235,10 @@ class ScoredModel(ModelRecord, ABC):
     def identity(self) -> dict[str, object]:
         """What two runs must share for one to continue the other's state, ready for JSON."""
         dtype, device = self.runs_in()
-        return {
-            "dtype": str(dtype),
-            "device": device.type,
-            "stream": self.streamed,
-            "model_parallel_size": len(replicas.of_model(None)),
-            "configuration": config_digest(self.configuration),
-            "weights": self.weights_digest(),
-            **self.about_precision,
-        }
+        runs = {"dtype": str(dtype), "device": device.type, "stream": self.streamed}
+        runs |= {"model_parallel_size": len(replicas.of_model(None))}
+        runs |= {"configuration": config_digest(self.configuration)}
+        return {**runs, "weights": self.weights_digest(), **self.about_precision}
 
     @property
     def precision(self) -> str:

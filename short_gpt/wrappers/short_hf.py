@@ -118,7 +118,6 @@ class ShortHFModel(ShortModel):
         return self._tokenizer()(text, verbose=False)["input_ids"]
 
     def _rendered(self, conversation: Conversation) -> list[int]:
-        """Token ids of a conversation, by the chat template, which writes special tokens itself."""
         from jinja2 import TemplateError
 
         tokenizer = self._tokenizer()
@@ -260,15 +259,18 @@ class ShortHFModel(ShortModel):
         overwrite: bool = False,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
+        release: bool = False,
     ) -> Path:
         """As `save`, for plain ``from_pretrained``, with a model card.
 
         ``verify`` loads the result again and compares: the same logits, bit for bit, and the same
-        greedy generation with and without the cache.
+        greedy generation with and without the cache. With ``release`` this model's weights are
+        gone before, as in `check_saved`.
         """
         self.check_whole()
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
-        target = Target(out_dir, "hf", overwrite, self.check_saved if verify else None)
+        proof = partial(self.check_saved, release=release) if verify else None
+        target = Target(out_dir, "hf", overwrite, proof)
         return save_hf(self.trainable(), target, tokenizer=self.tokenizer, record=record)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, verify: bool = True) -> str:
@@ -308,10 +310,21 @@ class ShortHFModel(ShortModel):
         target = Target(out_dir, "meta", overwrite, self.check_saved)
         return save_as_meta(self.model, target, record=record, tokenizer_path=self._meta_tokenizer)
 
-    def check_saved(self, directory: Path) -> None:
-        """Raises RuntimeError unless a directory holds this model, as transformers loads it."""
+    def release(self) -> None:
+        """Drops all weights, which makes room for others; this model computes nothing after it."""
+        self.model.to("meta")
+
+    def check_saved(self, directory: Path, *, release: bool = False) -> None:
+        """Raises RuntimeError unless a directory holds this model, as transformers loads it.
+
+        With ``release`` one copy of the weights is in memory at a time: this model's are dropped
+        once its logits are there, and then the directory is opened.
+        """
+        device = self.decoder.device
 
         def saved() -> ShortHFModel:
+            if release:  # its logits are kept by now
+                self.release()
             again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
             if damaged := copy_weights(again):
                 raise NotFiniteError(
@@ -320,7 +333,7 @@ class ShortHFModel(ShortModel):
                     "proof out (`verify` no)"
                 )
             if not getattr(again, "is_quantized", False):  # those are where they belong
-                again.to(self.decoder.device)
+                again.to(device)
             return ShortHFModel(again, self._layers_path)
 
         check_same(*one_by_one(lambda: fingerprint(self), lambda: fingerprint(saved())))

@@ -22,8 +22,8 @@ from gguf_files import stack_file
 from transformers import AutoModelForCausalLM
 
 from llama.errors import InputError
-from llama.formats.gguf_read import GGUFParts, read_header
-from llama.formats.gguf_write import UINT32
+from llama.formats.gguf_read import STRING, GGUFParts, read_header
+from llama.formats.gguf_write import UINT32, copied, write_again
 from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance, Target, gguf, prune_gguf, write_gguf
@@ -81,6 +81,22 @@ def test_what_stays_is_the_sources_byte_for_byte_under_its_new_number(tmp_path):
         assert (ours[key].kind, ours[key].element) == (record.kind, record.element)
         if fields[key] == read_header(path).fields[key]:
             assert ours[key].raw == record.raw
+
+
+def test_the_name_says_how_many_layers_were_removed(tmp_path):
+    path, name = (
+        stack_file(tmp_path / "model.gguf"),
+        key_record("general.name", "Qwen, large", STRING),
+    )
+    parts = GGUFParts(path)
+    tensors = {key: copied(parts, key) for key in parts.tensors}
+    write_again([tmp_path / "named.gguf"], parts, tensors, records={"general.name": name})
+    prune_gguf(tmp_path / "named.gguf", tmp_path / "one.gguf", [1])
+    prune_gguf(tmp_path / "one.gguf", tmp_path / "three.gguf", [0, 2])
+    names = [read_header(tmp_path / f"{n}.gguf").fields["general.name"] for n in ("one", "three")]
+    assert names == ["Qwen, large, 1 layer removed", "Qwen, large, 3 layers removed"]
+    prune_gguf(path, tmp_path / "other.gguf", [1])  # which names no model
+    assert "general.name" not in read_header(tmp_path / "other.gguf").fields
 
 
 def test_files_in_parts_are_read_and_written(tmp_path):

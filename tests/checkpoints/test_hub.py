@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 from commands import fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from huggingface_hub import constants
 
-from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, prune, shrink
 from short_gpt.checkpoints.hub import push
 from short_gpt.jobs import heal
@@ -95,15 +93,11 @@ def hub(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, one_rank) -> Path:
+def made(llama_folders) -> Path:
     """A random Llama in both formats, with a card of its own."""
-    path = tmp_path_factory.mktemp("made")
-    model = make_transformer(vocab_size=BYTE_VOCAB)
-    write_byte_tokenizer(save_checkpoint(path / "meta", model))
-    meta_to_hf(path / "meta", path / "hf")
     card = "---\nlicense: mit\nbase_model: them/big\n---\n\nTheirs.\n"
-    (path / "hf/README.md").write_text(card)
-    return path
+    (llama_folders / "hf/README.md").write_text(card)
+    return llama_folders
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import BYTE_VOCAB, make_transformer, save_byte_llama
 from safetensors.torch import load_file, save_file
 
 from llama.checkpoint.pth import Shard
@@ -29,7 +29,7 @@ def here(tmp_path, monkeypatch) -> Path:
     for seed, name in enumerate(("book.txt", "held.txt")):
         Path(name).write_text("".join(random.Random(seed).choices("etaoin shr", k=600)))
     model = make_transformer(vocab_size=BYTE_VOCAB, n_layers=4)
-    write_byte_tokenizer(save_checkpoint(Path("ckpt"), model))
+    save_byte_llama(Path("ckpt"), model)
     return tmp_path
 
 

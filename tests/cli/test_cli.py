@@ -95,7 +95,8 @@ def test_rank_ends_when_its_answer_is_settled(ckpt, capsys, method):
 def test_rank_that_reads_too_little_says_so(ckpt, capsys):
     run("rank", "ckpt", *DATA, "--n_prune_layers", 2, "--max_windows", 10)
     text = "NOT settled at 0.99 by 10 of 38 windows, looked at from 38 on; closest layers"
-    assert text in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert text in out and "more windows (--max_windows) may settle it" in out
 
 
 def test_one_window_alone_has_no_errors_and_prints_none(ckpt, capsys):
@@ -401,6 +402,9 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "nowhere"], "checkpoint directory nowhere does not exist"),
         (["rank", "."], "has no params.json (Meta's format) and no config.json"),
         (["rank", "ckpt", "--sed", "1"], "rank has no flag --sed; did you mean --seed?"),
+        (["shrink", "ckpt", "x", "--n_layers", "4"], "no flag --n_layers; did you mean --n?"),
+        (["rank", "ckpt", "--num-layers=4"], "no flag --num-layers; did you mean --n?"),
+        (["shrink", "ckpt", "x", "--layers", "4"], "no flag --layers; did you mean --n?"),
         (["rank", "ckpt", "-q", "1"], "rank has no flag -q"),
         (["rank", "ckpt", "--size", "big"], "--size expects a whole number, got 'big'"),
         (["rank", "ckpt", "--overwrite=3"], "--overwrite expects True or False, got 3"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import save_byte_llama
 
 from short_gpt import open_model
 from short_gpt.data import overlapping
@@ -25,7 +25,7 @@ def text(start: int) -> str:
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_byte_tokenizer(save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB)))
+    save_byte_llama(Path("ckpt"))
     Path("books").mkdir()
     for start in (1000, 2000, 3000):
         Path("books", f"{start}.txt").write_text(text(start))

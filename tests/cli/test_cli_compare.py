@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import save_byte_llama
 
 from llama.formats.gguf import llama_to_gguf
 from short_gpt.cli.app import main
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_byte_tokenizer(save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB)))
+    save_byte_llama(Path("ckpt"))
     for folder, starts in (("books", (1000, 2000)), ("others", (5000,))):
         Path(folder).mkdir()
         for start in starts:

@@ -12,12 +12,11 @@ import pytest
 import torch
 import yaml
 from commands import fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import BYTE_VOCAB, make_transformer
 from gguf_families import make, write_model
 from gguf_files import stack_file, write_gguf
 from tokenizer_files import ODD, meta
 
-from llama.formats.convert import meta_to_hf
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts
 from llama.formats.gguf_vocabulary import vocabulary
 from llama.formats.gguf_write import UINT32, copied, record, write_again
@@ -32,15 +31,11 @@ TOKENS = torch.arange(3, 27).reshape(2, 12)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, one_rank) -> Path:
+def made(llama_folders) -> Path:
     """A random Llama in all formats, and a Qwen as GGUF."""
-    path = tmp_path_factory.mktemp("made")
-    model = make_transformer(vocab_size=BYTE_VOCAB)
-    write_byte_tokenizer(save_checkpoint(path / "meta", model))
-    meta_to_hf(path / "meta", path / "hf")
-    write_gguf(path / "model.gguf", model)
-    write_model(path / "qwen.gguf", "qwen2", make("qwen2", num_hidden_layers=3))
-    return path
+    write_gguf(llama_folders / "model.gguf", make_transformer(vocab_size=BYTE_VOCAB))
+    write_model(llama_folders / "qwen.gguf", "qwen2", make("qwen2", num_hidden_layers=3))
+    return llama_folders
 
 
 @pytest.fixture
@@ -177,7 +172,10 @@ def test_prune_writes_gguf_from_either_format(here, capsys, source):
     assert same_tensors("cut.gguf", "theirs.gguf")
     record, fields = Provenance.of_checkpoint("cut.gguf"), GGUFParts(Path("cut.gguf")).fields
     assert record.removed_layers == [1, 3] and record.source == source
-    assert fields["conversion.source"] == source and fields["general.name"] == source
+    assert (
+        fields["conversion.source"] == source
+        and fields["general.name"] == f"{source}, 2 layers removed"
+    )
     run("prune", source, "cut.gguf", "--layers", "0", "--overwrite")
     assert Provenance.of_checkpoint("cut.gguf").removed_layers == [0]
 

@@ -11,13 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DATA, TEXT, fails, run
-from conftest import (
-    BYTE_VOCAB,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import BYTE_VOCAB, make_transformer, random_windows, save_byte_llama
 from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -41,7 +35,7 @@ def made(tmp_path_factory, one_rank) -> Path:
     """A random Llama in both formats, hf and meta, as GGUF, and a text."""
     path = tmp_path_factory.mktemp("made")
     model = make_transformer(vocab_size=BYTE_VOCAB)
-    write_byte_tokenizer(save_checkpoint(path / "meta", model))
+    save_byte_llama(path / "meta", model)
     words = path / "meta/tokenizer.json"
     words.write_text(with_bos(words.read_text(), "<s>", 0))
     meta_to_hf(path / "meta", path / "hf")

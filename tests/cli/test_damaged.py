@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import DATA, TEXT, fails
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import make_transformer, save_byte_llama, save_checkpoint
 from tokenizer_files import sentencepiece_model
 
 from llama.formats.convert import meta_to_hf
@@ -46,7 +46,7 @@ NOT_READ = {
 def models(tmp_path_factory, one_rank) -> Path:
     """A random Llama in both formats, in two files, and with SentencePiece's tokenizer."""
     path = tmp_path_factory.mktemp("models")
-    write_byte_tokenizer(save_checkpoint(path / "meta", make_transformer(vocab_size=BYTE_VOCAB)))
+    save_byte_llama(path / "meta")
     meta_to_hf(path / "meta", path / "hf")
     size = (path / "hf/model.safetensors").stat().st_size
     meta_to_hf(path / "meta", path / "parts", max_shard_bytes=size * 6 // 10)

@@ -14,6 +14,7 @@ from conftest import (
     interrupted,
     make_transformer,
     random_windows,
+    save_byte_llama,
     save_checkpoint,
     write_byte_tokenizer,
 )
@@ -217,7 +218,7 @@ def test_a_meta_model_goes_through_transformers_and_comes_back_in_its_format(tmp
 def heals_meta(tmp_path: Path, dtype: torch.dtype) -> HealingJob:
     """A job that has patched a Meta checkpoint of some dtype, read in float32."""
     model = make_transformer(vocab_size=BYTE_VOCAB).to(dtype)
-    write_byte_tokenizer(save_checkpoint(tmp_path / "meta", model))
+    save_byte_llama(tmp_path / "meta", model)
     short = open_model(str(tmp_path / "meta"), max_seq_len=32, device="cpu", dtype="float32")
     job = HealingJob(short, WINDOWS, [2], settings=PatchSettings(), progress=False)
     job.run()

@@ -13,14 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DATA, TEXT, fails, run
-from conftest import (
-    BYTE_VOCAB,
-    interrupted,
-    make_transformer,
-    save_checkpoint,
-    write_byte_tokenizer,
-    zero_layer,
-)
+from conftest import BYTE_VOCAB, interrupted, make_transformer, save_byte_llama, zero_layer
 
 import short_gpt
 from short_gpt import ShortGPTError, Stop, convert, jobs, prune, rank
@@ -64,7 +57,7 @@ def here(tmp_path, monkeypatch) -> Path:
     """A random model whose layer 2 does nothing, and a text."""
     model = make_transformer(vocab_size=BYTE_VOCAB)
     zero_layer(model, 2)
-    write_byte_tokenizer(save_checkpoint(tmp_path / "ckpt", model))
+    save_byte_llama(tmp_path / "ckpt", model)
     (tmp_path / "book.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     return tmp_path

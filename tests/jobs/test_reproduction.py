@@ -10,7 +10,14 @@ import pytest
 import torch
 from children import reproduction
 from commands import TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer, zero_layer
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    save_byte_llama,
+    save_checkpoint,
+    write_byte_tokenizer,
+    zero_layer,
+)
 from processes import ranks
 
 from llama.formats.convert import meta_to_hf
@@ -42,7 +49,7 @@ def here(tmp_path, monkeypatch) -> Path:
     model = make_transformer(vocab_size=BYTE_VOCAB, n_kv_heads=4)
     zero_layer(model, 2)
     zero_layer(model, 3)
-    write_byte_tokenizer(save_checkpoint(tmp_path / "ckpt", model))
+    save_byte_llama(tmp_path / "ckpt", model)
     meta_to_hf(tmp_path / "ckpt", tmp_path / "hf")
     (tmp_path / "books").mkdir()
     for number in (1, 2):

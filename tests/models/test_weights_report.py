@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 from commands import DATA, TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import BYTE_VOCAB, make_transformer
 from gguf_families import make, write_model
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
-from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+from llama.formats.convert import gguf_to_meta, hf_to_meta
 from short_gpt import ShortGPTError, ShortHFModel
 from short_gpt.wrappers.opening import open_model
 
@@ -24,14 +24,10 @@ pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, one_rank) -> Path:
+def made(llama_folders) -> Path:
     """A random Llama with a head of its own in every format."""
-    path = tmp_path_factory.mktemp("whole")
-    model = make_transformer(vocab_size=BYTE_VOCAB)
-    write_byte_tokenizer(save_checkpoint(path / "meta", model))
-    meta_to_hf(path / "meta", path / "hf")
-    (path / "book.txt").write_text(TEXT)
-    return path
+    (llama_folders / "book.txt").write_text(TEXT)
+    return llama_folders
 
 
 @pytest.fixture

@@ -178,6 +178,21 @@ def test_a_lock_file_of_another_user_is_a_lock(tmp_path, monkeypatch):
     assert StateFile(tmp_path / "state", IDENTITY).content is not None  # nobody holds it
 
 
+def test_a_folder_that_was_made_for_a_lock_goes_with_it_unless_it_is_used(tmp_path):
+    lock = hold(tmp_path / "new/state")
+    assert (tmp_path / "new/.state.lock").is_file()
+    del lock
+    assert not (tmp_path / "new").exists()
+    lock = hold(tmp_path / "used/state")
+    (tmp_path / "used/state").write_text("{}")
+    del lock
+    assert [p.name for p in (tmp_path / "used").iterdir()] == ["state"]
+    (tmp_path / "empty").mkdir()
+    lock = hold(tmp_path / "empty/state")
+    del lock
+    assert (tmp_path / "empty").is_dir()
+
+
 def test_threads_of_one_process_share_its_lock(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         locks = list(pool.map(lambda _: hold(tmp_path / "state"), range(64)))

@@ -26,6 +26,7 @@ from short_gpt.scoring.stopping import (
     order_z,
     skewness_factor,
     unread,
+    unsure,
 )
 
 LAYERS = 8
@@ -137,6 +138,21 @@ def test_all_windows_read_is_settled_by_definition():
     assert "NOT settled at 0.99 by 40 of 4,000 windows, looked at from 286 on; closest" in text
     text = str(Stop(3, rare=0.2).judge(sums, 4000))
     assert "NOT settled at 0.99 by 40 of 4,000 windows; closest layers" in text
+
+
+def test_a_choice_is_unsure_where_a_kept_layer_may_be_lower():
+    torch.manual_seed(0)
+    spread = 0.1 * torch.randn(12, LAYERS)
+    apart, near = torch.arange(1.0, LAYERS + 1), torch.ones(LAYERS)
+    sums = {name: Importance.empty(range(LAYERS)) for name in ("apart", "near", "one")}
+    sums["apart"].add(scores(apart + spread))
+    sums["near"].add(scores(near + spread))
+    sums["one"].add(scores((apart + spread)[:1]))  # one window tells no error
+    assert unsure(sums["apart"], 2) is None
+    text = unsure(sums["near"], 2)
+    assert text.startswith("not sure which layers to remove: by 12 windows, closest layers ")
+    assert text.endswith(" needed; read more (`max_windows`)")
+    assert "remove: one window tells nothing of others; read more" in unsure(sums["one"], 2)
 
 
 def test_fewer_windows_than_the_minimum_never_settle():
@@ -318,7 +334,8 @@ def test_what_settles_an_answer_says_what_it_promises():
 def test_a_verdict_tells_its_kind_of_answer_and_its_windows():
     verdict = Verdict(Stop(3, angular=True), False, 297, None, (2, 5), 1.5, 4.25)
     told = "best block NOT settled at 0.99 by 297 windows; closest blocks that start at 2 and 5"
-    assert str(verdict) == f"{told}: 1.50 standard errors apart, 4.25 needed"
+    more = "more windows (`max_windows`) may settle it"
+    assert str(verdict) == f"{told}: 1.50 standard errors apart, 4.25 needed; {more}"
     early = str(replace(verdict, windows=31, needed=18461.97))
     assert early.endswith(" 31 windows, looked at from 297 on; closest blocks that start at 2 and "
                           "5: 1.50 standard errors apart")  # fmt: skip

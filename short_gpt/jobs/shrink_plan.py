@@ -1,0 +1,276 @@
+"""What `shrink` is asked, what follows from the opened model, and in words what it will do."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from llama.io.files import check_new, check_output
+from llama.io.sources import Source as Weights
+from llama.io.sources import find_source, is_gguf
+from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.checkpoints.records import PROVENANCE
+from short_gpt.checkpoints.target import check_format, check_new_gguf
+from short_gpt.data.texts import OWN, source_names, texts
+from short_gpt.healing import RefitSettings, choosing, require_packages
+from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT
+from short_gpt.healing.texts import Learning
+from short_gpt.jobs.dial import Dial, Shrinking
+from short_gpt.jobs.healing import CLOSED_WINDOWS
+from short_gpt.jobs.inputs import Notify, Running, Tasks, TextSource
+from short_gpt.jobs.page import is_page
+from short_gpt.jobs.settings import HealingWindows
+from short_gpt.jobs.shrink_models import ANSWER, InMemory, Opened, Sizes
+from short_gpt.jobs.shrunk import report_of
+from short_gpt.models.numbering import check_count
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.memory import shown
+from short_gpt.runtime.progress import duration
+from short_gpt.runtime.settings import flag_of
+from short_gpt.selection.methods import AUTO, BY_LOSS, SEARCHED
+from short_gpt.selection.search import most_layers_run
+from short_gpt.wrappers.opening import layers_of
+from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import AT_ONCE, STREAMED, TIMED, count_of_own
+from short_gpt.wrappers.short_hf import ShortHFModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
+WINDOW = 512  # tokens
+LONG = 1800  # seconds after which a plan says what takes less
+REFITTED = RefitSettings(max_windows=CLOSED_WINDOWS)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the caller set."""
+
+    model: Model
+    out: Path
+    dial: Dial
+    settings: Shrinking
+    texts: TextSource
+    cut: HealingWindows
+    tasks: Tasks
+    opening: OpenOptions
+    streaming: Running
+    overwrite: bool
+    notify: Notify
+
+    @cached_property
+    def source(self) -> Weights | None:
+        """Of the model; None of a loaded one."""
+        return find_source(self.model) if isinstance(self.model, str | PathLike) else None
+
+    @property
+    def method(self) -> str:
+        """That chooses the layers."""
+        return self.settings.method or ("bi" if self.streaming.stream else AUTO)
+
+    @property
+    def to(self) -> str:
+        """The format to write: hf, meta or gguf."""
+        if self.streaming.stream and self.source is not None:
+            return "meta" if self.source.kind == "meta" else "hf"
+        return self.settings.to or ("gguf" if is_gguf(self.out) else "hf")
+
+    @property
+    def folder(self) -> Path:
+        """What a killed run continues from."""
+        return Path(f"{self.out}.shrinking")
+
+    @property
+    def own(self) -> list[str]:
+        """The texts that the model itself writes."""
+        return [name for name in source_names(self.texts.data) if name in OWN]
+
+    @property
+    def command(self) -> str:
+        """The line that asks for the same in a shell."""
+        name = "MODEL" if self.source is None else str(self.model)
+        words = ["short-gpt", "shrink", name, str(self.out)]
+        groups = (self.dial, self.settings, self.texts, self.cut, self.tasks, self.opening)
+        for group in (*groups, self.streaming):
+            usual = TextSource("self") if group is self.texts else type(group)()
+            for field in fields(group):
+                value, flag = getattr(group, field.name), flag_of(field, "shrink")
+                if flag is not None and value != getattr(usual, field.name):
+                    words += [f"--{flag}", *([] if value is True else [str(value)])]
+        return shlex.join(words)
+
+    def check(self) -> None:
+        """Raises what can be known before a model is loaded: the cheapest first."""
+        for group in (self.dial, self.settings, self.cut, self.tasks):
+            group.check()
+        self.streaming.check_bounds()
+        if self.settings.minutes is not None:
+            require_packages()
+        replacing: Any = {"marker": PROVENANCE, "overwrite": self.overwrite}
+        if is_gguf(self.out):
+            check_new_gguf(self.out, overwrite=self.overwrite)
+            check_output(report_of(self.out), overwrite=True, ours=is_page)
+        else:
+            check_new(self.out, **replacing)
+        n, source = self.dial.n, self.source  # which may be fetched now
+        if source is not None and not is_gguf(self.out):
+            check_new(self.out, **replacing, source=source.path)
+        if source is not None and n is not None and (count := _layers(source)) is not None:
+            check_count(n, count, most=count - 2)
+        if self.streaming.stream:
+            self._check_streamed()
+        check_format(self.out, self.to)
+        self.texts.kinds()  # reads the first text of each
+        judges = self.cut.eval_data
+        for name in [] if judges is None else source_names(judges):
+            texts(name, column=self.texts.column)
+
+    def _check_streamed(self) -> None:
+        if self.source is None:
+            raise ShortGPTError("`stream` reads a checkpoint: give its name, not a loaded model")
+        if self.own:
+            raise ShortGPTError(STREAMED)
+        asked: dict[str, object] = {"method": self.method in (AUTO, *BY_LOSS)}
+        asked |= {"tasks": self.tasks.tasks}
+        asked |= {"max_perplexity_ratio": self.dial.max_perplexity_ratio}
+        asked |= {"minutes": self.settings.minutes, "prompt": self.settings.prompt}
+        if names := [name for name, value in asked.items() if value]:
+            raise ShortGPTError(
+                f"`{names[0]}` needs the model in memory, and `stream` holds one layer: leave one "
+                "of them out"
+            )
+        if self.settings.to not in (None, self.to) or is_gguf(self.out):
+            raise ShortGPTError(
+                f"a streamed model is written in its own format, {self.to}: leave out `to`, and "
+                "name a directory; `short-gpt convert` makes another format of it"
+            )
+
+
+def _layers(source: Weights) -> int | None:
+    if source.kind != "gguf":
+        return layers_of(source)
+    with suppress(ShortGPTError):  # which is said once it is opened, if it matters to that
+        return Stack.open(source).layers
+    return None
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from the opened model."""
+
+    opened: Opened
+    size: int  # tokens of a window
+    n: int | None  # layers to remove; None finds how many the perplexity allows
+    limit: int | None  # windows to learn from at most; None is all
+    prompt: str  # that every state of the model answers; empty of a streamed one
+    parameters: Sizes
+    stored: Sizes  # bytes as they are written
+    cache: int  # bytes of one layer's KV cache
+    a_pass: float  # seconds of a window through the model
+
+    @property
+    def count(self) -> int:
+        """Layers of the original model."""
+        return len(self.parameters[0])
+
+    @property
+    def probe(self) -> list[int]:
+        """A window of any tokens: which ones takes no other time."""
+        return [i % self.opened.short.decoder.vocab_size for i in range(self.size)]
+
+    @property
+    def in_memory(self) -> ShortHFModel:
+        short = self.opened.short
+        assert isinstance(short, ShortHFModel)  # what needs it refuses a streamed one before
+        return short
+
+    @classmethod
+    def of(cls, asked: Asked, opened: Opened) -> Derived:
+        short, dial, minutes = opened.short, asked.dial, asked.settings.minutes
+        size = asked.cut.size or min(WINDOW, short.decoder.max_seq_len)
+        many = 3 * CLOSED_WINDOWS if asked.own else None
+        limit = asked.cut.max_windows or (CLOSED_WINDOWS if minutes is None else many)
+        parameters, stored = opened.sizes()
+        itemsize = 2 if opened.to == "gguf" else opened.dtype.itemsize  # llama.cpp's is float16
+        cache = opened.cache_width() * dial.context * dial.batch * itemsize
+        sizes, rest = parameters
+        if dial.memory is not None:
+            sizes, rest = [layer + cache for layer in stored[0]], stored[1]
+        n = None if dial.max_perplexity_ratio is not None else dial.count(sizes, rest)
+        prompt = opened.prompt(asked.settings.prompt) if isinstance(opened, InMemory) else ""
+        a_pass = short.seconds_a_window([i % short.decoder.vocab_size for i in range(size)])
+        return cls(opened, size, n, limit, prompt, parameters, stored, cache, a_pass)
+
+
+def plan(asked: Asked, known: Derived) -> str:
+    """What will be done, about how long each part takes, and in how much memory."""
+    parts = _seconds(asked, known)
+    total, (sizes, rest), n = sum(parts.values()), known.parameters, known.n
+    fitted = min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
+    refit = REFITTED.plan(known.opened.short, Learning([known.probe] * fitted, [], []), None)
+    before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
+    kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M" if n else ""
+    times = ", ".join(f"{name} {duration(time)}" for name, time in parts.items() if time)
+    disk = f" and {shown(refit.disk)} on disk" if refit.disk else ""
+    lines = [f"{n or 'some'} of {known.count} layers go ({asked.dial.name}){kept}"]
+    lines += [f"a window of {known.size} tokens takes {duration(known.a_pass)}: {times}"]
+    lines += [
+        f"in all about {duration(total)}, and the time to write the model and read it again",
+        f"it takes up to {shown(refit.total)} of the machine's memory{disk}",
+    ]
+    if total > LONG:
+        others = "" if asked.method == "bi" else "method bi, "
+        quick = (16 * (1 + REFIT) + 3 * 8) * known.a_pass * min(1.0, 128 / known.size)
+        lines += [
+            f"a first try in about {duration(quick)}, without what is written: {others}size "
+            "128, max_windows 16, eval_windows 8"
+        ]
+    return "\n".join(lines)
+
+
+def _seconds(asked: Asked, known: Derived) -> dict[str, float]:
+    a_pass, count, method, n = known.a_pass, known.count, asked.method, known.n
+    few, rounds = FEW * a_pass / count, 1 if method == "perplexity" else n or count // 2
+    auto = (asked.settings.budget or choosing.BUDGET) * FIRST * a_pass
+    scored = min(known.limit or MOST, MOST) * a_pass
+    searched = few * most_layers_run(count, rounds)
+    chosen = auto if method == AUTO else searched if method in SEARCHED else scored
+    parts: dict[str, float] = {}
+    if asked.own:
+        sources = source_names(asked.texts.data)
+        spare = asked.cut.eval_data is None and asked.own == sources
+        each = count_of_own(known.limit, len(sources), spare=spare)
+        steps = len(asked.own) * math.ceil(each / AT_ONCE) * known.size
+        parts["writing its own text"] = steps * _seconds_a_token(known, min(AT_ONCE, each))
+    if n is None:
+        tries = math.ceil(math.log2(count)) * (REFIT * 3 + 1) * MOST / 4 * a_pass
+        parts["finding how many layers"] = few * most_layers_run(count, count - 2) + tries
+    parts["choosing them, at most" if method == AUTO else "choosing them"] = chosen
+    parts["the refit"] = REFIT * min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS) * a_pass
+    parts["training"] = 60 * (asked.settings.minutes or 0)
+    parts["judging"] = 3 * asked.cut.eval_windows * a_pass
+    if known.prompt:
+        parts["three completions"] = 3 * 2 * ANSWER * _seconds_a_token(known, 1)
+    return parts
+
+
+def _seconds_a_token(known: Derived, texts: int) -> float:
+    """For so many texts at once, timed on a few."""
+    times = list[float]()
+
+    def likeliest(logits: torch.Tensor) -> torch.Tensor:  # (B, V) to (B,)
+        times.append(perf_counter())
+        return logits.argmax(-1)
+
+    known.in_memory.continued([[0]] * texts, TIMED, likeliest)
+    return (times[-1] - times[0]) / (TIMED - 1)
