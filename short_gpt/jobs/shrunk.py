@@ -186,7 +186,8 @@ def _llama_cpp(file: str | Path) -> list[str]:
     if which("llama-cli") is not None:
         return [f"llama-cli -m {file}"]
     run = f"import xllamacpp as x; p = x.CommonParams(); p.model.path = '{file}'; "
-    run += f"print(x.Server(p).handle_completions({{'prompt': '{PLAIN}', 'max_tokens': 20}}))"
+    ask = f"handle_completions({{'prompt': '{PLAIN}', 'max_tokens': 20}})"
+    run += f"print(x.Server(p).{ask}['choices'][0]['text'])"
     install = "" if find_spec("xllamacpp") else "pip install xllamacpp && "
     return [f'{install}python -c "{run}"']
 

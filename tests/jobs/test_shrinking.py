@@ -162,7 +162,7 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
     printed = capsys.readouterr().out
     assert f"removed 2 of 6 layers by Block Influence: {sorted(layers)}" in printed
     assert f"written: {out}, read again and compared\n" in printed
-    assert "not sure which layers to remove: by 8" in printed and "(--max_windows)" in printed
+    assert "read more (--max_windows" in printed
     assert "perplexity, books" in printed
     kind = {"out.gguf": None}.get(out, "params.json" if flags else "config.json")
     assert Path(out).is_file() if kind is None else (Path(out) / kind).is_file()
@@ -395,10 +395,11 @@ def test_one_window_tells_no_interval(here):
 
 def test_few_windows_are_said_to_choose_unsurely(here, monkeypatch):
     how = {"n": 2, "data": "other", "windows": CUT}
-    said = shrink("hf", "bi", method="bi", **how).remarks
-    assert [
-        line for line in said if line.startswith("not sure which layers to remove: by 8 windows, ")
-    ]
+    told = "{.n_windows} windows, {} layers, angular {angular}".format
+    monkeypatch.setattr(shrinking, "unsure", told)
+    said = shrink("hf", "block", method="angular", **how).remarks
+    assert said[0] == "8 windows, 2 layers, angular True"
+    assert not [line for line in said if line.startswith("layers chosen by")]
     said = shrink("hf", "first", method="sequential", **how).remarks
     assert [line for line in said if line.startswith("layers chosen by 192 tokens, where 2,048 ")]
     monkeypatch.setattr(shrinking, "WINDOW", 48)  # four windows of these are 192 tokens
