@@ -75,19 +75,97 @@ NAMED: tuple[tuple[int | float, str], ...] = (
     (4, "patch_size"),
 )
 GENERIC = {name: value for value, names in NAMED for name in names.split()}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+ADAPTED = {"adapter_out_dim": WIDTH}
+QWEN4 = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8}
+QWEN4 |= {"indexer_budget": 8, "indexer_compress_ratio": 2, "hc_lowrank": 8, "hc_count": 2}
+ZAMBA = {"layers_block_type": ["mamba", "hybrid"] * 3, "attention_head_dim": 16}
+ZAMBA |= {"attention_hidden_size": 2 * WIDTH}
+GEMMA4 = {"hidden_size_per_layer_input": 0, "global_head_dim": 16}
+ALTERNATING = {"layer_types": ["linear_attention", "full_attention"] * 3}
+MIXED = ["linear_attention", "full_attention"]
+SHARED = {"num_kv_shared_layers": 2}
 OWN: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1, 4]},
-    "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "big_bird": {"attention_type": "original_full"},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_config": {"hidden_size_global": WIDTH},
+        "decoder_config": {"hidden_size_global": WIDTH},
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
+    },
+    "cohere2": {"rotary_pct": 1.0},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dory": {"n_input_layers": 2, "n_output_layers": 2},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": HEADS},
+        "vision_config": {"pyramid_num_routed": [-1] * 3 + [4] * 3, **ADAPTED}
+        | {"adapter_in_dim": 32},
+        "audio_config": {"adapter_input_size": 32, **ADAPTED},
+    },
+    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "emu3": {"vocabulary_map": {"<image>": 95, "<|extra_200|>": 94}},
+    "falcon_h1": {"mamba_d_ssm": 64, "head_dim": 8},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3} | SHARED,
+    "gemma4": {"text_config": GEMMA4},
+    "gemma4_text": GEMMA4,
+    "gemma4_unified": {"text_config": {"global_head_dim": 16}},
+    "gemma4_unified_text": {"global_head_dim": 16},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
+    "gpt2": {"n_ctx": 64},
+    "gpt-sw3": {"n_ctx": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
+    "inkling2_loop_text": {
+        "n_layers_per_attn_res_block": 2,
+        "loop_layer_index_start": 2,
+        "loop_layer_index_end": 4,
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "mamba2": {"num_heads": 8},
+    "nemotron_h": {"layer_types": ["linear_attention", "moe", "full_attention", "mlp", *MIXED]},
+    "qwen3_5": {"text_config": ALTERNATING},
+    "qwen3_5_text": ALTERNATING,
+    "qwen3_5_moe": {"text_config": ALTERNATING},
+    "qwen3_5_moe_text": ALTERNATING,
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "reformer": {
+        "attn_layers": ["local", "lsh"] * 3,
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16],
+        "num_buckets": 4,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": ZAMBA | {"mamba_dt_rank": 8},
+    "zamba2": ZAMBA | {"n_mamba_heads": 8, "mamba_headdim": 8, "hybrid_layer_ids": [1, 3, 5]},
+}
+
+
+# kinds beside those of transformers' list: a model_type with other entries
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text, inputs of each layer": ("gemma4_text", {}),
+    "gemma3n_text, nothing shared": ("gemma3n_text", {"num_kv_shared_layers": 0}),
+    "rwkv, not rescaled": ("rwkv", {"rescale_every": 0}),
 }
 
 
 def config_of(kind: str) -> Any:
-    """A tiny config of a ``model_type``."""
+    """A tiny config of a ``model_type``, or of one of `VARIANTS`."""
     from transformers import CONFIG_MAPPING
 
-    return tiny(CONFIG_MAPPING[kind], OWN.get(kind, {}))
+    name, own = VARIANTS.get(kind, (kind, OWN.get(kind, {})))
+    return tiny(CONFIG_MAPPING[name], own)
 
 
 def tiny(cls: Any, own: Mapping[str, Any]) -> Any:
@@ -98,7 +176,7 @@ def tiny(cls: Any, own: Mapping[str, Any]) -> Any:
         default = cls(**own)
     values = {name: GENERIC[name] for name in vars(default) if name in GENERIC}
     values |= {"is_decoder": True} if hasattr(default, "is_decoder") else {}
-    if hasattr(default, "kv_lora_rank"):  # a key a head, from the same latent state
+    if "kv_lora_rank" in vars(default):  # a key a head, from the same latent state
         values["num_key_value_heads"] = HEADS
     inside = {name: getattr(default, name, None) for name in getattr(cls, "sub_configs", {})}
     for name, config in inside.items():
