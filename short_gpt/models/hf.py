@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Modules' attributes that hold the number of their layer.
 NUMBERS = ("layer_idx", "layer_id", "layer_number")
+# What names of layers for images and sounds contain.
+TOWERS = ("vision", "visual", "audio")
 # Config entries by which layers compute with their own number.
 BY_NUMBER = ("scale_attn_by_inverse_layer_idx", "rescale_every")
 # the attributes that are edited, their old values, their new values
@@ -58,6 +60,8 @@ class HFDecoder:
                 f"{kind} is no causal language model: it has an encoder and a decoder"
             )
         self.model = self.module = model
+        if not hasattr(self.config, "num_hidden_layers"):
+            raise ShortGPTError(f"the config of {kind} has no num_hidden_layers")
         self.layers_path = find_layers(model) if layers_path is None else layers_path
         owner, _, self._name = self.layers_path.rpartition(".")
         try:
@@ -267,8 +271,8 @@ def find_layers(model: PreTrainedModel) -> str:
     paths = [name for name, module in lists.items() if len(module) == count]
     # a list inside another, such as a layer's experts, is no list of layers
     outer = [p for p in paths if not any(p.startswith(f"{q}.") for q in paths)]
-    # of the text, where images have layers of their own
-    outer = [p for p in outer if "vision" not in p and "visual" not in p]
+    # of the text, where images and sounds have layers of their own
+    outer = [p for p in outer if not any(tower in p for tower in TOWERS)]
     # a BERT that is a decoder calls its layers an encoder's
     decoder = [p for p in outer if "encoder." not in p.replace("decoder.", "")] or outer
     if len(decoder) != 1:

@@ -57,6 +57,13 @@ def test_of_every_layer_the_output_projections_are_refitted(kind):
 
 
 @newest
+def test_a_stream_of_several_parts_is_not_refitted():
+    short = ShortHFModel(random_model("qwen4_exp_text"))  # two, of 32 each
+    with pytest.raises(ValueError, match="nothing of this model can be refitted"):
+        heal_refit(short, [2, 3], random_windows(6, 12), progress=False)
+
+
+@newest
 @pytest.mark.parametrize(
     ("kind", "step"),
     [
@@ -114,6 +121,23 @@ def test_layers_that_run_several_times_in_a_pass_are_not_scored():
 def test_layers_for_images_are_not_taken_for_those_of_the_text():
     model = random_model("qwen3_5")  # with as many of both
     assert find_layers(model) == "model.language_model.layers"
+
+
+@newest
+def test_a_config_may_list_a_width_for_each_layer(tmp_path):
+    model = random_model("gemma3n_text")
+    model.save_pretrained(tmp_path)
+    assert ShortHFModel(tmp_path).configuration["intermediate_size"] == [48] * 6
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": [48, 0]}))
+    with pytest.raises(ValueError, match="intermediate_size must be a positive integer, got 0"):
+        ShortHFModel(tmp_path)
+
+
+@newest
+def test_a_model_of_several_lists_of_layers_is_refused():
+    with pytest.raises(ValueError, match="the config of BltForCausalLM has no num_hidden_layers"):
+        HFDecoder(random_model("blt"))
 
 
 @newest
