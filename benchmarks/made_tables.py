@@ -390,6 +390,9 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     "a second family": table(FAMILY, family),
     "cuts of a Gemma 3": table(GEMMA, gemma),
+    "architectures of transformers": table(
+        "| outcome | architectures | names | where, and why |", evidence.architectures
+    ),
     "choices on other samples": table(CHOSEN, choices),
     "how near the best choice": table(NEAREST, healing.nearest),
     "every healing": table(HEALINGS, healings),

@@ -44,6 +44,7 @@ from short_gpt.jobs.comparing import Cells
 @pytest.mark.parametrize(
     ("script", "first", "arguments"),
     [
+        ("architectures", "staged", {}),
         ("choice_variance", "build", {}),
         ("choices", "build", {"also": "wikitext2_test.txt"}),
         ("coverage", "case", {}),

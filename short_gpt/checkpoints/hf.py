@@ -231,7 +231,8 @@ def _patch(
 ) -> None:
     for key, value in after.items():
         old = before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
+        # settings of single layers are other layers' after the removal: all are written
+        if key != "per_layer_config" and isinstance(value, dict) and isinstance(old, dict):
             if value != old:
                 inner = target.get(key)
                 target[key] = inner = inner if isinstance(inner, dict) else {}

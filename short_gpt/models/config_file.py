@@ -80,6 +80,10 @@ def check_config(directory: Path) -> None:
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     # a multimodal model has a config inside for each tower
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        # of a width for each layer (Gemma 3n) the least
+        lists = {k: part[k] for k in OPTIONAL if isinstance(part.get(k), list) and part[k]}
+        counts = {k: min(v) for k, v in lists.items() if all(type(i) is int for i in v)}
+        part = {**part, **counts}
         try:
             check_positive(**{k: part[k] for k in (*LAYERS, *WIDTHS) if k in part})
             check_positive(**{k: part[k] for k in OPTIONAL if part.get(k) is not None})

@@ -67,6 +67,33 @@ GPT2 = Family(
     mlp_output=("mlp.c_proj",),
     lora=("mlp.c_fc", "mlp.c_proj"),
 )
+GPTJ = replace(
+    GPT2,
+    mlp_norm=(),  # parallel
+    attention_output=("attn.out_proj",),
+    mlp_output=("mlp.fc_out",),
+    lora=("fc_in", "fc_out"),
+)
+# Attention or a linear attention, which end in maps of two names.
+LINEAR = replace(LLAMA, attention_output=("self_attn.o_proj", "linear_attn.out_proj"))
+# Attention or Mamba, then an MLP or experts.
+JAMBA = Family(
+    attention_output=("self_attn.o_proj", "mamba.out_proj"),
+    mlp=("feed_forward",),
+    mlp_norm=("pre_ff_layernorm",),
+    mlp_output=("feed_forward.down_proj",),
+)
+# The mixer is a layer's only sublayer, and solved as an MLP is.
+MAMBA = Family(("backbone.layers",), (), (), (), (), (), ("mixer.out_proj",), ())
+# Attention or a convolution, then an MLP or experts.
+LFM2 = Family(
+    attention_norm=(),
+    attention_output=("self_attn.out_proj", "conv.out_proj"),
+    mlp=("feed_forward",),
+    mlp_norm=("ffn_norm",),
+    mlp_output=("feed_forward.w2",),
+    lora=("w1", "w2", "w3"),
+)
 
 # By model_type. Of several names that a layer of an unknown family has, the first in this order
 # is taken: "pre_feedforward_layernorm" must stand before "post_attention_layernorm".
@@ -87,19 +114,50 @@ FAMILIES: dict[str, Family] = {
     "gemma4_text": GEMMA,
     "vaultgemma": GEMMA,
     "gemma": Family(needs_bos=True),
-    "recurrent_gemma": Family(needs_bos=True),
+    "recurrent_gemma": Family(
+        attention=("temporal_block",),
+        attention_norm=(),
+        attention_output=("temporal_block.o_proj", "temporal_block.linear_out"),
+        mlp=("mlp_block",),
+        mlp_norm=("channel_pre_norm",),
+        mlp_output=("mlp_block.down_proj",),
+        needs_bos=True,
+    ),
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": EXPERTS,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "qwen3_moe": LLAMA,
-    "qwen3_next": LLAMA,  # its linear attentions are not recognised as sublayers
+    "qwen3_next": LINEAR,
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": LINEAR,
+    "jamba": JAMBA,
+    "bamba": JAMBA,
+    "falcon_h1": replace(JAMBA, attention_output=()),  # both at once
+    "granitemoehybrid": replace(
+        JAMBA,
+        mlp=("shared_mlp",),  # beside experts, or alone
+        mlp_norm=("post_attention_layernorm",),
+        mlp_output=("shared_mlp.output_linear",),
+        lora=("input_linear", "output_linear"),
+    ),
+    "nemotron_h": replace(
+        MAMBA,
+        layers=("model.layers",),
+        mlp_output=("mixer.down_proj", "mixer.o_proj", "mixer.out_proj"),
+    ),
     "smollm3": LLAMA,
     "stablelm": LLAMA,
     "granite": LLAMA,
     "deepseek_v3": LLAMA,
     "gpt_oss": Family(mlp_output=(), lora=()),  # experts in one tensor
+    "glm4": replace(
+        LLAMA,
+        attention_norm_after=("post_self_attn_layernorm",),
+        mlp_norm_after=("post_mlp_layernorm",),
+        lora=("gate_up_proj", "down_proj"),
+    ),
     "olmo2": replace(POST_NORM, attention_norm=()),  # norms after both sublayers only
     "phi3": Family(lora=("gate_up_proj", "down_proj")),
     "starcoder2": Family(mlp_output=("mlp.c_proj",), lora=("mlp.c_fc", "mlp.c_proj")),
@@ -121,16 +179,18 @@ FAMILIES: dict[str, Family] = {
         lora=("fc1", "fc2"),
     ),
     "llama4_text": Family(mlp=("feed_forward",), mlp_output=("feed_forward.down_proj",)),
-    "lfm2": Family(
-        attention_norm=(),
-        attention_output=("self_attn.out_proj",),
-        mlp=("feed_forward",),
-        mlp_norm=("ffn_norm",),
-        mlp_output=("feed_forward.w2",),
-        lora=("w1", "w2", "w3"),
+    "lfm2": LFM2,
+    "lfm2_moe": LFM2,
+    "lfm3": replace(
+        LFM2,
+        attention_output=("self_attn.o_proj", "conv.out_proj"),
+        attention_norm_after=("post_operator_norm",),
+        mlp_norm_after=("post_ffn_norm",),
     ),
     "gpt2": GPT2,
     "gpt_neo": replace(GPT2, attention_output=("attn.attention.out_proj",)),
+    "gptj": GPTJ,
+    "codegen": GPTJ,
     # Qwen of 2023, whose code comes with the weights
     "qwen": replace(GPT2, lora=("w1", "w2", "mlp.c_proj")),
     "gpt_neox": replace(
@@ -141,7 +201,39 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon": replace(BLOOM, mlp_norm=()),  # parallel
     "bloom": BLOOM,
-    "mamba": Family(("backbone.layers",), (), (), (), (), (), (), ()),  # no sublayers
+    "mpt": replace(
+        BLOOM,
+        layers=("transformer.blocks",),
+        attention=("attn",),
+        attention_output=("attn.out_proj",),
+        mlp=("ffn",),
+        mlp_norm=("norm_2",),
+        mlp_output=("ffn.down_proj",),
+        lora=("up_proj", "down_proj"),
+    ),
+    "rwkv": Family(
+        layers=("rwkv.blocks",),
+        attention=("attention",),
+        attention_norm=(),
+        attention_output=("attention.output",),
+        mlp=("feed_forward",),  # a gate ends it, and no map
+        mlp_norm=("ln2",),
+        mlp_output=(),
+        lora=(),
+    ),
+    "xlstm": Family(
+        layers=("backbone.blocks",),
+        attention=("mlstm_layer",),
+        attention_norm=(),
+        attention_output=("mlstm_layer.out_proj",),
+        mlp=("ffn",),
+        mlp_norm=("norm_ffn",),
+        mlp_output=("ffn.proj_down",),
+        lora=("proj_up_gate", "proj_up", "proj_down"),
+    ),
+    "mamba": MAMBA,
+    "mamba2": MAMBA,
+    "falcon_mamba": MAMBA,
 }
 
 META = FAMILIES["meta"]

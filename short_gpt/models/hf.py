@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Modules' attributes that hold the number of their layer.
-NUMBERS = ("layer_idx", "layer_id")
+NUMBERS = ("layer_idx", "layer_id", "layer_number")
+# What names of layers for images and sounds contain.
+TOWERS = ("vision", "visual", "audio")
 # Config entries by which layers compute with their own number.
 BY_NUMBER = ("scale_attn_by_inverse_layer_idx", "rescale_every")
 # the attributes that are edited, their old values, their new values
@@ -58,6 +60,8 @@ class HFDecoder:
                 f"{kind} is no causal language model: it has an encoder and a decoder"
             )
         self.model = self.module = model
+        if not hasattr(self.config, "num_hidden_layers"):
+            raise ShortGPTError(f"the config of {kind} has no num_hidden_layers")
         self.layers_path = find_layers(model) if layers_path is None else layers_path
         owner, _, self._name = self.layers_path.rpartition(".")
         try:
@@ -67,6 +71,11 @@ class HFDecoder:
             layers = None
         if not isinstance(layers, nn.ModuleList):
             raise ShortGPTError(f"{self.layers_path} is no list of layers of {kind}")
+        # around the list: in BERT an encoder owns it, which reads the embeddings' output
+        body = owner
+        while body and "input_ids" not in signature(model.get_submodule(body).forward).parameters:
+            body = body.rpartition(".")[0]
+        self._body = model.get_submodule(body)
         if len(layers) != self.config.num_hidden_layers:
             raise ShortGPTError(
                 f"{self.layers_path} of {kind} has {len(layers)} layers, its "
@@ -113,9 +122,9 @@ class HFDecoder:
 
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
-        # the module that owns the layers has embeddings and layers, and no head
+        # the module around the layers has embeddings and layers, and no head
         with products(self.mixed, self.device):
-            self._owner(input_ids=tokens, **_uncached(self._owner))
+            self._body(input_ids=tokens, **_uncached(self._body))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -130,7 +139,7 @@ class HFDecoder:
                 f"layers of this {type(self.model).__name__} cannot be removed: {reason}"
             )
         kept = nn.ModuleList(before[i] for i in keep)  # the layers themselves, no copies
-        edits = self._edits(keep)
+        edits, attended = self._edits(keep), self._attends()
 
         def prune() -> None:
             setattr(self._owner, self._name, kept)
@@ -144,6 +153,10 @@ class HFDecoder:
 
         try:
             prune()
+            if attended and not self._attends():
+                raise ShortGPTError(
+                    "none with attention would be left, by which transformers' cache counts tokens"
+                )
             ours, twin = self._outlines()
             if differences(ours, twin):
                 undo()  # a model may differ from its twin with all layers, too: that is allowed
@@ -162,10 +175,19 @@ class HFDecoder:
             raise
         return undo
 
+    def _attends(self) -> bool:
+        # whether a layer caches keys and values, by the names that transformers has for kinds
+        kinds = getattr(self.config, "layer_types", None) or ()
+        return any(
+            (k.endswith("attention") and k != "linear_attention") or "hybrid" in k for k in kinds
+        )
+
     def _inseparable(self) -> str | None:
         # reasons that no outline shows
         if entries := [name for name in BY_NUMBER if getattr(self.config, name, False)]:
             return f"they compute with their own number ({entries[0]})"
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            return "the last read keys and values of others (num_kv_shared_layers)"
         owners: dict[int, int] = {}  # by the id of a weight
         for number, layer in enumerate(self.layers):
             for weight in layer.parameters():
@@ -192,7 +214,7 @@ class HFDecoder:
         # all that counts or lists layers: configs, modules' numbers, modules' copies of both
         edits: list[Edit] = []
         # parts of the model go by copies of the language model's config
-        parts = [getattr(module, "config", None) for module in self._owner.modules()]
+        parts = [getattr(module, "config", None) for module in self._body.modules()]
         configs = [self.config, *(c for c in parts if type(c) is type(self.config))]
         for config in {id(config): config for config in configs}.values():
             entries = layer_entries(config, len(self.layers))
@@ -201,7 +223,7 @@ class HFDecoder:
             pruned = pruned_entries(entries, keep, declared=declared)
             edits.append((vars(config), entries, pruned))
         _, entries, pruned = edits[0]
-        for module in self._owner.modules():  # such as a model's own list of layer types
+        for module in self._body.modules():  # such as a model's own list of layer types
             old = {k: v for k, v in entries.items() if vars(module).get(k) == v}
             if old:
                 edits.append((vars(module), old, {key: pruned[key] for key in old}))
@@ -249,9 +271,10 @@ def find_layers(model: PreTrainedModel) -> str:
     paths = [name for name, module in lists.items() if len(module) == count]
     # a list inside another, such as a layer's experts, is no list of layers
     outer = [p for p in paths if not any(p.startswith(f"{q}.") for q in paths)]
-    decoder = [  # of the text, where images have layers of their own
-        p for p in outer if "vision" not in p and "encoder." not in p.replace("decoder.", "")
-    ]
+    # of the text, where images and sounds have layers of their own
+    outer = [p for p in outer if not any(tower in p for tower in TOWERS)]
+    # a BERT that is a decoder calls its layers an encoder's
+    decoder = [p for p in outer if "encoder." not in p.replace("decoder.", "")] or outer
     if len(decoder) != 1:
         raise ShortGPTError(
             f"{type(model).__name__} has {len(decoder)} lists of {count} layers {decoder}; name "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,11 @@ from short_gpt.runtime.errors import ShortGPTError
 
 # Config entries that list layers by number. Entries with one value a layer need no list: they
 # are known by their length.
-NUMBERED = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
+NUMBERED = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
 # Config entries that count the first layers, which are of another kind than those after them.
 LEADING = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
+# Config entries that count the layers beside the usual one, in BART's decoders and xLSTM.
+SECOND = ("decoder_layers", "num_blocks")
 # Config entries that say every how many layers one is of another kind: the list that they make
 # where it is not given, and what stands in it for that layer.
 EVERY = {
@@ -27,6 +30,8 @@ EVERY = {
     "_sliding_window_pattern": ("layer_types", "full_attention"),
     "no_rope_layer_interval": ("no_rope_layers", 0),
 }
+# What transformers 5 keeps of `per_layer_config`: settings of single layers, by number.
+PER_LAYER = "_heterogeneity_spec"
 Traits = dict[str, object]  # kinds, settings and shapes by name
 
 
@@ -38,8 +43,9 @@ def layer_entries(config: Any, count: int) -> dict[str, Any]:
         # as many ends of text (eos_token_id) as layers are no list of layers
         listed = isinstance(value, list | tuple) and "token" not in name
         leading = name in LEADING and isinstance(value, int) and value < count
-        counted = isinstance(value, int) and (name == count_name or leading)
-        if counted or (listed and (name in NUMBERED or len(value) == count)):
+        total = name == count_name or (name in SECOND and value == count)
+        counted = isinstance(value, int) and (total or leading)
+        if counted or name == PER_LAYER or (listed and (name in NUMBERED or len(value) == count)):
             entries[name] = value
     if "attention_layers" in entries:  # GPT Neo's list, and the runs of it that make the list
         entries |= {k: v for k, v in vars(config).items() if k == "attention_types"}
@@ -72,6 +78,11 @@ def pruned_entries(
             listed, other = EVERY[name]
             every = _period([entries[listed][i] == other for i in keep], value)
             pruned[name] = value if every is None and name in declared else every
+        elif name == PER_LAYER:
+            own = value.per_layer_overrides
+            own = {new: own[old] for old, new in new_number.items() if old in own}
+            differing = {key for settings in own.values() for key in settings} - {"skip"}
+            pruned[name] = replace(value, per_layer_overrides=own, per_layer_attributes=differing)
         elif name in LEADING:
             pruned[name] = sum(i < value for i in keep)  # of the leading ones, those that stay
         elif isinstance(value, int):
@@ -101,7 +112,7 @@ def longrope_limits(config: Any) -> list[int]:
     # one set for all layers, or one for each kind of layer (Gemma 3)
     kinds = [settings, *(value for value in settings.values() if isinstance(value, dict))]
     name = "original_max_position_embeddings"
-    default = getattr(config, name, None) or config.max_position_embeddings
+    default = getattr(config, name, None) or getattr(config, "max_position_embeddings", 0)
     longrope = [kind for kind in kinds if kind.get("rope_type", kind.get("type")) == "longrope"]
     return sorted({kind.get(name) or default for kind in longrope})
 
@@ -155,7 +166,12 @@ def _traits(modules: Iterable[tuple[str, nn.Module]]) -> Traits:
         prefix = f"{name}." if name else ""
         traits[f"{prefix}kind"] = type(module).__name__
         for key, value in vars(module).items():
-            if _plain(value) and key != "training" and not key.startswith("_"):
+            # a layer whose keys others may read: that none does is seen by `_inseparable`
+            if (
+                _plain(value)
+                and key not in ("training", "store_full_length_kv")
+                and not key.startswith("_")
+            ):
                 traits[prefix + key] = value
         for key, weight in module.named_parameters(recurse=False):
             traits[prefix + key] = weight.shape

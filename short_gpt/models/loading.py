@@ -46,10 +46,10 @@ def auto_class(config: Any) -> Any:
     if getattr(config, "auto_map", None):  # code that comes with the model decides itself
         return t.AutoModelForCausalLM
     # a config around the language model's is a multimodal model's
-    if config.get_text_config(decoder=True) is not config:
-        if type(config) in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            return t.AutoModelForImageTextToText
-    elif type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING:
+    inside = config.get_text_config(decoder=True) is not config
+    if inside and type(config) in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return t.AutoModelForImageTextToText
+    if type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING:
         return t.AutoModelForCausalLM
     raise ShortGPTError(f"a model of type {config.model_type!r} is no causal language model")
 

@@ -199,7 +199,12 @@ def _added_by(run: Run, module: nn.Module) -> float | None:
     noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
     noise = noise.mul_(float(before.float().pow(2).mean().sqrt()))
     added = noise.to(before.device, before.dtype)
-    with replaced_output(module, lambda out: out + added.view_as(out)):
+
+    def disturbed(out: Tensor) -> Tensor:
+        # an output of another size is no summand, as where the stream has several parts
+        return out + added.view_as(out) if out.numel() == added.numel() else out
+
+    with replaced_output(module, disturbed):
         after = run()  # (B, S, D)
     eps = torch.finfo(before.dtype).eps
     noise, change = added.cpu().double(), after.cpu().double() - before.cpu().double()

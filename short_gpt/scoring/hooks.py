@@ -100,6 +100,11 @@ def score(
         with hooked(decoder.layers, mask, sublayers_of=family, all_tokens=all_tokens) as hooks:
             decoder.run(tokens)
         parts.append(hooks.scores())
+        if (ran := parts[-1].influence.shape[1]) != len(decoder.layers):
+            raise ShortGPTError(
+                f"a pass ran layers {ran} times, expected each of {len(decoder.layers)} once: this "
+                "model's layers cannot be scored"
+            )
         parts[-1].check_finite(layers)
         positions += batch
     return parts[0] if len(parts) == 1 else Scores.cat(parts).at(positions)
@@ -218,7 +223,7 @@ class LayerHooks:
         self._state, self._version, self._norms = result, version_of(result), y_norm
 
     def _check_state(self, layer: nn.Module, state: Tensor) -> None:
-        if state.dim() != 3:
+        if state.dim() != 3 or state.shape[:2] != self._mask.shape:
             raise ShortGPTError(
                 f"{type(layer).__name__} takes a state of shape {list(state.shape)}, expected "
                 "(windows, tokens, width): this model's layers cannot be scored"

@@ -9,7 +9,7 @@ import re
 
 import adversarial as hostile
 import pytest
-from evidence_tables import adapter
+from evidence_tables import adapter, swept
 from healing_tables import above, group, minutes, nearest, novels, passes
 from made_tables import (
     SHORT,
@@ -82,7 +82,9 @@ SENTENCES = {
     "docs/choose.md": (
         lambda: f"in {last_words('4 less')} of the cases instead of {last_words('whole')}",
     ),
+    "docs/limits.md": (swept,),
     "README.md": (
+        swept,
         lambda: f"original model: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
         own_text,
         lambda: (

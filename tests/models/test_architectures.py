@@ -1,0 +1,207 @@
+"""Kinds of models beside those of the contract: what `benchmarks/architectures.py` found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from architectures import STAGES, main, outcome, passed_by, random_model
+from conftest import random_windows
+from families import STEPS, TOKENS, make
+from tiny_configs import OWN, VARIANTS, config_of
+
+from short_gpt import ShortHFModel, heal_refit
+from short_gpt.checkpoints.verify import fingerprint
+from short_gpt.models.decoder import remove_layers, without_layers
+from short_gpt.models.hf import HFDecoder, find_layers
+from short_gpt.models.loading import auto_class
+from short_gpt.scoring.run import measure
+
+newest = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="these models came with transformers 5"
+)
+KEPT = (1, 4, 5)  # layers that are refitted without layers 2 and 3
+ATTENTION, MLP = ({(layer, part) for layer in KEPT} for part in ("attention", "mlp"))
+# what of a tiny model's kept layers is refitted
+REFITTED = {
+    "bamba": ATTENTION | MLP,
+    "falcon_h1": MLP,  # attention and Mamba are added at once
+    "falcon_mamba": MLP,
+    "glm4": ATTENTION | MLP,
+    "gptj": ATTENTION | MLP,
+    "granitemoehybrid": MLP,  # experts are added beside the MLP
+    "jamba": ATTENTION | {(4, "mlp")},  # layers 1 and 5 have experts
+    "lfm2_moe": ATTENTION | {(1, "mlp")},  # all except 0 and 1 have experts
+    "lfm3": ATTENTION | MLP,
+    "mamba2": MLP,
+    "mpt": ATTENTION | MLP,
+    "nemotron_h": MLP - {(1, "mlp")},  # layer 1 has experts alone
+    "qwen3_5_text": ATTENTION | MLP,
+    "qwen3_5_moe_text": ATTENTION,
+    "recurrent_gemma": {(layer, part) for layer in (3, 4, 5) for part in ("attention", "mlp")},
+    "rwkv, not rescaled": ATTENTION,  # a gate ends the MLP
+    "xlstm": ATTENTION | MLP,
+}
+
+
+@newest
+@pytest.mark.parametrize("kind", REFITTED)
+def test_of_every_layer_the_output_projections_are_refitted(kind):
+    short = ShortHFModel(random_model(kind))
+    # of RecurrentGemma a period of its pattern
+    removed = [0, 1, 2] if kind == "recurrent_gemma" else [2, 3]
+    refit = heal_refit(short, removed, random_windows(6, 12), progress=False)
+    assert {(fit.layer, fit.part) for fit in refit.fits} == REFITTED[kind]
+
+
+@newest
+def test_a_stream_of_several_parts_is_not_refitted():
+    short = ShortHFModel(random_model("qwen4_exp_text"))  # two, of 32 each
+    with pytest.raises(ValueError, match="nothing of this model can be refitted"):
+        heal_refit(short, [2, 3], random_windows(6, 12), progress=False)
+
+
+@newest
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("bart", "reload"),
+        ("bart", "files"),
+        ("bert", "score"),
+        ("bert", "generation"),
+        ("bert", "files"),
+        ("gemma4_text", "undo"),
+        ("gemma4_text", "reload"),
+        ("gemma4_text", "files"),
+        ("gpt_neox_japanese", "reload"),
+    ],
+)
+def test_decoders_among_encoders_and_settings_of_single_layers_keep_the_contract(
+    kind, step, tmp_path
+):
+    STEPS[step](random_model(kind), tmp_path)
+
+
+@newest
+def test_settings_of_single_layers_follow_their_layers():
+    decoder = HFDecoder(random_model("gemma4_text"))
+    wide = [layer.self_attn.o_proj.in_features for layer in decoder.layers]
+    assert wide == [32, 32, 32, 32, 32, 64]  # the last layer has wider heads
+    remove_layers(decoder, [1, 4])
+    assert [one.head_dim for one in decoder.config.per_layer_config] == [8, 8, 8, 16]
+
+
+@newest
+def test_layers_that_read_keys_of_others_are_not_removed():
+    model = random_model("gemma4_text")
+    model.config.num_kv_shared_layers = 2
+    with pytest.raises(ValueError, match=r"read keys and values of others \(num_kv_shared_layers"):
+        remove_layers(HFDecoder(model), [1])
+
+
+@newest
+def test_a_hybrid_keeps_a_layer_with_attention():
+    decoder = HFDecoder(random_model("nemotron_h"))  # with attention in 2 and 5
+    with pytest.raises(ValueError, match=r"cannot be removed: none with attention would be left"):
+        remove_layers(decoder, [2, 5])
+    assert len(decoder.layers) == 6
+    remove_layers(decoder, [2, 4])
+    assert decoder.config.layer_types == ["linear_attention", "moe", "mlp", "full_attention"]
+
+
+@newest
+def test_layers_that_run_several_times_in_a_pass_are_not_scored():
+    with pytest.raises(ValueError, match="a pass ran layers 8 times, expected each of 6 once"):
+        measure(HFDecoder(random_model("dory")), [TOKENS.tolist()])
+
+
+@newest
+def test_layers_for_images_are_not_taken_for_those_of_the_text():
+    model = random_model("qwen3_5")  # with as many of both
+    assert find_layers(model) == "model.language_model.layers"
+
+
+@newest
+def test_a_config_may_list_a_width_for_each_layer(tmp_path):
+    model = random_model("gemma3n_text")
+    model.save_pretrained(tmp_path)
+    assert ShortHFModel(tmp_path).configuration["intermediate_size"] == [48] * 6
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": [48, 0]}))
+    with pytest.raises(ValueError, match="intermediate_size must be a positive integer, got 0"):
+        ShortHFModel(tmp_path)
+
+
+@newest
+def test_a_model_of_several_lists_of_layers_is_refused():
+    with pytest.raises(ValueError, match="the config of BltForCausalLM has no num_hidden_layers"):
+        HFDecoder(random_model("blt"))
+
+
+@newest
+def test_a_model_around_a_decoder_may_be_among_the_causal_language_models():
+    loader = auto_class(config_of("moss_transcribe_diarize"))
+    assert loader is transformers.AutoModelForCausalLM
+
+
+def test_a_model_in_memory_that_rounds_otherwise_is_copied_before_it_is_compared(tmp_path):
+    """As one whose weights are mapped from a file, where they may be unaligned."""
+    model = make("llama")
+    weight, place = model.lm_head.weight, torch.empty(model.lm_head.weight.numel() + 1)[1:]
+    place.copy_(weight.detach().flatten())
+    weight.data = place.view_as(weight)
+
+    def rounded(module, _, out):
+        return out * (1 + 1e-6 * (module.weight.data_ptr() % 64 != 0))
+
+    model.lm_head.register_forward_hook(rounded)
+    short = ShortHFModel(model)
+    before = fingerprint(short).logits
+    short.save_pretrained(tmp_path / "out")
+    assert not torch.equal(fingerprint(short).logits, before)  # it has been copied
+    weight.data = weight.data + 1.0
+    with pytest.raises(RuntimeError, match="is not the model in memory: logits differ"):
+        short.check_saved(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
+def test_hooks_around_layers_are_the_model_without_them(kind):
+    """The benchmark's reference: of layers that return a state, and a tuple."""
+    model = make(kind)
+    decoder = HFDecoder(model)
+    with without_layers(decoder, [1, 4]):
+        expected = decoder.logits(TOKENS)
+    whole = decoder.logits(TOKENS)
+    for layer in (1, 4):
+        passed_by(decoder.layers[layer])
+    assert torch.equal(decoder.logits(TOKENS), expected)
+    assert not torch.equal(whole, expected)
+
+
+def test_the_benchmarks_outcomes():
+    every = dict.fromkeys(STAGES, "ok")
+    assert outcome(every) == "works"
+    assert outcome({**every, "refit": "refused: no map"}) == "not refitted"
+    assert outcome({**every, "gguf": "theirs: no such architecture"}) == "works"
+    assert outcome({**every, "generate": "FAILS: AssertionError"}) == "FAILS"
+    assert outcome({**every, "gguf": "crashed"}) == "FAILS"
+    assert outcome({"build": "ok", "open": "refused: an encoder"}) == "refused"
+    assert outcome({"build": "ImportError: timm"}) == "not built"
+    assert outcome({"build": "crashed"}) == "not built"
+
+
+def test_an_architecture_is_tried_in_a_process_of_its_own(tmp_path, capsys):
+    state = tmp_path / "state.json"
+    with pytest.raises(SystemExit) as end:
+        main(only="llama", state=str(state))
+    assert end.value.code == 0
+    assert "llama                       works" in capsys.readouterr().out
+    assert json.loads(state.read_text())["llama"]["stages"]["gguf"] == "not run"
+
+
+@newest
+@pytest.mark.parametrize("kind", [*OWN, *VARIANTS])
+def test_own_entries_make_a_config(kind):
+    assert config_of(kind).model_type == VARIANTS.get(kind, (kind, {}))[0].replace("-sw3", "2")
