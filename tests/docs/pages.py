@@ -14,7 +14,7 @@ RESULTS += ("healing", "reproduce_7b", "draft_4", "draft_8", "second_family", "s
 RESULTS += ("calibration", "tasks", "refit_streamed", "refit_sets", "refit_parts", "refit_aims")
 RESULTS += ("optimality", "distillation", "compare_healing", "refit_choices")
 RESULTS += ("distillation_influence", "coverage", "choice_variance", "own_samples")
-RESULTS += ("training_choices", "gemma_kinds")
+RESULTS += ("training_choices", "gemma_kinds", "peers")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md"))
