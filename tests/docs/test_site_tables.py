@@ -21,6 +21,7 @@ SETS = {
     "choices on other samples": 16,
     "every healing": 4,
     "how near the best choice": 5,
+    "other tools": 2,
     "choices on every text, pruned": 5,
     "choices on every text, refitted": 5,
     "refit": 1,

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Llama-3.1-8B without 7 of its 32 layers, beside published numbers: the original model, the layers of
+# lowest Block Influence removed, the others refitted, and the automatic choice refitted.
+#
+#     benchmarks/gpu.sh [OUT]
+#
+# The protocol is that of LinearPatch's README (NeurIPS 2025): WikiText-2 calibrates, windows of 2048
+# tokens, perplexity on WikiText-2 and C4, nine zero-shot tasks by lm-eval (they took version 0.4.4;
+# acc_norm where a task has it). It also has PTB, which no command here reads. The number of windows
+# to calibrate on is ours. OUT (gpu_results) takes texts, models (4 x 13 GB) and results; interrupted,
+# the same command continues. Needs `pip install -e ".[eval]"` and access to the model at the hub.
+#
+# NOT RUN HERE: no command was run on a GPU or on an 8B. The test runs all of it on a tiny Llama. What
+# follows is computed, with the arithmetic of docs/prune-8b.md: a window of 2048 tokens is 31 TFLOP,
+# 0.5 s at an assumed 60 TFLOP/s; 8 CPU cores; a GPU of 24 GB for the refit, of 40 GB for auto.
+#
+#     rank, 128 windows in 1.011 passes each (results/scoring.json)           0.02 hours
+#     refit: 128 windows in 2.63 passes (results/healing.json), 16 windows judged three times,
+#       sums to the CPU, and 3 core-hours of solving                           0.7
+#     auto: 60 passes over 16 windows, and solving for some 14 candidates     6, and its refit 0.7
+#     evaluation, five times: 141 + 256 windows, and nine tasks of some 8 million tokens (an
+#       estimate, nobody counted them)                                         3
+#     in all about 11 hours, of which auto takes 7; AUTO=no leaves it out
+set -euo pipefail
+MODEL=${MODEL:-meta-llama/Llama-3.1-8B}
+N=${N:-7} SIZE=${SIZE:-2048} WINDOWS=${WINDOWS:-128} HELD=${HELD:-16} AUTO=${AUTO:-yes}
+TASKS=${TASKS:-arc_challenge,arc_easy,boolq,hellaswag,piqa,winogrande,wsc273,race,copa}
+TASK_FOLDER=${TASK_FOLDER:-}       # YAML files of more tasks
+WIKITEXT=${WIKITEXT:-} C4=${C4:-}  # local copies; C4=none leaves it out
+out=$(realpath -m "${1:-gpu_results}")
+[ ! -e "$MODEL" ] || MODEL=$(realpath "$MODEL")
+mkdir -p "$out"
+cd "$out"
+
+# step NAME COMMAND...: unless NAME is there
+step() {
+    if [ -e "$1" ]; then
+        echo "=== $1: there already"
+        return
+    fi
+    echo "=== $1: ${*:2}"
+    "${@:2}"
+}
+
+# The rows of WikiText-2 as two texts, joined as published perplexities join them.
+texts() {
+    python - <<'END'
+from pathlib import Path
+from short_gpt.data import texts
+from short_gpt.evaluation.protocols import WIKITEXT2
+for split, name in (("train", "calibration"), ("validation", "held_out")):
+    Path(f"{name}.txt").write_text("\n\n".join(texts(WIKITEXT2, split=split)), encoding="utf-8")
+END
+}
+
+# evaluated NAME MODEL...: perplexities and tasks; of two models, the second's changes too
+evaluated() {
+    local tasks=() copy=()
+    [ "$TASKS" = none ] || tasks=(--tasks "$TASKS" ${TASK_FOLDER:+--include_path "$TASK_FOLDER"})
+    [ -z "$WIKITEXT" ] || copy=(--source "$WIKITEXT")
+    step "wikitext-2-$1.json" short-gpt evaluate "${@:2}" --data wikitext-2 "${copy[@]}" \
+        --size "$SIZE" "${tasks[@]}" --json "wikitext-2-$1.json"
+    [ "$C4" != none ] || return 0
+    [ -z "$C4" ] || copy=(--source "$C4")
+    step "c4-$1.json" short-gpt evaluate "${@:2}" --data c4 "${copy[@]}" --size "$SIZE" \
+        --json "c4-$1.json"
+}
+
+cut=(--data calibration.txt --size "$SIZE" --max_windows "$WINDOWS")
+refit=(--method refit --stream --eval_data held_out.txt --eval_windows "$HELD")
+
+step held_out.txt texts
+step influence.json short-gpt rank "$MODEL" "${cut[@]}" --stride "$SIZE" --n "$N" \
+    --json influence.json
+step pruned short-gpt prune "$MODEL" pruned --scores influence.json --n "$N"
+step refitted short-gpt heal "$MODEL" refitted "${cut[@]}" "${refit[@]}" --scores influence.json \
+    --n "$N" --json refitted.json
+evaluated original "$MODEL"
+evaluated refitted pruned refitted
+if [ "$AUTO" = yes ]; then
+    step auto.json short-gpt rank "$MODEL" "${cut[@]}" --stride "$SIZE" --n "$N" --method auto \
+        --json auto.json
+    step automatic short-gpt heal "$MODEL" automatic "${cut[@]}" "${refit[@]}" --scores auto.json \
+        --n "$N" --json automatic.json
+    evaluated automatic refitted automatic
+fi
+
+python - "$MODEL" <<'END'
+import json, sys
+from pathlib import Path
+
+rows = {}
+for path in sorted(Path().glob("wikitext-2-*.json")) + sorted(Path().glob("c4-*.json")):
+    for name, own in json.loads(path.read_text())["result"].items():
+        row = rows.setdefault("original" if name == sys.argv[1] else name, {})
+        row.update({k: v for k, v in own.items() if "change" not in k and "stderr" not in k})
+metrics = {name.split()[0] for name in rows["original"] if name.endswith((" acc", " acc_norm"))}
+print(f"{'':<24}{'WikiText-2':>12}{'C4':>10}{'tasks':>10}{'kept':>8}")
+first = None
+for name in ("original", "pruned", "refitted", "automatic"):
+    if row := rows.get(name):
+        cells = [next((v for k, v in row.items() if k.startswith(f"{data} perplexity")), None)
+                 for data in ("wikitext-2", "c4")]
+        tasks = [row.get(f"{task} acc_norm", row.get(f"{task} acc")) for task in sorted(metrics)]
+        mean = 100 * sum(tasks) / len(tasks) if tasks else None
+        first = first or mean
+        cells += [mean, mean and 100 * mean / first]
+        shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+        print(f"{name:<24}{shown[0]:>12}{shown[1]:>10}{shown[2]:>10}{shown[3]:>8}")
+print("""published, 7 of 32 layers of Llama-3.1-8B:
+dense                          6.14      8.88     73.44  100.00
+ShortGPT                      57.76     50.13     61.54   83.79
+ShortGPT + LinearPatch        25.67     28.38     64.42   87.82
+SLEB                          13.12     16.76     56.06   76.08""")
+END

@@ -1,0 +1,94 @@
+"""What a reader with a GPU runs in one command, on a tiny Llama of the same names and settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from commands import run
+from conftest import random_windows
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llama.formats.tokenizers import tokenizer_json, with_bos
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks/gpu.sh"
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "vocab_size": 258}
+# what the config of Llama-3.1-8B says beside its shape
+SAME = {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": False}
+SAME |= {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 131072}
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"original_max_position_embeddings": 8192}
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_rank")]
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    from conftest import BYTES
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**SHAPE, **SAME, **heads, rope_scaling=ROPE)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    words = tokenizer_json(["<s>", "</s>", *BYTES], [3, 3] + [1] * 256, [], "gpt-2")
+    (tmp_path / "words.json").write_text(with_bos(words, "<s>", 0))
+    own = {"tokenizer_file": str(tmp_path / "words.json"), "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(**own).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def text(seed: int, size: int) -> str:
+    return "".join(chr(97 + token) for token in random_windows(1, size, vocab=26, seed=seed)[0])
+
+
+def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
+    model, tasks, lm_eval, tmp_path, monkeypatch
+):
+    """The script's commands, as it calls them, run one by one in this process."""
+    out, program, said = tmp_path / "out", tmp_path / "bin/short-gpt", tmp_path / "said"
+    out.mkdir()
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {said}\necho >> {said}\n')
+    program.chmod(0o755)
+    for name, seed, size in (("calibration", 1, 2000), ("held_out", 2, 600), ("wiki", 3, 500)):
+        (out / f"{name}.txt").write_text(text(seed, size))
+    sizes = {"N": "2", "SIZE": "64", "WINDOWS": "20", "HELD": "6"}
+    own = {"MODEL": str(model), "TASKS": "tiny_choice", "TASK_FOLDER": str(tasks)}
+    own |= {"WIKITEXT": str(out / "wiki.txt"), "C4": str(out / "wiki.txt")}
+    path = f"{program.parent}:{os.environ['PATH']}"
+
+    def script() -> str:
+        command = ["bash", str(SCRIPT), str(out)]
+        how = {"env": {**os.environ, **sizes, **own, "PATH": path}, "check": True}
+        return subprocess.run(command, **how, capture_output=True, text=True).stdout
+
+    table = "import json, sys"  # the last step, which needs what the commands write
+    first = tmp_path / "commands.sh"
+    first.write_text(SCRIPT.read_text().partition('python - "$MODEL"')[0])
+    assert table not in first.read_text()
+    how = {"env": {**os.environ, **sizes, **own, "PATH": path}, "check": True}
+    subprocess.run(["bash", str(first), str(out)], **how, capture_output=True)
+    asked = [shlex.split(line) for line in said.read_text().splitlines()]
+    named = ["rank", "prune", "heal", *["evaluate"] * 4, "rank", "heal", *["evaluate"] * 2]
+    assert [words[0] for words in asked] == named
+    monkeypatch.chdir(out)
+    for words in asked:
+        run(*words, *([] if words[0] == "prune" else ["--device", "cpu"]))
+    said.unlink()
+    printed = script()
+    assert not said.exists()  # every step was there already
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
+    evaluated = json.loads(Path("wikitext-2-refitted.json").read_text())["result"]
+    assert rows["refitted"][0] == f"{evaluated['refitted']['wikitext-2 perplexity']:.2f}"
+    assert rows["refitted"][2] == f"{100 * evaluated['refitted']['tiny_choice acc_norm']:.2f}"
+    assert "tiny_choice acc change" in evaluated["refitted"]
+    assert rows["original"][3] == "100.00" and len(rows["automatic"]) == 4
+    assert rows["dense"] == ["6.14", "8.88", "73.44", "100.00"]
+    for name in ("pruned", "refitted", "automatic"):
+        assert json.loads(Path(name, "config.json").read_text())["num_hidden_layers"] == 4
+    scores = json.loads(Path("auto.json").read_text())
+    assert scores["arguments"]["size"] == 64 and scores["arguments"]["max_windows"] == 20
