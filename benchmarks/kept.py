@@ -57,7 +57,7 @@ SETS = ("bi", "greedy", "auto")
 REFITS = {"refit-text": "text", "refit-own": "own", "refit": "mix"}  # and what they read
 ROWS = ("pruned", *peer_maps.KINDS, "replaceme", "layerwise", *REFITS, "distilled")
 TASKS = (*task_files.OWN, *task_files.MORE)
-PILOT = 50  # documents of a task that foretell the error
+PILOT = 50  # documents of a task that foretell the error, and the fewest of a row
 CHECKED = 5  # documents of a task on which two programs are compared
 FEW = 4  # windows that the greedy search reads
 LONG = 64  # tokens of a task's document from which on text for learning must not share any with it
@@ -208,7 +208,7 @@ class Run:
         changes = self.cells.value(f"pilot {layers}", pilot)
         sizes = [len(Path(self.folder.name, f"{t}.jsonl").read_text().splitlines()) for t in TASKS]
         ordered = [changes[f"local_{task}"] for task in TASKS]
-        return needed([variance(own) for own in ordered], sizes)
+        return max(PILOT, needed([variance(own) for own in ordered], sizes))
 
     def _plan(self, row: str, layers: Sequence[int]) -> dict[str, Callable[[ShortHFModel], Any]]:
         """What is measured of a model, by the names of cells."""

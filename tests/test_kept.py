@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import kept
 import pytest
@@ -184,15 +185,23 @@ def test_rows_are_measured_once_and_an_interrupted_one_goes_on(lm_eval, argument
 
 
 @pytest.mark.filterwarnings("default")
-def test_every_row_of_every_set_is_measured(lm_eval, arguments, monkeypatch):
-    monkeypatch.setattr(kept, "choose_healed", lambda *_, **__: type("", (), {"layers": [6, 3]}))
+def test_every_row_is_measured_and_a_set_chosen_twice_once(lm_eval, arguments, monkeypatch):
+    class Chosen(NamedTuple):
+        layers: list[int]
+
+    def as_greedy(short, windows, n, *, state):
+        assert state is not None and n == 2
+        return Chosen(short.search(windows[: kept.FEW], n, progress=False).removed)
+
+    monkeypatch.setattr(kept, "choose_healed", as_greedy)
     found = ended(**{**arguments, "sets": ["greedy", "auto"], "documents": None, "bi": [1, 4]})
-    assert len(found["rows"]) == 1 + 2 * len(kept.ROWS)
-    assert found["documents"] == 3 and found["layers"]["auto"] == [3, 6]
+    assert found["documents"] == kept.PILOT and found["layers"]["auto"] == found["layers"]["greedy"]
     assert len(found["layers"]["greedy"]) == 2
-    values = {name: row["texts"]["novels"]["perplexity"] for name, row in found["rows"].items()}
-    for name in found["layers"]:
-        own = [value for key, value in values.items() if key.startswith(name)]
-        assert len({*own}) == len(kept.ROWS)
-        assert found["rows"][f"{name} distilled"]["healing"]["how"]["method"] == "distillation"
-    assert found["kendall"]["healed"]["models"] == 2 * (len(kept.ROWS) - 1)
+    rows = {name.split()[-1]: row for name, row in found["rows"].items() if "auto" not in name}
+    assert [*rows] == ["original", *kept.ROWS]
+    assert all(row == rows[n.split()[-1]] for n, row in found["rows"].items() if "auto" in n)
+    values = [row["texts"]["novels"]["perplexity"] for row in rows.values()]
+    assert len({*values}) == len(rows)
+    assert rows["distilled"]["healing"]["how"]["method"] == "distillation"
+    assert found["kendall"]["pruned"] == {"models": 1, "tau": None}
+    assert found["kendall"]["healed"]["models"] == len(kept.ROWS) - 1
