@@ -23,7 +23,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from distillation import divided
 from healing import cut, halves, judged_by
 from outcome import begin, finish
 from scoring import build
-from shares import judging, kept, needed, ranks, variance
+from shares import judging, kept, needed, ranks, table, variance
 from tasks import CLOSE, Documents, Windows, against_theirs, metrics, text_changes
 
 from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
@@ -60,7 +60,7 @@ TASKS = (*task_files.OWN, *task_files.MORE)
 PILOT = 50  # documents of a task that foretell the error, and the fewest of a row
 CHECKED = 5  # documents of a task on which two programs are compared
 FEW = 4  # windows that the greedy search reads
-LONG = 64  # tokens of a task's document from which on text for learning must not share any with it
+RUN = 32  # tokens: where 63 in a row are a task's, one of its pieces of 32 is among them
 
 
 def main(
@@ -149,12 +149,15 @@ class Run:
         self.short, self.source, self.path = open_model(str(path), device="cpu"), source, state
         self.kinds = judged_by(self.short, also, others, counts["judged"], size)
         evaluation = [w for read in self.kinds.values() for w in read]
-        apart = [*evaluation, *self._long_documents()]
+        asked = {tuple(w[i : i + RUN]) for w in self._documents() for i in range(0, len(w), RUN)}
         samples = own_samples(self.short, counts["own"], size, beside=state)
         limit = count + distilled.wanted(steps)
         read = [demo.bible("calibration"), [halves(also)[0]]]
         pools = [cut(self.short, text, limit, size) for text in read]
-        book, wiki, samples = (without_overlap(pool, apart)[0] for pool in (*pools, samples))
+        book, wiki, samples = (
+            [w for w in without_overlap(pool, evaluation)[0] if not asked & {*runs(w)}]
+            for pool in (*pools, samples)
+        )
         parts = [count // 4, count // 4, count // 2]
         mix, self.learning = divided([book, wiki, samples], parts, steps, evaluation)
         text = [*book[: count // 2], *wiki[: count // 2]]
@@ -170,14 +173,14 @@ class Run:
         identity = {**self.short.identity(), "read": json_digest(content)}
         self.cells = Cells(StateFile(state, identity, every=0.0))
 
-    def _long_documents(self) -> Windows:
-        """Token ids of the tasks' longer texts."""
+    def _documents(self) -> Windows:
+        """Token ids of each task's documents, one after the other: a text each."""
         every = []
         for task in TASKS:
             lines = Path(self.source, f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
-            for row in map(json.loads, lines):
-                every.append(self.short.encode(str(row.get("query") or row.get("context") or "-")))
-        return [ids for ids in every if len(ids) >= LONG]
+            texts = [row.get("query") or row.get("context") for row in map(json.loads, lines)]
+            every.append(self.short.encode("\n\n".join(filter(None, texts))))
+        return [ids for ids in every if ids]
 
     def chosen(self, name: str) -> list[int]:
         """A quarter of the layers, by Block Influence, greedy search or the refitted loss."""
@@ -339,22 +342,9 @@ class Run:
         return self.cells.value("hf", compare)
 
 
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Two lines for every model: mean, change, share and tasks, and perplexities."""
-    names = ", ".join(rows["original"]["tasks"])
-    lines = [f"{'':<22}{'mean':>7}{'change':>16}{'share kept':>26}  {names}"]
-    for name, row in rows.items():
-        mean, (low, high) = row["mean"], row["mean"]["interval_95"]
-        share = f"{mean['share']:.1%} ({low:.1%} to {high:.1%})"
-        change = f"{mean['change']:+.4f} ({mean['standard_error']:.4f})"
-        tasks = " ".join(f"{cell['value']:.3f}" for cell in row["tasks"].values())
-        lines.append(f"{name:<22}{mean['value']:>7.4f}{change:>16}{share:>26}  {tasks}")
-        texts = [
-            f"{kind} {cell['perplexity']:.2f} {cell['nats']:+.3f} ({cell['standard_error']:.3f})"
-            for kind, cell in row["texts"].items()
-        ]
-        lines.append(f"{'':<22}{', '.join(texts)}")
-    return "\n".join(lines)
+def runs(window: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All runs of so many tokens."""
+    return (tuple(window[i : i + RUN]) for i in range(len(window) - RUN + 1))
 
 
 if __name__ == "__main__":

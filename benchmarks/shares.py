@@ -78,3 +78,21 @@ def ranks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | 
         tau = kendalltau(loss, [r["mean"]["value"] for r in own]).statistic if own[1:] else None
         result[name] = {"models": len(own), "tau": None if tau != tau else tau}
     return result
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Two lines for every model: mean, change, share and tasks, and perplexities."""
+    names = ", ".join(rows["original"]["tasks"])
+    lines = [f"{'':<22}{'mean':>7}{'change':>18}{'share kept':>26}  {names}"]
+    for name, row in rows.items():
+        mean, (low, high) = row["mean"], row["mean"]["interval_95"]
+        share = f"{mean['share']:.1%} ({low:.1%} to {high:.1%})"
+        change = f"{mean['change']:+.4f} ({mean['standard_error']:.4f})"
+        tasks = " ".join(f"{cell['value']:.3f}" for cell in row["tasks"].values())
+        lines.append(f"{name:<22}{mean['value']:>7.4f}{change:>18}{share:>26}  {tasks}")
+        texts = [
+            f"{kind} {cell['perplexity']:.2f} {cell['nats']:+.3f} ({cell['standard_error']:.3f})"
+            for kind, cell in row["texts"].items()
+        ]
+        lines.append(f"{'':<22}{', '.join(texts)}")
+    return "\n".join(lines)

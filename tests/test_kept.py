@@ -141,6 +141,23 @@ def ended(**arguments: object) -> dict:
     return json.loads(Path(str(arguments["out"])).read_text())
 
 
+def test_text_to_learn_from_is_none_of_a_tasks(lm_eval, arguments):
+    """Half of the book is a document of lambada's, and no window of that half is left."""
+    folder, book = Path(str(arguments["source"])), text(1, 9000)
+    row = {"context": book[: len(book) // 2], "continuation": "end"}
+    folder.joinpath("lambada_openai.jsonl").write_text(json.dumps(row))
+    paths = {name: str(arguments[name]) for name in ("source", "also", "others")}
+    counts = {n: v for n, v in NUMBERS.items() if n not in ("documents", "problems")}
+    run = kept.Run("demo", **paths, state=folder / "state", **counts)
+    ids = run.short.encode(row["context"])
+    asked = {tuple(ids[i : i + 63]) for i in range(len(ids) - 62)}
+    learned = [*run.texts["mix"], *run.texts["text"], *run.learning.training]
+    for window in learned:
+        assert not asked & {tuple(window[i : i + 63]) for i in range(len(window) - 62)}
+    every = kept.cut(run.short, [book], 42, 96)  # of which Run has those that are left
+    assert 10 < sum(bool(asked & {tuple(w[:63])}) for w in every) < 32
+
+
 @pytest.mark.filterwarnings("default")
 def test_rows_are_measured_once_and_an_interrupted_one_goes_on(lm_eval, arguments, monkeypatch):
     begun = {**arguments, "sets": "bi", "rows": "pruned,refit", "bi": [2, 5]}
