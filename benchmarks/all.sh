@@ -5,8 +5,8 @@
 #
 #     benchmarks/all.sh WIKITEXT TASKS [OUT]
 #
-# WIKITEXT: WikiText-2's test text. TASKS: folder with piqa.jsonl, arc_easy.jsonl, winogrande.jsonl
-# and lambada_openai.jsonl as benchmarks/task_files.py reads them. OUT: benchmarks/new_results.
+# WIKITEXT: WikiText-2's test text. TASKS: folder with the files that benchmarks/task_files.py and
+# word_problems.py name, such as piqa.jsonl. OUT: benchmarks/new_results.
 # Beside ".[dev]" it needs `pip install llama-cpp-py-sync optipfair==0.4.2`, for gemma_kinds and
 # peers.
 set -euo pipefail
@@ -88,6 +88,8 @@ script training_choices training_choices --novels tasks/lambada_openai.jsonl \
     --wikitext wikitext2_test.txt --rows lora,full-1e-4
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
+script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \
+    --greedy 3,12,13,14,15,16,17,18
 measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \
     --lora_only bi:8,angular:8 --lora_steps 80 --lora_rank 16 --lora_learning_rate 2e-3 \
     --lora_batch 4 --lora_size 256 --plots pictures --device cpu

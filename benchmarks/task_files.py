@@ -3,6 +3,8 @@
 Each YAML file includes lm-eval's own and changes nothing but where the documents come from. They
 are taken back into the fields of lm-eval's data sets from the files of MosaicML's evaluation
 (``scripts/eval/local_data`` of llm-foundry), and what cannot be taken back exactly is refused.
+Prompts are lm-eval's, also where the files' own differ: boolq without the word Passage, copa
+without its comma, and two spaces before the answers of copa and of winograd_wsc (wsc273 there).
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ OWN = {  # lm-eval's files, below its folder of tasks
     "winogrande": "winogrande/default.yaml",
     "lambada_openai": "lambada/lambada_openai.yaml",
 }
+MORE = {
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "openbook_qa": "openbookqa/openbookqa.yaml",
+    "copa": "super_glue/copa/default.yaml",
+    "winograd_wsc": "wsc273/default.yaml",
+}
 LETTERS = "ABCDE"
+LINKS = {" because": "cause", " therefore": "effect"}  # of copa's sentences, and their questions
+# words that lm-eval's wsc273 writes small inside a sentence
+PRONOUNS = ["A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their"]
 
 
 def piqa(row: Document) -> Document:
@@ -30,13 +42,59 @@ def piqa(row: Document) -> Document:
 
 
 def arc_easy(row: Document) -> Document:
-    texts, labels = row["choices"], list(LETTERS[: len(row["choices"])])
     question = _between(str(row["query"]), "Question: ", "")
+    return {"question": question, **_lettered(row)}
+
+
+def arc_challenge(row: Document) -> Document:
+    return arc_easy(row)
+
+
+def openbook_qa(row: Document) -> Document:
+    return {"question_stem": row["query"], **_lettered(row)}
+
+
+def boolq(row: Document) -> Document:
+    """A "Question: " inside a passage stays with it; lm-eval joins both again."""
+    if row["choices"] != ["no", "yes"]:
+        raise ValueError(f"{row['choices']} are not no and yes")
+    text = _between(str(row["query"]), "Passage: ", "?")
+    passage, found, question = text.rpartition("\nQuestion: ")
+    if not found:
+        raise ValueError(f"{text!r} has no question")
+    return {"passage": passage, "question": question, "label": row["gold"]}
+
+
+def copa(row: Document) -> Document:
+    """The file's comma goes, and the premise's full stop comes back, which lm-eval takes away."""
+    first, second = row["choices"]
+    premise, found, link = str(row["query"]).rpartition(",")
+    if not found or link not in LINKS or premise != premise.strip():
+        raise ValueError(f"{row['query']!r} does not end with {', or '.join(LINKS)}")
+    if odd := [choice for choice in (first, second) if choice[:1] != choice[:1].lower()]:
+        raise ValueError(f"{odd[0]!r} begins with a capital, which lm-eval would write small")
     return {
-        "question": question,
-        "choices": {"text": texts, "label": labels},
-        "answerKey": labels[row["gold"]],
+        "premise": f"{premise}.",
+        "choice1": first,
+        "choice2": second,
+        "question": LINKS[link],
+        "label": row["gold"],
     }
+
+
+def winograd_wsc(row: Document) -> Document:
+    """The sentence with a pronoun's gap after the last whole word that both contexts share."""
+    first, second = row["context_options"]
+    same = [a == b for a, b in zip(first, second, strict=False)]
+    common = first[: first.rfind(" ", 0, [*same, False].index(False)) + 1]
+    options = [first[len(common) :], second[len(common) :]]
+    end = str(row["continuation"])
+    text = f"{common}_{end if end[0] in '.,;?!' else ' ' + end}"
+    small = [option for option in options if option.split(" ")[0] in PRONOUNS]
+    if "  " in text or len(common) < 2 or (small and common[-2] != "."):
+        raise ValueError(f"{row['context_options']} would be read as other text")
+    own = {"text": text, "pronoun": "_", "pronoun_loc": len(common)}
+    return {**own, "options": options, "label": row["gold"]}
 
 
 def winogrande(row: Document) -> Document:
@@ -61,8 +119,17 @@ def lambada_openai(row: Document) -> Document:
 
 
 MAKERS: dict[str, Callable[[Document], Document]] = {
-    f.__name__: f for f in (piqa, arc_easy, winogrande, lambada_openai)
+    f.__name__: f
+    for f in (
+        *(piqa, arc_easy, winogrande, lambada_openai),
+        *(arc_challenge, boolq, openbook_qa, copa, winograd_wsc),
+    )
 }
+
+
+def _lettered(row: Document) -> Document:
+    texts, labels = row["choices"], list(LETTERS[: len(row["choices"])])
+    return {"choices": {"text": texts, "label": labels}, "answerKey": labels[row["gold"]]}
 
 
 def _between(text: str, start: str, end: str) -> str:
@@ -77,7 +144,7 @@ def write(source: str | Path, folder: str | Path, tasks: Sequence[str] = tuple(O
     Args:
         source: holds piqa.jsonl and the others.
         folder: exists; ``include_path`` of what runs the tasks.
-        tasks: of `OWN`.
+        tasks: of `OWN` and `MORE`.
     """
     own = Path(lm_eval.__file__).parent / "tasks"
     for task in tasks:
@@ -86,7 +153,7 @@ def write(source: str | Path, folder: str | Path, tasks: Sequence[str] = tuple(O
         documents = [MAKERS[task](json.loads(line)) for line in lines]
         data.write_text("".join(json.dumps(d) + "\n" for d in documents), encoding="utf-8")
         fields = {
-            "include": str(own / OWN[task]),
+            "include": str(own / {**OWN, **MORE}[task]),
             "task": f"local_{task}",
             "tag": [],
             "dataset_path": "json",

@@ -15,7 +15,7 @@ more of both what is left is distilled. With ``--state`` it continues where it w
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from scoring import build
 from short_gpt import ShortHFModel, ShortLlama, choose, windows
 from short_gpt.data import demo
 from short_gpt.evaluation import (
+    Perplexity,
     TaskRun,
     TaskSuite,
     difference,
@@ -45,6 +46,8 @@ from short_gpt.runtime.state import StateFile, joined
 PROMPT, LONG = 32, 32  # tokens of a prompt, and of what is completed
 CLOSE = 1e-3  # nats by which two programs may differ on a document
 Windows = Sequence[Sequence[int]]
+Parts = Mapping[str, list[Perplexity]]  # losses of windows by their kind
+Documents = Mapping[str, Mapping[str, list[float]]]  # values by task and metric
 
 
 class Run:
@@ -242,29 +245,35 @@ def against_theirs(ours: TaskRun, suite: TaskSuite, theirs: ShortHFModel) -> dic
 
 def row(found: dict, whole: dict) -> dict[str, object]:
     """One model: metrics with their changes, paired, and what a reader notices."""
-    metrics = {}
-    for task, own in found["run"].documents.items():
-        for metric, values in own.items():
-            before = whole["run"].documents[task][metric]
-            name = f"{task.removeprefix('local_')} {metric}"
-            metrics[name] = {
-                "value": sum(values) / len(values),
-                **asdict(task_difference(before, values)),
-            }
-            if metrics[name]["p"] != metrics[name]["p"]:
-                metrics[name]["p"] = None
-    texts = {}
-    for kind, parts in found["parts"].items():
-        change = difference(whole["parts"][kind], parts)
-        texts[kind] = {"perplexity": together(parts).value, "nats": change.nats}
-        texts[kind]["standard_error"] = change.standard_error
     pairs = list(zip(whole["texts"], found["texts"], strict=True))
     return {
-        "tasks": metrics,
-        "texts": texts,
+        "tasks": metrics(found["run"].documents, whole["run"].documents),
+        "texts": text_changes(found["parts"], whole["parts"]),
         "same_tokens": [leading(a, b) for a, b in pairs],
         "repetition": [repetition(b) if len(b) >= 4 else 0.0 for _, b in pairs],
     }
+
+
+def metrics(found: Documents, whole: Documents) -> dict[str, dict[str, float | None]]:
+    """Every metric of every task, with its change from the whole model's, paired."""
+    each = {}
+    for task, own in found.items():
+        for metric, values in own.items():
+            change = asdict(task_difference(whole[task][metric], values))
+            change["p"] = None if change["p"] != change["p"] else change["p"]
+            name = f"{task.removeprefix('local_')} {metric}"
+            each[name] = {"value": sum(values) / len(values), **change}
+    return each
+
+
+def text_changes(found: Parts, whole: Parts) -> dict[str, dict[str, float]]:
+    """Perplexity of every kind of text, with its change in nats, paired."""
+    texts = {}
+    for kind, parts in found.items():
+        change = difference(whole[kind], parts)
+        texts[kind] = {"perplexity": together(parts).value, "nats": change.nats}
+        texts[kind]["standard_error"] = change.standard_error
+    return texts
 
 
 def table(rows: dict[str, dict]) -> str:

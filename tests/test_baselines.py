@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 from types import SimpleNamespace
 
+import layerwise
 import peer_maps
 import pytest
+import replaceme
 import torch
+import word_problems
 from completions import leading, repetition, turn_losses
 from conftest import CharTokenizer, make_transformer, random_windows
 from drafts import Agreement
@@ -130,3 +134,101 @@ def test_gaps_that_a_map_can_express_are_restored_exactly(kind):
         assert torch.equal(short.decoder.logits(held), raw)
     matrix = peer_maps.hadamard(60)
     assert torch.allclose(matrix @ matrix.T, torch.eye(60).double(), atol=1e-12)
+
+
+def linear_model(*weights: tuple[int, Tensor]) -> ShortLlama:
+    model = make_transformer()
+    for place, weight in weights:
+        model.layers[place] = LinearLayer(weight, place)
+    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+
+
+def test_layers_trained_one_by_one_learn_the_original_states():
+    """A linear layer before two linear ones learns their product with its own."""
+    first, second, third = (linear("ghosted", seed) for seed in (1, 2, 3))
+    short = linear_model((2, first), (3, second), (4, third))
+    held = torch.tensor(random_windows(2, 20, seed=7))
+    before = short.decoder.logits(held)
+    ticks = itertools.count()
+    windows = random_windows(3, 40)
+    found = layerwise.heal(short, [3, 4], windows, 3000, rate=1e-2, clock=lambda: next(ticks))
+    assert short.kept == [0, 1, 2] and [one.layer for one in found] == [2]
+    learned = short.decoder.layers[2].weight.double()
+    assert torch.allclose(learned, first @ second @ third, atol=0.01)
+    assert found[0].after < 1e-6 < 0.01 < found[0].before
+    assert torch.allclose(short.decoder.logits(held), before, atol=0.1)
+    assert next(ticks) == pytest.approx(3000, rel=0.02)
+
+
+def test_every_kept_layer_after_a_gap_comes_nearer_to_the_original():
+    model = make_transformer(n_layers=6)
+    short = ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+    before = [{k: v.clone() for k, v in layer.named_parameters()} for layer in model.layers]
+    states = [short.layer_calls().embed(torch.tensor([w])) for w in WINDOWS]
+    original = states
+    for place in (0, 1, 2):
+        original = [short.layer_calls().run(place, state) for state in original]
+    ticks = itertools.count()
+    found = layerwise.heal(short, [2, 4], WINDOWS, 300, rate=1e-3, clock=lambda: next(ticks))
+    assert [one.layer for one in found] == [1, 3, 5]
+    assert all(one.after < one.before and one.steps > 50 for one in found)
+    layers = short.decoder.layers
+    for place, number in enumerate(short.kept):
+        own = dict(layers[place].named_parameters())
+        same = [torch.equal(own[name], value) for name, value in before[number].items()]
+        assert all(same) if number == 0 else not any(same)
+    for place in (0, 1):  # the state before the gap is to be the one after it
+        states = [short.layer_calls().run(place, state) for state in states]
+    assert layerwise.mean_loss(states, original) == pytest.approx(found[0].after, rel=1e-4)
+
+
+class Residual(nn.Module):
+    """A layer that is x + x W, W by the name of an MLP's last matrix."""
+
+    def __init__(self, weight: Tensor, layer_id: int) -> None:
+        super().__init__()
+        self.feed_forward, self.layer_id = nn.Module(), layer_id
+        self.feed_forward.w2 = nn.Linear(*weight.shape, bias=False).requires_grad_(False)
+        self.feed_forward.w2.weight.copy_(weight.T)
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        return x + self.feed_forward.w2(x)
+
+
+def test_replaceme_restores_what_a_map_of_the_mlps_output_can_express():
+    """x + x W and then A: with x = m W^-1, the state after it is x + m T for some T."""
+    short = linear_model((3, linear("ghosted", 2)))
+    short.llama.model.layers[2] = Residual(linear("ghosted", 1), 2)
+    held = torch.tensor(random_windows(2, 20, seed=7))
+    before = short.decoder.logits(held)
+    replaceme.heal(short, [3], random_windows(6, 40))
+    assert 3 not in short.kept
+    assert torch.allclose(short.decoder.logits(held), before, atol=2e-3)
+
+
+def test_word_problems_known_answers(tmp_path):
+    texts = ["It is 5.", "so $1,234.50.", "a -3 b", "none...", "7 eggs, 10-3", "18, or 9"]
+    numbers = [word_problems.last_number(text) for text in texts]
+    assert numbers == [5, 1234.5, -3, None, 3, 9]
+    rows = [{"context": f"{i}?", "answer": answer} for i, answer in enumerate(["1,200", "7", "7"])]
+    tmp_path.joinpath("svamp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = word_problems.read(tmp_path, "svamp", 3)
+    assert word_problems.read(tmp_path, "svamp", 1) == problems[:1]
+    answers = iter(["It is 1200.", "7 or 8", "who knows"])
+
+    class Tokenizer:
+        def apply_chat_template(self, dialog, *, tokenize, add_generation_prompt):
+            assert not tokenize and add_generation_prompt
+            return f"<user>{dialog[0]['content']}<assistant>"
+
+        def __call__(self, text, *, add_special_tokens):
+            assert not add_special_tokens
+            return {"input_ids": [text]}
+
+    def greedy(ids, count):
+        assert ids[0].startswith("<user>") and ids[0].endswith("?<assistant>") and count > 64
+        return [next(answers)]
+
+    short = SimpleNamespace(tokenizer=Tokenizer(), greedy=greedy, decode=lambda ids: ids[0])
+    found = word_problems.asked(short, problems)
+    assert found == {"exact_match": [1, 0, 0], "well_formed": [1, 1, 0]}

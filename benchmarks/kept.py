@@ -1,0 +1,351 @@
+"""The share of a model's mean over tasks that pruned and healed models keep, and its error.
+
+A quarter of the layers goes, chosen in three ways: by Block Influence, by greedy search, and by the
+loss of the refitted model (`choose_healed`). Each set is pruned, healed by others' methods, by the
+library's refit on three kinds of text, and distilled. Tasks are lm-eval's own over local documents
+(`task_files`), word problems are answered in the chat template, and texts are held-out chapters,
+WikiText-2's second half and novels. Changes are paired over documents or windows.
+
+    python benchmarks/kept.py --source tasks --also wikitext2_test.txt \
+        --others lambada_passages.txt --out kept.json
+
+All methods learn from the same windows, a quarter of the book, a quarter of WikiText-2's first
+half, a half own samples; "refit-text" and "refit-own" from as many of one kind. None shares text
+with what judges. The tasks are fixed, so the variance of their mean is the sum of their variances
+over T^2. What is measured stands in a state beside the file, from which the same command goes on:
+``--rows`` and ``--sets`` measure some, and the file holds all rows of these sets that are there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import distilled
+import fire
+import layerwise
+import peer_maps
+import replaceme
+import second_family
+import task_files
+import torch
+import word_problems
+from distillation import divided
+from healing import cut, halves, judged_by
+from outcome import begin, finish
+from scoring import build
+from shares import judging, kept, needed, ranks, table, variance
+from tasks import CLOSE, Documents, Windows, against_theirs, metrics, text_changes
+
+from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
+from short_gpt.data import demo, without_overlap
+from short_gpt.evaluation import TaskSuite, losses
+from short_gpt.healing import CachedTeacher, Distillation, choose_healed, recipe_for
+from short_gpt.jobs.comparing import Cells
+from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.state import StateFile
+
+SETS = ("bi", "greedy", "auto")
+REFITS = {"refit-text": "text", "refit-own": "own", "refit": "mix"}  # and what they read
+ROWS = ("pruned", *peer_maps.KINDS, "replaceme", "layerwise", *REFITS, "distilled")
+TASKS = (*task_files.OWN, *task_files.MORE)
+PILOT = 50  # documents of a task that foretell the error, and the fewest of a row
+CHECKED = 5  # documents of a task on which two programs are compared
+FEW = 4  # windows that the greedy search reads
+RUN = 32  # tokens: where 63 in a row are a task's, one of its pieces of 32 is among them
+
+
+def main(
+    source: str,
+    also: str,
+    others: str,
+    model: str = "demo",
+    rows: str | Sequence[str] = ROWS,
+    sets: str | Sequence[str] = SETS,
+    bi: Sequence[int] | None = None,
+    greedy: Sequence[int] | None = None,
+    auto: Sequence[int] | None = None,
+    documents: int | None = None,
+    problems: int = 100,
+    count: int = 48,
+    own: int = 96,
+    steps: int = 140,
+    judged: int = 16,
+    size: int = 512,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the benchmark, prints the tables, and writes the JSON file if ``out`` is given.
+
+    Args:
+        source: folder of the tasks' files.
+        also, others: texts, as in ``healing.py``; the first half of ``also`` is learned from.
+        model: "demo", or "0.5b" for that of ``second_family.py``.
+        rows, sets: to measure, of `ROWS` and `SETS`.
+        bi, greedy, auto: layers of a set, where they are known; else they are chosen.
+        documents: of each task; None takes as many as bring the standard error of the change of
+            the mean under 0.01, foretold from the original and the pruned model.
+        problems: word problems of each kind.
+        count: windows that every method learns from.
+        own: samples that the model writes, once.
+        steps: of the distillation, each of one window.
+        judged: windows of each text to judge by.
+        size: tokens of a window.
+    """
+    begin(out, overwrite=overwrite)
+    rows, sets = (x.split(",") if isinstance(x, str) else list(x) for x in (rows, sets))
+    counts = {"count": count, "own": own, "steps": steps, "judged": judged, "size": size}
+    texts = {"source": source, "also": also, "others": others}
+    run = Run(model, **texts, **counts, state=Path(f"{out or 'kept.json'}.state"))
+    run.problems = problems
+    given = {"bi": bi, "greedy": greedy, "auto": auto}
+    chosen = {name: sorted(given[name] or run.chosen(name)) for name in dict.fromkeys(sets)}
+    run.documents = documents or run.wanted(sorted(bi or run.chosen("bi")))
+    print(f"{run.documents} documents of each task, or all; layers {chosen}")
+    found, agreement = rows_of(run, chosen, rows)
+    print(table(found))
+    print("\n".join(f"Kendall's tau of loss and mean, {k}: {v}" for k, v in agreement.items()))
+    same = run.same_as_ours() if model == "demo" else None
+    differs = same and not (same["answers_equal"] and same["nats"] < CLOSE)
+    content = {"model": model, "layers": chosen, "documents": run.documents, "problems": problems}
+    content |= {**counts, "recipe": asdict(run.recipe)}
+    content |= {"rows": found, "kendall": agreement, "hf": same}
+    finish("kept", ["the adapters differ"] * bool(differs), content, out=out, overwrite=overwrite)
+
+
+def rows_of(
+    run: Run, chosen: Mapping[str, list[int]], rows: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measures rows of all sets; returns every row that is there, and `ranks` of them."""
+    cases = {"original": ("original", list[int]())}
+    cases |= {f"{s} {row}": (row, layers) for s, layers in chosen.items() for row in ROWS}
+    for row, layers in cases.values():
+        if row in ("original", *rows):
+            run.measure(row, layers)
+    found = {name: run.summary(*case) for name, case in cases.items() if not run.missing(*case)}
+    firsts = {str(cases[name]): name for name in reversed(found)}.values()  # each model once
+    return found, ranks({name: found[name] for name in firsts})
+
+
+class Run:
+    """The original model, what others learn from and are judged by; every cell measured once."""
+
+    documents, problems = 0, 0  # of each task, and of each kind of word problems
+    _teacher: CachedTeacher | None = None
+
+    def __init__(
+        self, model: str, *, source: str, also: str, others: str, state: Path, **counts: int
+    ) -> None:
+        count, steps, size = (counts[name] for name in ("count", "steps", "size"))
+        path = {"demo": demo.gguf_file, "0.5b": second_family.gguf_file}[model]()
+        self.short, self.source, self.path = open_model(str(path), device="cpu"), source, state
+        self.kinds = judged_by(self.short, also, others, counts["judged"], size)
+        evaluation = [w for read in self.kinds.values() for w in read]
+        asked = {tuple(w[i : i + RUN]) for w in self._documents() for i in range(0, len(w), RUN)}
+        samples = own_samples(self.short, counts["own"], size, beside=state)
+        limit = count + distilled.wanted(steps)
+        read = [demo.bible("calibration"), [halves(also)[0]]]
+        pools = [cut(self.short, text, limit, size) for text in read]
+        book, wiki, samples = (
+            [w for w in without_overlap(pool, evaluation)[0] if not asked & {*runs(w)}]
+            for pool in (*pools, samples)
+        )
+        parts = [count // 4, count // 4, count // 2]
+        mix, self.learning = divided([book, wiki, samples], parts, steps, evaluation)
+        text = [*book[: count // 2], *wiki[: count // 2]]
+        random.Random(0).shuffle(text)  # the refit holds out every eighth
+        self.texts: dict[str, Windows] = {"text": text, "own": samples[:count], "mix": mix}
+        changes = {"steps": steps, "size": size, "batch": 1, "eval_every": steps}
+        self.recipe = recipe_for(self.short.trainable().config, "small", **changes)
+        self.folder = tempfile.TemporaryDirectory()
+        self.tasks = task_files.write(source, self.folder.name, TASKS)
+        every = {**self.texts, **self.kinds, "learning": self.learning.training}
+        content = [[[list(w) for w in own] for own in every.values()], counts]
+        content += [Path(source, f"{n}.jsonl").read_text() for n in (*TASKS, *word_problems.NAMES)]
+        identity = {**self.short.identity(), "read": json_digest(content)}
+        self.cells = Cells(StateFile(state, identity, every=0.0))
+
+    def _documents(self) -> Windows:
+        """Token ids of each task's documents, one after the other: a text each."""
+        every = []
+        for task in TASKS:
+            lines = Path(self.source, f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+            texts = [row.get("query") or row.get("context") for row in map(json.loads, lines)]
+            every.append(self.short.encode("\n\n".join(filter(None, texts))))
+        return [ids for ids in every if ids]
+
+    def chosen(self, name: str) -> list[int]:
+        """A quarter of the layers, by Block Influence, greedy search or the refitted loss."""
+        short, mix, n = self.short, self.texts["mix"], round(len(self.short.kept) / 4)
+
+        def choice(part: StateFile | None) -> list[int]:
+            if name == "bi":
+                return choose(short.measure(mix), n)
+            if name == "greedy":
+                return short.search(mix[:FEW], n, state=part).removed
+            return choose_healed(short, mix, n, state=part).layers
+
+        return self.cells.resumed(f"layers by {name}", choice)
+
+    def suite(self, task: str | Sequence[str], documents: int) -> TaskSuite:
+        return TaskSuite(task, limit=documents, include_path=self.folder.name, batch_size=8)
+
+    def wanted(self, layers: Sequence[int]) -> int:
+        """Documents of each task, from a pilot on the original model and the pruned one."""
+
+        def pilot() -> dict[str, list[float]]:
+            suite = self.suite(self.tasks, PILOT)
+            first = judging(suite.documents(self.short).documents)
+            with self.short.without_layers(layers):
+                second = judging(suite.documents(self.short).documents)
+            return {t: [b - a for a, b in zip(first[t], second[t], strict=True)] for t in first}
+
+        changes = self.cells.value(f"pilot {layers}", pilot)
+        sizes = [len(Path(self.folder.name, f"{t}.jsonl").read_text().splitlines()) for t in TASKS]
+        ordered = [changes[f"local_{task}"] for task in TASKS]
+        return max(PILOT, needed([variance(own) for own in ordered], sizes))
+
+    def _plan(self, row: str, layers: Sequence[int]) -> dict[str, Callable[[ShortHFModel], Any]]:
+        """What is measured of a model, by the names of cells."""
+        name, limit = f"{row} {layers}", self.documents
+        plan: dict[str, Callable[[ShortHFModel], Any]] = {}
+        for task in self.tasks:
+            ask = self.suite(task, limit).documents
+            plan[f"{name}: {limit} of {task}"] = lambda short, ask=ask: ask(short).documents
+        for kind in word_problems.NAMES:
+            asked = word_problems.read(self.source, kind, self.problems)
+            answer = partial(word_problems.asked, problems=asked)
+            plan[f"{name}: {self.problems} of {kind}"] = lambda s, a=answer, k=kind: {k: a(s)}
+        for kind, windows in self.kinds.items():
+            plan[f"{name}: {kind}"] = lambda s, w=windows: losses(s.decoder, w, progress=False)
+        return plan
+
+    def missing(self, row: str, layers: Sequence[int]) -> list[str]:
+        return [cell for cell in self._plan(row, layers) if cell not in self.cells]
+
+    def measure(self, row: str, layers: Sequence[int]) -> None:
+        """Measures what is missing of a row; a model that took training is kept meanwhile."""
+        if not (missing := self.missing(row, layers)):
+            return
+        print(f"=== {row} {layers}: {len(missing)} cells", flush=True)
+        begun, short, plan = time.perf_counter(), self.healed(row, layers), self._plan(row, layers)
+        for cell in missing:
+            is_text = cell.split(": ")[-1] in self.kinds
+            take = self.cells.losses if is_text else self.cells.value
+            take(cell, partial(plan[cell], short))
+        self._file(row, layers).unlink(missing_ok=True)
+        print(f"=== {row}: {time.perf_counter() - begun:.0f} s", flush=True)
+
+    def _file(self, row: str, layers: Sequence[int]) -> Path:
+        return Path(f"{self.path}.{row}-{'-'.join(map(str, layers))}.pt")
+
+    def healed(self, row: str, layers: Sequence[int]) -> ShortHFModel:
+        """A copy of the model without the layers, healed; the seconds of it are a cell."""
+        if row == "original":
+            return self.short
+        short, file, mix = self._copy(), self._file(row, layers), self.texts["mix"]
+        if file.exists():
+            short.remove_layers(layers)
+            short.model.load_state_dict(torch.load(file))
+            return short
+        # what several rows need is not counted as theirs
+        teacher = self.teacher() if row == "distilled" else None
+        budget = self.seconds_of_refit(layers) if row == "layerwise" else 0.0
+        begun, how = time.process_time(), None
+        if row in peer_maps.KINDS:
+            (maps,) = peer_maps.fit_many(short, row, [layers], mix)
+            short.remove_layers(layers)
+            peer_maps.apply(short, maps)
+        elif row == "replaceme":
+            replaceme.heal(short, layers, mix)
+        elif row == "layerwise":
+            how = layerwise.heal(short, layers, mix, budget)
+        elif row in REFITS:
+            heal_refit(short, layers, self.texts[REFITS[row]])
+        elif teacher is not None:
+            heal_refit(short, layers, mix)
+            read = self.learning
+            parts = (read.training, read.validation, read.evaluation)
+            options = {"recipe": self.recipe, "distillation": Distillation(teacher)}
+            how = heal_lora(short, *parts, **options).to_dict()
+        else:
+            short.remove_layers(layers)
+        spent = {"processor_seconds": time.process_time() - begun, "how": how}
+        self.cells.value(f"healing {row} {layers}", lambda: spent)
+        if row not in ("pruned", *peer_maps.KINDS):  # which take one pass at most
+            torch.save(short.model.state_dict(), part := file.with_suffix(".part"))
+            part.replace(file)
+        return short
+
+    def _copy(self) -> ShortHFModel:
+        return ShortHFModel(copy.deepcopy(self.short.model), tokenizer=self.short.tokenizer)
+
+    def seconds_of_refit(self, layers: Sequence[int]) -> float:
+        """Of processor time, which others do not lengthen."""
+
+        def measure() -> dict[str, object]:
+            begun = time.process_time()
+            heal_refit(self._copy(), layers, self.texts["mix"])
+            return {"processor_seconds": time.process_time() - begun, "how": None}
+
+        return self.cells.value(f"healing refit {layers}", measure)["processor_seconds"]
+
+    def teacher(self) -> CachedTeacher:
+        """What the original model predicts, asked once."""
+        if self._teacher is None:
+            folder = Path(f"{self.path}.teacher")
+            folder.mkdir(exist_ok=True)
+            windows = [*self.learning.training, *self.learning.validation]
+            self._teacher, begun = CachedTeacher(folder, self.short, windows), time.process_time()
+            self._teacher.fill()
+            self.cells.value("seconds of the teacher", lambda: time.process_time() - begun)
+        return self._teacher
+
+    def found(self, row: str, layers: Sequence[int]) -> tuple[Documents, dict[str, Any]]:
+        """Values of documents by task and metric, and losses by text, all measured before."""
+        documents: dict[str, Any] = {}
+        parts = {}
+        for cell in self._plan(row, layers):
+            kind = cell.split(": ")[-1]
+            if kind in self.kinds:
+                parts[kind] = self.cells.losses(cell, list)
+            else:
+                documents |= self.cells.value(cell, dict)
+        return documents, parts
+
+    def summary(self, row: str, layers: Sequence[int]) -> dict[str, Any]:
+        """Of a row: every task and text, and the mean with the share that is kept."""
+        (documents, parts), (whole, read) = self.found(row, layers), self.found("original", [])
+        cell = f"healing {row} {layers}"
+        return {
+            "tasks": metrics(documents, whole),
+            "mean": kept(judging(whole), judging(documents)),
+            "texts": text_changes(parts, read),
+            "healing": self.cells.value(cell, dict) if cell in self.cells else None,
+        }
+
+    def same_as_ours(self) -> dict[str, object]:
+        """How far the library's own program gives what lm-eval's class for transformers does."""
+        suite = self.suite(self.tasks, CHECKED)
+
+        def compare() -> dict[str, object]:
+            return against_theirs(suite.documents(build()), suite, self.short)
+
+        return self.cells.value("hf", compare)
+
+
+def runs(window: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All runs of so many tokens."""
+    return (tuple(window[i : i + RUN]) for i in range(len(window) - RUN + 1))
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,98 @@
+"""What a pruned model keeps of its mean over tasks: the share, its error, and the documents needed.
+
+The tasks are fixed and their documents a sample, so that the variance of a mean over T tasks is the
+sum of the tasks' variances over T^2. Changes are paired over documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+from math import sqrt
+from typing import Any
+
+from scipy.stats import kendalltau
+
+from short_gpt.evaluation import task_difference
+
+ERROR = 0.01  # standard error of the mean's change that is wanted
+Documents = Mapping[str, Mapping[str, list[float]]]  # values by task and metric
+
+
+def judging(documents: Documents) -> dict[str, list[float]]:
+    """The values that count for the mean, by task: acc_norm where lm-eval has it, else acc."""
+    tasks = {task: own for task, own in documents.items() if task.startswith("local_")}
+    return {task: list(own.get("acc_norm", own.get("acc", []))) for task, own in tasks.items()}
+
+
+def variance(values: Sequence[float]) -> float:
+    """Of one document, from a sample."""
+    return task_difference([0.0] * len(values), values).standard_error ** 2 * len(values)
+
+
+def needed(variances: Sequence[float], sizes: Sequence[int], error: float = ERROR) -> int:
+    """The fewest documents of each of T tasks for a standard error of their mean of at most this.
+
+    Args:
+        variances: of a document's value, by task.
+        sizes: documents that there are, by task; all of them where even these are too few.
+    """
+    pairs = [*zip(variances, sizes, strict=True)]
+
+    def reached(n: int) -> float:
+        return sqrt(sum(v / min(n, size) for v, size in pairs)) / len(pairs)
+
+    return next(n for n in count(1) if n >= max(sizes) or reached(n) <= error)
+
+
+def kept(
+    whole: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """The mean over tasks, its change, and the share R of the original's, by the delta method.
+
+    The variance of R is that of the mean of own - R whole, over the original's mean squared.
+    """
+
+    def error(factor: float) -> float:
+        each = [
+            task_difference([factor * v for v in whole[t]], own[t]).standard_error for t in whole
+        ]
+        return sqrt(sum(e**2 for e in each)) / len(each)
+
+    before, after = (sum(sum(v) / len(v) for v in m.values()) / len(m) for m in (whole, own))
+    share = after / before
+    reach = 1.96 * error(share) / before
+    result = {"value": after, "change": after - before, "standard_error": error(1.0)}
+    return {**result, "share": share, "interval_95": [share - reach, share + reach]}
+
+
+def ranks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
+    """Kendall's tau between the loss, in nats over all texts, and the mean over tasks.
+
+    -1 where the lower loss always has the better tasks; of pruned models, and of healed ones.
+    """
+    result = {}
+    for name, raw in (("pruned", True), ("healed", False)):
+        own = [r for key, r in rows.items() if key.endswith(" pruned") == raw and key != "original"]
+        loss = [sum(text["nats"] for text in r["texts"].values()) for r in own]
+        tau = kendalltau(loss, [r["mean"]["value"] for r in own]).statistic if own[1:] else None
+        result[name] = {"models": len(own), "tau": None if tau != tau else tau}
+    return result
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Two lines for every model: mean, change, share and tasks, and perplexities."""
+    names = ", ".join(rows["original"]["tasks"])
+    lines = [f"{'':<22}{'mean':>7}{'change':>18}{'share kept':>26}  {names}"]
+    for name, row in rows.items():
+        mean, (low, high) = row["mean"], row["mean"]["interval_95"]
+        share = f"{mean['share']:.1%} ({low:.1%} to {high:.1%})"
+        change = f"{mean['change']:+.4f} ({mean['standard_error']:.4f})"
+        tasks = " ".join(f"{cell['value']:.3f}" for cell in row["tasks"].values())
+        lines.append(f"{name:<22}{mean['value']:>7.4f}{change:>18}{share:>26}  {tasks}")
+        texts = [
+            f"{kind} {cell['perplexity']:.2f} {cell['nats']:+.3f} ({cell['standard_error']:.3f})"
+            for kind, cell in row["texts"].items()
+        ]
+        lines.append(f"{'':<22}{', '.join(texts)}")
+    return "\n".join(lines)

@@ -1,0 +1,224 @@
+"""What pruned models keep of tasks: known answers, and the benchmark on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import kept
+import pytest
+import shares
+import torch
+from conftest import BYTE_VOCAB, write_byte_tokenizer
+
+from short_gpt import ShortHFModel
+from short_gpt.data import demo
+from short_gpt.runtime.errors import ShortGPTError
+
+NUMBERS = {
+    "count": 8,
+    "own": 8,
+    "steps": 10,
+    "judged": 2,
+    "size": 96,
+    "problems": 2,
+    "documents": 3,
+}
+
+
+def test_the_share_kept_and_its_interval_are_those_of_draws():
+    """The delta method against the spread of many samples of documents."""
+    draw = random.Random(0)
+
+    def sample(size: int) -> tuple[list[float], list[float]]:
+        right = [float(draw.random() < 0.6) for _ in range(size)]
+        return right, [r if draw.random() < 0.7 else float(draw.random() < 0.4) for r in right]
+
+    found = []
+    for _ in range(400):
+        pairs = {"a": sample(200), "b": sample(50)}
+        whole, own = ({t: pair[i] for t, pair in pairs.items()} for i in (0, 1))
+        found.append(shares.kept(whole, own))
+    truth = (0.7 * 0.6 + 0.3 * 0.4) / 0.6
+    held = [low <= truth <= high for low, high in (one["interval_95"] for one in found)]
+    assert 0.92 < sum(held) / len(held) < 0.98
+    for key, error in (("change", "standard_error"), ("share", None)):
+        values = torch.tensor([one[key] for one in found]).double()
+        low, high = zip(*[one["interval_95"] for one in found], strict=True)
+        reach = (torch.tensor(high) - torch.tensor(low)).mean() / 3.92
+        foretold = reach if error is None else torch.tensor([one[error] for one in found]).mean()
+        assert float(values.std()) == pytest.approx(float(foretold), rel=0.12)
+    same = shares.kept(whole, whole)
+    assert same["share"] == 1 and same["interval_95"] == [1, 1] and same["standard_error"] == 0
+
+
+def test_the_documents_needed_are_the_fewest():
+    assert shares.variance([0.0, 1.0, 1.0, 0.0]) == pytest.approx(1 / 3)
+    # sqrt(2 x 0.25 / n) / 2 = 0.05 at n = 50
+    assert shares.needed([0.25, 0.25], [1000, 1000], error=0.05) == 50
+    # of 20 documents of the second: 0.25 / n + 0.25 / 20 = 0.0225 at n = 25
+    assert shares.needed([0.25, 0.25], [1000, 20], error=0.075) == 25
+    assert shares.needed([0.25, 0.25], [300, 10], error=0.001) == 300
+
+
+def test_what_judges_is_the_length_normed_answer_where_there_is_one():
+    documents = {"local_a": {"acc": [0.0], "acc_norm": [1.0]}, "local_b": {"acc": [0.0]}}
+    assert shares.judging({**documents, "svamp": {"exact_match": [1.0]}}) == {
+        "local_a": [1.0],
+        "local_b": [0.0],
+    }
+
+
+def test_ranks_are_those_of_pruned_and_of_healed_models():
+    def row(loss: float, mean: float) -> dict:
+        return {"texts": {"a": {"nats": loss}, "b": {"nats": 1.0}}, "mean": {"value": mean}}
+
+    rows = {"original": row(0, 9), "bi pruned": row(3, 1), "auto pruned": row(2, 2)}
+    rows |= {f"bi {i}": row(i, mean) for i, mean in enumerate([1, 3, 2, 4])}
+    found = shares.ranks(rows)
+    assert found["pruned"] == {"models": 2, "tau": pytest.approx(-1)}
+    assert found["healed"] == {"models": 4, "tau": pytest.approx(4 / 6)}
+
+
+def text(seed: int, count: int) -> str:
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(200)]
+    return " ".join(draw.choices(words, k=count))
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch) -> dict[str, object]:
+    """A random model of 8 layers, and few documents of few tasks."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    file = write_byte_tokenizer(tmp_path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=BYTE_VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(
+        kept, "open_model", lambda *_, **__: ShortHFModel(model, tokenizer=tokenizer)
+    )
+    monkeypatch.setattr(demo, "gguf_file", lambda: tmp_path)
+    books = {"calibration": 1, "held_out": 2}
+    monkeypatch.setattr(demo, "bible", lambda part: [text(books[part], 9000)])
+    monkeypatch.setattr(kept, "TASKS", ("piqa", "lambada_openai"))
+    monkeypatch.setattr(kept.word_problems, "NAMES", ("svamp",))
+    monkeypatch.setattr(kept.word_problems, "TOKENS", 4)
+    rows = {
+        "piqa": {"query": "Question: Why?\n", "choices": ["so", "thus"], "gold": 0},
+        "lambada_openai": {"context": "He ate a", "continuation": "cake"},
+        "svamp": {"context": "How many?", "answer": "3"},
+    }
+    for name, row in rows.items():
+        lines = [json.dumps(row | ({"gold": i % 2} if "gold" in row else {})) for i in range(3)]
+        tmp_path.joinpath(f"{name}.jsonl").write_text("\n".join(lines))
+    for name, seed in (("wiki", 3), ("novels", 4)):
+        tmp_path.joinpath(f"{name}.txt").write_text(text(seed, 9000).replace(" a", "\n a"))
+    paths = {"also": str(tmp_path / "wiki.txt"), "others": str(tmp_path / "novels.txt")}
+    monkeypatch.setattr(kept.Run, "same_as_ours", lambda _: {"answers_equal": True, "nats": 0.0})
+    return {"source": str(tmp_path), **paths, **NUMBERS, "out": str(tmp_path / "kept.json")}
+
+
+def ended(**arguments: object) -> dict:
+    with pytest.raises(SystemExit) as end:
+        kept.main(**arguments)
+    assert end.value.code == 0
+    return json.loads(Path(str(arguments["out"])).read_text())
+
+
+def test_text_to_learn_from_is_none_of_a_tasks(lm_eval, arguments):
+    """Half of the book is a document of lambada's, and no window of that half is left."""
+    folder, book = Path(str(arguments["source"])), text(1, 9000)
+    row = {"context": book[: len(book) // 2], "continuation": "end"}
+    folder.joinpath("lambada_openai.jsonl").write_text(json.dumps(row))
+    paths = {name: str(arguments[name]) for name in ("source", "also", "others")}
+    counts = {n: v for n, v in NUMBERS.items() if n not in ("documents", "problems")}
+    run = kept.Run("demo", **paths, state=folder / "state", **counts)
+    ids = run.short.encode(row["context"])
+    asked = {tuple(ids[i : i + 63]) for i in range(len(ids) - 62)}
+    learned = [*run.texts["mix"], *run.texts["text"], *run.learning.training]
+    for window in learned:
+        assert not asked & {tuple(window[i : i + 63]) for i in range(len(window) - 62)}
+    every = kept.cut(run.short, [book], 42, 96)  # of which Run has those that are left
+    assert 10 < sum(bool(asked & {tuple(w[:63])}) for w in every) < 32
+
+
+@pytest.mark.filterwarnings("default")
+def test_rows_are_measured_once_and_an_interrupted_one_goes_on(lm_eval, arguments, monkeypatch):
+    begun = {**arguments, "sets": "bi", "rows": "pruned,refit", "bi": [2, 5]}
+    first = ended(**begun)
+    assert [*first["rows"]] == ["original", "bi pruned", "bi refit"] and first["documents"] == 3
+    own = first["rows"]["bi refit"]
+    assert own["healing"]["processor_seconds"] > 0
+    for kind, cell in own["texts"].items():
+        assert math.exp(cell["nats"]) == pytest.approx(
+            cell["perplexity"] / first["rows"]["original"]["texts"][kind]["perplexity"]
+        )
+    # a row that is interrupted after its training goes on with the same weights
+    real, asked = kept.word_problems.asked, []
+
+    def stopped(short, problems):
+        asked.append(short)
+        raise KeyboardInterrupt
+
+    more = {**begun, "rows": "layerwise", "overwrite": True}
+    monkeypatch.setattr(kept.word_problems, "asked", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        kept.main(**more)
+    folder = Path(str(arguments["source"]))
+    (file,) = folder.glob("*.pt")
+    trained = {name: value.clone() for name, value in asked[0].model.state_dict().items()}
+    again = []
+    monkeypatch.setattr(
+        kept.word_problems, "asked", lambda s, problems: again.append(s) or real(s, problems)
+    )
+    monkeypatch.setattr(kept.layerwise, "heal", lambda *_: pytest.fail("it was trained"))
+    second = ended(**more)
+    assert not file.exists() and asked[0].kept == again[0].kept
+    state = again[0].model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in trained.items())
+    assert second["rows"].keys() == {*first["rows"], "bi layerwise"}
+    assert {n: row for n, row in second["rows"].items() if n in first["rows"]} == first["rows"]
+    # nothing is left to measure
+    monkeypatch.setattr(kept.Run, "healed", lambda *_: pytest.fail("it was measured"))
+    assert ended(**more)["rows"] == second["rows"]
+    with pytest.raises(ShortGPTError, match="another read"):
+        kept.main(**{**more, "steps": 12})
+
+
+@pytest.mark.filterwarnings("default")
+def test_every_row_is_measured_and_a_set_chosen_twice_once(lm_eval, arguments, monkeypatch):
+    class Chosen(NamedTuple):
+        layers: list[int]
+
+    def as_greedy(short, windows, n, *, state):
+        assert state is not None and n == 2
+        return Chosen(short.search(windows[: kept.FEW], n, progress=False).removed)
+
+    monkeypatch.setattr(kept, "choose_healed", as_greedy)
+    found = ended(**{**arguments, "sets": ["greedy", "auto"], "documents": None, "bi": [1, 4]})
+    assert found["documents"] == kept.PILOT and found["layers"]["auto"] == found["layers"]["greedy"]
+    assert len(found["layers"]["greedy"]) == 2
+    rows = {name.split()[-1]: row for name, row in found["rows"].items() if "auto" not in name}
+    assert [*rows] == ["original", *kept.ROWS]
+    assert all(row == rows[n.split()[-1]] for n, row in found["rows"].items() if "auto" in n)
+    values = [row["texts"]["novels"]["perplexity"] for row in rows.values()]
+    assert len({*values}) == len(rows)
+    assert rows["distilled"]["healing"]["how"]["method"] == "distillation"
+    assert found["kendall"]["pruned"] == {"models": 1, "tau": None}
+    assert found["kendall"]["healed"]["models"] == len(kept.ROWS) - 1
