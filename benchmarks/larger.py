@@ -86,7 +86,7 @@ PARTS = tuple(
 )
 KINDS = "prose,code,chat"
 HELD_OUT_EVERY = 10  # every tenth module is kept for judging
-LEAST, MOST = 2000, 20_000  # characters of a module
+LEAST, MOST = 2000, 8000  # characters of a module; of a book the most: every row encodes them
 CONVERSATIONS = {"calibration": 12, "held_out": 6}
 ASKED = (
     "reverses a string", "merges two sorted lists", "counts the words of a text",
@@ -130,7 +130,10 @@ class Clock:
         self._begin()
 
     def tell(self, words: str) -> None:
-        """Takes what `shrink` notifies of, each at the end of a step."""
+        """Takes what `shrink` notifies of, each at the end of a step.
+
+        Choosing includes encoding the texts and judging the original, healing judging the healed.
+        """
         print(words, flush=True)
         state = words.partition(",")[0].partition(":")[0]
         ends = {"original": "choosing", "pruned": "judging", "refit": "refit", "healed": "healing"}
@@ -229,7 +232,8 @@ def write_texts(
     folder: Path, source: Path, reading: Reading, wikitext: str | None, chats: str | None
 ) -> list[str]:
     """Writes ``folder/calibration/KIND`` and ``folder/held_out/KIND``; returns the kinds."""
-    parts = {"prose": {part: demo.bible(part) for part in CONVERSATIONS}, "code": modules()}
+    books = {part: [book[:MOST] for book in demo.bible(part)] for part in CONVERSATIONS}
+    parts = {"prose": books, "code": modules()}
     if wikitext is not None:
         parts["wikitext"] = {p: [t] for p, t in zip(CONVERSATIONS, halves(wikitext), strict=True)}
     for kind, texts_of in parts.items():
