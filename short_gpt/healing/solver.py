@@ -223,7 +223,7 @@ class SublayerSolver:
         step_size: float = 1.0,
         team: Replicas = ALONE,
     ) -> None:
-        self._projection, self._ridges, self._step_size = projection, ridges, step_size
+        self._projection, self._ridges, self._step_size = projection, ridges or (), step_size
         self._fitted, self._held_out, self._team = fitted, held_out, team
         self._error_before = self._error_on(held_out)
         self._error = self._error_before  # after the best change so far
@@ -235,7 +235,7 @@ class SublayerSolver:
         """
         if equations.square <= noise**2 * equations.tokens or not self._error_before:
             return Fit(layer, part)
-        if self._ridges is None:
+        if not self._ridges:
             self._ridges = (equations.usual_ridge,)
         if self._projection.norm is None:
             ridge, restored = self._solve_matrix(equations)
