@@ -112,7 +112,7 @@ def longrope_limits(config: Any) -> list[int]:
     # one set for all layers, or one for each kind of layer (Gemma 3)
     kinds = [settings, *(value for value in settings.values() if isinstance(value, dict))]
     name = "original_max_position_embeddings"
-    default: int = getattr(config, name, None) or getattr(config, "max_position_embeddings", 0)
+    default: Any = getattr(config, name, None) or getattr(config, "max_position_embeddings", 0)
     longrope = [kind for kind in kinds if kind.get("rope_type", kind.get("type")) == "longrope"]
     return sorted({kind.get(name) or default for kind in longrope})
 
