@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -140,6 +139,7 @@ class Run:
 
     documents, problems = 0, 0  # of each task, and of each kind of word problems
     _teacher: CachedTeacher | None = None
+    _undo: Callable[[], None] | None = None  # of maps
 
     def __init__(
         self, model: str, *, source: str, also: str, others: str, state: Path, **counts: int
@@ -165,8 +165,9 @@ class Run:
         self.texts: dict[str, Windows] = {"text": text, "own": samples[:count], "mix": mix}
         changes = {"steps": steps, "size": size, "batch": 1, "eval_every": steps}
         self.recipe = recipe_for(self.short.trainable().config, "small", **changes)
-        self.folder = tempfile.TemporaryDirectory()
-        self.tasks = task_files.write(source, self.folder.name, TASKS)
+        (folder := Path(f"{state}.tasks")).mkdir(exist_ok=True)
+        self.folder = str(folder)
+        self.tasks = task_files.write(source, self.folder, TASKS)
         every = {**self.texts, **self.kinds, "learning": self.learning.training}
         content = [[[list(w) for w in own] for own in every.values()], counts]
         content += [Path(source, f"{n}.jsonl").read_text() for n in (*TASKS, *word_problems.NAMES)]
@@ -196,7 +197,7 @@ class Run:
         return self.cells.resumed(f"layers by {name}", choice)
 
     def suite(self, task: str | Sequence[str], documents: int) -> TaskSuite:
-        return TaskSuite(task, limit=documents, include_path=self.folder.name, batch_size=8)
+        return TaskSuite(task, limit=documents, include_path=self.folder, batch_size=8)
 
     def wanted(self, layers: Sequence[int]) -> int:
         """Documents of each task, from a pilot on the original model and the pruned one."""
@@ -209,7 +210,7 @@ class Run:
             return {t: [b - a for a, b in zip(first[t], second[t], strict=True)] for t in first}
 
         changes = self.cells.value(f"pilot {layers}", pilot)
-        sizes = [len(Path(self.folder.name, f"{t}.jsonl").read_text().splitlines()) for t in TASKS]
+        sizes = [len(Path(self.folder, f"{t}.jsonl").read_text().splitlines()) for t in TASKS]
         ordered = [changes[f"local_{task}"] for task in TASKS]
         return max(PILOT, needed([variance(own) for own in ordered], sizes))
 
@@ -263,7 +264,7 @@ class Run:
         if row in peer_maps.KINDS:
             (maps,) = peer_maps.fit_many(short, row, [layers], mix)
             short.remove_layers(layers)
-            peer_maps.apply(short, maps)
+            self._undo = peer_maps.apply(short, maps)  # the maps would go with it
         elif row == "replaceme":
             replaceme.heal(short, layers, mix)
         elif row == "layerwise":

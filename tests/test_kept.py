@@ -218,7 +218,7 @@ def test_every_row_is_measured_and_a_set_chosen_twice_once(lm_eval, arguments, m
     assert [*rows] == ["original", *kept.ROWS]
     assert all(row == rows[n.split()[-1]] for n, row in found["rows"].items() if "auto" in n)
     values = [row["texts"]["novels"]["perplexity"] for row in rows.values()]
-    assert len({*values}) == len(rows)
+    assert len({*values}) == len(rows), dict(zip(rows, values, strict=True))
     assert rows["distilled"]["healing"]["how"]["method"] == "distillation"
     assert found["kendall"]["pruned"] == {"models": 1, "tau": None}
     assert found["kendall"]["healed"]["models"] == len(kept.ROWS) - 1
