@@ -123,7 +123,11 @@ class Case:
         return "ok" if self.removed == [*REMOVED] else f"ok without {self.removed}; else {refused}"
 
     def reload(self) -> None:
-        """Written, and read by transformers alone."""
+        """Written, and read by transformers alone.
+
+        Where saving raises, as its own check of the generated text fails, and the original model
+        generates another text with its cache too, it is saved again with ``verify=False``.
+        """
         try:
             self.short.save_pretrained(self.folder / "pruned")
         except RuntimeError:
@@ -143,7 +147,10 @@ class Case:
             raise AssertionError(different)
 
     def refit(self) -> str:
-        """In closed form, on samples of the original model."""
+        """In closed form, on samples of the original model.
+
+        The loss must not rise on its own calibration windows; no others judge it.
+        """
         short = ShortHFModel(self.folder / "original")
         with short.without_layers(self.removed):
             before = loss(short, self.windows)

@@ -9,11 +9,13 @@ WikiText-2's second half and novels. Changes are paired over documents or window
     python benchmarks/kept.py --source tasks --also wikitext2_test.txt \
         --others lambada_passages.txt --out kept.json
 
-All methods learn from the same windows, a quarter of the book, a quarter of WikiText-2's first
-half, a half own samples; "refit-text" and "refit-own" from as many of one kind. None shares text
-with what judges. The tasks are fixed, so the variance of their mean is the sum of their variances
-over T^2. What is measured stands in a state beside the file, from which the same command goes on:
-``--rows`` and ``--sets`` measure some, and the file holds all rows of these sets that are there.
+All closed forms and layerwise learn from the same windows; distillation trains on others of the
+same texts. These are a quarter of the book, a quarter of WikiText-2's first half, a half own
+samples; "refit-text" and "refit-own" read as many of one kind. None shares text with what judges:
+no 63 tokens in a row of a text, a question or an answer, of a shorter one no half, from 8 tokens
+on. The tasks are fixed, so the variance of their mean is the sum of their variances over T^2. What
+is measured stands in a state beside the file, from which the same command goes on: ``--rows`` and
+``--sets`` measure some, and the file holds all rows of these sets that are there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +59,12 @@ SETS = ("bi", "greedy", "auto")
 REFITS = {"refit-text": "text", "refit-own": "own", "refit": "mix"}  # and what they read
 ROWS = ("pruned", *peer_maps.KINDS, "replaceme", "layerwise", *REFITS, "distilled")
 TASKS = (*task_files.OWN, *task_files.MORE)
+Pieces = dict[tuple[int, ...], set[tuple[int, ...]]]  # by their first tokens
 PILOT = 50  # documents of a task that foretell the error, and the fewest of a row
 CHECKED = 5  # documents of a task on which two programs are compared
 FEW = 4  # windows that the greedy search reads
-RUN = 32  # tokens: where 63 in a row are a task's, one of its pieces of 32 is among them
+RUN = 32  # tokens: where 63 in a row are a document's, one of its pieces of 32 is among them
+LEAST = 8  # tokens of a piece, as in `without_overlap`
 
 
 def main(
@@ -93,7 +98,7 @@ def main(
         documents: of each task; None takes as many as bring the standard error of the change of
             the mean under 0.01, foretold from the original and the pruned model.
         problems: word problems of each kind.
-        count: windows that every method learns from.
+        count: windows that closed forms and layerwise learn from.
         own: samples that the model writes, once.
         steps: of the distillation, each of one window.
         judged: windows of each text to judge by.
@@ -149,13 +154,13 @@ class Run:
         self.short, self.source, self.path = open_model(str(path), device="cpu"), source, state
         self.kinds = judged_by(self.short, also, others, counts["judged"], size)
         evaluation = [w for read in self.kinds.values() for w in read]
-        asked = {tuple(w[i : i + RUN]) for w in self._documents() for i in range(0, len(w), RUN)}
+        asked = self._asked()
         samples = own_samples(self.short, counts["own"], size, beside=state)
         limit = count + distilled.wanted(steps)
         read = [demo.bible("calibration"), [halves(also)[0]]]
         pools = [cut(self.short, text, limit, size) for text in read]
         book, wiki, samples = (
-            [w for w in without_overlap(pool, evaluation)[0] if not asked & {*runs(w)}]
+            [w for w in without_overlap(pool, evaluation)[0] if not holds(w, asked)]
             for pool in (*pools, samples)
         )
         parts = [count // 4, count // 4, count // 2]
@@ -174,14 +179,22 @@ class Run:
         identity = {**self.short.identity(), "read": json_digest(content)}
         self.cells = Cells(StateFile(state, identity, every=0.0))
 
-    def _documents(self) -> Windows:
-        """Token ids of each task's documents, one after the other: a text each."""
-        every = []
-        for task in TASKS:
-            lines = Path(self.source, f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
-            texts = [row.get("query") or row.get("context") for row in map(json.loads, lines)]
-            every.append(self.short.encode("\n\n".join(filter(None, texts))))
-        return [ids for ids in every if ids]
+    def _asked(self) -> Pieces:
+        """Of all tasks and word problems: what a text that holds a copy has one of."""
+        lines = []
+        for name in (*TASKS, *word_problems.NAMES):
+            lines += Path(self.source, f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        shown = [parts(row) for row in map(json.loads, lines)]
+        every = list({text: None for both in shown for own in both for text in own})
+        read = self.short.tokenizer(every, add_special_tokens=False)["input_ids"]
+        ids: dict[str, list[int]] = dict(zip(every, read, strict=True))
+        asked: Pieces = {}
+        for firsts, ends in shown:
+            texts = [ids[text] for text in (*firsts, *ends)]
+            texts += [ids[first] + ids[end] for first in firsts for end in ends]
+            for piece in chain.from_iterable(map(pieces, texts)):
+                asked.setdefault(piece[:LEAST], set()).add(piece)
+        return asked
 
     def chosen(self, name: str) -> list[int]:
         """A quarter of the layers, by Block Influence, greedy search or the refitted loss."""
@@ -343,9 +356,28 @@ class Run:
         return self.cells.value("hf", compare)
 
 
-def runs(window: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """All runs of so many tokens."""
-    return (tuple(window[i : i + RUN]) for i in range(len(window) - RUN + 1))
+def parts(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Of a row of a task's file: its questions or contexts, and what may follow each."""
+    firsts = row.get("context_options") or [row.get("query") or row["context"]]
+    ends = row.get("choices") or [*filter(None, [row.get("continuation")])]
+    return firsts, [f" {end}" for end in ends]
+
+
+def pieces(ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All halves of a short document, and pieces of another, one after the other."""
+    size = min(RUN, max(LEAST, (len(ids) + 1) // 2))
+    step = 1 if len(ids) < 2 * RUN else RUN
+    return (tuple(ids[i : i + size]) for i in range(0, len(ids) - size + 1, step))
+
+
+def holds(window: Sequence[int], asked: Pieces) -> bool:
+    """Whether a window has one of the pieces."""
+    ids = tuple(window)
+    return any(
+        ids[i : i + len(piece)] == piece
+        for i in range(len(ids) - LEAST + 1)
+        for piece in asked.get(ids[i : i + LEAST], ())
+    )
 
 
 if __name__ == "__main__":

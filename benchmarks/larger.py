@@ -12,8 +12,8 @@ with ours.
 Texts to calibrate on and others to judge by, of each kind: chapters of the book; modules of
 Python's own library as code; conversations in the model's chat template; with ``--wikitext``, the
 halves of that text. Without ``--chats`` the original model answers in the conversations, drawn from
-all it predicts (temperature 1): there the rise of the loss estimates the KL divergence from it, and
-the perplexity is no quality.
+all it predicts (temperature 1). There the rise of the loss estimates the KL divergence from it only
+roughly, as the questions and the template are in it too, and the perplexity is no quality.
 
 On two CPU cores a float32 pass of the 1.5B reads about 40 tokens a second, and opening the file
 takes 84 s and 9 GB. So the sizes are small by default. Stopped, the same command continues: rows

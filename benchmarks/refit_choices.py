@@ -10,8 +10,7 @@ that lower the error of each matrix on held-out windows most, as in earlier vers
 
 ``--also`` and ``--others`` are as in ``healing.py``; ``--sets`` runs one set of layers, ``--only``
 some groups of cases. Cases are kept in a state beside the file, and the same command continues from
-it. The original model runs once for all refits: `healing.py`
-measures what a refit takes.
+it. The original model runs once for all refits: `healing.py` measures what a refit takes.
 """
 
 from __future__ import annotations

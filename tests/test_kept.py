@@ -141,21 +141,70 @@ def ended(**arguments: object) -> dict:
     return json.loads(Path(str(arguments["out"])).read_text())
 
 
+def run_of(arguments: dict[str, object], state: str) -> kept.Run:
+    paths = {name: str(arguments[name]) for name in ("source", "also", "others")}
+    counts = {n: v for n, v in NUMBERS.items() if n not in ("documents", "problems")}
+    return kept.Run("demo", **paths, state=Path(paths["source"], state), **counts)
+
+
+def learned(run: kept.Run) -> list[list[int]]:
+    read = run.learning
+    windows = [*run.texts["mix"], *run.texts["text"], *read.training, *read.validation]
+    return [list(window) for window in windows]
+
+
 def test_text_to_learn_from_is_none_of_a_tasks(lm_eval, arguments):
     """Half of the book is a document of lambada's, and no window of that half is left."""
     folder, book = Path(str(arguments["source"])), text(1, 9000)
     row = {"context": book[: len(book) // 2], "continuation": "end"}
     folder.joinpath("lambada_openai.jsonl").write_text(json.dumps(row))
-    paths = {name: str(arguments[name]) for name in ("source", "also", "others")}
-    counts = {n: v for n, v in NUMBERS.items() if n not in ("documents", "problems")}
-    run = kept.Run("demo", **paths, state=folder / "state", **counts)
+    run = run_of(arguments, "state")
     ids = run.short.encode(row["context"])
     asked = {tuple(ids[i : i + 63]) for i in range(len(ids) - 62)}
-    learned = [*run.texts["mix"], *run.texts["text"], *run.learning.training]
-    for window in learned:
+    for window in learned(run):
         assert not asked & {tuple(window[i : i + 63]) for i in range(len(window) - 62)}
     every = kept.cut(run.short, [book], 42, 96)  # of which Run has those that are left
     assert 10 < sum(bool(asked & {tuple(w[:63])}) for w in every) < 32
+
+
+def test_text_to_learn_from_holds_no_short_question_or_answer(lm_eval, arguments, monkeypatch):
+    """Each kind of a task's texts is taken out of a window that was learned from before."""
+    folder = Path(str(arguments["source"]))
+    monkeypatch.setattr(kept, "TASKS", ("piqa", "lambada_openai", "winogrande"))
+    row = {"context_options": ["A man saw her and A", "A man saw her and B"], "gold": 0}
+    folder.joinpath("winogrande.jsonl").write_text(json.dumps(row | {"continuation": "left."}))
+    first = run_of(arguments, "first")
+    book = [list(window) for window in kept.cut(first.short, [text(1, 9000)], 42, 96)]
+    chosen, others = (own := [w for w in learned(first) if w in book])[:5], own[5:]
+    question, answer, problem, option, end = (first.short.decode(w[30:56]) for w in chosen)
+    rows = {
+        "piqa": [
+            {"query": f"Question: {question}\n", "choices": [answer, "thus"], "gold": 0},
+            {"query": "Question: Why?\n", "choices": ["so", "thus"], "gold": 1},
+        ],
+        "svamp": [{"context": problem, "answer": "3"}] * 2,
+        "winogrande": [
+            {"context_options": [f"{option} A", f"{option} B"], "continuation": end, "gold": 0}
+        ],
+    }
+    for name, own in rows.items():
+        folder.joinpath(f"{name}.jsonl").write_text("\n".join(map(json.dumps, own)))
+    run = run_of(arguments, "second")
+    left = learned(run)
+    assert [window in left for window in chosen] == [False] * 5
+    assert sum(window in left for window in others) > len(others) / 2 > 2
+    beside = run.short.encode("te a cak")  # of a context and its continuation, "He ate a" "cake"
+    assert kept.holds(beside, run._asked()) and not kept.holds(beside[:-1], run._asked())
+
+
+def test_pieces_are_those_of_the_rule():
+    assert [*kept.pieces(range(7))] == []
+    assert [*kept.pieces(range(8))] == [tuple(range(8))]
+    halves = [tuple(range(i, i + 20)) for i in range(20)]
+    assert [*kept.pieces(range(39))] == halves
+    assert [*kept.pieces(range(100))] == [tuple(range(i, i + 32)) for i in (0, 32, 64)]
+    asked = {piece[:8]: {piece} for piece in halves}
+    assert kept.holds([99, *range(5, 25)], asked) and not kept.holds([*range(5, 24), 99], asked)
 
 
 @pytest.mark.filterwarnings("default")
