@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tiny_configs import VARIANTS
+
 RESULTS = Path(__file__).parent / "results"
 HEALINGS = ("", ", refitted", ", distilled")
 # Of WikiText-2's test text the first half was fitted on: the name says which half is judged by.
@@ -187,13 +189,40 @@ def reason(found: Mapping[str, Any]) -> str:
 
 
 def swept() -> str:
-    """How many architectures work, as a sentence."""
+    """What works of how many architectures, as sentences."""
     found = result("architectures")
-    counts, total = found["counts"], len(found["rows"])
+    counts, rows = found["counts"], found["rows"]
     assert "FAILS" not in counts
+    variants = len(VARIANTS.keys() & rows.keys())
     return (
-        f"Of {total} architectures of transformers {found['versions']['transformers']}, "
-        f"{counts['works']} work in all of this, {counts['not refitted']} in all except the "
-        f"refit, {counts['refused']} are refused with the reason, and transformers itself does "
-        f"not run {counts['not built']} tiny ones."
+        f"Of {len(rows) - variants} architectures of transformers "
+        f"{found['versions']['transformers']} and {variants} variants, {counts['works']} are "
+        f"scored, pruned, saved, reloaded and refitted; {counts['not refitted']} all except the "
+        f"refit; {counts['refused']} are refused with the reason; {counts['not built']} tiny ones "
+        f"could not be made. {len(_said('gguf', 'ok'))} GGUF files were compared in llama.cpp."
     )
+
+
+def swept_beside() -> str:
+    """What a stage says of architectures beside `swept`, as sentences."""
+    first, second = result("architectures")["removed"]
+    lacking = _said("build", "ImportError: TimmWrapperModel requires the timm")
+    installed = f"{_names(lacking)} needs timm, which was not installed. " if lacking else ""
+    return (
+        f"{len(_said('remove', 'ok without'))} lost another pair of layers, because {first} and "
+        f"{second} were refused. {installed}With transformers' cache "
+        f"{len(_said('generate', 'theirs'))} generate otherwise, or not at all, as their original "
+        f"models do. For {len(_said('gguf', 'theirs'))} llama.cpp or its converter does not make, "
+        f"open or run the original model's file, and in {len(_said('gguf', 'refused'))} we refuse "
+        "to cut it."
+    )
+
+
+def _said(stage: str, start: str) -> list[str]:
+    """The architectures of which a stage says what begins so."""
+    rows = result("architectures")["rows"]
+    return [kind for kind, row in rows.items() if row["stages"].get(stage, "").startswith(start)]
+
+
+def _names(kinds: Iterable[str]) -> str:
+    return " and ".join(f"`{kind}`" for kind in kinds)

@@ -256,8 +256,16 @@ def peers() -> list[str]:
         for name, row in own.items():
             change = f"{row['nats']:+.3f} ({row['standard_error']:.3f})"
             cells = [evidence.layer_set(row["layers"]), f"{row['perplexity']:.2f}", change]
-            lines.append(evidence.row(name, *cells, row["lines"]))
+            # a shell command for a user, whatever the benchmark calls
+            effort = "1 command" if name.endswith("GGUF") else row["lines"]
+            lines.append(evidence.row(name, *cells, effort))
     return lines
+
+
+def default_cut() -> str:
+    """What the layers that OptiPFair removes by default cost, as a part of a sentence."""
+    found = result("peers")["rows"]["4"]["OptiPFair, its default"]["perplexity"]
+    return f"without its last layers this model's perplexity is {found:,.0f}"
 
 
 def kinds() -> list[str]:

@@ -2,8 +2,10 @@
 
 SmolLM2-135M-Instruct; the same windows for all that score layers, and the same held-out windows
 judge what each wrote, opened by transformers. Each row runs a snippet of user code from the model's
-path to that of a smaller one, and counts its lines. Then tiny random models whose removed layers
-change nothing, because their output projections are zero: a right cut predicts what they predict.
+path to that of a smaller one, and counts its lines. In the rows of GGUF the count says nothing: a
+user types one shell command that is told the layers, and the snippet calls the function behind it.
+Then tiny random models whose removed layers change nothing, because their output projections are
+zero: a right cut predicts what they predict.
 
     pip install optipfair==0.4.2 llama-cpp-py-sync
     python benchmarks/peers.py --out benchmarks/results/peers.json
@@ -322,9 +324,10 @@ def table(content: Mapping[str, Any]) -> str:
     for n, rows in content["rows"].items():
         for name, row in rows.items():
             change = f"{row['nats']:+.4f} ({row['standard_error']:.4f})"
+            effort = "1 command" if TOOLS[name].gguf else f"{row['lines']} lines"
             lines.append(
                 f"{n:>3}  {name:<38}{row['perplexity']:>9.3f}  {change:<18}{row['seconds']:>7.1f} s"
-                f"{row['lines']:>4} lines  {row['layers']}"
+                f"  {effort:<9}  {row['layers']}"
             )
     for family, found in content["families"].items():
         own = [f"{v:.2g}" for tool in ("ours", "theirs") for v in found[tool].values()]

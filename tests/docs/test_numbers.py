@@ -9,11 +9,12 @@ import re
 
 import adversarial as hostile
 import pytest
-from evidence_tables import adapter, swept
+from evidence_tables import adapter, swept, swept_beside
 from healing_tables import above, group, minutes, nearest, novels, passes
 from made_tables import (
     SHORT,
     TABLES,
+    default_cut,
     greedy,
     healed,
     least,
@@ -59,6 +60,7 @@ SENTENCES = {
         healed,
         novels,
         adapter,
+        default_cut,
         lambda: f"pruned its layers {', '.join(map(str, result('second_family')['removed']))},",
         lambda: (
             f"`sleb_healed`, when pruned, by {above('raw')['sleb_healed']}. For all other choices"
@@ -82,7 +84,7 @@ SENTENCES = {
     "docs/choose.md": (
         lambda: f"in {last_words('4 less')} of the cases instead of {last_words('whole')}",
     ),
-    "docs/limits.md": (swept,),
+    "docs/limits.md": (swept, swept_beside),
     "README.md": (
         swept,
         lambda: f"original model: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
