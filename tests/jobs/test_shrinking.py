@@ -165,7 +165,8 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
     printed = capsys.readouterr().out
     assert f"removed 2 of 6 layers by Block Influence: {sorted(layers)}" in printed
     assert f"written: {out}, read again and compared\n" in printed
-    assert "read more (--max_windows" in printed
+    report = Path("out.gguf.report.html" if out == "out.gguf" else "out/report.html")
+    assert "read more (--max_windows" in printed and "(--max_windows" in report.read_text()
     assert "perplexity, books" in printed
     kind = {"out.gguf": None}.get(out, "params.json" if flags else "config.json")
     assert Path(out).is_file() if kind is None else (Path(out) / kind).is_file()
