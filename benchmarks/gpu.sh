@@ -10,8 +10,8 @@
 # to calibrate on is ours. OUT (gpu_results) takes texts, models (4 x 13 GB) and results; interrupted,
 # the same command continues. Needs `pip install -e ".[eval]"` and access to the model at the hub.
 #
-# NOT RUN HERE: no command was run on a GPU or on an 8B. The test runs all of it on a tiny Llama. What
-# follows is computed, with the arithmetic of docs/prune-8b.md: a window of 2048 tokens is 31 TFLOP,
+# NOT RUN HERE: no command was run on a GPU or on an 8B. A test runs all steps after the download of
+# the texts on a tiny Llama. What follows is computed, with the arithmetic of docs/prune-8b.md: a window of 2048 tokens is 31 TFLOP,
 # 0.5 s at an assumed 60 TFLOP/s; 8 CPU cores; a GPU of 24 GB for the refit, of 40 GB for auto.
 #
 #     rank, 128 windows in 1.011 passes each (results/scoring.json)           0.02 hours

@@ -188,7 +188,9 @@ class _Choosing:
         self._losses: dict[Layers, list[Perplexity]] = {}
         self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
         if first < FIRST:
-            self._notes.append(f"{first} windows, fewer than {FIRST}: differences are less sure")
+            self._notes.append(
+                f"{first} windows chose, fewer than {FIRST}: their differences are less sure"
+            )
         scored = sum(name not in BY_LOSS for name in CANDIDATES)
         least = math.ceil((self._count * half + scored * self._price()) / self.a_pass)
         if budget < least:

@@ -65,7 +65,7 @@ class RefitSettings(ClosedForm):
     # sublayers to solve; None tries several settings and keeps the best on held-out windows
     parts: tuple[str, ...] | None = PARTS
     # relative to the weighted inputs' mean square; of several, each matrix takes the one of least
-    # error on held-out windows. None is 2 F / N: twice a matrix's inputs by the tokens fitted on
+    # error on held-out windows. None is 2 F / N, twice the inputs divided by the tokens
     ridges: Sequence[float] | None = None
     weights: str = WEIGHTS[0]  # w of a token: "inverse" is 1 / ||T||^2, "equal" all alike
     # a factor of every solved change, above 0 and at most 1. C is best for the inputs of the pruned

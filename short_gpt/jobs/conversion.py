@@ -99,7 +99,7 @@ def _to_gguf(source: Source, out: str, how: Conversion, writing: dict[str, Any])
     # the same model in another format has the same history
     before = Provenance.of_checkpoint(resolve(source))
     also = {} if before is None else {RECORD: json_text(before.to_dict())}
-    if before is not None and before.first_source is not None:
+    if before is not None and before.all_removed and before.first_source is not None:
         also[NAME] = before.named(Path(before.first_source).name)
     path = how.tokenizer_path
     llama_to_gguf(source, out, kind=how.type, tokenizer_path=path, also=also, **writing)

@@ -268,7 +268,8 @@ class Settings:
 
     Args:
         ridge: of a closed form, relative to the mean square of the inputs; if not given, in the
-            refit twice the inputs by the tokens, and in the patch what held-out windows choose.
+            refit 2 F / N, twice the inputs of the matrix divided by the tokens, and in the patch
+            what held-out windows choose.
         parts: of the refit: attention, mlp or both by a comma, whose output projections are
             solved, or best for what has the least loss on held-out windows; both if not given.
         aim: step size of the refit: the share of the solved change that is applied, above 0 and at

@@ -25,6 +25,7 @@ from short_gpt.jobs.comparing import size_without, tokens_per_second
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.inputs import Notify
 from short_gpt.jobs.shrunk import PLAIN
+from short_gpt.models.layer_config import caches_keys
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -95,12 +96,16 @@ class InMemory:
             sizes[min(int(match[1]), count) if match else count] += entry.nbytes
         return parameters, (sizes[:-1], sizes[-1])
 
-    def cache_width(self) -> int:
-        """Numbers that a layer's KV cache holds for a token."""
-        config = self.short.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None)
-        return 2 * heads * (width or config.hidden_size // config.num_attention_heads)
+    def cache_widths(self) -> list[int]:
+        """Numbers that each layer's KV cache holds for a token; 0 without attention."""
+        config, count = self.short.model.config.get_text_config(decoder=True), len(self.short.kept)
+        queries = getattr(config, "num_attention_heads", None)
+        if not isinstance(queries, int):  # state-space models have none
+            return [0] * count
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        width = 2 * heads * (getattr(config, "head_dim", None) or config.hidden_size // queries)
+        kinds = getattr(config, "layer_types", None) or ["attention"] * count
+        return [width * caches_keys(kind) for kind in kinds]
 
     def prompt(self, own: str | None) -> str:
         """What it is asked, unless the user has an own prompt."""
@@ -181,9 +186,9 @@ class Streamed:
             sizes.append((layers, rest))
         return sizes[0], sizes[1]
 
-    def cache_width(self) -> int:
+    def cache_widths(self) -> list[int]:
         args = self.short.stream.params
-        return 2 * args.kv_heads * args.head_dim
+        return [2 * args.kv_heads * args.head_dim] * args.n_layers
 
     def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
         return self.short.save(built, **how)

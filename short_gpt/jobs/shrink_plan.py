@@ -175,7 +175,7 @@ class Derived:
     prompt: str  # that every state of the model answers; empty of a streamed one
     parameters: Sizes
     stored: Sizes  # bytes as they are written
-    cache: int  # bytes of one layer's KV cache
+    caches: list[int]  # bytes of each layer's KV cache
     a_pass: float  # seconds of a window through the model
 
     @property
@@ -202,14 +202,15 @@ class Derived:
         limit = asked.cut.max_windows or (CLOSED_WINDOWS if minutes is None else many)
         parameters, stored = opened.sizes()
         itemsize = 2 if opened.to == "gguf" else opened.dtype.itemsize  # llama.cpp's is float16
-        cache = opened.cache_width() * dial.context * dial.batch * itemsize
+        tokens = dial.context * dial.batch
+        caches = [width * tokens * itemsize for width in opened.cache_widths()]
         sizes, rest = parameters
         if dial.memory is not None:
-            sizes, rest = [layer + cache for layer in stored[0]], stored[1]
+            sizes, rest = [a + b for a, b in zip(stored[0], caches, strict=True)], stored[1]
         n = None if dial.max_perplexity_ratio is not None else dial.count(sizes, rest)
         prompt = opened.prompt(asked.settings.prompt) if isinstance(opened, InMemory) else ""
         a_pass = short.seconds_a_window([i % short.decoder.vocab_size for i in range(size)])
-        return cls(opened, size, n, limit, prompt, parameters, stored, cache, a_pass)
+        return cls(opened, size, n, limit, prompt, parameters, stored, caches, a_pass)
 
 
 def plan(asked: Asked, known: Derived) -> str:
@@ -226,7 +227,7 @@ def plan(asked: Asked, known: Derived) -> str:
     lines += [f"a window of {known.size} tokens takes {duration(known.a_pass)}: {times}"]
     lines += [
         f"in all about {duration(total)}, and the time to write the model and read it again",
-        f"it takes up to {shown(refit.total)} of the machine's memory{disk}",
+        f"the refit takes up to {shown(refit.total)} of the machine's memory{disk}",
     ]
     if total > LONG:
         others = "" if asked.method == "bi" else "method bi, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
-from short_gpt.healing.choosing import FEW, MOST, pruned_losses
+from short_gpt.healing.choosing import FEW, FIRST, MOST, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.jobs.comparing import Comparison, windows_digest
@@ -238,7 +239,12 @@ class _Run:
 
         def rise(n: int) -> float:
             run = partial(pruned_losses, short, order[:n], judging, fit_on=fit)
-            return together(self.cells.losses(f"without {n}", run)).value / original.value
+            try:
+                return together(self.cells.losses(f"without {n}", run)).value / original.value
+            except ShortGPTError:  # such as a hybrid without its attention layers
+                if n == 1:
+                    raise
+                return math.inf
 
         low, high = 0, count - 2  # the ratio holds at the first
         while low < high:
@@ -278,7 +284,7 @@ class _Run:
         numbers, size = (
             rest + sum(each[i] for i in present) for each, rest in (known.parameters, known.stored)
         )
-        memory = size + known.cache * len(present)
+        memory = size + sum(known.caches[i] for i in present)
         if not isinstance(opened, InMemory):  # it does not generate
             return ["", None, numbers, size, memory, {}]
         speed = None if state == "pruned" else opened.speed(self.windows.evaluation[0])
@@ -290,12 +296,14 @@ class _Run:
         method, short, said = self.asked.method, self.known.opened.short, [*notes]
         if method in ("bi", "angular"):
             why = unsure(short.importance, len(layers), angular=method == "angular")
-            said += [] if why is None else [why]
-        read = self.calibration[: FEW if method in SEARCHED else MOST]
-        if not said and (tokens := sum(map(len, read))) < FEW * WINDOW:
+            if why is not None:
+                return [*said, why]
+        count = FEW if method in SEARCHED else FIRST if method == AUTO else MOST
+        if (tokens := sum(map(len, self.calibration[:count]))) < FEW * WINDOW:
+            more = "`size`" if method in SEARCHED else "`max_windows`, `size`"
             said.append(
-                f"layers chosen by {tokens:,} tokens, where {FEW * WINDOW:,} are few: other text "
-                "may choose others; read more (`max_windows`, `size`)"
+                f"{tokens:,} tokens chose the layers, fewer than {FEW * WINDOW:,}: other text may "
+                f"give other layers; read more ({more})"
             )
         return said
 

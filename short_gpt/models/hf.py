@@ -13,6 +13,7 @@ from short_gpt.models.decoder import products
 from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.models.layer_config import (
     Outline,
+    caches_keys,
     differences,
     layer_entries,
     longrope_limits,
@@ -155,7 +156,8 @@ class HFDecoder:
             prune()
             if attended and not self._attends():
                 raise ShortGPTError(
-                    "none with attention would be left, by which transformers' cache counts tokens"
+                    "no layer with attention would be left, and transformers' cache needs one to "
+                    "count tokens"
                 )
             ours, twin = self._outlines()
             if differences(ours, twin):
@@ -176,11 +178,7 @@ class HFDecoder:
         return undo
 
     def _attends(self) -> bool:
-        # whether a layer caches keys and values, by the names that transformers has for kinds
-        kinds = getattr(self.config, "layer_types", None) or ()
-        return any(
-            (k.endswith("attention") and k != "linear_attention") or "hybrid" in k for k in kinds
-        )
+        return any(map(caches_keys, getattr(self.config, "layer_types", None) or ()))
 
     def _inseparable(self) -> str | None:
         # reasons that no outline shows

@@ -104,6 +104,11 @@ def _period(other: Sequence[bool], before: int) -> int | None:
     return None
 
 
+def caches_keys(kind: str) -> bool:
+    """Whether layers of a kind, by its name in transformers, cache keys and values."""
+    return (kind.endswith("attention") and kind != "linear_attention") or "hybrid" in kind
+
+
 def longrope_limits(config: Any) -> list[int]:
     """Lengths beyond which LongRoPE (arXiv:2402.13753) takes its factors for long texts."""
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)

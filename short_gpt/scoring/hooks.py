@@ -226,7 +226,7 @@ class LayerHooks:
         if state.dim() != 3 or state.shape[:2] != self._mask.shape:
             raise ShortGPTError(
                 f"{type(layer).__name__} takes a state of shape {list(state.shape)}, expected "
-                "(windows, tokens, width): this model's layers cannot be scored"
+                f"{list(self._mask.shape)} and the width: this model's layers cannot be scored"
             )
         entered, self._entered = self._entered, None
         if entered is not None and state is entered[0] and state._version != entered[1]:

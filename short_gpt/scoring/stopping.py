@@ -240,7 +240,7 @@ def unsure(importance: Importance, n: int, *, angular: bool = False) -> str | No
     if verdict.z > verdict.needed:
         return None
     why = f"by {verdict.windows:,} windows, {verdict.closest} are {verdict.apart(True)}"
-    why = "one window tells nothing of others" if verdict.windows < 2 else why
+    why = "one window gives no error" if verdict.windows < 2 else why
     return f"not sure which layers to remove: {why}; read more (`max_windows`)"
 
 

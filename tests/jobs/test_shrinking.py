@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import fails, run
 from conftest import BYTE_VOCAB, interrupted, make_transformer, random_windows, save_byte_llama
+from families import make
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from llama.formats.convert import meta_to_hf
@@ -31,7 +32,9 @@ from short_gpt.jobs import (
     shrinking,
 )
 from short_gpt.jobs import shrunk as shrunk_module
+from short_gpt.jobs.shrink_models import InMemory
 from short_gpt.jobs.shrunk import next_steps
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -119,7 +122,7 @@ def test_it_needs_nothing_but_a_model(here):
     assert "2 of 6 layers go (--ratio 0.3)" in said[0] and "its own text" in said[0]
     text = str(done)
     assert "judged by self: text that the model itself wrote" in text
-    assert "12 windows, fewer than 16: differences are less sure" in text
+    assert "12 windows chose, fewer than 16: their differences are less sure" in text
     assert f"{done.quality['self']['healed'].value:.3f}" in text
     assert f"{sorted(done.layers)}" in text
     original, healed = done.looks["original"], done.looks["healed"]
@@ -162,7 +165,8 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
     printed = capsys.readouterr().out
     assert f"removed 2 of 6 layers by Block Influence: {sorted(layers)}" in printed
     assert f"written: {out}, read again and compared\n" in printed
-    assert "read more (--max_windows" in printed
+    report = Path("out.gguf.report.html" if out == "out.gguf" else "out/report.html")
+    assert "read more (--max_windows" in printed and "(--max_windows" in report.read_text()
     assert "perplexity, books" in printed
     kind = {"out.gguf": None}.get(out, "params.json" if flags else "config.json")
     assert Path(out).is_file() if kind is None else (Path(out) / kind).is_file()
@@ -256,7 +260,7 @@ def test_a_dry_run_writes_nothing(here, capsys):
     assert sorted(here.rglob("*")) == before
     out = capsys.readouterr().out
     assert "of 6 layers go (--memory 190kB)" in out and "in all about" in out
-    memory = re.search(r"^it takes up to (\d+(?:\.\d)?) [MG]B of the machine's memory", out, re.M)
+    memory = re.search(r"^the refit takes up to (\d+(?:\.\d)?) [MG]B of the machine", out, re.M)
     assert memory and float(memory[1]) > 0
     times = [part.split()[-2:] for part in out.splitlines()[1].split(": ")[1].split(", ")]
     assert {unit for _, unit in times} <= {"seconds", "minutes"}
@@ -399,12 +403,15 @@ def test_few_windows_are_said_to_choose_unsurely(here, monkeypatch):
     monkeypatch.setattr(shrinking, "unsure", told)
     said = shrink("hf", "block", method="angular", **how).remarks
     assert said[0] == "8 windows, 2 layers, angular True"
-    assert not [line for line in said if line.startswith("layers chosen by")]
+    assert not [line for line in said if "tokens chose" in line]
     said = shrink("hf", "first", method="sequential", **how).remarks
-    assert [line for line in said if line.startswith("layers chosen by 192 tokens, where 2,048 ")]
+    few = "192 tokens chose the layers, fewer than 2,048: other text may give other layers; "
+    assert f"{few}read more (`max_windows`, `size`)" in said
+    said = shrink("hf", "searched", method="sleb", **how).remarks  # which reads four of them
+    assert f"{few.replace('192', '96')}read more (`size`)" in said
     monkeypatch.setattr(shrinking, "WINDOW", 48)  # four windows of these are 192 tokens
     said = shrink("hf", "enough", method="sequential", **how).remarks
-    assert not [line for line in said if line.startswith("layers chosen by")]
+    assert not [line for line in said if "tokens chose" in line]
 
 
 def test_the_copy_that_proves_is_opened_after_the_weights_are_gone(here, monkeypatch):
@@ -441,3 +448,46 @@ def test_a_first_run_holds_its_folder_before_there_is_any(here):
     with pytest.raises(ValueError, match="the model is no larger"):
         shrink("hf", "never/out", params="1B", windows=CUT, data="other")
     assert not Path("never").exists() and [p.name for p in Path("new").iterdir()] == ["out"]
+
+
+def test_a_difference_after_the_weights_are_gone_is_said_as_itself(here, monkeypatch):
+    short = open_model("hf", device="cpu", dtype="float32")
+    short.save_pretrained("out")
+    load = LlamaForCausalLM.from_pretrained
+
+    def other(*args, **options):
+        model = load(*args, **options)
+        model.model.norm.weight.data += 1
+        return model
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", other)
+    with pytest.raises(RuntimeError, match="the saved model is not the model in memory"):
+        short.check_saved(Path("out"), release=True)
+
+
+@pytest.mark.parametrize(
+    "kind, widths",
+    [("llama", [2 * 2 * 8] * 6), ("mamba", [0] * 6), ("qwen3_next", [0, 0, 0, 32, 0, 0])],
+)
+def test_the_cache_is_counted_of_layers_that_keep_keys(kind, widths):
+    model = make(kind)
+    config = model.config
+    if any(widths):
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 8
+    if kind == "qwen3_next":
+        config.layer_types = [("full" if w else "linear") + "_attention" for w in widths]
+    held = InMemory(ShortHFModel(model), None, "hf", OpenOptions())
+    assert held.cache_widths() == widths
+
+
+def test_numbers_of_layers_that_cannot_go_are_too_many(here, monkeypatch):
+    real = shrinking.pruned_losses
+
+    def refused(short, layers, *args, **options):
+        if len(layers) > 1:
+            raise ShortGPTError("no attention layer would be left")
+        return real(short, layers, *args, **options)
+
+    monkeypatch.setattr(shrinking, "pruned_losses", refused)
+    how = {"method": "sequential", "windows": CUT, "data": "other"}
+    assert len(shrink("hf", "out", max_perplexity_ratio=100.0, **how).layers) == 1

@@ -104,7 +104,9 @@ def test_layers_that_read_keys_of_others_are_not_removed():
 @newest
 def test_a_hybrid_keeps_a_layer_with_attention():
     decoder = HFDecoder(random_model("nemotron_h"))  # with attention in 2 and 5
-    with pytest.raises(ValueError, match=r"cannot be removed: none with attention would be left"):
+    with pytest.raises(
+        ValueError, match=r"cannot be removed: no layer with attention would be left"
+    ):
         remove_layers(decoder, [2, 5])
     assert len(decoder.layers) == 6
     remove_layers(decoder, [2, 4])

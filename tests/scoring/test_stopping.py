@@ -152,7 +152,7 @@ def test_a_choice_is_unsure_where_a_kept_layer_may_be_lower():
     text = unsure(sums["near"], 2)
     assert text.startswith("not sure which layers to remove: by 12 windows, closest layers ")
     assert text.endswith(" needed; read more (`max_windows`)")
-    assert "remove: one window tells nothing of others; read more" in unsure(sums["one"], 2)
+    assert "remove: one window gives no error; read more" in unsure(sums["one"], 2)
 
 
 def test_fewer_windows_than_the_minimum_never_settle():
