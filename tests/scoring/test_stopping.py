@@ -337,8 +337,8 @@ def test_a_verdict_tells_its_kind_of_answer_and_its_windows():
     more = "more windows (`max_windows`) may settle it"
     assert str(verdict) == f"{told}: 1.50 standard errors apart, 4.25 needed; {more}"
     early = str(replace(verdict, windows=31, needed=18461.97))
-    assert early.endswith(" 31 windows, looked at from 297 on; closest blocks that start at 2 and "
-                          "5: 1.50 standard errors apart")  # fmt: skip
+    looked = " 31 windows, looked at from 297 on; closest blocks that start at 2 and 5: 1.50 "
+    assert early.endswith(f"{looked}standard errors apart; {more}")
 
 
 def test_when_is_looked_at_how_much_is_unread():
