@@ -177,7 +177,8 @@ class Streamed:
         sizes: list[Sizes] = []
         for weigh in (lambda dtype: 1, lambda dtype: dtype.itemsize):
             layers, rest = [0] * len(self.short.kept), 0
-            for name, info in self.short.stream.source.infos.items():
+            infos = self.short.stream.source.infos.items()
+            for name, info in {str(info.storage): (name, info) for name, info in infos}.values():
                 size = math.prod(info.shape) * weigh(info.dtype)
                 if name.startswith("layers."):
                     layers[int(name.split(".")[1])] += size

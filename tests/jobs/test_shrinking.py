@@ -12,7 +12,7 @@ import torch
 from commands import fails, run
 from conftest import BYTE_VOCAB, interrupted, make_transformer, random_windows, save_byte_llama
 from families import make
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from llama.formats.convert import meta_to_hf
 from llama.formats.gguf import llama_to_gguf
@@ -32,7 +32,7 @@ from short_gpt.jobs import (
     shrinking,
 )
 from short_gpt.jobs import shrunk as shrunk_module
-from short_gpt.jobs.shrink_models import InMemory
+from short_gpt.jobs.shrink_models import InMemory, Streamed
 from short_gpt.jobs.shrunk import next_steps
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import open_model
@@ -491,3 +491,15 @@ def test_numbers_of_layers_that_cannot_go_are_too_many(here, monkeypatch):
     monkeypatch.setattr(shrinking, "pruned_losses", refused)
     how = {"method": "sequential", "windows": CUT, "data": "other"}
     assert len(shrink("hf", "out", max_perplexity_ratio=100.0, **how).layers) == 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_weight_of_a_streamed_model_counts_once(here, tied):
+    config = AutoConfig.from_pretrained("hf", tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained("own")
+    AutoTokenizer.from_pretrained("hf").save_pretrained("own")
+    count = sum(weight.numel() for weight in model.parameters())
+    streamed = open_model("own", stream=True, device="cpu")
+    for (layers, rest), each in zip(Streamed(streamed, "hf").sizes(), (1, 4), strict=True):
+        assert sum(layers) + rest == each * count
