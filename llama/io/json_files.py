@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,11 @@ def _json(value: object, line: str) -> str:
         items = [f"{json.dumps(str(k))}: {_json(v, inner)}" for k, v in value.items()]
         return "{" + inner + ("," + inner).join(items) + line + "}" if items else "{}"
     if isinstance(value, list | tuple):
-        items = [_json(v, inner) for v in value]
         if any(isinstance(v, Mapping | list | tuple) for v in value):
-            return "[" + inner + ("," + inner).join(items) + line + "]"
-        return "[" + ", ".join(items) + "]"
+            return "[" + inner + ("," + inner).join(_json(v, inner) for v in value) + line + "]"
+        with suppress(ValueError):  # of a NaN or an infinity
+            return json.dumps(value, allow_nan=False)
+        return "[" + ", ".join(_json(v, inner) for v in value) + "]"
     if isinstance(value, float) and not math.isfinite(value):
         return "null"
     return json.dumps(value)
