@@ -256,6 +256,7 @@ def _seconds(asked: Asked, known: Derived) -> dict[str, float]:
     if n is None:
         tries = math.ceil(math.log2(count)) * (REFIT * 3 + 1) * MOST / 4 * a_pass
         parts["finding how many layers"] = few * most_layers_run(count, count - 2) + tries
+        chosen = 0.0 if method == "sleb" else chosen  # the same search
     parts["choosing them, at most" if method == AUTO else "choosing them"] = chosen
     parts["the refit"] = REFIT * min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS) * a_pass
     parts["training"] = 60 * (asked.settings.minutes or 0)

@@ -225,7 +225,9 @@ class _Run:
             return choose(short.importance, self.known.n, method=method, seed=seed), {}
         short.importance = self.sets.importance
         n = self.known.n or self.cells.value("how many", partial(self._within, self.sets))
-        layers = self.sets.layers(method, n, seed)
+        # the greedy search that found how many went on further; it is not made again
+        most = self.known.count - 2 if self.known.n is None and method == "sleb" else None
+        layers = self.sets.layers(method, n, seed, most=most)
         return layers, self.sets.choice(n) if method == AUTO else {}
 
     def _within(self, sets: Comparison) -> int:

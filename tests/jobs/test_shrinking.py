@@ -309,6 +309,17 @@ def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
     with pytest.raises(ValueError, match="the perplexity rises by 1.105 already"):
         shrink("hf", "no", max_perplexity_ratio=1.05, **settings)
 
+    searched, search = [], ShortHFModel.search
+
+    def counted(short, windows, n, **how):
+        searched.append(n)
+        return search(short, windows, n, **how)
+
+    monkeypatch.setattr(ShortHFModel, "search", counted)
+    settings["method"] = "sleb"
+    done = shrink("hf", "searched", max_perplexity_ratio=1.3, **settings)
+    assert len(done.layers) == 2 and searched == [4]  # the search that found how many
+
 
 def test_tasks_are_paired(here, lm_eval, tasks, capsys):
     run("shrink", "hf", "out", "--n", 2, *FLAGS, *TEXTS, "--tasks", "tiny_choice", "--include_path",
