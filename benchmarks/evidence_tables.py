@@ -86,6 +86,54 @@ def _own(cell: dict) -> str:
     return f"{cell['perplexity']:.2f}, {cell['nats']:+.3f} ({cell['standard_error']:.3f})"
 
 
+MODELS = {
+    "larger_smollm2": "SmolLM2-135M",
+    "larger_05b": "Qwen2.5-Coder-0.5B",
+    "larger": "Qwen2.5-Coder-1.5B",
+}
+
+
+TEXT_KINDS = ("prose", "code", "wikitext", "chat")
+
+
+def larger() -> list[str]:
+    """Perplexities of three models on every kind of text: original, pruned and healed."""
+    lines = []
+    for file, model in MODELS.items():
+        found = result(file)
+        for place, own in enumerate(found["rows"].values()):
+            for state in ("original", "pruned", "healed")[place > 0 :]:
+                cells = [_judged(own["texts"][kind][state]) for kind in TEXT_KINDS]
+                size = {"original": found["megabytes"], "healed": own["file_megabytes"]}
+                removed = "none" if state == "original" else layer_set(own["layers"])
+                title = f"{model}, {own['of']} layers: {removed}" if not place else removed
+                cells.append(f"{size[state]:.0f}" if state in size else "")
+                lines.append(row(title if state != "healed" else "", state, *cells))
+    return lines
+
+
+def _judged(cell: dict) -> str:
+    if not cell["change"]:
+        return f"{cell['perplexity']:.2f}"
+    return f"{cell['perplexity']:.2f}, {cell['change']:+.3f} ± {cell['reach_95']:.3f}"
+
+
+def taken() -> list[str]:
+    """What the steps take, in bare passes over the windows to calibrate on, and their memory."""
+    lines = []
+    for file, model in MODELS.items():
+        for own in result(file)["rows"].values():
+            steps, (learned, *_) = own["steps"], own["windows"]
+            passes = [f"{steps[s]['bare_windows'] / learned:.2f}" for s in ("choosing", "refit")]
+            minutes = sum(step["seconds"] for step in steps.values()) / 60
+            peaks = [steps["refit"], max(steps.values(), key=lambda step: step["peak_mb"])]
+            memory = [f"{s['peak_mb'] / 1e3:.1f} GB, {s['peak_ratio']:.2f} times" for s in peaks]
+            window = f"{own['bare']['seconds_a_window']:.2f} s"
+            name = f"{model}, {len(own['layers'])} of {own['of']}"
+            lines.append(row(name, window, *passes, f"{minutes:.0f} minutes", *memory))
+    return lines
+
+
 def covered() -> list[str]:
     """How often the interval of a rank correlation holds it, in simulated texts."""
     found = result("calibration")["coverage"]

@@ -36,13 +36,13 @@ import fire
 import layerwise
 import peer_maps
 import replaceme
-import second_family
 import task_files
 import torch
 import word_problems
 from distillation import divided
 from healing import cut, halves, judged_by
 from outcome import begin, finish
+from real_models import MODELS
 from scoring import build
 from shares import judging, kept, needed, ranks, table, variance
 from tasks import CLOSE, Documents, Windows, against_theirs, metrics, text_changes
@@ -71,7 +71,7 @@ def main(
     source: str,
     also: str,
     others: str,
-    model: str = "demo",
+    model: str = "smollm2",
     rows: str | Sequence[str] = ROWS,
     sets: str | Sequence[str] = SETS,
     bi: Sequence[int] | None = None,
@@ -92,7 +92,7 @@ def main(
     Args:
         source: folder of the tasks' files.
         also, others: texts, as in ``healing.py``; the first half of ``also`` is learned from.
-        model: "demo", or "0.5b" for that of ``second_family.py``.
+        model: a name of ``real_models.py``.
         rows, sets: to measure, of `ROWS` and `SETS`.
         bi, greedy, auto: layers of a set, where they are known; else they are chosen.
         documents: of each task; None takes as many as bring the standard error of the change of
@@ -117,7 +117,7 @@ def main(
     found, agreement = rows_of(run, chosen, rows)
     print(table(found))
     print("\n".join(f"Kendall's tau of loss and mean, {k}: {v}" for k, v in agreement.items()))
-    same = run.same_as_ours() if model == "demo" else None
+    same = run.same_as_ours() if model == "smollm2" else None
     differs = same and not (same["answers_equal"] and same["nats"] < CLOSE)
     content = {"model": model, "layers": chosen, "documents": run.documents, "problems": problems}
     content |= {**counts, "recipe": asdict(run.recipe)}
@@ -150,7 +150,7 @@ class Run:
         self, model: str, *, source: str, also: str, others: str, state: Path, **counts: int
     ) -> None:
         count, steps, size = (counts[name] for name in ("count", "steps", "size"))
-        path = {"demo": demo.gguf_file, "0.5b": second_family.gguf_file}[model]()
+        path = MODELS[model]()
         self.short, self.source, self.path = open_model(str(path), device="cpu"), source, state
         self.kinds = judged_by(self.short, also, others, counts["judged"], size)
         evaluation = [w for read in self.kinds.values() for w in read]

@@ -14,8 +14,6 @@ import evidence_tables as evidence
 import healing_tables as healing
 from evidence_tables import result
 
-from short_gpt.cli import tables
-from short_gpt.jobs.cases import Row
 from short_gpt.scoring.stopping import Stop
 from short_gpt.selection.search import most_layers_run
 
@@ -141,21 +139,6 @@ def drafted() -> list[str]:
         cells += [f"{f['tokens_per_pass']:.2f}" for f in found]
         lines.append(f"| {found[0]['length']} | {' | '.join(cells)} |")
     return lines
-
-
-def family() -> list[str]:
-    """Perplexities and sizes of the second family."""
-    found = result("second_family")
-    sizes = [*found["megabytes"].values()]
-    lines = []
-    for (name, p), size in zip(
-        found["perplexity"].items(), [*sizes[:2], None, sizes[2]], strict=True
-    ):
-        low, high = p["interval_95"]
-        cells = f"{p['perplexity']:.2f} ({low:.2f} to {high:.2f})"
-        name = name.replace("whole", "original").replace("healed", "refitted")
-        lines.append(f"| {name} | {cells} | {'' if size is None else f'{size:.0f}'} |")
-    return [line.replace("|  |", "| |") for line in lines]
 
 
 def serving() -> list[str]:
@@ -291,37 +274,45 @@ def greedy() -> str:
     )
 
 
-def compared() -> str:
-    found = result("compare")
-    return tables.compared([Row(**row) for row in found["rows"]], found["agreement"])
+METHODS = {
+    "Block Influence": "bi",
+    "best angular block": "angular",
+    "relative magnitude": "relative_magnitude",
+    "greedy search (SLEB)": "sleb",
+}
 
 
-def rows(file: str = "compare") -> dict[tuple[str, int, str], dict]:
-    return {(r["method"], r["n"], r["healing"]): r for r in result(file)["rows"]}
+def rows() -> dict[tuple[str, int, str], dict]:
+    return {(r["method"], r["n"], r["healing"]): r for r in result("compare")["rows"]}
 
 
-def cell(method: str, n: int, healing: str, file: str = "compare") -> str:
-    """A perplexity with the standard error of its change, by the delta method; "" if not run."""
-    row = rows(file).get((method, n, healing))
-    if row is None:
-        return ""
+def cell(method: str, n: int, healing: str) -> str:
+    """A perplexity with the standard error of its change, by the delta method."""
+    row = rows()[method, n, healing]
     return f"{row['perplexity']:.2f} ({row['perplexity'] * row['standard_error']:.2f})"
 
 
 def short_table() -> list[str]:
-    names = {
-        "Block Influence": "bi",
-        "best angular block": "angular",
-        "relative magnitude": "relative_magnitude",
-        "greedy search (SLEB)": "sleb",
-    }
-    columns = ((4, "raw"), (8, "raw"), (8, "patched"), (8, "lora"))
     lines = []
-    for name, method in names.items():
-        four, eight = (evidence.layer_set(rows()[method, n, "raw"]["layers"]) for n in (4, 8))
-        first, *others = (cell(method, *c) for c in columns)
-        lines.append(evidence.row(name, four, first, eight, *others).replace("|  |", "| |"))
+    for name, method in METHODS.items():
+        cells = [name]
+        for n in (4, 8):
+            cells += [evidence.layer_set(rows()[method, n, "raw"]["layers"])]
+            cells += [cell(method, n, "raw"), cell(method, n, "refit")]
+        lines.append(evidence.row(*cells))
     return lines
+
+
+def compared() -> list[str]:
+    """A row for every set of layers: pruned, and healed in every closed form."""
+    return [
+        evidence.row(
+            f"{name}: {evidence.layer_set(rows()[method, n, 'raw']['layers'])}",
+            *(cell(method, n, healing) for healing in HEALINGS),
+        )
+        for n in (4, 8)
+        for name, method in METHODS.items()
+    ]
 
 
 def choices() -> list[str]:
@@ -352,31 +343,19 @@ def choices() -> list[str]:
     return [line.replace("|  |", "| |").replace("|  |", "| |") for line in lines]
 
 
-def healings() -> list[str]:
-    """A row for every healing, a column for every set of layers."""
-    found = rows("compare_healing")
-    sets = dict.fromkeys((method, n) for method, n, _ in found if n)
-    chosen = (evidence.layer_set(found[method, n, "raw"]["layers"]) for method, n in sets)
-    lines = [evidence.row("layers removed", *chosen)]
-    for name in dict.fromkeys(key[-1] for key in found):
-        cells = (cell(*each, name, "compare_healing") or "-" for each in sets)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
 def healed() -> str:
-    """What patch and LoRA restore with 8 layers removed, as sentences."""
+    """What patch and refit restore with 8 layers removed, as sentences."""
     parts = []
     for method, where in (("bi", "With 8 layers removed by Block Influence"), ("angular", "")):
-        raw, patch, lora = (rows()[method, 8, h] for h in ("raw", "patched", "lora"))
+        raw, patch, refit = (rows()[method, 8, h] for h in ("raw", "patched", "refit"))
         start = where or "With the angular block of 8 removed"
         loss, nats = ("the loss", " nats per token") if where else ("it", "")
         error, ppl = ("standard error ", "perplexity ") if where else ("", "")
         parts.append(
             f"{start}, the patch lowers {loss} by {-patch['gain']:.3f}{nats} "
             f"({error}{patch['gain_error']:.3f}; {ppl}{raw['perplexity']:.2f} to "
-            f"{patch['perplexity']:.2f}) and LoRA by {-lora['gain']:.3f} "
-            f"({lora['gain_error']:.3f}; to {lora['perplexity']:.2f})."
+            f"{patch['perplexity']:.2f}) and the refit by {-refit['gain']:.3f} "
+            f"({refit['gain_error']:.3f}; to {refit['perplexity']:.2f})."
         )
     return " ".join(parts)
 
@@ -384,10 +363,9 @@ def healed() -> str:
 TASKS = "| {} of 30 layers removed | original | pruned | refitted | refitted and distilled |"
 NEAREST = "| method | removes | rank, pruned | nats above the best (95%) | rank, refitted "
 NEAREST += "| nats above the best (95%) | full refit, nats above sleb's (95%) |"
-SHORT = "| method | 4 layers removed | perplexity | 8 layers removed | perplexity | 8, patched "
-SHORT += "| 8, LoRA |"
-HEALINGS = "| healing | Block Influence, 4 removed | Block Influence, 8 removed "
-HEALINGS += "| greedy search, 4 removed | greedy search, 8 removed |"
+SHORT = "| method | 4 layers removed | pruned | refitted | 8 layers removed | pruned | refitted |"
+HEALINGS = ("raw", "linearpatch", "ghosted", "patched", "refit")
+COMPARED = "| removed | pruned | LinearPatch | Ghosted Layers | patch | refit |"
 CHOSEN = (
     "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"
 )
@@ -401,7 +379,9 @@ GEMMA = "| removed | kinds of the kept layers | kinds by position "
 GEMMA += "| ShortGPT's cut: difference, divergence | llama.cpp's cut |"
 PEERS = "| tool | layers removed | perplexity | change in nats (error) | lines of code |"
 KINDS = "| tiny model | ShortGPT | OptiPFair | llama.cpp |"
-FAMILY = "| Qwen2.5-Coder-0.5B | perplexity | MB |"
+LARGER = "| layers removed | | chapters | code | WikiText-2, second half | chat | file, MB |"
+STEPS = "| model, layers removed | a window | choosing, in passes | refit, in passes | all steps "
+STEPS += "| peak memory of the refit | of all |"
 SERVED = "| | file, MB | peak, MB | prompt, tokens/s | ratio, expected | writing, tokens/s "
 SERVED += "| ratio, expected |"
 STOPPED = "| answer | windows read, median | windows read, 95th percentile "
@@ -417,13 +397,14 @@ def table(head: str, rows: Callable[[], list[str]]) -> Callable[[], str]:
 
 # What makes every table of the documentation, by the name that stands in a page.
 TABLES: dict[str, Callable[[], str]] = {
-    "every method and number of layers": lambda: f"```\n{compared()}\n```",
+    "methods and healings": table(COMPARED, compared),
     "cost of scoring": table("| | median (range) |", scoring),
     **{
         f"tasks with {n} layers removed": table(TASKS.format(n), partial(evidence.tasks, n))
         for n in (2, 4, 8)
     },
-    "a second family": table(FAMILY, family),
+    "three models": table(LARGER, evidence.larger),
+    "what three models take": table(STEPS, evidence.taken),
     "cuts of a Gemma 3": table(GEMMA, gemma),
     "architectures of transformers": table(
         "| outcome | architectures | names | where, and why |", evidence.architectures
@@ -432,7 +413,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuts by other tools": table(KINDS, kinds),
     "choices on other samples": table(CHOSEN, choices),
     "how near the best choice": table(NEAREST, healing.nearest),
-    "every healing": table(HEALINGS, healings),
     "the paper's list, rehearsed": table("| | Meta's format | Hugging Face's |", rehearsed),
     "speed and memory": table(SERVED, serving),
     "drafts": table(DRAFTED, drafted),

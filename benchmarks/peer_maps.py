@@ -13,7 +13,7 @@ here every run of removed layers has one. A map is one more matrix in the model,
 checkpoint has no place: it is applied to a model in memory and measured. The script adds the rows
 of both to what ``short-gpt compare`` wrote of the demo's model, on the same windows.
 
-    python benchmarks/peer_maps.py compare_healing.json --out FILE
+    python benchmarks/peer_maps.py compared.json --out FILE
 
 Shapes: B windows, S tokens, N tokens in all, D width of the stream.
 """

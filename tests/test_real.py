@@ -148,7 +148,7 @@ def test_greedy_generation_equals_transformers_single_and_in_one_ragged_batch(th
 def full(llama, book) -> ShortLlama:
     """Scores of the model in float32."""
     short = ShortLlama(llama, n_prune_layers=9)
-    short.measure([w[:512] for w in book[:3]], progress=False)
+    short.measure([w[:256] for w in book[:3]], progress=False)
     return short
 
 
@@ -156,7 +156,7 @@ def full(llama, book) -> ShortLlama:
 def test_low_precision_finds_the_same_nine_layers(full, book, dtype):
     """In float16 products of this model's norms overflow; the scores are taken in float32."""
     found = ShortLlama(build(dtype=dtype), n_prune_layers=9)
-    found.measure([w[:512] for w in book[:3]], progress=False)
+    found.measure([w[:256] for w in book[:3]], progress=False)
     assert set(found.layers_to_remove()) == set(full.layers_to_remove())
     assert (found.importances - full.importances).abs().max() < 1e-2
 
@@ -224,7 +224,7 @@ def test_both_wrappers_are_one_on_the_same_weights(llama, book, tmp_path):
 
     ours = ShortLlama(build(), n_prune_layers=8)
     theirs = ShortHFModel(str(demo.gguf_file()), n_prune_layers=8, dtype=torch.float32)
-    sample = [w[:512] for w in book[:3]]
+    sample = [w[:256] for w in book[:2]]
     assert ours.encode("And it came to pass") == theirs.encode("And it came to pass")
     for short in (ours, theirs):
         short.measure(sample, progress=False)
@@ -318,7 +318,7 @@ def test_one_layer_at_a_time_is_the_model_in_memory(llama, book):
     streamed = ShortLlama.from_checkpoint(
         demo.checkpoint(), max_seq_len=1024, device="cpu", stream=True
     )
-    sample = [w[:512] for w in book[:3]]
+    sample = [w[:256] for w in book[:2]]
     for short in (whole, streamed):
         short.measure(sample, progress=False)
     assert (whole.importances - streamed.importances).abs().max() < 1e-6
@@ -339,9 +339,9 @@ def test_the_patch_recovers_quality_on_held_out_text(llama, book):
     from short_gpt.jobs import Cases, Comparison
 
     short = ShortLlama(llama)
-    sample = {"size": 512, "stride": 512, "seed": 0, "limit": 4}
+    sample = {"size": 256, "stride": 256, "seed": 0, "limit": 4}
     held_out = list(windows(demo.bible("held_out"), short.encode, **sample))
-    comparison = Comparison(short, [w[:512] for w in book[:4]], held_out)
+    comparison = Comparison(short, [w[:256] for w in book[:4]], held_out)
     rows = comparison.rows(Cases(["bi"], [8], ["raw", "patched"]))
     raw, patched = (next(r for r in rows if r.n and r.healing == h) for h in ("raw", "patched"))
     assert raw.layers == patched.layers

@@ -5,18 +5,18 @@ Its GGUF file has 491 MB, and transformers takes minutes and 4 GB to read it.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
-import second_family
 import torch
 from llama_cpp import LlamaCpp
+from real_models import MODELS
 
 from llama.formats.gguf_read import GGUFParts
-from short_gpt import open_model
-from short_gpt.checkpoints import Provenance
+from short_gpt import open_model, shrink
+from short_gpt.checkpoints import Provenance, prune_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.jobs import HealingWindows, Shrunk
 
 pytestmark = [pytest.mark.real_large, pytest.mark.filterwarnings("default")]
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "In the year 1492, Columbus"]
@@ -28,32 +28,37 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder) -> dict:
+def done(folder) -> Shrunk:
+    """Three layers less: ``cut.gguf``, and refitted ``refitted.gguf``."""
     torch.set_num_threads(2)
-    return second_family.road(folder, 3, size=128, scored=4, learned=24, judged=4)
+    read = HealingWindows("demo", size=128, max_windows=24, eval_windows=4)
+    settings = {"n": 3, "method": "bi", "data": "demo", "windows": read}
+    found = shrink(MODELS["0.5b"](), folder / "refitted.gguf", **settings)
+    prune_gguf(MODELS["0.5b"](), folder / "cut.gguf", found.layers)
+    return found
 
 
-def test_the_road_from_scores_to_a_refitted_file(folder, found):
-    assert len(found["removed"]) == 3 and found["removed"] == sorted(found["removed"])
-    values = [p["perplexity"] for p in found["perplexity"].values()]
-    whole, cut, refitted, written = values
-    assert 1 < whole < refitted < cut
-    assert written == pytest.approx(refitted, rel=0.02) and written != refitted
-    change = found["quantization"]["nats"]
-    assert change == pytest.approx(math.log(written / refitted), abs=1e-9)
-    sizes = found["megabytes"]
-    assert sizes["cut"] < sizes["whole"] and "of Q6_K as Q8_0" in found["remark"]
+def test_the_road_from_scores_to_a_refitted_file(folder, done):
+    assert len(done.layers) == 3 and done.layers == sorted(done.layers)
+    original, pruned, healed = (p.value for p in done.quality["demo"].values())
+    assert 1 < original < healed < pruned
+    whole, cut = (path.stat().st_size for path in (MODELS["0.5b"](), folder / "cut.gguf"))
+    assert cut < whole
+    (about,) = (text for text in done.remarks if text.startswith("writing it in the file's own"))
+    change = float(about.partition(" by ")[2].split()[0])
+    assert 0 < abs(change) < 0.02
+    assert "of Q6_K as Q8_0" in " ".join(done.remarks)
     for name in ("cut", "refitted"):
         path = folder / f"{name}.gguf"
-        assert sorted(Provenance.of_checkpoint(path).removed_layers) == found["removed"]
+        assert sorted(Provenance.of_checkpoint(path).removed_layers) == done.layers
         assert Stack.of(GGUFParts(path)).layers == 21
 
 
-def test_llama_cpp_gives_what_transformers_gives_of_every_file(folder, found):
+def test_llama_cpp_gives_what_transformers_gives_of_every_file(folder, done):
     """K-quants and others: its products take activations in 8 bits, which no cut changes."""
     largest = {}
     for name in ("whole", "cut", "refitted"):
-        path = second_family.gguf_file() if name == "whole" else folder / f"{name}.gguf"
+        path = MODELS["0.5b"]() if name == "whole" else folder / f"{name}.gguf"
         short, client = open_model(str(path), device="cpu"), LlamaCpp(path)
         differences = []
         for prompt in PROMPTS:

@@ -10,9 +10,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ("scoring", "stopping", "stopping_adversarial", "streaming", "greedy", "compare")
-RESULTS += ("healing", "reproduce_7b", "draft_4", "draft_8", "second_family", "serving")
+RESULTS += ("healing", "reproduce_7b", "draft_4", "draft_8", "serving")
+RESULTS += ("larger", "larger_05b", "larger_smollm2")
 RESULTS += ("calibration", "tasks", "refit_streamed", "refit_sets", "refit_parts", "refit_aims")
-RESULTS += ("optimality", "distillation", "compare_healing", "refit_choices")
+RESULTS += ("optimality", "distillation", "refit_choices")
 RESULTS += ("distillation_influence", "coverage", "choice_variance", "own_samples")
 RESULTS += ("training_choices", "gemma_kinds", "refit_ridges", "healing_own", "architectures")
 RESULTS += ("peers",)

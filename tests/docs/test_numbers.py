@@ -61,7 +61,6 @@ SENTENCES = {
         novels,
         adapter,
         default_cut,
-        lambda: f"pruned its layers {', '.join(map(str, result('second_family')['removed']))},",
         lambda: (
             f"`sleb_healed`, when pruned, by {above('raw')['sleb_healed']}. For all other choices"
         ),

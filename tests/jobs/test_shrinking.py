@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from commands import fails, run
-from conftest import BYTE_VOCAB, interrupted, make_transformer, random_windows, save_byte_llama
+from conftest import interrupted, random_windows, save_chat_llama
 from families import make
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from llama.formats.convert import meta_to_hf
-from llama.formats.gguf import llama_to_gguf
-from llama.formats.tokenizers import with_bos
 from short_gpt import heal_refit, shrink
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
@@ -57,15 +54,7 @@ TEMPLATE = (
 def made(tmp_path_factory, one_rank) -> Path:
     """A random Llama of 6 layers in all formats, and two folders of texts."""
     path = tmp_path_factory.mktemp("made")
-    model = make_transformer(vocab_size=BYTE_VOCAB, n_layers=6)
-    save_byte_llama(path / "meta", model)
-    words = path / "meta/tokenizer.json"
-    words.write_text(with_bos(words.read_text(), "<s>", 0))
-    meta_to_hf(path / "meta", path / "hf")
-    config = json.loads((path / "hf/tokenizer_config.json").read_text())
-    config["chat_template"] = TEMPLATE
-    (path / "hf/tokenizer_config.json").write_text(json.dumps(config))
-    llama_to_gguf(path / "hf", path / "model.gguf")
+    save_chat_llama(path, 6, TEMPLATE)
     for name, start in (("books", 97), ("other", 65)):
         (path / name).mkdir()
         for i, ids in enumerate(random_windows(8, 90, vocab=26, seed=start + 9)):
