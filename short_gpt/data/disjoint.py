@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from short_gpt.data.texts import Conversation
 from short_gpt.data.windows import Origin, Text
 from short_gpt.data.windows import Window as TextWindow
 from short_gpt.runtime.errors import ShortGPTError
@@ -27,16 +28,13 @@ def hold_out(texts: Sequence[T], *, share: float = 0.1, seed: int = 0) -> tuple[
     """Texts to train on and held-out texts to evaluate on.
 
     Args:
-        texts: at least two.
+        texts: of one alone, its end is held out.
         share: of all characters that is held out, about; at least one text is.
     """
-    if len(texts) < 2:
-        raise ShortGPTError(
-            f"{len(texts)} text cannot be split into one to train on and one to evaluate on: give "
-            "several texts, or a text of its own to evaluate on"
-        )
     if not 0 < share < 1:
         raise ShortGPTError(f"share = {share}: expected a number between 0 and 1")
+    if len(texts) < 2:
+        return _end_held_out(texts, share)
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
     most, size = share * sum(map(len, texts)), 0
@@ -48,6 +46,19 @@ def hold_out(texts: Sequence[T], *, share: float = 0.1, seed: int = 0) -> tuple[
         size += len(texts[index])
     training = [text for i, text in enumerate(texts) if i not in held]
     return training, [text for i, text in enumerate(texts) if i in held]
+
+
+def _end_held_out(texts: Sequence[T], share: float) -> tuple[list[T], list[T]]:
+    """The only text up to a space or a line break, and what follows it."""
+    (text,) = texts or ("",)
+    if isinstance(text, str) and not isinstance(text, Conversation):
+        cut = max(text.rfind(space, 0, round(len(text) * (1 - share))) for space in " \n") + 1
+        if cut:
+            return [text[:cut]], [text[cut:]]  # type: ignore[list-item]
+    raise ShortGPTError(
+        f"{len(texts)} text cannot be split into one to train on and one to evaluate on: give "
+        "several texts, or others to evaluate on (`eval_data`)"
+    )
 
 
 def without_overlap(

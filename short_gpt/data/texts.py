@@ -247,7 +247,9 @@ def _cell(row: object, column: str) -> str:
     if not isinstance(row, dict):
         raise ShortGPTError(f"expected an object with named values, got {row!r:.60}")
     if column not in row:
-        raise ShortGPTError(f"no column {column!r}, only {list(row)}; pass column=")
+        raise ShortGPTError(
+            f"no column {column!r}, only {', '.join(map(str, row))}: name one by `column`"
+        )
     if isinstance(turns := row[column], list) and turns and all(map(_is_message, turns)):
         return Conversation(json.dumps([{k: t[k] for k in ("role", "content")} for t in turns]))
     if not isinstance(row[column], str):
@@ -270,7 +272,7 @@ def _reach(name: str) -> None:
     except (OSError, HTTPError) as error:
         raise ConnectionError(
             f"no such file or folder: {name!r}, and the hub cannot be reached ({error}); "
-            f"pass a local copy as `data`, a folder of {KINDS}, or in Python to pg19(path=FOLDER)"
+            f"pass a local copy as `data`, a folder of {KINDS}"
         ) from error
 
 
@@ -282,7 +284,7 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
     try:
         data = load_dataset(name, config or None, split=split, streaming=True)
         if split is None and len(data) > 1:
-            raise ShortGPTError(f"several splits, {list(data)}; pass split=")
+            raise ShortGPTError(f"several splits, {', '.join(data)}: name one by `split`")
         yield from (_cell(row, column) for row in (data if split else data.popitem()[1]))
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):

@@ -277,8 +277,8 @@ def check_reports(report_to: str | None) -> None:
         known = get_available_reporting_integrations()
         if odd := [name for name in report_to.split(",") if name not in ("all", "none", *known)]:
             raise MissingPackageError(
-                f"`report_to` {odd[0]}: its package is not installed, or transformers knows no "
-                f"such service; here are {', '.join(known) or 'none'}"
+                f"`report_to` {odd[0]}: not installed (`pip install {odd[0]}`), or no service that "
+                f"transformers knows; installed are {', '.join(known) or 'none'}"
             )
 
 

@@ -159,7 +159,8 @@ class Shares:
     """How many windows of which size are read for what.
 
     Args:
-        eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
+        eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out,
+            or the end of the only one.
         size: tokens in a window.
         max_windows: windows of data for scores and closed forms.
         eval_windows: windows to evaluate on.

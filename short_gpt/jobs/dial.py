@@ -80,6 +80,11 @@ class Dial:
             raise ShortGPTError(f"`params` {self.params}: expected a number as in 6B or 750M")
         return int(float(match[1]) * PARAMETERS[match[2]])
 
+    def _shown(self, size: int) -> str:
+        from short_gpt.runtime.memory import shown
+
+        return f"{size:,} parameters" if self.params is not None else shown(size)
+
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         at_least(1, optional=True, n=self.n, context=self.context, batch=self.batch)
@@ -104,8 +109,8 @@ class Dial:
                 raise ShortGPTError(f"{self.name}: the model is no larger, so no layer has to go")
             if n > most:
                 raise ShortGPTError(
-                    f"{self.name}: with 2 of its {total} layers this model still takes "
-                    f"{sizes[most]:,}; name that or more"
+                    f"{self.name}: with 2 of its {total} layers this model still has "
+                    f"{self._shown(sizes[most])}; name that or more"
                 )
         check_count(n, total, most=most)
         return n

@@ -93,7 +93,7 @@ Measured = tuple[Perplexity | None, str, TaskRun]
 def _evaluated(
     name: str,
     reading: Reading,
-    own: Sequence[str],
+    own: Sequence[Sequence[str]],
     tasks: Tasks,
     opening: OpenOptions,
     first: Measured | None,

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from short_gpt.data.texts import (
     OWN,
     Given,
-    count_texts,
     has_columns,
     has_split,
     read_kinds,
-    shown,
+    read_texts,
     source_names,
-    texts,
 )
 from short_gpt.data.windows import BOS, Text, at_least, count_of, mix, windows
 from short_gpt.runtime.errors import ShortGPTError
@@ -199,8 +197,11 @@ class Reading:
     """The text whose perplexity is compared.
 
     Args:
-        data: wikitext-2, c4 or pg19, cut as published results do; a local file or folder; none.
+        data: wikitext-2, c4 or pg19, cut as published results do; a local file or folder, or
+            several with commas between, read in equal parts; none.
         source: a local copy of wikitext-2, c4 or pg19.
+        column: column of the text in .jsonl and .parquet.
+        chat: the texts are conversations, as those that choose layers can be.
         size: tokens in a window.
         max_windows: read only the first so many windows.
         bos: first puts it before a text's first window alone, as published results do; every
@@ -211,6 +212,8 @@ class Reading:
     HEADING: ClassVar = READ
     data: str = setting("wikitext-2", value="TEXTS")
     source: str | None = setting(None, value="TEXTS")
+    column: str = setting("text", needs=TEXT)
+    chat: bool = setting(False, needs=TEXT)
     size: int = setting(2048, needs=TEXT)
     max_windows: int | None = setting(None, needs=TEXT)
     bos: str | None = setting(None, needs=TEXT)
@@ -227,21 +230,22 @@ class Reading:
             raise ShortGPTError(f"`source` is a copy of {known}; `data` is {self.data}")
         Cut(self.size, self.max_windows, bos=self.bos).check()
 
-    def own_texts(self) -> list[str]:
-        """The texts of a local file or folder; none of a published protocol."""
+    def own_texts(self) -> list[list[str]]:
+        """The texts of each local file or folder; none of a published protocol."""
         from short_gpt.evaluation.protocols import PROTOCOLS
 
         if self.data in ("none", *PROTOCOLS):
             return []
-        return list(shown(texts(self.data), count_texts(self.data)))
+        column = TextSource(self.data, column=self.column, chat=self.chat).column
+        return [[*read_texts(name, None, column, None)] for name in source_names(self.data)]
 
-    def windows(self, short: ShortModel, own: Sequence[str]) -> Iterable[list[int]]:
+    def windows(self, short: ShortModel, own: Sequence[Sequence[str]]) -> Iterable[list[int]]:
         """Windows of the protocol's text, or of ``own``."""
         from short_gpt.evaluation.protocols import protocol
 
         size, limit, bos = self.size, self.max_windows, self.bos or short.bos
         if own:
-            return Cut(size, limit, None, bos=bos).windows(own, short.encode)
+            return Cut(size, limit, None, bos=bos).mixed(own, short.encode)
         source = self.source
         return protocol(self.data, short.encode, size=size, limit=limit, source=source, bos=bos)
 

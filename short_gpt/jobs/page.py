@@ -23,7 +23,7 @@ TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
 WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, so that letters stay large
 
 REMOVED = "Block Influence of every layer, 1 - cos of the hidden states before and after it. "
-REMOVED += "Removed layers are orange."
+REMOVED += "Removed layers are orange; lines are 95% intervals."
 TRIED = "Each set was refitted, and judged by held-out loss: nats a token more than the chosen "
 TRIED += "set's (orange, or a swap of it), with two standard errors, paired over the windows."
 
@@ -114,8 +114,11 @@ def is_page(path: Path) -> bool:
 def bars(importance: Importance, removed: Sequence[int]) -> str:
     """Block Influence of every layer on a logarithmic axis, as SVG; removed layers are marked."""
     values = dict(zip(importance.layers, importance.block_influence.tolist(), strict=True))
-    known = [value for value in values.values() if value > 0 and math.isfinite(value)] or [1.0]
-    low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)) + 1e-9)
+    reaches = [reach if math.isfinite(reach) else 0.0 for reach in importance.margin.tolist()]
+    pairs = [*zip(values.values(), reaches, strict=True)]
+    known = [(v, v + r) for v, r in pairs if v > 0 and math.isfinite(v)] or [(1.0, 1.0)]
+    low = math.floor(math.log10(min(value for value, _ in known)))
+    high = math.ceil(math.log10(max(end for _, end in known)))
     low = min(low, high - 1)
     step = (WIDTH - LEFT) / max(len(values), 1)
 
@@ -134,8 +137,12 @@ def bars(importance: Importance, removed: Sequence[int]) -> str:
             f'<rect class="{kind}" x="{x + step / 10:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" '
             f'height="{HEIGHT - y:.1f}"><title>layer {layer}, {kind}: {value:.4g}</title></rect>'
         )
+        middle, reach = f"{x + step / 2:.1f}", reaches[index]
+        if reach:
+            ends = f'y1="{top(value - reach):.1f}" y2="{top(value + reach):.1f}"'
+            parts.append(f'<line class="error" x1="{middle}" x2="{middle}" {ends}/>')
         if not index % every:
-            parts.append(f'<text x="{x + step / 2:.1f}" y="{HEIGHT + 16}">{layer}</text>')
+            parts.append(f'<text x="{middle}" y="{HEIGHT + 16}">{layer}</text>')
     return _svg(parts, -8, HEIGHT + 30, "Block Influence of every layer")
 
 

@@ -211,8 +211,10 @@ class HealingWindows:
     """Windows that a healing learns from, and others to evaluate on.
 
     Args:
-        eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out.
-        size: tokens in a window; the recipe's for lora and distill, else 1024.
+        eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out,
+            or the end of the only one.
+        size: tokens in a window; if not given, 512 in shrink, 1024 in a closed form, else the
+            recipe's.
         max_windows: windows to learn from; 64 for a closed form, all for lora and distill. Before
             training, a closed form reads 64 of them at most, and the training begins with others.
         eval_windows: windows to evaluate on.
@@ -224,7 +226,7 @@ class HealingWindows:
 
     HEADING: ClassVar = READ
     eval_data: str | None = setting(None, value="TEXTS")
-    size: int | None = setting(None, more={"shrink": "Here it is 512"})
+    size: int | None = None
     max_windows: int | None = None
     eval_windows: int = 32
     drop_overlap: bool | None = None

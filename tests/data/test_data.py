@@ -169,7 +169,7 @@ def test_a_path_object_is_never_a_name_at_the_hub() -> None:
         ("a.jsonl", b"[" * 2000 + b"]" * 2000, r"a\.jsonl: line 1 .*expected an object"),
         ("a.jsonl", b'{"text": "a\\ud83d"}', r"a\.jsonl: line 1: .*'\\ud83d' as character 1"),
         ("a.jsonl", b'{"text": "caf\xe9"}', r"a\.jsonl: expected text in UTF-8"),
-        ("a.jsonl", b'{"content": "a", "n": 1}', r"line 1: no column 'text', only \['content', "),
+        ("a.jsonl", b'{"content": "a", "n": 1}', "line 1: no column 'text', only content, "),
         ("a.jsonl", b'{"text": null}', r"line 1: column 'text' holds None, expected text"),
         ("a.jsonl", b'["a"]', r"line 1: expected an object with named values, got \['a'\]"),
         ("a.jsonl", b"\n", r"a\.jsonl' holds no text"),
@@ -215,8 +215,8 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
 
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet")
-    columns = r"\['short_book_title', 'publication_date', 'url', 'text'\]; pass column="
-    with pytest.raises(ValueError, match=rf"no column 'content', only {columns}"):
+    columns = "short_book_title, publication_date, url, text: name one by `column`"
+    with pytest.raises(ValueError, match=f"no column 'content', only {columns}"):
         texts(tmp_path, column="content")
     with pytest.raises(ValueError, match="column 'publication_date' holds 1850, expected text"):
         texts(tmp_path, column="publication_date")
@@ -320,14 +320,14 @@ def test_pg19_is_the_parquet_copy(hub: Hub) -> None:
 
 
 def test_the_only_split_need_not_be_named(hub: Hub) -> None:
-    with pytest.raises(ValueError, match=r"several splits, \['train', 'test'\]; pass split="):
+    with pytest.raises(ValueError, match="several splits, train, test: name one by `split`"):
         texts("allenai/c4")
     del hub.splits["train"]
     assert [*texts("allenai/c4")] == ["b"]
 
 
 def test_a_data_set_without_the_column_names_those_that_are_there(hub: Hub) -> None:
-    with pytest.raises(ValueError, match=r"c4: no column 'content', only \['text', 'n'\]"):
+    with pytest.raises(ValueError, match="c4: no column 'content', only text, n: "):
         texts("allenai/c4", split="train", column="content")
 
 

@@ -27,6 +27,7 @@ from transformers import integrations
 
 from short_gpt.checkpoints import Provenance
 from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
+from short_gpt.data.texts import Conversation
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.healing import heal_patch as patch
@@ -431,8 +432,16 @@ def test_texts_held_out_are_whole_and_the_rest_is_for_training():
     assert 0.1 < sum(map(len, held)) / sum(map(len, texts)) < 0.3
     assert hold_out(texts, share=0.2, seed=1) == (training, held)
     assert [*map(len, hold_out(["a", "b"]))] == [1, 1]
-    with pytest.raises(ValueError, match="1 text cannot be split"):
-        hold_out(["a"])
+
+
+def test_of_one_text_the_end_is_held_out():
+    text = " ".join(f"word{i}" for i in range(200)) + "\nend"
+    (first,), (last,) = hold_out([text], share=0.2)
+    assert first + last == text and first.endswith(" ")
+    assert 0.15 < len(last) / len(text) < 0.25
+    for texts in ([], ["unbroken"], [Conversation('[{"role": "user", "content": "a b c d e"}]')]):
+        with pytest.raises(ValueError, match=f"{len(texts)} text cannot be split"):
+            hold_out(texts)
 
 
 def test_paired_difference_and_its_error():

