@@ -18,7 +18,7 @@ from short_gpt.runtime.progress import above_bars, first_rank, quiet
 from short_gpt.runtime.settings import RUN, WRITE, Needs, setting
 
 FILE_FLAGS, DRAWING = ("json", "report", "plots"), ("rank", "calibrate", "compare", "reproduce")
-LONG = ("rank", "heal", "calibrate", "compare", "perplexity", "evaluate")
+LONG = ("rank", "heal", "calibrate", "compare", "perplexity", "evaluate", "reproduce")
 STDOUT = "-"  # in place of a file
 _alone: list[TextIO] = []  # the stdout that a result has for itself
 WRITTEN = Needs(  # of heal, the model

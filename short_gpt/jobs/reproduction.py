@@ -266,6 +266,7 @@ def reproduce(
     running: Running = Running(),
     saving: Saving = Saving(),
     notify: Notify = ignore,
+    dry_run: bool = False,
 ) -> Reproduced:
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
 
@@ -277,6 +278,7 @@ def reproduce(
         data: PG-19, streamed from the hub, or a local copy of it.
         paper: which model it is, and the confidence of the answer.
         notify: called with what the run will take and how it stands.
+        dry_run: raise `DryRun`, which says what would be done, in place of the work.
 
     Example:
         >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP
@@ -301,6 +303,7 @@ def reproduce(
     if not running.stream:
         notify(_in_memory(shape, opening))
     how: Any = {"opening": opening, "running": running, "saving": saving, "notify": notify}
+    how["dry_run"] = dry_run
     result = rank(model, data, answer=answer, cut=cut, **how, detailed=True)
     ours = compare_with_paper(name, result.layers)
     assert result.importance is not None  # of Block Influence, which is no search

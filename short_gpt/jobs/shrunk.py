@@ -17,7 +17,7 @@ from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.runtime.errors import one_line
-from short_gpt.runtime.frames import aligned, html_table
+from short_gpt.runtime.frames import Table, aligned, html_table
 from short_gpt.runtime.memory import shown
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO, LABELS
@@ -39,7 +39,7 @@ class Look(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Shrunk:
+class Shrunk(Table):
     """What `shrink` did, and how good the result is. States are original, pruned, ..., healed."""
 
     out: Path  # the new directory or file
@@ -143,9 +143,13 @@ class Shrunk:
     def _repr_html_(self) -> str:
         if not self.looks:
             return f"<pre>{escape(self.plan)}</pre>"
+        return html_table(self.columns, self.head)
+
+    @property
+    def columns(self) -> dict[str, list[object]]:
+        """The rows of the table, a state a column."""
         head, *body = self.rows()
-        columns = {name: [row[i] for row in body] for i, name in enumerate(head)}
-        return html_table(columns, self.head)
+        return {name: [row[i] for row in body] for i, name in enumerate(head)}
 
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
@@ -160,7 +164,9 @@ class Shrunk:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 100, subsequent_indent="  ", break_long_words=False)
+    return textwrap.wrap(
+        text, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def report_of(out: Path) -> Path:

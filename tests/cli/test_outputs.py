@@ -17,7 +17,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 from short_gpt.cli import COMMANDS
 from short_gpt.cli.flags import flags_of
 from short_gpt.cli.options import LONG
-from short_gpt.jobs import Saving
+from short_gpt.jobs import Saving, reproduction
 from short_gpt.runtime import progress
 
 RANK = ("rank", "ckpt", *DATA, "--max_windows", 2)
@@ -169,10 +169,14 @@ def test_a_quiet_run_says_its_result_alone(ckpt, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", LONG)
-def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command):
+def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monkeypatch):
+    table = reproduction.published()
+    shape = {"dim": 32, "n_layers": 5, "vocab_size": 258, "removed": [3, 1]}
+    table["paper"]["models"]["tiny"] = shape
+    monkeypatch.setattr(reproduction, "published", lambda: table)
     write_docs("docs")
     write_docs("others")
-    more = {"compare": ("--counts", "1,2")}
+    more = {"compare": ("--counts", "1,2"), "reproduce": ("--model", "tiny")}
     more |= {"heal": ("out", "--layers", 1), "rank": ("--n", 1), "evaluate": ("--max_windows", 5)}
     more["calibrate"] = ("--data", "docs,others", "--n", 1, "--sizes", 16, "--state", "s")
     if command != "calibrate":
