@@ -310,11 +310,13 @@ def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[It
     return [name if name in OWN else read_texts(name, split, column, limit) for name in names]
 
 
-def read_texts(data: str, split: str, column: str, limit: int | None) -> Iterable[str]:
+def read_texts(data: str, split: str | None, column: str, limit: int | None) -> Iterable[str]:
     """At most ``limit`` `texts`, or those of `pg19` by that name, with a progress bar."""
     if limit is not None and limit < 1:
         raise ShortGPTError(f"`max_texts` expects at least 1, got {limit}")
-    every = pg19(split) if data == "pg19" else texts(data, split=split, column=column)
+    every = (
+        pg19(split or "validation") if data == "pg19" else texts(data, split=split, column=column)
+    )
     return shown(islice(every, limit), limit or count_texts(data, split))
 
 
