@@ -23,7 +23,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import refit
 from short_gpt.healing.refit import RefitSettings, Windows
 from short_gpt.models.numbering import check_count
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
@@ -224,23 +224,36 @@ class _Choosing:
         scores = Importance.from_dict(self._cells.value("scores", self._scores))
         self._spend(self._count * len(self._fit))
         methods: dict[Layers, list[str]] = {}
+        refused = list[ShortGPTError]()
         for name in CANDIDATES:
-            if name not in BY_LOSS:
-                layers = choose(scores, self._n, method=name)
+            try:
+                layers = self._candidate(name, scores)
+                self._refitted(layers)
+            except NotFiniteError:
+                raise
+            except ShortGPTError as error:  # such as all layers with attention of a hybrid
+                self._notes.append(f"{name} left out: {error}")
+                refused.append(error)
             else:
-                few = self._fit[:FEW]
-                price = most_layers_run(self._count, self._n) * len(few)
-                takes = f"{name} takes up to {price / self.a_pass:.1f} bare passes"
-                if not self._affords(price + self._price()):
-                    self._notes.append(f"{takes}, more than were left: left out")
-                    continue
-                self._shown.set_postfix_str(takes)
-                layers = self._cells.resumed(name, partial(self._searched, name, few))
-                self._shown.set_postfix_str("")
-                self._spend(price)
-            methods.setdefault(tuple(sorted(layers)), []).append(name)
-            self._refitted(tuple(sorted(layers)))
+                methods.setdefault(layers, []).append(name)
+        if not methods:
+            raise refused[0]
         return methods
+
+    def _candidate(self, name: str, scores: Importance) -> Layers:
+        """The set that a method would remove; ShortGPTError where the budget does not allow it."""
+        if name not in BY_LOSS:
+            return tuple(sorted(choose(scores, self._n, method=name)))
+        few = self._fit[:FEW]
+        price = most_layers_run(self._count, self._n) * len(few)
+        takes = f"it takes up to {price / self.a_pass:.1f} bare passes"
+        if not self._affords(price + self._price()):
+            raise ShortGPTError(f"{takes}, more than were left")
+        self._shown.set_postfix_str(f"{name}: {takes}")
+        layers = self._cells.resumed(name, partial(self._searched, name, few))
+        self._shown.set_postfix_str("")
+        self._spend(price)
+        return tuple(sorted(layers))
 
     def _scores(self) -> dict[str, object]:
         into = Importance.empty(self._short.kept)
@@ -276,7 +289,12 @@ class _Choosing:
                 continue
             if not self._affords(self._price()):
                 break
-            self._refitted(layers)
+            try:
+                self._refitted(layers)
+            except NotFiniteError:
+                raise
+            except ShortGPTError:  # a set that cannot be removed, as above
+                continue
             change = self._change(best, layers)
             swaps.append(Swap(back, removed, change, change.nats < -change.standard_error))
             best = layers if swaps[-1].kept else best
@@ -286,8 +304,16 @@ class _Choosing:
         """Pairs of a removed layer and a kept one, the most promising first."""
         # in nats a token, with the one put back, or with the other removed too
         short, few = self._short, self._fit[:FEW]
-        sets = {i: sorted({*best} ^ {i}) for i in short.kept}
-        changed = {i: _loss(pruned_losses(short, layers, few)) for i, layers in sets.items()}
+
+        def without(layers: list[int]) -> float:
+            try:
+                return _loss(pruned_losses(short, layers, few))
+            except NotFiniteError:
+                raise
+            except ShortGPTError:  # it cannot be removed
+                return math.inf
+
+        changed = {i: without(sorted({*best} ^ {i})) for i in short.kept}
         return sorted(product(best, kept), key=lambda pair: changed[pair[0]] + changed[pair[1]])
 
     def _refitted(self, layers: Layers) -> list[Perplexity]:
