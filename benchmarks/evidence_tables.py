@@ -119,18 +119,15 @@ def _judged(cell: dict) -> str:
 
 
 def taken() -> list[str]:
-    """What the steps take, in bare passes over the windows to calibrate on, and their memory."""
+    """How long all steps took, and the most memory of the process."""
     lines = []
     for file, model in MODELS.items():
         for own in result(file)["rows"].values():
-            steps, (learned, *_) = own["steps"], own["windows"]
-            passes = [f"{steps[s]['bare_windows'] / learned:.2f}" for s in ("choosing", "refit")]
-            minutes = sum(step["seconds"] for step in steps.values()) / 60
-            peaks = [steps["refit"], max(steps.values(), key=lambda step: step["peak_mb"])]
-            memory = [f"{s['peak_mb'] / 1e3:.1f} GB, {s['peak_ratio']:.2f} times" for s in peaks]
-            window = f"{own['bare']['seconds_a_window']:.2f} s"
+            minutes = sum(step["seconds"] for step in own["steps"].values()) / 60
+            peak = max(step["peak_mb"] for step in own["steps"].values())
+            times = f"{peak / 1e3:.1f} GB, {peak / own['bare']['peak_mb']:.2f} times"
             name = f"{model}, {len(own['layers'])} of {own['of']}"
-            lines.append(row(name, window, *passes, f"{minutes:.0f} minutes", *memory))
+            lines.append(row(name, f"{minutes:.0f} minutes", times))
     return lines
 
 

@@ -122,7 +122,8 @@ def test_every_row_is_measured_once_and_compared_with_llama_cpp(model, here, mon
     assert there["tokens"] == 23 and there["nats_there"] == pytest.approx(
         there["nats_here"], abs=0.02
     )
-    steps = ["opening", "choosing", "judging", "healing", "writing and reading again", "llama.cpp"]
+    steps = ["opening", "choosing", "refit", "judging", "healing", "writing and reading again"]
+    steps += ["llama.cpp"]
     assert [*first["steps"]] == steps and not first["continued"]
     bare = first["bare"]["seconds_a_window"]
     for step in first["steps"].values():

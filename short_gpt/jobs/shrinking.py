@@ -149,6 +149,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
         check_saved(str(asked.source), layers, short.importance.block_influence.tolist())
     short.evidence |= {"method": METHODS[asked.method], "eval_data": cut.eval_data}
     short.evidence |= {"size": known.size}
+    asked.notify(f"layers to remove: {sorted(layers)}")
     looks = {"original": run.look("original")}
     with short.without_layers(layers):
         looks["pruned"] = run.look("pruned")

@@ -109,6 +109,7 @@ def test_it_needs_nothing_but_a_model(here):
     assert list(done.quality) == ["self"] and list(done.looks) == ["original", "pruned", "healed"]
     assert done.quality["self"]["healed"].tokens == done.quality["self"]["original"].tokens
     assert "2 of 6 layers go (--ratio 0.3)" in said[0] and "its own text" in said[0]
+    assert said[1] == f"layers to remove: {sorted(done.layers)}"
     text = str(done)
     assert "judged by self: text that the model itself wrote" in text
     assert "12 windows chose, fewer than 16: their differences are less sure" in text
