@@ -23,7 +23,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import refit
 from short_gpt.healing.refit import RefitSettings, Windows
 from short_gpt.models.numbering import check_count
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
@@ -224,36 +224,31 @@ class _Choosing:
         scores = Importance.from_dict(self._cells.value("scores", self._scores))
         self._spend(self._count * len(self._fit))
         methods: dict[Layers, list[str]] = {}
-        refused = list[ShortGPTError]()
+        refused: NotRemovableError | None = None
         for name in CANDIDATES:
-            try:
-                layers = self._candidate(name, scores)
-                self._refitted(layers)
-            except NotFiniteError:
-                raise
-            except ShortGPTError as error:  # such as all layers with attention of a hybrid
-                self._notes.append(f"{name} left out: {error}")
-                refused.append(error)
+            if name not in BY_LOSS:
+                layers = choose(scores, self._n, method=name)
             else:
-                methods.setdefault(layers, []).append(name)
-        if not methods:
-            raise refused[0]
+                few = self._fit[:FEW]
+                price = most_layers_run(self._count, self._n) * len(few)
+                takes = f"{name} takes up to {price / self.a_pass:.1f} bare passes"
+                if not self._affords(price + self._price()):
+                    self._notes.append(f"{takes}, more than were left: left out")
+                    continue
+                self._shown.set_postfix_str(takes)
+                layers = self._cells.resumed(name, partial(self._searched, name, few))
+                self._shown.set_postfix_str("")
+                self._spend(price)
+            try:
+                self._refitted(tuple(sorted(layers)))
+            except NotRemovableError as error:  # such as all layers with attention of a hybrid
+                self._notes.append(f"{name} left out: {error}")
+                refused = error
+            else:
+                methods.setdefault(tuple(sorted(layers)), []).append(name)
+        if not methods and refused is not None:
+            raise refused
         return methods
-
-    def _candidate(self, name: str, scores: Importance) -> Layers:
-        """The set that a method would remove; ShortGPTError where the budget does not allow it."""
-        if name not in BY_LOSS:
-            return tuple(sorted(choose(scores, self._n, method=name)))
-        few = self._fit[:FEW]
-        price = most_layers_run(self._count, self._n) * len(few)
-        takes = f"it takes up to {price / self.a_pass:.1f} bare passes"
-        if not self._affords(price + self._price()):
-            raise ShortGPTError(f"{takes}, more than were left")
-        self._shown.set_postfix_str(f"{name}: {takes}")
-        layers = self._cells.resumed(name, partial(self._searched, name, few))
-        self._shown.set_postfix_str("")
-        self._spend(price)
-        return tuple(sorted(layers))
 
     def _scores(self) -> dict[str, object]:
         into = Importance.empty(self._short.kept)
@@ -291,9 +286,7 @@ class _Choosing:
                 break
             try:
                 self._refitted(layers)
-            except NotFiniteError:
-                raise
-            except ShortGPTError:  # a set that cannot be removed, as above
+            except NotRemovableError:
                 continue
             change = self._change(best, layers)
             swaps.append(Swap(back, removed, change, change.nats < -change.standard_error))
@@ -308,9 +301,7 @@ class _Choosing:
         def without(layers: list[int]) -> float:
             try:
                 return _loss(pruned_losses(short, layers, few))
-            except NotFiniteError:
-                raise
-            except ShortGPTError:  # it cannot be removed
+            except NotRemovableError:
                 return math.inf
 
         changed = {i: without(sorted({*best} ^ {i})) for i in short.kept}

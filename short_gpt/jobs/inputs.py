@@ -212,8 +212,8 @@ class Reading:
     HEADING: ClassVar = READ
     data: str = setting("wikitext-2", value="TEXTS")
     source: str | None = setting(None, value="TEXTS")
-    column: str = setting("text", needs=TEXT)
-    chat: bool = setting(False, needs=TEXT)
+    column: str = setting("text", needs=COLUMNS)
+    chat: bool = setting(False, needs=COLUMNS)
     size: int = setting(2048, needs=TEXT)
     max_windows: int | None = setting(None, needs=TEXT)
     bos: str | None = setting(None, needs=TEXT)
@@ -228,6 +228,8 @@ class Reading:
         if self.source is not None and self.data not in PROTOCOLS:
             known = " or ".join(PROTOCOLS)
             raise ShortGPTError(f"`source` is a copy of {known}; `data` is {self.data}")
+        if (self.chat or self.column != Reading.column) and self.data in PROTOCOLS:
+            raise ShortGPTError(f"`column` and `chat` are of other texts than {self.data}")
         Cut(self.size, self.max_windows, bos=self.bos).check()
 
     def own_texts(self) -> list[list[str]]:

@@ -42,7 +42,7 @@ from short_gpt.jobs.settings import HealingWindows, takes_fields
 from short_gpt.jobs.shrink_models import InMemory, Opened, Streamed, tensor_bytes
 from short_gpt.jobs.shrink_plan import REFITTED, WINDOW, Asked, Derived, Model, plan
 from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.state import StateFile, hold, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.stopping import unsure
@@ -244,7 +244,7 @@ class _Run:
             run = partial(pruned_losses, short, order[:n], judging, fit_on=fit)
             try:
                 return together(self.cells.losses(f"without {n}", run)).value / original.value
-            except ShortGPTError:  # such as a hybrid without its attention layers
+            except NotRemovableError:  # such as all layers with attention of a hybrid
                 if n == 1:
                     raise
                 return math.inf

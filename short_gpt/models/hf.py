@@ -21,7 +21,7 @@ from short_gpt.models.layer_config import (
     pruned_entries,
     twin_outline,
 )
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,7 +171,7 @@ class HFDecoder:
         except ValueError as error:  # `ShortGPTError` is one, and so are transformers' own
             undo()
             kind = type(self.model).__name__
-            raise ShortGPTError(f"these layers of {kind} cannot be removed: {error}") from None
+            raise NotRemovableError(f"these layers of {kind} cannot be removed: {error}") from None
         except BaseException:
             undo()
             raise

@@ -17,6 +17,10 @@ class NotFiniteError(ShortGPTError, FloatingPointError):
     """A weight, a hidden state or a loss is NaN or infinite; the message says where."""
 
 
+class NotRemovableError(ShortGPTError):
+    """No model would be left without these layers; the message says why."""
+
+
 class NotSavedError(ShortGPTError, OSError):
     """The result of a long run could not be written; the same call continues from what was kept."""
 

@@ -18,7 +18,7 @@ from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.healing import choosing, refit
 from short_gpt.healing.choosing import pruned_losses
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.runtime.state import StateFile
 
 WINDOWS = random_windows(16, 12)
@@ -154,7 +154,7 @@ def test_greedy_search_is_left_out_where_the_budget_does_not_allow_it(candidates
     candidates("deepest", "sleb")
     result = choose_healed(model(), WINDOWS, 2, budget=3, **QUIET)
     assert [one.methods for one in result.candidates] == [["deepest"]]
-    assert result.notes == ["sleb left out: it takes up to 1.0 bare passes, more than were left"]
+    assert result.notes == ["sleb takes up to 1.0 bare passes, more than were left: left out"]
     with pytest.raises(ValueError, match="budget = 2: refitting the candidates takes 3 bare"):
         choose_healed(model(), WINDOWS, 2, budget=2, **QUIET)
 
@@ -164,7 +164,7 @@ def test_sets_that_cannot_be_removed_are_left_out(candidates, monkeypatch):
 
     def refused(short, layers, *args, **options):
         if {0, 1} & {*layers}:
-            raise ShortGPTError("these layers cannot be removed")
+            raise NotRemovableError("these layers cannot be removed")
         return pruned_losses(short, layers, *args, **options)
 
     monkeypatch.setattr(choosing, "pruned_losses", refused)
@@ -174,7 +174,7 @@ def test_sets_that_cannot_be_removed_are_left_out(candidates, monkeypatch):
     assert result.notes == ["sequential left out: these layers cannot be removed"]
     assert {swap.removed for swap in result.swaps} == {2, 3}
     candidates("sequential")
-    with pytest.raises(ShortGPTError, match="these layers cannot be removed"):
+    with pytest.raises(NotRemovableError, match="these layers cannot be removed"):
         choose_healed(model(), WINDOWS, 2, **QUIET)
 
 

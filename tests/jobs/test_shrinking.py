@@ -31,7 +31,7 @@ from short_gpt.jobs import (
 from short_gpt.jobs import shrunk as shrunk_module
 from short_gpt.jobs.shrink_models import InMemory, Streamed
 from short_gpt.jobs.shrunk import next_steps
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -493,7 +493,7 @@ def test_numbers_of_layers_that_cannot_go_are_too_many(here, monkeypatch):
 
     def refused(short, layers, *args, **options):
         if len(layers) > 1:
-            raise ShortGPTError("no attention layer would be left")
+            raise NotRemovableError("no attention layer would be left")
         return real(short, layers, *args, **options)
 
     monkeypatch.setattr(shrinking, "pruned_losses", refused)
