@@ -302,7 +302,8 @@ def _chosen_within(
     cut = Cut(choice.size, choice.eval_windows, bos=choice.bos)
     cut.check()
     short = open_model(model, opening, max_seq_len=choice.size)
-    held = list(cut.windows(texts(data), short.encode, short.bos))
+    column = TextSource(data, column=choice.column, chat=choice.chat).column
+    held = list(cut.windows(texts(data, column=column), short.encode, short.bos))
     unsure = _check_apart(held, data, scores.arguments, short)
     most = len(scores.searched) or None  # a search chose no more
     budget = short.layers_within(

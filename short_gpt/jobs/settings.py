@@ -134,6 +134,8 @@ class Choice:
             may rise by this factor, as in 1.1; the model is loaded for that.
         eval_data: text for max_perplexity_ratio, which the scores were not measured on: a file or
             folder.
+        column: column of the text of eval_data in .jsonl and .parquet.
+        chat: eval_data is conversations, in the column messages if no other is named.
         eval_windows: windows of eval_data to read at most.
         size: tokens in a window of eval_data.
         confidence: that the perplexity of text like eval_data rises by no more; texts are the
@@ -153,6 +155,8 @@ class Choice:
     method: str | None = setting(None, commands=PRUNE)
     max_perplexity_ratio: float | None = setting(None, commands=PRUNE)
     eval_data: str | None = setting(None, heading=READ, value="TEXTS", commands=PRUNE, needs=LIMIT)
+    column: str = setting("text", heading=READ, commands=PRUNE, needs=LIMIT)
+    chat: bool = setting(False, heading=READ, commands=PRUNE, needs=LIMIT)
     eval_windows: int = setting(32, heading=READ, commands=PRUNE, needs=LIMIT)
     size: int = setting(SIZE, heading=READ, commands=PRUNE, needs=LIMIT)
     confidence: float = setting(0.95, commands=PRUNE, needs=LIMIT)

@@ -229,6 +229,16 @@ def test_scores_of_own_text_choose_what_is_pruned(here):
     run("prune", "ckpt", "out", "--scores", "r.json", "--eval_data", "books", *limit)
     record = json.loads(Path("out/pruning.json").read_text())
     assert record["data"] == "self,book.txt" and record["quality_gate"]["not_compared"] is None
+    rows = (
+        json.dumps({"prose": text.read_text()}) + "\n" for text in sorted(Path("books").iterdir())
+    )
+    Path("rows.jsonl").write_text("".join(rows))
+    of_column = ("--eval_data", "rows.jsonl", "--column", "prose")
+    run("prune", "ckpt", "out1", "--scores", "r.json", *of_column, *limit)
+    assert (
+        json.loads(Path("out1/pruning.json").read_text())["quality_gate"]["tried"]
+        == (record["quality_gate"]["tried"])
+    )
     Path("copy.txt").write_text(TEXT)
     with pytest.raises(SystemExit):  # the real part of the mix is compared
         run("prune", "ckpt", "out2", "--scores", "r.json", "--eval_data", "copy.txt", *limit)
