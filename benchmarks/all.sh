@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote: about ten hours on two CPU cores that have nothing
-# else to do, of which scoring 600 windows, streaming and the comparison take more than half.
+# Measures everything that README and docs quote: about twenty hours on two CPU cores that have
+# nothing else to do (an estimate), of which the tasks of kept.py take half.
 # Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 #
 #     benchmarks/all.sh WIKITEXT TASKS [OUT]
@@ -14,7 +14,7 @@ wikitext=$(realpath "${1:?give the file of WikiText-2, test}")
 tasks=$(realpath "${2:?give the folder of the tasks}")
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "${3:-$root/benchmarks/new_results}")
-mkdir -p "$out/parts"
+mkdir -p "$out"
 cd "$out"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -93,9 +93,8 @@ script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --sta
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \
     --greedy 3,12,13,14,15,16,17,18
-measure parts/compared python -m short_gpt compare --methods bi,angular,relative_magnitude,sleb \
+measure compare python -m short_gpt compare --methods bi,angular,relative_magnitude,sleb \
     --counts 4,8 --healing raw,patched,refit --search_windows 2 --plots pictures --device cpu
-script compare peer_maps parts/compared.json
 
 cp ./*.json "$root/benchmarks/results/"
 [ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"

@@ -374,8 +374,8 @@ TASKS = "| {} of 30 layers removed | original | pruned | refitted | refitted and
 NEAREST = "| method | removes | rank, pruned | nats above the best (95%) | rank, refitted "
 NEAREST += "| nats above the best (95%) | full refit, nats above sleb's (95%) |"
 SHORT = "| method | 4 layers removed | pruned | refitted | 8 layers removed | pruned | refitted |"
-HEALINGS = ("raw", "linearpatch", "ghosted", "patched", "refit")
-COMPARED = "| removed | pruned | LinearPatch | Ghosted Layers | patch | refit |"
+HEALINGS = ("raw", "patched", "refit")
+COMPARED = "| removed | pruned | patched | refitted |"
 CHOSEN = (
     "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"
 )
