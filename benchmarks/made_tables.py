@@ -356,9 +356,9 @@ def choices() -> list[str]:
 def healed() -> str:
     """What patch and refit restore with 8 layers removed, as sentences."""
     parts = []
-    for method, where in (("bi", "With 8 layers removed by Block Influence"), ("angular", "")):
+    for method, where in (("bi", "With 8 layers removed by Block Influence"), ("sleb", "")):
         raw, patch, refit = (rows()[method, 8, h] for h in ("raw", "patched", "refit"))
-        start = where or "With the angular block of 8 removed"
+        start = where or "With greedy search's 8 removed"
         loss, nats = ("the loss", " nats per token") if where else ("it", "")
         error, ppl = ("standard error ", "perplexity ") if where else ("", "")
         parts.append(

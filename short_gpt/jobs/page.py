@@ -118,15 +118,15 @@ def bars(importance: Importance, removed: Sequence[int]) -> str:
     pairs = [*zip(values.values(), reaches, strict=True)]
     known = [(v, v + r) for v, r in pairs if v > 0 and math.isfinite(v)] or [(1.0, 1.0)]
     low = math.floor(math.log10(min(value for value, _ in known)))
-    high = math.ceil(math.log10(max(end for _, end in known)))
-    low = min(low, high - 1)
+    high = math.log10(max(end for _, end in known))
+    low = min(low, math.ceil(high) - 1)
     step = (WIDTH - LEFT) / max(len(values), 1)
 
     def top(value: float) -> float:
         return HEIGHT * (high - math.log10(max(value, 10.0**low))) / (high - low)
 
     parts = []
-    for power in range(low, high + 1):
+    for power in range(low, math.floor(high) + 1):
         y = top(10.0**power)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 4}" y="{y + 4:.1f}" class="end">{10.0**power:g}</text>')

@@ -57,7 +57,6 @@ def last_words(state: str) -> str:
 SENTENCES = {
     "docs/results.md": (
         greedy,
-        healed,
         novels,
         adapter,
         default_cut,

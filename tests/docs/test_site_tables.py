@@ -19,7 +19,7 @@ LAYERS = r"\d+(?:, \d+)+(?= \|)"
 SETS = {
     **{f"tasks with {n} layers removed": 1 for n in (2, 4, 8)},
     "choices on other samples": 16,
-    "every healing": 4,
+    "methods and healings": 7,
     "how near the best choice": 5,
     "other tools": 2,
     "choices on every text, pruned": 5,
