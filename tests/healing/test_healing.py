@@ -787,7 +787,9 @@ def test_the_training_reports_where_the_recipe_says(tmp_path, monkeypatch):
     monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["wandb"])
     healing.check_reports("wandb")
     healing.check_reports("none")
-    with pytest.raises(ImportError, match="`report_to` mlflow: not installed .`pip install mlflow`.*wandb"):
+    with pytest.raises(
+        ImportError, match="`report_to` mlflow: not installed .`pip install mlflow`.*wandb"
+    ):
         Settings(report_to="wandb,mlflow").check(["lora"])
     with pytest.raises(ShortGPTError, match="`report_to` is for `method` lora or distill"):
         Settings(report_to="wandb").check(["refit"])
