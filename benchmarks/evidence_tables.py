@@ -91,8 +91,6 @@ MODELS = {
     "larger_05b": "Qwen2.5-Coder-0.5B",
     "larger": "Qwen2.5-Coder-1.5B",
 }
-
-
 TEXT_KINDS = ("prose", "code", "wikitext", "chat")
 
 

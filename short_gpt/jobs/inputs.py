@@ -201,7 +201,7 @@ class Reading:
             several with commas between, read in equal parts; none.
         source: a local copy of wikitext-2, c4 or pg19.
         column: column of the text in .jsonl and .parquet.
-        chat: the texts are conversations, as those that choose layers can be.
+        chat: the texts are conversations, in the column messages if no other is named.
         size: tokens in a window.
         max_windows: read only the first so many windows.
         bos: first puts it before a text's first window alone, as published results do; every

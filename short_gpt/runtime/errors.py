@@ -18,7 +18,7 @@ class NotFiniteError(ShortGPTError, FloatingPointError):
 
 
 class NotRemovableError(ShortGPTError):
-    """No model would be left without these layers; the message says why."""
+    """These layers cannot be removed together; the message says why."""
 
 
 class NotSavedError(ShortGPTError, OSError):
