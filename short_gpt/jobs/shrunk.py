@@ -179,7 +179,7 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
     if to == "gguf":
         folder, name = out.parent, out.name
         named = f"**dict(pretrained_model_name_or_path='{folder}', gguf_file='{name}')"
-        read = f"M.from_pretrained({named}), T.from_pretrained({named})"
+        read = f"M.from_pretrained({named}), tokenizer=T.from_pretrained({named})"
         by = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, pipeline"
         run = f"{by}; print(pipeline('text-generation', {read})('{PLAIN}'))"
         return [*_llama_cpp(out), f'python -c "{run}"', _lm_eval(f"{folder},gguf_file={name}")]
