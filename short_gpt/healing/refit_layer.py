@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, HiddenStates, RefitState
-from short_gpt.healing.solver import PARTS, Fit, SublayerSolver, Tokens, equations_of
+from short_gpt.healing.solver import (
+    PARTS,
+    Fit,
+    SublayerSolver,
+    Tokens,
+    equations_of,
+    lost_states,
+)
 from short_gpt.models.families import part as part_of
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import Output, first, patched_forward
@@ -22,7 +29,8 @@ from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attent
 from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
 from short_gpt.runtime.errors import NotFiniteError
 
-TokensOf = Callable[[int, Tensor], Tokens]  # of a batch and a projection's inputs
+# of a batch, the inputs of a projection, and its outputs where they are known
+TokensOf = Callable[[int, Tensor, Tensor | None], Tokens]
 
 
 def batched(windows: Sequence[Sequence[int]], size: int) -> Iterator[Tensor]:
@@ -183,14 +191,21 @@ class LayerRefit:
     def _solve_part(self, part: str, projection: OutputProjection) -> Fit:
         batches = self._batches
         mean_square = self._mean_square(part)
+        factors: dict[int, Tensor] = {}  # of the weights, (N,), by batch
 
-        def tokens(batch: int, inputs: Tensor) -> Tokens:
+        def tokens(batch: int, inputs: Tensor, outputs: Tensor | None) -> Tokens:
             residual = self._leaving[batch] if part == "mlp" else self._entering[batch]
             h, t = (
                 state.to(inputs.device).flatten(0, 1).float()  # (N, D)
                 for state in (residual, self._target_of(part, batch))
             )
-            return Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
+            made = Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
+            if mean_square is not None:  # all weigh the same
+                return made._replace(outputs=outputs)
+            if batch not in factors:  # before anything is solved
+                outputs = projection.outputs(made.inputs) if outputs is None else outputs  # (N, D)
+                factors[batch] = lost_states(h + projection.factor * projection.normed(outputs), t)
+            return made._replace(outputs=outputs, weights=made.weights * factors[batch])
 
         first_read = self._read_mlp if part == "mlp" else self._read_attention
         equations = equations_of(projection, first_read(projection, tokens), batches.team)
@@ -201,7 +216,7 @@ class LayerRefit:
 
         def again(chosen: Iterable[int]) -> Callable[[], Iterator[Tokens]]:
             inputs, device = self._inputs[part], projection.device
-            return lambda: (tokens(batch, inputs[batch].to(device)) for batch in chosen)
+            return lambda: (tokens(batch, inputs[batch].to(device), None) for batch in chosen)
 
         reads = (again(batches.fitted), again(batches.held_out))
         solver = SublayerSolver(projection, *reads, team=batches.team, **self._solving)
@@ -217,7 +232,7 @@ class LayerRefit:
             inputs = batches.calls.until(self._index, state, projection.matrix)  # (B, S, F)
             self._keep("attention", batch, inputs, all_again or batch in batches.held_out)
             if batch in batches.fitted:
-                yield tokens(batch, inputs)
+                yield tokens(batch, inputs, None)
 
     def _read_mlp(self, projection: OutputProjection, tokens: TokensOf) -> Iterator[Tokens]:
         """The same for the MLP's; from here on ``_leaving`` is the state before its output."""
@@ -239,7 +254,7 @@ class LayerRefit:
             self._leaving[batch] = state - added.view_as(state)
             self._keep("mlp", batch, inputs, True)
             if batch in batches.fitted:
-                yield tokens(batch, inputs)._replace(outputs=outputs)
+                yield tokens(batch, inputs, outputs)
 
     def _target_of(self, part: str, batch: int) -> Tensor:
         """The state (B, S, D) that the stream after a sublayer should be."""
