@@ -1,10 +1,12 @@
-"""Step size, ridge and realigned inputs of the refit, by the loss of the real small model.
+"""Step size, ridge, attention sinks and realigned inputs of the refit, by the real model's loss.
 
 8 of 30 layers are removed: greedy search's, or those of lowest Block Influence on the model's own
 samples. Every case refits the pruned model on windows of the book and of another text, half of
 each, and is judged on held-out chapters, on the half of the second text that nothing was fitted on,
 and on novels. Differences are paired over windows. ``local`` ridges are those of 0.01, 0.1 and 1
-that lower the error of each matrix on held-out windows most, as in earlier versions.
+that lower the error of each matrix on held-out windows most, as in earlier versions. The group ``sinks``
+has the patch, too, and sets whose removal takes away the state of a window's first token: it
+weighs more in the first of two fits, and as all other tokens in the second.
 
     python benchmarks/refit_choices.py --also FILE --others FILE --out refit_choices.json
 
@@ -15,11 +17,12 @@ it. The original model runs once for all refits: `healing.py` measures what a re
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,10 +39,10 @@ from short_gpt.data import demo
 from short_gpt.evaluation.paired import difference, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
-from short_gpt.healing import refit
+from short_gpt.healing import refit, solver
 from short_gpt.healing.refit_layer import Batches, LayerRefit
 from short_gpt.healing.refit_state import HiddenStates
-from short_gpt.healing.solver import NormalEquations
+from short_gpt.healing.solver import LOST, NormalEquations
 from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import pad
 from short_gpt.runtime.digest import json_digest
@@ -49,6 +52,8 @@ from short_gpt.selection.search import PartialRun
 SETS = {
     "greedy search": [3, 12, 13, 14, 15, 16, 17, 18],
     "Block Influence": [12, 13, 14, 15, 16, 17, 25, 26],
+    "best angular block": [11, 12, 13, 14, 15, 16, 17, 18],
+    "layers 1 to 4": [1, 2, 3, 4],
 }
 HELD = "held-out windows of the fit"
 LOCAL = (0.01, 0.1, 1.0)
@@ -62,6 +67,8 @@ class Case:
     ridges: tuple[float, ...] | None = LOCAL  # None: `times` the inputs by tokens, F / N
     maps: float | None = None
     times: float = 2.0
+    lost: float = LOST  # times as long as the state: a target from which a token weighs more
+    where: str = "all"
 
     @property
     def name(self) -> str:
@@ -70,12 +77,17 @@ class Case:
         else:
             ridge = "local" if self.ridges == LOCAL else f"{self.ridges[0]:g}"
         maps = "" if self.maps is None else f", inputs realigned (ridge {self.maps:g})"
-        return f"step {self.step_size:g}, ridge {ridge}{maps}"
+        patch = "patch, " if self.where == "gaps" else ""
+        sinks = ", sinks as other tokens" if math.isinf(self.lost) else ""
+        return f"{patch}step {self.step_size:g}, ridge {ridge}{maps}{sinks}"
 
 
 FORMER, HALF, CHOSEN = Case(1.0), Case(), Case(ridges=(0.3,))
 TOKENS = {Case(ridges=None, times=times): CHOSEN for times in (1.0, 2.0)}
 TOKENS |= {Case(ridges=(ridge,)): CHOSEN for ridge in (0.03, 0.1)}
+SINKS = {
+    case: replace(case, lost=math.inf) for case in (Case(ridges=None), Case(1.0, where="gaps"))
+}
 # by set of layers and group, every case with the one that it is compared with
 CASES: dict[str, dict[str, dict[Case, Case]]] = {
     "Block Influence": {
@@ -84,11 +96,15 @@ CASES: dict[str, dict[str, dict[Case, Case]]] = {
         "curve": {Case(step, (0.3,)): CHOSEN for step in (0.2, 0.35, 0.7)},
         "realigned": {Case(maps=0.1): HALF},
         "tokens": TOKENS,
+        "sinks": SINKS,
     },
+    "best angular block": {"sinks": SINKS},
+    "layers 1 to 4": {"sinks": SINKS},
     "greedy search": {
         "steps": {FORMER: FORMER, HALF: FORMER, CHOSEN: FORMER},
         "ridges": {CHOSEN: HALF},
         "tokens": TOKENS,
+        "sinks": SINKS,
     },
 }
 
@@ -101,7 +117,7 @@ def main(
     size: int = 512,
     judged: int = 8,
     only: str | Sequence[str] = ("steps", "ridges", "curve", "realigned"),
-    sets: str | Sequence[str] = tuple(SETS),
+    sets: str | Sequence[str] = ("greedy search", "Block Influence"),
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -171,7 +187,7 @@ class Trial:
         self._kinds = {**kinds, HELD: self._held}
         self._start = max(layers[0] - 1, 0)  # up to here no refit changes anything
         self._entering: dict[str, list[Tensor]] = {}  # that layer, by kind and window, (1, S, D)
-        self._originals: Originals = {}
+        self._originals: dict[str, Originals] = {"all": {}, "gaps": {}}
 
     def models(self) -> dict[str, Any]:
         """The layers, and the perplexities of the original and of the pruned model."""
@@ -191,13 +207,15 @@ class Trial:
         return row | {"than": than.name, "kinds": compared(found["nats"], other["nats"])}
 
     def _refitted(self, case: Case) -> Any:
-        options = {"step_size": case.step_size, "ridges": case.ridges, "progress": False}
-        with original_once(self._originals), ExitStack() as stack:
+        options = {"step_size": case.step_size, "ridges": case.ridges, "where": case.where}
+        with original_once(self._originals[case.where]), ExitStack() as stack:
+            stack.enter_context(patch.object(solver, "LOST", case.lost))
             rule = property(lambda sums: case.times * len(sums._gram) / sums.tokens)
             stack.enter_context(patch.object(NormalEquations, "usual_ridge", rule))
             if case.maps is not None:
                 stack.enter_context(realigned(0.5, case.maps))
-            found = refit.fit(self._short, self._layers, self._fitted, held=self._held, **options)
+            read = {"held": self._held, "progress": False}
+            found = refit.fit(self._short, self._layers, self._fitted, **read, **options)
         restored = [fit.restored_held for fit in found.fits]
         return {
             "nats": self._pruned(found),

@@ -116,6 +116,42 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
     assert seen >= (2 if family == "mixtral" else 3)
 
 
+def attention_sink(short, windows, layer: int) -> None:
+    """Lets the MLP of a layer give the first token of windows a state a hundred times as long."""
+    calls, state = LayerCalls(short.decoder), states(short, windows)[layer]
+    matrix = mlp_output(short.decoder.layers[layer])
+    inputs = calls.until(layer, state, matrix).flatten(0, 1)  # (N, F)
+    first = torch.zeros(len(windows), len(windows[0]))  # (B, S)
+    first[:, 0] = 1.0
+    only_first = torch.linalg.lstsq(inputs, first.flatten()[:, None]).solution  # (F, 1)
+    length = 100 * state.norm(dim=-1).mean()
+    with torch.no_grad():
+        matrix.weight[3] += length * only_first[:, 0]
+
+
+@pytest.mark.parametrize("healed", [heal, heal_patch])
+def test_the_layer_before_a_gap_makes_the_attention_sink_that_went_with_the_gap(
+    healed, monkeypatch
+):
+    # the first token is of one kind, and the others are not
+    windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
+    whole = meta(n_layers=6)
+    attention_sink(whole, windows, 2)
+    target = states(whole, windows)[3][:, 0]  # (B, D), of first tokens
+
+    def missing() -> float:
+        short = meta(n_layers=6)
+        attention_sink(short, windows, 2)
+        healed(short, [2], windows, progress=False)
+        made = states(short, windows)[2][:, 0]
+        return float((made - target).norm() / target.norm())
+
+    with_weight = missing()
+    monkeypatch.setattr(solver, "LOST", float("inf"))
+    assert missing() > 0.9
+    assert with_weight < 0.6  # of which half is the step size
+
+
 def weights(short) -> list[torch.Tensor]:
     return [p.detach().clone() for p in short.decoder.module.parameters()]
 
