@@ -86,6 +86,8 @@ script refit_aims refits --only aims --also wikitext2_test.txt --others lambada_
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt
 script refit_ridges refit_choices --also wikitext2_test.txt --others lambada_passages.txt \
     --sets "Block Influence" --only tokens
+script refit_sinks refit_choices --also wikitext2_test.txt --others lambada_passages.txt --only sinks \
+    --sets "best angular block,Block Influence,layers 1 to 4,greedy search"
 script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt
 script training_choices training_choices --novels tasks/lambada_openai.jsonl \
     --wikitext wikitext2_test.txt --rows lora,full-1e-4

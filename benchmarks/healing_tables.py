@@ -132,6 +132,20 @@ def choices() -> list[str]:
     return lines
 
 
+def sinks() -> list[str]:
+    """By set of layers, fits that weigh all tokens alike, and lost attention sinks more."""
+    lines = []
+    for name, found in result("refit_sinks")["sets"].items():
+        lines.append(row(f"{name}: pruned", *_plain(found["pruned"])))
+        for case, cells in found["sinks"].items():
+            method = "patch" if case.startswith("patch") else "refit"
+            weights = "" if cells["than"] == case else ", lost sinks weigh more"
+            kinds = [cells["kinds"][kind] for kind in JUDGED]
+            values = [f"{kind['perplexity']:,.2f}{_than(kind)}" for kind in kinds]
+            lines.append(row(f"{name}: {method}{weights}", *values))
+    return lines
+
+
 def _plain(perplexities: Mapping[str, float]) -> list[str]:
     return [f"{perplexities[kind]:.2f}" for kind in JUDGED]
 

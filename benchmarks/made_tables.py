@@ -468,6 +468,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts of the refit": table(HEALED.format("healed by"), healing.parts),
     "refit by windows": table(HEALED.format("windows"), healing.windows),
     "refit by aim": table(HEALED.format("step size"), healing.aims),
+    "attention sinks": table(HEALED.format("layers removed"), healing.sinks),
     "refit by step size and ridge": table(
         f"{HEALED.format('layers removed, and the refit')} all kinds, against |", healing.choices
     ),

@@ -17,7 +17,6 @@ it. The original model runs once for all refits: `healing.py` measures what a re
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,10 +38,10 @@ from short_gpt.data import demo
 from short_gpt.evaluation.paired import difference, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
-from short_gpt.healing import refit, solver
+from short_gpt.healing import refit
 from short_gpt.healing.refit_layer import Batches, LayerRefit
 from short_gpt.healing.refit_state import HiddenStates
-from short_gpt.healing.solver import LOST, NormalEquations
+from short_gpt.healing.solver import NormalEquations
 from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import pad
 from short_gpt.runtime.digest import json_digest
@@ -67,7 +66,7 @@ class Case:
     ridges: tuple[float, ...] | None = LOCAL  # None: `times` the inputs by tokens, F / N
     maps: float | None = None
     times: float = 2.0
-    lost: float = LOST  # times as long as the state: a target from which a token weighs more
+    lost: float | None = 4.0
     where: str = "all"
 
     @property
@@ -78,16 +77,17 @@ class Case:
             ridge = "local" if self.ridges == LOCAL else f"{self.ridges[0]:g}"
         maps = "" if self.maps is None else f", inputs realigned (ridge {self.maps:g})"
         patch = "patch, " if self.where == "gaps" else ""
-        sinks = ", sinks as other tokens" if math.isinf(self.lost) else ""
+        sinks = ", sinks as other tokens" if self.lost is None else ""
         return f"{patch}step {self.step_size:g}, ridge {ridge}{maps}{sinks}"
 
 
 FORMER, HALF, CHOSEN = Case(1.0), Case(), Case(ridges=(0.3,))
 TOKENS = {Case(ridges=None, times=times): CHOSEN for times in (1.0, 2.0)}
 TOKENS |= {Case(ridges=(ridge,)): CHOSEN for ridge in (0.03, 0.1)}
-SINKS = {
-    case: replace(case, lost=math.inf) for case in (Case(ridges=None), Case(1.0, where="gaps"))
-}
+SINKS: dict[Case, Case] = {}
+for case in (Case(ridges=None), Case(1.0, where="gaps")):
+    other = replace(case, lost=None)
+    SINKS |= {other: other, case: other}
 # by set of layers and group, every case with the one that it is compared with
 CASES: dict[str, dict[str, dict[Case, Case]]] = {
     "Block Influence": {
@@ -208,14 +208,13 @@ class Trial:
 
     def _refitted(self, case: Case) -> Any:
         options = {"step_size": case.step_size, "ridges": case.ridges, "where": case.where}
+        options |= {"lost": case.lost, "held": self._held, "progress": False}
         with original_once(self._originals[case.where]), ExitStack() as stack:
-            stack.enter_context(patch.object(solver, "LOST", case.lost))
             rule = property(lambda sums: case.times * len(sums._gram) / sums.tokens)
             stack.enter_context(patch.object(NormalEquations, "usual_ridge", rule))
             if case.maps is not None:
                 stack.enter_context(realigned(0.5, case.maps))
-            read = {"held": self._held, "progress": False}
-            found = refit.fit(self._short, self._layers, self._fitted, **read, **options)
+            found = refit.fit(self._short, self._layers, self._fitted, **options)
         restored = [fit.restored_held for fit in found.fits]
         return {
             "nats": self._pruned(found),

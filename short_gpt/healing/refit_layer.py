@@ -124,10 +124,11 @@ class LayerRefit:
         parts: Sequence[str],
         last_only: bool,
         weights: str,
+        lost: float | None,
         **solving: Any,
     ) -> None:
         self._batches, self._index, self._layer = batches, index, layer
-        self._weights, self._solving = weights, solving
+        self._weights, self._lost, self._solving = weights, lost, solving
         state, calls = batches.state, batches.calls
         self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
         self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
@@ -200,11 +201,12 @@ class LayerRefit:
                 for state in (residual, self._target_of(part, batch))
             )
             made = Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
-            if mean_square is not None:  # all weigh the same
+            if mean_square is not None or self._lost is None:
                 return made._replace(outputs=outputs)
             if batch not in factors:  # before anything is solved
                 outputs = projection.outputs(made.inputs) if outputs is None else outputs  # (N, D)
-                factors[batch] = lost_states(h + projection.factor * projection.normed(outputs), t)
+                present = h + projection.factor * projection.normed(outputs)  # (N, D)
+                factors[batch] = lost_states(present, t, self._lost)
             return made._replace(outputs=outputs, weights=made.weights * factors[batch])
 
         first_read = self._read_mlp if part == "mlp" else self._read_attention

@@ -130,26 +130,22 @@ def attention_sink(short, windows, layer: int) -> None:
 
 
 @pytest.mark.parametrize("healed", [heal, heal_patch])
-def test_the_layer_before_a_gap_makes_the_attention_sink_that_went_with_the_gap(
-    healed, monkeypatch
-):
+def test_the_layer_before_a_gap_makes_the_attention_sink_that_went_with_the_gap(healed):
     # the first token is of one kind, and the others are not
     windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
     whole = meta(n_layers=6)
     attention_sink(whole, windows, 2)
     target = states(whole, windows)[3][:, 0]  # (B, D), of first tokens
 
-    def missing() -> float:
+    def missing(**settings: object) -> float:
         short = meta(n_layers=6)
         attention_sink(short, windows, 2)
-        healed(short, [2], windows, progress=False)
+        healed(short, [2], windows, progress=False, **settings)
         made = states(short, windows)[2][:, 0]
         return float((made - target).norm() / target.norm())
 
-    with_weight = missing()
-    monkeypatch.setattr(solver, "LOST", float("inf"))
-    assert missing() > 0.9
-    assert with_weight < 0.6  # of which half is the step size
+    assert missing(step_size=1.0, lost=None) > 0.9
+    assert missing(step_size=1.0) < 0.3
 
 
 def weights(short) -> list[torch.Tensor]:
@@ -371,6 +367,8 @@ def test_what_cannot_be_is_refused_in_one_line():
         fit(short, [3], WINDOWS, ridges=())
     with pytest.raises(ValueError, match="weights = 'even': expected one of inverse, equal"):
         fit(short, [3], WINDOWS, weights="even")
+    with pytest.raises(ValueError, match="lost = 1.0: expected a number above 1, or None"):
+        fit(short, [3], WINDOWS, lost=1.0)
     with pytest.raises(ValueError, match="step_size = 1.5: expected above 0 and at most 1"):
         fit(short, [3], WINDOWS, step_size=1.5)
     with pytest.raises(ValueError, match="9"):
