@@ -66,7 +66,7 @@ class Case:
     ridges: tuple[float, ...] | None = LOCAL  # None: `times` the inputs by tokens, F / N
     maps: float | None = None
     times: float = 2.0
-    lost: float | None = 4.0
+    lost: float | None = 2.0  # of its settings, see there
     where: str = "all"
 
     @property

@@ -28,7 +28,7 @@ from short_gpt.runtime.replicas import Replicas
 PARTS = ("attention", "mlp")
 RIDGES = (1e-2, 1e-1, 1.0)
 TINY = torch.finfo(torch.float32).tiny
-LONGEST = 1000.0  # times as long as a lost state: a target beyond that weighs no more
+LONGEST = 1000.0  # times as long as the state: a target beyond that weighs no more
 ROWS = 256  # of X^T W X that are added at once
 COLUMNS = 256  # of C that are solved at once
 ALONE = Replicas()
@@ -76,13 +76,13 @@ class Tokens(NamedTuple):
 def lost_states(present: Tensor, target: Tensor, beyond: float) -> Tensor:
     """A factor of the weights of tokens, (N,), by the states (N, D) that they have and should have.
 
-    It is 1, or the square of ||target|| / ||present|| where that is ``beyond``: the error is then
-    relative to the state that is there. Such tokens are attention sinks: some layer gives the first
-    token of a window a state a hundred times as long as others, on which later attention rests.
-    Without that layer, one token in hundreds would hardly weigh in the sum.
+    It is (||target|| / (beyond ||present||))^2, and at least 1: where the target is much longer,
+    errors are relative to the state that is there. Such tokens are attention sinks: some layer
+    gives the first token of a window a state a hundred times as long as others, on which later
+    attention rests. Without that layer, one token in hundreds would hardly weigh in the sum.
     """
     ratio = target.norm(dim=1) / present.norm(dim=1).clamp_min(TINY)  # (N,)
-    return torch.where(ratio > beyond, ratio.clamp_max(LONGEST).square(), 1.0)
+    return (ratio.clamp_max(LONGEST) / beyond).clamp_min(1.0).square()
 
 
 class NormalEquations:

@@ -367,8 +367,8 @@ def test_what_cannot_be_is_refused_in_one_line():
         fit(short, [3], WINDOWS, ridges=())
     with pytest.raises(ValueError, match="weights = 'even': expected one of inverse, equal"):
         fit(short, [3], WINDOWS, weights="even")
-    with pytest.raises(ValueError, match="lost = 1.0: expected a number above 1, or None"):
-        fit(short, [3], WINDOWS, lost=1.0)
+    with pytest.raises(ValueError, match="lost = 0.5: expected 1 or more, or None"):
+        fit(short, [3], WINDOWS, lost=0.5)
     with pytest.raises(ValueError, match="step_size = 1.5: expected above 0 and at most 1"):
         fit(short, [3], WINDOWS, step_size=1.5)
     with pytest.raises(ValueError, match="9"):
