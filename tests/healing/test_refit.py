@@ -148,6 +148,15 @@ def test_the_layer_before_a_gap_makes_the_attention_sink_that_went_with_the_gap(
     assert missing(step_size=1.0) < 0.3
 
 
+def test_an_attention_sink_whose_layer_is_kept_weighs_as_other_tokens():
+    windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
+    short = meta(n_layers=6)
+    attention_sink(short, windows, 3)
+    ours, theirs = (fit(short, [1], windows, lost=lost, progress=False) for lost in (2.0, None))
+    assert {key[0] for key in ours.values} >= {3}
+    assert all(torch.equal(ours.values[key], theirs.values[key]) for key in theirs.values)
+
+
 def weights(short) -> list[torch.Tensor]:
     return [p.detach().clone() for p in short.decoder.module.parameters()]
 
