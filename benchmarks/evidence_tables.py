@@ -33,6 +33,29 @@ def layer_set(layers: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(layers)))
 
 
+def automatic() -> list[str]:
+    """Sets of the automatic choice and of its candidates, refitted, by draw of calibration text."""
+    names = {"bi": "Block Influence", "angular": "best angular block", "sleb": "greedy search"}
+    names |= {"relative_magnitude": "relative magnitude", "auto": "**auto**"}
+    names |= {"loop": "one layer at a time, refitted before the next"}
+    kinds = ("held-out chapters", "other half of the second text", "lambada_passages")
+    lines = []
+    for found in result("choices")["rows"]:
+        methods: dict[str, list[str]] = {}  # by their set of layers
+        for method, layers in found["sets"].items():
+            methods.setdefault(layer_set(layers), []).append(method)
+        for layers, own in methods.items():
+            cells = found["from auto"][own[0]]
+            change = cells["all three kinds"]
+            nats = (
+                "" if "auto" in own else f"{change['nats']:+.3f} ({change['standard_error']:.3f})"
+            )
+            who = ", ".join(names.get(method, method) for method in own)
+            values = [f"{cells[kind]['perplexity']:.2f}" for kind in kinds]
+            lines.append(row(found["draw"] + 1, who, layers, *values, nats))
+    return lines
+
+
 def chosen() -> list[str]:
     """The layers that each text would remove."""
     choices = result("calibration")["calibration"]["choices"]

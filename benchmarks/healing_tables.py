@@ -108,11 +108,6 @@ def windows() -> list[str]:
     return _of_a_set(by_windows())
 
 
-def aims() -> list[str]:
-    """The same by how far the changes aim, 1 being the target."""
-    return _of_a_set({"1": group("windows")["16 + 16"], **group("aims")})
-
-
 def choices() -> list[str]:
     """Every case of `refit_choices.py`: perplexities, and what each is from another case by."""
     lines, rules = [], result("refit_ridges")["sets"]
@@ -180,7 +175,7 @@ def _set(layers: Sequence[int], cut: Cells, healed: Cells) -> str:
 
 
 def group(name: str) -> dict[str, Mapping[str, Cells]]:
-    file = "refit_sets" if name == "sets" else "refit_aims" if name == "aims" else "refit_parts"
+    file = "refit_sets" if name == "sets" else "refit_parts"
     return result(file)["groups"][name]
 
 

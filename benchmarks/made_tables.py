@@ -421,6 +421,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "other tools": table(PEERS, peers),
     "cuts by other tools": table(KINDS, kinds),
     "choices on other samples": table(CHOSEN, choices),
+    "automatic choice": table(
+        "| draw | 8 layers removed by | layers | held-out chapters | WikiText-2, second half "
+        "| novels | all kinds, against auto |",
+        evidence.automatic,
+    ),
     "how near the best choice": table(NEAREST, healing.nearest),
     "the paper's list, rehearsed": table("| | Meta's format | Hugging Face's |", rehearsed),
     "speed and memory": table(SERVED, serving),
@@ -467,7 +472,6 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "parts of the refit": table(HEALED.format("healed by"), healing.parts),
     "refit by windows": table(HEALED.format("windows"), healing.windows),
-    "refit by aim": table(HEALED.format("step size"), healing.aims),
     "attention sinks": table(HEALED.format("layers removed"), healing.sinks),
     "refit by step size and ridge": table(
         f"{HEALED.format('layers removed, and the refit')} all kinds, against |", healing.choices

@@ -7,7 +7,6 @@ the book, on the half of a second text that nothing was fitted on, and on texts 
 - ``parts``: 8 layers, healed by the patch, by one half alone, by both, and by variants that the
   library does not have (`refit_trials`);
 - ``windows``: 8 layers and from 8 to 32 windows, of both texts, and 16 of one;
-- ``aims``: 8 layers, 32 windows, and changes that aim short of the whole model's states.
 
 All but the first read windows of 512 tokens.
 
@@ -85,17 +84,15 @@ def cases(count: int) -> dict[str, dict[str, Case]]:
     parts |= {f"both, {name}": Case(method=name) for name in VARIANTS}
     mixed = {f"{n} + {n}": Case(first=n, second=n) for n in (4, 8, 16)}
     alone = {"16 + 0": Case(first=16, second=0), "0 + 16": Case(first=0, second=16)}
-    longer = partial(Case, first=16, second=16)
-    aims = {f"{step}": longer(options=(("step_size", step),)) for step in (0.7, 0.5)}
     sets = {name: whole(layers) for name, layers in SETS.items()}
-    return {"sets": sets, "parts": parts, "windows": {**mixed, **alone}, "aims": aims}
+    return {"sets": sets, "parts": parts, "windows": {**mixed, **alone}}
 
 
 def main(
     also: str,
     others: str | None = None,
     count: int = 40,
-    only: str | Sequence[str] = ("sets", "parts", "windows", "aims"),
+    only: str | Sequence[str] = ("sets", "parts", "windows"),
     first: int | None = None,
     out: str | None = None,
     overwrite: bool = False,
