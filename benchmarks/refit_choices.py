@@ -29,11 +29,12 @@ from unittest.mock import patch
 import fire
 from healing import Windows, cut, fitted_on, halves
 from outcome import begin, finish
+from real_models import MODELS
 from realigned import realigned
 from scoring import build
 from torch import Tensor
 
-from short_gpt import ShortLlama, open_model, own_samples
+from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
 from short_gpt.evaluation.paired import difference, together
 from short_gpt.evaluation.perplexity import Perplexity
@@ -47,12 +48,14 @@ from short_gpt.models.decoder import pad
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.search import PartialRun
+from short_gpt.wrappers.opening import open_trainable
 
 SETS = {
     "greedy search": [3, 12, 13, 14, 15, 16, 17, 18],
     "Block Influence": [12, 13, 14, 15, 16, 17, 25, 26],
     "best angular block": [11, 12, 13, 14, 15, 16, 17, 18],
     "layers 1 to 4": [1, 2, 3, 4],
+    "layers 2 and 3": [2, 3],
 }
 HELD = "held-out windows of the fit"
 LOCAL = (0.01, 0.1, 1.0)
@@ -100,6 +103,7 @@ CASES: dict[str, dict[str, dict[Case, Case]]] = {
     },
     "best angular block": {"sinks": SINKS},
     "layers 1 to 4": {"sinks": SINKS},
+    "layers 2 and 3": {"sinks": SINKS},
     "greedy search": {
         "steps": {FORMER: FORMER, HALF: FORMER, CHOSEN: FORMER},
         "ridges": {CHOSEN: HALF},
@@ -112,6 +116,7 @@ CASES: dict[str, dict[str, dict[Case, Case]]] = {
 def main(
     also: str,
     others: str | None = None,
+    model: str = "smollm2",
     count: int = 24,
     own: int = 0,
     size: int = 512,
@@ -125,6 +130,7 @@ def main(
 
     Args:
         also, others: as in ``healing.py``.
+        model: "smollm2" or another of ``real_models.py``.
         count: windows to refit on, half of each text.
         own: windows of the model's own text to refit on beside them.
         size: their tokens, and those of the windows that judge.
@@ -133,7 +139,7 @@ def main(
         out, overwrite: the JSON file.
     """
     begin(out, overwrite=overwrite)
-    short = build()
+    short = build() if model == "smollm2" else open_trainable(str(MODELS[model]()))
     kinds = {"held-out chapters": cut(short, demo.bible("held_out"), judged, size)}
     kinds["other half of the second text"] = cut(short, [halves(also)[1]], judged, size)
     for path in filter(None, (others or "").split(",")):
@@ -158,6 +164,7 @@ def main(
                 rows[case.name] = trial.row(case, than)
                 print(line(name, case.name, rows[case.name]), flush=True)
     content = {
+        "model": model,
         "windows": count,
         "own_windows": own,
         "tokens_per_window": size,
@@ -177,7 +184,7 @@ class Trial:
     def __init__(
         self,
         cells: Cells,
-        short: ShortLlama,
+        short: ShortModel,
         kinds: Mapping[str, Windows],
         layers: list[int],
         learned: Windows,
