@@ -30,7 +30,6 @@ SETS = {
     "distillation of Block Influence's layers": 1,
     "parts of the refit": 1,
     "refit by windows": 1,
-    "refit by aim": 1,
 }
 
 
