@@ -131,7 +131,7 @@ def sinks() -> list[str]:
     """By set of layers, fits that weigh all tokens alike, and lost attention sinks more."""
     lines = []
     for name, found in result("refit_sinks")["sets"].items():
-        lines.append(row(f"{name}: pruned", *_plain(found["pruned"])))
+        lines.append(row(f"{name}: {layer_set(found['layers'])}, pruned", *_plain(found["pruned"])))
         for case, cells in found["sinks"].items():
             method = "patch" if case.startswith("patch") else "refit"
             weights = "" if cells["than"] == case else ", lost sinks weigh more"
@@ -142,11 +142,11 @@ def sinks() -> list[str]:
 
 
 def _plain(perplexities: Mapping[str, float]) -> list[str]:
-    return [f"{perplexities[kind]:.2f}" for kind in JUDGED]
+    return [f"{perplexities[kind]:,.2f}" for kind in JUDGED]
 
 
 def _than(found: Mapping[str, float]) -> str:
-    if not found["standard_error"]:  # the case itself
+    if found["standard_error"] < 5e-4:  # the case itself, or one that equals it
         return ""
     return f", {found['nats']:+.3f} ({found['standard_error']:.3f})"
 

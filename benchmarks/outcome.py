@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def finish(
     """
     print("\n".join(f"MISSED: {text}" for text in missed) or held)
     if out is not None:
-        command = " ".join(["python", f"benchmarks/{script}.py", *sys.argv[1:]])
+        command = shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]])
         write_record(out, {"command": command, **content}, overwrite=overwrite)
     sys.exit(bool(missed))
 

@@ -6,6 +6,8 @@ The docs' tables are made from these files when the site is built: `test_site_ta
 from __future__ import annotations
 
 import re
+import shlex
+import shlex
 
 import adversarial as hostile
 import pytest
@@ -183,7 +185,7 @@ def measuring(arguments: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("page", ["docs/results.md", "docs/scaling.md", "benchmarks/README.md"])
 def test_the_benchmarks_commands_are_those_that_were_run(page):
-    run = [measuring(result(name)["command"].split()[1:]) for name in RESULTS]
+    run = [measuring(shlex.split(result(name)["command"])[1:]) for name in RESULTS]
     shown = commands(page, "python")
     assert shown and all(arguments in run for arguments in shown)
 
