@@ -79,7 +79,7 @@ script distillation distillation --also wikitext2_test.txt --others lambada_pass
 script distillation_influence distillation --layers 2,3,12,13,14,15,17,25 --also wikitext2_test.txt \
     --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
-script choices choices --also wikitext2_test.txt --others lambada_passages.txt --counts 8
+script choices choices --also wikitext2_test.txt --others lambada_passages.txt --counts 8 --draws 1
 script optimality optimality --judged 3 --checked 2
 script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_passages.txt
 script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt

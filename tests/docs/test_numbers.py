@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shlex
 
 import adversarial as hostile
 import pytest
