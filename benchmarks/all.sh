@@ -88,6 +88,8 @@ script refit_ridges refit_choices --also wikitext2_test.txt --others lambada_pas
     --sets "Block Influence" --only tokens
 script refit_sinks refit_choices --also wikitext2_test.txt --others lambada_passages.txt --only sinks \
     --sets "best angular block,Block Influence,layers 1 to 4,greedy search"
+script refit_sinks_05b refit_choices --also wikitext2_test.txt --others lambada_passages.txt \
+    --model 0.5b --only sinks --sets "layers 2 and 3" --count 12 --size 256 --judged 4
 script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt
 script training_choices training_choices --novels tasks/lambada_openai.jsonl \
     --wikitext wikitext2_test.txt --rows lora,full-1e-4

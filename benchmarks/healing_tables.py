@@ -130,7 +130,9 @@ def choices() -> list[str]:
 def sinks() -> list[str]:
     """By set of layers, fits that weigh all tokens alike, and lost attention sinks more."""
     lines = []
-    for name, found in result("refit_sinks")["sets"].items():
+    sets = result("refit_sinks")["sets"]
+    sets |= {f"0.5B: {k}": v for k, v in result("refit_sinks_05b")["sets"].items()}
+    for name, found in sets.items():
         lines.append(row(f"{name}: {layer_set(found['layers'])}, pruned", *_plain(found["pruned"])))
         for case, cells in found["sinks"].items():
             method = "patch" if case.startswith("patch") else "refit"
