@@ -128,12 +128,13 @@ def choices() -> list[str]:
 
 
 def sinks() -> list[str]:
-    """By set of layers, fits that weigh all tokens alike, and lost attention sinks more."""
+    """By set of layers, fits that weigh tokens by their targets, and lost ones more."""
     lines = []
     sets = result("refit_sinks")["sets"]
     sets |= {f"0.5B: {k}": v for k, v in result("refit_sinks_05b")["sets"].items()}
     for name, found in sets.items():
-        lines.append(row(f"{name}: {layer_set(found['layers'])}, pruned", *_plain(found["pruned"])))
+        layers = layer_set(found["layers"])
+        lines.append(row(f"{name}, pruned: {layers}", *_plain(found["pruned"])))
         for case, cells in found["sinks"].items():
             method = "patch" if case.startswith("patch") else "refit"
             weights = "" if cells["than"] == case else ", lost sinks weigh more"
@@ -148,9 +149,9 @@ def _plain(perplexities: Mapping[str, float]) -> list[str]:
 
 
 def _than(found: Mapping[str, float]) -> str:
-    if found["standard_error"] < 5e-4:  # the case itself, or one that equals it
+    if not found["nats"]:  # the case itself, or one that equals it
         return ""
-    return f", {found['nats']:+.3f} ({found['standard_error']:.3f})"
+    return f", {round(found['nats'], 3) + 0:+.3f} ({found['standard_error']:.3f})"
 
 
 def by_windows() -> dict[str, Mapping[str, Cells]]:

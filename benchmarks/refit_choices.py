@@ -6,7 +6,7 @@ each, and is judged on held-out chapters, on the half of the second text that no
 and on novels. Differences are paired over windows. ``local`` ridges are those of 0.01, 0.1 and 1
 that lower the error of each matrix on held-out windows most, as in earlier versions. The group
 ``sinks`` has the patch, too, and sets whose removal takes away the state of a window's first token:
-it weighs more in the first of two fits, and as all other tokens in the second.
+it weighs 1 / ||T||^2 as other tokens in the first of two fits, and more in the second.
 
     python benchmarks/refit_choices.py --also FILE --others FILE --out refit_choices.json
 

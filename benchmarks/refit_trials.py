@@ -45,7 +45,9 @@ def by_gradient(short: ShortLlama, layers: Sequence[int], windows: Windows) -> r
         patch.object(LayerRefit, "solve", noted),
         patch.object(refit_layer, "SublayerSolver", solver),
         patch.object(
-            refit_layer, "equations_of", lambda end, batches: equations(end, weighted(batches, 0))
+            refit_layer,
+            "equations_of",
+            lambda end, batches, team: equations(end, weighted(batches, 0), team),
         ),
     ):
         return refit.fit(short, layers, fitted, held=held, step_size=1.0, ridges=RIDGES)

@@ -10,8 +10,8 @@ inputs m to what the sublayer adds to the stream h, becomes W + step_size C^T, w
 
 The inputs are those of the model pruned and refitted before k, and so later layers restore what
 earlier ones could not. w = 1 / ||T_k||^2, because RMSNorm makes a token's scale irrelevant; where
-T_k is more than twice as long as h + W m, w = 1 / (2 ||h + W m||)^2, because a layer that makes an
-attention sink was removed, and the layer before the gap has to make it (`lost_states`). The
+T_k is more than twice as long as h + W m, w = 1 / (2 ||h + W m||)^2: a layer that makes an
+attention sink may have gone, and the layer before the gap has to make it (`lost_states`). The
 attention's o_proj is solved first, for the original state between the sublayers, then down_proj.
 The ridge is 2 F / N: the error of a single matrix on held-out windows does not tell which ridge has
 the lowest loss. A matrix whose error rises there stays. The patch is the same for the
@@ -70,9 +70,6 @@ class RefitSettings(ClosedForm):
     # error on held-out windows. None is 2 F / N, twice the inputs divided by the tokens
     ridges: Sequence[float] | None = None
     weights: str = WEIGHTS[0]  # w of a token: "inverse" is 1 / ||T||^2, "equal" all alike
-    # "inverse" is 1 / (lost ||h + W m||)^2 where T is more than so many times as long as h + W m,
-    # the state that is there; at least 1, or None for 1 / ||T||^2 everywhere
-    lost: float | None = 2.0
     # a factor of every solved change, above 0 and at most 1. C is best for the inputs of the pruned
     # model; the layers that follow were trained on others, and half of it has the lower loss
     step_size: float = 0.5
@@ -81,6 +78,9 @@ class RefitSettings(ClosedForm):
     where: str = WHERE[0]
     batch_size: int = 1  # windows of one length read at once
     max_windows: int | None = None  # of the training windows, from the first; None reads all
+    # where T is more than so many times as long as h + W m, the state that is there, "inverse" is
+    # 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; at least 1, None is for nowhere
+    lost: float | None = 2.0
     name: ClassVar[str] = "refit"
 
     def __post_init__(self) -> None:
@@ -158,7 +158,7 @@ class Refit:
             "layers": self.layers,
             "parts": list(self.settings.parts or ()),
             "weights": self.settings.weights,
-            "lost": self.settings.lost,
+            "lost": self.settings.lost if self.settings.weights == "inverse" else None,
             "aim": self.settings.step_size,  # as records have it
             "fits": [asdict(fit) for fit in self.fits],
             "windows": self.windows,

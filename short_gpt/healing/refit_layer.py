@@ -201,11 +201,12 @@ class LayerRefit:
                 for state in (residual, self._target_of(part, batch))
             )
             made = Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
-            if mean_square is not None or self._lost is None:
+            # a norm's weight is of all tokens alike: not for the sake of one
+            if mean_square is not None or self._lost is None or projection.norm is not None:
                 return made._replace(outputs=outputs)
             if batch not in factors:  # before anything is solved
                 outputs = projection.outputs(made.inputs) if outputs is None else outputs  # (N, D)
-                present = h + projection.factor * projection.normed(outputs)  # (N, D)
+                present = h + projection.factor * outputs  # (N, D)
                 factors[batch] = lost_states(present, t, self._lost)
             return made._replace(outputs=outputs, weights=made.weights * factors[batch])
 
@@ -222,7 +223,7 @@ class LayerRefit:
 
         reads = (again(batches.fitted), again(batches.held_out))
         solver = SublayerSolver(projection, *reads, team=batches.team, **self._solving)
-        # tokens weigh 1 / ||T||^2: their mean square is relative to the stream's own
+        # tokens weigh 1 / ||T||^2, or more: what rounding misses of them is relative to that
         noise = 16 * torch.finfo(self._entering[0].dtype).eps
         return solver.solve(equations, layer=self._layer, part=part, noise=noise)
 

@@ -30,6 +30,8 @@ SETS = {
     "distillation of Block Influence's layers": 1,
     "parts of the refit": 1,
     "refit by windows": 1,
+    "attention sinks": 5,
+    "automatic choice": 6,
 }
 
 
