@@ -63,17 +63,19 @@ def states(short, windows) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["meta", *PATCHED])
 def test_the_share_is_what_the_folded_model_does(family):
-    """On held-out windows, of the state after the gap, weighted by the target."""
+    """On held-out windows, of the state after the gap, weighted by the target or what is there."""
     short = meta() if family == "meta" else ShortHFModel(make(family))
     target = states(short, HELD)[4].double()  # leaving layer 3
     patch = fit(short, [2, 3])
     (found,) = patch.fits
     assert (found.layer, found.part) == (1, "attention" if family in EXPERTS else "mlp")
-    off = []
+    off, scale = [], target.norm(dim=-1)
     with short.without_layers(patch.layers):
+        if not short.decoder.family.mlp_norm_after:
+            scale = torch.minimum(scale, 2 * states(short, HELD)[2].double().norm(dim=-1))
         for _ in range(2):
-            left = (states(short, HELD)[2].double() - target).pow(2).sum(-1)
-            off.append((left / target.pow(2).sum(-1)).sum())
+            left = (states(short, HELD)[2].double() - target).norm(dim=-1)
+            off.append((left / scale).pow(2).sum())
             undo = fold(short, patch)
         undo()
     if family in EXPERTS:  # what the MLP makes of another attention is not counted
