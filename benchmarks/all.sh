@@ -73,7 +73,7 @@ script peers peers --counts 4 --state peers.state
 script draft_4 drafts smollm2.gguf less-4.gguf --data held_out
 script draft_8 drafts smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
-script healing_own healing --layers 3,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
+script healing_own healing --layers 10,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
     --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
 script distillation_influence distillation --layers 2,3,12,13,14,15,17,25 --also wikitext2_test.txt \

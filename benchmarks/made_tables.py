@@ -455,8 +455,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "streamed scoring": table("| | |", streaming),
     "streamed refit": table("| the streamed refit | measured |", refit_streamed),
     "refit": table(HEALED.format("8 of 30 layers removed"), healing.refitted),
-    "refit of greedy search's layers": table(
-        HEALED.format("greedy search's 8 removed"), partial(healing.distilled, "healing_own")
+    "refit of auto's layers": table(
+        HEALED.format("auto's 8 removed"), partial(healing.distilled, "healing_own")
     ),
     "refit of 4, 8 and 12 layers": table(HEALED.format("layers removed"), healing.sets),
     "distillation of greedy search's layers": table(
