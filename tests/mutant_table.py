@@ -133,8 +133,8 @@ MUTANTS = [
         "test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations",
     ),
     (
-        "if batch in batches.fitted:\n                yield tokens(batch, inputs)._replace(",
-        "if True:\n                yield tokens(batch, inputs)._replace(",
+        "if batch in batches.fitted:\n                yield tokens(batch, inputs, outputs)",
+        "if True:\n                yield tokens(batch, inputs, outputs)",
         "test_the_ridge_is_chosen_by_the_windows_kept_apart",
     ),
     (
