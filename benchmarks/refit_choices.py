@@ -87,10 +87,11 @@ class Case:
 FORMER, HALF, CHOSEN = Case(1.0), Case(), Case(ridges=(0.3,))
 TOKENS = {Case(ridges=None, times=times): CHOSEN for times in (1.0, 2.0)}
 TOKENS |= {Case(ridges=(ridge,)): CHOSEN for ridge in (0.03, 0.1)}
-SINKS: dict[Case, Case] = {}
-for case in (Case(ridges=None), Case(1.0, where="gaps")):
-    other = replace(case, lost=None)
-    SINKS |= {other: other, case: other}
+SINKS = {
+    case: replace(usual, lost=None)
+    for usual in (Case(ridges=None), Case(1.0, where="gaps"))
+    for case in (replace(usual, lost=None), usual)
+}
 # by set of layers and group, every case with the one that it is compared with
 CASES: dict[str, dict[str, dict[Case, Case]]] = {
     "Block Influence": {

@@ -311,6 +311,7 @@ def test_what_a_kill_left_of_a_file_is_swept(name, tmp_path):
         ({"layers": [2]}, "another layers"),
         ({"batch_size": 2}, "another batch_size"),
         ({"weights": "equal"}, "another weights of tokens: 'inverse', now 'equal'"),
+        ({"lost": None}, "another lost: 2.0, now "),
         ({"step_size": 0.7}, "another aim"),
         ({"seed": 1}, "another weights: '.*', now '"),
     ],
