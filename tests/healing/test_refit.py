@@ -171,6 +171,14 @@ def same(ours, theirs) -> bool:
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.parametrize("family", NORMS_BEHIND)
+def test_before_a_norm_no_token_weighs_more(family):
+    short = ShortHFModel(make(family))
+    ours, theirs = (fit(short, [3], WINDOWS, lost=lost, **ALL) for lost in (1.0, None))
+    assert theirs.values
+    assert same([*ours.values.values()], [*theirs.values.values()])
+
+
 @pytest.mark.parametrize("family", REFITTED)
 def test_every_family_is_read_only_refitted_and_put_back_bit_for_bit(family):
     short = ShortHFModel(make(family))
