@@ -17,7 +17,7 @@ from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.data import demo
 from short_gpt.healing import refit, refit_layer
 from short_gpt.healing.refit_layer import LayerRefit
-from short_gpt.healing.solver import RIDGES, SublayerSolver, Tokens
+from short_gpt.healing.solver import SublayerSolver, Tokens
 
 Windows = Sequence[Sequence[int]]
 Fit = Callable[[ShortLlama, Sequence[int], Windows], refit.Refit]
@@ -50,7 +50,7 @@ def by_gradient(short: ShortLlama, layers: Sequence[int], windows: Windows) -> r
             lambda end, batches, team: equations(end, weighted(batches, 0), team),
         ),
     ):
-        return refit.fit(short, layers, fitted, held=held, step_size=1.0, ridges=RIDGES)
+        return refit.fit(short, layers, fitted, held=held)
 
 
 def gradients(windows: Windows) -> list[list[Tensor]]:

@@ -35,7 +35,6 @@ from scoring import SIZE, build
 from short_gpt import ShortLlama
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import PatchSettings, refit
-from short_gpt.healing.solver import RIDGES
 from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
@@ -74,12 +73,12 @@ def cases(count: int) -> dict[str, dict[str, Case]]:
     """All cases by their group; those of ``sets`` read so many windows of both texts each."""
     whole = partial(Case, first=count, second=count, size=SIZE, judged=16)
     parts = {
-        "patch": Case(method="patch", options=(("ridge", 0.01),)),
+        "patch": Case(method="patch"),
         "attention": Case(options=(("parts", ("attention",)),)),
         "mlp": Case(options=(("parts", ("mlp",)),)),
         "both": Case(),
         "both, equal weights": Case(options=(("weights", "equal"),)),
-        "both, targets at 0.7": Case(options=(("step_size", 0.7),)),
+        "both, the whole step": Case(options=(("step_size", 1.0),)),
     }
     parts |= {f"both, {name}": Case(method=name) for name in VARIANTS}
     mixed = {f"{n} + {n}": Case(first=n, second=n) for n in (4, 8, 16)}
@@ -134,10 +133,7 @@ def measured(
     def healed() -> Losses:
         fit = {"patch": patched, "refit": refit.fit, **VARIANTS}[case.method]
         learned = fitted_on(short, case.first, case.second, also, case.size)
-        options = dict(case.options)
-        if case.method == "refit":  # with the former defaults, where a case names none
-            options = {"step_size": 1.0, "ridges": RIDGES, **options}
-        result: Any = fit(short, gone, learned, **options)
+        result: Any = fit(short, gone, learned, **dict(case.options))
         with short.without_layers(gone):
             undo = refit.fold(short, result)
             found = judge(short, few)

@@ -24,6 +24,7 @@ from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
+from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Agreement, Cases, Row, Windows
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
@@ -145,7 +146,7 @@ def compare(
         identity = joined(
             short.identity(),
             {name: windows_digest(own) for name, own in windows.items()},
-            {"search_windows": cases.search_windows},
+            {"search_windows": cases.search_windows, "refit": vars(RefitSettings())},
             {name: dict(heals[name].identity()) if name in heals else None for name in TRAINED},
         )
         saved = StateFile(state, identity)

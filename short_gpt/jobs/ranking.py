@@ -12,6 +12,7 @@ from llama.ranks import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
 from short_gpt.healing.choosing import MOST, HealedChoice, choose_healed
+from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.inputs import (
     STRIDE,
     Cut,
@@ -209,7 +210,7 @@ def _identity(
         parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
         parts += [{"max_windows": cut.max_windows, "max_memory": running.max_memory}]
     if answer.method == AUTO:
-        parts += [{"budget": answer.budget}]
+        parts += [{"budget": answer.budget, "refit": vars(RefitSettings())}]
     parts += [{"method of all tokens": answer.method == "angular_all"}]
     # states of earlier versions do not name the usual bos
     return joined(*parts, {} if bos == "first" else {"bos": bos})

@@ -24,6 +24,7 @@ from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
 from short_gpt.healing.choosing import FEW, FIRST, MOST, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.comparing import Comparison, windows_digest
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.inputs import (
@@ -207,7 +208,8 @@ class _Run:
         chosen_by = {**asdict(asked.dial), **asdict(settings), **asdict(asked.tasks)}
         read = {"training": windows.training, "evaluation": windows.evaluation}
         digests = {name: windows_digest(own) for name, own in read.items()}
-        identity = joined(short.identity(), digests, chosen_by)
+        refit = {"refit": vars(RefitSettings())}  # which the choice and the healing begin with
+        identity = joined(short.identity(), digests, chosen_by, refit)
         saved = StateFile(asked.folder / "state.json", identity, folder=asked.folder)
         self.sets: Comparison | None = None  # of a streamed model
         if not short.streamed:
