@@ -196,12 +196,14 @@ def picture(path: Path) -> None:
     both = [name for name in cases if "0" not in name.split(" + ")]
     alone = [name for name in cases if name not in both]  # chapters, then WikiText-2
     for place, (kind, mark) in enumerate(zip(KINDS, "osD", strict=True)):
-        back = {
-            n: 100 * [*found["healed"].values()][place]["restored"] for n, found in cases.items()
-        }
+        back, error = {}, {}
+        for n, found in cases.items():
+            healed, lost = ([*found[how].values()][place] for how in ("healed", "cut"))
+            back[n] = 100 * healed["restored"]
+            error[n] = 100 * healed["standard_error"] / lost["nats"]
         label = f"loss on {kind}, fitted on both texts"
-        x, y = zip(*((counts[n], back[n]) for n in both), strict=True)
-        (line,) = axes.plot(x, y, f"{mark}-", label=label)
+        x, y, bars = zip(*((counts[n], back[n], error[n]) for n in both), strict=True)
+        line, *_ = axes.errorbar(x, y, bars, fmt=f"{mark}-", capsize=3, label=label)
         for name, shape, aside in zip(alone, "v^", (0.94, 1 / 0.94), strict=True):
             look = {"color": line.get_color(), "mfc": "w", "markersize": 9}
             axes.plot(counts[name] * aside, back[name], shape, **look)

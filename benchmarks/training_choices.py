@@ -1,10 +1,10 @@
 """What short training after the refit brings by way of training, at equal processor time.
 
-Greedy search's 8 layers are removed from the real small model and the rest is refitted on windows
-of the book, of WikiText-2's first half and of the model's own samples. From there each way learns
-what the original model predicts, on other windows, for so many seconds of processor time: the
-original model's pass over every new window counts, judging does not. Judged on held-out chapters,
-on WikiText-2's second half, and on novels, which nothing read.
+The automatic choice's 8 layers are removed from the real small model. The rest is refitted on
+windows of the book, of WikiText-2's first half and of the model's own samples. From there each way
+learns what the original model predicts, on other windows, for so many seconds of processor time:
+the original model's pass over every new window counts, judging does not. Judged on held-out
+chapters, on WikiText-2's second half, and on novels, which nothing read.
 
     python benchmarks/training_choices.py --novels lambada_openai.jsonl \
         --wikitext wikitext2_test.txt --out training_choices.json
@@ -41,7 +41,7 @@ from short_gpt.healing.lora import adapt
 from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.state import StateFile
 
-LAYERS = (3, 12, 13, 14, 15, 16, 17, 18)  # greedy search's 8, see `compare`
+LAYERS = (10, 12, 13, 14, 15, 16, 17, 18)  # the automatic choice's 8, see `choices.py`
 SIZE, FITTED, OWN = 512, (24, 24, 48), 96  # tokens, windows of the refit, own samples
 HELD = {"book": 8, "wikitext": 6, "novels": 8}  # windows of 512 tokens to judge by
 BLOCK = 8  # windows that are read again before new ones, where each is read several times
