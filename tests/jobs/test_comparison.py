@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import scipy.stats
@@ -14,7 +15,7 @@ from conftest import CharTokenizer, interrupted, make_transformer, random_window
 from short_gpt import ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
-from short_gpt.healing import choosing
+from short_gpt.healing import RefitSettings, choosing
 from short_gpt.jobs import Cases, Comparison, compare
 from short_gpt.jobs import comparing as module
 from short_gpt.jobs.comparing import size_without, tokens_per_second
@@ -388,7 +389,7 @@ def test_an_unknown_task_is_refused_before_anything_is_measured(lm_eval, tmp_pat
     assert not state.exists()
 
 
-def test_a_state_is_told_by_what_it_was_computed_from(tmp_path):
+def test_a_state_is_told_by_what_it_was_computed_from(tmp_path, monkeypatch):
     state = tmp_path / "state"
     cases, other = (Cases(["bi"], [1], search_windows=n) for n in (2, 3))
     compare(short(), CALIBRATION, EVALUATION, cases=cases, state=state)
@@ -407,6 +408,9 @@ def test_a_state_is_told_by_what_it_was_computed_from(tmp_path):
         with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
             compare(model, CALIBRATION, windows, cases=chosen, state=state, **options)
         assert state.read_bytes() == kept
+    monkeypatch.setattr(module, "RefitSettings", partial(RefitSettings, lost=None))
+    with pytest.raises(ValueError, match="a run with another refit: .*'lost': 2.0"):
+        compare(short(), CALIBRATION, EVALUATION, cases=cases, state=state)
 
 
 def test_cases_name_what_there_is():

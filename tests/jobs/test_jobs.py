@@ -8,6 +8,7 @@ import random
 import re
 import string
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import short_gpt
 from short_gpt import ShortGPTError, Stop, convert, jobs, open_model, prune, rank, windows
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
-from short_gpt.healing import lora
+from short_gpt.healing import RefitSettings, lora
 from short_gpt.jobs import (
     Answer,
     Cases,
@@ -42,6 +43,7 @@ from short_gpt.jobs import (
     evaluate,
     heal,
     perplexity_of,
+    ranking,
     read_scores,
     reproduce,
 )
@@ -332,6 +334,18 @@ def test_a_search_on_text_that_changed_in_its_place_is_refused(here, method, cha
         with pytest.raises(ShortGPTError, match="state is the state of a run with another text: "):
             search()
         assert Path("state").read_bytes() == before
+
+
+def test_an_automatic_choice_does_not_go_on_with_another_refit(here, monkeypatch):
+    def search():
+        cut = Cut(size=16, seed=0, max_windows=16)
+        rank("ckpt", TEXTS, answer=Answer(2, "auto"), cut=cut, saving=Saving("state"))
+
+    with interrupted(PartialRun, "nats", 3):
+        search()
+    monkeypatch.setattr(ranking, "RefitSettings", partial(RefitSettings, lost=None))
+    with pytest.raises(ShortGPTError, match="a run with another refit: .*'lost': 2.0"):
+        search()
 
 
 def test_names_of_tasks_may_have_blanks_between():

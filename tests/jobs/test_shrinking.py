@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from short_gpt import heal_refit, shrink
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import Source
+from short_gpt.healing import RefitSettings, Source
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
     HealingWindows,
@@ -195,6 +196,10 @@ def test_the_same_call_continues_what_was_killed(
     if name != "continued":
         with pytest.raises(ValueError, match="with another method: 'sequential', now 'deepest'"):
             shrink("hf", "out", **{**KILLED, "method": "deepest"})
+        with monkeypatch.context() as other:
+            other.setattr(shrinking, "RefitSettings", partial(RefitSettings, lost=None))
+            with pytest.raises(ValueError, match="with another refit: .*'lost': 2.0"):
+                shrink("hf", "out", **KILLED)
         monkeypatch.setattr(ShortHFModel, "measure", None)  # nothing is measured again
     done = shrink("hf", "out", **KILLED)
     assert done.layers == uninterrupted.layers
