@@ -72,17 +72,16 @@ script architectures architectures --converter converter --state architectures.s
 script peers peers --counts 4 --state peers.state
 script draft_4 drafts smollm2.gguf less-4.gguf --data held_out
 script draft_8 drafts smollm2.gguf less-8.gguf --data held_out
-script healing healing --count 40 --also wikitext2_test.txt --others lambada_passages.txt --methods refit
+script healing healing --count 36 --own 36 --methods refit --also wikitext2_test.txt \
+    --others lambada_passages.txt
 script healing_own healing --layers 10,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
     --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
-script distillation_influence distillation --layers 2,3,12,13,14,15,17,25 --also wikitext2_test.txt \
-    --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
 script choices choices --also wikitext2_test.txt --others lambada_passages.txt --counts 8 --draws 1
 script optimality optimality --judged 3 --checked 2
-script refit_sets refits --only sets --also wikitext2_test.txt --others lambada_passages.txt
-script refit_parts refits --only parts,windows --also wikitext2_test.txt --others lambada_passages.txt
+
+script refit_parts refits --also wikitext2_test.txt --others lambada_passages.txt
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt
 script refit_ridges refit_choices --also wikitext2_test.txt --others lambada_passages.txt \
     --sets "Block Influence" --only tokens

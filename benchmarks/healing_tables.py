@@ -22,8 +22,9 @@ Cells = Mapping[str, Mapping[str, float]]  # by kind of text
 
 
 def refitted() -> list[str]:
-    """Perplexities by kind of text, and the share of the lost nats that is back."""
-    return distilled("healing")
+    """Block Influence's layers and auto's: perplexities, and the share of the lost nats back."""
+    every = [distilled(name) for name in ("healing", "healing_own")]
+    return [*every[0], *every[1][1:]]  # the original once
 
 
 def healed(name: str, kinds: Cells) -> str:
@@ -50,29 +51,14 @@ def _pruned(layers: Sequence[int]) -> str:
     return f"pruned: {layer_set(layers)}"
 
 
-def novels() -> str:
-    """How far apart both sets end on novels, once refitted, as a sentence."""
-    greedy, influence = (
-        result(name)["rows"]["refit"]["lambada_passages"]
-        for name in ("distillation", "distillation_influence")
-    )
-    values = [f"{found['perplexity']:.2f}" for found in (greedy, influence)]
-    apart = influence["nats"] - greedy["nats"]
-    return (
-        f"on novels greedy search's set reaches {values[0]} and Block Influence's {values[1]}, "
-        f"{apart:.3f} nats per token apart"
-    )
-
-
 def minutes() -> str:
     """What that takes, as a sentence."""
-    found, other = result("distillation"), result("distillation_influence")
-    cost, others = found["seconds"], sum(other["seconds"].values())
+    found = result("distillation")
+    cost = found["seconds"]
     return (
-        f"{cost['teacher']:.0f} seconds for the original model's predictions, "
-        f"{cost['refit']:.0f} for the refit and {cost['distill']:.0f} for "
-        f"{found['recipe']['steps']} steps, {sum(cost.values()):.0f} in all; "
-        f"Block Influence's took {others:.0f}"
+        f"{cost['refit']:.0f} seconds for the refit, {cost['teacher']:.0f} for the original "
+        f"model's predictions and {cost['distill']:.0f} for {found['recipe']['steps']} steps, "
+        f"{sum(cost.values()):.0f} in all"
     )
 
 
@@ -161,25 +147,8 @@ def by_windows() -> dict[str, Mapping[str, Cells]]:
     return {name: cases[name] for name in [*both, *(n for n in cases if n not in both)]}
 
 
-def sets() -> list[str]:
-    """Fewer and more layers: as cut, and refitted, on every kind of text."""
-    made = result("healing")
-    plain = {"layers": made["layers"], "cut": made["rows"]["cut"], "healed": made["rows"]["refit"]}
-    every = sorted([*group("sets").values(), plain], key=lambda found: len(found["layers"]))
-    return [_set(found["layers"], found["cut"], found["healed"]) for found in every]
-
-
-def _set(layers: Sequence[int], cut: Cells, healed: Cells) -> str:
-    cells = [
-        f"{a['perplexity']:.2f}, {b['perplexity']:.2f} ({b['restored']:.0%})"
-        for a, b in zip(cut.values(), healed.values(), strict=True)
-    ]
-    return row(f"{len(layers)}: {layer_set(layers)}", *cells)
-
-
 def group(name: str) -> dict[str, Mapping[str, Cells]]:
-    file = "refit_sets" if name == "sets" else "refit_parts"
-    return result(file)["groups"][name]
+    return result("refit_parts")["groups"][name]
 
 
 def picture(path: Path) -> None:

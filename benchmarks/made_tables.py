@@ -455,16 +455,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "streamed scoring": table("| | |", streaming),
     "streamed refit": table("| the streamed refit | measured |", refit_streamed),
     "refit": table(HEALED.format("8 of 30 layers removed"), healing.refitted),
-    "refit of auto's layers": table(
-        HEALED.format("auto's 8 removed"), partial(healing.distilled, "healing_own")
-    ),
-    "refit of 4, 8 and 12 layers": table(HEALED.format("layers removed"), healing.sets),
-    "distillation of greedy search's layers": table(
-        HEALED.format("greedy search's 8 removed"), partial(healing.distilled, "distillation")
-    ),
-    "distillation of Block Influence's layers": table(
-        HEALED.format("Block Influence's 8 removed"),
-        partial(healing.distilled, "distillation_influence"),
+    "distillation": table(
+        HEALED.format("8 of 30 layers removed"), partial(healing.distilled, "distillation")
     ),
     "ways of training": table(
         "| after the refit | held-out chapters | WikiText-2, second half | novels | steps |",

@@ -1,18 +1,15 @@
 """What each part of the refit brings on the real small model, and each window it is fitted on.
 
-Every case removes layers, heals what is left in closed form, and is judged on held-out chapters of
+Every case removes 8 layers, heals the rest in closed form, and is judged on held-out chapters of
 the book, on the half of a second text that nothing was fitted on, and on texts of other kinds:
 
-- ``sets``: 4 and 12 layers, each healed by the whole refit;
-- ``parts``: 8 layers, healed by the patch, by one half alone, by both, and by variants that the
-  library does not have (`refit_trials`);
-- ``windows``: 8 layers and from 8 to 32 windows, of both texts, and 16 of one;
-
-All but the first read windows of 512 tokens.
+- ``parts``: healed by the patch, by one half alone, by both, and by variants that the library does
+  not have (`refit_trials`);
+- ``windows``: by from 8 to 32 windows, of both texts, and by 16 of one.
 
     python benchmarks/refits.py --also FILE --others FILE --out refits.json
 
-``--also`` and ``--others`` are as in ``healing.py``. ``--only sets,parts`` runs some groups. Cases
+``--also`` and ``--others`` are as in ``healing.py``. ``--only parts`` runs one group. Cases
 are kept in a state beside the file, and the same command continues from it; ``--first N`` ends
 after N new ones.
 """
@@ -22,7 +19,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -40,11 +36,6 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 
 Losses = dict[str, list[Perplexity]]
-# as they were chosen by `short-gpt compare`
-SETS = {
-    "angular, 4": (12, 13, 14, 15),
-    "sleb, 12": (3, 4, 5, 12, 13, 14, 15, 16, 17, 18, 25, 26),
-}
 
 
 @dataclass(frozen=True)
@@ -69,9 +60,8 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-def cases(count: int) -> dict[str, dict[str, Case]]:
-    """All cases by their group; those of ``sets`` read so many windows of both texts each."""
-    whole = partial(Case, first=count, second=count, size=SIZE, judged=16)
+def cases() -> dict[str, dict[str, Case]]:
+    """All cases by their group."""
     parts = {
         "patch": Case(method="patch"),
         "attention": Case(options=(("parts", ("attention",)),)),
@@ -83,15 +73,13 @@ def cases(count: int) -> dict[str, dict[str, Case]]:
     parts |= {f"both, {name}": Case(method=name) for name in VARIANTS}
     mixed = {f"{n} + {n}": Case(first=n, second=n) for n in (4, 8, 16)}
     alone = {"16 + 0": Case(first=16, second=0), "0 + 16": Case(first=0, second=16)}
-    sets = {name: whole(layers) for name, layers in SETS.items()}
-    return {"sets": sets, "parts": parts, "windows": {**mixed, **alone}}
+    return {"parts": parts, "windows": {**mixed, **alone}}
 
 
 def main(
     also: str,
     others: str | None = None,
-    count: int = 40,
-    only: str | Sequence[str] = ("sets", "parts", "windows"),
+    only: str | Sequence[str] = ("parts", "windows"),
     first: int | None = None,
     out: str | None = None,
     overwrite: bool = False,
@@ -104,7 +92,7 @@ def main(
     state = StateFile(f"{out or 'refits'}.state", identity, every=0.0)
     cells = Cells(state)
     groups = only.split(",") if isinstance(only, str) else only  # fire makes a,b a tuple
-    plan = {group: each for group, each in cases(count).items() if group in groups}
+    plan = {group: each for group, each in cases().items() if group in groups}
     found: dict[str, dict[str, Any]] = {}
     new = 0
     for group, each in plan.items():
@@ -116,7 +104,7 @@ def main(
             found[group][name] = rows = measured(cells, short, case, kinds, also)
             print(line(f"{group}: {name}", rows), flush=True)
     state.clear()
-    content = {"windows_of_sets": count, "tokens_of_parts": Case.size, "groups": found}
+    content = {"tokens_of_parts": Case.size, "groups": found}
     finish("refits", [], content, out=out, overwrite=overwrite)
 
 
