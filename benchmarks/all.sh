@@ -80,7 +80,6 @@ script distillation distillation --also wikitext2_test.txt --others lambada_pass
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
 script choices choices --also wikitext2_test.txt --others lambada_passages.txt --counts 8 --draws 1
 script optimality optimality --judged 3 --checked 2
-
 script refit_parts refits --also wikitext2_test.txt --others lambada_passages.txt
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt
 script refit_ridges refit_choices --also wikitext2_test.txt --others lambada_passages.txt \

@@ -40,7 +40,7 @@ def automatic() -> list[str]:
     names |= {"loop": "one layer at a time, refitted before the next"}
     kinds = ("held-out chapters", "other half of the second text", "lambada_passages")
     lines = []
-    for found in result("choices")["rows"]:
+    for found in sorted(result("choices")["rows"], key=lambda found: (found["n"], found["draw"])):
         methods: dict[str, list[str]] = {}  # by their set of layers
         for method, layers in found["sets"].items():
             methods.setdefault(layer_set(layers), []).append(method)
@@ -52,7 +52,7 @@ def automatic() -> list[str]:
             )
             who = ", ".join(names.get(method, method) for method in own)
             values = [f"{cells[kind]['perplexity']:.2f}" for kind in kinds]
-            lines.append(row(found["draw"] + 1, who, layers, *values, nats))
+            lines.append(row(found["n"], found["draw"] + 1, who, layers, *values, nats))
     return lines
 
 

@@ -422,7 +422,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuts by other tools": table(KINDS, kinds),
     "choices on other samples": table(CHOSEN, choices),
     "automatic choice": table(
-        "| draw | 8 layers removed by | layers | held-out chapters | WikiText-2, second half "
+        "| n | draw | removed by | layers | held-out chapters | WikiText-2, second half "
         "| novels | all kinds, against auto |",
         evidence.automatic,
     ),

@@ -59,8 +59,10 @@ class Way(NamedTuple):
     kl_share: float = 1.0
     visits: int = 1  # of every window
     fresh: bool = True  # whether the windows are others than the refit's
+    start: int = 0  # the first layer that learns
 
 
+GAP = 9  # the last layer before the first removed one, as the pruned model counts
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TWO = ("book", "wikitext")
 WAYS = {
@@ -80,6 +82,8 @@ WAYS = {
     "lora-half-text": Way(kl_share=0.5),
     "lora-text": Way(kl_share=0.0),
     "lora-128-all-maps": Way(rank=128, modules=ALL),
+    "lora-from-gap": Way(start=GAP),
+    "lora-all-maps-from-gap": Way(start=GAP, modules=ALL),
 }
 
 
@@ -240,6 +244,8 @@ def _train(
     else:
         trained = model
         model.model.layers.requires_grad_(True)
+    for layer in model.model.layers[: way.start]:
+        layer.requires_grad_(False)
     weights = [p for p in trained.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(weights, lr=way.rate, weight_decay=0.0)
     trained.train()
