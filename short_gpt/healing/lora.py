@@ -29,7 +29,7 @@ from short_gpt.healing.distillation import (
     Predictor,
     Teacher,
 )
-from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.healing.recipe import ALL, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, begun, quiet, train
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
@@ -70,6 +70,7 @@ class Healed:
 Window = Sequence[int]
 Merged = tuple[Healed, Callable[[], None]]  # and what takes it out again
 TEACHER = "teacher"  # the folder of its predictions
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def heal(
@@ -300,9 +301,10 @@ def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
 
 def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -> list[str]:
-    """Full names of the linear maps in the layers with these last names; None: the family's MLP."""
+    """Full names of the linear maps in the layers with these last names, as `Recipe.modules`."""
     model_type = model.config.get_text_config(decoder=True).model_type
-    names = family_of(model_type).lora if names is None else names
+    if names is None or tuple(names) == ALL:
+        names = (*family_of(model_type).lora, *(ATTENTION if names else ()))
     ends = tuple(f".{name}" for name in names)
     inside = f"{find_layers(model)}."
     targets = [

@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 import tempfile
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from short_gpt.healing import heal_patch as patch
 from short_gpt.healing import lora as healing
 from short_gpt.healing import trainer
 from short_gpt.healing.lora import adapt, heal, target_modules
-from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.healing.recipe import ALL, Recipe, recipe_for
 from short_gpt.healing.texts import collate, examples
 from short_gpt.healing.trainer import TrainingRun
 from short_gpt.jobs import Settings
@@ -130,6 +131,21 @@ def test_the_mlps_maps_are_found_in_every_layer(family, maps, sizes):
     assert len(found) == 6 * len(maps) and all(name.endswith(maps) for name in found)
     trainable, _ = adapt(model, QUICK).get_nb_trainable_parameters()
     assert trainable == 6 * QUICK.rank * sizes
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("llama", 4), ("phi", 3), ("phi3", 1), ("gpt2", 0), ("gpt_oss", 4), ("mixtral", 4)],
+)
+def test_all_maps_are_the_attentions_too_where_they_have_llamas_names(family, more):
+    model = make(family)
+    every = target_modules(model, ALL)
+    mlp = [name for name in every if not name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))]
+    assert len(every) == len(mlp) + 6 * more
+    if family not in ("gpt_oss", "mixtral"):  # whose experts are one tensor
+        assert mlp == target_modules(model)
+    assert recipe_for(model.config, "small").modules == ALL
+    adapt(model, replace(QUICK, modules=ALL))
 
 
 # training
