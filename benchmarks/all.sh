@@ -89,8 +89,8 @@ script refit_sinks refit_choices --also wikitext2_test.txt --others lambada_pass
 script refit_sinks_05b refit_choices --also wikitext2_test.txt --others lambada_passages.txt \
     --model 0.5b --only sinks --sets "layers 2 and 3" --count 12 --size 256 --judged 4
 script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt
-script training_choices training_choices --novels tasks/lambada_openai.jsonl \
-    --wikitext wikitext2_test.txt --rows lora,full-1e-4
+script training_choices training_choices --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt \
+    --rows lora,lora-3e-3,lora-all-maps,full-1e-4,lora-from-gap,lora-all-maps-from-gap
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \

@@ -7,6 +7,7 @@ draws the picture, `docs/images/refit_text.png`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,13 @@ def ways() -> list[str]:
     for name, cells in result("training_choices")["rows"].items():
         kinds = [cells[kind] for kind in ("book", "wikitext", "novels")]
         texts = [f"{kind['perplexity']:.2f}" for kind in kinds]
+        mean = ""
         if "steps" in cells:
-            other = "from refit" if name == "lora" else "from lora"
-            changes = [_than(kind[other]) for kind in kinds]
-            texts = [text + change for text, change in zip(texts, changes, strict=True)]
-        lines.append(row(name, *texts, f"{cells.get('steps', '')}"))
+            found = [kind["from refit" if name == "lora" else "from lora"] for kind in kinds]
+            texts = [text + _than(change) for text, change in zip(texts, found, strict=True)]
+            error = math.hypot(*(change["standard_error"] for change in found)) / len(found)
+            mean = f"{sum(change['nats'] for change in found) / len(found):+.3f} ({error:.3f})"
+        lines.append(row(name, *texts, mean, f"{cells.get('steps', '')}"))
     return lines
 
 
