@@ -459,8 +459,8 @@ TABLES: dict[str, Callable[[], str]] = {
         HEALED.format("8 of 30 layers removed"), partial(healing.distilled, "distillation")
     ),
     "ways of training": table(
-        "| after the refit | held-out chapters | WikiText-2, second half | novels | mean of the three "
-        "| steps |",
+        "| after the refit | held-out chapters | WikiText-2, second half | novels "
+        "| mean of the three | steps |",
         healing.ways,
     ),
     "parts of the refit": table(HEALED.format("healed by"), healing.parts),
