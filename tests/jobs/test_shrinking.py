@@ -279,6 +279,21 @@ def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
     )
 
 
+def test_a_gguf_file_is_trained_with_its_attention(here):
+    how = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    kept = shrink("model.gguf", "refitted.gguf", **how)
+    done = shrink("model.gguf", "out.gguf", minutes=0.03, **how)
+    assert [step["method"] for step in done.healing] == ["refit", "distillation"]
+    assert done.layers == kept.layers and done.healing[1]["recipe"]["modules"] == ("all",)
+    first, second = (
+        open_model(name, device="cpu").trainable().state_dict()
+        for name in ("refitted.gguf", "out.gguf")
+    )
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    projections = {name for name in first if "proj" in name}
+    assert changed == projections and len(projections) == 4 * 7
+
+
 def test_the_weights_are_written_as_the_source_has_them(here):
     AutoModelForCausalLM.from_pretrained("hf", dtype=torch.bfloat16).save_pretrained("half")
     AutoTokenizer.from_pretrained("hf").save_pretrained("half")
