@@ -81,8 +81,8 @@ DEMO = {"rank": 8, "alpha": 32, "learning_rate": 1e-6, "modules": ("q_proj", "v_
 DEMO |= {"batch": 1, "warmup": 0}
 ALL = ("all",)
 # For minutes on a few processor cores: short windows, few steps of few windows, a high rate.
-SMALL = {"rank": 32, "alpha": 64, "dropout": 0.0, "learning_rate": 1e-3, "size": 512}
-SMALL |= {"modules": ALL, "steps": 160, "warmup": 8, "batch": 2, "eval_every": 20}
+SMALL = {"rank": 32, "alpha": 64, "dropout": 0.0, "modules": ALL, "learning_rate": 1e-3}
+SMALL |= {"size": 512, "steps": 160, "warmup": 8, "batch": 2, "eval_every": 20}
 PRESETS = ("paper", "demo", "small")
 
 
