@@ -78,7 +78,7 @@ script healing_own healing --layers 10,12,13,14,15,16,17,18 --count 36 --own 36 
     --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
-script choices choices --also wikitext2_test.txt --others lambada_passages.txt --counts 8 --draws 1
+script choices choices --also wikitext2_test.txt --others lambada_passages.txt --counts 8,4,12 --draws 1
 script optimality optimality --judged 3 --checked 2
 script refit_parts refits --also wikitext2_test.txt --others lambada_passages.txt
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt

@@ -15,7 +15,7 @@
 # 0.5 s at an assumed 60 TFLOP/s; 8 CPU cores; a GPU of 24 GB for the refit, of 40 GB for auto.
 #
 #     rank, 128 windows in 1.011 passes each (results/scoring.json)           0.02 hours
-#     refit: 128 windows in 2.63 passes (results/healing.json), 16 windows judged three times,
+#     refit: 128 windows in 2.59 passes (results/healing.json), 16 windows judged three times,
 #       sums to the CPU, and 3 core-hours of solving                           0.7
 #     auto: 60 passes over 16 windows, and solving for some 14 candidates     6, and its refit 0.7
 #     evaluation, five times: 141 + 256 windows, and nine tasks of some 8 million tokens (an

@@ -29,7 +29,7 @@ SETS = {
     "parts of the refit": 1,
     "refit by windows": 1,
     "attention sinks": 5,
-    "automatic choice": 6,
+    "automatic choice": 16,
 }
 
 
