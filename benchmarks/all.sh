@@ -76,7 +76,8 @@ script healing healing --count 36 --own 36 --methods refit --also wikitext2_test
     --others lambada_passages.txt
 script healing_own healing --layers 10,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
     --also wikitext2_test.txt --others lambada_passages.txt
-script distillation distillation --also wikitext2_test.txt --others lambada_passages.txt
+script distillation distillation --count 48 --own 192 --steps 230 --also wikitext2_test.txt \
+    --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
 script choices choices --also wikitext2_test.txt --others lambada_passages.txt --counts 8,4,12 --draws 1
 script optimality optimality --judged 3 --checked 2

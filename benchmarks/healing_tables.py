@@ -52,6 +52,19 @@ def _pruned(layers: Sequence[int]) -> str:
     return f"pruned: {layer_set(layers)}"
 
 
+def novels() -> str:
+    """How far apart both sets end on novels, once refitted, as a sentence."""
+    auto, influence = (
+        result(name)["rows"]["refit"]["lambada_passages"] for name in ("healing_own", "healing")
+    )
+    values = [f"{found['perplexity']:.2f}" for found in (auto, influence)]
+    apart = influence["nats"] - auto["nats"]
+    return (
+        f"on novels auto's set reaches {values[0]} and Block Influence's {values[1]}, "
+        f"{apart:.3f} nats per token apart"
+    )
+
+
 def minutes() -> str:
     """What that takes, as a sentence."""
     found = result("distillation")

@@ -89,6 +89,7 @@ def main(
     short = build()
     kinds = judged_by(short, also, others, 16)
     identity = {"model": short.identity(), "tokens": SIZE, "judged by": json_digest(kinds)}
+    identity |= {"refit": vars(refit.RefitSettings())}
     state = StateFile(f"{out or 'refits'}.state", identity, every=0.0)
     cells = Cells(state)
     groups = only.split(",") if isinstance(only, str) else only  # fire makes a,b a tuple

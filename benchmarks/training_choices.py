@@ -161,7 +161,7 @@ class _Run(NamedTuple):
 
     def refitted(self) -> None:
         """Removes the layers and refits; what was kept of an earlier run is read."""
-        kept = Path(f"{self.path}.refit.pt")
+        kept = Path(f"{self.path}.{'-'.join(map(str, LAYERS))}.refit.pt")
         if not kept.exists():
             every = self.windows().values()
             mixed = [w for count, own in zip(FITTED, every, strict=True) for w in own[:count]]

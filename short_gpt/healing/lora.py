@@ -301,7 +301,7 @@ def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
 
 def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -> list[str]:
-    """Full names of the linear maps in the layers with these last names, as `Recipe.modules`."""
+    """Full names of the linear maps in the layers with these last names; see `Recipe.modules`."""
     model_type = model.config.get_text_config(decoder=True).model_type
     if names is None or tuple(names) == ALL:
         names = (*family_of(model_type).lora, *(ATTENTION if names else ()))

@@ -91,7 +91,8 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
 
     The preset "paper" takes rank, learning rate and size from the paper's table where it has the
     model's type and widths, else rank 64 and 3e-4. "demo" is the public demonstration: rank 8,
-    alpha 32, q_proj and v_proj, 1e-6; "small" takes minutes on a few processor cores.
+    alpha 32, q_proj and v_proj, 1e-6; "small" takes minutes on a few processor cores, and
+    trains the attention's projections too.
     """
     if preset not in PRESETS:
         raise ShortGPTError(f"preset {preset!r} is unknown: expected one of {', '.join(PRESETS)}")

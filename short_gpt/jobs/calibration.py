@@ -23,6 +23,7 @@ from llama.ranks import several_ranks
 from short_gpt.data import check_disjoint, hold_out, without_overlap
 from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, difference, together
+from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.cases import RAW, REFIT, Kinds, Ranked, Readings, Windows
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
@@ -250,7 +251,8 @@ def calibrate(
     _check(short, texts, n, healings)
     # in the order of the texts, in which the losses stand
     read = [[name, *map(windows_digest, parts)] for name, parts in texts.items()]
-    saved = None if state is None else StateFile(state, joined(short.identity(), {"texts": read}))
+    identity = joined(short.identity(), {"texts": read, "refit": vars(RefitSettings())})
+    saved = None if state is None else StateFile(state, identity)
     run = _Run(short, texts, Cells(saved), progress)
     scores = run.scores({name: parts.ranking for name, parts in texts.items()}, n, method)
     choices = {name: own.chosen for name, own in scores.items()} | {MIX: mixed(scores)}

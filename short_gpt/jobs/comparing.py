@@ -146,7 +146,8 @@ def compare(
         identity = joined(
             short.identity(),
             {name: windows_digest(own) for name, own in windows.items()},
-            {"search_windows": cases.search_windows, "refit": vars(RefitSettings())},
+            {"search_windows": cases.search_windows},
+            {"refit": vars(RefitSettings()), "patch": vars(PatchSettings())},
             {name: dict(heals[name].identity()) if name in heals else None for name in TRAINED},
         )
         saved = StateFile(state, identity)

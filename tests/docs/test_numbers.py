@@ -11,7 +11,7 @@ import shlex
 import adversarial as hostile
 import pytest
 from evidence_tables import adapter, swept, swept_beside
-from healing_tables import above, group, minutes, nearest, passes
+from healing_tables import above, group, minutes, nearest, novels, passes
 from made_tables import (
     SHORT,
     TABLES,

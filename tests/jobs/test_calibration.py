@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from conftest import CharTokenizer, make_transformer, random_windows
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
 from short_gpt.evaluation import difference, losses, together
-from short_gpt.healing import choosing
+from short_gpt.healing import RefitSettings, choosing
 from short_gpt.jobs import Apart, calibrate
 from short_gpt.jobs import calibration as module
 from short_gpt.jobs.calibration import (
@@ -279,6 +280,9 @@ def test_interrupted_it_continues_and_measures_nothing_twice(tmp_path, monkeypat
     turned = {name: other[name] for name in reversed(other)}  # whose losses stand in that order
     with pytest.raises(ValueError, match="another texts"):
         calibrate(short(), turned, 2, healings=["raw"], state=state, progress=False)
+    monkeypatch.setattr(module, "RefitSettings", partial(RefitSettings, lost=None))
+    with pytest.raises(ValueError, match="a run with another refit: .*'lost': 2.0"):
+        calibrate(short(), other, 2, healings=["raw"], state=state, progress=False)
 
 
 def test_other_ways_of_cutting_are_compared_with_the_first():

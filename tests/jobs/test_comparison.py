@@ -15,7 +15,7 @@ from conftest import CharTokenizer, interrupted, make_transformer, random_window
 from short_gpt import ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
-from short_gpt.healing import RefitSettings, choosing
+from short_gpt.healing import choosing
 from short_gpt.jobs import Cases, Comparison, compare
 from short_gpt.jobs import comparing as module
 from short_gpt.jobs.comparing import size_without, tokens_per_second
@@ -408,9 +408,11 @@ def test_a_state_is_told_by_what_it_was_computed_from(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
             compare(model, CALIBRATION, windows, cases=chosen, state=state, **options)
         assert state.read_bytes() == kept
-    monkeypatch.setattr(module, "RefitSettings", partial(RefitSettings, lost=None))
-    with pytest.raises(ValueError, match="a run with another refit: .*'lost': 2.0"):
-        compare(short(), CALIBRATION, EVALUATION, cases=cases, state=state)
+    for healing, of in (("refit", "RefitSettings"), ("patch", "PatchSettings")):
+        with monkeypatch.context() as other:
+            other.setattr(module, of, partial(getattr(module, of), lost=None))
+            with pytest.raises(ValueError, match=f"a run with another {healing}: .*'lost': 2.0"):
+                compare(short(), CALIBRATION, EVALUATION, cases=cases, state=state)
 
 
 def test_cases_name_what_there_is():
