@@ -42,7 +42,8 @@ def distilled() -> str:
         [f"{found['perplexity']:.2f}" for found in rows[name].values()]
         for name in ("distill", "whole")
     )
-    return f"to {chapters} on the same chapters and {novels} on novels (original model: {whole})"
+    on_novels = f"{novels} on 8 windows of novels (original model: {whole})"
+    return f"to {chapters} on the same chapters and {on_novels}"
 
 
 def restored(kind: int) -> str:
