@@ -103,17 +103,6 @@ def own_samples() -> list[str]:
     return [row(name, *map(_own, cells.values())) for name, cells in rows.items()]
 
 
-def own_choices() -> list[str]:
-    """Layers of lowest Block Influence on own samples and on real text, and what they cost."""
-    found = result("own_samples")["choices"]["sets"]
-    names = {"book": "the Bible", "own-24": "own samples", "novels": "novels, others than judge"}
-    kinds = ("book", "novels", "wikitext")
-    return [
-        row(names[name], layer_set(cells["layers"]), *(_own(cells[kind]) for kind in kinds))
-        for name, cells in found.items()
-    ]
-
-
 def _own(cell: dict) -> str:
     if not cell["nats"]:
         return f"{cell['perplexity']:.2f}"

@@ -448,11 +448,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "own samples": table(
         "| fitted on | held-out chapters | novels | WikiText-2, second half |", evidence.own_samples
     ),
-    "layers chosen on own samples": table(
-        "| ranked on 24 windows of | 8 layers removed | held-out chapters | novels "
-        "| WikiText-2, second half |",
-        evidence.own_choices,
-    ),
     "coverage of intervals": table(COVERED, evidence.intervals),
     "early stops": table(STOPPED, stopping),
     "misleading populations": table(MISLED, attacked),
