@@ -63,6 +63,7 @@ Pieces = dict[tuple[int, ...], set[tuple[int, ...]]]  # by their first tokens
 PILOT = 50  # documents of a task that foretell the error, and the fewest of a row
 CHECKED = 5  # documents of a task on which two programs are compared
 FEW = 4  # windows that the greedy search reads
+ABLE = 0.05  # share of hard problems that the original solves, for others to be asked them
 RUN = 32  # tokens: where 63 in a row are a document's, one of its pieces of 32 is among them
 LEAST = 8  # tokens of a piece, as in `without_overlap`
 
@@ -234,13 +235,20 @@ class Run:
         for task in self.tasks:
             ask = self.suite(task, limit).documents
             plan[f"{name}: {limit} of {task}"] = lambda short, ask=ask: ask(short).documents
-        for kind in word_problems.NAMES:
+        for kind in self._kinds_of_problems(row):
             asked = word_problems.read(self.source, kind, self.problems)
             answer = partial(word_problems.asked, problems=asked)
             plan[f"{name}: {self.problems} of {kind}"] = lambda s, a=answer, k=kind: {k: a(s)}
         for kind, windows in self.kinds.items():
             plan[f"{name}: {kind}"] = lambda s, w=windows: losses(s.decoder, w, progress=False)
         return plan
+
+    def _kinds_of_problems(self, row: str) -> list[str]:
+        """All for the original; of another model, the hard ones only where the original can."""
+        cell = f"original []: {self.problems} of {word_problems.HARD}"
+        solved = self.cells.value(cell, dict)["exact_match"] if cell in self.cells else [0.0]
+        able = row == "original" or sum(solved) / len(solved) >= ABLE
+        return [kind for kind in word_problems.NAMES if able or kind != word_problems.HARD]
 
     def missing(self, row: str, layers: Sequence[int]) -> list[str]:
         return [cell for cell in self._plan(row, layers) if cell not in self.cells]

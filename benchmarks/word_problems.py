@@ -1,7 +1,7 @@
 """Word problems that a model answers in its chat template: gsm8k and svamp, without examples.
 
-The prompt is the question alone, the answer greedy, and its last number counts. An answer is well
-formed if there is a number at all. Files are those of MosaicML's evaluation, as in ``task_files``:
+The prompt is the question alone, the answer greedy by transformers' ``generate``, many at once, and
+its last number counts. An answer is well formed if there is a number at all. Files are those of MosaicML's evaluation, as in ``task_files``:
 question (context) and answer. lm-eval has no svamp, and its gsm8k puts five worked examples of the
 training set, which are not at hand, before a question.
 """
@@ -14,10 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from short_gpt import ShortHFModel
 
 NAMES = ("svamp", "gsm8k")
+HARD = "gsm8k"
 TOKENS = 128  # of an answer at most
+BATCH = 25  # problems
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
 
 
@@ -48,13 +52,33 @@ def last_number(text: str) -> float | None:
 def asked(short: ShortHFModel, problems: Sequence[Problem]) -> dict[str, list[float]]:
     """By metric a value for each problem: whether it is solved, and whether well formed."""
     solved, formed = [], []
-    for problem in problems:
-        dialog = [{"role": "user", "content": problem.question}]
-        prompt = short.tokenizer.apply_chat_template(
-            dialog, tokenize=False, add_generation_prompt=True
-        )
-        ids = short.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        number = last_number(short.decode(short.greedy(ids, TOKENS)))
-        solved.append(float(number == last_number(problem.answer)))
-        formed.append(float(number is not None))
+    for start in range(0, len(problems), BATCH):
+        batch = problems[start : start + BATCH]
+        for problem, answer in zip(batch, answers(short, batch), strict=True):
+            number = last_number(answer)
+            solved.append(float(number == last_number(problem.answer)))
+            formed.append(float(number is not None))
     return {"exact_match": solved, "well_formed": formed}
+
+
+def answers(short: ShortHFModel, problems: Sequence[Problem]) -> list[str]:
+    """What a model answers to every problem."""
+    prompts = [
+        short.tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem.question}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for problem in problems
+    ]
+    read = short.tokenizer(
+        prompts,
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(short.decoder.device)
+    with torch.inference_mode():
+        ids = short.model.generate(**read, max_new_tokens=TOKENS, do_sample=False)
+    written = ids[:, read["input_ids"].shape[1] :]
+    return short.tokenizer.batch_decode(written, skip_special_tokens=True)
