@@ -1,9 +1,10 @@
 """Word problems that a model answers in its chat template: gsm8k and svamp, without examples.
 
-The prompt is the question alone, the answer greedy by transformers' ``generate``, many at once, and
-its last number counts. An answer is well formed if there is a number at all. Files are those of MosaicML's evaluation, as in ``task_files``:
-question (context) and answer. lm-eval has no svamp, and its gsm8k puts five worked examples of the
-training set, which are not at hand, before a question.
+The prompt is the question alone. The model answers many at once, greedily, by transformers'
+``generate``. The last number of an answer counts, and an answer is well formed if there is one.
+Files are those of MosaicML's evaluation, as in ``task_files``: question (context) and answer.
+lm-eval has no svamp, and its gsm8k puts five worked examples of the training set, which are not at
+hand, before a question.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import replaceme
 import torch
 import word_problems
 from completions import leading, repetition, turn_losses
-from conftest import CharTokenizer, make_transformer, random_windows
+from conftest import CharTokenizer, make_transformer, random_windows, save_chat_llama
 from drafts import Agreement
 from evolution import Account, evolution, evolve
 from gap_refit import GapRefits
@@ -21,7 +21,7 @@ from many_sets import ManySets, greedy_healed
 from torch import Tensor, nn
 
 from llama.model import TransformerBlock
-from short_gpt import ShortLlama
+from short_gpt import ShortLlama, open_model
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.models.decoder import pad, without_layers
 from short_gpt.models.meta import MetaDecoder
@@ -206,7 +206,7 @@ def test_replaceme_restores_what_a_map_of_the_mlps_output_can_express():
     assert torch.allclose(short.decoder.logits(held), before, atol=2e-3)
 
 
-def test_word_problems_known_answers(tmp_path):
+def test_word_problems_known_answers(tmp_path, monkeypatch):
     texts = ["It is 5.", "so $1,234.50.", "a -3 b", "none...", "7 eggs, 10-3", "18, or 9"]
     numbers = [word_problems.last_number(text) for text in texts]
     assert numbers == [5, 1234.5, -3, None, 3, 9]
@@ -214,21 +214,25 @@ def test_word_problems_known_answers(tmp_path):
     tmp_path.joinpath("svamp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = word_problems.read(tmp_path, "svamp", 3)
     assert word_problems.read(tmp_path, "svamp", 1) == problems[:1]
-    answers = iter(["It is 1200.", "7 or 8", "who knows"])
-
-    class Tokenizer:
-        def apply_chat_template(self, dialog, *, tokenize, add_generation_prompt):
-            assert not tokenize and add_generation_prompt
-            return f"<user>{dialog[0]['content']}<assistant>"
-
-        def __call__(self, text, *, add_special_tokens):
-            assert not add_special_tokens
-            return {"input_ids": [text]}
-
-    def greedy(ids, count):
-        assert ids[0].startswith("<user>") and ids[0].endswith("?<assistant>") and count > 64
-        return [next(answers)]
-
-    short = SimpleNamespace(tokenizer=Tokenizer(), greedy=greedy, decode=lambda ids: ids[0])
-    found = word_problems.asked(short, problems)
+    answers = ["It is 1200.", "7 or 8", "who knows"]
+    monkeypatch.setattr(word_problems, "BATCH", 2)
+    monkeypatch.setattr(
+        word_problems, "answers", lambda _, batch: [answers[problems.index(p)] for p in batch]
+    )
+    found = word_problems.asked(SimpleNamespace(), problems)
     assert found == {"exact_match": [1, 0, 0], "well_formed": [1, 1, 0]}
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_word_problems_are_answered_together_as_alone(tmp_path, monkeypatch, one_rank):
+    save_chat_llama(tmp_path, 4, "{% for m in messages %}<s>{{ m.content }}>{% endfor %}")
+    monkeypatch.setattr(word_problems, "TOKENS", 12)
+    short = open_model(str(tmp_path / "hf"), device="cpu")
+    short.tokenizer.pad_token = short.tokenizer.eos_token
+    problems = [word_problems.Problem(text, "1") for text in ("Two?", "How many are left?", "1")]
+    alone = []
+    for problem in problems:
+        ids = short.tokenizer(f"<s>{problem.question}>", add_special_tokens=False)["input_ids"]
+        alone.append(short.decode(short.greedy(ids, 12)))
+    assert len(set(alone)) == 3
+    assert word_problems.answers(short, problems) == alone

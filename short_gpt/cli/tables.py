@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama.io.sources import is_gguf
 from short_gpt.jobs.cases import RAW
@@ -173,7 +173,7 @@ def healed(result: Healing) -> str:
     lines += [f"{perplexities(result.perplexity)}\n"]
     if len(evidence.changes) > 1:
         lines += [f"{name} changes the loss by {part}" for name, part in evidence.changes.items()]
-    lines += [line for step in evidence.steps if (line := _unchanged(step))]
+    lines += evidence.unchanged
     lines += [f"healing changes the loss by {evidence.change}"]
     if evidence.worse:
         lines += [
@@ -184,15 +184,6 @@ def healed(result: Healing) -> str:
     if result.quantization is not None:
         lines += [f"writing it in the file's own types changes the loss by {result.quantization}"]
     return "\n".join([*lines, *([result.remark] if result.remark else [])])
-
-
-def _unchanged(step: Mapping[str, Any]) -> str | None:
-    """What a refit has left as it was; None if nothing, or of another method."""
-    fits = step.get("fits", [])
-    same = [fit for fit in fits if fit["ridge"] is None and fit["norm_ridge"] is None]
-    names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in same)
-    why = f"no ridge lowered the held-out error ({names})"
-    return f"{len(same)} of {len(fits)} matrices unchanged: {why}" if same else None
 
 
 def perplexities(models: Mapping[str, Perplexity]) -> str:

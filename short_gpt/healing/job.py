@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from short_gpt.evaluation.paired import Difference, difference, together
 from short_gpt.evaluation.perplexity import Perplexity
@@ -71,6 +72,11 @@ class HealingEvidence:
         return self.steps[-1]
 
     @property
+    def unchanged(self) -> list[str]:
+        """A line for every step that left all or a part of the model as it was."""
+        return [line for step in self.steps if (line := unchanged(step))]
+
+    @property
     def worse(self) -> bool:
         return self.change.nats > 0
 
@@ -82,6 +88,18 @@ class HealingEvidence:
             "changes": {name: asdict(change) for name, change in self.changes.items()},
             "worse": self.worse,
         }
+
+
+def unchanged(step: Mapping[str, Any]) -> str | None:
+    """What a step has left as it was; None if nothing."""
+    if step.get("kept_step") == 0:
+        why = "no step lowered the loss on the validation windows"
+        return f"{step['method']} changed nothing: {why}; give it more steps or more text"
+    fits = step.get("fits", [])
+    same = [fit for fit in fits if fit["ridge"] is None and fit["norm_ridge"] is None]
+    names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in same)
+    why = f"no ridge lowered the held-out error ({names})"
+    return f"{len(same)} of {len(fits)} matrices unchanged: {why}" if same else None
 
 
 class HealingJob:

@@ -56,7 +56,7 @@ from short_gpt.wrappers.streamed_llama import StreamedLlama
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHECKS, HELD = 8, 16  # evaluations of a training, each on at most so many windows
+CHECKS = 8  # evaluations of a training
 
 
 @takes_fields("shrink")
@@ -277,7 +277,8 @@ class _Run:
         """Training steps that fit, by one that is timed; the teacher reads each window before."""
         known = self.known
         a_step = seconds_a_step(known.in_memory, known.probe, recipe) + recipe.batch * known.a_pass
-        return max(1, int((seconds - (CHECKS + 1) * HELD * known.a_pass) / a_step))
+        checking = (CHECKS + 1) * len(self.windows.validation) * known.a_pass
+        return max(1, int((seconds - checking) / a_step))
 
     def look(self, state: str) -> Look:
         """Measured once; the text is that of the model as it is now."""
@@ -316,6 +317,7 @@ class _Run:
         """What must be known of the numbers."""
         asked, opened = self.asked, self.known.opened
         said = [about_own(asked.texts.data, asked.cut.eval_data), self.windows.left_out]
+        said += evidence.unchanged
         for kind, states in evidence.by_kind.items():
             error = next(iter(states.values())).error
             if error is not None and (why := error.no_interval):

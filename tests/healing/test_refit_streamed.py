@@ -31,8 +31,8 @@ from tqdm import tqdm
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.convert import hf_to_meta, meta_to_hf
 from short_gpt import ShortLlama
-from short_gpt.cli.tables import _unchanged
 from short_gpt.healing import Learning, RefitSettings, refit_layer, refit_state
+from short_gpt.healing.job import unchanged
 from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.refit_state import HiddenStates, RefitState
@@ -590,11 +590,15 @@ def test_a_streamed_heal_reads_windows_shorter_than_its_proof(kind, size, here):
 
 def test_what_a_refit_leaves_as_it_was_is_said():
     fits = [{"layer": 3, "part": p, "ridge": r, "norm_ridge": None} for p, r in PARTS]
-    assert _unchanged({"method": "refit", "fits": fits}) == (
+    assert unchanged({"method": "refit", "fits": fits}) == (
         "1 of 2 matrices unchanged: no ridge lowered the held-out error (mlp of 3)"
     )
-    assert _unchanged({"method": "refit", "fits": fits[:1]}) is None
-    assert _unchanged({"method": "LoRA"}) is None
+    assert unchanged({"method": "refit", "fits": fits[:1]}) is None
+    assert unchanged({"method": "LoRA", "kept_step": 8}) is None
+    assert unchanged({"method": "LoRA", "kept_step": 0}) == (
+        "LoRA changed nothing: no step lowered the loss on the validation windows; give it more "
+        "steps or more text"
+    )
 
 
 def test_the_command_refuses_in_one_line_what_cannot_be(here, capsys):

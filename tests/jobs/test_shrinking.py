@@ -7,6 +7,8 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from short_gpt import heal_refit, shrink
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import RefitSettings, Source
+from short_gpt.healing import Recipe, RefitSettings, Source
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
     HealingWindows,
@@ -279,7 +281,26 @@ def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
     )
 
 
-def test_a_gguf_file_is_trained_with_its_attention(here):
+def test_a_training_that_changed_nothing_is_reported(here, monkeypatch):
+    real = shrinking.recipe_for
+    still = lambda *a, **how: replace(real(*a, **how), learning_rate=1e-30)  # noqa: E731
+    monkeypatch.setattr(shrinking, "recipe_for", still)
+    done = shrink("hf", "out", n=2, minutes=0.03, windows=CUT, data="other", method="bi")
+    assert done.healing[1]["kept_step"] == 0
+    (said,) = (remark for remark in done.remarks if remark.startswith("distillation changed"))
+    assert "no step lowered the loss" in said and said in (here / "out/report.html").read_text()
+
+
+def test_training_takes_the_minutes_that_checking_leaves(monkeypatch):
+    monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 1.5)
+    known = SimpleNamespace(in_memory=None, probe=None, a_pass=0.25)
+    for held, steps in ((0, 30), (4, 24), (400, 1)):  # nine checks of so many windows
+        run: Any = SimpleNamespace(known=known, windows=SimpleNamespace(validation=[[0]] * held))
+        assert shrinking._Run._steps_in(run, 52.5, Recipe(batch=1)) == steps
+
+
+def test_a_gguf_file_is_trained_with_its_attention(here, monkeypatch):
+    monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)  # few: the text is noise
     how = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
     kept = shrink("model.gguf", "refitted.gguf", **how)
     done = shrink("model.gguf", "out.gguf", minutes=0.03, **how)
