@@ -5,9 +5,9 @@
 #     benchmarks/gpu.sh [OUT]
 #
 # The protocol is that of LinearPatch's README (NeurIPS 2025): WikiText-2 calibrates, windows of 2048
-# tokens, perplexity on WikiText-2 and C4, nine zero-shot tasks by lm-eval (they took version 0.4.4;
-# acc_norm where a task has it). It also has PTB, which no command here reads. The number of windows
-# to calibrate on is ours. OUT (gpu_results) takes texts, models (4 x 13 GB) and results; interrupted,
+# tokens, perplexity on WikiText-2, C4 and PTB, nine zero-shot tasks by lm-eval (they took version
+# 0.4.4; acc_norm where a task has it). PTB needs a copy of its test split: PTB=ptb.test.txt. The
+# number of windows to calibrate on is ours. OUT (gpu_results) takes texts, models (4 x 13 GB) and results; interrupted,
 # the same command continues. Needs `pip install -e ".[eval]"` and access to the model at the hub.
 #
 # NOT RUN HERE: no command was run on a GPU or on an 8B. A test runs all steps after the download of
@@ -26,7 +26,7 @@ MODEL=${MODEL:-meta-llama/Llama-3.1-8B}
 N=${N:-7} SIZE=${SIZE:-2048} WINDOWS=${WINDOWS:-128} HELD=${HELD:-16} AUTO=${AUTO:-yes}
 TASKS=${TASKS:-arc_challenge,arc_easy,boolq,hellaswag,piqa,winogrande,wsc273,race,copa}
 TASK_FOLDER=${TASK_FOLDER:-}       # YAML files of more tasks
-WIKITEXT=${WIKITEXT:-} C4=${C4:-}  # local copies; C4=none leaves it out
+WIKITEXT=${WIKITEXT:-} C4=${C4:-} PTB=${PTB:-}  # local copies; C4=none leaves it out
 out=$(realpath -m "${1:-gpu_results}")
 [ ! -e "$MODEL" ] || MODEL=$(realpath "$MODEL")
 mkdir -p "$out"
@@ -60,6 +60,8 @@ evaluated() {
     [ -z "$WIKITEXT" ] || copy=(--source "$WIKITEXT")
     step "wikitext-2-$1.json" short-gpt evaluate "${@:2}" --data wikitext-2 "${copy[@]}" \
         --size "$SIZE" "${tasks[@]}" --json "wikitext-2-$1.json"
+    [ -z "$PTB" ] || step "ptb-$1.json" short-gpt evaluate "${@:2}" --data ptb --source "$PTB" \
+        --size "$SIZE" --json "ptb-$1.json"
     [ "$C4" != none ] || return 0
     [ -z "$C4" ] || copy=(--source "$C4")
     step "c4-$1.json" short-gpt evaluate "${@:2}" --data c4 "${copy[@]}" --size "$SIZE" \
@@ -90,26 +92,28 @@ import json, sys
 from pathlib import Path
 
 rows = {}
-for path in sorted(Path().glob("wikitext-2-*.json")) + sorted(Path().glob("c4-*.json")):
+texts = ("wikitext-2", "c4", "ptb")
+for path in [path for data in texts for path in sorted(Path().glob(f"{data}-*.json"))]:
     for name, own in json.loads(path.read_text())["result"].items():
         row = rows.setdefault("original" if name == sys.argv[1] else name, {})
         row.update({k: v for k, v in own.items() if "change" not in k and "stderr" not in k})
 metrics = {name.split()[0] for name in rows["original"] if name.endswith((" acc", " acc_norm"))}
-print(f"{'':<24}{'WikiText-2':>12}{'C4':>10}{'tasks':>10}{'kept':>8}")
+print(f"{'':<24}{'WikiText-2':>12}{'C4':>10}{'PTB':>10}{'tasks':>10}{'kept':>8}")
 first = None
 for name in ("original", "pruned", "refitted", "automatic"):
     if row := rows.get(name):
         cells = [next((v for k, v in row.items() if k.startswith(f"{data} perplexity")), None)
-                 for data in ("wikitext-2", "c4")]
+                 for data in texts]
         tasks = [row.get(f"{task} acc_norm", row.get(f"{task} acc")) for task in sorted(metrics)]
         mean = 100 * sum(tasks) / len(tasks) if tasks else None
         first = first or mean
         cells += [mean, mean and 100 * mean / first]
         shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
-        print(f"{name:<24}{shown[0]:>12}{shown[1]:>10}{shown[2]:>10}{shown[3]:>8}")
+        print(f"{name:<24}{shown[0]:>12}{shown[1]:>10}{shown[2]:>10}{shown[3]:>10}"
+              f"{shown[4]:>8}")
 print("""published, 7 of 32 layers of Llama-3.1-8B:
-dense                          6.14      8.88     73.44  100.00
-ShortGPT                      57.76     50.13     61.54   83.79
-ShortGPT + LinearPatch        25.67     28.38     64.42   87.82
-SLEB                          13.12     16.76     56.06   76.08""")
+dense                          6.14      8.88      10.6     73.44  100.00
+ShortGPT                      57.76     50.13      67.4     61.54   83.79
+ShortGPT + LinearPatch        25.67     28.38      31.2     64.42   87.82
+SLEB                          13.12     16.76      21.0     56.06   76.08""")
 END

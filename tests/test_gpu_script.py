@@ -59,6 +59,7 @@ def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
     sizes = {"N": "2", "SIZE": "64", "WINDOWS": "20", "HELD": "6"}
     own = {"MODEL": str(model), "TASKS": "tiny_choice", "TASK_FOLDER": str(tasks)}
     own |= {"WIKITEXT": str(out / "wiki.txt"), "C4": str(out / "wiki.txt")}
+    own["PTB"] = str(out / "wiki.txt")
     path = f"{program.parent}:{os.environ['PATH']}"
 
     def script() -> str:
@@ -73,7 +74,7 @@ def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
     how = {"env": {**os.environ, **sizes, **own, "PATH": path}, "check": True}
     subprocess.run(["bash", str(first), str(out)], **how, capture_output=True)
     asked = [shlex.split(line) for line in said.read_text().splitlines()]
-    named = ["rank", "prune", "heal", *["evaluate"] * 4, "rank", "heal", *["evaluate"] * 2]
+    named = ["rank", "prune", "heal", *["evaluate"] * 6, "rank", "heal", *["evaluate"] * 3]
     assert [words[0] for words in asked] == named
     monkeypatch.chdir(out)
     for words in asked:
@@ -83,11 +84,13 @@ def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
     assert not said.exists()  # every step was there already
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
     evaluated = json.loads(Path("wikitext-2-refitted.json").read_text())["result"]
+    ptb = json.loads(Path("ptb-refitted.json").read_text())["result"]
     assert rows["refitted"][0] == f"{evaluated['refitted']['wikitext-2 perplexity']:.2f}"
-    assert rows["refitted"][2] == f"{100 * evaluated['refitted']['tiny_choice acc_norm']:.2f}"
+    assert rows["refitted"][2] == f"{ptb['refitted']['ptb perplexity']:.2f}"
+    assert rows["refitted"][3] == f"{100 * evaluated['refitted']['tiny_choice acc_norm']:.2f}"
     assert "tiny_choice acc change" in evaluated["refitted"]
-    assert rows["original"][3] == "100.00" and len(rows["automatic"]) == 4
-    assert rows["dense"] == ["6.14", "8.88", "73.44", "100.00"]
+    assert rows["original"][4] == "100.00" and len(rows["automatic"]) == 5
+    assert rows["dense"] == ["6.14", "8.88", "10.6", "73.44", "100.00"]
     for name in ("pruned", "refitted", "automatic"):
         assert json.loads(Path(name, "config.json").read_text())["num_hidden_layers"] == 4
     scores = json.loads(Path("auto.json").read_text())

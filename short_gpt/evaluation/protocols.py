@@ -10,7 +10,7 @@ from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import windows
 from short_gpt.runtime.errors import ShortGPTError
 
-PROTOCOLS = ("wikitext-2", "c4", "pg19")
+PROTOCOLS = ("wikitext-2", "c4", "ptb", "pg19")
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
 C4 = "allenai/c4:en"
 C4_TEXTS, C4_WINDOWS = 1100, 256
@@ -29,16 +29,18 @@ def protocol(
 
     "wikitext-2" is the test split, its rows joined with two line breaks, and "c4" the first 1100
     texts of the English validation split, joined with spaces, of which the first 256 windows
-    count: each is tokenized as one text (SLEB, arXiv:2402.09025, SliceGPT and others). "pg19" is
-    the test split, book by book. Windows do not overlap; a shorter last one is dropped. No token
-    is put before a window: ``encode`` may add one, once a text.
+    count: each is tokenized as one text (SLEB, arXiv:2402.09025, SliceGPT and others). So is "ptb",
+    the test split of the Penn Treebank joined with spaces (GPTQ, arXiv:2210.17323), from a local
+    copy alone: ptb.test.txt, or rows with the column "sentence". "pg19" is the test split, book by
+    book. Windows do not overlap; a shorter last one is dropped. No token is put before a window:
+    ``encode`` may add one, once a text.
 
     Args:
         encode: from a text to its token ids, such as ``short.encode``.
         size: tokens of a window; published numbers have 2048.
         limit: the first so many windows; None for all.
         source: a local copy or another name at the hub, as `texts` reads it, with
-            the rows of the original in their order; for "pg19" only a path.
+            the rows of the original in their order; for "ptb" and "pg19" only a path.
         bos: "every" puts one before every window, as `data.windows` does.
 
     Example:
@@ -54,6 +56,11 @@ def protocol(
         rows = texts(C4 if source is None else source, split="validation")
         tokenized = [" ".join(islice(rows, C4_TEXTS))]
         limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
+    elif name == "ptb":
+        if source is None:
+            raise ShortGPTError("ptb needs a local copy: pass `source`, such as ptb.test.txt")
+        rows = texts(Path(source), split="test", column="sentence")
+        tokenized = [" ".join(" ".join(rows).split())]  # of a file, its lines are the rows
     else:
         tokenized = ["\n\n".join(texts(WIKITEXT2 if source is None else source, split="test"))]
     return [*windows(tokenized, encode, size=size, stride=size, limit=limit, bos=bos)]

@@ -87,7 +87,7 @@ STREAM = Needs("`stream`", lambda v: bool(v["stream"]) or "teacher" not in v)
 SEARCHES = {
     "rank": "Without stream, of the states that the searches by loss store; 2GB if not given."
 }
-TEXT = Needs("`data` (a text, or wikitext-2, c4, pg19)", lambda v: v["data"] != "none")
+TEXT = Needs("`data` (a text, or wikitext-2, c4, ptb, pg19)", lambda v: v["data"] != "none")
 
 
 # What is read
@@ -197,9 +197,9 @@ class Reading:
     """The text whose perplexity is compared.
 
     Args:
-        data: wikitext-2, c4 or pg19, cut as published results do; a local file or folder, or
+        data: wikitext-2, c4, ptb or pg19, cut as published results do; a local file or folder, or
             several with commas between, read in equal parts; none.
-        source: a local copy of wikitext-2, c4 or pg19.
+        source: a local copy of wikitext-2, c4, ptb (which needs one) or pg19.
         column: column of the text in .jsonl and .parquet.
         chat: the texts are conversations, in the column messages if no other is named.
         size: tokens in a window.

@@ -57,9 +57,21 @@ def test_pg19_windows_do_not_cross_books(tmp_path):
     assert found == [encode("abc"), [*map(ord, "defg")], encode("jkl")]
 
 
-def test_unknown_names_and_short_texts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="protocol 'ptb' is unknown: .* wikitext-2, c4, pg19"):
+def test_ptb_is_one_line_of_a_local_copy(tmp_path):
+    (tmp_path / "ptb.test.txt").write_text(" no it was n't \n mr. <unk> N \n")
+    whole = encode("no it was n't mr. <unk> N")
+    found = protocol("ptb", encode, size=6, source=tmp_path / "ptb.test.txt")
+    assert [token for window in found for token in window] == whole[: len(whole) // 6 * 6]
+    rows = [{"sentence": "no it was n't"}, {"sentence": "mr. <unk> N"}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert protocol("ptb", encode, size=6, source=str(tmp_path / "test.jsonl")) == found
+    with pytest.raises(ValueError, match="ptb needs a local copy: pass `source`"):
         protocol("ptb", encode)
+
+
+def test_unknown_names_and_short_texts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="protocol 'x' is unknown: .* wikitext-2, c4, ptb, pg19"):
+        protocol("x", encode)
     source = copy(tmp_path / "wiki", "test", ["short"])
     with pytest.raises(ValueError, match="no windows: the longest of 1 texts has 6 tokens"):
         protocol("wikitext-2", encode, source=source)
