@@ -12,7 +12,7 @@ import torch
 from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
 
 from llama.model import TransformerBlock
-from short_gpt import ShortLlama, choose_healed
+from short_gpt import ShortLlama, choose_healed, heal_refit
 from short_gpt.evaluation import Difference, Perplexity, difference
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.sampling import Sample
@@ -150,13 +150,44 @@ def test_the_budget_is_never_passed_and_a_bare_pass_is_the_first_windows(candida
     assert sum(layers_run) <= result.passes * 6 * 16  # refits' products take the rest
 
 
-def test_greedy_search_is_left_out_where_the_budget_does_not_allow_it(candidates):
-    candidates("deepest", "sleb")
+def test_searches_are_left_out_where_the_budget_does_not_allow_it(candidates):
+    candidates("deepest", "sleb", "stepwise_bi")
     result = choose_healed(model(), WINDOWS, 2, budget=3, **QUIET)
     assert [one.methods for one in result.candidates] == [["deepest"]]
-    assert result.notes == ["sleb takes up to 1.0 bare passes, more than were left: left out"]
+    assert result.notes == [
+        "sleb takes up to 1.0 bare passes, more than were left: left out",
+        "stepwise_bi takes up to 2.0 bare passes, more than were left: left out",
+    ]
     with pytest.raises(ValueError, match="budget = 2: refitting the candidates takes 3 bare"):
         choose_healed(model(), WINDOWS, 2, budget=2, **QUIET)
+
+
+def test_stepwise_removes_the_lowest_layer_refits_and_scores_again(candidates):
+    candidates("bi", "stepwise_bi")
+    torch.manual_seed(2)
+    factors = (1 + 1.5 * torch.rand(100)).tolist()
+
+    def uneven() -> ShortLlama:
+        """With matrices of many sizes, so that a refit changes the order of the layers."""
+        short = model()
+        matrices = [p for p in short.decoder.module.parameters() if p.dim() == 2]
+        for matrix, factor in zip(matrices, factors, strict=False):
+            matrix.data.mul_(factor)
+        return short
+
+    first, fit = uneven(), WINDOWS[:8]
+    first.measure(fit, **QUIET)
+    removed = first.layers_to_remove(1)
+    while len(removed) < 3:
+        short = uneven()
+        heal_refit(short, removed, fit, **QUIET)
+        short.measure(fit, **QUIET)
+        removed += short.layers_to_remove(1)
+    result = choose_healed(uneven(), WINDOWS, 3, budget=9, **QUIET)
+    sets = {one.methods[0]: one.layers for one in result.candidates}
+    assert sets["stepwise_bi"] == sorted(removed) != sets["bi"]
+    # of 16 windows: scores on 8, twice a refit and scores on 8, two candidates, no swaps
+    assert result.passes == 0.5 + 2 * (3 + 1) * 0.5 + 2 * 2 and not result.swaps
 
 
 def test_sets_that_cannot_be_removed_are_left_out(candidates, monkeypatch):
@@ -220,9 +251,9 @@ def test_a_difference_is_told_apart_where_its_interval_leaves_0_out():
     assert not choosing._told_apart(difference(first[:1], second[:1]))  # no interval
 
 
-@pytest.mark.parametrize("stop_at", [3, 7])
+@pytest.mark.parametrize("stop_at", [3, 4, 7])
 def test_an_interrupted_choice_continues_to_the_same_result(tmp_path, candidates, stop_at):
-    candidates("deepest", "sleb")
+    candidates("deepest", "sleb", "stepwise_bi")
     whole = choose_healed(model(), WINDOWS, 2, budget=14, **QUIET)
     state = StateFile(tmp_path / "s", {}, every=0.0)
     with interrupted(Cells, "value", stop_at):
