@@ -207,6 +207,60 @@ def tasks(count: int) -> list[str]:
     return lines
 
 
+HEALED = {
+    "pruned": "-",
+    "linearpatch": "LinearPatch",
+    "ghosted": "Ghosted Layers",
+    "replaceme": "ReplaceMe",
+    "layerwise": "layers trained one by one",
+    "refit-text": "refit, real text",
+    "refit-own": "refit, own samples",
+    "refit": "refit, both",
+    "distilled": "refit, both, and distilled",
+}
+
+
+def _kept_rows() -> list[tuple[str, str, dict]]:
+    """Of every row of kept.json: the layers where they are new, how it was healed, and itself."""
+    found, shown = result("kept"), ""
+    rows = []
+    for name, own in found["rows"].items():
+        chosen, _, healed = name.partition(" ")
+        layers = layer_set(found["layers"][chosen]) if healed else "none"
+        rows.append((layers if layers != shown else "", HEALED.get(healed, "-"), own))
+        shown = layers
+    return rows
+
+
+def kept() -> list[str]:
+    """Which share of the mean over tasks each healing keeps, and perplexities."""
+    lines = []
+    for layers, healed, own in _kept_rows():
+        mean, healing = own["mean"], own["healing"]
+        low, high = mean["interval_95"]
+        cells = [f"{mean['value']:.3f}", ""]
+        if mean["change"]:
+            cells = [f"{mean['value']:.3f}, {mean['change']:+.3f} ({mean['standard_error']:.3f})"]
+            cells += [f"{mean['share']:.1%} ({low:.1%} to {high:.1%})"]
+        texts = [_text(c) if c["nats"] else f"{c['perplexity']:.2f}" for c in own["texts"].values()]
+        seconds = f"{healing['processor_seconds']:.0f}" if healing else ""
+        lines.append(row(layers, healed, *cells, *texts, seconds))
+    return lines
+
+
+def kept_tasks() -> list[str]:
+    """Each task of the same rows: what counts for the mean, and the word problems."""
+    lines = []
+    for layers, healed, own in _kept_rows():
+        values = {name: cell["value"] for name, cell in own["tasks"].items()}
+        names = [name for name in values if name.endswith((" acc", " acc_norm"))]
+        judging = [n for n in names if f"{n.removesuffix(' acc')} acc_norm" not in values]
+        cells = [f"{values[name]:.3f}" for name in judging]
+        solved = [values.get("svamp exact_match"), values.get("svamp well_formed")]
+        lines.append(row(layers, healed, *cells, *(f"{value:.2f}" for value in solved)))
+    return lines
+
+
 def _text(cell: dict) -> str:
     return f"{cell['perplexity']:.2f}, {cell['nats']:+.3f} ({cell['standard_error']:.3f})"
 

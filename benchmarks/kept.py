@@ -43,7 +43,7 @@ from distillation import divided
 from healing import cut, halves, judged_by
 from outcome import begin, finish
 from real_models import MODELS
-from scoring import build
+from shared_contexts import SharedContexts
 from shares import judging, kept, needed, ranks, table, variance
 from tasks import CLOSE, Documents, Windows, against_theirs, metrics, text_changes
 
@@ -118,12 +118,12 @@ def main(
     found, agreement = rows_of(run, chosen, rows)
     print(table(found))
     print("\n".join(f"Kendall's tau of loss and mean, {k}: {v}" for k, v in agreement.items()))
-    same = run.same_as_ours() if model == "smollm2" else None
-    differs = same and not (same["answers_equal"] and same["nats"] < CLOSE)
+    same = run.same_as_theirs()
+    differs = not (same["answers_equal"] and same["nats"] < CLOSE)
     content = {"model": model, "layers": chosen, "documents": run.documents, "problems": problems}
     content |= {**counts, "recipe": asdict(run.recipe)}
     content |= {"rows": found, "kendall": agreement, "hf": same}
-    finish("kept", ["the adapters differ"] * bool(differs), content, out=out, overwrite=overwrite)
+    finish("kept", ["the adapters differ"] * differs, content, out=out, overwrite=overwrite)
 
 
 def rows_of(
@@ -217,10 +217,10 @@ class Run:
         """Documents of each task, from a pilot on the original model and the pruned one."""
 
         def pilot() -> dict[str, list[float]]:
-            suite = self.suite(self.tasks, PILOT)
-            first = judging(suite.documents(self.short).documents)
+            suite, asked = self.suite(self.tasks, PILOT), SharedContexts(self.short)
+            first = judging(suite.documents(asked).documents)
             with self.short.without_layers(layers):
-                second = judging(suite.documents(self.short).documents)
+                second = judging(suite.documents(asked).documents)
             return {t: [b - a for a, b in zip(first[t], second[t], strict=True)] for t in first}
 
         changes = self.cells.value(f"pilot {layers}", pilot)
@@ -234,7 +234,7 @@ class Run:
         plan: dict[str, Callable[[ShortHFModel], Any]] = {}
         for task in self.tasks:
             ask = self.suite(task, limit).documents
-            plan[f"{name}: {limit} of {task}"] = lambda short, ask=ask: ask(short).documents
+            plan[f"{name}: {limit} of {task}"] = lambda s, ask=ask: ask(SharedContexts(s)).documents
         for kind in self._kinds_of_problems(row):
             asked = word_problems.read(self.source, kind, self.problems)
             answer = partial(word_problems.asked, problems=asked)
@@ -354,12 +354,13 @@ class Run:
             "healing": self.cells.value(cell, dict) if cell in self.cells else None,
         }
 
-    def same_as_ours(self) -> dict[str, object]:
-        """How far the library's own program gives what lm-eval's class for transformers does."""
+    def same_as_theirs(self) -> dict[str, object]:
+        """How far `SharedContexts` gives what lm-eval's class for transformers does."""
         suite = self.suite(self.tasks, CHECKED)
 
         def compare() -> dict[str, object]:
-            return against_theirs(suite.documents(build()), suite, self.short)
+            ours = suite.documents(SharedContexts(self.short))
+            return against_theirs(ours, suite, self.short)
 
         return self.cells.value("hf", compare)
 

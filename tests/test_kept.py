@@ -131,7 +131,7 @@ def arguments(tmp_path, monkeypatch) -> dict[str, object]:
     for name, seed in (("wiki", 3), ("novels", 4)):
         tmp_path.joinpath(f"{name}.txt").write_text(text(seed, 9000).replace(" a", "\n a"))
     paths = {"also": str(tmp_path / "wiki.txt"), "others": str(tmp_path / "novels.txt")}
-    monkeypatch.setattr(kept.Run, "same_as_ours", lambda _: {"answers_equal": True, "nats": 0.0})
+    monkeypatch.setattr(kept.Run, "same_as_theirs", lambda _: {"answers_equal": True, "nats": 0.0})
     return {"source": str(tmp_path), **paths, **NUMBERS, "out": str(tmp_path / "kept.json")}
 
 
