@@ -3,8 +3,7 @@
 Calibration windows are half of the book and half of another text, drawn anew for each draw. The
 first of them choose. Every set is then refitted on more of them, and judged on held-out chapters,
 on the half of the second text that nothing was fitted on, and on novels. Differences are paired
-over windows. ``loop`` is Prune&Comp's: remove the layer of lowest Block Influence, refit, score the
-refitted model again, and so on.
+over windows.
 
     python benchmarks/choices.py --also FILE --others FILE --out benchmarks/results/choices.json
 
@@ -28,13 +27,9 @@ from scoring import build
 from short_gpt import ShortLlama, choose_healed, windows
 from short_gpt.data import demo
 from short_gpt.evaluation.cells import Cells
-from short_gpt.healing import refit
-from short_gpt.healing.choosing import FIRST, MOST, pruned_losses
+from short_gpt.healing.choosing import MOST, pruned_losses
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.run import measure
-from short_gpt.selection.methods import choose
 
 
 def main(
@@ -109,7 +104,6 @@ class Trial:
         sets = {name: one["layers"] for one in chosen["candidates"] for name in one["methods"]}
         sets["auto without swaps"] = before_swaps(chosen)
         sets["auto"] = chosen["layers"]
-        sets["loop"] = self._cells.value(f"{self._name}, loop {n}", partial(self._loop, n))
         nats = {name: self._nats(layers) for name, layers in sets.items()}
         found = {name: compared(own, nats["auto"]) for name, own in nats.items()}
         found["original"] = compared(self._nats([]), nats["auto"])
@@ -121,18 +115,6 @@ class Trial:
         chosen = choose_healed(self._short, self._text, n, budget=budget, state=state)
         print(chosen, flush=True)
         return {**chosen.to_dict(), "seconds": time.perf_counter() - started}
-
-    def _loop(self, n: int) -> list[int]:
-        short, few, removed = self._short, self._text[: FIRST // 2], []
-        while len(removed) < n:
-            into = Importance.empty([i for i in short.kept if i not in removed])
-            fitted = refit.fit(short, removed, few, progress=False) if removed else None
-            with short.without_layers(removed):
-                undo = refit.fold(short, fitted) if fitted else None
-                removed = removed + choose(measure(short.decoder, [[w] for w in few], into=into), 1)
-                if undo is not None:
-                    undo()
-        return removed
 
     def _nats(self, layers: Sequence[int]) -> dict[str, list[tuple[float, int]]]:
         """Nats and tokens of every window, by its kind, of the model refitted on more windows."""

@@ -37,7 +37,7 @@ def automatic() -> list[str]:
     """Sets of the automatic choice and of its candidates, refitted, by draw of calibration text."""
     names = {"bi": "Block Influence", "angular": "best angular block", "sleb": "greedy search"}
     names |= {"relative_magnitude": "relative magnitude", "auto": "**auto**"}
-    names |= {"loop": "one layer at a time, refitted before the next"}
+    names |= dict.fromkeys(("stepwise_bi", "loop"), "`stepwise_bi`")  # as a result names it
     kinds = ("held-out chapters", "other half of the second text", "lambada_passages")
     lines = []
     for found in sorted(result("choices")["rows"], key=lambda found: (found["n"], found["draw"])):
