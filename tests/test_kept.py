@@ -13,6 +13,7 @@ import pytest
 import shares
 import torch
 from conftest import BYTE_VOCAB, write_byte_tokenizer
+from shared_contexts import SharedContexts
 
 from short_gpt import ShortHFModel
 from short_gpt.data import demo
@@ -133,6 +134,23 @@ def arguments(tmp_path, monkeypatch) -> dict[str, object]:
     paths = {"also": str(tmp_path / "wiki.txt"), "others": str(tmp_path / "novels.txt")}
     monkeypatch.setattr(kept.Run, "same_as_theirs", lambda _: {"answers_equal": True, "nats": 0.0})
     return {"source": str(tmp_path), **paths, **NUMBERS, "out": str(tmp_path / "kept.json")}
+
+
+def test_a_context_is_read_once_and_scores_are_those_of_lm_eval(lm_eval, arguments):
+    short = run_of(arguments, "s").short
+    draw, requests = random.Random(1), []
+    for size in (5, 1, 9, 3):
+        context = draw.choices(range(2, 90), k=size)
+        greedy = [*short.greedy(context, 3)]
+        ends = [draw.choices(range(2, 90), k=k) for k in (1, 4, 7)]
+        ends += [greedy, greedy[:1], [*greedy[:2], 5], ends[1][:2]]  # some begin as others do
+        requests += [(("", ""), context, end) for end in ends]
+    draw.shuffle(requests)
+    theirs = short.harness_model(batch_size=3)._loglikelihood_tokens(requests, disable_tqdm=True)
+    ours = SharedContexts(short).scores(3, requests, disable_tqdm=True)
+    assert [flag for _, flag in ours] == [flag for _, flag in theirs]
+    assert 8 <= sum(flag for _, flag in ours) < len(ours)
+    assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in theirs], abs=1e-4)
 
 
 def ended(**arguments: object) -> dict:
