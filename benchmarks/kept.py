@@ -245,10 +245,11 @@ class Run:
 
     def _kinds_of_problems(self, row: str) -> list[str]:
         """All for the original; of another model, the hard ones only where the original can."""
-        cell = f"original []: {self.problems} of {word_problems.HARD}"
-        solved = self.cells.value(cell, dict)["exact_match"] if cell in self.cells else [0.0]
-        able = row == "original" or sum(solved) / len(solved) >= ABLE
-        return [kind for kind in word_problems.NAMES if able or kind != word_problems.HARD]
+        hard, able = word_problems.HARD, row == "original"
+        if not able and (cell := f"original []: {self.problems} of {hard}") in self.cells:
+            solved = self.cells.value(cell, dict)[hard]["exact_match"]
+            able = sum(solved) / len(solved) >= ABLE
+        return [kind for kind in word_problems.NAMES if able or kind != hard]
 
     def missing(self, row: str, layers: Sequence[int]) -> list[str]:
         return [cell for cell in self._plan(row, layers) if cell not in self.cells]
