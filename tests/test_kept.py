@@ -17,6 +17,7 @@ from shared_contexts import SharedContexts
 
 from short_gpt import ShortHFModel
 from short_gpt.data import demo
+from short_gpt.evaluation.cells import Cells
 from short_gpt.runtime.errors import ShortGPTError
 
 NUMBERS = {
@@ -119,12 +120,13 @@ def arguments(tmp_path, monkeypatch) -> dict[str, object]:
     books = {"calibration": 1, "held_out": 2}
     monkeypatch.setattr(demo, "bible", lambda part: [text(books[part], 9000)])
     monkeypatch.setattr(kept, "TASKS", ("piqa", "lambada_openai"))
-    monkeypatch.setattr(kept.word_problems, "NAMES", ("svamp",))
+    monkeypatch.setattr(kept.word_problems, "NAMES", ("svamp", "gsm8k"))
     monkeypatch.setattr(kept.word_problems, "TOKENS", 4)
     rows = {
         "piqa": {"query": "Question: Why?\n", "choices": ["so", "thus"], "gold": 0},
         "lambada_openai": {"context": "He ate a", "continuation": "cake"},
         "svamp": {"context": "How many?", "answer": "3"},
+        "gsm8k": {"context": "How few?", "answer": "3"},
     }
     for name, row in rows.items():
         lines = [json.dumps(row | ({"gold": i % 2} if "gold" in row else {})) for i in range(3)]
@@ -231,6 +233,9 @@ def test_rows_are_measured_once_and_an_interrupted_one_goes_on(lm_eval, argument
     begun = {**arguments, "sets": "bi", "rows": "pruned,refit", "bi": [2, 5]}
     first = ended(**begun)
     assert [*first["rows"]] == ["original", "bi pruned", "bi refit"] and first["documents"] == 3
+    asked_of = {n: [t for t in row["tasks"] if "exact" in t] for n, row in first["rows"].items()}
+    assert asked_of.pop("original") == ["svamp exact_match", "gsm8k exact_match"]  # solves none
+    assert [*asked_of.values()] == [["svamp exact_match"]] * len(asked_of)
     own = first["rows"]["bi refit"]
     assert own["healing"]["processor_seconds"] > 0
     for kind, cell in own["texts"].items():
@@ -267,6 +272,16 @@ def test_rows_are_measured_once_and_an_interrupted_one_goes_on(lm_eval, argument
     assert ended(**more)["rows"] == second["rows"]
     with pytest.raises(ShortGPTError, match="another read"):
         kept.main(**{**more, "steps": 12})
+
+
+@pytest.mark.parametrize(("solved", "asked"), [(0, False), (1, True)])
+def test_hard_problems_are_asked_where_the_original_solves_one_in_twenty(solved, asked):
+    values = {"gsm8k": {"exact_match": [1.0] * solved + [0.0] * (20 - solved)}}
+    run = kept.Run.__new__(kept.Run)
+    run.problems, run.cells = 20, Cells(None)
+    run.cells.value("original []: 20 of gsm8k", lambda: values)
+    assert ("gsm8k" in run._kinds_of_problems("refit")) == asked
+    assert run._kinds_of_problems("original") == ["svamp", "gsm8k"]
 
 
 @pytest.mark.filterwarnings("default")
