@@ -371,6 +371,11 @@ def healed() -> str:
 
 
 TASKS = "| {} of 30 layers removed | original | pruned | refitted | refitted and distilled |"
+KEPT = "| layers removed | healed by | mean of nine tasks | share kept (95%) | held-out chapters "
+KEPT += "| WikiText-2, second half | novels | core-seconds |"
+KEPT_TASKS = "| layers removed | healed by | piqa | arc-easy | winogrande | lambada "
+KEPT_TASKS += "| arc-challenge | boolq | openbook-qa | copa | wsc "
+KEPT_TASKS += "| svamp, right | svamp, a number |"
 NEAREST = "| method | removes | rank, pruned | nats above the best (95%) | rank, refitted "
 NEAREST += "| nats above the best (95%) | full refit, nats above sleb's (95%) |"
 SHORT = "| method | 4 layers removed | pruned | refitted | 8 layers removed | pruned | refitted |"
@@ -412,6 +417,8 @@ TABLES: dict[str, Callable[[], str]] = {
         f"tasks with {n} layers removed": table(TASKS.format(n), partial(evidence.tasks, n))
         for n in (2, 4, 8)
     },
+    "what healings keep": table(KEPT, evidence.kept),
+    "each task": table(KEPT_TASKS, evidence.kept_tasks),
     "three models": table(LARGER, evidence.larger),
     "what three models take": table(STEPS, evidence.taken),
     "cuts of a Gemma 3": table(GEMMA, gemma),
