@@ -37,7 +37,7 @@ def automatic() -> list[str]:
     """Sets of the automatic choice and of its candidates, refitted, by draw of calibration text."""
     names = {"bi": "Block Influence", "angular": "best angular block", "sleb": "greedy search"}
     names |= {"relative_magnitude": "relative magnitude", "auto": "**auto**"}
-    names |= dict.fromkeys(("stepwise_bi", "loop"), "`stepwise_bi`")  # as a result names it
+    names |= dict.fromkeys(("stepwise_bi", "loop"), "`stepwise_bi`")  # "loop" in older results
     kinds = ("held-out chapters", "other half of the second text", "lambada_passages")
     lines = []
     for found in sorted(result("choices")["rows"], key=lambda found: (found["n"], found["draw"])):
@@ -221,13 +221,13 @@ HEALED = {
 
 
 def _kept_rows() -> list[tuple[str, str, dict]]:
-    """Of every row of kept.json: the layers where they are new, how it was healed, and itself."""
+    """Of every row of kept.json: the layers where they are new, what healed it, and itself."""
     found, shown = result("kept"), ""
     rows = []
     for name, own in found["rows"].items():
         chosen, _, healed = name.partition(" ")
         layers = layer_set(found["layers"][chosen]) if healed else "none"
-        rows.append((layers if layers != shown else "", HEALED.get(healed, "-"), own))
+        rows.append((layers if layers != shown else "", HEALED[healed] if healed else "", own))
         shown = layers
     return rows
 
@@ -239,10 +239,10 @@ def kept() -> list[str]:
         mean, healing = own["mean"], own["healing"]
         low, high = mean["interval_95"]
         cells = [f"{mean['value']:.3f}", ""]
-        if mean["change"]:
+        if healed:
             cells = [f"{mean['value']:.3f}, {mean['change']:+.3f} ({mean['standard_error']:.3f})"]
             cells += [f"{mean['share']:.1%} ({low:.1%} to {high:.1%})"]
-        texts = [_text(c) if c["nats"] else f"{c['perplexity']:.2f}" for c in own["texts"].values()]
+        texts = [_text(c) if healed else f"{c['perplexity']:.2f}" for c in own["texts"].values()]
         seconds = f"{healing['processor_seconds']:.0f}" if healing else ""
         lines.append(row(layers, healed, *cells, *texts, seconds))
     return lines

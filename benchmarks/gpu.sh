@@ -7,17 +7,18 @@
 # The protocol is that of LinearPatch's README (NeurIPS 2025): WikiText-2 calibrates, windows of 2048
 # tokens, perplexity on WikiText-2, C4 and PTB, nine zero-shot tasks by lm-eval (they took version
 # 0.4.4; acc_norm where a task has it). PTB needs a copy of its test split: PTB=ptb.test.txt. The
-# number of windows to calibrate on is ours. OUT (gpu_results) takes texts, models (4 x 13 GB) and results; interrupted,
-# the same command continues. Needs `pip install -e ".[eval]"` and access to the model at the hub.
+# number of windows to calibrate on is ours, and it is assumed that they read PTB so. OUT
+# (gpu_results) takes texts, models (4 x 13 GB) and results; interrupted, the same command
+# continues. Needs `pip install -e ".[eval]"` and access to the model at the hub.
 #
 # NOT RUN HERE: no command was run on a GPU or on an 8B. A test runs all steps after the download of
-# the texts on a tiny Llama. What follows is computed, with the arithmetic of docs/prune-8b.md: a window of 2048 tokens is 31 TFLOP,
-# 0.5 s at an assumed 60 TFLOP/s; 8 CPU cores; a GPU of 24 GB for the refit, of 40 GB for auto.
+# the texts on a tiny Llama. What follows is computed, with the arithmetic of docs/prune-8b.md: a
+# window of 2048 tokens is 31 TFLOP, 0.5 s at an assumed 60 TFLOP/s; 8 CPU cores; a GPU of 24 GB for the refit, of 40 GB for auto.
 #
 #     rank, 128 windows in 1.011 passes each (results/scoring.json)           0.02 hours
 #     refit: 128 windows in 2.59 passes (results/healing.json), 16 windows judged three times,
 #       sums to the CPU, and 3 core-hours of solving                           0.7
-#     auto: 60 passes over 16 windows, and solving for some 14 candidates     6, and its refit 0.7
+#     auto: 60 passes over 16 windows, and solving of some 14 refits          6, and its refit 0.7
 #     evaluation, five times: 141 + 256 windows, and nine tasks of some 8 million tokens (an
 #       estimate, nobody counted them)                                         3
 #     in all about 11 hours, of which auto takes 7; AUTO=no leaves it out
@@ -29,6 +30,7 @@ TASK_FOLDER=${TASK_FOLDER:-}       # YAML files of more tasks
 WIKITEXT=${WIKITEXT:-} C4=${C4:-} PTB=${PTB:-}  # local copies; C4=none leaves it out
 out=$(realpath -m "${1:-gpu_results}")
 [ ! -e "$MODEL" ] || MODEL=$(realpath "$MODEL")
+[ -z "$PTB" ] || PTB=$(realpath -e "$PTB")
 mkdir -p "$out"
 cd "$out"
 

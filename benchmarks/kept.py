@@ -3,7 +3,8 @@
 A quarter of the layers goes, chosen in three ways: by Block Influence, by greedy search, and by the
 loss of the refitted model (`choose_healed`). Each set is pruned, healed by others' methods, by the
 library's refit on three kinds of text, and distilled. Tasks are lm-eval's own over local documents
-(`task_files`), word problems are answered in the chat template, and texts are held-out chapters,
+(`task_files`), word problems are answered in the chat template (gsm8k's by pruned models only if
+the original solves one in twenty), and texts are held-out chapters,
 WikiText-2's second half and novels. Changes are paired over documents or windows.
 
     python benchmarks/kept.py --source tasks --also wikitext2_test.txt \

@@ -1,7 +1,8 @@
-"""A model shrunk in float32 and with products in bfloat16: the time of all of it, and the quality.
+"""Shrinking in float32 and with products in bfloat16: the time of all of it, and the quality.
 
-Each run chooses layers by the refitted loss, removes them, refits and judges, as ``shrink`` does.
-What the runs wrote is then judged in float32 on the same windows, paired. Runs alternate.
+Each run chooses among three sets of layers by the refitted loss, removes one, refits and judges, as
+``shrink`` does. What the runs wrote is then judged in float32 on the same windows, paired. Of each
+two runs, another precision is the first.
 
     python benchmarks/mixed.py --also wikitext2_test.txt --others lambada_passages.txt \
         --out benchmarks/results/mixed.json
@@ -54,7 +55,7 @@ def main(
         count: windows that choose and heal, half of the book and half of ``also``.
         size: tokens of a window.
         judged: windows to judge by, in each run and of each kind of text afterwards.
-        budget: of the choice, in bare passes; 12 leave no room for the searches.
+        budget: of the choice, in bare passes; 12 leave no room for searches and swaps.
         repeats: runs in each precision.
     """
     begin(out, overwrite=overwrite)
@@ -67,10 +68,11 @@ def main(
         for file, text in (("book", book), ("also", halves(also)[0])):
             (here / f"{file}.txt").write_text(text, encoding="utf-8")
         (here / "held_out.txt").write_text("\n".join(demo.bible("held_out")), encoding="utf-8")
-        windows = HealingWindows(str(here / "held_out.txt"), size, count, judged)
+        held_out = str(here / "held_out.txt")
+        windows = HealingWindows(held_out, size, count, judged, drop_overlap=True)
         data = ",".join(str(here / f"{file}.txt") for file in ("book", "also"))
-        for turn in range(repeats * len(PRECISIONS)):
-            precision = PRECISIONS[turn % len(PRECISIONS)]
+        for turn in range(2 * repeats):
+            precision = PRECISIONS[(turn + turn // 2) % 2]
             opening = OpenOptions(device="cpu", precision=precision)
             how: dict[str, Any] = {"n": n, "windows": windows, "data": data, "budget": budget}
             started = time.perf_counter()

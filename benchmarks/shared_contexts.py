@@ -2,8 +2,8 @@
 
 The answers of a multiple choice stand one after the other in one sequence. Their positions continue
 the context, and attention sees the context and the answer's own tokens. Logits are taken where an
-answer is predicted, and nowhere else. This is of Llama and Qwen2; a model whose logits are changed
-after the output matrix, or whose layers see no mask, is another.
+answer is predicted, and nowhere else. This holds for Llama and Qwen2. It does not hold for models
+that change logits after the output matrix, or whose layers get no mask.
 
 Shapes: B contexts, S tokens.
 """
@@ -42,7 +42,10 @@ class SharedContexts:
     ) -> list[tuple[float, bool]]:
         """Nats and whether greedy, of every request in turn."""
         groups: dict[tuple[int, ...], dict[int, list[int]]] = defaultdict(dict)
+        most = self.model.config.max_position_embeddings
         for i, (_, context, continuation) in enumerate(requests):
+            if not (context and continuation and len(context) + len(continuation) <= most + 1):
+                raise ValueError(f"expected 1 to {most} tokens, got {context}, {continuation}")
             groups[tuple(context)][i] = continuation
         sequences = [_Sequence(context, own) for context, own in groups.items()]
         sequences.sort(key=lambda s: len(s.ids), reverse=True)

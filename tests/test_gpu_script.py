@@ -59,19 +59,19 @@ def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
     sizes = {"N": "2", "SIZE": "64", "WINDOWS": "20", "HELD": "6"}
     own = {"MODEL": str(model), "TASKS": "tiny_choice", "TASK_FOLDER": str(tasks)}
     own |= {"WIKITEXT": str(out / "wiki.txt"), "C4": str(out / "wiki.txt")}
-    own["PTB"] = str(out / "wiki.txt")
+    own["PTB"] = "out/wiki.txt"
     path = f"{program.parent}:{os.environ['PATH']}"
 
     def script() -> str:
         command = ["bash", str(SCRIPT), str(out)]
-        how = {"env": {**os.environ, **sizes, **own, "PATH": path}, "check": True}
+        how = {"env": {**os.environ, **sizes, **own, "PATH": path}, "check": True, "cwd": tmp_path}
         return subprocess.run(command, **how, capture_output=True, text=True).stdout
 
     table = "import json, sys"  # the last step, which needs what the commands write
     first = tmp_path / "commands.sh"
     first.write_text(SCRIPT.read_text().partition('python - "$MODEL"')[0])
     assert table not in first.read_text()
-    how = {"env": {**os.environ, **sizes, **own, "PATH": path}, "check": True}
+    how = {"env": {**os.environ, **sizes, **own, "PATH": path}, "check": True, "cwd": tmp_path}
     subprocess.run(["bash", str(first), str(out)], **how, capture_output=True)
     asked = [shlex.split(line) for line in said.read_text().splitlines()]
     named = ["rank", "prune", "heal", *["evaluate"] * 6, "rank", "heal", *["evaluate"] * 3]

@@ -134,7 +134,6 @@ def arguments(tmp_path, monkeypatch) -> dict[str, object]:
     for name, seed in (("wiki", 3), ("novels", 4)):
         tmp_path.joinpath(f"{name}.txt").write_text(text(seed, 9000).replace(" a", "\n a"))
     paths = {"also": str(tmp_path / "wiki.txt"), "others": str(tmp_path / "novels.txt")}
-    monkeypatch.setattr(kept.Run, "same_as_theirs", lambda _: {"answers_equal": True, "nats": 0.0})
     return {"source": str(tmp_path), **paths, **NUMBERS, "out": str(tmp_path / "kept.json")}
 
 
@@ -149,9 +148,19 @@ def test_a_context_is_read_once_and_scores_are_those_of_lm_eval(lm_eval, argumen
         requests += [(("", ""), context, end) for end in ends]
     draw.shuffle(requests)
     theirs = short.harness_model(batch_size=3)._loglikelihood_tokens(requests, disable_tqdm=True)
+    shapes = []
+    hook = short.model.base_model.register_forward_pre_hook(
+        lambda _, __, how: shapes.append(tuple(how["input_ids"].shape)), with_kwargs=True
+    )
     ours = SharedContexts(short).scores(3, requests, disable_tqdm=True)
+    hook.remove()
+    read = 1 + 4 + 7 + 3 + 1 + 3 + 2 - 7  # of each context's answers, all but the last tokens
+    assert shapes == [(3, 9 + read), (1, 1 + read)]
     assert [flag for _, flag in ours] == [flag for _, flag in theirs]
     assert 8 <= sum(flag for _, flag in ours) < len(ours)
+    for context, end in (([], [5]), ([5], []), ([5] * 500, [5] * 14)):
+        with pytest.raises(ValueError, match="expected 1 to 512 tokens"):
+            SharedContexts(short).scores(3, [(("", ""), context, end)])
     assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in theirs], abs=1e-4)
 
 
@@ -236,6 +245,7 @@ def test_rows_are_measured_once_and_an_interrupted_one_goes_on(lm_eval, argument
     asked_of = {n: [t for t in row["tasks"] if "exact" in t] for n, row in first["rows"].items()}
     assert asked_of.pop("original") == ["svamp exact_match", "gsm8k exact_match"]  # solves none
     assert [*asked_of.values()] == [["svamp exact_match"]] * len(asked_of)
+    assert first["hf"]["answers_equal"] and 0 <= first["hf"]["nats"] < kept.CLOSE
     own = first["rows"]["bi refit"]
     assert own["healing"]["processor_seconds"] > 0
     for kind, cell in own["texts"].items():

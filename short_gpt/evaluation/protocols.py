@@ -16,6 +16,13 @@ C4 = "allenai/c4:en"
 C4_TEXTS, C4_WINDOWS = 1100, 256
 
 
+def check_copy(name: str, source: str | Path | None) -> str | Path:
+    """The local copy of a text that no hub has; ShortGPTError where it is not given."""
+    if source is None:
+        raise ShortGPTError(f"{name} needs a local copy: pass `source`, such as {name}.test.txt")
+    return source
+
+
 def protocol(
     name: str,
     encode: Callable[[str], Sequence[int]],
@@ -30,10 +37,10 @@ def protocol(
     "wikitext-2" is the test split, its rows joined with two line breaks, and "c4" the first 1100
     texts of the English validation split, joined with spaces, of which the first 256 windows
     count: each is tokenized as one text (SLEB, arXiv:2402.09025, SliceGPT and others). So is "ptb",
-    the test split of the Penn Treebank joined with spaces (GPTQ, arXiv:2210.17323), from a local
-    copy alone: ptb.test.txt, or rows with the column "sentence". "pg19" is the test split, book by
-    book. Windows do not overlap; a shorter last one is dropped. No token is put before a window:
-    ``encode`` may add one, once a text.
+    the test split of the Penn Treebank joined with spaces (GPTQ's "ptb-new"). It is read from a
+    local copy alone: ptb.test.txt, or rows with the column "sentence". "pg19" is the test split,
+    book by book. Windows do not overlap; a shorter last one is dropped. No token is put before a
+    window: ``encode`` may add one, once a text.
 
     Args:
         encode: from a text to its token ids, such as ``short.encode``.
@@ -57,9 +64,7 @@ def protocol(
         tokenized = [" ".join(islice(rows, C4_TEXTS))]
         limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
     elif name == "ptb":
-        if source is None:
-            raise ShortGPTError("ptb needs a local copy: pass `source`, such as ptb.test.txt")
-        rows = texts(Path(source), split="test", column="sentence")
+        rows = texts(Path(check_copy(name, source)), split="test", column="sentence")
         tokenized = [" ".join(" ".join(rows).split())]  # of a file, its lines are the rows
     else:
         tokenized = ["\n\n".join(texts(WIKITEXT2 if source is None else source, split="test"))]

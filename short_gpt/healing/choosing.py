@@ -162,13 +162,13 @@ def choose_healed(
 
     A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2 at
     first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4 windows,
-    and the stepwise choice 14, on 8.
+    and the stepwise choice 14, on 8. For 12 of 30, 60 are too few for both.
 
     Args:
         windows: token ids of calibration text in random order, at least 4.
         n: how many layers, 1 to L - 2.
         budget: in bare passes, each the original model on the first 16 windows; None is 60. A
-            search is left out where it would take more than there is.
+            search is left out where it would take more than is left.
         state: keeps what was measured; the same call continues from it.
 
     Raises:
@@ -271,22 +271,23 @@ class _Choosing:
             price = self._count * (REFIT + 1) * (n - 1) * len(self._fit)
         else:
             price = most_layers_run(self._count, n) * len(few)
-        takes = f"{name} takes up to {price / self.a_pass:.1f} bare passes"
+        takes = f"{name} takes up to {(price + self._price()) / self.a_pass:.1f} bare passes"
         if not self._affords(price + self._price()):
             self._notes.append(f"{takes}, more than were left: left out")
             return []
         self._shown.set_postfix_str(takes)
-        if name == STEPWISE:
+        try:
+            if name != STEPWISE:
+                search = partial(short.search, few, n, method=name, progress=False)
+                return self._cells.resumed(name, lambda state: search(state=state).removed)
             layers = choose(scores, 1)
             while len(layers) < n:
                 lowest = partial(self._lowest, layers)
                 layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
-        else:
-            search = partial(short.search, few, n, method=name, progress=False)
-            layers = self._cells.resumed(name, lambda state: search(state=state).removed)
-        self._shown.set_postfix_str("")
-        self._spend(price)
-        return layers
+            return layers
+        finally:
+            self._shown.set_postfix_str("")
+            self._spend(price)
 
     def _lowest(self, removed: list[int]) -> int:
         """The layer of lowest Block Influence in the model refitted without those removed."""

@@ -94,7 +94,7 @@ def unchanged(step: Mapping[str, Any]) -> str | None:
     """What a step has left as it was; None if nothing."""
     if step.get("kept_step") == 0:
         why = "no step lowered the loss on the validation windows"
-        return f"{step['method']} changed nothing: {why}; give it more steps or more text"
+        return f"{step['method']} changed nothing: {why}; train longer, or on more text"
     fits = step.get("fits", [])
     same = [fit for fit in fits if fit["ridge"] is None and fit["norm_ridge"] is None]
     names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in same)

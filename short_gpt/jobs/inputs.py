@@ -223,11 +223,13 @@ class Reading:
         name_texts(self, "data")
 
     def check(self) -> None:
-        from short_gpt.evaluation.protocols import PROTOCOLS
+        from short_gpt.evaluation.protocols import PROTOCOLS, check_copy
 
         if self.source is not None and self.data not in PROTOCOLS:
             known = " or ".join(PROTOCOLS)
             raise ShortGPTError(f"`source` is a copy of {known}; `data` is {self.data}")
+        if self.data == "ptb":
+            check_copy(self.data, self.source)
         if (self.chat or self.column != Reading.column) and self.data in PROTOCOLS:
             raise ShortGPTError(f"`column` and `chat` are of other texts than {self.data}")
         Cut(self.size, self.max_windows, bos=self.bos).check()

@@ -56,7 +56,7 @@ from short_gpt.wrappers.streamed_llama import StreamedLlama
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHECKS = 8  # evaluations of a training
+CHECKS = 8  # evaluations of a training; one comes before it, and the teacher reads as much
 
 
 @takes_fields("shrink")
@@ -269,7 +269,7 @@ class _Run:
         config, seed = self.known.in_memory.model.config, self.asked.cut.seed
         recipe = recipe_for(config, "small", seed=seed)
         steps = self.cells.value("steps", partial(self._steps_in, 60 * minutes, recipe))
-        every = max(1, steps // CHECKS)
+        every = -(-steps // CHECKS)
         own = replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 8), eval_every=every)
         return [REFITTED, DistillSettings(own)]
 
@@ -277,7 +277,7 @@ class _Run:
         """Training steps that fit, by one that is timed; the teacher reads each window before."""
         known = self.known
         a_step = seconds_a_step(known.in_memory, known.probe, recipe) + recipe.batch * known.a_pass
-        checking = (CHECKS + 1) * len(self.windows.validation) * known.a_pass
+        checking = (CHECKS + 2) * len(self.windows.validation) * known.a_pass
         return max(1, int((seconds - checking) / a_step))
 
     def look(self, state: str) -> Look:

@@ -373,6 +373,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["evaluate", "hf", "--text", "none"], "nothing to evaluate: give --data or --tasks"),
         (["evaluate", "hf", "nowhere", "--text", "book.txt"], "nowhere does not exist"),
         (["evaluate", "hf", "--text", "book.txt", "--source", "x"], "--source is a copy of wiki"),
+        (["evaluate", "hf", "--data", "ptb"], "ptb needs a local copy: pass --source, such as ptb"),
         (["evaluate", "hf", "--text", "no.txt"], "no such file or folder: 'no.txt'"),
         (["evaluate", "hf", "--size", "1"], "size = 1: expected"),
         (["evaluate", "hf", "--out", "book.txt"], "book.txt exists"),

@@ -155,8 +155,8 @@ def test_searches_are_left_out_where_the_budget_does_not_allow_it(candidates):
     result = choose_healed(model(), WINDOWS, 2, budget=3, **QUIET)
     assert [one.methods for one in result.candidates] == [["deepest"]]
     assert result.notes == [
-        "sleb takes up to 1.0 bare passes, more than were left: left out",
-        "stepwise_bi takes up to 2.0 bare passes, more than were left: left out",
+        "sleb takes up to 3.0 bare passes, more than were left: left out",
+        "stepwise_bi takes up to 4.0 bare passes, more than were left: left out",
     ]
     with pytest.raises(ValueError, match="budget = 2: refitting the candidates takes 3 bare"):
         choose_healed(model(), WINDOWS, 2, budget=2, **QUIET)

@@ -596,8 +596,8 @@ def test_what_a_refit_leaves_as_it_was_is_said():
     assert unchanged({"method": "refit", "fits": fits[:1]}) is None
     assert unchanged({"method": "LoRA", "kept_step": 8}) is None
     assert unchanged({"method": "LoRA", "kept_step": 0}) == (
-        "LoRA changed nothing: no step lowered the loss on the validation windows; give it more "
-        "steps or more text"
+        "LoRA changed nothing: no step lowered the loss on the validation windows; train longer, "
+        "or on more text"
     )
 
 

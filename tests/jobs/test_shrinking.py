@@ -294,7 +294,7 @@ def test_a_training_that_changed_nothing_is_reported(here, monkeypatch):
 def test_training_takes_the_minutes_that_checking_leaves(monkeypatch):
     monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 1.5)
     known = SimpleNamespace(in_memory=None, probe=None, a_pass=0.25)
-    for held, steps in ((0, 30), (4, 24), (400, 1)):  # nine checks of so many windows
+    for held, steps in ((0, 30), (4, 24), (400, 1)):  # read ten times
         run: Any = SimpleNamespace(known=known, windows=SimpleNamespace(validation=[[0]] * held))
         assert shrinking._Run._steps_in(run, 52.5, Recipe(batch=1)) == steps
 
