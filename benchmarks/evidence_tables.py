@@ -234,14 +234,16 @@ def _kept_rows() -> list[tuple[str, str, dict]]:
 
 def kept() -> list[str]:
     """Which share of the mean over tasks each healing keeps, and perplexities."""
-    lines = []
-    for layers, healed, own in _kept_rows():
+    lines, rows = [], _kept_rows()
+    whole = sum(_others(rows[0][2]))
+    for layers, healed, own in rows:
         mean, healing = own["mean"], own["healing"]
         low, high = mean["interval_95"]
-        cells = [f"{mean['value']:.3f}", ""]
+        cells = [f"{mean['value']:.3f}", "", ""]
         if healed:
             cells = [f"{mean['value']:.3f}, {mean['change']:+.3f} ({mean['standard_error']:.3f})"]
             cells += [f"{mean['share']:.1%} ({low:.1%} to {high:.1%})"]
+            cells += [f"{sum(_others(own)) / whole:.1%}"]
         texts = [_text(c) if healed else f"{c['perplexity']:.2f}" for c in own["texts"].values()]
         seconds = f"{healing['processor_seconds']:.0f}" if healing else ""
         lines.append(row(layers, healed, *cells, *texts, seconds))
@@ -252,13 +254,22 @@ def kept_tasks() -> list[str]:
     """Each task of the same rows: what counts for the mean, and the word problems."""
     lines = []
     for layers, healed, own in _kept_rows():
-        values = {name: cell["value"] for name, cell in own["tasks"].items()}
-        names = [name for name in values if name.endswith((" acc", " acc_norm"))]
-        judging = [n for n in names if f"{n.removesuffix(' acc')} acc_norm" not in values]
-        cells = [f"{values[name]:.3f}" for name in judging]
-        solved = [values.get("svamp exact_match"), values.get("svamp well_formed")]
-        lines.append(row(layers, healed, *cells, *(f"{value:.2f}" for value in solved)))
+        cells = [f"{value:.3f}" for value in _judging(own).values()]
+        svamp = [own["tasks"][f"svamp {name}"]["value"] for name in ("exact_match", "well_formed")]
+        lines.append(row(layers, healed, *cells, *(f"{value:.2f}" for value in svamp)))
     return lines
+
+
+def _judging(own: dict) -> dict[str, float]:
+    """What counts for the mean, by task: acc_norm where there is one, else acc."""
+    values = {name: cell["value"] for name, cell in own["tasks"].items()}
+    tasks = [name.removesuffix(" acc") for name in values if name.endswith(" acc")]
+    return {task: values.get(f"{task} acc_norm", values[f"{task} acc"]) for task in tasks}
+
+
+def _others(own: dict) -> list[float]:
+    """The same of all tasks but boolq, which the original model answers worse than a coin."""
+    return [value for task, value in _judging(own).items() if task != "boolq"]
 
 
 def _text(cell: dict) -> str:

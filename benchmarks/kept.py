@@ -95,7 +95,7 @@ def main(
         source: folder of the tasks' files.
         also, others: texts, as in ``healing.py``; the first half of ``also`` is learned from.
         model: a name of ``real_models.py``.
-        rows, sets: to measure, of `ROWS` and `SETS`.
+        rows, sets: to measure, of `ROWS` and `SETS`; a row of one set has its name, "bi refit".
         bi, greedy, auto: layers of a set, where they are known; else they are chosen.
         documents: of each task; None takes as many as bring the standard error of the change of
             the mean under 0.01, foretold from the original and the pruned model.
@@ -133,8 +133,8 @@ def rows_of(
     """Measures rows of all sets; returns every row that is there, and `ranks` of them."""
     cases = {"original": ("original", list[int]())}
     cases |= {f"{s} {row}": (row, layers) for s, layers in chosen.items() for row in ROWS}
-    for row, layers in cases.values():
-        if row in ("original", *rows):
+    for name, (row, layers) in cases.items():
+        if row == "original" or {name, row} & {*rows}:
             run.measure(row, layers)
     found = {name: run.summary(*case) for name, case in cases.items() if not run.missing(*case)}
     firsts = {str(cases[name]): name for name in reversed(found)}.values()  # each model once

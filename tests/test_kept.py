@@ -239,7 +239,7 @@ def test_pieces_are_those_of_the_rule():
 
 @pytest.mark.filterwarnings("default")
 def test_rows_are_measured_once_and_an_interrupted_one_goes_on(lm_eval, arguments, monkeypatch):
-    begun = {**arguments, "sets": "bi", "rows": "pruned,refit", "bi": [2, 5]}
+    begun = {**arguments, "sets": "bi", "rows": "pruned,bi refit", "bi": [2, 5]}
     first = ended(**begun)
     assert [*first["rows"]] == ["original", "bi pruned", "bi refit"] and first["documents"] == 3
     asked_of = {n: [t for t in row["tasks"] if "exact" in t] for n, row in first["rows"].items()}
