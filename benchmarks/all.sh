@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote: about twenty hours on two CPU cores that have
-# nothing else to do (an estimate), of which the tasks of kept.py take half.
+# Measures everything that README and docs quote: about twelve hours on two CPU cores that have
+# nothing else to do (an estimate).
 # Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 #
 #     benchmarks/all.sh WIKITEXT TASKS [OUT]
@@ -76,6 +76,8 @@ script healing healing --count 36 --own 36 --methods refit --also wikitext2_test
     --others lambada_passages.txt
 script healing_own healing --layers 10,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
     --also wikitext2_test.txt --others lambada_passages.txt
+! grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo ||
+    script mixed mixed --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --count 48 --own 192 --steps 230 --also wikitext2_test.txt \
     --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
@@ -95,7 +97,8 @@ script training_choices training_choices --novels tasks/lambada_openai.jsonl --w
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \
-    --greedy 3,12,13,14,15,16,17,18
+    --sets auto,bi --auto 10,12,13,14,15,16,17,18 \
+    --rows "pruned,refit,auto linearpatch,auto ghosted,auto replaceme,auto refit-own"
 measure compare python -m short_gpt compare --methods bi,angular,relative_magnitude,sleb \
     --counts 4,8 --healing raw,patched,refit --search_windows 2 --plots pictures --device cpu
 

@@ -244,6 +244,8 @@ def kept() -> list[str]:
             cells = [f"{mean['value']:.3f}, {mean['change']:+.3f} ({mean['standard_error']:.3f})"]
             cells += [f"{mean['share']:.1%} ({low:.1%} to {high:.1%})"]
             cells += [f"{sum(_others(own)) / whole:.1%}"]
+        better = own["refit against it"]
+        cells.append(f"{better['change']:+.3f} ({better['standard_error']:.3f})" if better else "")
         texts = [_text(c) if healed else f"{c['perplexity']:.2f}" for c in own["texts"].values()]
         seconds = f"{healing['processor_seconds']:.0f}" if healing else ""
         lines.append(row(layers, healed, *cells, *texts, seconds))

@@ -346,13 +346,20 @@ class Run:
         return documents, parts
 
     def summary(self, row: str, layers: Sequence[int]) -> dict[str, Any]:
-        """Of a row: every task and text, and the mean with the share that is kept."""
+        """Every task and text, the mean with the share kept, and what the refit changes of it."""
         (documents, parts), (whole, read) = self.found(row, layers), self.found("original", [])
         cell = f"healing {row} {layers}"
+        refit = None
+        if row not in ("original", "refit") and not self.missing("refit", layers):
+            better, lower = self.found("refit", layers)
+            mean = kept(judging(documents), judging(better))
+            refit = {name: mean[name] for name in ("change", "standard_error")}
+            refit |= {"texts": text_changes(lower, parts)}
         return {
             "tasks": metrics(documents, whole),
             "mean": kept(judging(whole), judging(documents)),
             "texts": text_changes(parts, read),
+            "refit against it": refit,
             "healing": self.cells.value(cell, dict) if cell in self.cells else None,
         }
 

@@ -52,6 +52,7 @@ from short_gpt.jobs.comparing import Cells
         ("greedy", "build", {}),
         ("larger", "write_texts", {"model": "model.gguf"}),
         ("kept", "Run", {"source": "tasks", "also": "wiki.txt", "others": "novels.txt"}),
+        ("mixed", "shrink", {"also": "wiki.txt", "others": "novels.txt"}),
         ("optimality", "build", {}),
         ("own_samples", "open_model", {"novels": "novels.jsonl"}),
         ("peers", "kinds", {}),

@@ -16,7 +16,7 @@ RESULTS += ("calibration", "tasks", "refit_streamed", "refit_parts", "refit_sink
 RESULTS += ("optimality", "distillation", "refit_choices")
 RESULTS += ("coverage", "choice_variance", "own_samples")
 RESULTS += ("training_choices", "gemma_kinds", "refit_ridges", "healing_own", "architectures")
-RESULTS += ("peers", "choices", "refit_sinks_05b")
+RESULTS += ("peers", "choices", "refit_sinks_05b", "kept", "mixed")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md"))

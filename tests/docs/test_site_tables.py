@@ -30,6 +30,8 @@ SETS = {
     "refit by windows": 1,
     "attention sinks": 5,
     "automatic choice": 16,
+    "what healings keep": 2,
+    "each task": 2,
 }
 
 
