@@ -76,8 +76,7 @@ script healing healing --count 36 --own 36 --methods refit --also wikitext2_test
     --others lambada_passages.txt
 script healing_own healing --layers 10,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
     --also wikitext2_test.txt --others lambada_passages.txt
-! grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo ||
-    script mixed mixed --also wikitext2_test.txt --others lambada_passages.txt
+script mixed mixed --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --count 48 --own 192 --steps 230 --also wikitext2_test.txt \
     --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt

@@ -214,7 +214,6 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     text = (root / "benchmarks/all.sh").read_text()
     names = {path.stem for path in (root / "benchmarks/results").glob("*.json")}
     asked = re.findall(r"^(?:script|measure) (\w+) ", text, flags=re.MULTILINE)
-    names |= {"kept"}  # whose result is not kept yet
     assert {*asked} == names and len(asked) == len(names)
     # with programs that only write what they are asked for, in a copy of the tree's names
     copy, bin_, out = tmp_path / "copy", tmp_path / "bin", tmp_path / "out"

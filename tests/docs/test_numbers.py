@@ -10,7 +10,7 @@ import shlex
 
 import adversarial as hostile
 import pytest
-from evidence_tables import adapter, swept, swept_beside
+from evidence_tables import adapter, kept, swept, swept_beside
 from healing_tables import above, group, minutes, nearest, novels, passes
 from made_tables import (
     SHORT,
@@ -61,8 +61,42 @@ def last_words(state: str) -> str:
     return f"{result('tasks')['rows'][state]['tasks']['lambada_openai acc']['value']:.0%}"
 
 
+def shares() -> list[str]:
+    """Sentences on the shares of a mean over tasks that are kept."""
+    rows = result("kept")["rows"]
+    share = {name: f"{row['mean']['share']:.1%}" for name, row in rows.items()}
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in kept()]
+    without = {name: row[4] for name, row in zip(rows, cells, strict=True)}
+    auto, bi = share["auto refit"], share["bi pruned"]
+    return [
+        f"As pruned, Block Influence's set keeps {bi}, as much as auto's",
+        f"and leaves the tasks at {share['bi refit']}. Over",
+        f"the mean is {result('kept')['kendall']['healed']['tau']:.2f};",
+        f"auto's set keeps {without['auto pruned']} as pruned, {without['auto linearpatch']} with "
+        f"LinearPatch, and {without['auto refit']} refitted",
+        f"for tasks: {share['auto refit-own']} against {auto}, and {without['auto refit-own']} "
+        f"against {without['auto refit']} without boolq",
+    ]
+
+
+def mixed() -> str:
+    """What products in bfloat16 gain and cost."""
+    found = result("mixed")
+    first, second = (f"{ratio:.2f}" for ratio in found["ratios"])
+    (one, two, three) = (
+        f"{row['change']:.3f} ({row['standard_error']:.3f})" for row in found["rows"].values()
+    )
+    one = one.replace("(", "nats (standard error ")
+    times = f"takes {first} and {second} of the time in float32"
+    losses = f"{one} on held-out chapters, {two} on WikiText-2's second half and {three} on novels"
+    assert found["layers"] == {"float32": [10, *range(12, 19)], "mixed": [*range(11, 19)]}
+    assert times in flowing("docs/scaling.md")
+    return losses
+
+
 SENTENCES = {
     "docs/results.md": (
+        *(lambda i=i: shares()[i] for i in range(5)),
         greedy,
         novels,
         adapter,
@@ -80,6 +114,7 @@ SENTENCES = {
     ),
     "docs/scaling.md": (
         least,
+        mixed,
         lambda: f"at most {misled():.2%} of the runs ended early and wrong",
     ),
     "docs/serve.md": (served_sets, slower),
