@@ -280,8 +280,8 @@ class GGUFParts:
                 raw = np.fromfile(file, np.uint8, len(part) * row_bytes)
                 if len(raw) < len(part) * row_bytes:
                     raise InputError(f"{path} was cut off while it was read")
-                raw = raw.reshape(len(part), -1)
-                dequantized = raw.view(plain) if plain else quants.dequantize(raw, kind)
+                packed = raw.reshape(len(part), -1)
+                dequantized = packed.view(plain) if plain else quants.dequantize(packed, kind)
                 part.copy_(torch.from_numpy(dequantized.astype(np.float32, copy=False)))
         return values
 
