@@ -155,12 +155,12 @@ def test_prune_takes_what_a_search_chose(ckpt, capsys):
 def test_prune_takes_what_auto_chose_together(ckpt, capsys):
     Path("numbers.txt").write_text(" ".join(str(i * i) for i in range(120)))
     auto = ("rank", "ckpt", "--data", "numbers.txt", "--size", 32, "--stride", 16)
-    run(*auto, "--method", "auto", "--n", 2, "--max_windows", 8, "--budget", 9, "--json", "a.json")
+    run(*auto, "--method", "auto", "--n", 2, "--max_windows", 8, "--budget", 15, "--json", "a.json")
     out = capsys.readouterr().out
     record = json.loads(Path("a.json").read_text())
     layers, choice = record["chosen"]["layers"], record["choice"]
-    assert f"{METHODS['auto']}: {layers}" in out and " of 9 bare passes" in out
-    assert choice["layers"] == layers and record["arguments"]["budget"] == 9
+    assert f"{METHODS['auto']}: {layers}" in out and " of 15 bare passes" in out
+    assert choice["layers"] == layers and record["arguments"]["budget"] == 15
     # a stride below the size is not taken: no window shares text with another
     assert (choice["fitted"], choice["judged"]) == (4, 4) and len(choice["notes"]) == 1
     assert all({"methods", "loss", "difference", "told_apart"} < {*c} for c in choice["candidates"])
