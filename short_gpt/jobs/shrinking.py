@@ -56,7 +56,7 @@ from short_gpt.wrappers.streamed_llama import StreamedLlama
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHECKS = 8  # evaluations of a training; one comes before it, and the teacher reads as much
+CHECKS = 8  # evaluations during a training
 
 
 @takes_fields("shrink")
@@ -277,6 +277,7 @@ class _Run:
         """Training steps that fit, by one that is timed; the teacher reads each window before."""
         known = self.known
         a_step = seconds_a_step(known.in_memory, known.probe, recipe) + recipe.batch * known.a_pass
+        # the validation windows are also read once before it, and once by the teacher
         checking = (CHECKS + 2) * len(self.windows.validation) * known.a_pass
         return max(1, int((seconds - checking) / a_step))
 

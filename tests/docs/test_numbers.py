@@ -69,13 +69,13 @@ def shares() -> list[str]:
     without = {name: row[4] for name, row in zip(rows, cells, strict=True)}
     auto, bi = share["auto refit"], share["bi pruned"]
     return [
-        f"As pruned, Block Influence's set keeps {bi}, as much as auto's",
+        f"As pruned, Block Influence's set keeps {bi}, nearly as much as auto's",
         f"and leaves the tasks at {share['bi refit']}. Over",
         f"the mean is {result('kept')['kendall']['healed']['tau']:.2f};",
         f"auto's set keeps {without['auto pruned']} as pruned, {without['auto linearpatch']} with "
         f"LinearPatch, and {without['auto refit']} refitted",
-        f"for tasks: {share['auto refit-own']} against {auto}, and {without['auto refit-own']} "
-        f"against {without['auto refit']} without boolq",
+        f"from the mix with real text: {share['auto refit-own']} against {auto}, and "
+        f"{without['auto refit-own']} against {without['auto refit']} without boolq",
     ]
 
 
