@@ -7,8 +7,10 @@ over windows.
 
     python benchmarks/choices.py --also FILE --others FILE --out benchmarks/results/choices.json
 
-``--also`` and ``--others`` are as in ``healing.py``. What is measured is kept in a state beside the
-file, and the same command continues from it; ``--counts`` and ``--draws`` may grow meanwhile.
+``--also`` and ``--others`` are as in ``healing.py``. With ``--mixed`` the choice reads windows with
+products in bfloat16; the chosen sets are refitted and judged in float32 all the same. What is
+measured is kept in a state beside the file, and the same command continues from it; ``--counts``
+and ``--draws`` may grow meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import fire
 from healing import Windows, halves, judged_by
 from outcome import begin, finish
 from refit_choices import compared
-from scoring import build
+from scoring import build, in_mixed
 
 from short_gpt import ShortLlama, choose_healed, windows
 from short_gpt.data import demo
@@ -41,6 +43,7 @@ def main(
     size: int = 512,
     judged: int = 8,
     budget: int | None = None,
+    mixed: bool = False,
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -54,22 +57,24 @@ def main(
         size: tokens of all windows.
         judged: windows of each kind to judge by.
         budget: of the choice, in bare passes.
+        mixed: choose with products in bfloat16.
         out, overwrite: the JSON file.
     """
     begin(out, overwrite=overwrite)
     short = build()
     kinds = judged_by(short, also, others, judged, size)
     identity = {"model": short.identity(), "learned": learned, "judged by": json_digest(kinds)}
-    identity |= {"budget": budget}
+    identity |= {"budget": budget, "mixed": mixed}
     cells = Cells(StateFile(f"{out or 'choices'}.state", identity, every=0.0))
     rows: list[dict[str, Any]] = []
     for draw in range(draws):
         text = drawn(short, also, size, draw)
         for n in [counts] if isinstance(counts, int) else counts:
             trial = Trial(cells, short, kinds, text, f"draw {draw}", learned)
-            rows.append({"n": n, "draw": draw, **trial.row(n, budget)})
+            rows.append({"n": n, "draw": draw, **trial.row(n, budget, mixed=mixed)})
             print(f"\n{n} layers, draw {draw}\n{table(rows[-1])}", flush=True)
-    content = {"windows": learned, "tokens_per_window": size, "judged": judged, "rows": rows}
+    content: dict[str, Any] = {"chosen in": "mixed" if mixed else "float32"}
+    content |= {"windows": learned, "tokens_per_window": size, "judged": judged, "rows": rows}
     finish("choices", [], content, out=out, overwrite=overwrite)
 
 
@@ -96,10 +101,10 @@ class Trial:
         self._cells, self._short, self._kinds = cells, short, kinds
         self._text, self._name, self._learned = text, name, learned
 
-    def row(self, n: int, budget: int | None) -> dict[str, Any]:
+    def row(self, n: int, budget: int | None, *, mixed: bool) -> dict[str, Any]:
         """The sets by what chose them, their losses, and how far each is from auto's."""
         chosen = self._cells.resumed(
-            f"{self._name}, auto {n}", partial(self._auto, n=n, budget=budget)
+            f"{self._name}, auto {n}", partial(self._auto, n=n, budget=budget, mixed=mixed)
         )
         sets = {name: one["layers"] for one in chosen["candidates"] for name in one["methods"]}
         sets["auto without swaps"] = before_swaps(chosen)
@@ -110,9 +115,13 @@ class Trial:
         kept = {name: chosen[name] for name in ("swaps", "passes", "fitted", "judged", "seconds")}
         return {"sets": sets, "from auto": found, "loss": chosen["loss"], **kept}
 
-    def _auto(self, state: StateFile | None, *, n: int, budget: int | None) -> Any:
+    def _auto(self, state: StateFile | None, *, n: int, budget: int | None, mixed: bool) -> Any:
         started = time.perf_counter()
-        chosen = choose_healed(self._short, self._text, n, budget=budget, state=state)
+
+        def choose() -> Any:
+            return choose_healed(self._short, self._text, n, budget=budget, state=state)
+
+        chosen = in_mixed(self._short, choose) if mixed else choose()
         print(chosen, flush=True)
         return {**chosen.to_dict(), "seconds": time.perf_counter() - started}
 

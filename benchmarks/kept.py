@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def main(
     bi: Sequence[int] | None = None,
     greedy: Sequence[int] | None = None,
     auto: Sequence[int] | None = None,
-    documents: int | None = None,
+    documents: int | Sequence[int] | None = None,
     problems: int = 100,
     count: int = 48,
     own: int = 96,
@@ -97,8 +97,10 @@ def main(
         model: a name of ``real_models.py``.
         rows, sets: to measure, of `ROWS` and `SETS`; a row of one set has its name, "bi refit".
         bi, greedy, auto: layers of a set, where they are known; else they are chosen.
-        documents: of each task; None takes as many as bring the standard error of the change of
-            the mean under 0.01, foretold from the original and the pruned model.
+        documents: of each task, from the first; a row of rising numbers asks those up to each
+            number after the other, so that a result can grow. None takes as many as bring the
+            standard error of the change of the mean under 0.01, foretold from the original and the
+            pruned model.
         problems: word problems of each kind.
         count: windows that closed forms and layerwise learn from.
         own: samples that the model writes, once.
@@ -114,15 +116,17 @@ def main(
     run.problems = problems
     given = {"bi": bi, "greedy": greedy, "auto": auto}
     chosen = {name: sorted(given[name] or run.chosen(name)) for name in dict.fromkeys(sets)}
-    run.documents = documents or run.wanted(sorted(bi or run.chosen("bi")))
-    print(f"{run.documents} documents of each task, or all; layers {chosen}")
+    ends = documents or run.wanted(sorted(bi or run.chosen("bi")))
+    ends = [ends] if isinstance(ends, int) else list(ends)
+    run.blocks = run.divided(ends)
+    print(f"{ends[-1]} documents of each task, or all; layers {chosen}")
     found, agreement = rows_of(run, chosen, rows)
     print(table(found))
     print("\n".join(f"Kendall's tau of loss and mean, {k}: {v}" for k, v in agreement.items()))
     same = run.same_as_theirs()
     differs = not (same["answers_equal"] and same["nats"] < CLOSE)
-    content = {"model": model, "layers": chosen, "documents": run.documents, "problems": problems}
-    content |= {**counts, "recipe": asdict(run.recipe)}
+    content = {"model": model, "layers": chosen, "documents": ends[-1]}
+    content |= {"problems": problems, **counts, "recipe": asdict(run.recipe)}
     content |= {"rows": found, "kendall": agreement, "hf": same}
     finish("kept", ["the adapters differ"] * differs, content, out=out, overwrite=overwrite)
 
@@ -144,7 +148,8 @@ def rows_of(
 class Run:
     """The original model, what others learn from and are judged by; every cell measured once."""
 
-    documents, problems = 0, 0  # of each task, and of each kind of word problems
+    blocks: Mapping[str, TaskSuite] = {}  # some documents of a task, by their name
+    problems = 0  # of each kind
     _teacher: CachedTeacher | None = None
     _undo: Callable[[], None] | None = None  # of maps
 
@@ -172,9 +177,7 @@ class Run:
         self.texts: dict[str, Windows] = {"text": text, "own": samples[:count], "mix": mix}
         changes = {"steps": steps, "size": size, "batch": 1, "eval_every": steps}
         self.recipe = recipe_for(self.short.trainable().config, "small", **changes)
-        (folder := Path(f"{state}.tasks")).mkdir(exist_ok=True)
-        self.folder = str(folder)
-        self.tasks = task_files.write(source, self.folder, TASKS)
+        self.tasks, self.folder = self.task_files()
         every = {**self.texts, **self.kinds, "learning": self.learning.training}
         content = [[[list(w) for w in own] for own in every.values()], counts]
         content += [Path(source, f"{n}.jsonl").read_text() for n in (*TASKS, *word_problems.NAMES)]
@@ -211,14 +214,31 @@ class Run:
 
         return self.cells.resumed(f"layers by {name}", choice)
 
-    def suite(self, task: str | Sequence[str], documents: int) -> TaskSuite:
-        return TaskSuite(task, limit=documents, include_path=self.folder, batch_size=8)
+    def task_files(self, start: int = 0) -> tuple[list[str], str]:
+        """The tasks that have documents from `start` on, and the folder with these."""
+        folder = Path(f"{self.path}.tasks{f'-from-{start}' if start else ''}")
+        folder.mkdir(exist_ok=True)
+        return task_files.write(self.source, folder, TASKS, start), str(folder)
+
+    def suite(self, documents: int) -> TaskSuite:
+        return TaskSuite(self.tasks, documents, include_path=self.folder, batch_size=8)
+
+    def divided(self, ends: Sequence[int]) -> dict[str, TaskSuite]:
+        """The documents of each task up to the first end, and then between two ends."""
+        blocks = {}
+        for start, end in pairwise([0, *ends]):
+            tasks, folder = self.task_files(start)
+            which = f"{start} to {end}" if start else f"{end}"
+            for task in tasks:
+                suite = TaskSuite(task, end - start, include_path=folder, batch_size=8)
+                blocks[f"{which} of {task}"] = suite
+        return blocks
 
     def wanted(self, layers: Sequence[int]) -> int:
         """Documents of each task, from a pilot on the original model and the pruned one."""
 
         def pilot() -> dict[str, list[float]]:
-            suite, asked = self.suite(self.tasks, PILOT), SharedContexts(self.short)
+            suite, asked = self.suite(PILOT), SharedContexts(self.short)
             first = judging(suite.documents(asked).documents)
             with self.short.without_layers(layers):
                 second = judging(suite.documents(asked).documents)
@@ -231,11 +251,10 @@ class Run:
 
     def _plan(self, row: str, layers: Sequence[int]) -> dict[str, Callable[[ShortHFModel], Any]]:
         """What is measured of a model, by the names of cells."""
-        name, limit = f"{row} {layers}", self.documents
+        name = f"{row} {layers}"
         plan: dict[str, Callable[[ShortHFModel], Any]] = {}
-        for task in self.tasks:
-            ask = self.suite(task, limit).documents
-            plan[f"{name}: {limit} of {task}"] = lambda s, ask=ask: ask(SharedContexts(s)).documents
+        for block, suite in self.blocks.items():
+            plan[f"{name}: {block}"] = partial(documents_of, suite)
         for kind in self._kinds_of_problems(row):
             asked = word_problems.read(self.source, kind, self.problems)
             answer = partial(word_problems.asked, problems=asked)
@@ -342,7 +361,10 @@ class Run:
             if kind in self.kinds:
                 parts[kind] = self.cells.losses(cell, list)
             else:
-                documents |= self.cells.value(cell, dict)
+                for task, own in self.cells.value(cell, dict).items():
+                    known = documents.setdefault(task, {metric: [] for metric in own})
+                    for metric, values in own.items():
+                        known[metric] += values
         return documents, parts
 
     def summary(self, row: str, layers: Sequence[int]) -> dict[str, Any]:
@@ -365,13 +387,17 @@ class Run:
 
     def same_as_theirs(self) -> dict[str, object]:
         """How far `SharedContexts` gives what lm-eval's class for transformers does."""
-        suite = self.suite(self.tasks, CHECKED)
+        suite = self.suite(CHECKED)
 
         def compare() -> dict[str, object]:
             ours = suite.documents(SharedContexts(self.short))
             return against_theirs(ours, suite, self.short)
 
         return self.cells.value("hf", compare)
+
+
+def documents_of(suite: TaskSuite, short: ShortHFModel) -> Documents:
+    return suite.documents(SharedContexts(short)).documents
 
 
 def parts(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:

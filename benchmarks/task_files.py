@@ -138,17 +138,23 @@ def _between(text: str, start: str, end: str) -> str:
     return text[len(start) : len(text) - len(end)]
 
 
-def write(source: str | Path, folder: str | Path, tasks: Sequence[str] = tuple(OWN)) -> list[str]:
+def write(
+    source: str | Path, folder: str | Path, tasks: Sequence[str] = tuple(OWN), start: int = 0
+) -> list[str]:
     """Writes documents and YAML files; returns the names of the tasks, as in "local_piqa".
 
     Args:
         source: holds piqa.jsonl and the others.
         folder: exists; ``include_path`` of what runs the tasks.
-        tasks: of `OWN` and `MORE`.
+        tasks: of `OWN` and `MORE`; those that have so many documents are written.
+        start: documents of each that are left out, the first ones.
     """
-    own = Path(lm_eval.__file__).parent / "tasks"
+    own, written = Path(lm_eval.__file__).parent / "tasks", []
     for task in tasks:
-        lines = Path(source, f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = Path(source, f"{task}.jsonl").read_text(encoding="utf-8").splitlines()[start:]
+        if not lines:
+            continue
+        written.append(f"local_{task}")
         data = Path(folder, f"{task}.jsonl")
         documents = [MAKERS[task](json.loads(line)) for line in lines]
         data.write_text("".join(json.dumps(d) + "\n" for d in documents), encoding="utf-8")
@@ -165,4 +171,4 @@ def write(source: str | Path, folder: str | Path, tasks: Sequence[str] = tuple(O
         }
         # JSON is YAML
         Path(folder, f"local_{task}.yaml").write_text(json.dumps(fields), encoding="utf-8")
-    return [f"local_{task}" for task in tasks]
+    return written

@@ -284,6 +284,29 @@ def test_rows_are_measured_once_and_an_interrupted_one_goes_on(lm_eval, argument
         kept.main(**{**more, "steps": 12})
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_result_that_grows_by_documents_is_that_of_all_at_once(lm_eval, arguments, monkeypatch):
+    folder, taken = Path(str(arguments["source"])), []
+    words = ("cake", "an egg", "it", "two", "a rather long loaf")
+    rows = [{"context": f"He ate {word} and a", "continuation": "cake"} for word in words]
+    folder.joinpath("lambada_openai.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    begun = {**arguments, "sets": "bi", "rows": "pruned", "bi": [2, 5], "overwrite": True}
+    ended(**begun)  # 3 documents, which are all of piqa's
+    real = kept.documents_of
+    monkeypatch.setattr(kept, "documents_of", lambda *a: taken.append(own := real(*a)) or own)
+    grown = ended(**{**begun, "documents": (3, 4, 9)})
+    asked = [[len(v) for v in own["local_lambada_openai"].values()] for own in taken]
+    assert asked == [[1, 1]] * 2 + [[1, 1]] * 2  # of the original and of the pruned model
+    once = ended(**{**begun, "documents": 9, "out": str(folder / "once.json")})
+    assert grown["documents"] == once["documents"] == 9
+    for name, row in once["rows"].items():
+        mean = grown["rows"][name]["mean"]
+        assert row["mean"].pop("interval_95") == pytest.approx(mean.pop("interval_95"))
+        assert row["mean"] == pytest.approx(mean)
+        for task, cell in row["tasks"].items():
+            assert cell == pytest.approx(grown["rows"][name]["tasks"][task], abs=1e-6), task
+
+
 @pytest.mark.parametrize(("solved", "asked"), [(0, False), (1, True)])
 def test_hard_problems_are_asked_where_the_original_solves_one_in_twenty(solved, asked):
     values = {"gsm8k": {"exact_match": [1.0] * solved + [0.0] * (20 - solved)}}
