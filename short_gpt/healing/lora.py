@@ -31,6 +31,7 @@ from short_gpt.healing.distillation import (
 )
 from short_gpt.healing.recipe import ALL, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, begun, quiet, train
+from short_gpt.models.decoder import products
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
@@ -130,6 +131,7 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] 
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
+    run = run._replace(mixed=short.decoder.mixed)
     healed, restore = (_heal_four_bit if run.recipe.four_bit else _heal)(model, run)
     change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:  # else no evaluation was better than before, and nothing was merged
@@ -219,7 +221,9 @@ def seconds_a_step(short: ScoredModel, window: Window, recipe: Recipe) -> float:
     try:
         for _ in range(2):  # the first warms up
             started = time.perf_counter()
-            adapted(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            with products(short.decoder.mixed, tokens.device):
+                loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
             wait(tokens.device)
         return recipe.batch * (time.perf_counter() - started)
     finally:

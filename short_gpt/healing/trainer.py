@@ -60,6 +60,7 @@ class TrainingRun(NamedTuple):
     resume: bool = False  # continue from the last checkpoint there
     show: bool = True  # a bar
     distillation: Distillation | None = None  # what is learned instead of the text alone
+    mixed: bool = False  # matrix products in bfloat16
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
@@ -72,12 +73,14 @@ class TrainingRun(NamedTuple):
         taught |= {} if self.distillation is None else self.distillation.identity()
         recipe = asdict(self.recipe)
         del recipe["report_to"]
-        return joined(recipe, own, taught)
+        precision = {"precision": "mixed"} if self.mixed else {}
+        return joined(recipe, own, taught, precision)
 
     def measure(self, adapted: PeftModel) -> dict[str, float]:
         """On the validation windows: what the best step is chosen by, and the perplexity."""
         adapted.eval()
         decoder, at_once = HFDecoder(adapted.get_base_model()), self.recipe.micro_batch
+        decoder.mixed = self.mixed
         if self.distillation is not None:
             read = {"first": len(self.training), "batch_size": at_once}  # validation comes after
             metrics = self.distillation.measure(decoder, self.validation, **read)
@@ -156,7 +159,7 @@ def _trainer(
     stop = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
     trainer = Healer(
         model=adapted,
-        args=_arguments(adapted, recipe, folder),
+        args=_arguments(adapted, run, folder),
         train_dataset=examples(run.training),
         eval_dataset=examples(run.validation),
         # pads, so that windows may differ in length
@@ -170,10 +173,12 @@ def _trainer(
     return trainer
 
 
-def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> transformers.TrainingArguments:
+def _arguments(
+    adapted: PeftModel, run: TrainingRun, folder: Path
+) -> transformers.TrainingArguments:
     from transformers import TrainingArguments
 
-    weight = next(adapted.parameters())
+    recipe, weight = run.recipe, next(adapted.parameters())
     on_card = weight.device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -193,7 +198,7 @@ def _arguments(adapted: PeftModel, recipe: Recipe, folder: Path) -> transformers
         greater_is_better=False,
         logging_steps=max(1, min(recipe.eval_every, recipe.steps // 100)),
         logging_nan_inf_filter=False,  # `_progress` is to see them
-        bf16=on_card and weight.dtype == torch.bfloat16,
+        bf16=run.mixed or (on_card and weight.dtype == torch.bfloat16),
         fp16=on_card and weight.dtype == torch.float16,
         use_cpu=weight.device.type == "cpu",
         dataloader_pin_memory=False,

@@ -42,11 +42,11 @@ class OpenOptions:
         device: cpu, cuda or mps; the best there is if not given.
         dtype: float32, bfloat16 or float16; if not given, float32 on cpu, bfloat16 on cuda that
             has it, else float16.
-        precision: of reading windows, to score, search and evaluate, in a refit and of a teacher:
-            float32 keeps the model's dtype; mixed takes matrix products in bfloat16, with weights
-            and the stream of a float32 model in float32; auto times both on one window, and takes
-            mixed where that is faster by a third. Training, generation, tasks and proofs of what
-            was written are not affected.
+        precision: of reading windows, to score, search, evaluate, refit and train: float32 keeps
+            the model's dtype; mixed takes matrix products in bfloat16, with weights and the stream
+            of a float32 model in float32; auto times both on one window, and takes mixed where
+            that is faster by a third. Generation, tasks and proofs of what was written are not
+            affected.
         trust_remote_code: run the Python files that come with a Hugging Face model; look at them
             first. Without it such a model is refused, unless transformers knows its kind.
         max_seq_len: longest window in tokens, of Meta's format or streamed.

@@ -20,14 +20,16 @@ from conftest import (
 from families import FAMILIES, make
 
 from llama.formats.convert import meta_to_hf
-from short_gpt import ShortGPTError, ShortHFModel, heal_refit
+from short_gpt import Recipe, ShortGPTError, ShortHFModel, heal_lora, heal_refit
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.healing.distillation import LiveTeacher
+from short_gpt.healing import trainer
+from short_gpt.healing.distillation import Distillation, LiveTeacher
+from short_gpt.healing.lora import seconds_a_step
 from short_gpt.jobs import Cut, OpenOptions, Reading, Saving, evaluate, rank
 from short_gpt.models.decoder import without_layers
-from short_gpt.models.hf import HFDecoder
+from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime import replicas
 from short_gpt.runtime.state import read_record
@@ -189,18 +191,66 @@ def test_generation_tasks_and_proofs_are_those_of_float32_bit_for_bit(here):
     assert json.loads(Path("out/pruning.json").read_text())["precision"] == "mixed"
 
 
-def test_training_is_that_of_float32_bit_for_bit(here):
-    from short_gpt.healing.lora import heal
-    from short_gpt.healing.recipe import Recipe
+@pytest.mark.parametrize("distilled", [False, True])
+def test_training_multiplies_in_bfloat16_and_learns_in_float32(distilled, here, monkeypatch):
+    """As in float32 within what bfloat16 rounds: losses, and the direction of every change."""
+    recipe = Recipe(rank=2, steps=4, warmup=1, batch=2, eval_every=4, learning_rate=1e-2)
+    before, seen, real = {}, [], trainer.TrainingRun.measure
+    changes, losses = {}, {}
 
-    recipe, trained = Recipe(rank=2, steps=2, warmup=1, batch=2, eval_every=1), []
+    def measure(run, adapted):
+        base = adapted.get_base_model()
+        layers = base.get_submodule(find_layers(base))
+        found = dtypes(layers, lambda: seen.append(real(run, adapted)))
+        assert found[0] == {torch.bfloat16 if run.mixed else torch.float32}
+        return seen[-1]
+
+    monkeypatch.setattr(trainer.TrainingRun, "measure", measure)
     for name in ("mixed", "float32"):
-        short = open_trainable("hf", CPU if name == "float32" else OpenOptions(precision=name))
-        assert short.precision == name
-        parts = (random_windows(4, 16, seed=seed) for seed in (4, 5, 6))
-        heal(short, *parts, recipe=recipe, progress=False)
-        trained.append([p.detach().clone() for p in short.model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+        short = open_trainable("hf", replace(CPU, precision=name))
+        parts = [random_windows(6, 16, seed=seed, vocab=8) for seed in (4, 5, 6)]
+        teacher = LiveTeacher(open_trainable("hf", CPU), k=4)
+        short.remove_layers([1])
+        before = {n: p.detach().clone() for n, p in short.model.named_parameters()}
+        learned = Distillation(teacher) if distilled else None
+        healed = heal_lora(short, *parts, recipe=recipe, distillation=learned, progress=False)
+        after = dict(short.model.named_parameters())
+        assert healed.kept_step and {p.dtype for p in after.values()} == {torch.float32}
+        changes[name] = torch.cat([(after[n] - p).flatten() for n, p in before.items()])
+        losses[name] = list(healed.losses.values())
+    assert losses["mixed"] != losses["float32"]
+    assert losses["mixed"] == pytest.approx(losses["float32"], rel=0.02)
+    assert torch.cosine_similarity(*changes.values(), dim=0) > 0.95
+    assert not torch.equal(*changes.values())
+
+
+def test_training_goes_on_in_the_precision_that_it_began_with(here):
+    recipe = Recipe(rank=2, steps=2, warmup=1, batch=2, eval_every=1)
+    parts = [random_windows(4, 16, seed=seed) for seed in (4, 5, 6)]
+    heal_lora(
+        open_trainable("hf", replace(CPU, precision="mixed")),
+        *parts,
+        recipe=recipe,
+        work_dir="work",
+        progress=False,
+    )
+    with pytest.raises(ShortGPTError, match="precision"):
+        heal_lora(
+            open_trainable("hf", CPU),
+            *parts,
+            recipe=recipe,
+            work_dir="work",
+            resume=True,
+            progress=False,
+        )
+
+
+def test_the_step_that_minutes_are_planned_with_is_timed_in_mixed(here, monkeypatch):
+    short = open_trainable("hf", replace(CPU, precision="mixed"))
+    found = dtypes(
+        short.decoder.layers, lambda: seconds_a_step(short, WINDOWS[0], Recipe(rank=2, batch=1))
+    )
+    assert torch.bfloat16 in found[0]
 
 
 @pytest.mark.parametrize("asked", ["mixed", "auto"])
