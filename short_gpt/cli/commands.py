@@ -41,9 +41,9 @@ def rank(
     """Scores every layer by Block Influence and angular distance.
 
     One pass gives both. With --n and a seed, the run ends as soon as the answer of --method (bi
-    or angular) is settled: of all such runs at most 1% (--confidence 0.99) end early with another
-    answer than that of all windows, unless windows decide that make up less than 2% of all
-    (--rare 0.02). Interrupted or killed, the same command continues where it was, from the state
+    or angular) is settled: of all such runs at most 1% (--confidence 0.99) end early with an answer
+    that differs from the answer on all windows, except where fewer than 2% of the windows decide
+    it (--rare 0.02). Interrupted or killed, the same command continues where it was, from the state
     file.
 
     Example: short-gpt rank llama-2-7b --n 9 --json ranking.json
@@ -191,7 +191,7 @@ class Sampling:
         temperature: 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens with this probability.
         seed: of the sampling.
-        samples: without a PROMPT, write so many texts of the model's own to out, as --data self.
+        samples: without a PROMPT, write this many texts of the model's own to out, as --data self.
         out: new .jsonl file of these texts, which --data reads.
         skip_prefill: layers to skip while the prompt is read, as in 21,22,23; they run while text
             is added (ShortGPT-gen).
@@ -266,12 +266,12 @@ def evaluate(
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     output: Output = Output(),
 ) -> None:
-    """Sets a model beside its pruned one: perplexity and tasks.
+    """Compares a model with its pruned one: perplexity and tasks.
 
     Example: short-gpt evaluate llama-2-7b llama-2-5b --tasks piqa,arc_easy
 
     Args:
-        pruned: another, to stand beside it.
+        pruned: another model, to compare with MODEL.
     """
     record, _ = output.checked(evaluate, locals())
     models = [model] if pruned is None else [model, pruned]
@@ -335,9 +335,10 @@ def reproduce(
 def convert(model: str, out: str, *, conversion: jobs.Conversion = jobs.Conversion()) -> None:
     """Writes a model in another format: Meta's, Hugging Face's or GGUF.
 
-    GGUF and Hugging Face go to Meta's format, Meta's to Hugging Face's, and both to GGUF where OUT
-    ends with .gguf. With --shards, Meta's format in any case: so many files, for so many
-    model-parallel ranks. Files of one GGUF model (-00001-of-0000N) are joined by naming one.
+    GGUF and Hugging Face go to Meta's format, and Meta's goes to Hugging Face's. Where OUT ends
+    with .gguf, Meta's and Hugging Face's go to GGUF. With --shards N the result is Meta's format,
+    in N files for N model-parallel ranks. Files of one GGUF model (-00001-of-0000N) are joined by
+    naming one.
 
     Example: short-gpt convert llama-3-8b llama-3-8b.gguf --type q8_0
 

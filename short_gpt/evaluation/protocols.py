@@ -45,7 +45,7 @@ def protocol(
     Args:
         encode: from a text to its token ids, such as ``short.encode``.
         size: tokens of a window; published numbers have 2048.
-        limit: the first so many windows; None for all.
+        limit: at most this many windows, the first ones; None for all.
         source: a local copy or another name at the hub, as `texts` reads it, with
             the rows of the original in their order; for "ptb" and "pg19" only a path.
         bos: "every" puts one before every window, as `data.windows` does.

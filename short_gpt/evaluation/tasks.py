@@ -131,7 +131,7 @@ def run_tasks(
 
     Args:
         tasks: names of tasks, groups or tags, also with wildcards, as in ``"mmlu_*"``.
-        limit: only the first so many documents of each task, for a trial.
+        limit: only this many documents of each task, the first ones, for a trial.
         num_fewshot: examples in each prompt; None for the tasks' own numbers.
         include_path: a folder with YAML files of more tasks.
 

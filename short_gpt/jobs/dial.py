@@ -124,7 +124,7 @@ class Shrinking:
         method: that chooses the layers: auto, which refits the sets of several methods and takes
             the one of lowest held-out loss, or another of rank; auto if not given, bi with stream.
         budget: what auto may take, as rank's.
-        minutes: distill after the refit, for as long as that; not at all if not given.
+        minutes: distill after the refit, for this many minutes; not at all if not given.
         prompt: what the original, the pruned and the healed model answer, or continue where they
             have no chat template; one of ours if not given.
         to: the format to write: hf, meta or gguf (a Llama only, except from GGUF to GGUF). If not

@@ -104,8 +104,8 @@ class TextSource:
         split: split of a data set of the hub, of pg19, or of a folder that has files or sub-folders
             of that name; all else is read in full.
         column: column of the text in .jsonl, .parquet and hub data sets.
-        max_texts: take only the first so many texts; a seed draws from all that are taken, so set
-            it for a data set that is too large to be read in full.
+        max_texts: take at most this many texts, the first ones; a seed draws from all that are
+            taken, so set it for a data set that is too large to be read in full.
         chat: the texts are conversations: messages with role and content, in the column messages
             if no other is named, which the model's chat template renders.
 
@@ -151,7 +151,7 @@ class Cut:
 
     Args:
         size: tokens in a window.
-        max_windows: stop after so many; all if not given.
+        max_windows: stop after this many; all if not given.
         seed: of the random order of all windows; none reads them in the order of the texts.
         stride: tokens between the starts of windows; the size if not given, so that none overlap.
             The method auto takes at least the size.
@@ -203,7 +203,7 @@ class Reading:
         column: column of the text in .jsonl and .parquet.
         chat: the texts are conversations, in the column messages if no other is named.
         size: tokens in a window.
-        max_windows: read only the first so many windows.
+        max_windows: read only this many windows, the first ones.
         bos: first puts it before a text's first window alone, as published results do; every
             before every window; if not given, every for Gemma, which needs it.
         batch_size: windows read at once, and prompts of the tasks.
@@ -318,7 +318,7 @@ class Tasks:
 
     Args:
         tasks: names of tasks with commas between, such as piqa,arc_easy; none if not given.
-        limit: only the first so many documents of each task.
+        limit: only this many documents of each task, the first ones.
         include_path: folder with YAML files of more tasks.
         num_fewshot: examples in each prompt; the tasks' own numbers if not given.
     """

@@ -102,7 +102,7 @@ class Conversion:
             given.
         dtype: of the weights written for Meta, or read from GGUF; the source's if not given,
             float32 from GGUF, which keeps what quantized weights stand for exactly.
-        shards: write Meta's format in so many files. The embedding stays cut as it is; that of
+        shards: write Meta's format in this many files. The embedding stays cut as it is; that of
             one file is cut by vocabulary if that is Llama 3's or tied to the output head, else by
             width, as Llama 2's. Any number of files runs on any number of ranks all the same.
         tokenizer_path: tokenizer of a Meta checkpoint; looked for beside it if not given.

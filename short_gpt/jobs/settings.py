@@ -65,18 +65,18 @@ class Answer:
     """What a ranking is to answer.
 
     Args:
-        n: also print which so many layers the methods would remove.
+        n: number of layers to remove; also print which ones each method would remove.
         method: bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse,
             random, perplexity, sleb or auto, which refits the sets of several methods and takes
             the one of lowest held-out loss.
-        candidates: sleb only tries the so many layers of lowest Block Influence; all if not
+        candidates: sleb only tries this many layers, of lowest Block Influence; all if not
             given.
         budget: what auto may take, in passes over the windows that it begins with; 60 if not given.
-        confidence: of all runs, at most 1 - confidence end early with another answer than that of
-            all windows, unless windows decide that make up less than rare of all; of those that
-            end early, more may be wrong. none reads all windows.
-        rare: share of all windows that a kind of windows must make up to be guarded against by
-            that; the smaller, the more is read.
+        confidence: of all runs, at most 1 - confidence end early with an answer that differs from
+            the answer on all windows, except where a smaller share of the windows than rare
+            decides it; of those that end early, more may be wrong. none reads all windows.
+        rare: the smallest share of unusual windows that this promise covers; the smaller, the more
+            is read.
         sublayers: also score the attention and the MLP of every layer.
         paper_model: which of the paper's models this is; by its shape if not given.
 
@@ -290,7 +290,7 @@ class Settings:
         batch: windows a step.
         micro_batch: windows read at once.
         eval_every: steps between evaluations and checkpoints.
-        patience: stop after so many evaluations without a better one.
+        patience: stop after this many evaluations without a better one.
         four_bit: train over weights in 4 bits; needs bitsandbytes and CUDA.
         gradient_checkpointing: less memory, more time.
         report_to: services that the training reports to, such as wandb or tensorboard.

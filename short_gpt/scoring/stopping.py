@@ -239,7 +239,7 @@ def unsure(importance: Importance, n: int, *, angular: bool = False) -> str | No
     verdict = Stop(n, angular, 0.95).judge(importance, None, final=True)
     if verdict.z > verdict.needed:
         return None
-    why = f"by {verdict.windows:,} windows, {verdict.closest} are {verdict.apart(True)}"
+    why = f"on {verdict.windows:,} windows, {verdict.closest} are {verdict.apart(True)}"
     why = "one window gives no error" if verdict.windows < 2 else why
     return f"not sure which layers to remove: {why}; read more (`max_windows`)"
 

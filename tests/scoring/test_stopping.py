@@ -150,7 +150,7 @@ def test_a_choice_is_unsure_where_a_kept_layer_may_be_lower():
     sums["one"].add(scores((apart + spread)[:1]))  # one window tells no error
     assert unsure(sums["apart"], 2) is None
     text = unsure(sums["near"], 2)
-    assert text.startswith("not sure which layers to remove: by 12 windows, closest layers ")
+    assert text.startswith("not sure which layers to remove: on 12 windows, closest layers ")
     assert text.endswith(" needed; read more (`max_windows`)")
     assert "remove: one window gives no error; read more" in unsure(sums["one"], 2)
 
