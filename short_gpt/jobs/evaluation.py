@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,19 @@ def evaluate(
     for name in models:
         rows[name], measured = _evaluated(name, reading, own, tasks, opening, first)
         first = first or measured
-        if measured[0] is not None:  # a pair is read in one precision
-            opening = replace(opening, precision=measured[0].precision)
+        if measured[0]:  # a pair is read in one precision
+            opening = replace(opening, precision=next(iter(measured[0].values()))[0].precision)
     return rows
 
 
-# a model's perplexity, a digest of the windows' tokens, and its tasks
-Measured = tuple[Perplexity | None, str, TaskRun]
+# by text, a model's perplexity and a digest of the windows' tokens; and its tasks
+Measured = tuple[dict[str, tuple[Perplexity, str]], TaskRun]
 
 
 def _evaluated(
     name: str,
     reading: Reading,
-    own: Sequence[Sequence[str]],
+    own: Mapping[str, Sequence[str]],
     tasks: Tasks,
     opening: OpenOptions,
     first: Measured | None,
@@ -102,22 +102,21 @@ def _evaluated(
     short = open_model(name, of_source(opening, name), max_seq_len=size, max_batch_size=batch_size)
     bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
     bos += ", precision mixed" if short.about_precision else ""
-    row, changes = {"layers": float(len(short.kept))}, {}
-    perplexity, digest = None, ""
-    if reading.data != "none":
-        windows = list(reading.windows(short, own))
+    row, changes = {"layers": float(len(short.kept))}, dict[str, float]()
+    measured: dict[str, tuple[Perplexity, str]] = {}
+    for text, windows in ({} if reading.data == "none" else reading.windows(short, own)).items():
         digest = json_digest([list(window) for window in windows])
-        perplexity = short.perplexity(windows, batch_size=batch_size)
-        row[f"{reading.data} perplexity{bos}"] = perplexity.value
+        measured[text] = short.perplexity(windows, batch_size=batch_size), digest
+        row[f"{text} perplexity{bos}"] = measured[text][0].value
     run = tasks.run(short, batch_size=batch_size)
-    if first is not None:
-        # two tokenizers read other windows, whose losses are not paired
-        if perplexity is not None and first[0] is not None and digest == first[1]:
-            change = difference([first[0]], [perplexity])
+    for text, (before, digest) in ({} if first is None else first[0]).items():
+        if digest == measured[text][1]:  # two tokenizers read other windows, which are not paired
+            change = difference([before], [measured[text][0]])
             nats = {"nats change": change.nats, "nats change_stderr": change.standard_error}
-            changes = {f"{reading.data} {k}{bos}": v for k, v in nats.items() if v == v}
-        changes |= task_changes(first[2], run)
-    return row | run.named() | changes, (perplexity, digest, run)
+            changes |= {f"{text} {k}{bos}": v for k, v in nats.items() if v == v}
+    if first is not None:
+        changes |= task_changes(first[1], run)
+    return row | run.named() | changes, (measured, run)
 
 
 def write_samples(

@@ -7,7 +7,7 @@ the help does without.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -198,12 +198,12 @@ class Reading:
 
     Args:
         data: wikitext-2, c4, ptb or pg19, cut as published results do; a local file or folder, or
-            several with commas between, read in equal parts; none.
+            several with commas between, each judged on its own; none.
         source: a local copy of wikitext-2, c4, ptb (which needs one) or pg19.
         column: column of the text in .jsonl and .parquet.
         chat: the texts are conversations, in the column messages if no other is named.
         size: tokens in a window.
-        max_windows: read only this many windows, the first ones.
+        max_windows: read only this many windows, the first ones; of several texts an equal part.
         bos: first puts it before a text's first window alone, as published results do; every
             before every window; if not given, every for Gemma, which needs it.
         batch_size: windows read at once, and prompts of the tasks.
@@ -234,24 +234,30 @@ class Reading:
             raise ShortGPTError(f"`column` and `chat` are of other texts than {self.data}")
         Cut(self.size, self.max_windows, bos=self.bos).check()
 
-    def own_texts(self) -> list[list[str]]:
+    def own_texts(self) -> dict[str, list[str]]:
         """The texts of each local file or folder; none of a published protocol."""
         from short_gpt.evaluation.protocols import PROTOCOLS
 
         if self.data in ("none", *PROTOCOLS):
-            return []
+            return {}
         column = TextSource(self.data, column=self.column, chat=self.chat).column
-        return [[*read_texts(name, None, column, None)] for name in source_names(self.data)]
+        names = source_names(self.data)
+        return {name: [*read_texts(name, None, column, None)] for name in names}
 
-    def windows(self, short: ShortModel, own: Sequence[Sequence[str]]) -> Iterable[list[int]]:
-        """Windows of the protocol's text, or of ``own``."""
+    def windows(
+        self, short: ShortModel, own: Mapping[str, Sequence[str]]
+    ) -> dict[str, list[list[int]]]:
+        """By name, windows of the protocol's text, or of each of ``own``."""
         from short_gpt.evaluation.protocols import protocol
 
         size, limit, bos = self.size, self.max_windows, self.bos or short.bos
-        if own:
-            return Cut(size, limit, None, bos=bos).mixed(own, short.encode)
-        source = self.source
-        return protocol(self.data, short.encode, size=size, limit=limit, source=source, bos=bos)
+        if not own:
+            source = self.source
+            read = protocol(self.data, short.encode, size=size, limit=limit, source=source, bos=bos)
+            return {self.data: list(read)}
+        each = None if limit is None else max(1, limit // len(own))
+        cut = Cut(size, each, None, bos=bos)
+        return {name: list(cut.windows(texts, short.encode)) for name, texts in own.items()}
 
 
 # How to run

@@ -9,6 +9,7 @@ import re
 import string
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -205,14 +206,22 @@ def test_evaluate_and_convert(here):
     }
 
 
-def test_evaluate_reads_several_files_by_turns_and_a_column(here):
+def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
+    prune("ckpt", "small", layers=[1])
     book = Path("book.txt").read_text()
     Path("rows.jsonl").write_text(json.dumps({"prose": book[::-1]}))
-    reading = Reading("book.txt,rows.jsonl", column="prose", size=32, max_windows=2)
-    found = evaluate(["ckpt"], reading)["ckpt"]["book.txt,rows.jsonl perplexity"]
-    short = open_model("ckpt")
-    own = [next(iter(windows([text], short.encode, size=32))) for text in (book, book[::-1])]
-    assert found == pytest.approx(short.perplexity(own, progress=False).value)
+    reading = Reading("book.txt,rows.jsonl", column="prose", size=32, max_windows=5)
+    found = evaluate(["ckpt", "small"], reading)
+    for name, text in (("book.txt", book), ("rows.jsonl", book[::-1])):
+        losses = []
+        for model in ("ckpt", "small"):
+            short = open_model(model)
+            own = [*islice(windows([text], short.encode, size=32, stride=32), 2)]
+            measured = short.perplexity(own, progress=False)
+            assert found[model][f"{name} perplexity"] == pytest.approx(measured.value)
+            losses.append(measured.nats / measured.tokens)
+        change = found["small"][f"{name} nats change"]
+        assert change == pytest.approx(losses[1] - losses[0], abs=1e-6) and change
 
 
 def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
