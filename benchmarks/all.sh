@@ -53,7 +53,7 @@ EOF
     python -m short_gpt prune smollm2.gguf less-8.gguf --layers 2,3,12,13,14,15,17,25 --overwrite
 }
 
-script scoring scoring --repeats 20
+script scoring scoring --repeats 20 --mixed
 script greedy greedy --count 1 --size 256 --repeats 3
 script stopping stopping --windows 600 --scores stopping_windows.npz
 script coverage coverage
@@ -94,7 +94,8 @@ script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wi
 script training_choices training_choices --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt \
     --rows lora,lora-3e-3,lora-all-maps,full-1e-4,lora-from-gap,lora-all-maps-from-gap
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
-script tasks tasks --source tasks --wikitext wikitext2_test.txt --state tasks.state
+script tasks tasks --source tasks --wikitext wikitext2_test.txt --counts 2,4 --documents 100 \
+    --state tasks.state
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \
     --sets auto,bi --auto 10,12,13,14,15,16,17,18 \
     --rows "pruned,refit,auto linearpatch,auto ghosted,auto replaceme,auto refit-own"

@@ -64,7 +64,7 @@ def main(
     short = build()
     kinds = judged_by(short, also, others, judged, size)
     identity = {"model": short.identity(), "learned": learned, "judged by": json_digest(kinds)}
-    identity |= {"budget": budget, "mixed": mixed}
+    identity |= {"budget": budget} | ({"mixed": True} if mixed else {})
     cells = Cells(StateFile(f"{out or 'choices'}.state", identity, every=0.0))
     rows: list[dict[str, Any]] = []
     for draw in range(draws):

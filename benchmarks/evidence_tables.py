@@ -103,6 +103,20 @@ def own_samples() -> list[str]:
     return [row(name, *map(_own, cells.values())) for name, cells in rows.items()]
 
 
+def own_choices() -> list[str]:
+    """The layers that Block Influence chooses on own samples and on real text, as pruned."""
+    found = result("own_samples")["choices"]["sets"]
+    texts = {"book": "24 windows of the book", "novels": "24 of novels", "own-24": "24 of own text"}
+    return [
+        row(
+            texts[name],
+            layer_set(own["layers"]),
+            *(_own(cell) for kind, cell in own.items() if kind != "layers"),
+        )
+        for name, own in found.items()
+    ]
+
+
 def _own(cell: dict) -> str:
     if not cell["nats"]:
         return f"{cell['perplexity']:.2f}"

@@ -118,6 +118,8 @@ def main(
     chosen = {name: sorted(given[name] or run.chosen(name)) for name in dict.fromkeys(sets)}
     ends = documents or run.wanted(sorted(bi or run.chosen("bi")))
     ends = [ends] if isinstance(ends, int) else list(ends)
+    if ends != sorted({*ends}):
+        raise ValueError(f"documents {ends}: expected rising numbers")
     run.blocks = run.divided(ends)
     print(f"{ends[-1]} documents of each task, or all; layers {chosen}")
     found, agreement = rows_of(run, chosen, rows)

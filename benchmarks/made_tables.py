@@ -34,6 +34,7 @@ def scoring() -> list[str]:
     rows = {
         "scoring / bare pass through embeddings and layers": spread(ratios["scoring / bare"]),
         "of this, inside the hooks": share,
+        "scoring with products in bfloat16 / bare pass": spread(ratios["mixed / bare"]),
         "public way / bare pass": spread(ratios["public / bare"]),
         "public way / scoring": spread(ratios["public / scoring"]),
         "our bare pass / transformers' `LlamaModel`": spread(ratios["bare / transformers"]),
@@ -416,7 +417,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost of scoring": table("| | median (range) |", scoring),
     **{
         f"tasks with {n} layers removed": table(TASKS.format(n), partial(evidence.tasks, n))
-        for n in (2, 4, 8)
+        for n in (2, 4)
     },
     "what healings keep": table(KEPT, evidence.kept),
     "each task": table(KEPT_TASKS, evidence.kept_tasks),
@@ -455,6 +456,10 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "own samples": table(
         "| fitted on | held-out chapters | novels | WikiText-2, second half |", evidence.own_samples
+    ),
+    "layers chosen on own samples": table(
+        "| chosen on | layers | held-out chapters | novels | WikiText-2, second half |",
+        evidence.own_choices,
     ),
     "coverage of intervals": table(COVERED, evidence.intervals),
     "early stops": table(STOPPED, stopping),

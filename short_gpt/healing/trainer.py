@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 Window = Sequence[int]
 RECIPE = "recipe.json"  # which run the checkpoints belong to
 LAST = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 DIGESTS = "digests.json"  # of a checkpoint's files, written after them
 
 
@@ -101,6 +102,7 @@ def train(
         quiet(),
         deterministic(),
         kept_config(adapted),
+        own_precision(),
         bar("healing", total=recipe.steps, unit="step", show=run.show) as shown,
     ):
         before = run.measure(adapted)
@@ -359,6 +361,18 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Without accelerate's variable, which transformers 4 sets for all later trainings."""
+    before = os.environ.pop(PRECISION, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(PRECISION, None)
+        if before is not None:
+            os.environ[PRECISION] = before
 
 
 @contextmanager

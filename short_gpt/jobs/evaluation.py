@@ -54,9 +54,10 @@ def evaluate(
     single settings by their names, in place of objects: ``data="novels/"``, ``tasks="piqa"``.
 
     Returns:
-        By model: its number of layers, perplexity, and metrics of the tasks. Of every model except
-        the first also how much the loss of a token and each metric changed, with the standard error
-        paired over windows and documents, as in "piqa acc change" and "piqa acc change_stderr".
+        By model: its number of layers, the perplexity of each text, and metrics of the tasks. Of
+        every model except the first also how much the loss of a token and each metric changed, with
+        the standard error paired over windows and documents, as in "piqa acc change" and
+        "piqa acc change_stderr".
 
     Example:
         >>> evaluate(["llama-2-7b", "llama-2-5b"])["llama-2-5b"]["layers"]  # doctest: +SKIP

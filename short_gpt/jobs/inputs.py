@@ -232,6 +232,14 @@ class Reading:
             check_copy(self.data, self.source)
         if (self.chat or self.column != Reading.column) and self.data in PROTOCOLS:
             raise ShortGPTError(f"`column` and `chat` are of other texts than {self.data}")
+        names = source_names(self.data)
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise ShortGPTError(f"`data` names {twice[0]} twice: name it once")
+        if self.max_windows is not None and self.max_windows < len(names):
+            raise ShortGPTError(
+                f"`max_windows` = {self.max_windows}: expected at least one for each of "
+                f"{len(names)} texts"
+            )
         Cut(self.size, self.max_windows, bos=self.bos).check()
 
     def own_texts(self) -> dict[str, list[str]]:
@@ -255,7 +263,7 @@ class Reading:
             source = self.source
             read = protocol(self.data, short.encode, size=size, limit=limit, source=source, bos=bos)
             return {self.data: list(read)}
-        each = None if limit is None else max(1, limit // len(own))
+        each = None if limit is None else limit // len(own)
         cut = Cut(size, each, None, bos=bos)
         return {name: list(cut.windows(texts, short.encode)) for name, texts in own.items()}
 

@@ -94,6 +94,19 @@ def mixed() -> str:
     return losses
 
 
+def scored_mixed() -> str:
+    """What products in bfloat16 gain and change of scoring."""
+    found = result("scoring")
+    other = found["mixed against float32"]
+    assert other["the lowest 12 layers in the same order"]
+    differs = f"{other['largest relative difference of Block Influence']:.2%}"
+    assert f"over {len(found['seconds']['mixed'])} windows differs by at most {differs}" in flowing(
+        "docs/scaling.md"
+    )
+    time = spread(found["ratios"]["mixed / bare"], 2)
+    return f"takes {time} of the time of a bare pass in float32"
+
+
 SENTENCES = {
     "docs/results.md": (
         *(lambda i=i: shares()[i] for i in range(5)),
@@ -115,6 +128,7 @@ SENTENCES = {
     "docs/scaling.md": (
         least,
         mixed,
+        scored_mixed,
         lambda: f"at most {misled():.2%} of the runs ended early and wrong",
     ),
     "docs/serve.md": (served_sets, slower),

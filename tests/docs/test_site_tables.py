@@ -17,7 +17,7 @@ DOCS = [page for page in PAGES if page.startswith("docs/")]
 LAYERS = r"\d+(?:, \d+)+(?= \|)"
 # The tables of pruned models, and how many different sets of layers each names.
 SETS = {
-    **{f"tasks with {n} layers removed": 1 for n in (2, 4, 8)},
+    **{f"tasks with {n} layers removed": 1 for n in (2, 4)},
     "choices on other samples": 16,
     "methods and healings": 7,
     "how near the best choice": 5,
@@ -30,6 +30,7 @@ SETS = {
     "refit by windows": 1,
     "attention sinks": 5,
     "automatic choice": 16,
+    "layers chosen on own samples": 3,
     "what healings keep": 2,
     "each task": 2,
 }

@@ -222,6 +222,10 @@ def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
             losses.append(measured.nats / measured.tokens)
         change = found["small"][f"{name} nats change"]
         assert change == pytest.approx(losses[1] - losses[0], abs=1e-6) and change
+    with pytest.raises(ShortGPTError, match="`max_windows` = 1: expected at least one for each of"):
+        evaluate(["ckpt"], replace(reading, max_windows=1))
+    with pytest.raises(ShortGPTError, match=r"`data` names book.txt twice: name it once"):
+        evaluate(["ckpt"], Reading("book.txt,book.txt", size=32))
 
 
 def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
