@@ -795,8 +795,8 @@ def test_the_training_reports_where_the_recipe_says(tmp_path, monkeypatch):
         ("wandb", ["wandb"]),
         ("wandb,trackio", ["wandb", "trackio"]),
     ):
-        arguments = trainer._arguments(model, changed(report_to=asked), tmp_path)
-        assert arguments.report_to == expected
+        run = TrainingRun([[1]], [[2]], changed(report_to=asked))
+        assert trainer._arguments(model, run, tmp_path).report_to == expected
     runs = [TrainingRun([[1]], [[2]], changed(report_to=to)) for to in (None, "wandb")]
     assert runs[0].identity(model) == runs[1].identity(model)
     assert runs[0].identity(model) != TrainingRun([[1]], [[2]], changed(steps=7)).identity(model)
