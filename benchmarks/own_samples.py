@@ -33,6 +33,7 @@ from refits import Losses, by_kind
 
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
+from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.jobs import WindowScores, agreement
 from short_gpt.jobs.calibration import score_windows
@@ -66,6 +67,17 @@ SOURCES = {
     "book+wikitext-96": Source(book=48, wikitext=48),
     "book+wikitext+own-96": Source(48, 24, 24),
 }
+PAIRS = (  # rows whose difference is written: of the first from the second
+    ("own-24", "book+wikitext-24"),
+    ("own-96", "book+wikitext-96"),
+    ("a third each-24", "book+wikitext-24"),
+    ("book+wikitext+own-96", "book+wikitext-96"),
+    ("own-192", "own-96"),
+    ("own-192", "own-12"),
+    ("own-24-at-0.7", "own-24"),
+    ("own-24-at-1.2", "own-24"),
+    ("chats-24", "own-24"),
+)
 
 
 def main(
@@ -103,6 +115,7 @@ def main(
     print(shown(table))
     chosen = run.choices(len(gone), cut(short, documents[1::2], 24, SIZE)) if choices else None
     content = {"layers_removed": gone, "tokens_per_window": SIZE}
+    content |= {"differences": differences(found)}
     content |= {"windows_to_judge_by": HELD, "rows": table, "choices": chosen}
     finish("own_samples", [], content, out=out, overwrite=overwrite)
 
@@ -165,7 +178,22 @@ class _Run(NamedTuple):
             print(f"{name:<8} removes {gone}: " + perplexities(costs[name]))
         pairs = combinations(scores, 2)
         agreed = [agreement((a, b), scores[a], scores[b])._asdict() for a, b in pairs]
-        return {"sets": costs, "agreement": agreed}
+        own, other = (
+            self.losses(f"pruned {sets[name]}", sets[name]) for name in ("own-24", "novels")
+        )
+        return {"sets": costs, "novels less own-24": apart(own, other), "agreement": agreed}
+
+
+def apart(first: Losses, second: Losses) -> dict[str, dict[str, float]]:
+    """By kind, the nats per token that the second loses more, and their paired standard error."""
+    found = {kind: difference(own, second[kind]) for kind, own in first.items()}
+    return {k: {"nats": d.nats, "standard_error": d.standard_error} for k, d in found.items()}
+
+
+def differences(found: Mapping[str, Losses]) -> dict[str, dict[str, dict[str, float]]]:
+    """The pairs that are measured, as `apart`."""
+    pairs = [(one, other) for one, other in PAIRS if one in found and other in found]
+    return {f"{one} less {other}": apart(found[other], found[one]) for one, other in pairs}
 
 
 def perplexities(cells: Mapping[str, Any]) -> str:

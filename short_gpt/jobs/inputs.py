@@ -232,6 +232,7 @@ class Reading:
             check_copy(self.data, self.source)
         if (self.chat or self.column != Reading.column) and self.data in PROTOCOLS:
             raise ShortGPTError(f"`column` and `chat` are of other texts than {self.data}")
+        Cut(self.size, self.max_windows, bos=self.bos).check()
         names = source_names(self.data)
         if twice := [name for number, name in enumerate(names) if name in names[:number]]:
             raise ShortGPTError(f"`data` names {twice[0]} twice: name it once")
@@ -240,7 +241,6 @@ class Reading:
                 f"`max_windows` = {self.max_windows}: expected at least one for each of "
                 f"{len(names)} texts"
             )
-        Cut(self.size, self.max_windows, bos=self.bos).check()
 
     def own_texts(self) -> dict[str, list[str]]:
         """The texts of each local file or folder; none of a published protocol."""

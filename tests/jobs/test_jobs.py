@@ -49,6 +49,7 @@ from short_gpt.jobs import (
     reproduce,
 )
 from short_gpt.jobs.settings import takes_fields
+from short_gpt.runtime.progress import DryRun
 from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -224,6 +225,10 @@ def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
         assert change == pytest.approx(losses[1] - losses[0], abs=1e-6) and change
     with pytest.raises(ShortGPTError, match="`max_windows` = 1: expected at least one for each of"):
         evaluate(["ckpt"], replace(reading, max_windows=1))
+    with pytest.raises(ShortGPTError, match="max_windows = 0: expected a whole number"):
+        evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=0))
+    with pytest.raises(DryRun, match="all 4 "):  # two of each
+        evaluate(["ckpt"], reading, dry_run=True)
     with pytest.raises(ShortGPTError, match=r"`data` names book.txt twice: name it once"):
         evaluate(["ckpt"], Reading("book.txt,book.txt", size=32))
 

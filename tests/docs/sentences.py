@@ -1,0 +1,256 @@
+"""Sentences of README and the docs that print what was measured, made from the JSON files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from evidence_tables import adapter, kept, swept, swept_beside
+from healing_tables import above, group, minutes, novels, passes
+from made_tables import (
+    default_cut,
+    greedy,
+    healed,
+    least,
+    own_text,
+    refit_passes,
+    rows,
+    searched,
+    served_sets,
+    slower,
+    solved,
+    spread,
+)
+from pages import flowing, result
+
+
+def distilled() -> str:
+    """A distilled model's perplexities, as a part of a sentence."""
+    rows = result("distillation")["rows"]
+    (chapters, _, novels), (_, _, whole) = (
+        [f"{found['perplexity']:.2f}" for found in rows[name].values()]
+        for name in ("distill", "whole")
+    )
+    on_novels = f"{novels} on 8 windows of novels (original model: {whole})"
+    return f"to {chapters} on the same chapters and {on_novels}"
+
+
+def restored(kind: int) -> str:
+    """What a refit on chapters alone restores of a kind of text, as a page prints it."""
+    return f"{[*group('windows')['16 + 0']['healed'].values()][kind]['restored']:.0%}"
+
+
+def misled() -> float:
+    """The largest share of runs that ended early and wrong on windows made to mislead."""
+    return max(1 - case["misled"]["agreement"] for case in result("stopping")["cases"].values())
+
+
+def last_words(state: str) -> str:
+    """The share of passages whose last word a model predicts, as a page prints it."""
+    return f"{result('tasks')['rows'][state]['tasks']['lambada_openai acc']['value']:.0%}"
+
+
+def shares() -> list[str]:
+    """Sentences on the shares of a mean over tasks that are kept."""
+    rows = result("kept")["rows"]
+    share = {name: f"{row['mean']['share']:.1%}" for name, row in rows.items()}
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in kept()]
+    without = {name: row[4] for name, row in zip(rows, cells, strict=True)}
+    auto, bi = share["auto refit"], share["bi pruned"]
+    return [
+        f"As pruned, Block Influence's set keeps {bi}, nearly as much as auto's",
+        f"and leaves the tasks at {share['bi refit']}. Over",
+        f"the mean is {result('kept')['kendall']['healed']['tau']:.2f};",
+        f"auto's set keeps {without['auto pruned']} as pruned, {without['auto linearpatch']} with "
+        f"LinearPatch, and {without['auto refit']} refitted",
+        f"from the mix with real text: {share['auto refit-own']} against {auto}, and "
+        f"{without['auto refit-own']} against {without['auto refit']} without boolq",
+    ]
+
+
+def mixed() -> str:
+    """What products in bfloat16 gain and cost."""
+    found = result("mixed")
+    first, second = (f"{ratio:.2f}" for ratio in found["ratios"])
+    (one, two, three) = (
+        f"{row['change']:.3f} ({row['standard_error']:.3f})" for row in found["rows"].values()
+    )
+    one = one.replace("(", "nats (standard error ")
+    times = f"takes {first} and {second} of the time in float32"
+    losses = f"{one} on held-out chapters, {two} on WikiText-2's second half and {three} on novels"
+    assert found["layers"] == {"float32": [10, *range(12, 19)], "mixed": [*range(11, 19)]}
+    assert times in flowing("docs/scaling.md")
+    return losses
+
+
+def scored_mixed() -> str:
+    """What products in bfloat16 gain and change of scoring."""
+    found = result("scoring")
+    other = found["mixed against float32"]
+    assert other["the lowest 12 layers in the same order"]
+    differs = f"{other['largest relative difference of Block Influence']:.2%}"
+    assert f"over {len(found['seconds']['mixed'])} windows differs by at most {differs}" in flowing(
+        "docs/scaling.md"
+    )
+    time = spread(found["ratios"]["mixed / bare"], 2)
+    return f"takes {time} of the time of a bare pass in float32"
+
+
+def apart(pair: str, kind: str, *, error: bool = False) -> str:
+    """Nats per token between two refits on other text, or their error, as a page prints it."""
+    found = result("own_samples")["differences"][pair][kind]
+    return f"{abs(found['standard_error' if error else 'nats']):.2f}"
+
+
+def spanned(pair: str, kinds: Sequence[str] = ("book", "novels", "wikitext")) -> str:
+    """The least and the greatest of these differences."""
+    low, high = (pick(apart(pair, kind) for kind in kinds) for pick in (min, max))
+    return f"{low} to {high}"
+
+
+def own_sentences() -> list[str]:
+    """Sentences on refits on own samples, and on layers chosen on them."""
+    few, many, third, half = (
+        f"{one} less book+wikitext-{windows}"
+        for one, windows in (
+            ("own-24", 24),
+            ("own-96", 96),
+            ("a third each-24", 24),
+            ("book+wikitext+own-96", 96),
+        )
+    )
+    more, last = "own-192 less own-12", "own-192 less own-96"
+    found = result("own_samples")["choices"]
+    agreed = {(a["first"], a["second"]): a["correlation"] for a in found["agreement"]}
+    worse = found["novels less own-24"]["novels"]
+    return [
+        f"With 24 windows it has {apart(few, 'novels')} nats less than the book and WikiText-2 "
+        f"together (paired standard error {apart(few, 'novels', error=True)}), with 96 windows "
+        f"{apart(many, 'novels')} nats less ({apart(many, 'novels', error=True)})",
+        f"the mix has {apart(third, 'novels')} nats less on novels "
+        f"({apart(third, 'novels', error=True)}) than the two real texts alone, and "
+        f"{apart(third, 'book')} more on the book",
+        f"and {apart(half, 'wikitext')} nats more on WikiText-2 and {apart(half, 'book')} more on "
+        "the book than without it",
+        f"the loss falls by {apart(more, 'novels')} nats on novels, {apart(more, 'wikitext')} on "
+        f"WikiText-2 and {apart(more, 'book')} on the book. The last doubling, from 96 to 192, "
+        f"still gains {spanned(last)}",
+        f"At 0.7 the loss is {spanned('own-24-at-0.7 less own-24')} nats higher on each kind. At "
+        f"1.2 it is {spanned('own-24-at-1.2 less own-24', ('book', 'novels'))} higher",
+        f"by {spanned('chats-24 less own-24')} nats",
+        f"on novels by {worse['nats']:.2f} nats (paired standard error "
+        f"{worse['standard_error']:.2f}). Its scores have a rank correlation of "
+        f"{agreed['book', 'own-24']:.2f} with those on the book, and of "
+        f"{agreed['own-24', 'novels']:.2f} with those on novels",
+    ]
+
+
+def text_sentences() -> list[str]:
+    """Sentences on layers chosen on one text, and refitted on it, and judged on others."""
+    found = result("calibration")["calibration"]
+    prose, other = ("bible", "wikitext", "novels"), ("questions", "code")
+    excess = {(c["healing"], c["choice"], c["text"]): c["excess"] for c in found["cells"]}
+    moved = [excess["raw", choice, text] for choice in other for text in prose]
+    alone = [excess["refit", a, b] for a in (*prose, *other) for b in (*prose, *other) if a != b]
+    mix = max(excess["refit", "mix", text] for text in (*prose, *other))
+    pairs = [(a["first"] == a["second"], a["correlation"]) for a in found["agreement"]]
+    two, halves = (min(c for same, c in pairs if same is one) for one in (False, True))
+    return [
+        f"correlate at {two:.2f} and more, those of two halves of one text at {halves:.2f}",
+        f"code cost {min(moved):.2f} to {max(moved):.2f} nats more on prose",
+        f"it costs the others {min(alone):.2f} to {max(alone):.2f} nats more than their own refit",
+        f"refits on different texts are up to {max(alone):.2f} nats apart",
+        f"it is within {mix:.2f} nats of every text's own refit",
+    ]
+
+
+def task_sentences() -> list[str]:
+    """Sentences on what healings restore of losses and of LAMBADA's last word."""
+    rows = result("tasks")["rows"]
+    shares, words, errors = dict[str, list[float]](), list[list[str]](), list[float]()
+    for count in (2, 4):
+        pruned, *healed = (rows[f"{count} less{how}"] for how in ("", ", refitted", ", distilled"))
+        for how, own in zip(("refit", "distilled"), healed, strict=True):
+            for text in ("held-out chapters", "WikiText-2"):
+                share = 1 - own["texts"][text]["nats"] / pruned["texts"][text]["nats"]
+                shares.setdefault(how, []).append(share)
+        lost = [own["tasks"]["lambada_openai perplexity"] for own in (pruned, *healed)]
+        words.append([f"{-word['change']:.2f}" for word in lost])
+        errors += [word["standard_error"] for word in lost]
+    span = {how: f"{min(own):.0%} to {max(own):.0%}" for how, own in shares.items()}
+    (a, b, c), (d, e, f) = words
+    return [
+        f"the refit restores {span['refit']} of what pruning costs, and refit plus distillation "
+        f"restores {span['distilled']}",
+        f"the last word is {a} nats worse when pruned, {b} refitted and {c} distilled with 2 "
+        f"layers removed, and {d}, {e} and {f} nats worse with 4, each with an error of "
+        f"{min(errors):.2f} to {max(errors):.2f} nats",
+        f"in {last_words('4 less')} of the cases instead of {last_words('whole')}",
+    ]
+
+
+def optimal_sentences() -> list[str]:
+    """Sentences on how near the best of all sets the choices come."""
+    found = result("optimality")
+    names = {1: "first", 2: "second"}
+    best = {how: ", ".join(map(str, found["best"][how]["layers"])) for how in ("raw", "healed")}
+    greedy = {how: found["choices"]["sleb"][how]["rank"] for how in ("raw", "healed")}
+    after, both = found["checked"]["rank_correlation"], found["rank_correlation_of_raw_with_healed"]
+    return [
+        f"ranks {names[greedy['raw']]} of {found['sets']} when pruned, where the best set is "
+        f"{best['raw']}, and {greedy['healed']}th when refitted, where the best is "
+        f"{best['healed']}",
+        f"a rank correlation of {after['healed']:.2f} with the loss after the cheap refit, and of "
+        f"{after['raw']:.2f} with the pruned loss",
+        f"the pruned and the refitted losses correlate by {both:.2f}",
+    ]
+
+
+MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
+    "docs/results.md": (
+        shares,
+        task_sentences,
+        optimal_sentences,
+        greedy,
+        novels,
+        adapter,
+        default_cut,
+        lambda: (
+            f"`sleb_healed`, when pruned, by {above('raw')['sleb_healed']}. For all other choices"
+        ),
+    ),
+    "docs/calibration.md": (own_sentences, text_sentences),
+    "docs/healing.md": (
+        lambda: healed().replace("8 layers removed", "8 of 30 layers removed"),
+        lambda: f"took {passes()} times",
+        lambda: f"On two CPU cores it took {minutes()}",
+        lambda: f"it restores {restored(0)} of the lost nats on held-out chapters",
+        lambda: f"{restored(2)} on novels and {restored(1)} on WikiText-2",
+    ),
+    "docs/scaling.md": (
+        least,
+        mixed,
+        scored_mixed,
+        lambda: f"at most {misled():.2%} of the runs ended early and wrong",
+    ),
+    "docs/serve.md": (served_sets, slower),
+    "docs/prune-8b.md": (solved, searched, refit_passes),
+    "docs/choose.md": (
+        lambda: f"in {last_words('4 less')} of the cases instead of {last_words('whole')}",
+    ),
+    "docs/limits.md": (swept, swept_beside),
+    "README.md": (
+        swept,
+        lambda: f"original model: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
+        own_text,
+        distilled,
+        lambda: f"restores {restored(0)} of the lost nats on its held-out chapters",
+        lambda: f"and {restored(2)} on novels",
+        lambda: f"Scoring costs {spread(result('scoring')['ratios']['scoring / bare'])} times",
+    ),
+}
+
+
+def sentences(page: str) -> list[str]:
+    """All that stand in a page."""
+    made = [make() for make in MADE[page]]
+    return [one for own in made for one in ([own] if isinstance(own, str) else own)]
