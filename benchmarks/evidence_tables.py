@@ -356,12 +356,12 @@ def swept_beside() -> str:
     lacking = _said("build", "ImportError: TimmWrapperModel requires the timm")
     installed = f"{_names(lacking)} needs timm, which was not installed. " if lacking else ""
     return (
-        f"{len(_said('remove', 'ok without'))} lost another pair of layers, because {first} and "
-        f"{second} were refused. {installed}With transformers' cache "
-        f"{len(_said('generate', 'theirs'))} generate otherwise, or not at all, as their original "
-        f"models do. For {len(_said('gguf', 'theirs'))} llama.cpp or its converter does not make, "
-        f"open or run the original model's file, and in {len(_said('gguf', 'refused'))} we refuse "
-        "to cut it."
+        f"The sweep removes layers {first} and {second}. In {len(_said('remove', 'ok without'))} "
+        f"architectures, where that is refused, it removes another pair. {installed}With the cache "
+        f"of transformers, {len(_said('generate', 'theirs'))} generate another text than without "
+        f"it, or none; so do their original models. For {len(_said('gguf', 'theirs'))}, llama.cpp or "
+        "its converter cannot make, open or run a file of the original model; for "
+        f"{len(_said('gguf', 'refused'))}, we refuse to cut the file."
     )
 
 

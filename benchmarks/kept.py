@@ -282,12 +282,26 @@ class Run:
             return
         print(f"=== {row} {layers}: {len(missing)} cells", flush=True)
         begun, short, plan = time.perf_counter(), self.healed(row, layers), self._plan(row, layers)
+        self._check_same(f"{row} {layers}", short)
         for cell in missing:
             is_text = cell.split(": ")[-1] in self.kinds
             take = self.cells.losses if is_text else self.cells.value
             take(cell, partial(plan[cell], short))
         self._file(row, layers).unlink(missing_ok=True)
         print(f"=== {row}: {time.perf_counter() - begun:.0f} s", flush=True)
+
+    def _check_same(self, name: str, short: ShortHFModel) -> None:
+        """A row that grows was healed again: its losses must be those that were measured."""
+        for kind, windows in self.kinds.items():
+            if (cell := f"{name}: {kind}") not in self.cells:
+                continue
+            (now,) = losses(short.decoder, windows[:1], progress=False)
+            before = self.cells.losses(cell, list)[0]
+            if abs(now.nats - before.nats) / now.tokens > CLOSE:
+                raise ValueError(
+                    f"{name}: healed again, it has {now.nats:.4f} nats on a window of {kind}, "
+                    f"{before.nats:.4f} before; measure all its documents on one machine"
+                )
 
     def _file(self, row: str, layers: Sequence[int]) -> Path:
         return Path(f"{self.path}.{row}-{'-'.join(map(str, layers))}.pt")

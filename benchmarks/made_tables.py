@@ -182,8 +182,8 @@ def own_text() -> str:
     rows = result("own_samples")["rows"]
     own, real = (f"{rows[name]['novels']['restored']:.0%}" for name in OWN_OR_REAL)
     return (
-        f"24 windows of its own text restore {own} of the loss that pruning added; 24 windows of "
-        f"two other texts restore {real}"
+        f"24 windows of 512 tokens of its own text restore {own} of the loss that pruning "
+        f"added; 24 windows of two other texts restore {real}"
     )
 
 

@@ -50,7 +50,10 @@ if TYPE_CHECKING:
     from short_gpt.wrappers.short_llama import ShortLlama
     from short_gpt.wrappers.short_model import ShortModel
 else:
-    _new, __dir__ = lazy(__name__)
+    _new, _names = lazy(__name__)
+
+    def __dir__():
+        return [*_names(), "__version__"]
 
     def __getattr__(name):
         if name in REMOVED:

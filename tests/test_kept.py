@@ -297,6 +297,15 @@ def test_a_result_that_grows_by_documents_is_that_of_all_at_once(lm_eval, argume
     grown = ended(**{**begun, "documents": (3, 4, 9)})
     asked = [[len(v) for v in own["local_lambada_openai"].values()] for own in taken]
     assert asked == [[1, 1]] * 2 + [[1, 1]] * 2  # of the original and of the pruned model
+    healed = kept.Run.healed
+    changed = {**begun, "documents": (3, 4, 9), "rows": "refit"}
+    ended(**{**changed, "documents": 3})
+    monkeypatch.setattr(  # which is another model
+        kept.Run, "healed", lambda run, row, layers: healed(run, "pruned", layers)
+    )
+    with pytest.raises(ValueError, match="healed again, it has"):
+        kept.main(**changed)
+    monkeypatch.setattr(kept.Run, "healed", healed)
     once = ended(**{**begun, "documents": 9, "out": str(folder / "once.json")})
     assert grown["documents"] == once["documents"] == 9
     for name, row in once["rows"].items():

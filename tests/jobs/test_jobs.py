@@ -538,7 +538,7 @@ def test_the_package_says_its_version_and_shows_what_is_public():
     from importlib.metadata import version
 
     assert short_gpt.__version__ == version("short-gpt")
-    assert dir(short_gpt) == sorted(short_gpt.__all__)
+    assert dir(short_gpt) == sorted([*short_gpt.__all__, "__version__"])
 
 
 CHATS = [
