@@ -359,8 +359,8 @@ def swept_beside() -> str:
         f"The sweep removes layers {first} and {second}. In {len(_said('remove', 'ok without'))} "
         f"architectures, where that is refused, it removes another pair. {installed}With the cache "
         f"of transformers, {len(_said('generate', 'theirs'))} generate another text than without "
-        f"it, or none; so do their original models. For {len(_said('gguf', 'theirs'))}, llama.cpp or "
-        "its converter cannot make, open or run a file of the original model; for "
+        f"it, or none; so do their original models. For {len(_said('gguf', 'theirs'))}, llama.cpp "
+        "or its converter cannot make, open or run a file of the original model; for "
         f"{len(_said('gguf', 'refused'))}, we refuse to cut the file."
     )
 
