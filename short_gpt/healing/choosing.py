@@ -267,27 +267,29 @@ class _Choosing:
     def _searched(self, name: str, scores: Importance) -> list[int]:
         """The layers that a search would remove; none where the budget does not allow it."""
         short, n, few = self._short, self._n, self._fit[:FEW]
+        steps, price = 1, most_layers_run(self._count, n) * len(few)
         if name == STEPWISE:
-            price = self._count * (REFIT + 1) * (n - 1) * len(self._fit)
-        else:
-            price = most_layers_run(self._count, n) * len(few)
-        takes = f"{name} takes up to {(price + self._price()) / self.a_pass:.1f} bare passes"
-        if not self._affords(price + self._price()):
+            steps, price = n - 1, self._count * (REFIT + 1) * len(self._fit)
+        total = steps * price + self._price()
+        takes = f"{name} takes up to {total / self.a_pass:.1f} bare passes"
+        if not self._affords(total):
             self._notes.append(f"{takes}, more than were left: left out")
             return []
         self._shown.set_postfix_str(takes)
         try:
             if name != STEPWISE:
-                search = partial(short.search, few, n, method=name, progress=False)
-                return self._cells.resumed(name, lambda state: search(state=state).removed)
+                show = not self._shown.disable
+                search = partial(short.search, few, n, method=name, progress=show)
+                with self._spending(price):
+                    return self._cells.resumed(name, lambda state: search(state=state).removed)
             layers = choose(scores, 1)
             while len(layers) < n:
                 lowest = partial(self._lowest, layers)
-                layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
+                with self._spending(price):
+                    layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
             return layers
         finally:
             self._shown.set_postfix_str("")
-            self._spend(price)
 
     def _lowest(self, removed: list[int]) -> int:
         """The layer of lowest Block Influence in the model refitted without those removed."""
@@ -368,6 +370,14 @@ class _Choosing:
 
     def _affords(self, price: int) -> bool:
         return self._spent + price <= self._budget * self.a_pass
+
+    @contextmanager
+    def _spending(self, price: int) -> Iterator[None]:
+        """Counts what is measured meanwhile, also if the layers turn out not to be removable."""
+        try:
+            yield
+        finally:
+            self._spend(price)
 
     def _spend(self, price: int) -> None:
         """Counts what was measured, by this run or by the one that it continues."""

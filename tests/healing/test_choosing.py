@@ -20,6 +20,7 @@ from short_gpt.healing import choosing, refit
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.runtime.state import StateFile
+from short_gpt.selection import search
 
 WINDOWS = random_windows(16, 12)
 QUIET = {"progress": False}
@@ -160,6 +161,28 @@ def test_searches_are_left_out_where_the_budget_does_not_allow_it(candidates):
     ]
     with pytest.raises(ValueError, match="budget = 2: refitting the candidates takes 3 bare"):
         choose_healed(model(), WINDOWS, 2, budget=2, **QUIET)
+
+
+def test_bars_move_while_a_search_runs(candidates, monkeypatch):
+    """A bar of the greedy search's own trials, and a step of the choice's bar for each refit."""
+    shown, done = [], []
+    real = search.bar
+    monkeypatch.setattr(
+        search, "bar", lambda *a, show, **how: shown.append(show) or real(*a, show=False, **how)
+    )
+    for name in ("_lowest", "_spend"):
+        plain = getattr(choosing._Choosing, name)
+        monkeypatch.setattr(
+            choosing._Choosing,
+            name,
+            lambda self, given, plain=plain, name=name: done.append(name) or plain(self, given),
+        )
+    candidates("sleb", "stepwise_bi")
+    for progress in (True, False):
+        choose_healed(model(), WINDOWS, 3, budget=14, progress=progress)
+    assert shown == [True, False]
+    steps = [i for i, name in enumerate(done) if name == "_lowest"]
+    assert len(steps) == 4 and all(done[i + 1] == "_spend" for i in steps)
 
 
 def test_stepwise_removes_the_lowest_layer_refits_and_scores_again(candidates):
