@@ -3,7 +3,9 @@
 Calibration windows are half of the book and half of another text, drawn anew for each draw. The
 first of them choose. Every set is then refitted on more of them, and judged on held-out chapters,
 on the half of the second text that nothing was fitted on, and on novels. Differences are paired
-over windows.
+over windows. Means over draws say how far each candidate's set is from auto's, what the swaps
+bring, and what auto would lose without the candidate: the loss of the best of the others, less that
+of the best.
 
     python benchmarks/choices.py --also FILE --others FILE --out benchmarks/results/choices.json
 
@@ -29,9 +31,11 @@ from scoring import build, in_mixed
 from short_gpt import ShortLlama, choose_healed, windows
 from short_gpt.data import demo
 from short_gpt.evaluation.cells import Cells
-from short_gpt.healing.choosing import MOST, pruned_losses
+from short_gpt.healing.choosing import CANDIDATES, MOST, pruned_losses
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
+
+WITHOUT = "without "  # before the name of a candidate
 
 
 def main(
@@ -67,14 +71,18 @@ def main(
     identity |= {"budget": budget} | ({"mixed": True} if mixed else {})
     cells = Cells(StateFile(f"{out or 'choices'}.state", identity, every=0.0))
     rows: list[dict[str, Any]] = []
+    measured: dict[int, list[Nats]] = {}  # by the number of layers, of every draw
     for draw in range(draws):
         text = drawn(short, also, size, draw)
         for n in [counts] if isinstance(counts, int) else counts:
             trial = Trial(cells, short, kinds, text, f"draw {draw}", learned)
-            rows.append({"n": n, "draw": draw, **trial.row(n, budget, mixed=mixed)})
+            row, nats = trial.row(n, budget, mixed=mixed)
+            rows.append({"n": n, "draw": draw, **row})
+            measured.setdefault(n, []).append(nats)
             print(f"\n{n} layers, draw {draw}\n{table(rows[-1])}", flush=True)
     content: dict[str, Any] = {"chosen in": "mixed" if mixed else "float32"}
     content |= {"windows": learned, "tokens_per_window": size, "judged": judged, "rows": rows}
+    content |= {"means": [{"n": n, **over_draws(own)} for n, own in measured.items()]}
     finish("choices", [], content, out=out, overwrite=overwrite)
 
 
@@ -84,6 +92,36 @@ def drawn(short: ShortLlama, also: str, size: int, draw: int) -> Windows:
     texts = (demo.bible("calibration"), [halves(also)[0]])
     pairs = zip(*(windows(text, short.encode, **options) for text in texts), strict=True)
     return [window for pair in pairs for window in pair]
+
+
+Nats = dict[str, dict[str, list[tuple[float, int]]]]  # by what chose, and by the kind of text
+
+
+def over_draws(draws: Sequence[Nats]) -> dict[str, Any]:
+    """Of each that chose in some draws: the mean difference from auto's set, paired over windows.
+
+    Likewise of the best of the other candidates from the best of all.
+    """
+    names = list(dict.fromkeys(name for nats in draws for name in nats if name != "auto"))
+    found: dict[str, Any] = {"from auto": {}, "without it": {}}
+    for name in names:
+        own = [nats for nats in draws if name in nats]
+        base = "auto without swaps" if name.startswith(WITHOUT) else "auto"
+        change = compared(mean([n[name] for n in own]), mean([n[base] for n in own]))
+        kind = "without it" if name.startswith(WITHOUT) else "from auto"
+        found[kind][name.removeprefix(WITHOUT)] = {"draws": len(own), **change}
+    return found
+
+
+def mean(draws: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, int]]]:
+    """The mean nats of every window over the draws."""
+    return {
+        kind: [
+            (sum(nats for nats, _ in window) / len(window), window[0][1])
+            for window in zip(*(draw[kind] for draw in draws), strict=True)
+        ]
+        for kind in draws[0]
+    }
 
 
 class Trial:
@@ -101,8 +139,11 @@ class Trial:
         self._cells, self._short, self._kinds = cells, short, kinds
         self._text, self._name, self._learned = text, name, learned
 
-    def row(self, n: int, budget: int | None, *, mixed: bool) -> dict[str, Any]:
-        """The sets by what chose them, their losses, and how far each is from auto's."""
+    def row(self, n: int, budget: int | None, *, mixed: bool) -> tuple[dict[str, Any], Nats]:
+        """The sets by what chose them, their losses, and how far each is from auto's.
+
+        The losses also have, for each candidate, the best set of the others.
+        """
         chosen = self._cells.resumed(
             f"{self._name}, auto {n}", partial(self._auto, n=n, budget=budget, mixed=mixed)
         )
@@ -113,7 +154,10 @@ class Trial:
         found = {name: compared(own, nats["auto"]) for name, own in nats.items()}
         found["original"] = compared(self._nats([]), nats["auto"])
         kept = {name: chosen[name] for name in ("swaps", "passes", "fitted", "judged", "seconds")}
-        return {"sets": sets, "from auto": found, "loss": chosen["loss"], **kept}
+        for name in sets.keys() & {*CANDIDATES}:
+            others = (one for one in chosen["candidates"] if one["methods"] != [name])
+            nats[f"{WITHOUT}{name}"] = self._nats(next(others)["layers"])
+        return {"sets": sets, "from auto": found, "loss": chosen["loss"], **kept}, nats
 
     def _auto(self, state: StateFile | None, *, n: int, budget: int | None, mixed: bool) -> Any:
         started = time.perf_counter()

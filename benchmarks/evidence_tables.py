@@ -33,12 +33,36 @@ def layer_set(layers: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(layers)))
 
 
+CHOICES = {
+    "bi": "Block Influence",
+    "angular": "best angular block",
+    "relative_magnitude": "relative magnitude",
+    "sleb": "greedy search",
+    "stepwise_bi": "`stepwise_bi`",
+    "auto without swaps": "auto without swaps",
+    "auto": "**auto**",
+}
+KINDS = ("held-out chapters", "other half of the second text", "lambada_passages")
+
+
+def automatic_means() -> list[str]:
+    """By number of layers and candidate: nats above auto's set, and what it brings auto."""
+
+    def nats(found: Mapping[str, Any]) -> str:
+        return f"{found['nats']:+.3f} ({found['standard_error']:.3f})"
+
+    lines = []
+    for found in sorted(result("choices")["means"], key=lambda found: found["n"]):
+        for name in [name for name in CHOICES if name in found["from auto"]]:
+            own, brings = found["from auto"][name], found["without it"].get(name)
+            cells = [nats(own[kind]) for kind in (*KINDS, "all three kinds")]
+            cells.append(nats(brings["all three kinds"]) if brings else "")
+            lines.append(row(found["n"], CHOICES[name], own["draws"], *cells))
+    return lines
+
+
 def automatic() -> list[str]:
     """Sets of the automatic choice and of its candidates, refitted, by draw of calibration text."""
-    names = {"bi": "Block Influence", "angular": "best angular block", "sleb": "greedy search"}
-    names |= {"relative_magnitude": "relative magnitude", "auto": "**auto**"}
-    names |= dict.fromkeys(("stepwise_bi", "loop"), "`stepwise_bi`")  # "loop" in older results
-    kinds = ("held-out chapters", "other half of the second text", "lambada_passages")
     lines = []
     for found in sorted(result("choices")["rows"], key=lambda found: (found["n"], found["draw"])):
         methods: dict[str, list[str]] = {}  # by their set of layers
@@ -50,8 +74,8 @@ def automatic() -> list[str]:
             nats = (
                 "" if "auto" in own else f"{change['nats']:+.3f} ({change['standard_error']:.3f})"
             )
-            who = ", ".join(names.get(method, method) for method in own)
-            values = [f"{cells[kind]['perplexity']:.2f}" for kind in kinds]
+            who = ", ".join(CHOICES[method] for method in own)
+            values = [f"{cells[kind]['perplexity']:.2f}" for kind in KINDS]
             lines.append(row(found["n"], found["draw"] + 1, who, layers, *values, nats))
     return lines
 

@@ -330,6 +330,7 @@ def choices() -> list[str]:
     """Every set of a ranking: its perplexity, and how many samples of each kind chose it."""
     found = result("choice_variance")
     methods = {"bi": "Block Influence", "relative_magnitude": "magnitude", "angular": "angle"}
+    methods["sleb"] = "greedy search"
     texts = {"wikitext2_test": "WikiText-2", "lambada_passages": "novels"}
 
     def column(layers: list[int], text: str, windows: int) -> str:
@@ -345,7 +346,8 @@ def choices() -> list[str]:
     lines = []
     for cut in found["sets"]:
         layers, many = cut["layers"], found["windows_to_rank_on"]
-        cells = [column(layers, "chapters", n) for n in (many, found["windows_of_a_short_sample"])]
+        few = (found["windows_of_a_short_sample"], found["windows_of_a_search"])
+        cells = [column(layers, "chapters", n) for n in (many, *few)]
         others = {text: column(layers, text, many) for text in texts}
         cells.append("; ".join(f"{texts[text]}: {c}" for text, c in others.items() if c))
         error = cut["perplexity"] * cut["standard_error"]
@@ -384,7 +386,8 @@ SHORT = "| method | 4 layers removed | pruned | refitted | 8 layers removed | pr
 HEALINGS = ("raw", "patched", "refit")
 COMPARED = "| removed | pruned | patched | refitted |"
 CHOSEN = (
-    "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"
+    "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 2 windows "
+    "| on 24 of other text |"
 )
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
@@ -430,6 +433,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "other tools": table(PEERS, peers),
     "cuts by other tools": table(KINDS, kinds),
     "choices on other samples": table(CHOSEN, choices),
+    "automatic choice, means": table(
+        "| n | removed by | draws | held-out chapters | WikiText-2, second half | novels "
+        "| all kinds | auto without it, all kinds |",
+        evidence.automatic_means,
+    ),
     "automatic choice": table(
         "| n | draw | removed by | layers | held-out chapters | WikiText-2, second half "
         "| novels | all kinds, against auto |",

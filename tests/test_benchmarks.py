@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import choice_variance
+import choices
 import coverage
 import distilled
 import passages
@@ -197,6 +198,13 @@ def test_every_sample_chooses_anew_and_every_set_is_judged_once(tmp_path, monkey
         expected.append((text, 6, "angular", alone.layers_to_remove(angular=True, n=3)))
     named = [tuple(c.values()) for c in found if c["method"] != "relative_magnitude"]
     assert named == expected and len(found) == 10
+    monkeypatch.setattr(choice_variance, "COUNTS", (2, 3))
+    searched = choice_variance.searched(short, windows, cells)
+    for at, sample in enumerate(windows):
+        removed = short.search(sample[:2], 3, progress=False).removed
+        found = [sorted(removed[:2]), sorted(removed)]
+        assert [row["layers"] for row in searched[2 * at : 2 * at + 2]] == found
+    assert {(row["windows"], row["method"]) for row in searched} == {(2, "sleb")}
     sets = [(1,), (1, 2, 4)]
     held_out = random_windows(4, 24, seed=3)
     found = choice_variance.judge(short, sets, held_out, cells)
@@ -207,6 +215,26 @@ def test_every_sample_chooses_anew_and_every_set_is_judged_once(tmp_path, monkey
         assert row["layers"] == [*layers]
         assert row["perplexity"] == pytest.approx(expected, rel=1e-5)
         assert row["nats"] == pytest.approx(math.log(expected / found["dense"]), abs=1e-5)
+
+
+def test_means_over_draws_are_paired_over_windows():
+    """Of two draws, one without the search; each kind has two windows of 10 tokens."""
+
+    def nats(*values: float) -> dict:
+        return {kind: [(value, 10) for value in values] for kind in ("a", "b")}
+
+    first = {"bi": nats(30, 20), "sleb": nats(21, 11), "auto": nats(20, 10)}
+    second = {"bi": nats(20, 10), "auto": nats(20, 10), "without bi": nats(26, 16)}
+    for draw in (first, second):
+        draw["auto without swaps"] = nats(24, 14)
+    found = choices.over_draws([first, second])
+    assert [*found["from auto"]] == ["bi", "sleb", "auto without swaps"]
+    for name, draws, more in (("bi", 2, 0.5), ("sleb", 1, 0.1), ("auto without swaps", 2, 0.4)):
+        own = found["from auto"][name]
+        assert own["draws"] == draws and own["all three kinds"]["nats"] == pytest.approx(more)
+        assert own["a"]["perplexity"] == pytest.approx(math.exp(1.5 + more))
+        assert own["a"]["standard_error"] == pytest.approx(0, abs=1e-6)
+    assert found["without it"]["bi"]["a"]["nats"] == pytest.approx(0.2)  # than before swaps
 
 
 def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):

@@ -35,7 +35,8 @@ from short_gpt.wrappers.short_model import ShortModel
 STEPWISE = "stepwise_bi"  # Prune&Comp (arXiv:2507.18212), with the refit in place of its factors
 SEARCHES = ("sleb", STEPWISE)
 CANDIDATES = ("bi", "angular", "relative_magnitude", *SEARCHES)
-FIRST, LEAST = 16, 4  # windows to begin with, and the fewest
+FIRST, LEAST = 16, 4  # windows of a bare pass, of which half are fitted on; and the fewest
+JUDGES = 40  # windows that judge at first, and are added where they do not tell sets apart
 MOST = 48  # that `rank` cuts where the user names no number
 FEW = 4  # that trials without a refit read
 REFIT = 3  # passes of a refit over its windows; `benchmarks/healing.py` measures 2.6
@@ -149,18 +150,17 @@ def choose_healed(
 
     Candidates are lowest Block Influence, the best angular block, lowest relative magnitude, greedy
     search (SLEB), and stepwise Block Influence: the lowest layer goes, the rest is refitted and
-    scored again, and so on (Prune&Comp, arXiv:2507.18212). The first half of 16 windows scores,
-    searches and refits; the second half judges, and proposes nothing. Halves, because a refit of a
-    window costs three times its judging, and more windows that judge lower the noise of a
-    difference.
+    scored again, and so on (Prune&Comp, arXiv:2507.18212). The first 8 windows score, search and
+    refit; the next 40 judge, and propose nothing. A judged window costs a third of a refitted one,
+    and few of them let noise choose.
 
-    While sets are not told apart from the best (95%, paired), 16 more windows judge them, if there
-    are more; that takes at most half of what is left of the budget. The rest goes to swaps of one
-    removed layer for a kept one. They are ordered once, by two losses without a refit, added: with
-    the one put back, and with the other removed too. A swap is kept if the loss falls by more than
-    one standard error; a smaller gain may be luck.
+    While sets are not told apart from the best (95%, paired), 40 more windows judge them, as far as
+    there are more and the budget allows. The rest goes to swaps of one removed layer for a kept
+    one. They are ordered once, by two losses without a refit, added: with the one put back, and
+    with the other removed too. A swap is kept if the loss falls by more than one standard error; a
+    smaller gain may be luck.
 
-    A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2 at
+    A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 4 at
     first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4 windows,
     and the stepwise choice 14, on 8. For 12 of 30, 60 are too few for both.
 
@@ -196,14 +196,14 @@ class _Choosing:
         half, self._count = min(FIRST, len(windows)) // 2, len(short.kept)
         self._fit = windows[:half]
         others, shared = without_overlap(windows[half:], self._fit)
-        self._judging, self._more = others[:half], others[half:]
-        if len(self._judging) < LEAST // 2:
+        self._judging, self._more = others[:JUDGES], others[JUDGES:]
+        if min(half, len(self._judging)) < LEAST // 2:
             raise ShortGPTError(
                 f"expected at least {LEAST} windows, half to refit on and half to judge by, got "
                 f"{len(windows)}, of which {shared} share text with those: give more text"
             )
         first = half + len(self._judging)
-        self.a_pass, self._spent = self._count * first, 0
+        self.a_pass, self._spent = self._count * min(FIRST, first), 0
         self._losses: dict[Layers, list[Perplexity]] = {}
         self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
         if first < FIRST:
@@ -300,15 +300,14 @@ class _Choosing:
 
     def _grown(self, sets: list[Layers]) -> Layers:
         """The best set, after more windows have judged those that are not told apart from it."""
-        limit = (self._spent + self._budget * self.a_pass) // 2  # the rest is for swaps
         while True:
             best = min(sets, key=lambda layers: _loss(self._refitted(layers)))
             sets = [s for s in sets if s == best or not _told_apart(self._change(best, s))]
-            judging = [*self._judging, *self._more[:FIRST]]
+            judging = [*self._judging, *self._more[:JUDGES]]
             price = len(sets) * self._price(len(judging))
-            if len(sets) == 1 or not self._more or self._spent + price > limit:
+            if len(sets) == 1 or not self._more or not self._affords(price):
                 return best
-            self._judging, self._more = judging, self._more[FIRST:]
+            self._judging, self._more = judging, self._more[JUDGES:]
 
     def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers:
         """The set after the swaps that are kept, as far as the budget goes; notes all trials."""

@@ -232,12 +232,24 @@ def test_sets_that_cannot_be_removed_are_left_out(candidates, monkeypatch):
         choose_healed(model(), WINDOWS, 2, **QUIET)
 
 
+def test_40_windows_judge_at_first(candidates):
+    windows = random_windows(56, 8)
+    candidates("deepest", "sequential")
+    result = choose_healed(model(), windows, 1, budget=9, **QUIET)
+    assert (result.fitted, result.judged) == (8, 40)
+    # scores on 8, and each set refitted on 8 and judged on 40, of 16 windows a pass
+    assert result.passes == 0.5 + 2 * (3 * 8 + 40) / 16
+    with pytest.raises(ValueError, match="budget = 8: refitting the candidates takes 9 bare"):
+        choose_healed(model(), windows, 1, budget=8, **QUIET)
+
+
 def test_what_is_not_told_apart_is_said_and_judged_by_more_windows(candidates, monkeypatch):
+    monkeypatch.setattr(choosing, "JUDGES", 8)
     candidates("bi", "deepest")
     monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
     windows = random_windows(24, 12)
-    # scores 0.5 passes, 2 for each candidate, 2.5 for each on 16 windows: half of 15 + 4.5 is 9.75
-    result = choose_healed(model(), windows, 2, budget=15, **QUIET)
+    # scores 0.5 passes, 2 for each candidate, 2.5 for each on 16 windows
+    result = choose_healed(model(), windows, 2, budget=10, **QUIET)
     assert (result.fitted, result.judged) == (8, 16)
     assert [one.difference.windows for one in result.candidates] == [16, 16]
     text = str(result).splitlines()
@@ -249,12 +261,13 @@ def test_what_is_not_told_apart_is_said_and_judged_by_more_windows(candidates, m
     assert [one.difference.windows for one in more.candidates] == [16, 16, 8]
     assert more.candidates[2].told_apart
     monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
-    less = choose_healed(model(), windows, 2, budget=14, **QUIET)
-    assert less.judged == 8  # it would take more than half of what was left
+    less = choose_healed(model(), windows, 2, budget=13, **QUIET)
+    assert less.judged == 8  # it would take 14
 
 
 def test_sets_that_are_told_apart_are_not_judged_again(candidates, monkeypatch):
     candidates("bi", "deepest")
+    monkeypatch.setattr(choosing, "JUDGES", 8)
     monkeypatch.setattr(choosing, "_told_apart", lambda change: change.nats != 0)
     result = choose_healed(model(), random_windows(24, 12), 2, budget=15, **QUIET)
     assert result.judged == 8 and "not told apart" not in str(result)
