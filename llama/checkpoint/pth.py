@@ -195,7 +195,8 @@ def write_shard(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str
     """Writes a file that ``torch.load`` reads (mapped too), holding one tensor at a time.
 
     The layout is that of ``torch.save``: a zip archive of stored records, aligned at 64 bytes.
-    Tensors of equal ``storage`` are written once; ``read`` is called once for each storage.
+    Tensors of equal ``storage`` are written once; ``read`` is called once for each storage. The
+    file is read again: OSError if a record has another checksum (CRC-32) than when written.
     """
     write_shards([path], infos, read, lambda _, tensor, __: tensor)
 
@@ -233,6 +234,12 @@ def write_shards(
                 _write_record(archive, f"archive/data/{key}", tensor)
         for archive in archives:
             archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+    for path in paths:
+        with zipfile.ZipFile(path) as again:
+            if (other := again.testzip()) is not None:
+                raise OSError(
+                    f"{path}, read again, holds another {other} than was written: check the disk"
+                )
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, tensor: Tensor) -> None:

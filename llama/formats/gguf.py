@@ -30,6 +30,7 @@ from llama.formats.gguf_write import (
     packed,
     record,
     stored,
+    with_suffix,
     writable,
     write_new,
 )
@@ -151,6 +152,7 @@ def llama_to_gguf(
     tokenizer_path: str | os.PathLike[str] | None = None,
     also: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    verify: Callable[[Path], object] | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
     """Writes a Llama with its tokenizer as a GGUF file, which llama.cpp opens.
@@ -164,6 +166,7 @@ def llama_to_gguf(
         kind: of matrices: "f32", "f16", "bf16" or "q8_0"; None keeps the source's.
         tokenizer_path: tokenizer file of Meta's format; None looks in the checkpoint's directory.
         also: further keys, whose values are texts.
+        verify: called with the complete file, under a name of its own, before it takes its place.
     """
     path = Path(str(out))
     ours = partial(has_key, key=SOURCE_KEY)
@@ -179,6 +182,9 @@ def llama_to_gguf(
         records[key] = record(key, value, STRING)
     with new_file(path, overwrite=overwrite, ours=ours) as file:
         write_new(file, records, tensors, progress=progress)
+        if verify is not None:
+            with with_suffix(file) as named:
+                verify(named)
     return path
 
 

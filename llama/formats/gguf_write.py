@@ -7,7 +7,9 @@ Here what does not change is copied, so that with nothing changed the bytes are 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +28,9 @@ from llama.formats.gguf_read import (
     Header,
     Record,
     nbytes_of,
+    read_header,
 )
+from llama.io.files import file_chunks
 
 UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by number
 VERSION, ALIGNMENT = 3, 32  # of files made anew
@@ -86,10 +90,32 @@ def write_new(
     *,
     progress: Callable[[str], object] = str,
 ) -> None:
-    """Writes a file of these keys and tensors, in memory of what a tensor yields at a time."""
+    """Writes a file of these keys and tensors, in memory of what a tensor yields at a time.
+
+    It is read again: OSError if a key or a tensor is not what was written.
+    """
     like = Header({}, {}, {}, VERSION, ALIGNMENT)
     keys = [key.raw for key in records.values()]
-    _write_file(path, like, keys, tensors, progress, pad_to=ALIGNMENT)
+    digests = _write_file(path, like, keys, tensors, progress, pad_to=ALIGNMENT)
+    again = read_header(path)
+    if [key.raw for key in again.records.values()] != keys:
+        raise OSError(f"{path}, read again, has other keys than were written: check the disk")
+    for name, digest in digests.items():
+        entry, tensor = again.tensors.get(name), tensors[name]
+        same = entry is not None and (entry.shape, entry.kind) == (tensor.shape, tensor.kind)
+        read = file_chunks(path, entry.start, entry.nbytes) if entry else []
+        if not same or digest_of(read) != digest:
+            raise OSError(
+                f"{path}, read again, holds another {name} than was written: check the disk"
+            )
+
+
+def digest_of(pieces: Iterable[bytes]) -> bytes:
+    """A digest of a tensor's bytes."""
+    digest = blake2b()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
 
 
 def write_again(
@@ -171,8 +197,9 @@ def _write_file(
     progress: Callable[[str], object],
     *,
     pad_to: int,
-) -> None:
-    infos, end = [], 0
+) -> dict[str, bytes]:
+    """Writes one file; returns the digests of its tensors."""
+    infos, end, digests = [], 0, dict[str, bytes]()
     for name, tensor in tensors.items():
         start = end + -end % like.alignment
         dims = struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
@@ -185,10 +212,25 @@ def _write_file(
         for name, tensor in tensors.items():
             progress(name)
             file.write(b"\0" * (-file.tell() % like.alignment))
-            written = sum(file.write(piece) for piece in tensor.chunks())
-            if written != tensor.nbytes:
+            start, digest = file.tell(), blake2b()
+            for piece in tensor.chunks():
+                file.write(piece)
+                digest.update(piece)
+            if (written := file.tell() - start) != tensor.nbytes:
                 raise InputError(f"{name} has {written} bytes, expected {tensor.nbytes}")
+            digests[name] = digest.digest()
         file.write(b"\0" * (-file.tell() % pad_to))
+    return digests
+
+
+@contextmanager
+def with_suffix(partial: Path) -> Iterator[Path]:
+    """A file that is not in its place yet, under a name that ends with .gguf meanwhile."""
+    named = partial.rename(partial.with_name(f"{partial.name}.gguf"))
+    try:
+        yield named
+    finally:
+        named.rename(partial)
 
 
 def type_name(kind: int) -> str:

@@ -6,9 +6,8 @@ A file's key ``short_gpt.pruning`` holds the text of ``pruning.json``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +16,7 @@ from llama.formats.gguf_read import STRING, GGUFParts, Record
 from llama.formats.gguf_write import (
     Stored,
     copied,
+    digest_of,
     record,
     stored,
     type_name,
@@ -131,15 +131,8 @@ def check_written(
         raise RuntimeError(f"{path} holds other tensors than it should")
     for new, old in names.items():
         pieces = changed[old].chunks() if old in changed else source.chunks(old)
-        if _digest(pieces) != _digest(again.chunks(new)):
+        if digest_of(pieces) != digest_of(again.chunks(new)):
             raise RuntimeError(f"{path} holds another {new} than was to be written")
-
-
-def _digest(pieces: Iterable[bytes]) -> bytes:
-    digest = blake2b()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
 
 
 @takes_target

@@ -15,6 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from torch import Tensor
 
 from llama.formats.gguf_read import PART, GGUFParts, has_key, named_parts
+from llama.formats.gguf_write import with_suffix
 from llama.io.files import check_new, check_outputs, new_directory, new_file, new_files
 from llama.io.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
@@ -90,11 +91,8 @@ class Target:
         """The GGUF file to write; verified, and at ``out`` after the block."""
         with new_file(self.path, overwrite=self.overwrite, ours=is_pruned_gguf) as partial:
             yield partial
-            named = partial.rename(partial.with_name(f"{partial.name}.gguf"))
-            try:
+            with with_suffix(partial) as named:
                 self.prove(named)
-            finally:
-                named.rename(partial)
 
     @contextmanager
     def new_files(self) -> Iterator[list[Path]]:

@@ -76,7 +76,7 @@ def convert(
         writing: dict[str, Any] = {"progress": lambda _: shown.update()}
         writing |= {"overwrite": how.overwrite}
         if to == "gguf":
-            _to_gguf(source, out, how, writing)
+            _to_gguf(source, out, how, {**writing, "verify": check})
         elif to == "hf" and source.kind == "gguf":  # as transformers reads it
             short = open_hf(source, OpenOptions(device="cpu", dtype=how.dtype or "float32"))
             verify = None if how.verify is False else short.check_saved
@@ -93,7 +93,7 @@ def convert(
 def _to_gguf(source: Source, out: str, how: Conversion, writing: dict[str, Any]) -> None:
     """Writes GGUF: of its own tensors as they are, in as many files as ``out`` says, or a Llama."""
     if source.kind == "gguf":
-        stack, target = Stack.open(source), Target(out, "gguf", how.overwrite)
+        stack, target = Stack.open(source), Target(out, "gguf", how.overwrite, writing["verify"])
         write_gguf(stack.parts, target, range(stack.blocks), progress=writing["progress"])
         return
     # the same model in another format has the same history
@@ -147,6 +147,12 @@ def _check_options(source: Source, to: str, how: Conversion) -> None:
         raise ShortGPTError(f"{source} is in the format {to} already; give `to` another one")
 
 
+def read_again(source: Source) -> str:
+    """What the writer of a GGUF file has proved."""
+    what = "that remains is the source's" if source.kind == "gguf" else "is what was written"
+    return f"verified: read again, every tensor {what}, byte for byte"
+
+
 def prove(
     directory: Path,
     source: Source,
@@ -159,14 +165,14 @@ def prove(
 ) -> str | None:
     """Compares a new directory, which will be called ``out``, with its source without ``drop``.
 
-    Without a ``verify``, where Hugging Face's format or GGUF is read or written, and the packages
-    for it are there. ``dtype`` is what the source's weights were rounded to, if they were. Returns
-    what was proved, or why nothing was; None if no proof was asked for.
+    Without a ``verify``, where Hugging Face's format is read or written, or GGUF is read, and the
+    packages for it are there. ``dtype`` is what the source's weights were rounded to, if they were.
+    Returns what was proved, or why nothing was; None if no proof was asked for.
     """
     written = find_source(directory)
-    # a GGUF file was read again by its writer, tensor by tensor
-    proved = written.kind == "gguf" or source.kind == written.kind == "meta"
-    if not (verify or (verify is None and not proved)):
+    if written.kind == "gguf" and not verify:
+        return read_again(source)
+    if not (verify or (verify is None and not source.kind == written.kind == "meta")):
         return None
     if several_ranks():
         return TWICE

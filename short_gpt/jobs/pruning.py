@@ -19,7 +19,7 @@ from short_gpt.checkpoints.prune import (
 )
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target
-from short_gpt.jobs.conversion import prove
+from short_gpt.jobs.conversion import prove, read_again
 from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
 from short_gpt.jobs.settings import Choice, Written, takes_fields
@@ -98,8 +98,8 @@ def prune(
     write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
     with interruptible():
         proof = write(source, target, removal, written.verify, opening)
-        if proof is None and copied:
-            proof = "verified: read again, every tensor that remains is the source's, byte for byte"
+        if proof is None and copied:  # into several files
+            proof = read_again(source)
     recipe = _recipe(source, out, written, dtype)
     influence = removal.record.block_influence
     remark = about_kinds(source, removal.layers, influence) if copied else None

@@ -17,6 +17,8 @@ from gguf_families import make, write_model
 from gguf_files import stack_file, write_gguf
 from tokenizer_files import ODD, meta
 
+from llama.checkpoint import pth
+from llama.formats import gguf_write
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts
 from llama.formats.gguf_vocabulary import vocabulary
 from llama.formats.gguf_write import UINT32, copied, record, write_again
@@ -178,6 +180,59 @@ def test_prune_writes_gguf_from_either_format(here, capsys, source):
     )
     run("prune", source, "cut.gguf", "--layers", "0", "--overwrite")
     assert Provenance.of_checkpoint("cut.gguf").removed_layers == [0]
+
+
+def turned(monkeypatch, at: int = 1) -> None:
+    """From now on, the last byte of each tensor of Meta's and of each GGUF file is another one."""
+    record, file = pth._write_record, gguf_write._write_file
+
+    def in_archive(archive, *arguments):
+        record(archive, *arguments)
+        archive.fp.seek(-1, 1)
+        archive.fp.write(b"\x7f")
+
+    def in_file(path, *arguments, **options):
+        digests = file(path, *arguments, **options)
+        data = bytearray(path.read_bytes())
+        data[-at] ^= 1
+        path.write_bytes(data)
+        return digests
+
+    monkeypatch.setattr(pth, "_write_record", in_archive)
+    monkeypatch.setattr(gguf_write, "_write_file", in_file)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("convert", "hf", "out.gguf"),
+        ("convert", "meta", "out.gguf"),
+        ("convert", "hf", "out"),
+        ("convert", "meta", "out", "--shards", "2"),
+        ("prune", "hf", "out.gguf", *CUT),
+        ("prune", "meta", "out.gguf", *CUT),
+        ("prune", "meta", "out", *CUT),
+    ],
+    ids=" ".join,
+)
+def test_what_a_disk_holds_otherwise_than_written_is_found(here, capsys, monkeypatch, command):
+    turned(monkeypatch, at=40)  # before what may follow the last tensor
+    before = {*Path().iterdir()}
+    line = fails(capsys, *command)
+    assert "read again, holds another" in line and line.endswith("check the disk")
+    assert {*Path().iterdir()} == before
+
+
+def test_a_conversion_to_gguf_says_what_was_proved(here, capsys):
+    run("convert", "hf", "a.gguf")
+    said = "verified: read again, every tensor is what was written, byte for byte"
+    assert said in capsys.readouterr().out
+    run("convert", "a.gguf", "b.gguf")
+    said = "verified: read again, every tensor that remains is the source's, byte for byte"
+    assert said in capsys.readouterr().out
+    run("convert", "meta", "c.gguf", "--verify", "yes")
+    assert "verified: the logits are those of the source" in capsys.readouterr().out
+    run("convert", "hf", "a.gguf", "--overwrite")
 
 
 def test_prune_writes_metas_format_from_gguf(here, capsys):
