@@ -7,8 +7,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from traceback import clear_frames
 from typing import TextIO
 
@@ -50,15 +50,28 @@ def run(argv: list[str]) -> None:
     argv = [word for word in argv if word != "--quiet"]
     if (text := answer(argv)) is None:
         texts = prepared(argv, COMMANDS)
-        if first_rank() or argv[0] not in ALONE:
+        single = argv[0] in ALONE
+        if first_rank() or not single:
             alone = "-" in (texts.get("json"), texts.get("report"))
-            with result_alone() if alone else nullcontext():
+            ranks = one_rank() if single else nullcontext()
+            with result_alone() if alone else nullcontext(), ranks:
                 try:
                     call(COMMANDS[argv[0]], texts)
                 except DryRun as plan:
                     say(str(plan))
     elif first_rank():
         print(text)
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """Inside, this rank is the only one: it waits for no other, which have ended."""
+    size = os.environ.pop("WORLD_SIZE", None)
+    try:
+        yield
+    finally:
+        if size is not None:
+            os.environ["WORLD_SIZE"] = size
 
 
 def answer(argv: list[str]) -> str | None:

@@ -93,6 +93,10 @@ class Output:
         out = arguments.get("out")
         named = {k: v for k, v in arguments.items() if k not in FILE_FLAGS}
         for target in self.targets:
+            for name in ("state", "out"):
+                value = arguments.get(name)
+                if value is not None and Path(value).resolve() == target.resolve():
+                    raise ShortGPTError(f"{target} is {name.upper()} too; name another file")
             if files := [parent for parent in target.parents if parent in self.targets]:
                 raise ShortGPTError(f"{target} cannot be written into the file {files[0]}")
             if out is not None and Path(out).resolve() in target.resolve().parents:

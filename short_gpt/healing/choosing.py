@@ -186,6 +186,24 @@ def choose_healed(
         return choosing.run(shown)
 
 
+def check_budget(budget: int, fitted: int, judged: int) -> None:
+    """Raises ShortGPTError unless the candidates that need no search can be refitted and judged."""
+    scored = sum(name not in SEARCHES for name in CANDIDATES)
+    windows = fitted + scored * (REFIT * fitted + judged)
+    if budget < (least := math.ceil(windows / min(FIRST, fitted + judged))):
+        raise ShortGPTError(
+            f"budget = {budget}: refitting the candidates takes {least} bare passes; give as many "
+            f"or more, such as the default {BUDGET}"
+        )
+
+
+def expect_budget(budget: int | None, windows: int) -> None:
+    """`check_budget` before the windows are read, of which so many are asked for."""
+    half = min(FIRST, windows) // 2
+    if budget is not None and half >= LEAST // 2:
+        check_budget(budget, half, min(JUDGES, windows - half))
+
+
 class _Choosing:
     """The choice so far: its windows, what was spent, and the losses of refitted sets."""
 
@@ -210,13 +228,7 @@ class _Choosing:
             self._notes.append(
                 f"{first} windows chose, fewer than {FIRST}: their differences are less sure"
             )
-        scored = sum(name not in SEARCHES for name in CANDIDATES)
-        least = math.ceil((self._count * half + scored * self._price()) / self.a_pass)
-        if budget < least:
-            raise ShortGPTError(
-                f"budget = {budget}: refitting the candidates takes {least} bare passes; give as "
-                f"many or more, such as the default {BUDGET}"
-            )
+        check_budget(budget, half, len(self._judging))
 
     def run(self, shown: Bar) -> HealedChoice:
         self._shown, swaps = shown, list[Swap]()

@@ -96,6 +96,11 @@ class Source:
         validation: list[list[int]] = []
         if validate:
             count = max(1, min(len(training) // 10, 16))
+            if len(training) <= count:
+                raise ShortGPTError(
+                    "expected at least 2 windows, one to learn from and one to choose the training "
+                    f"step by, got {len(training)}; give more text"
+                )
             training, validation = training[:-count], training[-count:]
             training = _disjoint(training, validation, drop=True)
         gone = before - len(training) - len(validation)

@@ -21,10 +21,12 @@ from llama.io.files import check_writable
 from llama.io.json_files import JsonObject
 from llama.ranks import several_ranks
 from short_gpt.data import check_disjoint, hold_out, without_overlap
+from short_gpt.data.texts import OWN
 from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, difference, together
+from short_gpt.healing import choosing
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import RAW, REFIT, Kinds, Ranked, Readings, Windows
+from short_gpt.jobs.cases import CALIBRATED, RANKED, RAW, REFIT, Kinds, Ranked, Readings, Windows
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
@@ -42,7 +44,7 @@ from short_gpt.wrappers.own_text import writes, written
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
-HEALINGS, METHODS = (RAW, REFIT), ("bi", "relative_magnitude", "angular")
+HEALINGS, METHODS = CALIBRATED, RANKED
 MIX = "mix"  # the name of the choice by all texts
 RESAMPLES = 1000
 SPARE = 4  # windows cut for one that is judged, as some may share text with those that rank
@@ -393,7 +395,10 @@ def calibrate_checkpoint(
         healings, names = listed(ranked.healing), ", ".join(sources)
         models = (len(sources) + 1) * len(healings) + 1
         work = f"judge {models} models of {model}, chosen by {ranked.method} on {names}, on all"
-        count = models * len(sources) * readings.eval_windows + len(sources) * readings.max_windows
+        work += "; writing own text takes more" if {*sources} & {*OWN} else ""
+        refits = (len(sources) + 1) * choosing.REFIT * (REFIT in healings)
+        ranks = len(sources) * len(readings.numbers) + refits
+        count = models * len(sources) * readings.eval_windows + ranks * readings.max_windows
         end_dry_run(short, work, readings.numbers[0], count)
     write = writes(short, max(readings.numbers), seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges

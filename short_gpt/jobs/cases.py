@@ -21,6 +21,7 @@ Windows = Sequence[Sequence[int]]
 RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
 HEALINGS = (RAW, PATCHED, REFIT, LORA, DISTILL)
 REMOVED_HEALINGS = ("linearpatch", "ghosted")
+CALIBRATED, RANKED = (RAW, REFIT), ("bi", "relative_magnitude", "angular")  # by `calibrate`
 TRAINED = (LORA, DISTILL)  # these take far longer than all others
 DEFAULT_METHODS: tuple[str, ...] = ("bi", "angular", "deepest", "relative_magnitude")
 DEFAULT_METHODS += ("perplexity", "sleb", "reverse", "random")
@@ -318,3 +319,12 @@ class Ranked:
     n: int | None = None
     method: str = "bi"
     healing: str = setting("raw,refit", value="A,B")
+
+    def __post_init__(self) -> None:
+        if self.method not in RANKED:
+            raise ShortGPTError(
+                f"no calibration by {self.method!r}; expected one of {', '.join(RANKED)}"
+            )
+        for name in listed(self.healing) or ["none"]:
+            if name not in CALIBRATED:
+                raise ShortGPTError(f"healing {name}: expected some of {', '.join(CALIBRATED)}")

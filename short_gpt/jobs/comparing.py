@@ -287,8 +287,8 @@ class Comparison:
         sets["sleb"] = {*self.layers("sleb", n, most=most)}
         shared = {f"{a}, {b}": len(sets[a] & sets[b]) / n for a, b in combinations(sets, 2)}
         alone = self._search("sleb", most).losses[0]
-        scores = few.block_influence
-        correlation = spearman(scores[list(alone)], torch.tensor(list(alone.values())).double())
+        scores = few.block_influence[[few.layers.index(i) for i in alone]]
+        correlation = spearman(scores, torch.tensor(list(alone.values())).double())
         return {"n": n, "overlap": shared, "rank_correlation_of_bi_with_loss": correlation}
 
     def tasks(

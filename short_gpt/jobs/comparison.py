@@ -15,12 +15,22 @@ from llama.ranks import several_ranks
 from short_gpt.data import check_disjoint, demo, windows, without_overlap
 from short_gpt.data.windows import Text, tokens_of
 from short_gpt.evaluation import Perplexity, losses
+from short_gpt.healing import choosing, refit
 from short_gpt.healing import lora as training
-from short_gpt.healing import refit
 from short_gpt.healing.distillation import Distillation, LiveTeacher, Predictor
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.trainer import begun
-from short_gpt.jobs.cases import DISTILL, LORA, PATCHED, RAW, Cases, LoraSettings, Shares, Windows
+from short_gpt.jobs.cases import (
+    DISTILL,
+    LORA,
+    PATCHED,
+    RAW,
+    TRAINED,
+    Cases,
+    LoraSettings,
+    Shares,
+    Windows,
+)
 from short_gpt.jobs.comparing import Compared, compare, windows_digest
 from short_gpt.jobs.inputs import Data, Tasks, TextSource, check_model, source_of
 from short_gpt.jobs.ranking import end_dry_run
@@ -84,10 +94,15 @@ def compare_checkpoint(
     short = open_model(source, as_begun(opening, saving.state), max_seq_len=size)
     opening = replace(opening, precision=short.precision)  # also of the models that are trained
     if dry_run:
-        models = 1 + len(cases.names) * len(cases.numbers) * len(cases.heals)
+        closed = [healing for healing in cases.heals if healing not in TRAINED]
+        seeds = {"random": cases.seeds}
+        sets = len(cases.numbers) * sum(seeds.get(name, 1) for name in cases.names)
+        models = 1 + sets * len(closed)
         work = f"compare {models} models of {source}: {', '.join(cases.names)} x {cases.numbers} "
-        work += f"layers x {', '.join(cases.heals)}; searches and training take more"
-        count = models * shares.eval_windows + shares.max_windows
+        work += f"layers x {', '.join(cases.heals)}; searches, training and writing own text take "
+        work += "more"
+        refits = sum(healing != RAW for healing in closed) * choosing.REFIT * sets
+        count = models * shares.eval_windows + (1 + refits) * shares.max_windows
         end_dry_run(short, work, shares.size, count)
     write = writes(short, size, seed=shares.seed, beside=saving.state)
     with interruptible():

@@ -16,7 +16,7 @@ from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Needs, needs_one_of, 
 DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")
 MEMORY = needs_one_of("`memory`", "memory")
 BY_AUTO = Needs(
-    "`method` auto", lambda v: v["method"] == "auto" or not (v["method"] or v["stream"])
+    "`method` auto", lambda v: v["method"] == "auto" or not (v["method"] or v.get("stream"))
 )
 RATIO = 0.25
 PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}

@@ -77,8 +77,10 @@ def evaluate(
         short = open_model(models[0], of_source(opening, models[0]), max_seq_len=reading.size)
         read = [name for name in (reading.data, tasks.tasks) if name not in ("none", None)]
         work = f"evaluate {' and '.join(models)} on {' and '.join(map(str, read))}"
+        work += "; tasks take more" if tasks.tasks else ""
         texts, limit = len(own) or 1, reading.max_windows
-        end_dry_run(short, work, reading.size, limit and limit // texts * texts)
+        total = limit and limit // texts * texts * len(models)  # of every model
+        end_dry_run(short, work, reading.size, total)
     first, rows = None, {}
     for name in models:
         rows[name], measured = _evaluated(name, reading, own, tasks, opening, first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -11,7 +12,14 @@ from llama.io.sources import is_meta
 from llama.ranks import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
-from short_gpt.healing.choosing import MOST, HealedChoice, choose_healed
+from short_gpt.healing.choosing import (
+    BUDGET,
+    FIRST,
+    MOST,
+    HealedChoice,
+    choose_healed,
+    expect_budget,
+)
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.inputs import (
     STRIDE,
@@ -39,7 +47,7 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
 from short_gpt.scoring.stopping import Stop, Verdict
 from short_gpt.selection.methods import AUTO, SEARCHED, choose
-from short_gpt.selection.search import Search
+from short_gpt.selection.search import Search, most_layers_run
 from short_gpt.wrappers.opening import check_tokenizer
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import writes, written
@@ -167,6 +175,7 @@ def rank(
     answer, texts = answer if n is None else replace(answer, n=n), source_of(data)
     if answer.method == AUTO:  # what judges must not overlap what is fitted on
         cut = replace(cut, stride=max(cut.step, cut.size), max_windows=cut.max_windows or MOST)
+        expect_budget(answer.budget, cut.max_windows or MOST)
     opening = as_begun(opening, saving.state)
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
@@ -179,6 +188,10 @@ def rank(
         total = known_total(cuts, cut.max_windows) if known else cut.max_windows
         how = {"rule": answer.rule(cut.seed), "population": getattr(cuts, "population", None)}
         work = f"score {len(short.kept)} layers of {model} by {answer.method} on {texts.data}"
+        if answer.by_loss:
+            total = _passes(answer, len(short.kept), total)
+            work += ", in as long as it takes to read so many windows, at most"
+        work += "" if known else "; writing that takes more"
         end_dry_run(short, work, cut.size, total, batch_size=running.batch_size, **how)
     write = writes(short, cut.size, seed=cut.seed, beside=saving.state)
     with interruptible():
@@ -195,6 +208,14 @@ def rank(
     if answer.by_loss:
         return _search(short, windows, result, running)
     return _measure(short, windows, result, cut, running, notify, detailed=detailed)
+
+
+def _passes(answer: Answer, count: int, windows: int | None) -> int | None:
+    """The most windows that a choice by loss reads, each through all of so many layers."""
+    if answer.method == AUTO:
+        return FIRST * (answer.budget or BUDGET)
+    rounds = answer.n or 1 if answer.method == "sleb" else 1
+    return None if windows is None else math.ceil(windows * most_layers_run(count, rounds) / count)
 
 
 def _identity(

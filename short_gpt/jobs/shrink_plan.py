@@ -22,7 +22,7 @@ from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf
 from short_gpt.data.texts import OWN, source_names, texts
 from short_gpt.healing import RefitSettings, choosing, require_packages
-from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT
+from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, expect_budget
 from short_gpt.healing.texts import Learning
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.healing import CLOSED_WINDOWS
@@ -130,6 +130,8 @@ class Asked:
         if self.streaming.stream:
             self._check_streamed()
         check_format(self.out, self.to)
+        if self.method == AUTO:
+            expect_budget(self.settings.budget, min(MOST, self.cut.max_windows or MOST))
         self.texts.kinds()  # reads the first text of each
         judges = self.cut.eval_data
         for name in [] if judges is None else source_names(judges):
@@ -140,7 +142,7 @@ class Asked:
             raise ShortGPTError("`stream` reads a checkpoint: give its name, not a loaded model")
         if self.own:
             raise ShortGPTError(STREAMED)
-        asked: dict[str, object] = {"method": self.method in (AUTO, *BY_LOSS)}
+        asked: dict[str, object] = {"method": self.method in (AUTO, *BY_LOSS, "angular_all")}
         asked |= {"tasks": self.tasks.tasks}
         asked |= {"max_perplexity_ratio": self.dial.max_perplexity_ratio}
         asked |= {"minutes": self.settings.minutes, "prompt": self.settings.prompt}
@@ -218,15 +220,17 @@ def plan(asked: Asked, known: Derived) -> str:
     parts = _seconds(asked, known)
     total, (sizes, rest), n = sum(parts.values()), known.parameters, known.n
     fitted = min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
-    refit = REFITTED.plan(known.opened.short, Learning([known.probe] * fitted, [], []), None)
+    windows, folder = Learning([known.probe] * fitted, [], []), asked.folder / "healing"
+    refit = REFITTED.plan(known.opened.short, windows, folder)
     before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
     kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M" if n else ""
     times = ", ".join(f"{name} {duration(time)}" for name, time in parts.items() if time)
     disk = f" and {shown(refit.disk)} on disk" if refit.disk else ""
+    tasks = "of the tasks, and " if asked.tasks.tasks else ""
     lines = [f"{n or 'some'} of {known.count} layers go ({asked.dial.name}){kept}"]
     lines += [f"a window of {known.size} tokens takes {duration(known.a_pass)}: {times}"]
     lines += [
-        f"in all about {duration(total)}, and the time to write the model and read it again",
+        f"in all about {duration(total)}, and the time {tasks}to write the model and read it again",
         f"the refit takes up to {shown(refit.total)} of the machine's memory{disk}",
     ]
     if total > LONG:

@@ -21,7 +21,7 @@ from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
-from short_gpt.healing.choosing import FEW, FIRST, MOST, pruned_losses
+from short_gpt.healing.choosing import FEW, FIRST, LEAST, MOST, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.refit import RefitSettings
@@ -38,7 +38,7 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.page import shrunk_page
-from short_gpt.jobs.saving import Hub, interruptible
+from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.settings import HealingWindows, takes_fields
 from short_gpt.jobs.shrink_models import InMemory, Opened, Streamed, tensor_bytes
 from short_gpt.jobs.shrink_plan import REFITTED, WINDOW, Asked, Derived, Model, plan
@@ -56,6 +56,7 @@ from short_gpt.wrappers.streamed_llama import StreamedLlama
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+STATE = "state.json"  # in the folder
 CHECKS = 8  # evaluations during a training
 
 
@@ -114,7 +115,8 @@ def shrink(
     hub.check(asked.out, asked.to)
     lock = None if settings.dry_run else hold(asked.folder)
     try:
-        known = Derived.of(asked, _opened(asked, tokenizer))
+        begun = as_begun(opening, asked.folder / STATE)
+        known = Derived.of(asked, _opened(replace(asked, opening=begun), tokenizer))
         words = plan(asked, known)
         if settings.dry_run:
             return Shrunk(asked.out, words)
@@ -210,7 +212,7 @@ class _Run:
         digests = {name: windows_digest(own) for name, own in read.items()}
         refit = {"refit": vars(RefitSettings())}  # which the choice and the healing begin with
         identity = joined(short.identity(), digests, chosen_by, refit)
-        saved = StateFile(asked.folder / "state.json", identity, folder=asked.folder)
+        saved = StateFile(asked.folder / STATE, identity, folder=asked.folder)
         self.sets: Comparison | None = None  # of a streamed model
         if not short.streamed:
             how = {"few": FEW, "state": saved, "budget": settings.budget}
@@ -236,6 +238,11 @@ class _Run:
     def _within(self, sets: Comparison) -> int:
         """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
         every, short, count = self.calibration, self.known.in_memory, self.known.count
+        if len(every) < LEAST:
+            raise ShortGPTError(
+                f"{self.asked.dial.name}: expected at least {LEAST} windows, of which a quarter "
+                f"says how many layers may go, got {len(every)}; give more text"
+            )
         held, ratio = max(2, len(every) // 4), self.asked.dial.max_perplexity_ratio or 1.0
         fit = every[:-held]
         judging, _ = without_overlap(every[-held:], fit)
@@ -332,7 +339,8 @@ class _Run:
 
     def rounded(self, built: Path, evidence: HealingEvidence) -> list[str]:
         """What the types of a GGUF file, in which the changed tensors are rounded, cost."""
-        again = open_trainable(str(built), self.asked.opening)
+        precision = self.known.opened.short.precision  # a pair is read in one
+        again = open_trainable(str(built), replace(self.asked.opening, precision=precision))
         written = together(losses(again.decoder, self.windows.evaluation))
         change = difference([evidence.perplexity["healed"]], [written])
         said = [f"writing it in the file's own types changes the loss by {change}"]

@@ -20,6 +20,7 @@ import torch
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from processes import ranks
+from transformers import AutoConfig
 
 from short_gpt import cli
 from short_gpt.cli.app import in_shell, main
@@ -361,6 +362,11 @@ def test_of_two_ranks_one_prints_and_writes(ckpt, capsys, monkeypatch):
     look = ["perplexity", "small", *map(str, DATA[:4])]
     both = ranks(2, Path("printed"), main, look).end()
     assert both.codes == [0, 0], both.err
+    # the first waits for no other where it opens a model in transformers
+    shrunk = ["shrink", "ckpt", "shrunk", "--size", "32", "--method", "bi", "--n", "2"]
+    alone = ranks(2, Path("alone"), main, [*shrunk, "--max_windows", "8"]).end()
+    assert alone.codes == [0, 0], alone.err
+    assert AutoConfig.from_pretrained("shrunk").num_hidden_layers == 3
     removed = json.loads(Path("small/pruning.json").read_text())["removed_layers"]
     run("prune", "ckpt", "whole", "--layers", ",".join(map(str, removed)))
     capsys.readouterr()

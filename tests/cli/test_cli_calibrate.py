@@ -142,6 +142,7 @@ def test_without_texts_it_says_what_to_name(here, capsys):
         (["--n", "1", "--eval_windows", "1"], "--eval_windows = 1: expected a whole number of"),
         (["--n", "1", "--method", "sleb"], "no calibration by 'sleb'; expected one of bi"),
         (["--n", "1", "--healing", "lora"], "healing lora: expected some of raw, refit"),
+        (["--n", "1", "--healing", "raw,lora", "--dry_run"], "healing lora: expected some of raw"),
         (
             ["--n", "1", "--max_windows", "400"],
             "code: every other window shares text with those that rank",

@@ -46,6 +46,17 @@ def test_a_models_own_files_are_not_written_over(ckpt, capsys, name):
     assert contents() == before
 
 
+@pytest.mark.parametrize("command", [RANK, ("heal", "ckpt", "r.json", "--data", "book.txt")])
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_a_result_has_a_file_of_its_own(ckpt, capsys, command, overwrite):
+    """The state is deleted in the end, and a model takes the place of what has its name."""
+    state = ("--state", "./r.json") if command == RANK else ("--layers", 2)
+    line = fails(capsys, *command, *state, "--json", "r.json", *overwrite)
+    name = "STATE" if command == RANK else "OUT"
+    assert line.endswith(f"r.json is {name} too; name another file")
+    assert not Path("r.json").exists()
+
+
 def test_what_a_command_reads_is_not_written_over(ckpt, capsys):
     run(*RANK, "--out", "a.json")
     capsys.readouterr()
@@ -188,6 +199,29 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monk
     assert time.startswith("a window of 16 tokens takes ") and "seconds" in time
     assert last == "nothing was written" and contents() == before
     assert "dry_run" in flags_of(COMMANDS[command])
+
+
+@pytest.mark.parametrize(
+    ("words", "windows"),
+    [
+        # layers run: 3 + 2 + 1 and 3 to move on, then 2 + 1 and 2, of the model's 5, a window
+        (("rank", "--method", "sleb", "--n", 2, "--max_windows", 5), 14),
+        (("rank", "--method", "perplexity", "--n", 2, "--max_windows", 5), 9),
+        (("rank", "--method", "auto", "--n", 2), 60 * 16),
+        (("rank", "--method", "auto", "--n", 2, "--budget", 20), 20 * 16),
+        (("evaluate", "--max_windows", 5), 5),
+        (("evaluate", "other", "--max_windows", 5), 10),
+        # 4 sets, each pruned and patched, of which 3 are random; a patch reads as a refit at most
+        (("compare", "--methods", "random,bi", "--counts", 1, "--max_windows", 6,
+          "--eval_windows", 8), 6 + 9 * 8 + 4 * 3 * 6),
+    ],
+)  # fmt: skip
+def test_a_dry_run_counts_what_is_read(ckpt, capsys, words, windows):
+    write_docs("docs")
+    Path("other").symlink_to("ckpt")
+    command, *rest = words
+    run(command, "ckpt", *rest, "--data", "docs", "--size", 16, "--dry_run", "--device", "cpu")
+    assert f"all {windows:,} " in capsys.readouterr().out
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(ckpt, capsys):

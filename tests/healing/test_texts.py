@@ -80,3 +80,10 @@ def test_a_copy_is_no_text_to_evaluate_on_at_any_size(tmp_path, size, limit):
     source = Source(str(tmp_path / "book.txt"), str(tmp_path / "copy.txt"))
     with pytest.raises(ShortGPTError, match="training windows share text with the windows to eval"):
         source.windows(characters, size, limit=limit, eval_windows=limit or 400)
+
+
+def test_one_window_cannot_both_teach_and_choose_the_step(tmp_path):
+    texts = written(tmp_path / "few.jsonl", pieces("ab", 2))
+    with pytest.raises(ShortGPTError, match="expected at least 2 windows, one to learn from and"):
+        Source(texts).windows(characters, 40, limit=1, validate=True)
+    assert len(Source(texts).windows(characters, 40, limit=1).training) == 1

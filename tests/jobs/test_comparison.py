@@ -231,6 +231,14 @@ def test_agreement_is_that_of_the_scores_with_each_other_and_with_the_losses():
         first, second = (sets[name] for name in pair.split(", "))
         assert share == len(first & second) / 2
     assert len(found["overlap"]) == 3 and min(found["overlap"].values()) < 1
+    # of a model that lost its first layers, scores and losses are of the same layers
+    cut = short()
+    cut.remove_layers([0, 1])
+    found = Comparison(cut, CALIBRATION, EVALUATION, few=4).agreement(1, 1)
+    cut.measure(few, progress=False)
+    loss = [cut.search(few, 1, progress=False).losses[0][i] for i in (3, 4)]
+    expected = scipy.stats.spearmanr(cut.importance.block_influence[1:-1], loss).statistic
+    assert found["rank_correlation_of_bi_with_loss"] == pytest.approx(expected)
 
 
 def test_texts_that_overlap_are_refused():

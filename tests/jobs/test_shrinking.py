@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from short_gpt.jobs import shrunk as shrunk_module
 from short_gpt.jobs.shrink_models import InMemory, Streamed
 from short_gpt.jobs.shrunk import next_steps
 from short_gpt.runtime.errors import NotRemovableError
+from short_gpt.wrappers import precision
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -255,14 +257,30 @@ def test_a_streamed_run_continues_what_was_killed(here):
     assert torch.equal(logits("out"), logits("whole-2")) and not Path("out.shrinking").exists()
 
 
-def test_a_dry_run_writes_nothing(here, capsys):
+@pytest.mark.parametrize(("began", "now"), [("mixed", "float32"), ("float32", "mixed")])
+def test_auto_continues_in_the_precision_that_it_began_with(here, monkeypatch, began, now):
+    precise = {"n": 1, "windows": CUT, "data": "other", "method": "bi"}
+    chosen = iter([began == "mixed", now == "mixed"])
+    monkeypatch.setattr(precision, "_is_faster", lambda *_: next(chosen))
+    how = {**precise, "opening": OpenOptions(precision="auto", device="cpu")}
+    with interrupted(ShortHFModel, "save_pretrained", 0):
+        shrink("hf", "out", **how)
+    assert shrink("hf", "out", **how).out == Path("out")
+
+
+def test_a_dry_run_writes_nothing(here, capsys, monkeypatch):
     before = sorted(here.rglob("*"))
     run("shrink", "hf", "out", "--memory", "190kB", "--context", 64, "--dry_run", *FLAGS)
     assert sorted(here.rglob("*")) == before
     out = capsys.readouterr().out
     assert "of 6 layers go (--memory 190kB)" in out and "in all about" in out
-    memory = re.search(r"^the refit takes up to (\d+(?:\.\d)?) [MG]B of the machine", out, re.M)
+    told = r"^the refit takes up to (\d+(?:\.\d)?) [MG]B of the machine's memory and \d.*B on disk$"
+    memory = re.search(told, out, re.M)
     assert memory and float(memory[1]) > 0
+    free = shutil.disk_usage(here)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    line = fails(capsys, "shrink", "hf", "out", "--dry_run", *FLAGS)
+    assert "has 1 kB free, the states of the refit need" in line
     times = [part.split()[-2:] for part in out.splitlines()[1].split(": ")[1].split(", ")]
     assert {unit for _, unit in times} <= {"seconds", "minutes"}
 
@@ -344,6 +362,10 @@ def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
     with pytest.raises(ValueError, match="the perplexity rises by 1.105 already"):
         shrink("hf", "no", max_perplexity_ratio=1.05, **settings)
 
+    few = {**settings, "windows": HealingWindows("books", 24, 3, 6)}
+    with pytest.raises(ValueError, match="expected at least 4 windows, of which a quarter says"):
+        shrink("hf", "few", max_perplexity_ratio=1.3, **few)
+
     searched, search = [], ShortHFModel.search
 
     def counted(short, windows, n, **how):
@@ -380,6 +402,8 @@ def test_tasks_are_paired(here, lm_eval, tasks, capsys):
         (("hf", "out", "--budget", 9, "--method", "bi"), "--budget has no effect without --method"),
         (("hf", "out", "--stream"), "a streamed model writes no text of its own"),
         (("hf", "out", *STREAM, "--method", "sleb"), "--method needs the model in memory"),
+        (("hf", "out", *STREAM, "--method", "angular_all"), "--method needs the model in memory"),
+        (("hf", "out", "--budget", 2), "--budget = 2: refitting the candidates takes 13 bare"),
         (("hf", "out", *STREAM, "--minutes", 1), "--minutes needs the model in memory"),
         (("hf", "out", *STREAM, "--to", "meta"), "is written in its own format, hf"),
     ],
