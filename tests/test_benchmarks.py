@@ -198,13 +198,6 @@ def test_every_sample_chooses_anew_and_every_set_is_judged_once(tmp_path, monkey
         expected.append((text, 6, "angular", alone.layers_to_remove(angular=True, n=3)))
     named = [tuple(c.values()) for c in found if c["method"] != "relative_magnitude"]
     assert named == expected and len(found) == 10
-    monkeypatch.setattr(choice_variance, "COUNTS", (2, 3))
-    searched = choice_variance.searched(short, windows, cells)
-    for at, sample in enumerate(windows):
-        removed = short.search(sample[:2], 3, progress=False).removed
-        found = [sorted(removed[:2]), sorted(removed)]
-        assert [row["layers"] for row in searched[2 * at : 2 * at + 2]] == found
-    assert {(row["windows"], row["method"]) for row in searched} == {(2, "sleb")}
     sets = [(1,), (1, 2, 4)]
     held_out = random_windows(4, 24, seed=3)
     found = choice_variance.judge(short, sets, held_out, cells)

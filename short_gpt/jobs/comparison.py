@@ -80,6 +80,11 @@ def compare_checkpoint(
     tasks.check()
     if saving.state is not None:
         check_writable(Path(saving.state))
+    if model is None and (source_of(data) != TextSource() or shares.eval_data is not None):
+        raise ShortGPTError(
+            "without a MODEL, the demo's model reads its own book: name a MODEL, or leave out "
+            "`data` and `eval_data`"
+        )
     lora.check()
     shares.check()
     source = str(demo.checkpoint()) if model is None else model

@@ -153,8 +153,8 @@ class Cut:
         size: tokens in a window.
         max_windows: stop after this many; all if not given.
         seed: of the random order of all windows; none reads them in the order of the texts.
-        stride: tokens between the starts of windows; the size if not given, so that none overlap.
-            The method auto takes at least the size.
+        stride: tokens between the starts of windows; none takes the size, so that none overlap, and
+            the method auto takes at least the size.
         bos: first puts it before a text's first window alone, every before every window; if not
             given, every for Gemma, which needs it, else first.
     """

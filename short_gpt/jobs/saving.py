@@ -108,8 +108,9 @@ class Conversion:
         tokenizer_path: tokenizer of a Meta checkpoint; looked for beside it if not given.
         trust_remote_code: run the Python files that come with a Hugging Face model, to prove the
             result; look at them first.
-        verify: prove the result by loading source and result, one after the other; yes if not
-            given, but no where both are Meta's.
+        verify: prove the result by loading source and result, one after the other. If not given,
+            yes, but no from Meta's to Meta's and to GGUF. Files of these two formats are read again
+            and compared with what was written in any case.
         overwrite: replace an earlier conversion.
     """
 

@@ -198,8 +198,8 @@ class Written:
         verify: whether to prove the result: the same logits as the source with the layers removed
             in memory, and the same greedy generation with and without the cache. If not given, yes
             where Hugging Face's format is read or written, whose config can fail to say which
-            layers remain, and no from Meta's to Meta's and to GGUF, which is read again and
-            compared in any case.
+            layers remain, and no from Meta's to Meta's and to GGUF. Files of these two formats are
+            read again and compared with what was written in any case.
         overwrite: replace an earlier pruned checkpoint.
     """
 
@@ -219,8 +219,9 @@ class HealingWindows:
             or the end of the only one.
         size: tokens in a window; if not given, 512 in shrink, 1024 in a closed form, else the
             recipe's.
-        max_windows: windows to learn from; 64 for a closed form, all for lora and distill. Before
-            training, a closed form reads 64 of them at most, and the training begins with others.
+        max_windows: windows to learn from; 64 for a closed form, and for training all, or 192 where
+            the model writes text of its own. Before training, a closed form reads 64 of them at
+            most, and the training begins with others.
         eval_windows: windows to evaluate on.
         drop_overlap: leave out windows that share text with those to evaluate on, instead of
             refusing them; on if no eval_data is given.
@@ -282,8 +283,8 @@ class Settings:
             most 1; 0.5 if not given.
         preset: of lora and distill, paper, demo or small; each of the following changes one of its
             settings.
-        rank: of the changes that are trained.
-        alpha: their scale times the rank; the rank if not given.
+        rank: of the LoRA changes that are trained.
+        alpha: of LoRA, whose changes are scaled by alpha / rank; the rank if not given.
         learning_rate: at its peak.
         steps: optimizer steps.
         warmup: steps until the peak.

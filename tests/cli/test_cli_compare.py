@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import fails
 from conftest import save_byte_llama
 
 from llama.formats.gguf import llama_to_gguf
@@ -175,3 +176,9 @@ def test_mistakes_are_one_line(here, capsys, monkeypatch, options, message):
         main([*COMMON, *options])
     errors = capsys.readouterr().err.splitlines()
     assert errors[-1].startswith("short-gpt: ") and message in errors[-1]
+
+
+@pytest.mark.parametrize("flag", ["--data", "--eval_data"])
+def test_the_demos_model_reads_its_own_book(here, capsys, flag):
+    line = fails(capsys, "compare", "--counts", "2", flag, "books")
+    assert "without a MODEL, the demo's model reads its own book: name a MODEL, or leave" in line
