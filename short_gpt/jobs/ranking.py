@@ -190,7 +190,7 @@ def rank(
         work = f"score {len(short.kept)} layers of {model} by {answer.method} on {texts.data}"
         if answer.by_loss:
             total = _passes(answer, len(short.kept), total)
-            work += ", in as long as it takes to read so many windows, at most"
+            work += "; it takes at most as long as reading so many windows"
         work += "" if known else "; writing that takes more"
         end_dry_run(short, work, cut.size, total, batch_size=running.batch_size, **how)
     write = writes(short, cut.size, seed=cut.seed, beside=saving.state)

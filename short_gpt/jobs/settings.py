@@ -219,9 +219,9 @@ class HealingWindows:
             or the end of the only one.
         size: tokens in a window; if not given, 512 in shrink, 1024 in a closed form, else the
             recipe's.
-        max_windows: windows to learn from; 64 for a closed form, and for training all, or 192 where
-            the model writes text of its own. Before training, a closed form reads 64 of them at
-            most, and the training begins with others.
+        max_windows: windows to learn from; 64 for a closed form, all for training (192 in shrink
+            where the model writes text of its own). Before training, a closed form reads 64 of them
+            at most, and the training begins with others.
         eval_windows: windows to evaluate on.
         drop_overlap: leave out windows that share text with those to evaluate on, instead of
             refusing them; on if no eval_data is given.

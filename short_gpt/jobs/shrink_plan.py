@@ -226,11 +226,11 @@ def plan(asked: Asked, known: Derived) -> str:
     kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M" if n else ""
     times = ", ".join(f"{name} {duration(time)}" for name, time in parts.items() if time)
     disk = f" and {shown(refit.disk)} on disk" if refit.disk else ""
-    tasks = "of the tasks, and " if asked.tasks.tasks else ""
+    tasks = "run the tasks, " if asked.tasks.tasks else ""
     lines = [f"{n or 'some'} of {known.count} layers go ({asked.dial.name}){kept}"]
     lines += [f"a window of {known.size} tokens takes {duration(known.a_pass)}: {times}"]
     lines += [
-        f"in all about {duration(total)}, and the time {tasks}to write the model and read it again",
+        f"in all about {duration(total)}, and the time to {tasks}write the model and read it again",
         f"the refit takes up to {shown(refit.total)} of the machine's memory{disk}",
     ]
     if total > LONG:
