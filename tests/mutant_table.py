@@ -274,9 +274,29 @@ MUTANTS = [
         "test_a_directory_that_is_not_the_healed_model_is_not_written",
     ),
     (
-        "if _digest(pieces) != _digest(again.chunks(new))",
+        "if digest_of(pieces) != digest_of(again.chunks(new))",
         "if False",
         "test_what_was_written_wrong_never_takes_its_place",
+    ),
+    (
+        "if (other := again.testzip()) is not None:",
+        "if False:",
+        "test_what_a_disk_holds_otherwise_than_written_is_found",
+    ),
+    (
+        "if not same or digest_of(read) != digest:",
+        "if not same:",
+        "test_what_a_disk_holds_otherwise_than_written_is_found",
+    ),
+    (
+        "self._judging, self._more = others[:JUDGES], others[JUDGES:]",
+        "self._judging, self._more = others[:half], others[half:]",
+        "test_40_windows_judge_at_first",
+    ),
+    (
+        "few.block_influence[[few.layers.index(i) for i in alone]]",
+        "few.block_influence[[*alone]]",
+        "test_agreement_is_that_of_the_scores_with_each_other_and_with_the_losses",
     ),
     (
         "            target.prove(partial)",
