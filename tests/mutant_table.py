@@ -279,26 +279,6 @@ MUTANTS = [
         "test_what_was_written_wrong_never_takes_its_place",
     ),
     (
-        "if (other := again.testzip()) is not None:",
-        "if False:",
-        "test_what_a_disk_holds_otherwise_than_written_is_found",
-    ),
-    (
-        "if not same or digest_of(read) != digest:",
-        "if not same:",
-        "test_what_a_disk_holds_otherwise_than_written_is_found",
-    ),
-    (
-        "self._judging, self._more = others[:JUDGES], others[JUDGES:]",
-        "self._judging, self._more = others[:half], others[half:]",
-        "test_40_windows_judge_at_first",
-    ),
-    (
-        "few.block_influence[[few.layers.index(i) for i in alone]]",
-        "few.block_influence[[*alone]]",
-        "test_agreement_is_that_of_the_scores_with_each_other_and_with_the_losses",
-    ),
-    (
         "            target.prove(partial)",
         "            pass",
         "test_a_patched_meta_checkpoint_is_proved_before_it_is_there",
