@@ -42,7 +42,7 @@ def main(
     also: str,
     others: str | None = None,
     counts: Sequence[int] = (8, 4, 12),
-    draws: int = 3,
+    draws: int | Sequence[int] = 3,
     learned: int = 24,
     size: int = 512,
     judged: int = 8,
@@ -56,7 +56,7 @@ def main(
     Args:
         also, others: as in ``healing.py``.
         counts: numbers of layers to remove, of 30.
-        draws: samples of calibration text.
+        draws: samples of calibration text; one number, or one for each of ``counts``.
         learned: windows that the chosen sets are refitted on, in the end.
         size: tokens of all windows.
         judged: windows of each kind to judge by.
@@ -72,9 +72,11 @@ def main(
     cells = Cells(StateFile(f"{out or 'choices'}.state", identity, every=0.0))
     rows: list[dict[str, Any]] = []
     measured: dict[int, list[Nats]] = {}  # by the number of layers, of every draw
-    for draw in range(draws):
+    numbers = [counts] if isinstance(counts, int) else [*counts]
+    each = [draws] * len(numbers) if isinstance(draws, int) else [*draws]
+    for draw in range(max(each)):
         text = drawn(short, also, size, draw)
-        for n in [counts] if isinstance(counts, int) else counts:
+        for n in [n for n, own in zip(numbers, each, strict=True) if draw < own]:
             trial = Trial(cells, short, kinds, text, f"draw {draw}", learned)
             row, nats = trial.row(n, budget, mixed=mixed)
             rows.append({"n": n, "draw": draw, **row})
