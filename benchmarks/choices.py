@@ -17,7 +17,6 @@ and ``--draws`` may grow meanwhile.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -155,21 +154,19 @@ class Trial:
         nats = {name: self._nats(layers) for name, layers in sets.items()}
         found = {name: compared(own, nats["auto"]) for name, own in nats.items()}
         found["original"] = compared(self._nats([]), nats["auto"])
-        kept = {name: chosen[name] for name in ("swaps", "passes", "fitted", "judged", "seconds")}
+        kept = {name: chosen[name] for name in ("swaps", "passes", "fitted", "judged")}
         for name in sets.keys() & {*CANDIDATES}:
             others = (one for one in chosen["candidates"] if one["methods"] != [name])
             nats[f"{WITHOUT}{name}"] = self._nats(next(others)["layers"])
         return {"sets": sets, "from auto": found, "loss": chosen["loss"], **kept}, nats
 
     def _auto(self, state: StateFile | None, *, n: int, budget: int | None, mixed: bool) -> Any:
-        started = time.perf_counter()
-
         def choose() -> Any:
             return choose_healed(self._short, self._text, n, budget=budget, state=state)
 
         chosen = in_mixed(self._short, choose) if mixed else choose()
         print(chosen, flush=True)
-        return {**chosen.to_dict(), "seconds": time.perf_counter() - started}
+        return chosen.to_dict()
 
     def _nats(self, layers: Sequence[int]) -> dict[str, list[tuple[float, int]]]:
         """Nats and tokens of every window, by its kind, of the model refitted on more windows."""
@@ -198,7 +195,7 @@ def before_swaps(chosen: Mapping[str, Any]) -> list[int]:
 
 def table(row: Mapping[str, Any]) -> str:
     """A line for every set: perplexities by kind, and nats more than auto's with the error."""
-    lines = [f"{row['passes']:.1f} bare passes, {row['seconds']:.0f} s; {len(row['swaps'])} swaps"]
+    lines = [f"{row['passes']:.1f} bare passes; {len(row['swaps'])} swaps"]
     for name, found in row["from auto"].items():
         texts = [
             f"{kind} {own['perplexity']:.2f} {own['nats']:+.4f} ({own['standard_error']:.4f})"

@@ -49,6 +49,8 @@ def automatic_means() -> list[str]:
     """By number of layers and candidate: nats above auto's set, and what it brings auto."""
 
     def nats(found: Mapping[str, Any]) -> str:
+        if not found["standard_error"]:
+            return "the same"  # sets
         return f"{found['nats']:+.3f} ({found['standard_error']:.3f})"
 
     lines = []

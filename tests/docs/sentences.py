@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from evidence_tables import adapter, kept, swept, swept_beside
 from healing_tables import above, group, minutes, novels, passes
@@ -21,6 +22,8 @@ from made_tables import (
     spread,
 )
 from pages import flowing, result
+
+from short_gpt.healing.choosing import CANDIDATES
 
 
 def distilled() -> str:
@@ -188,6 +191,39 @@ def task_sentences() -> list[str]:
     ]
 
 
+def choice_sentences() -> list[str]:
+    """Sentences on the automatic choice and its candidates."""
+    found = result("choices")
+    eight, twelve = ({m["n"]: m for m in found["means"]}[n] for n in (8, 12))
+
+    def above(of: Mapping[str, Any]) -> float:
+        return of["all three kinds"]["nats"]
+
+    others = [above(own) for name, own in eight["from auto"].items() if name in CANDIDATES]
+    level, *worse = sorted(others)
+    assert abs(level) < 2 * eight["from auto"]["angular"]["all three kinds"]["standard_error"]
+    span = f"{worse[0]:.2f} to {worse[-1]:.2f} nats"
+    assert f"better by {span}, over three kinds of text" in flowing("docs/methods.md")
+    assert f"refitted sets of 8 layers are {worse[-1]:.2f} nats apart" in flowing("docs/choose.md")
+    draws = {(row["n"], row["draw"]): row["from auto"] for row in found["rows"]}
+    block, searched = draws[12, 2]["angular"], draws[8, 0]["sleb"]
+    error, brings = (
+        f"{of['all three kinds']['standard_error']:.2f}"
+        for of in (block, twelve["without it"]["sleb"])
+    )
+    low, high = (pick(row["passes"] for row in found["rows"]) for pick in (min, max))
+    return [
+        f"by {span} over the three kinds",
+        f"The block brings auto {above(eight['without it']['angular']):.2f} nats",
+        f"Block Influence's sets are worse by {above(twelve['from auto']['bi']):.2f} nats",
+        f"which brings it {above(twelve['without it']['sleb']):.2f} nats ({brings})",
+        f"the angular block was better by {-above(block):.2f} nats ({error})",
+        f"which is worse by {above(searched):.2f} nats "
+        f"({searched['all three kinds']['standard_error']:.2f})",
+        f"A choice took {low:.0f} to {high:.0f} of its 60 bare passes",
+    ]
+
+
 def optimal_sentences() -> list[str]:
     """Sentences on how near the best of all sets the choices come."""
     found = result("optimality")
@@ -210,6 +246,7 @@ MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
         shares,
         task_sentences,
         optimal_sentences,
+        choice_sentences,
         greedy,
         novels,
         adapter,
