@@ -186,7 +186,7 @@ def test_no_model_is_judged_by_a_text_named_self(here, capsys):
 def test_a_streamed_model_is_refused_in_one_line(here, capsys):
     line = fails(capsys, "rank", "ckpt", "--data", "self", "--stream", *SMALL)
     assert "a streamed model writes no text of its own" in line
-    assert "short-gpt generate COPY --samples 96 --out own.jsonl" in line
+    assert "short-gpt generate COPY --samples 96 --max_gen_len 1152 --out own.jsonl" in line
 
 
 def test_a_flag_of_files_has_no_effect_on_own_text(here, capsys):
