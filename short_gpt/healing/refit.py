@@ -346,6 +346,7 @@ def _refit_layers(
             layer.run_pruned()  # with them
         refused = refused if layer.projections else layer.refused
         state.advance(fits, values, models=models)
+        del fits, values, layer  # before the next layer's weights are there
     return refused
 
 
