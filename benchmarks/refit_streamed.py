@@ -100,7 +100,7 @@ def refitted(case: Case, place: Path, start: Start | None = None) -> dict[str, A
     assert found.pop("code") == 0, "the command failed"
     limits = {
         "peak memory at most 3 GB": found["peak_bytes"] <= 3e9,
-        "peak memory within the plan": found["peak_bytes"] <= found["planned_bytes"],
+        "the refit's peak within its plan": found["refit_peak_bytes"] <= found["planned_bytes"],
     }
     model = f"Llama's layout, {case.args.n_layers} layers of width {case.args.dim}, float16"
     content = {"limits": limits, "model": model, "removed": [*case.layers]}

@@ -175,9 +175,9 @@ class LayerRefit:
         for part, projection in self.projections.items():
             fits.append(self._solve_part(part, projection))
             if fits[-1].changed:
-                named = dict(module.named_parameters())
+                # one at a time: what is solved next frees the layer's other weights
                 for key in parameters_of(self._layer, module, projection.modules):
-                    values[key] = named[key[1]].detach().to("cpu", copy=True)
+                    values[key] = module.get_parameter(key[1]).detach().to("cpu", copy=True)
         return fits, values
 
     def run_pruned(self) -> None:

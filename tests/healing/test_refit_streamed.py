@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.refit_state import HiddenStates, RefitState
 from short_gpt.healing.solver import SublayerSolver
-from short_gpt.wrappers.streamed_llama import StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedCalls, StreamedLlama
 
 LAYERS = [2, 3]
 WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(6, 16, vocab=BYTE_VOCAB))]
@@ -108,6 +109,25 @@ def test_one_layer_at_a_time_gives_the_matrices_of_the_model_in_memory(kind, tmp
     assert record["healing"][0]["method"] == "refit" and record["removed_layers"] == LAYERS
     if kind == "shards":
         assert len(Checkpoint(out).shards) == 2
+
+
+def test_a_solved_layer_frees_what_is_not_needed_any_more(tmp_path, monkeypatch):
+    """Both solved layers, of which only the first is read a second time."""
+    short, plain, left = streamed(checkpoint(tmp_path / "ckpt")), StreamedCalls.keep_only, []
+
+    def keep_only(self, index, modules):
+        kept = {id(p) for module in modules for p in module.parameters()}
+        named = self.layer(index).named_parameters()
+        gone = {n: weakref.ref(p) for n, p in named if not p.is_meta and id(p) not in kept}
+        plain(self, index, modules)
+        left.append((index, len(gone), [name for name, p in gone.items() if p() is not None]))
+
+    monkeypatch.setattr(StreamedCalls, "keep_only", keep_only)
+    refit = fit(short, LAYERS, WINDOWS, held=WINDOWS, **QUIET)
+    changed = [(fit.layer, fit.part) for fit in refit.fits if fit.changed]
+    assert changed == [(1, "mlp"), (4, "attention"), (4, "mlp")]
+    # q, k and v before the MLP's inputs are read; its other two matrices and both norms after it
+    assert left == [(index, count, []) for index in (1, 4) for count in (3, 4)]
 
 
 def test_a_directory_that_is_not_the_healed_model_is_not_written(tmp_path, monkeypatch):
