@@ -35,6 +35,7 @@ from scoring import build
 from short_gpt import ShortHFModel, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
 from short_gpt.healing import CachedTeacher, Distillation, Learning, recipe_for
+from short_gpt.models.decoder import unmixed
 
 LAYERS = (10, 12, 13, 14, 15, 16, 17, 18)  # the automatic choice's 8, see `choices.py`
 SECONDS = 900.0  # that refit and distillation may take on two cores
@@ -49,6 +50,7 @@ def main(
     also: str | None = None,
     others: str | None = None,
     judged: int = 16,
+    mixed: bool = False,
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -62,6 +64,7 @@ def main(
         size: tokens of every window to learn from.
         also, others: as in ``healing.py``.
         judged: windows of held-out chapters to judge by, and half as many of each other text.
+        mixed: heal with matrix products in bfloat16; all is judged in float32.
         out, overwrite: the JSON file.
     """
     begin(out, overwrite=overwrite)
@@ -84,15 +87,18 @@ def main(
         with short.without_layers(layers):
             found["cut"] = judge(short, kinds)
         teacher = CachedTeacher(folder, short, [*learning.training, *learning.validation])
+        short.decoder.mixed = mixed
         costs["teacher"] = seconds(teacher.fill)
         costs["refit"] = seconds(lambda: heal_refit(short, layers, refitted_on))
-        found["refit"] = judge(short, kinds)
+        with unmixed(short.decoder):
+            found["refit"] = judge(short, kinds)
         learned = Distillation(teacher)
         parts = (learning.training, learning.validation, evaluation)
         costs["distill"] = seconds(
             lambda: heal_lora(short, *parts, recipe=recipe, distillation=learned)
         )
-        found["distill"] = judge(short, kinds)
+        with unmixed(short.decoder):
+            found["distill"] = judge(short, kinds)
     rows = {name: row(parts, found["whole"], found["cut"]) for name, parts in found.items()}
     print(table(rows, {}))
     print(", ".join(f"{name} {cost:.0f} s" for name, cost in costs.items()))
@@ -100,7 +106,7 @@ def main(
     missed = [f"{total:.0f} s, at most {SECONDS:.0f}"] if total > SECONDS else []
     content = {"layers": list(layers), "windows": len(refitted_on), "own_samples": len(samples)}
     content |= {"windows_trained_on": len(learning.training), "recipe": asdict(recipe)}
-    content |= {"rows": rows, "seconds": costs, "seconds_of_writing": writing}
+    content |= {"mixed": mixed, "rows": rows, "seconds": costs, "seconds_of_writing": writing}
     finish("distillation", missed, content, out=out, overwrite=overwrite)
 
 

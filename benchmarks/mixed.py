@@ -42,7 +42,7 @@ def main(
     count: int = 48,
     size: int = 512,
     judged: int = 16,
-    budget: int = 12,
+    budget: int = 13,
     repeats: int = 2,
     out: str | None = None,
     overwrite: bool = False,
@@ -55,7 +55,7 @@ def main(
         count: windows that choose and heal, half of the book and half of ``also``.
         size: tokens of a window.
         judged: windows to judge by, in each run and of each kind of text afterwards.
-        budget: of the choice, in bare passes; 12 leave no room for searches and swaps.
+        budget: of the choice, in bare passes; 13 leave no room for searches and swaps.
         repeats: runs in each precision.
     """
     begin(out, overwrite=overwrite)

@@ -85,6 +85,7 @@ class Case:
 
 
 FORMER, HALF, CHOSEN = Case(1.0), Case(), Case(ridges=(0.3,))
+USUAL, STEPS = Case(ridges=None), (0.35, 0.7, 1.0)
 TOKENS = {Case(ridges=None, times=times): CHOSEN for times in (1.0, 2.0)}
 TOKENS |= {Case(ridges=(ridge,)): CHOSEN for ridge in (0.03, 0.1)}
 SINKS = {
@@ -100,6 +101,8 @@ CASES: dict[str, dict[str, dict[Case, Case]]] = {
         "curve": {Case(step, (0.3,)): CHOSEN for step in (0.2, 0.35, 0.7)},
         "realigned": {Case(maps=0.1): HALF},
         "tokens": TOKENS,
+        "usual": {case: USUAL for case in (USUAL, *(replace(USUAL, step_size=s) for s in STEPS))}
+        | {replace(USUAL, maps=0.1): USUAL},
         "sinks": SINKS,
     },
     "best angular block": {"sinks": SINKS},

@@ -8,12 +8,14 @@ import os
 import re
 import subprocess
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import choice_variance
 import choices
 import coverage
 import distilled
+import mixed
 import passages
 import pytest
 import scoring
@@ -39,7 +41,9 @@ from short_gpt.healing import (
     heal_lora,
     heal_refit,
 )
+from short_gpt.healing.choosing import expect_budget
 from short_gpt.jobs.comparing import Cells
+from short_gpt.runtime.errors import ShortGPTError
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,13 @@ def test_the_novels_are_lambadas_passages_in_their_order(tmp_path):
     assert text == "He said:\n\n \"I don't care\n\n\u201cAnd\u2028 you\u201d"
     with pytest.raises(FileExistsError, match="exists; choose another name"):
         passages.main(str(source), str(out))
+
+
+def test_the_budget_of_shrinking_in_both_precisions_is_the_least():
+    given = {name: own.default for name, own in signature(mixed.main).parameters.items()}
+    expect_budget(given["budget"], given["count"])
+    with pytest.raises(ShortGPTError, match=f"takes {given['budget']} bare passes"):
+        expect_budget(given["budget"] - 1, given["count"])
 
 
 def test_every_sample_chooses_anew_and_every_set_is_judged_once(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from short_gpt.checkpoints.records import (
     source_card,
     yaml_lines,
 )
+from short_gpt.data.texts import OWN, source_names
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.models.weight_changes import REMOVED_SUBLAYERS
@@ -343,7 +344,7 @@ def model_card(record: Provenance) -> str:
         healed=", healed" if record.steps else "",
         removed=removed,
         scores=_scores(record),
-        quality=_table(record.quality) + "\n",
+        quality=_table(record.quality) + _own(record) + "\n",
         versions=", ".join(f"{package} {version}" for package, version in record.versions.items()),
         changed=_changed(record),
     )
@@ -379,6 +380,15 @@ def _table(quality: Mapping[str, Measured]) -> str:
             samples.append(SamplingError(math.nan, int(str(windows or 0)), known).over)
     over = ["", f"Over {'; '.join(dict.fromkeys(samples))}."] if samples else []
     return "\n".join([*rows, *over])
+
+
+def _own(record: Provenance) -> str:
+    """The remark where text that the model itself wrote was all that judged it."""
+    named, data = "eval_data" in record.evidence, record.facts.get("data")
+    alone = isinstance(data, str) and {*source_names(data)} <= {*OWN}
+    if not (record.quality and named and alone and record.evidence["eval_data"] is None):
+        return ""
+    return "\nThe model itself wrote the text that judged it: this perplexity is not quality."
 
 
 def _changed(record: Provenance) -> str:

@@ -22,6 +22,7 @@ from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
 # of several ranks, only the first runs these
 ALONE = ("demo", "shrink", "prune", "convert", "plot")
 REMOVED = {"draft": "compare the pruned model by perplexity, or by evaluate on tasks"}
+MORE_TEXT = "read another text too, as in --data novels/,self"
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
 WRITES = needs_one_of("`samples`", "samples")
@@ -51,12 +52,14 @@ def rank(
     record, given = output.checked(rank, locals())
     result = jobs.rank(**given, notify=tell)
     say(tables.ranked(result))
+    if answer.by_loss and (remark := about_own(data.data, advice=MORE_TEXT)) is not None:
+        say(remark)
     scores = result.importance
     draw = None if scores is None else partial(plots.draw_scores, scores, n=answer.n)
     output.finish({**record, **result.to_dict()}, draw)
     result.finish()
     json = None if output.file is None else str(output.file)
-    if (command := tables.next_command(model, result, json)) is not None:
+    if (command := tables.next_command(model, data.data, result, json)) is not None:
         note(command)
 
 
@@ -173,10 +176,13 @@ def compare(
     record, given = output.checked(compare, locals())
     result = jobs.compare_checkpoint(**given)
     say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
-    if (remark := about_own(data.data, shares.eval_data)) is not None:
+    for text in tables.chosen(result.choices):
+        say(text)
+    remark = about_own(data.data, shares.eval_data)
+    if remark is not None:
         say(remark)
     if output.report is not None:
-        output.write_page(plots.compared_page(model or "demo", result))
+        output.write_page(plots.compared_page(model or "demo", result, remark))
     output.finish({**record, **result.to_dict()}, partial(plots.draw_quality, result.rows))
     if result.state is not None:
         result.state.clear()

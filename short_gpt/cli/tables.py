@@ -17,6 +17,7 @@ from short_gpt.runtime.frames import aligned
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
     from short_gpt.evaluation.sampling import SamplingError
+    from short_gpt.healing import HealedChoice
     from short_gpt.jobs import Healing, Pruned, Ranking, Reproduced
     from short_gpt.jobs.calibration import Agreement as Ranked
     from short_gpt.jobs.calibration import Calibrated, Crossed
@@ -137,8 +138,10 @@ def reproduced(result: Reproduced) -> str:
     return "\n".join([*parts, "", result.order.table()])
 
 
-def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
+def next_command(model: str, data: str, result: Ranking, scores: str | None) -> str | None:
     """The command that acts on a ranking, written to ``scores`` if anywhere; None without one."""
+    from short_gpt.selection.methods import AUTO
+
     n, out = result.answer.n, "OUT.gguf" if is_gguf(model) else "OUT"
     if scores is not None:
         choice = ["--scores", scores, "--n", "N" if n is None else str(n)]
@@ -146,7 +149,10 @@ def next_command(model: str, result: Ranking, scores: str | None) -> str | None:
         choice = ["--layers", ",".join(map(str, result.layers))]
     else:
         return None
-    return "next: " + shlex.join(["short-gpt", "prune", model, out, *choice])
+    does = "prune"
+    if result.answer.method == AUTO:  # which chose for a healed model
+        does, choice = "heal", [*choice, "--data", data]
+    return "next: " + shlex.join(["short-gpt", does, model, out, *choice])
 
 
 def pruned(result: Pruned) -> str:
@@ -249,6 +255,11 @@ def compared(
     if dense.windows:  # not said in older files
         lines.append(f"standard errors over {_error(dense.windows, dense.texts).over}")
     return "\n".join(lines + _tasks(tasks))
+
+
+def chosen(choices: Mapping[int, HealedChoice]) -> list[str]:
+    """How auto chose, for every number of layers."""
+    return [f"\nauto, {n} layers: {choice.layers}\n{choice}" for n, choice in choices.items()]
 
 
 def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -10,11 +10,12 @@ Costs count layers that a window runs through. A bare pass is all layers, L, on 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
+from typing import Any, TypeVar
 
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
@@ -42,6 +43,7 @@ FEW = 4  # that trials without a refit read
 REFIT = 3  # passes of a refit over its windows; `benchmarks/healing.py` measures 2.6
 BUDGET = 60  # bare passes
 Layers = tuple[int, ...]  # original numbers, ascending
+T = TypeVar("T")
 
 
 def pruned_losses(
@@ -116,6 +118,16 @@ class HealedChoice:
     def to_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> HealedChoice:
+        """The inverse of `to_dict`."""
+
+        def read(kind: Callable[..., T], rows: Iterable[Mapping[str, Any]]) -> list[T]:
+            return [kind(**{**row, "difference": Difference(**row["difference"])}) for row in rows]
+
+        sets, swaps = read(Candidate, content["candidates"]), read(Swap, content["swaps"])
+        return cls(**{**content, "candidates": sets, "swaps": swaps})
 
     def __str__(self) -> str:
         rows = [f"{'loss, nats':>10}  {'from the chosen (95%)':<36}layers of"]

@@ -71,6 +71,10 @@ class Healed:
 Window = Sequence[int]
 Merged = tuple[Healed, Callable[[], None]]  # and what takes it out again
 TEACHER = "teacher"  # the folder of its predictions
+WHOLE = (
+    "training needs the whole model in every process: start it by torchrun, without FSDP, and open "
+    "the model with model_parallel_size=1 before other groups are made"
+)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -253,13 +257,16 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
         require_four_bit()
 
 
+def check_whole() -> None:
+    """Raises ShortGPTError where Accelerate is to split the layers, which the merge reads whole."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ShortGPTError(WHOLE)
+
+
 def _check_processes(count: int, recipe: Recipe) -> None:
-    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if shards or (several_ranks() and count != dist.get_world_size()):
-        raise ShortGPTError(
-            "LoRA healing needs the whole model in every process: start it by torchrun, without "
-            "FSDP, and open the model with model_parallel_size=1 before other groups are made"
-        )
+    check_whole()
+    if several_ranks() and count != dist.get_world_size():
+        raise ShortGPTError(WHOLE)
     if recipe.batch % (at_once := recipe.micro_batch * count):
         raise ShortGPTError(
             f"batch {recipe.batch} is not a multiple of {at_once}, the windows that {count} "

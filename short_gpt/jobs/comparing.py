@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +22,7 @@ from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation import Perplexity, TaskSuite, difference, together
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.tasks import TaskRun, task_changes
-from short_gpt.healing import PatchSettings, choose_healed
+from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Agreement, Cases, Row, Windows
@@ -78,6 +78,7 @@ class Compared:
     # metrics without healing, by the layers removed, and their changes from the original model with
     # errors, as "piqa acc change" and "piqa acc change_stderr"
     tasks: dict[str, dict[str, float]]
+    choices: Mapping[int, HealedChoice] = field(default_factory=dict)  # of auto, by how many
     state: StateFile | None = None  # holds what was measured, to be cleared once the result is safe
     bos: str = "first"  # which windows began with it: first of each text, or every
     precision: Mapping[str, str] | None = None  # `ScoredModel.about_precision`
@@ -85,6 +86,7 @@ class Compared:
     def to_dict(self) -> dict[str, object]:
         """All but the state, ready for JSON."""
         own = {k: value for k, value in vars(self).items() if k not in ("state", "precision")}
+        own |= {"choices": {n: choice.to_dict() for n, choice in self.choices.items()}}
         return {**own, **(self.precision or {}), "rows": [asdict(row) for row in self.rows]}
 
 
@@ -161,7 +163,8 @@ def compare(
     if tasks is not None:  # which depend on the tokenizer too
         suite = json_digest([asdict(tasks), short.encode(PROBE)])
         metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
-    return Compared(rows, agreement, metrics, saved)
+    chosen = {n: comparison.choice(n) for n in (cases.numbers if AUTO in cases.names else ())}
+    return Compared(rows, agreement, metrics, chosen, saved)
 
 
 def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:
@@ -236,7 +239,7 @@ class Comparison:
     def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
         """The n layers that a method removes; searches go on to ``most`` at once."""
         if method == AUTO:
-            return list(self.choice(n)["layers"])
+            return self.choice(n).layers
         if method in BY_LOSS:
             return self._search(method, most or n).removed[:n]
         return choose(self.importance, n, method=method, seed=seed)
@@ -270,15 +273,15 @@ class Comparison:
         trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
         return Search(content["removed"], trials)
 
-    def choice(self, n: int) -> JsonObject:
-        """What auto chose, and how: a `HealedChoice`, ready for JSON."""
+    def choice(self, n: int) -> HealedChoice:
+        """What auto chose, and how."""
 
         def measure(part: StateFile | None) -> JsonObject:
             options: dict[str, Any] = {"state": part, "progress": self._progress}
             options["budget"] = self._budget
             return choose_healed(self.short, self._calibration, n, **options).to_dict()
 
-        return self.cells.resumed(f"{AUTO} {n}", measure)
+        return HealedChoice.from_dict(self.cells.resumed(f"{AUTO} {n}", measure))
 
     def agreement(self, n: int, most: int) -> Agreement:
         """How far bi, angular and sleb, which searches to ``most`` layers, agree on n layers."""

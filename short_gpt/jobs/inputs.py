@@ -389,14 +389,20 @@ def about_bos(bos: str) -> str | None:
     return "bos at the start of every window" if bos == "every" else None
 
 
-def about_own(data: str, eval_data: str | None = None, *, each: bool = False) -> str | None:
+def about_own(
+    data: str,
+    eval_data: str | None = None,
+    *,
+    each: bool = False,
+    advice: str = "name a text to evaluate on",
+) -> str | None:
     """The remark where text of the model's own judges alone, or as one of ``each``; else None."""
     names = source_names(data)
     own = [name for name in names if name in OWN]
     if eval_data is not None or not own or (not each and own != names):
         return None
     why = "text that the model itself wrote, and perplexity on own samples is not quality"
-    return f"judged by {', '.join(own)}: {why}; name a text to evaluate on"
+    return f"judged by {', '.join(own)}: {why}; {advice}"
 
 
 def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:

@@ -343,7 +343,7 @@ class Settings:
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
         from short_gpt.healing.distillation import check_share, check_targets
-        from short_gpt.healing.lora import check_reports, require_four_bit, require_packages
+        from short_gpt.healing import lora
         from short_gpt.healing.recipe import PRESETS, Recipe
 
         closed, training = kinds_of_methods()
@@ -362,10 +362,11 @@ class Settings:
         if not {*training} & {*methods}:
             return
         Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
-        require_packages()
-        check_reports(self.report_to)
+        lora.require_packages()
+        lora.check_whole()
+        lora.check_reports(self.report_to)
         if self.four_bit:
-            require_four_bit()
+            lora.require_four_bit()
         if "distill" in methods:
             if self.stream_teacher and self.live_teacher:
                 raise ShortGPTError(

@@ -21,7 +21,7 @@ from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
-from short_gpt.healing.choosing import FEW, FIRST, LEAST, MOST, pruned_losses
+from short_gpt.healing.choosing import FEW, LEAST, MOST, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.refit import RefitSettings
@@ -160,7 +160,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
     work = asked.folder / "healing"
     kept: Any = {"work_dir": work, "resume": work.is_dir() and any(work.iterdir())}
     job = HealingJob(short, windows, layers, settings=steps, notify=asked.notify, **kept)
-    importance, about = short.importance, run.about_layers(layers, choice.get("notes", ()))
+    importance, about = short.importance, run.about_layers(layers, choice)
     evidence = job.run()
     looks["healed"] = run.look("healed")
     remarks = about + run.remarks(evidence)
@@ -206,7 +206,9 @@ class _Run:
         self.asked, self.known, short, settings = asked, known, known.opened.short, asked.settings
         how: Any = {"validate": settings.minutes is not None, "beside": asked.folder / REPORT}
         windows = asked.cut.read(asked.texts, short, known.size, known.limit, **how)
-        self.windows, self.calibration = windows, windows.training[:MOST]  # that choose the layers
+        # those that choose the layers; auto takes only as many as tell sets apart
+        most = None if asked.method == AUTO and known.n is not None else MOST
+        self.windows, self.calibration = windows, windows.training[:most]
         chosen_by = {**asdict(asked.dial), **asdict(settings), **asdict(asked.tasks)}
         read = {"training": windows.training, "evaluation": windows.evaluation}
         digests = {name: windows_digest(own) for name, own in read.items()}
@@ -233,7 +235,7 @@ class _Run:
         # the greedy search that found how many went on further; it is not made again
         most = self.known.count - 2 if self.known.n is None and method == "sleb" else None
         layers = self.sets.layers(method, n, seed, most=most)
-        return layers, self.sets.choice(n) if method == AUTO else {}
+        return layers, self.sets.choice(n).to_dict() if method == AUTO else {}
 
     def _within(self, sets: Comparison) -> int:
         """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
@@ -305,21 +307,22 @@ class _Run:
         tasks = vars(self.asked.tasks.run(opened.short))
         return [opened.answer(known.prompt), speed, numbers, size, memory, tasks]
 
-    def about_layers(self, layers: Sequence[int], notes: Sequence[str]) -> list[str]:
+    def about_layers(self, layers: Sequence[int], choice: Mapping[str, Any]) -> list[str]:
         """Why other text might choose other layers, if it might."""
-        method, short, said = self.asked.method, self.known.opened.short, [*notes]
+        method, short = self.asked.method, self.known.opened.short
         if method in ("bi", "angular"):
             why = unsure(short.importance, len(layers), angular=method == "angular")
             if why is not None:
-                return [*said, why]
-        count = FEW if method in SEARCHED else FIRST if method == AUTO else MOST
+                return [why]
+        count = FEW if method in SEARCHED else MOST
+        count = choice["fitted"] + choice["judged"] if choice else count
         if (tokens := sum(map(len, self.calibration[:count]))) < FEW * WINDOW:
             more = "`size`" if method in SEARCHED else "`max_windows`, `size`"
-            said.append(
+            return [
                 f"{tokens:,} tokens chose the layers, fewer than {FEW * WINDOW:,}: other text may "
                 f"give other layers; read more ({more})"
-            )
-        return said
+            ]
+        return []
 
     def remarks(self, evidence: HealingEvidence) -> list[str]:
         """What must be known of the numbers."""

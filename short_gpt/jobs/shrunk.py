@@ -16,6 +16,7 @@ from llama.io.sources import is_gguf
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
+from short_gpt.healing import HealedChoice
 from short_gpt.runtime.errors import one_line
 from short_gpt.runtime.frames import Table, aligned, html_table
 from short_gpt.runtime.memory import shown
@@ -131,6 +132,7 @@ class Shrunk(Table):
         if not self.looks:
             return self.plan
         lines = [*_wrapped(self.head), *_wrapped(self.verdict), "", *aligned(self.rows())]
+        lines += ["", str(HealedChoice.from_dict(self.choice)), ""] if self.choice else []
         lines += [line for remark in self.remarks for line in _wrapped(remark)]
         lines += ["", self.prompt] if self.prompt else []
         width = max(map(len, self.looks))

@@ -53,8 +53,8 @@ def draw_quality(rows: Sequence[Row], folder: Path) -> list[Path]:
     return _save("quality", folder, quality_curves(rows))
 
 
-def compared_page(model: str, result: Compared) -> str:
-    """The page of a comparison: a row for every model, and the picture."""
+def compared_page(model: str, result: Compared, remark: str | None = None) -> str:
+    """The page of a comparison: a row for every model, a remark on what judged, the picture."""
     rows = [["layers chosen by", "healed by", "perplexity", "nats more", "removed"]]
     for row in result.rows:
         name = LABELS.get(row.method, "original model")
@@ -70,7 +70,8 @@ def compared_page(model: str, result: Compared) -> str:
     picture = Picture("Quality", svg, about, own_paper=True)
     lead = f"{len(result.rows) - 1} pruned models on the same windows. In brackets, the standard "
     lead += "error of the nats a token more than the original model's"
-    return page(f"{model}: methods compared", lead, rows, pictures=[picture])
+    remarks = [] if remark is None else [remark]
+    return page(f"{model}: methods compared", lead, rows, remarks=remarks, pictures=[picture])
 
 
 def draw_crossed(cells: Sequence[Crossed], folder: Path) -> list[Path]:

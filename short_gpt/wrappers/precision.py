@@ -23,7 +23,7 @@ Short = TypeVar("Short", bound=ScoredModel)
 def in_precision(short: Short, options: OpenOptions) -> Short:
     """The model, which from here on reads windows in the precision of its options.
 
-    What "auto" takes and why is written to stderr. All ranks must call it. ShortGPTError: mixed on
+    What is taken, and why, is written to stderr. All ranks must call it. ShortGPTError: mixed on
     a device that does not multiply bfloat16.
     """
     dtype, device = short.runs_in()
@@ -37,6 +37,7 @@ def in_precision(short: Short, options: OpenOptions) -> Short:
         raise ShortGPTError(f"`precision` {MIXED}: {device} multiplies no bfloat16; leave it out")
     else:
         short.decoder.mixed = True
+        _say(f"{MIXED}: matrix products in bfloat16")
     short.evidence |= short.about_precision
     return short
 

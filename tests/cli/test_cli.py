@@ -706,3 +706,16 @@ def test_rank_names_the_command_that_comes_next_and_it_runs(ckpt, capsys, method
     assert len(cut[0]) == 1 and cut[0] == cut[1]
     run("rank", "ckpt", *DATA, "--max_windows", 2, "--json", "all.json")
     assert capsys.readouterr().out.endswith("prune ckpt OUT --scores all.json --n N\n")
+
+
+def test_after_an_automatic_choice_the_healing_comes_next(ckpt, capsys):
+    """Because the layers were chosen for a healed model."""
+    Path("numbers.txt").write_text(" ".join(str(i * i) for i in range(120)))
+    read = ("--data", "numbers.txt", "--size", 32, "--max_windows", 8)
+    run("rank", "ckpt", *read, "--method", "auto", "--n", 2, "--budget", 15, "--json", "a.json")
+    said = capsys.readouterr().out.splitlines()[-1]
+    what = "short-gpt heal ckpt OUT --scores a.json --n 2 --data numbers.txt"
+    assert said == f"next: {what}"
+    run(*shlex.split(what)[1:], *read[2:], "--eval_windows", 2)
+    layers = json.loads(Path("a.json").read_text())["chosen"]["layers"]
+    assert json.loads(Path("OUT/pruning.json").read_text())["removed_layers"] == layers

@@ -11,6 +11,7 @@ from conftest import save_byte_llama
 
 from llama.formats.gguf import llama_to_gguf
 from short_gpt.cli.app import main
+from short_gpt.healing import HealedChoice
 from short_gpt.healing import lora as healing
 from short_gpt.jobs import TextSource, comparison
 
@@ -52,6 +53,16 @@ def test_compare_writes_table_picture_and_json(here, capsys):
     assert "layers in common: bi, angular" in out and "speed / original model's" in out
     assert Path("pictures/quality.png").read_bytes()[:4] == b"\x89PNG"
     assert not Path("c.json.state").exists()
+
+
+def test_how_auto_chose_is_printed_and_kept(here, capsys):
+    main([*COMMON, "--methods", "auto", "--healing", "raw", "--json", "c.json"])
+    out, record = capsys.readouterr().out, json.loads(Path("c.json").read_text())
+    assert [*record["choices"]] == ["1", "3"]
+    for n, content in record["choices"].items():
+        choice = HealedChoice.from_dict(content)
+        assert f"\nauto, {n} layers: {choice.layers}\n{choice}\n" in out
+        assert choice.layers == next(r["layers"] for r in record["rows"] if r["n"] == int(n))
 
 
 def test_without_eval_data_texts_are_held_out(here, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from pages import PAGES, ROOT, commands
+from torch.distributed.run import get_args_parser
 
 from short_gpt.cli import COMMANDS
 from short_gpt.cli.app import prepared
@@ -103,3 +104,15 @@ def test_the_site_has_every_page():
     listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
     pages = {str(Path(page).relative_to("docs")) for page in PAGES if page.startswith("docs/")}
     assert set(listed) == pages and len(listed) == len(pages)
+
+
+SEVERAL = [(p, w) for p in PAGES for w in commands(p, "torchrun") if "short_gpt" in w]
+
+
+@pytest.mark.parametrize(("page", "words"), SEVERAL)
+def test_torchrun_takes_no_flag_of_ours_for_its_own(page, words):
+    options = ["2" if word == "R" else word for word in words]
+    parsed = get_args_parser().parse_args(options)
+    place = options.index("short_gpt")
+    assert parsed.module and parsed.training_script == "short_gpt"
+    assert parsed.training_script_args == options[place + 1 :]

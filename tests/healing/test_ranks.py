@@ -52,7 +52,7 @@ LEARNING = Learning(
     random_windows(2, 16, vocab=8, seed=5),
     random_windows(3, 16, vocab=8, seed=7),
 )
-WORLDS = {2: [*CASES], 4: ["refit"]}
+WORLDS = {2: [*CASES], 4: ["refit", "ridges"]}
 
 
 def job(*steps) -> tuple:

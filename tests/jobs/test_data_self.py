@@ -15,6 +15,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 
+from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, open_model, own_samples, rank, texts
 from short_gpt.data.windows import mix
 from short_gpt.healing import Source
@@ -149,8 +150,27 @@ def test_where_own_text_alone_judges_it_is_said(here, capsys, data, more, said):
     read = ("--data", data, *SMALL, "--max_windows", 6, "--eval_windows", 2, *more)
     run("heal", "ckpt", "out", "--layers", "2,3", *read)
     assert (JUDGED in capsys.readouterr().out) == said
-    run("compare", "ckpt", *read, "--methods", "bi", "--counts", 1, "--healing", "raw")
+    cases = ("--methods", "bi", "--counts", 1, "--healing", "raw", "--report", "page.html")
+    run("compare", "ckpt", *read, *cases)
     assert (JUDGED in capsys.readouterr().out) == said
+    assert (JUDGED in Path("page.html").read_text()) == said
+
+
+@pytest.mark.parametrize(("data", "said"), [("self", True), ("book.txt,self", False)])
+@pytest.mark.parametrize("method", ["auto", "sleb", "bi"])
+def test_a_ranking_by_the_loss_on_own_text_alone_says_so(here, capsys, data, said, method):
+    run("rank", "ckpt", "--data", data, *SMALL, "--max_windows", 12, "--n", 1, "--method", method)
+    assert (JUDGED in capsys.readouterr().out) == (said and method != "bi")
+
+
+@pytest.mark.parametrize("judge", [None, "book.txt"])
+def test_a_card_says_where_own_text_alone_judged(here, judge):
+    meta_to_hf("ckpt", "hf")
+    windows = HealingWindows(judge, 32, 6, 3)
+    heal("hf", "out", choice=Choice([2, 3]), data="self", windows=windows)
+    card = Path("out/README.md").read_text()
+    remark = "The model itself wrote the text that judged it: this perplexity is not quality."
+    assert card.count(remark) == (judge is None)
 
 
 def test_calibrate_takes_own_text_as_a_kind_and_says_what_its_column_is_worth(here, capsys):

@@ -321,6 +321,13 @@ def test_the_readmes_names_are_public():
     assert names and names <= set(short_gpt.__all__)
 
 
+def test_training_over_split_layers_is_refused_before_a_refit(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    Settings().check(["refit"])
+    with pytest.raises(ShortGPTError, match="start it by torchrun, without FSDP"):
+        Settings().check(["refit", "distill"])
+
+
 def test_zero_is_a_setting_and_not_the_lack_of_one():
     assert Settings(warmup=0, steps=3).changes == {"warmup": 0, "steps": 3}
     assert Settings(four_bit=False).changes == {}

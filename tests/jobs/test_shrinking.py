@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from short_gpt import heal_refit, shrink
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import Recipe, RefitSettings, Source
+from short_gpt.healing import HealedChoice, Recipe, RefitSettings, Source, choosing
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
     HealingWindows,
@@ -120,6 +120,9 @@ def test_it_needs_nothing_but_a_model(here):
     assert "12 windows chose, fewer than 16: their differences are less sure" in text
     assert f"{done.quality['self']['healed'].value:.3f}" in text
     assert f"{sorted(done.layers)}" in text
+    choice = HealedChoice.from_dict(done.choice)
+    assert choice.to_dict() == done.choice and choice.layers == sorted(done.layers)
+    assert str(choice) in text and text.count("12 windows chose, fewer than 16") == 1
     original, healed = done.looks["original"], done.looks["healed"]
     assert original.size - healed.size == 2 * (original.size - done.looks["pruned"].size) / 2
     assert original.memory - original.size == 6 * 2 * 2 * 8 * 4096 * 4  # 2 KV heads of 8, float32
@@ -485,6 +488,18 @@ def test_few_windows_are_said_to_choose_unsurely(here, monkeypatch):
     monkeypatch.setattr(shrinking, "WINDOW", 48)  # four windows of these are 192 tokens
     said = shrink("hf", "enough", method="sequential", **how).remarks
     assert not [line for line in said if "tokens chose" in line]
+
+
+def test_more_windows_judge_where_sets_are_not_told_apart(here, monkeypatch):
+    """Of all that are read: more than other methods choose by."""
+    monkeypatch.setattr(choosing, "FIRST", 4)
+    monkeypatch.setattr(choosing, "JUDGES", 2)
+    monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
+    monkeypatch.setattr(shrinking, "MOST", 5)
+    how = {"data": "other", "windows": replace(CUT, max_windows=10)}
+    done = shrink("hf", "out", n=2, method="auto", **how)
+    assert (done.choice["fitted"], done.choice["judged"]) == (2, 8)
+    assert f"{10 * 24:,} tokens chose the layers" in str(done)
 
 
 def test_the_copy_that_proves_is_opened_after_the_weights_are_gone(here, monkeypatch):

@@ -361,7 +361,9 @@ def test_results_say_that_they_are_mixed(here, capsys, monkeypatch):
     rank = ("rank", "meta", "--data", "book.txt", "--size", 32, "--n", 1)
     assert "precision" not in result(*rank)
     assert result(*rank, *MIXED)["precision"] == "mixed"
-    assert "precision mixed\n" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "precision mixed\n" in shown.out
+    assert "precision: mixed: matrix products in bfloat16\n" in shown.err
     assert result(*rank, "--method", "sleb", *MIXED, name="s.json")["precision"] == "mixed"
     measured = result("perplexity", "meta", *own, *MIXED)["result"]
     assert measured["precision"] == "mixed"
