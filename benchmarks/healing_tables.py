@@ -129,6 +129,17 @@ def choices() -> list[str]:
     return lines
 
 
+def confirmed() -> list[str]:
+    """Step sizes and realigned inputs beside the usual refit, on more and longer windows."""
+    lines = []
+    for name, found in result("refit_usual")["sets"].items():
+        for case, cells in found["usual"].items():
+            kinds, every = cells["kinds"], cells["kinds"]["all three kinds"]
+            values = [f"{kinds[kind]['perplexity']:.2f}{_than(kinds[kind])}" for kind in JUDGED]
+            lines.append(row(f"{name}'s 8: {case}", *values, _than(every)[2:]))
+    return lines
+
+
 def sinks() -> list[str]:
     """By set of layers, fits that weigh tokens by their targets, and lost ones more."""
     lines = []
