@@ -342,8 +342,8 @@ class Settings:
 
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
-        from short_gpt.healing.distillation import check_share, check_targets
         from short_gpt.healing import lora
+        from short_gpt.healing.distillation import check_share, check_targets
         from short_gpt.healing.recipe import PRESETS, Recipe
 
         closed, training = kinds_of_methods()
