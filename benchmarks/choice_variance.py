@@ -2,9 +2,8 @@
 
 The rankings that cost one pass choose 4 and 8 layers on several samples of calibration chapters,
 which share no window, and on samples of other texts. The first sample is the windows of `compare`'s
-table. Block Influence also chooses on every 4 windows of a sample, and greedy search on the first 2
-of each sample of chapters. Every distinct set is then judged, as pruned, on the first of the
-held-out windows of that table.
+table. Block Influence also chooses on every 4 windows of a sample. Every distinct set is then
+judged, as pruned, on the first of the held-out windows of that table.
 
     python benchmarks/choice_variance.py --also FILE --others FILE --out choice_variance.json
 
@@ -40,7 +39,6 @@ from short_gpt.selection import choose
 METHODS = ("bi", "relative_magnitude", "angular")
 COUNTS = (4, 8)  # layers to remove
 FEW = 4  # windows of a short sample
-SEARCHED = 2  # windows of a greedy search
 Layers = tuple[int, ...]
 Windows = list[list[int]]
 
@@ -77,12 +75,10 @@ def main(
     state = None if out is None else StateFile(f"{out}.state", identity)
     cells = Cells(state)
     choices = chosen(short, samples, cells)
-    choices += searched(short, [windows for name, windows in samples if name == "chapters"], cells)
     sets = sorted({tuple(c["layers"]) for c in choices}, key=lambda s: (len(s), s))
     result = judge(short, sets, held_out, cells)
     print(table(choices, result["sets"]))
     content = {"draws": draws, "windows_to_rank_on": count, "windows_of_a_short_sample": FEW}
-    content |= {"windows_of_a_search": SEARCHED}
     content |= {"windows_to_judge_by": judged, "tokens_per_window": SIZE}
     content |= {"choices": choices, **result}
     try:
@@ -104,20 +100,6 @@ def chosen(
             rows = cells.value(name, lambda windows=windows: rankings(short, windows))
             choices += [{"text": text, **row} for row in rows]
             shown.update()
-    return choices
-
-
-def searched(short: ShortLlama, samples: Sequence[Windows], cells: Cells) -> list[dict[str, Any]]:
-    """What greedy search removes on the first windows of every sample of chapters."""
-    choices = []
-    for number, windows in enumerate(samples):
-
-        def search(state: StateFile | None, windows: Windows = windows) -> list[int]:
-            return short.search(windows[:SEARCHED], max(COUNTS), state=state).removed
-
-        removed = cells.resumed(f"searched {number}", search)
-        of = {"text": "chapters", "windows": SEARCHED, "method": "sleb"}
-        choices += [{**of, "layers": sorted(removed[:n])} for n in COUNTS]
     return choices
 
 

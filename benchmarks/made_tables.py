@@ -330,7 +330,6 @@ def choices() -> list[str]:
     """Every set of a ranking: its perplexity, and how many samples of each kind chose it."""
     found = result("choice_variance")
     methods = {"bi": "Block Influence", "relative_magnitude": "magnitude", "angular": "angle"}
-    methods["sleb"] = "greedy search"
     texts = {"wikitext2_test": "WikiText-2", "lambada_passages": "novels"}
 
     def column(layers: list[int], text: str, windows: int) -> str:
@@ -346,8 +345,7 @@ def choices() -> list[str]:
     lines = []
     for cut in found["sets"]:
         layers, many = cut["layers"], found["windows_to_rank_on"]
-        few = (found["windows_of_a_short_sample"], found["windows_of_a_search"])
-        cells = [column(layers, "chapters", windows) for windows in (many, *few)]
+        cells = [column(layers, "chapters", n) for n in (many, found["windows_of_a_short_sample"])]
         others = {text: column(layers, text, many) for text in texts}
         cells.append("; ".join(f"{texts[text]}: {c}" for text, c in others.items() if c))
         error = cut["perplexity"] * cut["standard_error"]
@@ -385,8 +383,9 @@ NEAREST += "| nats above the best (95%) | full refit, nats above sleb's (95%) |"
 SHORT = "| method | 4 layers removed | pruned | refitted | 8 layers removed | pruned | refitted |"
 HEALINGS = ("raw", "patched", "refit")
 COMPARED = "| removed | pruned | patched | refitted |"
-CHOSEN = "| layers removed | perplexity | chosen on 24 windows | on 4 windows | searched on 2 "
-CHOSEN += "| on 24 of other text |"
+CHOSEN = (
+    "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"
+)
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 COVERED = "| texts | two-sided, before | CR2 | now | one-sided, before | CR2 | now "

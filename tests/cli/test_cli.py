@@ -712,7 +712,8 @@ def test_after_an_automatic_choice_the_healing_comes_next(ckpt, capsys):
     """Because the layers were chosen for a healed model."""
     Path("numbers.txt").write_text(" ".join(str(i * i) for i in range(120)))
     read = ("--data", "numbers.txt", "--size", 32, "--max_windows", 8)
-    run("rank", "ckpt", *read, "--method", "auto", "--n", 2, "--budget", 15, "--json", "a.json")
+    how = ("--stride", 32, "--budget", 15, "--json", "a.json")
+    run("rank", "ckpt", *read, "--method", "auto", "--n", 2, *how)
     said = capsys.readouterr().out.splitlines()[-1]
     what = "short-gpt heal ckpt OUT --scores a.json --n 2 --data numbers.txt"
     assert said == f"next: {what}"
