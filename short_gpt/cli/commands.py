@@ -176,8 +176,8 @@ def compare(
     record, given = output.checked(compare, locals())
     result = jobs.compare_checkpoint(**given)
     say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
-    for text in tables.chosen(result.choices):
-        say(text)
+    for text in result.chosen:
+        say(f"\n{text}")
     remark = about_own(data.data, shares.eval_data)
     if remark is not None:
         say(remark)

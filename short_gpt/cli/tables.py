@@ -17,7 +17,6 @@ from short_gpt.runtime.frames import aligned
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
     from short_gpt.evaluation.sampling import SamplingError
-    from short_gpt.healing import HealedChoice
     from short_gpt.jobs import Healing, Pruned, Ranking, Reproduced
     from short_gpt.jobs.calibration import Agreement as Ranked
     from short_gpt.jobs.calibration import Calibrated, Crossed
@@ -255,11 +254,6 @@ def compared(
     if dense.windows:  # not said in older files
         lines.append(f"standard errors over {_error(dense.windows, dense.texts).over}")
     return "\n".join(lines + _tasks(tasks))
-
-
-def chosen(choices: Mapping[int, HealedChoice]) -> list[str]:
-    """How auto chose, for every number of layers."""
-    return [f"\nauto, {n} layers: {choice.layers}\n{choice}" for n, choice in choices.items()]
 
 
 def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:

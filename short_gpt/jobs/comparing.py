@@ -78,10 +78,17 @@ class Compared:
     # metrics without healing, by the layers removed, and their changes from the original model with
     # errors, as "piqa acc change" and "piqa acc change_stderr"
     tasks: dict[str, dict[str, float]]
-    choices: Mapping[int, HealedChoice] = field(default_factory=dict)  # of auto, by how many
     state: StateFile | None = None  # holds what was measured, to be cleared once the result is safe
     bos: str = "first"  # which windows began with it: first of each text, or every
     precision: Mapping[str, str] | None = None  # `ScoredModel.about_precision`
+    choices: Mapping[int, HealedChoice] = field(default_factory=dict)  # of auto, by how many
+
+    @property
+    def chosen(self) -> list[str]:
+        """How auto chose, a text for every number of layers."""
+        return [
+            f"auto, {n} layers: {choice.layers}\n{choice}" for n, choice in self.choices.items()
+        ]
 
     def to_dict(self) -> dict[str, object]:
         """All but the state, ready for JSON."""
@@ -164,7 +171,7 @@ def compare(
         suite = json_digest([asdict(tasks), short.encode(PROBE)])
         metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
     chosen = {n: comparison.choice(n) for n in (cases.numbers if AUTO in cases.names else ())}
-    return Compared(rows, agreement, metrics, chosen, saved)
+    return Compared(rows, agreement, metrics, saved, choices=chosen)
 
 
 def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:

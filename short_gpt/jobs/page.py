@@ -94,7 +94,7 @@ def shrunk_page(shrunk: Shrunk) -> str:
         prompt=shrunk.prompt,
         completions={state: look.completion for state, look in shrunk.looks.items()},
         pictures=pictures,
-        how=f"{shrunk.command}\n\n{shrunk.plan}",
+        how="\n\n".join(filter(None, [shrunk.command, shrunk.plan, shrunk.chosen])),
         steps=[
             f"seed {shrunk.seed}",
             read,

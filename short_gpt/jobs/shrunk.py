@@ -125,6 +125,11 @@ class Shrunk(Table):
             parts.append(f"{speed:.2f} times as fast in PyTorch")
         return "; ".join(parts)
 
+    @property
+    def chosen(self) -> str:
+        """How auto chose, as a table; empty of other methods."""
+        return str(HealedChoice.from_dict(self.choice)) if self.choice else ""
+
     def __repr__(self) -> str:
         return f"Shrunk({self.head if self.looks else self.plan!r})"
 
@@ -132,7 +137,7 @@ class Shrunk(Table):
         if not self.looks:
             return self.plan
         lines = [*_wrapped(self.head), *_wrapped(self.verdict), "", *aligned(self.rows())]
-        lines += ["", str(HealedChoice.from_dict(self.choice)), ""] if self.choice else []
+        lines += ["", self.chosen, ""] if self.chosen else []
         lines += [line for remark in self.remarks for line in _wrapped(remark)]
         lines += ["", self.prompt] if self.prompt else []
         width = max(map(len, self.looks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from short_gpt.jobs.calibration import Crossed
 from short_gpt.jobs.cases import Row
@@ -71,7 +71,8 @@ def compared_page(model: str, result: Compared, remark: str | None = None) -> st
     lead = f"{len(result.rows) - 1} pruned models on the same windows. In brackets, the standard "
     lead += "error of the nats a token more than the original model's"
     remarks = [] if remark is None else [remark]
-    return page(f"{model}: methods compared", lead, rows, remarks=remarks, pictures=[picture])
+    shown: Any = {"remarks": remarks, "pictures": [picture], "how": "\n\n".join(result.chosen)}
+    return page(f"{model}: methods compared", lead, rows, **shown)
 
 
 def draw_crossed(cells: Sequence[Crossed], folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,14 @@ def test_compare_writes_table_picture_and_json(here, capsys):
 
 
 def test_how_auto_chose_is_printed_and_kept(here, capsys):
-    main([*COMMON, "--methods", "auto", "--healing", "raw", "--json", "c.json"])
+    written = ["--json", "c.json", "--report", "c.html"]
+    main([*COMMON, "--methods", "auto", "--healing", "raw", *written])
     out, record = capsys.readouterr().out, json.loads(Path("c.json").read_text())
     assert [*record["choices"]] == ["1", "3"]
     for n, content in record["choices"].items():
         choice = HealedChoice.from_dict(content)
-        assert f"\nauto, {n} layers: {choice.layers}\n{choice}\n" in out
+        text = f"auto, {n} layers: {choice.layers}\n{choice}"
+        assert f"\n{text}\n" in out and text in unescape(Path("c.html").read_text())
         assert choice.layers == next(r["layers"] for r in record["rows"] if r["n"] == int(n))
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,7 @@ def test_it_needs_nothing_but_a_model(here):
     choice = HealedChoice.from_dict(done.choice)
     assert choice.to_dict() == done.choice and choice.layers == sorted(done.layers)
     assert str(choice) in text and text.count("12 windows chose, fewer than 16") == 1
+    assert str(choice) in unescape(Path("out/report.html").read_text())
     original, healed = done.looks["original"], done.looks["healed"]
     assert original.size - healed.size == 2 * (original.size - done.looks["pruned"].size) / 2
     assert original.memory - original.size == 6 * 2 * 2 * 8 * 4096 * 4  # 2 KV heads of 8, float32
