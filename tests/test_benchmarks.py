@@ -9,6 +9,7 @@ import re
 import subprocess
 from importlib import import_module
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 
 import choice_variance
@@ -25,6 +26,7 @@ from conftest import (
     BYTE_VOCAB,
     make_transformer,
     random_windows,
+    save_chat_llama,
     save_checkpoint,
     write_byte_tokenizer,
 )
@@ -32,7 +34,7 @@ from gguf_files import stack_file
 
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import prune_gguf
-from short_gpt.data import check_disjoint
+from short_gpt.data import check_disjoint, demo
 from short_gpt.healing import (
     CachedTeacher,
     Distillation,
@@ -189,6 +191,25 @@ def test_the_budget_of_shrinking_in_both_precisions_is_the_least():
     expect_budget(given["budget"], given["count"])
     with pytest.raises(ShortGPTError, match=f"takes {given['budget']} bare passes"):
         expect_budget(given["budget"] - 1, given["count"])
+
+
+@pytest.mark.usefixtures("few_timed_tokens", "one_rank")
+def test_shrinking_in_both_precisions_runs_and_is_judged(tmp_path, monkeypatch):
+    """On a tiny model, whose times mean nothing: every run, and the file."""
+    save_chat_llama(tmp_path, 5, "{{ messages[0].content }}")
+    letters = ("".join(chr(97 + i) for i in row) for row in random_windows(20, 90, vocab=26))
+    parts = {"calibration": [*islice(letters, 8)], "held_out": [*islice(letters, 4)]}
+    monkeypatch.setattr(demo, "bible", lambda part="calibration": parts[part])
+    for name in ("also", "others"):
+        (tmp_path / name).write_text("\n".join(islice(letters, 4)))
+    monkeypatch.setitem(mixed.MODELS, "smollm2", lambda: tmp_path / "hf")
+    also, others, out = (str(tmp_path / name) for name in ("also", "others", "out.json"))
+    with pytest.raises(SystemExit):
+        mixed.main(also, others, n=1, count=8, size=24, judged=3, budget=20, repeats=1, out=out)
+    found = json.loads(Path(out).read_text())
+    assert [*found["layers"]] == [*found["seconds"]] == ["float32", "mixed"]
+    assert len(found["ratios"]) == 1 and len(found["rows"]) == 3
+    assert all(len(layers) == 1 for layers in found["layers"].values())
 
 
 def test_every_sample_chooses_anew_and_every_set_is_judged_once(tmp_path, monkeypatch):
