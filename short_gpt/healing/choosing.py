@@ -174,7 +174,7 @@ def choose_healed(
 
     A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 4 at
     first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4 windows,
-    and the stepwise choice 14, on 8. For 12 of 30, 60 are too few for both.
+    and the stepwise choice 14, on 8; it is left out where no swap could be tried after it.
 
     Args:
         windows: token ids of calibration text in random order, at least 4.
@@ -291,13 +291,15 @@ class _Choosing:
     def _searched(self, name: str, scores: Importance) -> list[int]:
         """The layers that a search would remove; none where the budget does not allow it."""
         short, n, few = self._short, self._n, self._fit[:FEW]
-        steps, price = 1, most_layers_run(self._count, n) * len(few)
-        if name == STEPWISE:
+        steps, price, spare = 1, most_layers_run(self._count, n) * len(few), 0
+        if name == STEPWISE:  # swaps are worth more
             steps, price = n - 1, self._count * (REFIT + 1) * len(self._fit)
+            spare = self._price_of_order() + self._price()
         total = steps * price + self._price()
         takes = f"{name} takes up to {total / self.a_pass:.1f} bare passes"
-        if not self._affords(total):
-            self._notes.append(f"{takes}, more than were left: left out")
+        if not self._affords(total + spare):
+            why = "more than were left" if not self._affords(total) else "and swaps need them"
+            self._notes.append(f"{takes}, {why}: left out")
             return []
         self._shown.set_postfix_str(takes)
         try:
@@ -335,9 +337,7 @@ class _Choosing:
 
     def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers:
         """The set after the swaps that are kept, as far as the budget goes; notes all trials."""
-        kept = [layer for layer in self._short.kept if layer not in best]
-        trials = len(best) * (len(kept) + 1) + len(kept) * (len(kept) - 1)  # layers run
-        price = trials * len(self._fit[:FEW])
+        kept, price = [i for i in self._short.kept if i not in best], self._price_of_order()
         if not self._affords(price + self._price()):
             return best
         order = self._cells.value(f"swaps of {[*best]}", partial(self._ordered, best, kept))
@@ -390,6 +390,12 @@ class _Choosing:
         """Of a refit and its losses, in layers run."""
         judging = len(self._judging) if judging is None else judging
         return self._count * (REFIT * len(self._fit) + judging)
+
+    def _price_of_order(self) -> int:
+        """Of ordering the swaps, in layers run."""
+        kept = self._count - self._n
+        trials = self._n * (kept + 1) + kept * (kept - 1)  # layers that a window runs through
+        return trials * len(self._fit[:FEW])
 
     def _affords(self, price: int) -> bool:
         return self._spent + price <= self._budget * self.a_pass

@@ -206,11 +206,18 @@ def test_stepwise_removes_the_lowest_layer_refits_and_scores_again(candidates):
         heal_refit(short, removed, fit, **QUIET)
         short.measure(fit, **QUIET)
         removed += short.layers_to_remove(1)
-    result = choose_healed(uneven(), WINDOWS, 3, budget=9, **QUIET)
+    result = choose_healed(uneven(), WINDOWS, 3, budget=12, **QUIET)
     sets = {one.methods[0]: one.layers for one in result.candidates}
     assert sets["stepwise_bi"] == sorted(removed) != sets["bi"]
-    # of 16 windows: scores on 8, twice a refit and scores on 8, two candidates, no swaps
-    assert result.passes == 0.5 + 2 * (3 + 1) * 0.5 + 2 * 2 and not result.swaps
+    # of 16 windows: scores on 8, twice a refit and scores on 8, two candidates, the order on 4 of
+    # 3 x 4 + 3 x 2 layers of 6, and a swap
+    assert result.passes == 0.5 + 2 * (3 + 1) * 0.5 + 2 * 2 + 18 / 6 / 4 + 2
+    assert len(result.swaps) == 1
+    result = choose_healed(uneven(), WINDOWS, 3, budget=11, **QUIET)
+    assert result.notes == [
+        "stepwise_bi takes up to 6.0 bare passes, and swaps need them: left out"
+    ]
+    assert result.swaps
 
 
 def test_sets_that_cannot_be_removed_are_left_out(candidates, monkeypatch):
@@ -328,7 +335,7 @@ def test_of_a_pruned_model_the_numbers_are_the_originals(candidates):
 
 
 def test_few_windows_and_windows_that_share_text():
-    assert choose_healed(model(), WINDOWS[:6], 1, budget=9, **QUIET).notes == [
+    assert choose_healed(model(), WINDOWS[:6], 1, budget=15, **QUIET).notes == [
         "6 windows chose, fewer than 16: their differences are less sure"
     ]
     with pytest.raises(ValueError, match="at least 4 windows, .* got 3, of which 0 share"):
