@@ -9,8 +9,8 @@ the same windows is timed before and after every refit.
 ``--also`` is a text file whose first half is fitted on beside the book, and whose second half is
 judged on; ``--others`` are text files that are judged on alone. ``--own N`` adds N windows that the
 model writes, which are kept in ``--texts`` and not timed. ``--methods`` are of patch, refit
-and refit:AIM, the share of what is missing that its changes are to give. ``--timed False`` leaves the
-bare passes out.
+and refit:AIM, the share of what is missing that its changes are to give. ``--timed False`` leaves
+the bare passes out.
 """
 
 from __future__ import annotations
