@@ -80,7 +80,7 @@ script mixed mixed --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --count 48 --own 192 --steps 230 --also wikitext2_test.txt \
     --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
-script choices choices --also wikitext2_test.txt --others lambada_passages.txt --mixed --counts 8,12
+script choices choices --also wikitext2_test.txt --others lambada_passages.txt --mixed --counts 4,8,12
 script optimality optimality --judged 3 --checked 2
 script refit_parts refits --also wikitext2_test.txt --others lambada_passages.txt
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt

@@ -194,7 +194,7 @@ def task_sentences() -> list[str]:
 def choice_sentences() -> list[str]:
     """Sentences on the automatic choice and its candidates."""
     found = result("choices")
-    eight, twelve = ({m["n"]: m for m in found["means"]}[n] for n in (8, 12))
+    four, eight, twelve = ({m["n"]: m for m in found["means"]}[n] for n in (4, 8, 12))
 
     def above(of: Mapping[str, Any]) -> float:
         return of["all three kinds"]["nats"]
@@ -207,12 +207,20 @@ def choice_sentences() -> list[str]:
     assert f"refitted sets of 8 layers are {worse[-1]:.2f} nats apart" in flowing("docs/choose.md")
     draws = {(row["n"], row["draw"]): row["from auto"] for row in found["rows"]}
     block, searched = draws[12, 2]["angular"], draws[8, 0]["sleb"]
-    error, brings = (
+    stepwise = four["without it"]["stepwise_bi"]
+    error, brings, least = (
         f"{of['all three kinds']['standard_error']:.2f}"
-        for of in (block, twelve["without it"]["sleb"])
+        for of in (block, twelve["without it"]["sleb"], stepwise)
     )
+    worst = [above(own) for name, own in four["from auto"].items() if name in CANDIDATES]
+    nearest, *_, furthest = sorted(filter(None, worst))
+    swaps = [of["from auto"]["auto without swaps"]["all three kinds"] for of in (eight, twelve)]
+    gains = [number for of in swaps for number in (of["nats"], of["standard_error"])]
     low, high = (pick(row["passes"] for row in found["rows"]) for pick in (min, max))
     return [
+        f"by {nearest:.2f} to {furthest:.2f} nats over the three kinds",
+        f"`stepwise_bi` brings auto {above(stepwise):.2f} nats ({least})",
+        "{:.3f} nats ({:.3f}) with 8 layers, {:.3f} ({:.3f}) with 12".format(*gains),
         f"by {span} over the three kinds",
         f"The block brings auto {above(eight['without it']['angular']):.2f} nats",
         f"Block Influence's sets are worse by {above(twelve['from auto']['bi']):.2f} nats",

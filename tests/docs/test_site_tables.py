@@ -29,7 +29,7 @@ SETS = {
     "parts of the refit": 1,
     "refit by windows": 1,
     "attention sinks": 5,
-    "automatic choice": 19,
+    "automatic choice": 24,
     "layers chosen on own samples": 3,
     "what healings keep": 2,
     "each task": 2,
