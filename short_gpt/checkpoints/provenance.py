@@ -27,7 +27,7 @@ from short_gpt.checkpoints.records import (
     source_card,
     yaml_lines,
 )
-from short_gpt.data.texts import OWN, source_names
+from short_gpt.data.texts import OWN
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import SamplingError
 from short_gpt.models.weight_changes import REMOVED_SUBLAYERS
@@ -272,6 +272,9 @@ class Provenance:
         for kind, layers in self.removed_sublayers.items():
             sublayers[kind] = sublayers.get(kind, []) + [before.kept_layers[i] for i in layers]
         changed = bool(self.healing or self.removed_sublayers)
+        inherited = dict(before.evidence)
+        if self.quality:  # which another text may have judged
+            inherited.pop("eval_data", None)
         return replace(
             before,
             block_influence=influence,
@@ -280,7 +283,7 @@ class Provenance:
             quality=self.quality or ({} if changed else before.quality),
             healing=[*before.healing, *self.healing],
             removed_sublayers=sublayers,
-            evidence={**before.evidence, **self.evidence},
+            evidence={**inherited, **self.evidence},
             source_card={**before.source_card, **self.source_card},
             facts={**before.facts, **self.facts},
             versions=self.versions,
@@ -384,9 +387,10 @@ def _table(quality: Mapping[str, Measured]) -> str:
 
 def _own(record: Provenance) -> str:
     """The remark where text that the model itself wrote was all that judged it."""
-    named, data = "eval_data" in record.evidence, record.facts.get("data")
-    alone = isinstance(data, str) and {*source_names(data)} <= {*OWN}
-    if not (record.quality and named and alone and record.evidence["eval_data"] is None):
+    data, judge = record.facts.get("data"), record.evidence.get("eval_data", "")
+    if not record.quality or judge is not None or not isinstance(data, str):
+        return ""
+    if not {name.strip() for name in data.split(",")} <= {*OWN}:
         return ""
     return "\nThe model itself wrote the text that judged it: this perplexity is not quality."
 

@@ -59,7 +59,7 @@ def rank(
     output.finish({**record, **result.to_dict()}, draw)
     result.finish()
     json = None if output.file is None else str(output.file)
-    if (command := tables.next_command(model, data.data, result, json)) is not None:
+    if (command := tables.next_command(model, data, result, json)) is not None:
         note(command)
 
 

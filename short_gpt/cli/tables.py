@@ -17,7 +17,7 @@ from short_gpt.runtime.frames import aligned
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
     from short_gpt.evaluation.sampling import SamplingError
-    from short_gpt.jobs import Healing, Pruned, Ranking, Reproduced
+    from short_gpt.jobs import Healing, Pruned, Ranking, Reproduced, TextSource
     from short_gpt.jobs.calibration import Agreement as Ranked
     from short_gpt.jobs.calibration import Calibrated, Crossed
     from short_gpt.jobs.cases import Agreement, Row
@@ -137,7 +137,7 @@ def reproduced(result: Reproduced) -> str:
     return "\n".join([*parts, "", result.order.table()])
 
 
-def next_command(model: str, data: str, result: Ranking, scores: str | None) -> str | None:
+def next_command(model: str, texts: TextSource, result: Ranking, scores: str | None) -> str | None:
     """The command that acts on a ranking, written to ``scores`` if anywhere; None without one."""
     from short_gpt.selection.methods import AUTO
 
@@ -150,7 +150,10 @@ def next_command(model: str, data: str, result: Ranking, scores: str | None) -> 
         return None
     does = "prune"
     if result.answer.method == AUTO:  # which chose for a healed model
-        does, choice = "heal", [*choice, "--data", data]
+        does = "heal"
+        for name, value in vars(texts).items():
+            if value != getattr(type(texts)(), name):
+                choice += [f"--{name}", *([] if value is True else [str(value)])]
     return "next: " + shlex.join(["short-gpt", does, model, out, *choice])
 
 

@@ -174,7 +174,7 @@ def choose_healed(
 
     A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 4 at
     first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4 windows,
-    and the stepwise choice 14, on 8; it is left out where no swap could be tried after it.
+    and the stepwise choice 14, on 8; it is left out where it would leave none for a swap.
 
     Args:
         windows: token ids of calibration text in random order, at least 4.
@@ -294,7 +294,7 @@ class _Choosing:
         steps, price, spare = 1, most_layers_run(self._count, n) * len(few), 0
         if name == STEPWISE:  # swaps are worth more
             steps, price = n - 1, self._count * (REFIT + 1) * len(self._fit)
-            spare = self._price_of_order() + self._price()
+            spare = (self._price_of_order() + self._price()) if steps else 0
         total = steps * price + self._price()
         takes = f"{name} takes up to {total / self.a_pass:.1f} bare passes"
         if not self._affords(total + spare):

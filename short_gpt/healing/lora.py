@@ -257,14 +257,7 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
         require_four_bit()
 
 
-def check_whole() -> None:
-    """Raises ShortGPTError where Accelerate is to split the layers, which the merge reads whole."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ShortGPTError(WHOLE)
-
-
 def _check_processes(count: int, recipe: Recipe) -> None:
-    check_whole()
     if several_ranks() and count != dist.get_world_size():
         raise ShortGPTError(WHOLE)
     if recipe.batch % (at_once := recipe.micro_batch * count):
@@ -275,7 +268,12 @@ def _check_processes(count: int, recipe: Recipe) -> None:
 
 
 def require_packages() -> None:
-    """Raises MissingPackageError where the packages that train are missing."""
+    """Raises MissingPackageError where packages that train are missing.
+
+    ShortGPTError: Accelerate is to split the layers (FSDP), which evaluation and merge read whole.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ShortGPTError(WHOLE)
     for package in ("peft", "transformers", "accelerate"):
         with required(package, by="training"):
             import_module(package)

@@ -363,7 +363,6 @@ class Settings:
             return
         Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
         lora.require_packages()
-        lora.check_whole()
         lora.check_reports(self.report_to)
         if self.four_bit:
             lora.require_four_bit()

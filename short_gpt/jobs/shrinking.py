@@ -206,9 +206,7 @@ class _Run:
         self.asked, self.known, short, settings = asked, known, known.opened.short, asked.settings
         how: Any = {"validate": settings.minutes is not None, "beside": asked.folder / REPORT}
         windows = asked.cut.read(asked.texts, short, known.size, known.limit, **how)
-        # those that choose the layers; auto takes only as many as tell sets apart
-        most = None if asked.method == AUTO and known.n is not None else MOST
-        self.windows, self.calibration = windows, windows.training[:most]
+        self.windows, self.calibration = windows, windows.training[:MOST]  # that choose the layers
         chosen_by = {**asdict(asked.dial), **asdict(settings), **asdict(asked.tasks)}
         read = {"training": windows.training, "evaluation": windows.evaluation}
         digests = {name: windows_digest(own) for name, own in read.items()}

@@ -37,7 +37,7 @@ def in_precision(short: Short, options: OpenOptions) -> Short:
         raise ShortGPTError(f"`precision` {MIXED}: {device} multiplies no bfloat16; leave it out")
     else:
         short.decoder.mixed = True
-        _say(f"{MIXED}: matrix products in bfloat16")
+        _say(f"{MIXED} (matrix products in bfloat16)")
     short.evidence |= short.about_precision
     return short
 

@@ -711,12 +711,12 @@ def test_rank_names_the_command_that_comes_next_and_it_runs(ckpt, capsys, method
 def test_after_an_automatic_choice_the_healing_comes_next(ckpt, capsys):
     """Because the layers were chosen for a healed model."""
     Path("numbers.txt").write_text(" ".join(str(i * i) for i in range(120)))
-    read = ("--data", "numbers.txt", "--size", 32, "--max_windows", 8)
+    read = ("--data", "numbers.txt", "--max_texts", 1, "--size", 32, "--max_windows", 8)
     how = ("--stride", 32, "--budget", 15, "--json", "a.json")
     run("rank", "ckpt", *read, "--method", "auto", "--n", 2, *how)
     said = capsys.readouterr().out.splitlines()[-1]
-    what = "short-gpt heal ckpt OUT --scores a.json --n 2 --data numbers.txt"
+    what = "short-gpt heal ckpt OUT --scores a.json --n 2 --data numbers.txt --max_texts 1"
     assert said == f"next: {what}"
-    run(*shlex.split(what)[1:], *read[2:], "--eval_windows", 2)
+    run(*shlex.split(what)[1:], *read[4:], "--eval_windows", 2)
     layers = json.loads(Path("a.json").read_text())["chosen"]["layers"]
     assert json.loads(Path("OUT/pruning.json").read_text())["removed_layers"] == layers

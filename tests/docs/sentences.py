@@ -224,7 +224,7 @@ def choice_sentences() -> list[str]:
         f"by {span} over the three kinds",
         f"The block brings auto {above(eight['without it']['angular']):.2f} nats",
         f"Block Influence's sets are worse by {above(twelve['from auto']['bi']):.2f} nats",
-        f"which brings it {above(twelve['without it']['sleb']):.2f} nats ({brings})",
+        f"The candidate brings it {above(twelve['without it']['sleb']):.2f} nats ({brings})",
         f"the angular block was better by {-above(block):.2f} nats ({error})",
         f"which is worse by {above(searched):.2f} nats "
         f"({searched['all three kinds']['standard_error']:.2f})",

@@ -17,6 +17,8 @@ from conftest import (
 
 from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, open_model, own_samples, rank, texts
+from short_gpt.checkpoints.provenance import Provenance, model_card
+from short_gpt.checkpoints.records import Measured
 from short_gpt.data.windows import mix
 from short_gpt.healing import Source
 from short_gpt.jobs import Cut, HealingWindows, Saving, TextSource, heal
@@ -171,6 +173,18 @@ def test_a_card_says_where_own_text_alone_judged(here, judge):
     card = Path("out/README.md").read_text()
     remark = "The model itself wrote the text that judged it: this perplexity is not quality."
     assert card.count(remark) == (judge is None)
+    short = open_model("out", max_seq_len=32)
+    short.perplexity(random_windows(3, 32, vocab=26), progress=False)  # of other text
+    short.save("again")
+    card = Path("again/README.md").read_text()
+    assert "| perplexity |" in card and remark not in card
+
+
+def test_a_card_takes_any_text_for_the_name_of_data():
+    known = {"quality": {"healed": Measured(9.0, 100)}, "evidence": {"eval_data": None}}
+    for name, said in (("self, self:chat", True), ("x" * 300, False)):
+        record = Provenance(kept_layers=[0], facts={"data": name}, **known)
+        assert ("itself wrote" in model_card(record)) == said
 
 
 def test_calibrate_takes_own_text_as_a_kind_and_says_what_its_column_is_worth(here, capsys):

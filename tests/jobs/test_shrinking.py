@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from short_gpt import heal_refit, shrink
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import HealedChoice, Recipe, RefitSettings, Source, choosing
+from short_gpt.healing import HealedChoice, Recipe, RefitSettings, Source
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
     HealingWindows,
@@ -490,18 +490,6 @@ def test_few_windows_are_said_to_choose_unsurely(here, monkeypatch):
     monkeypatch.setattr(shrinking, "WINDOW", 48)  # four windows of these are 192 tokens
     said = shrink("hf", "enough", method="sequential", **how).remarks
     assert not [line for line in said if "tokens chose" in line]
-
-
-def test_more_windows_judge_where_sets_are_not_told_apart(here, monkeypatch):
-    """Of all that are read: more than other methods choose by."""
-    monkeypatch.setattr(choosing, "FIRST", 4)
-    monkeypatch.setattr(choosing, "JUDGES", 2)
-    monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
-    monkeypatch.setattr(shrinking, "MOST", 5)
-    how = {"data": "other", "windows": replace(CUT, max_windows=10)}
-    done = shrink("hf", "out", n=2, method="auto", **how)
-    assert (done.choice["fitted"], done.choice["judged"]) == (2, 8)
-    assert f"{10 * 24:,} tokens chose the layers" in str(done)
 
 
 def test_the_copy_that_proves_is_opened_after_the_weights_are_gone(here, monkeypatch):

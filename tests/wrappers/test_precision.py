@@ -363,7 +363,7 @@ def test_results_say_that_they_are_mixed(here, capsys, monkeypatch):
     assert result(*rank, *MIXED)["precision"] == "mixed"
     shown = capsys.readouterr()
     assert "precision mixed\n" in shown.out
-    assert "precision: mixed: matrix products in bfloat16\n" in shown.err
+    assert "precision: mixed (matrix products in bfloat16)\n" in shown.err
     assert result(*rank, "--method", "sleb", *MIXED, name="s.json")["precision"] == "mixed"
     measured = result("perplexity", "meta", *own, *MIXED)["result"]
     assert measured["precision"] == "mixed"
