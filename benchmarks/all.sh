@@ -86,6 +86,8 @@ script refit_parts refits --also wikitext2_test.txt --others lambada_passages.tx
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt
 script refit_ridges refit_choices --also wikitext2_test.txt --others lambada_passages.txt \
     --sets "Block Influence" --only tokens
+script refit_usual refit_choices --count 36 --size 1024 --only usual --sets "Block Influence" \
+    --also wikitext2_test.txt --others lambada_passages.txt
 script refit_sinks refit_choices --also wikitext2_test.txt --others lambada_passages.txt --only sinks \
     --sets "best angular block,Block Influence,layers 1 to 4,greedy search"
 script refit_sinks_05b refit_choices --also wikitext2_test.txt --others lambada_passages.txt \

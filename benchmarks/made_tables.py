@@ -484,6 +484,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts of the refit": table(HEALED.format("healed by"), healing.parts),
     "refit by windows": table(HEALED.format("windows"), healing.windows),
     "attention sinks": table(HEALED.format("layers removed"), healing.sinks),
+    "steps and realigned inputs": table(
+        f"{HEALED.format('layers removed, and the refit')} all kinds |", healing.confirmed
+    ),
     "refit by step size and ridge": table(
         f"{HEALED.format('layers removed, and the refit')} all kinds, against |", healing.choices
     ),

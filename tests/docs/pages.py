@@ -13,6 +13,7 @@ RESULTS = ("scoring", "stopping", "stopping_adversarial", "streaming", "greedy",
 RESULTS += ("healing", "reproduce_7b", "draft_4", "draft_8", "serving")
 RESULTS += ("larger", "larger_05b", "larger_smollm2")
 RESULTS += ("calibration", "tasks", "refit_streamed", "refit_parts", "refit_sinks")
+RESULTS += ("refit_usual",)
 RESULTS += ("optimality", "distillation", "refit_choices")
 RESULTS += ("coverage", "choice_variance", "own_samples")
 RESULTS += ("training_choices", "gemma_kinds", "refit_ridges", "healing_own", "architectures")
