@@ -1,10 +1,11 @@
 """Own samples of the real small model as calibration text, against real text.
 
 Layers are removed and the rest is refitted on windows of one source, and judged on held-out
-chapters of the book, on novels, and on the second half of a third text. Sources are the book, the
-first half of the third text, and text that the model itself writes: more and more of it, at other
-temperatures, and as chats; and mixes of them. Also: which layers Block Influence chooses on own
-samples and on real text, and what they cost.
+chapters of the book, on novels, on the second half of a third text, and on other dialogs of the
+model's own. Sources are the book, the first half of the third text, and text that the model itself
+writes: more and more of it, at other temperatures, and as chats; and mixes of them, also without
+the layers that greedy search chose. Also: which layers Block Influence chooses on own samples and
+on real text, and what they cost.
 
     python benchmarks/own_samples.py --novels lambada_openai.jsonl --wikitext wikitext2_test.txt \
         --out own_samples.json
@@ -43,7 +44,9 @@ from short_gpt.runtime.state import StateFile
 
 LAYERS = (3, 12, 13, 14, 15, 17, 25, 26)
 SIZE = 512
-HELD = {"book": 10, "novels": 12, "wikitext": 10}  # windows to judge by
+GREEDY = (3, 12, 13, 14, 15, 16, 17, 18)  # greedy search's
+OTHERS = " (greedy search's layers)"  # of a row
+HELD = {"book": 10, "novels": 12, "wikitext": 10, "chats": 8}  # windows to judge by
 
 
 class Source(NamedTuple):
@@ -54,6 +57,7 @@ class Source(NamedTuple):
     wikitext: int = 0
     temperature: float = 1.0
     chat: bool = False
+    greedy: bool = False  # whether it is greedy search's layers that are removed
 
 
 SOURCES = {
@@ -66,6 +70,8 @@ SOURCES = {
     "a third each-24": Source(8, 8, 8),
     "book+wikitext-96": Source(book=48, wikitext=48),
     "book+wikitext+own-96": Source(48, 24, 24),
+    **{f"own-{count}{OTHERS}": Source(count, greedy=True) for count in (24, 96)},
+    f"book+wikitext+own-96{OTHERS}": Source(48, 24, 24, greedy=True),
 }
 PAIRS = (  # rows whose difference is written: of the first from the second
     ("own-24", "book+wikitext-24"),
@@ -77,6 +83,7 @@ PAIRS = (  # rows whose difference is written: of the first from the second
     ("own-24-at-0.7", "own-24"),
     ("own-24-at-1.2", "own-24"),
     ("chats-24", "own-24"),
+    *((f"{name}{OTHERS}", name) for name in ("own-24", "own-96", "book+wikitext+own-96")),
 )
 
 
@@ -98,23 +105,25 @@ def main(
     kinds |= {"wikitext": [halves(wikitext)[1]]} if wikitext else {}
     held = {kind: cut(short, texts, HELD[kind], SIZE) for kind, texts in kinds.items()}
     path = Path(out or "own_samples.json")
+    # of another seed: no row is fitted on these
+    held["chats"] = own_samples(short, HELD["chats"], SIZE, seed=1, chat=True, beside=path)
     identity = {"model": short.identity(), "judged by": json_digest(held), "layers": gone}
     cells = Cells(StateFile(f"{path}.state", identity, every=0.0))
     run = _Run(short, cells, held, path, halves(wikitext)[0] if wikitext else "")
     names = rows.split(",") if isinstance(rows, str) else rows  # fire makes a,b a tuple
-    new = [name for name in names if name not in cells]
+    new, sets = [name for name in names if name not in cells], {False: gone, True: [*GREEDY]}
     for name in new[:first]:
-        run.refitted(name, gone)
+        run.refitted(name, sets[SOURCES[name].greedy])
     if new[first or len(new) :]:
         sys.exit()
     original = run.losses("original", [])
-    pruned = run.losses("pruned", gone)
-    found = {"original": original, "pruned": pruned}
-    found |= {name: run.refitted(name, gone) for name in SOURCES if name in cells}
-    table = {name: row(losses, original, pruned) for name, losses in found.items()}
+    pruned = {greedy: run.losses(f"pruned{OTHERS * greedy}", own) for greedy, own in sets.items()}
+    found = {"original": original, "pruned": pruned[False], f"pruned{OTHERS}": pruned[True]}
+    found |= {name: run.refitted(name, []) for name in SOURCES if name in cells}
+    table = {n: row(own, original, pruned[n.endswith(OTHERS)]) for n, own in found.items()}
     print(shown(table))
     chosen = run.choices(len(gone), cut(short, documents[1::2], 24, SIZE)) if choices else None
-    content = {"layers_removed": gone, "tokens_per_window": SIZE}
+    content = {"layers_removed": gone, "greedy_search": [*GREEDY], "tokens_per_window": SIZE}
     content |= {"differences": differences(found)}
     content |= {"windows_to_judge_by": HELD, "rows": table, "choices": chosen}
     finish("own_samples", [], content, out=out, overwrite=overwrite)
