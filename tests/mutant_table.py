@@ -347,8 +347,8 @@ MUTANTS = [
     ),
     # A choice of layers: what judges is not what is fitted on, and luck is no gain.
     (
-        "judging, fit_on=self._fit)",
-        "judging, fit_on=[*self._fit, *judging])",
+        "with _pruned(self._short, layers, self._fit):",
+        "with _pruned(self._short, layers, [*self._fit, *self._judging]):",
         "test_candidates_are_judged_by_their_refit_on_windows_that_it_does_not_read",
     ),
     (

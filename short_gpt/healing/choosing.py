@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 from typing import Any, TypeVar
 
@@ -37,7 +37,8 @@ STEPWISE = "stepwise_bi"  # Prune&Comp (arXiv:2507.18212), with the refit in pla
 SEARCHES = ("sleb", STEPWISE)
 CANDIDATES = ("bi", "angular", "relative_magnitude", *SEARCHES)
 FIRST, LEAST = 16, 4  # windows of a bare pass, of which half are fitted on; and the fewest
-JUDGES = 40  # windows that judge at first, and are added where they do not tell sets apart
+JUDGES = 40  # windows that judge at most, before more are added for sets not told apart
+EARLIEST, STEP = 16, 8  # windows after which a set that is told apart is judged no more; looks
 MOST = 48  # that `rank` cuts where the user names no number
 FEW = 4  # that trials without a refit read
 REFIT = 3  # passes of a refit over its windows; `benchmarks/healing.py` measures 2.6
@@ -86,8 +87,8 @@ class Candidate:
 
     methods: list[str]
     layers: list[int]
-    loss: float  # held-out, nats a token
-    difference: Difference  # its loss minus that of the chosen set, paired over windows
+    loss: float  # held-out, nats a token: the chosen set's, plus the difference
+    difference: Difference  # its loss minus that of the chosen set, paired over its windows
     told_apart: bool  # whether the 95% interval of the difference leaves 0 out
 
 
@@ -110,7 +111,7 @@ class HealedChoice:
     candidates: list[Candidate]  # the best first
     swaps: list[Swap]  # all trials, in their order
     fitted: int  # windows that the refits read
-    judged: int  # windows that judged in the end
+    judged: int  # windows that judged in the end, or fewer where a set was told apart before
     passes: float  # bare passes spent
     budget: int
     notes: list[str]  # what was left out, and why
@@ -139,7 +140,10 @@ class HealedChoice:
         rows.append(f"{len(self.swaps)} swaps tried, {len(kept)} kept")
         rows += [f"  {s.back} back, {s.removed} removed: {_shown(s.difference)}" for s in kept]
         rows.append(f"{self.loss:.4f} chosen; the least of many is lower than on new text")
-        windows = f"refitted on {self.fitted} windows, judged on {self.judged}"
+        counts = [one.difference.windows for one in self.candidates]
+        least = min(counts + [swap.difference.windows for swap in self.swaps])
+        judged = f"{least} to {self.judged}" if least < self.judged else self.judged
+        windows = f"refitted on {self.fitted} windows, judged on {judged}"
         spent = f"{self.passes:.1f} of {self.budget} bare passes"
         return "\n".join([*rows, f"{windows}; {spent}", *self.notes])
 
@@ -163,18 +167,18 @@ def choose_healed(
     Candidates are lowest Block Influence, the best angular block, lowest relative magnitude, greedy
     search (SLEB), and stepwise Block Influence: the lowest layer goes, the rest is refitted and
     scored again, and so on (Prune&Comp, arXiv:2507.18212). The first 8 windows score, search and
-    refit; the next 40 judge, and propose nothing. A judged window costs a third of a refitted one,
-    and few of them let noise choose.
+    refit; the others judge, and propose nothing. How many judge a set depends on the noise: 16,
+    then 8 more at a time, until it is told apart from the best before it (95%, paired), 40 at most.
 
-    While sets are not told apart from the best (95%, paired), 40 more windows judge them, as far as
-    there are more and the budget allows. The rest goes to swaps of one removed layer for a kept
-    one. They are ordered once, by two losses without a refit, added: with the one put back, and
-    with the other removed too. A swap is kept if the loss falls by more than one standard error; a
-    smaller gain may be luck.
+    While sets are not told apart from the best, 40 more windows judge them, as far as there are
+    more and the budget allows. The rest goes to swaps of one removed layer for a kept one. They are
+    ordered once, by two losses without a refit, added: with the one put back, and with the other
+    removed too. A swap is kept if the loss falls by more than one standard error; a smaller gain
+    may be luck.
 
-    A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 4 at
-    first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4 windows,
-    and the stepwise choice 14, on 8; it is left out where it would leave none for a swap.
+    A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2.5
+    to 4 at first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4
+    windows, and the stepwise choice 14, on 8; it is left out where it would leave none for a swap.
 
     Args:
         windows: token ids of calibration text in random order, at least 4.
@@ -235,6 +239,7 @@ class _Choosing:
         first = half + len(self._judging)
         self.a_pass, self._spent = self._count * min(FIRST, first), 0
         self._losses: dict[Layers, list[Perplexity]] = {}
+        self._judged: set[str] = set()  # the names of what is in the losses, or was
         self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
         if first < FIRST:
             self._notes.append(
@@ -246,13 +251,14 @@ class _Choosing:
         self._shown, swaps = shown, list[Swap]()
         methods = self._candidates()
         best = self._swapped(self._grown([*methods]), swaps)
-        candidates = []
+        candidates, loss = [], _loss(self._losses[best])
         for layers, names in methods.items():
-            change, loss = self._change(best, layers), _loss(self._losses[layers])
-            candidates.append(Candidate(names, [*layers], loss, change, _told_apart(change)))
+            change = self._change(best, layers)
+            total = loss + change.nats
+            candidates.append(Candidate(names, [*layers], total, change, _told_apart(change)))
         return HealedChoice(
             layers=[*best],
-            loss=_loss(self._losses[best]),
+            loss=loss,
             candidates=sorted(candidates, key=lambda one: one.difference.nats),
             swaps=swaps,
             fitted=len(self._fit),
@@ -267,14 +273,14 @@ class _Choosing:
         scores = Importance.from_dict(self._cells.value("scores", self._scores))
         self._spend(self._count * len(self._fit))
         methods: dict[Layers, list[str]] = {}
-        refused: NotRemovableError | None = None
+        best, refused = None, None
         for name in CANDIDATES:
             try:
                 if name not in SEARCHES:
                     layers = choose(scores, self._n, method=name)
                 elif not (layers := self._searched(name, scores)):
                     continue
-                self._refitted(tuple(sorted(layers)))
+                best = self._better(best, tuple(sorted(layers)))
             except NotRemovableError as error:  # such as all layers with attention of a hybrid
                 self._notes.append(f"{name} left out: {error}")
                 refused = error
@@ -327,8 +333,9 @@ class _Choosing:
     def _grown(self, sets: list[Layers]) -> Layers:
         """The best set, after more windows have judged those that are not told apart from it."""
         while True:
-            best = min(sets, key=lambda layers: _loss(self._refitted(layers)))
-            sets = [s for s in sets if s == best or not _told_apart(self._change(best, s))]
+            best = reduce(self._better, sets[1:], self._better(None, sets[0]))
+            undecided = [s for s in sets if not _told_apart(self._change(best, s))]
+            sets = [best, *(s for s in undecided if s != best)]
             judging = [*self._judging, *self._more[:JUDGES]]
             price = len(sets) * self._price(len(judging))
             if len(sets) == 1 or not self._more or not self._affords(price):
@@ -349,7 +356,7 @@ class _Choosing:
             if not self._affords(self._price()):
                 break
             try:
-                self._refitted(layers)
+                self._judge(layers, best)
             except NotRemovableError:
                 continue
             change = self._change(best, layers)
@@ -371,15 +378,34 @@ class _Choosing:
         changed = {i: without(sorted({*best} ^ {i})) for i in short.kept}
         return sorted(product(best, kept), key=lambda pair: changed[pair[0]] + changed[pair[1]])
 
-    def _refitted(self, layers: Layers) -> list[Perplexity]:
-        """Losses of the windows that judge, refitted without these layers; each measured once."""
-        judging = self._judging
-        if len(self._losses.get(layers, [])) < len(judging):
-            name = f"{[*layers]} on {len(judging)} windows"
-            run = partial(pruned_losses, self._short, layers, judging, fit_on=self._fit)
+    def _better(self, best: Layers | None, layers: Layers) -> Layers:
+        """The set of less loss, once the second is judged."""
+        self._judge(layers, best)
+        return layers if best is None or self._change(best, layers).nats < 0 else best
+
+    def _judge(self, layers: Layers, best: Layers | None) -> None:
+        """Measures the losses without these layers, refitted; of the same windows once."""
+        name = f"{[*layers]} on up to {len(self._judging)} windows"
+        if name not in self._judged:
+            run = partial(self._refitted, layers, best)
             self._losses[layers] = self._cells.losses(name, run)
-            self._spend(self._price())
-        return self._losses[layers]
+            self._judged.add(name)
+            self._spend(self._price(len(self._losses[layers])))
+
+    def _refitted(self, layers: Layers, best: Layers | None) -> list[Perplexity]:
+        """Losses of the windows that judge, until they show that the set is worse than the best."""
+        found: list[Perplexity] = []
+        earliest = max(EARLIEST, len(self._losses.get(layers, [])))
+        with _pruned(self._short, layers, self._fit):
+            for start in range(0, len(self._judging), STEP):
+                some = self._judging[start : start + STEP]
+                found += losses(self._short.decoder, some, progress=False)
+                if best is None or len(found) < earliest:
+                    continue
+                change = difference(self._losses[best][: len(found)], found)
+                if change.nats > 0 and _told_apart(change):
+                    break
+        return found
 
     def _change(self, first: Layers, second: Layers) -> Difference:
         """From one set's loss to another's, on the windows that judged both."""

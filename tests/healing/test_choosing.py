@@ -223,12 +223,14 @@ def test_stepwise_removes_the_lowest_layer_refits_and_scores_again(candidates):
 def test_sets_that_cannot_be_removed_are_left_out(candidates, monkeypatch):
     """Such as all layers with attention of a hybrid."""
 
+    plain = choosing._pruned
+
     def refused(short, layers, *args, **options):
         if {0, 1} & {*layers}:
             raise NotRemovableError("these layers cannot be removed")
-        return pruned_losses(short, layers, *args, **options)
+        return plain(short, layers, *args, **options)
 
-    monkeypatch.setattr(choosing, "pruned_losses", refused)
+    monkeypatch.setattr(choosing, "_pruned", refused)
     candidates("sequential", "reverse")
     result = choose_healed(model(), WINDOWS, 2, **QUIET)
     assert [one.methods for one in result.candidates] == [["reverse"]]
@@ -248,6 +250,51 @@ def test_40_windows_judge_at_first(candidates):
     assert result.passes == 0.5 + 2 * (3 * 8 + 40) / 16
     with pytest.raises(ValueError, match="budget = 8: refitting the candidates takes 9 bare"):
         choose_healed(model(), windows, 1, budget=8, **QUIET)
+
+
+@pytest.mark.parametrize("names", [("bi", "deepest"), ("deepest", "bi")])
+def test_a_set_told_apart_as_worse_is_judged_no_more(candidates, names):
+    windows = written(6, 1, 4, count=48)
+    candidates(*names)
+    result = choose_healed(model(6, 1, 4), windows, 2, budget=9, **QUIET)
+    best, worse = result.candidates
+    assert (best.methods, best.layers, worse.layers) == (["bi"], [1, 4], [3, 4])
+    # what is better goes through all windows, also where it is told apart
+    judged = 16 if names[0] == "bi" else 40
+    assert (result.judged, worse.difference.windows, worse.told_apart) == (40, judged, True)
+    own, other = (
+        pruned_losses(model(6, 1, 4), layers, windows[8:], fit_on=windows[:8])
+        for layers in (best.layers, worse.layers)
+    )
+    expected = difference(own[:judged], other[:judged])
+    assert worse.difference.nats == pytest.approx(expected.nats, abs=1e-6)
+    assert best.loss == pytest.approx(sum(p.nats for p in own) / (40 * 11), abs=1e-6)
+    assert worse.loss == pytest.approx(best.loss + expected.nats, abs=1e-6)
+    assert result.passes == 0.5 + (24 + 40) / 16 + (24 + judged) / 16
+    assert f"judged on {'16 to ' * (judged == 16)}40;" in str(result)
+
+
+def test_a_set_is_looked_at_after_16_windows_and_then_every_8(candidates, monkeypatch):
+    """It is told apart here where its difference is over 24 windows or more."""
+    candidates("bi", "deepest")
+    looks, plain = [], choosing.difference
+
+    def noted(first, second):
+        looks.append(len(first))
+        return plain(first, second)
+
+    monkeypatch.setattr(choosing, "difference", noted)
+    monkeypatch.setattr(choosing, "_told_apart", lambda change: change.windows >= 24)
+    windows = written(6, 1, 4, count=48)
+    result = choose_healed(model(6, 1, 4), windows, 2, budget=9, **QUIET)
+    assert looks[:2] == [16, 24] and result.candidates[1].difference.windows == 24
+    # where more windows judge, the first look is over as many as judged before
+    looks.clear()
+    monkeypatch.setattr(choosing, "JUDGES", 24)
+    monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
+    windows = written(6, 1, 4, count=56)
+    result = choose_healed(model(6, 1, 4), windows, 2, budget=16, **QUIET)
+    assert result.judged == 48 and looks.count(16) == 1 < looks.count(24)
 
 
 def test_what_is_not_told_apart_is_said_and_judged_by_more_windows(candidates, monkeypatch):
