@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import partial
 from itertools import product
 from typing import Any, TypeVar
 
@@ -38,7 +38,7 @@ SEARCHES = ("sleb", STEPWISE)
 CANDIDATES = ("bi", "angular", "relative_magnitude", *SEARCHES)
 FIRST, LEAST = 16, 4  # windows of a bare pass, of which half are fitted on; and the fewest
 JUDGES = 40  # windows that judge at most, before more are added for sets not told apart
-EARLIEST, STEP = 16, 8  # windows after which a set that is told apart is judged no more; looks
+EARLIEST, STEP = 16, 8  # windows before the first look at a set's loss, and between looks
 MOST = 48  # that `rank` cuts where the user names no number
 FEW = 4  # that trials without a refit read
 REFIT = 3  # passes of a refit over its windows; `benchmarks/healing.py` measures 2.6
@@ -111,7 +111,7 @@ class HealedChoice:
     candidates: list[Candidate]  # the best first
     swaps: list[Swap]  # all trials, in their order
     fitted: int  # windows that the refits read
-    judged: int  # windows that judged in the end, or fewer where a set was told apart before
+    judged: int  # windows that judged in the end; fewer where a set was told apart before that
     passes: float  # bare passes spent
     budget: int
     notes: list[str]  # what was left out, and why
@@ -168,7 +168,8 @@ def choose_healed(
     search (SLEB), and stepwise Block Influence: the lowest layer goes, the rest is refitted and
     scored again, and so on (Prune&Comp, arXiv:2507.18212). The first 8 windows score, search and
     refit; the others judge, and propose nothing. How many judge a set depends on the noise: 16,
-    then 8 more at a time, until it is told apart from the best before it (95%, paired), 40 at most.
+    then 8 more at a time, until a look tells it apart as worse than the best (95%, paired), and 40
+    at most.
 
     While sets are not told apart from the best, 40 more windows judge them, as far as there are
     more and the budget allows. The rest goes to swaps of one removed layer for a kept one. They are
@@ -208,8 +209,8 @@ def check_budget(budget: int, fitted: int, judged: int) -> None:
     windows = fitted + scored * (REFIT * fitted + judged)
     if budget < (least := math.ceil(windows / min(FIRST, fitted + judged))):
         raise ShortGPTError(
-            f"budget = {budget}: refitting the candidates takes {least} bare passes; give as many "
-            f"or more, such as the default {BUDGET}"
+            f"budget = {budget}: refitting the candidates may take {least} bare passes; give as "
+            f"many or more, such as the default {BUDGET}"
         )
 
 
@@ -239,7 +240,6 @@ class _Choosing:
         first = half + len(self._judging)
         self.a_pass, self._spent = self._count * min(FIRST, first), 0
         self._losses: dict[Layers, list[Perplexity]] = {}
-        self._judged: set[str] = set()  # the names of what is in the losses, or was
         self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
         if first < FIRST:
             self._notes.append(
@@ -249,8 +249,8 @@ class _Choosing:
 
     def run(self, shown: Bar) -> HealedChoice:
         self._shown, swaps = shown, list[Swap]()
-        methods = self._candidates()
-        best = self._swapped(self._grown([*methods]), swaps)
+        best, methods = self._candidates()
+        best = self._swapped(self._grown(best, [*methods]), swaps)
         candidates, loss = [], _loss(self._losses[best])
         for layers, names in methods.items():
             change = self._change(best, layers)
@@ -259,7 +259,7 @@ class _Choosing:
         return HealedChoice(
             layers=[*best],
             loss=loss,
-            candidates=sorted(candidates, key=lambda one: one.difference.nats),
+            candidates=sorted(candidates, key=lambda one: one.loss),
             swaps=swaps,
             fitted=len(self._fit),
             judged=len(self._judging),
@@ -268,27 +268,30 @@ class _Choosing:
             notes=self._notes,
         )
 
-    def _candidates(self) -> dict[Layers, list[str]]:
-        """The methods of each set, all of them refitted and judged."""
+    def _candidates(self) -> tuple[Layers, dict[Layers, list[str]]]:
+        """The best set, and the methods of each, all of them refitted and judged."""
         scores = Importance.from_dict(self._cells.value("scores", self._scores))
         self._spend(self._count * len(self._fit))
         methods: dict[Layers, list[str]] = {}
-        best, refused = None, None
+        best: Layers | None = None
+        refused: NotRemovableError | None = None
         for name in CANDIDATES:
             try:
                 if name not in SEARCHES:
-                    layers = choose(scores, self._n, method=name)
-                elif not (layers := self._searched(name, scores)):
+                    layers = tuple(sorted(choose(scores, self._n, method=name)))
+                elif not (layers := tuple(sorted(self._searched(name, scores)))):
                     continue
-                best = self._better(best, tuple(sorted(layers)))
+                if layers not in methods:
+                    best = self._better(best, layers)
             except NotRemovableError as error:  # such as all layers with attention of a hybrid
                 self._notes.append(f"{name} left out: {error}")
                 refused = error
             else:
-                methods.setdefault(tuple(sorted(layers)), []).append(name)
-        if not methods and refused is not None:
+                methods.setdefault(layers, []).append(name)
+        if best is None:
+            assert refused is not None
             raise refused
-        return methods
+        return best, methods
 
     def _scores(self) -> dict[str, object]:
         into = Importance.empty(self._short.kept)
@@ -330,17 +333,20 @@ class _Choosing:
             into = Importance.empty([i for i in short.kept if i not in removed])
             return choose(measure(short.decoder, [[w] for w in self._fit], into=into), 1)[0]
 
-    def _grown(self, sets: list[Layers]) -> Layers:
+    def _grown(self, best: Layers, sets: Sequence[Layers]) -> Layers:
         """The best set, after more windows have judged those that are not told apart from it."""
         while True:
-            best = reduce(self._better, sets[1:], self._better(None, sets[0]))
-            undecided = [s for s in sets if not _told_apart(self._change(best, s))]
-            sets = [best, *(s for s in undecided if s != best)]
-            judging = [*self._judging, *self._more[:JUDGES]]
-            price = len(sets) * self._price(len(judging))
-            if len(sets) == 1 or not self._more or not self._affords(price):
+            level = [s for s in sets if s != best and not self._is_worse(best, s)]
+            # first those that were told apart from a set that is not the best any more
+            stopped = [s for s in level if len(self._losses[s]) < len(self._judging)]
+            more = [] if stopped else self._more[:JUDGES]
+            again = stopped or [best, *level]
+            price = len(again) * self._price(len(self._judging) + len(more))
+            if not level or not (stopped or more) or not self._affords(price):
                 return best
-            self._judging, self._more = judging, self._more[JUDGES:]
+            self._judging, self._more = [*self._judging, *more], self._more[len(more) :]
+            for layers in again:
+                best = self._better(best, layers)
 
     def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers:
         """The set after the swaps that are kept, as far as the budget goes; notes all trials."""
@@ -384,28 +390,31 @@ class _Choosing:
         return layers if best is None or self._change(best, layers).nats < 0 else best
 
     def _judge(self, layers: Layers, best: Layers | None) -> None:
-        """Measures the losses without these layers, refitted; of the same windows once."""
-        name = f"{[*layers]} on up to {len(self._judging)} windows"
-        if name not in self._judged:
-            run = partial(self._refitted, layers, best)
-            self._losses[layers] = self._cells.losses(name, run)
-            self._judged.add(name)
-            self._spend(self._price(len(self._losses[layers])))
+        """Measures the losses without these layers, refitted, of as many windows as it takes."""
+        earliest = max(EARLIEST, len(self._losses.get(layers, [])))
+        beside = None if best == layers else best
+        run = partial(self._refitted, layers, beside, earliest)
+        most = len(self._judging)
+        name = f"{[*layers]} on {earliest} to {most} windows beside {beside and [*beside]}"
+        self._losses[layers] = self._cells.losses(name, run)
+        self._spend(self._price(len(self._losses[layers])))
 
-    def _refitted(self, layers: Layers, best: Layers | None) -> list[Perplexity]:
+    def _refitted(self, layers: Layers, best: Layers | None, earliest: int) -> list[Perplexity]:
         """Losses of the windows that judge, until they show that the set is worse than the best."""
         found: list[Perplexity] = []
-        earliest = max(EARLIEST, len(self._losses.get(layers, [])))
         with _pruned(self._short, layers, self._fit):
             for start in range(0, len(self._judging), STEP):
                 some = self._judging[start : start + STEP]
                 found += losses(self._short.decoder, some, progress=False)
-                if best is None or len(found) < earliest:
-                    continue
-                change = difference(self._losses[best][: len(found)], found)
-                if change.nats > 0 and _told_apart(change):
-                    break
+                if best is not None and len(found) >= earliest:
+                    change = difference(self._losses[best][: len(found)], found)
+                    if change.nats > 0 and _told_apart(change):
+                        break
         return found
+
+    def _is_worse(self, best: Layers, layers: Layers) -> bool:
+        change = self._change(best, layers)
+        return change.nats > 0 and _told_apart(change)
 
     def _change(self, first: Layers, second: Layers) -> Difference:
         """From one set's loss to another's, on the windows that judged both."""
