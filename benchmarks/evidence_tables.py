@@ -163,13 +163,14 @@ def larger() -> list[str]:
     for file, model in MODELS.items():
         found = result(file)
         for place, own in enumerate(found["rows"].values()):
-            for state in ("original", "pruned", "healed")[place > 0 :]:
+            for state in [*own["texts"]["prose"]][place > 0 :]:
                 cells = [_judged(own["texts"][kind][state]) for kind in TEXT_KINDS]
                 size = {"original": found["megabytes"], "healed": own["file_megabytes"]}
                 removed = "none" if state == "original" else layer_set(own["layers"])
                 title = f"{model}, {own['of']} layers: {removed}" if not place else removed
                 cells.append(f"{size[state]:.0f}" if state in size else "")
-                lines.append(row(title if state != "healed" else "", state, *cells))
+                title = title if state in ("original", "pruned") else ""
+                lines.append(row(title, state, *cells))
     return lines
 
 
@@ -180,15 +181,17 @@ def _judged(cell: dict) -> str:
 
 
 def taken() -> list[str]:
-    """How long all steps took, and the most memory of the process."""
+    """How long all steps took, also in bare passes over a window, and the most memory."""
     lines = []
     for file, model in MODELS.items():
         for own in result(file)["rows"].values():
-            minutes = sum(step["seconds"] for step in own["steps"].values()) / 60
-            peak = max(step["peak_mb"] for step in own["steps"].values())
+            steps = own["steps"].values()
+            minutes = sum(step["seconds"] for step in steps) / 60
+            passes = sum(step["bare_windows"] for step in steps)
+            peak = max(step["peak_mb"] for step in steps)
             times = f"{peak / 1e3:.1f} GB, {peak / own['bare']['peak_mb']:.2f} times"
             name = f"{model}, {len(own['layers'])} of {own['of']}"
-            lines.append(row(name, f"{minutes:.0f} minutes", times))
+            lines.append(row(name, f"{minutes:.0f} minutes", f"{passes:.0f}", times))
     return lines
 
 

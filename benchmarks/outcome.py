@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +39,7 @@ def finish(
     Args:
         script: the benchmark's name, without ``.py``.
         missed: limits that did not hold; any makes the exit status 1.
-        content: what the JSON file holds beside command, versions and machine.
+        content: what the JSON file holds beside command, commit, versions and machine.
         held: what is printed where nothing was missed.
         out: the JSON file; None writes none.
         overwrite: replace an existing file.
@@ -46,8 +47,18 @@ def finish(
     print("\n".join(f"MISSED: {text}" for text in missed) or held)
     if out is not None:
         command = shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]])
-        write_record(out, {"command": command, **content}, overwrite=overwrite)
+        record = {"command": command, "commit": commit(), **content}
+        write_record(out, record, overwrite=overwrite)
     sys.exit(bool(missed))
+
+
+def commit() -> str | None:
+    """The commit of this tree, with ``-dirty`` after it if there are changes; None without git."""
+    asked = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    with suppress(OSError):
+        found = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return found.stdout.strip() or None
+    return None
 
 
 def apart(script: str, argv: Sequence[str], facts: Path) -> dict[str, Any]:

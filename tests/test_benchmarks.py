@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 from importlib import import_module
 from inspect import signature
@@ -268,6 +269,19 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     names = {path.stem for path in (root / "benchmarks/results").glob("*.json")}
     asked = re.findall(r"^(?:script|measure) (\w+) ", text, flags=re.MULTILINE)
     assert {*asked} == names and len(asked) == len(names)
+    # by the commands that benchmarks/README.md has
+    few = re.search(r'^few="(.+)"$', text, flags=re.MULTILINE)[1]
+    every = (
+        text.replace("\\\n", "").replace("$few", few).replace(" --scores stopping_windows.npz", "")
+    )
+    own = re.findall(r"^script \w+ (.+)$", every, flags=re.MULTILINE)
+    documented = re.findall(
+        r"`python benchmarks/(\w+)\.py ?([^`]*)`",
+        (root / "benchmarks/README.md").read_text().split("The scripts check these limits")[0],
+    )
+    scripts = {(name, *shlex.split(rest)) for name, _, rest in (o.partition(" ") for o in own)}
+    missing = {(name, *shlex.split(rest)) for name, rest in documented} - scripts
+    assert not missing
     # with programs that only write what they are asked for, in a copy of the tree's names
     copy, bin_, out = tmp_path / "copy", tmp_path / "bin", tmp_path / "out"
     (copy / "benchmarks/results").mkdir(parents=True)
@@ -278,8 +292,9 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     python = bin_ / "python"
     python.write_text(
         f'#!/bin/bash\necho "$@" >> {said}\ncase "$*" in\n'
-        f"*greedy*) [ -e {tmp_path}/again ] || exit 130 ;;\nesac\n"
-        'while [ $# -gt 1 ]; do [ "$1" = --out ] && echo "{}" > "$2"; shift; done\n:\n'
+        f"*greedy*) [ -e {tmp_path}/again ] || exit 130 ;;\nesac\nasked=$*\n"
+        'while [ $# -gt 1 ]; do [ "$1" = --out ] && echo "{}" > "$2"; shift; done\n'
+        "[[ $asked != *scoring.py* ]]\n"  # which misses a limit
     )
     python.chmod(0o755)
     (tmp_path / "wiki.txt").write_text("text")
@@ -289,7 +304,11 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     first = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert first.returncode and not [*(copy / "benchmarks/results").iterdir()]
     (tmp_path / "again").touch()
-    subprocess.run(command, env=environment, capture_output=True, check=True)
+    last = subprocess.run(command, env=environment, capture_output=True, check=False, text=True)
+    assert last.returncode == 1 and last.stderr == "limits were missed: ./scoring.missed\n"
+    times = [line.split() for line in (out / "seconds.txt").read_text().splitlines()]
+    assert [name for name, _, _ in times[:3]] == ["scoring", "greedy", "greedy"]
+    assert len(times) == len(names) + 1 and all(int(seconds) >= 0 for _, seconds, _ in times)
     lines = said.read_text().splitlines()
     assert sum("scoring.py" in line for line in lines) == 1
     assert sum("greedy.py" in line for line in lines) == 2

@@ -174,8 +174,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
         remarks += run.rounded(built, evidence)
     quality: dict[str, dict[str, Perplexity]] = {}
     for kind, states in evidence.by_kind.items():  # by names as in "original, 30 layers"
-        named = {name.partition(",")[0]: own for name, own in states.items()}
-        quality[kind] = {state: named[state] for state in looks}
+        quality[kind] = {name.partition(",")[0]: own for name, own in states.items()}
     result = Shrunk(
         asked.out,
         words,

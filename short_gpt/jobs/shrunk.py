@@ -41,7 +41,10 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Shrunk(Table):
-    """What `shrink` did, and how good the result is. States are original, pruned, ..., healed."""
+    """What `shrink` did, and how good the result is.
+
+    States are original, pruned, refit if a training follows, and healed.
+    """
 
     out: Path  # the new directory or file
     plan: str  # what was to be done, in time and memory
@@ -49,7 +52,7 @@ class Shrunk(Table):
     layers: Sequence[int] = ()  # removed, original numbers
     method: str = AUTO  # that chose them
     quality: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)  # kind and state
-    looks: Mapping[str, Look] = field(default_factory=dict)  # by state
+    looks: Mapping[str, Look] = field(default_factory=dict)  # by state, except refit
     prompt: str = ""  # of the completions
     remarks: Sequence[str] = ()  # what must be known of the numbers
     healing: Sequence[Mapping[str, object]] = ()  # the steps, for JSON
@@ -68,27 +71,33 @@ class Shrunk(Table):
 
     def rows(self) -> list[list[str]]:
         """The table: names first, then a column for every state; the first row is the head."""
-        rows = [["", *self.looks]]
-        for kind, states in self.quality.items():
-            rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in states.values())])
-            ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in states.values()]
+        states = [*next(iter(self.quality.values()))]
+        rows = [["", *states]]
+        for kind, own in self.quality.items():
+            rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in own.values())])
+            ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in own.values()]
             rows.append(["95%", *(end.replace("nan to nan", "unknown") for end in ends)])
-            first = next(iter(states.values()))
-            changes = [difference([first], [p]) for p in [*states.values()][1:]]
+            first = next(iter(own.values()))
+            changes = [difference([first], [p]) for p in [*own.values()][1:]]
             cells = [f"{c.nats:+.4f} ± {c.error.reach():.4f}" for c in changes]
             rows.append(
                 ["nats from the original, 95%", "", *(c.replace("nan", "?") for c in cells)]
             )
         looks = self.looks.values()
-        rows.append(["parameters, millions", *(f"{look.parameters / 1e6:.1f}" for look in looks)])
-        rows.append(["weights as written", *(shown(look.size) for look in looks)])
-        rows.append(["with the KV cache", *(shown(look.memory) for look in looks)])
+        others = [["parameters, millions", *(f"{look.parameters / 1e6:.1f}" for look in looks)]]
+        others.append(["weights as written", *(shown(look.size) for look in looks)])
+        others.append(["with the KV cache", *(shown(look.memory) for look in looks)])
         speeds = [look.tokens_per_second for look in looks]
         if any(speeds):
-            rows.append(["tokens a second", *(f"{speed:.1f}" if speed else "" for speed in speeds)])
-        return rows + self._task_rows()
+            cells = [f"{speed:.1f}" if speed else "" for speed in speeds]
+            others.append(["tokens a second", *cells])
+        for name, *cells in others + self._task_rows():
+            known = dict(zip(self.looks, cells, strict=True))
+            rows.append([name, *(known.get(state, "") for state in states)])
+        return rows
 
     def _task_rows(self) -> list[list[str]]:
+        """Of the states that have a look, in their order."""
         runs = [TaskRun(**look.tasks) for look in self.looks.values() if look.tasks]
         named, rows = [run.named() for run in runs], list[list[str]]()
         changes = [task_changes(runs[0], run) for run in runs[1:]]

@@ -249,6 +249,31 @@ def optimal_sentences() -> list[str]:
     ]
 
 
+def evidence() -> list[str]:
+    """What the page of evidence prints of other pages' results."""
+    kept, distilled = result("kept")["rows"], result("distillation")["rows"]
+    held = "held-out chapters"
+    after, before = (f"{distilled[name][held]['perplexity']:.2f}" for name in ("distill", "refit"))
+    shares = [
+        "{:.1%} ({:.1%} to {:.1%})".format(mean["share"], *mean["interval_95"])
+        for mean in (kept[f"auto {how}"]["mean"] for how in ("refit", "pruned"))
+    ]
+    pair = "own-24 less book+wikitext-24"
+    usual = result("refit_usual")["sets"]["Block Influence"]["usual"]
+    whole_step = usual["step 1, ridge 2 F / N"]["kinds"]["all three kinds"]["nats"]
+    ratios = result("scoring")["ratios"]
+    return [
+        "{}, where the pruned model keeps {};".format(*shares),
+        f"another set keeps {kept['bi pruned']['mean']['share']:.1%} as pruned",
+        f"better than 24 real ones of two other texts by {apart(pair, 'novels')} nats "
+        f"(standard error {apart(pair, 'novels', error=True)})",
+        f"[{after} in place of {before}]",
+        f"{whole_step:.2f} over three kinds with windows of 1024 tokens",
+        f"{spread(ratios['scoring / bare'])} times a bare pass, in the same run",
+        f"{spread(ratios['mixed / bare'], 2)} of the time of a bare pass in float32",
+    ]
+
+
 MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
     "docs/results.md": (
         shares,
@@ -283,6 +308,7 @@ MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
         lambda: f"in {last_words('4 less')} of the cases instead of {last_words('whole')}",
     ),
     "docs/limits.md": (swept, swept_beside),
+    "docs/evidence.md": (evidence,),
     "README.md": (
         swept,
         lambda: f"original model: {rows()['dense', 0, 'raw']['perplexity']:.3f}",

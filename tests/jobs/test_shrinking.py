@@ -299,6 +299,12 @@ def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
     assert model.config.num_hidden_layers == 4
     assert [step["method"] for step in done.healing] == ["refit", "distillation"]
     assert done.healing[1]["recipe"]["steps"] >= 1
+    # what the refit alone restores has a column, empty in the rows of what was only looked at
+    head, *rows = done.rows()
+    assert head == ["", "original", "pruned", "refit", "healed"]
+    values = {name: cells for name, *cells in rows}
+    assert float(values["perplexity, other"][2]) == round(done.quality["other"]["refit"].value, 3)
+    assert [bool(cell) for cell in values["parameters, millions"]] == [True, True, False, True]
     assert torch.equal(
         model(TOKENS).logits, AutoModelForCausalLM.from_pretrained("out")(TOKENS).logits
     )
