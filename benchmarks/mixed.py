@@ -62,6 +62,7 @@ def main(
     path = str(MODELS["smollm2"]())
     seconds: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
     layers: dict[str, list[int]] = {}
+    passes: dict[str, float] = {}  # bare passes of the choice: how many windows judge may differ
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         book = "\n".join(demo.bible("calibration"))
@@ -81,6 +82,7 @@ def main(
             )
             seconds[precision].append(time.perf_counter() - started)
             layers[precision] = sorted(shrunk.layers)
+            passes[precision] = shrunk.choice["passes"]
             print(f"{precision}: {seconds[precision][-1]:.0f} s", flush=True)
         shorts = {"original": open_model(path, device="cpu")}
         shorts |= {p: open_model(str(here / p), device="cpu") for p in PRECISIONS}
@@ -97,7 +99,13 @@ def main(
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     print(table(rows, ratios))
     content = {"layers": layers, "windows": count, "tokens_per_window": size, "judged": judged}
-    content |= {"budget": budget, "seconds": seconds, "ratios": ratios, "rows": rows}
+    content |= {
+        "budget": budget,
+        "passes": passes,
+        "seconds": seconds,
+        "ratios": ratios,
+        "rows": rows,
+    }
     content |= {"processor": torch.backends.cpu.get_cpu_capability()}
     slow = (ratio := statistics.median(ratios)) > GOAL
     missed = [f"mixed takes {ratio:.2f} of the time, at most {GOAL}"] * slow
