@@ -17,6 +17,7 @@ RESULTS += ("refit_usual",)
 RESULTS += ("optimality", "distillation", "refit_choices")
 RESULTS += ("coverage", "choice_variance", "own_samples")
 RESULTS += ("training_choices", "gemma_kinds", "refit_ridges", "healing_own", "architectures")
+RESULTS += ("healing_more",)
 RESULTS += ("peers", "choices", "refit_sinks_05b", "kept", "mixed")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
