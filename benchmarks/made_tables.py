@@ -461,10 +461,12 @@ TABLES: dict[str, Callable[[], str]] = {
         "| scores of two texts | 6 windows | 12 windows | 24 windows |", evidence.covered
     ),
     "own samples": table(
-        "| fitted on | held-out chapters | novels | WikiText-2, second half |", evidence.own_samples
+        "| fitted on | held-out chapters | novels | WikiText-2, second half | own dialogs |",
+        evidence.own_samples,
     ),
     "layers chosen on own samples": table(
-        "| chosen on | layers | held-out chapters | novels | WikiText-2, second half |",
+        "| chosen on | layers | held-out chapters | novels | WikiText-2, second half "
+        "| own dialogs |",
         evidence.own_choices,
     ),
     "coverage of intervals": table(COVERED, evidence.intervals),

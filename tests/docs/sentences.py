@@ -133,7 +133,16 @@ def own_sentences() -> list[str]:
             ("book+wikitext+own-96", 96),
         )
     )
-    more, last = "own-192 less own-12", "own-192 less own-96"
+    more, last, chats = "own-192 less own-12", "own-192 less own-96", "chats-24 less own-24"
+    every = ("book", "novels", "wikitext", "chats")
+    alone, many_alone, mix = (
+        f"{name} (greedy search's layers) less {name}"
+        for name in ("own-24", "own-96", "book+wikitext+own-96")
+    )
+
+    def searched(kind: str) -> str:
+        return " to ".join(sorted(apart(pair, kind) for pair in (alone, many_alone)))
+
     found = result("own_samples")["choices"]
     agreed = {(a["first"], a["second"]): a["correlation"] for a in found["agreement"]}
     worse = found["novels less own-24"]["novels"]
@@ -147,11 +156,15 @@ def own_sentences() -> list[str]:
         f"and {apart(half, 'wikitext')} nats more on WikiText-2 and {apart(half, 'book')} more on "
         "the book than without it",
         f"the loss falls by {apart(more, 'novels')} nats on novels, {apart(more, 'wikitext')} on "
-        f"WikiText-2 and {apart(more, 'book')} on the book. The last doubling, from 96 to 192, "
-        f"still gains {spanned(last)}",
-        f"At 0.7 the loss is {spanned('own-24-at-0.7 less own-24')} nats higher on each kind. At "
-        f"1.2 it is {spanned('own-24-at-1.2 less own-24', ('book', 'novels'))} higher",
-        f"by {spanned('chats-24 less own-24')} nats",
+        f"WikiText-2 and {apart(more, 'book')} on the book, and by {apart(more, 'chats')} on own "
+        f"dialogs. The last doubling, from 96 to 192, still gains {spanned(last, every)}",
+        f"At 0.7 the loss is {spanned('own-24-at-0.7 less own-24', every)} nats higher on each "
+        f"kind. At 1.2 it is {spanned('own-24-at-1.2 less own-24', ('book', 'novels', 'chats'))} "
+        "higher",
+        f"by {apart(chats, 'chats')} nats ({apart(chats, 'chats', error=True)}) better on other "
+        f"own dialogs, and by {spanned(chats)} nats worse",
+        f"own text has {searched('novels')} nats less on novels and {searched('book')} less on "
+        f"the book, the mix of 96 windows {apart(mix, 'novels')} and {apart(mix, 'book')} less",
         f"on novels by {worse['nats']:.2f} nats (paired standard error "
         f"{worse['standard_error']:.2f}). Its scores have a rank correlation of "
         f"{agreed['book', 'own-24']:.2f} with those on the book, and of "
