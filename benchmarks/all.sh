@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote: some seventeen hours on two CPU cores that have
-# nothing else to do (an estimate: the sum of the times in benchmarks/README.md).
+# Measures everything that README and docs quote: at most seventeen hours on two idle CPU
+# cores (the sum of the times in benchmarks/README.md, many of one core or beside other processes).
 # Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 # OUT/seconds.txt has a line for every run of a script: its name, its seconds, and the commit.
 #
@@ -21,7 +21,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 # measure NAME COMMAND...: unless NAME.json is there; NAME.missed says that a limit was missed
 now=""
-commit=$(git -C "$root" describe --always --abbrev=40 --dirty 2>/dev/null || echo unknown)
+commit=$(git -C "$root" describe --always --abbrev=40 --dirty --exclude='*' 2>/dev/null || echo unknown)
 note() { [ -z "$now" ] || echo "$now $((SECONDS - begun)) $commit" >>seconds.txt; }
 trap note EXIT
 measure() {

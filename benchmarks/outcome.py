@@ -47,18 +47,21 @@ def finish(
     print("\n".join(f"MISSED: {text}" for text in missed) or held)
     if out is not None:
         command = shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]])
-        record = {"command": command, "commit": commit(), **content}
+        record = {"command": command, "commit": COMMIT, **content}
         write_record(out, record, overwrite=overwrite)
     sys.exit(bool(missed))
 
 
-def commit() -> str | None:
-    """The commit of this tree, with ``-dirty`` after it if there are changes; None without git."""
-    asked = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+def commit(tree: Path = Path(__file__).parent) -> str | None:
+    """The commit of a tree, with ``-dirty`` after it if there are changes; None without git."""
+    asked = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     with suppress(OSError):
-        found = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+        found = subprocess.run(asked, cwd=tree, capture_output=True, text=True, check=False)
         return found.stdout.strip() or None
     return None
+
+
+COMMIT = commit()  # of the code that runs, also if another one is checked out meanwhile
 
 
 def apart(script: str, argv: Sequence[str], facts: Path) -> dict[str, Any]:

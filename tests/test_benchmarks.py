@@ -18,6 +18,7 @@ import choices
 import coverage
 import distilled
 import mixed
+import outcome
 import passages
 import pytest
 import scoring
@@ -262,6 +263,23 @@ def test_means_over_draws_are_paired_over_windows():
         assert own["a"]["perplexity"] == pytest.approx(math.exp(1.5 + more))
         assert own["a"]["standard_error"] == pytest.approx(0, abs=1e-6)
     assert found["without it"]["bi"]["a"]["nats"] == pytest.approx(0.2)  # than before swaps
+
+
+def test_a_result_names_the_commit_that_made_it(tmp_path):
+    assert outcome.commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").write_text("one")
+    for asked in (
+        ["init", "-q"],
+        ["add", "file"],
+        ["commit", "-qm", "one"],
+        ["tag", "-am", "t", "t"],
+    ):
+        subprocess.run([*git, *asked], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert outcome.commit(tmp_path) == head.stdout.strip()
+    (tmp_path / "file").write_text("two")
+    assert outcome.commit(tmp_path) == f"{head.stdout.strip()}-dirty"
 
 
 def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):

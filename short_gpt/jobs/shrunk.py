@@ -71,7 +71,7 @@ class Shrunk(Table):
 
     def rows(self) -> list[list[str]]:
         """The table: names first, then a column for every state; the first row is the head."""
-        states = [*next(iter(self.quality.values()))]
+        states = [*next(iter(self.quality.values()), {})]
         rows = [["", *states]]
         for kind, own in self.quality.items():
             rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in own.values())])

@@ -146,6 +146,12 @@ def own_sentences() -> list[str]:
     found = result("own_samples")["choices"]
     agreed = {(a["first"], a["second"]): a["correlation"] for a in found["agreement"]}
     worse = found["novels less own-24"]["novels"]
+    apart_by = result("own_samples")["differences"]
+    lower = [few, many, more, last, alone, many_alone, mix, third]
+    assert all(apart_by[pair]["novels"]["nats"] < 0 for pair in lower) and worse["nats"] > 0
+    assert all(apart_by[pair]["book"]["nats"] < 0 for pair in lower[2:-1])
+    assert apart_by[third]["book"]["nats"] > 0 and apart_by[half]["book"]["nats"] > 0
+    assert [kind for kind, own in apart_by[chats].items() if own["nats"] < 0] == ["chats"]
     return [
         f"With 24 windows it has {apart(few, 'novels')} nats less than the book and WikiText-2 "
         f"together (paired standard error {apart(few, 'novels', error=True)}), with 96 windows "
@@ -166,7 +172,8 @@ def own_sentences() -> list[str]:
         f"own text has {searched('novels')} nats less on novels and {searched('book')} less on "
         f"the book, the mix of 96 windows {apart(mix, 'novels')} and {apart(mix, 'book')} less",
         f"on novels by {worse['nats']:.2f} nats (paired standard error "
-        f"{worse['standard_error']:.2f}). Its scores have a rank correlation of "
+        f"{worse['standard_error']:.2f})",
+        "Its scores have a rank correlation of "
         f"{agreed['book', 'own-24']:.2f} with those on the book, and of "
         f"{agreed['own-24', 'novels']:.2f} with those on novels",
     ]

@@ -429,7 +429,9 @@ def test_a_long_plan_says_what_takes_less(here, monkeypatch):
     monkeypatch.setattr(shrink_plan, "LONG", 0)
     how = {"n": 2, "windows": CUT, "data": "other", "dry_run": True}
     assert "written: method bi, size 128, max_windows 16" in str(shrink("hf", "out", **how))
-    assert "written: size 128, max_windows 16" in str(shrink("hf", "out", method="bi", **how))
+    planned = shrink("hf", "out", method="bi", **how)
+    assert "written: size 128, max_windows 16" in str(planned)
+    assert [*planned.columns] == [""]  # no state was measured
 
 
 def test_the_size_of_a_file_is_that_of_its_tensors(here, monkeypatch):
