@@ -181,17 +181,16 @@ def _judged(cell: dict) -> str:
 
 
 def taken() -> list[str]:
-    """How long all steps took, also in bare passes over a window, and the most memory."""
+    """How long all steps took, and the most memory of the process."""
     lines = []
     for file, model in MODELS.items():
         for own in result(file)["rows"].values():
             steps = own["steps"].values()
             minutes = sum(step["seconds"] for step in steps) / 60
-            passes = sum(step["bare_windows"] for step in steps)
             peak = max(step["peak_mb"] for step in steps)
             times = f"{peak / 1e3:.1f} GB, {peak / own['bare']['peak_mb']:.2f} times"
             name = f"{model}, {len(own['layers'])} of {own['of']}"
-            lines.append(row(name, f"{minutes:.0f} minutes", f"{passes:.0f}", times))
+            lines.append(row(name, f"{minutes:.0f} minutes", times))
     return lines
 
 

@@ -35,7 +35,6 @@ from refits import Losses, by_kind
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
 from short_gpt.evaluation.paired import difference
-from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.jobs import WindowScores, agreement
 from short_gpt.jobs.calibration import score_windows
 from short_gpt.jobs.comparing import Cells, pruned_losses
@@ -113,13 +112,13 @@ def main(
     names = rows.split(",") if isinstance(rows, str) else rows  # fire makes a,b a tuple
     new, sets = [name for name in names if name not in cells], {False: gone, True: [*GREEDY]}
     for name in new[:first]:
-        run.refitted(name, sets[SOURCES[name].greedy])
+        run.refitted(name, sets)
     if new[first or len(new) :]:
         sys.exit()
     original = run.losses("original", [])
     pruned = {greedy: run.losses(f"pruned{OTHERS * greedy}", own) for greedy, own in sets.items()}
     found = {"original": original, "pruned": pruned[False], f"pruned{OTHERS}": pruned[True]}
-    found |= {name: run.refitted(name, []) for name in SOURCES if name in cells}
+    found |= {name: run.refitted(name, sets) for name in SOURCES if name in cells}
     table = {n: row(own, original, pruned[n.endswith(OTHERS)]) for n, own in found.items()}
     print(shown(table))
     chosen = run.choices(len(gone), cut(short, documents[1::2], 24, SIZE)) if choices else None
@@ -160,9 +159,10 @@ class _Run(NamedTuple):
 
         return by_kind(self.cells, cell, self.held, measure)
 
-    def refitted(self, name: str, gone: Sequence[int]) -> dict[str, list[Perplexity]]:
-        fit_on = None if name in self.cells else self.windows(SOURCES[name])
-        return self.losses(name, gone, fit_on)
+    def refitted(self, name: str, sets: Mapping[bool, Sequence[int]]) -> Losses:
+        source = SOURCES[name]
+        fit_on = None if name in self.cells else self.windows(source)
+        return self.losses(name, sets[source.greedy], fit_on)
 
     def choices(self, n: int, novels: Windows) -> dict[str, Any]:
         """The layers of lowest Block Influence on own samples and on real text, and their cost."""

@@ -336,12 +336,13 @@ class _Choosing:
     def _grown(self, best: Layers, sets: Sequence[Layers]) -> Layers:
         """The best set, after more windows have judged those that are not told apart from it."""
         while True:
-            level = [s for s in sets if s != best and not self._is_worse(best, s)]
+            level = [s for s in sets if s != best and not _is_worse(self._change(best, s))]
             # first those that were told apart from a set that is not the best any more
             stopped = [s for s in level if len(self._losses[s]) < len(self._judging)]
             more = [] if stopped else self._more[:JUDGES]
             again = stopped or [best, *level]
-            price = len(again) * self._price(len(self._judging) + len(more))
+            judging = len(self._judging) + len(more)
+            price = sum(self._price(judging - len(self._losses[s])) for s in again)
             if not level or not (stopped or more) or not self._affords(price):
                 return best
             self._judging, self._more = [*self._judging, *more], self._more[len(more) :]
@@ -391,30 +392,28 @@ class _Choosing:
 
     def _judge(self, layers: Layers, best: Layers | None) -> None:
         """Measures the losses without these layers, refitted, of as many windows as it takes."""
-        earliest = max(EARLIEST, len(self._losses.get(layers, [])))
-        beside = None if best == layers else best
-        run = partial(self._refitted, layers, beside, earliest)
-        most = len(self._judging)
-        name = f"{[*layers]} on {earliest} to {most} windows beside {beside and [*beside]}"
-        self._losses[layers] = self._cells.losses(name, run)
-        self._spend(self._price(len(self._losses[layers])))
+        before, best = self._losses.get(layers, []), None if best == layers else best
+        windows = f"windows {len(before)} to {len(self._judging)}"
+        name = f"{[*layers]} on {windows} beside {best and [*best]}"
+        new = self._cells.losses(name, partial(self._refitted, layers, best, before))
+        self._losses[layers] = [*before, *new]
+        self._spend(self._price(len(new)))
 
-    def _refitted(self, layers: Layers, best: Layers | None, earliest: int) -> list[Perplexity]:
-        """Losses of the windows that judge, until they show that the set is worse than the best."""
-        found: list[Perplexity] = []
+    def _refitted(
+        self, layers: Layers, best: Layers | None, before: Sequence[Perplexity]
+    ) -> list[Perplexity]:
+        """Losses of the windows after those known, until the set is told apart as worse."""
+        new: list[Perplexity] = []
         with _pruned(self._short, layers, self._fit):
-            for start in range(0, len(self._judging), STEP):
+            for start in range(len(before), len(self._judging), STEP):
                 some = self._judging[start : start + STEP]
-                found += losses(self._short.decoder, some, progress=False)
-                if best is not None and len(found) >= earliest:
-                    change = difference(self._losses[best][: len(found)], found)
-                    if change.nats > 0 and _told_apart(change):
-                        break
-        return found
-
-    def _is_worse(self, best: Layers, layers: Layers) -> bool:
-        change = self._change(best, layers)
-        return change.nats > 0 and _told_apart(change)
+                new += losses(self._short.decoder, some, progress=False)
+                found = [*before, *new]
+                if best is None or len(found) < EARLIEST:
+                    continue
+                if _is_worse(difference(self._losses[best][: len(found)], found)):
+                    break
+        return new
 
     def _change(self, first: Layers, second: Layers) -> Difference:
         """From one set's loss to another's, on the windows that judged both."""
@@ -451,6 +450,10 @@ class _Choosing:
 
 def _told_apart(change: Difference) -> bool:
     return abs(change.nats) > change.error.reach()  # False where there is no interval: NaN
+
+
+def _is_worse(change: Difference) -> bool:
+    return change.nats > 0 and _told_apart(change)
 
 
 def _loss(parts: Sequence[Perplexity]) -> float:
