@@ -276,16 +276,13 @@ def _kept_rows() -> list[tuple[str, str, dict]]:
 
 def kept() -> list[str]:
     """Which share of the mean over tasks each healing keeps, and perplexities."""
-    lines, rows = [], _kept_rows()
-    whole = sum(_others(rows[0][2]))
-    for layers, healed, own in rows:
+    lines = []
+    for layers, healed, own in _kept_rows():
         mean, healing = own["mean"], own["healing"]
-        low, high = mean["interval_95"]
         cells = [f"{mean['value']:.3f}", "", ""]
         if healed:
             cells = [f"{mean['value']:.3f}, {mean['change']:+.3f} ({mean['standard_error']:.3f})"]
-            cells += [f"{mean['share']:.1%} ({low:.1%} to {high:.1%})"]
-            cells += [f"{sum(_others(own)) / whole:.1%}"]
+            cells += [share(mean), share(own["without boolq"])]
         better = own["refit against it"]
         cells.append(f"{better['change']:+.3f} ({better['standard_error']:.3f})" if better else "")
         texts = [_text(c) if healed else f"{c['perplexity']:.2f}" for c in own["texts"].values()]
@@ -311,9 +308,9 @@ def _judging(own: dict) -> dict[str, float]:
     return {task: values.get(f"{task} acc_norm", values[f"{task} acc"]) for task in tasks}
 
 
-def _others(own: dict) -> list[float]:
-    """The same of all tasks but boolq, which the original model answers worse than a coin."""
-    return [value for task, value in _judging(own).items() if task != "boolq"]
+def share(mean: dict) -> str:
+    """Of the original's mean, what is kept, with its 95% interval."""
+    return "{:.1%} ({:.1%} to {:.1%})".format(mean["share"], *mean["interval_95"])
 
 
 def _text(cell: dict) -> str:

@@ -45,7 +45,7 @@ from healing import cut, halves, judged_by
 from outcome import begin, finish
 from real_models import MODELS
 from shared_contexts import SharedContexts
-from shares import judging, kept, needed, ranks, table, variance
+from shares import change, judging, kept, needed, ranks, table, unflattered, variance
 from tasks import CLOSE, Documents, Windows, against_theirs, metrics, text_changes
 
 from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
@@ -388,14 +388,16 @@ class Run:
         (documents, parts), (whole, read) = self.found(row, layers), self.found("original", [])
         cell = f"healing {row} {layers}"
         refit = None
+        before, after = judging(whole), judging(documents)
         if row not in ("original", "refit") and not self.missing("refit", layers):
             better, lower = self.found("refit", layers)
-            mean = kept(judging(documents), judging(better))
-            refit = {name: mean[name] for name in ("change", "standard_error")}
-            refit |= {"texts": text_changes(lower, parts)}
+            healed = judging(better)
+            refit = change(after, healed) | {"texts": text_changes(lower, parts)}
+            refit |= {"without boolq": change(unflattered(after), unflattered(healed))}
         return {
             "tasks": metrics(documents, whole),
-            "mean": kept(judging(whole), judging(documents)),
+            "mean": kept(before, after),
+            "without boolq": kept(unflattered(before), unflattered(after)),
             "texts": text_changes(parts, read),
             "refit against it": refit,
             "healing": self.cells.value(cell, dict) if cell in self.cells else None,

@@ -66,6 +66,17 @@ def kept(
     return {**result, "share": share, "interval_95": [share - reach, share + reach]}
 
 
+def change(before: Mapping[str, list[float]], after: Mapping[str, list[float]]) -> dict[str, Any]:
+    """The change of the mean alone, and its standard error."""
+    both = kept(before, after)
+    return {name: both[name] for name in ("change", "standard_error")}
+
+
+def unflattered(judged: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """All tasks but boolq, which the small model answers worse than it does when it is damaged."""
+    return {task: values for task, values in judged.items() if task != "local_boolq"}
+
+
 def ranks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
     """Kendall's tau between the loss, in nats over all texts, and the mean over tasks.
 

@@ -196,7 +196,8 @@ def test_the_budget_of_shrinking_in_both_precisions_is_the_least():
 
 
 @pytest.mark.usefixtures("few_timed_tokens", "one_rank")
-def test_shrinking_in_both_precisions_runs_and_is_judged(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["auto", "bi"])
+def test_shrinking_in_both_precisions_runs_and_is_judged(method, tmp_path, monkeypatch):
     """On a tiny model, whose times mean nothing: every run, and the file."""
     save_chat_llama(tmp_path, 5, "{{ messages[0].content }}")
     letters = ("".join(chr(97 + i) for i in row) for row in random_windows(20, 90, vocab=26))
@@ -207,11 +208,13 @@ def test_shrinking_in_both_precisions_runs_and_is_judged(tmp_path, monkeypatch):
     monkeypatch.setitem(mixed.MODELS, "smollm2", lambda: tmp_path / "hf")
     also, others, out = (str(tmp_path / name) for name in ("also", "others", "out.json"))
     with pytest.raises(SystemExit):
-        mixed.main(also, others, n=1, count=8, size=24, judged=3, budget=20, repeats=1, out=out)
+        sizes = {"n": 1, "count": 8, "size": 24, "judged": 3, "budget": 20, "repeats": 1}
+        mixed.main(also, others, **sizes, method=method, out=out)
     found = json.loads(Path(out).read_text())
     assert [*found["layers"]] == [*found["seconds"]] == ["float32", "mixed"]
     assert len(found["ratios"]) == 1 and len(found["rows"]) == 3
-    assert all(0 < passes <= 20 for passes in found["passes"].values())
+    told = found["passes"].values()
+    assert all(0 < own <= 20 for own in told) if method == "auto" else {*told} == {None}
     assert all(len(layers) == 1 for layers in found["layers"].values())
 
 

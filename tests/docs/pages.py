@@ -18,7 +18,7 @@ RESULTS += ("optimality", "distillation", "refit_choices")
 RESULTS += ("coverage", "choice_variance", "own_samples")
 RESULTS += ("training_choices", "gemma_kinds", "refit_ridges", "healing_own", "architectures")
 RESULTS += ("healing_more",)
-RESULTS += ("peers", "choices", "refit_sinks_05b", "kept", "mixed")
+RESULTS += ("peers", "choices", "refit_sinks_05b", "kept", "mixed", "mixed_bi")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,19 +83,21 @@ def shares() -> list[str]:
     ]
 
 
-def mixed() -> str:
-    """What products in bfloat16 gain and cost."""
-    found = result("mixed")
-    first, second = (f"{ratio:.2f}" for ratio in found["ratios"])
-    (one, two, three) = (
-        f"{row['change']:.3f} ({row['standard_error']:.3f})" for row in found["rows"].values()
-    )
-    one = one.replace("(", "nats (standard error ")
-    times = f"takes {first} and {second} of the time in float32"
-    losses = f"{one} on held-out chapters, {two} on WikiText-2's second half and {three} on novels"
-    assert found["layers"] == {"float32": [10, *range(12, 19)], "mixed": [*range(11, 19)]}
-    assert times in flowing("docs/scaling.md")
-    return losses
+def mixed() -> list[str]:
+    """What products in bfloat16 gain and cost: of the same work, and of auto's choice."""
+    same, auto = result("mixed_bi"), result("mixed")
+    assert same["layers"]["mixed"] == same["layers"]["float32"]
+    assert auto["layers"] == dict.fromkeys(("float32", "mixed"), [*range(11, 19)])
+    ratios = [" and ".join(f"{ratio:.2f}" for ratio in found["ratios"]) for found in (same, auto)]
+    apart = [max(abs(row["change"]) for row in found["rows"].values()) for found in (same, auto)]
+    spent = auto["passes"]
+    return [
+        f"The whole of `shrink` takes {ratios[0]} of the time in float32",
+        f"are equal within {math.ceil(apart[0] * 1e4) / 1e4:.4f} nats",
+        f"it takes {ratios[1]} of the time",
+        f"it spent {spent['mixed']} bare passes in mixed and {spent['float32']} in float32",
+        f"are equal within {math.ceil(apart[1] * 1e4) / 1e4:.4f} nats",
+    ]
 
 
 def scored_mixed() -> str:
@@ -349,7 +352,9 @@ MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
         distilled,
         lambda: f"restores {restored(0)} of the lost nats on its held-out chapters",
         lambda: f"and {restored(2)} on novels",
-        lambda: f"Scoring costs {spread(result('scoring')['ratios']['scoring / bare'])} times",
+        lambda: (
+            f"Scoring takes {spread(result('scoring')['ratios']['scoring / bare'])} times as long"
+        ),
     ),
 }
 
