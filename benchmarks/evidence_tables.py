@@ -308,6 +308,21 @@ def _judging(own: dict) -> dict[str, float]:
     return {task: values.get(f"{task} acc_norm", values[f"{task} acc"]) for task in tasks}
 
 
+GUESSED = {"piqa": 0.5, "arc_easy": 0.25, "winogrande": 0.5, "lambada_openai": 0.0}
+GUESSED |= {
+    "arc_challenge": 0.25,
+    "boolq": 0.5,
+    "openbook_qa": 0.25,
+    "copa": 0.5,
+    "winograd_wsc": 0.5,
+}
+
+
+def above_guesses(own: dict) -> float:
+    """What a model has above guessing, summed over the tasks."""
+    return sum(value - GUESSED[task] for task, value in _judging(own).items())
+
+
 def share(mean: dict) -> str:
     """Of the original's mean, what is kept, with its 95% interval."""
     return "{:.1%} ({:.1%} to {:.1%})".format(mean["share"], *mean["interval_95"])

@@ -1,10 +1,10 @@
 """Shrinking in float32 and with products in bfloat16: the time of all of it, and the quality.
 
 Each run chooses layers, removes them, refits and judges, as ``shrink`` does. What the runs wrote is
-then judged in float32 on the same windows, paired. Of each two runs, another precision is the first.
-``auto`` chooses among three sets by the refitted loss, and how many windows it reads for that
-depends on the losses: the two precisions may do unequal work, and the passes say how much. With
-``--method bi`` the work is the same.
+then judged in float32 on the same windows, paired. Of each two runs, another precision is the
+first. ``auto`` chooses among three sets by the refitted loss, and how many windows it reads for
+that depends on the losses: the two precisions may do unequal work, and the passes say how much.
+With ``--method bi`` the work is the same.
 
     python benchmarks/mixed.py --also wikitext2_test.txt --others lambada_passages.txt \
         --out benchmarks/results/mixed.json
@@ -101,7 +101,13 @@ def main(
         rows[kind] |= {"change": change.nats, "standard_error": change.standard_error}
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     print(table(rows, ratios))
-    content = {"method": method, "layers": layers, "windows": count, "tokens_per_window": size, "judged": judged}
+    content = {
+        "method": method,
+        "layers": layers,
+        "windows": count,
+        "tokens_per_window": size,
+        "judged": judged,
+    }
     content |= {"budget": budget, "passes": passes, "seconds": seconds, "ratios": ratios}
     content |= {"rows": rows, "processor": torch.backends.cpu.get_cpu_capability()}
     slow = (ratio := statistics.median(ratios)) > GOAL and len({*passes.values()}) == 1

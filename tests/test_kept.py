@@ -74,6 +74,15 @@ def test_what_judges_is_the_length_normed_answer_where_there_is_one():
     }
 
 
+def test_boolq_is_left_out_of_the_means_that_it_flatters():
+    before = {"local_boolq": [0.0, 0.0], "local_a": [1.0, 1.0], "local_b": [0.0, 1.0]}
+    after = {"local_boolq": [1.0, 1.0], "local_a": [1.0, 0.0], "local_b": [0.0, 1.0]}
+    assert shares.change(before, after)["change"] == pytest.approx((1 - 0.5) / 3)
+    change = shares.change(shares.unflattered(before), shares.unflattered(after))
+    # one of two documents of one of two tasks: the error of its mean is 0.5, half of it in both
+    assert change == {"change": -0.25, "standard_error": pytest.approx(0.25)}
+
+
 def test_ranks_are_those_of_pruned_and_of_healed_models():
     def row(loss: float, mean: float) -> dict:
         return {"texts": {"a": {"nats": loss}, "b": {"nats": 1.0}}, "mean": {"value": mean}}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evidence_tables import adapter, kept, swept, swept_beside
+from evidence_tables import above_guesses, adapter, swept, swept_beside
 from healing_tables import above, group, minutes, novels, passes
 from made_tables import (
     default_cut,
@@ -51,7 +51,8 @@ def more_text() -> str:
     took = result("healing_more")["cost"]["refit"]["seconds"] / 60
     assert f"The refit on 345 windows took {took:.0f} minutes" in flowing("docs/healing.md")
     return (
-        f"lowers the loss on them by {gains[0]:.2f} and {gains[1]:.2f} nats more, and not on novels"
+        f"lowers the loss on them by {gains[0]:.2f} and {gains[1]:.2f} nats more. On novels it is "
+        f"{-gains[2]:.3f} nats higher"
     )
 
 
@@ -65,19 +66,27 @@ def last_words(state: str) -> str:
     return f"{result('tasks')['rows'][state]['tasks']['lambada_openai acc']['value']:.0%}"
 
 
+def guessed() -> list[str]:
+    """Of what the original has above guessing, what auto's set keeps pruned and refitted."""
+    rows = result("kept")["rows"]
+    whole = above_guesses(rows["original"])
+    return [f"{above_guesses(rows[f'auto {how}']) / whole:.0%}" for how in ("pruned", "refit")]
+
+
 def shares() -> list[str]:
     """Sentences on the shares of a mean over tasks that are kept."""
     rows = result("kept")["rows"]
     share = {name: f"{row['mean']['share']:.1%}" for name, row in rows.items()}
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in kept()]
-    without = {name: row[4] for name, row in zip(rows, cells, strict=True)}
+    without = {name: f"{row['without boolq']['share']:.1%}" for name, row in rows.items()}
     auto, bi = share["auto refit"], share["bi pruned"]
     return [
         f"As pruned, Block Influence's set keeps {bi}, nearly as much as auto's",
         f"and leaves the tasks at {share['bi refit']}. Over",
-        f"the mean is {result('kept')['kendall']['healed']['tau']:.2f};",
+        f"and the mean is {result('kept')['kendall']['healed']['tau']:.2f};",
         f"auto's set keeps {without['auto pruned']} as pruned, {without['auto linearpatch']} with "
-        f"LinearPatch, and {without['auto refit']} refitted",
+        f"LinearPatch, and {without['auto refit']} refitted; Block Influence's set keeps "
+        f"{without['bi pruned']} as pruned and {without['bi refit']} refitted",
+        "auto's set keeps {} as pruned and {} refitted".format(*guessed()),
         f"from the mix with real text: {share['auto refit-own']} against {auto}, and "
         f"{without['auto refit-own']} against {without['auto refit']} without boolq",
     ]
@@ -87,7 +96,7 @@ def mixed() -> list[str]:
     """What products in bfloat16 gain and cost: of the same work, and of auto's choice."""
     same, auto = result("mixed_bi"), result("mixed")
     assert same["layers"]["mixed"] == same["layers"]["float32"]
-    assert auto["layers"] == dict.fromkeys(("float32", "mixed"), [*range(11, 19)])
+    assert auto["layers"] == {name: [*range(11, 19)] for name in ("float32", "mixed")}
     ratios = [" and ".join(f"{ratio:.2f}" for ratio in found["ratios"]) for found in (same, auto)]
     apart = [max(abs(row["change"]) for row in found["rows"].values()) for found in (same, auto)]
     spent = auto["passes"]
@@ -162,8 +171,8 @@ def own_sentences() -> list[str]:
         f"the mix has {apart(third, 'novels')} nats less on novels "
         f"({apart(third, 'novels', error=True)}) than the two real texts alone, and "
         f"{apart(third, 'book')} more on the book",
-        f"and {apart(half, 'wikitext')} nats more on WikiText-2 and {apart(half, 'book')} more on "
-        "the book than without it",
+        f"and {apart(half, 'book')} nats more on the book than without it; on WikiText-2 the "
+        f"{apart(half, 'wikitext')} more are within twice the error",
         f"the loss falls by {apart(more, 'novels')} nats on novels, {apart(more, 'wikitext')} on "
         f"WikiText-2 and {apart(more, 'book')} on the book, and by {apart(more, 'chats')} on own "
         f"dialogs. The last doubling, from 96 to 192, still gains {spanned(last, every)}",
@@ -173,7 +182,10 @@ def own_sentences() -> list[str]:
         f"by {apart(chats, 'chats')} nats ({apart(chats, 'chats', error=True)}) better on other "
         f"own dialogs, and by {spanned(chats)} nats worse",
         f"own text has {searched('novels')} nats less on novels and {searched('book')} less on "
-        f"the book, the mix of 96 windows {apart(mix, 'novels')} and {apart(mix, 'book')} less",
+        f"the book, and the same loss on WikiText-2. The mix of 96 windows has "
+        f"{apart(mix, 'novels')} less on novels, {apart(mix, 'book')} less on the book "
+        f"({apart(mix, 'book', error=True)}) and {apart(mix, 'wikitext')} less on WikiText-2 "
+        f"({apart(mix, 'wikitext', error=True)})",
         f"on novels by {worse['nats']:.2f} nats (paired standard error "
         f"{worse['standard_error']:.2f})",
         "Its scores have a rank correlation of "
@@ -195,8 +207,8 @@ def text_sentences() -> list[str]:
     return [
         f"correlate at {two:.2f} and more, those of two halves of one text at {halves:.2f}",
         f"code cost {min(moved):.2f} to {max(moved):.2f} nats more on prose",
-        f"it costs the others {min(alone):.2f} to {max(alone):.2f} nats more than their own refit",
-        f"refits on different texts are up to {max(alone):.2f} nats apart",
+        f"Together they cost the other texts {min(alone):.2f} to {max(alone):.2f} nats more",
+        f"choices and refits on different texts are up to {max(alone):.2f} nats apart",
         f"it is within {mix:.2f} nats of every text's own refit",
     ]
 
@@ -259,7 +271,8 @@ def choice_sentences() -> list[str]:
         f"by {span} over the three kinds",
         f"The block brings auto {above(eight['without it']['angular']):.2f} nats",
         f"Block Influence's sets are worse by {above(twelve['from auto']['bi']):.2f} nats",
-        f"The candidate brings it {above(twelve['without it']['sleb']):.2f} nats ({brings})",
+        f"The candidate brings it {above(twelve['without it']['sleb']):.2f} nats, within twice "
+        f"the error ({brings})",
         f"the angular block was better by {-above(block):.2f} nats ({error})",
         f"which is worse by {above(searched):.2f} nats "
         f"({searched['all three kinds']['standard_error']:.2f})",
@@ -293,13 +306,21 @@ def evidence() -> list[str]:
         "{:.1%} ({:.1%} to {:.1%})".format(mean["share"], *mean["interval_95"])
         for mean in (kept[f"auto {how}"]["mean"] for how in ("refit", "pruned"))
     ]
+    without = {name: f"{row['without boolq']['share']:.1%}" for name, row in kept.items()}
+    gained = kept["auto pruned"]["refit against it"]
     pair = "own-24 less book+wikitext-24"
     usual = result("refit_usual")["sets"]["Block Influence"]["usual"]
     whole_step = usual["step 1, ridge 2 F / N"]["kinds"]["all three kinds"]["nats"]
     ratios = result("scoring")["ratios"]
     return [
-        "{}, where the pruned model keeps {};".format(*shares),
-        f"another set keeps {kept['bi pruned']['mean']['share']:.1%} as pruned",
+        "{}, where the pruned model keeps {}, {:+.3f} ({:.3f}) of the mean".format(
+            *shares, gained["change"], gained["standard_error"]
+        ),
+        "without boolq {} and {}; of what is above guessing {} and {};".format(
+            *(without[f"auto {how}"] for how in ("refit", "pruned")), *reversed(guessed())
+        ),
+        f"another set keeps {kept['bi pruned']['mean']['share']:.1%} as pruned, "
+        f"{without['bi pruned']} without boolq",
         f"better than 24 real ones of two other texts by {apart(pair, 'novels')} nats "
         f"(standard error {apart(pair, 'novels', error=True)})",
         f"[{after} in place of {before}]",
