@@ -85,9 +85,10 @@ def duration(seconds: float) -> str:
     """A time to two digits.
 
     Example:
-        >>> duration(0.034), duration(86), duration(7500), duration(400_000)
-        ('0.034 seconds', '86 seconds', '2.1 hours', '4.6 days')
+        >>> duration(0.034), duration(1), duration(86), duration(7500), duration(400_000)
+        ('0.034 seconds', '1 second', '86 seconds', '2.1 hours', '4.6 days')
     """
     name, unit = next((u for u in UNITS if seconds >= 2 * u[1]), UNITS[-1])
     value = seconds / unit
-    return f"{value:.0f} {name}" if value >= 10 else f"{value:.2g} {name}"
+    number = f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+    return f"{number} {name.removesuffix('s') if number == '1' else name}"
