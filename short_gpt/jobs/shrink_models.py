@@ -126,7 +126,7 @@ class InMemory:
 
     def speed(self, window: Sequence[int]) -> float:
         """Tokens a second."""
-        return tokens_per_second(self.short, window, count=16, runs=2)
+        return tokens_per_second(self.short, window, count=16, runs=1)
 
     def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
         """Writes the model, reads it again and compares it; a loaded one alone is there after it.

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 STATE = "state.json"  # in the folder
 CHECKS = 8  # evaluations during a training
+TURNS = 3  # of the original and the pruned model, whose speeds are compared
 
 
 @takes_fields("shrink")
@@ -157,12 +158,15 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
     with short.without_layers(layers):
         looks["pruned"] = run.look("pruned")
         steps = run.steps()
+    speeds = run.speeds(layers)
     work = asked.folder / "healing"
     kept: Any = {"work_dir": work, "resume": work.is_dir() and any(work.iterdir())}
     job = HealingJob(short, windows, layers, settings=steps, notify=asked.notify, **kept)
     importance, about = short.importance, run.about_layers(layers, choice)
     evidence = job.run()
     looks["healed"] = run.look("healed")
+    for state, speed in speeds.items():
+        looks[state] = looks[state]._replace(tokens_per_second=speed)
     remarks = about + run.remarks(evidence)
     built = asked.folder / asked.out.name
     shutil.rmtree(built, ignore_errors=True)
@@ -289,9 +293,9 @@ class _Run:
 
     def look(self, state: str) -> Look:
         """Measured once; the text is that of the model as it is now."""
-        return Look(*self.cells.value(f"look {state}", partial(self._measured, state)))
+        return Look(*self.cells.value(f"look {state}", self._measured))
 
-    def _measured(self, state: str) -> list[Any]:
+    def _measured(self) -> list[Any]:
         known, opened = self.known, self.known.opened
         present = opened.short.present
         numbers, size = (
@@ -300,9 +304,28 @@ class _Run:
         memory = size + sum(known.caches[i] for i in present)
         if not isinstance(opened, InMemory):  # it does not generate
             return ["", None, numbers, size, memory, {}]
-        speed = None if state == "pruned" else opened.speed(self.windows.evaluation[0])
         tasks = vars(self.asked.tasks.run(opened.short))
-        return [opened.answer(known.prompt), speed, numbers, size, memory, tasks]
+        return [opened.answer(known.prompt), None, numbers, size, memory, tasks]
+
+    def speeds(self, layers: Sequence[int]) -> dict[str, float]:
+        """Tokens a second, of the original model and without the layers: the healed one's.
+
+        Measured by turns, since a machine that others use is not equally fast all the time.
+        """
+        opened, window = self.known.opened, self.windows.evaluation[0]
+        if not isinstance(opened, InMemory):
+            return {}
+
+        def measure() -> dict[str, float]:
+            turns = []
+            for _ in range(TURNS):
+                original = opened.speed(window)
+                with opened.short.without_layers(layers):
+                    turns.append((original, opened.speed(window)))
+            first, second = (max(own) for own in zip(*turns, strict=True))
+            return {"original": first, "healed": second}
+
+        return self.cells.value("speeds", measure)
 
     def about_layers(self, layers: Sequence[int], choice: Mapping[str, Any]) -> list[str]:
         """Why other text might choose other layers, if it might."""

@@ -31,7 +31,7 @@ class Look(NamedTuple):
     """What one state of the model is worth beside its perplexity."""
 
     completion: str  # greedy; empty of a streamed model, which does not generate
-    # greedy generation with the cache, one sequence; not measured of pruned, which is as healed
+    # greedy generation with the cache, one sequence; not of pruned, which is as fast as healed
     tokens_per_second: float | None
     parameters: int
     size: int  # bytes of the weights as they are written
