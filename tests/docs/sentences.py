@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evidence_tables import above_guesses, adapter, swept, swept_beside
+from evidence_tables import above_guesses, adapter, share, swept, swept_beside
 from healing_tables import above, group, minutes, novels, passes
 from made_tables import (
     default_cut,
@@ -66,6 +66,19 @@ def last_words(state: str) -> str:
     return f"{result('tasks')['rows'][state]['tasks']['lambada_openai acc']['value']:.0%}"
 
 
+def kept_share(name: str) -> str:
+    """Of a row of kept.json, with its interval."""
+    return share(result("kept")["rows"][name]["mean"])
+
+
+def kept_in_readme() -> str:
+    pruned = result("kept")["rows"]["auto pruned"]["mean"]["share"]
+    return (
+        f"keeps {pruned:.1%} of its mean over nine tasks as pruned, {kept_share('auto refit')} "
+        f"refitted, and {kept_share('auto distilled')} distilled"
+    )
+
+
 def guessed() -> list[str]:
     """Of what the original has above guessing, what auto's set keeps pruned and refitted."""
     rows = result("kept")["rows"]
@@ -76,19 +89,51 @@ def guessed() -> list[str]:
 def shares() -> list[str]:
     """Sentences on the shares of a mean over tasks that are kept."""
     rows = result("kept")["rows"]
-    share = {name: f"{row['mean']['share']:.1%}" for name, row in rows.items()}
+    shown = {name: f"{row['mean']['share']:.1%}" for name, row in rows.items()}
     without = {name: f"{row['without boolq']['share']:.1%}" for name, row in rows.items()}
-    auto, bi = share["auto refit"], share["bi pruned"]
+    auto, bi = shown["auto refit"], shown["bi pruned"]
+    ranked = result("kept")["kendall"]
+    assert ranked["pruned"]["models"] == 3
+    assert rows["bi linearpatch"]["mean"]["value"] < rows["bi pruned"]["mean"]["value"]
+
+    def beside(other: str) -> str:
+        added = rows[f"bi {other}"]["refit against it"]
+        return f"{added['change']:.3f} ({added['standard_error']:.3f})"
+
+    trained = [rows[f"{chosen} distilled"] for chosen in ("auto", "bi")]
+    for row in trained:
+        for text in row["refit against it"]["texts"].values():
+            assert text["nats"] > 2 * text["standard_error"]  # the refit's loss is the higher one
+    gains = [row["refit against it"] for row in trained]
+    more = [f"{-own['change']:.3f} ({own['standard_error']:.3f})" for own in gains]
+    fairly = gains[0]["without boolq"]
+    seconds = [
+        rows[f"auto {how}"]["healing"]["processor_seconds"] for how in ("distilled", "refit")
+    ]
     return [
+        f"auto's set keeps {shown['auto distilled']} of the mean, and Block Influence's "
+        f"{shown['bi distilled']}",
+        f"Over the refit this is {more[0]} and {more[1]} more",
+        f"Without boolq it is {without['auto distilled']} and {without['bi distilled']}, and for "
+        f"auto's set only {-fairly['change']:.3f} ({fairly['standard_error']:.3f}) more",
+        "It takes {:.0f} core-seconds in place of {:.0f}.".format(*seconds),
         f"As pruned, Block Influence's set keeps {bi}, nearly as much as auto's",
-        f"and leaves the tasks at {share['bi refit']}. Over",
-        f"and the mean is {result('kept')['kendall']['healed']['tau']:.2f};",
+        f"and leaves the tasks at {shown['bi refit']}. Over",
+        f"Over the {ranked['healed']['models']} healed models",
+        f"and the mean is {ranked['healed']['tau']:.2f};",
+        f"Of the three pruned ones it is {ranked['pruned']['tau']:.2f}.",
+        f"ahead of Ghosted Layers by {beside('ghosted')}, and of LinearPatch, which keeps less "
+        f"than the pruned model, by {beside('linearpatch')}",
+        f"{auto} (auto), {shown['bi refit']} (Block Influence) and {shown['greedy refit']} (greedy "
+        f"search). As pruned, Block Influence's keeps {bi}, greedy search's "
+        f"{shown['greedy pruned']} and auto's {shown['auto pruned']}",
         f"auto's set keeps {without['auto pruned']} as pruned, {without['auto linearpatch']} with "
         f"LinearPatch, and {without['auto refit']} refitted; Block Influence's set keeps "
         f"{without['bi pruned']} as pruned and {without['bi refit']} refitted",
         "auto's set keeps {} as pruned and {} refitted".format(*guessed()),
-        f"from the mix with real text: {share['auto refit-own']} against {auto}, and "
-        f"{without['auto refit-own']} against {without['auto refit']} without boolq",
+        f"real text keeps {shown['auto refit-text']}, own samples {shown['auto refit-own']} and "
+        f"the mix {auto}; without boolq {without['auto refit-text']}, {without['auto refit-own']} and "
+        f"{without['auto refit']}",
     ]
 
 
@@ -302,17 +347,18 @@ def evidence() -> list[str]:
     kept, distilled = result("kept")["rows"], result("distillation")["rows"]
     held = "held-out chapters"
     after, before = (f"{distilled[name][held]['perplexity']:.2f}" for name in ("distill", "refit"))
-    shares = [
-        "{:.1%} ({:.1%} to {:.1%})".format(mean["share"], *mean["interval_95"])
-        for mean in (kept[f"auto {how}"]["mean"] for how in ("refit", "pruned"))
-    ]
+    shares = [kept_share(f"auto {how}") for how in ("refit", "pruned")]
     without = {name: f"{row['without boolq']['share']:.1%}" for name, row in kept.items()}
     gained = kept["auto pruned"]["refit against it"]
+    trained = kept["auto distilled"]["refit against it"]
+    assert trained["change"] < 2 * trained["without boolq"]["change"]  # boolq's is the larger part
     pair = "own-24 less book+wikitext-24"
     usual = result("refit_usual")["sets"]["Block Influence"]["usual"]
     whole_step = usual["step 1, ridge 2 F / N"]["kinds"]["all three kinds"]["nats"]
     ratios = result("scoring")["ratios"]
     return [
+        f"{kept_share('auto distilled')} of the mean over nine tasks, {-trained['change']:+.3f} "
+        f"({trained['standard_error']:.3f}) of the mean paired with the refit",
         "{}, where the pruned model keeps {}, {:+.3f} ({:.3f}) of the mean".format(
             *shares, gained["change"], gained["standard_error"]
         ),
@@ -371,6 +417,7 @@ MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
         lambda: f"original model: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
         own_text,
         distilled,
+        kept_in_readme,
         lambda: f"restores {restored(0)} of the lost nats on its held-out chapters",
         lambda: f"and {restored(2)} on novels",
         lambda: (

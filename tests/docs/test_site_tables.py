@@ -31,8 +31,8 @@ SETS = {
     "attention sinks": 5,
     "automatic choice": 24,
     "layers chosen on own samples": 3,
-    "what healings keep": 2,
-    "each task": 2,
+    "what healings keep": 3,
+    "each task": 3,
 }
 
 
