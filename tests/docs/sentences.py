@@ -132,8 +132,8 @@ def shares() -> list[str]:
         f"{without['bi pruned']} as pruned and {without['bi refit']} refitted",
         "auto's set keeps {} as pruned and {} refitted".format(*guessed()),
         f"real text keeps {shown['auto refit-text']}, own samples {shown['auto refit-own']} and "
-        f"the mix {auto}; without boolq {without['auto refit-text']}, {without['auto refit-own']} and "
-        f"{without['auto refit']}",
+        f"the mix {auto}; without boolq {without['auto refit-text']}, {without['auto refit-own']} "
+        f"and {without['auto refit']}",
     ]
 
 
