@@ -311,7 +311,6 @@ def _judging(own: dict) -> dict[str, float]:
 GUESSED = {"piqa": 0.5, "arc_easy": 0.25, "winogrande": 0.5, "lambada_openai": 0.0}
 GUESSED |= {
     "arc_challenge": 0.25,
-    "boolq": 0.5,
     "openbook_qa": 0.25,
     "copa": 0.5,
     "winograd_wsc": 0.5,
@@ -319,8 +318,12 @@ GUESSED |= {
 
 
 def above_guesses(own: dict) -> float:
-    """What a model has above guessing, summed over the tasks."""
-    return sum(value - GUESSED[task] for task, value in _judging(own).items())
+    """What a model has above guessing, summed over the tasks but boolq.
+
+    The original answers boolq worse than a guess, which would count for the damaged ones.
+    """
+    told = {task: value for task, value in _judging(own).items() if task != "boolq"}
+    return sum(value - GUESSED[task] for task, value in told.items())
 
 
 def share(mean: dict) -> str:

@@ -33,6 +33,8 @@ from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 CHAT = "What is the capital of France, and what is it known for?"  # of models with a chat template
 ANSWER = 48  # tokens of a completion
+TURNS = 6  # of timing: half of the original, half of the pruned model
+TIMED_TOKENS = 16  # that each turn writes, after as many to warm up
 Sizes = tuple[list[int], int]  # of every layer, and of the rest
 
 
@@ -126,7 +128,7 @@ class InMemory:
 
     def speed(self, window: Sequence[int]) -> float:
         """Tokens a second."""
-        return tokens_per_second(self.short, window, count=16, runs=1)
+        return tokens_per_second(self.short, window, count=TIMED_TOKENS, runs=1)
 
     def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
         """Writes the model, reads it again and compares it; a loaded one alone is there after it.

@@ -29,7 +29,7 @@ from short_gpt.jobs.healing import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import Notify, Running, Tasks, TextSource
 from short_gpt.jobs.page import is_page
 from short_gpt.jobs.settings import HealingWindows
-from short_gpt.jobs.shrink_models import ANSWER, InMemory, Opened, Sizes
+from short_gpt.jobs.shrink_models import ANSWER, TIMED_TOKENS, TURNS, InMemory, Opened, Sizes
 from short_gpt.jobs.shrunk import report_of
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
@@ -266,7 +266,8 @@ def _seconds(asked: Asked, known: Derived) -> dict[str, float]:
     parts["training"] = 60 * (asked.settings.minutes or 0)
     parts["judging"] = 3 * asked.cut.eval_windows * a_pass
     if known.prompt:
-        parts["three completions"] = 3 * 2 * ANSWER * _seconds_a_token(known, 1)
+        written = 3 * ANSWER + TURNS * 2 * TIMED_TOKENS  # the speeds, each after a warm-up
+        parts["three completions"] = written * _seconds_a_token(known, 1)
     return parts
 
 

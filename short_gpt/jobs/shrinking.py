@@ -40,7 +40,7 @@ from short_gpt.jobs.inputs import (
 from short_gpt.jobs.page import shrunk_page
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.settings import HealingWindows, takes_fields
-from short_gpt.jobs.shrink_models import InMemory, Opened, Streamed, tensor_bytes
+from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, tensor_bytes
 from short_gpt.jobs.shrink_plan import REFITTED, WINDOW, Asked, Derived, Model, plan
 from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 
 STATE = "state.json"  # in the folder
 CHECKS = 8  # evaluations during a training
-TURNS = 3  # of the original and the pruned model, whose speeds are compared
 
 
 @takes_fields("shrink")
@@ -317,13 +316,12 @@ class _Run:
             return {}
 
         def measure() -> dict[str, float]:
-            turns = []
-            for _ in range(TURNS):
-                original = opened.speed(window)
-                with opened.short.without_layers(layers):
-                    turns.append((original, opened.speed(window)))
-            first, second = (max(own) for own in zip(*turns, strict=True))
-            return {"original": first, "healed": second}
+            fastest = {"original": 0.0, "healed": 0.0}
+            for turn in range(TURNS):  # of each two, another model is the first
+                state, gone = [("original", []), ("healed", layers)][(turn + turn // 2) % 2]
+                with opened.short.without_layers(gone):
+                    fastest[state] = max(fastest[state], opened.speed(window))
+            return fastest
 
         return self.cells.value("speeds", measure)
 

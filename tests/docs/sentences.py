@@ -80,10 +80,11 @@ def kept_in_readme() -> str:
 
 
 def guessed() -> list[str]:
-    """Of what the original has above guessing, what auto's set keeps pruned and refitted."""
+    """Of what the original has above guessing, what auto's set keeps by how it was healed."""
     rows = result("kept")["rows"]
     whole = above_guesses(rows["original"])
-    return [f"{above_guesses(rows[f'auto {how}']) / whole:.0%}" for how in ("pruned", "refit")]
+    ways = ("pruned", "refit", "distilled")
+    return [f"{above_guesses(rows[f'auto {how}']) / whole:.0%}" for how in ways]
 
 
 def shares() -> list[str]:
@@ -96,41 +97,45 @@ def shares() -> list[str]:
     assert ranked["pruned"]["models"] == 3
     assert rows["bi linearpatch"]["mean"]["value"] < rows["bi pruned"]["mean"]["value"]
 
-    def beside(other: str) -> str:
-        added = rows[f"bi {other}"]["refit against it"]
-        return f"{added['change']:.3f} ({added['standard_error']:.3f})"
+    def beside(name: str, *, fairly: bool = False) -> str:
+        added = rows[name]["refit against it"]
+        added = added["without boolq"] if fairly else added
+        return f"{abs(added['change']):.3f} ({added['standard_error']:.3f})"
 
     trained = [rows[f"{chosen} distilled"] for chosen in ("auto", "bi")]
     for row in trained:
         for text in row["refit against it"]["texts"].values():
             assert text["nats"] > 2 * text["standard_error"]  # the refit's loss is the higher one
-    gains = [row["refit against it"] for row in trained]
-    more = [f"{-own['change']:.3f} ({own['standard_error']:.3f})" for own in gains]
-    fairly = gains[0]["without boolq"]
-    seconds = [
-        rows[f"auto {how}"]["healing"]["processor_seconds"] for how in ("distilled", "refit")
-    ]
+    seconds = {how: rows[f"auto {how}"]["healing"] for how in ("distilled", "refit")}
+    spent = {how: f"{own['processor_seconds']:.0f}" for how, own in seconds.items()}
+    others = [f"auto {name}" for name in ("pruned", "replaceme", "ghosted")]
+    fairer = [beside(name, fairly=True) for name in others]
     return [
         f"auto's set keeps {shown['auto distilled']} of the mean, and Block Influence's "
         f"{shown['bi distilled']}",
-        f"Over the refit this is {more[0]} and {more[1]} more",
-        f"Without boolq it is {without['auto distilled']} and {without['bi distilled']}, and for "
-        f"auto's set only {-fairly['change']:.3f} ({fairly['standard_error']:.3f}) more",
-        "It takes {:.0f} core-seconds in place of {:.0f}.".format(*seconds),
+        f"The mean is {beside('auto distilled')} and {beside('bi distilled')} above the refit's.",
+        f"Without boolq it is {without['auto distilled']} and {without['bi distilled']}, and "
+        f"{beside('auto distilled', fairly=True)} and {beside('bi distilled', fairly=True)} above",
+        f"Training takes {spent['distilled']} core-seconds with its refit",
+        f"where the refit alone takes {spent['refit']}.",
+        "than the pruned model by {}, than ReplaceMe by {} and than Ghosted Layers by {}".format(
+            *map(beside, others)
+        ),
+        "without boolq by {}, {} and {}.".format(*fairer),
         f"As pruned, Block Influence's set keeps {bi}, nearly as much as auto's",
         f"and leaves the tasks at {shown['bi refit']}. Over",
         f"Over the {ranked['healed']['models']} healed models",
         f"and the mean is {ranked['healed']['tau']:.2f};",
         f"Of the three pruned ones it is {ranked['pruned']['tau']:.2f}.",
-        f"ahead of Ghosted Layers by {beside('ghosted')}, and of LinearPatch, which keeps less "
-        f"than the pruned model, by {beside('linearpatch')}",
+        f"ahead of Ghosted Layers by {beside('bi ghosted')}.",
+        f"and is {beside('bi linearpatch')} behind the refit",
         f"{auto} (auto), {shown['bi refit']} (Block Influence) and {shown['greedy refit']} (greedy "
         f"search). As pruned, Block Influence's keeps {bi}, greedy search's "
         f"{shown['greedy pruned']} and auto's {shown['auto pruned']}",
         f"auto's set keeps {without['auto pruned']} as pruned, {without['auto linearpatch']} with "
         f"LinearPatch, and {without['auto refit']} refitted; Block Influence's set keeps "
         f"{without['bi pruned']} as pruned and {without['bi refit']} refitted",
-        "auto's set keeps {} as pruned and {} refitted".format(*guessed()),
+        "auto's set keeps {} as pruned, {} refitted and {} distilled".format(*guessed()),
         f"real text keeps {shown['auto refit-text']}, own samples {shown['auto refit-own']} and "
         f"the mix {auto}; without boolq {without['auto refit-text']}, {without['auto refit-own']} "
         f"and {without['auto refit']}",
@@ -362,8 +367,11 @@ def evidence() -> list[str]:
         "{}, where the pruned model keeps {}, {:+.3f} ({:.3f}) of the mean".format(
             *shares, gained["change"], gained["standard_error"]
         ),
-        "without boolq {} and {}; of what is above guessing {} and {};".format(
-            *(without[f"auto {how}"] for how in ("refit", "pruned")), *reversed(guessed())
+        "without boolq {} and {}, {:+.3f} ({:.3f}), and {} and {} of what is above".format(
+            *(without[f"auto {how}"] for how in ("refit", "pruned")),
+            gained["without boolq"]["change"],
+            gained["without boolq"]["standard_error"],
+            *reversed(guessed()[:2]),
         ),
         f"another set keeps {kept['bi pruned']['mean']['share']:.1%} as pruned, "
         f"{without['bi pruned']} without boolq",

@@ -274,7 +274,7 @@ def test_auto_continues_in_the_precision_that_it_began_with(here, monkeypatch, b
 
 
 def test_speeds_are_taken_by_turns_and_the_healed_models_is_the_pruned_ones(here, monkeypatch):
-    told, present = iter([3.0, 7.0, 5.0, 8.0, 4.0, 6.0]), []
+    told, present = iter([3.0, 8.0, 7.0, 4.0, 5.0, 6.0]), []
 
     def speed(model: shrink_models.InMemory, _: object) -> float:
         present.append(len(model.short.present))
@@ -282,7 +282,7 @@ def test_speeds_are_taken_by_turns_and_the_healed_models_is_the_pruned_ones(here
 
     monkeypatch.setattr(shrink_models.InMemory, "speed", speed)
     done = shrink("hf", "out", **KILLED)
-    assert present == [6, 4] * 3
+    assert present == [6, 4, 4, 6, 6, 4]
     speeds = {state: look.tokens_per_second for state, look in done.looks.items()}
     assert speeds == {"original": 5.0, "pruned": None, "healed": 8.0}
     assert "1.60 times as fast in PyTorch" in done.verdict
