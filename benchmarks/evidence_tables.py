@@ -308,13 +308,9 @@ def _judging(own: dict) -> dict[str, float]:
     return {task: values.get(f"{task} acc_norm", values[f"{task} acc"]) for task in tasks}
 
 
-GUESSED = {"piqa": 0.5, "arc_easy": 0.25, "winogrande": 0.5, "lambada_openai": 0.0}
-GUESSED |= {
-    "arc_challenge": 0.25,
-    "openbook_qa": 0.25,
-    "copa": 0.5,
-    "winograd_wsc": 0.5,
-}
+GUESSED = dict.fromkeys(("piqa", "winogrande", "copa", "winograd_wsc"), 0.5)  # of two answers
+GUESSED |= dict.fromkeys(("arc_easy", "arc_challenge", "openbook_qa"), 0.25)
+GUESSED |= {"lambada_openai": 0.0}
 
 
 def above_guesses(own: dict) -> float:

@@ -101,20 +101,10 @@ def main(
         rows[kind] |= {"change": change.nats, "standard_error": change.standard_error}
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     print(table(rows, ratios))
-    content = {
-        "method": method,
-        "layers": layers,
-        "windows": count,
-        "tokens_per_window": size,
-        "judged": judged,
-    }
-    content |= {
-        "budget": budget if method == "auto" else None,
-        "passes": passes,
-        "seconds": seconds,
-        "ratios": ratios,
-    }
-    content |= {"rows": rows, "processor": torch.backends.cpu.get_cpu_capability()}
+    content = {"method": method, "budget": budget if method == "auto" else None}
+    content |= {"layers": layers, "windows": count, "tokens_per_window": size, "judged": judged}
+    content |= {"passes": passes, "seconds": seconds, "ratios": ratios, "rows": rows}
+    content |= {"processor": torch.backends.cpu.get_cpu_capability()}
     ratio = statistics.median(ratios)
     slow = method != "auto" and ratio > GOAL  # which is of equal work
     missed = [f"mixed takes {ratio:.2f} of the time, at most {GOAL}"] * slow

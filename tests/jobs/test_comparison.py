@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
 
-from short_gpt import ShortLlama, choose_healed, heal_patch, heal_refit
+from short_gpt import ShortHFModel, ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
 from short_gpt.healing import choosing
@@ -290,6 +290,18 @@ def test_what_a_cut_model_costs_counts_its_own_layers():
     layer = sum(p.numel() for p in model.decoder.layers[-1].parameters())
     assert size_without(model, []) == (sum(weights.values()), 4 * sum(weights.values()))
     assert size_without(model, [5])[0] == sum(weights.values()) - layer
+
+
+def test_speed_is_of_as_many_tokens_where_every_token_ends_a_text():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    model.generation_config.eos_token_id = [*range(32)]
+    passes = []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    tokens_per_second(ShortHFModel(model), [1, 2, 3], count=5, runs=1)
+    assert len(passes) == 2 * 5
 
 
 def test_speed_is_the_fastest_of_three_runs_after_a_warm_up(monkeypatch):
