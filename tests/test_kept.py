@@ -356,3 +356,20 @@ def test_every_row_is_measured_and_a_set_chosen_twice_once(lm_eval, arguments, m
     assert rows["distilled"]["healing"]["how"]["method"] == "distillation"
     assert found["kendall"]["pruned"] == {"models": 1, "tau": None}
     assert found["kendall"]["healed"]["models"] == len(kept.ROWS) - 1
+
+
+def test_a_mixed_row_heals_in_bfloat16_and_is_no_other_model_to_rank(
+    lm_eval, arguments, monkeypatch
+):
+    heal, reads = kept.heal_refit, []
+    monkeypatch.setattr(
+        kept, "heal_refit", lambda short, *a: reads.append(short.decoder.mixed) or heal(short, *a)
+    )
+    rows = {"sets": "bi", "rows": "refit,refit-mixed", "bi": [1, 4]}
+    found = ended(**{**arguments, **rows})
+    assert reads == [False, True] and [*found["rows"]] == ["original", "bi refit", "bi refit-mixed"]
+    values = [row["texts"]["novels"]["nats"] for row in found["rows"].values()]
+    assert 0 < abs(values[2] - values[1]) < 0.01
+    assert found["kendall"]["healed"]["models"] == 1
+    run = run_of(arguments, "s")
+    assert not run.healed("refit-mixed", [1, 4]).decoder.mixed  # it is judged in float32

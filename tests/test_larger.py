@@ -125,6 +125,7 @@ def test_every_row_is_measured_once_and_compared_with_llama_cpp(model, here, mon
     steps = ["opening", "choosing", "refit", "judging", "healing", "writing and reading again"]
     steps += ["llama.cpp"]
     assert [*first["steps"]] == steps and not first["continued"]
+    assert [len(layers) for layers in found["samples"]["2"]] == [2] * larger.DRAWS
     bare = first["bare"]["seconds_a_window"]
     for step in first["steps"].values():
         assert step["bare_windows"] == pytest.approx(step["seconds"] / bare)
