@@ -78,7 +78,7 @@ script streaming streaming
 script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving
-few="--wikitext wikitext2_test.txt --max_windows 96 --eval_windows 24"
+few="--wikitext wikitext2_test.txt --max_windows 48 --eval_windows 24"
 script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --minutes 3
 script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 8
 script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed
