@@ -55,7 +55,7 @@ from short_gpt.wrappers.opening import open_trainable
 KINDS = "prose,code,chat"
 HELD_OUT_EVERY = 10  # every tenth module is kept for judging
 LEAST, MOST = 2000, 8000  # characters of a module; of a book the most: every row encodes them
-CONVERSATIONS = {"calibration": 12, "held_out": 6}
+CONVERSATIONS = {"calibration": 40, "held_out": 6}
 ASKED = (
     "reverses a string", "merges two sorted lists", "counts the words of a text",
     "checks whether a number is prime", "reads a CSV file", "finds the longest common prefix",
