@@ -158,7 +158,7 @@ TEXT_KINDS = ("prose", "code", "wikitext", "chat")
 
 
 def larger() -> list[str]:
-    """Perplexities of three models on every kind of text: original, pruned and healed."""
+    """Perplexities of three models on every kind of text: original, pruned, refitted, distilled."""
     lines = []
     for file, model in MODELS.items():
         found = result(file)
@@ -170,7 +170,9 @@ def larger() -> list[str]:
                 title = f"{model}, {own['of']} layers: {removed}" if not place else removed
                 cells.append(f"{size[state]:.0f}" if state in size else "")
                 title = title if state in ("original", "pruned") else ""
-                lines.append(row(title, state, *cells))
+                trained = "distilled" if "refit" in own["texts"]["prose"] else "refitted"
+                name = {"refit": "refitted", "healed": trained}.get(state, state)
+                lines.append(row(title, name, *cells))
     return lines
 
 

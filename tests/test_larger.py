@@ -153,6 +153,15 @@ def test_a_stopped_row_goes_on_and_says_so(model, here, monkeypatch):
     assert found["rows"]["bi 2"]["continued"]
 
 
+def test_a_trained_row_has_the_refit_beside_it(model, here):
+    pytest.importorskip("xllamacpp")
+    found = run(model, counts=1, minutes=0.05)["rows"]["bi 1"]
+    assert [*found["texts"]["code"]] == ["original", "pruned", "refit", "healed"]
+    steps = ["opening", "choosing", "refit", "judging", "judging the refit", "healing"]
+    assert [*found["steps"]] == [*steps, "writing and reading again", "llama.cpp"]
+    assert found["steps"]["healing"]["seconds"] > 1
+
+
 def test_conversations_are_the_models_own_in_its_template(model, here):
     pytest.importorskip("xllamacpp")
     learned, held = larger.conversations(model, 150)
