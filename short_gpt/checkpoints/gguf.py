@@ -77,7 +77,7 @@ def write_gguf(
     ``changed`` tensors, by their names there, differ from the source's; ``done`` is the record,
     without which, and with all blocks, the bytes do not change.
     """
-    check_new_gguf(target.out, source=source, overwrite=target.overwrite)
+    check_new_gguf(target.out, source=source.paths[0], overwrite=target.overwrite)
     names = stored_names(source.tensors, "blk", keep)
     changed = changed or {}
     tensors = {new: changed.get(old) or copied(source, old) for new, old in names.items()}

@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
-from llama.formats.gguf_read import PART, GGUFParts, has_key, named_parts
+from llama.formats.gguf_read import PART, has_key, named_parts, part_paths
 from llama.formats.gguf_write import with_suffix
 from llama.io.files import check_new, check_outputs, new_directory, new_file, new_files
 from llama.io.sources import Source, find_source, is_gguf
@@ -167,13 +167,24 @@ def out_paths(out: StrPath) -> list[Path]:
     return named_parts(path.with_name(f"{match[1]}.gguf"), int(match[3])) if match else [path]
 
 
-def check_new_gguf(out: StrPath, *, source: GGUFParts | None = None, overwrite: bool) -> None:
-    """Raises FileExistsError or PermissionError where a GGUF model could not be written."""
+def check_one_file(out: StrPath) -> None:
+    """Raises ShortGPTError for the name of one of several files, where one is written."""
+    if len(paths := out_paths(out)) > 1:
+        name = PART.sub(r"\1.gguf", Path(str(out)).name)
+        raise ShortGPTError(
+            f"{out} names one of {len(paths)} files, and one file is written: name it {name}, "
+            f"which `short-gpt convert {name} {Path(str(out)).name}` then divides"
+        )
+
+
+def check_new_gguf(out: StrPath, *, source: StrPath | None = None, overwrite: bool) -> None:
+    """Raises where a GGUF model could not be written, or would replace the one it is made from."""
     paths = out_paths(out)
     if not paths:
         raise ShortGPTError(f"{out} names a file of none; name it NAME-00001-of-0000N.gguf")
     check_outputs(paths, overwrite=overwrite, ours=is_pruned_gguf)
-    sources = [path.resolve() for path in source.paths] if source else []
+    parts = [] if source is None else part_paths(Path(str(source)))
+    sources = [path.resolve() for path in parts]
     if same := [path for path in paths if path.resolve() in sources]:
         raise FileExistsError(f"{same[0]} is the source; choose another name")
 

@@ -85,9 +85,9 @@ def prune(
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file.
     """
-    result = jobs.prune(model, out, choice, opening=opening, written=written, hub=hub)
+    result = jobs.prune(model, out, choice, opening=opening, written=written, hub=hub.later())
     say(tables.pruned(result))
-    say_uploaded(result.address)
+    say_uploaded(hub.push(result.out))
 
 
 def heal(
@@ -120,11 +120,12 @@ def heal(
         method: refit, patch, lora or distill; or several by commas, a closed form first.
     """
     record, given = output.checked(heal, locals())
+    given["hub"] = hub.later()  # an upload that fails takes no result away
     result = jobs.heal(**given, notify=tell, overwrite=output.overwrite)
     say(tables.healed(result))
     say_written([result.out])
     output.finish({**record, "result": result.to_dict()})
-    say_uploaded(result.address)
+    say_uploaded(hub.push(result.out))
 
 
 def calibrate(

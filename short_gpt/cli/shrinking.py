@@ -41,13 +41,14 @@ def shrink(
         table: also print the scores of every layer.
     """
     record, given = output.checked(shrink, locals())
+    given["hub"] = hub.later()  # an upload that fails takes no result away
     result = jobs.shrink(**given, notify=tell, overwrite=output.overwrite)
     if table and result.importance is not None:
         say(tables.ranking(result.importance, len(result.layers)) + "\n")
     say(str(replace(result, remarks=[*map(tables.as_flags, result.remarks)])))
     if not settings.dry_run:
         output.write({**record, "result": result.to_dict()})
-        say_uploaded(result.address)
+        say_uploaded(hub.push(result.out))
         say_written(output.targets)
 
 

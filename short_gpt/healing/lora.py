@@ -129,13 +129,14 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] 
     check_reports(run.recipe.report_to)
     model = short.trainable()
     _check(run, evaluation)
-    targets = [model.get_submodule(name) for name in target_modules(model, run.recipe.modules)]
+    path = getattr(short.decoder, "layers_path", None)
+    run = run._replace(mixed=short.decoder.mixed, layers_path=path)
+    targets = [model.get_submodule(n) for n in target_modules(model, run.recipe.modules, path)]
     adapted = {id(module) for module in targets}
     ends = [
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
-    run = run._replace(mixed=short.decoder.mixed)
     healed, restore = (_heal_four_bit if run.recipe.four_bit else _heal)(model, run)
     change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:  # else no evaluation was better than before, and nothing was merged
@@ -149,7 +150,7 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] 
 
 
 def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
-    adapted = adapt(model, run.recipe)
+    adapted = adapt(model, run.recipe, run.layers_path)
     try:
         healed = _train(adapted, run)
         return healed, _merge(adapted, healed)
@@ -202,11 +203,11 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
     device = model.device
     try:
         small = quantized(model, device, run.recipe)
-        adapted = adapt(small, run.recipe)
+        adapted = adapt(small, run.recipe, run.layers_path)
         healed = _train(adapted, run)
         trained = get_peft_model_state_dict(adapted)
         del small, adapted
-        exact = adapt(model, run.recipe)
+        exact = adapt(model, run.recipe, run.layers_path)
         try:
             set_peft_model_state_dict(exact, trained)
             return healed, _merge(exact, healed)
@@ -292,10 +293,10 @@ def check_reports(report_to: str | None) -> None:
             )
 
 
-def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+def adapt(model: PreTrainedModel, recipe: Recipe, layers_path: str | None = None) -> PeftModel:
     from peft import LoraConfig, TaskType, get_peft_model
 
-    targets = target_modules(model, recipe.modules)
+    targets = target_modules(model, recipe.modules, layers_path)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=recipe.rank,
@@ -309,13 +310,18 @@ def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         return get_peft_model(model, config)
 
 
-def target_modules(model: PreTrainedModel, names: Sequence[str] | None = None) -> list[str]:
-    """Full names of the linear maps in the layers with these last names; see `Recipe.modules`."""
+def target_modules(
+    model: PreTrainedModel, names: Sequence[str] | None = None, layers_path: str | None = None
+) -> list[str]:
+    """Full names of the linear maps in the layers with these last names; see `Recipe.modules`.
+
+    ``layers_path`` is where the layers are; None finds them.
+    """
     model_type = model.config.get_text_config(decoder=True).model_type
     if names is None or tuple(names) == ALL:
         names = (*family_of(model_type).lora, *(ATTENTION if names else ()))
     ends = tuple(f".{name}" for name in names)
-    inside = f"{find_layers(model)}."
+    inside = f"{layers_path or find_layers(model)}."
     targets = [
         name
         for name, module in model.named_modules()

@@ -223,8 +223,10 @@ class LayerRefit:
 
         reads = (again(batches.fitted), again(batches.held_out))
         solver = SublayerSolver(projection, *reads, team=batches.team, **self._solving)
-        # tokens weigh 1 / ||T||^2, or more: what rounding misses of them is relative to that
-        noise = 16 * torch.finfo(self._entering[0].dtype).eps
+        # tokens weigh 1 / ||T||^2, or more: what rounding misses of them is relative to that, one
+        # unit of a half-precision dtype, or several of float32, in which the sums are taken
+        unit = torch.finfo(self._entering[0].dtype).eps
+        noise = max(unit, 16 * torch.finfo(torch.float32).eps)
         return solver.solve(equations, layer=self._layer, part=part, noise=noise)
 
     def _read_attention(self, projection: OutputProjection, tokens: TokensOf) -> Iterator[Tokens]:

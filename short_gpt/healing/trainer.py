@@ -62,6 +62,7 @@ class TrainingRun(NamedTuple):
     show: bool = True  # a bar
     distillation: Distillation | None = None  # what is learned instead of the text alone
     mixed: bool = False  # matrix products in bfloat16
+    layers_path: str | None = None  # where the layers are in the model; None finds them
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
@@ -80,7 +81,8 @@ class TrainingRun(NamedTuple):
     def measure(self, adapted: PeftModel) -> dict[str, float]:
         """On the validation windows: what the best step is chosen by, and the perplexity."""
         adapted.eval()
-        decoder, at_once = HFDecoder(adapted.get_base_model()), self.recipe.micro_batch
+        decoder = HFDecoder(adapted.get_base_model(), self.layers_path)
+        at_once = self.recipe.micro_batch
         decoder.mixed = self.mixed
         if self.distillation is not None:
             read = {"first": len(self.training), "batch_size": at_once}  # validation comes after
@@ -116,13 +118,18 @@ def train(
 
 
 def _finished(trainer: transformers.Trainer, folder: Path) -> bool:
-    """Whether all steps are done (the Trainer would do one more); loads the best if so."""
+    """Whether all steps are done, or patience ended them; loads the best if so.
+
+    The Trainer would go on in both cases.
+    """
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
     state = f"{get_last_checkpoint(str(folder))}/trainer_state.json"
     trainer.state = TrainerState.load_from_json(state)
-    if done := trainer.state.global_step >= trainer.args.max_steps:
+    kept: Any = trainer.state.stateful_callbacks  # read from JSON
+    stopped = kept.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
+    if done := stopped or trainer.state.global_step >= trainer.args.max_steps:
         trainer._load_best_model()
     return done
 

@@ -19,7 +19,7 @@ from short_gpt.checkpoints.hf import save_hf
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.prune import tensor_names
 from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
-from short_gpt.checkpoints.target import Target, check_format
+from short_gpt.checkpoints.target import Target, check_format, check_one_file
 from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.saving import Conversion, interruptible
 from short_gpt.jobs.settings import takes_fields
@@ -63,6 +63,8 @@ def convert(
     source = find_source(model)
     to = how.to or _format(source, out, how.shards)
     _check_options(source, to, how)
+    if to == "gguf" and source.kind != "gguf":
+        check_one_file(out)
     opening = OpenOptions(how.tokenizer_path, trust_remote_code=how.trust_remote_code)
     check_tokenizer(how.tokenizer_path, model)
     proofs: list[str | None] = []
@@ -143,6 +145,7 @@ def _check_options(source: Source, to: str, how: Conversion) -> None:
         )
     if shards is not None and to != "meta":
         raise ShortGPTError(f"`shards` {shards} writes Meta's format, not {to}")
+    kind = "hf" if kind == "hub" else kind
     if to == kind and to != "gguf" and not (to == "meta" and shards is not None):
         raise ShortGPTError(f"{source} is in the format {to} already; give `to` another one")
 

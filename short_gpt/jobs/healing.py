@@ -225,7 +225,7 @@ def _check_target(model: str, out: str, *, overwrite: bool) -> None:
     if not is_gguf(out):
         check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
     elif is_gguf(model):
-        check_new_gguf(out, overwrite=overwrite)
+        check_new_gguf(out, source=model, overwrite=overwrite)
     else:
         raise ShortGPTError(
             f"{out} is written from a GGUF file alone: heal into a directory and convert that, "

@@ -18,7 +18,7 @@ from short_gpt.checkpoints.prune import (
     recipe_dtype,
 )
 from short_gpt.checkpoints.records import PROVENANCE
-from short_gpt.checkpoints.target import Target
+from short_gpt.checkpoints.target import Target, check_one_file
 from short_gpt.jobs.conversion import prove, read_again
 from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.scores import Chosen, chosen
@@ -88,6 +88,8 @@ def prune(
     target.check()
     hub.check(out, target.format)
     dtype = _recipe_dtype(source, target, written)
+    if target.format == "gguf" and source.kind != "gguf":
+        check_one_file(out)
     if target.format == "gguf" and written.verify and len(target.paths) > 1:
         raise ShortGPTError(
             f"`verify` loads {out}, which transformers does not read in several files; name "

@@ -36,6 +36,7 @@ from short_gpt.jobs.inputs import (
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.scores import Digests, digests_of
 from short_gpt.jobs.settings import Answer, takes_fields
+from short_gpt.models.numbering import check_count
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -182,6 +183,9 @@ def rank(
     # of the files as they are now
     digests = digests_of(model, opening.tokenizer_path) if first_rank() else {}
     short = running.open(model, opening, cut.size)
+    for name in ("n", "candidates"):  # of a file or a model at the hub, known only now
+        if (asked := getattr(answer, name)) is not None:
+            check_count(asked, len(short.kept), name=name)
     if dry_run:
         known = all(not isinstance(kind, str) for kind in kinds)  # else the model writes it first
         cuts = cut.mixed(kinds, short.encode, short.bos) if known else []

@@ -79,6 +79,10 @@ class Hub:
 
             check_push(self.push_to_hub, out, format)
 
+    def later(self) -> Hub:
+        """The same, checked as early, for a job that leaves the upload to its caller."""
+        return _Later(self.push_to_hub, self.private)
+
     def push(self, out: Path) -> str | None:
         """Uploads a model that was written; its address, or None where none was asked for."""
         from short_gpt.checkpoints.hub import push
@@ -89,6 +93,11 @@ class Hub:
             return push(out, repo, private=self.private)
         except ConnectionError as error:
             raise ConnectionError(f"{error}; it is written: hf upload {repo} {out}") from error
+
+
+class _Later(Hub):
+    def push(self, out: Path) -> None:
+        """Uploads nothing."""
 
 
 @dataclass(frozen=True)

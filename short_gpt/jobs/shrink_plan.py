@@ -19,7 +19,7 @@ from llama.io.sources import Source as Weights
 from llama.io.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.records import PROVENANCE
-from short_gpt.checkpoints.target import check_format, check_new_gguf
+from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
 from short_gpt.data.texts import OWN, source_names, texts
 from short_gpt.healing import RefitSettings, choosing, require_packages
 from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, expect_budget
@@ -118,6 +118,7 @@ class Asked:
             require_packages()
         replacing: Any = {"marker": PROVENANCE, "overwrite": self.overwrite}
         if is_gguf(self.out):
+            check_one_file(self.out)
             check_new_gguf(self.out, overwrite=self.overwrite)
             check_output(report_of(self.out), overwrite=True, ours=is_page)
         else:
@@ -125,6 +126,8 @@ class Asked:
         n, source = self.dial.n, self.source  # which may be fetched now
         if source is not None and not is_gguf(self.out):
             check_new(self.out, **replacing, source=source.path)
+        elif source is not None and source.kind == "gguf":
+            check_new_gguf(self.out, source=source.path, overwrite=self.overwrite)
         if source is not None and n is not None and (count := _layers(source)) is not None:
             check_count(n, count, most=count - 2)
         if self.streaming.stream:

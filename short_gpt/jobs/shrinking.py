@@ -167,8 +167,10 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
     for state, speed in speeds.items():
         looks[state] = looks[state]._replace(tokens_per_second=speed)
     remarks = about + run.remarks(evidence)
-    built = asked.folder / asked.out.name
-    shutil.rmtree(built, ignore_errors=True)
+    written = asked.folder / "written"  # apart: OUT may have the name of a file of the folder
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir()
+    built = written / asked.out.name
     facts = {"facts": {"data": asked.texts.data}, "measured": evidence.perplexity}
     opened.write(built, facts, asked.notify)  # after which only what was written is there
     if opened.in_place:  # some of the changed tensors may have another type
@@ -248,6 +250,11 @@ class _Run:
         held, ratio = max(2, len(every) // 4), self.asked.dial.max_perplexity_ratio or 1.0
         fit = every[:-held]
         judging, _ = without_overlap(every[-held:], fit)
+        if not judging:
+            raise ShortGPTError(
+                f"{self.asked.dial.name}: all {held} windows that say how many layers may go share "
+                f"text with the {len(fit)} others: give more text"
+            )
         order = sets.layers("sleb", count - 2)
         original = together(self.cells.losses("original", lambda: losses(short.decoder, judging)))
 

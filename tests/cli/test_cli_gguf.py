@@ -25,6 +25,7 @@ from llama.formats.gguf_write import UINT32, copied, record, write_again
 from short_gpt import ShortHFModel, open_model
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.records import source_card
+from short_gpt.jobs import ranking
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 CUT = ("--layers", "1,3")
@@ -292,9 +293,20 @@ def test_files_of_one_model_are_joined(here):
             "several files",
         ),
         (["convert", "qwen.gguf", "qwen.gguf"], "qwen.gguf exists; choose another name"),
+        (["convert", "hf", "x-00001-of-00002.gguf"], "names one of 2 files, and one file is"),
+        (["prune", "hf", "x-00001-of-00002.gguf", *CUT], "name it x.gguf, which `short-gpt"),
+        (["convert", "owner/name", "x", "--to", "hf"], "owner/name is in the format hf already"),
     ],
 )
 def test_mistakes_cost_one_line(here, capsys, argv, message):
     before = sorted(p.name for p in Path().iterdir())
     assert message in fails(capsys, *argv)
     assert sorted(p.name for p in Path().iterdir()) == before
+
+
+@pytest.mark.parametrize("n", [0, 99])
+def test_so_many_layers_are_refused_before_a_window_is_read(here, capsys, monkeypatch, n):
+    monkeypatch.setattr(ranking, "_measure", lambda *_, **__: pytest.fail("windows were read"))
+    Path("text.txt").write_text("so much " * 99)
+    asked = ("--data", "text.txt", "--size", 16, "--method", "relative_magnitude", "--n", n)
+    assert f"n = {n}; the model has" in fails(capsys, "rank", "qwen.gguf", *asked)

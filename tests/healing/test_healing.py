@@ -281,6 +281,30 @@ def test_patience_goes_on_where_it_was_and_a_checkpoint_cut_short_is_passed_over
     assert resumed.validation == whole.validation and resumed.steps == whole.steps
 
 
+def test_a_training_that_patience_ended_does_not_go_on(tmp_path):
+    recipe = changed(learning_rate=5.0, patience=1, steps=40)
+    options = {"recipe": recipe, "work_dir": tmp_path, "progress": False}
+    whole = heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options)
+    again = ShortHFModel(make("llama"))
+    resumed = heal(again, TRAINING, VALIDATION, resume=True, **options)
+    assert (resumed.steps, resumed.kept_step) == (whole.steps, whole.kept_step)
+    assert resumed.validation == whole.validation and whole.steps < recipe.steps
+    best = whole.validation[whole.kept_step]
+    assert again.perplexity(VALIDATION, progress=False).value == pytest.approx(best, rel=1e-4)
+
+
+def test_a_model_whose_layers_are_named_learns_in_these():
+    model = make("llama")
+    model.other = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in model.model.layers)
+    model.config.model_type = "odd"
+    short = ShortHFModel(model, layers_path="model.layers")
+    healed = heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
+    assert healed.kept_step and all(
+        "model.layers" in name
+        for name in target_modules(short.trainable(), layers_path="model.layers")
+    )
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
     """The folder of a training that was interrupted behind two checkpoints."""

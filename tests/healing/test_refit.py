@@ -221,6 +221,21 @@ def test_what_a_layer_that_does_nothing_leaves_needs_no_change():
     assert len(weights(short)) < len(before)
 
 
+def test_in_bfloat16_as_many_matrices_are_solved():
+    """A layer that changes a state by a few per cent leaves more than what rounding misses."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make("llama")
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(40)
+        short = ShortHFModel(model.to(dtype))
+        found[dtype] = fit(short, [1], random_windows(24, 48), progress=False).fits
+    solved = [[f.ridge is not None for f in fits] for fits in found.values()]
+    assert solved[0] == solved[1] and sum(solved[0]) > len(solved[0]) / 2
+    for full, half in zip(*found.values(), strict=True):
+        assert half.restored_held == pytest.approx(full.restored_held, abs=0.01)
+
+
 def test_more_is_restored_than_by_the_patch_and_the_loss_on_its_windows_falls():
     patched, refitted = meta(), meta()
     heal_patch(patched, [2, 3], WINDOWS, progress=False)

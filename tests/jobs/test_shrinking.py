@@ -389,6 +389,10 @@ def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
     with pytest.raises(ValueError, match="the perplexity rises by 1.105 already"):
         shrink("hf", "no", max_perplexity_ratio=1.05, **settings)
 
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="all 2 windows that say"):
+        patch.setattr(shrinking, "without_overlap", lambda windows, _: ([], len(windows)))
+        shrink("hf", "alike", max_perplexity_ratio=1.3, **settings)
+
     few = {**settings, "windows": HealingWindows("books", 24, 3, 6)}
     with pytest.raises(ValueError, match="expected at least 4 windows, of which a quarter says"):
         shrink("hf", "few", max_perplexity_ratio=1.3, **few)
@@ -433,6 +437,8 @@ def test_tasks_are_paired(here, lm_eval, tasks, capsys):
         (("hf", "out", "--budget", 2), "--budget = 2: refitting the candidates may take 13 bare"),
         (("hf", "out", *STREAM, "--minutes", 1), "--minutes needs the model in memory"),
         (("hf", "out", *STREAM, "--to", "meta"), "is written in its own format, hf"),
+        (("hf", "out-00001-of-00002.gguf"), "names one of 2 files, and one file is written"),
+        (("model.gguf", "out-00002-of-00002.gguf"), "name it out.gguf, which `short-gpt convert"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
@@ -458,6 +464,33 @@ def test_the_size_of_a_file_is_that_of_its_tensors(here, monkeypatch):
     page = done.report().read_text()
     assert f"{1 - 10**5 / done.looks['original'].size:.0%} smaller" in page
     assert "out.gguf: model.gguf without 2 of 6 layers" in page and "6 others judged on" in page
+
+
+def test_a_gguf_file_does_not_take_the_place_of_its_source(here, capsys):
+    run("prune", "model.gguf", "own.gguf", "--layers", 1)
+    capsys.readouterr()
+    before = Path("own.gguf").read_bytes()
+    again = ("own.gguf", "own.gguf", "--overwrite")
+    assert "own.gguf is the source" in fails(capsys, "shrink", *again, "--n", 2, *FLAGS, *TEXTS)
+    told = fails(capsys, "heal", *again, "--layers", 2, "--method", "refit", "--data", "other")
+    assert "own.gguf is the source" in told
+    assert Path("own.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["healing", "state.json", "written"])
+def test_a_model_may_be_called_as_what_a_run_keeps(here, out):
+    run("shrink", "hf", out, "--n", 2, *FLAGS, *STREAM)
+    assert AutoConfig.from_pretrained(out).num_hidden_layers == 4
+    assert not [*here.glob("*shrinking*")]
+
+
+def test_what_to_type_next_is_quoted(monkeypatch):
+    monkeypatch.setattr(shrunk_module, "which", lambda name: f"/bin/{name}")
+    steps = [*next_steps(Path("my own"), "meta"), *next_steps(Path("my own"), "hf")]
+    assert "short-gpt convert 'my own' 'my own-hf' --to hf" in steps
+    assert "short-gpt convert 'my own' 'my own.gguf'" in steps
+    assert "llama-cli -m 'my own.gguf'" in steps
+    assert "lm_eval --model hf --model_args 'pretrained=my own' --tasks piqa" in steps
 
 
 def test_what_to_type_next_suits_the_architecture(monkeypatch):

@@ -131,6 +131,22 @@ def test_an_interrupted_search_continues_bit_for_bit(tmp_path, stop_at):
     assert again == whole
 
 
+def test_a_round_begun_with_other_groups_is_begun_again(tmp_path):
+    """What it had of one group of windows would count twice with two."""
+    windows, much, little = random_windows(4, 16), 2**31, 2 * 16 * 32 * 4  # two windows of width 32
+    whole = sleb(model(), windows, 3)
+    for first, then in ((much, little), (little, much)):
+        path = tmp_path / f"{first}"
+        with interrupted(PartialRun, "nats", 9):
+            sleb(model(), windows, 3, max_memory=first, state=StateFile(path, {}))
+        saved = StateFile(path, {})
+        assert saved.content["search"]["done"][0]
+        again = sleb(model(), windows, 3, max_memory=then, state=saved)
+        assert again.removed == whole.removed
+        for now, before in zip(again.losses, whole.losses, strict=True):
+            assert now == pytest.approx(before, rel=1e-6)
+
+
 def test_the_bar_of_a_continued_search_counts_what_was_tried_before(tmp_path, monkeypatch):
     bars, windows = [], random_windows(4, 16)
     monkeypatch.setattr(
