@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,17 @@ from healing import cut, halves, judged_by
 from outcome import begin, finish
 from real_models import MODELS
 from shared_contexts import SharedContexts
-from shares import change, judging, kept, needed, ranks, table, unflattered, variance
+from shares import (
+    above_guesses,
+    change,
+    judging,
+    kept,
+    needed,
+    ranks,
+    table,
+    unflattered,
+    variance,
+)
 from tasks import CLOSE, Documents, Windows, against_theirs, metrics, text_changes
 
 from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
@@ -61,6 +71,7 @@ MIXED = {"refit-mixed": "refit", "distilled-mixed": "distilled"}  # products in 
 REFITS = {"refit-text": "text", "refit-own": "own", "refit": "mix"}  # and what they read
 ROWS = ("pruned", *peer_maps.KINDS, "replaceme", "layerwise", *REFITS, "distilled")
 TASKS = (*task_files.OWN, *task_files.MORE)
+Case = tuple[str, list[int]]  # a row and its layers
 Pieces = dict[tuple[int, ...], set[tuple[int, ...]]]  # by their first tokens
 PILOT = 50  # documents of a task that foretell the error, and the fewest of a row
 CHECKED = 5  # documents of a task on which two programs are compared
@@ -124,21 +135,21 @@ def main(
         raise ValueError(f"documents {ends}: expected rising numbers")
     run.blocks = run.divided(ends)
     print(f"{ends[-1]} documents of each task, or all; layers {chosen}")
-    found, agreement = rows_of(run, chosen, rows)
+    found, agreement, pairs = rows_of(run, chosen, rows)
     print(table(found))
     print("\n".join(f"Kendall's tau of loss and mean, {k}: {v}" for k, v in agreement.items()))
     same = run.same_as_theirs()
     differs = not (same["answers_equal"] and same["nats"] < CLOSE)
     content = {"model": model, "layers": chosen, "documents": ends[-1]}
     content |= {"problems": problems, **counts, "recipe": asdict(run.recipe)}
-    content |= {"rows": found, "kendall": agreement, "hf": same}
+    content |= {"rows": found, "pairs": pairs, "kendall": agreement, "hf": same}
     finish("kept", ["the adapters differ"] * differs, content, out=out, overwrite=overwrite)
 
 
 def rows_of(
     run: Run, chosen: Mapping[str, list[int]], rows: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measures rows of all sets; returns every row that is there, and `ranks` of them."""
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Measures rows of all sets; returns every row that is there, `ranks`, and pairs of rows."""
     cases = {"original": ("original", list[int]())}
     every = (*ROWS, *MIXED)
     cases |= {f"{s} {row}": (row, layers) for s, layers in chosen.items() for row in every}
@@ -148,7 +159,16 @@ def rows_of(
     found = {name: run.summary(*case) for name, case in cases.items() if not run.missing(*case)}
     once = [name for name in found if cases[name][0] not in MIXED]
     firsts = {str(cases[name]): name for name in reversed(once)}.values()  # each model once
-    return found, ranks({name: found[name] for name in firsts})
+    pairs = [
+        (f"{second} {row}", f"{first} {row}")
+        for first, second in combinations(chosen, 2)
+        for row in ("pruned", "refit", "distilled")
+    ]
+    pairs += [("bi pruned", f"auto {row}") for row in ("refit", "distilled")]
+    pairs += [(f"{name} distilled", f"{name} pruned") for name in chosen]
+    known = [pair for pair in pairs if {*pair} <= found.keys()]
+    apart = {f"{a} less {b}": run.apart(cases[a], cases[b]) for a, b in known}
+    return found, ranks({name: found[name] for name in firsts}), apart
 
 
 class Run:
@@ -389,6 +409,12 @@ class Run:
                         known[metric] += values
         return documents, parts
 
+    def apart(self, first: Case, second: Case) -> dict[str, Any]:
+        """What the mean of a row is more than that of another, paired over documents."""
+        after, before = (judging(self.found(*case)[0]) for case in (first, second))
+        without = change(unflattered(before), unflattered(after))
+        return change(before, after) | {"without boolq": without}
+
     def summary(self, row: str, layers: Sequence[int]) -> dict[str, Any]:
         """Every task and text, the mean with the share kept, and what the refit changes of it."""
         (documents, parts), (whole, read) = self.found(row, layers), self.found("original", [])
@@ -404,6 +430,7 @@ class Run:
             "tasks": metrics(documents, whole),
             "mean": kept(before, after),
             "without boolq": kept(unflattered(before), unflattered(after)),
+            "above guessing": kept(above_guesses(before), above_guesses(after)),
             "texts": text_changes(parts, read),
             "refit against it": refit,
             "healing": self.cells.value(cell, dict) if cell in self.cells else None,

@@ -83,6 +83,15 @@ def test_boolq_is_left_out_of_the_means_that_it_flatters():
     assert change == {"change": -0.25, "standard_error": pytest.approx(0.25)}
 
 
+def test_a_share_of_what_is_above_guessing_counts_no_guess():
+    before = {"local_piqa": [1.0, 1.0, 1.0, 0.0], "local_boolq": [0.0] * 4}
+    after = {"local_piqa": [1.0, 1.0, 0.0, 0.0], "local_boolq": [1.0] * 4}
+    whole, own = (shares.above_guesses(judged) for judged in (before, after))
+    assert whole == {"local_piqa": [0.5, 0.5, 0.5, -0.5]}
+    assert shares.kept(whole, own)["share"] == 0  # half of two answers is what guessing gives
+    assert shares.GUESSED.keys() == {*kept.TASKS} - {"boolq"}
+
+
 def test_ranks_are_those_of_pruned_and_of_healed_models():
     def row(loss: float, mean: float) -> dict:
         return {"texts": {"a": {"nats": loss}, "b": {"nats": 1.0}}, "mean": {"value": mean}}
@@ -354,6 +363,11 @@ def test_every_row_is_measured_and_a_set_chosen_twice_once(lm_eval, arguments, m
     values = [row["texts"]["novels"]["perplexity"] for row in rows.values()]
     assert len({*values}) == len(rows), dict(zip(rows, values, strict=True))
     assert rows["distilled"]["healing"]["how"]["method"] == "distillation"
+    same = found["pairs"]["auto refit less greedy refit"]
+    assert same["change"] == same["without boolq"]["change"] == 0
+    gained = found["pairs"]["greedy distilled less greedy pruned"]["change"]
+    means = [rows[name]["mean"]["value"] for name in ("distilled", "pruned")]
+    assert gained == pytest.approx(means[0] - means[1])
     assert found["kendall"]["pruned"] == {"models": 1, "tau": None}
     assert found["kendall"]["healed"]["models"] == len(kept.ROWS) - 1
 
@@ -370,6 +384,6 @@ def test_a_mixed_row_heals_in_bfloat16_and_is_no_other_model_to_rank(
     assert reads == [False, True] and [*found["rows"]] == ["original", "bi refit", "bi refit-mixed"]
     values = [row["texts"]["novels"]["nats"] for row in found["rows"].values()]
     assert 0 < abs(values[2] - values[1]) < 0.01
-    assert found["kendall"]["healed"]["models"] == 1
+    assert found["kendall"]["healed"]["models"] == 1 and found["pairs"] == {}
     run = run_of(arguments, "s")
     assert not run.healed("refit-mixed", [1, 4]).decoder.mixed  # it is judged in float32
