@@ -43,7 +43,7 @@ from real_models import MODELS
 
 from short_gpt import shrink, windows
 from short_gpt.data import demo, texts
-from short_gpt.evaluation import difference
+from short_gpt.evaluation import Perplexity, difference
 from short_gpt.evaluation.cells import Cells
 from short_gpt.jobs import HealingWindows, OpenOptions, Shrunk, TextSource
 from short_gpt.runtime.digest import json_digest
@@ -353,17 +353,24 @@ def named(folder: Path, kinds: Sequence[str]) -> str:
 def quality(done: Shrunk) -> dict[str, dict[str, dict[str, object]]]:
     """By kind of text and state: perplexity, and what it costs beside the original, paired.
 
-    The change is in nats a token; its 95% interval reaches so far, None where that is unknown.
+    The change is in nats a token; its 95% interval reaches so far, None where that is unknown. A
+    healed state has its change from the pruned one, too.
     """
     found: dict[str, dict[str, dict[str, object]]] = {}
     for place, states in sorted(done.quality.items()):
-        first = states["original"]
+        first, pruned = states["original"], states["pruned"]
         own = found[Path(place).stem] = {}
         for state, measured in states.items():
-            change = difference([first], [measured])
-            reach = change.error.reach() if change.error.known else None  # JSON has no NaN
-            own[state] = {**measured.to_dict(), "change": change.nats, "reach_95": reach}
+            own[state] = {**measured.to_dict(), **changed(first, measured)}
+            if measured not in (first, pruned):
+                own[state]["from pruned"] = changed(pruned, measured)
     return found
+
+
+def changed(first: Perplexity, second: Perplexity) -> dict[str, float | None]:
+    change = difference([first], [second])
+    reach = change.error.reach() if change.error.known else None  # JSON has no NaN
+    return {"change": change.nats, "reach_95": reach}
 
 
 def priced(

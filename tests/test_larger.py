@@ -118,6 +118,9 @@ def test_every_row_is_measured_once_and_compared_with_llama_cpp(model, here, mon
     change = states["healed"]["nats"] / states["healed"]["tokens"]
     change -= states["original"]["nats"] / states["original"]["tokens"]
     assert states["healed"]["change"] == pytest.approx(change, abs=1e-9)
+    since = states["healed"]["from pruned"]["change"]
+    assert since == pytest.approx(states["healed"]["change"] - states["pruned"]["change"])
+    assert "from pruned" not in states["pruned"] | states["original"]
     there = first["llama.cpp"]
     assert there["tokens"] == 23 and there["nats_there"] == pytest.approx(
         there["nats_here"], abs=0.02
