@@ -338,6 +338,10 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     assert sum("greedy.py" in line for line in lines) == 2
     assert lines[-1].endswith("benchmarks/healing_tables.py")
     assert {path.stem for path in (copy / "benchmarks/results").iterdir()} == names
+    named = [*command[:-1], tmp_path / "apart", "kept", "choices"]
+    subprocess.run(named, env=environment, capture_output=True, check=True)
+    assert {path.stem for path in (tmp_path / "apart").glob("*.json")} == {"kept", "choices"}
+    assert "benchmarks/kept.py" in said.read_text().splitlines()[-1]  # nothing comes after it
 
 
 def test_what_is_expected_of_fewer_layers_follows_from_the_bytes(tmp_path):
