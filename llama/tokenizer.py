@@ -47,7 +47,7 @@ class Tokenizer:
         bos_id: -1 where there is none, as for the following.
         eos_id: of the end of a text.
         pad_id: of padding, which Llama 3's file does not name.
-        stop_tokens: ids that end a generation: eos and Llama 3's ends of turn and message.
+        stop_tokens: ids that end a generation: eos, and Llama 3's ends of text, turn and message.
         special_tokens: their ids by name; empty for SentencePiece.
         add_bos: whether the model expects bos before a plain text.
         dialog_format: ``"llama2"``, ``"llama3"`` or None.
@@ -59,7 +59,7 @@ class Tokenizer:
         self.n_words: int = max(backend.ids, default=-1) + 1
         self.bos_id, self.eos_id, self.pad_id = backend.bos_eos_pad
         self.add_bos: bool = backend.add_bos
-        ends = {special.get(name, -1) for name in ("<|eot_id|>", "<|eom_id|>")}
+        ends = {special.get(f"<|{name}|>", -1) for name in ("end_of_text", "eot_id", "eom_id")}
         self.stop_tokens: set[int] = (ends | {self.eos_id}) - {-1}
         self.dialog_format = "llama2" if isinstance(backend, _SentencePiece) else None
         if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= special.keys():

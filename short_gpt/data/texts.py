@@ -50,7 +50,12 @@ class Given(str):
 
     def __new__(cls, rows: Iterable[object]) -> Given:
         digest = getattr(rows, "_fingerprint", None)  # a Dataset's, of all that made it
-        if digest is None and not isinstance(rows, Mapping):
+        if isinstance(rows, Mapping):
+            kinds = rows.items()
+            rows = {name: own if isinstance(own, str | Path) else cls(own) for name, own in kinds}
+        elif hasattr(rows, "iterrows"):
+            raise ShortGPTError("a table is no texts: give a column of it, as table['text']")
+        elif digest is None:
             rows = list(rows)
         name = f"{type(rows).__name__} {digest or json_digest(str(rows))}"
         given = super().__new__(cls, name[:30])
@@ -86,6 +91,8 @@ def texts(
     if not isinstance(source, str | Path):
         source = Given(source)
     if isinstance(source, Given):
+        if isinstance(source.rows, Mapping):
+            raise ShortGPTError(f"several texts, {', '.join(map(str, source.rows))}: give one")
         rows = ({column: row} if isinstance(row, str) else row for row in source.rows)
         return _started((_cell(row, column) for row in rows), source)
     path = _path(source)
@@ -251,6 +258,8 @@ def _cell(row: object, column: str) -> str:
             f"no column {column!r}, only {', '.join(map(str, row))}: name one by `column`"
         )
     if isinstance(turns := row[column], list) and turns and all(map(_is_message, turns)):
+        for turn in turns:
+            check_text(turn["content"])
         return Conversation(json.dumps([{k: t[k] for k in ("role", "content")} for t in turns]))
     if not isinstance(row[column], str):
         raise ShortGPTError(f"column {column!r} holds {row[column]!r:.60}, expected text")
@@ -300,7 +309,10 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
 
 def source_names(data: str) -> list[str]:
     """The sources that a name stands for: one, if it is that of a file, or several by commas."""
-    one = isinstance(data, Given) or Path(data).exists()
+    try:
+        one = isinstance(data, Given) or _path(data).exists()
+    except OSError:  # a name of many files may be longer than that of a file
+        one = False
     return [data] if one else [name.strip() for name in data.split(",")]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.jobs.reproduction import PaperComparison, published_scores
-from short_gpt.models.numbering import check_exist
+from short_gpt.models.numbering import check_exist, span
 from short_gpt.plots.figures import KEPT, REMOVED, empty, logarithmic
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
@@ -29,6 +29,7 @@ def importance_bars(
     *,
     margin: Tensor | None = None,
     removed: Sequence[int] = (),
+    layers: Sequence[int] | None = None,
     title: str | None = None,
 ) -> Figure:
     """Bars of the Block Influence of every layer (ShortGPT, arXiv:2403.03853, Eq. 1).
@@ -40,13 +41,15 @@ def importance_bars(
         importance: (L,), mean of 1 - cos a layer; NaN draws no bar.
         margin: (L,), drawn up and down, as `Importance.margin` is for 95%. NaN draws none.
         removed: layers to show in another colour.
+        layers: the numbers of the L layers in the original model; None counts from 0.
     """
     heights = _double(importance)
     n_layers = len(heights) if heights.dim() == 1 else 0
     if not n_layers:
         expected = "expected one number a layer, (L,)"
         raise ShortGPTError(f"importance: {expected}, got {tuple(heights.shape)}")
-    check_exist(removed, range(n_layers))
+    numbers = _numbers(layers, n_layers)
+    check_exist(removed, numbers)
     errors = None if margin is None else _double(margin).nan_to_num(nan=0.0)
     if errors is not None and errors.shape != heights.shape:
         raise ShortGPTError(f"margin: expected ({n_layers},), got {tuple(errors.shape)}")
@@ -60,10 +63,11 @@ def importance_bars(
         parts = [figure.subplots()]
         parts[0].set_ylim(0, top)
     for axes in parts:
-        _bars(axes, heights, errors, {*removed})
+        _bars(axes, heights, errors, {numbers.index(i) for i in removed})
     parts[0].set_xlabel("layer")
     parts[0].set_xlim(-0.7, n_layers - 0.3)
-    parts[0].set_xticks(range(0, n_layers, 1 if n_layers <= 40 else 5))
+    ticks = range(0, n_layers, 1 if n_layers <= 40 else 5)
+    parts[0].set_xticks(ticks, [f"{numbers[place]}" for place in ticks])
     parts[0].tick_params(axis="x", labelsize=8)
     figure.supylabel("Block Influence, 1 - cos", fontsize="medium")
     handles, labels = parts[0].get_legend_handles_labels()
@@ -81,6 +85,13 @@ def importance_bars(
         "Block Influence: how far each layer turns the hidden states" if title is None else title
     )
     return figure
+
+
+def _numbers(layers: Sequence[int] | None, count: int) -> list[int]:
+    numbers = list(range(count)) if layers is None else list(layers)
+    if len(numbers) != count:
+        raise ShortGPTError(f"layers: expected {count} numbers, got {len(numbers)}")
+    return numbers
 
 
 def _double(x: Tensor) -> Tensor:
@@ -127,7 +138,11 @@ def _bars(axes: Axes, heights: Tensor, errors: Tensor | None, removed: set[int])
 
 
 def angular_heatmap(
-    angular: Tensor, *, block: tuple[int, int] | None = None, title: str | None = None
+    angular: Tensor,
+    *,
+    block: tuple[int, int] | None = None,
+    layers: Sequence[int] | None = None,
+    title: str | None = None,
 ) -> Figure:
     """Angular distance over every block of consecutive layers (arXiv:2403.17887, Eq. 6).
 
@@ -139,17 +154,22 @@ def angular_heatmap(
             hidden states entering layer l and layer l+n. Entries up to the diagonal are
             not read; NaN is drawn blank.
         block: (start, n) of a block to outline.
+        layers: the numbers of the L layers in the original model; None counts from 0.
     """
     distances = _double(angular)
     if distances.dim() != 2 or len(distances) != distances.shape[-1] or len(distances) < 2:
         got = tuple(distances.shape)
         raise ShortGPTError(f"angular: expected (L+1, L+1) distances, got {got}")
     n_layers = len(distances) - 1
-    if block is not None and not 0 <= block[0] < block[0] + block[1] <= n_layers:
-        raise ShortGPTError(
-            f"a block of {block[1]} layers from layer {block[0]} does not exist; the model has "
-            f"layers 0..{n_layers - 1}"
-        )
+    numbers = _numbers(layers, n_layers)
+    if block is not None:
+        start, length = block
+        place = numbers.index(start) if start in numbers else n_layers
+        if not place < place + length <= n_layers:
+            raise ShortGPTError(
+                f"a block of {length} layers from layer {start} does not exist; the model has "
+                f"layers {span(numbers)}"
+            )
     # row n - 1, column l: the distance [l, l + n]; NaN where there is no such block
     values = torch.full((n_layers, n_layers), torch.nan, dtype=torch.float64)
     for n in range(1, n_layers + 1):
@@ -161,10 +181,14 @@ def angular_heatmap(
     figure.colorbar(image, label="angular distance, arccos(cos) / pi")
     _mark_minima(axes, values)
     if block is not None:
-        _outline(axes, *block)
+        _outline(axes, place, numbers[place : place + length])
     axes.set_xlabel("first layer of the block")
     axes.set_ylabel("number of layers in the block")
     axes.locator_params(integer=True)
+    if layers is not None:
+        axes.xaxis.set_major_formatter(
+            lambda place, _: f"{numbers[int(place)]}" if 0 <= place < n_layers else ""
+        )
     axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
@@ -189,13 +213,14 @@ def _mark_minima(axes: Axes, values: Tensor) -> None:
     )
 
 
-def _outline(axes: Axes, start: int, n: int) -> None:
+def _outline(axes: Axes, place: int, block: Sequence[int]) -> None:
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
-    frame = Rectangle((start - 0.5, n - 0.5), 1, 1, fill=False, edgecolor=REMOVED, linewidth=2)
+    n, corner = len(block), (place - 0.5, len(block) - 0.5)
+    frame = Rectangle(corner, 1, 1, fill=False, edgecolor=REMOVED, linewidth=2)
     frame.set_label(
-        f"best of {n}: layers {start} to {start + n - 1}" if n > 1 else f"best layer: {start}"
+        f"best of {n}: layers {block[0]} to {block[-1]}" if n > 1 else f"best layer: {block[0]}"
     )
     frame.set_path_effects([withStroke(linewidth=4, foreground="white")])
     axes.add_patch(frame)

@@ -39,8 +39,10 @@ def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> l
     """
     removed = [] if n is None else importance.least_important(n)
     block = None if n is None else (importance.least_important(n, angular=True)[0], n)
-    bars = importance_bars(importance.block_influence, margin=importance.margin, removed=removed)
-    return _save("scores", folder, bars, angular_heatmap(importance.angular, block=block))
+    scores, margin, layers = importance.block_influence, importance.margin, importance.layers
+    bars = importance_bars(scores, margin=margin, removed=removed, layers=layers)
+    map_ = angular_heatmap(importance.angular, block=block, layers=layers)
+    return _save("scores", folder, bars, map_)
 
 
 def draw_published(importance: Importance, comparison: PaperComparison, folder: Path) -> list[Path]:

@@ -16,10 +16,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from short_gpt.data.texts import count_texts, pg19, read_texts, texts
+from short_gpt.data.texts import Given, count_texts, pg19, read_texts, source_names, texts
 from short_gpt.data.windows import Windows, batches, windows
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -496,3 +497,37 @@ def test_batches_keep_the_order(count: int, size: int) -> None:
 def test_a_batch_has_at_least_one_window() -> None:
     with pytest.raises(ValueError, match="size = 0: expected a whole number of at least 1"):
         batches([], 0)
+
+
+def test_texts_by_names_are_told_apart_by_their_content() -> None:
+    first, second = (Given({"a": Dataset.from_dict({"text": [t]}), "b": ["x"]}) for t in "yz")
+    assert first != second and first == Given(
+        {"a": Dataset.from_dict({"text": ["y"]}), "b": iter("x")}
+    )
+    assert [*texts(first.rows["b"])] == ["x"]
+
+
+def test_several_texts_are_not_read_as_their_names() -> None:
+    with pytest.raises(ShortGPTError, match="several texts, train, test: give one"):
+        texts({"train": ["a"], "test": ["b"]})
+
+    class Table(list):
+        def iterrows(self) -> None: ...
+
+    with pytest.raises(ShortGPTError, match="give a column of it"):
+        texts(Table(["text"]))
+
+
+def test_half_a_character_in_a_message_is_refused_with_its_line(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "x\ud800"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(ShortGPTError, match="chats.jsonl: line 1: the text holds"):
+        texts(tmp_path / "chats.jsonl", column="messages")
+
+
+def test_names_of_many_files_and_of_a_home_with_a_comma(tmp_path: Path, monkeypatch) -> None:
+    names = [f"{'n' * 20}{i}.txt" for i in range(40)]
+    assert source_names(",".join(names)) == names
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a,b.txt").write_text("text")
+    assert source_names("~/a,b.txt") == ["~/a,b.txt"]

@@ -59,6 +59,25 @@ def bars(axes: Axes) -> dict[int, tuple[float, str]]:
     }
 
 
+def test_layers_keep_their_numbers_after_a_removal():
+    """The third layer of those left is the original's fourth."""
+    layers = [0, 3, 4, 5]
+    figure = importance_bars(LEVEL[:4], removed=[4], layers=layers)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "3", "4", "5"]
+    assert [place for place, (_, colour) in bars(axes).items() if colour == REMOVED] == [2]
+    with pytest.raises(ValueError, match=r"layers \[1\] do not exist; the model has 0, 3..5"):
+        importance_bars(LEVEL[:4], removed=[1], layers=layers)
+    figure = angular_heatmap(torch.rand(5, 5), block=(3, 2), layers=layers)
+    (frame,) = [p for p in figure.axes[0].patches if isinstance(p, Rectangle)]
+    assert frame.get_label() == "best of 2: layers 3 to 4" and frame.get_xy() == (0.5, 1.5)
+    png(figure)
+    labels = {round(t.get_position()[0]): t.get_text() for t in figure.axes[0].get_xticklabels()}
+    assert {1: "3", 2: "4"}.items() <= labels.items()
+    with pytest.raises(ValueError, match="2 layers from layer 5 does not exist"):
+        angular_heatmap(torch.rand(5, 5), block=(5, 2), layers=layers)
+
+
 # Bars
 
 

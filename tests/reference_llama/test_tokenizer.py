@@ -409,6 +409,13 @@ def test_llama3_as_json(tmp_path: Path) -> None:
     assert json_file(tmp_path, names).dialog_format is None
 
 
+def test_llama3_instruct_stops_at_the_end_of_text_too(tmp_path: Path) -> None:
+    """Its eos token is the end of a turn, and the file names no other."""
+    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
+    config = {"bos_token": names[0], "eos_token": "<|eot_id|>"}
+    assert json_file(tmp_path, names, config).stop_tokens == {1, 2, 3}
+
+
 @pytest.mark.parametrize("key", ["bos", "eos"])
 def test_absent_bos_or_eos(tmp_path: Path, key: str) -> None:
     flags = {"bos": False, "eos": False, key: True}

@@ -59,6 +59,12 @@ def test_what_was_edited_or_damaged_is_refused(tmp_path):
     assert "1.25" in path.read_text()
 
 
+def test_an_empty_state_names_the_folder_that_must_go(tmp_path):
+    (tmp_path / "s").touch()
+    with pytest.raises(ValueError, match=f"edited or is damaged; delete {tmp_path}/run to begin"):
+        StateFile(tmp_path / "s", {}, folder=tmp_path / "run")
+
+
 def test_a_state_of_other_versions_continues(tmp_path):
     path = saved(tmp_path / "state")
     content = json.loads(path.read_text())
