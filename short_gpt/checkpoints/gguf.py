@@ -217,6 +217,8 @@ def about_types(source: StrPath, out: StrPath) -> str | None:
     record = Provenance.of_checkpoint(out)
     removed = set(record.removed_layers) if record else set()
     stack = Stack.open(source)
+    if Stack.open(out).blocks == stack.blocks:  # the removal is an earlier one, of another source
+        removed = set()
     keep = [i for i in range(stack.blocks) if i not in removed]
     before, after = stack.parts, GGUFParts(Path(str(out)))
     moves = Counter(

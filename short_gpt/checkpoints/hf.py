@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 # What goes along as it is: tokenizers, generation settings, templates, licenses.
 COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*")
+TEMPLATES = "additional_chat_templates"  # a folder of those with a name
 NOT_COPIED = re.compile(r"config\.json|.+\.index\.json|(pruning|conversion)\.json|.+\.py")
 
 
@@ -166,6 +167,8 @@ def _copy_others(directory: Path, out: Path) -> None:
         copied = COPIED.fullmatch(path.name) and not NOT_COPIED.fullmatch(path.name)
         if (copied or (own_code and path.suffix == ".py")) and path.is_file():
             shutil.copyfile(path, out / path.name)
+    if (named := directory / TEMPLATES).is_dir():
+        shutil.copytree(named, out / TEMPLATES)
 
 
 def _skeleton(directory: Path) -> HFDecoder:

@@ -33,6 +33,8 @@ def check_push(repo_id: str, out: StrPath, format: str | None = "hf") -> None:
 def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
     """Uploads all files of a model's directory, the card included; returns the page's address.
 
+    Weights that the repository has in other files are deleted.
+
     Args:
         directory: in Hugging Face's format, as `save_hf` and `prune_hf` write it.
         repo_id: as in ``"user/model"``; made if the hub has none of that name.
@@ -50,7 +52,14 @@ def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
         hub = HfApi()
         url = hub.create_repo(repo_id, private=private, exist_ok=True)
         message = "Upload a model pruned by ShortGPT"
-        hub.upload_folder(repo_id=url.repo_id, folder_path=str(directory), commit_message=message)
+        # weights of an earlier upload, in other files, would be read in place of these
+        stale = ["model*.safetensors*", "pytorch_model*.bin*"]
+        hub.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=str(directory),
+            commit_message=message,
+            delete_patterns=stale,
+        )
     return str(url)
 
 

@@ -28,6 +28,8 @@ from short_gpt.scoring.importance import Importance
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from short_gpt.checkpoints.provenance import Provenance
+
 
 class ModelRecord:
     """The record of one model. Layer numbers are the original model's, from 0.
@@ -42,6 +44,7 @@ class ModelRecord:
         quality: the last perplexity measured, by the layers that the model had.
         evidence: how layers were chosen and what healing brought, ready for JSON; jobs fill it.
         max_memory: of the process, as a streamed model was opened with.
+        history: of each source that it was saved with, the record there and the card's entries.
     """
 
     max_memory: str | int | None = None
@@ -55,6 +58,7 @@ class ModelRecord:
         self.changes: list[WeightChange] = []
         self.quality: dict[tuple[int, ...], Perplexity] = {}
         self.evidence: dict[str, object] = {}
+        self.history: dict[str, tuple[Provenance | None, dict[str, object]]] = {}
         self._trial: list[int] | None = None
 
     def _about(self) -> dict[str, object]:

@@ -124,18 +124,21 @@ class Provenance:
             states = (tuple(range(short.n_layers)), tuple(short.kept))
             measured = {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}
         sublayers = short.removed_sublayers
+        if str(source) not in short.history:  # which the first save may write over
+            short.history[str(source)] = (cls.of_checkpoint(source), source_card(source))
+        earlier, card = short.history[str(source)]
         return cls(
             removed_layers=list(short.removed),
             kept_layers=list(short.kept),
             source=str(source),
-            earlier=cls.of_checkpoint(source),
+            earlier=earlier,
             block_influence=short.importances.tolist() if short.n_windows else (),
             scored=_counts(short.importance),
             quality={name: _measured(perplexity) for name, perplexity in measured.items()},
             healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
             removed_sublayers=sublayers if any(sublayers.values()) else {},
             evidence=dict(short.evidence),
-            source_card=source_card(source),
+            source_card=card,
             facts=dict(facts or {}),
         )._continued()
 

@@ -153,6 +153,8 @@ class HFDecoder:
                 target.update(old)
 
         try:
+            if reason := self._orphaned(keep):
+                raise ShortGPTError(reason)
             prune()
             if attended and not self._attends():
                 raise ShortGPTError(
@@ -194,6 +196,16 @@ class HFDecoder:
                     return f"{owner} and {number} share weights"
         return None
 
+    def _orphaned(self, keep: Sequence[int]) -> str | None:
+        # why a kept layer cannot do without one that goes, where no outline shows it
+        kinds = list(getattr(self.config, "indexer_types", None) or ())
+        for layer in keep if len(kinds) == len(self.layers) else ():
+            if kinds[layer] == "shared":
+                selects = [i for i in range(layer) if kinds[i] == "full"][-1:]
+                if not {*selects} <= {*keep}:
+                    return f"layer {layer} reads the tokens that layer {selects[0]} selects"
+        return None
+
     def _without_removal(self, keep: Sequence[int], after: Outline) -> tuple[list[str], list[Edit]]:
         # differences without a removal, and settings around the layers that follow the config
         ours, before = self._outlines()
@@ -205,6 +217,10 @@ class HFDecoder:
             target, old = vars(self.model.get_submodule(owner)), before.rest.get(name)
             # follows the config with all layers, and would be another with fewer
             if key in target and ours.rest.get(name) == old != value:
+                own: Any = old
+                listed = isinstance(own, list | tuple) and len(own) == len(self.layers)
+                if listed and value != type(own)(own[i] for i in keep):
+                    raise ShortGPTError(f"its config would make {key} {value}")
                 edits.append((target, {key: old}, {key: value}))
         return known, edits
 

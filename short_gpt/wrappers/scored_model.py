@@ -45,6 +45,7 @@ class ScoredModel(ModelRecord, ABC):
     def __init__(self, decoder: Decoder, n_prune_layers: int | None = None) -> None:
         super().__init__(decoder)
         self._weights_checked = False
+        self._scored_changes = self.changes  # of the weights, when they were scored
         self.verdict: Verdict | None = None
         self.n_prune_layers = n_prune_layers
         if n_prune_layers is not None:
@@ -125,7 +126,9 @@ class ScoredModel(ModelRecord, ABC):
         self._check_weights()
         total = count_of(windows) if total is None else total
         population = getattr(windows, "population", None)
-        sums = Importance.empty(self.kept) if self._stale else self.importance
+        # scores of the model as it was before a healing are not added to
+        anew = self._stale or self._scored_changes != self.changes
+        sums = Importance.empty(self.kept) if anew else self.importance
         if state is not None:
             sums = state.sums(self.kept)
         if stop is not None:
@@ -147,7 +150,8 @@ class ScoredModel(ModelRecord, ABC):
         try:
             run.read(windows, total=total, progress=progress, **kinds)
         finally:  # also after Ctrl-C: what was read before counts
-            self.importance = run.into if run.into.n_windows else self.importance
+            if run.into.n_windows:
+                self.importance, self._scored_changes = run.into, self.changes
             self.verdict = run.verdict
         return self.importance
 

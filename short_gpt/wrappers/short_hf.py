@@ -325,7 +325,12 @@ class ShortHFModel(ShortModel):
         def saved() -> ShortHFModel:
             if release:  # its logits are kept by now
                 self.release()
-            again = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
+            open_again = partial(
+                type(self.model).from_pretrained, directory, dtype=self.model.dtype
+            )
+            again, attention = open_again(), self.model.config._attn_implementation
+            if again.config._attn_implementation != attention:  # which may round otherwise
+                again = open_again(attn_implementation=attention)
             if damaged := copy_weights(again):
                 raise NotFiniteError(
                     f"{self.source} has NaN or infinite weights, {damaged[0]} of what was written, "

@@ -48,15 +48,21 @@ def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
         (whole / name).write_text("{}")
     for name in ("modeling.py", "pytorch_model.bin", "consolidated.safetensors"):
         (whole / name).write_text("")
+    (whole / "additional_chat_templates").mkdir()
+    (whole / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     seen = []
     out = prune_hf(whole, tmp_path / "cut", DROP, provenance=BY_ME, progress=seen.append)
+    assert (out / "additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
     names = {"tokenizer.json", "chat_template.jinja", "LICENSE", "merges.txt", "config.json"}
     names |= {"generation_config.json", "model.safetensors", "pruning.json", "README.md"}
+    names |= {"additional_chat_templates"}
     assert {p.name for p in out.iterdir()} == names
     assert "# whole without 2 of its 6 layers" in (out / "README.md").read_text()
     assert "    [1, 4]\n\nThey were chosen by hand." in (out / "README.md").read_text()
     record = json.loads((out / "pruning.json").read_text())
-    assert record.pop("files") == sorted(p.name for p in out.iterdir())
+    files = [str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()]
+    assert record.pop("files") == sorted(files)
+    prune_hf(whole, tmp_path / "cut", DROP, provenance=BY_ME, overwrite=True)
     assert record == {
         "removed_layers": DROP,
         "kept_layers": KEPT,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from commands import fails, run
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from short_gpt import ShortGPTError, prune, shrink
 from short_gpt.checkpoints.hub import push
@@ -28,6 +29,10 @@ class Hub(BaseHTTPRequestHandler):
     """The parts of the hub's API by which `huggingface_hub` uploads a folder."""
 
     def do_GET(self) -> None:
+        if match := re.fullmatch(r"/api/models/(.+)/tree/main.*", self.path):
+            names = [path for name, path in self.server.files if name == match[1]]
+            entry = {"type": "file", "size": 1, "oid": "1"}
+            return self.answer([{**entry, "path": path} for path in names])
         known = self.headers.get("Authorization") == "Bearer hf_ours"
         self.answer({"type": "user", "name": "me", "orgs": []}, 200 if known else 401)
 
@@ -53,6 +58,8 @@ class Hub(BaseHTTPRequestHandler):
             if hub.refuses:
                 return self.answer({"error": "Storage is full"}, 403)
             lines = [json.loads(line) for line in body.splitlines()]
+            for gone in (line["value"] for line in lines if line["key"] == "deletedFile"):
+                del hub.files[match[1], gone["path"]]
             for value in (line["value"] for line in lines if line["key"] == "file"):
                 hub.files[match[1], value["path"]] = base64.b64decode(value["content"])
             page = f"{hub.url}/{match[1]}/commit/1"
@@ -64,7 +71,7 @@ class Hub(BaseHTTPRequestHandler):
         size = int(self.rfile.readline(), 16)
         return self.rfile.read(size + 2)[:size]
 
-    def answer(self, content: dict, status: int = 200) -> None:
+    def answer(self, content: dict | list, status: int = 200) -> None:
         text = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -125,6 +132,20 @@ def test_what_prune_wrote_is_what_the_hub_gets(here, hub, capsys):
     assert "tags: [pruned, depth-pruning, short-gpt]" in head and "    [1]\n" in card
     run("prune", "hf", "other", "--layers", 2, "--push-to-hub", "me/small")  # it is there already
     assert "    [2]\n" in check_uploaded(hub, "me/small", "other")
+
+
+def test_weights_in_other_files_go(here, hub):
+    """transformers would read the one file in place of several."""
+    run("prune", "hf", "small", "--layers", 1, "--push_to_hub", "me/small")
+    assert ("me/small", "model.safetensors") in hub.files
+    hub.files["me/small", "notes.txt"] = b"theirs"
+    parts = Path("small/model.safetensors").rename("small/model-00001-of-00001.safetensors")
+    names = {name: parts.name for name in load_file(parts)}
+    Path("small/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    push("small", "me/small")
+    names = {path for repo, path in hub.files if repo == "me/small"}
+    assert "model.safetensors" not in names and "notes.txt" in names
+    assert {parts.name, "model.safetensors.index.json"} <= names
 
 
 def test_a_healed_model_goes_there_too(here, hub):

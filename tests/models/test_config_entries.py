@@ -10,8 +10,18 @@ from transformers import AutoConfig
 
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.models.hf import HFDecoder
+from short_gpt.models.layer_config import pruned_entries
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+
+
+def test_numbers_of_layers_are_renumbered_however_many_there_are():
+    """A list of all layers' numbers is no list of a value for each layer."""
+    for listed, left in (([0, 1, 2, 3], [0, 1, 2]), ([1, 3], [0, 2])):
+        entries = {"num_hidden_layers": 4, "rope_scaling_layers": listed}
+        found = pruned_entries(entries, [1, 2, 3])
+        assert found == {"num_hidden_layers": 3, "rope_scaling_layers": left}
+
 
 TYPED = ["qwen2, sliding", "gemma2", "gemma3", "gemma3, wrapped", "cohere2", "gpt_oss", "smollm3"]
 TYPED += ["qwen3_next", "llama4", "lfm2"]

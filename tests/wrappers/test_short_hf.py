@@ -9,15 +9,18 @@ from itertools import pairwise
 import pytest
 import torch
 import without_us
-from conftest import BYTE_VOCAB, write_byte_tokenizer
+from conftest import BYTE_VOCAB, random_windows, write_byte_tokenizer
 from families import DROP, FAMILIES, KEPT, LAYERS, PLAIN, STEPS, TOKENS, check, make
 from processes import alone
+from transformers import LlamaForCausalLM
 
 from short_gpt import ShortHFModel
+from short_gpt.checkpoints import Provenance
 from short_gpt.models import hf as hf_decoder
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.loading import auto_class
+from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.scoring.metrics import block_influence
 from short_gpt.scoring.run import measure
 
@@ -478,6 +481,60 @@ def test_texts_need_a_tokenizer_and_loading_options_a_name():
         short.eval_importance(["a text"], max_seq_len=16)
     with pytest.raises(ValueError, match=r"options \['dtype'\] are for loading"):
         ShortHFModel(make("llama"), dtype="float32")
+
+
+def test_the_copy_that_proves_attends_as_the_model_does(directory, tmp_path, monkeypatch):
+    """Another implementation rounds otherwise."""
+    short = ShortHFModel(directory, attn_implementation="eager")
+    short.remove_layers([2])
+    opened, load = [], LlamaForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "from_pretrained",
+        lambda *a, **kw: opened.append(load(*a, **kw)) or opened[-1],
+    )
+    short.save_pretrained(tmp_path / "out")
+    assert opened[-1].config._attn_implementation == "eager"
+
+
+def test_a_model_saved_over_its_source_keeps_its_history(directory, tmp_path):
+    short = ShortHFModel(directory)
+    short.remove_layers([4])
+    short.save_pretrained(tmp_path / "own")
+    again = ShortHFModel(tmp_path / "own")
+    for layer in (0, 1):
+        again.remove_layers([layer])
+        again.save_pretrained(tmp_path / "own", overwrite=True)
+    record = Provenance.of_checkpoint(tmp_path / "own")
+    assert record.original_layers == [2, 3, 5] and record.earlier.removed_layers == [4]
+
+
+def test_scores_of_a_model_before_its_weights_changed_are_not_added_to():
+    short, windows = ShortHFModel(make("llama")), random_windows(3, 16)
+    short.measure(windows, progress=False)
+    undo = short.change_weights(
+        {"method": "a test"}, {(1, "mlp.down_proj.weight"): torch.zeros(32, 48)}
+    )
+    short.measure(windows, progress=False)
+    changed = short.importances
+    assert short.n_windows == 3
+    fresh = ShortHFModel(short.model)
+    fresh.measure(windows, progress=False)
+    assert torch.equal(fresh.importances, changed)
+    undo()
+    short.measure(windows[:1], progress=False)
+    assert short.n_windows == 1
+
+
+def test_a_layer_that_reads_what_another_selects_does_not_stay_alone():
+    model = make("llama")
+    model.config.indexer_types = ["full", "full", "shared", "full", "shared", "shared"]
+    decoder = HFDecoder(model)
+    for drop, message in (([1], "2 reads the tokens that layer 1"), ([0, 3], "4 reads .* 3 sel")):
+        with pytest.raises(NotRemovableError, match=message):
+            remove_layers(decoder, drop)
+    remove_layers(decoder, [0, 2])
+    assert model.config.indexer_types == ["full", "full", "shared", "shared"]
 
 
 def test_a_model_that_reloads_otherwise_is_not_saved(tmp_path, monkeypatch):
