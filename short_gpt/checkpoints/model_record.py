@@ -111,13 +111,20 @@ class ModelRecord:
 
     @property
     def removed_sublayers(self) -> dict[str, list[int]]:
-        """The kept layers that lost their "attention", and those that lost their "mlp"."""
+        """The kept layers that lost their "attention", and those that lost their "mlp".
+
+        One whose output projection a later change gave new values is back.
+        """
         removed: dict[str, list[int]] = {"attention": [], "mlp": []}
-        for change in self.changes:
-            if change.how["method"] == REMOVED_SUBLAYERS:
-                for kind, layers in removed.items():
-                    named = cast("Sequence[int]", change.how[kind])
-                    layers += [layer for layer in named if layer in self.kept]
+        again: set[Parameter] = set()
+        for change in reversed(self.changes):
+            if change.how["method"] != REMOVED_SUBLAYERS:
+                again |= change.parameters
+                continue
+            back = {number for number, _ in change.parameters & again}
+            for kind, layers in removed.items():
+                named = cast("Sequence[int]", change.how.get(kind, ()))
+                layers[:0] = [i for i in named if i in self.kept and i not in back]
         return removed
 
     def note_change(self, change: WeightChange) -> None:

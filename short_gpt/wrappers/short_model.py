@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -157,10 +157,15 @@ class ShortModel(ScoredModel):
         for layers in removed.values():
             check_exist(layers, self.kept)
         positions = {kind: [self.kept.index(i) for i in each] for kind, each in removed.items()}
-        parameters = sublayer_parameters(self.decoder, self.kept, **positions)
+        changes = []
+        for kind, layers in removed.items():
+            own: Any = {**dict.fromkeys(removed, ()), kind: positions[kind]}
+            parameters = sublayer_parameters(self.decoder, self.kept, **own)
+            how = {"method": REMOVED_SUBLAYERS, kind: layers}
+            changes.append(WeightChange(how, frozenset(parameters)))
         remove_sublayers(self.decoder, **positions)
-        how = {"method": REMOVED_SUBLAYERS, **removed}
-        self.note_change(WeightChange(how, frozenset(parameters)))
+        for change in changes:
+            self.note_change(change)
         self.importance = Importance.empty(self.kept)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.meta import MetaDecoder
+from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_model import remove_sublayers
 
 
@@ -77,3 +78,15 @@ def test_weights_that_are_not_in_memory_are_refused():
     for half in ("attention", "mlp"):
         with pytest.raises(ValueError, match="not in memory: open the model without stream"):
             remove_sublayers(MetaDecoder(model), **{half: [1]})
+
+
+def test_a_sublayer_that_a_healing_solved_again_is_back():
+    short = ShortHFModel(make("llama"))
+    short.remove_sublayers(attention=[3, 4], mlp=[3])
+    assert short.removed_sublayers == {"attention": [3, 4], "mlp": [3]}
+    size = short.model.config.hidden_size
+    values = {(3, "self_attn.o_proj.weight"): torch.ones(size, size)}
+    undo = short.change_weights({"method": "a test"}, values)
+    assert short.removed_sublayers == {"attention": [4], "mlp": [3]}
+    undo()
+    assert short.removed_sublayers == {"attention": [3, 4], "mlp": [3]}
