@@ -425,6 +425,9 @@ class Run:
             better, lower = self.found("refit", layers)
             healed = judging(better)
             refit = change(after, healed) | {"texts": text_changes(lower, parts)}
+            # the first half of the windows also chose the refit's settings
+            half = [{k: v[len(v) // 2 :] for k, v in own.items()} for own in (lower, parts)]
+            refit |= {"texts, second half": text_changes(*half)}
             refit |= {"without boolq": change(unflattered(after), unflattered(healed))}
         return {
             "tasks": metrics(documents, whole),
