@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ from short_gpt.scoring.importance import Importance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from short_gpt.checkpoints.provenance import Provenance
 
 
 class ModelRecord:
@@ -58,7 +56,7 @@ class ModelRecord:
         self.changes: list[WeightChange] = []
         self.quality: dict[tuple[int, ...], Perplexity] = {}
         self.evidence: dict[str, object] = {}
-        self.history: dict[str, tuple[Provenance | None, dict[str, object]]] = {}
+        self.history: dict[str, tuple[Any, dict[str, object]]] = {}  # `Provenance` or None
         self._trial: list[int] | None = None
 
     def _about(self) -> dict[str, object]:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 from families import make
+from huggingface_hub import errors
 
 from short_gpt.checkpoints import (
     ROUNDING,
@@ -383,3 +385,25 @@ def test_former_names_work_and_warn(tmp_path):
     assert record.removed_layers == [1] and record.kept_layers == [0, 2]
     with pytest.warns(DeprecationWarning, match="Provenance.beside is now of_checkpoint"):
         assert Provenance.beside(tmp_path) is None
+
+
+def test_the_record_of_a_model_opened_by_its_hub_id_is_fetched(tmp_path, monkeypatch):
+    make("llama").save_pretrained(tmp_path / "whole")
+    cut = prune_hf(tmp_path / "whole", tmp_path / "cut", [1])
+    asked, cached = [], {"config.json": str(cut / "config.json")}
+
+    def fetch(name: str, file: str, **_: object) -> str:
+        asked.append((name, file))
+        if name != "me/cut":
+            raise errors.LocalEntryNotFoundError("not there")
+        return str(cut / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, file: cached.get(file))
+    short = ShortHFModel(str(cut))
+    short.remove_layers([2])
+    assert Provenance.of(short, "me/cut").original_layers == [0, 2, 4, 5]
+    assert Provenance.of(short, "me/other").original_layers == [0, 1, 3, 4]
+    cached.clear()  # of a model that was never fetched the hub is not asked
+    assert Provenance.of_checkpoint("me/third") is None
+    assert asked == [("me/cut", "pruning.json"), ("me/other", "pruning.json")]
