@@ -18,6 +18,7 @@ tasks=$(realpath "${2:?give the folder of the tasks}")
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "${3:-$root/benchmarks/new_results}")
 only=" ${*:4} "
+unknown=" ${*:4} "  # names that are not met on the way
 mkdir -p "$out"
 cd "$out"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -34,6 +35,7 @@ measure() {
     if [ -n "${only// /}" ] && [[ "$only" != *" $name "* ]]; then
         return
     fi
+    unknown=${unknown/ $name / }
     if [ -s "$name.json" ]; then
         echo "=== $name: there already"
         return
@@ -119,11 +121,14 @@ script tasks tasks --source tasks --wikitext wikitext2_test.txt --counts 2,4 --d
     --state tasks.state
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \
     --documents 295 --sets auto,greedy,bi --auto 10,12,13,14,15,16,17,18 \
-    --greedy 3,12,13,14,15,16,17,18 --bi 12,13,14,15,16,17,25,26 \
-    --rows "auto pruned,auto linearpatch,auto ghosted,auto replaceme,auto refit-text,auto refit-own,auto refit,auto distilled,greedy pruned,greedy refit-own,greedy refit,bi pruned,bi linearpatch,bi ghosted,bi refit-own,bi refit,bi distilled"
+    --greedy 3,12,13,14,15,16,17,18 --bi 12,13,14,15,16,17,25,26
 measure compare python -m short_gpt compare --methods bi,angular,relative_magnitude,sleb \
     --counts 4,8 --healing raw,patched,refit --search_windows 2 --plots pictures --device cpu
 
+if [ -n "${unknown// /}" ]; then
+    echo "no result is called$unknown" >&2
+    exit 2
+fi
 [ -z "${only// /}" ] || exit 0
 cp ./*.json "$root/benchmarks/results/"
 [ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"

@@ -69,7 +69,7 @@ def heal(
             continue
         asked = clock()
         before = mean_loss([calls.run(index, state) for state in states], targets)
-        end += clock() - asked  # what is only told takes none of the time
+        end += clock() - asked  # measuring for the report does not count
         until = clock() + (end - clock()) / sum(k >= index for k in kept)
         steps = _train(calls, index, states, targets, until, rate, clock)
         states = [calls.run(index, state) for state in states]

@@ -342,6 +342,8 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     subprocess.run(named, env=environment, capture_output=True, check=True)
     assert {path.stem for path in (tmp_path / "apart").glob("*.json")} == {"kept", "choices"}
     assert "benchmarks/kept.py" in said.read_text().splitlines()[-1]  # nothing comes after it
+    named = subprocess.run([*named[:-1], "kepd"], env=environment, capture_output=True, check=False)
+    assert named.returncode == 2 and b"no result is called kepd" in named.stderr
 
 
 def test_what_is_expected_of_fewer_layers_follows_from_the_bytes(tmp_path):

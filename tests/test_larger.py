@@ -162,7 +162,7 @@ def test_a_trained_row_has_the_refit_beside_it(model, here):
     assert [*found["texts"]["code"]] == ["original", "pruned", "refit", "healed"]
     steps = ["opening", "choosing", "refit", "judging", "judging the refit", "healing"]
     assert [*found["steps"]] == [*steps, "writing and reading again", "llama.cpp"]
-    assert found["steps"]["healing"]["seconds"] > 1
+    assert found["healing"][-1]["steps"] > 0
 
 
 def test_conversations_are_the_models_own_in_its_template(model, here):

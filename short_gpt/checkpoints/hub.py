@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from llama.io.sources import is_gguf, kind_of
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.runtime.errors import ShortGPTError
+
+# the names that transformers gives the files of a model's weights, and their index
+WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
 def check_push(repo_id: str, out: StrPath, format: str | None = "hf") -> None:
@@ -33,7 +38,7 @@ def check_push(repo_id: str, out: StrPath, format: str | None = "hf") -> None:
 def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
     """Uploads all files of a model's directory, the card included; returns the page's address.
 
-    Weights that the repository has in other files are deleted.
+    The model's weights that the repository has in other files are deleted.
 
     Args:
         directory: in Hugging Face's format, as `save_hf` and `prune_hf` write it.
@@ -53,12 +58,13 @@ def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
         url = hub.create_repo(repo_id, private=private, exist_ok=True)
         message = "Upload a model pruned by ShortGPT"
         # weights of an earlier upload, in other files, would be read in place of these
-        stale = ["model*.safetensors*", "pytorch_model*.bin*"]
+        names = {path.name for path in Path(directory).iterdir()}
+        stale = [n for n in hub.list_repo_files(url.repo_id) if WEIGHTS.fullmatch(n)]
         hub.upload_folder(
             repo_id=url.repo_id,
             folder_path=str(directory),
             commit_message=message,
-            delete_patterns=stale,
+            delete_patterns=[name for name in stale if name not in names],
         )
     return str(url)
 

@@ -52,8 +52,8 @@ class ModelRecord:
         self.n_layers = len(decoder.layers)
         self.kept = list(range(self.n_layers))
         self.removed: list[int] = []
-        self.importance = Importance.empty(self.kept)
         self.changes: list[WeightChange] = []
+        self.importance = Importance.empty(self.kept)
         self.quality: dict[tuple[int, ...], Perplexity] = {}
         self.evidence: dict[str, object] = {}
         self.history: dict[str, tuple[Any, dict[str, object]]] = {}  # `Provenance` or None
@@ -74,6 +74,14 @@ class ModelRecord:
     def _repr_html_(self) -> str:
         columns = {name: [value] for name, value in self._about().items()}
         return html_table(columns, type(self).__name__)
+
+    @property
+    def importance(self) -> Importance:
+        return self._importance
+
+    @importance.setter
+    def importance(self, scores: Importance) -> None:
+        self._importance, self._scored_changes = scores, self.changes
 
     @property
     def present(self) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,7 +126,8 @@ class Provenance:
             measured = {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}
         sublayers = short.removed_sublayers
         if str(source) not in short.history:  # which the first save may write over
-            short.history[str(source)] = (cls.of_checkpoint(source), source_card(source))
+            earlier = cls.of_checkpoint(source) or cls._at_hub(short, str(source))
+            short.history[str(source)] = (earlier, source_card(source))
         earlier, card = short.history[str(source)]
         return cls(
             removed_layers=list(short.removed),
@@ -141,6 +143,27 @@ class Provenance:
             source_card=card,
             facts=dict(facts or {}),
         )._continued()
+
+    @classmethod
+    def _at_hub(cls, short: ModelRecord, name: str) -> Provenance | None:
+        """The record of a model opened by its hub id, which transformers does not fetch."""
+        config = getattr(getattr(short, "model", None), "config", None)
+        commit = getattr(config, "_commit_hash", None)  # that was opened
+        if commit is None or Path(name).exists():
+            return None
+        from huggingface_hub import errors, hf_hub_download
+
+        try:
+            return cls.read(hf_hub_download(name, PROVENANCE, revision=commit))
+        except errors.EntryNotFoundError:
+            return None
+        except Exception as error:  # of the hub, or of the package that its version connects by
+            warnings.warn(
+                f"{name} cannot be asked for its {PROVENANCE} ({error}): if layers were removed "
+                "from it before, the new record does not tell",
+                stacklevel=4,
+            )
+            return None
 
     @classmethod
     def of_scores(

@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -56,11 +55,10 @@ class Measured:
 
 
 def record_of(source: str | os.PathLike[str]) -> Entries | None:
-    """The record of a checkpoint directory, a GGUF file or a hub id; None if it has none."""
+    """The record of a checkpoint directory or a GGUF file; None if it has none."""
     path = Path(str(source))
     if not is_gguf(path):
-        at_hub = not path.exists() and is_hub_id(str(source))
-        path = _fetched(str(source)) if at_hub else path / PROVENANCE
+        path = path / PROVENANCE
         return Entries(read_record(path), str(path)) if path.is_file() else None
     text = read_header(part_paths(path)[0]).fields.get(RECORD) if path.is_file() else None
     if text is None:
@@ -73,19 +71,6 @@ def record_of(source: str | os.PathLike[str]) -> Entries | None:
     if not isinstance(content, dict):
         raise ShortGPTError(f"{where} must hold one JSON object, got {type(content).__name__}")
     return Entries(content, where)
-
-
-def _fetched(name: str) -> Path:
-    """The record of a model that was opened by its hub id, fetched; a path of nothing without one.
-
-    transformers fetches no file by that name.
-    """
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        with suppress(OSError, ValueError, errors.HfHubHTTPError):
-            return Path(hf_hub_download(name, PROVENANCE, etag_timeout=5))
-    return Path(name) / PROVENANCE
 
 
 class Entries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -170,10 +171,11 @@ def out_paths(out: StrPath) -> list[Path]:
 def check_one_file(out: StrPath) -> None:
     """Raises ShortGPTError for the name of one of several files, where one is written."""
     if len(paths := out_paths(out)) > 1:
-        name = PART.sub(r"\1.gguf", Path(str(out)).name)
+        whole = Path(str(out)).with_name(PART.sub(r"\1.gguf", Path(str(out)).name))
+        divide = shlex.join(["short-gpt", "convert", str(whole), str(out)])
         raise ShortGPTError(
-            f"{out} names one of {len(paths)} files, and one file is written: name it {name}, "
-            f"which `short-gpt convert {name} {Path(str(out)).name}` then divides"
+            f"{out} names one of {len(paths)} files, but a single file is written here: name it "
+            f"{whole}, which `{divide}` then divides"
         )
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
@@ -51,16 +52,21 @@ class Given(str):
     def __new__(cls, rows: Iterable[object]) -> Given:
         digest = getattr(rows, "_fingerprint", None)  # a Dataset's, of all that made it
         if isinstance(rows, Mapping):
-            kinds = rows.items()
-            rows = {name: own if isinstance(own, str | Path) else cls(own) for name, own in kinds}
+            rows = {name: cls._named(own) for name, own in rows.items()}
         elif hasattr(rows, "iterrows"):
-            raise ShortGPTError("a table is no texts: give a column of it, as table['text']")
+            raise ShortGPTError("expected texts, got a table: pass one of its columns")
         elif digest is None:
             rows = list(rows)
         name = f"{type(rows).__name__} {digest or json_digest(str(rows))}"
         given = super().__new__(cls, name[:30])
         given.rows = rows
         return given
+
+    @classmethod
+    def _named(cls, own: Any) -> Any:
+        # a name stays one, and what has no length may be too long to be read for a digest
+        read = isinstance(own, Sized) and isinstance(own, Iterable) and not isinstance(own, str)
+        return cls(own) if read else own
 
 
 def texts(
@@ -92,7 +98,8 @@ def texts(
         source = Given(source)
     if isinstance(source, Given):
         if isinstance(source.rows, Mapping):
-            raise ShortGPTError(f"several texts, {', '.join(map(str, source.rows))}: give one")
+            names = ", ".join(map(str, source.rows))
+            raise ShortGPTError(f"expected one source of texts, got {names}: pass one of them")
         rows = ({column: row} if isinstance(row, str) else row for row in source.rows)
         return _started((_cell(row, column) for row in rows), source)
     path = _path(source)

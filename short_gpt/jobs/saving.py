@@ -64,7 +64,7 @@ class Hub:
 
     Args:
         push_to_hub: also upload the model, with its card, to this repository of the hub, as in
-            USER/MODEL; after hf auth login.
+            USER/MODEL; after hf auth login. A model's weights there in other files are deleted.
         private: whether a repository that is made for it is private.
     """
 

@@ -203,7 +203,10 @@ class HFDecoder:
             if kinds[layer] == "shared":
                 selects = [i for i in range(layer) if kinds[i] == "full"][-1:]
                 if not {*selects} <= {*keep}:
-                    return f"layer {layer} reads the tokens that layer {selects[0]} selects"
+                    return (
+                        f"layer {layer} reads the tokens that layer {selects[0]} selects, which "
+                        "would be gone"
+                    )
         return None
 
     def _without_removal(self, keep: Sequence[int], after: Outline) -> tuple[list[str], list[Edit]]:

@@ -248,7 +248,7 @@ class StateFile:
         self.content = self._load() if self.path.exists() else None
 
     def _load(self) -> JsonObject:
-        if not self.path.stat().st_size:  # as a lost power supply may leave it
+        if not self.path.stat().st_size:  # as a power failure may leave it
             raise damaged(self.path, self._folder)
         content = read_record(self.path)
         theirs = content.get("run")

@@ -45,7 +45,6 @@ class ScoredModel(ModelRecord, ABC):
     def __init__(self, decoder: Decoder, n_prune_layers: int | None = None) -> None:
         super().__init__(decoder)
         self._weights_checked = False
-        self._scored_changes = self.changes  # of the weights, when they were scored
         self.verdict: Verdict | None = None
         self.n_prune_layers = n_prune_layers
         if n_prune_layers is not None:
@@ -150,8 +149,7 @@ class ScoredModel(ModelRecord, ABC):
         try:
             run.read(windows, total=total, progress=progress, **kinds)
         finally:  # also after Ctrl-C: what was read before counts
-            if run.into.n_windows:
-                self.importance, self._scored_changes = run.into, self.changes
+            self.importance = run.into if run.into.n_windows else self.importance
             self.verdict = run.verdict
         return self.importance
 

@@ -328,8 +328,9 @@ class ShortHFModel(ShortModel):
             open_again = partial(
                 type(self.model).from_pretrained, directory, dtype=self.model.dtype
             )
-            again, attention = open_again(), self.model.config._attn_implementation
-            if again.config._attn_implementation != attention:  # which may round otherwise
+            again, attention = open_again(), attention_of(self.model.config)
+            if attention_of(again.config) != attention:  # which may round otherwise
+                del again
                 again = open_again(attn_implementation=attention)
             if damaged := copy_weights(again):
                 raise NotFiniteError(
@@ -356,6 +357,13 @@ class ShortHFModel(ShortModel):
         # offloaded weights cannot be looked at; their states are, whenever they are read
         if not any(weight.is_meta for weight in self.decoder.layers.parameters()):
             super()._check_weights()
+
+
+def attention_of(config: Any) -> Any:
+    """The implementation of the attention; of a model in several parts by their names."""
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
+    each = {name: own._attn_implementation for name, own in parts.items() if own is not None}
+    return {"": config._attn_implementation, **each} if each else config._attn_implementation
 
 
 def _checked(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

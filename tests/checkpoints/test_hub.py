@@ -138,13 +138,15 @@ def test_weights_in_other_files_go(here, hub):
     """transformers would read the one file in place of several."""
     run("prune", "hf", "small", "--layers", 1, "--push_to_hub", "me/small")
     assert ("me/small", "model.safetensors") in hub.files
-    hub.files["me/small", "notes.txt"] = b"theirs"
+    for theirs in ("notes.txt", "lora/adapter_model.safetensors", "model.fp16.safetensors"):
+        hub.files["me/small", theirs] = b"theirs"
     parts = Path("small/model.safetensors").rename("small/model-00001-of-00001.safetensors")
     names = {name: parts.name for name in load_file(parts)}
     Path("small/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     push("small", "me/small")
     names = {path for repo, path in hub.files if repo == "me/small"}
-    assert "model.safetensors" not in names and "notes.txt" in names
+    assert "model.safetensors" not in names
+    assert {"notes.txt", "lora/adapter_model.safetensors", "model.fp16.safetensors"} <= names
     assert {parts.name, "model.safetensors.index.json"} <= names
 
 

@@ -387,23 +387,26 @@ def test_former_names_work_and_warn(tmp_path):
         assert Provenance.beside(tmp_path) is None
 
 
-def test_the_record_of_a_model_opened_by_its_hub_id_is_fetched(tmp_path, monkeypatch):
+def test_the_record_of_a_model_opened_by_its_hub_id_is_that_of_the_commit(tmp_path, monkeypatch):
     make("llama").save_pretrained(tmp_path / "whole")
     cut = prune_hf(tmp_path / "whole", tmp_path / "cut", [1])
-    asked, cached = [], {"config.json": str(cut / "config.json")}
+    asked, failures = [], {"me/plain": errors.EntryNotFoundError, "me/far": ConnectionError}
 
-    def fetch(name: str, file: str, **_: object) -> str:
-        asked.append((name, file))
-        if name != "me/cut":
-            raise errors.LocalEntryNotFoundError("not there")
+    def fetch(name: str, file: str, *, revision: str) -> str:
+        asked.append((name, revision))
+        if name in failures:
+            raise failures[name].__new__(failures[name], "not there")
         return str(cut / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, file: cached.get(file))
     short = ShortHFModel(str(cut))
     short.remove_layers([2])
+    assert Provenance.of(short, "me/cut").original_layers == [0, 1, 3, 4] and not asked
+    short = ShortHFModel(str(cut))
+    short.model.config._commit_hash = "c0ffee"  # as of a model that the hub had
+    short.remove_layers([2])
     assert Provenance.of(short, "me/cut").original_layers == [0, 2, 4, 5]
-    assert Provenance.of(short, "me/other").original_layers == [0, 1, 3, 4]
-    cached.clear()  # of a model that was never fetched the hub is not asked
-    assert Provenance.of_checkpoint("me/third") is None
-    assert asked == [("me/cut", "pruning.json"), ("me/other", "pruning.json")]
+    assert Provenance.of(short, "me/plain").original_layers == [0, 1, 3, 4]
+    with pytest.warns(UserWarning, match="me/far cannot be asked for its pruning.json"):
+        assert Provenance.of(short, "me/far").original_layers == [0, 1, 3, 4]
+    assert asked == [(name, "c0ffee") for name in ("me/cut", "me/plain", "me/far")]

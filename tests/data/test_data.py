@@ -502,19 +502,19 @@ def test_a_batch_has_at_least_one_window() -> None:
 def test_texts_by_names_are_told_apart_by_their_content() -> None:
     first, second = (Given({"a": Dataset.from_dict({"text": [t]}), "b": ["x"]}) for t in "yz")
     assert first != second and first == Given(
-        {"a": Dataset.from_dict({"text": ["y"]}), "b": iter("x")}
+        {"a": Dataset.from_dict({"text": ["y"]}), "b": ("x",)}
     )
     assert [*texts(first.rows["b"])] == ["x"]
 
 
 def test_several_texts_are_not_read_as_their_names() -> None:
-    with pytest.raises(ShortGPTError, match="several texts, train, test: give one"):
+    with pytest.raises(ShortGPTError, match="got train, test: pass one of them"):
         texts({"train": ["a"], "test": ["b"]})
 
     class Table(list):
         def iterrows(self) -> None: ...
 
-    with pytest.raises(ShortGPTError, match="give a column of it"):
+    with pytest.raises(ShortGPTError, match="got a table: pass one of its columns"):
         texts(Table(["text"]))
 
 

@@ -437,7 +437,7 @@ def test_tasks_are_paired(here, lm_eval, tasks, capsys):
         (("hf", "out", "--budget", 2), "--budget = 2: refitting the candidates may take 13 bare"),
         (("hf", "out", *STREAM, "--minutes", 1), "--minutes needs the model in memory"),
         (("hf", "out", *STREAM, "--to", "meta"), "is written in its own format, hf"),
-        (("hf", "out-00001-of-00002.gguf"), "names one of 2 files, and one file is written"),
+        (("hf", "out-00001-of-00002.gguf"), "names one of 2 files, but a single file is written"),
         (("model.gguf", "out-00002-of-00002.gguf"), "name it out.gguf, which `short-gpt convert"),
     ],
 )
