@@ -286,7 +286,7 @@ def kept() -> list[str]:
             cells = [f"{mean['value']:.3f}, {mean['change']:+.3f} ({mean['standard_error']:.3f})"]
             cells += [share(mean), share(own["without boolq"])]
         better = own["refit against it"]
-        cells.append(f"{better['change']:+.3f} ({better['standard_error']:.3f})" if better else "")
+        cells += [_added(better), _added(better["without boolq"])] if better else ["", ""]
         texts = [_text(c) if healed else f"{c['perplexity']:.2f}" for c in own["texts"].values()]
         seconds = f"{healing['processor_seconds']:.0f}" if healing else ""
         lines.append(row(layers, healed, *cells, *texts, seconds))
@@ -310,18 +310,14 @@ def _judging(own: dict) -> dict[str, float]:
     return {task: values.get(f"{task} acc_norm", values[f"{task} acc"]) for task in tasks}
 
 
-GUESSED = dict.fromkeys(("piqa", "winogrande", "copa", "winograd_wsc"), 0.5)  # of two answers
-GUESSED |= dict.fromkeys(("arc_easy", "arc_challenge", "openbook_qa"), 0.25)
-GUESSED |= {"lambada_openai": 0.0}
+def _added(change: dict) -> str:
+    return f"{change['change']:+.3f} ({change['standard_error']:.3f})"
 
 
-def above_guesses(own: dict) -> float:
-    """What a model has above guessing, summed over the tasks but boolq.
-
-    The original answers boolq worse than a guess, which would count for the damaged ones.
-    """
-    told = {task: value for task, value in _judging(own).items() if task != "boolq"}
-    return sum(value - GUESSED[task] for task, value in told.items())
+def lost_in_lambada(own: dict, whole: dict) -> float:
+    """Of what a model lost of all tasks but boolq, the part that it lost in lambada."""
+    lost = {task: _judging(whole)[task] - value for task, value in _judging(own).items()}
+    return lost["lambada_openai"] / (sum(lost.values()) - lost["boolq"])
 
 
 def share(mean: dict) -> str:

@@ -373,7 +373,7 @@ def healed() -> str:
 
 TASKS = "| {} of 30 layers removed | original | pruned | refitted | refitted and distilled |"
 KEPT = "| layers removed | healed by | mean of nine tasks | share kept (95%) | without boolq (95%) "
-KEPT += "| what 'refit, both' adds "
+KEPT += "| what 'refit, both' adds | without boolq "
 KEPT += "| held-out chapters | WikiText-2, second half | novels | core-seconds |"
 KEPT_TASKS = "| layers removed | healed by | piqa | arc-easy | winogrande | lambada "
 KEPT_TASKS += "| arc-challenge | boolq | openbook-qa | copa | wsc "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evidence_tables import above_guesses, adapter, share, swept, swept_beside
+from evidence_tables import adapter, lost_in_lambada, share, swept, swept_beside
 from healing_tables import above, group, minutes, novels, passes
 from made_tables import (
     default_cut,
@@ -72,73 +72,127 @@ def kept_share(name: str) -> str:
 
 
 def kept_in_readme() -> str:
-    pruned = result("kept")["rows"]["auto pruned"]["mean"]["share"]
+    rows = result("kept")["rows"]
+    pruned, bi = rows["auto pruned"]["mean"]["share"], rows["bi pruned"]
+    fair = [f"{rows[f'auto {how}']['without boolq']['share']:.1%}" for how in HEALED]
     return (
         f"keeps {pruned:.1%} of its mean over nine tasks as pruned, {kept_share('auto refit')} "
-        f"refitted, and {kept_share('auto distilled')} distilled"
+        f"refitted, and {kept_share('auto distilled')} distilled; without boolq, which damaged "
+        "models answer better than the original, {}, {} and {}. ".format(*fair)
+        + f"Block Influence's set keeps {bi['mean']['share']:.1%} as pruned, and without boolq "
+        f"{bi['without boolq']['share']:.1%}"
     )
+
+
+HEALED = ("pruned", "refit", "distilled")
+CHOSEN = ("auto", "greedy", "bi")
+CLOSED = ("pruned", "linearpatch", "ghosted", "replaceme", "layerwise")  # beside the refit
 
 
 def guessed() -> list[str]:
     """Of what the original has above guessing, what auto's set keeps by how it was healed."""
     rows = result("kept")["rows"]
-    whole = above_guesses(rows["original"])
-    ways = ("pruned", "refit", "distilled")
-    return [f"{above_guesses(rows[f'auto {how}']) / whole:.0%}" for how in ways]
+    shares = [rows[f"auto {how}"]["above guessing"] for how in HEALED]
+    return ["{:.0%} ({:.0%} to {:.0%})".format(s["share"], *s["interval_95"]) for s in shares]
+
+
+def of(change: Mapping[str, Any]) -> str:
+    """A change of the mean, by its size, and its error."""
+    return f"{abs(change['change']):.3f} ({change['standard_error']:.3f})"
+
+
+def beyond(change: Mapping[str, float], key: str = "change") -> bool:
+    return abs(change[key]) > 2 * change["standard_error"]
 
 
 def shares() -> list[str]:
     """Sentences on the shares of a mean over tasks that are kept."""
-    rows = result("kept")["rows"]
+    found = result("kept")
+    rows, pairs, ranked = found["rows"], found["pairs"], found["kendall"]
     shown = {name: f"{row['mean']['share']:.1%}" for name, row in rows.items()}
     without = {name: f"{row['without boolq']['share']:.1%}" for name, row in rows.items()}
-    auto, bi = shown["auto refit"], shown["bi pruned"]
-    ranked = result("kept")["kendall"]
-    assert ranked["pruned"]["models"] == 3
-    assert rows["bi linearpatch"]["mean"]["value"] < rows["bi pruned"]["mean"]["value"]
 
-    def beside(name: str, *, fairly: bool = False) -> str:
+    def gained(name: str, *, fairly: bool = True) -> str:
         added = rows[name]["refit against it"]
-        added = added["without boolq"] if fairly else added
-        return f"{abs(added['change']):.3f} ({added['standard_error']:.3f})"
+        return of(added["without boolq"] if fairly else added)
 
-    trained = [rows[f"{chosen} distilled"] for chosen in ("auto", "bi")]
-    for row in trained:
-        for text in row["refit against it"]["texts"].values():
-            assert text["nats"] > 2 * text["standard_error"]  # the refit's loss is the higher one
+    def apart(name: str, *, fairly: bool = True) -> str:
+        return of(pairs[name]["without boolq"] if fairly else pairs[name])
+
+    others = {
+        f"{chosen} {how}": rows[f"{chosen} {how}"]["refit against it"]
+        for chosen in CHOSEN
+        for how in CLOSED
+    }
+    assert all(
+        text["nats"] < 0 and beyond(text, "nats")
+        for one in others.values()
+        for text in one["texts"].values()
+    )
+    half = {
+        (name, kind): text
+        for name, one in others.items()
+        for kind, text in one["texts, second half"].items()
+    }
+    (near,) = [text for text in half.values() if not beyond(text, "nats")]
+    assert near is half["auto ghosted", "held-out chapters"]
+    ahead = [name for name, one in others.items() if beyond(one["without boolq"])]
+    assert ahead == ["auto replaceme", *(f"bi {how}" for how in CLOSED[1:])]
+    assert all(others[name]["without boolq"]["change"] > 0 for name in ahead)
+    trained = {chosen: rows[f"{chosen} distilled"]["refit against it"] for chosen in CHOSEN}
+    for one in trained.values():
+        assert not beyond(one["without boolq"])
+        assert all(text["nats"] > 0 and beyond(text, "nats") for text in one["texts"].values())
     seconds = {how: rows[f"auto {how}"]["healing"] for how in ("distilled", "refit")}
     spent = {how: f"{own['processor_seconds']:.0f}" for how, own in seconds.items()}
-    others = [f"auto {name}" for name in ("pruned", "replaceme", "ghosted")]
-    fairer = [beside(name, fairly=True) for name in others]
+    lost = [f"{lost_in_lambada(rows[f'auto {how}'], rows['original']):.0%}" for how in HEALED]
+    last = [
+        rows[name]["tasks"]["lambada_openai acc"]["value"]
+        for name in ("original", "auto pruned", "auto refit")
+    ]
     return [
-        f"auto's set keeps {shown['auto distilled']} of the mean, and Block Influence's "
-        f"{shown['bi distilled']}",
-        f"The mean is {beside('auto distilled')} and {beside('bi distilled')} above the refit's.",
-        f"Without boolq it is {without['auto distilled']} and {without['bi distilled']}, and "
-        f"{beside('auto distilled', fairly=True)} and {beside('bi distilled', fairly=True)} above",
+        "of auto's set, {:.3f} ({:.3f})".format(abs(near["nats"]), near["standard_error"]),
+        "without boolq {} on auto's set, {} on greedy search's and {} on Block Influence's".format(
+            *(gained(f"{c} pruned") for c in CHOSEN)
+        ),
+        "better than auto's by {} and than greedy search's by {}".format(
+            apart("bi pruned less auto pruned"), apart("bi pruned less greedy pruned")
+        ),
+        "{} from auto's refitted and {} from auto's distilled".format(
+            apart("bi pruned less auto refit"), apart("bi pruned less auto distilled")
+        ),
+        "{} (auto), {} (greedy search) and {} (Block Influence), "
+        "without boolq {}, {} and {}".format(
+            *(shown[f"{c} refit"] for c in CHOSEN), *(without[f"{c} refit"] for c in CHOSEN)
+        ),
+        "{} of the mean of auto's set, {} of greedy search's and {} of Block Influence's".format(
+            *(shown[f"{c} distilled"] for c in CHOSEN)
+        ),
+        "{}, {} and {} above the refit's".format(
+            *(gained(f"{c} distilled", fairly=False) for c in CHOSEN)
+        ),
+        "Without boolq the shares are {}, {} and {}, and {}, {} and {} above".format(
+            *(without[f"{c} distilled"] for c in CHOSEN),
+            *(gained(f"{c} distilled") for c in CHOSEN),
+        ),
+        "by {}, {} and {} without boolq".format(
+            *(apart(f"{c} distilled less {c} pruned") for c in CHOSEN)
+        ),
         f"Training takes {spent['distilled']} core-seconds with its refit",
         f"where the refit alone takes {spent['refit']}.",
-        "than the pruned model by {}, than ReplaceMe by {} and than Ghosted Layers by {}".format(
-            *map(beside, others)
-        ),
-        "without boolq by {}, {} and {}.".format(*fairer),
-        f"As pruned, Block Influence's set keeps {bi}, nearly as much as auto's",
-        f"and leaves the tasks at {shown['bi refit']}. Over",
         f"Over the {ranked['healed']['models']} healed models",
         f"and the mean is {ranked['healed']['tau']:.2f};",
-        f"Of the three pruned ones it is {ranked['pruned']['tau']:.2f}.",
-        f"ahead of Ghosted Layers by {beside('bi ghosted')}.",
-        f"and is {beside('bi linearpatch')} behind the refit",
-        f"{auto} (auto), {shown['bi refit']} (Block Influence) and {shown['greedy refit']} (greedy "
-        f"search). As pruned, Block Influence's keeps {bi}, greedy search's "
-        f"{shown['greedy pruned']} and auto's {shown['auto pruned']}",
-        f"auto's set keeps {without['auto pruned']} as pruned, {without['auto linearpatch']} with "
-        f"LinearPatch, and {without['auto refit']} refitted; Block Influence's set keeps "
-        f"{without['bi pruned']} as pruned and {without['bi refit']} refitted",
         "auto's set keeps {} as pruned, {} refitted and {} distilled".format(*guessed()),
-        f"real text keeps {shown['auto refit-text']}, own samples {shown['auto refit-own']} and "
-        f"the mix {auto}; without boolq {without['auto refit-text']}, {without['auto refit-own']} "
-        f"and {without['auto refit']}",
+        "About half of what is lost so is lost in lambada ({}, {} and {})".format(*lost),
+        "the original has {:.3f} right, the pruned model {:.3f} and the refitted one {:.3f}".format(
+            *last
+        ),
+        *(
+            "real text keeps {}, own samples {} and the mix {} of {}'s".format(
+                *(without[f"{c} {how}"] for how in ("refit-text", "refit-own", "refit")), name
+            )
+            for c, name in zip(CHOSEN, ("auto", "greedy search", "Block Influence"), strict=True)
+        ),
     ]
 
 
@@ -352,29 +406,27 @@ def evidence() -> list[str]:
     kept, distilled = result("kept")["rows"], result("distillation")["rows"]
     held = "held-out chapters"
     after, before = (f"{distilled[name][held]['perplexity']:.2f}" for name in ("distill", "refit"))
-    shares = [kept_share(f"auto {how}") for how in ("refit", "pruned")]
-    without = {name: f"{row['without boolq']['share']:.1%}" for name, row in kept.items()}
-    gained = kept["auto pruned"]["refit against it"]
-    trained = kept["auto distilled"]["refit against it"]
-    assert trained["change"] < 2 * trained["without boolq"]["change"]  # boolq's is the larger part
+    kept_by = [kept_share(f"auto {how}") for how in HEALED]
+    fair = [f"{kept[f'auto {how}']['without boolq']['share']:.1%}" for how in HEALED]
+    gained = [of(kept[f"{c} pruned"]["refit against it"]["without boolq"]) for c in CHOSEN]
+    beside = of(result("kept")["pairs"]["bi pruned less auto pruned"]["without boolq"])
+    trained = kept["auto distilled"]["refit against it"]["without boolq"]
     pair = "own-24 less book+wikitext-24"
     usual = result("refit_usual")["sets"]["Block Influence"]["usual"]
     whole_step = usual["step 1, ridge 2 F / N"]["kinds"]["all three kinds"]["nats"]
     ratios = result("scoring")["ratios"]
     return [
-        f"{kept_share('auto distilled')} of the mean over nine tasks, {-trained['change']:+.3f} "
-        f"({trained['standard_error']:.3f}) of the mean paired with the refit",
-        "{}, where the pruned model keeps {}, {:+.3f} ({:.3f}) of the mean".format(
-            *shares, gained["change"], gained["standard_error"]
+        "auto's set keeps {} as pruned, {} refitted and {} distilled; without boolq".format(
+            *kept_by
         ),
-        "without boolq {} and {}, {:+.3f} ({:.3f}), and {} and {} of what is above".format(
-            *(without[f"auto {how}"] for how in ("refit", "pruned")),
-            gained["without boolq"]["change"],
-            gained["without boolq"]["standard_error"],
-            *reversed(guessed()[:2]),
+        "which flatters damaged models, {}, {} and {}.".format(*fair),
+        "the refit gains {} of the mean on auto's set, {} on greedy search's and {} on".format(
+            *gained
         ),
-        f"another set keeps {kept['bi pruned']['mean']['share']:.1%} as pruned, "
-        f"{without['bi pruned']} without boolq",
+        "auto's set keeps {}, {} and {}; [".format(*guessed()),
+        f"is better at tasks than auto's by {beside} without boolq",
+        f"it keeps {kept_by[2]}, without boolq {fair[2]}, where its gain over the refit, "
+        f"{of(trained)}",
         f"better than 24 real ones of two other texts by {apart(pair, 'novels')} nats "
         f"(standard error {apart(pair, 'novels', error=True)})",
         f"[{after} in place of {before}]",
