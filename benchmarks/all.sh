@@ -105,8 +105,6 @@ script choices choices --also wikitext2_test.txt --others lambada_passages.txt -
 script optimality optimality --judged 3 --checked 2
 script refit_parts refits --also wikitext2_test.txt --others lambada_passages.txt
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt
-script refit_ridges refit_choices --also wikitext2_test.txt --others lambada_passages.txt \
-    --sets "Block Influence" --only tokens
 script refit_usual refit_choices --count 36 --size 1024 --only usual --sets "Block Influence" \
     --also wikitext2_test.txt --others lambada_passages.txt
 script refit_sinks refit_choices --also wikitext2_test.txt --others lambada_passages.txt --only sinks \

@@ -26,12 +26,14 @@ from outcome import begin, finish
 from scoring import SIZE, bare, build
 
 from short_gpt import ShortLlama, own_samples, windows
-from short_gpt.data import demo
+from short_gpt.data import demo, without_overlap
 from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import PatchSettings, RefitSettings, refit
 
 LAYERS = (2, 3, 12, 13, 14, 15, 17, 25)  # the lowest 8 by Block Influence on the book
+FIRST_HALF = "first half of the second text"
+MOST_JUDGED = 24  # windows of a kind by which a script judges, at most
 PASSES = 4.0  # that a refit may take, the solving included
 Windows = list[list[int]]
 
@@ -115,6 +117,27 @@ def judged_by(
     for path in filter(None, (others or "").split(",")):
         kinds[Path(path).stem] = cut(short, [Path(path).read_text("utf-8")], judged, size)
     return kinds
+
+
+def chosen_by(
+    short: ShortLlama, also: str, others: str, learned: Windows, judged: int, size: int = SIZE
+) -> dict[str, Windows]:
+    """Windows to choose settings by, by their kind: nothing is fitted on them.
+
+    They are of the texts that are learned from, and of the last tenth of the novels without what
+    `judged_by` takes of it: what is chosen is not judged by the same text.
+    """
+    novels = Path(others).read_text("utf-8")
+    tail = novels[novels.rfind("\n", 0, len(novels) * 9 // 10) :]
+    texts = {"chapters": demo.bible("calibration"), FIRST_HALF: [halves(also)[0]]}
+    taken = [*learned]
+    for each in (size, SIZE):
+        taken += judged_by(short, None, others, MOST_JUDGED, each)[Path(others).stem]
+    found = {}
+    for kind, read in {**texts, "novels": [tail]}.items():
+        own = cut(short, read, len(learned) + 4 * judged, size)
+        found[kind] = without_overlap(own, taken)[0][:judged]
+    return found
 
 
 def cut(short: ShortLlama, texts: Sequence[str], limit: int, size: int = SIZE) -> Windows:

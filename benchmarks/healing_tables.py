@@ -17,6 +17,7 @@ from evidence_tables import layer_set, result, row
 from short_gpt.scoring.metrics import student_t
 
 KINDS = ("held-out chapters", "WikiText-2, second half", "novels")
+CHOSEN_BY = ("chapters", "first half of the second text", "novels")
 JUDGED = ("held-out chapters", "other half of the second text", "novels")
 PERPLEXITIES = ("original", "pruned")
 Cells = Mapping[str, Mapping[str, float]]  # by kind of text
@@ -112,21 +113,16 @@ def windows() -> list[str]:
 
 
 def choices() -> list[str]:
-    """Every case of `refit_choices.py`: perplexities, and what each is from another case by."""
-    lines, rules = [], result("refit_ridges")["sets"]
+    """Every case of `refit_choices.py`: perplexities, and what each is from the usual refit by."""
+    lines = []
     for name, found in result("refit_choices")["sets"].items():
         of = f"{name}'s 8"
-        lines += [row(f"{of}: {model}", *_plain(found[model]), "") for model in PERPLEXITIES]
-        groups = [found[g] for g in ("steps", "ridges", "curve", "realigned") if g in found]
-        if name in rules:  # of its fixed ridges the table has the rows already
-            tokens = rules[name]["tokens"].items()
-            groups.append({case: cells for case, cells in tokens if "F / N" in case})
-        for group in groups:
-            for case, cells in group.items():
-                kinds, than = cells["kinds"], cells["than"]
-                cell = [f"{kinds[kind]['perplexity']:.2f}{_than(kinds[kind])}" for kind in JUDGED]
-                against = "" if than == case else f"{_than(kinds['all three kinds'])[2:]}: {than}"
-                lines.append(row(f"{of}: {case}", *cell, against))
+        for model in PERPLEXITIES:
+            lines.append(row(f"{of}: {model}", *(f"{found[model][k]:.2f}" for k in CHOSEN_BY), ""))
+        for case, cells in (found["usual"] | found["ridges"]).items():
+            kinds, every = cells["kinds"], cells["kinds"]["all three kinds"]
+            values = [f"{kinds[k]['perplexity']:.2f}{_than(kinds[k])}" for k in CHOSEN_BY]
+            lines.append(row(f"{of}: {case}", *values, _than(every)[2:]))
     return lines
 
 

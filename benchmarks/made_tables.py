@@ -490,6 +490,8 @@ TABLES: dict[str, Callable[[], str]] = {
         f"{HEALED.format('layers removed, and the refit')} all kinds |", healing.confirmed
     ),
     "refit by step size and ridge": table(
-        f"{HEALED.format('layers removed, and the refit')} all kinds, against |", healing.choices
+        "| layers removed, and the refit | chapters | WikiText-2, first half | novels "
+        "| all kinds |",
+        healing.choices,
     ),
 }

@@ -2,11 +2,12 @@
 
 8 of 30 layers are removed: greedy search's, or those of lowest Block Influence on the model's own
 samples. Every case refits the pruned model on windows of the book and of another text, half of
-each, and is judged on held-out chapters, on the half of the second text that nothing was fitted on,
-and on novels. Differences are paired over windows. ``local`` ridges are those of 0.01, 0.1 and 1
-that lower the error of each matrix on held-out windows most, as in earlier versions. The group
-``sinks`` has the patch, too, and sets whose removal takes away the state of a window's first token:
-it weighs 1 / ||T||^2 as other tokens in the first of two fits, and more in the second.
+each. It is judged on other windows of these, and on novels: windows that no refit reads and by
+which no other script judges, so that the settings are chosen apart from what judges the refit.
+Differences are paired over windows. The ridge ``local`` is that of 0.01, 0.1 and 1 that lowers the
+error of a matrix on held-out windows most. The group ``sinks`` has the patch, too, and sets whose
+removal takes away the state of a window's first token: it weighs 1 / ||T||^2 as other tokens in the
+first of two fits, and more in the second.
 
     python benchmarks/refit_choices.py --also FILE --others FILE --out refit_choices.json
 
@@ -27,7 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 import fire
-from healing import Windows, cut, fitted_on, halves
+from healing import Windows, chosen_by, fitted_on
 from outcome import begin, finish
 from real_models import MODELS
 from realigned import realigned
@@ -66,7 +67,7 @@ class Case:
     """Settings of a refit, and the ridge of the maps that realign its inputs, if there are any."""
 
     step_size: float = 0.5
-    ridges: tuple[float, ...] | None = LOCAL  # None: `times` the inputs by tokens, F / N
+    ridges: tuple[float, ...] | None = None  # None: `times` the inputs by tokens, F / N
     maps: float | None = None
     times: float = 2.0
     lost: float | None = 2.0  # of its settings, see there
@@ -84,48 +85,31 @@ class Case:
         return f"{patch}step {self.step_size:g}, ridge {ridge}{maps}{sinks}"
 
 
-FORMER, HALF, CHOSEN = Case(1.0), Case(), Case(ridges=(0.3,))
-USUAL, STEPS = Case(ridges=None), (0.35, 0.7, 1.0)
-TOKENS = {Case(ridges=None, times=times): CHOSEN for times in (1.0, 2.0)}
-TOKENS |= {Case(ridges=(ridge,)): CHOSEN for ridge in (0.03, 0.1)}
-SINKS = {
-    case: replace(usual, lost=None)
-    for usual in (Case(ridges=None), Case(1.0, where="gaps"))
-    for case in (replace(usual, lost=None), usual)
-}
-# by set of layers and group, every case with the one that it is compared with
-CASES: dict[str, dict[str, dict[Case, Case]]] = {
-    "Block Influence": {
-        "steps": {FORMER: FORMER, HALF: FORMER, CHOSEN: FORMER},
-        "ridges": {Case(ridges=(ridge,)): HALF for ridge in (0.03, 0.1, 0.3, 1.0, 3.0)},
-        "curve": {Case(step, (0.3,)): CHOSEN for step in (0.2, 0.35, 0.7)},
-        "realigned": {Case(maps=0.1): HALF},
-        "tokens": TOKENS,
-        "usual": {case: USUAL for case in (USUAL, *(replace(USUAL, step_size=s) for s in STEPS))}
-        | {replace(USUAL, maps=0.1): USUAL},
-        "sinks": SINKS,
-    },
-    "best angular block": {"sinks": SINKS},
-    "layers 1 to 4": {"sinks": SINKS},
-    "layers 2 and 3": {"sinks": SINKS},
-    "greedy search": {
-        "steps": {FORMER: FORMER, HALF: FORMER, CHOSEN: FORMER},
-        "ridges": {CHOSEN: HALF},
-        "tokens": TOKENS,
-        "sinks": SINKS,
+USUAL = Case()
+OTHERS = [*(Case(step) for step in (0.2, 0.35, 0.7, 1.0)), Case(maps=0.1)]
+RIDGES = [Case(ridges=ridges) for ridges in (LOCAL, *((r,) for r in (0.03, 0.1, 0.3, 1.0, 3.0)))]
+RIDGES += [Case(times=times) for times in (1.0, 4.0)]
+# by group, every case with the one that it is compared with
+CASES = {
+    "usual": dict.fromkeys([USUAL, *OTHERS], USUAL),
+    "ridges": dict.fromkeys(RIDGES, USUAL),
+    "sinks": {
+        case: replace(usual, lost=None)
+        for usual in (USUAL, Case(1.0, where="gaps"))
+        for case in (replace(usual, lost=None), usual)
     },
 }
 
 
 def main(
     also: str,
-    others: str | None = None,
+    others: str,
     model: str = "smollm2",
     count: int = 24,
     own: int = 0,
     size: int = 512,
     judged: int = 8,
-    only: str | Sequence[str] = ("steps", "ridges", "curve", "realigned"),
+    only: str | Sequence[str] = ("usual", "ridges"),
     sets: str | Sequence[str] = ("greedy search", "Block Influence"),
     out: str | None = None,
     overwrite: bool = False,
@@ -144,15 +128,11 @@ def main(
     """
     begin(out, overwrite=overwrite)
     short = build() if model == "smollm2" else open_trainable(str(MODELS[model]()))
-    kinds = {"held-out chapters": cut(short, demo.bible("held_out"), judged, size)}
-    kinds["other half of the second text"] = cut(short, [halves(also)[1]], judged, size)
-    for path in filter(None, (others or "").split(",")):
-        with open(path, encoding="utf-8") as file:
-            kinds["novels"] = cut(short, [file.read()], judged, size)
+    learned = fitted_on(short, count // 2, count // 2, also, size)
+    kinds = chosen_by(short, also, others, learned, judged, size)
     identity = {"model": short.identity(), "count": count, "judged by": json_digest(kinds)}
     identity |= {"own": own} if own else {}
     cells = Cells(StateFile(f"{out or 'refit_choices'}.state", identity, every=0.0))
-    learned = fitted_on(short, count // 2, count // 2, also, size)
     if own:
         learned += own_samples(
             open_model(str(demo.gguf_file())), own, size, beside=Path(out or "refit_choices")
@@ -162,9 +142,9 @@ def main(
     for name in named(sets):
         trial = Trial(cells, short, kinds, SETS[name], learned)
         result[name] = trial.models()
-        for group in (group for group in CASES[name] if group in named(only)):
+        for group in named(only):
             result[name][group] = rows = {}
-            for case, than in CASES[name][group].items():
+            for case, than in CASES[group].items():
                 rows[case.name] = trial.row(case, than)
                 print(line(name, case.name, rows[case.name]), flush=True)
     content = {

@@ -401,6 +401,47 @@ def optimal_sentences() -> list[str]:
     ]
 
 
+REFITTED = ("Block Influence", "greedy search")  # whose sets `refit_choices.py` refits
+
+
+def cost(name: str, group: str, case: str) -> str:
+    """What a case of the refit's settings is from the usual one by, over three kinds of text."""
+    kinds = result("refit_choices")["sets"][name][group][case]["kinds"]["all three kinds"]
+    return f"{abs(kinds['nats']):.3f} ({kinds['standard_error']:.3f})"
+
+
+def settings() -> list[str]:
+    """Sentences on the refit's step size and ridge."""
+    steps = {
+        step: [cost(name, "usual", f"step {step}, ridge 2 F / N") for name in REFITTED]
+        for step in ("0.2", "0.35", "0.7", "1")
+    }
+    realigned = "step 0.5, ridge 2 F / N, inputs realigned (ridge 0.1)"
+    ridges = {
+        ridge: [cost(name, "ridges", f"step 0.5, ridge {ridge}") for name in REFITTED]
+        for ridge in ("local", "0.03", "1", "F / N", "4 F / N")
+    }
+    for name in REFITTED:  # none is better
+        cases = result("refit_choices")["sets"][name]
+        every = cases["ridges"] | {k: v for k, v in cases["usual"].items() if "inputs" not in k}
+        assert all(case["kinds"]["all three kinds"]["nats"] >= 0 for case in every.values())
+    moved = [cost(name, "usual", realigned) for name in REFITTED]
+    return [
+        "0.2 is worse by {} nats without Block Influence's layers and {} without greedy".format(
+            *steps["0.2"]
+        ),
+        "0.7 by {} and {}, and the whole step by {} and {}.".format(*steps["0.7"], *steps["1"]),
+        "0.35 differs by {} and {}: within twice the error.".format(*steps["0.35"]),
+        "by {} without Block Influence's layers and by {} without greedy".format(*moved),
+        "0.03 is worse by {} and {}, 1 by {} and {}, and the local one by {} and {}.".format(
+            *(ridges[r][i] for r in ("0.03", "1", "local") for i in (0, 1))
+        ),
+        "Half of it, F / N, costs {} and {}, twice of it {} and {}.".format(
+            *ridges["F / N"], *ridges["4 F / N"]
+        ),
+    ]
+
+
 def evidence() -> list[str]:
     """What the page of evidence prints of other pages' results."""
     kept, distilled = result("kept")["rows"], result("distillation")["rows"]
@@ -412,8 +453,6 @@ def evidence() -> list[str]:
     beside = of(result("kept")["pairs"]["bi pruned less auto pruned"]["without boolq"])
     trained = kept["auto distilled"]["refit against it"]["without boolq"]
     pair = "own-24 less book+wikitext-24"
-    usual = result("refit_usual")["sets"]["Block Influence"]["usual"]
-    whole_step = usual["step 1, ridge 2 F / N"]["kinds"]["all three kinds"]["nats"]
     ratios = result("scoring")["ratios"]
     return [
         "auto's set keeps {} as pruned, {} refitted and {} distilled; without boolq".format(
@@ -430,7 +469,9 @@ def evidence() -> list[str]:
         f"better than 24 real ones of two other texts by {apart(pair, 'novels')} nats "
         f"(standard error {apart(pair, 'novels', error=True)})",
         f"[{after} in place of {before}]",
-        f"{whole_step:.2f} over three kinds with windows of 1024 tokens",
+        "the whole step is worse by {} and {} nats over three kinds of text".format(
+            *(cost(name, "usual", "step 1, ridge 2 F / N") for name in REFITTED)
+        ),
         f"{spread(ratios['scoring / bare'])} times a bare pass, in the same run",
         f"{spread(ratios['mixed / bare'], 2)} of the time of a bare pass in float32",
     ]
@@ -456,6 +497,7 @@ MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
         lambda: f"took {passes()} times",
         lambda: f"On two CPU cores it took {minutes()}",
         more_text,
+        settings,
         lambda: f"it restores {restored(0)} of the lost nats on held-out chapters",
         lambda: f"{restored(2)} on novels and {restored(1)} on WikiText-2",
     ),
