@@ -18,8 +18,10 @@ from short_gpt.runtime.errors import ShortGPTError
 
 # Config entries that list layers by number. Entries with one value a layer need no list: they
 # are known by their length.
-NUMBERED: tuple[str, ...] = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
-NUMBERED += ("attn_layer_indices", "rope_scaling_layers")
+NUMBERED = (
+    *("mlp_only_layers", "moe_layers", "full_attn_idxs"),
+    *("attn_layer_indices", "rope_scaling_layers"),
+)
 # Config entries that count the first layers, which are of another kind than those after them.
 LEADING = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
 # Config entries that count the layers beside the usual one, in BART's decoders and xLSTM.

@@ -187,7 +187,7 @@ def angular_heatmap(
     axes.locator_params(integer=True)
     if layers is not None:
         axes.xaxis.set_major_formatter(
-            lambda place, _: f"{numbers[int(place)]}" if 0 <= place < n_layers else ""
+            lambda place, _: f"{numbers[round(place)]}" if 0 <= place < n_layers else ""
         )
     axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -219,9 +219,8 @@ def _outline(axes: Axes, place: int, block: Sequence[int]) -> None:
 
     n, corner = len(block), (place - 0.5, len(block) - 0.5)
     frame = Rectangle(corner, 1, 1, fill=False, edgecolor=REMOVED, linewidth=2)
-    frame.set_label(
-        f"best of {n}: layers {block[0]} to {block[-1]}" if n > 1 else f"best layer: {block[0]}"
-    )
+    layers = span(block).replace("..", " to ")
+    frame.set_label(f"best of {n}: layers {layers}" if n > 1 else f"best layer: {layers}")
     frame.set_path_effects([withStroke(linewidth=4, foreground="white")])
     axes.add_patch(frame)
 

@@ -41,8 +41,8 @@ def draw_scores(importance: Importance, folder: Path, n: int | None = None) -> l
     block = None if n is None else (importance.least_important(n, angular=True)[0], n)
     scores, margin, layers = importance.block_influence, importance.margin, importance.layers
     bars = importance_bars(scores, margin=margin, removed=removed, layers=layers)
-    map_ = angular_heatmap(importance.angular, block=block, layers=layers)
-    return _save("scores", folder, bars, map_)
+    heatmap = angular_heatmap(importance.angular, block=block, layers=layers)
+    return _save("scores", folder, bars, heatmap)
 
 
 def draw_published(importance: Importance, comparison: PaperComparison, folder: Path) -> list[Path]:

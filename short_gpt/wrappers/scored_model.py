@@ -149,7 +149,8 @@ class ScoredModel(ModelRecord, ABC):
         try:
             run.read(windows, total=total, progress=progress, **kinds)
         finally:  # also after Ctrl-C: what was read before counts
-            self.importance = run.into if run.into.n_windows else self.importance
+            if run.into.n_windows:
+                self.importance = run.into
             self.verdict = run.verdict
         return self.importance
 

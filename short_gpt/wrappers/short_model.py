@@ -158,7 +158,7 @@ class ShortModel(ScoredModel):
             check_exist(layers, self.kept)
         positions = {kind: [self.kept.index(i) for i in each] for kind, each in removed.items()}
         changes = []
-        for kind, layers in removed.items():
+        for kind, layers in [(kind, layers) for kind, layers in removed.items() if layers]:
             own: Any = {**dict.fromkeys(removed, ()), kind: positions[kind]}
             parameters = sublayer_parameters(self.decoder, self.kept, **own)
             how = {"method": REMOVED_SUBLAYERS, kind: layers}

@@ -70,7 +70,9 @@ def test_layers_keep_their_numbers_after_a_removal():
         importance_bars(LEVEL[:4], removed=[1], layers=layers)
     figure = angular_heatmap(torch.rand(5, 5), block=(3, 2), layers=layers)
     (frame,) = [p for p in figure.axes[0].patches if isinstance(p, Rectangle)]
-    assert frame.get_label() == "best of 2: layers 3 to 4" and frame.get_xy() == (0.5, 1.5)
+    assert frame.get_label() == "best of 2: layers 3, 4" and frame.get_xy() == (0.5, 1.5)
+    across = angular_heatmap(torch.rand(5, 5), block=(0, 3), layers=layers).axes[0]
+    assert across.patches[0].get_label() == "best of 3: layers 0, 3, 4"
     png(figure)
     labels = {round(t.get_position()[0]): t.get_text() for t in figure.axes[0].get_xticklabels()}
     assert {1: "3", 2: "4"}.items() <= labels.items()
@@ -225,7 +227,7 @@ def test_the_block_is_outlined_at_its_start_and_size() -> None:
     assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((0.5, 1.5), 1, 1)
     assert not frame.get_fill()
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["least distance for its number of layers", "best of 2: layers 1 to 2"]
+    assert labels == ["least distance for its number of layers", "best of 2: layers 1, 2"]
     assert png(figure)
     assert not angular_heatmap(distances()).axes[0].patches
 

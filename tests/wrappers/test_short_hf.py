@@ -522,8 +522,15 @@ def test_scores_of_a_model_before_its_weights_changed_are_not_added_to():
     fresh.measure(windows, progress=False)
     assert torch.equal(fresh.importances, changed)
     undo()
+    with pytest.raises(KeyboardInterrupt):  # before a window was read
+        short.measure(interrupted_at_once(), total=1, progress=False)
     short.measure(windows[:1], progress=False)
     assert short.n_windows == 1
+
+
+def interrupted_at_once():
+    raise KeyboardInterrupt
+    yield
 
 
 def test_a_layer_that_reads_what_another_selects_does_not_stay_alone():
