@@ -112,28 +112,17 @@ def windows() -> list[str]:
     return _of_a_set(by_windows())
 
 
-def choices() -> list[str]:
+def choices(file: str) -> list[str]:
     """Every case of `refit_choices.py`: perplexities, and what each is from the usual refit by."""
     lines = []
-    for name, found in result("refit_choices")["sets"].items():
+    for name, found in result(file)["sets"].items():
         of = f"{name}'s 8"
         for model in PERPLEXITIES:
             lines.append(row(f"{of}: {model}", *(f"{found[model][k]:.2f}" for k in CHOSEN_BY), ""))
-        for case, cells in (found["usual"] | found["ridges"]).items():
+        for case, cells in (found["usual"] | found.get("ridges", {})).items():
             kinds, every = cells["kinds"], cells["kinds"]["all three kinds"]
             values = [f"{kinds[k]['perplexity']:.2f}{_than(kinds[k])}" for k in CHOSEN_BY]
             lines.append(row(f"{of}: {case}", *values, _than(every)[2:]))
-    return lines
-
-
-def confirmed() -> list[str]:
-    """Step sizes and realigned inputs beside the usual refit, on more and longer windows."""
-    lines = []
-    for name, found in result("refit_usual")["sets"].items():
-        for case, cells in found["usual"].items():
-            kinds, every = cells["kinds"], cells["kinds"]["all three kinds"]
-            values = [f"{kinds[kind]['perplexity']:.2f}{_than(kinds[kind])}" for kind in JUDGED]
-            lines.append(row(f"{name}'s 8: {case}", *values, _than(every)[2:]))
     return lines
 
 

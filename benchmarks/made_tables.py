@@ -386,6 +386,9 @@ COMPARED = "| removed | pruned | patched | refitted |"
 CHOSEN = (
     "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"
 )
+CHOSEN = (
+    "| layers removed, and the refit | chapters | WikiText-2, first half | novels | all kinds |"
+)
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 COVERED = "| texts | two-sided, before | CR2 | now | one-sided, before | CR2 | now "
@@ -486,12 +489,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts of the refit": table(HEALED.format("healed by"), healing.parts),
     "refit by windows": table(HEALED.format("windows"), healing.windows),
     "attention sinks": table(HEALED.format("layers removed"), healing.sinks),
-    "steps and realigned inputs": table(
-        f"{HEALED.format('layers removed, and the refit')} all kinds |", healing.confirmed
-    ),
-    "refit by step size and ridge": table(
-        "| layers removed, and the refit | chapters | WikiText-2, first half | novels "
-        "| all kinds |",
-        healing.choices,
-    ),
+    "steps and realigned inputs": table(CHOSEN, partial(healing.choices, "refit_usual")),
+    "refit by step size and ridge": table(CHOSEN, partial(healing.choices, "refit_choices")),
 }

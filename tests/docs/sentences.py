@@ -402,11 +402,13 @@ def optimal_sentences() -> list[str]:
 
 
 REFITTED = ("Block Influence", "greedy search")  # whose sets `refit_choices.py` refits
+FIRST = REFITTED[0]
+STEPS = ("0.2", "0.35", "0.7", "1")
 
 
-def cost(name: str, group: str, case: str) -> str:
+def cost(name: str, group: str, case: str, file: str = "refit_choices") -> str:
     """What a case of the refit's settings is from the usual one by, over three kinds of text."""
-    kinds = result("refit_choices")["sets"][name][group][case]["kinds"]["all three kinds"]
+    kinds = result(file)["sets"][name][group][case]["kinds"]["all three kinds"]
     return f"{abs(kinds['nats']):.3f} ({kinds['standard_error']:.3f})"
 
 
@@ -414,17 +416,22 @@ def settings() -> list[str]:
     """Sentences on the refit's step size and ridge."""
     steps = {
         step: [cost(name, "usual", f"step {step}, ridge 2 F / N") for name in REFITTED]
-        for step in ("0.2", "0.35", "0.7", "1")
+        for step in STEPS
     }
     realigned = "step 0.5, ridge 2 F / N, inputs realigned (ridge 0.1)"
     ridges = {
         ridge: [cost(name, "ridges", f"step 0.5, ridge {ridge}") for name in REFITTED]
         for ridge in ("local", "0.03", "1", "F / N", "4 F / N")
     }
-    for name in REFITTED:  # none is better
-        cases = result("refit_choices")["sets"][name]
-        every = cases["ridges"] | {k: v for k, v in cases["usual"].items() if "inputs" not in k}
-        assert all(case["kinds"]["all three kinds"]["nats"] >= 0 for case in every.values())
+    for file, name in (*(("refit_choices", name) for name in REFITTED), ("refit_usual", FIRST)):
+        cases = result(file)["sets"][name]  # none is better
+        every = cases.get("ridges", {}) | cases["usual"]
+        assert all(
+            found["kinds"]["all three kinds"]["nats"] >= 0
+            for case, found in every.items()
+            if "inputs" not in case
+        )
+    longer = [cost(FIRST, "usual", f"step {s}, ridge 2 F / N", "refit_usual") for s in STEPS]
     moved = [cost(name, "usual", realigned) for name in REFITTED]
     return [
         "0.2 is worse by {} nats without Block Influence's layers and {} without greedy".format(
@@ -439,6 +446,8 @@ def settings() -> list[str]:
         "Half of it, F / N, costs {} and {}, twice of it {} and {}.".format(
             *ridges["F / N"], *ridges["4 F / N"]
         ),
+        "0.2 is worse by {}, 0.35 by {}, 0.7 by {} and the whole step by {}.".format(*longer),
+        f"lower the loss by {cost(FIRST, 'usual', realigned, 'refit_usual')}, within twice",
     ]
 
 
