@@ -52,6 +52,7 @@ from shares import (
     kept,
     needed,
     ranks,
+    summed,
     table,
     unflattered,
     variance,
@@ -167,7 +168,12 @@ def rows_of(
     pairs += [("bi pruned", f"auto {row}") for row in ("refit", "distilled")]
     pairs += [(f"{name} distilled", f"{name} pruned") for name in chosen]
     known = [pair for pair in pairs if {*pair} <= found.keys()]
-    apart = {f"{a} less {b}": run.apart(cases[a], cases[b]) for a, b in known}
+    apart = {f"{a} less {b}": run.apart([cases[a]], [cases[b]]) for a, b in known}
+    for a, b in combinations(chosen, 2):  # what the refit gains
+        after, before = ((f"{x} refit", f"{y} pruned") for x, y in ((a, b), (b, a)))
+        if {*after, *before} <= found.keys():
+            gains = run.apart([cases[x] for x in after], [cases[x] for x in before])
+            apart[f"gain of {a} refit less that of {b} refit"] = gains
     return found, ranks({name: found[name] for name in firsts}), apart
 
 
@@ -409,9 +415,11 @@ class Run:
                         known[metric] += values
         return documents, parts
 
-    def apart(self, first: Case, second: Case) -> dict[str, Any]:
-        """What the mean of a row is more than that of another, paired over documents."""
-        after, before = (judging(self.found(*case)[0]) for case in (first, second))
+    def apart(self, first: Sequence[Case], second: Sequence[Case]) -> dict[str, Any]:
+        """What the means of rows are more than those of others, paired over documents."""
+        after, before = (
+            summed([judging(self.found(*case)[0]) for case in own]) for own in (first, second)
+        )
         without = change(unflattered(before), unflattered(after))
         return change(before, after) | {"without boolq": without}
 

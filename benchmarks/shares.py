@@ -77,6 +77,11 @@ def unflattered(judged: Mapping[str, list[float]]) -> dict[str, list[float]]:
     return {task: values for task, values in judged.items() if task != "local_boolq"}
 
 
+def summed(models: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    """The values of every document, added over models."""
+    return {t: [sum(own) for own in zip(*(m[t] for m in models), strict=True)] for t in models[0]}
+
+
 GUESSED = dict.fromkeys(("piqa", "winogrande", "copa", "winograd_wsc"), 0.5)  # of two answers
 GUESSED |= dict.fromkeys(("arc_easy", "arc_challenge", "openbook_qa"), 0.25)
 GUESSED |= {"lambada_openai": 0.0}
@@ -96,12 +101,14 @@ def ranks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | 
 
     -1 where the lower loss always has the better tasks; of pruned models, and of healed ones.
     """
-    result = {}
+    result: dict[str, dict[str, float | int | None]] = {}
     for name, raw in (("pruned", True), ("healed", False)):
         own = [r for key, r in rows.items() if key.endswith(" pruned") == raw and key != "original"]
         loss = [sum(text["nats"] for text in r["texts"].values()) for r in own]
-        tau = kendalltau(loss, [r["mean"]["value"] for r in own]).statistic if own[1:] else None
-        result[name] = {"models": len(own), "tau": None if tau != tau else tau}
+        result[name] = {"models": len(own)}
+        for mean, tau in (("mean", "tau"), ("without boolq", "tau without boolq")):
+            found = kendalltau(loss, [r[mean]["value"] for r in own]).statistic if own[1:] else None
+            result[name][tau] = None if found != found else found
     return result
 
 

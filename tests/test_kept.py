@@ -94,13 +94,35 @@ def test_a_share_of_what_is_above_guessing_counts_no_guess():
 
 def test_ranks_are_those_of_pruned_and_of_healed_models():
     def row(loss: float, mean: float) -> dict:
-        return {"texts": {"a": {"nats": loss}, "b": {"nats": 1.0}}, "mean": {"value": mean}}
+        means = {"mean": {"value": mean}, "without boolq": {"value": -mean}}
+        return {"texts": {"a": {"nats": loss}, "b": {"nats": 1.0}}, **means}
 
     rows = {"original": row(0, 9), "bi pruned": row(3, 1), "auto pruned": row(2, 2)}
     rows |= {f"bi {i}": row(i, mean) for i, mean in enumerate([1, 3, 2, 4])}
     found = shares.ranks(rows)
-    assert found["pruned"] == {"models": 2, "tau": pytest.approx(-1)}
-    assert found["healed"] == {"models": 4, "tau": pytest.approx(4 / 6)}
+    without = "tau without boolq"
+    assert found["pruned"] == {"models": 2, "tau": pytest.approx(-1), without: pytest.approx(1)}
+    healed = {"models": 4, "tau": pytest.approx(4 / 6), without: pytest.approx(-4 / 6)}
+    assert found["healed"] == healed
+
+
+def test_what_a_refit_gains_is_compared_between_sets(monkeypatch):
+    means = {"a pruned": 0.2, "a refit": 0.5, "b pruned": 0.3, "b refit": 0.4}
+    sets = {"a": [1], "b": [2]}
+    named = {(row, (*sets[s],)): s for s in sets for row in kept.ROWS}
+    run = kept.Run.__new__(kept.Run)
+    run.measure = run.summary = lambda row, layers: {}
+    run.missing = lambda row, layers: row not in ("pruned", "refit")
+    monkeypatch.setattr(kept, "ranks", lambda rows: {})
+
+    def found(row: str, layers: list[int]) -> tuple[dict, dict]:
+        mean = means[f"{named[row, (*layers,)]} {row}"]
+        return {"local_piqa": {"acc": [mean - 0.1, mean + 0.1]}}, {}
+
+    run.found = found
+    pairs = kept.rows_of(run, sets, [])[2]
+    assert pairs["gain of a refit less that of b refit"]["change"] == pytest.approx(0.3 - 0.1)
+    assert pairs["b refit less a refit"]["change"] == pytest.approx(-0.1)
 
 
 def text(seed: int, count: int) -> str:
@@ -368,7 +390,8 @@ def test_every_row_is_measured_and_a_set_chosen_twice_once(lm_eval, arguments, m
     gained = found["pairs"]["greedy distilled less greedy pruned"]["change"]
     means = [rows[name]["mean"]["value"] for name in ("distilled", "pruned")]
     assert gained == pytest.approx(means[0] - means[1])
-    assert found["kendall"]["pruned"] == {"models": 1, "tau": None}
+    assert found["pairs"]["gain of greedy refit less that of auto refit"]["change"] == 0
+    assert found["kendall"]["pruned"] == dict.fromkeys(("tau", "tau without boolq")) | {"models": 1}
     assert found["kendall"]["healed"]["models"] == len(kept.ROWS) - 1
 
 
