@@ -70,6 +70,8 @@ class Checkpoint:
         shapes = full_shapes(args)
         self.infos: dict[str, TensorInfo] = {}
         for name, info in first.items():
+            if name in self.ignored and any(name not in shard.infos for shard in self.shards):
+                continue
             storages = tuple(shard.infos[name].storage for shard in self.shards)
             self.infos[name] = TensorInfo(shapes.get(name, info.shape), info.dtype, storages)
 
@@ -89,6 +91,12 @@ class Checkpoint:
             vocab_parallel = embedding is not None and embedding.shape == expected[True][EMBEDDING]
         for shard in self.shards:
             _check_shapes(shard, expected[vocab_parallel], ranks)
+            for name, info in shard.infos.items():
+                if name not in self.ignored and info.dtype != (dtype := first[name].dtype):
+                    raise InputError(
+                        f"{name} is {info.dtype} in {shard.path} and {dtype} in "
+                        f"{self.shards[0].path}: expected one dtype; fetch both anew"
+                    )
         return vocab_parallel
 
     def read(self, name: str, *, rank: int = 0, ranks: int = 1) -> Tensor:

@@ -48,9 +48,8 @@ class Cells:
 
     def resumed(self, name: str, measure: Callable[[StateFile | None], T]) -> T:
         """The cell's value, by a long measurement that keeps a state file of its own meanwhile."""
-        file = None if name in self else self._state
-        own = None if file is None else file.part(name.replace(" ", "-"))
+        own = None if self._state is None else self._state.part(name.replace(" ", "-"))
         value = self.value(name, lambda: measure(own))
-        if own is not None:  # the value is saved now
+        if own is not None:  # the value is saved now, maybe by a run that was killed here
             own.clear()
         return value

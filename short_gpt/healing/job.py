@@ -157,8 +157,10 @@ class HealingJob:
                 return step.plan(self.short, self.windows, self.work_dir).describe()
         return None
 
-    def run(self) -> HealingEvidence:
+    def run(self, undos: ExitStack | None = None) -> HealingEvidence:
         """Does all of it except saving; after any error the model is as it was, with all layers.
+
+        With ``undos``, closing that puts all back later, too; it keeps what that takes in memory.
 
         Raises:
             ShortGPTError: another process heals in ``work_dir``; or as those of the steps.
@@ -174,7 +176,7 @@ class HealingJob:
             ready = [step.prepare(context) for step in self.steps]
             if self.layers:
                 self._measure(f"original, {len(self.short.kept)} layers", parts)
-            done = self._heal(ready, parts)
+            done = self._heal(ready, parts, undos)
         pruned, *healed = [*parts.values()][-len(done) - 1 :]
         names, before = [step.name for step in self.steps], [pruned, *healed[:-1]]
         kinds = self.windows.kinds  # of the windows to evaluate on
@@ -195,7 +197,7 @@ class HealingJob:
         return self.evidence
 
     def _heal(
-        self, ready: Sequence[Heal], parts: dict[str, list[Perplexity]]
+        self, ready: Sequence[Heal], parts: dict[str, list[Perplexity]], later: ExitStack | None
     ) -> list[dict[str, object]]:
         """Removes layers, heals and measures; returns how. All is undone after an error."""
         names, count = [step.name for step in self.steps], len(self.short.kept)
@@ -214,8 +216,10 @@ class HealingJob:
             undos = undos.pop_all()  # they outlive the trial
         with undos:
             if self.layers:
-                self.short.remove_layers(self.layers)
-            undos.pop_all()  # nothing failed: what was done stays
+                undos.callback(self.short.remove_for_now(self.layers))
+            stays = undos.pop_all()  # nothing failed: what was done stays
+        if later is not None:
+            later.enter_context(stays)
         return done
 
     def save(

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 Window = Sequence[int]
 RECIPE = "recipe.json"  # which run the checkpoints belong to
+LOGS = "runs"  # of TensorBoard, if training is reported to it
 LAST = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 DIGESTS = "digests.json"  # of a checkpoint's files, written after them
@@ -127,11 +128,22 @@ def _finished(trainer: transformers.Trainer, folder: Path) -> bool:
 
     state = f"{get_last_checkpoint(str(folder))}/trainer_state.json"
     trainer.state = TrainerState.load_from_json(state)
+    _find_best(trainer.state, folder)
     kept: Any = trainer.state.stateful_callbacks  # read from JSON
     stopped = kept.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
     if done := stopped or trainer.state.global_step >= trainer.args.max_steps:
         trainer._load_best_model()
     return done
+
+
+def _find_best(state: transformers.TrainerState, folder: Path) -> None:
+    """Names the best checkpoint by where it is now; its path may be of another directory."""
+    if state.best_model_checkpoint is None:
+        return
+    best = folder / Path(state.best_model_checkpoint).name
+    if not best.is_dir():
+        raise damaged(best, folder)
+    state.best_model_checkpoint = str(best)
 
 
 def _trainer(
@@ -228,6 +240,7 @@ def _progress(shown: Bar) -> transformers.TrainerCallback:
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            _find_best(state, Path(str(args.output_dir)))
             shown.update(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -272,7 +285,7 @@ def run_folder(
     folder = Path(str(work_dir))
     with hold(folder) as lock:
         if not resume:
-            if folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE}:
+            if folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE, LOGS}:
                 raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
             team.gather(None)  # all have looked before one writes
             folder.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,8 @@ class Dial:
                     f"{self.name}: with 2 of its {total} layers this model still has "
                     f"{self._shown(sizes[most])}; name that or more"
                 )
-        check_count(n, total, most=most)
+        # by what was set, as in "--ratio 0.9: n = 27"
+        check_count(n, total, most=most, name="n" if self.n else f"{self.name}: n")
         return n
 
 

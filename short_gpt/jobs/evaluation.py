@@ -66,6 +66,7 @@ def evaluate(
     if reading.data == "none" and tasks.tasks is None:
         raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     reading.check()
+    models = [models] if isinstance(models, str) else models
     for number, name in enumerate(models):
         check_model(name)
         if name in models[:number]:

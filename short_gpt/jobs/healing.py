@@ -26,6 +26,7 @@ from short_gpt.healing.distillation import IDENTITY
 from short_gpt.healing.job import STEPS, holds_a_run
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.solver import RIDGES
+from short_gpt.healing.trainer import RECIPE
 from short_gpt.jobs.inputs import (
     SIZE,
     Data,
@@ -54,6 +55,7 @@ from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, o
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 
+STATES = (STATE, IDENTITY, RECIPE)  # of the steps, which tell the precision of a run
 CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with others
 CLOSED, TRAINING = kinds_of_methods()
 
@@ -173,7 +175,7 @@ def _heal(
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
-    opening = as_begun(opening, *(p for n in (STATE, IDENTITY) for p in (folder or out).rglob(n)))
+    opening = as_begun(opening, *(p for n in STATES for p in (folder or out).rglob(n)))
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
     if not streaming.stream:  # of several ranks each has the whole model, and windows of its own
         streaming = replace(streaming, model_parallel_size=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.disjoint import overlapping
-from short_gpt.data.texts import texts
+from short_gpt.data.texts import source_names, texts
 from short_gpt.jobs.inputs import Cut, TextSource, at_least
 from short_gpt.jobs.settings import Choice
 from short_gpt.models.config_file import config_digest, params_entries
@@ -328,11 +329,14 @@ def _lines(*remarks: str | None) -> str | None:
 
 def _check_names(eval_data: str, data: object) -> None:
     """Raises where two texts are one, or part of each other, by their names."""
-    same = eval_data == data
-    if data is not None and Path(eval_data).exists() and Path(str(data)).exists():
-        ours, theirs = Path(eval_data).resolve(), Path(str(data)).resolve()
-        same = ours.is_relative_to(theirs) or theirs.is_relative_to(ours)
-    if same:
+    names = [] if data is None else source_names(str(data))
+    pairs = [
+        (Path(a).resolve(), Path(b).resolve())
+        for a in source_names(eval_data)
+        for b in names
+        if os.path.exists(a) and os.path.exists(b)  # which takes any name, however long
+    ]
+    if eval_data == data or any(a.is_relative_to(b) or b.is_relative_to(a) for a, b in pairs):
         raise ShortGPTError(f"`eval_data` {eval_data} is what the scores were measured on")
 
 

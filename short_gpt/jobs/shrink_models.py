@@ -111,20 +111,44 @@ class InMemory:
 
     def prompt(self, own: str | None) -> str:
         """What it is asked, unless the user has an own prompt."""
+        return own or (CHAT if self.chats else PLAIN)
+
+    @cached_property
+    def chats(self) -> bool:
+        """Whether it has a chat template that takes a user's turn alone."""
+        from jinja2 import TemplateError
+
         tokenizer = self.short.tokenizer
-        return own or (CHAT if tokenizer is not None and tokenizer.chat_template else PLAIN)
+        if tokenizer is None or not tokenizer.chat_template:
+            return False
+        try:
+            self._turn(CHAT)
+        except TemplateError:
+            return False
+        return True
+
+    def _turn(self, prompt: str) -> list[int]:
+        tokenizer, turn = self.short.tokenizer, [{"role": "user", "content": prompt}]
+        assert tokenizer is not None
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return tokenizer(str(text), add_special_tokens=False)["input_ids"]
+
+    def asked(self, prompt: str) -> list[int]:
+        """The tokens that it answers, or continues; ShortGPTError if it can read no more."""
+        ids = self._turn(prompt) if self.chats else self.short.encode(prompt)
+        if len(ids) >= (most := self.short.decoder.max_seq_len):
+            raise ShortGPTError(
+                f"`prompt`: {len(ids)} tokens, and {most} are the most that the model reads: give "
+                "a shorter one"
+            )
+        return ids
 
     def answer(self, prompt: str) -> str:
         """The greedy completion."""
-        tokenizer, ids = self.short.tokenizer, self.short.encode(prompt)
+        tokenizer, ids = self.short.tokenizer, self.asked(prompt)
         assert tokenizer is not None  # texts were encoded by it
-        if tokenizer.chat_template:
-            turn = [{"role": "user", "content": prompt}]
-            rendered = tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True
-            )
-            ids = tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
-        return str(tokenizer.decode(self.short.greedy(ids, ANSWER), skip_special_tokens=True))
+        new = self.short.greedy(ids, min(ANSWER, self.short.decoder.max_seq_len - len(ids)))
+        return str(tokenizer.decode(new, skip_special_tokens=True))
 
     def speed(self, window: Sequence[int]) -> float:
         """Tokens a second."""

@@ -213,7 +213,10 @@ class Derived:
         if dial.memory is not None:
             sizes, rest = [a + b for a, b in zip(stored[0], caches, strict=True)], stored[1]
         n = None if dial.max_perplexity_ratio is not None else dial.count(sizes, rest)
-        prompt = opened.prompt(asked.settings.prompt) if isinstance(opened, InMemory) else ""
+        prompt = ""
+        if isinstance(opened, InMemory):
+            prompt = opened.prompt(asked.settings.prompt)
+            opened.asked(prompt)  # refuses one that is too long
         a_pass = short.seconds_a_window([i % short.decoder.vocab_size for i in range(size)])
         return cls(opened, size, n, limit, prompt, parameters, stored, caches, a_pass)
 

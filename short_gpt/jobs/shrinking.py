@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llama.io.files import new_directory
+from llama.ranks import several_ranks
 from short_gpt.checkpoints.gguf import about_types, check_saved
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import out_paths
@@ -43,18 +44,18 @@ from short_gpt.jobs.settings import HealingWindows, takes_fields
 from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, tensor_bytes
 from short_gpt.jobs.shrink_plan import REFITTED, WINDOW, Asked, Derived, Model, plan
 from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.state import StateFile, hold, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.stopping import unsure
 from short_gpt.selection.methods import AUTO, METHODS, SEARCHED, choose
-from short_gpt.wrappers.opening import of_source, open_trainable
+from short_gpt.wrappers.opening import of_source, open_loaded, open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STATE = "state.json"  # in the folder
 CHECKS = 8  # evaluations during a training
@@ -109,6 +110,8 @@ def shrink(
     Example:
         >>> print(shrink("llama-2-7b", "llama-2-5b", ratio=0.25))  # doctest: +SKIP
     """
+    if several_ranks():
+        raise ShortGPTError("shrink runs on one rank; start it alone")
     how = (dial, settings, source_of(data), windows, tasks, opening, streaming)
     asked = Asked(model, Path(out), *how, overwrite, notify)
     asked.check()
@@ -133,7 +136,8 @@ def shrink(
 def _opened(asked: Asked, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
     source, opening = asked.source, asked.opening
     if source is None:
-        return InMemory(ShortHFModel(asked.model, tokenizer=tokenizer), None, asked.to, opening)
+        short = open_loaded(cast("PreTrainedModel", asked.model), opening, tokenizer)
+        return InMemory(short, None, asked.to, opening)
     if not asked.streaming.stream:
         return InMemory(open_trainable(source, opening), source, asked.to, opening)
     own = of_source(opening, source, stream=True)
@@ -162,44 +166,47 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
     kept: Any = {"work_dir": work, "resume": work.is_dir() and any(work.iterdir())}
     job = HealingJob(short, windows, layers, settings=steps, notify=asked.notify, **kept)
     importance, about = short.importance, run.about_layers(layers, choice)
-    evidence = job.run()
-    looks["healed"] = run.look("healed")
-    for state, speed in speeds.items():
-        looks[state] = looks[state]._replace(tokens_per_second=speed)
-    remarks = about + run.remarks(evidence)
-    written = asked.folder / "written"  # apart: OUT may have the name of a file of the folder
-    shutil.rmtree(written, ignore_errors=True)
-    written.mkdir()
-    built = written / asked.out.name
-    facts = {"facts": {"data": asked.texts.data}, "measured": evidence.perplexity}
-    opened.write(built, facts, asked.notify)  # after which only what was written is there
-    if opened.in_place:  # some of the changed tensors may have another type
-        look, size = looks["healed"], tensor_bytes(built)
-        looks["healed"] = look._replace(size=size, memory=look.memory - look.size + size)
-        remarks += run.rounded(built, evidence)
-    quality: dict[str, dict[str, Perplexity]] = {}
-    for kind, states in evidence.by_kind.items():  # by names as in "original, 30 layers"
-        quality[kind] = {name.partition(",")[0]: own for name, own in states.items()}
-    result = Shrunk(
-        asked.out,
-        words,
-        known.count,
-        layers,
-        asked.method,
-        quality,
-        looks,
-        known.prompt,
-        remarks,
-        evidence.steps,
-        choice,
-        importance,
-        next_steps(asked.out, asked.to, is_llama=opened.is_llama),
-        source=None if asked.source is None else str(asked.source),
-        windows=(len(windows.training), len(windows.evaluation), known.size),
-        command=asked.command,
-        seed=cut.seed,
-    )
-    _place(asked, built, result)
+    with ExitStack() as undos:
+        # a loaded model is the caller's: after an error it is whole, and the same call continues
+        evidence = job.run(undos if asked.source is None else None)
+        looks["healed"] = run.look("healed")
+        for state, speed in speeds.items():
+            looks[state] = looks[state]._replace(tokens_per_second=speed)
+        remarks = about + run.remarks(evidence)
+        written = asked.folder / "written"  # apart: OUT may have the name of a file of the folder
+        shutil.rmtree(written, ignore_errors=True)
+        written.mkdir()
+        built = written / asked.out.name
+        facts = {"facts": {"data": asked.texts.data}, "measured": evidence.perplexity}
+        opened.write(built, facts, asked.notify)  # after which only what was written is there
+        if opened.in_place:  # some of the changed tensors may have another type
+            look, size = looks["healed"], tensor_bytes(built)
+            looks["healed"] = look._replace(size=size, memory=look.memory - look.size + size)
+            remarks += run.rounded(built, evidence)
+        quality: dict[str, dict[str, Perplexity]] = {}
+        for kind, states in evidence.by_kind.items():  # by names as in "original, 30 layers"
+            quality[kind] = {name.partition(",")[0]: own for name, own in states.items()}
+        result = Shrunk(
+            asked.out,
+            words,
+            known.count,
+            layers,
+            asked.method,
+            quality,
+            looks,
+            known.prompt,
+            remarks,
+            evidence.steps,
+            choice,
+            importance,
+            next_steps(asked.out, asked.to, is_llama=opened.is_llama),
+            source=None if asked.source is None else str(asked.source),
+            windows=(len(windows.training), len(windows.evaluation), known.size),
+            command=asked.command,
+            seed=cut.seed,
+        )
+        _place(asked, built, result)
+        undos.pop_all()
     return result
 
 
@@ -211,7 +218,9 @@ class _Run:
         how: Any = {"validate": settings.minutes is not None, "beside": asked.folder / REPORT}
         windows = asked.cut.read(asked.texts, short, known.size, known.limit, **how)
         self.windows, self.calibration = windows, windows.training[:MOST]  # that choose the layers
-        chosen_by = {**asdict(asked.dial), **asdict(settings), **asdict(asked.tasks)}
+        # what is asked of the models chooses no layers, and may be another when a run goes on
+        how_chosen = replace(settings, prompt=None), Tasks()
+        chosen_by = {**asdict(asked.dial), **asdict(how_chosen[0]), **asdict(how_chosen[1])}
         read = {"training": windows.training, "evaluation": windows.evaluation}
         digests = {name: windows_digest(own) for name, own in read.items()}
         refit = {"refit": vars(RefitSettings())}  # which the choice and the healing begin with
@@ -299,7 +308,8 @@ class _Run:
 
     def look(self, state: str) -> Look:
         """Measured once; the text is that of the model as it is now."""
-        return Look(*self.cells.value(f"look {state}", self._measured))
+        asked = json_digest([self.known.prompt, asdict(self.asked.tasks)])
+        return Look(*self.cells.value(f"look {state} {asked}", self._measured))
 
     def _measured(self) -> list[Any]:
         known, opened = self.known, self.known.opened
@@ -385,5 +395,5 @@ def _place(asked: Asked, built: Path, result: Shrunk) -> None:
         return
     with new_directory(out, marker=PROVENANCE, overwrite=asked.overwrite) as partial:
         for path in built.iterdir():
-            path.rename(partial / path.name)
+            shutil.move(path, partial / path.name)  # OUT may be a link to another file system
         (partial / REPORT).write_text(shrunk_page(result), encoding="utf-8")

@@ -223,3 +223,22 @@ def check_weights(name: str, info: Mapping[str, Collection[Any]]) -> None:
         raise ShortGPTError(
             f"{name} cannot be loaded: its files {'; they '.join(wrong)}; fetch or convert it anew"
         )
+
+
+def restore_frequencies(model: Any) -> None:
+    """Makes the rotary frequencies float32 again, as loading has them: `.to(dtype)` rounds them.
+
+    Rounded to bfloat16, an angle at position 1000 is wrong by up to 2 radians.
+    """
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not name.endswith("inv_freq") or buffer.dtype.itemsize >= 4:
+                continue
+            try:
+                whole = getattr(type(module)(module.config), name)
+            except (AttributeError, TypeError):
+                raise ShortGPTError(
+                    f"{path}.{name} is in {buffer.dtype}, and files have it in float32: load "
+                    "the model with `dtype=`, in place of `.to()` or `.half()`"
+                ) from None
+            setattr(module, name, whole.to(buffer.device))

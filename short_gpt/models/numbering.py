@@ -29,6 +29,8 @@ def check_layers(drop: Sequence[int], present: Sequence[int]) -> None:
 def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> None:
     """Raises ShortGPTError, which calls n ``name``, unless 1 <= n <= ``most`` (all except one)."""
     most = n_layers - 1 if most is None else most
+    if most < 1:
+        raise ShortGPTError(f"{name} = {n!r}; no layer of the model's {n_layers} may be removed")
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
         raise ShortGPTError(
             f"{name} = {n!r}; the model has {n_layers} layers: expected 1 to {most}"

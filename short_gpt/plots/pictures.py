@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -62,7 +63,8 @@ def compared_page(model: str, result: Compared, remark: str | None = None) -> st
         name = LABELS.get(row.method, "original model")
         name += "" if row.seed is None else f", seed {row.seed}"
         value = f"{row.perplexity:.3f}" if row.perplexity < 1e5 else f"{row.perplexity:.3g}"
-        change = f"{row.nats:+.4f} ({row.standard_error:.4f})" if row.n else ""
+        error = "" if math.isnan(row.standard_error) else f" ({row.standard_error:.4f})"
+        change = f"{row.nats:+.4f}{error}" if row.n else ""
         removed = f"{row.n}: {', '.join(map(str, sorted(row.layers)))}" if row.n else ""
         rows.append([name, row.healing if row.n else "", value, change, removed])
     text = StringIO()

@@ -104,8 +104,13 @@ def _place(healing: str) -> int:
 
 
 def _top(rows: Sequence[Row]) -> float:
-    ends = [r.perplexity * math.exp(r.standard_error) for r in rows]
+    ends = [r.perplexity * math.exp(_error(r)) for r in rows]
     return min(1.1 * max(filter(math.isfinite, ends), default=1.0), SHOWN * rows[0].perplexity)
+
+
+def _error(row: Row) -> float:
+    """That of the loss; none is drawn where one window leaves it unknown."""
+    return row.standard_error if math.isfinite(row.standard_error) else 0.0
 
 
 def _draw_method(
@@ -128,7 +133,7 @@ def _draw_method(
         axes.fill_between([*zero, *groups], low, high, color="0.87", label=label)
     else:
         y = [*start, *(own[0] for own in values.values())]
-        errors = [*zero, *(own[0].standard_error for own in groups.values())]
+        errors = [*zero, *(_error(own[0]) for own in groups.values())]
         reach = [
             [v * (1 - math.exp(-e)) for v, e in zip(y, errors, strict=True)],
             [v * (math.exp(e) - 1) for v, e in zip(y, errors, strict=True)],

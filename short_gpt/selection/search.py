@@ -117,6 +117,8 @@ def sleb_rounds(
     """The search of `sleb`: the result so far after each of its n rounds."""
     count = len(decoder.layers)
     allowed = options.allowed(count)
+    if options.candidates is not None and not allowed:
+        raise ShortGPTError("candidates: expected other layers than the first and the last")
     check_count(n, count, most=len(allowed))
     trials = Trials(decoder, windows, options)
     total = sum(len(allowed) - i for i in range(n)) * trials.groups

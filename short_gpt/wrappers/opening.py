@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -79,12 +78,9 @@ def open_model(
     options = replace(options, **changes)
     options.check(stream=stream)
     if not isinstance(source, str | PathLike | Source):
-        loading = {**changes, "stream": stream or None}
-        known = ("device", "n_prune_layers", "precision")
-        if odd := [k for k, value in loading.items() if k not in known and value is not None]:
-            raise ShortGPTError(f"`{odd[0]}` is for loading, and this is loaded: leave it out")
-        wrap = partial(ShortHFModel, tokenizer=tokenizer, device=options.device)
-        return in_precision(wrap(source, n_prune_layers=options.n_prune_layers), options)
+        if stream:
+            raise ShortGPTError("`stream` is for loading, and this is loaded: leave it out")
+        return open_loaded(source, options, tokenizer)
     if not stream:
         source = find_source(source)
         if source.kind != "meta":
@@ -93,6 +89,18 @@ def open_model(
         raise ShortGPTError(f"{source} is read with `tokenizer_path`, a file: pass its path")
     entries = {field.name: getattr(options, field.name) for field in fields(OpenOptions)}
     return ShortLlama.from_checkpoint(source, stream=stream, **entries)
+
+
+def open_loaded(
+    model: PreTrainedModel, options: OpenOptions, tokenizer: PreTrainedTokenizerBase | None = None
+) -> ShortHFModel:
+    """Wraps a loaded model; ShortGPTError for an option of loading."""
+    for field in fields(OpenOptions):
+        known = field.name in ("device", "n_prune_layers", "precision", "seed")
+        if not known and getattr(options, field.name) != field.default:
+            raise ShortGPTError(f"`{field.name}` is for loading, and this is loaded: leave it out")
+    how: Any = {"device": options.device, "n_prune_layers": options.n_prune_layers}
+    return in_precision(ShortHFModel(model, tokenizer=tokenizer, **how), options)
 
 
 def open_hf(

@@ -6,7 +6,7 @@ Layer numbers are the original model's, from 0, before and after removal. L = it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -223,12 +223,23 @@ class ScoredModel(ModelRecord, ABC):
         if named and (n is not None or method is not None):
             raise ShortGPTError("expected layers, or n and method to choose them by; got both")
         drop = named or self.layers_to_remove(n, angular=angular, method=method)
+        self.remove_for_now(drop)
+        return drop
+
+    def remove_for_now(self, drop: Sequence[int]) -> Callable[[], None]:
+        """Removes layers (original numbers); returns what puts them back, which holds them."""
         check_layers(drop, self.kept)
         self.check_whole()
-        remove_layers(self.decoder, [self.kept.index(i) for i in drop])
+        undo = remove_layers(self.decoder, [self.kept.index(i) for i in drop])
+        before = self.kept, self.removed
         self.kept = [i for i in self.kept if i not in drop]
-        self.removed += drop
-        return drop
+        self.removed = [*self.removed, *drop]
+
+        def put_back() -> None:
+            undo()
+            self.kept, self.removed = before
+
+        return put_back
 
     def weights_digest(self) -> str:
         """A digest of the weights, which differs for another model; the same on all ranks."""

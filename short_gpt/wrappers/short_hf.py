@@ -31,7 +31,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
 from short_gpt.models.decoder import check_vocabulary
 from short_gpt.models.hf import HFDecoder, check_layers_path
-from short_gpt.models.loading import generation_explained, load
+from short_gpt.models.loading import generation_explained, load, restore_frequencies
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.wrappers.short_model import Prompts, ShortModel, check_texts
 
@@ -79,6 +79,7 @@ class ShortHFModel(ShortModel):
             raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
         else:
             source = model.config.name_or_path or "a model"
+            restore_frequencies(model)
         if to_device is not None and not getattr(model, "is_quantized", False):
             model.to(to_device)
         decoder = HFDecoder(model.eval(), layers_path)
@@ -161,8 +162,8 @@ class ShortHFModel(ShortModel):
             ids = (self.encode(p)[:max_seq_len] for p in prompts)
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
         else:
-            parts = windows(prompts, self.encode, size=max_seq_len, stride=stride, tail="keep")
-            self.measure([*parts], progress=False)
+            how: Any = {"stride": stride, "tail": "keep", "bos": self.bos}
+            self.measure([*windows(prompts, self.encode, size=max_seq_len, **how)], progress=False)
 
     def generate(
         self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
@@ -226,6 +227,7 @@ class ShortHFModel(ShortModel):
         sampling: dict[str, object] = {"do_sample": False}
         if temperature >= COLDEST:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            sampling["top_k"] = 0  # else the 50 likeliest alone
         return self._generated(ids, max_gen_len, **sampling)
 
     @torch.no_grad()

@@ -106,6 +106,8 @@ class ShortModel(ScoredModel):
         """
         self.check_whole()
         self._check_weights()
+        if candidates is not None:
+            check_exist(candidates, self.kept)
         few = None if candidates is None else [self.kept.index(i) for i in candidates]
         options = Options(few, batch_size, max_memory, state, progress)
         result = by_loss(self.decoder, windows, n, options, method=method)

@@ -216,6 +216,10 @@ def test_the_quality_gate_removes_what_the_perplexity_allows(ckpt, capsys):
         ((*gate, "--max_perplexity_ratio", 0.9), "expected a factor of at least 1"),
         ((*gate[:2], "--eval_data", DATA[1], "--max_perplexity_ratio", 2), "what the scores were"),
         (
+            (*gate[:2], "--eval_data", f"x.txt,{DATA[1]}", "--max_perplexity_ratio", 2),
+            "what the scores were",
+        ),
+        (
             (*gate[:2], "--eval_data", "../" + Path.cwd().name, "--max_perplexity_ratio", 2),
             "scores",
         ),

@@ -194,6 +194,22 @@ def test_windows_of_parts_that_hold_several_add_up():
     assert together(without_samples).windows == 8
 
 
+def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path):
+    def search(part):
+        part.save({"found": 3})
+        return 3
+
+    clear = StateFile.clear
+    StateFile.clear = lambda self: None  # as if it was killed before
+    try:
+        Cells(StateFile(tmp_path / "s", {"a": 1})).resumed("a search", search)
+    finally:
+        StateFile.clear = clear
+    assert (tmp_path / "s.a-search").exists()
+    assert Cells(StateFile(tmp_path / "s", {"a": 1})).resumed("a search", search) == 3
+    assert not (tmp_path / "s.a-search").exists()
+
+
 def test_cells_keep_texts_and_read_files_without_them(tmp_path):
     state = StateFile(tmp_path / "c.json", {"a": 1})
     parts = [Perplexity(n, t, 1, (Sample(i, n, t),)) for i, n, t in WINDOWS]

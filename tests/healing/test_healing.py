@@ -37,7 +37,7 @@ from short_gpt.healing import trainer
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.recipe import ALL, Recipe, recipe_for
 from short_gpt.healing.texts import collate, examples
-from short_gpt.healing.trainer import TrainingRun
+from short_gpt.healing.trainer import TrainingRun, note_files
 from short_gpt.jobs import Settings
 from short_gpt.jobs.saving import Saving
 from short_gpt.models.hf import HFDecoder
@@ -226,6 +226,42 @@ def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_
     second = heal(resumed, TRAINING, VALIDATION, recipe=recipe, resume=True, **options)
     assert all(map(torch.equal, weights(whole), weights(resumed)))
     assert second.validation == first.validation and second.losses == first.losses
+
+
+def test_a_training_continues_where_its_folder_was_moved_to(tmp_path, monkeypatch):
+    whole, ended, moved, cut = (ShortHFModel(make("llama")) for _ in range(4))
+    first = heal(whole, TRAINING, VALIDATION, recipe=QUICK, progress=False)
+    monkeypatch.chdir(tmp_path)
+    options = {"recipe": QUICK, "progress": False}
+    heal(ended, TRAINING, VALIDATION, work_dir="a", **options)
+    shutil.move("a", "b")
+    options |= {"work_dir": "b", "resume": True}
+    assert heal(moved, TRAINING, VALIDATION, **options).losses == first.losses
+    assert all(map(torch.equal, weights(whole), weights(moved)))
+    (best,) = Path("b").glob(f"checkpoint-{first.kept_step}")
+    shutil.rmtree("b/checkpoint-6")  # as if it was killed in the last steps
+    if best.is_dir():
+        heal(cut, TRAINING, VALIDATION, **options)
+        assert all(map(torch.equal, weights(whole), weights(cut)))
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(tmp_path):
+    options = {"recipe": QUICK, "progress": False, "work_dir": tmp_path / "a"}
+    step = heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options).kept_step
+    state = tmp_path / f"a/checkpoint-{QUICK.steps}/trainer_state.json"
+    entries = json.loads(state.read_text())
+    state.write_text(json.dumps({**entries, "best_model_checkpoint": "x/checkpoint-1"}))
+    (state.parent / "digests.json").unlink()
+    note_files(state.parent)
+    with pytest.raises(ShortGPTError, match="checkpoint-1 is missing, from which"):
+        heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options, resume=True)
+    assert step
+
+
+def test_logs_of_a_training_are_no_earlier_run(tmp_path):
+    (tmp_path / "a/runs").mkdir(parents=True)
+    short = ShortHFModel(make("llama"))
+    assert heal(short, TRAINING, VALIDATION, recipe=QUICK, work_dir=tmp_path / "a").kept_step
 
 
 def test_training_that_only_harms_leaves_the_model_as_it_was():

@@ -233,6 +233,11 @@ def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
         evaluate(["ckpt"], Reading("book.txt,book.txt", size=32))
 
 
+def test_evaluate_takes_one_model_by_its_name(here):
+    reading = Reading("book.txt", size=32)
+    assert evaluate("ckpt", reading=reading) == evaluate(["ckpt"], reading=reading)
+
+
 def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
     asked = []
 

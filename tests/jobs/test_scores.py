@@ -16,7 +16,7 @@ from llama.formats.convert import meta_to_hf
 from llama.io.files import new_directory
 from short_gpt import ShortGPTError, prune, rank
 from short_gpt.jobs import Choice, Cut, Scores, heal, read_scores
-from short_gpt.jobs.scores import configuration_of, tokenizer_of
+from short_gpt.jobs.scores import _check_names, configuration_of, tokenizer_of
 from short_gpt.runtime import write_record
 from short_gpt.wrappers.opening import weights_of
 
@@ -387,6 +387,14 @@ def test_every_real_score_passes(here):
         assert Scores.read(file).importance is not None
     with pytest.raises(ShortGPTError, match="holds scores of the weights"):
         heal("ckpt", "out", choice=Choice(scores="r.json", n=1), data="book.txt")
+
+
+def test_scores_of_many_texts_are_held_apart_by_each_of_their_names(here):
+    Path("a.txt").write_text("a")
+    names = ",".join([f"owner/text-{i}" for i in range(60)])  # longer than a file's name may be
+    _check_names("a.txt", names)
+    with pytest.raises(ShortGPTError, match="`eval_data` b.txt,./a.txt is what the scores were"):
+        _check_names("b.txt,./a.txt", f"{names},a.txt")
 
 
 def test_prune_says_what_the_scores_do_not_settle(here, capsys):

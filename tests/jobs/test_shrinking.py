@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -192,7 +194,7 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
 @pytest.mark.parametrize(
     ("owner", "name", "after"),
     [
-        (shrinking.ShortHFModel, "continued", 2),  # the first two are timed
+        (ShortHFModel, "continued", 2),  # the first two are timed
         (LayerRefit, "solve", 1),
         (ShortHFModel, "save_pretrained", 0),
         (shrinking, "_place", 0),
@@ -326,6 +328,95 @@ def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
     assert torch.equal(
         model(TOKENS).logits, AutoModelForCausalLM.from_pretrained("out")(TOKENS).logits
     )
+
+
+@pytest.mark.parametrize("minutes", [None, 0.03])
+def test_a_loaded_model_is_whole_after_an_error_and_the_same_call_continues(
+    here, minutes, monkeypatch
+):
+    monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)  # few
+    model, tokenizer = (c.from_pretrained("hf") for c in (AutoModelForCausalLM, AutoTokenizer))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    how = {"tokenizer": tokenizer, "n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    how["minutes"] = minutes
+    with interrupted(shrinking, "_place", 0):
+        shrink(model, "out", **how)
+    after = model.state_dict()
+    assert model.config.num_hidden_layers == 6 and after.keys() == before.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    with monkeypatch.context() as same:
+        same.setattr(ShortHFModel, "measure", None)  # nothing is measured again
+        shrink(model, "out", **how)
+    again = AutoModelForCausalLM.from_pretrained("hf")
+    shrink(again, "whole-3", **how)
+    assert torch.equal(logits("out"), logits("whole-3"))
+    assert model.config.num_hidden_layers == 4 and not Path("out.shrinking").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loaded_model_whose_dtype_was_changed_is_shrunk(here, dtype):
+    model = AutoModelForCausalLM.from_pretrained("hf").to(dtype)
+    assert model.model.rotary_emb.inv_freq.dtype == dtype
+    tokenizer = AutoTokenizer.from_pretrained("hf")
+    shrink(model, "out", tokenizer=tokenizer, n=2, windows=CUT, data="other", method="bi")
+    frequencies = AutoModelForCausalLM.from_pretrained("hf").model.rotary_emb.inv_freq
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert AutoModelForCausalLM.from_pretrained("out").dtype == dtype
+
+
+@pytest.mark.parametrize("option", [{"dtype": "float32"}, {"tokenizer_path": "t"}])
+def test_options_of_loading_are_refused_for_a_loaded_model(here, option):
+    model = AutoModelForCausalLM.from_pretrained("hf")
+    with pytest.raises(ValueError, match="is for loading, and this is loaded: leave it out"):
+        shrink(model, "out", n=2, data="other", opening=OpenOptions(**option))
+
+
+def test_a_loaded_model_is_read_in_the_precision_that_is_asked_for(here):
+    model, tokenizer = (c.from_pretrained("hf") for c in (AutoModelForCausalLM, AutoTokenizer))
+    how = {"tokenizer": tokenizer, "n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    shrink(model, "out", **how, opening=OpenOptions(precision="mixed", device="cpu"))
+    assert json.loads(Path("out/pruning.json").read_text())["precision"] == "mixed"
+
+
+def test_a_link_to_another_file_system_is_an_output(here, monkeypatch):
+    elsewhere, rename = here / "elsewhere", os.rename
+    elsewhere.mkdir()
+    Path("out").symlink_to(elsewhere / "model")
+
+    def apart(source: Any, target: Any) -> None:
+        if "written" in Path(source).parts and "elsewhere" in Path(target).parts:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", apart)
+    shrink("hf", "out", **KILLED)
+    assert AutoModelForCausalLM.from_pretrained(elsewhere / "model").config.num_hidden_layers == 4
+
+
+def test_a_prompt_that_is_too_long_is_refused_first_and_another_continues(here):
+    how = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    with pytest.raises(ValueError, match=r"`prompt`: \d+ tokens, and \d+ are the most that"):
+        shrink("hf", "out", **how, prompt="many " * 1000)
+    assert not Path("out.shrinking").exists()
+    with interrupted(shrinking, "_place", 0):
+        shrink("hf", "out", **how, prompt="one")
+    done = shrink("hf", "out", **how, prompt="two")
+    assert done.prompt == "two" and done.looks["original"].completion
+
+
+def test_a_template_that_takes_no_user_alone_is_not_asked(here):
+    shutil.copytree("hf", "strict")
+    tokenizer = AutoTokenizer.from_pretrained("strict")
+    tokenizer.chat_template = "{{ raise_exception('system first') }}"
+    tokenizer.save_pretrained("strict")
+    done = shrink("strict", "out", n=2, windows=CUT, data="other", method="bi")
+    assert done.prompt == shrink_models.PLAIN and done.looks["healed"].completion
+
+
+def test_shrink_is_started_alone(here, monkeypatch):
+    monkeypatch.setattr(shrinking, "several_ranks", lambda: True)
+    with pytest.raises(ValueError, match="shrink runs on one rank; start it alone"):
+        shrink("hf", "out")
 
 
 def test_a_training_that_changed_nothing_is_reported(here, monkeypatch):

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from short_gpt.jobs import Crossed, Row, compare_with_paper, published_scores
+from short_gpt.jobs.comparing import Compared
 from short_gpt.plots import (
     angular_heatmap,
     beside_published,
@@ -30,6 +31,7 @@ from short_gpt.plots import (
     quality_curves,
 )
 from short_gpt.plots.figures import KEPT, REMOVED
+from short_gpt.plots.pictures import compared_page
 from short_gpt.plots.quality import SHOWN
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
@@ -387,6 +389,16 @@ def test_the_axis_holds_every_point_with_its_bar() -> None:
     low, high = figure.axes[0].get_ylim()
     assert low < DENSE.perplexity and high > 90.0 * math.exp(0.5)
     assert not any("off the axis" in label for label in legend(figure))
+
+
+def test_a_row_without_an_error_is_on_the_axis_and_has_no_bar() -> None:
+    unknown = [replace(r, standard_error=float("nan")) for r in CUT]
+    figure = quality_curves([DENSE, *unknown])
+    (axes,) = figure.axes
+    assert axes.get_ylim()[1] > 90 and curves(axes)["Block Influence"][-1] == (4, 90.0)
+    assert "off the axis" not in " ".join(legend(figure))
+    html = compared_page("m", Compared([DENSE, *unknown], [], []))
+    assert "nan" not in html and "+0.0000" in html
 
 
 def test_curves_need_rows() -> None:

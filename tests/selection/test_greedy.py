@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection import search as search_module
 from short_gpt.selection.search import PartialRun, one_shot, sleb
+from short_gpt.wrappers.short_llama import ShortLlama
 
 
 def plain_sleb(decoder: Decoder, windows: list[list[int]], n: int):
@@ -206,6 +208,16 @@ def test_a_loss_that_is_not_finite_is_an_error():
 def test_numbers_out_of_range(search, n, message):
     with pytest.raises(ValueError, match=message):
         search(model(5), random_windows(2, 10), n)
+
+
+def test_candidates_that_may_not_go_or_do_not_exist_are_told():
+    with pytest.raises(ValueError, match="candidates: expected other layers than the first and"):
+        sleb(model(5), random_windows(2, 10), 1, candidates=[0, 4])
+    with pytest.raises(ValueError, match="n = 1; no layer of the model's 2 may be removed"):
+        sleb(model(2), random_windows(2, 10), 1)
+    short = ShortLlama(SimpleNamespace(model=model(5).model, tokenizer=None))
+    with pytest.raises(ValueError, match=r"layers \[99\] do not exist; the model has 0\.\.4"):
+        short.search(random_windows(2, 10), 1, candidates=[99])
 
 
 def test_windows_without_a_prediction():

@@ -396,6 +396,25 @@ def test_a_directory_without_a_tokenizer(directory, tmp_path):
     assert short.generate(["It"], 5, 0) == whole.generate(["It"], 5, 0)
 
 
+def test_sampling_draws_from_all_that_top_p_leaves():
+    short, drawn = ShortHFModel(make("llama")), set()
+    with torch.no_grad():
+        short.model.lm_head.weight.mul_(1e-3)  # every token is about as likely
+    for seed in range(300):
+        torch.manual_seed(seed)
+        drawn.add(short._continue([1, 2, 3], 1, 1.0, 1.0)[-1])
+    assert len(drawn) > 60, "the 50 likeliest alone"
+
+
+def test_a_window_of_gemma_begins_with_bos_where_texts_are_scored(directory, monkeypatch):
+    short, read = ShortHFModel(directory), []
+    short.encode = lambda text: [1, *map(ord, text)]
+    monkeypatch.setattr(type(short), "bos", property(lambda _: "every"))
+    monkeypatch.setattr(short, "measure", lambda windows, **_: read.extend(windows))
+    short.eval_importance(["It was a bright cold day"], max_seq_len=8, stride=4)
+    assert len(read) > 2 and {window[0] for window in read} == {1}
+
+
 def test_a_temperature_that_is_all_but_0_takes_the_likeliest_token(directory):
     short = ShortHFModel(directory)
     likeliest = short.generate(["It was"], max_gen_len=4, temperature=0)
