@@ -19,6 +19,7 @@ from short_gpt.healing.lora import TEACHER, DistillSettings, LoraSettings
 from short_gpt.healing.refit import PatchSettings, RefitSettings
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.texts import Learning
+from short_gpt.healing.trainer import LOGS
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import (
     USER_ERRORS,
@@ -262,7 +263,7 @@ class HealingJob:
         return out
 
     def _clear(self, folder: Path) -> None:
-        """Removes what the steps keep, and the folder if nothing else is in it."""
+        """Removes what the steps keep, except logs, and the folder if nothing else is in it."""
         for own in (folder / TEACHER, *(folder / step.name for step in self.steps)):
             # in an order in which what a kill here may leave blocks no later run: a state before
             # the weights that it names, a recipe after the checkpoints that it belongs to
@@ -271,7 +272,11 @@ class HealingJob:
             for path in own.glob("checkpoint-*"):
                 shutil.rmtree(path, ignore_errors=True)
             (own / CONTENT).unlink(missing_ok=True)
-            shutil.rmtree(own, ignore_errors=True)
+            if not (own / LOGS).is_dir():
+                shutil.rmtree(own, ignore_errors=True)
+                continue
+            for path in (path for path in own.iterdir() if path.name != LOGS):
+                path.unlink()
         with suppress(OSError):  # a folder that holds something else stays
             folder.rmdir()
         self._lock = None

@@ -294,7 +294,8 @@ class Settings:
         patience: stop after this many evaluations without a better one.
         four_bit: train over weights in 4 bits; needs bitsandbytes and CUDA.
         gradient_checkpointing: less memory, more time.
-        report_to: services that the training reports to, such as wandb or tensorboard.
+        report_to: services that the training reports to, such as wandb or tensorboard, whose logs
+            stay in OUT.training/METHOD/runs.
         resume: training must continue an interrupted run, from OUT.training; where there is one,
             the same command continues it anyway.
         teacher: the original model of which MODEL is a part; MODEL itself, before layers go, if not

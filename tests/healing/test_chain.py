@@ -283,7 +283,7 @@ def test_all_steps_are_undone_when_a_later_one_fails(steps, where, monkeypatch):
         return healed[-1]
 
     if where == "the removal":
-        monkeypatch.setattr(short, "remove_layers", fails)
+        monkeypatch.setattr(short, "remove_for_now", fails)
     else:
         monkeypatch.setattr(lora, "heal_run", second_fails)
     with pytest.raises(KeyboardInterrupt):

@@ -95,6 +95,17 @@ def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
     assert not (tmp_path / "training").exists()
 
 
+def test_logs_of_a_training_stay(tmp_path):
+    short, work = ShortHFModel(make("llama")), tmp_path / "work"
+    (work / "lora/runs").mkdir(parents=True)
+    (work / "lora/runs/events").write_text("logged")
+    job = HealingJob(short, WINDOWS, [2], settings=LoraSettings(QUICK), work_dir=work, resume=True)
+    job.run()
+    assert (work / "lora/recipe.json").is_file()
+    job.save(tmp_path / "out")
+    assert sorted(path.name for path in work.rglob("*")) == ["events", "lora", "runs"]
+
+
 @pytest.mark.parametrize("layers", [[2, 4], []])
 def test_after_an_interruption_all_layers_are_there_as_they_were(layers, monkeypatch):
     short = ShortHFModel(make("llama"))
@@ -141,7 +152,7 @@ def test_an_error_behind_the_healing_takes_it_back(monkeypatch, settings, step):
 
     plain = job._measure
     if step == "the removal":
-        monkeypatch.setattr(short, "remove_layers", fails)
+        monkeypatch.setattr(short, "remove_for_now", fails)
     else:
         monkeypatch.setattr(
             job,
@@ -165,7 +176,7 @@ def test_a_removal_that_fails_takes_the_patch_back(monkeypatch):
     def fails(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(short, "remove_layers", fails)
+    monkeypatch.setattr(short, "remove_for_now", fails)
     for attempt in (
         lambda: heal_patch(short, [2], WINDOWS.training, progress=False),
         lambda: HealingJob(short, WINDOWS, [2], settings=PatchSettings(), progress=False).run(),
