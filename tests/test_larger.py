@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import larger
 import pytest
 import real_models
 import torch
+import training_rates
 from conftest import random_windows, save_chat_llama
 
 from short_gpt import open_model, shrink
@@ -209,3 +211,29 @@ def test_code_is_parted_by_module():
     assert not {*parts["calibration"]} & {*parts["held_out"]}
     assert len(parts["calibration"]) > 5 * len(parts["held_out"]) > 5
     assert all(len(text) >= larger.LEAST for part in parts.values() for text in part)
+
+
+def test_every_rate_begins_at_the_same_refit(model, here, monkeypatch):
+    monkeypatch.setattr(training_rates, "MODELS", {"tiny": lambda: model})
+    monkeypatch.setattr(training_rates, "FITTED", 4)
+    monkeypatch.setattr(training_rates, "CHOOSE", 2)
+    monkeypatch.setattr("distilled.VALIDATED", 2)
+    text = "".join(chr(97 + t) for t in random_windows(1, 900, vocab=26, seed=6)[0])
+    Path("wiki.txt").write_text("\n".join(text[i : i + 90] for i in range(0, 900, 90)))
+    for part in ("calibration", "held_out"):
+        Path("work/texts", part).mkdir(parents=True)
+        shutil.copy("chats.jsonl", f"work/texts/{part}/chat.jsonl")
+
+    def measured(out: str, *rates: float) -> dict:
+        with pytest.raises(SystemExit):
+            training_rates.main("wiki.txt", "tiny", rates, 2, 24, "work", out, overwrite=True)
+        return json.loads(Path(out).read_text())
+
+    both = measured("both.json", 3e-2, 1e-2)
+    assert measured("alone.json", 1e-2)["rows"]["0.01"] == both["rows"]["0.01"]
+    assert both["rows"]["0.03"] != both["rows"]["0.01"] and len(both["layers"]) == 1
+    for row in both["rows"].values():
+        assert [*row["divergence"]] == ["0", "1", "2"] and row["kept"] in row["divergence"]
+        assert (row["nats"] == 0) == (row["kept"] == "0")
+    monkeypatch.setattr(training_rates, "heal_refit", None)  # nothing is measured again
+    assert measured("both.json", 3e-2, 1e-2)["rows"] == both["rows"]
