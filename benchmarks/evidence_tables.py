@@ -182,17 +182,26 @@ def _judged(cell: dict) -> str:
     return f"{cell['perplexity']:.2f}, {cell['change']:+.3f} ± {cell['reach_95']:.3f}"
 
 
+# of the steps of `larger.py`, those that a column adds up; a row without training judges last
+STEPS: list[tuple[str, ...]] = [("opening",), ("choosing",), ("refit",), ("healing",)]
+STEPS += [("judging", "judging the refit"), ("writing and reading again", "llama.cpp")]
+UNTRAINED = [*STEPS[:3], (), ("judging", "healing"), STEPS[-1]]
+
+
 def taken() -> list[str]:
-    """How long all steps took, and the most memory of the process."""
+    """The minutes of every step and the bare passes over a window in them, and the peak memory."""
     lines = []
     for file, model in MODELS.items():
         for own in result(file)["rows"].values():
-            steps = own["steps"].values()
-            minutes = sum(step["seconds"] for step in steps) / 60
-            peak = max(step["peak_mb"] for step in steps)
-            times = f"{peak / 1e3:.1f} GB, {peak / own['bare']['peak_mb']:.2f} times"
-            name = f"{model}, {len(own['layers'])} of {own['of']}"
-            lines.append(row(name, f"{minutes:.0f} minutes", times))
+            cells, columns = [], STEPS if "judging the refit" in own["steps"] else UNTRAINED
+            for parts in (*columns, tuple(own["steps"])):
+                steps = [own["steps"][part] for part in parts if part in own["steps"]]
+                minutes = sum(step["seconds"] for step in steps) / 60
+                passes = sum(step["bare_windows"] for step in steps)
+                cells.append(f"{minutes:.1f} ({passes:.0f})" if steps else "")
+            peak = max(step["peak_mb"] for step in own["steps"].values())
+            cells.append(f"{peak / 1e3:.1f} GB, {peak / own['bare']['peak_mb']:.2f} times")
+            lines.append(row(f"{model}, {len(own['layers'])} of {own['of']}", *cells))
     return lines
 
 

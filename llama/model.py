@@ -22,6 +22,10 @@ from llama.args import ModelArgs, check_split, kv_heads_of_rank
 from llama.errors import InputError
 from llama.parallel import model_parallel_size
 
+# devices whose own causal kernel lets half-precision positions see later ones
+# (https://github.com/pytorch/pytorch/issues/195910): they are given the mask
+MASKED = ("mps",)
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2 over D) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
@@ -98,6 +102,8 @@ class Attention(nn.Module):
         q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
         if start_pos is not None:
             k, v = self.update_cache(k, v, start_pos)  # (B, T, Hkv, hd)
+        if mask is None and S > 1 and x.device.type in MASKED:
+            mask = torch.ones(S, S, dtype=torch.bool, device=x.device).tril()
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, H, S, hd)
             k.transpose(1, 2),  # (B, Hkv, T, hd)

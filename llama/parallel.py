@@ -33,9 +33,10 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         chosen = torch.device("meta")
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"expected a device such as cpu, cuda, cuda:1 or mps, got {device!r}")
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and chosen.index is None:
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        chosen = torch.device("cuda", 0 if count == 1 else rank)  # some launchers show each its own
     if (chosen.type == "cuda" and (chosen.index or 0) >= count) or (
         chosen.type == "mps" and not torch.backends.mps.is_available()
     ):
@@ -51,7 +52,10 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if dtype is None:
         if device.type == "cpu":
             return torch.float32
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if device.type != "cuda":
+            return torch.float16
+        with torch.cuda.device(device):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bf16 else torch.float16
     known = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16)}
     known |= {"float16": torch.float16, "float64": torch.float64}

@@ -229,9 +229,12 @@ class HealingJob:
         *,
         facts: Mapping[str, object] | None = None,
         overwrite: bool = False,
+        release: bool = False,
     ) -> Path:
         """Writes the healed model with its evidence, and empties ``work_dir``.
 
+        With ``release``, a model of transformers drops its weights before its copy is read, so
+        that both are never in memory together; this one is of no use then.
         To go on with a streamed model, open ``out_dir``: this one reads what was solved from
         ``work_dir``. Arguments and errors as in `ScoredModel.save`, and:
 
@@ -245,7 +248,9 @@ class HealingJob:
         if self._team.rank:
             return Path(out_dir)
         try:
-            out = self.short.save(out_dir, facts=facts, measured=measured, overwrite=overwrite)
+            how: dict[str, Any] = {"facts": facts, "measured": measured, "overwrite": overwrite}
+            how |= {"release": True} if release else {}
+            out = self.short.save(out_dir, **how)
         except Exception as error:
             # under another name there is another folder, which holds nothing to continue from
             short = shortage(error, elsewhere=False)

@@ -128,6 +128,7 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] 
     _check_processes(replicas.current(short.decoder.device).count, run.recipe)
     check_reports(run.recipe.report_to)
     model = short.trainable()
+    _check_card(next(model.parameters()).device)
     _check(run, evaluation)
     path = getattr(short.decoder, "layers_path", None)
     run = run._replace(mixed=short.decoder.mixed, layers_path=path)
@@ -256,6 +257,15 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
     check_disjoint(run.training, run.validation)
     if run.recipe.four_bit:
         require_four_bit()
+
+
+def _check_card(device: torch.device) -> None:
+    """Raises ShortGPTError for another card than the first, to which the Trainer moves a model."""
+    if device.type == "cuda" and device.index and not several_ranks():
+        raise ShortGPTError(
+            f"training runs on the first card, and the model is on {device}: set "
+            f"CUDA_VISIBLE_DEVICES={device.index} and leave `device` out"
+        )
 
 
 def _check_processes(count: int, recipe: Recipe) -> None:

@@ -126,7 +126,7 @@ def score_windows(
                 own = one.angles[0].diagonal(n)  # of blocks of n layers, (K,)
             else:
                 own = (one.influence if method == "bi" else one.metric("magnitude"))[0]  # (L,)
-            scores.sums.append(own.double().tolist())
+            scores.sums.append(own.cpu().double().tolist())
             scores.weights.append(1.0 if angular else float(one.tokens[0]))
             scores.texts.append(text_of(window))
             shown.update()

@@ -54,6 +54,7 @@ from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
+from short_gpt.wrappers.short_hf import ShortHFModel
 
 STATES = (STATE, IDENTITY, RECIPE)  # of the steps, which tell the precision of a run
 CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with others
@@ -211,7 +212,8 @@ def _heal(
     names |= short.about_precision
     done = Healing(out, job.run(), parts.left_out, removal.unchecked, names)
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_data, "size": size}
-    job.save(out, facts={**removal.record.facts, "data": texts.data}, overwrite=overwrite)
+    facts = {**removal.record.facts, "data": texts.data}
+    job.save(out, facts=facts, overwrite=overwrite, release=isinstance(short, ShortHFModel))
     del short, job, known, steps, lock  # which makes room for what is read again
     if not first_rank():
         return done

@@ -335,7 +335,7 @@ def _in_memory(shape: Shape, opening: OpenOptions) -> str:
     dtype = choose_dtype(opening.dtype, device)
     size, kind = shape.parameters * dtype.itemsize, str(dtype).removeprefix("torch.")
     line = f"the model in memory: {shown(size)} of weights in {kind}"
-    if device.type != "cpu":
+    if device.type == "cuda":
         return f"{line}, on {device}"
     free = free_memory()
     way = "; stream holds one layer at a time, bfloat16 half as much" if size > free else ""

@@ -41,12 +41,13 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, object]:
-    """The system, processor, cores, threads and CUDA device that numbers were computed with."""
+    """The system, processor, cores and threads, and the CUDA devices that are there."""
     about: dict[str, object] = {"system": f"{platform.system()} {platform.machine()}"}
     about |= {"processor": _processor(), "cores": os.cpu_count()}
     about["torch_threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
-        about["cuda"] = torch.cuda.get_device_name()
+        names = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+        about["cuda"] = ", ".join(dict.fromkeys(names))
     return about
 
 

@@ -298,18 +298,20 @@ class ShortHFModel(ShortModel):
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
         overwrite: bool = False,
+        release: bool = False,
     ) -> Path:
         """Saves as `save_pretrained`; as it came one from `from_meta`, or to a ``.gguf`` file."""
         about: dict[str, Any] = {"facts": facts, "measured": measured}
         if self._meta_tokenizer is None and not is_gguf(out_dir):
-            return self.save_pretrained(out_dir, overwrite=overwrite, **about)
+            return self.save_pretrained(out_dir, overwrite=overwrite, release=release, **about)
         record = Provenance.of(self, self.source, **about)
         if is_gguf(out_dir):
             target = Target(out_dir, "gguf", overwrite)
             return save_gguf(self, target, self.source, self._layers_path, record=record)
         self.check_whole()
         assert self._meta_tokenizer is not None
-        target = Target(out_dir, "meta", overwrite, self.check_saved)
+        proof = partial(self.check_saved, release=release)
+        target = Target(out_dir, "meta", overwrite, proof)
         return save_as_meta(self.model, target, record=record, tokenizer_path=self._meta_tokenizer)
 
     def release(self) -> None:

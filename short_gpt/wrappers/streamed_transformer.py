@@ -188,7 +188,7 @@ class StreamedTransformer(nn.Module):
             stored=self.stored,
             batch_size=batch_size,
             max_memory=max_memory,
-            on_host=self.device.type == "cpu",
+            on_host=self.device.type != "cuda",  # the memory of Apple's MPS is the machine's
             process=max(process, 0),
         )
 

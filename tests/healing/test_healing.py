@@ -258,6 +258,21 @@ def test_a_best_checkpoint_that_is_gone_is_told(tmp_path):
     assert step
 
 
+def test_a_gpu_warns_where_it_has_no_deterministic_kernel():
+    for device, warns in (("cpu", False), ("cuda", True)):
+        with trainer.deterministic(torch.device(device)):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == warns
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_training_on_another_card_than_the_first_is_refused():
+    healing._check_card(torch.device("cuda", 0))
+    healing._check_card(torch.device("cpu"))
+    with pytest.raises(ShortGPTError, match="set CUDA_VISIBLE_DEVICES=1 and leave `device` out"):
+        healing._check_card(torch.device("cuda", 1))
+
+
 def test_logs_of_a_training_are_no_earlier_run(tmp_path):
     (tmp_path / "a/runs").mkdir(parents=True)
     short = ShortHFModel(make("llama"))

@@ -93,6 +93,10 @@ def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
     again = ShortHFModel(str(job.save(tmp_path / "out")))
     assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
     assert not (tmp_path / "training").exists()
+    job.save(tmp_path / "out", release=True, overwrite=True)
+    assert all(weight.is_meta for weight in short.model.parameters())
+    anew = ShortHFModel(str(tmp_path / "out"))
+    assert torch.equal(anew.decoder.logits(TOKENS), again.decoder.logits(TOKENS))
 
 
 def test_logs_of_a_training_stay(tmp_path):

@@ -202,3 +202,18 @@ def test_a_padded_row_equals_the_row_alone():
     padded = torch.cat((row, torch.zeros(1, 5, dtype=torch.long)), dim=1)
     with torch.no_grad():
         assert torch.allclose(model(padded)[:, :7], model(row), atol=1e-5)
+
+
+def test_the_mask_that_some_devices_need_is_the_causal_one(transformer, monkeypatch):
+    tokens, seen = torch.randint(0, 96, (2, 9)), []
+    expected = transformer(tokens)
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args, attn_mask, is_causal, **kwargs):
+        seen.append(is_causal)
+        return plain(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
+    monkeypatch.setattr("llama.model.MASKED", ("cpu",))
+    assert torch.allclose(transformer(tokens), expected, atol=1e-5)
+    assert seen == [False] * 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import children
 import pytest
@@ -64,6 +65,7 @@ def test_devices():
 def test_dtypes():
     cpu = torch.device("cpu")
     assert choose_dtype(None, cpu) == torch.float32
+    assert choose_dtype(None, torch.device("mps")) == torch.float16
     assert choose_dtype("bfloat16", cpu) == choose_dtype(torch.bfloat16, cpu) == torch.bfloat16
     with pytest.raises(ValueError, match="expected a dtype of float32, bfloat16"):
         choose_dtype("int8", cpu)
@@ -97,3 +99,18 @@ def test_a_traceback_of_a_single_process_names_no_rank():
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == "ValueError: of a user"
     assert "rank0" not in done.stderr
+
+
+def test_a_card_is_chosen_by_rank_and_bfloat16_by_its_own_products(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda card: asked.append(card) or nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for count, index in ((2, 1), (1, 0)):  # some launchers show each process one card
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert choose_device("cuda") == torch.device("cuda", index)
+    card = torch.device("cuda", 1)
+    assert choose_dtype(None, card) == torch.float16 and asked == [card]
