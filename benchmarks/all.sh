@@ -114,6 +114,12 @@ script refit_sinks_05b refit_choices --also wikitext2_test.txt --others lambada_
 script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt
 script training_choices training_choices --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt \
     --rows lora,lora-3e-3,lora-all-maps,full-1e-4,lora-from-gap,lora-all-maps-from-gap
+script training_rates_smollm2 training_rates --wikitext wikitext2_test.txt --model smollm2 \
+    --rates 2e-3,1e-3,5e-4,2.5e-4 --steps 30
+script training_rates_05b training_rates --wikitext wikitext2_test.txt --model 0.5b \
+    --rates 1e-3,5e-4,2.5e-4,1.25e-4 --steps 30
+script training_rates training_rates --wikitext wikitext2_test.txt --model 1.5b \
+    --rates 2.5e-4,1.25e-4 --steps 20
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --counts 2,4 --documents 100 \
     --state tasks.state

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence_tables import layer_set, result, row
+from evidence_tables import MODELS, layer_set, result, row
 
 from short_gpt.scoring.metrics import student_t
 
@@ -91,6 +91,20 @@ def ways() -> list[str]:
             error = math.hypot(*(change["standard_error"] for change in found)) / len(found)
             mean = f"{sum(change['nats'] for change in found) / len(found):+.3f} ({error:.3f})"
         lines.append(row(name, *texts, mean, f"{cells.get('steps', '')}"))
+    return lines
+
+
+def rates() -> list[str]:
+    """Divergence from the original model before and after a training at several rates."""
+    lines = []
+    for file in ("training_rates_smollm2", "training_rates_05b", "training_rates"):
+        found = result(file)
+        for rate, cells in found["rows"].items():
+            before, *_, after = cells["divergence"].values()
+            kept = f"{cells['kept']} of {found['steps']}"
+            nats = "" if cells["kept"] == "0" else _than(cells)[2:]
+            name = f"{MODELS[file.replace('training_rates', 'larger')]}, {found['width']}"
+            lines.append(row(name, rate, f"{before:.3f}", f"{after:.3f}", kept, nats))
     return lines
 
 

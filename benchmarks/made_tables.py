@@ -492,6 +492,11 @@ TABLES: dict[str, Callable[[], str]] = {
         "| mean of the three | steps |",
         healing.ways,
     ),
+    "rates": table(
+        "| model, width | rate at the peak | divergence before | after all steps | step kept "
+        "| nats, from the refit |",
+        healing.rates,
+    ),
     "parts of the refit": table(HEALED.format("healed by"), healing.parts),
     "refit by windows": table(HEALED.format("windows"), healing.windows),
     "attention sinks": table(HEALED.format("layers removed"), healing.sinks),

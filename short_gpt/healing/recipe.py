@@ -81,8 +81,9 @@ DEMO = {"rank": 8, "alpha": 32, "learning_rate": 1e-6, "modules": ("q_proj", "v_
 DEMO |= {"batch": 1, "warmup": 0}
 ALL = ("all",)
 # For minutes on a few processor cores: short windows, few steps of few windows, a high rate.
-SMALL = {"rank": 32, "alpha": 64, "dropout": 0.0, "modules": ALL, "learning_rate": 1e-3}
+SMALL = {"rank": 32, "alpha": 64, "dropout": 0.0, "modules": ALL}
 SMALL |= {"size": 512, "steps": 160, "warmup": 8, "batch": 2, "eval_every": 20}
+NARROW, RATES = 576, (1e-3, 2.5e-4)  # widest model of the first rate: wider ones diverge with it
 PRESETS = ("paper", "demo", "small")
 
 
@@ -92,16 +93,19 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     The preset "paper" takes rank, learning rate and size from the paper's table where it has the
     model's type and widths, else rank 64 and 3e-4. "demo" is the public demonstration: rank 8,
     alpha 32, q_proj and v_proj, 1e-6; "small" takes minutes on a few processor cores, and
-    trains the attention's projections too.
+    trains the attention's projections too, at 1e-3 up to a width of 576 and 2.5e-4 above.
     """
     if preset not in PRESETS:
         raise ShortGPTError(f"preset {preset!r} is unknown: expected one of {', '.join(PRESETS)}")
     unknown = set(changes) - set(Recipe.__dataclass_fields__)
     if unknown:
         raise ShortGPTError(f"no setting {sorted(unknown)}; there are {[*asdict(Recipe())]}")
-    if preset != "paper":
-        return Recipe(**{**(DEMO if preset == "demo" else SMALL), **changes})
+    if preset == "demo":
+        return Recipe(**{**DEMO, **changes})
     text = config.get_text_config(decoder=True)
+    if preset == "small":
+        wide = getattr(text, "hidden_size", 0) > NARROW
+        return Recipe(**{**SMALL, "learning_rate": RATES[wide], **changes})
     published: dict[str, Any] = {}
     for model, settings in PAPER:
         values = {name: value for name, value in zip(MODEL, model, strict=True) if value}

@@ -24,7 +24,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 from families import make
-from transformers import integrations
+from transformers import LlamaConfig, integrations
 
 from short_gpt.checkpoints import Provenance
 from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
@@ -144,7 +144,10 @@ def test_all_maps_are_the_attentions_too_where_they_have_llamas_names(family, mo
     assert len(every) == len(mlp) + 6 * more
     if family not in ("gpt_oss", "mixtral"):  # whose experts are one tensor
         assert mlp == target_modules(model)
-    assert recipe_for(model.config, "small").modules == ALL
+    small = recipe_for(model.config, "small")
+    assert small.modules == ALL and small.learning_rate == 1e-3
+    assert recipe_for(LlamaConfig(hidden_size=576), "small").learning_rate == 1e-3
+    assert recipe_for(LlamaConfig(hidden_size=577), "small").learning_rate == 2.5e-4
     adapt(model, replace(QUICK, modules=ALL))
 
 
