@@ -108,7 +108,7 @@ def ranks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | 
         result[name] = {"models": len(own)}
         for mean, tau in (("mean", "tau"), ("without boolq", "tau without boolq")):
             found = kendalltau(loss, [r[mean]["value"] for r in own]).statistic if own[1:] else None
-            result[name][tau] = None if found != found else found
+            result[name][tau] = None if found is None or found != found else float(found)
     return result
 
 

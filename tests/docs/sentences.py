@@ -146,6 +146,7 @@ def shares() -> list[str]:
     assert not any(beyond(rows[f"{c} pruned"]["refit against it"]["without boolq"]) for c in CHOSEN)
     gains = [pair["without boolq"] for name, pair in pairs.items() if name.startswith("gain of")]
     assert len(gains) == 3 and not any(map(beyond, gains))
+    between = apart("gain of auto refit less that of bi refit")
     boolq = [
         row["tasks"]["boolq acc"]["value"]
         for name, row in rows.items()
@@ -170,6 +171,7 @@ def shares() -> list[str]:
         "better than auto's by {} and than greedy search's by {}".format(
             apart("bi pruned less auto pruned"), apart("bi pruned less greedy pruned")
         ),
+        f"(auto's less Block Influence's: {between})",
         "with auto's set refitted, {} apart, and distilled, {} apart.".format(
             apart("bi pruned less auto refit"), apart("bi pruned less auto distilled")
         ),
