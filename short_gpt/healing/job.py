@@ -280,7 +280,7 @@ class HealingJob:
             if not (own / LOGS).is_dir():
                 shutil.rmtree(own, ignore_errors=True)
                 continue
-            for path in (path for path in own.iterdir() if path.name != LOGS):
+            for path in (path for path in own.iterdir() if path.is_file()):
                 path.unlink()
         with suppress(OSError):  # a folder that holds something else stays
             folder.rmdir()

@@ -218,9 +218,8 @@ class _Run:
         how: Any = {"validate": settings.minutes is not None, "beside": asked.folder / REPORT}
         windows = asked.cut.read(asked.texts, short, known.size, known.limit, **how)
         self.windows, self.calibration = windows, windows.training[:MOST]  # that choose the layers
-        # what is asked of the models chooses no layers, and may be another when a run goes on
-        how_chosen = replace(settings, prompt=None), Tasks()
-        chosen_by = {**asdict(asked.dial), **asdict(how_chosen[0]), **asdict(how_chosen[1])}
+        # the prompt and the tasks choose no layers, and may be others when a run goes on
+        chosen_by = {**asdict(asked.dial), **asdict(replace(settings, prompt=None))}
         read = {"training": windows.training, "evaluation": windows.evaluation}
         digests = {name: windows_digest(own) for name, own in read.items()}
         refit = {"refit": vars(RefitSettings())}  # which the choice and the healing begin with
