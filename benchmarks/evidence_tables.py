@@ -167,7 +167,8 @@ def larger() -> list[str]:
                 cells = [_judged(own["texts"][kind][state]) for kind in TEXT_KINDS]
                 size = {"original": found["megabytes"], "healed": own["file_megabytes"]}
                 removed = "none" if state == "original" else layer_set(own["layers"])
-                title = f"{model}, {own['of']} layers: {removed}" if not place else removed
+                about = f"{model}, {own['of']} layers, {own['windows'][0]} windows"
+                title = removed if place else f"{about}: {removed}"
                 cells.append(f"{size[state]:.0f}" if state in size else "")
                 title = title if state in ("original", "pruned") else ""
                 trained = "distilled" if "refit" in own["texts"]["prose"] else "refitted"
