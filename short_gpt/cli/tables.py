@@ -315,10 +315,8 @@ def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[
 def _agreed(agreed: Sequence[Agreement]) -> list[str]:
     lines = []
     for one in agreed:
-        shares = "; ".join(
-            f"{pair.replace(', ', ' and ')} {share:.0%}" for pair, share in one["overlap"].items()
-        )
-        lines.append(f"{one['n']} layers removed, in common: {shares}")
+        shares = "; ".join(f"{pair} {share:.0%}" for pair, share in one["overlap"].items())
+        lines.append(f"{one['n']} layers in common: {shares}")
     if agreed:
         value = agreed[0]["rank_correlation_of_bi_with_loss"]
         what = "rank correlation of Block Influence with the loss without a layer"

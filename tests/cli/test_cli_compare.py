@@ -51,7 +51,7 @@ def test_compare_writes_table_picture_and_json(here, capsys):
     for row in rows[1:]:
         if row["method"] == "bi":
             assert f"{row['perplexity']:.2f}" in out
-    assert "layers removed, in common: bi and angular" in out and "speed / original model's" in out
+    assert "layers in common: bi, angular" in out and "speed / original model's" in out
     assert Path("pictures/quality.png").read_bytes()[:4] == b"\x89PNG"
     assert not Path("c.json.state").exists()
 

@@ -62,7 +62,7 @@ PRINTED = {
     "quickstart.ipynb": "the same completion: True",
     "short_llama.ipynb": "the same completion: True",
     "short_hf.ipynb": "the same completion: True",
-    "compare_methods.ipynb": "layers removed, in common: bi and angular",
+    "compare_methods.ipynb": "layers in common: bi, angular",
     "healing.ipynb": "nats a token",
 }
 

@@ -147,7 +147,7 @@ def test_all_maps_are_the_attentions_too_where_they_have_llamas_names(family, mo
     small = recipe_for(model.config, "small")
     assert small.modules == ALL and small.learning_rate == 1e-3
     assert recipe_for(LlamaConfig(hidden_size=576), "small").learning_rate == 1e-3
-    assert recipe_for(LlamaConfig(hidden_size=577), "small").learning_rate == 2.5e-4
+    assert recipe_for(LlamaConfig(hidden_size=640), "small").learning_rate == 2.5e-4
     adapt(model, replace(QUICK, modules=ALL))
 
 
