@@ -32,7 +32,14 @@ from short_gpt.data import without_overlap
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.paired import difference, losses
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.healing import CachedTeacher, Distillation, Learning, heal_refit, recipe_for
+from short_gpt.healing import (
+    CachedTeacher,
+    Distillation,
+    Learning,
+    Recipe,
+    heal_refit,
+    recipe_for,
+)
 from short_gpt.healing.lora import heal_run
 from short_gpt.healing.trainer import TrainingRun
 from short_gpt.jobs import TextSource
@@ -85,9 +92,15 @@ def main(
         print(f"{rate:>8} {row['divergence']} {row['nats']:+.4f} ({row['standard_error']:.4f})")
     content = {"model": source.name, "width": width, "layers": sorted(layers), "steps": steps}
     content |= {"windows": [len(fitted), len(learning.training), VALIDATED], "size": size}
-    recipe = asdict(recipe_for(short.model.config, "small"))
+    recipe = asdict(_recipe(short, steps, size, rates[0]))
+    del recipe["learning_rate"]
     finish("training_rates", [], {**content, "rows": rows, "recipe": recipe}, out=out,
            overwrite=overwrite)  # fmt: skip
+
+
+def _recipe(short: ShortHFModel, steps: int, size: int, rate: float) -> Recipe:
+    changes = {"steps": steps, "size": size, "eval_every": max(1, steps // 5)}
+    return recipe_for(short.model.config, "small", learning_rate=rate, **changes)
 
 
 def _cut(short: ShortHFModel, folder: Path, kind: str, size: int, limit: int) -> Windows:
@@ -118,8 +131,7 @@ def _measure(
         for rate, name in names.items():
             if name in cells:
                 continue
-            changes = {"steps": steps, "size": len(read[0]), "eval_every": max(1, steps // 5)}
-            recipe = recipe_for(short.model.config, "small", learning_rate=rate, **changes)
+            recipe = _recipe(short, steps, len(read[0]), rate)
             run = TrainingRun(learning.training, learning.validation, recipe)
             healed, undo = heal_run(short, run._replace(distillation=Distillation(teacher)))
             cells.losses(f"{name}: losses", lambda: losses(short.decoder, learning.validation))
