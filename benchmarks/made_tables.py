@@ -187,7 +187,7 @@ def own_text() -> str:
     return (
         f"a refit on 24 windows of its own text restores {own[0]} of the loss that pruning added "
         f"on novels, which no refit read; 24 windows of two other texts restore {real[0]}. On "
-        f"those two texts, their own windows are better: {real[1]} and {real[2]}, against "
+        f"those two texts themselves, their windows are better: {real[1]} and {real[2]}, against "
         f"{own[1]} and {own[2]} ("
     )
 
@@ -391,7 +391,7 @@ COMPARED = "| removed | pruned | patched | refitted |"
 CHOSEN = (
     "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"
 )
-CHOSEN = (
+BY_SETTING = (
     "| layers removed, and the refit | chapters | WikiText-2, first half | novels | all kinds |"
 )
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
@@ -500,6 +500,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts of the refit": table(HEALED.format("healed by"), healing.parts),
     "refit by windows": table(HEALED.format("windows"), healing.windows),
     "attention sinks": table(HEALED.format("layers removed"), healing.sinks),
-    "steps and realigned inputs": table(CHOSEN, partial(healing.choices, "refit_usual")),
-    "refit by step size and ridge": table(CHOSEN, partial(healing.choices, "refit_choices")),
+    "steps and realigned inputs": table(BY_SETTING, partial(healing.choices, "refit_usual")),
+    "refit by step size and ridge": table(BY_SETTING, partial(healing.choices, "refit_choices")),
 }

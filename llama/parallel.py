@@ -36,7 +36,9 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if chosen.type == "cuda" and chosen.index is None:
         rank = int(os.environ.get("LOCAL_RANK", "0"))
-        chosen = torch.device("cuda", 0 if count == 1 else rank)  # some launchers show each its own
+        if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:  # a launcher shows each its own
+            rank = 0
+        chosen = torch.device("cuda", rank)
     if (chosen.type == "cuda" and (chosen.index or 0) >= count) or (
         chosen.type == "mps" and not torch.backends.mps.is_available()
     ):

@@ -37,8 +37,9 @@ STEPS = {kind.name: kind for kind in KINDS}
 
 
 def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
-    """Whether a folder held anything when all ranks had come here; all must call it."""
-    own = folder is not None and folder.is_dir() and any(folder.iterdir())
+    """Whether a folder held more than logs when all ranks had come here; all must call it."""
+    files = [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
+    own = any(LOGS not in path.relative_to(folder or path).parts for path in files)
     return replicas.current(short.decoder.device).gather(own)[0]
 
 

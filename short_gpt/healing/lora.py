@@ -385,6 +385,7 @@ class LoraSettings:
     trains: ClassVar[bool] = True
 
     def prepare(self, context: HealingContext) -> Heal:
+        _check_card(context.short.decoder.device)
         return lambda: self._train(context, None)
 
     def _recipe(self, context: HealingContext) -> Recipe:
@@ -416,6 +417,7 @@ class DistillSettings(LoraSettings):
     name: ClassVar[str] = "distill"
 
     def prepare(self, context: HealingContext) -> Heal:
+        _check_card(context.short.decoder.device)
         distillation = Distillation(self._teacher(context), self.kl_share)
         return lambda: self._train(context, distillation)
 

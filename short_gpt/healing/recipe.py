@@ -83,7 +83,7 @@ ALL = ("all",)
 # For minutes on a few processor cores: short windows, few steps of few windows, a high rate.
 SMALL = {"rank": 32, "alpha": 64, "dropout": 0.0, "modules": ALL}
 SMALL |= {"size": 512, "steps": 160, "warmup": 8, "batch": 2, "eval_every": 20}
-NARROW, RATES = 576, (1e-3, 2.5e-4)  # widest model of the first rate: wider ones diverge with it
+NARROW, RATES = 576, (1e-3, 2.5e-4)  # widest model of the first rate, at which a wider one diverged
 PRESETS = ("paper", "demo", "small")
 
 

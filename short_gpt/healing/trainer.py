@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -305,7 +305,9 @@ def run_folder(
             yield folder
         except BaseException:
             if not team.rank and not _drop_unfinished(folder):  # there is nothing to continue from
-                shutil.rmtree(folder, ignore_errors=True)
+                (folder / RECIPE).unlink(missing_ok=True)
+                with suppress(OSError):  # logs stay
+                    folder.rmdir()
             raise
 
 

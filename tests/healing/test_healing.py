@@ -18,6 +18,7 @@ from commands import fails, run
 from conftest import (
     BYTE_VOCAB,
     CharTokenizer,
+    interrupted,
     make_transformer,
     random_windows,
     save_checkpoint,
@@ -34,6 +35,7 @@ from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.healing import heal_patch as patch
 from short_gpt.healing import lora as healing
 from short_gpt.healing import trainer
+from short_gpt.healing.job import holds_a_run
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.recipe import ALL, Recipe, recipe_for
 from short_gpt.healing.texts import collate, examples
@@ -232,7 +234,7 @@ def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_
 
 
 def test_a_training_continues_where_its_folder_was_moved_to(tmp_path, monkeypatch):
-    whole, ended, moved, cut = (ShortHFModel(make("llama")) for _ in range(4))
+    whole, ended, moved = (ShortHFModel(make("llama")) for _ in range(3))
     first = heal(whole, TRAINING, VALIDATION, recipe=QUICK, progress=False)
     monkeypatch.chdir(tmp_path)
     options = {"recipe": QUICK, "progress": False}
@@ -241,16 +243,32 @@ def test_a_training_continues_where_its_folder_was_moved_to(tmp_path, monkeypatc
     options |= {"work_dir": "b", "resume": True}
     assert heal(moved, TRAINING, VALIDATION, **options).losses == first.losses
     assert all(map(torch.equal, weights(whole), weights(moved)))
-    (best,) = Path("b").glob(f"checkpoint-{first.kept_step}")
-    shutil.rmtree("b/checkpoint-6")  # as if it was killed in the last steps
-    if best.is_dir():
-        heal(cut, TRAINING, VALIDATION, **options)
-        assert all(map(torch.equal, weights(whole), weights(cut)))
+
+
+def test_a_training_that_was_killed_finds_its_best_checkpoint_where_it_was_moved_to(
+    tmp_path, monkeypatch
+):
+    def measured(*losses: float) -> None:
+        each = iter(losses)
+        told = lambda *_: {"eval_loss": (loss := next(each)), "eval_perplexity": loss}  # noqa: E731
+        monkeypatch.setattr(TrainingRun, "measure", told)
+
+    ended, moved = (ShortHFModel(make("llama")) for _ in range(2))
+    monkeypatch.chdir(tmp_path)
+    options = {"recipe": QUICK, "progress": False}
+    measured(4, 3, 1, 2)  # before, and at steps 2, 4 and 6
+    assert heal(ended, TRAINING, VALIDATION, work_dir="a", **options).kept_step == 4
+    shutil.move("a", "b")
+    shutil.rmtree("b/checkpoint-6")  # as if it was killed before
+    measured(4, 2)
+    options |= {"work_dir": "b", "resume": True}
+    assert heal(moved, TRAINING, VALIDATION, **options).kept_step == 4
+    assert all(map(torch.equal, weights(ended), weights(moved)))
 
 
 def test_a_best_checkpoint_that_is_gone_is_told(tmp_path):
     options = {"recipe": QUICK, "progress": False, "work_dir": tmp_path / "a"}
-    step = heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options).kept_step
+    heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options)
     state = tmp_path / f"a/checkpoint-{QUICK.steps}/trainer_state.json"
     entries = json.loads(state.read_text())
     state.write_text(json.dumps({**entries, "best_model_checkpoint": "x/checkpoint-1"}))
@@ -258,7 +276,6 @@ def test_a_best_checkpoint_that_is_gone_is_told(tmp_path):
     note_files(state.parent)
     with pytest.raises(ShortGPTError, match="checkpoint-1 is missing, from which"):
         heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options, resume=True)
-    assert step
 
 
 def test_a_gpu_warns_where_it_has_no_deterministic_kernel():
@@ -278,8 +295,14 @@ def test_training_on_another_card_than_the_first_is_refused():
 
 def test_logs_of_a_training_are_no_earlier_run(tmp_path):
     (tmp_path / "a/runs").mkdir(parents=True)
+    (tmp_path / "a/runs/events").write_text("logged")
     short = ShortHFModel(make("llama"))
+    with interrupted(TrainingRun, "measure", 0):
+        heal(short, TRAINING, VALIDATION, recipe=QUICK, work_dir=tmp_path / "a")
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["runs", "events"]
+    assert not holds_a_run(short, tmp_path)
     assert heal(short, TRAINING, VALIDATION, recipe=QUICK, work_dir=tmp_path / "a").kept_step
+    assert holds_a_run(short, tmp_path)
 
 
 def test_training_that_only_harms_leaves_the_model_as_it_was():

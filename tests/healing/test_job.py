@@ -103,7 +103,7 @@ def test_logs_of_a_training_stay(tmp_path):
     short, work = ShortHFModel(make("llama")), tmp_path / "work"
     (work / "lora/runs").mkdir(parents=True)
     (work / "lora/runs/events").write_text("logged")
-    job = HealingJob(short, WINDOWS, [2], settings=LoraSettings(QUICK), work_dir=work, resume=True)
+    job = HealingJob(short, WINDOWS, [2], settings=LoraSettings(QUICK), work_dir=work)
     job.run()
     assert (work / "lora/recipe.json").is_file()
     job.save(tmp_path / "out")

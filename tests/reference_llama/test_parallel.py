@@ -109,8 +109,13 @@ def test_a_card_is_chosen_by_rank_and_bfloat16_by_its_own_products(monkeypatch):
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
     monkeypatch.setenv("LOCAL_RANK", "1")
-    for count, index in ((2, 1), (1, 0)):  # some launchers show each process one card
-        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        assert choose_device("cuda") == torch.device("cuda", index)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match="'cuda' is not available here"):  # two on one card
+        choose_device("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # some launchers show each process one card
+    assert choose_device("cuda") == torch.device("cuda", 0)
     card = torch.device("cuda", 1)
     assert choose_dtype(None, card) == torch.float16 and asked == [card]
