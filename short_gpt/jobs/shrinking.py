@@ -23,6 +23,7 @@ from short_gpt.evaluation.paired import difference, losses, together
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
 from short_gpt.healing.choosing import FEW, LEAST, MOST, pruned_losses
+from short_gpt.healing.job import holds_a_run
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import Recipe, recipe_for
 from short_gpt.healing.refit import RefitSettings
@@ -163,7 +164,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
         steps = run.steps()
     speeds = run.speeds(layers)
     work = asked.folder / "healing"
-    kept: Any = {"work_dir": work, "resume": work.is_dir() and any(work.iterdir())}
+    kept: Any = {"work_dir": work, "resume": holds_a_run(short, work)}
     job = HealingJob(short, windows, layers, settings=steps, notify=asked.notify, **kept)
     importance, about = short.importance, run.about_layers(layers, choice)
     with ExitStack() as undos:

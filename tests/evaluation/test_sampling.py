@@ -194,17 +194,14 @@ def test_windows_of_parts_that_hold_several_add_up():
     assert together(without_samples).windows == 8
 
 
-def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path):
+def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path, monkeypatch):
     def search(part):
         part.save({"found": 3})
         return 3
 
-    clear = StateFile.clear
-    StateFile.clear = lambda self: None  # as if it was killed before
-    try:
+    with monkeypatch.context() as killed:
+        killed.setattr(StateFile, "clear", lambda self: None)  # as if it was killed before
         Cells(StateFile(tmp_path / "s", {"a": 1})).resumed("a search", search)
-    finally:
-        StateFile.clear = clear
     assert (tmp_path / "s.a-search").exists()
     assert Cells(StateFile(tmp_path / "s", {"a": 1})).resumed("a search", search) == 3
     assert not (tmp_path / "s.a-search").exists()

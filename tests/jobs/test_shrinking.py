@@ -221,6 +221,11 @@ def test_the_same_call_continues_what_was_killed(
     assert not Path("out.shrinking").exists()
 
 
+def test_a_kill_that_left_empty_folders_is_continued(here):
+    Path("out.shrinking/healing/teacher").mkdir(parents=True)
+    assert shrink("hf", "out", **KILLED).out == Path("out")
+
+
 @pytest.mark.parametrize("model", ["hf", "meta"])
 def test_a_streamed_llama_is_shrunk_as_one_in_memory(here, by_hand, capsys, model):
     layers, expected = by_hand
