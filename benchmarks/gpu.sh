@@ -8,20 +8,22 @@
 # tokens, perplexity on WikiText-2, C4 and PTB, nine zero-shot tasks by lm-eval (they took version
 # 0.4.4; acc_norm where a task has it). PTB needs a copy of its test split: PTB=ptb.test.txt. The
 # number of windows to calibrate on is ours, and it is assumed that they read PTB so. OUT
-# (gpu_results) takes texts, models (4 x 13 GB) and results; interrupted, the same command
-# continues. Needs `pip install -e ".[eval]"` and access to the model at the hub.
+# (gpu_results) takes texts, three models of 13 GB, 31 GB more while one is refitted, and results;
+# interrupted, the same command continues. Needs `pip install -e ".[eval]"` and access to the model at the hub.
 #
 # NOT RUN HERE: no command was run on a GPU or on an 8B. A test runs all steps after the download of
 # the texts on a tiny Llama. What follows is computed, with the arithmetic of docs/prune-8b.md: a
-# window of 2048 tokens is 31 TFLOP, 0.5 s at an assumed 60 TFLOP/s; 8 CPU cores; a GPU of 24 GB for the refit, of 40 GB for auto.
+# window of 2048 tokens is 31 TFLOP, 0.5 s at an assumed 60 TFLOP/s; 8 CPU cores; a GPU of 24 GB.
+# auto fills it most: 16.1 GB of weights, 2 GB of states, 1.6 GB of logits in bfloat16 and float32.
 #
-#     rank, 128 windows in 1.011 passes each (results/scoring.json)           0.02 hours
-#     refit: 128 windows in 2.59 passes (results/healing.json), 16 windows judged three times,
-#       sums to the CPU, and 3 core-hours of solving                           0.7
-#     auto: 60 passes over 16 windows, and solving of some 14 refits          6, and its refit 0.7
+#     rank, 128 windows in 1.011 passes each (results/scoring.json)          0.02 hours
+#     refit of 25 layers: 128 windows in 2.59 passes (results/healing.json) and 16 judged three
+#       times, 190 s; sums to the CPU, 570 s; solving, 490 s; reading, 50 s   0.36
+#     auto: 13 refits on 16 windows, 6,400 s of solving, 900 s of sums and
+#       480 s of passes                                                       2.2, its refit 0.36
 #     evaluation, five times: 141 + 256 windows, and nine tasks of some 8 million tokens (an
-#       estimate, nobody counted them)                                         3
-#     in all about 11 hours, of which auto takes 7; AUTO=no leaves it out
+#       estimate, nobody counted them)                                        3
+#     in all about 6 hours; AUTO=no leaves auto, its refit and two evaluations out: 2.2 hours
 set -euo pipefail
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B}
 N=${N:-7} SIZE=${SIZE:-2048} WINDOWS=${WINDOWS:-128} HELD=${HELD:-16} AUTO=${AUTO:-yes}
@@ -29,8 +31,10 @@ TASKS=${TASKS:-arc_challenge,arc_easy,boolq,hellaswag,piqa,winogrande,wsc273,rac
 TASK_FOLDER=${TASK_FOLDER:-}       # YAML files of more tasks
 WIKITEXT=${WIKITEXT:-} C4=${C4:-} PTB=${PTB:-}  # local copies; C4=none leaves it out
 out=$(realpath -m "${1:-gpu_results}")
-[ ! -e "$MODEL" ] || MODEL=$(realpath "$MODEL")
-[ -z "$PTB" ] || PTB=$(realpath -e "$PTB")
+for name in MODEL TASK_FOLDER WIKITEXT C4 PTB; do  # "none" and names at the hub stay
+    [ ! -e "${!name}" ] || printf -v "$name" %s "$(realpath "${!name}")"
+done
+[ -z "$PTB" ] || realpath -e "$PTB" >/dev/null
 mkdir -p "$out"
 cd "$out"
 
@@ -65,6 +69,7 @@ evaluated() {
     [ -z "$PTB" ] || step "ptb-$1.json" short-gpt evaluate "${@:2}" --data ptb --source "$PTB" \
         --size "$SIZE" --json "ptb-$1.json"
     [ "$C4" != none ] || return 0
+    copy=()
     [ -z "$C4" ] || copy=(--source "$C4")
     step "c4-$1.json" short-gpt evaluate "${@:2}" --data c4 "${copy[@]}" --size "$SIZE" \
         --json "c4-$1.json"
@@ -76,7 +81,8 @@ refit=(--method refit --stream --eval_data held_out.txt --eval_windows "$HELD")
 step held_out.txt texts
 step influence.json short-gpt rank "$MODEL" "${cut[@]}" --stride "$SIZE" --n "$N" \
     --json influence.json
-step pruned short-gpt prune "$MODEL" pruned --scores influence.json --n "$N"
+# its proof would open both models in float32, in 36 GB of memory; `prune` copies bytes
+step pruned short-gpt prune "$MODEL" pruned --scores influence.json --n "$N" --verify no
 step refitted short-gpt heal "$MODEL" refitted "${cut[@]}" "${refit[@]}" --scores influence.json \
     --n "$N" --json refitted.json
 evaluated original "$MODEL"

@@ -5,7 +5,7 @@ read, so that rate, loss and length are ours. Every kept layer from the one befo
 learns by Adam, with all its parameters, to give what the original model has there: the state
 leaving that layer, and for a layer before a gap the state after the gap. Its inputs are those of
 the model as pruned and trained before it. The loss is that of the refit, so that both can be
-compared: the mean over tokens of ||h - T||^2 / ||T||^2.
+compared: the mean over tokens of ||h - T||^2 / ||T||^2 (but lost attention sinks weigh no more).
 
 Shapes: S tokens, D width of the stream.
 """

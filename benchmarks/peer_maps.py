@@ -10,98 +10,30 @@ With x the hidden state entering a gap and y that leaving it, of the original mo
 
 Their authors' code has one map for a block, or one for every removed layer where they lie apart;
 here every run of removed layers has one. A map is one more matrix in the model, for which a plain
-checkpoint has no place: it is applied to a model in memory and measured. The script adds the rows
-of both to what ``short-gpt compare`` wrote of the demo's model, on the same windows.
-
-    python benchmarks/peer_maps.py compared.json --out FILE
+checkpoint has no place: it is applied to a model in memory and measured (`kept.py`).
 
 Shapes: B windows, S tokens, N tokens in all, D width of the stream.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import fire
 import torch
-from outcome import begin
-from scoring import build
 from torch import Tensor
 
-from short_gpt.data import demo
-from short_gpt.evaluation import Perplexity, difference, losses, together
-from short_gpt.jobs import Row, Shares
 from short_gpt.models.decoder import pad
 from short_gpt.models.layer_hooks import Output, first, replaced_output
 from short_gpt.models.numbering import check_layers, runs
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.state import write_record
 from short_gpt.wrappers.short_model import ShortModel
 
 LINEARPATCH, GHOSTED = "linearpatch", "ghosted"
 RIDGE = 1e-9  # least squares without a penalty, except for tokens that are fewer than channels
 Gap = tuple[int, int]  # places of the first and the last of removed layers that follow each other
-
-
-def main(compared: str, out: str | None = None, overwrite: bool = False) -> None:
-    """Measures both maps for every set of a comparison, and writes it with their rows.
-
-    Args:
-        compared: what ``short-gpt compare --json`` wrote of the demo's model.
-        out, overwrite: as of the other benchmarks.
-    """
-    begin(out, overwrite=overwrite)
-    record: dict[str, Any] = json.loads(Path(compared).read_text())
-    names = ("size", "max_windows", "eval_windows", "seed", "bos")
-    shares = Shares(**{name: record["arguments"][name] for name in names})
-    short = build()
-    held = shares.cut(short, demo.bible("held_out"), shares.eval_windows)
-    learned = shares.cut(short, demo.bible("calibration"), shares.max_windows)
-    dense = losses(short.decoder, held)
-    raw = [Row(**row) for row in record["rows"] if row["healing"] == "raw" and row["n"]]
-    for kind in KINDS:
-        every = fit_many(short, kind, [row.layers for row in raw], learned)
-        for row, maps in zip(raw, every, strict=True):
-            found = added(short, row, kind, maps, (dense, held))
-            print(f"{row.method:<8}{row.n:>3}  {kind:<12}{found.perplexity:>9.3f}")
-            record["rows"].append(asdict(found))
-    if out is not None:
-        write_record(out, record, overwrite=overwrite)
-
-
-def added(
-    short: ShortModel, row: Row, kind: str, maps: StreamMaps, read: tuple[list[Perplexity], Any]
-) -> Row:
-    """The row of a pruned model with maps, from its own without any.
-
-    Args:
-        short: with all its layers.
-        row: of the model as pruned.
-        kind, maps: what stands in for the layers.
-        read: losses of the original model, and the windows they are of.
-    """
-    dense, held = read
-    with short.without_layers(row.layers):
-        raw = losses(short.decoder, held, progress=False)
-        undo = apply(short, maps)
-        found = losses(short.decoder, held, progress=False)
-        undo()
-    change, gain = difference(dense, found), difference(raw, found)
-    return replace(
-        row,
-        healing=kind,
-        perplexity=together(found).value,
-        nats=change.nats,
-        standard_error=change.standard_error,
-        gain=gain.nats,
-        gain_error=gain.standard_error,
-    )
 
 
 class _LinearPatch:
@@ -307,7 +239,3 @@ def _residues(q: int) -> Tensor:
 
 def _prime(number: int) -> bool:
     return number > 1 and all(number % i for i in range(2, int(number**0.5) + 1))
-
-
-if __name__ == "__main__":
-    fire.Fire(main)

@@ -28,7 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 import fire
-from healing import Windows, chosen_by, fitted_on
+from healing import Windows, chosen_by, fitted_on, judged_by
 from outcome import begin, finish
 from real_models import MODELS
 from realigned import realigned
@@ -129,7 +129,10 @@ def main(
     begin(out, overwrite=overwrite)
     short = build() if model == "smollm2" else open_trainable(str(MODELS[model]()))
     learned = fitted_on(short, count // 2, count // 2, also, size)
-    kinds = chosen_by(short, also, others, learned, judged, size)
+    if named(only) == ["sinks"]:  # which chooses no setting
+        kinds = judged_by(short, also, others, judged, size)
+    else:
+        kinds = chosen_by(short, also, others, learned, judged, size)
     identity = {"model": short.identity(), "count": count, "judged by": json_digest(kinds)}
     identity |= {"own": own} if own else {}
     cells = Cells(StateFile(f"{out or 'refit_choices'}.state", identity, every=0.0))

@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +39,12 @@ from short_gpt.healing import Recipe
 from short_gpt.healing.distillation import Targets, divergence
 from short_gpt.healing.lora import adapt
 from short_gpt.jobs.comparing import Cells
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 
 LAYERS = (10, 12, 13, 14, 15, 16, 17, 18)  # the automatic choice's 8, see `choices.py`
 SIZE, FITTED, OWN = 512, (24, 24, 48), 96  # tokens, windows of the refit, own samples
 HELD = {"book": 8, "wikitext": 6, "novels": 8}  # windows of 512 tokens to judge by
-BLOCK = 8  # windows that are read again before new ones, where each is read several times
 
 
 class Way(NamedTuple):
@@ -52,36 +52,19 @@ class Way(NamedTuple):
 
     rank: int = 32  # of low-rank changes; 0 trains all parameters of the kept layers
     rate: float = 1e-3  # at its peak
-    kinds: Sequence[str] = ("book", "wikitext", "own")
     modules: Sequence[str] | None = None  # None: the MLP's
-    batch: int = 1  # windows a step
-    joined: int = 1  # windows of 512 tokens of one kind read as one
-    kl_share: float = 1.0
-    visits: int = 1  # of every window
     fresh: bool = True  # whether the windows are others than the refit's
     start: int = 0  # the first layer that learns
 
 
 GAP = 9  # the last layer before the first removed one, as the pruned model counts
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TWO = ("book", "wikitext")
 WAYS = {
     "lora": Way(),
     "full-1e-4": Way(rank=0, rate=1e-4),
-    "full-3e-4": Way(rank=0, rate=3e-4),
-    "full-3e-5": Way(rank=0, rate=3e-5),
-    "lora-two-texts": Way(kinds=TWO),
     "lora-refit-windows": Way(fresh=False),
-    "lora-own-alone": Way(kinds=("own",)),
-    "lora-3e-4": Way(rate=3e-4),
     "lora-3e-3": Way(rate=3e-3),
     "lora-all-maps": Way(modules=ALL),
-    "lora-batch-2": Way(batch=2),
-    "lora-1024-tokens": Way(joined=2),
-    "lora-read-twice": Way(visits=2),
-    "lora-half-text": Way(kl_share=0.5),
-    "lora-text": Way(kl_share=0.0),
-    "lora-128-all-maps": Way(rank=128, modules=ALL),
     "lora-from-gap": Way(start=GAP),
     "lora-all-maps-from-gap": Way(start=GAP, modules=ALL),
 }
@@ -104,6 +87,7 @@ def main(
     texts["novels"] = joined(passages(Path(novels)), 50)
     held = {kind: cut(short, texts[kind], count, SIZE) for kind, count in HELD.items()}
     identity = {"model": short.identity(), "layers": list(LAYERS), "seconds": seconds}
+    identity |= {"judged by": json_digest(held)}
     cells = Cells(StateFile(f"{path}.state", identity, every=0.0))
     run = _Run(short, cells, held, path, wikitext, seconds)
     names = rows.split(",") if isinstance(rows, str) else rows  # fire makes a,b a tuple
@@ -179,19 +163,10 @@ class _Run(NamedTuple):
         return ShortHFModel.from_meta(str(demo.checkpoint()), device="cpu", dtype="float32")
 
     def stream(self, way: Way) -> Iterator[tuple[int, ...]]:
-        """Windows in the order in which a way reads them, its kinds by turns."""
-        every = self.windows()
-        kinds = []
-        for kind in way.kinds:
-            count = FITTED[[*every].index(kind)]
-            own = every[kind][count:] if way.fresh else every[kind][:count]
-            runs = [own[i : i + way.joined] for i in range(0, len(own), way.joined)]
-            kinds.append([tuple(t for w in run for t in w) for run in runs])
-        turns = [w for group in zip(*kinds, strict=False) for w in group]
-        while True:  # again once all were read
-            for start in range(0, len(turns), BLOCK):
-                for _ in range(way.visits):
-                    yield from turns[start : start + BLOCK]
+        """Windows in the order in which a way reads them, the kinds by turns, again and again."""
+        every = zip(self.windows().values(), FITTED, strict=True)
+        kinds = [own[count:] if way.fresh else own[:count] for own, count in every]
+        return cycle([tuple(w) for group in zip(*kinds, strict=False) for w in group])
 
     def trained(self, name: str, way: Way) -> Losses:
         """Trains from the refit, judges, and goes back to the refit."""
@@ -254,22 +229,15 @@ def _train(
     while (done := (spent + asked) / seconds) < 1:
         for group in adam.param_groups:
             group["lr"] = way.rate * min(1, (steps + 1) / 4) * (1 + math.cos(math.pi * done)) / 2
-        step = [*islice(stream, way.batch)]
-        targets = {window: teacher.targets(window) for window in step if way.kl_share}
-        asked += sum(cost for window, (_, cost) in targets.items() if window not in read)
-        read |= {*step}
+        window = next(stream)
+        targets, cost = teacher.targets(window)
+        asked += 0 if window in read else cost
+        read.add(window)
         started = time.process_time()
-        for window in step:
-            ids = torch.tensor([window])
-            logits = trained(input_ids=ids, use_cache=False).logits[0, :-1]  # (N, V)
-            loss = logits.new_zeros(())
-            if way.kl_share:
-                loss = loss + way.kl_share * divergence(logits, targets[window][0]).mean()
-            if way.kl_share < 1:
-                text = nn.functional.cross_entropy(logits, ids[0, 1:])
-                loss = loss + (1 - way.kl_share) * text
-            (loss / way.batch).backward()
-            tokens += len(window)
+        ids = torch.tensor([window])
+        logits = trained(input_ids=ids, use_cache=False).logits[0, :-1]  # (N, V)
+        divergence(logits, targets).mean().backward()
+        tokens += len(window)
         nn.utils.clip_grad_norm_(weights, 1.0)
         adam.step()
         adam.zero_grad()

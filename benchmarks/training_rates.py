@@ -43,6 +43,7 @@ from short_gpt.healing import (
 from short_gpt.healing.lora import heal_run
 from short_gpt.healing.trainer import TrainingRun
 from short_gpt.jobs import TextSource
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -81,7 +82,9 @@ def main(
     short.decoder.mixed = True
     pools = [_cut(short, folder, kind, size, FITTED + steps) for kind in KINDS]
     fitted, learning = divided(pools, [FITTED] * len(KINDS), 2 * steps, [])
-    cells = Cells(StateFile(f"{out or 'training_rates.json'}.state", short.identity(), every=0.0))
+    read = json_digest([fitted, learning.training, learning.validation])
+    identity = {**short.identity(), "read": read}
+    cells = Cells(StateFile(f"{out or 'training_rates.json'}.state", identity, every=0.0))
     width = short.model.config.hidden_size
     layers = choose(short.measure([w for pool in pools for w in pool[:CHOOSE]]), _quarter(short))
     names = {rate: f"rate {rate:g}, {steps} steps" for rate in rates}

@@ -58,8 +58,7 @@ def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
         (out / f"{name}.txt").write_text(text(seed, size))
     sizes = {"N": "2", "SIZE": "64", "WINDOWS": "20", "HELD": "6"}
     own = {"MODEL": str(model), "TASKS": "tiny_choice", "TASK_FOLDER": str(tasks)}
-    own |= {"WIKITEXT": str(out / "wiki.txt"), "C4": str(out / "wiki.txt")}
-    own["PTB"] = "out/wiki.txt"
+    own |= dict.fromkeys(("WIKITEXT", "C4", "PTB"), "out/wiki.txt")
     path = f"{program.parent}:{os.environ['PATH']}"
 
     def script() -> str:
@@ -71,15 +70,22 @@ def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
     first = tmp_path / "commands.sh"
     first.write_text(SCRIPT.read_text().partition('python - "$MODEL"')[0])
     assert table not in first.read_text()
-    how = {"env": {**os.environ, **sizes, **own, "PATH": path}, "check": True, "cwd": tmp_path}
-    subprocess.run(["bash", str(first), str(out)], **how, capture_output=True)
-    asked = [shlex.split(line) for line in said.read_text().splitlines()]
+
+    def commands(**others: str) -> list[list[str]]:
+        how = {"env": {**os.environ, **sizes, **own, **others, "PATH": path}, "check": True}
+        subprocess.run(["bash", str(first), str(out)], **how, cwd=tmp_path, capture_output=True)
+        asked = [shlex.split(line) for line in said.read_text().splitlines()]
+        said.unlink()
+        return asked
+
+    hub = [words for words in commands(C4="") if "c4" in words]
+    assert hub and not any("--source" in words for words in hub)  # not WikiText's copy
+    asked = commands()
     named = ["rank", "prune", "heal", *["evaluate"] * 6, "rank", "heal", *["evaluate"] * 3]
     assert [words[0] for words in asked] == named
     monkeypatch.chdir(out)
     for words in asked:
         run(*words, *([] if words[0] == "prune" else ["--device", "cpu"]))
-    said.unlink()
     printed = script()
     assert not said.exists()  # every step was there already
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}

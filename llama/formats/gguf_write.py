@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama.errors import InputError, required
+from llama.formats.gguf_quantize import LAYOUTS, Q4_K, quantized
 from llama.formats.gguf_read import (
     ARRAY,
     NUMBERS,
@@ -125,19 +126,22 @@ def write_again(
     *,
     records: Mapping[str, Record | None] | None = None,
     progress: Callable[[str], object] = str,
-) -> None:
+) -> dict[str, bytes]:
     """Writes a model of a GGUF source's metadata, in memory of what a tensor yields at a time.
 
     ``paths`` are one or `named_parts`; ``tensors`` go by their new names, in order; ``records`` are
-    the keys that are other than in the source, of which None leaves one out.
+    the keys that are other than in the source, of which None leaves one out. Returns the digests of
+    the tensors.
     """
+    digests: dict[str, bytes] = {}
     groups = _groups(source, tensors, len(paths))
     pad_to = source.headers[0].alignment if _is_padded(source) else 1
     for number, (path, names) in enumerate(zip(paths, groups, strict=True)):
         keys = _keys(source, number, len(paths), dict(records or {}), len(tensors))
         like = source.headers[min(number, len(source.headers) - 1)]
         chosen = {name: tensors[name] for name in names}
-        _write_file(path, like, keys, chosen, progress, pad_to=pad_to)
+        digests |= _write_file(path, like, keys, chosen, progress, pad_to=pad_to)
+    return digests
 
 
 def _keys(
@@ -243,33 +247,32 @@ def type_name(kind: int) -> str:
 def writable(kind: int, shape: tuple[int, ...]) -> int:
     """``kind``, ggml's number of a type, or the type to write instead.
 
-    That is Q8_0 for a type that is only read here, such as the K-quants; F16 where the rows do not
-    fill blocks.
+    Of types that are only read here, such as Q3_K or MXFP4, that is Q4_K, or Q8_0 where the rows do
+    not fill blocks of 256; F16 where they fill none.
     """
     if kind in PLAIN:
         return kind
-    with required("gguf", by="writing GGUF"):
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
-    known = GGMLQuantizationType(kind)
-    row = torch.ones(1, GGML_QUANT_SIZES[known][0]).numpy()
-    try:
-        quants.quantize(row, known)
-    except NotImplementedError:
-        kind = Q8_0
-    return kind if not shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0] else F16
+    if kind not in LAYOUTS and kind != Q8_0:
+        kind = Q8_0 if shape[-1] % LAYOUTS[Q4_K].block else Q4_K
+    block = LAYOUTS[kind].block if kind in LAYOUTS else 32
+    return F16 if shape[-1] % block else kind
 
 
 def packed(name: str, weight: Tensor, kind: int) -> bytes:
     """A tensor's bytes in a type that `writable` gives; InputError if a value exceeds F16's."""
-    if kind in PLAIN:
-        values = weight.detach().cpu().to(PLAIN[kind]).contiguous()
-        if kind == F16 and not bool(values.isfinite().all() or not weight.isfinite().all()):
+    rows = weight.detach().cpu()
+    if kind == F16 or kind in LAYOUTS:
+        finite = rows.isfinite().all()
+        if finite and not rows.half().isfinite().all():
             raise InputError(f"{name} has values beyond F16's; take bf16, f32 or q8_0")
+    if kind in LAYOUTS:
+        return quantized(rows, kind)
+    if kind in PLAIN:
+        values = rows.to(PLAIN[kind]).contiguous()
         return values.view(torch.uint8).numpy().tobytes() if values.numel() else b""
-    from gguf import GGMLQuantizationType, quants
-
-    rows = weight.detach().cpu().float().contiguous().numpy()
-    return quants.quantize(rows, GGMLQuantizationType(kind)).tobytes()
+    with required("gguf", by="writing GGUF"):
+        from gguf import GGMLQuantizationType, quants
+    return quants.quantize(rows.float().contiguous().numpy(), GGMLQuantizationType(kind)).tobytes()
 
 
 def stored(name: str, weight: Tensor, kind: int, *, part: int = 0) -> Stored:

@@ -87,8 +87,9 @@ def write_gguf(
         if isinstance(name := source.fields.get(NAME), str):
             records[NAME] = record(NAME, done.named(name), STRING)
     with target.new_files() as partial:
-        write_again(partial, source, tensors, records=records, progress=progress)
-        check_written(partial[0], source, names, records, changed=changed)
+        digests = write_again(partial, source, tensors, records=records, progress=progress)
+        anew = {new: digests[new] for new, old in names.items() if old in changed}
+        check_written(partial[0], source, names, records, changed=anew)
     return target.path
 
 
@@ -117,9 +118,12 @@ def check_written(
     names: Mapping[str, str],
     records: Mapping[str, Record | None],
     *,
-    changed: Mapping[str, Stored],
+    changed: Mapping[str, bytes],
 ) -> None:
-    """Raises RuntimeError unless a file, read again, holds what was to be written."""
+    """Raises RuntimeError unless a file, read again, holds what was to be written.
+
+    ``changed`` are digests of tensors, by their new names, that are not the source's.
+    """
     again = GGUFParts(path)
     expected = {k: r.raw for k, r in source.headers[0].records.items() if k not in records}
     expected |= {key: new.raw for key, new in records.items() if new is not None}
@@ -130,8 +134,8 @@ def check_written(
     if list(again.tensors) != list(names):
         raise RuntimeError(f"{path} holds other tensors than it should")
     for new, old in names.items():
-        pieces = changed[old].chunks() if old in changed else source.chunks(old)
-        if digest_of(pieces) != digest_of(again.chunks(new)):
+        expected_bytes = changed.get(new) or digest_of(source.chunks(old))
+        if expected_bytes != digest_of(again.chunks(new)):
             raise RuntimeError(f"{path} holds another {new} than was to be written")
 
 

@@ -32,6 +32,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring import Importance, spearman
+from short_gpt.scoring.run import wait
 from short_gpt.selection.methods import AUTO, BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
@@ -68,6 +69,7 @@ def tokens_per_second(
     for _ in range(1 + runs):  # the first warms up
         started = time.perf_counter()
         short.continued([ids], count, lambda logits: logits.argmax(-1))
+        wait(short.decoder.device)
         seconds.append((time.perf_counter() - started) / count)
     return 1 / min(seconds[1:])  # other programs only slow it down
 

@@ -82,7 +82,7 @@ class InMemory:
             config = read_json(resolve(self.source) / "config.json")
             name = str(config.get("dtype") or config.get("torch_dtype"))
             stored = getattr(torch, name, loaded)
-        return min(loaded, stored, key=lambda dtype: dtype.itemsize)
+        return min(stored, loaded, key=lambda dtype: dtype.itemsize)
 
     def sizes(self) -> tuple[Sizes, Sizes]:
         """Parameters, and bytes as they are written."""

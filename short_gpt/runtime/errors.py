@@ -30,7 +30,13 @@ USER_ERRORS = (ShortGPTError, OSError)
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what would end or spoil a line
 WORD, LINE = 300, 1000  # letters of a word and of a line that are shown in full
 # What torch, safetensors and the system say; only CUDA has a class of its own for it.
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 NO_SPACE = ("No space left on device", "Disk quota exceeded")
 
 
@@ -59,6 +65,6 @@ def shortage(error: BaseException, *, elsewhere: bool = True) -> str | None:
     if known or isinstance(error, MemoryError):
         return (
             f"not enough memory ({reason or 'none left'}); use a smaller --batch_size or --size, "
-            "--dtype bfloat16, or with rank --stream, which holds one layer at a time"
+            "--dtype bfloat16, or --stream (rank, heal, shrink), which holds one layer at a time"
         )
     return None if error.__cause__ is None else shortage(error.__cause__, elsewhere=elsewhere)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from short_gpt.checkpoints import (
     prune_hf,
 )
 from short_gpt.checkpoints.records import KEYS, Measured, source_card
+from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
 from short_gpt.models.weight_changes import WeightChange
@@ -361,6 +363,17 @@ def test_what_makes_two_models_the_same():
     ):
         with pytest.raises(RuntimeError, match=message):
             check_same(ours, other, rounding=rounding)
+
+
+def test_in_half_precision_the_cache_may_round_otherwise_in_both_models_alike():
+    ours, other = (replace(print_of([1.0, -2.0], [1, 2], [1, last]), half=True) for last in (4, 2))
+    assert check_same(ours, ours) == "bit for bit"
+    assert check_same(other, ours, rounding=ROUNDING) == "except for the last digits"
+    for first, second in ((other, ours), (ours, replace(ours, uncached=[1, 5]))):
+        with pytest.raises(RuntimeError, match="otherwise with its cache than without"):
+            check_same(first, second)
+    models = (make("llama").to(dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert [fingerprint(ShortHFModel(model)).half for model in models] == [False, True]
 
 
 def test_copied_weights_are_the_same_and_tied_ones_stay_tied():

@@ -1,0 +1,99 @@
+"""ggml's types of 4 to 6 bits: bytes that the package gguf reads, error beside ggml's own."""
+
+from __future__ import annotations
+
+import ctypes
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import xllamacpp
+
+from llama.errors import InputError
+from llama.formats.gguf_quantize import LAYOUTS, Q4_0, Q4_K, Q6_K, quantized
+from llama.formats.gguf_write import packed
+
+KINDS = gguf.GGMLQuantizationType
+NAMES = [KINDS(kind).name for kind in LAYOUTS]
+
+
+def read(weight: torch.Tensor, kind: int) -> np.ndarray:
+    """What the package gguf reads of our bytes."""
+    shape = gguf.quants.quant_shape_to_byte_shape(tuple(weight.shape), KINDS(kind))
+    return gguf.quants.dequantize(
+        np.frombuffer(quantized(weight, kind), np.uint8).reshape(shape), KINDS(kind)
+    )
+
+
+def theirs(weight: torch.Tensor, kind: int) -> np.ndarray:
+    """What ggml's own code, inside llama.cpp, makes of weights (rows, K)."""
+    ggml = ctypes.PyDLL(xllamacpp.xllamacpp.__file__)
+    rows, width = weight.shape
+    kinds = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
+    ggml.ggml_quantize_chunk.argtypes, ggml.ggml_quantize_chunk.restype = kinds, ctypes.c_size_t
+    values = np.ascontiguousarray(weight.numpy())
+    shape = gguf.quants.quant_shape_to_byte_shape(values.shape, KINDS(kind))
+    out = np.zeros(shape, np.uint8)
+    size = ggml.ggml_quantize_chunk(kind, values.ctypes.data, out.ctypes.data, 0, rows, width, None)
+    assert size == out.nbytes
+    return gguf.quants.dequantize(out, KINDS(kind))
+
+
+@pytest.mark.parametrize("tails", [False, True], ids=["normal", "with tails"])
+@pytest.mark.parametrize("kind", LAYOUTS, ids=NAMES)
+def test_the_error_is_at_most_that_of_ggml(kind, tails):
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(64, 1024)
+    if tails:
+        weight /= torch.randn(64, 1024).abs().clamp(min=0.3)
+    ours, other = (
+        np.square(found - weight.numpy()).mean()
+        for found in (read(weight, kind), theirs(weight, kind))
+    )
+    assert 0 < ours < 1.005 * other
+
+
+@pytest.mark.parametrize("kind", LAYOUTS, ids=NAMES)
+def test_what_a_type_can_say_exactly_is_kept(kind):
+    """Nothing, one value, and weights that came from the type itself, within float16's rounding."""
+    layout = LAYOUTS[kind]
+    for weight in (torch.zeros(1, 256), torch.full((1, 256), -0.5)):
+        assert np.allclose(read(weight, kind), weight, rtol=1e-3, atol=0)
+    torch.manual_seed(0)
+    first = torch.from_numpy(theirs(torch.randn(16, 256), kind).copy())
+    step = first.abs().max() / 2 ** (layout.bits - 1)
+    assert (
+        np.abs(read(first, kind) - first.numpy()).max()
+        < (1 if layout.block == 256 else 0.05) * step
+    )
+
+
+@pytest.mark.parametrize("kind", LAYOUTS, ids=NAMES)
+def test_weights_of_which_float16_holds_no_scale_stay_small(kind):
+    torch.manual_seed(0)
+    for size in (1e-3, 2e-4, 1e-4, 5e-5, 3e-5, 2e-5, 1e-5, 1e-6, 1e-9):
+        weight = size * torch.randn(16, 256)
+        ours, other = (
+            np.square(found - weight.numpy()).mean()
+            for found in (read(weight, kind), theirs(weight, kind))
+        )
+        assert ours < 1.5 * other, size
+
+
+def test_many_weights_are_packed_in_pieces(monkeypatch):
+    weight = torch.randn(10, 512)
+    whole = {kind: quantized(weight, kind) for kind in LAYOUTS}
+    monkeypatch.setattr("llama.formats.gguf_quantize.AT_A_TIME", 768)
+    assert whole == {kind: quantized(weight, kind) for kind in LAYOUTS}
+    assert quantized(weight.bfloat16(), Q4_K) == quantized(weight.bfloat16().float(), Q4_K)
+
+
+def test_weights_beyond_float16_are_refused():
+    weight = torch.ones(2, 256)
+    weight[1, 3] = 7e4
+    for kind in (Q4_0, Q6_K):
+        with pytest.raises(
+            InputError, match=r"name has values beyond F16's; take bf16, f32 or q8_0"
+        ):
+            packed("name", weight, kind)
