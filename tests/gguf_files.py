@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import BYTES
 from gguf_families import write_tokenizer
 
+from llama.formats.gguf_read import GGUFParts
+from llama.formats.gguf_write import Stored, copied, packed, writable, write_again
 from llama.formats.names import GGUF, name_in
 
 
@@ -41,6 +45,26 @@ def write_gguf(path, model, *, arch="llama", tensors=(), drop=(), **fields):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def in_types(path: Path, out: Path, kinds: dict[str, int]) -> Path:
+    """A copy whose tensors with such names are of other types; of Q3_K only zeros are made."""
+    gguf = pytest.importorskip("gguf")
+    parts = GGUFParts(path)
+
+    def other(name: str) -> Stored:
+        kind = next((k for part, k in kinds.items() if part in name), None)
+        if kind is None:
+            return copied(parts, name)
+        shape = parts.tensors[name].shape
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        content = bytes(int(np.prod(shape)) // block * size)
+        if writable(kind, shape) == kind:
+            content = packed(name, parts.read(name), kind)
+        return Stored(shape, kind, len(content), lambda: [content])
+
+    write_again([out], parts, {name: other(name) for name in parts.tensors})
+    return out
 
 
 def layers_file(path, arch, *, identity=(), layers=8, **fields):

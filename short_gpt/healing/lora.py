@@ -29,7 +29,7 @@ from short_gpt.healing.distillation import (
     Predictor,
     Teacher,
 )
-from short_gpt.healing.recipe import ALL, Recipe, recipe_for
+from short_gpt.healing.recipe import ALL, OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, begun, quiet, train
 from short_gpt.models.decoder import products
 from short_gpt.models.families import ANY, family_of
@@ -327,9 +327,11 @@ def target_modules(
 
     ``layers_path`` is where the layers are; None finds them.
     """
-    model_type = model.config.get_text_config(decoder=True).model_type
+    family = family_of(model.config.get_text_config(decoder=True).model_type)
     if names is None or tuple(names) == ALL:
-        names = (*family_of(model_type).lora, *(ATTENTION if names else ()))
+        names = (*family.lora, *(ATTENTION if names else ()))
+    elif tuple(names) == OUTPUTS:
+        names = (*family.attention_output, *family.mlp_output)
     ends = tuple(f".{name}" for name in names)
     inside = f"{layers_path or find_layers(model)}."
     targets = [

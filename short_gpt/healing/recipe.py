@@ -31,7 +31,8 @@ class Recipe:
     rank: int = 64  # of the changes
     alpha: int | None = None  # their scale times the rank; None is the rank
     dropout: float = 0.05  # before them
-    # ends of linear maps' names; None: the MLP's; ("all",): also q_proj, k_proj, v_proj and o_proj
+    # ends of linear maps' names; None: the MLP's; ("all",): also q_proj, k_proj, v_proj and o_proj;
+    # ("outputs",): those that a refit solves, such as o_proj and down_proj
     modules: tuple[str, ...] | None = None
     learning_rate: float = 3e-4  # at its peak, after ``warmup`` steps; a half cosine to 0 follows
     steps: int = 5000  # of the optimizer
@@ -79,7 +80,7 @@ PAPER: tuple[tuple[tuple[object, ...], tuple[int, float, int]], ...] = (
 # The public healing demonstration of ShortGPT for Hugging Face models.
 DEMO = {"rank": 8, "alpha": 32, "learning_rate": 1e-6, "modules": ("q_proj", "v_proj")}
 DEMO |= {"batch": 1, "warmup": 0}
-ALL = ("all",)
+ALL, OUTPUTS = ("all",), ("outputs",)
 # For minutes on a few processor cores: short windows, few steps of few windows, a high rate.
 SMALL = {"rank": 32, "alpha": 64, "dropout": 0.0, "modules": ALL}
 SMALL |= {"size": 512, "steps": 160, "warmup": 8, "batch": 2, "eval_every": 20}

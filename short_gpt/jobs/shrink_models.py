@@ -70,6 +70,18 @@ class InMemory:
         return self.source is not None and self.source.kind == self.to == "gguf"
 
     @cached_property
+    def in_few_bits(self) -> bool:
+        """Whether layers are written in less than 8 bits a weight: what changes is rounded to them.
+
+        The refit has changed output projections. A training of these alone rounds no others.
+        """
+        if not self.in_place:
+            return False
+        tensors = Stack.open(str(self.source)).parts.tensors.items()
+        layers = [entry for name, entry in tensors if LAYER.fullmatch(name)]
+        return sum(t.nbytes for t in layers) < sum(math.prod(t.shape) for t in layers)
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Of the weights as they are written: the source's own, unless one was asked for."""
         loaded = self.short.model.dtype
@@ -193,7 +205,7 @@ class Streamed:
 
     short: StreamedLlama
     to: str
-    in_place, is_llama = False, True
+    in_place, in_few_bits, is_llama = False, False, True
 
     @property
     def dtype(self) -> torch.dtype:

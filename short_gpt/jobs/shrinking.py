@@ -25,7 +25,7 @@ from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
 from short_gpt.healing.choosing import FEW, LEAST, MOST, pruned_losses
 from short_gpt.healing.job import holds_a_run
 from short_gpt.healing.lora import seconds_a_step
-from short_gpt.healing.recipe import Recipe, recipe_for
+from short_gpt.healing.recipe import OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.comparing import Comparison, windows_digest
 from short_gpt.jobs.dial import Dial, Shrinking
@@ -292,11 +292,14 @@ class _Run:
         if (minutes := self.asked.settings.minutes) is None:
             return [REFITTED]
         config, seed = self.known.in_memory.model.config, self.asked.cut.seed
-        recipe = recipe_for(config, "small", seed=seed)
+        own = {"modules": OUTPUTS} if self.known.opened.in_few_bits else {}
+        recipe = recipe_for(config, "small", seed=seed, **own)
         steps = self.cells.value("steps", partial(self._steps_in, 60 * minutes, recipe))
         every = -(-steps // CHECKS)
-        own = replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 8), eval_every=every)
-        return [REFITTED, DistillSettings(own)]
+        recipe = replace(
+            recipe, steps=steps, warmup=min(recipe.warmup, steps // 8), eval_every=every
+        )
+        return [REFITTED, DistillSettings(recipe)]
 
     def _steps_in(self, seconds: float, recipe: Recipe) -> int:
         """Training steps that fit, by one that is timed; the teacher reads each window before."""

@@ -15,10 +15,10 @@ import torch
 from commands import TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer
 from gguf_families import FAMILIES, LAYERS, make, write_model
-from gguf_files import stack_file, write_gguf
+from gguf_files import in_types, stack_file, write_gguf
 
 from llama.formats.gguf_read import GGUFParts
-from llama.formats.gguf_write import Stored, copied, packed, writable, write_again
+from llama.formats.gguf_write import writable
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.gguf import MAPPED, about_types
@@ -36,25 +36,6 @@ KINDS = gguf.GGMLQuantizationType
 def data(path: Path) -> dict[str, bytes]:
     parts = GGUFParts(path)
     return {name: b"".join(parts.chunks(name)) for name in parts.tensors}
-
-
-def in_types(path: Path, out: Path, kinds: dict[str, int]) -> Path:
-    """A copy whose tensors with such names are of other types; of Q3_K only zeros are made."""
-    parts = GGUFParts(path)
-
-    def other(name: str) -> Stored:
-        kind = next((k for part, k in kinds.items() if part in name), None)
-        if kind is None:
-            return copied(parts, name)
-        shape = parts.tensors[name].shape
-        block, size = gguf.GGML_QUANT_SIZES[KINDS(kind)]
-        content = bytes(int(np.prod(shape)) // block * size)
-        if writable(kind, shape) == kind:
-            content = packed(name, parts.read(name), kind)
-        return Stored(shape, kind, len(content), lambda: [content])
-
-    write_again([out], parts, {name: other(name) for name in parts.tensors})
-    return out
 
 
 def opened(path: Path) -> ShortHFModel:

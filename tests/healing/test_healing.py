@@ -37,7 +37,7 @@ from short_gpt.healing import lora as healing
 from short_gpt.healing import trainer
 from short_gpt.healing.job import holds_a_run
 from short_gpt.healing.lora import adapt, heal, target_modules
-from short_gpt.healing.recipe import ALL, Recipe, recipe_for
+from short_gpt.healing.recipe import ALL, OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.texts import collate, examples
 from short_gpt.healing.trainer import TrainingRun, note_files
 from short_gpt.jobs import Settings
@@ -146,6 +146,8 @@ def test_all_maps_are_the_attentions_too_where_they_have_llamas_names(family, mo
     assert len(every) == len(mlp) + 6 * more
     if family not in ("gpt_oss", "mixtral"):  # whose experts are one tensor
         assert mlp == target_modules(model)
+    outputs = [name for name in every if name.endswith(("o_proj", "down_proj"))]
+    assert family != "llama" or target_modules(model, OUTPUTS) == outputs
     small = recipe_for(model.config, "small")
     assert small.modules == ALL and small.learning_rate == 1e-3
     assert recipe_for(LlamaConfig(hidden_size=576), "small").learning_rate == 1e-3

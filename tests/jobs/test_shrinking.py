@@ -21,8 +21,10 @@ import torch
 from commands import fails, run
 from conftest import interrupted, random_windows, save_chat_llama
 from families import make
+from gguf_files import in_types
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from llama.formats.gguf_read import GGUFParts
 from short_gpt import heal_refit, shrink
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
@@ -440,6 +442,25 @@ def test_training_takes_the_minutes_that_checking_leaves(monkeypatch):
     for held, steps in ((0, 30), (4, 24), (400, 1)):  # read ten times
         run: Any = SimpleNamespace(known=known, windows=SimpleNamespace(validation=[[0]] * held))
         assert shrinking._Run._steps_in(run, 52.5, Recipe(batch=1)) == steps
+
+
+def test_of_a_quantized_file_only_what_the_refit_changed_is_trained(here, monkeypatch):
+    """So that a training rounds no other matrix anew."""
+    names = ("attn_q", "attn_output", "ffn_up", "ffn_down", "ffn_gate")
+    in_types(Path("model.gguf"), Path("few.gguf"), dict.fromkeys(names, 2))  # Q4_0
+    monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)
+    how = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    done = shrink("few.gguf", "out.gguf", minutes=0.03, **how)
+    assert done.healing[1]["recipe"]["modules"] == ("outputs",)
+    before, after = GGUFParts(Path("few.gguf")), GGUFParts(Path("out.gguf"))
+    kept = [i for i in range(done.total) if i not in done.layers]
+    changed = set()
+    for new, old in enumerate(kept):
+        for name in (n for n in after.tensors if n.startswith(f"blk.{new}.")):
+            source = name.replace(f"blk.{new}.", f"blk.{old}.")
+            if [*after.chunks(name)] != [*before.chunks(source)]:
+                changed.add(name.split(".")[2])
+    assert changed == {"attn_output", "ffn_down"}
 
 
 def test_a_gguf_file_is_trained_with_its_attention(here, monkeypatch):
