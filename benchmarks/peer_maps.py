@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from replaceme import least_squares
 from torch import Tensor
 
 from short_gpt.models.decoder import pad
@@ -32,7 +33,6 @@ from short_gpt.runtime.progress import bar
 from short_gpt.wrappers.short_model import ShortModel
 
 LINEARPATCH, GHOSTED = "linearpatch", "ghosted"
-RIDGE = 1e-9  # least squares without a penalty, except for tokens that are fewer than channels
 Gap = tuple[int, int]  # places of the first and the last of removed layers that follow each other
 
 
@@ -66,9 +66,7 @@ class _Ghosted:
         self._cross += x.T @ added
 
     def map(self) -> Tensor:
-        penalty = RIDGE * self._gram.trace() / len(self._gram)  # of the mean eigenvalue
-        ridged = self._gram + penalty * torch.eye(len(self._gram)).double()
-        change = torch.cholesky_solve(self._cross, torch.linalg.cholesky(ridged))
+        change = least_squares(self._gram, self._cross)
         return torch.eye(len(self._gram), dtype=torch.float64) + change
 
 

@@ -21,7 +21,7 @@ from short_gpt.models.numbering import runs
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.short_model import ShortModel
 
-RIDGE = 1e-9  # of the mean eigenvalue: least squares without a penalty
+RIDGE = 1e-9  # of the mean eigenvalue: no penalty, except for tokens that are fewer than inputs
 
 
 @torch.no_grad()
@@ -53,9 +53,13 @@ def heal(short: ShortModel, layers: Sequence[int], windows: Sequence[Sequence[in
     for hook in hooks:
         hook.remove()
     for start, (gram, cross) in sums.items():
-        penalty = RIDGE * gram.trace() / len(gram)
-        ridged = gram + penalty * torch.eye(len(gram)).to(gram)
-        solved = torch.cholesky_solve(cross, torch.linalg.cholesky(ridged))  # T, (D, D)
+        solved = least_squares(gram, cross)  # T, (D, D)
         for parameter in ends[start].parameters():  # weight (D, F) and, if there is one, bias (D,)
             parameter.copy_(solved.T @ parameter.double())
     short.remove_layers(list(layers))
+
+
+def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
+    """The solution (F, D) from X^T X (F, F) and X^T Y (F, D)."""
+    ridged = gram + RIDGE * gram.trace() / len(gram) * torch.eye(len(gram)).to(gram)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(ridged))

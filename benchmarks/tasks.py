@@ -14,6 +14,7 @@ more of both what is left is distilled. With ``--state`` it continues where it w
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,10 +25,11 @@ import distilled
 import fire
 import task_files
 from completions import leading, repetition, turn, turn_losses
+from healing import Windows, cut, halves
 from outcome import begin, finish
 from scoring import build
 
-from short_gpt import ShortHFModel, ShortLlama, choose, windows
+from short_gpt import ShortHFModel, ShortLlama, choose
 from short_gpt.data import demo
 from short_gpt.evaluation import (
     Perplexity,
@@ -45,7 +47,6 @@ from short_gpt.runtime.state import StateFile, joined
 
 PROMPT, LONG = 32, 32  # tokens of a prompt, and of what is completed
 CLOSE = 1e-3  # nats by which two programs may differ on a document
-Windows = Sequence[Sequence[int]]
 Parts = Mapping[str, list[Perplexity]]  # losses of windows by their kind
 Documents = Mapping[str, Mapping[str, list[float]]]  # values by task and metric
 
@@ -75,15 +76,15 @@ class Run:
         state: str | None,
     ) -> None:
         self.short, self.size = build(), size
-        text = Path(wikitext).read_text(encoding="utf-8")
-        half = text.rfind("\n", 0, len(text) // 2)
+        first, second = halves(wikitext)
         each = learned + -(-distilled.wanted(2 * steps) // 2)
-        parts = [self._cut(part, each) for part in (demo.bible("calibration"), [text[:half]])]
+        texts = (demo.bible("calibration"), [first])
+        parts = [cut(self.short, text, each, size) for text in texts]
         mix = [w for pair in zip(*parts, strict=True) for w in pair]
         self.learned = mix[: 2 * learned]
         self.kinds: dict[str, Windows] = {
-            "held-out chapters": self._cut(demo.bible("held_out"), judged),
-            "WikiText-2": self._cut([text[half:]], judged),
+            "held-out chapters": cut(self.short, demo.bible("held_out"), judged, size),
+            "WikiText-2": cut(self.short, [second], judged, size),
         }
         apart = [w for kind in self.kinds.values() for w in kind]
         learning = distilled.apart(mix[2 * learned :], apart, 2 * steps)
@@ -104,10 +105,6 @@ class Run:
         self.state = None if state is None else StateFile(state, identity)
         self.cells = Cells(self.state)
 
-    def _cut(self, texts: Sequence[str], limit: int) -> Windows:
-        cut = {"size": self.size, "stride": self.size, "seed": 0, "limit": limit}
-        return list(windows(texts, self.short.encode, **cut))
-
     def _theirs(self) -> ShortHFModel:
         """The same model by transformers, from the GGUF file."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,8 +116,6 @@ class Run:
 
     def _turns(self, source: Path, documents: int) -> list[tuple[list[int], list[int]]]:
         """Right answers of ARC-Easy as an assistant's, of questions behind those of the task."""
-        import json
-
         lines = (source / "arc_easy.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines[documents : documents + 32]]
         words = self.short.llama.tokenizer
