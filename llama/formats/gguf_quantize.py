@@ -20,11 +20,11 @@ AT_A_TIME = 2**20  # weights
 class Layout(NamedTuple):
     """How a type stores weights."""
 
-    block: int  # weights that stand together
-    group: int  # of these, such as have one scale
+    block: int  # weights in a block
+    group: int  # weights that share a scale
     bits: int  # of a weight's code
     offset: bool  # whether a group has one; else codes are below and above 0
-    row: int  # codes whose low bits follow each other
+    row: int  # codes in a row; the low bits of two rows share bytes
 
 
 LAYOUTS = {
@@ -122,9 +122,9 @@ def _fitted(groups: Tensor, layout: Layout, *, below: bool) -> tuple[Tensor, Ten
 
 
 def _rounded(values: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """A block's step (N, 1, 1), in float16, and how many of it each of its ``values`` (N, G, 1) is.
+    """A block's step (N, 1, 1), in float16, and the codes of its ``values`` (N, G, 1) in that step.
 
-    The value of largest magnitude is ``most`` of them.
+    The value of largest magnitude gets the code ``most``.
     """
     outermost = values.gather(1, values.abs().argmax(1, keepdim=True))
     step = (outermost / most).half().float()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.errors import InputError, required
+from llama.errors import InputError
 from llama.formats.gguf_quantize import LAYOUTS, Q4_K, quantized
 from llama.formats.gguf_read import (
     ARRAY,
@@ -35,7 +35,7 @@ from llama.io.files import file_chunks
 
 UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by number
 VERSION, ALIGNMENT = 3, 32  # of files made anew
-F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # ggml's numbers of types
+F32, F16, Q8_0, F64, BF16 = 0, 1, 8, 28, 30  # ggml's numbers of types
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
 PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
@@ -248,8 +248,9 @@ def writable(kind: int, shape: tuple[int, ...]) -> int:
     """``kind``, ggml's number of a type, or the type to write instead.
 
     Of types that are only read here, such as Q3_K or MXFP4, that is Q4_K, or Q8_0 where the rows do
-    not fill blocks of 256; F16 where they fill none.
+    not fill blocks of 256; F16 where they fill none. Of F64 it is F32.
     """
+    kind = F32 if kind == F64 else kind
     if kind in PLAIN:
         return kind
     if kind not in LAYOUTS and kind != Q8_0:
@@ -261,17 +262,17 @@ def writable(kind: int, shape: tuple[int, ...]) -> int:
 def packed(name: str, weight: Tensor, kind: int) -> bytes:
     """A tensor's bytes in a type that `writable` gives; InputError if a value exceeds F16's."""
     rows = weight.detach().cpu()
-    if kind == F16 or kind in LAYOUTS:
-        finite = rows.isfinite().all()
-        if finite and not rows.half().isfinite().all():
-            raise InputError(f"{name} has values beyond F16's; take bf16, f32 or q8_0")
+    small = kind == F16 or kind in LAYOUTS
+    if small and rows.isfinite().all() and not rows.half().isfinite().all():
+        other = "take bf16, f32 or q8_0" if kind == F16 else "write a directory instead"
+        raise InputError(f"{name} has values beyond F16's; {other}")
     if kind in LAYOUTS:
         return quantized(rows, kind)
     if kind in PLAIN:
         values = rows.to(PLAIN[kind]).contiguous()
         return values.view(torch.uint8).numpy().tobytes() if values.numel() else b""
-    with required("gguf", by="writing GGUF"):
-        from gguf import GGMLQuantizationType, quants
+    from gguf import GGMLQuantizationType, quants
+
     return quants.quantize(rows.float().contiguous().numpy(), GGMLQuantizationType(kind)).tobytes()
 
 

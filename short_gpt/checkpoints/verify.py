@@ -35,8 +35,8 @@ class Fingerprint:
 
     ``logits`` are (1, S, V) float32 on the CPU, of S tokens over the vocabulary; ``cached`` and
     ``uncached`` are tokens generated greedily with the cache and without, which in ``half``
-    precision may differ: a token alone is rounded otherwise than one of many. ``damaged`` is a
-    tensor with NaN or infinite values, which attention can hide from the logits.
+    precision may differ: a token computed alone rounds differently than among others. ``damaged``
+    is a tensor with NaN or infinite values, which attention can hide from the logits.
     """
 
     logits: Tensor
@@ -111,7 +111,7 @@ def check_same(
                 "leave the proof out (`verify` no)"
             )
     check_logits(ours.logits, theirs.logits, rounding, names)
-    alike = rounding or (ours.cached, ours.uncached) == (theirs.cached, theirs.uncached)
+    alike = (ours.cached, ours.uncached) == (theirs.cached, theirs.uncached)
     if theirs.cached != theirs.uncached and not (theirs.half and alike):
         raise RuntimeError(f"{names[1]} generates otherwise with its cache than without")
     # two implementations may pick another token where two are all but equal

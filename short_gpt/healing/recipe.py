@@ -32,7 +32,7 @@ class Recipe:
     alpha: int | None = None  # their scale times the rank; None is the rank
     dropout: float = 0.05  # before them
     # ends of linear maps' names; None: the MLP's; ("all",): also q_proj, k_proj, v_proj and o_proj;
-    # ("outputs",): those that a refit solves, such as o_proj and down_proj
+    # ("outputs",): the output projections, such as o_proj and down_proj
     modules: tuple[str, ...] | None = None
     learning_rate: float = 3e-4  # at its peak, after ``warmup`` steps; a half cosine to 0 follows
     steps: int = 5000  # of the optimizer

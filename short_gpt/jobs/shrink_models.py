@@ -71,9 +71,9 @@ class InMemory:
 
     @cached_property
     def in_few_bits(self) -> bool:
-        """Whether layers are written in less than 8 bits a weight: what changes is rounded to them.
+        """Whether layers are written in less than 8 bits a weight: what changes is rounded again.
 
-        The refit has changed output projections. A training of these alone rounds no others.
+        The refit changes output projections, so these alone are trained.
         """
         if not self.in_place:
             return False

@@ -116,6 +116,7 @@ def test_changed_tensors_keep_their_type_where_it_can_be_written(tmp_path):
         (KINDS.IQ4_NL, (4, 64), KINDS.Q8_0),
         (KINDS.Q8_0, (4, 40), KINDS.F16),
         (KINDS.Q4_K, (4, 40), KINDS.F16),
+        (KINDS.F64, (256,), KINDS.F32),
     ],
 )
 def test_the_type_that_a_tensor_is_written_in(kind, shape, found):

@@ -444,8 +444,8 @@ def test_training_takes_the_minutes_that_checking_leaves(monkeypatch):
         assert shrinking._Run._steps_in(run, 52.5, Recipe(batch=1)) == steps
 
 
-def test_of_a_quantized_file_only_what_the_refit_changed_is_trained(here, monkeypatch):
-    """So that a training rounds no other matrix anew."""
+def test_of_a_quantized_file_only_output_projections_are_trained(here, monkeypatch):
+    """No other matrix is rounded again: it stays byte for byte."""
     names = ("attn_q", "attn_output", "ffn_up", "ffn_down", "ffn_gate")
     in_types(Path("model.gguf"), Path("few.gguf"), dict.fromkeys(names, 2))  # Q4_0
     monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)

@@ -40,32 +40,45 @@ def theirs(weight: torch.Tensor, kind: int) -> np.ndarray:
     return gguf.quants.dequantize(out, KINDS(kind))
 
 
-@pytest.mark.parametrize("tails", [False, True], ids=["normal", "with tails"])
-@pytest.mark.parametrize("kind", LAYOUTS, ids=NAMES)
-def test_the_error_is_at_most_that_of_ggml(kind, tails):
+def some(how: str) -> torch.Tensor:
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(64, 1024)
-    if tails:
+    if how == "tails":
         weight /= torch.randn(64, 1024).abs().clamp(min=0.3)
+    return {"above 0": weight.abs() + 0.002, "below 0": -weight.abs()}.get(how, weight)
+
+
+@pytest.mark.parametrize("how", ["normal", "tails", "above 0", "below 0"])
+@pytest.mark.parametrize("kind", LAYOUTS, ids=NAMES)
+def test_the_squared_error_is_about_that_of_ggml_or_less(kind, how):
+    """At most half a per cent more; with the offsets of K-quants, which are at most 0, 3."""
+    weight = some(how)
     ours, other = (
         np.square(found - weight.numpy()).mean()
         for found in (read(weight, kind), theirs(weight, kind))
     )
-    assert 0 < ours < 1.005 * other
+    most = 0.95 if kind < Q4_K else 1.005 if how in ("normal", "tails") else 1.03
+    assert 0 < ours < most * other
 
 
 @pytest.mark.parametrize("kind", LAYOUTS, ids=NAMES)
 def test_what_a_type_can_say_exactly_is_kept(kind):
-    """Nothing, one value, and weights that came from the type itself, within float16's rounding."""
-    layout = LAYOUTS[kind]
+    """Zeros, one value, and weights that came from the type itself."""
     for weight in (torch.zeros(1, 256), torch.full((1, 256), -0.5)):
         assert np.allclose(read(weight, kind), weight, rtol=1e-3, atol=0)
     torch.manual_seed(0)
-    first = torch.from_numpy(theirs(torch.randn(16, 256), kind).copy())
-    step = first.abs().max() / 2 ** (layout.bits - 1)
-    assert (
-        np.abs(read(first, kind) - first.numpy()).max()
-        < (1 if layout.block == 256 else 0.05) * step
+    weight = torch.randn(16, 256)
+    first = torch.from_numpy(theirs(weight, kind).copy())
+    anew, again = (
+        np.square(read(weight, kind) - weight.numpy()),
+        np.square(read(first, kind) - first.numpy()),
+    )
+    assert again.mean() < 0.01 * anew.mean()
+    damaged = weight.clone()
+    damaged[3, 5] = torch.nan
+    assert np.isnan(read(damaged, kind)).any(1).nonzero()[0].tolist() == [3]  # is not hidden
+    assert quantized(weight.T.reshape(16, 256), kind) == quantized(
+        weight.T.reshape(16, 256).clone(), kind
     )
 
 
@@ -93,7 +106,5 @@ def test_weights_beyond_float16_are_refused():
     weight = torch.ones(2, 256)
     weight[1, 3] = 7e4
     for kind in (Q4_0, Q6_K):
-        with pytest.raises(
-            InputError, match=r"name has values beyond F16's; take bf16, f32 or q8_0"
-        ):
+        with pytest.raises(InputError, match="name has values beyond F16's; write a directory"):
             packed("name", weight, kind)
