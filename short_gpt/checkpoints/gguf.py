@@ -5,6 +5,7 @@ A file's key ``short_gpt.pruning`` holds the text of ``pruning.json``.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from llama.formats.names import permute_rows
 from llama.io.json_files import json_text
 from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf_kinds import PATTERN
-from short_gpt.checkpoints.gguf_layers import Influence, Stack
+from short_gpt.checkpoints.gguf_layers import LAYER, Influence, Stack
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import NAME, RECORD
@@ -168,6 +169,16 @@ def save_gguf(
         name = _name(stack, f"{layers_path}.{number}.{own}")
         changed[name] = _stored(stack, name, weight)
     return write_gguf(stack.parts, replace(target, verify=None), keep, changed=changed, done=record)
+
+
+def in_few_bits(source: StrPath) -> bool:
+    """Whether the layers of a GGUF file have less than 8 bits a weight.
+
+    What changes of them is rounded again, so that a training should change few matrices.
+    """
+    tensors = GGUFParts(Path(str(source))).tensors.items()
+    layers = [entry for name, entry in tensors if LAYER.fullmatch(name)]
+    return sum(t.nbytes for t in layers) < sum(math.prod(t.shape) for t in layers)
 
 
 def check_saved(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama.io.files import check_new
 from llama.io.sources import is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved
+from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved, in_few_bits
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
@@ -184,7 +184,8 @@ def _heal(
     opening = replace(opening, precision=short.precision)  # of all that is opened from here on
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = removal.importance
-    recipe = settings.recipe(short, windows.seed) if trains else None
+    few_bits = is_gguf(out) and in_few_bits(model)
+    recipe = settings.recipe(short, windows.seed, few_bits=few_bits) if trains else None
     size, bos = windows.size or (recipe.size if recipe else SIZE), windows.bos or short.bos
     if dry_run:
         work = f"remove layers {removal.layers} of {model}, heal by {','.join(methods)} on "

@@ -393,11 +393,16 @@ class Settings:
             raise ShortGPTError(f"aim = {step_size}: expected above 0 and at most 1")
         return RefitSettings(parts, ridges, step_size=step_size, max_windows=max_windows)
 
-    def recipe(self, short: ScoredModel, seed: int) -> Recipe:
-        """The recipe for a model of transformers, with the changes."""
-        from short_gpt.healing.recipe import recipe_for
+    def recipe(self, short: ScoredModel, seed: int, *, few_bits: bool = False) -> Recipe:
+        """The recipe for a model of transformers, with the changes.
 
-        return recipe_for(short.trainable().config, self.preset, **{**self.changes, "seed": seed})
+        ``few_bits``: what it changes is rounded again, so that preset small changes little.
+        """
+        from short_gpt.healing.recipe import OUTPUTS, recipe_for
+
+        own = {"modules": OUTPUTS} if few_bits and self.preset == "small" else {}
+        changes = {**own, **self.changes, "seed": seed}
+        return recipe_for(short.trainable().config, self.preset, **changes)
 
     def distill(
         self, recipe: Recipe | None, teacher: Callable[[], Predictor] | None

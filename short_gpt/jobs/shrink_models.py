@@ -17,6 +17,7 @@ from llama.io.json_files import read_json
 from llama.io.sources import Source as Weights
 from llama.io.sources import resolve
 from llama.tokenizer import find_tokenizer
+from short_gpt.checkpoints.gguf import in_few_bits
 from short_gpt.checkpoints.gguf_layers import LAYER, Stack
 from short_gpt.checkpoints.hf import save_as_meta
 from short_gpt.checkpoints.provenance import Provenance
@@ -71,15 +72,8 @@ class InMemory:
 
     @cached_property
     def in_few_bits(self) -> bool:
-        """Whether layers are written in less than 8 bits a weight: what changes is rounded again.
-
-        The refit changes output projections, so these alone are trained.
-        """
-        if not self.in_place:
-            return False
-        tensors = Stack.open(str(self.source)).parts.tensors.items()
-        layers = [entry for name, entry in tensors if LAYER.fullmatch(name)]
-        return sum(t.nbytes for t in layers) < sum(math.prod(t.shape) for t in layers)
+        """Whether what changes is rounded to a type of less than 8 bits a weight."""
+        return self.in_place and in_few_bits(str(self.source))
 
     @cached_property
     def dtype(self) -> torch.dtype:

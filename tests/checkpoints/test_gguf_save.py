@@ -168,6 +168,16 @@ def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
     assert cut.perplexity(window).value != healed.perplexity(window).value
 
 
+def test_preset_small_trains_output_projections_where_more_would_be_rounded(here):
+    names = ("attn_q", "attn_output", "ffn_up", "ffn_down", "ffn_gate")
+    in_types(Path("plain.gguf"), Path("few.gguf"), dict.fromkeys(names, KINDS.Q4_0))
+    how = ("--layers", "2,3", *HEAL, "--method", "lora", "--preset", "small", "--steps", 1)
+    for name, modules in (("plain", ["all"]), ("few", ["outputs"])):
+        run("heal", f"{name}.gguf", f"{name}-out.gguf", *how)
+        (step,) = Provenance.of_checkpoint(f"{name}-out.gguf").steps
+        assert step["recipe"]["modules"] == modules
+
+
 def test_in_float32_writing_rounds_nothing(here, capsys):
     """Read again, the file gives what the model in memory gave; the layers are those of scores."""
     run("rank", "plain.gguf", "--data", "books", "--size", 32, "--json", "scores.json")
