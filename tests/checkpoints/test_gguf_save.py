@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer
+from conftest import BYTE_VOCAB, make_transformer, random_windows
 from gguf_families import FAMILIES, LAYERS, make, write_model
 from gguf_files import in_types, stack_file, write_gguf
 
@@ -171,10 +171,15 @@ def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
 def test_preset_small_trains_output_projections_where_more_would_be_rounded(here):
     names = ("attn_q", "attn_output", "ffn_up", "ffn_down", "ffn_gate")
     in_types(Path("plain.gguf"), Path("few.gguf"), dict.fromkeys(names, KINDS.Q4_0))
-    how = ("--layers", "2,3", *HEAL, "--method", "lora", "--preset", "small", "--steps", 1)
+    Path("random").mkdir()
+    for seed in range(4):
+        letters = random_windows(1, 900, vocab=26, seed=seed)[0]
+        Path(f"random/{seed}.txt").write_text("".join(chr(97 + i) for i in letters))
+    data = ("--data", "random", *HEAL[2:])
+    how = ("--layers", "2,3", *data, "--method", "lora", "--preset", "small", "--steps", 1)
     for name, modules in (("plain", ["all"]), ("few", ["outputs"])):
-        run("heal", f"{name}.gguf", f"{name}-out.gguf", *how)
-        (step,) = Provenance.of_checkpoint(f"{name}-out.gguf").steps
+        run("heal", f"{name}.gguf", f"{name}-out.gguf", *how, "--json", f"{name}.json")
+        (step,) = json.loads(Path(f"{name}.json").read_text())["result"]["healing"]
         assert step["recipe"]["modules"] == modules
 
 
