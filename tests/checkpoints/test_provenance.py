@@ -368,7 +368,8 @@ def test_what_makes_two_models_the_same():
 def test_in_half_precision_the_cache_may_round_otherwise_in_both_models_alike():
     ours, other = (replace(print_of([1.0, -2.0], [1, 2], [1, last]), half=True) for last in (4, 2))
     assert check_same(ours, ours) == "bit for bit"
-    for first, second in ((other, ours), (ours, replace(ours, uncached=[1, 5]))):
+    full = replace(ours, half=False)
+    for first, second in ((other, ours), (ours, replace(ours, uncached=[1, 5])), (full, full)):
         with pytest.raises(RuntimeError, match="otherwise with its cache than without"):
             check_same(first, second)
     models = (make("llama").to(dtype) for dtype in (torch.float32, torch.bfloat16))
