@@ -269,16 +269,6 @@ MUTANTS = [
         "test_in_half_precision_the_cache_may_round_otherwise_in_both_models_alike",
     ),
     (
-        "low, high = (0, most) if most > 0 else",
-        "low, high = (0, 127) if most > 0 else",
-        "test_weights_of_which_float16_holds_no_scale_stay_small",
-    ),
-    (
-        "free = level <= 0 if below else level.isfinite()",
-        "free = level.isfinite()",
-        "test_the_squared_error_is_about_that_of_ggml_or_less",
-    ),
-    (
         "verify=self._check_saved if changed else None",
         "verify=None",
         "test_a_directory_that_is_not_the_healed_model_is_not_written",
