@@ -39,19 +39,19 @@ def done(folder) -> Shrunk:
 
 
 def test_the_road_from_scores_to_a_refitted_file(folder, done):
-    assert len(done.layers) == 3 and done.layers == sorted(done.layers)
+    assert len({*done.layers}) == 3
     original, pruned, healed = (p.value for p in done.quality["demo"].values())
     assert 1 < original < healed < pruned
     whole, cut = (path.stat().st_size for path in (MODELS["0.5b"](), folder / "cut.gguf"))
     assert cut < whole
     (about,) = (text for text in done.remarks if text.startswith("writing it in the file's own"))
     change = float(about.partition(" by ")[2].split()[0])
-    assert 0 < abs(change) < 0.02
+    assert 0 < abs(change) < 0.05
     assert not any("in another type than before" in text for text in done.remarks)
     assert (folder / "refitted.gguf").stat().st_size < cut + 10000  # and its longer record
     for name in ("cut", "refitted"):
         path = folder / f"{name}.gguf"
-        assert sorted(Provenance.of_checkpoint(path).removed_layers) == done.layers
+        assert sorted(Provenance.of_checkpoint(path).removed_layers) == sorted(done.layers)
         assert Stack.of(GGUFParts(path)).layers == 21
 
 
