@@ -9,7 +9,8 @@
 # 0.4.4; acc_norm where a task has it). PTB needs a copy of its test split: PTB=ptb.test.txt. The
 # number of windows to calibrate on is ours, and it is assumed that they read PTB so. OUT
 # (gpu_results) takes texts, three models of 13 GB, 31 GB more while one is refitted, and results;
-# interrupted, the same command continues. Needs `pip install -e ".[eval]"` and access to the model at the hub.
+# interrupted, the same command continues. Needs `pip install -e ".[eval]"` and access to the model
+# at the hub.
 #
 # NOT RUN HERE: no command was run on a GPU or on an 8B. A test runs all steps after the download of
 # the texts on a tiny Llama. What follows is computed, with the arithmetic of docs/prune-8b.md: a

@@ -81,7 +81,7 @@ def _lowest(layout: Layout) -> int:
 
 
 def _codes(groups: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
-    low = _lowest(layout)
+    low = _lowest(layout)  # 0 / 0, of a group of one value, gives the code nearest to 0
     return ((groups - offset) / scale).round().nan_to_num(0).clamp(low, low + 2**layout.bits - 1)
 
 

@@ -135,8 +135,8 @@ def check_written(
     if list(again.tensors) != list(names):
         raise RuntimeError(f"{path} holds other tensors than it should")
     for new, old in names.items():
-        expected_bytes = changed.get(new) or digest_of(source.chunks(old))
-        if expected_bytes != digest_of(again.chunks(new)):
+        digest = changed.get(new) or digest_of(source.chunks(old))
+        if digest != digest_of(again.chunks(new)):
             raise RuntimeError(f"{path} holds another {new} than was to be written")
 
 

@@ -184,7 +184,7 @@ def _heal(
     opening = replace(opening, precision=short.precision)  # of all that is opened from here on
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = removal.importance
-    few_bits = is_gguf(out) and in_few_bits(model)
+    few_bits = trains and is_gguf(out) and in_few_bits(model)
     recipe = settings.recipe(short, windows.seed, few_bits=few_bits) if trains else None
     size, bos = windows.size or (recipe.size if recipe else SIZE), windows.bos or short.bos
     if dry_run:
