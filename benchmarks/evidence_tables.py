@@ -206,6 +206,22 @@ def taken() -> list[str]:
     return lines
 
 
+def word_problems() -> list[str]:
+    """Shares of word problems solved and answered with a number, and the changes, paired."""
+    lines = []
+    for name, own in result("reasoning")["rows"].items():
+        state = name.rpartition(", ")[2]
+        title = {"original": "none", "pruned": layer_set(own["layers"])}.get(state, "")
+        lines.append(row(title, state, *map(_solved, own["from original"].values())))
+    return lines
+
+
+def _solved(cell: dict) -> str:
+    if not cell["standard_error"]:
+        return f"{cell['value']:.2f}"
+    return f"{cell['value']:.2f}, {cell['change']:+.2f} ({cell['standard_error']:.2f})"
+
+
 def covered() -> list[str]:
     """How often the interval of a rank correlation holds it, in simulated texts."""
     found = result("calibration")["coverage"]

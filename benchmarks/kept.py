@@ -77,7 +77,6 @@ Pieces = dict[tuple[int, ...], set[tuple[int, ...]]]  # by their first tokens
 PILOT = 50  # documents of a task that foretell the error, and the fewest of a row
 CHECKED = 5  # documents of a task on which two programs are compared
 FEW = 4  # windows that the greedy search reads
-ABLE = 0.05  # share of hard problems that the original solves, for others to be asked them
 RUN = 32  # tokens: where 63 in a row are a document's, one of its pieces of 32 is among them
 LEAST = 8  # tokens of a piece, as in `without_overlap`
 
@@ -300,7 +299,7 @@ class Run:
         hard, able = word_problems.HARD, row == "original"
         if not able and (cell := f"original []: {self.problems} of {hard}") in self.cells:
             solved = self.cells.value(cell, dict)[hard]["exact_match"]
-            able = sum(solved) / len(solved) >= ABLE
+            able = sum(solved) / len(solved) >= word_problems.ABLE
         return [kind for kind in word_problems.NAMES if able or kind != hard]
 
     def missing(self, row: str, layers: Sequence[int]) -> list[str]:

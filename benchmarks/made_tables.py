@@ -432,6 +432,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "each task": table(KEPT_TASKS, evidence.kept_tasks),
     "three models": table(LARGER, evidence.larger),
     "what three models take": table(STEPS, evidence.taken),
+    "word problems": table(
+        "| layers removed | | svamp, solved | well formed | gsm8k, solved | well formed |",
+        evidence.word_problems,
+    ),
     "cuts of a Gemma 3": table(GEMMA, gemma),
     "architectures of transformers": table(
         "| outcome | architectures | names | where, and why |", evidence.architectures

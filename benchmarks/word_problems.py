@@ -21,6 +21,7 @@ from short_gpt import ShortHFModel
 
 NAMES = ("svamp", "gsm8k")
 HARD = "gsm8k"  # small models solve none
+ABLE = 0.05  # share of these that the original solves, for others to be asked them
 TOKENS = 128  # of an answer at most
 BATCH = 25  # problems
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
@@ -50,16 +51,18 @@ def last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def asked(short: ShortHFModel, problems: Sequence[Problem]) -> dict[str, list[float]]:
+def judged(problems: Sequence[Problem], answers: Sequence[str]) -> dict[str, list[float]]:
     """By metric a value for each problem: whether it is solved, and whether well formed."""
-    solved, formed = [], []
-    for start in range(0, len(problems), BATCH):
-        batch = problems[start : start + BATCH]
-        for problem, answer in zip(batch, answers(short, batch), strict=True):
-            number = last_number(answer)
-            solved.append(float(number == last_number(problem.answer)))
-            formed.append(float(number is not None))
-    return {"exact_match": solved, "well_formed": formed}
+    numbers = [last_number(answer) for answer in answers]
+    pairs = zip(numbers, problems, strict=True)
+    solved = [float(number == last_number(problem.answer)) for number, problem in pairs]
+    return {"exact_match": solved, "well_formed": [float(n is not None) for n in numbers]}
+
+
+def asked(short: ShortHFModel, problems: Sequence[Problem]) -> dict[str, list[float]]:
+    """`judged`, of a model's answers."""
+    batches = (problems[i : i + BATCH] for i in range(0, len(problems), BATCH))
+    return judged(problems, [answer for batch in batches for answer in answers(short, batch)])
 
 
 def answers(short: ShortHFModel, problems: Sequence[Problem]) -> list[str]:

@@ -10,11 +10,13 @@ from pathlib import Path
 import larger
 import pytest
 import real_models
+import reasoning
 import torch
 import training_rates
 from conftest import random_windows, save_chat_llama
 
 from short_gpt import open_model, shrink
+from short_gpt.checkpoints import prune_gguf
 from short_gpt.runtime.errors import ShortGPTError
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -237,3 +239,61 @@ def test_every_rate_begins_at_the_same_refit(model, here, monkeypatch):
         assert (row["nats"] == 0) == (row["kept"] == "0")
     monkeypatch.setattr(training_rates, "heal_refit", None)  # nothing is measured again
     assert measured("both.json", 3e-2, 1e-2)["rows"] == both["rows"]
+
+
+def test_word_problems_are_answered_by_the_original_the_pruned_and_the_healed_file(
+    model, here, monkeypatch
+):
+    pytest.importorskip("xllamacpp")
+    Path("files").mkdir()
+    prune_gguf(model, Path("files/a.gguf"), [1, 3])
+    prune_gguf(model, Path("files/b.gguf"), [2])  # nothing is healed: as the pruned one
+    answers: dict[str, list[str]] = {}
+    real, judged = reasoning.asked, reasoning.word_problems.judged
+    asked = []
+    monkeypatch.setattr(reasoning, "asked", lambda *a: asked.append(a[0].name) or (real(*a)))
+    monkeypatch.setattr(
+        reasoning.word_problems,
+        "judged",
+        lambda p, a: answers.setdefault(f"{len(answers)}", a) and judged(p, a),
+    )
+    problems = [{"context": f"{word}?", "answer": "123456"} for word in ("one", "two", "three")]
+    for name in ("svamp", "gsm8k"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+
+    def measured(**more) -> dict:
+        how = {"source": ".", "model": str(model), "files": "files", "tokens": 6, "out": "p.json"}
+        with pytest.raises(SystemExit):
+            reasoning.main(**how, **more)
+        return json.loads(Path("p.json").read_text())["rows"]
+
+    rows = measured()
+    assert {name: found["layers"] for name, found in rows.items()} == {
+        "original": [],
+        "1 layer removed, pruned": [2],
+        "1 layer removed, healed": [2],
+        "2 layers removed, pruned": [1, 3],
+        "2 layers removed, healed": [1, 3],
+    }
+    # it solves none of the hard ones, of which pruned models are therefore asked none
+    assert asked == [model.name, model.name, "pruned.gguf", "b.gguf", "pruned.gguf", "a.gguf"]
+    assert [*rows["original"]["from original"]] == [
+        f"{kind} {metric}"
+        for kind in ("svamp", "gsm8k")
+        for metric in ("exact_match", "well_formed")
+    ]
+    healed = rows["2 layers removed, healed"]
+    assert {*healed["from original"]} == {"svamp exact_match", "svamp well_formed"}
+    assert all(own["change"] == 0 for own in healed["from pruned"].values())
+    assert answers["4"] == answers["5"] != answers["0"] == answers["1"]
+    short = open_model(str(model), device="cpu")
+    ids = short.encode("user: one?\n")
+    assert answers["0"][0] == short.decode(short.greedy(ids, 6))
+    assert measured(overwrite=True) == rows and len(asked) == 6  # nothing is asked again
+    monkeypatch.setattr(reasoning, "ABLE", 0)
+    assert (
+        "gsm8k exact_match" in measured(overwrite=True)["2 layers removed, healed"]["from pruned"]
+    )
+    Path("files/c.gguf").write_bytes(model.read_bytes())
+    with pytest.raises(ValueError, match=r"c.gguf has no record of its layers: expected files of"):
+        measured(overwrite=True)

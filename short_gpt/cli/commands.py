@@ -44,7 +44,7 @@ def rank(
     One pass gives both. With --n and a seed, the run ends as soon as the answer of --method (bi
     or angular) is settled: of all such runs at most 1% (--confidence 0.99) end early with an answer
     that differs from the answer on all windows, except where fewer than 2% of the windows decide
-    it (--rare 0.02). Interrupted or killed, the same command continues where it was, from the state
+    it (--rare 0.02). If interrupted or killed, rerun it: it continues where it was, from the state
     file.
 
     Example: short-gpt rank llama-2-7b --n 9 --json ranking.json
@@ -106,12 +106,12 @@ def heal(
 ) -> None:
     """Removes layers and brings quality back: closed forms or training.
 
-    refit and patch are closed forms: they take minutes. refit solves the output projections of
-    every layer from the first gap on again, patch those of the layers before gaps alone. lora
+    refit and patch are closed forms: they take minutes. refit re-solves the output projections of
+    every layer from the first gap on, patch only the last one of each layer before a gap. lora
     trains on the text, distill on what the original model predicts of it; both also heal a model
-    whose layers are already removed. Interrupted or killed, the same command continues, except
-    for the patch. No text that is evaluated on is learned from. A healed model that predicts
-    held-out text worse than before is written all the same, and called WORSE.
+    whose layers are already removed. If interrupted or killed, rerun it: it continues, except for
+    the patch. Evaluation text is never trained on. A healed model that predicts held-out text worse
+    than before is written all the same, and called WORSE.
 
     Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9
 
@@ -138,10 +138,10 @@ def calibrate(
     saving: jobs.Saving = jobs.Saving(),
     output: Output = Output(kinds=("crossed",)),
 ) -> None:
-    """Ranks on several kinds of text, and judges each choice on all.
+    """Ranks on several kinds of text, and evaluates each choice on all.
 
     Says how far rankings agree, and what one text's layers cost on the others, pruned and refitted.
-    Interrupted, the same command continues.
+    If interrupted, rerun it: with --json or --state it continues.
 
     Example: short-gpt calibrate llama-2-7b --data novels/,questions.txt,code.txt --n 8
     """
@@ -170,7 +170,7 @@ def compare(
     """Compares methods x numbers of layers x healing on one model.
 
     Nothing is measured twice. Without a checkpoint, the demo's small model and book are compared.
-    Interrupted, the same command continues from its state file.
+    If interrupted, rerun it: with --json or --state it continues.
 
     Example: short-gpt compare llama-2-7b --data novels/ --json compared.json
     """

@@ -31,9 +31,9 @@ def shrink(
     """Makes a smaller model that works, with all steps in one.
 
     Layers are chosen and removed, the others refitted and, with --minutes, trained; the result is
-    judged, proved and written, with a page that tells all of it. It needs no data: without any, it
-    reads what the model itself writes, and --eval_data judges. What will be done and how long it
-    takes is printed first. Interrupted or killed, the same command continues.
+    evaluated, verified and written, with a page that shows it all. It needs no data: without any,
+    it reads what the model itself writes; --eval_data names text to evaluate on. What will be done
+    and how long it takes is printed first. If interrupted or killed, rerun it: it continues.
 
     Example: short-gpt shrink llama-2-7b llama-2-5b --eval_data novels/
 

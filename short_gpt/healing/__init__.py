@@ -1,10 +1,10 @@
 """Bringing quality back after layers were removed: closed forms, LoRA, distillation.
 
-`heal_refit` solves the output projections of the kept layers again, `heal_patch` those before gaps
-alone. `heal_lora` trains low-rank changes and merges them; given a `Distillation` it learns what
-the original model predicts. `HealingJob` runs several of these and measures before, between and
-after. `choose_healed` chooses layers by the loss after a refit. No architecture changes: the result
-loads wherever the model does.
+`heal_refit` solves the output projections of the kept layers again, `heal_patch` only the last one
+of each layer before a gap. `heal_lora` trains low-rank changes and merges them; given a
+`Distillation` it learns what the original model predicts. `HealingJob` runs several of these and
+measures before, between and after. `choose_healed` chooses layers by the loss after a refit. No
+architecture changes: the result loads wherever the model does.
 """
 
 from __future__ import annotations

@@ -161,12 +161,12 @@ class Shares:
 
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out,
-            or the end of the only one.
+            or the end of a lone text.
         size: tokens in a window.
         max_windows: windows of data for scores and closed forms.
         eval_windows: windows to evaluate on.
         seed: of the choice of windows.
-        bos: as rank's; which windows begin with it.
+        bos: which windows begin with BOS; see rank.
     """
 
     HEADING: ClassVar = READ
@@ -271,12 +271,12 @@ class Readings:
     """How the texts are cut into windows.
 
     Args:
-        sizes: tokens in a window; of several, as in 512,1024, the first chooses and judges, and
+        sizes: tokens in a window; of several, as in 512,1024, the first chooses and evaluates, and
             the rankings at the others are compared with it.
-        bos: first, every, or both with a comma: the first of them chooses and judges; if not
+        bos: first, every, or both with a comma: the first of them chooses and evaluates; if not
             given, every for Gemma, else first.
         max_windows: windows of each text to rank on, and to fit a refit on.
-        eval_windows: windows of each text to judge by, which share nothing with those.
+        eval_windows: evaluation windows of each text, which share nothing with those.
         seed: of the choice of texts and windows.
     """
 

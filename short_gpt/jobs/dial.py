@@ -29,8 +29,8 @@ class Dial:
     Args:
         ratio: share of the layers to remove; 0.25 if none of the five is given.
         n: how many layers to remove.
-        params: most parameters of the result, as in 6B or 750M.
-        memory: most memory of the result, as in 12GB, for its weights and a KV cache.
+        params: maximum parameter count, as in 6B or 750M.
+        memory: maximum memory, as in 12GB, for the weights and a KV cache.
         max_perplexity_ratio: remove as many layers as the perplexity allows, which may rise by this
             factor once the model is refitted, as in 1.2. Windows of data that nothing is fitted on
             tell how many.

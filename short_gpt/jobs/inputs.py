@@ -155,7 +155,7 @@ class Cut:
         seed: of the random order of all windows; none reads them in the order of the texts.
         stride: tokens between the starts of windows; none takes the size, so that none overlap, and
             the method auto takes at least the size.
-        bos: first puts it before a text's first window alone, every before every window; if not
+        bos: put the BOS token before a text's first window (first) or each (every); if not
             given, every for Gemma, which needs it, else first.
     """
 
@@ -198,7 +198,7 @@ class Reading:
 
     Args:
         data: wikitext-2, c4, ptb or pg19, cut as published results do; a local file or folder, or
-            several with commas between, each judged on its own; none.
+            several with commas between, each evaluated on its own; none.
         source: a local copy of wikitext-2, c4, ptb (which needs one) or pg19.
         column: column of the text in .jsonl and .parquet.
         chat: the texts are conversations, in the column messages if no other is named.
@@ -396,13 +396,13 @@ def about_own(
     each: bool = False,
     advice: str = "name a text to evaluate on",
 ) -> str | None:
-    """The remark where text of the model's own judges alone, or as one of ``each``; else None."""
+    """The remark where a model is evaluated on its own text only, or as one of ``each``."""
     names = source_names(data)
     own = [name for name in names if name in OWN]
     if eval_data is not None or not own or (not each and own != names):
         return None
     why = "text that the model itself wrote, and perplexity on own samples is not quality"
-    return f"judged by {', '.join(own)}: {why}; {advice}"
+    return f"evaluated on {', '.join(own)}: {why}; {advice}"
 
 
 def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:

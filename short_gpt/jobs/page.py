@@ -24,7 +24,7 @@ WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, so that l
 
 REMOVED = "Block Influence of every layer, 1 - cos of the hidden states before and after it. "
 REMOVED += "Removed layers are orange; lines are 95% intervals."
-TRIED = "Each set was refitted, and judged by held-out loss: nats a token more than the chosen "
+TRIED = "Each set was refitted, and compared by held-out loss: nats a token more than the chosen "
 TRIED += "set's (orange, or a swap of it), with two standard errors, paired over the windows."
 
 
@@ -85,7 +85,7 @@ def shrunk_page(shrunk: Shrunk) -> str:
         pictures.append(Picture("Which sets were tried", svg, TRIED))
     learned, judged, size = shrunk.windows
     name = "the loaded model" if shrunk.source is None else Path(shrunk.source).name
-    read = f"{learned} windows of {size} tokens learned from, {judged} others judged on"
+    read = f"{learned} windows of {size} tokens learned from, {judged} others evaluated on"
     return page(
         f"{shrunk.out.name}: {name} without {len(shrunk.layers)} of {shrunk.total} layers",
         ". ".join(line[0].upper() + line[1:] for line in (shrunk.head, shrunk.verdict)) + ".",

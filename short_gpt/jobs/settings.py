@@ -216,7 +216,7 @@ class HealingWindows:
 
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out,
-            or the end of the only one.
+            or the end of a lone text.
         size: tokens in a window; if not given, 512 in shrink, 1024 in a closed form, else the
             recipe's.
         max_windows: windows to learn from; 64 for a closed form, all for training (192 in shrink
@@ -226,7 +226,7 @@ class HealingWindows:
         drop_overlap: leave out windows that share text with those to evaluate on, instead of
             refusing them; on if no eval_data is given.
         seed: of the choice of texts and windows, and of training.
-        bos: as rank's; which windows begin with it.
+        bos: which windows begin with BOS; see rank.
     """
 
     HEADING: ClassVar = READ
@@ -301,7 +301,7 @@ class Settings:
         teacher: the original model of which MODEL is a part; MODEL itself, before layers go, if not
             given.
         stream_teacher: hold one layer of the teacher at a time in memory, as for rank --stream.
-        live_teacher: ask the teacher in every step, as a second model in memory; without it, it
+        live_teacher: ask the teacher in every step, as a second model in memory; otherwise it
             is asked once and its predictions stay on disk, in OUT.training, until the model is
             saved.
         top_k: tokens kept of each prediction, beside the total of all others; 64 if not given.

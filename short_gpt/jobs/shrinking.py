@@ -1,4 +1,4 @@
-"""From a model to a smaller one that works, in one call: choose, refit, train, judge, write."""
+"""From a model to a smaller one that works, in one call: choose, refit, train, evaluate, write."""
 
 from __future__ import annotations
 
@@ -81,10 +81,11 @@ def shrink(
     notify: Notify = ignore,
     **fields: Any,
 ) -> Shrunk:
-    """Writes a smaller model that works: layers chosen and removed, the rest healed and judged.
+    """Writes a smaller model that works: layers chosen and removed, the rest healed and evaluated.
 
-    Interrupted or killed, the same call continues from the folder ``OUT.shrinking``, which is gone
-    once ``out`` is whole. ``out`` gets a page with all of this, or a GGUF file has it beside it.
+    If interrupted or killed, repeat the call: it continues from the folder ``OUT.shrinking``, which
+    is gone once ``out`` is complete. ``out`` gets a page with all of this; a GGUF file has it
+    beside it.
 
     Args:
         model: Hugging Face directory or hub id, Meta directory or GGUF file; or a loaded model of
@@ -370,12 +371,14 @@ class _Run:
         for kind, states in evidence.by_kind.items():
             error = next(iter(states.values())).error
             if error is not None and (why := error.no_interval):
-                said.append(f"{kind}: 95% unknown, because {why}; judge on more text (`eval_data`)")
+                said.append(
+                    f"{kind}: 95% unknown, because {why}; evaluate on more text (`eval_data`)"
+                )
         if evidence.worse:
             said.append(f"WORSE: healing changes the loss by {evidence.change}; give more text")
         judged, dtype = opened.short.runs_in()[0], opened.dtype
         if judged != dtype and not opened.in_place:
-            said.append(f"judged in {judged}, written in {dtype}")
+            said.append(f"evaluated in {judged}, written in {dtype}")
         return [remark for remark in said if remark]
 
     def rounded(self, built: Path, evidence: HealingEvidence) -> list[str]:
@@ -392,7 +395,9 @@ def _place(asked: Asked, built: Path, result: Shrunk) -> None:
     """Puts model and page where they belong, whole or not at all."""
     out = asked.out
     if asked.to == "gguf":
-        report_of(out).write_text(shrunk_page(result), encoding="utf-8")
+        page = asked.folder / REPORT
+        page.write_text(shrunk_page(result), encoding="utf-8")
+        page.replace(report_of(out))
         for here, there in reversed([*zip(out_paths(built), out_paths(out), strict=True)]):
             here.replace(there)
         return

@@ -63,7 +63,7 @@ class Shrunk(Table):
     next_steps: Sequence[str] = ()  # commands that use the result
     address: str | None = None  # of the model on the hub, if it was uploaded
     source: str | None = None  # of the original model; None of a loaded one
-    windows: tuple[int, int, int] = (0, 0, 0)  # learned from, judged on, and tokens in each
+    windows: tuple[int, int, int] = (0, 0, 0)  # learned from, evaluated on, and tokens in each
     command: str = ""  # that asks for the same in a shell
     seed: int = 0
 
@@ -122,7 +122,9 @@ class Shrunk(Table):
 
     @property
     def verdict(self) -> str:
-        """What was lost and won, in a sentence."""
+        """What was lost and won, in a sentence; the plan, if only that was asked for."""
+        if not self.looks:
+            return self.plan
         kind, states = next(iter(self.quality.items()))
         original, pruned, healed = (states[name] for name in ("original", "pruned", "healed"))
         lost = [difference([original], [state]).nats for state in (pruned, healed)]

@@ -219,10 +219,13 @@ class ScoredModel(ModelRecord, ABC):
 
         ``n``, ``angular`` and ``method`` are as there, for layers that are not named.
         """
-        named = layer_numbers(layers_to_remove)
-        if named and (n is not None or method is not None):
-            raise ShortGPTError("expected layers, or n and method to choose them by; got both")
-        drop = named or self.layers_to_remove(n, angular=angular, method=method)
+        if layers_to_remove is None:
+            drop = self.layers_to_remove(n, angular=angular, method=method)
+        elif angular or n is not None or method is not None:
+            expected = "expected layers, or n and a method (or angular) to choose them by"
+            raise ShortGPTError(f"{expected}; got both")
+        else:
+            drop = layer_numbers(layers_to_remove)
         self.remove_for_now(drop)
         return drop
 

@@ -29,7 +29,7 @@ from short_gpt.wrappers.own_text import written, written_apart
 from short_gpt.wrappers.short_llama import ShortLlama
 
 SMALL = ("--size", 32)
-JUDGED = "judged by self: text that the model itself wrote, and perplexity on own samples is not"
+JUDGED = "evaluated on self: text that the model itself wrote, and perplexity on own samples is not"
 
 
 @pytest.fixture
@@ -197,9 +197,9 @@ def test_calibrate_takes_own_text_as_a_kind_and_says_what_its_column_is_worth(he
 
 
 def test_the_remark_depends_on_what_judges(here):
-    assert about_own("self,self:chat").startswith("judged by self, self:chat: ")
+    assert about_own("self,self:chat").startswith("evaluated on self, self:chat: ")
     assert about_own("self", "book.txt") is None and about_own("book.txt,self") is None
-    assert about_own("book.txt,self", each=True).startswith("judged by self: ")
+    assert about_own("book.txt,self", each=True).startswith("evaluated on self: ")
 
 
 def test_no_model_is_judged_by_a_text_named_self(here, capsys):

@@ -123,7 +123,7 @@ def test_it_needs_nothing_but_a_model(here):
     assert "2 of 6 layers go (--ratio 0.3)" in said[0] and "its own text" in said[0]
     assert said[1] == f"layers to remove: {sorted(done.layers)}"
     text = str(done)
-    assert "judged by self: text that the model itself wrote" in text
+    assert "evaluated on self: text that the model itself wrote" in text
     assert "12 windows chose, fewer than 16: their differences are less sure" in text
     assert f"{done.quality['self']['healed'].value:.3f}" in text
     assert f"{sorted(done.layers)}" in text
@@ -492,7 +492,7 @@ def test_the_weights_are_written_as_the_source_has_them(here, monkeypatch, used)
     assert {"books", "third"} == {*done.quality}
     assert [row[0] for row in done.rows()].count("nats from the original, 95%") == 2
     assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16
-    assert f"judged in {used}, written in torch.bfloat16" in done.remarks
+    assert f"evaluated in {used}, written in torch.bfloat16" in done.remarks
     assert done.looks["healed"].size == 2 * done.looks["healed"].parameters
 
 
@@ -573,7 +573,7 @@ def test_a_long_plan_says_what_takes_less(here, monkeypatch):
     how = {"n": 2, "windows": CUT, "data": "other", "dry_run": True}
     assert "written: method bi, size 128, max_windows 16" in str(shrink("hf", "out", **how))
     planned = shrink("hf", "out", method="bi", **how)
-    assert "written: size 128, max_windows 16" in str(planned)
+    assert "written: size 128, max_windows 16" in str(planned) and planned.verdict == planned.plan
     assert [*planned.columns] == [""]  # no state was measured
 
 
@@ -585,7 +585,7 @@ def test_the_size_of_a_file_is_that_of_its_tensors(here, monkeypatch):
     assert shrink_models.tensor_bytes(Path("out.gguf")) == pruned.size  # all of float32
     page = done.report().read_text()
     assert f"{1 - 10**5 / done.looks['original'].size:.0%} smaller" in page
-    assert "out.gguf: model.gguf without 2 of 6 layers" in page and "6 others judged on" in page
+    assert "out.gguf: model.gguf without 2 of 6 layers" in page and "6 others evaluated on" in page
 
 
 def test_a_gguf_file_does_not_take_the_place_of_its_source(here, capsys):
@@ -665,7 +665,7 @@ def test_one_window_tells_no_interval(here):
     cut = replace(CUT, eval_windows=1)
     done = shrink("hf", "out", n=2, method="sequential", windows=cut, data="other")
     assert done.rows()[2][1] == "unknown"
-    why = "books: 95% unknown, because one window tells nothing of others; judge on more text"
+    why = "books: 95% unknown, because one window tells nothing of others; evaluate on more text"
     assert f"{why} (`eval_data`)" in done.remarks
 
 

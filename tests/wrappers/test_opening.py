@@ -169,8 +169,12 @@ def test_so_many_layers_are_removed_as_are_named_in_the_call(folder):
     assert short.layers_to_remove(3) == short.layers_to_remove(n=3) == lowest[:3]
     with pytest.raises(ShortGPTError, match="say how many layers, n=..., set n_prune_layers"):
         short.remove_layers()
-    with pytest.raises(ShortGPTError, match="expected layers, or n and method .* got both"):
-        short.remove_layers([1], n=2)
+    for also in ({"n": 2}, {"method": "bi"}, {"angular": True}):
+        with pytest.raises(ShortGPTError, match="expected layers, or n and a method .* got both"):
+            short.remove_layers([1], **also)
+    short.n_prune_layers = 2
+    with pytest.raises(ShortGPTError, match="number of layers to remove = 0"):
+        short.remove_layers([])
     assert short.remove_layers(n=2, method="deepest") == [2, 3] and short.kept == [0, 1, 4]
 
 

@@ -1,0 +1,139 @@
+"""Whether models with fewer layers still solve word problems, as their GGUF files answer them.
+
+The original model, and for every file that ``larger.py --keep`` wrote, the pruned model and the
+healed one answer svamp's problems and gsm8k's in llama.cpp: greedily, in the chat template, without
+examples. gsm8k's are asked only where the original solves one in twenty. Changes are paired over
+the problems.
+
+    python benchmarks/reasoning.py --source tasks --model 0.5b --files larger-0.5b
+
+What a model answered is kept in a state beside the file, and the same command continues from it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fire
+import word_problems
+from larger import client
+from outcome import begin, finish
+from real_models import MODELS
+from tasks import Documents, metrics
+from word_problems import ABLE, HARD, Problem
+
+from short_gpt.checkpoints import Provenance, prune_gguf
+from short_gpt.evaluation.cells import Cells
+from short_gpt.runtime.digest import files_digest, json_digest
+from short_gpt.runtime.progress import bar
+from short_gpt.runtime.state import StateFile
+
+PROMPT = 512  # tokens of a question and its template, at most
+
+
+def main(
+    source: str,
+    model: str = "0.5b",
+    files: str = "larger-0.5b",
+    problems: int = 100,
+    tokens: int = 256,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Runs the benchmark, prints the table, and writes the JSON file if ``out`` is given.
+
+    Args:
+        source: folder with svamp.jsonl and gsm8k.jsonl.
+        model: a name of ``real_models.py``, or a GGUF file.
+        files: folder of the healed GGUF files.
+        problems: of each kind, from the first.
+        tokens: of an answer at most.
+    """
+    begin(out, overwrite=overwrite)
+    original = MODELS[model]() if model in MODELS else Path(model)
+    healed = sorted(Path(files).glob("*.gguf"), key=lambda path: len(removed(path)))
+    kinds = {name: word_problems.read(source, name, problems) for name in word_problems.NAMES}
+    identity = {"original": original.name, "tokens": tokens, "asked": json_digest(kinds)}
+    identity |= {path.name: files_digest([path]) for path in healed}
+    cells = Cells(StateFile(f"{out or 'reasoning.json'}.state", identity, every=0.0))
+
+    def answered(name: str, path: Path) -> Documents:
+        return {
+            kind: cells.value(f"{kind}, {name}", partial(asked, path, kinds[kind], tokens))
+            for kind in able
+        }
+
+    able = [*kinds]
+    found: dict[str, Documents] = {"original": answered("original", original)}
+    able = [kind for kind in kinds if kind != HARD or mean(found["original"][kind]) >= ABLE]
+    pruned: dict[str, Documents] = {}
+    layers: dict[str, list[int]] = {"original": []}
+    for path in healed:
+        gone = removed(path)
+        count = f"{len(gone)} layer{'s' * (len(gone) > 1)} removed"
+        names = [f"{count}, {state}" for state in ("pruned", "healed")]
+        with tempfile.TemporaryDirectory() as folder:
+            cut = prune_gguf(original, Path(folder, "pruned.gguf"), gone)
+            found[names[0]] = answered(names[0], cut)
+        found[names[1]] = answered(names[1], path)
+        layers |= dict.fromkeys(names, sorted(gone))
+        pruned[names[1]] = found[names[0]]
+    rows = {name: row(own, found["original"], pruned.get(name)) for name, own in found.items()}
+    rows = {name: {"layers": layers[name], **own} for name, own in rows.items()}
+    print(table(rows))
+    content = {"model": original.name, "problems": problems, "tokens": tokens, "rows": rows}
+    finish("reasoning", [], content, out=out, overwrite=overwrite)
+
+
+def removed(path: Path) -> list[int]:
+    """The layers that a written file lacks."""
+    record = Provenance.of_checkpoint(path)
+    if record is None:
+        raise ValueError(f"{path} has no record of its layers: expected files of larger.py --keep")
+    return record.all_removed
+
+
+def mean(own: Mapping[str, Sequence[float]]) -> float:
+    return sum(own["exact_match"]) / len(own["exact_match"])
+
+
+def asked(path: Path, problems: Sequence[Problem], tokens: int) -> dict[str, list[float]]:
+    """`word_problems.judged`, of a GGUF file's answers in llama.cpp."""
+    server, answers = client(path, PROMPT + tokens), []
+    with bar(path.name, total=len(problems), unit="problem") as shown:
+        for problem in problems:
+            turns = [{"role": "user", "content": problem.question}]
+            answer = server.handle_chat_completions(
+                {"messages": turns, "max_tokens": tokens, "temperature": 0}
+            )
+            answers.append(answer["choices"][0]["message"]["content"] or "")
+            shown.update()
+    return word_problems.judged(problems, answers)
+
+
+def row(
+    own: Documents, original: Documents, pruned: Documents | None = None
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Every share with its change from the original's, and from the pruned model's, paired."""
+    found = {"from original": metrics(own, original)}
+    return found if pruned is None else {**found, "from pruned": metrics(own, pruned)}
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for every model: shares of problems, and the paired change from the original."""
+    lines = []
+    for name, found in rows.items():
+        cells = [
+            f"{kind} {own['value']:.2f} {own['change']:+.2f} ({own['standard_error']:.2f})"
+            for kind, own in found["from original"].items()
+        ]
+        lines.append(f"{name:<24}{'; '.join(cells)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
