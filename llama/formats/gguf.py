@@ -103,6 +103,11 @@ class GGUFFile(GGUFParts):
         for key, value in expected.items():
             if (actual := self.get(key, value)) != value:
                 raise InputError(f"{self.path} has {key} = {actual!r}; Meta's Llama has {value!r}")
+        # a factor without a type means linear scaling
+        untyped = ROPE_FACTORS not in self.tensors and self.get("llama.rope.scaling.type") is None
+        for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+            if untyped and (factor := self.get(key, 1.0)) not in (0.0, 1.0):
+                raise InputError(f"{self.path} has {key} = {factor!r}; Meta's Llama has 1.0")
         shapes = {self.name_of(name): shape for name, shape in full_shapes(args).items()}
         check_tensors(self.path, self.tensors.keys(), shapes.keys(), ignored={ROPE_FACTORS})
         for name, shape in shapes.items():

@@ -262,9 +262,9 @@ def writable(kind: int, shape: tuple[int, ...]) -> int:
 def packed(name: str, weight: Tensor, kind: int) -> bytes:
     """A tensor's bytes in a type that `writable` gives; InputError if a value exceeds F16's."""
     rows = weight.detach().cpu()
-    small = kind == F16 or kind in LAYOUTS
-    if small and rows.isfinite().all() and not rows.half().isfinite().all():
-        other = "take bf16, f32 or q8_0" if kind == F16 else "write a directory instead"
+    small, scaled = kind in (F16, Q8_0, *LAYOUTS), rows / 127 if kind == Q8_0 else rows
+    if small and rows.isfinite().all() and not scaled.half().isfinite().all():
+        other = "take bf16 or f32" if kind in (F16, Q8_0) else "write a directory instead"
         raise InputError(f"{name} has values beyond F16's; {other}")
     if kind in LAYOUTS:
         return quantized(rows, kind)

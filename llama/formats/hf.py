@@ -147,7 +147,8 @@ def config_of(
     }
     ids |= {k: record[k] for k in (*ids, "pad_token_id") if k in record}
     rope: JsonObject = {"rope_type": "default"}
-    context = 4096 if args.rope_theta < 500000 else 8192  # Llama 2's and 3's; Meta has no key
+    # Llama 2's, Llama 3's and Code Llama's; Meta has no key
+    context = 4096 if args.rope_theta < 500000 else 8192 if args.rope_theta < 1e6 else 16384
     if args.rope_factor is not None:
         rope, context = {"rope_type": "llama3", "factor": args.rope_factor, **LLAMA3_SCALING}, 2**17
     config = {

@@ -55,6 +55,7 @@ class ModelRecord:
         self.changes: list[WeightChange] = []
         self.importance = Importance.empty(self.kept)
         self.quality: dict[tuple[int, ...], Perplexity] = {}
+        self._changes_then: dict[tuple[int, ...], list[WeightChange]] = {}  # when it was measured
         self.evidence: dict[str, object] = {}
         self.history: dict[str, tuple[Any, dict[str, object]]] = {}  # `Provenance` or None
         self._trial: list[int] | None = None
@@ -189,7 +190,20 @@ class ModelRecord:
     def note_quality(self, result: Perplexity) -> None:
         """Records a perplexity of the model as it is, unless layers were removed unrecorded."""
         if len(self.present) == len(self.decoder.layers):
-            self.quality[tuple(self.present)] = result
+            layers = tuple(self.present)
+            self.quality[layers], self._changes_then[layers] = result, self._changes_of(layers)
+
+    def quality_of(self, layers: Sequence[int]) -> Perplexity | None:
+        """The last perplexity measured with these layers; None if their weights changed since.
+
+        That of the original model, with all layers, stays.
+        """
+        key = tuple(layers)
+        changed = self._changes_then.get(key) != self._changes_of(key)
+        return None if changed and len(key) < self.n_layers else self.quality.get(key)
+
+    def _changes_of(self, layers: Sequence[int]) -> list[WeightChange]:
+        return [c for c in self.changes if any(number in layers for number, _ in c.parameters)]
 
     def check_whole(self) -> None:
         """Raises RuntimeError where the model lacks layers for a trial, or lost some elsewhere."""

@@ -123,7 +123,8 @@ class Provenance:
         """
         if measured is None:
             states = (tuple(range(short.n_layers)), tuple(short.kept))
-            measured = {f"{len(s)} layers": short.quality[s] for s in states if s in short.quality}
+            known = {f"{len(layers)} layers": short.quality_of(layers) for layers in states}
+            measured = {name: found for name, found in known.items() if found is not None}
         sublayers = short.removed_sublayers
         if str(source) not in short.history:  # which the first save may write over
             earlier = cls.of_checkpoint(source) or cls._at_hub(short, str(source))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llama.io.json_files import JsonObject
 from short_gpt.evaluation.perplexity import Perplexity
@@ -35,16 +35,19 @@ class Cells:
         return self._values[name]
 
     def losses(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
-        """Losses of windows, each as ``[nats, tokens, windows, text]`` in the file."""
+        """Losses of windows, each as ``[nats, tokens, windows, text, precision]`` in the file."""
 
-        def rows() -> list[tuple[float, int, int, int | None]]:
+        def rows() -> list[tuple[Any, ...]]:
             samples = [(p, p.samples[0].text if p.samples else None) for p in measure()]
-            return [(p.nats, p.tokens, p.windows, text) for p, text in samples]
+            return [(p.nats, p.tokens, p.windows, text, p.precision) for p, text in samples]
 
-        return [  # older files lack the text's number
-            Perplexity(nats, tokens, windows, (Sample(text[0] if text else None, nats, tokens),))
-            for nats, tokens, windows, *text in self.value(name, rows)
-        ]
+        found = []
+        for nats, tokens, windows, *more in self.value(name, rows):  # of older files less
+            text = more[0] if more else None
+            precision = more[1] if len(more) > 1 else "float32"
+            sample = Sample(text, nats, tokens)
+            found.append(Perplexity(nats, tokens, windows, (sample,), precision))
+        return found
 
     def resumed(self, name: str, measure: Callable[[StateFile | None], T]) -> T:
         """The cell's value, by a long measurement that keeps a state file of its own meanwhile."""

@@ -54,7 +54,8 @@ def together(parts: Sequence[Perplexity]) -> Perplexity:
     """The perplexity of all windows."""
     samples = tuple(s for p in parts for s in _samples(p))
     nats, tokens = sum(s.nats for s in samples), sum(s.tokens for s in samples)
-    return Perplexity(nats, tokens, sum(p.windows for p in parts), samples)
+    precision = parts[0].precision if parts else "float32"
+    return Perplexity(nats, tokens, sum(p.windows for p in parts), samples, precision)
 
 
 def _samples(part: Perplexity) -> tuple[Sample, ...]:

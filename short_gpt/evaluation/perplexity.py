@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,7 @@ def perplexity(
             shown.update(len(batch))
             check_loss(sum(s.nats for s in samples[-len(batch) :]))
     check_predicted(predicted)
-    return Perplexity.of(samples)
+    return replace(Perplexity.of(samples), precision="mixed" if decoder.mixed else "float32")
 
 
 def samples_of(windows: Sequence[Sequence[int]], nats: Sequence[float]) -> list[Sample]:

@@ -244,6 +244,12 @@ class CachedTeacher:
         """The same, by the windows' indices among all of training, then of validation."""
         if self._written() < self._ends[-1]:
             raise RuntimeError(f"{self._file} lacks predictions: call fill first")
+        for index, window in zip(indices, windows, strict=True):
+            if list(self._windows[index]) != list(window):
+                raise ShortGPTError(
+                    f"window {index} is not that of {self._file}: expected the windows in their "
+                    "order there, those to train on before those that validate"
+                )
         mapped = np.memmap(self._file, mode="r")  # bytes
         pairs = ((self._ends[i], self._ends[i + 1] - DIGEST) for i in indices)
         return [self._read(mapped[start:end].view(self._record)) for start, end in pairs]
@@ -329,7 +335,7 @@ class Distillation:
     def measure(
         self, decoder: Decoder, windows: Sequence[Window], *, first: int, batch_size: int
     ) -> dict[str, float]:
-        """A student's mean divergence and perplexity; ``first`` is the first window's index."""
+        """A student's mean loss, divergence and perplexity; ``first``: the first window's index."""
         apart = nats = 0.0
         for batch in batches(examples(windows, first=first), batch_size):
             every = [example["input_ids"] for example in batch]
@@ -343,7 +349,9 @@ class Distillation:
         check_loss(apart + nats)
         count = sum(len(window) - 1 for window in windows)
         value = Perplexity(nats, count, len(windows)).value
-        return {"eval_loss": apart / count, "eval_perplexity": value}
+        scale = self.kl_share * self.teacher.temperature**2
+        loss = (scale * apart + (1 - self.kl_share) * nats) / count  # as it is trained
+        return {"eval_loss": loss, "eval_divergence": apart / count, "eval_perplexity": value}
 
     def _of(self, batch: Sequence[Example]) -> list[Targets]:
         return self.teacher.targets([e["index"] for e in batch], [e["input_ids"] for e in batch])

@@ -6,10 +6,12 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -128,17 +130,18 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] 
     _check_processes(replicas.current(short.decoder.device).count, run.recipe)
     check_reports(run.recipe.report_to)
     model = short.trainable()
-    _check_card(next(model.parameters()).device)
+    check_model(model)
     _check(run, evaluation)
-    path = getattr(short.decoder, "layers_path", None)
-    run = run._replace(mixed=short.decoder.mixed, layers_path=path)
+    path, dtype = getattr(short.decoder, "layers_path", None), next(model.parameters()).dtype
+    run = run._replace(mixed=short.decoder.mixed, layers_path=path, dtype=dtype)
     targets = [model.get_submodule(n) for n in target_modules(model, run.recipe.modules, path)]
     adapted = {id(module) for module in targets}
     ends = [
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
-    healed, restore = (_heal_four_bit if run.recipe.four_bit else _heal)(model, run)
+    with _frozen_stay(model):
+        healed, restore = (_heal_four_bit if run.recipe.four_bit else _heal)(model, run)
     change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:  # else no evaluation was better than before, and nothing was merged
         short.note_change(change)
@@ -181,6 +184,7 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     logs = state.log_history
     measured = {0: before} | {int(e["step"]): e for e in logs if "eval_loss" in e}
     losses = {step: metrics["eval_loss"] for step, metrics in measured.items()}
+    apart = {step: metrics.get("eval_divergence", math.nan) for step, metrics in measured.items()}
     distilled = run.distillation
     return Healed(
         recipe=run.recipe,
@@ -192,7 +196,7 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
         validation={step: metrics["eval_perplexity"] for step, metrics in measured.items()},
         windows=round(min(1.0, state.epoch) * len(run.training)),
         tokens=round(state.epoch * sum(map(len, run.training))),
-        divergence=None if distilled is None else losses,
+        divergence=None if distilled is None else apart,
         distillation=None if distilled is None else distilled.identity(),
     )
 
@@ -222,19 +226,33 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
 
 def seconds_a_step(short: ScoredModel, window: Window, recipe: Recipe) -> float:
     """Seconds of an optimizer step on such windows, measured on one; the model stays as it is."""
-    model = short.trainable()
-    tokens, adapted = torch.tensor([list(window)], device=model.device), adapt(model, recipe)
+    model, path = short.trainable(), getattr(short.decoder, "layers_path", None)
+    check_model(model)
+    tokens = torch.tensor([list(window)], device=model.device)
+    with _frozen_stay(model):
+        adapted = adapt(model, recipe, path)
+        try:
+            for _ in range(2):  # the first warms up
+                started = time.perf_counter()
+                with products(short.decoder.mixed, tokens.device):
+                    loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
+                loss.backward()
+                wait(tokens.device)
+            return recipe.batch * (time.perf_counter() - started)
+        finally:
+            adapted.unload()
+            _clean(model, recipe)
+
+
+@contextmanager
+def _frozen_stay(model: PreTrainedModel) -> Iterator[None]:
+    """Parameters that need no gradient need none after the block."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     try:
-        for _ in range(2):  # the first warms up
-            started = time.perf_counter()
-            with products(short.decoder.mixed, tokens.device):
-                loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-            wait(tokens.device)
-        return recipe.batch * (time.perf_counter() - started)
+        yield
     finally:
-        adapted.unload()
-        _clean(model, recipe)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -257,6 +275,23 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
     check_disjoint(run.training, run.validation)
     if run.recipe.four_bit:
         require_four_bit()
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Raises ShortGPTError for weights that cannot be trained as they are."""
+    parameters = [*model.parameters()]
+    if not all(p.is_floating_point() for p in parameters):
+        raise ShortGPTError(
+            "training merges into weights that are not quantized, and this model's are: open it "
+            "without a quantization (`four_bit` trains over a copy in 4 bits)"
+        )
+    device = parameters[0].device
+    if parameters[0].dtype == torch.float16 and device.type != "cuda":
+        raise ShortGPTError(
+            f"training in float16 loses small gradients on {device.type}: open the model with the "
+            "`dtype` float32 or bfloat16"
+        )
+    _check_card(device)
 
 
 def _check_card(device: torch.device) -> None:
@@ -387,7 +422,7 @@ class LoraSettings:
     trains: ClassVar[bool] = True
 
     def prepare(self, context: HealingContext) -> Heal:
-        _check_card(context.short.decoder.device)
+        check_model(context.short.trainable())
         return lambda: self._train(context, None)
 
     def _recipe(self, context: HealingContext) -> Recipe:
@@ -419,7 +454,7 @@ class DistillSettings(LoraSettings):
     name: ClassVar[str] = "distill"
 
     def prepare(self, context: HealingContext) -> Heal:
-        _check_card(context.short.decoder.device)
+        check_model(context.short.trainable())
         distillation = Distillation(self._teacher(context), self.kl_share)
         return lambda: self._train(context, distillation)
 

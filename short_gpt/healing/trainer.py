@@ -64,6 +64,7 @@ class TrainingRun(NamedTuple):
     distillation: Distillation | None = None  # what is learned instead of the text alone
     mixed: bool = False  # matrix products in bfloat16
     layers_path: str | None = None  # where the layers are in the model; None finds them
+    dtype: torch.dtype | None = None  # of the model that is healed, which a copy in 4 bits lacks
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
@@ -200,7 +201,7 @@ def _arguments(
     from transformers import TrainingArguments
 
     recipe, weight = run.recipe, next(adapted.parameters())
-    on_card = weight.device.type == "cuda"
+    on_card, dtype = weight.device.type == "cuda", run.dtype or weight.dtype
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
@@ -219,8 +220,8 @@ def _arguments(
         greater_is_better=False,
         logging_steps=max(1, min(recipe.eval_every, recipe.steps // 100)),
         logging_nan_inf_filter=False,  # `_progress` is to see them
-        bf16=run.mixed or (on_card and weight.dtype == torch.bfloat16),
-        fp16=on_card and weight.dtype == torch.float16,
+        bf16=run.mixed or (on_card and dtype == torch.bfloat16),
+        fp16=on_card and dtype == torch.float16,
         use_cpu=weight.device.type == "cpu",
         dataloader_pin_memory=False,
         remove_unused_columns=False,

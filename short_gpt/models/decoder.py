@@ -99,7 +99,7 @@ def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]
     """
     # what is no list of windows is refused by `pad`
     limits = decoder.rotary_limits
-    if not limits or not windows or isinstance(windows[0], int):
+    if not limits or len(windows) == 0 or not _is_window(windows[0]):
         return [[*range(len(windows))]]
     groups: dict[tuple[bool, ...], list[int]] = {}
     for index, window in enumerate(windows):
@@ -122,9 +122,9 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     Padding is token 0 on the right, S the longest window. Under a causal mask no real token sees
     it; the mask only weights the sums. Windows of different rotary factors need `padded`.
     """
-    if not windows:
+    if len(windows) == 0:  # an array has no truth value
         raise ShortGPTError("expected at least one window of tokens, got none")
-    if isinstance(windows[0], int):
+    if not _is_window(windows[0]):
         raise ShortGPTError(
             "expected a list of windows, each a list of token ids, got one: pass [it]"
         )
@@ -147,6 +147,11 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     check_vocabulary(tokens, decoder)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (S,) < (B, 1)
     return tokens.to(decoder.device), mask.to(decoder.device)
+
+
+def _is_window(window: object) -> bool:
+    # a number of an array or a tensor has no dimension
+    return not isinstance(window, int) and getattr(window, "ndim", 1) > 0
 
 
 def _ids(window: Sequence[int]) -> Tensor:

@@ -61,11 +61,14 @@ def runs(layers: Iterable[int], present: Sequence[int]) -> list[tuple[int, int]]
     return [(run[0], run[-1]) for run in _grouped(positions)]
 
 
-def layer_numbers(layers: Sequence[int] | None) -> list[int]:
-    """Layers as plain numbers, also those of numpy and torch."""
+def layer_numbers(layers: Iterable[int] | None) -> list[int]:
+    """Layers as plain numbers, also those of numpy and torch; ShortGPTError for anything else."""
     if isinstance(layers, int):
         raise ShortGPTError(f"expected a list of layers, got {layers}: pass it in a list")
-    if layers is None or len(layers) == 0:  # an array has no truth value
+    if layers is None:
         return []
-    # True stays what it is, and is refused by `check_exist`
-    return [i if isinstance(i, bool) else operator.index(i) for i in layers]
+    try:
+        # True stays what it is, and is refused by `check_exist`
+        return [i if isinstance(i, bool) else operator.index(i) for i in layers]
+    except TypeError:
+        raise ShortGPTError(f"expected a list of layer numbers, got {layers!r}") from None

@@ -226,7 +226,7 @@ class StateFile:
         folder: what an error asks the user to delete; None is the file.
 
     Attributes:
-        content: what the file held; None if there is none.
+        content: what the file holds; None if there is none.
 
     Raises:
         ShortGPTError: the file is of another run, which the message tells apart, or damaged.
@@ -246,7 +246,14 @@ class StateFile:
         self._lock: Lock | None = hold(self.path) if lock is None else lock
         self._identity: JsonObject = json.loads(json.dumps(dict(identity)))  # as a file has it
         self._saved = time.monotonic()
-        self.content = self._load() if self.path.exists() else None
+        self._content = self._load() if self.path.exists() else None
+        self._read = True  # as the file is now
+
+    @property
+    def content(self) -> JsonObject | None:
+        if not self._read:
+            self._content, self._read = self._load(), True
+        return self._content
 
     def _load(self) -> JsonObject:
         if not self.path.stat().st_size:  # as a power failure may leave it
@@ -294,10 +301,10 @@ class StateFile:
         """Replaces the file."""
         own = {"run": self._identity, CHECKED: None}  # the digest is the record's
         write_record(self.path, joined(own, content), overwrite=True)
-        self._saved = time.monotonic()
+        self._content, self._read, self._saved = None, False, time.monotonic()
 
     def clear(self) -> None:
         """Deletes the file, once the result is safe, and what a killed save may have left."""
         tidy(self.path.resolve())
         self.path.unlink(missing_ok=True)
-        self._lock = None
+        self._content, self._read, self._lock = None, True, None

@@ -205,20 +205,22 @@ class LayerHooks:
         """Forward hook: the states (B, S, D) entering and leaving one layer."""
         state, result = state_in(args, kwargs), first(output)  # (B, S, D) each
         self._check_state(layer, state)
-        x, y = widen(state), widen(result)  # (B, S, D) each, float32 or wider
+        # of layers on several devices, a state is moved inside the layer
+        entering = state.to(result.device)
+        x, y = widen(entering), widen(result)  # (B, S, D) each, float32 or wider
         if not self._last:
             self._keep(state, x)
         # the state entering is the one that left the previous layer, unless something came between
         # or wrote in it; a tensor without a version may have been written in
         version = version_of(state) if state is self._state else None
         known = self._norms if version is not None and version == self._version else None
-        x_norm = norms(x) if known is None else known  # (B, S)
+        x_norm = norms(x) if known is None else known.to(x.device)  # (B, S)
         y_norm = norms(y)  # (B, S), which the next layer takes as those of its x
         with torch.autocast(x.device.type, enabled=False):  # vecdot is a matrix product
             products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
             if self._middle is not None:
-                products += self._middle.products(state, y)
-        self._products.append(torch.stack(products))  # (4 or 7, B, S)
+                products += self._middle.products(entering, y)
+        self._products.append(torch.stack(products).to(self._mask.device))  # (4 or 7, B, S)
         self._keep(result, y)
         self._state, self._version, self._norms = result, version_of(result), y_norm
 
@@ -254,9 +256,11 @@ class LayerHooks:
         self._sums.append(torch.where(self._mask, torch.stack(each), 0.0).sum(3))
 
     def _keep(self, state: Tensor, wide: Tensor) -> None:
-        self._last.append(wide[self._rows, self._ends])  # (B, D): Eq. 6 reads last tokens alone
-        if self._kept is not None:
-            self._kept.append(state.clone())  # the model may write in that tensor later
+        rows, ends = self._rows.to(wide.device), self._ends.to(wide.device)
+        last = wide[rows, ends]  # (B, D): Eq. 6 reads last tokens alone
+        self._last.append(last.to(self._mask.device))
+        if self._kept is not None:  # a copy, as the model may write in that tensor later
+            self._kept.append(state.to(self._mask.device, copy=True))
 
     def scores(self) -> Scores:
         """The scores of the pass, once all layers have run."""

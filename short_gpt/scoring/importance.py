@@ -273,7 +273,8 @@ class Importance(Table):
 
     def __repr__(self) -> str:
         about = f"{len(self.layers)} layers, {self.n_windows:,} windows, {self.n_tokens:,} tokens"
-        if not self.n_windows or not self.block_influence.isfinite().all():
+        scored = self.n_windows and len(self.layers) > 1
+        if not scored or not self.block_influence.isfinite().all():
             return f"Importance({about})"
         order = lowest(self.block_influence, min(10, len(self.layers) - 1))
         few = ", ".join(str(self.layers[i]) for i in order)

@@ -26,6 +26,7 @@ from short_gpt.scoring.stopping import Stop, Verdict, next_look
 Window = Sequence[int]
 Follow = Callable[[Importance, int | None], object]
 ScoreWindows = Callable[..., Scores]  # as `hooks.score`, of a decoder and its layers
+NO_WINDOW = "expected at least one window of tokens, got none"
 WARM_UP = 16  # tokens of a first pass, in which libraries make ready what they use
 
 
@@ -79,8 +80,8 @@ def measure(
             shown.update(len(batch))
             if after(into):
                 break
-    if not begun and not into.n_windows:
-        raise ShortGPTError("expected at least one window of tokens, got none")
+    if not begun:
+        raise ShortGPTError(NO_WINDOW)
     return into
 
 
@@ -124,6 +125,7 @@ class RunState:
     def unread(self, windows: Iterable[Window], read: int) -> Iterator[Window]:
         """The windows that follow the first ``read``, which must be those of the file."""
         rest, saved, count = iter(windows), self.file.content, 0
+        self._digest = sha256()  # also of a state that is used again
         for window in islice(rest, read):
             self._read(window)
             count += 1
@@ -233,6 +235,8 @@ class ScoringRun:
             if alone and self._state:
                 self._state.save(self.into)
             raise
+        if not self._read:  # nothing before, and nothing now
+            raise ShortGPTError(NO_WINDOW)
         if not (self.verdict and self.verdict.settled):
             self._look(local, final=True)
         if self._state and self._team.rank == 0:

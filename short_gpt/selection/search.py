@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from short_gpt.models.layer_hooks import (
     patched_forward,
     state_in,
 )
-from short_gpt.models.numbering import check_count
+from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
@@ -60,8 +60,10 @@ class Options:
 
     def allowed(self, count: int) -> list[int]:
         """Candidates of a model of so many layers, whose first and last always stay."""
-        positions = range(count) if self.candidates is None else self.candidates
-        return [i for i in range(1, count - 1) if i in positions]
+        if self.candidates is None:
+            return [*range(1, count - 1)]
+        check_exist([*self.candidates], range(count))
+        return [i for i in range(1, count - 1) if i in self.candidates]
 
 
 @dataclass
@@ -87,6 +89,8 @@ def by_loss(
     if method == "sleb":
         *_, result = sleb_rounds(decoder, windows, n, options)
         return result
+    if options.candidates is not None:
+        raise ShortGPTError(f"candidates: {method} tries every layer; leave them out, or take sleb")
     count = len(decoder.layers)
     check_count(n, count)
     trials = Trials(decoder, windows, options)
@@ -121,13 +125,15 @@ def sleb_rounds(
         raise ShortGPTError("candidates: expected other layers than the first and the last")
     check_count(n, count, most=len(allowed))
     trials = Trials(decoder, windows, options)
+    del trials.result.removed[n:], trials.result.losses[n:]  # of a saved search of more layers
     total = sum(len(allowed) - i for i in range(n)) * trials.groups
     with trials.shown(total, options.progress) as shown:
         for number in range(n):
             alive = [i for i in range(count) if i not in trials.result.removed]
             candidates = [i for i in alive[1:-1] if i in allowed]
             trials.round(candidates, shown.update, again=number < n - 1)
-            yield trials.result
+            done = trials.result
+            yield replace(done, removed=[*done.removed], losses=[*done.losses])
 
 
 def most_layers_run(count: int, n: int) -> int:

@@ -81,6 +81,7 @@ def own_samples(
     at_least(1, count=count)
     at_least(2, size=size)
     at_least(0, seed=seed)
+    at_least(1, optional=True, batch_size=batch_size)
     team = replicas.current(short.decoder.device)
     if model_parallel_size() > 1:
         raise ShortGPTError(
@@ -136,7 +137,8 @@ class _Writing:
         """Completes the first ``count`` texts; keeps what is there however it ends."""
         missing = [i for i in range(count) if len(self.texts[i]) < self.length]
         share = -(-len(missing) // self.team.count)
-        at_once = batch_size or max(1, min(share, *self.team.gather(self._fitting())))
+        fitting = self.team.gather(self._fitting())
+        at_once = max(1, min(share, *fitting)) if batch_size is None else batch_size
         mine = [i for batch in self.team.mine([*batches(missing, at_once)]) for i in batch]
         total = sum(self.length - len(self.texts[i]) for i in mine)
 

@@ -198,6 +198,7 @@ class ScoredModel(ModelRecord, ABC):
     def without_layers(self, layers: Sequence[int]) -> Iterator[None]:
         """The model without these layers (original numbers; maybe none) inside a ``with`` block."""
         present = self.present  # fewer than `kept` inside another trial
+        layers = layer_numbers(layers)
         if layers:
             check_layers(layers, present)
         with without_layers(self.decoder, [present.index(i) for i in layers]):

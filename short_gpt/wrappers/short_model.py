@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_hooks import attention_output, mlp_output
-from short_gpt.models.numbering import check_exist, check_layers
+from short_gpt.models.numbering import check_exist, check_layers, layer_numbers
 from short_gpt.models.prefill import skipped_in_prefill
 from short_gpt.models.weight_changes import (
     REMOVED_SUBLAYERS,
@@ -106,9 +106,11 @@ class ShortModel(ScoredModel):
         """
         self.check_whole()
         self._check_weights()
+        few = None
         if candidates is not None:
+            candidates = layer_numbers(candidates)
             check_exist(candidates, self.kept)
-        few = None if candidates is None else [self.kept.index(i) for i in candidates]
+            few = [self.kept.index(i) for i in candidates]
         options = Options(few, batch_size, max_memory, state, progress)
         result = by_loss(self.decoder, windows, n, options, method=method)
         # a search counts positions in the model as it is now; a user sees original numbers
@@ -147,6 +149,7 @@ class ShortModel(ScoredModel):
     @contextmanager
     def skipped_in_prefill(self, layers: Sequence[int]) -> Iterator[None]:
         """The model that skips layers (original numbers) in prompts; see `models.prefill`."""
+        layers = layer_numbers(layers)
         if layers:
             check_layers(layers, self.present)
         with skipped_in_prefill(self.decoder, [self.present.index(i) for i in layers]):
@@ -155,7 +158,7 @@ class ShortModel(ScoredModel):
     def remove_sublayers(self, *, attention: Sequence[int] = (), mlp: Sequence[int] = ()) -> None:
         """As the function `remove_sublayers`, by the layers' original numbers; it is recorded."""
         self.check_whole()
-        removed = {"attention": list(attention), "mlp": list(mlp)}
+        removed = {"attention": layer_numbers(attention), "mlp": layer_numbers(mlp)}
         for layers in removed.values():
             check_exist(layers, self.kept)
         positions = {kind: [self.kept.index(i) for i in each] for kind, each in removed.items()}

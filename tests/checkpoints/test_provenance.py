@@ -347,6 +347,32 @@ def print_of(logits: list[float], cached: list[int], uncached: list[int]) -> Fin
     return Fingerprint(torch.tensor([[logits]]), cached, uncached)
 
 
+def test_a_perplexity_of_weights_that_changed_since_is_not_recorded(tmp_path):
+    short = ShortHFModel(make("llama"))
+    windows, kept = random_windows(3, 16), [0, 1, 2, 4, 5]
+    with short.without_layers([3]):
+        short.perplexity(windows, progress=False)
+    assert short.quality_of(kept) is not None
+    undo = short.change_weights({"method": "test"}, values_of(short, 4))
+    assert short.quality_of(kept) is None
+    undo()
+    assert short.quality_of(kept) is not None  # as it was measured
+    original = short.perplexity(windows, progress=False)
+    with short.without_layers([2]):
+        short.change_weights({"method": "test"}, values_of(short, 4))
+    short.remove_layers([3])
+    quality = Provenance.of(short, "source").quality
+    assert [*quality] == ["6 layers"] and quality["6 layers"].value == original.value
+    short.perplexity(windows, progress=False)
+    assert [*Provenance.of(short, "source").quality] == ["6 layers", "5 layers"]
+
+
+def values_of(short: ShortHFModel, layer: int) -> dict:
+    weight = dict(short.decoder.layers[short.present.index(layer)].named_parameters())
+    name = "mlp.down_proj.weight"
+    return {(layer, name): torch.zeros_like(weight[name])}
+
+
 def test_what_makes_two_models_the_same():
     ours = print_of([1.0, -2.0], [1, 2], [1, 2])
     assert check_same(ours, ours) == "bit for bit"

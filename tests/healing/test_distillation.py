@@ -15,6 +15,7 @@ from short_gpt.healing.distillation import Targets, divergence
 from short_gpt.healing.lora import heal
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.texts import collate, examples
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -95,20 +96,37 @@ def test_the_student_comes_nearer_and_the_best_step_is_known_by_it(teacher):
     options = {"first": len(TRAINING), "batch_size": 2}
     before = distillation.measure(short.decoder, VALIDATION, **options)
     assert before["eval_perplexity"] == pytest.approx(short.perplexity(VALIDATION).value)
-    expected = by_hand(short, [6, 7, 8], 1.0).item() / 1.5**2
+    expected = by_hand(short, [6, 7, 8], 1.0).item()
     assert before["eval_loss"] == pytest.approx(expected, rel=1e-3)
+    assert before["eval_divergence"] == pytest.approx(expected / 1.5**2, rel=1e-3)
+    mixed = Distillation(teacher, 0.25).measure(short.decoder, VALIDATION, **options)
+    assert mixed["eval_loss"] == pytest.approx(by_hand(short, [6, 7, 8], 0.25).item(), rel=1e-3)
     healed = heal(
         short, TRAINING, VALIDATION, recipe=QUICK, progress=False, distillation=distillation
     )
     after = distillation.measure(short.decoder, VALIDATION, **options)
-    assert healed.divergence[0] == pytest.approx(before["eval_loss"], rel=1e-5)
+    assert healed.divergence[0] == pytest.approx(before["eval_divergence"], rel=1e-5)
     assert min(healed.divergence.values()) == healed.divergence[healed.kept_step]
-    assert after["eval_loss"] == pytest.approx(healed.divergence[healed.kept_step], rel=1e-4)
+    nearest = pytest.approx(healed.divergence[healed.kept_step], rel=1e-4)
+    assert after["eval_divergence"] == nearest
     assert after["eval_loss"] < 0.9 * before["eval_loss"]
     assert set(healed.validation) == set(healed.divergence) == {0, 2, 4, 6}
     how = json.loads(json.dumps(healed.to_dict()))
     assert how["method"] == "distillation" and how["distillation"]["top_k"] == K
     assert how["distillation"]["kl_share"] == 1.0 and how["distillation"]["temperature"] == 1.5
+
+
+def test_predictions_of_other_windows_are_not_learned(teacher):
+    windows = [*TRAINING[1:], TRAINING[0]]
+    with pytest.raises(ShortGPTError, match="window 0 is not that of .*: expected the windows in"):
+        heal(
+            cut(),
+            windows,
+            VALIDATION,
+            recipe=QUICK,
+            progress=False,
+            distillation=Distillation(teacher),
+        )
 
 
 def test_training_that_only_leads_away_leaves_the_model_as_it_was(teacher):

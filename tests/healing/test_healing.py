@@ -295,6 +295,37 @@ def test_training_on_another_card_than_the_first_is_refused():
         healing._check_card(torch.device("cuda", 1))
 
 
+@pytest.mark.parametrize("timed", [False, True])
+def test_weights_that_cannot_be_trained_are_refused_first(timed, monkeypatch):
+    def train(short: ShortHFModel) -> None:
+        if timed:
+            healing.seconds_a_step(short, TRAINING[0], QUICK)
+        else:
+            heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
+
+    monkeypatch.setattr(healing, "adapt", lambda *_: pytest.fail("it began"))
+    half = ShortHFModel(make("llama").half())
+    with pytest.raises(ShortGPTError, match="float16 loses small gradients on cpu: open the model"):
+        train(half)
+    small = ShortHFModel(make("llama"))
+    matrix = small.model.model.layers[1].mlp.down_proj
+    matrix.weight = torch.nn.Parameter(matrix.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ShortGPTError, match="not quantized, and this model's are: open it without"):
+        train(small)
+
+
+def test_frozen_parameters_stay_frozen_and_layers_are_those_named():
+    model = make("llama")
+    model.other = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in model.model.layers)
+    model.config.model_type = "odd"
+    short = ShortHFModel(model, layers_path="model.layers")
+    frozen = model.model.embed_tokens.weight.requires_grad_(False)
+    assert healing.seconds_a_step(short, TRAINING[0], QUICK) > 0
+    assert not frozen.requires_grad and model.model.norm.weight.requires_grad
+    assert heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False).kept_step
+    assert not frozen.requires_grad and model.model.norm.weight.requires_grad
+
+
 def test_logs_of_a_training_are_no_earlier_run(tmp_path):
     (tmp_path / "a/runs").mkdir(parents=True)
     (tmp_path / "a/runs/events").write_text("logged")

@@ -192,6 +192,13 @@ def test_a_config_of_transformers_4_is_read(tmp_path):
     assert (args.rope_theta, args.rope_factor) == (500000.0, model.params.rope_factor)
 
 
+@pytest.mark.parametrize(("theta", "context"), [(1e4, 4096), (5e5, 8192), (1e6, 16384)])
+def test_the_longest_window_is_that_of_the_llama_with_such_a_theta(theta, context, tmp_path):
+    meta(tmp_path / "meta", rope_theta=theta)
+    hf = meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    assert json.loads((hf / "config.json").read_text())["max_position_embeddings"] == context
+
+
 REFUSED = {
     "its model_type is 'qwen2', expected 'llama'": {"model_type": "qwen2"},
     "its architectures is ['LlamaForSequence": {
@@ -369,6 +376,8 @@ def test_gguf_refusals(tmp_path, gguf_model):
         ({"drop": ["tok_embeddings.weight"]}, "lacks token_embd.weight"),
         ({"expert_count": 8}, "llama.expert_count = 8; Meta's Llama has 0"),
         ({"attention__key_length": 16}, "key_length = 16; Meta's Llama has 8"),
+        ({"rope__scaling__factor": 4.0}, "llama.rope.scaling.factor = 4.0; Meta's Llama has 1.0"),
+        ({"rope__scale_linear": 2.0}, "llama.rope.scale_linear = 2.0; Meta's Llama has 1.0"),
     ):
         path = write_gguf(tmp_path / "a.gguf", gguf_model, **options)
         with pytest.raises(ValueError, match=message):

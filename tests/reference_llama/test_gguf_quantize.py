@@ -12,7 +12,7 @@ import xllamacpp
 
 from llama.errors import InputError
 from llama.formats.gguf_quantize import LAYOUTS, Q4_0, Q4_K, Q6_K, quantized
-from llama.formats.gguf_write import packed
+from llama.formats.gguf_write import Q8_0, packed
 
 KINDS = gguf.GGMLQuantizationType
 NAMES = [KINDS(kind).name for kind in LAYOUTS]
@@ -108,3 +108,7 @@ def test_weights_beyond_float16_are_refused():
     for kind in (Q4_0, Q6_K):
         with pytest.raises(InputError, match="name has values beyond F16's; write a directory"):
             packed("name", weight, kind)
+    packed("name", weight, Q8_0)  # whose step alone is of float16
+    weight[1, 3] = 9e6
+    with pytest.raises(InputError, match="name has values beyond F16's; take bf16 or f32"):
+        packed("name", weight, Q8_0)

@@ -90,7 +90,21 @@ def test_an_interruption_saves_even_between_two_saves(tmp_path, monkeypatch):
     assert short.n_windows == 10
     content = StateFile(tmp_path / "state", IDENTITY).content
     assert sum(content["importance"]["windows"]) == 10
-    assert run(tmp_path / "state", 20) == run(None, 20)
+    short.decoder.run = plain  # the same state goes on, as in a cell of a notebook that runs again
+    windows = random_windows(20, 40)
+    short.measure(windows, batch_size=2, progress=False, state=state)
+    assert short.importance.to_dict() == run(None, 20)
+    again = ShortLlama(Tiny()).measure(windows, batch_size=2, progress=False, state=state)
+    assert again.to_dict() == run(tmp_path / "state", 20) == run(None, 20)
+
+
+def test_nothing_to_read_is_refused_with_a_state_too(tmp_path):
+    short = ShortLlama(Tiny())
+    short.measure(random_windows(3, 40), progress=False)
+    state = RunState(StateFile(tmp_path / "state", IDENTITY))
+    for more in ({}, {"state": state}):
+        with pytest.raises(ShortGPTError, match="at least one window of tokens, got none"):
+            short.measure(iter([]), progress=False, **more)
 
 
 @pytest.mark.parametrize("name", ["model", "data", "seed"])

@@ -19,7 +19,7 @@ from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection import search as search_module
-from short_gpt.selection.search import PartialRun, one_shot, sleb
+from short_gpt.selection.search import PartialRun, one_shot, sleb, sleb_rounds
 from short_gpt.wrappers.short_llama import ShortLlama
 
 
@@ -131,6 +131,10 @@ def test_an_interrupted_search_continues_bit_for_bit(tmp_path, stop_at):
     state = StateFile(tmp_path / "s", {"seed": 1})
     again = sleb(model(), windows, 3, max_memory=5000, state=state)
     assert again == whole
+    fewer = sleb(model(), windows, 2, max_memory=5000, state=StateFile(tmp_path / "s", {"seed": 1}))
+    assert fewer.removed == whole.removed[:2] and fewer.losses == whole.losses[:2]
+    every = [*sleb_rounds(model(), windows, 3)]
+    assert [len(found.removed) for found in every] == [1, 2, 3]
 
 
 def test_a_round_begun_with_other_groups_is_begun_again(tmp_path):
@@ -218,6 +222,8 @@ def test_candidates_that_may_not_go_or_do_not_exist_are_told():
     short = ShortLlama(SimpleNamespace(model=model(5).model, tokenizer=None))
     with pytest.raises(ValueError, match=r"layers \[99\] do not exist; the model has 0\.\.4"):
         short.search(random_windows(2, 10), 1, candidates=[99])
+    with pytest.raises(ValueError, match=r"layers \[-2\] do not exist; the model has 0\.\.4"):
+        sleb(model(5), random_windows(2, 10), 1, candidates=[3, -2])
 
 
 def test_windows_without_a_prediction():

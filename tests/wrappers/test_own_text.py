@@ -245,6 +245,7 @@ def test_the_time_is_said_before_and_where_the_texts_are_kept(tmp_path, capsys):
         ({"size": 1}, "size = 1: expected a whole number of at least 2"),
         ({"temperature": 0.0}, "temperature = 0.0: expected above 0"),
         ({"seed": -1}, "seed = -1: expected a whole number of at least 0"),
+        ({"batch_size": 0}, "batch_size = 0: expected a whole number of at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -23,7 +23,9 @@ from families import FAMILIES, make
 from llama.formats.convert import meta_to_hf
 from short_gpt import Recipe, ShortGPTError, ShortHFModel, heal_lora, heal_refit
 from short_gpt.checkpoints.verify import fingerprint
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.harness import llama_lm
+from short_gpt.evaluation.paired import losses, together
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing import trainer
 from short_gpt.healing.distillation import Distillation, LiveTeacher
@@ -33,7 +35,7 @@ from short_gpt.models.decoder import without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime import replicas
-from short_gpt.runtime.state import read_record
+from short_gpt.runtime.state import StateFile, read_record
 from short_gpt.scoring.hooks import hooked
 from short_gpt.scoring.metrics import block_influence
 from short_gpt.scoring.run import ScoringRun
@@ -350,6 +352,17 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(here, monkeypatch):
         assert auto.importance.to_dict() == scores[first]
         auto.finish()
     assert scores["mixed"] != scores["float32"]
+
+
+def test_losses_of_windows_say_in_which_precision_they_were_read(here, tmp_path):
+    for stream in (False, True):
+        short = open_model("meta", CPU, precision="mixed", stream=stream)
+        cells = Cells(StateFile(tmp_path / f"{stream}", {}, every=0.0))
+        cells.losses("mixed", lambda short=short: short.window_losses(WINDOWS, progress=False))
+        again = Cells(StateFile(tmp_path / f"{stream}", {})).losses("mixed", list)
+        assert together(again).to_dict()["precision"] == "mixed"
+        cells.losses("float32", lambda: losses(open_model("meta", CPU).decoder, WINDOWS))
+        assert "precision" not in together(cells.losses("float32", list)).to_dict()
 
 
 def test_results_say_that_they_are_mixed(here, capsys, monkeypatch):

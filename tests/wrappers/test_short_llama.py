@@ -6,6 +6,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -19,7 +20,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from llama import Llama
-from short_gpt import ShortLlama
+from short_gpt import ShortLlama, heal_refit
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.scoring.run import measure
@@ -187,14 +188,24 @@ def test_without_n_there_is_nothing_to_choose(short):
 def test_nothing_to_score_is_refused(short):
     with pytest.raises(ValueError, match="expected at least one window of tokens, got none"):
         short.eval_importance([])
-    with pytest.raises(TypeError):
-        short.remove_layers([1.5])
+    for layers in ([1.5], ["1"], np.int64(1), 1.0):
+        with pytest.raises(ValueError, match="expected a list of layer numbers, got "):
+            short.remove_layers(layers)
     assert unchanged(short)
+    short.eval_importance(WINDOWS)
+    with pytest.raises(ValueError, match="expected at least one window of tokens, got none"):
+        short.eval_importance([])  # nor are earlier scores taken for its own
 
 
 def test_one_window_is_no_list_of_windows(short):
-    with pytest.raises(ValueError, match="expected a list of windows, each a list of token ids"):
-        short.eval_importance([1, 2, 3])
+    for window in ([1, 2, 3], np.array([1, 2, 3]), torch.tensor([1, 2, 3])):
+        with pytest.raises(ValueError, match="expected a list of windows, each a list of token"):
+            short.score(window)
+        with pytest.raises(ValueError, match="expected a list of windows, each a list of token"):
+            short.measure(window, progress=False)
+    windows = torch.tensor(WINDOWS)
+    assert torch.equal(short.score(windows).influence, short.score(WINDOWS).influence)
+    assert torch.equal(short.score(windows.numpy()).influence, short.score(WINDOWS).influence)
 
 
 def test_inside_a_trial_nothing_is_scored_or_removed(short):
@@ -319,6 +330,29 @@ def test_a_search_and_methods_name_original_layers(short):
     assert short.layers_to_remove(n=2, method="deepest") == [1, 3]
     with pytest.raises(ValueError, match="no search by 'bi'; expected one of perplexity, sleb"):
         short.search(windows, 1, method="bi")
+    with pytest.raises(ValueError, match="candidates: perplexity tries every layer"):
+        short.search(windows, 1, method="perplexity", candidates=[3])
+
+
+def test_numbers_of_numpy_and_torch_name_layers_everywhere(short):
+    windows = random_windows(2, 12)
+    for make in (np.array, torch.tensor):
+        one, two = make([3]), make([1, 3])
+        assert short.search(windows, 1, candidates=one, progress=False).removed == [3]
+        with short.without_layers(two):
+            assert short.present == [0, 2, 4]
+        with short.without_layers(make([0])), short.skipped_in_prefill(make([2])):
+            assert short.present == [1, 2, 3, 4]
+    short.remove_sublayers(attention=np.array([2]))
+    assert short.changes[-1].how["attention"] == [2]
+    heal_refit(short, np.array([1, 3]), random_windows(9, 12), progress=False)
+    assert short.removed == [1, 3] and type(short.removed[0]) is int
+
+
+def test_a_model_of_one_layer_prints_its_scores(short):
+    short.remove_layers([1, 2, 3, 4])
+    short.measure(WINDOWS, progress=False)
+    assert repr(short.importance) == "Importance(1 layers, 6 windows, 120 tokens)"
 
 
 def test_prompts_pass_by_original_layers(short):
