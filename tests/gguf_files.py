@@ -26,7 +26,8 @@ def write_gguf(path, model, *, arch="llama", tensors=(), drop=(), **fields):
     writer.add_layer_norm_rms_eps(args.norm_eps)
     writer.add_rope_freq_base(args.rope_theta)
     for name, value in fields.items():
-        writer.add_uint32(f"llama.{name}".replace("__", "."), value)
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"llama.{name}".replace("__", "."), value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(["<s>", "</s>", *BYTES[:-1], "ab"])

@@ -288,7 +288,8 @@ def test_word_problems_are_answered_by_the_original_the_pruned_and_the_healed_fi
     assert answers["4"] == answers["5"] != answers["0"] == answers["1"]
     short = open_model(str(model), device="cpu")
     ids = short.encode("user: one?\n")
-    assert answers["0"][0] == short.decode(short.greedy(ids, 6))
+    expected = short.decode(short.greedy(ids, 6))  # llama.cpp keeps half a character back
+    assert answers["0"][0].rstrip("\ufffd") == expected.rstrip("\ufffd")
     assert measured(overwrite=True) == rows and len(asked) == 6  # nothing is asked again
     monkeypatch.setattr(reasoning, "ABLE", 0)
     assert (

@@ -20,6 +20,7 @@ from short_gpt.healing.refit import PatchSettings, RefitSettings
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.texts import Learning
 from short_gpt.healing.trainer import LOGS
+from short_gpt.models.numbering import layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import (
     USER_ERRORS,
@@ -142,7 +143,7 @@ class HealingJob:
         progress: bool = True,
         notify: Callable[[str], object] | None = None,
     ) -> None:
-        self.short, self.windows, self.layers = short, windows, list(layers)
+        self.short, self.windows, self.layers = short, windows, layer_numbers(layers)
         chosen = RefitSettings() if settings is None else settings
         self.steps: list[Step] = list(chosen) if isinstance(chosen, Sequence) else [chosen]
         check_order([(step.name, step.trains) for step in self.steps])

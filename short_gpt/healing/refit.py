@@ -43,7 +43,7 @@ from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitPlan, R
 from short_gpt.healing.solver import PARTS, RIDGES, Fit
 from short_gpt.healing.texts import Learning
 from short_gpt.models.decoder import pad
-from short_gpt.models.numbering import check_layers, span
+from short_gpt.models.numbering import check_layers, layer_numbers, span
 from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
@@ -244,7 +244,7 @@ def fit(
             number of processes, damaged or in use.
         NotFiniteError: a state is NaN or infinite.
     """
-    settings = replace(settings or RefitSettings(), **changes)
+    settings, layers = replace(settings or RefitSettings(), **changes), layer_numbers(layers)
     team = replicas.current(short.decoder.device)
     _check(short, layers, settings)
     windows, held = split_held_out(list(windows)) if held is None else (windows, held)

@@ -252,7 +252,7 @@ class StateFile:
     @property
     def content(self) -> JsonObject | None:
         if not self._read:
-            self._content, self._read = self._load(), True
+            self._content, self._read = self._load() if self.path.exists() else None, True
         return self._content
 
     def _load(self) -> JsonObject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -316,7 +317,7 @@ class StreamedLlama(ScoredModel):
         self, windows: Sequence[Sequence[int]], *, progress: bool = True
     ) -> list[Perplexity]:
         samples = self._perplexity(windows, 1, len(windows), progress).samples
-        return [Perplexity.of([sample]) for sample in samples]
+        return [replace(Perplexity.of([s]), precision=self.precision) for s in samples]
 
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
