@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,8 +54,11 @@ def whole_numbers(
     A text of numbers, as in "3 4", is several.
     """
     several = [numbers] if isinstance(numbers, int) else numbers
-    if isinstance(numbers, str) and re.fullmatch(r"[\d\s,]+", numbers):
-        several = [int(number) for number in re.findall(r"\d+", numbers)]
+    if isinstance(numbers, str):
+        several = None
+        if re.search(r"\d", numbers) and re.fullmatch(r"[\d\s,]+", numbers):
+            with suppress(ValueError):  # of more digits than Python reads
+                several = [int(number) for number in re.findall(r"\d+", numbers)]
     right = isinstance(several, Sequence) and all(type(i) is int for i in several)
     if not right or not (several or empty):
         raise ShortGPTError(f"expected {what} as in `{name}` {example}, got {numbers!r}")
