@@ -227,7 +227,7 @@ class Reading:
         name_texts(self, "data")
 
     def check(self) -> None:
-        from short_gpt.evaluation.protocols import PROTOCOLS, check_copy
+        from short_gpt.evaluation.protocols import PROTOCOLS, check_copy, rows_of
 
         if self.source is not None and self.data not in PROTOCOLS:
             known = " or ".join(PROTOCOLS)
@@ -245,6 +245,8 @@ class Reading:
                 f"`max_windows` = {self.max_windows}: expected at least one for each of "
                 f"{len(names)} texts"
             )
+        if self.source is not None:
+            rows_of(self.data, self.source)
 
     def own_texts(self) -> dict[str, list[str]]:
         """The texts of each local file or folder; none of a published protocol."""

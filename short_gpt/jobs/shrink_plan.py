@@ -20,7 +20,7 @@ from llama.io.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
-from short_gpt.data.texts import OWN, source_names, texts
+from short_gpt.data.texts import OWN, source_names
 from short_gpt.healing import RefitSettings, choosing, require_packages
 from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, expect_budget
 from short_gpt.healing.texts import Learning
@@ -135,10 +135,7 @@ class Asked:
         check_format(self.out, self.to)
         if self.method == AUTO:
             expect_budget(self.settings.budget, min(MOST, self.cut.max_windows or MOST))
-        self.texts.kinds()  # reads the first text of each
-        judges = self.cut.eval_data
-        for name in [] if judges is None else source_names(judges):
-            texts(name, column=self.texts.column)
+        self.cut.check_texts(self.texts)
 
     def _check_streamed(self) -> None:
         if self.source is None:
