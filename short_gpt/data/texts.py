@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from llama.io.sources import Named
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
 from short_gpt.runtime.digest import json_digest
@@ -108,7 +109,7 @@ def texts(
             f"{source} is the model's own text, which no model is judged by (perplexity on own "
             f"samples is not quality): expected {EXPECTED}"
         )
-    if source == DEMO and not path.exists():
+    if source == DEMO and (isinstance(source, Named) or not path.exists()):
         from short_gpt.data.demo import bible
 
         return iter(bible("held_out" if split in (None, "test") else "calibration"))
@@ -349,6 +350,8 @@ def count_texts(source: str, split: str | None = None) -> int | None:
     except (ShortGPTError, OSError, ValueError):
         return None
 
+    if isinstance(source, Named):
+        return None
 
 def _count(file: Path) -> int:
     kind = file.suffix.lower()
