@@ -18,6 +18,10 @@ FETCHED += ["README.md"]
 NAMED: dict[str, Callable[[], str]] = {}
 
 
+class Named(str):
+    """A name of `NAMED`, whatever else has it here."""
+
+
 @dataclass(frozen=True)
 class Source(PathLike[str]):
     """A source of weights (a path or a hub id) of known format; it stands for its name as a path.
@@ -54,9 +58,10 @@ def find_source(name: str | PathLike[str]) -> Source:
     """
     if isinstance(name, Source):
         return name
-    name, path = str(name), Path(name)
-    if name in NAMED and not path.exists():
-        return find_source(NAMED[name]())
+    path = Path(name)
+    if str(name) in NAMED and (isinstance(name, Named) or not path.exists()):
+        return find_source(NAMED[str(name)]())
+    name = str(name)
     if is_gguf(name):
         if not path.is_file():
             raise FileNotFoundError(f"GGUF file {name} does not exist")

@@ -62,11 +62,11 @@ class Flag(NamedTuple):
 
     def read(self, text: str) -> object:
         """The value that a text stands for; ShortGPTError if it is of none of the types."""
+        if text == "":
+            raise ShortGPTError(f"--{self.name} is empty")
         if NoneType in self.kinds and text.lower() == "none":
             return None
         if str in self.kinds:
-            if text == "":
-                raise ShortGPTError(f"--{self.name} is empty")
             # a shell expands no ~ after an equals sign; a prompt alone is no name of anything
             return text if self.name == "prompt" else os.path.expanduser(text)
         if bool in self.kinds and text.lower() in BOOLEANS:

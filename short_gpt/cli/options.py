@@ -92,7 +92,10 @@ class Output:
             raise ShortGPTError("--json - and --report - both write to stdout: name a file for one")
         out = arguments.get("out")
         named = {k: v for k, v in arguments.items() if k not in FILE_FLAGS}
+        places = [target.resolve() for target in self.targets]
         for target in self.targets:
+            if places.count(target.resolve()) > 1:
+                raise ShortGPTError(f"{target} is named for two results; name another file for one")
             for name in ("state", "out"):
                 value = arguments.get(name)
                 if value is not None and Path(value).resolve() == target.resolve():

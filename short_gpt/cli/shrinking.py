@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from llama.io.sources import Named
 from short_gpt import jobs
 from short_gpt.cli import tables
 from short_gpt.cli.options import Output, say, say_uploaded, say_written, tell
 
+DEMO = Named("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two and a half minutes on two cores
-FEW = jobs.HealingWindows(eval_data="demo", size=512, max_windows=12, eval_windows=8)
+FEW = jobs.HealingWindows(eval_data=DEMO, size=512, max_windows=12, eval_windows=8)
 
 
 def shrink(
@@ -73,6 +75,6 @@ def demo(
         n: how many layers to remove.
         table: also print the scores of every layer.
     """
-    texts = jobs.TextSource("demo")
+    texts = jobs.TextSource(DEMO)
     how: dict[str, Any] = {"settings": settings, "windows": windows, "opening": opening}
-    shrink("demo", out, dial=jobs.Dial(n=n), data=texts, **how, output=output, table=table)
+    shrink(DEMO, out, dial=jobs.Dial(n=n), data=texts, **how, output=output, table=table)

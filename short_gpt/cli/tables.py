@@ -131,6 +131,7 @@ def _samples(importance: Importance) -> str:
 def reproduced(result: Reproduced) -> str:
     """The ranking, the paper's list beside it, and what the scores say of the paper's order."""
     parts = [f"not the paper's protocol: {'; '.join(result.changed)}"] if result.changed else []
+    parts += [f"taken for PG-19: {', '.join(result.taken)}"] if result.taken else []
     parts += [ranked(result.ranking), "", result.comparison.table()]
     if result.published is not None:
         parts += [f"rank correlation with published scores of all layers {result.published:.3f}"]

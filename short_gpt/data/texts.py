@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from llama.io.sources import Named
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
 from short_gpt.runtime.digest import json_digest
@@ -20,6 +21,7 @@ SPLITS = ("train", "validation", "test")
 KINDS = ".txt, .jsonl or .parquet"
 OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
 DEMO = "demo"  # the demo's book, where no file has that name
+PG19 = ("pg19", "emozilla/pg19")  # names of PG-19: its own, and that of the data set it stands for
 EXPECTED = f"a file or folder of {KINDS}, demo, or a data set at the hub such as allenai/c4:en"
 
 
@@ -108,7 +110,7 @@ def texts(
             f"{source} is the model's own text, which no model is judged by (perplexity on own "
             f"samples is not quality): expected {EXPECTED}"
         )
-    if source == DEMO and not path.exists():
+    if source == DEMO and (isinstance(source, Named) or not path.exists()):
         from short_gpt.data.demo import bible
 
         return iter(bible("held_out" if split in (None, "test") else "calibration"))
@@ -137,6 +139,11 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
     if path is not None:
         return texts(Path(str(path)), split=split)
     return _started(_hub_texts("emozilla/pg19", split, "text"), "emozilla/pg19")
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a file or folder here, and not pg19."""
+    return source != "pg19" and not isinstance(source, Given) and _path(source).exists()
 
 
 def has_split(source: str, split: str) -> bool:
@@ -343,6 +350,8 @@ def count_texts(source: str, split: str | None = None) -> int | None:
     """How many texts a file or folder has; None of other sources, and if a file is damaged."""
     if isinstance(source, Given):
         return len(source.rows) if isinstance(source.rows, Sized) else None
+    if isinstance(source, Named):
+        return None
     path = _path(source)
     try:
         return sum(map(_count, _files(path, split))) if path.exists() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,17 @@ def check_copy(name: str, source: str | Path | None) -> str | Path:
     if source is None:
         raise ShortGPTError(f"{name} needs a local copy: pass `source`, such as {name}.test.txt")
     return source
+
+
+def rows_of(name: str, source: str | Path | None = None) -> Iterator[str]:
+    """The rows of a text of `PROTOCOLS` as `protocol` reads them; the first is read at once."""
+    if name == "pg19":
+        return pg19("test", path=source)
+    if name == "c4":
+        return texts(C4 if source is None else source, split="validation")
+    if name == "ptb":
+        return texts(Path(check_copy(name, source)), split="test", column="sentence")
+    return texts(WIKITEXT2 if source is None else source, split="test")
 
 
 def protocol(
@@ -56,16 +67,13 @@ def protocol(
     """
     if name not in PROTOCOLS:
         raise ShortGPTError(f"protocol {name!r} is unknown: expected one of {', '.join(PROTOCOLS)}")
-    tokenized: Iterable[str]  # each on its own
-    if name == "pg19":
-        tokenized = pg19("test", path=source)
-    elif name == "c4":
-        rows = texts(C4 if source is None else source, split="validation")
+    rows = rows_of(name, source)
+    tokenized: Iterable[str] = rows  # each on its own
+    if name == "c4":
         tokenized = [" ".join(islice(rows, C4_TEXTS))]
         limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
     elif name == "ptb":
-        rows = texts(Path(check_copy(name, source)), split="test", column="sentence")
         tokenized = [" ".join(" ".join(rows).split())]  # of a file, its lines are the rows
-    else:
-        tokenized = ["\n\n".join(texts(WIKITEXT2 if source is None else source, split="test"))]
+    elif name == "wikitext-2":
+        tokenized = ["\n\n".join(rows)]
     return [*windows(tokenized, encode, size=size, stride=size, limit=limit, bos=bos)]

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama.io.files import check_output, new_file
 from short_gpt.data.texts import read_texts
+from short_gpt.data.windows import at_least
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -128,6 +129,9 @@ def write_samples(
     model: str, out: str, count: int, size: int, *, seed: int, opening: OpenOptions
 ) -> Path:
     """Writes `own_samples` of a checkpoint as texts to a .jsonl file, which ``data`` reads."""
+    at_least(1, samples=count)
+    at_least(2, max_gen_len=size)
+    at_least(0, seed=seed)
     target = Path(out)
     if target.suffix != ".jsonl":
         raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")

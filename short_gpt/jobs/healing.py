@@ -48,6 +48,7 @@ from short_gpt.jobs.settings import (
     methods_of,
     takes_fields,
 )
+from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
 from short_gpt.runtime.state import hold
@@ -151,6 +152,7 @@ def heal(
     removal = _removal(model, choice, methods, settings, opening)
     if is_gguf(out):
         check_saved(model, removal.layers, removal.record.block_influence)
+    windows.check_texts(texts)
     how = (texts, windows, settings, opening, streaming)
     done = _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
     return replace(done, address=hub.push(done.out))
@@ -181,6 +183,8 @@ def _heal(
     if not streaming.stream:  # of several ranks each has the whole model, and windows of its own
         streaming = replace(streaming, model_parallel_size=1)
     short = open_trainable(model, own) if trains else streaming.open(model, own, context)
+    if removal.layers:
+        check_layers(removal.layers, short.kept)
     opening = replace(opening, precision=short.precision)  # of all that is opened from here on
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = removal.importance

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,8 +54,11 @@ def whole_numbers(
     A text of numbers, as in "3 4", is several.
     """
     several = [numbers] if isinstance(numbers, int) else numbers
-    if isinstance(numbers, str) and re.fullmatch(r"[\d\s,]+", numbers):
-        several = [int(number) for number in re.findall(r"\d+", numbers)]
+    if isinstance(numbers, str):
+        several = None
+        if re.search(r"\d", numbers) and re.fullmatch(r"[\d\s,]+", numbers):
+            with suppress(ValueError):  # of more digits than Python reads
+                several = [int(number) for number in re.findall(r"\d+", numbers)]
     right = isinstance(several, Sequence) and all(type(i) is int for i in several)
     if not right or not (several or empty):
         raise ShortGPTError(f"expected {what} as in `{name}` {example}, got {numbers!r}")
@@ -223,7 +227,7 @@ class Reading:
         name_texts(self, "data")
 
     def check(self) -> None:
-        from short_gpt.evaluation.protocols import PROTOCOLS, check_copy
+        from short_gpt.evaluation.protocols import PROTOCOLS, check_copy, rows_of
 
         if self.source is not None and self.data not in PROTOCOLS:
             known = " or ".join(PROTOCOLS)
@@ -241,6 +245,8 @@ class Reading:
                 f"`max_windows` = {self.max_windows}: expected at least one for each of "
                 f"{len(names)} texts"
             )
+        if self.source is not None:
+            rows_of(self.data, self.source)
 
     def own_texts(self) -> dict[str, list[str]]:
         """The texts of each local file or folder; none of a published protocol."""

@@ -170,7 +170,13 @@ def _recipe_dtype(source: Source, target: Target, written: Written) -> str:
         raise ShortGPTError("`recipe`: mergekit writes no GGUF; leave one of them out")
     dtype, path = recipe_dtype(source), Path(written.recipe)
     check_output(path, overwrite=written.overwrite, ours=is_recipe)
-    if resolved(target.path) in resolved(path).parents:
+    own, out = resolved(path), resolved(target.path)
+    if own == out or own in out.parents:
+        raise ShortGPTError(
+            f"`recipe` {path} is a file, and the checkpoint {target.out} has that name or lies in "
+            "it; name another file"
+        )
+    if out in own.parents:
         raise ShortGPTError(
             f"`recipe` {path} lies in {target.out}, which holds the checkpoint alone: else it "
             "could not be replaced later; name a file beside it"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama.io.json_files import JsonObject
 from llama.parallel import choose_device, choose_dtype
+from short_gpt.data.texts import PG19, is_local, source_names
 from short_gpt.jobs.inputs import (
     STRIDE,
     Cut,
@@ -233,6 +234,7 @@ class Reproduced(NamedTuple):
     order: PaperOrder  # how far our scores bear out the paper's order
     ranking: Ranking  # our scores
     changed: tuple[str, ...] = ()  # what was not done as in the paper's protocol, in words
+    taken: tuple[str, ...] = ()  # local texts that were taken for PG-19
 
     @property
     def n(self) -> int:
@@ -253,6 +255,7 @@ class Reproduced(NamedTuple):
         """All of it, ready for JSON."""
         compared = {"result": self.comparison._asdict(), "order": self.order.to_dict()}
         about = {"published_rank_correlation": self.published, "changed": list(self.changed)}
+        about |= {"taken_for_pg19": list(self.taken)}
         return {**compared, **about, **self.ranking.to_dict()}
 
 
@@ -308,7 +311,9 @@ def reproduce(
     ours = compare_with_paper(name, result.layers)
     assert result.importance is not None  # of Block Influence, which is no search
     order = bear_out(ours.paper, result.importance)
-    return Reproduced(ours, order, result, _changed(cut, source_of(data), result.bos))
+    texts = source_of(data)
+    local = tuple(filter(is_local, source_names(texts.data)))
+    return Reproduced(ours, order, result, _changed(cut, texts, result.bos), local)
 
 
 def _name(model: str, shape: Shape, name: str | None) -> str:
@@ -346,6 +351,8 @@ def _changed(cut: Cut, texts: TextSource, bos: str) -> tuple[str, ...]:
     numbers = (("size", cut.size, PROTOCOL.size), ("stride", cut.step, PROTOCOL.step))
     changed = [f"{name} {ours:,}, not {paper:,}" for name, ours, paper in numbers if ours != paper]
     changed += [f"at most {cut.max_windows:,} windows"] if cut.max_windows is not None else []
+    others = [n for n in source_names(texts.data) if n not in PG19 and not is_local(n)]
+    changed += [f"the text {', '.join(others)}, not PG-19"] if others else []
     changed += [f"at most {texts.max_texts:,} texts"] if texts.max_texts is not None else []
     changed += [f"the split {texts.split}"] if texts.split != "validation" else []
     return (*changed, *filter(None, [about_bos(bos)]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -139,7 +139,9 @@ def as_begun(opening: OpenOptions, *states: str | Path | None) -> OpenOptions:
     from short_gpt.runtime.state import USUAL, read_record
 
     for path in states if opening.precision == AUTO else ():
-        run = read_record(path).get("run") if path and Path(path).is_file() else None
+        run = None
+        with suppress(ShortGPTError):  # of a damaged one, which is refused where it is continued
+            run = read_record(path).get("run") if path and Path(path).is_file() else None
         if isinstance(run, dict):
             return replace(opening, precision=str({**USUAL, **run}["precision"]))
     return opening

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from llama.io.files import check_new, check_output
+from llama.io.sources import Named, find_source, is_gguf
 from llama.io.sources import Source as Weights
-from llama.io.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
-from short_gpt.data.texts import OWN, source_names, texts
+from short_gpt.data.texts import OWN, source_names
 from short_gpt.healing import RefitSettings, choosing, require_packages
 from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, expect_budget
 from short_gpt.healing.texts import Learning
@@ -50,6 +51,9 @@ Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
 WINDOW = 512  # tokens
 LONG = 1800  # seconds after which a plan says what takes less
 REFITTED = RefitSettings(max_windows=CLOSED_WINDOWS)
+STATE, HEALING, WRITTEN = "state.json", "healing", "written"  # in the folder
+# what a run leaves in the folder: these, parts of the state, own texts, locks and unfinished files
+LEFT = re.compile(rf"{re.escape(STATE)}(\..+)?|{HEALING}|{WRITTEN}|self-[0-9a-f]+\.json|\..*")
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,15 @@ class Asked:
     def command(self) -> str:
         """The line that asks for the same in a shell."""
         name = "MODEL" if self.source is None else str(self.model)
-        words = ["short-gpt", "shrink", name, str(self.out)]
+        demo = isinstance(self.model, Named)  # whose command has what is named by default
+        words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), str(self.out)]
         groups = (self.dial, self.settings, self.texts, self.cut, self.tasks, self.opening)
         for group in (*groups, self.streaming):
             usual = TextSource("self") if group is self.texts else type(group)()
             for field in fields(group):
                 value, flag = getattr(group, field.name), flag_of(field, "shrink")
+                if isinstance(value, Named):
+                    continue
                 if flag is not None and value != getattr(usual, field.name):
                     words += [f"--{flag}", *([] if value is True else [str(value)])]
         return shlex.join(words)
@@ -116,6 +123,7 @@ class Asked:
         self.streaming.check_bounds()
         if self.settings.minutes is not None:
             require_packages()
+        self._check_folder()
         replacing: Any = {"marker": PROVENANCE, "overwrite": self.overwrite}
         if is_gguf(self.out):
             check_one_file(self.out)
@@ -135,10 +143,15 @@ class Asked:
         check_format(self.out, self.to)
         if self.method == AUTO:
             expect_budget(self.settings.budget, min(MOST, self.cut.max_windows or MOST))
-        self.texts.kinds()  # reads the first text of each
-        judges = self.cut.eval_data
-        for name in [] if judges is None else source_names(judges):
-            texts(name, column=self.texts.column)
+        self.cut.check_texts(self.texts)
+
+    def _check_folder(self) -> None:
+        names = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
+        if others := [name for name in names if not LEFT.fullmatch(name)]:
+            raise ShortGPTError(
+                f"{self.folder} holds {others[0]}, which is of no run of shrink and would be "
+                "deleted with the folder: move it away, or choose another output"
+            )
 
     def _check_streamed(self) -> None:
         if self.source is None:

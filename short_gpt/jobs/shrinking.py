@@ -12,11 +12,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llama.io.files import new_directory
+from llama.io.files import new_directory, new_file
 from llama.ranks import several_ranks
 from short_gpt.checkpoints.gguf import about_types, check_saved
 from short_gpt.checkpoints.records import PROVENANCE
-from short_gpt.checkpoints.target import out_paths
+from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.paired import difference, losses, together
@@ -39,11 +39,21 @@ from short_gpt.jobs.inputs import (
     ignore,
     source_of,
 )
-from short_gpt.jobs.page import shrunk_page
+from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.settings import HealingWindows, takes_fields
 from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, tensor_bytes
-from short_gpt.jobs.shrink_plan import REFITTED, WINDOW, Asked, Derived, Model, plan
+from short_gpt.jobs.shrink_plan import (
+    HEALING,
+    REFITTED,
+    STATE,
+    WINDOW,
+    WRITTEN,
+    Asked,
+    Derived,
+    Model,
+    plan,
+)
 from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
@@ -58,7 +68,6 @@ from short_gpt.wrappers.streamed_llama import StreamedLlama
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STATE = "state.json"  # in the folder
 CHECKS = 8  # evaluations during a training
 
 
@@ -164,7 +173,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
         looks["pruned"] = run.look("pruned")
         steps = run.steps()
     speeds = run.speeds(layers)
-    work = asked.folder / "healing"
+    work = asked.folder / HEALING
     kept: Any = {"work_dir": work, "resume": holds_a_run(short, work)}
     job = HealingJob(short, windows, layers, settings=steps, notify=asked.notify, **kept)
     importance, about = short.importance, run.about_layers(layers, choice)
@@ -175,7 +184,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
         for state, speed in speeds.items():
             looks[state] = looks[state]._replace(tokens_per_second=speed)
         remarks = about + run.remarks(evidence)
-        written = asked.folder / "written"  # apart: OUT may have the name of a file of the folder
+        written = asked.folder / WRITTEN  # apart: OUT may have the name of a file of the folder
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir()
         built = written / asked.out.name
@@ -395,11 +404,11 @@ def _place(asked: Asked, built: Path, result: Shrunk) -> None:
     """Puts model and page where they belong, whole or not at all."""
     out = asked.out
     if asked.to == "gguf":
-        page = asked.folder / REPORT
-        page.write_text(shrunk_page(result), encoding="utf-8")
-        page.replace(report_of(out))
-        for here, there in reversed([*zip(out_paths(built), out_paths(out), strict=True)]):
-            here.replace(there)
+        how: Any = {"overwrite": asked.overwrite, "ours": is_pruned_gguf}
+        with new_file(out, **how) as model:  # refuses what has appeared there meanwhile
+            with new_file(report_of(out), overwrite=True, ours=is_page) as page:
+                page.write_text(shrunk_page(result), encoding="utf-8")
+            shutil.move(built, model)
         return
     with new_directory(out, marker=PROVENANCE, overwrite=asked.overwrite) as partial:
         for path in built.iterdir():

@@ -28,6 +28,7 @@ ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 USUAL = {"precision": "float32"}  # entries of a run's identity that it has where they are others
+NO_STATE = "is no state of a run; choose another name"
 LONGEST = 300  # characters of a process's description that are shown
 
 
@@ -258,10 +259,15 @@ class StateFile:
     def _load(self) -> JsonObject:
         if not self.path.stat().st_size:  # as a power failure may leave it
             raise damaged(self.path, self._folder)
-        content = read_record(self.path)
+        try:
+            content = read_record(self.path)
+        except ShortGPTError:
+            if self._begins_otherwise():
+                raise ShortGPTError(f"{self.path} {NO_STATE}") from None
+            raise damaged(self.path, self._folder) from None
         theirs = content.get("run")
         if not isinstance(theirs, dict):
-            raise ShortGPTError(f"{self.path} is no state of a run; choose another name")
+            raise ShortGPTError(f"{self.path} {NO_STATE}")
         anew = f"delete {self._folder} or name another state"
         theirs, own = {**USUAL, **theirs}, {**USUAL, **self._identity}
         # a run keeps the same entries from one save to the next, so other ones are another format
@@ -285,6 +291,11 @@ class StateFile:
             if content[CHECKED] == content_digest(content):
                 return content
         raise damaged(self.path, self._folder)
+
+    def _begins_otherwise(self) -> bool:
+        """Whether this is somebody's file: a state that was cut short begins as one, or with 0."""
+        with self.path.open("rb") as file:
+            return file.read(1) not in (b"{", b"\0")
 
     def part(self, name: str) -> StateFile:
         """The state, in a file of its own, of a run inside this one."""

@@ -12,6 +12,7 @@ from conftest import save_byte_llama
 
 from llama.formats.gguf import llama_to_gguf
 from short_gpt.cli.app import main
+from short_gpt.data import demo
 from short_gpt.healing import HealedChoice
 from short_gpt.healing import lora as healing
 from short_gpt.jobs import TextSource, comparison
@@ -196,3 +197,11 @@ def test_mistakes_are_one_line(here, capsys, monkeypatch, options, message):
 def test_the_demos_model_reads_its_own_book(here, capsys, flag):
     line = fails(capsys, "compare", "--counts", "2", flag, "books")
     assert "without a MODEL, the demo's model reads its own book: name a MODEL, or leave" in line
+
+
+def test_the_record_of_the_demo_names_its_book(here, monkeypatch):
+    monkeypatch.setattr(demo, "checkpoint", lambda: Path("ckpt"))
+    monkeypatch.setattr(demo, "bible", lambda part="learn": [text({"learn": 0}.get(part, 5000))])
+    main([*COMMON[:1], *COMMON[4:], "--methods", "bi", "--healing", "raw", "--json", "r.json"])
+    arguments = json.loads(Path("r.json").read_text())["arguments"]
+    assert arguments["data"] == arguments["eval_data"] == "demo" and arguments["model"] is None

@@ -347,6 +347,8 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["prune", "hf", "x", *CUT, "--recipe", "book.txt"], "book.txt exists"),
         (["prune", "hf", "x", *CUT, "--recipe", "x/r.yaml"], "--recipe x/r.yaml lies in x, which"),
         (["prune", "hf", "x", *CUT, "--recipe", "hf/../x/r.yaml"], "lies in x, which holds"),
+        (["prune", "hf", "x", *CUT, "--recipe", "./x"], "--recipe x is a file, and the checkpoint"),
+        (["prune", "hf", "x/y", *CUT, "--recipe", "x"], "x/y has that name or lies in it; name"),
         (["prune", "hf", "x", *CUT, "--recipe", "book.txt/r.yaml"], "r.yaml cannot be written"),
         (["prune", "hf", "hf", *CUT, "--overwrite"], "hf exists and holds"),
         (["prune", "hf", "hf", *CUT, "--overwrite", "--to", "meta"], "hf exists and holds"),

@@ -227,6 +227,15 @@ def test_a_dry_run_counts_what_is_read(ckpt, capsys, words, windows):
 def test_a_dry_run_refuses_what_the_run_would_refuse(ckpt, capsys):
     line = fails(capsys, *RANK, "--n", 9, "--dry_run")
     assert "n = 9; the model has 5 layers" in line
+    heal = ("heal", "ckpt", "x", "--size", 16, "--dry_run", "--data")
+    line = fails(capsys, *heal, "book.txt", "--method", "distill", "--layers", 99)
+    assert "layers [99] do not exist; the model has 0..4" in line
+    nowhere = "no such file or folder: 'nowhere/'"
+    assert nowhere in fails(capsys, *heal, "nowhere/", "--layers", 1)
+    assert nowhere in fails(capsys, *heal, "book.txt", "--layers", 1, "--eval_data", "nowhere/")
+    for text in ("wikitext-2", "c4", "ptb", "pg19"):
+        copied = ("evaluate", "ckpt", "--data", text, "--source", "nowhere/", "--dry_run")
+        assert "no such file or folder: 'nowhere" in fails(capsys, *copied)
     assert "prune has no flag --dry_run" in fails(capsys, "prune", "ckpt", "x", "--dry_run")
 
 

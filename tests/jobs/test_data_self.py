@@ -21,7 +21,7 @@ from short_gpt.checkpoints.provenance import Provenance, model_card
 from short_gpt.checkpoints.records import Measured
 from short_gpt.data.windows import mix
 from short_gpt.healing import Source
-from short_gpt.jobs import Cut, HealingWindows, Saving, TextSource, heal
+from short_gpt.jobs import Cut, HealingWindows, Saving, TextSource, evaluation, heal
 from short_gpt.jobs.inputs import about_own
 from short_gpt.jobs.settings import Choice
 from short_gpt.wrappers import own_text as module
@@ -230,13 +230,14 @@ def test_a_flag_of_files_has_no_effect_on_own_text(here, capsys):
     assert "--column has no effect without data with columns" in line
 
 
-def test_generate_writes_samples_to_a_file_that_data_reads(here, capsys):
+def test_generate_writes_samples_to_a_file_that_data_reads(here, capsys, monkeypatch):
     run("generate", "ckpt", "--samples", 4, "--max_gen_len", 32, "--out", "own.jsonl")
     assert capsys.readouterr().out == "written: own.jsonl\n"
     short = open_model("ckpt")
     assert [*texts("own.jsonl")] == [short.decode(ids) for ids in own(4, seed=1)]
     run("rank", "ckpt", "--data", "own.jsonl", "--size", 16, "--stream", "--n", 1)
     run("generate", "ckpt", "ab", "--max_gen_len", 3)
+    monkeypatch.setattr(evaluation, "open_model", None)  # what follows is told before
     for options, message in (
         ((), "expected either a PROMPT to continue, or --samples and --out"),
         (("ab", "--samples", 2, "--out", "a.jsonl"), "expected either a PROMPT to continue"),
@@ -245,6 +246,9 @@ def test_generate_writes_samples_to_a_file_that_data_reads(here, capsys):
         (("--samples", 2, "--out", "a.jsonl", "--top_p", 0.5), "--top_p has no effect without a"),
         (("--samples", 2, "--out", "a.txt"), "expected the name of a .jsonl file"),
         (("--samples", 2, "--out", "own.jsonl"), "own.jsonl exists"),
+        (("--samples", 0, "--out", "a.jsonl"), "--samples = 0: expected a whole number of at l"),
+        (("--samples", 2, "--out", "a.jsonl", "--max_gen_len", 1), "--max_gen_len = 1: expected"),
+        (("--samples", 2, "--out", "a.jsonl", "--seed", -1), "--seed = -1: expected a whole"),
     ):
         capsys.readouterr()
         assert message in fails(capsys, "generate", "ckpt", *options)

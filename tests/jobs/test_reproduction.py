@@ -103,7 +103,7 @@ def test_the_papers_own_order_is_set_against_the_scores(here):
     assert content["order"]["confidence"] == 0.95 and len(content["order"]["pairs"]) == 3
     assert content["result"]["kendall_tau"] is not None
     assert content["changed"] == ["size 32, not 1,024", "stride 32, not 256", "at most 20 windows"]
-    assert content["published_rank_correlation"] is None
+    assert content["published_rank_correlation"] is None and content["taken_for_pg19"] == ["books"]
 
 
 def test_it_ends_when_the_papers_number_of_layers_is_settled(here):
@@ -164,6 +164,7 @@ def test_pictures_and_the_paper_beside(here, capsys):
     run("reproduce", "ckpt", *LINE, "--plots", "p")
     out = capsys.readouterr().out
     assert out.startswith("not the paper's protocol: size 32, not 1,024; stride 32, not 256; at")
+    assert "\ntaken for PG-19: books\n" in out
     assert "same places: " in out and "The paper's order by these scores" in out
     names = {"block_influence.png", "angular.png", "published.png"}
     assert {p.name for p in Path("p").iterdir()} == names
@@ -215,6 +216,14 @@ def test_what_was_changed_of_the_protocol_is_named():
     assert _changed(Cut(stride=256), TextSource(), "first") == ()
     changed = _changed(Cut(stride=256, bos="every"), TextSource(split="test", max_texts=3), "every")
     assert changed == ("at most 3 texts", "the split test", "bos at the start of every window")
+
+
+def test_another_text_is_a_change_and_a_local_one_is_taken_for_pg19(here):
+    others = {"emozilla/pg19": (), "books": (), "self,books": ("the text self, not PG-19",)}
+    others["self,allenai/c4:en"] = ("the text self, allenai/c4:en, not PG-19",)
+    for name, changed in others.items():
+        assert _changed(Cut(stride=256), TextSource(name), "first") == changed
+    assert _changed(Cut(stride=256), TextSource(["a text"]), "first")[0].startswith("the text list")
 
 
 def test_the_memory_of_a_whole_model_is_told_by_its_shape(monkeypatch):

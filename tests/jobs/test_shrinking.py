@@ -26,6 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from llama.formats.gguf_read import GGUFParts
 from short_gpt import heal_refit, shrink
+from short_gpt.cli import COMMANDS
+from short_gpt.cli.flags import flags_of
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import HealedChoice, Recipe, RefitSettings, Source
@@ -228,6 +230,33 @@ def test_a_kill_that_left_empty_folders_is_continued(here):
     assert shrink("hf", "out", **KILLED).out == Path("out")
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "healing.md", "state"])
+def test_a_folder_with_something_else_in_it_is_refused_and_kept(here, name):
+    for left in ("healing", "written", "state.json.look", "self-0a.json", ".state.json.lock", name):
+        Path("out.shrinking", left).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"out.shrinking holds {name}, which is of no run of shr"):
+        shrink("hf", "out", **KILLED)
+    assert Path("out.shrinking", name).is_dir() and not Path("out").exists()
+
+
+@pytest.mark.parametrize("appears", ["model.gguf", "page"])
+def test_a_file_that_appeared_while_it_ran_is_not_replaced(here, monkeypatch, appears):
+    name = "out.gguf" if appears == "model.gguf" else "out.gguf.report.html"
+    place = shrinking._place
+
+    def late(*args: Any) -> None:
+        Path(name).write_text("mine")
+        place(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(FileExistsError, match=f"{name} exists"):
+        patch.setattr(shrinking, "_place", late)
+        shrink("hf", "out.gguf", **KILLED)
+    assert Path(name).read_text() == "mine"
+    Path(name).unlink()
+    shrink("hf", "out.gguf", **KILLED)  # which continues
+    assert GGUFParts(Path("out.gguf")).tensors and not Path("out.gguf.shrinking").exists()
+
+
 @pytest.mark.parametrize("model", ["hf", "meta"])
 def test_a_streamed_llama_is_shrunk_as_one_in_memory(here, by_hand, capsys, model):
     layers, expected = by_hand
@@ -250,16 +279,24 @@ def test_a_streamed_llama_is_shrunk_as_one_in_memory(here, by_hand, capsys, mode
 
 
 def test_the_demo_shrinks_its_model_on_its_book(here, monkeypatch, capsys):
+    Path("demo").mkdir()  # which is somebody's
     monkeypatch.setattr(demo, "gguf_file", lambda: Path("model.gguf"))
     folders = {"calibration": "other", "held_out": "books"}
     monkeypatch.setattr(
         demo, "bible", lambda part: [p.read_text() for p in sorted(Path(folders[part]).iterdir())]
     )
-    run("demo", "--n", 2, "--size", 24, "--max_windows", 8, "--eval_windows", 6, "--table")
+    demo_run = ("demo", "--n", 2, "--size", 24, "--max_windows", 8, "--eval_windows", 6)
+    run(*demo_run, "--table", "--json", "r.json")
     printed = capsys.readouterr().out
     assert "removed 2 of 6 layers by Block Influence" in printed and "perplexity, demo" in printed
     assert re.search(r"^ +5 +\d\.\d{6} ", printed, flags=re.MULTILINE)  # the last layer's score
     assert AutoModelForCausalLM.from_pretrained("short_gpt_demo").config.num_hidden_layers == 4
+    record = json.loads(Path("r.json").read_text())
+    named = {name: record["arguments"][name] for name in ("model", "data", "eval_data")}
+    assert {*named.values()} == {"demo"} and "model.gguf" in record["result"]["source"]
+    command = "short-gpt demo short_gpt_demo --n 2 --method bi --prompt 'What is a king?' --size 24"
+    assert record["result"]["command"] == f"{command} --max_windows 8 --eval_windows 6"
+    assert {*re.findall(r"--(\w+)", command)} <= {*flags_of(COMMANDS["demo"])}
 
 
 def test_a_streamed_run_continues_what_was_killed(here):
@@ -385,10 +422,12 @@ def test_a_loaded_model_is_read_in_the_precision_that_is_asked_for(here):
     assert json.loads(Path("out/pruning.json").read_text())["precision"] == "mixed"
 
 
-def test_a_link_to_another_file_system_is_an_output(here, monkeypatch):
+@pytest.mark.parametrize("out", ["out", "out.gguf"])
+def test_a_link_to_another_file_system_is_an_output(here, monkeypatch, out):
     elsewhere, rename = here / "elsewhere", os.rename
     elsewhere.mkdir()
-    Path("out").symlink_to(elsewhere / "model")
+    there = elsewhere / f"model{Path(out).suffix}"
+    Path(out).symlink_to(there)
 
     def apart(source: Any, target: Any) -> None:
         if "written" in Path(source).parts and "elsewhere" in Path(target).parts:
@@ -396,8 +435,9 @@ def test_a_link_to_another_file_system_is_an_output(here, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", apart)
-    shrink("hf", "out", **KILLED)
-    assert AutoModelForCausalLM.from_pretrained(elsewhere / "model").config.num_hidden_layers == 4
+    shrink("hf", out, **KILLED)
+    assert Path(out).is_symlink() and there.exists()
+    assert logits(str(there)).shape[:2] == TOKENS.shape
 
 
 def test_a_prompt_that_is_too_long_is_refused_first_and_another_continues(here):

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from short_gpt import ShortGPTError
+from short_gpt.jobs import OpenOptions
+from short_gpt.jobs.saving import as_begun
 from short_gpt.runtime import StateFile
 from short_gpt.runtime.state import joined
 
@@ -63,6 +65,17 @@ def test_an_empty_state_names_the_folder_that_must_go(tmp_path):
     (tmp_path / "s").touch()
     with pytest.raises(ValueError, match=f"edited or is damaged; delete {tmp_path}/run to begin"):
         StateFile(tmp_path / "s", {}, folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [b'{"run": {"data"', b"\0" * 40, b"[]"])
+def test_a_state_that_was_cut_short_says_what_to_delete(tmp_path, content):
+    (tmp_path / "state").write_bytes(content)
+    told = "is no state of a run; choose another name"
+    if content != b"[]":
+        told = f"does not hold what was saved there.*; delete {tmp_path}/run to begin anew"
+    with pytest.raises(ShortGPTError, match=told):
+        StateFile(tmp_path / "state", IDENTITY, folder=tmp_path / "run")
+    assert as_begun(OpenOptions(precision="auto"), tmp_path / "state").precision == "auto"
 
 
 def test_a_state_of_other_versions_continues(tmp_path):
