@@ -212,12 +212,13 @@ def word_problems() -> list[str]:
     for name, own in result("reasoning")["rows"].items():
         state = name.rpartition(", ")[2]
         title = {"original": "none", "pruned": layer_set(own["layers"])}.get(state, "")
-        lines.append(row(title, state, *map(_solved, own["from original"].values())))
+        cells = [_solved(cell, state) for cell in own["from original"].values()]
+        lines.append(row(title, state, *cells, *["-"] * (4 - len(cells))))
     return lines
 
 
-def _solved(cell: dict) -> str:
-    if not cell["standard_error"]:
+def _solved(cell: dict, state: str) -> str:
+    if state == "original":
         return f"{cell['value']:.2f}"
     return f"{cell['value']:.2f}, {cell['change']:+.2f} ({cell['standard_error']:.2f})"
 

@@ -13,7 +13,8 @@ What a model answered is kept in a state beside the file, and the same command c
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,33 +58,33 @@ def main(
     original = MODELS[model]() if model in MODELS else Path(model)
     healed = sorted(Path(files).glob("*.gguf"), key=lambda path: len(removed(path)))
     kinds = {name: word_problems.read(source, name, problems) for name in word_problems.NAMES}
-    identity = {"original": original.name, "tokens": tokens, "asked": json_digest(kinds)}
-    identity |= {path.name: files_digest([path]) for path in healed}
+    identity = {"original": files_digest([original]), "tokens": tokens, "asked": json_digest(kinds)}
     cells = Cells(StateFile(f"{out or 'reasoning.json'}.state", identity, every=0.0))
 
-    def answered(name: str, path: Path) -> Documents:
-        return {
-            kind: cells.value(f"{kind}, {name}", partial(asked, path, kinds[kind], tokens))
-            for kind in able
-        }
+    def answered(name: str, opened: Callable[[], AbstractContextManager[Path]]) -> Documents:
+        def ask(problems: Sequence[Problem]) -> dict[str, list[float]]:
+            with opened() as path:
+                return asked(path, problems, tokens)
+
+        return {k: cells.value(f"{k}, {name}", partial(ask, kinds[k])) for k in able}
 
     able = [*kinds]
-    found: dict[str, Documents] = {"original": answered("original", original)}
+    found = {"original": answered("original", lambda: nullcontext(original))}
     able = [kind for kind in kinds if kind != HARD or mean(found["original"][kind]) >= ABLE]
-    pruned: dict[str, Documents] = {}
-    layers: dict[str, list[int]] = {"original": []}
+    layers = {"original": list[int]()}
     for path in healed:
-        gone = removed(path)
-        count = f"{len(gone)} layer{'s' * (len(gone) > 1)} removed"
-        names = [f"{count}, {state}" for state in ("pruned", "healed")]
-        with tempfile.TemporaryDirectory() as folder:
-            cut = prune_gguf(original, Path(folder, "pruned.gguf"), gone)
-            found[names[0]] = answered(names[0], cut)
-        found[names[1]] = answered(names[1], path)
-        layers |= dict.fromkeys(names, sorted(gone))
-        pruned[names[1]] = found[names[0]]
-    rows = {name: row(own, found["original"], pruned.get(name)) for name, own in found.items()}
-    rows = {name: {"layers": layers[name], **own} for name, own in rows.items()}
+        states = {"pruned": partial(cut, original, path), "healed": partial(nullcontext, path)}
+        for state, opened in states.items():
+            name = f"{path.stem}, {state}"
+            found[name] = answered(f"{name} {files_digest([path])}", opened)
+            layers[name] = sorted(removed(path))
+    rows = {
+        name: {"layers": layers[name], "from original": metrics(own, found["original"])}
+        for name, own in found.items()
+    }
+    for path in healed:
+        after, before = (f"{path.stem}, {state}" for state in ("healed", "pruned"))
+        rows[after]["from pruned"] = metrics(found[after], found[before])
     print(table(rows))
     content = {"model": original.name, "problems": problems, "tokens": tokens, "rows": rows}
     finish("reasoning", [], content, out=out, overwrite=overwrite)
@@ -95,6 +96,13 @@ def removed(path: Path) -> list[int]:
     if record is None:
         raise ValueError(f"{path} has no record of its layers: expected files of larger.py --keep")
     return record.all_removed
+
+
+@contextmanager
+def cut(original: Path, healed: Path) -> Iterator[Path]:
+    """The original model's file without the layers that a healed one lacks."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield prune_gguf(original, Path(folder, "pruned.gguf"), removed(healed))
 
 
 def mean(own: Mapping[str, Sequence[float]]) -> float:
@@ -113,14 +121,6 @@ def asked(path: Path, problems: Sequence[Problem], tokens: int) -> dict[str, lis
             answers.append(answer["choices"][0]["message"]["content"] or "")
             shown.update()
     return word_problems.judged(problems, answers)
-
-
-def row(
-    own: Documents, original: Documents, pruned: Documents | None = None
-) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Every share with its change from the original's, and from the pruned model's, paired."""
-    found = {"from original": metrics(own, original)}
-    return found if pruned is None else {**found, "from pruned": metrics(own, pruned)}
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

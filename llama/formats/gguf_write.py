@@ -262,10 +262,12 @@ def writable(kind: int, shape: tuple[int, ...]) -> int:
 def packed(name: str, weight: Tensor, kind: int) -> bytes:
     """A tensor's bytes in a type that `writable` gives; InputError if a value exceeds F16's."""
     rows = weight.detach().cpu()
-    small, scaled = kind in (F16, Q8_0, *LAYOUTS), rows / 127 if kind == Q8_0 else rows
-    if small and rows.isfinite().all() and not scaled.half().isfinite().all():
-        other = "take bf16 or f32" if kind in (F16, Q8_0) else "write a directory instead"
-        raise InputError(f"{name} has values beyond F16's; {other}")
+    if kind in (F16, Q8_0, *LAYOUTS) and rows.numel() and rows.isfinite().all():
+        largest = rows.abs().amax().double() / (127 if kind == Q8_0 else 1)  # of Q8_0, the scale
+        if not largest.half().isfinite():
+            others = {F16: "take bf16, f32 or q8_0", Q8_0: "take bf16 or f32"}
+            other = others.get(kind, "write a directory instead")
+            raise InputError(f"{name} has values beyond F16's; {other}")
     if kind in LAYOUTS:
         return quantized(rows, kind)
     if kind in PLAIN:

@@ -6,7 +6,6 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -184,7 +183,8 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     logs = state.log_history
     measured = {0: before} | {int(e["step"]): e for e in logs if "eval_loss" in e}
     losses = {step: metrics["eval_loss"] for step, metrics in measured.items()}
-    apart = {step: metrics.get("eval_divergence", math.nan) for step, metrics in measured.items()}
+    # entries of an earlier version have the divergence as their loss
+    apart = {step: m.get("eval_divergence", m["eval_loss"]) for step, m in measured.items()}
     distilled = run.distillation
     return Healed(
         recipe=run.recipe,
@@ -280,7 +280,8 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
 def check_model(model: torch.nn.Module) -> None:
     """Raises ShortGPTError for weights that cannot be trained as they are."""
     parameters = [*model.parameters()]
-    if not all(p.is_floating_point() for p in parameters):
+    small = not all(p.is_floating_point() for p in parameters)
+    if small or getattr(model, "is_quantized", False):
         raise ShortGPTError(
             "training merges into weights that are not quantized, and this model's are: open it "
             "without a quantization (`four_bit` trains over a copy in 4 bits)"

@@ -78,7 +78,9 @@ class TrainingRun(NamedTuple):
         recipe = asdict(self.recipe)
         del recipe["report_to"]
         precision = {"precision": "mixed"} if self.mixed else {}
-        return joined(recipe, own, taught, precision)
+        plain = taught["kl_share"] in (None, 1) and taught["temperature"] in (None, 1)
+        chosen = {} if plain else {"step": "of least loss"}  # once it was of least divergence
+        return joined(recipe, own, taught, precision, chosen)
 
     def measure(self, adapted: PeftModel) -> dict[str, float]:
         """On the validation windows: what the best step is chosen by, and the perplexity."""

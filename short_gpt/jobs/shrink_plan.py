@@ -53,7 +53,8 @@ LONG = 1800  # seconds after which a plan says what takes less
 REFITTED = RefitSettings(max_windows=CLOSED_WINDOWS)
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"  # in the folder
 # what a run leaves in the folder: these, parts of the state, own texts, locks and unfinished files
-LEFT = re.compile(rf"{re.escape(STATE)}(\..+)?|{HEALING}|{WRITTEN}|self-[0-9a-f]+\.json|\..*")
+OWN_TEXTS, HIDDEN = r"self-[0-9a-f]+\.json", r"\..+\.(lock|writing-[0-9a-f]{8})"
+LEFT = re.compile(rf"{re.escape(STATE)}(\..+)?|{HEALING}|{WRITTEN}|{OWN_TEXTS}|{HIDDEN}")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 USUAL = {"precision": "float32"}  # entries of a run's identity that it has where they are others
+START = b'{\n "run"'  # of a state
 NO_STATE = "is no state of a run; choose another name"
 LONGEST = 300  # characters of a process's description that are shown
 
@@ -295,7 +296,8 @@ class StateFile:
     def _begins_otherwise(self) -> bool:
         """Whether this is somebody's file: a state that was cut short begins as one, or with 0."""
         with self.path.open("rb") as file:
-            return file.read(1) not in (b"{", b"\0")
+            start = file.read(len(START))
+        return not START.startswith(start) and not start.startswith(b"\0")
 
     def part(self, name: str) -> StateFile:
         """The state, in a file of its own, of a run inside this one."""

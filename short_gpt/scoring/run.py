@@ -107,15 +107,19 @@ class RunState:
     """The state of a scoring run in a file: its sums, and a digest of the windows they are of."""
 
     def __init__(self, file: StateFile) -> None:
-        self.file = file
+        self.file, self._saved = file, file.content
         self._texts: dict[int, str] = {}  # digest of the first windows, by their number
         self._digest = sha256()
 
+    def agree(self, team: replicas.Replicas) -> None:
+        """All replicas continue what the first one has saved. All ranks must call it."""
+        self._saved = team.gather(self.file.content)[0]
+
     def sums(self, layers: Sequence[int]) -> Importance:
         """The sums to continue from: of the file, which must score these layers, or empty ones."""
-        if self.file.content is None:
+        if self._saved is None:
             return Importance.empty(layers)
-        sums = Importance.from_dict(self.file.content.get("importance", {}))
+        sums = Importance.from_dict(self._saved.get("importance", {}))
         if sums.layers != list(layers):
             raise ShortGPTError(
                 f"{self.file.path} scores the layers {sums.layers}, not {list(layers)}"
@@ -124,7 +128,7 @@ class RunState:
 
     def unread(self, windows: Iterable[Window], read: int) -> Iterator[Window]:
         """The windows that follow the first ``read``, which must be those of the file."""
-        rest, saved, count = iter(windows), self.file.content, 0
+        rest, saved, count = iter(windows), self._saved, 0
         self._digest = sha256()  # also of a state that is used again
         for window in islice(rest, read):
             self._read(window)

@@ -125,7 +125,7 @@ def sleb_rounds(
         raise ShortGPTError("candidates: expected other layers than the first and the last")
     check_count(n, count, most=len(allowed))
     trials = Trials(decoder, windows, options)
-    del trials.result.removed[n:], trials.result.losses[n:]  # of a saved search of more layers
+    trials.keep(n)
     total = sum(len(allowed) - i for i in range(n)) * trials.groups
     with trials.shown(total, options.progress) as shown:
         for number in range(n):
@@ -251,6 +251,12 @@ class Trials:
         self._sizes = [sum(int(mask.sum()) for _, mask in group) for group in self._groups]
         self.result, self._done = continued(options.state, self._sizes)
         self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
+
+    def keep(self, n: int) -> None:
+        """Drops what a saved search of more than n layers has found beyond them."""
+        if len(self.result.removed) >= n:
+            self._done = [{}]
+        del self.result.removed[n:], self.result.losses[n:]
 
     def shown(self, total: int, show: bool) -> Bar:
         """A bar of all trials, with those of a continued search done."""

@@ -129,6 +129,7 @@ class ScoredModel(ModelRecord, ABC):
         anew = self._stale or self._scored_changes != self.changes
         sums = Importance.empty(self.kept) if anew else self.importance
         if state is not None:
+            state.agree(replicas.current(self.decoder.device))
             sums = state.sums(self.kept)
         if stop is not None:
             check_count(stop.n, len(self.kept))

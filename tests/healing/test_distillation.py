@@ -144,6 +144,20 @@ def test_training_that_only_leads_away_leaves_the_model_as_it_was(teacher):
     assert all(map(torch.equal, weights(short), before))
 
 
+def test_the_step_kept_is_that_of_least_loss(teacher, monkeypatch):
+    """Where text counts, too, the divergence may rise while the loss falls."""
+    losses = iter([4.0, 3.0, 2.0, 1.0])
+
+    def measure(self: Distillation, *_: object, **__: object) -> dict[str, float]:
+        loss = next(losses)
+        return {"eval_loss": loss, "eval_divergence": 1 / loss, "eval_perplexity": 2.0}
+
+    monkeypatch.setattr(Distillation, "measure", measure)
+    how = {"recipe": QUICK, "progress": False, "distillation": Distillation(teacher, 0.25)}
+    healed = heal(cut(), TRAINING, VALIDATION, **how)
+    assert healed.kept_step == 6 and healed.divergence == {0: 0.25, 2: 1 / 3, 4: 0.5, 6: 1.0}
+
+
 def test_resuming_gives_what_one_run_gives(teacher, tmp_path, monkeypatch):
     from transformers import Trainer
 

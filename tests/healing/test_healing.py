@@ -307,6 +307,10 @@ def test_weights_that_cannot_be_trained_are_refused_first(timed, monkeypatch):
     half = ShortHFModel(make("llama").half())
     with pytest.raises(ShortGPTError, match="float16 loses small gradients on cpu: open the model"):
         train(half)
+    named = ShortHFModel(make("llama"))
+    named.model.is_quantized = True
+    with pytest.raises(ShortGPTError, match="not quantized, and this model's are: open it without"):
+        train(named)
     small = ShortHFModel(make("llama"))
     matrix = small.model.model.layers[1].mlp.down_proj
     matrix.weight = torch.nn.Parameter(matrix.weight.to(torch.int8), requires_grad=False)
@@ -324,6 +328,24 @@ def test_frozen_parameters_stay_frozen_and_layers_are_those_named():
     assert not frozen.requires_grad and model.model.norm.weight.requires_grad
     assert heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False).kept_step
     assert not frozen.requires_grad and model.model.norm.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [(torch.bfloat16, (True, False)), (torch.float16, (False, True)), (None, (False, False))],
+)
+def test_a_copy_in_four_bits_is_trained_in_the_models_dtype(dtype, flags, monkeypatch):
+    """The copy's first parameter is in float32, whatever the model was in."""
+    import transformers
+
+    monkeypatch.setattr(
+        transformers, "TrainingArguments", lambda **given: SimpleNamespace(n_gpu=1, **given)
+    )
+    card = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float32)
+    run = trainer.TrainingRun(TRAINING, VALIDATION, QUICK, dtype=dtype)
+    copy = SimpleNamespace(parameters=lambda: iter([card]))
+    arguments = trainer._arguments(copy, run, Path("none"))
+    assert (arguments.bf16, arguments.fp16) == flags
 
 
 def test_logs_of_a_training_are_no_earlier_run(tmp_path):

@@ -67,11 +67,16 @@ def test_an_empty_state_names_the_folder_that_must_go(tmp_path):
         StateFile(tmp_path / "s", {}, folder=tmp_path / "run")
 
 
-@pytest.mark.parametrize("content", [b'{"run": {"data"', b"\0" * 40, b"[]"])
+CUT = b'{\n "run": {"data"'
+
+
+@pytest.mark.parametrize(
+    "content", [CUT, CUT[:3], b"\0" * 40, b"[]", b'{"text": "a"}\n{"text": 1}']
+)
 def test_a_state_that_was_cut_short_says_what_to_delete(tmp_path, content):
     (tmp_path / "state").write_bytes(content)
     told = "is no state of a run; choose another name"
-    if content != b"[]":
+    if content[:2] not in (b"[]", b'{"'):  # those are somebody's files
         told = f"does not hold what was saved there.*; delete {tmp_path}/run to begin anew"
     with pytest.raises(ShortGPTError, match=told):
         StateFile(tmp_path / "state", IDENTITY, folder=tmp_path / "run")

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,18 @@ def test_an_interruption_saves_even_between_two_saves(tmp_path, monkeypatch):
     assert short.importance.to_dict() == run(None, 20)
     again = ShortLlama(Tiny()).measure(windows, batch_size=2, progress=False, state=state)
     assert again.to_dict() == run(tmp_path / "state", 20) == run(None, 20)
+
+
+def test_every_replica_continues_what_the_first_one_saved(tmp_path):
+    run(tmp_path / "state", 20)
+    first = StateFile(tmp_path / "state", IDENTITY).content
+    other = RunState(StateFile(tmp_path / "other", IDENTITY))  # as of a rank that saves nothing
+    other.agree(SimpleNamespace(gather=lambda own: [first, own]))
+    sums = other.sums(range(len(first["importance"]["layers"])))
+    assert sums.n_windows == 20
+    assert not [*other.unread(random_windows(20, 40), 20)]
+    with pytest.raises(ValueError, match="other texts or windows"):
+        other.unread(random_windows(20, 40, seed=1), 20)
 
 
 def test_nothing_to_read_is_refused_with_a_state_too(tmp_path):
