@@ -390,13 +390,13 @@ def priced(
 # llama.cpp
 
 
-def client(path: Path, context: int) -> Any:
-    """A GGUF file in llama.cpp, on as many threads as torch has."""
+def client(path: Path, context: int, slots: int = 1) -> Any:
+    """A GGUF file in llama.cpp, on as many threads as torch has, for ``slots`` requests at once."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
+    params.n_ctx, params.n_parallel, params.verbosity = context * slots, slots, -1
     params.warmup = params.fit_params = False
     threads = torch.get_num_threads()
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads

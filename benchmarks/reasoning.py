@@ -7,13 +7,16 @@ the problems.
 
     python benchmarks/reasoning.py --source tasks --model 0.5b --files larger-0.5b
 
-What a model answered is kept in a state beside the file, and the same command continues from it.
+llama.cpp answers ten problems at once. Products of several rows may round otherwise than those of
+one, and so a few answers may differ in another run. What a model answered is kept in a state beside
+the file, and the same command continues from it.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,6 +36,7 @@ from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 
+SLOTS = 10  # problems at once, in less time than one after the other
 PROMPT = 512  # tokens of a question and its template, at most
 
 
@@ -40,7 +44,7 @@ def main(
     source: str,
     model: str = "0.5b",
     files: str = "larger-0.5b",
-    problems: int = 100,
+    problems: int = 50,
     tokens: int = 256,
     out: str | None = None,
     overwrite: bool = False,
@@ -111,16 +115,18 @@ def mean(own: Mapping[str, Sequence[float]]) -> float:
 
 def asked(path: Path, problems: Sequence[Problem], tokens: int) -> dict[str, list[float]]:
     """`word_problems.judged`, of a GGUF file's answers in llama.cpp."""
-    server, answers = client(path, PROMPT + tokens), []
+    server = client(path, PROMPT + tokens, SLOTS)
+
+    def answer(problem: Problem) -> str:
+        turns = [{"role": "user", "content": problem.question}]
+        how = {"max_tokens": tokens, "temperature": 0}
+        found = server.handle_chat_completions({"messages": turns, **how})
+        shown.update()
+        return found["choices"][0]["message"]["content"] or ""
+
     with bar(path.name, total=len(problems), unit="problem") as shown:
-        for problem in problems:
-            turns = [{"role": "user", "content": problem.question}]
-            answer = server.handle_chat_completions(
-                {"messages": turns, "max_tokens": tokens, "temperature": 0}
-            )
-            answers.append(answer["choices"][0]["message"]["content"] or "")
-            shown.update()
-    return word_problems.judged(problems, answers)
+        with ThreadPoolExecutor(SLOTS) as threads:
+            return word_problems.judged(problems, [*threads.map(answer, problems)])
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
