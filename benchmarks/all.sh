@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote: at most eighteen hours on two idle CPU
+# Measures everything that README and docs quote: at most 26 hours on two idle CPU
 # cores (the sum of the times in benchmarks/README.md, many of one core or beside other processes).
 # Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 # OUT/seconds.txt has a line for every run of a script: its name, its seconds, and the commit.
@@ -81,7 +81,7 @@ script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving
 few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
-script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --minutes 5
+script larger_smollm2 larger --model smollm2 $few --counts 8 --minutes 5
 script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 5 --precision mixed --keep
 script reasoning reasoning --source tasks --model 0.5b --files larger-0.5b
 script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed

@@ -171,8 +171,7 @@ def larger() -> list[str]:
                 title = removed if place else f"{about}: {removed}"
                 cells.append(f"{size[state]:.0f}" if state in size else "")
                 title = title if state in ("original", "pruned") else ""
-                trained = "distilled" if "refit" in own["texts"]["prose"] else "refitted"
-                name = {"refit": "refitted", "healed": trained}.get(state, state)
+                name = {"refit": "refitted", "healed": "distilled"}.get(state, state)
                 lines.append(row(title, name, *cells))
     return lines
 
@@ -183,10 +182,9 @@ def _judged(cell: dict) -> str:
     return f"{cell['perplexity']:.2f}, {cell['change']:+.3f} ± {cell['reach_95']:.3f}"
 
 
-# of the steps of `larger.py`, those that a column adds up; a row without training judges last
+# of the steps of `larger.py`, those that a column adds up
 STEPS: list[tuple[str, ...]] = [("opening",), ("choosing",), ("refit",), ("healing",)]
 STEPS += [("judging", "judging the refit"), ("writing and reading again", "llama.cpp")]
-UNTRAINED = [*STEPS[:3], (), ("judging", "healing"), STEPS[-1]]
 
 
 def taken() -> list[str]:
@@ -194,12 +192,12 @@ def taken() -> list[str]:
     lines = []
     for file, model in MODELS.items():
         for own in result(file)["rows"].values():
-            cells, columns = [], STEPS if "judging the refit" in own["steps"] else UNTRAINED
-            for parts in (*columns, tuple(own["steps"])):
+            cells = []
+            for parts in (*STEPS, tuple(own["steps"])):
                 steps = [own["steps"][part] for part in parts if part in own["steps"]]
                 minutes = sum(step["seconds"] for step in steps) / 60
                 passes = sum(step["bare_windows"] for step in steps)
-                cells.append(f"{minutes:.1f} ({passes:.0f})" if steps else "")
+                cells.append(f"{minutes:.1f} ({passes:.0f})")
             peak = max(step["peak_mb"] for step in own["steps"].values())
             cells.append(f"{peak / 1e3:.1f} GB, {peak / own['bare']['peak_mb']:.2f} times")
             lines.append(row(f"{model}, {len(own['layers'])} of {own['of']}", *cells))

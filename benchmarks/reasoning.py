@@ -44,6 +44,7 @@ def main(
     source: str,
     model: str = "0.5b",
     files: str = "larger-0.5b",
+    most: int = 4,
     problems: int = 50,
     tokens: int = 256,
     out: str | None = None,
@@ -55,12 +56,14 @@ def main(
         source: folder with svamp.jsonl and gsm8k.jsonl.
         model: a name of ``real_models.py``, or a GGUF file.
         files: folder of the healed GGUF files.
+        most: layers removed, at most, of the files that are asked.
         problems: of each kind, from the first.
         tokens: of an answer at most.
     """
     begin(out, overwrite=overwrite)
     original = MODELS[model]() if model in MODELS else Path(model)
-    healed = sorted(Path(files).glob("*.gguf"), key=lambda path: len(removed(path)))
+    counts = {path: len(removed(path)) for path in sorted(Path(files).glob("*.gguf"))}
+    healed = sorted((path for path in counts if counts[path] <= most), key=counts.__getitem__)
     kinds = {name: word_problems.read(source, name, problems) for name in word_problems.NAMES}
     identity = {"original": files_digest([original]), "tokens": tokens, "asked": json_digest(kinds)}
     cells = Cells(StateFile(f"{out or 'reasoning.json'}.state", identity, every=0.0))
@@ -124,9 +127,9 @@ def asked(path: Path, problems: Sequence[Problem], tokens: int) -> dict[str, lis
         shown.update()
         return found["choices"][0]["message"]["content"] or ""
 
-    with bar(path.name, total=len(problems), unit="problem") as shown:
-        with ThreadPoolExecutor(SLOTS) as threads:
-            return word_problems.judged(problems, [*threads.map(answer, problems)])
+    shown = bar(path.name, total=len(problems), unit="problem")
+    with shown, ThreadPoolExecutor(SLOTS) as threads:
+        return word_problems.judged(problems, [*threads.map(answer, problems)])
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -294,6 +294,10 @@ def test_word_problems_are_answered_by_the_original_the_pruned_and_the_healed_fi
     prune_gguf(model, Path("files/d.gguf"), [3])  # asks for itself alone
     assert measured(overwrite=True)["d, healed"]["layers"] == [3]
     assert asked[6:] == ["pruned.gguf", "d.gguf"]
+    assert [*measured(overwrite=True, most=1)] == [
+        "original",
+        *(f"{name}, {state}" for name in "bd" for state in ("pruned", "healed")),
+    ]
     monkeypatch.setattr(reasoning, "ABLE", 0)
     assert "gsm8k exact_match" in measured(overwrite=True)["a, healed"]["from pruned"]
     Path("files/c.gguf").write_bytes(model.read_bytes())

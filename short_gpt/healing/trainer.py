@@ -79,7 +79,7 @@ class TrainingRun(NamedTuple):
         del recipe["report_to"]
         precision = {"precision": "mixed"} if self.mixed else {}
         plain = taught["kl_share"] in (None, 1) and taught["temperature"] in (None, 1)
-        chosen = {} if plain else {"step": "of least loss"}  # once it was of least divergence
+        chosen = {} if plain else {"kept step": "of least loss"}  # once it was of least divergence
         return joined(recipe, own, taught, precision, chosen)
 
     def measure(self, adapted: PeftModel) -> dict[str, float]:

@@ -152,7 +152,6 @@ def heal(
     removal = _removal(model, choice, methods, settings, opening)
     if is_gguf(out):
         check_saved(model, removal.layers, removal.record.block_influence)
-    windows.check_texts(texts)
     how = (texts, windows, settings, opening, streaming)
     done = _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
     return replace(done, address=hub.push(done.out))
@@ -178,6 +177,7 @@ def _heal(
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
+    windows.check_texts(texts)
     opening = as_begun(opening, *(p for n in STATES for p in (folder or out).rglob(n)))
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
     if not streaming.stream:  # of several ranks each has the whole model, and windows of its own

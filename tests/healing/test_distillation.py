@@ -181,7 +181,7 @@ def test_resuming_gives_what_one_run_gives(teacher, tmp_path, monkeypatch):
     for other, message in (
         (Distillation(teacher, 1.0), "another kl_share: 0.5, now 1.0; go on with"),
         (Distillation(LiveTeacher(whole(), k=K, temperature=1.5), 0.5), "another cached: True"),
-        (None, "another (teacher|top_k|temperature|cached|kl_share): .*, now None"),
+        (None, "another (kept step|teacher|top_k|temperature|cached|kl_share): .*, now None"),
     ):
         with pytest.raises(ValueError, match=f"is the state of a run with {message}"):
             heal(resumed, TRAINING, VALIDATION, **{**again, "distillation": other})

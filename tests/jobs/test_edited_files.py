@@ -127,7 +127,7 @@ def test_no_edit_of_a_state_is_taken_for_what_was_saved(tmp_path):
     refused = check(tmp_path, saved, lambda path: StateFile(path, identity))
     same = sum(edit == saved for edit in edits(saved))
     assert refused == len(VALUES) * len(list(places(saved))) - same
-    assert written["cells"]["bi raw"] == [[1.5, 3, 1, 0]]
+    assert written["cells"]["bi raw"] == [[1.5, 3, 1, 0, "float32"]]
 
 
 @given(st.sampled_from(["windows", "tokens"]), st.sampled_from([-1.0, 0.5, None]))

@@ -74,14 +74,16 @@ def test_a_second_healing_is_told_before_it_opens_the_model(tmp_path, monkeypatc
 
     for name in ("open_trainable", "Running.open"):
         monkeypatch.setattr(f"short_gpt.jobs.healing.{name}", opened)
+    (tmp_path / "book.txt").write_text("In the beginning")
     arguments = (str(tmp_path / "meta"), str(tmp_path / "out"), method)
+    how = {"choice": jobs.Choice([2]), "data": str(tmp_path / "book.txt")}
     said = f"out.{kind} is in use by process {running.processes[0].pid}"
     with pytest.raises(ShortGPTError, match=said):
-        jobs.heal(*arguments, choice=jobs.Choice([2]))
+        jobs.heal(*arguments, **how)
     running.processes[0].kill()
     running.end()
     with pytest.raises(AssertionError, match="was opened"):
-        jobs.heal(*arguments, choice=jobs.Choice([2]))
+        jobs.heal(*arguments, **how)
 
 
 def test_every_kind_of_state_is_one_processs_alone(tmp_path):

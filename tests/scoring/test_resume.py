@@ -158,8 +158,8 @@ def test_no_state_at_all(tmp_path):
     (tmp_path / "notes.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="is no state of a run"):
         StateFile(tmp_path / "notes.json", IDENTITY)
-    (tmp_path / "cut.json").write_text('{"run": {')
-    with pytest.raises(ValueError, match="is not JSON"):
+    (tmp_path / "cut.json").write_text('{\n "run": {')
+    with pytest.raises(ValueError, match="does not hold what was saved there"):
         StateFile(tmp_path / "cut.json", IDENTITY)
 
 
