@@ -187,7 +187,7 @@ def own_text() -> str:
     return (
         f"a refit on 24 windows of its own text restores {own[0]} of the loss that pruning added "
         f"on novels, which no refit read; 24 windows of two other texts restore {real[0]}. On "
-        f"those two texts themselves, their windows are better: {real[1]} and {real[2]}, against "
+        f"those two texts, their own windows restore more: {real[1]} and {real[2]}, against "
         f"{own[1]} and {own[2]} ("
     )
 
@@ -224,7 +224,7 @@ def refit_passes() -> str:
     """What a refit on 64 windows and three evaluations on 32 take, as a cell."""
     passes = result("healing")["cost"]["refit"]["passes"]
     total = 64 * passes + 3 * 32
-    return f"64 windows in {passes:.2f} passes each, 3 x 32 windows to judge: {total:.0f} passes"
+    return f"64 windows in {passes:.2f} passes each, 3 x 32 evaluation windows: {total:.0f} passes"
 
 
 def gemma() -> list[str]:

@@ -319,14 +319,13 @@ class Distillation:
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """The sum over the predicted tokens of a batch of `collate`, for logits (B, S, V)."""
         total = logits.new_zeros((), dtype=batch["logs"].dtype)
-        scale = self.kl_share * self.teacher.temperature**2
         # unbound at once: indexing each row would make a gradient as large as the batch for each
         rows = zip(logits.unbind(0), batch["labels"], strict=True)
         for row, (every, labels) in enumerate(rows):
             count = int(labels.ne(IGNORED).sum())  # the padding follows them
             own = every[:count]  # (N, V)
             targets = Targets(*(batch[name][row, :count] for name in Targets._fields))
-            total = total + scale * self._divergence(own, targets).sum()
+            total = total + self._scale * self._divergence(own, targets).sum()
             if self.kl_share < 1:
                 text = F.cross_entropy(own.float(), labels[1 : count + 1], reduction="sum")
                 total = total + (1 - self.kl_share) * text
@@ -349,9 +348,13 @@ class Distillation:
         check_loss(apart + nats)
         count = sum(len(window) - 1 for window in windows)
         value = Perplexity(nats, count, len(windows)).value
-        scale = self.kl_share * self.teacher.temperature**2
-        loss = (scale * apart + (1 - self.kl_share) * nats) / count  # as it is trained
+        loss = (self._scale * apart + (1 - self.kl_share) * nats) / count  # as it is trained
         return {"eval_loss": loss, "eval_divergence": apart / count, "eval_perplexity": value}
+
+    @property
+    def _scale(self) -> float:
+        """What the loss counts a nat of divergence as."""
+        return self.kl_share * self.teacher.temperature**2
 
     def _of(self, batch: Sequence[Example]) -> list[Targets]:
         return self.teacher.targets([e["index"] for e in batch], [e["input_ids"] for e in batch])
