@@ -91,9 +91,11 @@ def test_an_interruption_saves_even_between_two_saves(tmp_path, monkeypatch):
     assert short.n_windows == 10
     content = StateFile(tmp_path / "state", IDENTITY).content
     assert sum(content["importance"]["windows"]) == 10
-    short.decoder.run = plain  # the same state goes on, as in a cell of a notebook that runs again
-    windows = random_windows(20, 40)
+    # the same state goes on, as in a cell of a notebook that runs again
+    read, windows = [], random_windows(20, 40)
+    short.decoder.run = lambda tokens: read.append(len(tokens)) or plain(tokens)
     short.measure(windows, batch_size=2, progress=False, state=state)
+    assert sum(read) == 10
     assert short.importance.to_dict() == run(None, 20)
     again = ShortLlama(Tiny()).measure(windows, batch_size=2, progress=False, state=state)
     assert again.to_dict() == run(tmp_path / "state", 20) == run(None, 20)
