@@ -343,7 +343,7 @@ def read_texts(data: str, split: str | None, column: str, limit: int | None) -> 
     every = (
         pg19(split or "validation") if data == "pg19" else texts(data, split=split, column=column)
     )
-    return shown(islice(every, limit), limit or count_texts(data, split))
+    return _shown(islice(every, limit), lambda: limit or count_texts(data, split))
 
 
 def count_texts(source: str, split: str | None = None) -> int | None:
@@ -371,9 +371,9 @@ def _count(file: Path) -> int:
     return 1
 
 
-def shown(texts: Iterable[str], total: int | None = None) -> Iterator[str]:
-    """The same texts, with a progress bar while they are read."""
-    with bar("reading", total=total, unit="text") as progress:
+def _shown(texts: Iterable[str], total: Callable[[], int | None]) -> Iterator[str]:
+    """The same texts, with a progress bar while they are read, before which they are counted."""
+    with bar("reading", total=total(), unit="text") as progress:
         for text in texts:
             yield text
             progress.update()

@@ -177,7 +177,7 @@ def _heal(
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
-    windows.check_texts(texts)
+    texts.check(windows.eval_data)
     opening = as_begun(opening, *(p for n in STATES for p in (folder or out).rglob(n)))
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
     if not streaming.stream:  # of several ranks each has the whole model, and windows of its own

@@ -20,6 +20,7 @@ from short_gpt.data.texts import (
     read_kinds,
     read_texts,
     source_names,
+    texts,
 )
 from short_gpt.data.windows import BOS, Text, at_least, count_of, mix, windows
 from short_gpt.runtime.errors import ShortGPTError
@@ -133,6 +134,12 @@ class TextSource:
     def kinds(self) -> list[Iterable[Text]]:
         """The texts of each source, as `data.texts.read_kinds`."""
         return read_kinds(self.data, self.split, self.column, self.max_texts)
+
+    def check(self, eval_data: str | None) -> None:
+        """Reads the first text of each source, and of each to evaluate on, or raises."""
+        self.kinds()
+        for name in [] if eval_data is None else source_names(eval_data):
+            texts(name, column=self.column)
 
 
 Data = str | Iterable[object] | TextSource  # a name, texts in memory, or with settings

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
-from short_gpt.data.texts import source_names, texts
 from short_gpt.jobs.inputs import SIZE, Cut, TextSource, at_least, layer_list, listed, name_texts
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import (
@@ -246,12 +245,6 @@ class HealingWindows:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         Cut(SIZE if self.size is None else self.size, self.max_windows, bos=self.bos).check()
         at_least(1, eval_windows=self.eval_windows)
-
-    def check_texts(self, source: TextSource) -> None:
-        """Reads the first text of each source, to learn from and to evaluate on, or raises."""
-        source.kinds()
-        for name in [] if self.eval_data is None else source_names(self.eval_data):
-            texts(name, column=source.column)
 
     def read(
         self, texts: TextSource, short: ScoredModel, size: int, limit: int | None, **how: Any

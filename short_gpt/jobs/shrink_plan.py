@@ -144,7 +144,7 @@ class Asked:
         check_format(self.out, self.to)
         if self.method == AUTO:
             expect_budget(self.settings.budget, min(MOST, self.cut.max_windows or MOST))
-        self.cut.check_texts(self.texts)
+        self.texts.check(self.cut.eval_data)
 
     def _check_folder(self) -> None:
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
