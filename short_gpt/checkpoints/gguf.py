@@ -103,7 +103,7 @@ def about_kinds(source: StrPath, layers: Sequence[int], influence: Influence = (
     remark = (
         f"{stack.arch}.{PATTERN} lists the kinds of the kept layers. transformers ignores it "
         "and takes kinds from positions, which is wrong here: for transformers, name a directory "
-        f"in place of the file, as in short-gpt prune {source} DIRECTORY"
+        "in place of the file"
     )
     if not stack.period():
         return remark
@@ -181,15 +181,20 @@ def in_few_bits(source: StrPath) -> bool:
     return sum(t.nbytes for t in layers) < sum(math.prod(t.shape) for t in layers)
 
 
-def check_saved(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> None:
-    """Raises ShortGPTError for a GGUF file that `save_gguf` could not write back changed."""
+def check_architecture(source: StrPath) -> Stack:
+    """Raises ShortGPTError for a GGUF file of which `save_gguf` can write no changed weight."""
     stack = Stack.open(source)
     if stack.arch not in MAPPED:
         raise ShortGPTError(
             f"changed weights are written to GGUF files of {', '.join(MAPPED)}, {source} is of "
             f"{stack.arch}: name a directory instead"
         )
-    stack.kept(layers, influence)
+    return stack
+
+
+def check_saved(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> None:
+    """Raises ShortGPTError for a GGUF file that `save_gguf` could not write back changed."""
+    check_architecture(source).kept(layers, influence)
 
 
 def _name(stack: Stack, full: str) -> str:

@@ -108,10 +108,10 @@ def heal(
 
     refit and patch are closed forms: they take minutes. refit re-solves the output projections of
     every layer from the first gap on, patch only the last one of each layer before a gap. lora
-    trains on the text, distill on what the original model predicts of it; both also heal a model
-    whose layers are already removed. If interrupted or killed, rerun it: it continues, except for
-    the patch. Evaluation text is never trained on. A healed model that predicts held-out text worse
-    than before is written all the same, and called WORSE.
+    trains on the text, distill on what the original model predicts of it. lora, and distill with a
+    teacher, also heal a model whose layers are already removed. If interrupted or killed, rerun it:
+    it continues, except for the patch. Evaluation text is never trained on. A healed model that
+    predicts held-out text worse than before is written all the same, and called WORSE.
 
     Example: short-gpt heal llama-2-7b out --scores ranking.json --n 9
 

@@ -34,9 +34,9 @@ class Recipe:
     # ends of linear maps' names; None: the MLP's; ("all",): also q_proj, k_proj, v_proj and o_proj;
     # ("outputs",): the output projections, such as o_proj and down_proj
     modules: tuple[str, ...] | None = None
-    learning_rate: float = 3e-4  # at its peak, after ``warmup`` steps; a half cosine to 0 follows
+    learning_rate: float = 3e-4  # at its peak, after the warm-up; a half cosine to 0 follows
     steps: int = 5000  # of the optimizer
-    warmup: int = 100  # steps until the peak
+    warmup: int | None = None  # steps until the peak; None: a tenth of all, at most 100
     batch: int = 16  # windows a step
     micro_batch: int = 1  # windows read at once; divides ``batch``
     size: int = 2048  # tokens of a window, as a recommendation to whoever cuts them
@@ -58,11 +58,16 @@ class Recipe:
             )
         if self.batch % self.micro_batch:
             raise ShortGPTError(f"batch {self.batch} is not a multiple of {self.micro_batch}")
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.dropout < 1 or self.warmup < 0:
+        warmup, rate = self.warmup_steps, self.learning_rate
+        if not 0 < rate < math.inf or not 0 <= self.dropout < 1 or warmup < 0:
             raise ShortGPTError(
                 "expected a finite learning_rate above 0, dropout in [0, 1), warmup of at least 0; "
-                f"got {self.learning_rate}, {self.dropout}, {self.warmup}"
+                f"got {rate}, {self.dropout}, {warmup}"
             )
+
+    @property
+    def warmup_steps(self) -> int:
+        return min(100, self.steps // 10) if self.warmup is None else self.warmup
 
 
 # Gromov et al., table of appendix A: a config's values (None: any), and the settings for such a

@@ -75,7 +75,7 @@ class TrainingRun(NamedTuple):
         }
         taught = dict.fromkeys(("teacher", "top_k", "temperature", "cached", "kl_share"))
         taught |= {} if self.distillation is None else self.distillation.identity()
-        recipe = asdict(self.recipe)
+        recipe = asdict(self.recipe) | {"warmup": self.recipe.warmup_steps}
         del recipe["report_to"]
         precision = {"precision": "mixed"} if self.mixed else {}
         plain = taught["kl_share"] in (None, 1) and taught["temperature"] in (None, 1)
@@ -209,7 +209,7 @@ def _arguments(
         max_steps=recipe.steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
+        warmup_steps=recipe.warmup_steps,
         per_device_train_batch_size=recipe.micro_batch,
         gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * replicas.current().count),
         eval_strategy="steps",

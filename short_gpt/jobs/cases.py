@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
-from short_gpt.data.texts import texts
+from short_gpt.data.texts import source_names, texts
 from short_gpt.data.windows import Text
 from short_gpt.jobs.inputs import Cut, TextSource, at_least, listed, name_texts, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
@@ -185,8 +185,9 @@ class Shares:
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
     def held(self, column: str) -> list[list[str]]:
-        """The texts of eval_data, if it is given."""
-        return [] if self.eval_data is None else [list(texts(self.eval_data, column=column))]
+        """The texts of each kind of eval_data, if it is given."""
+        names = [] if self.eval_data is None else source_names(self.eval_data)
+        return [list(texts(name, column=column)) for name in names]
 
     def cut(
         self, short: ScoredModel, kinds: Sequence[Sequence[Text]], limit: int
@@ -231,8 +232,6 @@ class LoraSettings:
         changes = {name: value for name, value in asdict(self).items() if value is not None}
         if self.rank is not None:
             changes["alpha"] = self.rank
-        if self.steps is not None:
-            changes["warmup"] = min(100, self.steps // 10)
         return changes
 
 

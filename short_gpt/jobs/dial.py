@@ -11,10 +11,9 @@ from typing import ClassVar
 
 from short_gpt.jobs.inputs import at_least
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Needs, needs_one_of, setting
+from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Needs, setting
 
 DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")
-MEMORY = needs_one_of("`memory`", "memory")
 BY_AUTO = Needs(
     "`method` auto", lambda v: v["method"] == "auto" or not (v["method"] or v.get("stream"))
 )
@@ -34,8 +33,8 @@ class Dial:
         max_perplexity_ratio: remove as many layers as the perplexity allows, which may rise by this
             factor once the model is refitted, as in 1.2. Windows of data that nothing is fitted on
             tell how many.
-        context: tokens of each text in the KV cache of memory.
-        batch: texts in the KV cache of memory.
+        context: tokens of each text in the KV cache, of memory and of the printed table.
+        batch: texts in that KV cache.
 
     Example:
         >>> Dial(n=8).count([100] * 30, 500), Dial(params="3k").count([100] * 30, 500)
@@ -48,8 +47,8 @@ class Dial:
     params: str | int | None = setting(None, value="SIZE")
     memory: str | int | None = setting(None, value="SIZE")
     max_perplexity_ratio: float | None = None
-    context: int = setting(4096, needs=MEMORY)
-    batch: int = setting(1, needs=MEMORY)
+    context: int = 4096
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if len(both := [name for name in DIALS if getattr(self, name) is not None]) > 1:

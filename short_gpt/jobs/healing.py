@@ -112,8 +112,9 @@ def heal(
     """Removes layers of a checkpoint and brings quality back.
 
     Refit and patch are closed forms and take minutes. LoRA learns the text, distillation what the
-    original model predicts; both also heal a model that was pruned before. All except the patch
-    continue when interrupted. No text is both learned and evaluated on.
+    original model predicts; LoRA, and distillation with a teacher, also heal a model that was
+    pruned before. All except the patch continue when interrupted. No text is both learned and
+    evaluated on.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.

@@ -172,7 +172,7 @@ class Cut:
 
     HEADING: ClassVar = READ
     size: int = SIZE
-    max_windows: int | None = None
+    max_windows: int | None = setting(None, more={"rank": "(48 for the method auto)"})
     seed: int | None = setting(0, more={"rank": "It is also that of the random method."})
     stride: int | None = setting(None, commands=SCORED)
     bos: str | None = None

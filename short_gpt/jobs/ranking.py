@@ -256,6 +256,10 @@ def check_ranking(
             f"`method` {answer.method} needs {why}; choose another, or leave out `stream`"
         )
     running.check_bounds(SEARCHED, searches=answer.method in SEARCHED)
+    if answer.method == AUTO and running.batch_size != 1:
+        raise ShortGPTError(
+            f"`batch_size` {running.batch_size} has no effect on the method auto; leave it out"
+        )
     if answer.by_loss and several_ranks():
         raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)

@@ -196,10 +196,9 @@ class Written:
             given, gguf where OUT ends with .gguf, else the source's, or hf from GGUF. From GGUF,
             Meta's is in float32, which holds what quantized weights stand for exactly.
         verify: whether to prove the result: the same logits as the source with the layers removed
-            in memory, and the same greedy generation with and without the cache. If not given, yes
-            where Hugging Face's format is read or written, whose config can fail to say which
-            layers remain, and no from Meta's to Meta's and to GGUF. Files of these two formats are
-            read again and compared with what was written in any case.
+            in memory, and the same greedy generation with and without the cache. If not given,
+            yes, but no from Meta's to Meta's and to GGUF. Files of these two formats are read again
+            and compared with what was written in any case.
         overwrite: replace an earlier pruned checkpoint.
     """
 
@@ -287,7 +286,7 @@ class Settings:
         alpha: of LoRA, whose changes are scaled by alpha / rank; the rank if not given.
         learning_rate: at its peak.
         steps: optimizer steps.
-        warmup: steps until the peak.
+        warmup: steps until the peak; if not given, a tenth of all steps, at most 100 (paper).
         batch: windows a step.
         micro_batch: windows read at once.
         eval_every: steps between evaluations and checkpoints.

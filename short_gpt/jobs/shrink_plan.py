@@ -18,6 +18,7 @@ import torch
 from llama.io.files import check_new, check_output
 from llama.io.sources import Named, find_source, is_gguf
 from llama.io.sources import Source as Weights
+from short_gpt.checkpoints.gguf import check_architecture
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
@@ -137,6 +138,7 @@ class Asked:
             check_new(self.out, **replacing, source=source.path)
         elif source is not None and source.kind == "gguf":
             check_new_gguf(self.out, source=source.path, overwrite=self.overwrite)
+            check_architecture(str(source))
         if source is not None and n is not None and (count := _layers(source)) is not None:
             check_count(n, count, most=count - 2)
         if self.streaming.stream:

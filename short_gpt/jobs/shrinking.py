@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llama.io.files import new_directory, new_file
 from llama.ranks import several_ranks
-from short_gpt.checkpoints.gguf import about_types, check_saved
+from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
@@ -60,7 +60,7 @@ from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.state import StateFile, hold, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.stopping import unsure
-from short_gpt.selection.methods import AUTO, METHODS, SEARCHED, choose
+from short_gpt.selection.methods import AUTO, METHODS, SEARCHED, WITHOUT_TEXT, choose
 from short_gpt.wrappers.opening import of_source, open_loaded, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.streamed_llama import StreamedLlama
@@ -159,12 +159,14 @@ def _opened(asked: Asked, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
 
 def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
     """Does all of it; continues what the folder holds."""
-    opened, short, cut = known.opened, known.opened.short, asked.cut
+    opened, short, cut, kinds = known.opened, known.opened.short, asked.cut, None
     asked.folder.mkdir(parents=True, exist_ok=True)
     run = _Run(asked, known)
     (layers, choice), windows = run.chosen(), run.windows
     if opened.in_place:
-        check_saved(str(asked.source), layers, short.importance.block_influence.tolist())
+        own = (str(asked.source), layers, short.importance.block_influence.tolist())
+        check_saved(*own)
+        kinds = about_kinds(*own)
     short.evidence |= {"method": METHODS[asked.method], "eval_data": cut.eval_data}
     short.evidence |= {"size": known.size}
     asked.notify(f"layers to remove: {sorted(layers)}")
@@ -193,7 +195,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
         if opened.in_place:  # some of the changed tensors may have another type
             look, size = looks["healed"], tensor_bytes(built)
             looks["healed"] = look._replace(size=size, memory=look.memory - look.size + size)
-            remarks += run.rounded(built, evidence)
+            remarks += run.rounded(built, evidence) + ([] if kinds is None else [kinds])
         quality: dict[str, dict[str, Perplexity]] = {}
         for kind, states in evidence.by_kind.items():  # by names as in "original, 30 layers"
             quality[kind] = {name.partition(",")[0]: own for name, own in states.items()}
@@ -210,7 +212,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
             evidence.steps,
             choice,
             importance,
-            next_steps(asked.out, asked.to, is_llama=opened.is_llama),
+            next_steps(asked.out, asked.to, is_llama=opened.is_llama, lists_kinds=bool(kinds)),
             source=None if asked.source is None else str(asked.source),
             windows=(len(windows.training), len(windows.evaluation), known.size),
             command=asked.command,
@@ -306,9 +308,8 @@ class _Run:
         recipe = recipe_for(config, "small", seed=seed, **own)
         steps = self.cells.value("steps", partial(self._steps_in, 60 * minutes, recipe))
         every = -(-steps // CHECKS)
-        recipe = replace(
-            recipe, steps=steps, warmup=min(recipe.warmup, steps // 8), eval_every=every
-        )
+        warmup = min(recipe.warmup_steps, steps // 8)
+        recipe = replace(recipe, steps=steps, warmup=warmup, eval_every=every)
         return [REFITTED, DistillSettings(recipe)]
 
     def _steps_in(self, seconds: float, recipe: Recipe) -> int:
@@ -358,10 +359,11 @@ class _Run:
     def about_layers(self, layers: Sequence[int], choice: Mapping[str, Any]) -> list[str]:
         """Why other text might choose other layers, if it might."""
         method, short = self.asked.method, self.known.opened.short
+        if method in WITHOUT_TEXT:
+            return []
         if method in ("bi", "angular"):
             why = unsure(short.importance, len(layers), angular=method == "angular")
-            if why is not None:
-                return [why]
+            return [] if why is None else [why]
         count = FEW if method in SEARCHED else MOST
         count = choice["fitted"] + choice["judged"] if choice else count
         if (tokens := sum(map(len, self.calibration[:count]))) < FEW * WINDOW:

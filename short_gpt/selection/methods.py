@@ -82,6 +82,7 @@ METHODS = {method.name: method.about for method in REGISTRY}
 LABELS = {method.name: method.label or method.about for method in REGISTRY}
 BY_LOSS = tuple(method.name for method in REGISTRY if method.choose is None)
 SEARCHED = tuple(name for name in BY_LOSS if name != AUTO)  # by `selection.search`
+WITHOUT_TEXT = ("deepest", "sequential", "reverse", "random")  # whatever the scores are
 REMOVED = {
     "sleb_healed": "rank by auto, or by sleb and heal what it removes",
     "evolution": "rank by sleb; layers that it chose before are removed by their numbers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama.io.sources import is_meta
+from llama.io.sources import is_gguf, is_meta
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import Needs, Values, setting
 
@@ -26,10 +26,19 @@ TOKENIZER = Needs(
 PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
 READING: tuple[str, ...] = ("shrink", "rank", "prune", "heal", "calibrate", "compare")
 READING += ("perplexity", "evaluate", "reproduce")
-# of prune, which loads the model for that alone
-LOADED = Needs(
+# prune, the only command with a recipe, loads the model for these alone
+READS = Needs(
     "`max_perplexity_ratio`", lambda v: "recipe" not in v or v["max_perplexity_ratio"] is not None
 )
+
+
+def _is_opened(values: Values) -> bool:
+    model, out, to = (values.get(name) for name in ("model", "out", "to"))
+    to_hf = to == "hf" or (to is None and not is_gguf(str(out)))
+    return READS.met(values) or (is_gguf(str(model)) and to_hf)
+
+
+OPENED = Needs("`max_perplexity_ratio`, or a GGUF file written as a directory", _is_opened)
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,9 @@ class OpenOptions:
     """
 
     tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)
-    device: str | None = setting(None, needs=LOADED)
-    dtype: str | None = setting(None, needs=LOADED)
-    precision: str = setting(FLOAT32, commands=READING, needs=LOADED)
+    device: str | None = setting(None, needs=OPENED)
+    dtype: str | None = setting(None, needs=OPENED)
+    precision: str = setting(FLOAT32, commands=READING, needs=READS)
     trust_remote_code: bool = False
     # what the jobs derive from their own settings
     max_seq_len: int = setting(2048, commands=())

@@ -295,6 +295,8 @@ def test_what_cannot_be_written_back_is_refused_before_the_model_is_opened(here,
         line = fails(capsys, "heal", f"{name}.gguf", "out.gguf", "--layers", "2", *HEAL)
         assert f"{said}: name a directory instead" in line
         assert "written to GGUF files of llama, qwen2" in line
+        how = ("--n", 2, "--data", "a.txt", "--dry_run")
+        assert f"{said}: name a" in fails(capsys, "shrink", f"{name}.gguf", "out.gguf", *how)
     line = fails(capsys, "heal", "model.gguf", "out.gguf", "--layers", "9", *HEAL)
     assert "layers [9] do not exist" in line
 

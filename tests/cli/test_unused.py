@@ -13,8 +13,11 @@ from short_gpt.cli.flags import flags_of, refuse_unused
 TWO = ("model", "out")
 UNUSED = [
     (("prune", *TWO, "--layers", "1", "--eval_data", "a.txt"), "--max_perplexity_ratio"),
-    (("prune", *TWO, "--layers", "1", "--device", "cpu"), "--max_perplexity_ratio"),
-    (("prune", *TWO, "--layers", "1", "--dtype", "float32"), "--max_perplexity_ratio"),
+    (("prune", *TWO, "--layers", "1", "--device", "cpu"), "or a GGUF file written as a directory"),
+    (("prune", *TWO, "--layers", "1", "--dtype", "float32"), "--max_perplexity_ratio, or a GGUF"),
+    (("prune", "a.gguf", "b.gguf", "--layers", "1", "--device", "cpu"), "--max_perplexity_ratio"),
+    (("prune", "a.gguf", "b", "--to", "meta", "--layers", "1", "--dtype", "float32"), "a GGUF"),
+    (("prune", "a.gguf", "b", "--layers", "1", "--precision", "mixed"), "--max_perplexity_ratio"),
     (("prune", *TWO, "--layers", "1", "--confidence", 0.9), "--max_perplexity_ratio"),
     (("prune", *TWO, "--layers", "1", "--bos", "every"), "--max_perplexity_ratio"),
     (("rank", "model", "--n", 2, "--candidates", 3), "--method sleb"),
@@ -98,6 +101,7 @@ def test_what_a_source_has_no_use_for_is_refused(here, capsys, argv, needs):
         ("evaluate", {"model": "hf", "pruned": "meta", "tokenizer_path": "t"}),
         ("heal", {"model": "hf", "teacher": "meta", "tokenizer_path": "t"}),
         ("rank", {"split": "train"}),
+        ("prune", {"model": "m.gguf", "out": "b", "dtype": "float32", "device": "cpu"}),
         ("rank", {"split": "train", "data": "allenai/c4:en"}),
         ("rank", {"split": "train", "data": "."}),
         ("rank", {"split": "train", "data": "missing.txt"}),

@@ -74,7 +74,8 @@ def test_the_papers_table_knows_its_models_pruned_or_not():
     seven = {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000}
     found = recipe_for(config("llama", **seven, num_hidden_layers=23))
     assert (found.rank, found.learning_rate, found.size) == (2, 3e-4, 2048)
-    assert (found.alpha, found.dropout, found.warmup, found.batch) == (None, 0.05, 100, 16)
+    assert (found.alpha, found.dropout, found.warmup_steps, found.batch) == (None, 0.05, 100, 16)
+    assert Recipe(steps=50).warmup_steps == 5 and Recipe(steps=50, warmup=20).warmup_steps == 20
     assert found.steps * found.batch * found.size == 163_840_000  # its 164M tokens
     mistral = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000}
     found = recipe_for(config("mistral", **mistral))

