@@ -66,6 +66,7 @@ def write_model(path: Path, family: str, model, **keys: object) -> Path:
     """Writes a model of transformers as GGUF in float32, with a tokenizer of letters."""
     gguf = pytest.importorskip("gguf")
     arch, config = FAMILIES[family][0], model.config
+    divisors = keys.pop("rope_freqs", None)  # of the rotary frequencies
     writer = gguf.GGUFWriter(path, arch)
     _write_keys(writer, arch, config, {**FAMILIES[family][3], **keys})
     blocks = config.num_hidden_layers
@@ -79,6 +80,8 @@ def write_model(path: Path, family: str, model, **keys: object) -> Path:
             found = names.get_name(part, try_suffixes=(".weight", ".bias"))
             assert found is not None, part
             writer.add_tensor(found, _layout(arch, found, value, config).numpy())
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", divisors)
     write_tokenizer(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -145,8 +148,8 @@ def _write_keys(writer, arch: str, config, own: dict) -> None:
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
     for name, value in own.items():
-        add = writer.add_array if isinstance(value, list) else writer.add_uint32
-        add(f"{arch}.{name}", value)
+        adds = {list: writer.add_array, str: writer.add_string, float: writer.add_float32}
+        adds.get(type(value), writer.add_uint32)(f"{arch}.{name}", value)
 
 
 def write_tokenizer(writer) -> None:

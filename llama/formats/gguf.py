@@ -119,11 +119,8 @@ class GGUFFile(GGUFParts):
 
     def _rope_factor(self, args: ModelArgs) -> float:
         """Llama 3.1's factor from the file's divisors of the rotary frequencies."""
-        divisors = self.read(ROPE_FACTORS)
-        factor = float(divisors.max())
-        plain = rope_frequencies(args.head_dim, args.rope_theta)
-        scaled = rope_frequencies(args.head_dim, args.rope_theta, factor)
-        if not torch.allclose(plain / divisors, scaled, rtol=1e-4, atol=0):
+        factor = llama3_factor(self.read(ROPE_FACTORS), args.head_dim, args.rope_theta)
+        if factor is None:
             raise InputError(f"{self.path} scales its rotary frequencies unlike Llama 3.1")
         return factor
 
@@ -147,6 +144,14 @@ def _decimal(value: float) -> float:
     if not isinstance(value, float):
         raise InputError(f"expected a decimal number in the metadata, got {value!r}")
     return float(str(torch.tensor(value, dtype=torch.float32).numpy()))
+
+
+def llama3_factor(divisors: Tensor, head_dim: int, theta: float) -> float | None:
+    """The factor of Llama 3.1's scaling that gives these divisors (hd / 2,); None if none does."""
+    factor = float(divisors.max())
+    plain, scaled = (rope_frequencies(head_dim, theta, each) for each in (None, factor))
+    fits = plain.shape == divisors.shape
+    return factor if fits and torch.allclose(plain / divisors, scaled, rtol=1e-4, atol=0) else None
 
 
 def llama_to_gguf(

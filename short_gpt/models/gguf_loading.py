@@ -9,13 +9,14 @@ from importlib import import_module
 from math import prod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from llama.formats.gguf import ROPE_FACTORS
+from llama.formats.gguf import ROPE_FACTORS, llama3_factor
 from llama.formats.gguf_read import PART, STRING, GGUFParts, Header
+from llama.formats.hf import LLAMA3_SCALING
 from llama.formats.names import GGUF, NAMES, check_layers
 from llama.formats.tokenizers import DIGITS
 from short_gpt.runtime.errors import ShortGPTError
@@ -30,6 +31,11 @@ WITH_METADATA = (
 )
 # One number for the kinds of their layers is a period, whose last layer has no sliding window.
 LAST_OF_PERIOD = ("gemma2", "gemma3", "gpt-oss")
+# What a file says and transformers takes from its own defaults: bounds of logits, and the scale of
+# attention, for which there is no key.
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+ATTENTION_SCALED = {"gemma2": 46, "gemma3": 62}  # layers of the model whose scale differs, 27B
+READ_ROTARY = ("gpt-oss", "gemma4")  # whose rotary positions transformers knows
 
 
 def check_gguf(path: Path) -> GGUFParts:
@@ -63,6 +69,53 @@ def check_gguf(path: Path) -> GGUFParts:
                 "Llama lacks and would leave out; open the model that it was made from"
             )
     return parts
+
+
+def complete_config(parts: GGUFParts, config: Any) -> bool:
+    """Adds what transformers leaves out of a GGUF file's metadata; whether there was anything.
+
+    Raises:
+        ShortGPTError: the file scales rotary positions in a way that is not known here.
+    """
+    # the language model's config is the whole one in all GGUF files
+    fields, arch = parts.fields, str(parts.fields["general.architecture"])
+    values = {name: fields[key] for name in CAPS if (key := f"{arch}.{name}") in fields}
+    if arch in ATTENTION_SCALED:  # llama.cpp derives it from sizes alone
+        each, largest = config.hidden_size // config.num_attention_heads, ATTENTION_SCALED[arch]
+        is_largest = fields[f"{arch}.block_count"] == largest
+        values["query_pre_attn_scalar"] = each if is_largest else config.head_dim
+    if kinds := gguf_layer_types(fields, config):
+        values["layer_types"] = kinds
+    values = {name: value for name, value in values.items() if hasattr(config, name)}
+    vars(config).update(values)
+    if not (scaling := _rotary_scaling(parts)):
+        return bool(values)
+    if isinstance(rotary := getattr(config, "rope_parameters", None), dict):
+        rotary.get("full_attention", rotary).update(scaling)  # Gemma 3 has one for each kind
+    else:  # version 4
+        config.rope_scaling = scaling
+    return True
+
+
+def _rotary_scaling(parts: GGUFParts) -> dict[str, object] | None:
+    """How a file scales rotary positions, as a config says it; None if there is nothing to add."""
+    fields, arch = parts.fields, str(parts.fields["general.architecture"])
+    if arch in READ_ROTARY:
+        return None
+    names = ("scaling.type", "scaling.factor", "scale_linear")
+    kind, factor, older = (fields.get(f"{arch}.rope.{name}") for name in names)
+    factor = 1.0 if kind == "none" else factor or older or 1.0  # without a type it is linear
+    if ROPE_FACTORS in parts.tensors and kind in (None, "none"):
+        theta = float(cast("float", fields.get(f"{arch}.rope.freq_base", 10000.0)))
+        divisors = parts.read(ROPE_FACTORS)  # (head size / 2,)
+        if (found := llama3_factor(divisors, 2 * len(divisors), theta)) is not None:
+            return {"rope_type": "llama3", "factor": found, **LLAMA3_SCALING}
+    elif ROPE_FACTORS not in parts.tensors and kind in (None, "none", "linear"):
+        return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+    raise ShortGPTError(
+        f"it scales rotary positions ({kind or ROPE_FACTORS}) in a way that its config in "
+        "transformers would leave out; open the model that it was made from"
+    )
 
 
 def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | None:

@@ -18,7 +18,7 @@ from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.gguf_loading import (
     check_gguf,
-    gguf_layer_types,
+    complete_config,
     mend_tokenizer,
     reading_gguf,
     some,
@@ -73,8 +73,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     try:
         with reading as skipped:
             config = read_config(where, both)
-            if parts and (kinds := gguf_layer_types(parts.fields, config)):
-                config.layer_types = kinds
+            if parts and complete_config(parts, config):
                 options["config"] = config
             loader = auto_class(config)
             names = [p.name for p in path.iterdir()] if path.is_dir() and not gguf else None
@@ -93,7 +92,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         kind = OSError if isinstance(error, OSError) else ShortGPTError
         raise kind(f"{name} cannot be loaded: {explained(error)}") from error
     check_weights(name, info)
-    # Llama's divisors of the rotary frequencies are read into its config
+    # divisors of the rotary frequencies are in the config
     if others := set(skipped) - {ROPE_FACTORS}:
         raise ShortGPTError(
             f"{name} cannot be loaded: it holds {some(others)}, which transformers' model of its "

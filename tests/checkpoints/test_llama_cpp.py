@@ -16,6 +16,7 @@ from llama import Llama
 from llama.formats.gguf import llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
 from llama.formats.gguf_write import UINT32, copied, record, write_again
+from llama.model import rope_frequencies
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.checkpoints import Target, prune_checkpoint, prune_gguf
@@ -232,3 +233,29 @@ def test_changed_weights_are_written_where_llama_cpp_reads_them(tmp_path, family
     assert difference(LlamaCpp(tmp_path / "out.gguf").logprobs(ids), logits) < rounding
     prune_gguf(tmp_path / "m.gguf", tmp_path / "cut.gguf", [1, 4])
     assert difference(LlamaCpp(tmp_path / "cut.gguf").logprobs(ids), logits) > 0.05
+
+
+DIVISORS = rope_frequencies(16, 10000.0) / rope_frequencies(16, 10000.0, 8.0)
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "keys"),
+    [
+        ("llama", {}, {"rope_freqs": DIVISORS.numpy()}),
+        ("llama", {}, LINEAR),
+        ("qwen2", {}, {"rope.scale_linear": 4.0}),
+        ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {}),
+        ("gemma2", {"num_hidden_layers": 46, "hidden_size": 96}, {}),  # of 27B
+        ("gemma3", {}, LINEAR),  # of which only the layers without a window are scaled
+        ("gemma3", {"num_hidden_layers": 62, "hidden_size": 96}, {}),
+    ],
+)
+def test_llama_cpp_reads_positions_and_scales_as_we_do(tmp_path, family, changes, keys):
+    """Also those that plain transformers leaves out of its config."""
+    path = write_model(tmp_path / "m.gguf", family, make(family, **changes), **keys)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(2, 258, (100,), generator=generator).tolist()
+    logits = ShortHFModel(path, dtype=torch.float32).decoder.logits(torch.tensor([ids]))[0, -1]
+    rounding = 2 * ROUNDING.get(family, 2e-4)
+    assert difference(LlamaCpp(path).logprobs(ids), logits) < rounding

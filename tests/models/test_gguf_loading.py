@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import transformers
 from conftest import BYTE_VOCAB, make_transformer
 from gguf_families import COMMON, make, write_model, write_tokenizer
 from gguf_files import write_gguf
@@ -17,6 +18,7 @@ from transformers import modeling_gguf_pytorch_utils as reading
 
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts, read_header
 from llama.formats.gguf_write import UINT32, Stored, copied, packed, record, write_again
+from llama.model import rope_frequencies
 from short_gpt import ShortHFModel
 from short_gpt.models.gguf_loading import reading_gguf
 from short_gpt.runtime.errors import ShortGPTError
@@ -54,6 +56,8 @@ def test_the_model_and_its_tokenizer_are_those_of_plain_transformers(tmp_path, m
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         vars(plain.config).pop("quantization_config", None)
+        if hasattr(plain.config, "query_pre_attn_scalar"):  # which transformers reads from no file
+            plain.config.query_pre_attn_scalar = model.config.query_pre_attn_scalar
         assert short.model.config.to_dict() == plain.config.to_dict()
         assert short.tokenizer.get_vocab() == tokenizer.get_vocab()
         assert short.tokenizer.special_tokens_map == tokenizer.special_tokens_map
@@ -165,6 +169,8 @@ def test_opening_takes_little_beside_the_model(tmp_path, monkeypatch):
 import gc, sys
 from pathlib import Path
 import torch
+import transformers
+from llama.model import rope_frequencies
 from short_gpt import ShortHFModel
 
 def status(name):
@@ -211,3 +217,62 @@ def test_a_model_larger_than_the_file_is_refused_before_it_is_made(
     monkeypatch.setattr("transformers.PreTrainedModel._init_weights", made)
     with pytest.raises(ShortGPTError, match=said):
         ShortHFModel(tmp_path / "m.gguf")
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 |= {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
+IDS = torch.randint(2, 258, (1, 300), generator=torch.Generator().manual_seed(3))
+SCALED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "keys"),
+    [
+        ("llama", {"rope_parameters": SCALED}, LINEAR),
+        ("llama", {"rope_parameters": SCALED}, {"rope.scale_linear": 4.0}),
+        ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {}),
+        ("gemma3", {"query_pre_attn_scalar": 16}, {}),
+        ("gemma2", {"num_hidden_layers": 46, "query_pre_attn_scalar": 24, "hidden_size": 96}, {}),
+    ],
+)
+def test_what_transformers_leaves_out_of_the_metadata_is_in_the_config(
+    tmp_path, family, changes, keys
+):
+    if "rope_parameters" in changes and transformers.__version__.startswith("4."):
+        changes = {"rope_scaling": changes["rope_parameters"]}
+    model = make(family, **{"max_position_embeddings": 512, **changes})
+    path = write_model(tmp_path / "m.gguf", family, model, **keys)
+    expected = logits_of(model)
+    torch.testing.assert_close(logits_of(ShortHFModel(path).model), expected, atol=1e-3, rtol=1e-3)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    assert (logits_of(plain) - expected).abs().max() > 0.05  # as long as transformers does not
+
+
+def test_a_llama_3_1_has_its_scaled_rotary_frequencies(tmp_path):
+    rope = {"rope_parameters": LLAMA3}
+    if transformers.__version__.startswith("4."):
+        rope = {"rope_scaling": LLAMA3, "rope_theta": LLAMA3["rope_theta"]}
+    model = make("llama", **rope, max_position_embeddings=131072)
+    plain = rope_frequencies(16, 500000.0)
+    divisors = (plain / rope_frequencies(16, 500000.0, 8.0)).numpy()
+    path = write_model(tmp_path / "m.gguf", "llama", model, rope_freqs=divisors)
+    short = ShortHFModel(path)
+    expected = logits_of(model)
+    torch.testing.assert_close(logits_of(short.model), expected, atol=1e-3, rtol=1e-3)
+    short.remove_layers([1])
+    again = ShortHFModel(short.save_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(logits_of(again.model), logits_of(short.model))
+    with short.without_layers([2]):
+        assert (logits_of(short.model) - logits_of(again.model)).abs().max() > 1e-3
+    for keys in ({"rope_freqs": divisors**2}, {"rope_freqs": divisors, **LINEAR}):
+        with pytest.raises(ShortGPTError, match="it scales rotary positions"):
+            ShortHFModel(write_model(tmp_path / "w.gguf", "llama", model, **keys))
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    with pytest.raises(ShortGPTError, match=r"it scales rotary positions \(yarn\)"):
+        ShortHFModel(write_model(tmp_path / "w.gguf", "llama", model, **yarn))
