@@ -35,6 +35,7 @@ from llama.tokenizer import Tokenizer, find_tokenizer, holds_json
 
 LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 CONVERSION = "conversion.json"  # what a converted checkpoint was made from
+TEMPLATES = "additional_chat_templates"  # a folder of those with a name
 
 
 class Checkpoint:
@@ -226,13 +227,15 @@ def copy_records(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer file, under its usual name, and its configuration, once it can be read."""
+    """Copies a tokenizer file, under its usual name, with its configuration and chat templates."""
     Tokenizer(source)
     kind = "json" if holds_json(source) else "model"
     shutil.copyfile(source, target / f"tokenizer.{kind}")
-    config = source.with_name("tokenizer_config.json")
-    if config.is_file():
-        shutil.copyfile(config, target / config.name)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if (other := source.with_name(name)).is_file():
+            shutil.copyfile(other, target / name)
+    if (named := source.with_name(TEMPLATES)).is_dir():
+        shutil.copytree(named, target / TEMPLATES, dirs_exist_ok=True)
 
 
 def write_model(

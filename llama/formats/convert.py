@@ -23,6 +23,7 @@ from llama.checkpoint.meta import (
 )
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
+from llama.errors import InputError
 from llama.formats.gguf import GGUFFile
 from llama.formats.hf import HFCheckpoint, config_of
 from llama.formats.names import HF, name_in, params_json, permute
@@ -64,14 +65,23 @@ def gguf_to_meta(
     out = Path(str(out_dir))
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
     with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
+        (partial / tokenizer).write_bytes(content)
+        _check_words(partial / tokenizer, args.vocab_size, source.path)
         write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
-        (partial / tokenizer).write_bytes(content)
         write_json(partial / "tokenizer_config.json", config)
         record = {"source": source.path.name, "dtype": str(kind), **source.context()}
         write_json(partial / CONVERSION, record)
         verify(partial)
     return out
+
+
+def _check_words(tokenizer: Path, ids: int, source: Path) -> None:
+    if (words := Tokenizer(tokenizer).n_words) != ids:
+        raise InputError(
+            f"the tokenizer of {source} has {words} words and the model {ids} ids: Meta's format "
+            "has as many of both; write Hugging Face's or GGUF"
+        )
 
 
 def hf_to_meta(
@@ -93,6 +103,7 @@ def hf_to_meta(
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=directory)
     opened = HFCheckpoint(directory, dtype)
     check_shards(opened.args, shards)
+    _check_words(opened.tokenizer, opened.args.vocab_size, directory)
 
     def read(name: str) -> Tensor:
         progress(name)

@@ -46,8 +46,9 @@ class Source(PathLike[str]):
 def find_source(name: str | PathLike[str]) -> Source:
     """The source of this name, with its kind; a `Source` is returned as it is.
 
-    Kinds are ``"meta"``: a directory with ``params.json``; ``"hf"``: one with ``config.json`` only;
-    ``"gguf"``: a GGUF file; ``"hub"``: nothing here, but a name like ``owner/name``.
+    Kinds are ``"meta"``: a directory with ``params.json`` and, if it also has ``config.json``,
+    ``consolidated.*.pth``; ``"hf"``: another one with ``config.json``; ``"gguf"``: a GGUF file;
+    ``"hub"``: nothing here, but a name like ``owner/name``.
 
     Raises:
         FileNotFoundError: it looks like a path and does not exist, or a directory is no model.
@@ -66,9 +67,11 @@ def find_source(name: str | PathLike[str]) -> Source:
         if not path.is_file():
             raise FileNotFoundError(f"GGUF file {name} does not exist")
         return Source(name, "gguf")
-    if (path / "params.json").is_file():
+    is_hf = (path / "config.json").is_file()
+    # Mistral's directories have a params.json of its own beside transformers' files
+    if (path / "params.json").is_file() and (not is_hf or any(path.glob("consolidated.*.pth"))):
         return Source(name, "meta")
-    if (path / "config.json").is_file():
+    if is_hf:
         return Source(name, "hf")
     if path.is_dir():
         raise FileNotFoundError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from llama.checkpoint.meta import CONVERSION, copy_tokenizer
+from llama.checkpoint.meta import CONVERSION, TEMPLATES, copy_tokenizer
 from llama.formats.convert import hf_to_meta
 from llama.formats.safetensors import (
     DTYPES,
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 
 # What goes along as it is: tokenizers, generation settings, templates, licenses.
 COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*")
-TEMPLATES = "additional_chat_templates"  # a folder of those with a name
-NOT_COPIED = re.compile(r"config\.json|.+\.index\.json|(pruning|conversion)\.json|.+\.py")
+NOT_COPIED = re.compile(r"(config|params|pruning|conversion)\.json|.+\.index\.json|.+\.py")
 
 
 @takes_target

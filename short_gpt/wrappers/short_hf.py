@@ -242,6 +242,7 @@ class ShortHFModel(ShortModel):
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=count,
             logits_processor=[_checked],
+            return_dict_in_generate=False,  # whatever the model's own settings say
             **options,
         )
         with generation_explained(self.model, self.source, generate):

@@ -15,6 +15,7 @@ from processes import alone
 from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
+from llama.io.sources import find_source
 from short_gpt.checkpoints import Provenance, mergekit_recipe, prune_hf
 from short_gpt.checkpoints.prune import recipe_dtype
 from short_gpt.models.hf import HFDecoder
@@ -48,6 +49,8 @@ def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
         (whole / name).write_text("{}")
     for name in ("modeling.py", "pytorch_model.bin", "consolidated.safetensors"):
         (whole / name).write_text("")
+    (whole / "params.json").write_text('{"dim": 64}')  # as Mistral has it beside these files
+    assert find_source(whole).kind == "hf"
     (whole / "additional_chat_templates").mkdir()
     (whole / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     seen = []

@@ -33,6 +33,8 @@ from llama.io.sources import hub_failure, resolve
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 VOCAB = 258
 TOKENS = torch.arange(3, 27).reshape(2, 12)
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 SCALED = {"use_scaled_rope": True, "rope_scaling_factor": 4.0, "rope_theta": 500000.0}
 
 
@@ -131,6 +133,16 @@ def test_meta_to_hf_gives_the_same_logits_and_comes_back_bit_exact(case, tmp_pat
     assert torch.equal(loaded(TOKENS), model.float()(TOKENS))
 
 
+def test_a_vocabulary_of_more_ids_than_words_is_refused_for_metas_format(tmp_path):
+    """Which holds as many of both; a directory would be written that nothing opens."""
+    config = transformers.LlamaConfig(**SMALL, vocab_size=VOCAB + 6)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    write_byte_tokenizer(tmp_path / "hf")
+    with pytest.raises(InputError, match=f"has {VOCAB} words and the model {VOCAB + 6} ids"):
+        hf_to_meta(tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_hf_comes_back_bit_exact(case, tmp_path):
     meta(tmp_path / "meta", **CASES[case])
@@ -141,8 +153,14 @@ def test_hf_comes_back_bit_exact(case, tmp_path):
     model.generation_config.eos_token_id = [1, 5]
     model.save_pretrained(tmp_path / "own", max_shard_size="20KB")
     write_byte_tokenizer(tmp_path / "own")
+    # as transformers 5 writes the template
+    (tmp_path / "own/chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "own/additional_chat_templates").mkdir()
+    (tmp_path / "own/additional_chat_templates/tools.jinja").write_text("{{ tools }}")
     hf_to_meta(tmp_path / "own", tmp_path / "middle")
     back = meta_to_hf(tmp_path / "middle", tmp_path / "back")
+    assert (back / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (back / "additional_chat_templates/tools.jinja").read_text() == "{{ tools }}"
     assert same(weights(tmp_path / "own"), weights(back))
     assert same(weights(first), weights(back))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(back, dtype="auto")

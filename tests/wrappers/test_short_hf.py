@@ -118,6 +118,13 @@ def test_the_card_and_the_record_say_what_was_done(tmp_path):
     assert (tmp_path / "out/generation_config.json").is_file()
 
 
+def test_a_models_own_settings_do_not_change_what_generation_returns():
+    short = ShortHFModel(make("llama"))
+    plain = short.greedy([5, 6, 7], 8)
+    short.model.generation_config.return_dict_in_generate = True
+    assert short.greedy([5, 6, 7], 8) == plain and len(plain) == 8
+
+
 def test_another_choice_of_as_many_layers_does_not_pass_for_the_model(tmp_path):
     short = ShortHFModel(make("llama"))
     for layers in ([0, 1], [2, 3]):
