@@ -72,6 +72,11 @@ class HFDecoder:
             layers = None
         if not isinstance(layers, nn.ModuleList):
             raise ShortGPTError(f"{self.layers_path} is no list of layers of {kind}")
+        if any(getattr(layer, "is_decoder", True) is False for layer in layers):  # such as BERT's
+            raise ShortGPTError(
+                f"{kind} is an encoder, whose tokens see those after them; if it was trained as a "
+                "decoder, set `is_decoder=True` in its config"
+            )
         # around the list: in BERT an encoder owns it, which reads the embeddings' output
         body = owner
         while body and "input_ids" not in signature(model.get_submodule(body).forward).parameters:

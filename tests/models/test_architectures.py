@@ -11,12 +11,14 @@ from architectures import STAGES, main, outcome, passed_by, random_model
 from conftest import random_windows
 from families import STEPS, TOKENS, make
 from tiny_configs import OWN, VARIANTS, config_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from short_gpt import ShortHFModel, heal_refit
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.loading import auto_class
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.run import measure
 
 newest = pytest.mark.skipif(
@@ -82,6 +84,17 @@ def test_decoders_among_encoders_and_settings_of_single_layers_keep_the_contract
     kind, step, tmp_path
 ):
     STEPS[step](random_model(kind), tmp_path)
+
+
+@newest
+def test_a_model_that_reads_in_both_directions_is_refused():
+    config = AutoConfig.for_model(
+        "bert", num_hidden_layers=4, hidden_size=24, num_attention_heads=2
+    )
+    with pytest.raises(ShortGPTError, match="BertLMHeadModel is an encoder, whose tokens see"):
+        ShortHFModel(AutoModelForCausalLM.from_config(config))
+    config.is_decoder = True
+    assert len(ShortHFModel(AutoModelForCausalLM.from_config(config)).kept) == 4
 
 
 @newest
