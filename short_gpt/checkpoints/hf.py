@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,11 +170,6 @@ def _copy_others(directory: Path, out: Path) -> None:
 
 
 def _skeleton(directory: Path) -> HFDecoder:
-    quantization = read_record(directory / "config.json").get("quantization_config")
-    if re.search(r"(layers|blocks|h)\.\d", json.dumps(quantization)):
-        raise ShortGPTError(
-            f"{directory} is quantized with settings for single layers, which cannot be renumbered"
-        )
     try:
         config = read_config(str(directory))
         with torch.device("meta"):

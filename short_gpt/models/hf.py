@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from inspect import signature
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -193,12 +196,31 @@ class HFDecoder:
             return f"they compute with their own number ({entries[0]})"
         if getattr(self.config, "num_kv_shared_layers", 0):
             return "the last read keys and values of others (num_kv_shared_layers)"
+        if text := self._set_apart():
+            return f"it is quantized with settings for single layers ({text}), by their numbers"
         owners: dict[int, int] = {}  # by the id of a weight
         for number, layer in enumerate(self.layers):
             for weight in layer.parameters():
                 # a file holds shared weights with one layer alone
                 if (owner := owners.setdefault(id(weight), number)) != number:
                     return f"{owner} and {number} share weights"
+        return None
+
+    def _set_apart(self) -> str | None:
+        # a name or pattern in the settings of quantization that means some layers alone
+        settings = getattr(self.model.config, "quantization_config", None) or {}
+        texts = [*_texts(settings if isinstance(settings, dict) else settings.to_dict())]
+        numbers = range(len(self.layers))
+        inside = {name for layer in self.layers if texts for name, _ in layer.named_modules()}
+        for text in texts:
+            if re.search(r"(layers|blocks|h)\.\d", text):
+                return text
+            with suppress(re.error):
+                matches = re.compile(re.sub(r"^(re:|[+-]:)", "", text)).search
+                for name in inside - {""}:
+                    named = [matches(f"{self.layers_path}.{i}.{name}") is None for i in numbers]
+                    if len({*named}) > 1:
+                        return text
         return None
 
     def _orphaned(self, keep: Sequence[int]) -> str | None:
@@ -303,3 +325,13 @@ def find_layers(model: PreTrainedModel) -> str:
             "one with layers_path, as in 'model.layers'"
         )
     return decoder[0]
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in settings, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(_texts(part) for part in chain(value, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_texts, value))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from families import make
 from transformers import AutoConfig
 
+from short_gpt.checkpoints import Target
 from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.models.decoder import remove_layers
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.layer_config import pruned_entries
+from short_gpt.runtime.errors import ShortGPTError
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
@@ -64,3 +68,32 @@ def test_a_pattern_that_no_number_says_is_gone():
     assert config._sliding_window_pattern is None
     undo()
     assert config._sliding_window_pattern == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "apart"),
+    [
+        ({"modules_to_not_convert": ["model.layers.2.mlp"]}, "model.layers.2.mlp"),
+        ({"dynamic": {r"-:.*\.2\..*gate.*": {}}}, r"-:.*\.2\..*gate.*"),
+        ({"dynamic": {r"+:.*\.[3-5]\..*": {"bits": 8}}}, r"+:.*\.[3-5]\..*"),
+        ({"ignore": ["lm_head", r"re:.*layers\.2\..*"]}, r"re:.*layers\.2\..*"),
+        ({"ignore": ["lm_head", "re:.*down_proj"], "targets": ["Linear"], "bits": 4}, None),
+        ({"quant_method": "gptq", "dynamic": {r"-:.*\.mlp\..*": {}}, "meta": {"v": "1.9"}}, None),
+    ],
+)
+def test_settings_of_quantization_for_single_layers_are_refused(tmp_path, settings, apart):
+    """By name or pattern, in memory and in files: the numbers would be those of other layers."""
+    model = make("llama")
+    model.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+    model.config.quantization_config = settings
+    for remove in (
+        lambda: remove_layers(HFDecoder(model), [1]),
+        lambda: prune_hf(tmp_path / "m", Target(tmp_path / "out"), [1]),
+    ):
+        if apart is None:
+            remove()
+            continue
+        with pytest.raises(ShortGPTError, match=re.escape(f"single layers ({apart})")):
+            remove()
