@@ -37,6 +37,7 @@ from short_gpt.runtime.state import read_record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+FURTHER = "num_nextn_predict_layers"  # layers after the last, of those who predict several tokens
 # What goes along as it is: tokenizers, generation settings, templates, licenses.
 COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*")
 NOT_COPIED = re.compile(r"(config|params|pruning|conversion)\.json|.+\.index\.json|.+\.py")
@@ -60,8 +61,8 @@ def prune_hf(
     """
     directory = resolve(source)
     target.check(source=directory)
-    weights = open_weights(directory)
     decoder = _skeleton(directory)
+    weights = _own_weights(open_weights(directory), decoder)
     count = len(decoder.layers)
     check_layers(layers, range(count))
     keep = [i for i in range(count) if i not in set(layers)]
@@ -184,6 +185,23 @@ def _skeleton(directory: Path) -> HFDecoder:
         raise ShortGPTError(f"{directory} is no causal model that can be pruned: {why}") from error
 
 
+def _own_weights(
+    weights: Mapping[str, SafetensorsFile], decoder: HFDecoder
+) -> Mapping[str, SafetensorsFile]:
+    """Without layers after the last, as DeepSeek's, which predict further tokens: none is run."""
+    config, ignored = decoder.config, decoder.model._keys_to_ignore_on_load_unexpected or ()
+
+    def is_further(name: str) -> bool:
+        number = re.search(r"\.(\d+)\.", name)
+        after = number is not None and int(number[1]) >= len(decoder.layers)
+        return after and any(re.search(pattern, name) for pattern in ignored)
+
+    own = {name: file for name, file in weights.items() if not is_further(name)}
+    if len(own) < len(weights) and hasattr(config, FURTHER):
+        setattr(config, FURTHER, 0)
+    return own
+
+
 def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:
     """The stored layers' name before their number, with or without the enclosing model's."""
     last = layers_path.rpartition(".")[2]
@@ -213,6 +231,8 @@ def _edited_config(directory: Path, decoder: HFDecoder, keep: Sequence[int]) -> 
     before = decoder.model.config.to_dict()
     decoder.keep_layers(keep)
     after = decoder.model.config.to_dict()
+    if FURTHER in config and FURTHER in after:
+        config[FURTHER] = after[FURTHER]
     config.pop("auto_map", None)  # names code that does not go along: the library's own is enough
     aliases = {own: name for name, own in decoder.config.attribute_map.items()}
     _patch(config, before, after, aliases)

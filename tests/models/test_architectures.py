@@ -10,10 +10,13 @@ import transformers
 from architectures import STAGES, main, outcome, passed_by, random_model
 from conftest import random_windows
 from families import STEPS, TOKENS, make
+from safetensors.torch import load_file, save_file
 from tiny_configs import OWN, VARIANTS, config_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from short_gpt import ShortHFModel, heal_refit
+from short_gpt.checkpoints import Target
+from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
@@ -95,6 +98,27 @@ def test_a_model_that_reads_in_both_directions_is_refused():
         ShortHFModel(AutoModelForCausalLM.from_config(config))
     config.is_decoder = True
     assert len(ShortHFModel(AutoModelForCausalLM.from_config(config)).kept) == 4
+
+
+@newest
+def test_layers_that_predict_further_tokens_do_not_go_along(tmp_path, monkeypatch):
+    """They follow the last in DeepSeek's files, and transformers reads none of them."""
+    model = random_model("deepseek_v3")
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(tmp_path / "m")
+    tensors = load_file(path := tmp_path / "m/model.safetensors")
+    further = "model.layers.6.self_attn.o_proj.weight"
+    save_file({**tensors, further: tensors[further.replace("6", "5")].clone()}, path)
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.6.*"])
+    out = prune_hf(tmp_path / "m", Target(tmp_path / "out"), [4])
+    assert not [n for n in load_file(out / "model.safetensors") if ".layers.5." in n]
+    again = ShortHFModel(out)
+    assert again.model.config.num_nextn_predict_layers == 0
+    with without_layers(decoder := HFDecoder(model), [4]):
+        torch.testing.assert_close(again.decoder.logits(TOKENS), decoder.logits(TOKENS))
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", None)
+    with pytest.raises(ShortGPTError, match="one list of them; the files hold"):
+        prune_hf(tmp_path / "m", Target(tmp_path / "other"), [4])
 
 
 @newest
