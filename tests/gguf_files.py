@@ -140,7 +140,7 @@ def stack_file(path, arch="llama", layers=8, *, names=(), drop=(), split=0, **fi
         names: further tensors.
         drop: tensors that are left out.
         split: tensors in each of several files; 0 is one file.
-        fields: keys under the architecture, ``__`` for ``.``; a list, or a number.
+        fields: keys under the architecture, ``__`` for ``.``; a list, a text or a number.
     """
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
@@ -150,8 +150,8 @@ def stack_file(path, arch="llama", layers=8, *, names=(), drop=(), split=0, **fi
         key, add = f"{arch}.{name.replace('__', '.')}", writer.add_uint32
         if isinstance(value, list):
             add = writer.add_array
-        elif isinstance(value, float):
-            add = writer.add_float32
+        elif isinstance(value, float | str):
+            add = writer.add_float32 if isinstance(value, float) else writer.add_string
         add(key, value)
 
     def add_tensor(name, data, **kind):

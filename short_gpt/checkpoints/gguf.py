@@ -33,6 +33,7 @@ from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import NAME, RECORD
 from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, stored_names, takes_target
+from short_gpt.models.gguf_loading import is_scaled
 from short_gpt.runtime.errors import ShortGPTError
 
 # Architectures whose weights are in transformers as in the file, except the heads of queries and
@@ -98,12 +99,14 @@ def about_kinds(source: StrPath, layers: Sequence[int], influence: Influence = (
     """What other programs get wrong in a GGUF model without these layers; None if nothing."""
     stack = Stack.open(source)
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
+    directory = "for transformers, name a directory in place of the file"
     if not stack.changed_kinds(keep):
-        return None
+        if stack.arch not in MAPPED or not is_scaled(stack.parts):
+            return None
+        return f"transformers ignores how this file scales positions: {directory}"
     remark = (
         f"{stack.arch}.{PATTERN} lists the kinds of the kept layers. transformers ignores it "
-        "and takes kinds from positions, which is wrong here: for transformers, name a directory "
-        "in place of the file"
+        f"and takes kinds from positions, which is wrong here: {directory}"
     )
     if not stack.period():
         return remark

@@ -212,7 +212,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
             evidence.steps,
             choice,
             importance,
-            next_steps(asked.out, asked.to, is_llama=opened.is_llama, lists_kinds=bool(kinds)),
+            next_steps(asked.out, asked.to, is_llama=opened.is_llama, misread=bool(kinds)),
             source=None if asked.source is None else str(asked.source),
             windows=(len(windows.training), len(windows.evaluation), known.size),
             command=asked.command,

@@ -194,10 +194,8 @@ def report_of(out: Path) -> Path:
     return Path(f"{out}.{REPORT}") if is_gguf(out) else out / REPORT
 
 
-def next_steps(
-    out: Path, to: str, *, is_llama: bool = True, lists_kinds: bool = False
-) -> list[str]:
-    """Commands that use a model in a format; transformers misreads kinds that a file lists."""
+def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = False) -> list[str]:
+    """Commands that use a model in a format; without transformers if it misreads the file."""
     if to == "gguf":
         folder, name = out.parent, out.name
         named = f"**dict(pretrained_model_name_or_path={str(folder)!r}, gguf_file={name!r})"
@@ -205,7 +203,7 @@ def next_steps(
         by = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, pipeline"
         run = f"{by}; print(pipeline('text-generation', {read})('{PLAIN}'))"
         others = [_python(run), _lm_eval(f"{folder},gguf_file={name}")]
-        return [*_llama_cpp(out), *([] if lists_kinds else others)]
+        return [*_llama_cpp(out), *([] if misread else others)]
     if to == "meta":
         asked, hf = f'short-gpt generate {quoted(out)} "{PLAIN}"', f"{out}-hf"
         converted = f"short-gpt convert {quoted(out)} {quoted(hf)} --to hf"

