@@ -82,7 +82,7 @@ def test_a_folder_is_read_recursively_by_name_and_passes_over_other_files(tmp_pa
     assert [*texts(tmp_path)] == ["in a", "in b", "in c"]
 
 
-@pytest.mark.parametrize("layout", ["bucket", "parquet", "prefix", "nested"])
+@pytest.mark.parametrize("layout", ["bucket", "parquet", "prefix", "nested", "within"])
 def test_a_split_of_a_folder_is_read_alone(tmp_path: Path, layout: str) -> None:
     for split in ("train", "validation", "test"):
         books = [f"{split} {book}" for book in BOOKS]
@@ -94,6 +94,9 @@ def test_a_split_of_a_folder_is_read_alone(tmp_path: Path, layout: str) -> None:
             write_jsonl(tmp_path / f"{split}.jsonl", books)
         if layout == "nested":
             write_txt(tmp_path / "data" / split, books)
+        if layout == "within":
+            write_jsonl(tmp_path / f"c4-{split}.00000-of-00002.jsonl", books[:1])
+            write_jsonl(tmp_path / f"c4-{split}.00001-of-00002.jsonl", books[1:])
     write_txt(tmp_path / "validations", ["of another name"])
     (tmp_path / "metadata.csv").write_text("1,title,1850")
     assert [*texts(tmp_path, split="validation")] == [f"validation {book}" for book in BOOKS]
@@ -105,6 +108,13 @@ def test_a_folder_without_the_split_is_read_whole(tmp_path: Path) -> None:
     write_txt(tmp_path)
     assert [*texts(tmp_path, split="validation")] == BOOKS
     assert [*pg19("train", path=tmp_path)] == BOOKS
+
+
+def test_pg19_is_not_read_from_other_splits(tmp_path: Path) -> None:
+    write_txt(tmp_path / "train")
+    assert [*texts(tmp_path, split="test")] == BOOKS
+    with pytest.raises(ValueError, match=r"has files of train, and none of test: name the file"):
+        pg19("test", path=tmp_path)
 
 
 def test_an_existing_path_wins_over_the_hub(
