@@ -18,8 +18,13 @@ PIECE = 2**23  # bytes of a file that one thread holds at once
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of names, shapes, dtypes and all bytes of all parameters."""
-    named = dict(model.named_parameters())
+    """A digest of names, shapes, dtypes and all bytes of all parameters.
+
+    So are buffers that a file would hold, if there are any: some quantizations have no other
+    weights.
+    """
+    named, kept = dict(model.named_parameters()), model.state_dict().keys()
+    named |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
     about = [f"{name} {tuple(w.shape)} {w.dtype}".encode() for name, w in named.items()]
     return _digest(about, [partial(_tensor, weight) for weight in named.values()])
 
