@@ -10,6 +10,7 @@ from itertools import islice, takewhile, zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.whole import whole
 
 T = TypeVar("T")
 BOS = ("first", "every")  # windows that begin with the text's bos
@@ -99,10 +100,10 @@ def windows(
         raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
     if bos not in BOS:
         raise ShortGPTError(f"bos = {bos!r}: expected 'first' or 'every'")
+    size, stride, limit = whole(size), whole(stride), whole(limit)
     at_least(2, size=size)
     at_least(1, stride=stride)
-    if limit is not None:
-        at_least(1, limit=limit)
+    at_least(1, optional=True, limit=limit)
     start = _start(encode, size) if bos == "every" else []
     room = size - len(start)
     encoded = (_without(start, tokens_of(text, encode)) for text in texts)
@@ -252,9 +253,10 @@ def at_least(least: int, *, optional: bool = False, **numbers: object) -> None:
     for name, value in numbers.items():
         if value is None and optional:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        number = whole(value)
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
-        if value > MOST:
+        if number > MOST:
             raise ShortGPTError(f"{name} = {value}: expected at most {MOST}")
 
 

@@ -93,7 +93,7 @@ def by_loss(
     if options.candidates is not None:
         raise ShortGPTError(f"candidates: {method} tries every layer; leave them out, or take sleb")
     count = len(decoder.layers)
-    check_count(n, count)
+    n = check_count(n, count)
     trials = Trials(decoder, windows, options, about={"method": method})
     with trials.shown(count * trials.groups, options.progress) as shown:
         trials.round(range(count), shown.update)
@@ -124,7 +124,7 @@ def sleb_rounds(
     allowed = options.allowed(count)
     if options.candidates is not None and not allowed:
         raise ShortGPTError("candidates: expected other layers than the first and the last")
-    check_count(n, count, most=len(allowed))
+    n = check_count(n, count, most=len(allowed))
     about = {"method": "sleb", "candidates": allowed}
     trials = Trials(decoder, windows, options, about=about)
     trials.keep(n)

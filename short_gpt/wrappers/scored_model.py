@@ -48,7 +48,7 @@ class ScoredModel(ModelRecord, ABC):
         self.verdict: Verdict | None = None
         self.n_prune_layers = n_prune_layers
         if n_prune_layers is not None:
-            check_count(n_prune_layers, len(self.kept), name="n_prune_layers")
+            self.n_prune_layers = check_count(n_prune_layers, len(self.kept), name="n_prune_layers")
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -348,7 +348,7 @@ class ScoredModel(ModelRecord, ABC):
             raise ShortGPTError(
                 "say how many layers, n=..., set n_prune_layers, or name them: remove_layers([...])"
             )
-        check_count(count, len(self.kept), name=name)
+        count = check_count(count, len(self.kept), name=name)
         importance = self._scored()
         if self._stale:
             raise RuntimeError(

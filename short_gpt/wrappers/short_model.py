@@ -138,7 +138,7 @@ class ShortModel(ScoredModel):
         """
 
         if most is not None:
-            check_count(most, len(self.kept), name="most")
+            most = check_count(most, len(self.kept), name="most")
         read = list(windows)  # again and again, which an iterator is not
 
         def perplexity_without(layers: list[int]) -> Perplexity:

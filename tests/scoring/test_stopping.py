@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from adversarial import HEAVY, KINDS, TIES, WINDOWS, attack, least_median, normal
@@ -197,6 +198,13 @@ def test_z_of_pairs_by_hand():
     assert z[1, 2] == pytest.approx(2 / math.sqrt(18)) and z[0, 1].isinf()
     every = order_z(means[None], covariance[None], first[None])
     assert every[0, 0, 1:].tolist() == pytest.approx([1.0, 3 / math.sqrt(2)])
+
+
+def test_the_numbers_of_a_rule_are_plain_ones():
+    rule = Stop(np.int64(2), min_windows=torch.tensor(40))
+    assert rule == Stop(2, min_windows=40) and type(rule.n) is type(rule.min_windows) is int
+    short = ShortLlama(Tiny(), n_prune_layers=np.int64(2))
+    assert type(short.n_prune_layers) is int
 
 
 def test_more_looks_and_more_layers_ask_for_more():
