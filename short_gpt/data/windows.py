@@ -7,7 +7,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice, takewhile, zip_longest
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.whole import whole
@@ -221,7 +221,15 @@ class Windows:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, index: int) -> Window:
+    @overload
+    def __getitem__(self, index: int) -> Window: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Window]: ...
+
+    def __getitem__(self, index: int | slice) -> Window | list[Window]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         begin, end = self._spans[index]
         text = bisect_right(self._ends, begin)
         text_begin = self._ends[text - 1] if text else 0

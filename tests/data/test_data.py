@@ -453,6 +453,14 @@ def test_the_seeded_order_is_this_one_everywhere() -> None:
     assert first == [8, 9, 1, 2, 5, 3, 7, 4, 0, 10, 6]
 
 
+def test_a_slice_of_windows_is_a_list_of_windows() -> None:
+    every = windows(numbered([9, 12]), letters, size=4, stride=3, seed=0)
+    assert isinstance(every, Windows)
+    assert every[1:4] == [every[1], every[2], every[3]] and len(every[1:4]) == 3
+    assert every[:-1:2] == [*every][:-1:2] and every[7:] == []
+    assert [w.text for w in every[::-1]] == [w.text for w in every][::-1]
+
+
 def test_texts_are_read_as_windows_are_taken() -> None:
     read = []
 
