@@ -152,7 +152,11 @@ class Run:
             for kind, read in self.kinds.items()
         }
         turns = self.cells.losses(f"turns {name}", lambda: turn_losses(short.decoder, self.turns))
-        return {"run": TaskRun(**run), "parts": {**parts, "turns": turns}, "texts": completions}
+        return {
+            "run": TaskRun.from_dict(run),
+            "parts": {**parts, "turns": turns},
+            "texts": completions,
+        }
 
     def refitted(self, layers: list[int], name: str) -> dict[str, object]:
         """The same of the model without some layers, refitted, once."""

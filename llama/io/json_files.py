@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -50,8 +51,8 @@ def _json(value: object, line: str) -> str:
         if any(isinstance(v, Mapping | list | tuple) for v in value):
             return "[" + inner + ("," + inner).join(_json(v, inner) for v in value) + line + "]"
         with suppress(ValueError):  # of a NaN or an infinity
-            return json.dumps(value, allow_nan=False)
+            return json.dumps(value, allow_nan=False, default=operator.index)
         return "[" + ", ".join(_json(v, inner) for v in value) + "]"
     if isinstance(value, float) and not math.isfinite(value):
         return "null"
-    return json.dumps(value)
+    return json.dumps(value, default=operator.index)  # whole numbers of numpy

@@ -83,8 +83,9 @@ def texts(
         source: a path, else a name at the hub: "allenai/c4:en" has a configuration. "demo" is the
             demo's book: its held-out chapters, or with another split than "test" the others. Or
             texts in memory, a list of strings or a ``datasets.Dataset``.
-        split: of a folder, only sub-folders of this name and files whose names begin with it, if
-            there are any; else all files, sorted by name. A data set with several splits needs it.
+        split: of a folder, only sub-folders of this name and files whose names begin with it, else
+            have it after ".", "_" or "-", as wiki.test.txt; if there are none, all files, sorted
+            by name. A data set with several splits needs it.
         column: of the text, in .jsonl, .parquet and data sets; or of messages with role and
             content, which are a `Conversation`.
 
@@ -129,7 +130,8 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
 
     Args:
         split: "train" (28,602 books), "validation" (50) or "test" (100).
-        path: a local copy, such as validation/*.txt of Google's bucket, as `texts` reads it.
+        path: a local copy, such as validation/*.txt of Google's bucket, as `texts` reads it; a
+            folder of other splits alone is refused.
 
     Example:
         >>> books = pg19("validation", path="pg19/")  # doctest: +SKIP
@@ -137,6 +139,7 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
     if split not in SPLITS:
         raise ShortGPTError(f"split = {split!r}: PG-19 has {', '.join(SPLITS)}")
     if path is not None:
+        check_split(path, split)
         return texts(Path(str(path)), split=split)
     return _started(_hub_texts("emozilla/pg19", split, "text"), "emozilla/pg19")
 
@@ -152,6 +155,18 @@ def has_split(source: str, split: str) -> bool:
     if source == "pg19" or not path.exists():
         return source not in OWN
     return path.is_dir() and bool(_of_split(_names(path), split))
+
+
+def check_split(source: str | Path, split: str) -> None:
+    """Raises ShortGPTError for a folder whose names have other splits, and not this one."""
+    path = _path(source)
+    names = _names(path) if path.is_dir() else []
+    others = [other for other in (*SPLITS, "valid", "dev") if _of_split(names, other)]
+    if others and not _of_split(names, split):
+        raise ShortGPTError(
+            f"{str(source)!r} has files of {', '.join(others)}, and none of {split}: name the file "
+            "or folder to read"
+        )
 
 
 def has_columns(source: str) -> bool:
@@ -205,8 +220,11 @@ def _names(path: Path) -> list[str]:
 
 
 def _of_split(names: list[str], split: str) -> list[str]:
-    of_split = re.compile(rf"(^|/){re.escape(split)}(/|[^a-z/][^/]*$)")
-    return list(filter(of_split.search, names))
+    split, end = re.escape(split), "[^a-z/][^/]*$"
+    begins = re.compile(rf"(^|/){split}(/|{end})")
+    return [*filter(begins.search, names)] or [
+        n for n in names if re.search(f"[._-]{split}{end}", n)
+    ]
 
 
 def _read(file: Path, column: str) -> Iterator[str]:

@@ -7,9 +7,10 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice, takewhile, zip_longest
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.whole import whole
 
 T = TypeVar("T")
 BOS = ("first", "every")  # windows that begin with the text's bos
@@ -99,10 +100,10 @@ def windows(
         raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
     if bos not in BOS:
         raise ShortGPTError(f"bos = {bos!r}: expected 'first' or 'every'")
+    size, stride, limit = whole(size), whole(stride), whole(limit)
     at_least(2, size=size)
     at_least(1, stride=stride)
-    if limit is not None:
-        at_least(1, limit=limit)
+    at_least(1, optional=True, limit=limit)
     start = _start(encode, size) if bos == "every" else []
     room = size - len(start)
     encoded = (_without(start, tokens_of(text, encode)) for text in texts)
@@ -220,7 +221,15 @@ class Windows:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, index: int) -> Window:
+    @overload
+    def __getitem__(self, index: int) -> Window: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Window]: ...
+
+    def __getitem__(self, index: int | slice) -> Window | list[Window]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         begin, end = self._spans[index]
         text = bisect_right(self._ends, begin)
         text_begin = self._ends[text - 1] if text else 0
@@ -252,9 +261,10 @@ def at_least(least: int, *, optional: bool = False, **numbers: object) -> None:
     for name, value in numbers.items():
         if value is None and optional:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        number = whole(value)
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
-        if value > MOST:
+        if number > MOST:
             raise ShortGPTError(f"{name} = {value}: expected at most {MOST}")
 
 

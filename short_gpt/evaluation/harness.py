@@ -60,7 +60,10 @@ def harness(module: str) -> ModuleType:
 def hugging_face_lm(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, batch_size: int = 1
 ) -> object:
-    """A model of transformers as ``lm_eval.models.huggingface.HFLM``, its softmax in float32."""
+    """A model of transformers as ``lm_eval.models.huggingface.HFLM``, its softmax in float32.
+
+    That class puts the model into evaluation mode, in which it stays.
+    """
     if tokenizer is None:
         raise ShortGPTError("pass tokenizer=... to ShortHFModel: tasks are texts")
     hflm = harness("models.huggingface").HFLM

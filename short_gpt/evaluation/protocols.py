@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from short_gpt.data.texts import pg19, texts
+from short_gpt.data.texts import check_split, pg19, texts
 from short_gpt.data.windows import windows
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -27,11 +27,13 @@ def rows_of(name: str, source: str | Path | None = None) -> Iterator[str]:
     """The rows of a text of `PROTOCOLS` as `protocol` reads them; the first is read at once."""
     if name == "pg19":
         return pg19("test", path=source)
-    if name == "c4":
-        return texts(C4 if source is None else source, split="validation")
+    split = "validation" if name == "c4" else "test"
+    if source is not None:
+        check_split(source, split)
     if name == "ptb":
-        return texts(Path(check_copy(name, source)), split="test", column="sentence")
-    return texts(WIKITEXT2 if source is None else source, split="test")
+        return texts(Path(check_copy(name, source)), split=split, column="sentence")
+    named = C4 if name == "c4" else WIKITEXT2
+    return texts(named if source is None else source, split=split)
 
 
 def protocol(

@@ -195,7 +195,7 @@ def choose_healed(
     Example:
         >>> print(choose_healed(short, windows, 8))  # doctest: +SKIP
     """
-    check_count(n, len(short.kept), most=len(short.kept) - 2)
+    n = check_count(n, len(short.kept), most=len(short.kept) - 2)
     budget = BUDGET if budget is None else budget
     choosing = _Choosing(short, list(windows), n, budget, Cells(state))
     total = budget * choosing.a_pass

@@ -250,7 +250,7 @@ def calibrate(
         >>> texts = {"novels": Apart(a, b), "code": Apart(c, d)}  # doctest: +SKIP
         >>> calibrate(short, texts, 8).cells  # doctest: +SKIP
     """
-    _check(short, texts, n, healings)
+    n = _check(short, texts, n, healings)
     # in the order of the texts, in which the losses stand
     read = [[name, *map(windows_digest, parts)] for name, parts in texts.items()]
     identity = joined(short.identity(), {"texts": read, "refit": vars(RefitSettings())})
@@ -270,7 +270,7 @@ def calibrate(
     return Calibrated(n, method, choices, pairs, by_way, cells, saved, about)
 
 
-def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequence[str]) -> None:
+def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequence[str]) -> int:
     if len(texts) < 2:
         names = ", ".join(texts) or "none"
         raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
@@ -278,12 +278,13 @@ def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequ
         raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
     if odd := [healing for healing in healings or ["none"] if healing not in HEALINGS]:
         raise ShortGPTError(f"healing {odd[0]}: expected some of {', '.join(HEALINGS)}")
-    check_count(n, len(short.kept))
+    n = check_count(n, len(short.kept))
     short.check_whole()
     for name, parts in texts.items():
         if not parts.ranking or not parts.judged:
             raise ShortGPTError(f"{name}: expected windows to rank on and others to judge by")
     check_disjoint(*([w for parts in texts.values() for w in parts[i]] for i in (0, 1)))
+    return n
 
 
 def mixed(scores: Mapping[str, WindowScores]) -> list[int]:

@@ -319,7 +319,7 @@ class Comparison:
                 with self.short.without_layers(layers):
                     return vars(run())
 
-            return TaskRun(**self.cells.value(f"documents {suite} {layers}", measure))
+            return TaskRun.from_dict(self.cells.value(f"documents {suite} {layers}", measure))
 
         original = documents([])
         sets = [sorted(row.layers) for row in rows if row.healing == RAW]

@@ -112,8 +112,7 @@ class Dial:
                     f"{self._shown(sizes[most])}; name that or more"
                 )
         # by what was set, as in "--ratio 0.9: n = 27"
-        check_count(n, total, most=most, name="n" if self.n else f"{self.name}: n")
-        return n
+        return check_count(n, total, most=most, name="n" if self.n else f"{self.name}: n")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Shrunk(Table):
 
     def _task_rows(self) -> list[list[str]]:
         """Of the states that have a look, in their order."""
-        runs = [TaskRun(**look.tasks) for look in self.looks.values() if look.tasks]
+        runs = [TaskRun.from_dict(look.tasks) for look in self.looks.values() if look.tasks]
         named, rows = [run.named() for run in runs], list[list[str]]()
         changes = [task_changes(runs[0], run) for run in runs[1:]]
         for metric in named[0] if named else ():
@@ -108,8 +108,9 @@ class Shrunk(Table):
                 rows.append([metric, *(f"{own[metric]:.4f}" for own in named)])
         for metric in changes[0] if changes else ():
             if metric.endswith(" change"):
+                values = [own.get(metric, math.nan) for own in changes]
                 errors = [own.get(f"{metric}_stderr", math.nan) for own in changes]
-                pairs = zip((own[metric] for own in changes), errors, strict=True)
+                pairs = zip(values, errors, strict=True)
                 cells = [f"{value:+.4f} (error {error:.4f})" for value, error in pairs]
                 rows.append([f"{metric}, paired", "", *cells])
         return rows

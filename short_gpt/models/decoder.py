@@ -75,6 +75,19 @@ def unmixed(decoder: Decoder) -> Iterator[None]:
         decoder.mixed = before
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout inside the block; every part is in its own mode again after it."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        if training:
+            module.eval()
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
     """Removes layers in place, by their present positions; returns what puts them back."""
     count = len(decoder.layers)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.decoder import products
+from short_gpt.models.decoder import evaluating, products
 from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.models.layer_config import (
     Outline,
@@ -132,13 +132,13 @@ class HFDecoder:
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
         # the module around the layers has embeddings and layers, and no head
-        with products(self.mixed, self.device):
+        with evaluating(self.model), products(self.mixed, self.device):
             self._body(input_ids=tokens, **_uncached(self._body))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         # (B, S, V), float32: a loss in bfloat16 would keep three digits
-        with products(self.mixed, self.device):
+        with evaluating(self.model), products(self.mixed, self.device):
             return self.model(input_ids=tokens, **_uncached(self.model)).logits.float()
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:

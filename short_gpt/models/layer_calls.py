@@ -12,14 +12,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.decoder import Decoder, products
+from short_gpt.models.decoder import Decoder, evaluating, products
 from short_gpt.models.families import only_part
 from short_gpt.models.layer_hooks import Arguments, Call, first, state_in, transposed
 from short_gpt.runtime.errors import ShortGPTError
 
 
 class LayerCalls:
-    """What a decoder in evaluation mode hands to its layers beside the state, so that others can.
+    """What a decoder hands to its layers beside the state, so that others can; without dropout.
 
     It (positions, rotary factors, masks) may depend on the shape of the tokens, not on the tokens
     themselves; otherwise a ShortGPTError is raised.
@@ -81,8 +81,9 @@ class LayerCalls:
     def run(self, index: int, state: Tensor) -> Tensor:
         """The state (B, S, D) leaving a layer, from the one entering it, which is not changed."""
         args, kwargs = self.call(index, state.clone())  # a layer may write over it
-        with products(self.mixed, state.device):
-            return first(self.layer(index)(*args, **kwargs))
+        layer = self.layer(index)
+        with evaluating(layer), products(self.mixed, state.device):
+            return first(layer(*args, **kwargs))
 
     def until(self, index: int, state: Tensor, module: nn.Module) -> Tensor:
         """What a layer hands to a module inside it, (B, S, ...); it goes no further."""

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Sequence
 
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.whole import whole
 
 
 def check_exist(layers: Sequence[int], present: Sequence[int]) -> None:
@@ -26,15 +27,17 @@ def check_layers(drop: Sequence[int], present: Sequence[int]) -> None:
     check_count(len(drop), len(present), name="number of layers to remove")
 
 
-def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> None:
-    """Raises ShortGPTError, which calls n ``name``, unless 1 <= n <= ``most`` (all except one)."""
+def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> int:
+    """n as an int; ShortGPTError, which calls it ``name``, unless 1 <= n <= ``most`` (L - 1)."""
     most = n_layers - 1 if most is None else most
     if most < 1:
         raise ShortGPTError(f"{name} = {n!r}; no layer of the model's {n_layers} may be removed")
-    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
+    number = whole(n)
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= most:
         raise ShortGPTError(
             f"{name} = {n!r}; the model has {n_layers} layers: expected 1 to {most}"
         )
+    return number
 
 
 def _grouped(numbers: Iterable[int]) -> list[list[int]]:

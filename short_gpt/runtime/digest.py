@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,14 @@ PIECE = 2**23  # bytes of a file that one thread holds at once
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of names, shapes, dtypes and all bytes of all parameters."""
-    named = dict(model.named_parameters())
+    """A digest of names, shapes, dtypes and all bytes of all parameters.
+
+    So are buffers that a file would hold, if there are any: some quantizations have no other
+    weights.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    kept = model.state_dict().keys()
+    named |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
     about = [f"{name} {tuple(w.shape)} {w.dtype}".encode() for name, w in named.items()]
     return _digest(about, [partial(_tensor, weight) for weight in named.values()])
 
@@ -31,7 +38,7 @@ def json_digest(content: object) -> str:
         >>> json_digest([[1, 2]]) == json_digest([(1, 2)]) != json_digest([[1], [2]])
         True
     """
-    return sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return sha256(json.dumps(content, default=operator.index).encode()).hexdigest()[:16]
 
 
 def files_digest(files: Iterable[Path]) -> str:

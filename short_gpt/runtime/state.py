@@ -247,7 +247,7 @@ class StateFile:
         self.path, self.every = Path(str(path)), every
         self._folder = folder or self.path
         self._lock: Lock | None = hold(self.path) if lock is None else lock
-        self._identity: JsonObject = json.loads(json.dumps(dict(identity)))  # as a file has it
+        self._identity: JsonObject = json.loads(json_text(identity))  # as a file has it
         self._saved = time.monotonic()
         self._content = self._load() if self.path.exists() else None
         self._read = True  # as the file is now

@@ -20,7 +20,7 @@ def lowest(scores: Tensor, n: int) -> list[int]:
         >>> lowest(torch.tensor([0.9, 0.1, 0.3, 0.1]), 2)
         [1, 3]
     """
-    check_count(n, len(scores))
+    n = check_count(n, len(scores))
     return _finite(scores).argsort(stable=True)[:n].tolist()  # stable: ties to the lower number
 
 
@@ -36,7 +36,7 @@ def best_block(angular: Tensor, n: int) -> list[int]:
         >>> best_block(angular, 1)
         [1]
     """
-    check_count(n, len(angular) - 1)
+    n = check_count(n, len(angular) - 1)
     distances = _finite(angular.diagonal(n))  # (L + 1 - n,), by the block's first layer
     start = int(distances.argsort(stable=True)[0])
     return list(range(start, start + n))
@@ -51,25 +51,25 @@ def deepest(n_layers: int, n: int) -> list[int]:
         >>> deepest(32, 8)
         [23, 24, 25, 26, 27, 28, 29, 30]
     """
-    check_count(n, n_layers)
+    n = check_count(n, n_layers)
     return list(range(n_layers - 1 - n, n_layers - 1))
 
 
 def sequential(n_layers: int, n: int) -> list[int]:
     """The first n layers (a baseline of ShortGPT, Table 10); arguments as in `deepest`."""
-    check_count(n, n_layers)
+    n = check_count(n, n_layers)
     return list(range(n))
 
 
 def reverse(n_layers: int, n: int) -> list[int]:
     """The last n layers, last first (a baseline of ShortGPT, Table 10)."""
-    check_count(n, n_layers)
+    n = check_count(n, n_layers)
     return list(range(n_layers - 1, n_layers - 1 - n, -1))
 
 
 def at_random(n_layers: int, n: int, seed: int = 0) -> list[int]:
     """n different layers, drawn with Python's ``random.Random(seed)``."""
-    check_count(n, n_layers)
+    n = check_count(n, n_layers)
     return random.Random(seed).sample(range(n_layers), n)
 
 

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.whole import whole
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import student_t
 from short_gpt.scoring.moments import pair_spread
@@ -71,6 +72,8 @@ class Stop:
     rare: float = 0.02  # share of all windows that a kind must make up to be guarded against
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "n", whole(self.n))
+        object.__setattr__(self, "min_windows", whole(self.min_windows))
         if not 0.5 <= self.confidence < 1:
             raise ShortGPTError(f"confidence = {self.confidence!r}: expected at least 0.5, below 1")
         if self.min_windows < 16:

@@ -11,7 +11,7 @@ Shapes: B windows, S tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -30,6 +30,7 @@ from short_gpt.models.layer_hooks import (
     state_in,
 )
 from short_gpt.models.numbering import check_count, check_exist
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
@@ -48,7 +49,7 @@ class Options:
         batch_size: windows read at once.
         max_memory: bytes for stored states. Windows that need more even for one state each are read
             in groups, one after the other.
-        state: saves the search and continues it.
+        state: saves the search and continues it; one of another search is refused.
         progress: whether to show a bar.
     """
 
@@ -92,8 +93,8 @@ def by_loss(
     if options.candidates is not None:
         raise ShortGPTError(f"candidates: {method} tries every layer; leave them out, or take sleb")
     count = len(decoder.layers)
-    check_count(n, count)
-    trials = Trials(decoder, windows, options)
+    n = check_count(n, count)
+    trials = Trials(decoder, windows, options, about={"method": method})
     with trials.shown(count * trials.groups, options.progress) as shown:
         trials.round(range(count), shown.update)
     loss = trials.result.losses[0]
@@ -123,8 +124,9 @@ def sleb_rounds(
     allowed = options.allowed(count)
     if options.candidates is not None and not allowed:
         raise ShortGPTError("candidates: expected other layers than the first and the last")
-    check_count(n, count, most=len(allowed))
-    trials = Trials(decoder, windows, options)
+    n = check_count(n, count, most=len(allowed))
+    about = {"method": "sleb", "candidates": allowed}
+    trials = Trials(decoder, windows, options, about=about)
     trials.keep(n)
     total = sum(len(allowed) - i for i in range(n)) * trials.groups
     with trials.shown(total, options.progress) as shown:
@@ -225,10 +227,18 @@ def _entered_by(state: Tensor) -> Callable[..., Call]:
 
 
 class Trials:
-    """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows."""
+    """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows.
+
+    ``about`` tells the search from others on the same model, layers and windows.
+    """
 
     def __init__(
-        self, decoder: Decoder, windows: Sequence[Sequence[int]], options: Options
+        self,
+        decoder: Decoder,
+        windows: Sequence[Sequence[int]],
+        options: Options,
+        *,
+        about: Mapping[str, object],
     ) -> None:
         self._layers, self._state = range(len(decoder.layers)), options.state
         self._run = PartialRun(decoder)
@@ -249,7 +259,9 @@ class Trials:
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
         # nats of a round begun are by group: of other groups they would count twice
         self._sizes = [sum(int(mask.sum()) for _, mask in group) for group in self._groups]
-        self.result, self._done = continued(options.state, self._sizes)
+        digest = json_digest([[int(token) for token in window] for window in windows])
+        self._about = {**about, "layers": len(self._layers), "windows": digest}
+        self.result, self._done = continued(options.state, self._sizes, self._about)
         self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
 
     def keep(self, n: int) -> None:
@@ -361,18 +373,30 @@ class Trials:
 
     def _save(self) -> None:
         if self._state is not None:
-            now = {"done": self._done, "tokens": self._sizes}
+            now = {"done": self._done, "tokens": self._sizes, **self._about}
             self._state.save({"search": {**vars(self.result), **now}})
 
 
-def continued(state: StateFile | None, tokens: Sequence[int]) -> tuple[Search, list[Nats]]:
+def continued(
+    state: StateFile | None, tokens: Sequence[int], about: Mapping[str, object]
+) -> tuple[Search, list[Nats]]:
     """The search in a state, and by group the nats of the round begun; new ones if none.
 
     ``tokens`` are those of each group: a round that was begun with other groups is begun again.
+    ShortGPTError if the state is of no search, or of one that is not ``about`` the same.
     """
     if state is None or not state.content:
         return Search(), [{}]
+    anew = "delete it or name another state"
+    if "search" not in state.content:
+        raise ShortGPTError(f"{state.path} is the state of another run than a search; {anew}")
     content = state.content["search"]
+    # earlier versions did not say what a search was about
+    if other := [name for name, value in about.items() if content.get(name, value) != value]:
+        raise ShortGPTError(
+            f"{state.path} is the state of another search (it differs in {', '.join(other)}); go "
+            f"on with the former, {anew}"
+        )
     losses, done = (  # by layers, whose numbers JSON has turned into strings
         [{int(i): value for i, value in by_layer.items()} for by_layer in content[name]]
         for name in ("losses", "done")

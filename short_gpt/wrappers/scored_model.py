@@ -48,7 +48,7 @@ class ScoredModel(ModelRecord, ABC):
         self.verdict: Verdict | None = None
         self.n_prune_layers = n_prune_layers
         if n_prune_layers is not None:
-            check_count(n_prune_layers, len(self.kept), name="n_prune_layers")
+            self.n_prune_layers = check_count(n_prune_layers, len(self.kept), name="n_prune_layers")
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -111,8 +111,9 @@ class ScoredModel(ModelRecord, ABC):
                 ``random_order``.
             state: saves the run and continues it; the scores so far are then those saved.
             random_order: other windows stand in random order, which nothing can check.
-            sublayers: also score attention and MLP.
-            all_tokens: also take angles at all tokens; keeps the states of all layers.
+            sublayers: also score attention and MLP; as in the scores so far.
+            all_tokens: also take angles at all tokens; keeps the states of all layers. As in the
+                scores so far.
             follow: called with the sums, and the number of all windows, as the sums grow.
 
         Returns:
@@ -134,6 +135,8 @@ class ScoredModel(ModelRecord, ABC):
         if stop is not None:
             check_count(stop.n, len(self.kept))
             check_sample(random_order or population is not None, sums.n_windows * (state is None))
+        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
+        self._check_kinds(sums, kinds, state)
         if state is not None:  # refused before anything is replaced: scores here, sums in the file
             windows = state.unread(windows, sums.n_windows)
         run = ScoringRun(
@@ -146,7 +149,6 @@ class ScoredModel(ModelRecord, ABC):
             score=self.score,
             follow=follow,
         )
-        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
         try:
             run.read(windows, total=total, progress=progress, **kinds)
         finally:  # also after Ctrl-C: what was read before counts
@@ -154,6 +156,31 @@ class ScoredModel(ModelRecord, ABC):
                 self.importance = run.into
             self.verdict = run.verdict
         return self.importance
+
+    def _check_kinds(
+        self, sums: Importance, kinds: Mapping[str, bool], state: RunState | None
+    ) -> None:
+        """Raises ShortGPTError for sums with other kinds: a sum with and without one is NaN."""
+        for kind, (name, own) in {
+            "sublayers": ("scores of attention and MLP", sums.sublayers),
+            "all_tokens": ("angles at all tokens", sums.token_angles),
+        }.items():
+            known = not own.isnan().all()
+            if not sums.n_windows or known == kinds[kind]:
+                continue
+            if kind == "sublayers" and not known and not self._has_sublayers():
+                continue  # whether or not they were asked for: the model has none to score
+            origin, anew = "the scores so far", "begin anew: importance = Importance.empty(kept)"
+            if state is not None:
+                origin, anew = f"the scores in {state.file.path}", "delete it or name another state"
+            raise ShortGPTError(
+                f"{origin} have {name if known else f'no {name}'}: go on with {kind}={known}, or "
+                f"{anew}"
+            )
+
+    def _has_sublayers(self) -> bool:
+        window = [i % self.decoder.vocab_size for i in range(8)]
+        return not self.score([window], sublayers=True).sublayers.isnan().all()
 
     def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
         """How many windows a run hands to `score` at once."""
@@ -321,7 +348,7 @@ class ScoredModel(ModelRecord, ABC):
             raise ShortGPTError(
                 "say how many layers, n=..., set n_prune_layers, or name them: remove_layers([...])"
             )
-        check_count(count, len(self.kept), name=name)
+        count = check_count(count, len(self.kept), name=name)
         importance = self._scored()
         if self._stale:
             raise RuntimeError(

@@ -29,7 +29,7 @@ from short_gpt.data.windows import starts_texts, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
-from short_gpt.models.decoder import check_vocabulary
+from short_gpt.models.decoder import check_vocabulary, evaluating
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import generation_explained, load, restore_frequencies
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
@@ -198,7 +198,8 @@ class ShortHFModel(ShortModel):
         # the model's own settings end texts and change the distribution
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
-            self.model.generate(tokens, do_sample=False, logits_processor=[chosen], **how)
+            with evaluating(self.model):
+                self.model.generate(tokens, do_sample=False, logits_processor=[chosen], **how)
         finally:
             self.model.generation_config = own
 
@@ -245,7 +246,7 @@ class ShortHFModel(ShortModel):
             return_dict_in_generate=False,  # whatever the model's own settings say
             **options,
         )
-        with generation_explained(self.model, self.source, generate):
+        with evaluating(self.model), generation_explained(self.model, self.source, generate):
             return generate()[0].tolist()
 
     def harness_model(self, *, batch_size: int = 1) -> object:

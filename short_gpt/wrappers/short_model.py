@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_hooks import attention_output, mlp_output
-from short_gpt.models.numbering import check_exist, check_layers, layer_numbers
+from short_gpt.models.numbering import check_count, check_exist, check_layers, layer_numbers
 from short_gpt.models.prefill import skipped_in_prefill
 from short_gpt.models.weight_changes import (
     REMOVED_SUBLAYERS,
@@ -120,7 +120,7 @@ class ShortModel(ScoredModel):
 
     def layers_within(
         self,
-        windows: Sequence[Sequence[int]],
+        windows: Iterable[Sequence[int]],
         ratio: float,
         *,
         choose: Callable[[int], list[int]] | None = None,
@@ -137,9 +137,13 @@ class ShortModel(ScoredModel):
             confidence: that the perplexity rises by no more; see `perplexity_budget.most_layers`.
         """
 
+        if most is not None:
+            most = check_count(most, len(self.kept), name="most")
+        read = list(windows)  # again and again, which an iterator is not
+
         def perplexity_without(layers: list[int]) -> Perplexity:
             with self.without_layers(layers):
-                return self.perplexity(windows)
+                return self.perplexity(read)
 
         choose = choose or (lambda n: self.layers_to_remove(n=n))
         limits = {"ratio": ratio, "confidence": confidence}

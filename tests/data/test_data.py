@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,7 +84,7 @@ def test_a_folder_is_read_recursively_by_name_and_passes_over_other_files(tmp_pa
     assert [*texts(tmp_path)] == ["in a", "in b", "in c"]
 
 
-@pytest.mark.parametrize("layout", ["bucket", "parquet", "prefix", "nested"])
+@pytest.mark.parametrize("layout", ["bucket", "parquet", "prefix", "nested", "within"])
 def test_a_split_of_a_folder_is_read_alone(tmp_path: Path, layout: str) -> None:
     for split in ("train", "validation", "test"):
         books = [f"{split} {book}" for book in BOOKS]
@@ -94,6 +96,9 @@ def test_a_split_of_a_folder_is_read_alone(tmp_path: Path, layout: str) -> None:
             write_jsonl(tmp_path / f"{split}.jsonl", books)
         if layout == "nested":
             write_txt(tmp_path / "data" / split, books)
+        if layout == "within":
+            write_jsonl(tmp_path / f"c4-{split}.00000-of-00002.jsonl", books[:1])
+            write_jsonl(tmp_path / f"c4-{split}.00001-of-00002.jsonl", books[1:])
     write_txt(tmp_path / "validations", ["of another name"])
     (tmp_path / "metadata.csv").write_text("1,title,1850")
     assert [*texts(tmp_path, split="validation")] == [f"validation {book}" for book in BOOKS]
@@ -105,6 +110,13 @@ def test_a_folder_without_the_split_is_read_whole(tmp_path: Path) -> None:
     write_txt(tmp_path)
     assert [*texts(tmp_path, split="validation")] == BOOKS
     assert [*pg19("train", path=tmp_path)] == BOOKS
+
+
+def test_pg19_is_not_read_from_other_splits(tmp_path: Path) -> None:
+    write_txt(tmp_path / "train")
+    assert [*texts(tmp_path, split="test")] == BOOKS
+    with pytest.raises(ValueError, match=r"has files of train, and none of test: name the file"):
+        pg19("test", path=tmp_path)
 
 
 def test_an_existing_path_wins_over_the_hub(
@@ -441,6 +453,14 @@ def test_the_seeded_order_is_this_one_everywhere() -> None:
     assert first == [8, 9, 1, 2, 5, 3, 7, 4, 0, 10, 6]
 
 
+def test_a_slice_of_windows_is_a_list_of_windows() -> None:
+    every = windows(numbered([9, 12]), letters, size=4, stride=3, seed=0)
+    assert isinstance(every, Windows)
+    assert every[1:4] == [every[1], every[2], every[3]] and len(every[1:4]) == 3
+    assert every[:-1:2] == [*every][:-1:2] and every[7:] == []
+    assert [w.text for w in every[::-1]] == [w.text for w in every][::-1]
+
+
 def test_texts_are_read_as_windows_are_taken() -> None:
     read = []
 
@@ -479,6 +499,19 @@ def test_no_window_says_how_long_the_texts_are(seed: int | None) -> None:
 def test_wrong_arguments_fail_in_the_call(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         windows(["abc"], letters, **arguments)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_numbers_of_numpy_and_torch_are_numbers(seed: int | None) -> None:
+    plain = windows(numbered([9, 12]), letters, size=4, stride=3, limit=4, seed=seed)
+    how = {"size": np.int64(4), "stride": torch.tensor(3), "limit": np.uint8(4)}
+    found = [*windows(numbered([9, 12]), letters, **how, seed=seed)]
+    assert found == [*plain] and len(found) == 4
+    for window in found:
+        assert type(window.origin.position) is int
+    assert [*batches("abc", np.int64(2))] == [["a", "b"], ["c"]]
+    with pytest.raises(ShortGPTError, match=r"size = .*1.*: expected a whole number of at least 2"):
+        windows(["abc"], letters, size=np.int64(1))
 
 
 def test_one_string_is_not_a_list_of_texts() -> None:

@@ -69,6 +69,23 @@ def test_ptb_is_one_line_of_a_local_copy(tmp_path):
         protocol("ptb", encode)
 
 
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("ptb", "ptb."), ("wikitext-2", "wiki_"), ("c4", "c4-")]
+)
+def test_of_files_named_by_split_only_the_split_is_read(tmp_path, name, prefix):
+    split = "validation" if name == "c4" else "test"
+    for other in ("train", "valid", split):
+        (tmp_path / f"{prefix}{other}.txt").write_text(f"of {other}")
+    found = protocol(name, encode, size=4, source=tmp_path)
+    assert [token for window in found for token in window] == encode(f"of {split}")[
+        : 4 * len(found)
+    ]
+    (tmp_path / f"{prefix}{split}.txt").unlink()
+    expected = f"has files of train, valid, and none of {split}: name the file or folder to read"
+    with pytest.raises(ValueError, match=expected):
+        protocol(name, encode, size=4, source=tmp_path)
+
+
 def test_unknown_names_and_short_texts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="protocol 'x' is unknown: .* wikitext-2, c4, ptb, pg19"):
         protocol("x", encode)

@@ -372,6 +372,23 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
     assert [*tmp_path.iterdir()] == []
 
 
+def test_values_that_are_no_numbers_are_the_same_from_a_state(tmp_path, monkeypatch):
+    def documents(self, model):
+        odd = math.nan if len(model.present) < 6 else math.inf
+        metrics = {"acc": 0.5, "perplexity": odd}
+        return TaskRun({"t": metrics}, {"t": {"acc": [1.0, 0.0], "perplexity": [1.0, odd]}})
+
+    monkeypatch.setattr(TaskSuite, "documents", documents)
+    monkeypatch.setattr(TaskSuite, "check", lambda self: None)
+    given = {"cases": Cases(["bi"], [1]), "tasks": TaskSuite("t"), "state": tmp_path / "state"}
+    first, again = (compare(short(), CALIBRATION, EVALUATION, **given) for _ in range(2))
+    for result in (first, again):
+        pruned = next(values for name, values in result.tasks.items() if name != "[]")
+        assert math.isnan(pruned["t perplexity"]) and pruned["t acc change"] == 0
+        assert "t log-likelihood change" not in pruned
+    assert math.isnan(again.tasks["[]"]["t perplexity"])
+
+
 def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
     ran, given = [], {"cases": Cases(["bi"], [1]), "state": tmp_path / "state"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -43,7 +44,7 @@ from short_gpt.jobs import (
 )
 from short_gpt.jobs import shrunk as shrunk_module
 from short_gpt.jobs.shrink_models import InMemory, Streamed
-from short_gpt.jobs.shrunk import next_steps
+from short_gpt.jobs.shrunk import Look, next_steps
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.wrappers import precision
 from short_gpt.wrappers.opening import open_model
@@ -580,6 +581,19 @@ def test_tasks_are_paired(here, lm_eval, tasks, capsys):
     assert "tiny_choice acc " in out and "tiny_choice acc change, paired" in out
     result = json.loads(Path("r.json").read_text())["result"]
     assert len(result["looks"]["healed"]["tasks"]["documents"]["tiny_choice"]["acc"]) == 6
+
+
+def test_a_task_value_that_is_no_number_is_shown_from_a_state_too():
+    quality = {"books": dict.fromkeys(("original", "healed"), Perplexity(2.0, 2, 1))}
+    for odd in (math.nan, None):  # JSON has null for it
+        looks = {}
+        for state, value in (("original", 1.0), ("healed", odd)):
+            values = {"metrics": {"t": {"f1": value}}, "documents": {"t": {"f1": [0.0, value]}}}
+            looks[state] = Look("", None, 1, 1, 1, values)
+        for first, *others in ("original", "healed"), ("healed", "original"):
+            ordered = {state: looks[state] for state in (first, *others)}
+            rows = Shrunk(Path("out"), "", quality=quality, looks=ordered).rows()
+            assert ["t f1", "1.0000", "nan"] in rows
 
 
 @pytest.mark.parametrize(

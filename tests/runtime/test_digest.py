@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_transformer
+from families import make
 
 from short_gpt.runtime import digest
 from short_gpt.runtime.digest import files_digest, weights_digest
@@ -29,6 +31,28 @@ def test_shapes_and_dtypes_of_equal_bytes_are_told_apart():
         torch.nn.init.zeros_(layer.weight)
     assert weights_digest(wide) != weights_digest(tall)
     assert weights_digest(wide.half()) != weights_digest(torch.nn.Linear(2, 2, bias=False))
+
+
+def test_buffers_that_a_file_holds_count_as_weights():
+    """GPTQ and AWQ have all their weights in such."""
+    model = make_transformer()
+    plain = weights_digest(model)
+    model.layers[0].register_buffer("factors", torch.ones(3), persistent=False)
+    assert weights_digest(model) == plain
+    model.layers[0].register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
+    model.layers[0].register_buffer("few", torch.zeros((), dtype=torch.bool))
+    quantized = weights_digest(model)
+    assert quantized != plain
+    model.layers[0].qweight[1, 0] = 1
+    assert weights_digest(model) not in (plain, quantized)
+
+
+@pytest.mark.parametrize("model_type", ["own", "llama", "gpt2"])
+def test_without_such_buffers_it_is_that_of_the_parameters(model_type):
+    model = make_transformer() if model_type == "own" else make(model_type)
+    bare = SimpleNamespace(state_dict=dict, named_buffers=list)
+    bare.named_parameters = model.named_parameters
+    assert weights_digest(model) == weights_digest(bare)
 
 
 @pytest.mark.parametrize("place", [0, 1500, 2**15, 10**5 - 1])

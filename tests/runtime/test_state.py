@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from short_gpt import ShortGPTError
 from short_gpt.jobs import OpenOptions
 from short_gpt.jobs.saving import as_begun
 from short_gpt.runtime import StateFile
+from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import joined
 
 IDENTITY = {"data": "novels", "seed": 0}
@@ -113,6 +115,12 @@ def test_a_part_may_have_parts_which_are_told_apart(tmp_path):
 def test_an_identity_is_compared_as_the_file_has_it(tmp_path):
     StateFile(tmp_path / "state", {"layers": (1, 2)}).save({"sums": [1]})
     assert StateFile(tmp_path / "state", {"layers": [1, 2]}).content["sums"] == [1]
+
+
+def test_numbers_of_numpy_are_those_of_the_file(tmp_path):
+    StateFile(tmp_path / "state", {"n": np.int64(3)}).save({"counts": [np.int64(1), 2]})
+    assert StateFile(tmp_path / "state", {"n": 3}).content["counts"] == [1, 2]
+    assert json_digest([np.int64(1)]) == json_digest([1])
 
 
 def test_a_state_nested_beyond_reason_is_damaged(tmp_path):

@@ -15,8 +15,9 @@ import torch
 from conftest import CharTokenizer, make_transformer, random_windows, save_checkpoint
 from conftest import write_byte_tokenizer as write_tokenizer
 from processes import alone
+from transformers import FalconConfig, FalconForCausalLM
 
-from short_gpt import ShortGPTError, ShortLlama
+from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.runtime.state import StateFile, read_record
 from short_gpt.scoring.run import RunState
@@ -99,6 +100,38 @@ def test_an_interruption_saves_even_between_two_saves(tmp_path, monkeypatch):
     assert short.importance.to_dict() == run(None, 20)
     again = ShortLlama(Tiny()).measure(windows, batch_size=2, progress=False, state=state)
     assert again.to_dict() == run(tmp_path / "state", 20) == run(None, 20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("all_tokens", "angles at all tokens"), ("sublayers", "scores of attention and MLP")],
+)
+def test_scores_of_other_kinds_are_not_spoilt(tmp_path, monkeypatch, kind, name):
+    windows, asked = random_windows(2, 12), {kind: True}
+    for number, (first, then) in enumerate((({}, asked), (asked, {}))):
+        short = ShortLlama(Tiny())
+        path = tmp_path / f"{number}"
+        short.measure(windows, progress=False, state=RunState(StateFile(path, IDENTITY)), **first)
+        before, how = short.importance.to_dict(), "no " if then else ""
+        monkeypatch.setattr(short, "windows_at_once", lambda *_: pytest.fail("it would read"))
+        told = f"have {how}{name}: go on with {kind}={bool(first)}, or"
+        with pytest.raises(ShortGPTError, match=f"the scores so far {told} begin anew"):
+            short.measure(windows, progress=False, **then)
+        with pytest.raises(ShortGPTError, match=f"the scores in .* {told} delete it"):
+            state = RunState(StateFile(path, IDENTITY))
+            short.measure(windows, progress=False, state=state, **then)
+        assert short.importance.to_dict() == before
+
+
+def test_scores_that_a_model_cannot_have_stop_no_run():
+    config = FalconConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, vocab_size=96, pad_token_id=0
+    )
+    short = ShortHFModel(FalconForCausalLM(config), None)
+    for count in (2, 4):
+        short.measure(random_windows(2, 12), progress=False, sublayers=True)
+        assert short.importance.n_windows == count
+    assert short.importance.sublayer_influence.isnan().all()
 
 
 def test_every_replica_continues_what_the_first_one_saved(tmp_path):

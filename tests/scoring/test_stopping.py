@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from adversarial import HEAVY, KINDS, TIES, WINDOWS, attack, least_median, normal
@@ -199,6 +200,13 @@ def test_z_of_pairs_by_hand():
     assert every[0, 0, 1:].tolist() == pytest.approx([1.0, 3 / math.sqrt(2)])
 
 
+def test_the_numbers_of_a_rule_are_plain_ones():
+    rule = Stop(np.int64(2), min_windows=torch.tensor(40))
+    assert rule == Stop(2, min_windows=40) and type(rule.n) is type(rule.min_windows) is int
+    short = ShortLlama(Tiny(), n_prune_layers=np.int64(2))
+    assert type(short.n_prune_layers) is int
+
+
 def test_more_looks_and_more_layers_ask_for_more():
     symmetric = torch.zeros(LAYERS, LAYERS)
 
@@ -206,7 +214,14 @@ def test_more_looks_and_more_layers_ask_for_more():
         return float(rule.needed(symmetric, read, population)[0, 0])
 
     rule = Stop(3, rare=0.2)
-    assert needed(rule, 400, None) > needed(rule, 390, None) - 0.05
+    # without end look k has 1 / (k (k + 1)) of the tests' error, shared by L - 1 pairs
+    looks = [rule.looks(read, None) for read in (390, 400)]
+    assert looks == [28, 29]
+    for k, read in zip(looks, (390, 400), strict=True):
+        share = 1 / (k * (k + 1))
+        assert needed(rule, read, None) == pytest.approx(
+            student_t(1 - 0.0075 / 7 * share, read - 1)
+        )
     assert needed(rule, 300, 4000) > needed(rule, 300, 400)  # more looks are planned
     wide = float(rule.needed(torch.zeros(30, 30), 300, 400)[0, 0])
     assert wide > needed(rule, 300, 400)

@@ -137,6 +137,34 @@ def test_an_interrupted_search_continues_bit_for_bit(tmp_path, stop_at):
     assert [len(found.removed) for found in every] == [1, 2, 3]
 
 
+def test_a_state_of_another_search_is_refused(tmp_path):
+    windows, path = random_windows(4, 16), tmp_path / "s"
+    sleb(model(), windows, 2, state=StateFile(path, {}))
+    calls = {
+        "windows": lambda state: sleb(model(), random_windows(3, 16), 2, state=state),
+        "candidates": lambda state: sleb(model(), windows, 2, candidates=[1, 2, 4], state=state),
+        "method": lambda state: one_shot(model(), windows, 2, state=state),
+        "candidates, layers": lambda state: sleb(model(7), windows, 2, state=state),
+    }
+    for name, call in calls.items():
+        expected = rf"s is the state of another search \(it differs in {name}\); go on with"
+        with pytest.raises(ValueError, match=expected):
+            call(StateFile(path, {}))
+    StateFile(path, {}).save({"importance": {}})
+    with pytest.raises(ValueError, match="s is the state of another run than a search; delete it"):
+        sleb(model(), windows, 2, state=StateFile(path, {}))
+
+
+def test_a_state_of_an_earlier_version_is_continued(tmp_path):
+    windows, path = torch.tensor(random_windows(4, 16)), tmp_path / "s"
+    whole = sleb(model(), windows, 3, state=StateFile(path, {}))
+    content = StateFile(path, {}).content["search"]
+    assert not {"method", "candidates", "layers", "windows"} - content.keys()
+    names = ("removed", "losses", "evaluations", "done", "tokens")
+    StateFile(path, {}).save({"search": {name: content[name] for name in names}})
+    assert sleb(model(), windows, 3, state=StateFile(path, {})) == whole
+
+
 def test_a_round_begun_with_other_groups_is_begun_again(tmp_path):
     """What it had of one group of windows would count twice with two."""
     windows, much, little = random_windows(4, 16), 2**31, 2 * 16 * 32 * 4  # two windows of width 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -51,6 +52,15 @@ def test_n_out_of_range(n):
         lowest(torch.arange(5.0), n)
     with pytest.raises(ValueError, match="expected 1 to 4"):
         best_block(torch.zeros(6, 6), n)
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(kind):
+    assert lowest(torch.arange(5.0), kind(2)) == [0, 1]
+    assert best_block(torch.zeros(6, 6), kind(2)) == [0, 1]
+    for rule in (deepest, sequential, reverse, at_random):
+        found = rule(5, kind(2))
+        assert found == rule(5, 2) and all(type(i) is int for i in found)
 
 
 def test_nan_is_never_selected():

@@ -161,6 +161,8 @@ def test_layers_within_a_ratio_are_those_that_the_scores_give(wrappers):
         WINDOWS, max(math.exp(bound) * 1.001, 1), choose=lambda n: order[n - 1], most=2
     )
     assert result.layers == [4, 0] and list(result.tried.values()) == values
-    by_score = short.layers_within(WINDOWS, 1e9, most=3)
+    by_score = short.layers_within(iter(WINDOWS), 1e9, most=3)
     assert by_score.layers == short.layers_to_remove(n=3)
+    with pytest.raises(ValueError, match="most = 5; the model has 5 layers: expected 1 to 4"):
+        short.layers_within([], 1e9, most=5)  # before a window is read
     assert short.kept == list(range(5))

@@ -12,14 +12,15 @@ import without_us
 from conftest import BYTE_VOCAB, random_windows, write_byte_tokenizer
 from families import DROP, FAMILIES, KEPT, LAYERS, PLAIN, STEPS, TOKENS, check, make
 from processes import alone
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from short_gpt import ShortHFModel
+from short_gpt import ShortHFModel, heal_refit
 from short_gpt.checkpoints import Provenance
 from short_gpt.models import hf as hf_decoder
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.loading import auto_class
+from short_gpt.runtime.digest import weights_digest
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.scoring.metrics import block_influence
 from short_gpt.scoring.run import measure
@@ -42,6 +43,48 @@ def test_a_fresh_process_gives_the_same_logits(tmp_path):
     done = alone(tmp_path / "printed", without_us.logits_of, *given).end()
     assert done.codes == [0], done.err
     assert torch.equal(torch.load(tmp_path / "logits.pt"), short.decoder.logits(TOKENS))
+
+
+CALLS = {
+    "measure": lambda short, read: short.measure(read, progress=False).to_dict(),
+    "score": lambda short, read: short.score(read).influence.tolist(),
+    "perplexity": lambda short, read: short.perplexity(read, progress=False).nats,
+    "losses": lambda short, read: [p.nats for p in short.window_losses(read, progress=False)],
+    "logits": lambda short, read: [row.tolist() for row in short.window_logits(read)],
+    "search": lambda short, read: short.search(read, 2, progress=False).losses,
+    "within": lambda short, read: short.layers_within(
+        read, 9.0, choose=lambda n: [1, 2, 3][:n], most=1
+    ).to_dict(),
+    "refit": lambda short, read: weights_digest(
+        (heal_refit(short, [2], read, progress=False), short.model)[1]
+    ),
+    "greedy": lambda short, read: short.greedy(read[0], 12),
+    "continued": lambda short, read: continued(short, read),
+}
+
+
+def continued(short, read):
+    seen = []
+    short.continued(read, 3, lambda logits: seen.append(logits.tolist()) or logits.argmax(-1))
+    return seen
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_model_in_training_mode_is_read_without_dropout(call):
+    found = []
+    for training in (False, True):
+        torch.manual_seed(0)
+        config = GPT2Config(n_embd=32, n_layer=5, n_head=4, vocab_size=96, n_positions=64)
+        short = ShortHFModel(GPT2LMHeadModel(config))
+        if training:
+            short.model.train()
+            short.model.transformer.h[3].eval()  # as somebody who trains a part
+        modes = [part.training for part in short.decoder.layers]
+        found.append(CALLS[call](short, random_windows(6, 16)))
+        assert short.model.training == training
+        kept = [mode for i, mode in enumerate(modes) if i in short.kept]
+        assert [part.training for part in short.decoder.layers] == kept
+    assert found[0] == found[1]
 
 
 def test_the_head_is_not_run_when_scoring():
