@@ -61,8 +61,9 @@ def prune_hf(
     """
     directory = resolve(source)
     target.check(source=directory)
+    weights = open_weights(directory)
     decoder = _skeleton(directory)
-    weights = _own_weights(open_weights(directory), decoder)
+    weights = _own_weights(weights, decoder)
     count = len(decoder.layers)
     check_layers(layers, range(count))
     keep = [i for i in range(count) if i not in set(layers)]
