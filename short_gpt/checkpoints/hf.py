@@ -188,7 +188,7 @@ def _skeleton(directory: Path) -> HFDecoder:
 
 def _own_weights(
     weights: Mapping[str, SafetensorsFile], decoder: HFDecoder
-) -> Mapping[str, SafetensorsFile]:
+) -> dict[str, SafetensorsFile]:
     """Without layers after the last, as DeepSeek's, which predict further tokens: none is run."""
     config, ignored = decoder.config, decoder.model._keys_to_ignore_on_load_unexpected or ()
 
