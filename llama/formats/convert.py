@@ -66,7 +66,7 @@ def gguf_to_meta(
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
     with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         (partial / tokenizer).write_bytes(content)
-        _check_words(partial / tokenizer, args.vocab_size, source.path)
+        _check_words(partial / tokenizer, args.vocab_size)
         write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
         write_json(partial / "tokenizer_config.json", config)
@@ -76,11 +76,11 @@ def gguf_to_meta(
     return out
 
 
-def _check_words(tokenizer: Path, ids: int, source: Path) -> None:
+def _check_words(tokenizer: Path, ids: int) -> None:
     if (words := Tokenizer(tokenizer).n_words) != ids:
         raise InputError(
-            f"the tokenizer of {source} has {words} words and the model {ids} ids: Meta's format "
-            "has as many of both; write Hugging Face's or GGUF"
+            f"the tokenizer has {words} words and the model {ids} ids: Meta's format has as many of "
+            "both; write Hugging Face's or GGUF"
         )
 
 
@@ -103,7 +103,7 @@ def hf_to_meta(
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=directory)
     opened = HFCheckpoint(directory, dtype)
     check_shards(opened.args, shards)
-    _check_words(opened.tokenizer, opened.args.vocab_size, directory)
+    _check_words(opened.tokenizer, opened.args.vocab_size)
 
     def read(name: str) -> Tensor:
         progress(name)

@@ -16,7 +16,7 @@ from short_gpt.runtime.errors import ShortGPTError
 
 
 def test_fields_as_arguments_of_earlier_versions_work_and_name_the_new_way(tmp_path):
-    model = write_model(tmp_path / "m.gguf", make_transformer())
+    model = write_model(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
     new = prune_checkpoint(model, Target(tmp_path / "new", "meta"), [1])
     with pytest.warns(DeprecationWarning, match="prune_checkpoint: pass Target.* in place of to$"):
         old = prune_checkpoint(model, tmp_path / "old", [1], to="meta")
@@ -34,7 +34,7 @@ def test_fields_as_arguments_of_earlier_versions_work_and_name_the_new_way(tmp_p
 
 
 def test_what_verify_raises_leaves_the_earlier_model(tmp_path):
-    model = write_model(tmp_path / "m.gguf", make_transformer())
+    model = write_model(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
 
     def refuse(path: Path) -> None:
         raise RuntimeError(f"not the same: {path.name}")
@@ -49,7 +49,7 @@ def test_what_verify_raises_leaves_the_earlier_model(tmp_path):
 
 
 def test_the_format_follows_the_name_then_the_source(tmp_path):
-    model = write_model(tmp_path / "m.gguf", make_transformer())
+    model = write_model(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
     assert format_of(model, "out.gguf") == "gguf"
     assert format_of(model, "out") == "hf" and format_of("owner/name", "out") == "hf"
     (tmp_path / "params.json").touch()
