@@ -79,8 +79,8 @@ def gguf_to_meta(
 def _check_words(tokenizer: Path, ids: int) -> None:
     if (words := Tokenizer(tokenizer).n_words) != ids:
         raise InputError(
-            f"the tokenizer has {words} words and the model {ids} ids: Meta's format has as many of "
-            "both; write Hugging Face's or GGUF"
+            f"the tokenizer has {words} words and the model {ids} ids: Meta's format has as many "
+            "words as ids; write Hugging Face's or GGUF"
         )
 
 
