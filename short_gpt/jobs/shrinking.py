@@ -363,7 +363,8 @@ class _Run:
             return []
         if method in ("bi", "angular"):
             why = unsure(short.importance, len(layers), angular=method == "angular")
-            return [] if why is None else [why]
+            if why is not None:
+                return [why]
         count = FEW if method in SEARCHED else MOST
         count = choice["fitted"] + choice["judged"] if choice else count
         if (tokens := sum(map(len, self.calibration[:count]))) < FEW * WINDOW:
