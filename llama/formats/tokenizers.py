@@ -200,8 +200,16 @@ class Pieces:
         return cls(texts, scores, types, bool(rules.get(DUMMY_PREFIX, 1)))
 
     def to_bytes(self, *, bos: str = "<s>", eos: str = "</s>") -> bytes:
-        """The content of a file in which a text begins with the piece bos and ends with eos."""
-        rows = list(zip(self.texts, self.scores, self.types, strict=True))
+        """The content of a file in which a text begins with the piece bos and ends with eos.
+
+        Both become `CONTROL`, whatever their type: SentencePiece knows no others as bos and eos,
+        and matches others in texts.
+        """
+        types = [
+            CONTROL if text in (bos, eos) and kind != UNKNOWN else kind
+            for text, kind in zip(self.texts, self.types, strict=True)
+        ]
+        rows = list(zip(self.texts, self.scores, types, strict=True))
         message = b"".join(
             _field(PIECES, _field(TEXT, text) + _field(SCORE, score) + _field(TYPE, kind))
             for text, score, kind in rows

@@ -15,7 +15,7 @@ from tokenizer_files import KINDS, ODD, meta, write_tokenizer
 from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
 from llama.formats.convert import gguf_to_meta, meta_to_hf
-from llama.formats.gguf import llama_to_gguf
+from llama.formats.gguf import GGUFFile, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts, read_header
 from llama.formats.gguf_vocabulary import vocabulary
 from llama.formats.tokenizers import Pieces
@@ -231,8 +231,6 @@ def test_a_damaged_sentencepiece_model_is_refused(tmp_path):
 def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monkeypatch):
     source = meta(tmp_path / "meta", "sentencepiece")
     llama_to_gguf(source, tmp_path / "m.gguf")
-    from llama.formats.gguf import GGUFFile
-
     file = GGUFFile(tmp_path / "m.gguf")
     file.fields["tokenizer.ggml.scores"] = [0.0]
     with pytest.raises(InputError, match="320 tokens, 320 distinct, 1 scores and 320 types"):
@@ -241,3 +239,22 @@ def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monke
     file.fields["tokenizer.ggml.add_bos_token"] = False
     with pytest.raises(InputError, match="puts no bos before"):
         file.tokenizer()
+
+
+@pytest.mark.parametrize("kind", [1, 4])  # NORMAL and USER_DEFINED
+@pytest.mark.parametrize(("name", "text"), [("bos", "<|im_start|>"), ("eos", "<|im_end|>")])
+def test_bos_and_eos_are_control_pieces_whatever_a_gguf_file_says(tmp_path, kind, name, text):
+    """As older conversions wrote added tokens."""
+    llama_to_gguf(meta(tmp_path / "meta", "sentencepiece"), tmp_path / "m.gguf")
+    file, number = GGUFFile(tmp_path / "m.gguf"), 319
+    fields = file.fields
+    fields["tokenizer.ggml.tokens"][number] = text
+    fields["tokenizer.ggml.token_type"][number] = kind
+    fields[f"tokenizer.ggml.{name}_token_id"] = number
+    file_name, data, _ = file.tokenizer()
+    (tmp_path / file_name).write_bytes(data)
+    tokenizer = Tokenizer(tmp_path / file_name)
+    assert getattr(tokenizer, f"{name}_id") == number
+    assert tokenizer.stop_tokens == {tokenizer.eos_id} and tokenizer.eos_id >= 0
+    assert number not in tokenizer.encode(f"the {text}{text}", False, False)
+    assert tokenizer.encode("the", True, True)[0 if name == "bos" else -1] == number
