@@ -50,7 +50,7 @@ def vocabulary(path: Path, size: int) -> dict[str, Record]:
     for name, number in named.items():
         if number >= 0:
             keys |= _key(f"{PREFIX}.{name}_token_id", number, UINT32)
-    keys |= _key(f"{PREFIX}.add_bos_token", tokenizer.add_bos and tokenizer.bos_id >= 0, BOOL)
+    keys |= _key(f"{PREFIX}.add_bos_token", tokenizer.add_bos, BOOL)
     if template := _template(path.parent):
         keys |= _key("tokenizer.chat_template", template, STRING)
     return keys

@@ -70,7 +70,7 @@ def write_tokenizer(source: Path, target: Path) -> None:
     llama2 = tokenizer.dialog_format == "llama2"
     if is_json or llama2:
         copy_tokenizer(source, target)
-        if is_json and tokenizer.add_bos and tokenizer.bos_id >= 0:
+        if is_json and tokenizer.add_bos:
             _add_bos(target / "tokenizer.json", tokenizer.bos_id)
     else:
         (target / "tokenizer.json").write_text(llama3_json(source), encoding="utf-8")
