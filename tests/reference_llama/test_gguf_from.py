@@ -197,6 +197,48 @@ def test_a_tokenizer_json_made_from_sentencepiece_gives_its_tokens(tmp_path):
     assert len(number) > 20 and (first == second).all()
 
 
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("normalizers", "pre", "space"),
+    [
+        ([PREPEND, REPLACE], None, True),
+        ([REPLACE], None, False),
+        ([], {**METASPACE, "prepend_scheme": "first"}, True),
+        ([], {**METASPACE, "prepend_scheme": "never"}, False),
+        ([], {**METASPACE, "split": True}, None),
+        ([], {k: v for k, v in METASPACE.items() if k != "split"}, None),  # it splits, too
+        ([], {**METASPACE, "replacement": "_"}, None),
+        ([PREPEND, {**REPLACE, "pattern": {"String": "-"}}], None, None),
+        ([PREPEND, {**REPLACE, "pattern": {"Regex": " "}}], None, None),
+        ([PREPEND, {**REPLACE, "content": "_"}], None, None),
+        ([{**PREPEND, "prepend": "_"}, REPLACE], None, None),
+        ([PREPEND], None, None),  # spaces stay spaces
+        ([], None, None),
+        ([REPLACE, {"type": "NFC"}], None, None),
+    ],
+)
+def test_rules_of_spaces_that_sentencepiece_lacks_are_refused(tmp_path, normalizers, pre, space):
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models
+
+    vocab = {"<unk>": 0, "a": 1, "\u2581": 2, "\u2581a": 3}
+    merges = [("\u2581", "a")]
+    fast = Fast(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>"))
+    normalizer = {"type": "Sequence", "normalizers": normalizers}
+    content = {**json.loads(fast.to_str()), "normalizer": normalizer, "pre_tokenizer": pre}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    if space is None:
+        with pytest.raises(InputError, match="splits texts by .*, unlike Llama 2's"):
+            vocabulary(path, 4)
+    else:
+        assert vocabulary(path, 4)["tokenizer.ggml.add_space_prefix"].raw[-1] == space
+
+
 def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tmp_path):
     (tmp_path / "u").mkdir()
     unigram = tokenizer_files.sentencepiece_model(
