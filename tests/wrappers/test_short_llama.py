@@ -23,6 +23,7 @@ from llama import Llama
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.prefill import skipped_in_prefill
 from short_gpt.scoring.run import measure
 
 
@@ -360,13 +361,35 @@ def test_prompts_pass_by_original_layers(short):
     ids = random_windows(1, 9)[0]
     whole = short.greedy(ids, 4)
     with short.skipped_in_prefill([1, 3]):
-        short.greedy(ids, 4)
+        found = short.greedy(ids, 4)
+    with skipped_in_prefill(short.decoder, [0, 2]):  # where they are now
+        assert short.greedy(ids, 4) == found != whole
     assert short.greedy(ids, 4) == whole
     with (
         pytest.raises(ValueError, match=r"layers \[0\] do not exist"),
         short.skipped_in_prefill([0]),
     ):
         pass
+
+
+def test_prompts_of_unequal_length_pass_by_to_their_ends(short):
+    short.llama.tokenizer.stop_tokens = frozenset({95})
+    texts = ["It", "A longer text", "Of"]
+    whole = short.generate(texts, 8, 0)
+    ids = [short.encode(text) for text in texts]
+    with short.skipped_in_prefill([1, 3]):
+        alone = [short.generate([text], 8, 0)[0] for text in texts]
+        assert short.generate(texts, 8, 0) == alone != whole
+        passed = [short.llama.generate([one], 8, 0, echo=True)[0][0] for one in ids]
+        short.eval_importance(ids, max_gen_len=8, temperature=0)
+        with pytest.raises(ValueError, match="expected a list of prompts, got one string"):
+            short.generate("It", 8)
+        with pytest.raises(ValueError, match="expected 1 to max_batch_size = 4 prompts, got 0"):
+            short.generate([], 8)
+    other = ShortLlama(short.llama)
+    other.eval_importance(passed)
+    assert torch.equal(short.importances, other.importances)
+    assert short.generate(texts, 8, 0) == whole
 
 
 def test_halves_of_original_layers_go(short):
