@@ -172,7 +172,7 @@ class ShortLlama(ShortModel):
 
     def _read_together(self, prompts: Sequence[T]) -> Sequence[Sequence[T]]:
         """Prompts in batches: all in one, but alone while `skipped_in_prefill` skips layers."""
-        if isinstance(prompts, str) or len(prompts) < 2 or not skips_prompts(self.decoder):
+        if not skips_prompts(self.decoder) or isinstance(prompts, str) or len(prompts) < 2:
             return [prompts]
         return [[prompt] for prompt in prompts]
 
