@@ -150,7 +150,12 @@ class _LlamaLM:
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Nats of full texts, each token predicted once, after as much context as fits."""
+        """Nats of full texts, each token predicted once, after as much context as fits.
+
+        As in lm-eval's ``HFLM``, the first token is predicted after the prefix token. Where the
+        tokenizer itself puts bos first, that is log P(bos | bos): it counts in every text, and is
+        all that an empty text has.
+        """
         utils = harness("utils")
         windows: list[Request] = []
         owners: list[int] = []

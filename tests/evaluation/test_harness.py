@@ -127,6 +127,9 @@ def test_rolling_loglikelihoods_agree(both):
     ours, theirs = (m.harness_model().loglikelihood_rolling(asked, disable_tqdm=True) for m in both)
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert min(map(abs, ours[1:])) > 1  # not the empty text, which may have no token
+    logits = both[0].decoder.logits(torch.tensor([[0]]))[0, 0]  # after bos
+    of_bos = logits.log_softmax(-1)[0] if both[0].llama.tokenizer.add_bos else torch.tensor(0.0)
+    assert ours[0] == pytest.approx(of_bos.item(), rel=1e-5)
 
 
 @needs_lm_eval
