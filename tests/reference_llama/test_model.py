@@ -169,6 +169,26 @@ def test_too_many_positions_are_refused(transformer):
             transformer(torch.zeros(1, size, dtype=torch.long), start_pos)
 
 
+def test_rms_norm_rounds_before_the_weight_as_the_reference_does():
+    torch.manual_seed(0)
+    norm, x = RMSNorm(64).bfloat16(), 3 * torch.randn(8, 64).bfloat16()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+    wide = x.float()
+    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    assert torch.equal(norm(x), normalized.type_as(x) * norm.weight)
+    assert not torch.equal(norm(x), (normalized * norm.weight.float()).type_as(x))
+    assert norm(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_rms_norm_of_large_float16_states_is_finite(size):
+    """Massive activations: their squares are beyond float16's 65504."""
+    x = torch.full((1, 64), size, dtype=torch.float16)
+    x[:, ::2] *= -1
+    assert torch.equal(RMSNorm(64).half()(x), x.sign())
+
+
 def test_rms_norm_divides_by_the_root_mean_square():
     norm = RMSNorm(4, eps=0.0)
     assert norm(torch.tensor([[2.0, -2.0, 2.0, -2.0]])).tolist() == [[1.0, -1.0, 1.0, -1.0]]
