@@ -30,6 +30,7 @@ from llama.parallel import (
 )
 from llama.tokenizer import UNSAFE_ERROR, Dialog, Message, Tokenizer, encode_dialog, is_unsafe
 
+FIRST_LOOK = 32  # tokens until a text is looked at; stop strings mostly come early
 COLDEST = 1e-6  # temperatures below take the likeliest token: they could round to 0 in float32
 
 
@@ -117,6 +118,8 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        ended: Callable[[list[int]], bool] | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continues prompts of any lengths, all at once.
 
@@ -130,6 +133,8 @@ class Llama:
             top_p: samples from the smallest set of tokens whose probability exceeds this.
             logprobs: whether to return log probabilities.
             echo: whether the results start with the prompt.
+            ended: whether a prompt needs no more than the tokens added to it, as after a stop
+                string; asked after 32 new tokens, 64 later, 128 later, and so on.
 
         Returns:
             B lists of tokens, ending before the first stop token, and, with ``logprobs``, B
@@ -141,10 +146,10 @@ class Llama:
         total = min(self.model.params.max_seq_len, max_gen_len + max(lengths))
         choose = partial(_choose, temperature=temperature, top_p=top_p, generator=self._generator)
         stops = sorted(getattr(self.tokenizer, "stop_tokens", None) or {self.tokenizer.eos_id})
-        tokens, scores = _decode(self.model, prompt_tokens, total, stops, choose, logprobs)
+        tokens, scores = _decode(self.model, prompt_tokens, total, stops, choose, logprobs, ended)
         out_tokens, out_scores = [], []
         for row, row_scores, length in zip(tokens.tolist(), scores.tolist(), lengths, strict=True):
-            limit = min(total, length + max_gen_len)
+            limit = min(len(row), length + max_gen_len)
             end = next((i for i in range(length, limit) if row[i] in stops), limit)
             start = 0 if echo else length
             out_tokens.append(row[start:end])
@@ -326,8 +331,9 @@ def _decode(
     stop_tokens: Sequence[int],
     choose: Callable[[Tensor], Tensor],
     logprobs: bool,
+    ended: Callable[[list[int]], bool] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fills T = ``total`` positions until every prompt met a stop token: (B, T) tokens, nats."""
+    """Fills T <= ``total`` positions, until every prompt is at its end: (B, T) tokens, nats."""
     device = next(model.parameters()).device
     tokens = torch.zeros(len(prompts), total, dtype=torch.long)
     is_prompt = torch.zeros(len(prompts), total, dtype=torch.bool)
@@ -338,7 +344,7 @@ def _decode(
     scores = torch.zeros(tokens.shape, device=device)
     stop = torch.tensor(stop_tokens, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    previous, shortest = 0, min(len(p) for p in prompts)
+    previous, shortest, look = 0, min(len(p) for p in prompts), FIRST_LOOK
     # A prompt that fills all positions still gets its own log probabilities.
     for position in range(shortest, total + (logprobs and shortest == total)):
         # only the positions that are not in the cache: the prompts at first, then one at a time
@@ -349,6 +355,11 @@ def _decode(
             chosen = torch.where(own, tokens[:, position], choose(logits[:, -1]))
             tokens[:, position] = chosen
             done |= ~own & torch.isin(chosen, stop)
+            if ended is not None and position + 1 - shortest == look:
+                rows = tokens[:, : position + 1].tolist()
+                new = [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
+                done |= torch.tensor([bool(row) and ended(row) for row in new], device=device)
+                look += look + FIRST_LOOK  # twice as many tokens until the next look
         if logprobs:
             targets = tokens[:, previous + 1 : position + 1]  # (B, S) or, at the end, (B, S - 1)
             predicted = logits[:, : targets.shape[1]].transpose(1, 2)  # (B, V, S)
@@ -356,5 +367,5 @@ def _decode(
             scores[:, previous + 1 : position + 1] = -nats
         previous = position
         if done.all():
-            break
+            return tokens[:, : position + 1], scores[:, : position + 1]
     return tokens, scores

@@ -81,6 +81,7 @@ class Attention(nn.Module):
         self.wo = _row(args.n_heads * self.head_dim, args.dim)
         self.cache_k: Tensor | None = None
         self.cache_v: Tensor | None = None
+        self.cache_ends: list[int] = []  # how many positions of its text each row holds
 
     def forward(
         self, x: Tensor, start_pos: int | None, freqs_cis: Tensor, mask: Tensor | None
@@ -124,14 +125,17 @@ class Attention(nn.Module):
         B, end = len(k), start_pos + k.shape[1]
         if start_pos == 0:
             self._allocate_cache(k)
-        if self.cache_k is None or self.cache_v is None or len(self.cache_k) < B:
+            self.cache_ends = [0] * B
+        whole = len(self.cache_ends) >= B and min(self.cache_ends[:B], default=0) >= start_pos
+        if self.cache_k is None or self.cache_v is None or not whole:
             raise InputError(
-                f"start_pos {start_pos} continues a batch of {B} whose beginning was never run; "
-                "call with start_pos=0 first"
+                f"start_pos {start_pos} continues a batch of {B} whose first {start_pos} positions "
+                "were not all run; call with start_pos=0 first"
             )
-        # A smaller batch uses the first rows; positions after `end` are of an earlier text.
+        # A smaller batch uses the first rows; further rows and positions are of an earlier text.
         self.cache_k[:B, start_pos:end] = k.detach()  # no gradient runs through the cache
         self.cache_v[:B, start_pos:end] = v.detach()
+        self.cache_ends[:B] = [end] * B
         return self.cache_k[:B, :end], self.cache_v[:B, :end]
 
     def _allocate_cache(self, k: Tensor) -> None:

@@ -58,7 +58,7 @@ class Tokenizer:
         special = self.special_tokens = backend.special_tokens
         self.n_words: int = max(backend.ids, default=-1) + 1
         self.bos_id, self.eos_id, self.pad_id = backend.bos_eos_pad
-        self.add_bos: bool = backend.add_bos
+        self.add_bos: bool = backend.add_bos and self.bos_id >= 0
         ends = {special.get(f"<|{name}|>", -1) for name in ("end_of_text", "eot_id", "eom_id")}
         self.stop_tokens: set[int] = (ends | {self.eos_id}) - {-1}
         self.dialog_format = "llama2" if isinstance(backend, _SentencePiece) else None
@@ -152,7 +152,8 @@ class _TokenizerJson:
         self.ids, self.special_tokens = frozenset(vocab.values()), special
         self.bos_eos_pad = tuple(vocab.get(name, -1) for name in names)
         own = model.encode("").ids[:1] == [self.bos_eos_pad[0]]  # the file's post-processor adds it
-        self.add_bos = bool(config.get("add_bos_token", own))
+        stated = config.get("add_bos_token")
+        self.add_bos = own if stated is None else bool(stated)
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids

@@ -29,6 +29,7 @@ from llama.io.json_files import JsonObject, read_json
 from llama.tokenizer import Tokenizer, holds_json
 
 PREFIX = "tokenizer.ggml"
+SPACE = "\u2581"  # SentencePiece's
 
 
 def vocabulary(path: Path, size: int) -> dict[str, Record]:
@@ -50,7 +51,7 @@ def vocabulary(path: Path, size: int) -> dict[str, Record]:
     for name, number in named.items():
         if number >= 0:
             keys |= _key(f"{PREFIX}.{name}_token_id", number, UINT32)
-    keys |= _key(f"{PREFIX}.add_bos_token", tokenizer.add_bos and tokenizer.bos_id >= 0, BOOL)
+    keys |= _key(f"{PREFIX}.add_bos_token", tokenizer.add_bos, BOOL)
     if template := _template(path.parent):
         keys |= _key("tokenizer.chat_template", template, STRING)
     return keys
@@ -124,10 +125,10 @@ def _as_pieces(
     path: Path,
 ) -> Pieces:
     """The SentencePiece model of a ``tokenizer.json`` that was made from one."""
-    rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    kinds = set(_kinds(content.get("normalizer"), content.get("pre_tokenizer")))
-    if unknown_kinds := kinds - {"Prepend", "Replace", "Metaspace", "Sequence"}:
-        raise InputError(f"{path} splits texts by {sorted(unknown_kinds)}, unlike Llama 2's")
+    rules = _rules(content.get("normalizer"), content.get("pre_tokenizer"))
+    kinds = {rule.get("type") for rule in rules}
+    if not all(map(_is_llama2, rules)) or not kinds & {"Replace", "Metaspace"}:
+        raise InputError(f"{path} splits texts by {str(rules)[:300]}, unlike Llama 2's")
     # SentencePiece merges by the scores of pieces, tokenizer.json in the order of its list
     score: dict[str, float] = {}
     for rank, merge in enumerate(merges):
@@ -139,17 +140,29 @@ def _as_pieces(
         elif text == unknown:
             piece_types[number] = UNKNOWN
     scores = [score.get(text, -float(len(merges))) for text in tokens]
-    space_first = '"Prepend"' in rules or ('"Metaspace"' in rules and '"never"' not in rules)
+    schemes = [rule.get("prepend_scheme") for rule in rules if rule.get("type") == "Metaspace"]
+    space_first = "Prepend" in kinds or any(scheme != "never" for scheme in schemes)
     return Pieces(tokens, scores, piece_types, space_first)
 
 
-def _kinds(*parts: object) -> list[str]:
-    kinds: list[str] = []
+def _rules(*parts: object) -> list[JsonObject]:
+    """The single rules in parts of a ``tokenizer.json``, which may be sequences."""
+    rules: list[JsonObject] = []
     for part in parts:
-        if isinstance(part, dict):
-            kinds.append(str(part.get("type")))
-            kinds += _kinds(*part.get("normalizers", []), *part.get("pretokenizers", []))
-    return kinds
+        if isinstance(part, dict) and part.get("type") == "Sequence":
+            rules += _rules(*part.get("normalizers", []), *part.get("pretokenizers", []))
+        elif isinstance(part, dict):
+            rules.append(part)
+    return rules
+
+
+def _is_llama2(rule: JsonObject) -> bool:
+    """Whether a rule only makes spaces SentencePiece's, without a split of the text at them."""
+    if rule.get("type") == "Metaspace":  # which splits unless it says that it does not
+        return rule.get("replacement") == SPACE and rule.get("split") is False
+    pattern, content = rule.get("pattern"), rule.get("content")
+    replaces = rule.get("type") == "Replace" and (pattern, content) == ({"String": " "}, SPACE)
+    return replaces or (rule.get("type") == "Prepend" and rule.get("prepend") == SPACE)
 
 
 def _pre_tokenizer(content: JsonObject, path: Path) -> str:

@@ -70,7 +70,7 @@ def write_tokenizer(source: Path, target: Path) -> None:
     llama2 = tokenizer.dialog_format == "llama2"
     if is_json or llama2:
         copy_tokenizer(source, target)
-        if is_json and tokenizer.add_bos and tokenizer.bos_id >= 0:
+        if is_json and tokenizer.add_bos:
             _add_bos(target / "tokenizer.json", tokenizer.bos_id)
     else:
         (target / "tokenizer.json").write_text(llama3_json(source), encoding="utf-8")
@@ -200,8 +200,16 @@ class Pieces:
         return cls(texts, scores, types, bool(rules.get(DUMMY_PREFIX, 1)))
 
     def to_bytes(self, *, bos: str = "<s>", eos: str = "</s>") -> bytes:
-        """The content of a file in which a text begins with the piece bos and ends with eos."""
-        rows = list(zip(self.texts, self.scores, self.types, strict=True))
+        """The content of a file in which a text begins with the piece bos and ends with eos.
+
+        Both become `CONTROL`, whatever their type: SentencePiece knows no others as bos and eos,
+        and matches others in texts.
+        """
+        types = [
+            CONTROL if text in (bos, eos) and kind != UNKNOWN else kind
+            for text, kind in zip(self.texts, self.types, strict=True)
+        ]
+        rows = list(zip(self.texts, self.scores, types, strict=True))
         message = b"".join(
             _field(PIECES, _field(TEXT, text) + _field(SCORE, score) + _field(TYPE, kind))
             for text, score, kind in rows

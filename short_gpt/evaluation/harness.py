@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from llama import Llama
+from llama.generation import FIRST_LOOK
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder, pad, unmixed
 from short_gpt.runtime.errors import ShortGPTError, required
@@ -33,7 +34,6 @@ from short_gpt.runtime.progress import bar
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 Instance = Any  # lm-eval's request, whose ``args`` are a text, or a text and settings
 MAX_GEN_TOKENS = 256  # lm-eval's value for a task that names none
-FIRST_TOKENS = 32
 
 
 class LlamaLike(Protocol):
@@ -150,7 +150,12 @@ class _LlamaLM:
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Nats of full texts, each token predicted once, after as much context as fits."""
+        """Nats of full texts, each token predicted once, after as much context as fits.
+
+        As in lm-eval's ``HFLM``, the first token is predicted after the prefix token. Where the
+        tokenizer itself puts bos first, that is log P(bos | bos): it counts in every text, and is
+        all that an empty text has.
+        """
         utils = harness("utils")
         windows: list[Request] = []
         owners: list[int] = []
@@ -187,16 +192,36 @@ class _LlamaLM:
                 f"{self.max_length} (max_seq_len)"
             )
         prompt = self.tok_encode(text)[-room:] or [self.prefix_token_id]
+
+        def ended(new: list[int]) -> bool:
+            answer = self.tok_decode(new)
+            return any(stop in answer for stop in stops)
+
+        answer = self.tok_decode(self._continued(prompt, limit, temperature, top_p, ended))
+        return answer[: min((answer.find(s) for s in stops if s in answer), default=None)]
+
+    def _continued(
+        self,
+        prompt: list[int],
+        limit: int,
+        temperature: float,
+        top_p: float,
+        ended: Callable[[list[int]], bool],
+    ) -> list[int]:
+        """The tokens after a prompt, up to a look at them after which they are ``ended``."""
+        llama = self.short.llama
+        if isinstance(llama, Llama):
+            (new,), _ = llama.generate([prompt], limit, temperature, top_p, ended=ended)
+            return new
+        # Meta's own cannot be asked while it runs: what there is is read anew after every look
         generated: list[int] = []
-        count = FIRST_TOKENS  # stop strings mostly come early: look, and go on if there is none
+        count = FIRST_LOOK
         while True:
             count = min(count, limit - len(generated))
-            (new,), _ = self.short.llama.generate([prompt + generated], count, temperature, top_p)
+            (new,), _ = llama.generate([prompt + generated], count, temperature, top_p)
             generated += new
-            answer = self.tok_decode(generated)
-            end = min((answer.find(s) for s in stops if s in answer), default=len(answer))
-            if end < len(answer) or len(new) < count or len(generated) >= limit:
-                return answer[:end]
+            if len(new) < count or len(generated) >= limit or ended(generated):
+                return generated
             count *= 2
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -20,12 +21,26 @@ from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 
 
+class _Skip(partial[object]):
+    """A layer's forward that skips it in prompts."""
+
+
+def skips_prompts(decoder: Decoder) -> bool:
+    """Whether layers are skipped: then prompts of unequal length must be read one by one.
+
+    A batch of them is read only up to the end of the shortest; what is left of the longer ones
+    passes all layers, token by token, as what is generated.
+    """
+    return any(isinstance(vars(layer).get("forward"), _Skip) for layer in decoder.layers)
+
+
 @contextmanager
 def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None]:
     """The model that skips layers (by position) when it reads several tokens with the cache.
 
-    Calls of one token, and calls without a cache, use all layers. ShortGPTError: a layer does not
-    exist, all would be skipped, or the family's attention cannot be called to fill the cache.
+    Calls of one token, and calls without a cache, use all layers. `Llama.generate` itself must be
+    given prompts of equal length: see `skips_prompts`. ShortGPTError: a layer does not exist, all
+    would be skipped, or the family's attention cannot be called to fill the cache.
     """
     if layers:
         check_layers(layers, range(len(decoder.layers)))
@@ -35,7 +50,7 @@ def skipped_in_prefill(decoder: Decoder, layers: Sequence[int]) -> Iterator[None
                 skip: Callable[..., object] = _meta(layer)
             else:
                 skip = _hugging_face(layer, decoder)
-            stack.enter_context(patched_forward(layer, skip))
+            stack.enter_context(patched_forward(layer, _Skip(skip)))
         yield
 
 

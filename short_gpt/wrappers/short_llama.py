@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import TRUST, params_entries
 from short_gpt.models.decoder import unmixed
 from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.prefill import skips_prompts
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.precision import in_precision
 from short_gpt.wrappers.short_model import Prompts, ShortModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
+
+T = TypeVar("T")
 
 
 class ShortLlama(ShortModel):
@@ -111,9 +114,9 @@ class ShortLlama(ShortModel):
     ) -> None:
         """Scores a batch of token ids, each with ``max_gen_len`` new ones; ignores ``angular``."""
         if max_gen_len > 0:
-            prompt_tokens, _ = self.llama.generate(
-                prompt_tokens, max_gen_len, temperature, top_p, echo=True
-            )
+            generate = partial(self.llama.generate, echo=True)
+            how, parts = (max_gen_len, temperature, top_p), self._read_together(prompt_tokens)
+            prompt_tokens = [ids for part in parts for ids in generate(part, *how)[0]]
         self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
 
     @torch.no_grad()
@@ -162,8 +165,16 @@ class ShortLlama(ShortModel):
     def generate(
         self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
     ) -> list[str]:
-        predictions = self.llama.text_completion(prompts, temperature, top_p, max_gen_len)
+        how = (temperature, top_p, max_gen_len)
+        parts = self._read_together(prompts)
+        predictions = [p for part in parts for p in self.llama.text_completion(part, *how)]
         return [str(prediction["generation"]) for prediction in predictions]
+
+    def _read_together(self, prompts: Sequence[T]) -> Sequence[Sequence[T]]:
+        """Prompts in batches: all in one, but alone while `skipped_in_prefill` skips layers."""
+        if not skips_prompts(self.decoder) or isinstance(prompts, str) or len(prompts) < 2:
+            return [prompts]
+        return [[prompt] for prompt in prompts]
 
     def harness_model(self, *, batch_size: int = 1) -> object:
         return llama_lm(self, batch_size=batch_size)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +127,9 @@ def test_rolling_loglikelihoods_agree(both):
     ours, theirs = (m.harness_model().loglikelihood_rolling(asked, disable_tqdm=True) for m in both)
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert min(map(abs, ours[1:])) > 1  # not the empty text, which may have no token
+    logits = both[0].decoder.logits(torch.tensor([[0]]))[0, 0]  # after bos
+    of_bos = logits.log_softmax(-1)[0] if both[0].llama.tokenizer.add_bos else torch.tensor(0.0)
+    assert ours[0] == pytest.approx(of_bos.item(), rel=1e-5)
 
 
 @needs_lm_eval
@@ -142,6 +146,31 @@ def test_generations_agree(both):
     assert ours == theirs
     assert not any("e" in text for text in ours[0::4])
     assert any(len(text) > 32 for text in ours)  # longer than the first look for a stop string
+
+
+@needs_lm_eval
+def test_a_llama_of_metas_own_which_cannot_be_asked_generates_the_same(both):
+    ours = both[0].llama
+    parts = {"model": ours.model, "tokenizer": ours.tokenizer}
+    own = ShortLlama(SimpleNamespace(**parts, generate=lambda *given: ours.generate(*given)))
+    settings = {"until": ["e"], "max_gen_toks": 50}
+    asked = requests("generate_until", *((p, settings) for p in ("Once", "A long", "Q", "of")))
+    found, expected = (
+        m.harness_model().generate_until(asked, disable_tqdm=True) for m in (own, both[0])
+    )
+    assert found == expected and max(map(len, found)) > 32
+
+
+@needs_lm_eval
+def test_layers_skipped_in_prompts_run_for_every_generated_token(both):
+    settings = {"until": ["zq"], "max_gen_toks": 50}
+    asked = requests("generate_until", *((p, settings) for p in ("Once", "A long")))
+    ours, theirs = both
+    whole = ours.harness_model().generate_until(asked, disable_tqdm=True)
+    with ours.skipped_in_prefill([0]), theirs.skipped_in_prefill([0]):
+        found, expected = (m.harness_model().generate_until(asked, disable_tqdm=True) for m in both)
+    assert found == expected
+    assert found != whole and max(map(len, found)) > 40  # longer than the first look
 
 
 @needs_lm_eval

@@ -48,6 +48,29 @@ def test_generation_ends_before_the_first_stop_token(llama):
     assert found == plain[: plain.index(plain[4])]
 
 
+def test_generation_ends_where_a_look_says_so_and_reads_nothing_anew(llama):
+    llama.tokenizer.stop_tokens, seen, read = frozenset({-1}), [], []  # never
+    plain = [llama.generate([p], 60, temperature=0)[0][0] for p in PROMPTS]
+    assert min(map(len, plain)) > 45
+    llama.model.layers[0].register_forward_hook(lambda _m, args, _o: read.append(args[0].shape[1]))
+
+    def after(count):
+        def ended(new):
+            seen.append(new)
+            return len(new) >= count
+
+        return ended
+
+    assert llama.generate(PROMPTS[:1], 60, temperature=0, ended=after(30))[0] == [plain[0][:32]]
+    assert seen == [plain[0][:32]] and read == [12] + [1] * 31
+    assert llama.generate(PROMPTS[:1], 60, temperature=0, ended=after(60))[0] == plain[:1]
+    seen.clear()
+    found, scores = llama.generate(PROMPTS, 60, temperature=0, logprobs=True, ended=after(20))
+    steps = [33 - len(p) for p in PROMPTS]  # of all, until 32 are added to the shortest prompt
+    assert found == seen == [new[:count] for new, count in zip(plain, steps, strict=True)]
+    assert [len(row) for row in scores] == steps
+
+
 def test_max_gen_len_and_max_seq_len_bound_the_result(llama):
     llama.tokenizer.stop_tokens = frozenset({95})
     assert len(llama.generate([[3, 4]], 5, temperature=0)[0][0]) <= 5

@@ -15,7 +15,7 @@ from tokenizer_files import KINDS, ODD, meta, write_tokenizer
 from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
 from llama.formats.convert import gguf_to_meta, meta_to_hf
-from llama.formats.gguf import llama_to_gguf
+from llama.formats.gguf import GGUFFile, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts, read_header
 from llama.formats.gguf_vocabulary import vocabulary
 from llama.formats.tokenizers import Pieces
@@ -197,6 +197,48 @@ def test_a_tokenizer_json_made_from_sentencepiece_gives_its_tokens(tmp_path):
     assert len(number) > 20 and (first == second).all()
 
 
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("normalizers", "pre", "space"),
+    [
+        ([PREPEND, REPLACE], None, True),
+        ([REPLACE], None, False),
+        ([], {**METASPACE, "prepend_scheme": "first"}, True),
+        ([], {**METASPACE, "prepend_scheme": "never"}, False),
+        ([], {**METASPACE, "split": True}, None),
+        ([], {k: v for k, v in METASPACE.items() if k != "split"}, None),  # it splits, too
+        ([], {**METASPACE, "replacement": "_"}, None),
+        ([PREPEND, {**REPLACE, "pattern": {"String": "-"}}], None, None),
+        ([PREPEND, {**REPLACE, "pattern": {"Regex": " "}}], None, None),
+        ([PREPEND, {**REPLACE, "content": "_"}], None, None),
+        ([{**PREPEND, "prepend": "_"}, REPLACE], None, None),
+        ([PREPEND], None, None),  # spaces stay spaces
+        ([], None, None),
+        ([REPLACE, {"type": "NFC"}], None, None),
+    ],
+)
+def test_rules_of_spaces_that_sentencepiece_lacks_are_refused(tmp_path, normalizers, pre, space):
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models
+
+    vocab = {"<unk>": 0, "a": 1, "\u2581": 2, "\u2581a": 3}
+    merges = [("\u2581", "a")]
+    fast = Fast(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>"))
+    normalizer = {"type": "Sequence", "normalizers": normalizers}
+    content = {**json.loads(fast.to_str()), "normalizer": normalizer, "pre_tokenizer": pre}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    if space is None:
+        with pytest.raises(InputError, match="splits texts by .*, unlike Llama 2's"):
+            vocabulary(path, 4)
+    else:
+        assert vocabulary(path, 4)["tokenizer.ggml.add_space_prefix"].raw[-1] == space
+
+
 def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tmp_path):
     (tmp_path / "u").mkdir()
     unigram = tokenizer_files.sentencepiece_model(
@@ -231,8 +273,6 @@ def test_a_damaged_sentencepiece_model_is_refused(tmp_path):
 def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monkeypatch):
     source = meta(tmp_path / "meta", "sentencepiece")
     llama_to_gguf(source, tmp_path / "m.gguf")
-    from llama.formats.gguf import GGUFFile
-
     file = GGUFFile(tmp_path / "m.gguf")
     file.fields["tokenizer.ggml.scores"] = [0.0]
     with pytest.raises(InputError, match="320 tokens, 320 distinct, 1 scores and 320 types"):
@@ -241,3 +281,22 @@ def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monke
     file.fields["tokenizer.ggml.add_bos_token"] = False
     with pytest.raises(InputError, match="puts no bos before"):
         file.tokenizer()
+
+
+@pytest.mark.parametrize("kind", [1, 4])  # NORMAL and USER_DEFINED
+@pytest.mark.parametrize(("name", "text"), [("bos", "<|im_start|>"), ("eos", "<|im_end|>")])
+def test_bos_and_eos_are_control_pieces_whatever_a_gguf_file_says(tmp_path, kind, name, text):
+    """As older conversions wrote added tokens."""
+    llama_to_gguf(meta(tmp_path / "meta", "sentencepiece"), tmp_path / "m.gguf")
+    file, number = GGUFFile(tmp_path / "m.gguf"), 319
+    fields = file.fields
+    fields["tokenizer.ggml.tokens"][number] = text
+    fields["tokenizer.ggml.token_type"][number] = kind
+    fields[f"tokenizer.ggml.{name}_token_id"] = number
+    file_name, data, _ = file.tokenizer()
+    (tmp_path / file_name).write_bytes(data)
+    tokenizer = Tokenizer(tmp_path / file_name)
+    assert getattr(tokenizer, f"{name}_id") == number
+    assert tokenizer.stop_tokens == {tokenizer.eos_id} and tokenizer.eos_id >= 0
+    assert number not in tokenizer.encode(f"the {text}{text}", False, False)
+    assert tokenizer.encode("the", True, True)[0 if name == "bos" else -1] == number

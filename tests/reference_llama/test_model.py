@@ -137,10 +137,56 @@ def test_continuing_what_never_began_is_refused(transformer):
         transformer(torch.zeros(1, 1, dtype=torch.long), 3)
 
 
+def test_what_the_cache_holds_of_another_text_is_not_read(transformer):
+    tokens = torch.randint(0, 96, (3, 20))
+
+    def run(rows, start, end):
+        with torch.no_grad():
+            return transformer(tokens[:rows, start:end], start)
+
+    run(3, 0, 20)
+    run(1, 0, 5)  # the other two rows are of the text before
+    with pytest.raises(ValueError, match="start_pos 5 continues a batch of 3 whose first 5 pos"):
+        run(3, 5, 6)
+    with pytest.raises(ValueError, match="start_pos 6 continues a batch of 1 whose first 6 pos"):
+        run(1, 6, 7)  # a gap
+    run(3, 0, 8)
+    run(2, 8, 9)
+    with pytest.raises(ValueError, match="start_pos 9 continues a batch of 3"):
+        run(3, 9, 10)
+    with torch.no_grad():
+        whole = transformer(tokens)
+    for rows, start, end in ((3, 8, 12), (2, 12, 13), (1, 10, 14), (3, 5, 20)):  # from what was run
+        assert torch.allclose(run(rows, start, end), whole[:rows, start:end], atol=1e-5)
+    run(3, 5, 6)
+    with pytest.raises(ValueError, match="start_pos 20 continues a batch of 3"):
+        run(3, 20, 21)  # behind a text that began to differ at position 5
+
+
 def test_too_many_positions_are_refused(transformer):
     for start_pos, size, limit in ((None, 129, 128), (0, 65, 64)):
         with pytest.raises(ValueError, match=f"{size} positions; .* takes up to {limit} here"):
             transformer(torch.zeros(1, size, dtype=torch.long), start_pos)
+
+
+def test_rms_norm_rounds_before_the_weight_as_the_reference_does():
+    torch.manual_seed(0)
+    norm, x = RMSNorm(64).bfloat16(), 3 * torch.randn(8, 64).bfloat16()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+    wide = x.float()
+    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    assert torch.equal(norm(x), normalized.type_as(x) * norm.weight)
+    assert not torch.equal(norm(x), (normalized * norm.weight.float()).type_as(x))
+    assert norm(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_rms_norm_of_large_float16_states_is_finite(size):
+    """Massive activations: their squares are beyond float16's 65504."""
+    x = torch.full((1, 64), size, dtype=torch.float16)
+    x[:, ::2] *= -1
+    assert torch.equal(RMSNorm(64).half()(x), x.sign())
 
 
 def test_rms_norm_divides_by_the_root_mean_square():

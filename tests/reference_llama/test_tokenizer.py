@@ -378,12 +378,22 @@ def test_a_config_makes_a_token_special(tmp_path: Path) -> None:
     assert tokenizer.decode([tokenizer.eos_id]) == ""
 
 
-@pytest.mark.parametrize(("config", "expected"), [({"add_bos_token": True}, True), ({}, False)])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"add_bos_token": True}, True),
+        ({}, False),
+        ({"add_bos_token": True, "bos_token": None}, False),  # there is none to add
+    ],
+)
 def test_add_bos_from_the_config(tmp_path: Path, config: dict[str, object], expected: bool) -> None:
     assert json_file(tmp_path, ["<s>", "</s>"], config).add_bos is expected
 
 
-@pytest.mark.parametrize(("config", "expected"), [({"add_bos_token": False}, False), ({}, True)])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"add_bos_token": False}, False), ({}, True), ({"add_bos_token": None}, True)],
+)
 def test_add_bos_from_the_post_processor(
     tmp_path: Path, config: dict[str, object], expected: bool
 ) -> None:

@@ -71,6 +71,7 @@ def state_of(short: ShortModel) -> dict[str, object]:
     module = short.decoder.module
     config = getattr(module, "config", None)
     plain = int | float | str | bool | list | None
+    cache = {"cache_ends"}  # it may be that of another text, as its tensors may
     return {
         "layers": [id(layer) for layer in short.decoder.layers],
         "config": vars(module.params).copy() if config is None else config.to_dict(),
@@ -78,7 +79,7 @@ def state_of(short: ShortModel) -> dict[str, object]:
         "changes": list(short.changes),
         "modules": {
             name: (
-                {k: v for k, v in vars(m).items() if isinstance(v, plain)},
+                {k: v for k, v in vars(m).items() if isinstance(v, plain) and k not in cache},
                 "forward" in vars(m),
                 len(m._forward_hooks),
                 len(m._forward_pre_hooks),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from llama import Llama
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.prefill import skipped_in_prefill
 from short_gpt.scoring.run import measure
 
 
@@ -280,6 +282,47 @@ def test_saving_needs_a_source_and_something_removed(short, tmp_path):
         short.save(tmp_path / "out", ckpt_dir=tmp_path)
 
 
+class ReferenceAttention(nn.Module):
+    """Our weights; keys and values are always cached, in a fixed batch of 4."""
+
+    def __init__(self, ours: nn.Module) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wv, self.wo = ours.wq, ours.wk, ours.wv, ours.wo
+        self.size, self.n_rep = ours.head_dim, ours.n_rep
+        shape = (4, 64, ours.n_local_kv_heads, self.size)
+        self.cache_k, self.cache_v = torch.zeros(shape), torch.zeros(shape)
+
+    def turned(self, x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, H, hd / 2)
+        return torch.view_as_real(pairs * freqs_cis[:, None]).flatten(-2).type_as(x)
+
+    def forward(self, x, start_pos, freqs_cis, mask):
+        B, S, _ = x.shape
+        q, k, v = (w(x).view(B, S, -1, self.size) for w in (self.wq, self.wk, self.wv))
+        end = start_pos + S
+        self.cache_k[:B, start_pos:end] = self.turned(k, freqs_cis)
+        self.cache_v[:B, start_pos:end] = v
+        k, v = (
+            cache[:B, :end].repeat_interleave(self.n_rep, dim=2).transpose(1, 2)
+            for cache in (self.cache_k, self.cache_v)
+        )  # (B, H, T, hd)
+        scores = self.turned(q, freqs_cis).transpose(1, 2) @ k.transpose(2, 3) / self.size**0.5
+        scores = scores if mask is None else scores + mask
+        out = scores.float().softmax(-1).type_as(q) @ v
+        return self.wo(out.transpose(1, 2).reshape(B, S, -1))
+
+
+class ReferenceBlock(nn.Module):
+    def __init__(self, ours: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.feed_forward = ReferenceAttention(ours.attention), ours.feed_forward
+        self.attention_norm, self.ffn_norm = ours.attention_norm, ours.ffn_norm
+
+    def forward(self, x, start_pos, freqs_cis, mask):
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
 class ReferenceShaped(nn.Module):
     """A model with the surface of Meta's reference package: complex rotations, caches on a
     fixed batch, an additive mask, no way around the head."""
@@ -289,17 +332,27 @@ class ReferenceShaped(nn.Module):
         self.params = SimpleNamespace(max_seq_len=64, n_layers=5)
         self.vocab_size, self.n_layers = 96, 5
         self.tok_embeddings, self.norm, self.output = ours.tok_embeddings, ours.norm, ours.output
-        self.layers = ours.layers
-        self.freqs_cis = ours.freqs_cis
+        self.layers = nn.ModuleList(map(ReferenceBlock, ours.layers))
+        self.freqs_cis = torch.view_as_complex(ours.freqs_cis)
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
-        S = tokens.shape[1]
-        mask = torch.full((S, S), float("-inf")).triu(1) if S > 1 else None
+        S, mask = tokens.shape[1], None
+        if S > 1:
+            mask = torch.full((S, S), float("-inf")).triu(1)
+            mask = torch.hstack([torch.zeros(S, start_pos), mask])
         h = self.tok_embeddings(tokens)
         for layer in self.layers:
             h = layer(h, start_pos, self.freqs_cis[start_pos : start_pos + S], mask)
         return self.output(self.norm(h)).float()
+
+
+def likeliest(seen: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits)
+        return logits.argmax(-1)
+
+    return choose
 
 
 def test_an_object_of_the_reference_package_works_too(short):
@@ -313,6 +366,13 @@ def test_an_object_of_the_reference_package_works_too(short):
     assert torch.allclose(theirs.angular, short.angular, atol=1e-5)
     ours = short.perplexity(WINDOWS, progress=False).value
     assert theirs.perplexity(WINDOWS, progress=False).value == pytest.approx(ours, rel=1e-5)
+    expected = short.greedy(WINDOWS[0], 9)
+    assert [theirs.greedy(WINDOWS[0], 9, use_cache=c) for c in (True, False)] == [expected] * 2
+    both: list[list[torch.Tensor]] = [[], []]  # the logits of every step
+    for wrapper, seen in zip((short, theirs), both, strict=True):
+        wrapper.continued(WINDOWS[:3], 9, likeliest(seen))
+    assert len(both[0]) == 9
+    assert torch.allclose(*map(torch.stack, both), atol=1e-4)
     assert theirs.remove_layers() == short.remove_layers()
     assert reference.model.n_layers == reference.model.params.n_layers == 3
 
@@ -360,13 +420,35 @@ def test_prompts_pass_by_original_layers(short):
     ids = random_windows(1, 9)[0]
     whole = short.greedy(ids, 4)
     with short.skipped_in_prefill([1, 3]):
-        short.greedy(ids, 4)
+        found = short.greedy(ids, 4)
+    with skipped_in_prefill(short.decoder, [0, 2]):  # where they are now
+        assert short.greedy(ids, 4) == found != whole
     assert short.greedy(ids, 4) == whole
     with (
         pytest.raises(ValueError, match=r"layers \[0\] do not exist"),
         short.skipped_in_prefill([0]),
     ):
         pass
+
+
+def test_prompts_of_unequal_length_pass_by_to_their_ends(short):
+    short.llama.tokenizer.stop_tokens = frozenset({95})
+    texts = ["It", "A longer text", "Of"]
+    whole = short.generate(texts, 8, 0)
+    ids = [short.encode(text) for text in texts]
+    with short.skipped_in_prefill([1, 3]):
+        alone = [short.generate([text], 8, 0)[0] for text in texts]
+        assert short.generate(texts, 8, 0) == alone != whole
+        passed = [short.llama.generate([one], 8, 0, echo=True)[0][0] for one in ids]
+        short.eval_importance(ids, max_gen_len=8, temperature=0)
+        with pytest.raises(ValueError, match="expected a list of prompts, got one string"):
+            short.generate("It", 8)
+        with pytest.raises(ValueError, match="expected 1 to max_batch_size = 4 prompts, got 0"):
+            short.generate([], 8)
+    other = ShortLlama(short.llama)
+    other.eval_importance(passed)
+    assert torch.equal(short.importances, other.importances)
+    assert short.generate(texts, 8, 0) == whole
 
 
 def test_halves_of_original_layers_go(short):
