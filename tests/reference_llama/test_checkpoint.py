@@ -27,7 +27,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, _check_end, write_shard
 from llama.errors import InputError
 from llama.generation import load_model
-from llama.io.files import check_new, check_outputs, new_directory
+from llama.io.files import check_new, check_outputs, new_directory, new_file
 from llama.io.json_files import write_json
 from short_gpt.checkpoints import Provenance, Target
 from short_gpt.checkpoints.meta import prune_meta as prune
@@ -410,6 +410,16 @@ def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("years of work")
     assert (tmp_path / "out" / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nor_is_a_file_that_somebody_else_made_meanwhile(tmp_path, overwrite):
+    written = new_file(tmp_path / "out", overwrite=overwrite, ours=lambda _: False)
+    with pytest.raises(FileExistsError, match="out exists"), written as partial:
+        partial.write_text("whole")
+        (tmp_path / "out").write_text("years of work")
+    assert (tmp_path / "out").read_text() == "years of work"
+    assert not [*tmp_path.glob(".out*")]
 
 
 def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir):
