@@ -9,7 +9,9 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -143,6 +145,45 @@ def resident() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that the machine can still give, without swapping; of several ranks there, to each."""
+    """Bytes that the machine and control groups still give, without swapping.
+
+    Of several ranks there, to each.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several_ranks() else 1
-    return psutil.virtual_memory().available // ranks
+    return max(0, min([psutil.virtual_memory().available, *left_in_groups()])) // ranks
+
+
+def left_in_groups(
+    own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """Bytes that each limit on this process leaves, as a container or a batch system sets it.
+
+    ``own`` names the control groups of Linux that the process is in, ``mounted`` holds them. What
+    is not there limits nothing.
+    """
+    left: list[int] = []
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, kinds, name = line.split(":", 2)
+            if not kinds:  # version 2
+                root, files = mounted, ("memory.max", "memory.current")
+            elif "memory" in kinds.split(","):
+                root, files = mounted / kinds, ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
+                continue
+            # a container sees its own group as the root, whatever the name is outside
+            parts = name.strip("/").split("/")
+            for count in range(len(parts) + 1):
+                left += _left(root.joinpath(*parts[:count]), *files)
+    return left
+
+
+def _left(group: Path, limit: str, usage: str) -> list[int]:
+    """What a group's limit leaves; nothing where it has none."""
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        most, used = (int((group / name).read_text()) for name in (limit, usage))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # files that were read and can be dropped; version 1 counts groups inside on their own
+        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        return [most - used + cached]
+    return []

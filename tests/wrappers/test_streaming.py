@@ -231,6 +231,34 @@ def test_too_little_memory_is_refused_and_the_least_is_enough(streamed, tmp_path
     assert short.plan().describe().startswith("one layer at a time, 1 windows a round: ")
 
 
+def group(folder: Path, files: dict[str, str], *, stat: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in {**files, "memory.stat": stat}.items():
+        (folder / name).write_text(f"{content}\n")
+
+
+def test_free_memory_is_within_the_limits_of_the_control_groups(tmp_path, monkeypatch):
+    two, one = tmp_path / "two", tmp_path / "one"
+    stat = "anon 5\ninactive_file 100"
+    group(two / "job/step", {"memory.max": "max", "memory.current": "900"}, stat=stat)
+    group(two / "job", {"memory.max": "2000", "memory.current": "1500"}, stat=stat)
+    group(two / "jobs", {"memory.max": "1", "memory.current": "1"}, stat=stat)  # another's
+    (tmp_path / "own").write_text("0::/job/step\n")
+    assert memory_plan.left_in_groups(tmp_path / "own", two) == [600]
+    names = [f"memory.{name}_in_bytes" for name in ("limit", "usage")]
+    stat += "\ntotal_inactive_file 300"
+    group(one / "memory", dict(zip(names, ("5000", "4500"), strict=True)), stat=stat)
+    group(one / "memory/a", dict(zip(names, (f"{2**63 - 4096}", "4"), strict=True)), stat=stat)
+    (tmp_path / "own").write_text("3:cpu:/a\n2:memory:/a/b\n0::/\n")
+    assert memory_plan.left_in_groups(tmp_path / "own", one) == [800, 2**63 - 3800]
+    assert not memory_plan.left_in_groups(tmp_path / "none", two)
+    assert not memory_plan.left_in_groups(tmp_path / "own", tmp_path / "none")
+    for left, free in (([2**63 - 3800], 700), ([600, 650], 600), ([-5], 0), ([], 700)):
+        monkeypatch.setattr(memory_plan, "left_in_groups", lambda left=left: left)
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=700))
+        assert memory_plan.free_memory() == free
+
+
 def test_sizes():
     sizes = {"3GB": 3 * 10**9, "2.5 GiB": 5 * 2**29, "800mb": 8 * 10**8, "17": 17, 4096: 4096}
     for text, size in sizes.items():
