@@ -28,11 +28,6 @@ def filled(folder, short, windows=WINDOWS, **options) -> CachedTeacher:
     return teacher
 
 
-def same(one: Targets, other: Targets) -> bool:
-    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
 def test_what_is_read_is_what_the_model_predicts(short, tmp_path):
     teacher = filled(tmp_path, short, k=5, temperature=2.0)
     live = LiveTeacher(short, k=5, temperature=2.0)
@@ -150,6 +145,14 @@ def test_files_of_others_and_settings_that_cannot_be_are_refused(short, tmp_path
         ):
             with pytest.raises(ValueError, match=message):
                 make_one(options)
+
+
+def test_ranks_that_share_a_model_do_not_write_one_file(short, tmp_path, monkeypatch):
+    teacher = CachedTeacher(tmp_path, short, WINDOWS)
+    monkeypatch.setattr("short_gpt.runtime.replicas.of_model", lambda value: [value] * 2)
+    with pytest.raises(ValueError, match="the whole model on every rank, got 2 model-parallel"):
+        teacher.fill(progress=False)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_logits_that_are_no_numbers_are_refused(tmp_path):
