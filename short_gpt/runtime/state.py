@@ -28,7 +28,7 @@ ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 # entries of a run's identity that it has only where they are others
-USUAL = {"precision": "float32", "kept step": None}
+USUAL = {"precision": "float32", "kept step": None, "number of processes": 1}
 START = b'{\n "run"'  # of a state
 NO_STATE = "is no state of a run; choose another name"
 LONGEST = 300  # characters of a process's description that are shown
