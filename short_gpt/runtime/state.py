@@ -318,7 +318,11 @@ class StateFile:
         self._content, self._read, self._saved = None, False, time.monotonic()
 
     def clear(self) -> None:
-        """Deletes the file, once the result is safe, and what a killed save may have left."""
-        tidy(self.path.resolve())
-        self.path.unlink(missing_ok=True)
+        """Deletes the file, once the result is safe, and what a killed save may have left.
+
+        A link stays, and what it leads to goes: that is what `save` wrote.
+        """
+        target = self.path.resolve()
+        tidy(target)
+        target.unlink(missing_ok=True)
         self._content, self._read, self._lock = None, True, None
