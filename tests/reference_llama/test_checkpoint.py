@@ -444,6 +444,16 @@ def test_what_is_wrong_beside_the_weights_is_told_before_they_are_copied(tmp_pat
         Checkpoint(checkpoint_dir)
 
 
+def test_sizes_that_do_not_divide_among_the_shards_are_refused(tmp_path):
+    """Rounded down, 97 rows of two shards are the 96 that are there."""
+    directory = save_checkpoint(tmp_path / "two", make_transformer(), shards=2)
+    assert Checkpoint(directory).args.vocab_size == 96
+    path = directory / "params.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 97}))
+    with pytest.raises(ValueError, match="two has 2 shards: vocab_size 97 does not divide among"):
+        Checkpoint(directory)
+
+
 def test_json_keeps_texts_and_digits(tmp_path):
     content = {
         "text": "{{ [a,     b] }} [my   folder]",
