@@ -231,7 +231,9 @@ class CachedTeacher:
             shown.update(done)
             for _ in range(0, len(rest), team.count):
                 logits = next(every, None)  # (S, V)
-                for content in team.gather(b"" if logits is None else self._content(logits)):
+                own = b"" if logits is None else self._content(logits)
+                del logits  # before the next ones, which take as much
+                for content in team.gather(own):
                     file.write(b"" if team.rank else content)
                     tokens += max(len(content) - DIGEST, 0) // self._record.itemsize
                     set_rate(shown, tokens)

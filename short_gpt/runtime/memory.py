@@ -60,6 +60,7 @@ def plan(
     stored: torch.dtype,
     batch_size: int = 1,
     max_memory: str | int | None = None,
+    logits: bool = False,
     on_host: bool = True,
     process: int | None = None,
 ) -> Plan:
@@ -70,13 +71,14 @@ def plan(
         dtype: of the computation; ``stored`` is that of the weights in the files.
         max_memory: of the process, in bytes or like "3GB"; None takes half of what is free. The
             error for too little says the least.
+        logits: whether the logits of whole windows are asked for, as of a teacher.
         on_host: whether the CPU computes.
         process: bytes that the process already holds; None measures them.
     """
     shapes = full_shapes(args)
     layer = sum(math.prod(s) for n, s in shapes.items() if n.startswith("layers.0."))
     largest = args.dim * max(args.ffn_dim, 2 * args.dim)  # wq is held twice while it is permuted
-    working = _working(args, batch_size, dtype, stored)
+    working = _working(args, batch_size, dtype, stored, logits=logits)
     host = {
         "the process itself": resident() if process is None else process,
         "next layer as stored": (layer + largest) * stored.itemsize,
@@ -106,14 +108,22 @@ def plan(
     return Plan(host, {} if on_host else ours, window, rounded * batch_size)
 
 
-def _working(args: ModelArgs, batch_size: int, dtype: torch.dtype, stored: torch.dtype) -> int:
+def _working(
+    args: ModelArgs, batch_size: int, dtype: torch.dtype, stored: torch.dtype, *, logits: bool
+) -> int:
     """The most that a batch needs besides its states: in a layer, in the head, or at the end."""
     tokens, wide = batch_size * args.max_seq_len, max(dtype.itemsize, 4)
     inside = tokens * (3 * args.ffn_dim * dtype.itemsize + 8 * args.dim * wide)
     rows = block_rows(args, stored)
-    head = 2 * rows * args.dim * (stored.itemsize + dtype.itemsize) + tokens * rows * 4 * wide
+    block = 2 * rows * args.dim * (stored.itemsize + dtype.itemsize)
+    head = block + tokens * rows * 4 * wide
     end = 3 * 8 * batch_size * (args.n_layers + 1) * args.dim
-    return max(inside, head, end)
+    if not logits:
+        return max(inside, head, end)
+    window = 4 * args.max_seq_len * args.vocab_size
+    # a batch's while a block is added, or while a teacher's predictions are taken from a window's
+    beside = max(block + tokens * rows * dtype.itemsize, 3 * window)
+    return max(inside, head, end, batch_size * window + beside)
 
 
 def block_rows(args: ModelArgs, stored: torch.dtype) -> int:

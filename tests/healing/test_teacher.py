@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,20 @@ def test_an_interrupted_cache_goes_on_where_it_was(short, tmp_path, monkeypatch)
     assert bytes_of[0] == bytes_of[1] and whole.identity() == broken.identity()
     filled(tmp_path / "broken", short)  # and is not asked again
     assert asked == WINDOWS[2:]
+
+
+def test_the_logits_of_one_window_are_gone_before_the_next(short, tmp_path, monkeypatch):
+    plain = short.window_logits
+
+    def logits(windows, *, batch_size):
+        for window in windows:
+            held = [*plain([window])]
+            before = weakref.ref(held[0])
+            yield held.pop()
+            assert before() is None
+
+    monkeypatch.setattr(short, "window_logits", logits)
+    filled(tmp_path, short)
 
 
 @pytest.mark.parametrize("place", [0, 100, -40, -1])

@@ -188,6 +188,25 @@ def test_logits_are_those_in_memory_in_the_order_of_the_windows(streamed, tmp_pa
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_logits_are_in_memory_once_and_counted(streamed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("a copy of them"))
+        rows = [*streamed.window_logits(WINDOWS[:6], batch_size=3)]
+    assert [row.untyped_storage().nbytes() for row in rows] == [3 * 20 * VOCAB * 4] * 6
+    assert not rows[0].requires_grad
+    monkeypatch.setattr(memory_plan, "BLOCK_BYTES", 10_000)
+    least = streamed.plan()
+    known = least.host["working memory"]
+    needed = streamed.plan(logits=True).host["working memory"]
+    assert needed == (1 + 3) * 20 * VOCAB * 4 > known  # and what a teacher makes of them
+    streamed.max_memory = least.total - (least.windows - 1) * least.window
+    assert streamed.plan().windows == 1
+    with pytest.raises(ValueError, match="is too little: one layer at a time, this model"):
+        next(streamed.window_logits(WINDOWS))
+    streamed.max_memory += needed - known
+    assert len([*streamed.window_logits(WINDOWS)]) == len(WINDOWS)
+
+
 def test_a_rule_stops_after_a_round(streamed):
     few_rounds(streamed, 4)
     many = random_windows(90, 12)
