@@ -76,7 +76,8 @@ def plan(
         process: bytes that the process already holds; None measures them.
     """
     shapes = full_shapes(args)
-    layer = sum(math.prod(s) for n, s in shapes.items() if n.startswith("layers.0."))
+    sizes = [math.prod(s) for n, s in shapes.items() if n.startswith("layers.0.")]
+    layer = sum(sizes)
     largest = args.dim * max(args.ffn_dim, 2 * args.dim)  # wq is held twice while it is permuted
     working = _working(args, batch_size, dtype, stored, logits=logits)
     host = {
@@ -87,9 +88,12 @@ def plan(
     if on_host:
         host |= ours
     else:
+        kept = sum(pinned(size * stored.itemsize) for size in sizes)
+        host["next layer as stored"] = kept + largest * stored.itemsize
         host["working memory"] = 2 * BLOCK_BYTES
         ours["layer"] += largest * stored.itemsize
-    window = args.max_seq_len * (args.dim * dtype.itemsize + 16)
+    state = batch_size * args.max_seq_len * args.dim * dtype.itemsize
+    window = math.ceil((state if on_host else pinned(state)) / batch_size) + 16 * args.max_seq_len
     window += (args.n_layers + 1) * (4 * args.dim + 16 * (args.n_layers + 1) + 64)
     room = free_memory() // 2 if max_memory is None else bytes_of(max_memory)
     room -= sum(host.values())
@@ -106,6 +110,16 @@ def plan(
     # a power of two: another run's rounds, with a little more or less memory, begin where these do
     rounded = 1 << (batches.bit_length() - 1)
     return Plan(host, {} if on_host else ours, window, rounded * batch_size)
+
+
+def pinned(size: int) -> int:
+    """Bytes that torch takes for a pinned tensor of so many: the next power of two.
+
+    Example:
+        >>> pinned(4096), pinned(4097)
+        (4096, 8192)
+    """
+    return 1 << (size - 1).bit_length()
 
 
 def _working(

@@ -192,7 +192,7 @@ class StreamedCalls(LayerCalls):
 
     def _embedded(self, group: list[Batch]) -> Iterator[Tensor]:
         if group:
-            self._model.embed(group)
+            self._model.embed(group, pin=False)  # they are kept, or go into a file
         while group:  # empty at the end
             yield group.pop(0).state
 

@@ -215,9 +215,9 @@ class StreamedTransformer(nn.Module):
                         "this round was counted. Check the weights, or try another dtype"
                     )
 
-    def embed(self, batches: Sequence[Batch]) -> None:
-        """Gives batches the hidden states entering the first layer."""
-        pin = self.device.type == "cuda"
+    def embed(self, batches: Sequence[Batch], *, pin: bool = True) -> None:
+        """Gives batches the hidden states entering the first layer, pinned where CUDA runs."""
+        pin = pin and self.device.type == "cuda"
         for batch in batches:
             shape = (*batch.tokens.shape, self.params.dim)
             batch.state = torch.empty(shape, dtype=self.dtype, pin_memory=pin)  # (B, S, D)
@@ -325,8 +325,11 @@ class StreamedTransformer(nn.Module):
         targets = [torch.zeros_like(total) for total in sums]  # (B, S - 1) each, like the sums
         for batch in batches:
             state = batch.state[:, :-1]  # (B, S - 1, D): the last state predicts nothing
-            batch.state = self.norm(state.to(self.device)).to(state.device)
-            del state  # which holds the states before the norm
+            normed = self.norm(state.to(self.device))
+            # what is pinned is written into: torch would keep it beside a copy
+            pinned = state.is_pinned()
+            batch.state = state.copy_(normed) if pinned else normed.to(state.device)
+            del state, normed  # the states before the norm, and those on the device
         for start, weight in self._head():
             for i, batch in enumerate(batches):
                 # (B, S - 1, rows): the part of the vocabulary that begins at `start`

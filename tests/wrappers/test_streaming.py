@@ -31,13 +31,14 @@ from llama.formats.names import params_json
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.runtime import memory as memory_plan
-from short_gpt.runtime.memory import bytes_of
+from short_gpt.runtime.memory import bytes_of, pinned
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import SUMS, Importance
 from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers import streamed_transformer
-from short_gpt.wrappers.streamed_llama import StreamedDecoder, StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedCalls, StreamedDecoder, StreamedLlama
+from short_gpt.wrappers.streamed_transformer import Batch, StreamedTransformer
 
 VOCAB = 258
 WINDOWS = [w[: 20 - i % 3] for i, w in enumerate(random_windows(7, 20, vocab=VOCAB))]
@@ -149,6 +150,42 @@ def test_a_round_on_the_cpu_has_no_more_tokens_than_hide_the_reading():
         assert memory_plan.plan(args, max_memory="900GB", **given).windows == windows, size
         on_device = memory_plan.plan(args, max_memory="900GB", on_host=False, **given)
         assert on_device.windows == 256
+
+
+def test_pinned_memory_counts_as_torch_takes_it():
+    assert [pinned(size) for size in (1, 2, 3, 4096, 4097)] == [1, 2, 4, 4096, 8192]
+    args = ModelArgs(dim=96, n_layers=4, n_heads=4, vocab_size=VOCAB, max_seq_len=20)
+    given = {"dtype": torch.float32, "stored": torch.bfloat16, "process": 0, "batch_size": 3}
+    pageable, ours = (memory_plan.plan(args, on_host=on, **given) for on in (True, False))
+    sizes = [2 * math.prod(s) for n, s in full_shapes(args).items() if n.startswith("layers.0.")]
+    more = ours.host["next layer as stored"] - pageable.host["next layer as stored"]
+    assert more == sum(pinned(size) - size for size in sizes) > 0
+    state = 3 * 20 * 96 * 4
+    assert ours.window - pageable.window == math.ceil((pinned(state) - state) / 3) > 0
+
+
+def test_pinned_states_are_those_of_rounds_and_written_into(streamed, monkeypatch):
+    stream, tokens, made, empty = streamed.stream, torch.tensor(WINDOWS[:1]), [], torch.empty
+    batches = [Batch(tokens, torch.ones_like(tokens, dtype=torch.bool)) for _ in range(2)]
+    stream.run(batches)
+    (expected,) = stream.losses(batches[:1])
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+    place, head = batches[1].state.data_ptr(), stream._head
+    monkeypatch.setattr(stream, "_head", lambda: (made.append(batches[1].state), head())[1])
+    assert torch.equal(*stream.losses(batches[1:]), expected)
+    assert made.pop().data_ptr() == place
+
+    def told(*shape, pin_memory=None, **options):
+        made.extend([] if pin_memory is None else [pin_memory])
+        return empty(*shape, **options)
+
+    # as if a GPU were there
+    monkeypatch.setattr(StreamedTransformer, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch, "empty", told)
+    stream.embed(batches)
+    assert made == [True, True]
+    StreamedCalls(stream).embed(tokens)
+    assert made == [True, True, False]
 
 
 def test_a_window_costs_its_share_of_a_round_in_which_reading_hides(streamed, monkeypatch):
