@@ -88,6 +88,8 @@ def of_division(mp: int, folder: Path, given: dict) -> dict[object, object]:
         found["measured", size] = short.importance.to_dict()
     found["texts"] = of_texts(ShortLlama(llama), given["windows"])
     found["digest"] = short.weights_digest()
+    given_twice = given["windows"][:4], given["windows"]
+    found["saves"] = saves(llama, given_twice, folder / f"state{dist.get_world_size()}-{mp}")
     team = replicas.current()
     assert team.count * mp == dist.get_world_size()
     if team.count == dist.get_world_size() == 2:
@@ -141,6 +143,19 @@ def resumed(llama: Llama, windows: list[list[int]], path: Path) -> dict[str, obj
             assert 0 < short.n_windows < 120
         dist.barrier()
     return {"whole": whole.importance.to_dict(), "continued": short.importance.to_dict()}
+
+
+def saves(llama: Llama, parts: tuple[list[list[int]], ...], path: Path) -> list[object]:
+    """How often this rank saves a run that goes on, and the sums of each part."""
+    file, found = StateFile(path, {"seed": 0}, every=0), list[object]()
+    plain, state = file.save, RunState(file)
+    file.save = lambda content: (found.append("saved"), plain(content))[1]
+    dist.barrier()  # all have read the file before one of them writes it
+    for windows in parts:
+        short = ShortLlama(llama)
+        short.measure(windows, progress=False, state=state)
+        found.append(sum(short.importance.to_dict()["windows"]))
+    return found
 
 
 def of_transformers(windows: list[list[int]]) -> dict[str, object]:

@@ -84,6 +84,14 @@ class Checkpoint:
                 f"n_layers {self.args.n_layers} in {self.directory / 'params.json'}; the file has "
                 f"{len(first)} tensors"
             )
+        try:
+            check_split(self.args, ranks)  # else rows that no shard holds would not be missed
+        except InputError as error:
+            reason = str(error).split(";")[0]
+            raise InputError(
+                f"{self.directory} has {ranks} shards: {reason}; correct params.json or fetch all "
+                "files anew"
+            ) from None
         expected = {v: shapes_of_rank(self.args, ranks, vocab_parallel=v) for v in (False, True)}
         if ranks == 1:
             vocab_parallel = by_vocabulary(self.args, first)

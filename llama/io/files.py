@@ -189,6 +189,7 @@ def new_file(path: Path, *, overwrite: bool, ours: IsOurs) -> Iterator[Path]:
     with _work_folder(target) as work:
         yield work / NEW
         follow_umask(work)
+        check_output(path, overwrite=overwrite, ours=ours)  # it may have appeared meanwhile
         os.replace(work / NEW, target)
 
 

@@ -202,11 +202,19 @@ class CachedTeacher:
         return joined({"teacher": self._teacher}, own)
 
     def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
-        """Asks the model for what the file lacks; ShortGPTError where the file is damaged.
+        """Asks the model for what the file lacks.
 
         Replicas share the windows, and the first writes what all were told.
+
+        Raises:
+            ShortGPTError: the file is damaged, or several model-parallel ranks share the model.
         """
         team = replicas.current(None if self._model is None else self._model.decoder.device)
+        if (ranks := len(replicas.of_model(None))) > 1:  # each of them would write
+            raise ShortGPTError(
+                f"a teacher needs the whole model on every rank, got {ranks} model-parallel ranks: "
+                "open it with model_parallel_size=1, and the ranks share the windows"
+            )
         team.gather(None)  # all have looked for a file before one is written
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if self._state.content is None and not team.rank:
@@ -223,7 +231,9 @@ class CachedTeacher:
             shown.update(done)
             for _ in range(0, len(rest), team.count):
                 logits = next(every, None)  # (S, V)
-                for content in team.gather(b"" if logits is None else self._content(logits)):
+                own = b"" if logits is None else self._content(logits)
+                del logits  # before the next ones, which take as much
+                for content in team.gather(own):
                     file.write(b"" if team.rank else content)
                     tokens += max(len(content) - DIGEST, 0) // self._record.itemsize
                     set_rate(shown, tokens)

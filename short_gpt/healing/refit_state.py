@@ -253,7 +253,9 @@ class RefitState:
         if self.folder is not None and self.team.rank == 0:
             _sweep(self.folder)
             # before the others, so that nothing continues from what a kill here may leave
-            (self.folder / STATE).unlink(missing_ok=True)
+            state = self.folder / STATE
+            for path in (state.resolve(), state):  # which may be a link to it
+                path.unlink(missing_ok=True)
             for path in filter(is_own, self.folder.glob("*")):
                 path.unlink()
             with suppress(OSError):  # the folder holds something else, or is not there

@@ -80,7 +80,9 @@ class TrainingRun(NamedTuple):
         precision = {"precision": "mixed"} if self.mixed else {}
         plain = taught["kl_share"] in (None, 1) and taught["temperature"] in (None, 1)
         chosen = {} if plain else {"kept step": "of least loss"}  # once it was of least divergence
-        return joined(recipe, own, taught, precision, chosen)
+        count = replicas.current().count  # each saves random numbers of its own
+        processes = {} if count == 1 else {"number of processes": count}
+        return joined(recipe, own, taught, precision, chosen, processes)
 
     def measure(self, adapted: PeftModel) -> dict[str, float]:
         """On the validation windows: what the best step is chosen by, and the perplexity."""

@@ -180,8 +180,8 @@ def rank(
     opening = as_begun(opening, saving.state)
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
-    # of the files as they are now
-    digests = digests_of(model, opening.tokenizer_path) if first_rank() else {}
+    # of the files as they are now; ranks would wait for the first one, and not for long
+    digests = {} if several_ranks() else digests_of(model, opening.tokenizer_path)
     short = running.open(model, opening, cut.size)
     for name in ("n", "candidates"):  # of a file or a model at the hub, known only now
         if (asked := getattr(answer, name)) is not None:
@@ -211,7 +211,10 @@ def rank(
     result = Ranking(answer, cut.seed, state=state, scored=digests, bos=bos, precision=precision)
     if answer.by_loss:
         return _search(short, windows, result, running)
-    return _measure(short, windows, result, cut, running, notify, detailed=detailed)
+    result = _measure(short, windows, result, cut, running, notify, detailed=detailed)
+    if several_ranks() and first_rank():
+        return replace(result, scored=digests_of(model, opening.tokenizer_path))
+    return result
 
 
 def _passes(answer: Answer, count: int, windows: int | None) -> int | None:

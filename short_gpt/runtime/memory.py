@@ -9,7 +9,9 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -58,6 +60,7 @@ def plan(
     stored: torch.dtype,
     batch_size: int = 1,
     max_memory: str | int | None = None,
+    logits: bool = False,
     on_host: bool = True,
     process: int | None = None,
 ) -> Plan:
@@ -68,13 +71,15 @@ def plan(
         dtype: of the computation; ``stored`` is that of the weights in the files.
         max_memory: of the process, in bytes or like "3GB"; None takes half of what is free. The
             error for too little says the least.
+        logits: whether the logits of whole windows are asked for, as of a teacher.
         on_host: whether the CPU computes.
         process: bytes that the process already holds; None measures them.
     """
     shapes = full_shapes(args)
-    layer = sum(math.prod(s) for n, s in shapes.items() if n.startswith("layers.0."))
+    sizes = [math.prod(s) for n, s in shapes.items() if n.startswith("layers.0.")]
+    layer = sum(sizes)
     largest = args.dim * max(args.ffn_dim, 2 * args.dim)  # wq is held twice while it is permuted
-    working = _working(args, batch_size, dtype, stored)
+    working = _working(args, batch_size, dtype, stored, logits=logits)
     host = {
         "the process itself": resident() if process is None else process,
         "next layer as stored": (layer + largest) * stored.itemsize,
@@ -83,9 +88,12 @@ def plan(
     if on_host:
         host |= ours
     else:
+        kept = sum(pinned(size * stored.itemsize) for size in sizes)
+        host["next layer as stored"] = kept + largest * stored.itemsize
         host["working memory"] = 2 * BLOCK_BYTES
         ours["layer"] += largest * stored.itemsize
-    window = args.max_seq_len * (args.dim * dtype.itemsize + 16)
+    state = batch_size * args.max_seq_len * args.dim * dtype.itemsize
+    window = math.ceil((state if on_host else pinned(state)) / batch_size) + 16 * args.max_seq_len
     window += (args.n_layers + 1) * (4 * args.dim + 16 * (args.n_layers + 1) + 64)
     room = free_memory() // 2 if max_memory is None else bytes_of(max_memory)
     room -= sum(host.values())
@@ -104,14 +112,32 @@ def plan(
     return Plan(host, {} if on_host else ours, window, rounded * batch_size)
 
 
-def _working(args: ModelArgs, batch_size: int, dtype: torch.dtype, stored: torch.dtype) -> int:
+def pinned(size: int) -> int:
+    """Bytes that torch takes for a pinned tensor of so many: the next power of two.
+
+    Example:
+        >>> pinned(4096), pinned(4097)
+        (4096, 8192)
+    """
+    return 1 << (size - 1).bit_length()
+
+
+def _working(
+    args: ModelArgs, batch_size: int, dtype: torch.dtype, stored: torch.dtype, *, logits: bool
+) -> int:
     """The most that a batch needs besides its states: in a layer, in the head, or at the end."""
     tokens, wide = batch_size * args.max_seq_len, max(dtype.itemsize, 4)
     inside = tokens * (3 * args.ffn_dim * dtype.itemsize + 8 * args.dim * wide)
     rows = block_rows(args, stored)
-    head = 2 * rows * args.dim * (stored.itemsize + dtype.itemsize) + tokens * rows * 4 * wide
+    block = 2 * rows * args.dim * (stored.itemsize + dtype.itemsize)
+    head = block + tokens * rows * 4 * wide
     end = 3 * 8 * batch_size * (args.n_layers + 1) * args.dim
-    return max(inside, head, end)
+    if not logits:
+        return max(inside, head, end)
+    window = 4 * args.max_seq_len * args.vocab_size
+    # a batch's while a block is added, or while a teacher's predictions are taken from a window's
+    beside = max(block + tokens * rows * dtype.itemsize, 3 * window)
+    return max(inside, head, end, batch_size * window + beside)
 
 
 def block_rows(args: ModelArgs, stored: torch.dtype) -> int:
@@ -143,6 +169,45 @@ def resident() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that the machine can still give, without swapping; of several ranks there, to each."""
+    """Bytes that the machine and control groups still give, without swapping.
+
+    Of several ranks there, to each.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several_ranks() else 1
-    return psutil.virtual_memory().available // ranks
+    return max(0, min([psutil.virtual_memory().available, *left_in_groups()])) // ranks
+
+
+def left_in_groups(
+    own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """Bytes that each limit on this process leaves, as a container or a batch system sets it.
+
+    ``own`` names the control groups of Linux that the process is in, ``mounted`` holds them. What
+    is not there limits nothing.
+    """
+    left: list[int] = []
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, kinds, name = line.split(":", 2)
+            if not kinds:  # version 2
+                root, files = mounted, ("memory.max", "memory.current")
+            elif "memory" in kinds.split(","):
+                root, files = mounted / kinds, ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
+                continue
+            # a container sees its own group as the root, whatever the name is outside
+            parts = name.strip("/").split("/")
+            for count in range(len(parts) + 1):
+                left += _left(root.joinpath(*parts[:count]), *files)
+    return left
+
+
+def _left(group: Path, limit: str, usage: str) -> list[int]:
+    """What a group's limit leaves; nothing where it has none."""
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        most, used = (int((group / name).read_text()) for name in (limit, usage))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # files that were read and can be dropped; version 1 counts groups inside on their own
+        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        return [most - used + cached]
+    return []

@@ -28,7 +28,7 @@ ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 # entries of a run's identity that it has only where they are others
-USUAL = {"precision": "float32", "kept step": None}
+USUAL = {"precision": "float32", "kept step": None, "number of processes": 1}
 START = b'{\n "run"'  # of a state
 NO_STATE = "is no state of a run; choose another name"
 LONGEST = 300  # characters of a process's description that are shown
@@ -318,7 +318,11 @@ class StateFile:
         self._content, self._read, self._saved = None, False, time.monotonic()
 
     def clear(self) -> None:
-        """Deletes the file, once the result is safe, and what a killed save may have left."""
-        tidy(self.path.resolve())
-        self.path.unlink(missing_ok=True)
+        """Deletes the file, once the result is safe, and what a killed save may have left.
+
+        A link stays, and what it leads to goes: that is what `save` wrote.
+        """
+        target = self.path.resolve()
+        tidy(target)
+        target.unlink(missing_ok=True)
         self._content, self._read, self._lock = None, True, None

@@ -15,7 +15,7 @@ from short_gpt.data.windows import batches, text_of
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import bar, set_rate
+from short_gpt.runtime.progress import bar, first_rank, set_rate
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring import hooks
 from short_gpt.scoring.hooks import Scores
@@ -112,8 +112,8 @@ class RunState:
         self._digest = sha256()
 
     def agree(self, team: replicas.Replicas) -> None:
-        """All replicas continue what the first one has saved. All ranks must call it."""
-        self._saved = team.gather(self.file.content)[0]
+        """All ranks continue what the first one has saved. All must call it."""
+        self._saved = replicas.of_model(team.gather(self.file.content)[0])[0]
 
     def sums(self, layers: Sequence[int]) -> Importance:
         """The sums to continue from: of the file, which must score these layers, or empty ones."""
@@ -158,8 +158,9 @@ class RunState:
         self._digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
 
     def save(self, sums: Importance) -> None:
+        """Saves the sums; of several ranks the first does, which holds the lock."""
         texts = self._texts.get(sums.n_windows)
-        if sums.n_windows and texts:
+        if sums.n_windows and texts and first_rank():
             self.file.save({"texts": texts, "importance": sums.to_dict()})
 
 
@@ -243,7 +244,7 @@ class ScoringRun:
             raise ShortGPTError(NO_WINDOW)
         if not (self.verdict and self.verdict.settled):
             self._look(local, final=True)
-        if self._state and self._team.rank == 0:
+        if self._state:
             self._state.save(self.into)
 
     def _mine(self, windows: Iterable[Window]) -> Iterator[list[Window]]:
@@ -269,7 +270,7 @@ class ScoringRun:
         while self._next <= self._read:
             self._next = next_look(self._next)
         self._look(local)
-        if self._state and self._team.count > 1 and self._team.rank == 0:
+        if self._state and self._team.count > 1:
             self._state.save(self.into)
         return self.verdict is not None and self.verdict.settled
 

@@ -113,7 +113,9 @@ class StreamedDecoder(MetaDecoder):
         for batch in self._pass("logits", windows):
             with products(self.mixed, self.device):
                 logits = self.model.logits(batch)  # (B, S, V)
-            yield from (row[real] for row, real in zip(logits, batch.mask, strict=True))
+            # real tokens come first: views, as copies would take as much again
+            yield from (row[:real] for row, real in zip(logits, batch.mask.sum(1), strict=True))
+            del logits  # before the next ones, which take as much
 
     def _pass(self, name: str, windows: Sequence[Sequence[int]], **scored: bool) -> list[Batch]:
         parts = [pad(part, self) for part in batches(windows, self.batch_size)]
@@ -190,7 +192,7 @@ class StreamedCalls(LayerCalls):
 
     def _embedded(self, group: list[Batch]) -> Iterator[Tensor]:
         if group:
-            self._model.embed(group)
+            self._model.embed(group, pin=False)  # they are kept, or go into a file
         while group:  # empty at the end
             yield group.pop(0).state
 
@@ -278,9 +280,9 @@ class StreamedLlama(ScoredModel):
         check_text(text)
         return self._hf_tokenizer(text, verbose=False)["input_ids"]
 
-    def plan(self, batch_size: int = 1) -> Plan:
+    def plan(self, batch_size: int = 1, *, logits: bool = False) -> Plan:
         """The memory that a run takes, and the windows of a round; see `runtime.memory.plan`."""
-        return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory)
+        return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory, logits=logits)
 
     def eval_importance(
         self,
@@ -322,7 +324,8 @@ class StreamedLlama(ScoredModel):
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
     ) -> Iterator[Tensor]:
-        for part in batches(windows, self.windows_at_once(batch_size)):
+        self.decoder.batch_size, self.decoder.progress = batch_size, False
+        for part in batches(windows, self.plan(batch_size, logits=True).windows):
             yield from self.decoder.window_logits(part)
 
     def score(

@@ -178,7 +178,9 @@ class StreamedTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.freqs_cis.device
 
-    def plan(self, *, batch_size: int = 1, max_memory: str | int | None = None) -> Plan:
+    def plan(
+        self, *, batch_size: int = 1, max_memory: str | int | None = None, logits: bool = False
+    ) -> Plan:
         """Memory of a run; see `memory.plan`."""
         held = [*self._ready.values(), *self._next.values()]
         process = resident() - sum(t.nbytes for t in held if t.device.type == "cpu")
@@ -188,6 +190,7 @@ class StreamedTransformer(nn.Module):
             stored=self.stored,
             batch_size=batch_size,
             max_memory=max_memory,
+            logits=logits,
             on_host=self.device.type != "cuda",  # the memory of Apple's MPS is the machine's
             process=max(process, 0),
         )
@@ -212,9 +215,9 @@ class StreamedTransformer(nn.Module):
                         "this round was counted. Check the weights, or try another dtype"
                     )
 
-    def embed(self, batches: Sequence[Batch]) -> None:
-        """Gives batches the hidden states entering the first layer."""
-        pin = self.device.type == "cuda"
+    def embed(self, batches: Sequence[Batch], *, pin: bool = True) -> None:
+        """Gives batches the hidden states entering the first layer, pinned where CUDA runs."""
+        pin = pin and self.device.type == "cuda"
         for batch in batches:
             shape = (*batch.tokens.shape, self.params.dim)
             batch.state = torch.empty(shape, dtype=self.dtype, pin_memory=pin)  # (B, S, D)
@@ -322,8 +325,11 @@ class StreamedTransformer(nn.Module):
         targets = [torch.zeros_like(total) for total in sums]  # (B, S - 1) each, like the sums
         for batch in batches:
             state = batch.state[:, :-1]  # (B, S - 1, D): the last state predicts nothing
-            batch.state = self.norm(state.to(self.device)).to(state.device)
-            del state  # which holds the states before the norm
+            normed = self.norm(state.to(self.device))
+            # what is pinned is written into: torch would keep it beside a copy
+            pinned = state.is_pinned()
+            batch.state = state.copy_(normed) if pinned else normed.to(state.device)
+            del state, normed  # the states before the norm, and those on the device
         for start, weight in self._head():
             for i, batch in enumerate(batches):
                 # (B, S - 1, rows): the part of the vocabulary that begins at `start`
@@ -354,13 +360,16 @@ class StreamedTransformer(nn.Module):
         """Logits of every position, (B, S, V) float32."""
         return self._logits(self.hidden(tokens, start_pos))
 
-    @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """The same of a batch that has passed the layers; it loses its state."""
         state, batch.state = batch.state, torch.empty(0)
         return self._logits(state.to(self.device))
 
+    @torch.no_grad()
     def _logits(self, state: Tensor) -> Tensor:
         normed = self.norm(state)  # (B, S, D)
-        parts = [F.linear(normed, weight).float() for _, weight in self._head()]
-        return torch.cat(parts, dim=-1)  # (B, S, V)
+        shape = (*state.shape[:2], self.vocab_size)
+        logits = torch.empty(shape, dtype=torch.float32, device=self.device)  # (B, S, V)
+        for start, weight in self._head():
+            logits[..., start : start + len(weight)] = F.linear(normed, weight)
+        return logits

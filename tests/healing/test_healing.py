@@ -44,6 +44,8 @@ from short_gpt.jobs import Settings
 from short_gpt.jobs.saving import Saving
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.replicas import Replicas
+from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -942,6 +944,16 @@ def test_heal_leaves_out_what_is_evaluated_on_when_told_to(books, capsys):
     run("heal", "dense", "out", *SMALL, *arguments, "--max_windows", 200)
     out = capsys.readouterr().out
     assert "left out" in out and "text kept apart from learning" in out
+
+
+def test_a_training_goes_on_with_as_many_processes_alone(tmp_path, monkeypatch):
+    model, learned = adapt(make("llama"), QUICK), TrainingRun([[1]], [[2]], QUICK)
+    StateFile(tmp_path / "one", alone := learned.identity(model)).save({})
+    monkeypatch.setattr(trainer.replicas, "current", lambda: Replicas(1, 2))
+    two = learned.identity(model)
+    assert {**alone, "number of processes": 2} == two != alone
+    with pytest.raises(ValueError, match="with another number of processes: 1, now 2; go on with"):
+        StateFile(tmp_path / "one", two)
 
 
 def test_the_training_reports_where_the_recipe_says(tmp_path, monkeypatch):

@@ -222,6 +222,17 @@ def test_the_states_in_front_of_the_first_gap_count_as_soon_as_they_are_needed(t
         same(fit(memory(), [4], WINDOWS, work_dir=work, **options), expected)
 
 
+def test_a_state_behind_a_link_is_cleared_there(tmp_path):
+    work, elsewhere = tmp_path / "work", tmp_path / "state"
+    RefitState(work, {}).advance(models=[])
+    (work / "refit.json").rename(elsewhere)
+    (work / "refit.json").symlink_to(elsewhere)
+    state = RefitState(work, {})
+    assert state.done == 1
+    state.clear()
+    assert not work.exists() and not elsewhere.exists()
+
+
 def test_what_others_wrote_into_the_folder_stays(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"notes\.txt, which is none of this refit's files"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -26,11 +27,6 @@ def filled(folder, short, windows=WINDOWS, **options) -> CachedTeacher:
     teacher = CachedTeacher(folder, short, windows, **options)
     teacher.fill(progress=False)
     return teacher
-
-
-def same(one: Targets, other: Targets) -> bool:
-    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_what_is_read_is_what_the_model_predicts(short, tmp_path):
@@ -99,6 +95,20 @@ def test_an_interrupted_cache_goes_on_where_it_was(short, tmp_path, monkeypatch)
     assert asked == WINDOWS[2:]
 
 
+def test_the_logits_of_one_window_are_gone_before_the_next(short, tmp_path, monkeypatch):
+    plain = short.window_logits
+
+    def logits(windows, *, batch_size):
+        for window in windows:
+            held = [*plain([window])]
+            before = weakref.ref(held[0])
+            yield held.pop()
+            assert before() is None
+
+    monkeypatch.setattr(short, "window_logits", logits)
+    filled(tmp_path, short)
+
+
 @pytest.mark.parametrize("place", [0, 100, -40, -1])
 def test_predictions_that_were_damaged_are_refused(short, tmp_path, place):
     filled(tmp_path, short)
@@ -150,6 +160,14 @@ def test_files_of_others_and_settings_that_cannot_be_are_refused(short, tmp_path
         ):
             with pytest.raises(ValueError, match=message):
                 make_one(options)
+
+
+def test_ranks_that_share_a_model_do_not_write_one_file(short, tmp_path, monkeypatch):
+    teacher = CachedTeacher(tmp_path, short, WINDOWS)
+    monkeypatch.setattr("short_gpt.runtime.replicas.of_model", lambda value: [value] * 2)
+    with pytest.raises(ValueError, match="the whole model on every rank, got 2 model-parallel"):
+        teacher.fill(progress=False)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_logits_that_are_no_numbers_are_refused(tmp_path):

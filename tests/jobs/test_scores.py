@@ -14,8 +14,8 @@ from gguf_files import stack_file
 
 from llama.formats.convert import meta_to_hf
 from llama.io.files import new_directory
-from short_gpt import ShortGPTError, prune, rank
-from short_gpt.jobs import Choice, Cut, Scores, heal, read_scores
+from short_gpt import ShortGPTError, ShortLlama, prune, rank
+from short_gpt.jobs import Choice, Cut, Scores, heal, ranking, read_scores
 from short_gpt.jobs.scores import _check_names, configuration_of, tokenizer_of
 from short_gpt.runtime import write_record
 from short_gpt.wrappers.opening import weights_of
@@ -160,6 +160,22 @@ def test_weights_are_those_of_the_files_in_every_format(here):
     assert result.to_dict()["scored"] == scored("hf")
     Path("hf/model.safetensors").unlink()
     assert weights_of("hf") is None
+
+
+def test_ranks_do_not_wait_while_the_first_one_reads_all_files(here, monkeypatch):
+    """They would give up after ten minutes."""
+    order, files, measure = [], ranking.digests_of, ShortLlama.measure
+
+    def told(name, work):
+        return lambda *args, **options: (order.append(name), work(*args, **options))[1]
+
+    monkeypatch.setattr(ranking, "digests_of", told("files", files))
+    monkeypatch.setattr(ShortLlama, "measure", told("scores", measure))
+    for several in (False, True):
+        monkeypatch.setattr(ranking, "several_ranks", lambda several=several: several)
+        result = rank("ckpt", "book.txt", n=1, cut=Cut(32, 6, 0, 16))
+        assert result.to_dict()["scored"] == scored("ckpt")
+    assert order == ["files", "scores", "scores", "files"]
 
 
 def changed(path: Path, **entries: object) -> None:

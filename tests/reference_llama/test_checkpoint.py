@@ -27,7 +27,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, _check_end, write_shard
 from llama.errors import InputError
 from llama.generation import load_model
-from llama.io.files import check_new, check_outputs, new_directory
+from llama.io.files import check_new, check_outputs, new_directory, new_file
 from llama.io.json_files import write_json
 from short_gpt.checkpoints import Provenance, Target
 from short_gpt.checkpoints.meta import prune_meta as prune
@@ -412,6 +412,16 @@ def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path):
     assert (tmp_path / "out" / "thesis.tex").is_file()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nor_is_a_file_that_somebody_else_made_meanwhile(tmp_path, overwrite):
+    written = new_file(tmp_path / "out", overwrite=overwrite, ours=lambda _: False)
+    with pytest.raises(FileExistsError, match="out exists"), written as partial:
+        partial.write_text("whole")
+        (tmp_path / "out").write_text("years of work")
+    assert (tmp_path / "out").read_text() == "years of work"
+    assert not [*tmp_path.glob(".out*")]
+
+
 def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir):
     with pytest.raises(FileNotFoundError, match=r"tokenizer file typo\.model does not exist"):
         prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path="typo.model")
@@ -432,6 +442,16 @@ def test_what_is_wrong_beside_the_weights_is_told_before_they_are_copied(tmp_pat
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_layers": 10**9}))
     with pytest.raises(ValueError, match="n_layers 1000000000 in .*; the file has 48 tensors"):
         Checkpoint(checkpoint_dir)
+
+
+def test_sizes_that_do_not_divide_among_the_shards_are_refused(tmp_path):
+    """Rounded down, 97 rows of two shards are the 96 that are there."""
+    directory = save_checkpoint(tmp_path / "two", make_transformer(), shards=2)
+    assert Checkpoint(directory).args.vocab_size == 96
+    path = directory / "params.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 97}))
+    with pytest.raises(ValueError, match="two has 2 shards: vocab_size 97 does not divide among"):
+        Checkpoint(directory)
 
 
 def test_json_keeps_texts_and_digits(tmp_path):

@@ -160,6 +160,14 @@ def test_replicas_without_windows_and_agreement(found, mp, replicas):
         assert result["sampled"] == of_ranks(found, 1, 2)[0]["sampled"]
 
 
+@pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)
+def test_the_first_rank_saves_what_all_continue(found, mp, replicas):
+    """It alone holds the lock; another one could write after the state was cleared."""
+    first, *others = (result["saves"] for result in of_ranks(found, mp, replicas))
+    assert "saved" in first and [x for x in first if x != "saved"] == [4, 11]
+    assert all(saves == [4, 11] for saves in others)
+
+
 def test_replicas_interrupted_and_continued_give_the_same_bit_for_bit(found):
     for result in of_ranks(found, 1, 2):
         sums = result["resumed"]

@@ -29,6 +29,17 @@ def test_the_same_run_finds_what_it_saved(tmp_path):
     assert StateFile(tmp_path / "state", IDENTITY).content is None
 
 
+def test_a_state_behind_a_link_is_cleared_there(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state").symlink_to(tmp_path / "disk/state")
+    for _ in range(2):
+        state = StateFile(saved(tmp_path / "state"), IDENTITY)
+        assert (tmp_path / "disk/state").is_file()
+        state.clear()
+        assert not [*(tmp_path / "disk").iterdir()] and (tmp_path / "state").is_symlink()
+        assert StateFile(tmp_path / "state", IDENTITY).content is None
+
+
 def test_another_value_is_named(tmp_path):
     path = saved(tmp_path / "state", seed=1)
     before = path.read_bytes()

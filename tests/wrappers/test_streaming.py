@@ -31,13 +31,14 @@ from llama.formats.names import params_json
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.runtime import memory as memory_plan
-from short_gpt.runtime.memory import bytes_of
+from short_gpt.runtime.memory import bytes_of, pinned
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import SUMS, Importance
 from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers import streamed_transformer
-from short_gpt.wrappers.streamed_llama import StreamedDecoder, StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedCalls, StreamedDecoder, StreamedLlama
+from short_gpt.wrappers.streamed_transformer import Batch, StreamedTransformer
 
 VOCAB = 258
 WINDOWS = [w[: 20 - i % 3] for i, w in enumerate(random_windows(7, 20, vocab=VOCAB))]
@@ -151,6 +152,42 @@ def test_a_round_on_the_cpu_has_no_more_tokens_than_hide_the_reading():
         assert on_device.windows == 256
 
 
+def test_pinned_memory_counts_as_torch_takes_it():
+    assert [pinned(size) for size in (1, 2, 3, 4096, 4097)] == [1, 2, 4, 4096, 8192]
+    args = ModelArgs(dim=96, n_layers=4, n_heads=4, vocab_size=VOCAB, max_seq_len=20)
+    given = {"dtype": torch.float32, "stored": torch.bfloat16, "process": 0, "batch_size": 3}
+    pageable, ours = (memory_plan.plan(args, on_host=on, **given) for on in (True, False))
+    sizes = [2 * math.prod(s) for n, s in full_shapes(args).items() if n.startswith("layers.0.")]
+    more = ours.host["next layer as stored"] - pageable.host["next layer as stored"]
+    assert more == sum(pinned(size) - size for size in sizes) > 0
+    state = 3 * 20 * 96 * 4
+    assert ours.window - pageable.window == math.ceil((pinned(state) - state) / 3) > 0
+
+
+def test_pinned_states_are_those_of_rounds_and_written_into(streamed, monkeypatch):
+    stream, tokens, made, empty = streamed.stream, torch.tensor(WINDOWS[:1]), [], torch.empty
+    batches = [Batch(tokens, torch.ones_like(tokens, dtype=torch.bool)) for _ in range(2)]
+    stream.run(batches)
+    (expected,) = stream.losses(batches[:1])
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+    place, head = batches[1].state.data_ptr(), stream._head
+    monkeypatch.setattr(stream, "_head", lambda: (made.append(batches[1].state), head())[1])
+    assert torch.equal(*stream.losses(batches[1:]), expected)
+    assert made.pop().data_ptr() == place
+
+    def told(*shape, pin_memory=None, **options):
+        made.extend([] if pin_memory is None else [pin_memory])
+        return empty(*shape, **options)
+
+    # as if a GPU were there
+    monkeypatch.setattr(StreamedTransformer, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch, "empty", told)
+    stream.embed(batches)
+    assert made == [True, True]
+    StreamedCalls(stream).embed(tokens)
+    assert made == [True, True, False]
+
+
 def test_a_window_costs_its_share_of_a_round_in_which_reading_hides(streamed, monkeypatch):
     monkeypatch.setattr(streamed.stream, "layer_seconds", lambda _: (3.0, 1.0, 0.5))
     monkeypatch.setattr(streamed, "plan", lambda _: SimpleNamespace(windows=4))
@@ -186,6 +223,25 @@ def test_logits_are_those_in_memory_in_the_order_of_the_windows(streamed, tmp_pa
     for window, (ours, theirs) in zip(WINDOWS, pairs, strict=True):
         assert ours.shape == (len(window), memory.decoder.vocab_size)
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_logits_are_in_memory_once_and_counted(streamed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("a copy of them"))
+        rows = [*streamed.window_logits(WINDOWS[:6], batch_size=3)]
+    assert [row.untyped_storage().nbytes() for row in rows] == [3 * 20 * VOCAB * 4] * 6
+    assert not rows[0].requires_grad
+    monkeypatch.setattr(memory_plan, "BLOCK_BYTES", 10_000)
+    least = streamed.plan()
+    known = least.host["working memory"]
+    needed = streamed.plan(logits=True).host["working memory"]
+    assert needed == (1 + 3) * 20 * VOCAB * 4 > known  # and what a teacher makes of them
+    streamed.max_memory = least.total - (least.windows - 1) * least.window
+    assert streamed.plan().windows == 1
+    with pytest.raises(ValueError, match="is too little: one layer at a time, this model"):
+        next(streamed.window_logits(WINDOWS))
+    streamed.max_memory += needed - known
+    assert len([*streamed.window_logits(WINDOWS)]) == len(WINDOWS)
 
 
 def test_a_rule_stops_after_a_round(streamed):
@@ -229,6 +285,34 @@ def test_too_little_memory_is_refused_and_the_least_is_enough(streamed, tmp_path
     with pytest.raises(ValueError, match="states of a batch"):
         short.measure(WINDOWS, batch_size=9, progress=False)
     assert short.plan().describe().startswith("one layer at a time, 1 windows a round: ")
+
+
+def group(folder: Path, files: dict[str, str], *, stat: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in {**files, "memory.stat": stat}.items():
+        (folder / name).write_text(f"{content}\n")
+
+
+def test_free_memory_is_within_the_limits_of_the_control_groups(tmp_path, monkeypatch):
+    two, one = tmp_path / "two", tmp_path / "one"
+    stat = "anon 5\ninactive_file 100"
+    group(two / "job/step", {"memory.max": "max", "memory.current": "900"}, stat=stat)
+    group(two / "job", {"memory.max": "2000", "memory.current": "1500"}, stat=stat)
+    group(two / "jobs", {"memory.max": "1", "memory.current": "1"}, stat=stat)  # another's
+    (tmp_path / "own").write_text("0::/job/step\n")
+    assert memory_plan.left_in_groups(tmp_path / "own", two) == [600]
+    names = [f"memory.{name}_in_bytes" for name in ("limit", "usage")]
+    stat += "\ntotal_inactive_file 300"
+    group(one / "memory", dict(zip(names, ("5000", "4500"), strict=True)), stat=stat)
+    group(one / "memory/a", dict(zip(names, (f"{2**63 - 4096}", "4"), strict=True)), stat=stat)
+    (tmp_path / "own").write_text("3:cpu:/a\n2:memory:/a/b\n0::/\n")
+    assert memory_plan.left_in_groups(tmp_path / "own", one) == [800, 2**63 - 3800]
+    assert not memory_plan.left_in_groups(tmp_path / "none", two)
+    assert not memory_plan.left_in_groups(tmp_path / "own", tmp_path / "none")
+    for left, free in (([2**63 - 3800], 700), ([600, 650], 600), ([-5], 0), ([], 700)):
+        monkeypatch.setattr(memory_plan, "left_in_groups", lambda left=left: left)
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=700))
+        assert memory_plan.free_memory() == free
 
 
 def test_sizes():
