@@ -20,6 +20,10 @@ def places(tmp_path, monkeypatch):
     Path("empty").mkdir()
     Path("folder.gguf").mkdir()
     Path("folder.gguf/config.json").write_text("{}")
+    Path("both/consolidated.00.pth").touch()
+    Path("mistral").mkdir()
+    for name in ("params.json", "config.json", "consolidated.safetensors"):
+        Path("mistral", name).write_text("{}")
     Path("a.gguf").write_bytes(b"GGUF")
     Path("a.txt").write_text("text")
 
@@ -29,6 +33,7 @@ def places(tmp_path, monkeypatch):
     [
         ("meta", "meta"),
         ("both", "meta"),
+        ("mistral", "hf"),
         ("./hf/", "hf"),
         ("folder.gguf", "hf"),
         ("a.gguf", "gguf"),
