@@ -131,9 +131,9 @@ def _write_keys(writer, arch: str, config, own: dict) -> None:
     if head := getattr(config, "head_dim", None):
         writer.add_key_length(head)
         writer.add_value_length(head)
-    theta = (config.rope_parameters or {}).get("rope_theta")
-    if theta is None:  # gemma3 has two
-        theta = config.rope_parameters["full_attention"]["rope_theta"]
+    if (theta := getattr(config, "rope_theta", None)) is None:  # which version 4 has
+        rotary = config.rope_parameters
+        theta = rotary.get("full_attention", rotary)["rope_theta"]  # gemma3 has two
     writer.add_rope_freq_base(float(theta))
     writer.add_vocab_size(config.vocab_size)
     if arch == "gemma2":

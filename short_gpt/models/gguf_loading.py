@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
+from inspect import signature
 from math import prod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -212,7 +213,9 @@ def _load(
         )
     kinds, architecture = reading.TENSOR_PROCESSORS, str(parts.fields["general.architecture"])
     processor = kinds.get(architecture, reading.TensorProcessor)(config=result["config"])
-    names = reading.get_gguf_hf_weights_map(model_to_load, processor)
+    named = reading.get_gguf_hf_weights_map
+    takes_processor = "processor" in signature(named).parameters  # not in version 4
+    names = named(model_to_load, *[processor] * takes_processor)
     weights: dict[str, Tensor] = {}
     result["tensors"] = weights
     options = {"tensor_key_mapping": names, "parsed_parameters": result}

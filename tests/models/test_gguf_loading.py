@@ -226,6 +226,12 @@ SCALED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
 
 
+@pytest.fixture
+def no_tokenizer(monkeypatch):
+    """Version 4 of transformers makes none of a few letters."""
+    monkeypatch.setattr("short_gpt.models.loading.load_tokenizer", lambda *_: None)
+
+
 def logits_of(model) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
@@ -242,7 +248,7 @@ def logits_of(model) -> torch.Tensor:
     ],
 )
 def test_what_transformers_leaves_out_of_the_metadata_is_in_the_config(
-    tmp_path, family, changes, keys
+    tmp_path, no_tokenizer, family, changes, keys
 ):
     if "rope_parameters" in changes and transformers.__version__.startswith("4."):
         changes = {"rope_scaling": changes["rope_parameters"]}
@@ -254,7 +260,7 @@ def test_what_transformers_leaves_out_of_the_metadata_is_in_the_config(
     assert (logits_of(plain) - expected).abs().max() > 0.05  # as long as transformers does not
 
 
-def test_a_llama_3_1_has_its_scaled_rotary_frequencies(tmp_path):
+def test_a_llama_3_1_has_its_scaled_rotary_frequencies(tmp_path, no_tokenizer):
     rope = {"rope_parameters": LLAMA3}
     if transformers.__version__.startswith("4."):
         rope = {"rope_scaling": LLAMA3, "rope_theta": LLAMA3["rope_theta"]}
