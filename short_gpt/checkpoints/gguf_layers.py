@@ -182,6 +182,11 @@ class Stack:
             "kind, by its position, and no key is known to say otherwise"
         )
 
+    def check(self) -> None:
+        """Raises ShortGPTError if no layers can be removed, whichever they are."""
+        if why := self._refusal([]):
+            raise ShortGPTError(f"no layers of {self.parts.path} can be removed: {why}")
+
     def _refusal(self, removed: Sequence[int]) -> str | None:
         """Why llama.cpp would misread the model with these layers removed; None if it does not."""
         layers = range(self.layers)

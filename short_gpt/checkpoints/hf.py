@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -96,6 +96,7 @@ def save_hf(
     if record is None and source is None:
         raise ShortGPTError("save_hf needs a record of what was done, or the source it converts")
     marker = PROVENANCE if source is None else CONVERSION
+    _announce_none(model.config.get_text_config(decoder=True))
     with target.new_directory(record, card=True, marker=marker) as partial:
         _save(model, tokenizer, partial)
         if source is not None:
@@ -190,17 +191,21 @@ def _own_weights(
     weights: Mapping[str, SafetensorsFile], decoder: HFDecoder
 ) -> dict[str, SafetensorsFile]:
     """Without layers after the last, as DeepSeek's, which predict further tokens: none is run."""
-    config, ignored = decoder.config, decoder.model._keys_to_ignore_on_load_unexpected or ()
+    ignored = decoder.model._keys_to_ignore_on_load_unexpected or ()
 
     def is_further(name: str) -> bool:
         number = re.search(r"\.(\d+)\.", name)
         after = number is not None and int(number[1]) >= len(decoder.layers)
         return after and any(re.search(pattern, name) for pattern in ignored)
 
-    own = {name: file for name, file in weights.items() if not is_further(name)}
-    if len(own) < len(weights) and hasattr(config, FURTHER):
+    _announce_none(decoder.config)
+    return {name: file for name, file in weights.items() if not is_further(name)}
+
+
+def _announce_none(config: Any) -> None:
+    """Sets the number of further layers to 0: what is written has none."""
+    if getattr(config, FURTHER, None):
         setattr(config, FURTHER, 0)
-    return own
 
 
 def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:

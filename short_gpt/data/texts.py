@@ -18,6 +18,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")
+NAMES = (*SPLITS, "valid", "dev")  # of files
 KINDS = ".txt, .jsonl or .parquet"
 OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
 DEMO = "demo"  # the demo's book, where no file has that name
@@ -83,9 +84,9 @@ def texts(
         source: a path, else a name at the hub: "allenai/c4:en" has a configuration. "demo" is the
             demo's book: its held-out chapters, or with another split than "test" the others. Or
             texts in memory, a list of strings or a ``datasets.Dataset``.
-        split: of a folder, only sub-folders of this name and files whose names begin with it, else
-            have it after ".", "_" or "-", as wiki.test.txt; if there are none, all files, sorted
-            by name. A data set with several splits needs it.
+        split: of a folder, only sub-folders of this name and files whose names begin with it, if
+            there are any, or have it inside, as wiki.test.txt, where all in a folder name one; else
+            all files, sorted by name. A data set with several splits needs it.
         column: of the text, in .jsonl, .parquet and data sets; or of messages with role and
             content, which are a `Conversation`.
 
@@ -161,8 +162,9 @@ def check_split(source: str | Path, split: str) -> None:
     """Raises ShortGPTError for a folder whose names have other splits, and not this one."""
     path = _path(source)
     names = _names(path) if path.is_dir() else []
-    others = [other for other in (*SPLITS, "valid", "dev") if _of_split(names, other)]
-    if others and not _of_split(names, split):
+    found = {other: _of_split(names, other) for other in NAMES}
+    others = [other for other, own in found.items() if own]
+    if others and not _of_split(names, split) and {*names} == {*chain(*found.values())}:
         raise ShortGPTError(
             f"{str(source)!r} has files of {', '.join(others)}, and none of {split}: name the file "
             "or folder to read"
@@ -220,11 +222,19 @@ def _names(path: Path) -> list[str]:
 
 
 def _of_split(names: list[str], split: str) -> list[str]:
-    split, end = re.escape(split), "[^a-z/][^/]*$"
-    begins = re.compile(rf"(^|/){split}(/|{end})")
-    return [*filter(begins.search, names)] or [
-        n for n in names if re.search(f"[._-]{split}{end}", n)
-    ]
+    end = "[^a-z/][^/]*$"
+    if begin := [n for n in names if re.search(rf"(^|/){re.escape(split)}(/|{end})", n)]:
+        return begin
+
+    def inside(name: str, *splits: str) -> bool:
+        return any(re.search(f"[._-]{re.escape(one)}{end}", name) for one in splits)
+
+    # the word may be of a title, unless all files of a folder have such a word
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folders.setdefault(name.rpartition("/")[0], []).append(name)
+    named = [own for own in folders.values() if all(inside(name, *NAMES) for name in own)]
+    return [name for name in chain(*named) if inside(name, split)]
 
 
 def _read(file: Path, column: str) -> Iterator[str]:

@@ -111,7 +111,9 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     text = config.get_text_config(decoder=True)
     if preset == "small":
         wide = getattr(text, "hidden_size", 0) > NARROW
-        return Recipe(**{**SMALL, "learning_rate": RATES[wide], **changes})
+        small: dict[str, Any] = {**SMALL, "learning_rate": RATES[wide]}
+        small["warmup"] = min(small["warmup"], changes.get("steps", small["steps"]) // 2)
+        return Recipe(**{**small, **changes})
     published: dict[str, Any] = {}
     for model, settings in PAPER:
         values = {name: value for name, value in zip(MODEL, model, strict=True) if value}

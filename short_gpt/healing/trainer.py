@@ -80,8 +80,7 @@ class TrainingRun(NamedTuple):
         precision = {"precision": "mixed"} if self.mixed else {}
         plain = taught["kl_share"] in (None, 1) and taught["temperature"] in (None, 1)
         chosen = {} if plain else {"kept step": "of least loss"}  # once it was of least divergence
-        count = replicas.current().count  # each saves random numbers of its own
-        processes = {} if count == 1 else {"number of processes": count}
+        processes = {"number of processes": replicas.current().count}  # each draws for itself
         return joined(recipe, own, taught, precision, chosen, processes)
 
     def measure(self, adapted: PeftModel) -> dict[str, float]:

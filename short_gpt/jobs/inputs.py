@@ -106,8 +106,9 @@ class TextSource:
         data: pg19, demo, a local file or folder of .txt, .jsonl or .parquet, or a hub data set's
             name; to choose layers or to heal by also self, text that the model itself writes
             (self:chat is dialogs), and several with commas between, read in equal parts.
-        split: split of a data set of the hub, of pg19, or of a folder that has files or sub-folders
-            of that name; all else is read in full.
+        split: split of a data set of the hub, of pg19, or of a folder that has sub-folders of that
+            name, files that begin with it, or files that all have a split in their names; all else
+            is read in full.
         column: column of the text in .jsonl, .parquet and hub data sets.
         max_texts: take at most this many texts, the first ones; a seed draws from all that are
             taken, so set it for a data set that is too large to be read in full.

@@ -138,7 +138,7 @@ class Asked:
             check_new(self.out, **replacing, source=source.path)
         elif source is not None and source.kind == "gguf":
             check_new_gguf(self.out, source=source.path, overwrite=self.overwrite)
-            check_architecture(str(source))
+            check_architecture(str(source)).check()
         if source is not None and n is not None and (count := _layers(source)) is not None:
             check_count(n, count, most=count - 2)
         if self.streaming.stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -411,7 +412,10 @@ def _place(asked: Asked, built: Path, result: Shrunk) -> None:
         with new_file(out, **how) as model:  # refuses what has appeared there meanwhile
             with new_file(report_of(out), overwrite=True, ours=is_page) as page:
                 page.write_text(shrunk_page(result), encoding="utf-8")
-            shutil.move(built, model)
+            try:  # a refusal at the end of this block leaves the model where it was built
+                os.link(built, model)
+            except OSError:  # another file system
+                shutil.copyfile(built, model)
         return
     with new_directory(out, marker=PROVENANCE, overwrite=asked.overwrite) as partial:
         for path in built.iterdir():

@@ -213,7 +213,7 @@ def _load(
         )
     kinds, architecture = reading.TENSOR_PROCESSORS, str(parts.fields["general.architecture"])
     processor = kinds.get(architecture, reading.TensorProcessor)(config=result["config"])
-    named = reading.get_gguf_hf_weights_map
+    named: Any = reading.get_gguf_hf_weights_map
     takes_processor = "processor" in signature(named).parameters  # not in version 4
     names = named(model_to_load, *[processor] * takes_processor)
     weights: dict[str, Tensor] = {}

@@ -172,9 +172,9 @@ class ShortLlama(ShortModel):
 
     def _read_together(self, prompts: Sequence[T]) -> Sequence[Sequence[T]]:
         """Prompts in batches: all in one, but alone while `skipped_in_prefill` skips layers."""
-        if not skips_prompts(self.decoder) or isinstance(prompts, str) or len(prompts) < 2:
+        if not skips_prompts(self.decoder) or isinstance(prompts, str):
             return [prompts]
-        return [[prompt] for prompt in prompts]
+        return [[prompt] for prompt in prompts] or [[]]
 
     def harness_model(self, *, batch_size: int = 1) -> object:
         return llama_lm(self, batch_size=batch_size)

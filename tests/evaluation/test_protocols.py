@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_transformer, random_windows
 
+from short_gpt.data.texts import pg19, texts
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.evaluation.protocols import protocol
 from short_gpt.models.meta import MetaDecoder
@@ -25,8 +26,8 @@ def encode(text: str) -> list[int]:
 
 def copy(folder: Path, split: str, rows: list[str]) -> Path:
     folder.mkdir()
-    for name, texts in ((split, rows), ("train", ["not these"])):
-        lines = (json.dumps({"text": text}) for text in texts)
+    for name, own in ((split, rows), ("train", ["not these"])):
+        lines = (json.dumps({"text": text}) for text in own)
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
@@ -107,3 +108,9 @@ def test_the_published_formula_gives_the_same_perplexity():
     theirs = math.exp(sum(means).item() / (5 * 16))
     found = perplexity(MetaDecoder(model), [windows[:3], windows[3:]])
     assert found.value == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_word_of_a_title_is_no_split(tmp_path):
+    for name in ("emma", "the-last-test", "the-great-train-robbery"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert len([*texts(tmp_path, split="test")]) == len([*pg19("test", path=tmp_path)]) == 3

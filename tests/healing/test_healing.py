@@ -78,6 +78,8 @@ def test_the_papers_table_knows_its_models_pruned_or_not():
     assert (found.rank, found.learning_rate, found.size) == (2, 3e-4, 2048)
     assert (found.alpha, found.dropout, found.warmup_steps, found.batch) == (None, 0.05, 100, 16)
     assert Recipe(steps=50).warmup_steps == 5 and Recipe(steps=50, warmup=20).warmup_steps == 20
+    few = [recipe_for(config("llama", hidden_size=64), "small", steps=n).warmup for n in (4, 40)]
+    assert few == [2, 8]
     assert found.steps * found.batch * found.size == 163_840_000  # its 164M tokens
     mistral = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000}
     found = recipe_for(config("mistral", **mistral))
@@ -952,6 +954,9 @@ def test_a_training_goes_on_with_as_many_processes_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.replicas, "current", lambda: Replicas(1, 2))
     two = learned.identity(model)
     assert {**alone, "number of processes": 2} == two != alone
+    earlier = {k: v for k, v in alone.items() if k != "number of processes"}  # did not say it
+    StateFile(tmp_path / "earlier", earlier).save({})
+    assert StateFile(tmp_path / "earlier", two).content is not None
     with pytest.raises(ValueError, match="with another number of processes: 1, now 2; go on with"):
         StateFile(tmp_path / "one", two)
 

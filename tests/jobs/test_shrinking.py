@@ -242,6 +242,20 @@ def test_a_folder_with_something_else_in_it_is_refused_and_kept(here, name):
     assert Path("out.shrinking", name).is_dir() and not Path("out").exists()
 
 
+def test_a_model_that_cannot_take_its_place_stays_where_it_was_built(here, monkeypatch):
+    page = shrinking.shrunk_page
+
+    def late(result: Shrunk) -> str:
+        Path("out.gguf").write_text("mine")
+        return page(result)
+
+    with monkeypatch.context() as patch, pytest.raises(FileExistsError, match="out.gguf exists"):
+        patch.setattr(shrinking, "shrunk_page", late)
+        shrink("hf", "out.gguf", **KILLED)
+    assert Path("out.gguf").read_text() == "mine"
+    assert GGUFParts(Path("out.gguf.shrinking/written/out.gguf")).tensors
+
+
 @pytest.mark.parametrize("appears", ["model.gguf", "page"])
 def test_a_file_that_appeared_while_it_ran_is_not_replaced(here, monkeypatch, appears):
     name = "out.gguf" if appears == "model.gguf" else "out.gguf.report.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -114,6 +115,10 @@ def test_layers_that_predict_further_tokens_do_not_go_along(tmp_path, monkeypatc
     assert not [n for n in load_file(out / "model.safetensors") if ".layers.5." in n]
     again = ShortHFModel(out)
     assert again.model.config.num_nextn_predict_layers == 0
+    memory = ShortHFModel(deepcopy(model))
+    memory.remove_layers([4])
+    saved = AutoConfig.from_pretrained(memory.save_pretrained(tmp_path / "saved"))
+    assert saved.num_nextn_predict_layers == 0
     with without_layers(decoder := HFDecoder(model), [4]):
         torch.testing.assert_close(again.decoder.logits(TOKENS), decoder.logits(TOKENS))
     monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", None)

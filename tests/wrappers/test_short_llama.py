@@ -439,6 +439,7 @@ def test_prompts_of_unequal_length_pass_by_to_their_ends(short):
     with short.skipped_in_prefill([1, 3]):
         alone = [short.generate([text], 8, 0)[0] for text in texts]
         assert short.generate(texts, 8, 0) == alone != whole
+        assert short.generate(iter(texts), 8, 0) == alone
         passed = [short.llama.generate([one], 8, 0, echo=True)[0][0] for one in ids]
         short.eval_importance(ids, max_gen_len=8, temperature=0)
         with pytest.raises(ValueError, match="expected a list of prompts, got one string"):
