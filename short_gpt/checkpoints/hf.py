@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -37,7 +37,6 @@ from short_gpt.runtime.state import read_record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FURTHER = "num_nextn_predict_layers"  # layers after the last, of those who predict several tokens
 # What goes along as it is: tokenizers, generation settings, templates, licenses.
 COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*")
 NOT_COPIED = re.compile(r"(config|params|pruning|conversion)\.json|.+\.index\.json|.+\.py")
@@ -96,7 +95,6 @@ def save_hf(
     if record is None and source is None:
         raise ShortGPTError("save_hf needs a record of what was done, or the source it converts")
     marker = PROVENANCE if source is None else CONVERSION
-    _announce_none(model.config.get_text_config(decoder=True))
     with target.new_directory(record, card=True, marker=marker) as partial:
         _save(model, tokenizer, partial)
         if source is not None:
@@ -198,14 +196,7 @@ def _own_weights(
         after = number is not None and int(number[1]) >= len(decoder.layers)
         return after and any(re.search(pattern, name) for pattern in ignored)
 
-    _announce_none(decoder.config)
     return {name: file for name, file in weights.items() if not is_further(name)}
-
-
-def _announce_none(config: Any) -> None:
-    """Sets the number of further layers to 0: what is written has none."""
-    if getattr(config, FURTHER, None):
-        setattr(config, FURTHER, 0)
 
 
 def _prefix(weights: Mapping[str, object], layers_path: str, count: int) -> str:
@@ -237,8 +228,6 @@ def _edited_config(directory: Path, decoder: HFDecoder, keep: Sequence[int]) -> 
     before = decoder.model.config.to_dict()
     decoder.keep_layers(keep)
     after = decoder.model.config.to_dict()
-    if FURTHER in config and FURTHER in after:
-        config[FURTHER] = after[FURTHER]
     config.pop("auto_map", None)  # names code that does not go along: the library's own is enough
     aliases = {own: name for name, own in decoder.config.attribute_map.items()}
     _patch(config, before, after, aliases)

@@ -33,6 +33,8 @@ EVERY = {
     "_sliding_window_pattern": ("layer_types", "full_attention"),
     "no_rope_layer_interval": ("no_rope_layers", 0),
 }
+# Layers after the last, of those who predict several tokens: transformers runs and saves none.
+FURTHER = "num_nextn_predict_layers"
 # What transformers 5 keeps of `per_layer_config`: settings of single layers, by number.
 PER_LAYER = "_heterogeneity_spec"
 Traits = dict[str, object]  # kinds, settings and shapes by name
@@ -48,7 +50,11 @@ def layer_entries(config: Any, count: int) -> dict[str, Any]:
         leading = name in LEADING and isinstance(value, int) and value < count
         total = name == count_name or (name in SECOND and value == count)
         counted = isinstance(value, int) and (total or leading)
-        if counted or name == PER_LAYER or (listed and (name in NUMBERED or len(value) == count)):
+        if (
+            counted
+            or name in (PER_LAYER, FURTHER)
+            or (listed and (name in NUMBERED or len(value) == count))
+        ):
             entries[name] = value
     if "attention_layers" in entries:  # GPT Neo's list, and the runs of it that make the list
         entries |= {k: v for k, v in vars(config).items() if k == "attention_types"}
@@ -86,6 +92,8 @@ def pruned_entries(
             own = {new: own[old] for old, new in new_number.items() if old in own}
             differing = {key for settings in own.values() for key in settings} - {"skip"}
             pruned[name] = replace(value, per_layer_overrides=own, per_layer_attributes=differing)
+        elif name == FURTHER:
+            pruned[name] = 0
         elif name in LEADING:
             pruned[name] = sum(i < value for i in keep)  # of the leading ones, those that stay
         elif isinstance(value, int):
