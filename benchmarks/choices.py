@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import fire
-from healing import Windows, halves, judged_by
+from healing import Windows, halves, judged_by, shuffled
 from outcome import begin, finish
 from refit_choices import compared
 from scoring import build, in_mixed
@@ -75,8 +75,9 @@ def main(
     each = [draws] * len(numbers) if isinstance(draws, int) else [*draws]
     for draw in range(max(each)):
         text = drawn(short, also, size, draw)
+        name = f"draw {draw}, {json_digest(text)}"
         for n in [n for n, own in zip(numbers, each, strict=True) if draw < own]:
-            trial = Trial(cells, short, kinds, text, f"draw {draw}", learned)
+            trial = Trial(cells, short, kinds, text, name, learned)
             row, nats = trial.row(n, budget, mixed=mixed)
             rows.append({"n": n, "draw": draw, **row})
             measured.setdefault(n, []).append(nats)
@@ -88,11 +89,11 @@ def main(
 
 
 def drawn(short: ShortLlama, also: str, size: int, draw: int) -> Windows:
-    """Windows of the book and of the second text's first half, in turn."""
+    """Windows of the book and of the second text's first half, as many of each."""
     options = {"size": size, "stride": size, "seed": draw, "limit": MOST // 2}
     texts = (demo.bible("calibration"), [halves(also)[0]])
-    pairs = zip(*(windows(text, short.encode, **options) for text in texts), strict=True)
-    return [window for pair in pairs for window in pair]
+    each = [windows(text, short.encode, **options) for text in texts]
+    return shuffled([window for own in each for window in own], draw)
 
 
 Nats = dict[str, dict[str, list[tuple[float, int]]]]  # by what chose, and by the kind of text

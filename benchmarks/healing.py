@@ -57,7 +57,7 @@ def main(
     learned = fitted_on(short, count, count, also)
     if own:
         learned += own_samples(short, own, SIZE, beside=Path(texts) / "texts")
-        random.Random(0).shuffle(learned)  # every eighth is held out of the fit: of all texts
+    learned = shuffled(learned)
     kinds = judged_by(short, also, others, judged)
     found: dict[str, dict[str, list[Perplexity]]] = {"whole": judge(short, kinds)}
     with short.without_layers(layers):
@@ -105,6 +105,13 @@ def fitted_on(
     other = cut(short, [halves(also)[0]], second, size) if also else []
     pairs = [w for pair in zip(book, other, strict=False) for w in pair]
     return pairs + book[len(other) :] + other[len(book) :]
+
+
+def shuffled(windows: Sequence[list[int]], seed: int = 0) -> Windows:
+    """In random order. A refit holds every eighth window out: in turn they would be of one text."""
+    order = [*windows]
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def judged_by(

@@ -18,7 +18,6 @@ it. The original model runs once for all refits: `healing.py` measures what a re
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 import fire
-from healing import Windows, chosen_by, fitted_on, judged_by
+from healing import Windows, chosen_by, fitted_on, judged_by, shuffled
 from outcome import begin, finish
 from real_models import MODELS
 from realigned import realigned
@@ -133,14 +132,14 @@ def main(
         kinds = judged_by(short, also, others, judged, size)
     else:
         kinds = chosen_by(short, also, others, learned, judged, size)
-    identity = {"model": short.identity(), "count": count, "judged by": json_digest(kinds)}
-    identity |= {"own": own} if own else {}
-    cells = Cells(StateFile(f"{out or 'refit_choices'}.state", identity, every=0.0))
     if own:
         learned += own_samples(
             open_model(str(demo.gguf_file())), own, size, beside=Path(out or "refit_choices")
         )
-        random.Random(0).shuffle(learned)  # every eighth is held out
+    learned = shuffled(learned)
+    read = {"fitted on": json_digest(learned), "judged by": json_digest(kinds)}
+    identity = {"model": short.identity(), **read}
+    cells = Cells(StateFile(f"{out or 'refit_choices'}.state", identity, every=0.0))
     result: dict[str, Any] = {}
     for name in named(sets):
         trial = Trial(cells, short, kinds, SETS[name], learned)

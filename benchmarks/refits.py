@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any
 
 import fire
-from healing import LAYERS, Windows, fitted_on, judge, judged_by, row
+from healing import LAYERS, Windows, fitted_on, judge, judged_by, row, shuffled
 from outcome import begin, finish
 from refit_trials import VARIANTS
 from scoring import SIZE, build
@@ -89,7 +89,10 @@ def main(
     short = build()
     kinds = judged_by(short, also, others, 16)
     identity = {"model": short.identity(), "tokens": SIZE, "judged by": json_digest(kinds)}
-    identity |= {"refit": vars(refit.RefitSettings())}
+    identity |= {
+        "refit": vars(refit.RefitSettings()),
+        "fitted on": json_digest(fitted(short, also)),
+    }
     state = StateFile(f"{out or 'refits'}.state", identity, every=0.0)
     cells = Cells(state)
     groups = only.split(",") if isinstance(only, str) else only  # fire makes a,b a tuple
@@ -109,6 +112,11 @@ def main(
     finish("refits", [], content, out=out, overwrite=overwrite)
 
 
+def fitted(short: ShortLlama, also: str, case: Case = Case()) -> Windows:
+    """Windows that a case is fitted on."""
+    return shuffled(fitted_on(short, case.first, case.second, also, case.size))
+
+
 def measured(
     cells: Cells, short: ShortLlama, case: Case, kinds: Mapping[str, Windows], also: str
 ) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def measured(
 
     def healed() -> Losses:
         fit = {"patch": patched, "refit": refit.fit, **VARIANTS}[case.method]
-        learned = fitted_on(short, case.first, case.second, also, case.size)
+        learned = fitted(short, also, case)
         result: Any = fit(short, gone, learned, **dict(case.options))
         with short.without_layers(gone):
             undo = refit.fold(short, result)

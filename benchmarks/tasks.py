@@ -25,7 +25,7 @@ import distilled
 import fire
 import task_files
 from completions import leading, repetition, turn, turn_losses
-from healing import Windows, cut, halves
+from healing import Windows, cut, halves, shuffled
 from outcome import begin, finish
 from scoring import build
 
@@ -81,7 +81,7 @@ class Run:
         texts = (demo.bible("calibration"), [first])
         parts = [cut(self.short, text, each, size) for text in texts]
         mix = [w for pair in zip(*parts, strict=True) for w in pair]
-        self.learned = mix[: 2 * learned]
+        self.learned = shuffled(mix[: 2 * learned])
         self.kinds: dict[str, Windows] = {
             "held-out chapters": cut(self.short, demo.bible("held_out"), judged, size),
             "WikiText-2": cut(self.short, [second], judged, size),
