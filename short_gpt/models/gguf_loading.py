@@ -36,6 +36,9 @@ LAST_OF_PERIOD = ("gemma2", "gemma3", "gpt-oss")
 # attention, for which there is no key.
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 ATTENTION_SCALED = {"gemma2": 46, "gemma3": 62}  # layers of the model whose scale differs, 27B
+ORIGINAL_CONTEXT = "original_context_length"
+# What is known of YaRN; with other keys llama.cpp scales attention, or other frequencies.
+YARN = {"type", "factor", "finetuned", ORIGINAL_CONTEXT}
 READ_ROTARY = ("gpt-oss", "gemma4")  # whose rotary positions transformers knows
 
 
@@ -121,6 +124,13 @@ def _rotary_scaling(parts: GGUFParts) -> dict[str, object] | None:
             return {"rope_type": "llama3", "factor": found, **LLAMA3_SCALING}
     elif ROPE_FACTORS not in parts.tensors and kind in (None, "none", "linear"):
         return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+    elif ROPE_FACTORS not in parts.tensors and kind == "yarn":
+        scaling = f"{arch}.rope.scaling."
+        others = {key.removeprefix(scaling) for key in fields if key.startswith(scaling)} - YARN
+        context = fields.get(scaling + ORIGINAL_CONTEXT) or fields.get(f"{arch}.context_length")
+        if context and not others:
+            known = {"rope_type": kind, "factor": factor}
+            return {**known, "original_max_position_embeddings": context}
     raise ShortGPTError(
         f"it scales rotary positions ({kind or ROPE_FACTORS}) in a way that its config in "
         "transformers would leave out; open the model that it was made from"

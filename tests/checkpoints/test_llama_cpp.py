@@ -237,6 +237,8 @@ def test_changed_weights_are_written_where_llama_cpp_reads_them(tmp_path, family
 
 DIVISORS = rope_frequencies(16, 10000.0) / rope_frequencies(16, 10000.0, 8.0)
 LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+YARN["rope.scaling.original_context_length"] = 32
 
 
 @pytest.mark.parametrize(
@@ -245,6 +247,8 @@ LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
         ("llama", {}, {"rope_freqs": DIVISORS.numpy()}),
         ("llama", {}, LINEAR),
         ("qwen2", {}, {"rope.scale_linear": 4.0}),
+        ("llama", {}, YARN),
+        ("qwen2", {}, {**YARN, "rope.scaling.original_context_length": 24}),
         ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {}),
         ("gemma2", {"num_hidden_layers": 46, "hidden_size": 96}, {}),  # of 27B
         ("gemma3", {}, LINEAR),  # of which only the layers without a window are scaled

@@ -224,6 +224,9 @@ LLAMA3 |= {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
 IDS = torch.randint(2, 258, (1, 300), generator=torch.Generator().manual_seed(3))
 SCALED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+YARN["rope.scaling.original_context_length"] = 32
+YARN_CONFIG = {"rope_type": "yarn", "original_max_position_embeddings": 32}
 
 
 @pytest.fixture
@@ -242,6 +245,7 @@ def logits_of(model) -> torch.Tensor:
     [
         ("llama", {"rope_parameters": SCALED}, LINEAR),
         ("llama", {"rope_parameters": SCALED}, {"rope.scale_linear": 4.0}),
+        ("qwen2", {"rope_parameters": {**SCALED, **YARN_CONFIG}}, YARN),
         ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {}),
         ("gemma3", {"query_pre_attn_scalar": 16}, {}),
         ("gemma2", {"num_hidden_layers": 46, "query_pre_attn_scalar": 24, "hidden_size": 96}, {}),
@@ -279,6 +283,6 @@ def test_a_llama_3_1_has_its_scaled_rotary_frequencies(tmp_path, no_tokenizer):
     for keys in ({"rope_freqs": divisors**2}, {"rope_freqs": divisors, **LINEAR}):
         with pytest.raises(ShortGPTError, match="it scales rotary positions"):
             ShortHFModel(write_model(tmp_path / "w.gguf", "llama", model, **keys))
-    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    other = {"rope.scaling.yarn_beta_fast": 16.0}
     with pytest.raises(ShortGPTError, match=r"it scales rotary positions \(yarn\)"):
-        ShortHFModel(write_model(tmp_path / "w.gguf", "llama", model, **yarn))
+        ShortHFModel(write_model(tmp_path / "w.gguf", "llama", model, **YARN, **other))
