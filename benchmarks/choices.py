@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import fire
-from healing import Windows, halves, judged_by, shuffled
+from healing import Windows, both_held_out, halves, judged_by
 from outcome import begin, finish
 from refit_choices import compared
 from scoring import build, in_mixed
@@ -30,6 +30,7 @@ from scoring import build, in_mixed
 from short_gpt import ShortLlama, choose_healed, windows
 from short_gpt.data import demo
 from short_gpt.evaluation.cells import Cells
+from short_gpt.healing import RefitSettings
 from short_gpt.healing.choosing import CANDIDATES, MOST, pruned_losses
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
@@ -67,7 +68,8 @@ def main(
     short = build()
     kinds = judged_by(short, also, others, judged, size)
     identity = {"model": short.identity(), "learned": learned, "judged by": json_digest(kinds)}
-    identity |= {"budget": budget} | ({"mixed": True} if mixed else {})
+    identity |= {"budget": budget, "refit": vars(RefitSettings())}
+    identity |= {"mixed": True} if mixed else {}
     cells = Cells(StateFile(f"{out or 'choices'}.state", identity, every=0.0))
     rows: list[dict[str, Any]] = []
     measured: dict[int, list[Nats]] = {}  # by the number of layers, of every draw
@@ -89,11 +91,11 @@ def main(
 
 
 def drawn(short: ShortLlama, also: str, size: int, draw: int) -> Windows:
-    """Windows of the book and of the second text's first half, as many of each."""
+    """Windows of the book and of the second text's first half, in turn; see `both_held_out`."""
     options = {"size": size, "stride": size, "seed": draw, "limit": MOST // 2}
     texts = (demo.bible("calibration"), [halves(also)[0]])
-    each = [windows(text, short.encode, **options) for text in texts]
-    return shuffled([window for own in each for window in own], draw)
+    pairs = zip(*(windows(text, short.encode, **options) for text in texts), strict=True)
+    return both_held_out([window for pair in pairs for window in pair])
 
 
 Nats = dict[str, dict[str, list[tuple[float, int]]]]  # by what chose, and by the kind of text

@@ -57,7 +57,9 @@ def main(
     learned = fitted_on(short, count, count, also)
     if own:
         learned += own_samples(short, own, SIZE, beside=Path(texts) / "texts")
-    learned = shuffled(learned)
+        random.Random(0).shuffle(learned)  # every eighth is held out of the fit: of all texts
+    else:
+        learned = both_held_out(learned)
     kinds = judged_by(short, also, others, judged)
     found: dict[str, dict[str, list[Perplexity]]] = {"whole": judge(short, kinds)}
     with short.without_layers(layers):
@@ -107,11 +109,14 @@ def fitted_on(
     return pairs + book[len(other) :] + other[len(book) :]
 
 
-def shuffled(windows: Sequence[list[int]], seed: int = 0) -> Windows:
-    """In random order. A refit holds every eighth window out: in turn they would be of one text."""
-    order = [*windows]
-    random.Random(seed).shuffle(order)
-    return order
+def both_held_out(windows: Windows) -> Windows:
+    """Windows of two texts in turn, with the pairs of every second eight the other way round.
+
+    A refit holds every eighth window out, which would always be of the second text.
+    """
+    pairs = zip(windows[1::2], windows[::2], strict=False)
+    turned = [w for pair in pairs for w in pair] + windows[len(windows) // 2 * 2 :]
+    return [(turned if i // 8 % 2 else windows)[i] for i in range(len(windows))]
 
 
 def judged_by(

@@ -48,7 +48,9 @@ def heal(
     rate: float = RATE,
     clock: Callable[[], float] = time.process_time,
 ) -> list[Trained]:
-    """Removes layers and trains the kept ones, each for the same share of the seconds left.
+    """Removes layers and trains the kept ones, each for the same share of the seconds.
+
+    The passes between them, which a refit's time includes, do not count.
 
     Raises:
         ShortGPTError: the first layer is to go.
@@ -57,7 +59,8 @@ def heal(
     kept = [i for i in range(calls.count) if i not in removed]
     if kept[0] != 0:
         raise ShortGPTError("expected sets without the first layer")
-    start, end = min(removed) - 1, clock() + seconds
+    start = min(removed) - 1
+    share = seconds / sum(index >= start for index in kept)
     device = short.decoder.device
     targets = [calls.embed(torch.tensor([w], device=device)) for w in windows]  # (1, S, D) each
     states, trained = targets, []
@@ -67,11 +70,8 @@ def heal(
         if index < start:  # both models are one up to here
             states = targets
             continue
-        asked = clock()
         before = mean_loss([calls.run(index, state) for state in states], targets)
-        end += clock() - asked  # measuring for the report does not count
-        until = clock() + (end - clock()) / sum(k >= index for k in kept)
-        steps = _train(calls, index, states, targets, until, rate, clock)
+        steps = _train(calls, index, states, targets, clock() + share, rate, clock)
         states = [calls.run(index, state) for state in states]
         trained.append(Trained(short.kept[index], steps, before, mean_loss(states, targets)))
     short.remove_layers(list(layers))

@@ -44,7 +44,7 @@ def main(
     source: str,
     model: str = "0.5b",
     files: str = "larger-0.5b",
-    most: int = 4,
+    most: int = 6,
     problems: int = 50,
     tokens: int = 256,
     out: str | None = None,
@@ -64,6 +64,8 @@ def main(
     original = MODELS[model]() if model in MODELS else Path(model)
     counts = {path: len(removed(path)) for path in sorted(Path(files).glob("*.gguf"))}
     healed = sorted((path for path in counts if counts[path] <= most), key=counts.__getitem__)
+    if not healed:
+        raise FileNotFoundError(f"{files} has no file of larger.py --keep")
     kinds = {name: word_problems.read(source, name, problems) for name in word_problems.NAMES}
     identity = {"original": files_digest([original]), "tokens": tokens, "asked": json_digest(kinds)}
     cells = Cells(StateFile(f"{out or 'reasoning.json'}.state", identity, every=0.0))

@@ -18,6 +18,8 @@ it. The original model runs once for all refits: `healing.py` measures what a re
 
 from __future__ import annotations
 
+import math
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +29,7 @@ from typing import Any
 from unittest.mock import patch
 
 import fire
-from healing import Windows, chosen_by, fitted_on, judged_by, shuffled
+from healing import Windows, both_held_out, chosen_by, fitted_on, judged_by
 from outcome import begin, finish
 from real_models import MODELS
 from realigned import realigned
@@ -136,7 +138,9 @@ def main(
         learned += own_samples(
             open_model(str(demo.gguf_file())), own, size, beside=Path(out or "refit_choices")
         )
-    learned = shuffled(learned)
+        random.Random(0).shuffle(learned)  # every eighth is held out
+    else:
+        learned = both_held_out(learned)
     read = {"fitted on": json_digest(learned), "judged by": json_digest(kinds)}
     identity = {"model": short.identity(), **read}
     cells = Cells(StateFile(f"{out or 'refit_choices'}.state", identity, every=0.0))
@@ -288,18 +292,26 @@ def perplexities(nats: Mapping[str, Any]) -> dict[str, float]:
 
 
 def compared(nats: Mapping[str, Any], than: Mapping[str, Any]) -> dict[str, Any]:
-    """By kind and over all kinds: perplexity, and nats less or more than another's, paired."""
-    kinds = {kind: [kind] for kind in nats}
-    kinds["all three kinds"] = [kind for kind in nats if kind != HELD]
-    result = {}
-    for name, each in kinds.items():
-        ours, theirs = (
-            losses_of([row for kind in each for row in found[kind]]) for found in (nats, than)
-        )
-        by = difference(theirs, ours)
-        result[name] = {"perplexity": together(ours).value, "nats": by.nats}
-        result[name]["standard_error"] = by.standard_error
-    return result
+    """By kind and over all kinds: perplexity, and nats less or more than another's, paired.
+
+    Over all kinds the error is that of a sample with the kinds as strata.
+    """
+    result, strata, every = {}, [], []
+    for kind, rows in nats.items():
+        ours = losses_of(rows)
+        by = difference(losses_of(than[kind]), ours)
+        result[kind] = {"perplexity": together(ours).value, "nats": by.nats}
+        result[kind]["standard_error"] = by.standard_error
+        if kind != HELD:
+            strata.append((by, together(ours).tokens))
+            every += ours
+    tokens = sum(own for _, own in strata)
+    over_all = {"perplexity": together(every).value}
+    over_all["nats"] = sum(by.nats * own for by, own in strata) / tokens
+    over_all["standard_error"] = (
+        math.hypot(*(by.standard_error * own for by, own in strata)) / tokens
+    )
+    return {**result, "all three kinds": over_all}
 
 
 def line(*parts: Any) -> str:

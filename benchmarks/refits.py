@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any
 
 import fire
-from healing import LAYERS, Windows, fitted_on, judge, judged_by, row, shuffled
+from healing import LAYERS, Windows, both_held_out, fitted_on, judge, judged_by, row
 from outcome import begin, finish
 from refit_trials import VARIANTS
 from scoring import SIZE, build
@@ -114,7 +114,7 @@ def main(
 
 def fitted(short: ShortLlama, also: str, case: Case = Case()) -> Windows:
     """Windows that a case is fitted on."""
-    return shuffled(fitted_on(short, case.first, case.second, also, case.size))
+    return both_held_out(fitted_on(short, case.first, case.second, also, case.size))
 
 
 def measured(

@@ -222,7 +222,7 @@ def read(name: str) -> None:
         way(short, torch.randint(49152, (SIZE,), generator=generator).tolist())
     # not ru_maxrss, which a process takes over from the one that started it
     status = Path("/proc/self/status").read_text()
-    print(json.dumps(int(status.split("VmHWM:")[1].split()[0]) / 1e3))
+    print(json.dumps(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6))
 
 
 def summary(

@@ -25,7 +25,7 @@ import distilled
 import fire
 import task_files
 from completions import leading, repetition, turn, turn_losses
-from healing import Windows, cut, halves, shuffled
+from healing import Windows, both_held_out, cut, halves
 from outcome import begin, finish
 from scoring import build
 
@@ -40,7 +40,7 @@ from short_gpt.evaluation import (
     task_difference,
     together,
 )
-from short_gpt.healing import recipe_for, refit
+from short_gpt.healing import RefitSettings, recipe_for, refit
 from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile, joined
@@ -81,7 +81,7 @@ class Run:
         texts = (demo.bible("calibration"), [first])
         parts = [cut(self.short, text, each, size) for text in texts]
         mix = [w for pair in zip(*parts, strict=True) for w in pair]
-        self.learned = shuffled(mix[: 2 * learned])
+        self.learned = both_held_out(mix[: 2 * learned])
         self.kinds: dict[str, Windows] = {
             "held-out chapters": cut(self.short, demo.bible("held_out"), judged, size),
             "WikiText-2": cut(self.short, [second], judged, size),
@@ -99,8 +99,9 @@ class Run:
         self.turns = self._turns(Path(source), documents)
         judge = {kind: [list(w) for w in read] for kind, read in self.kinds.items()}
         asked = [path.read_text(encoding="utf-8") for path in sorted(Path(source).glob("*.jsonl"))]
-        learned = [list(w) for w in [*mix, *learning.training, *learning.validation]]
-        read = json_digest([learned, judge, self.turns, asked, names, documents, asdict(recipe)])
+        learned = [list(w) for w in [*self.learned, *learning.training, *learning.validation]]
+        settings = [asdict(recipe), vars(RefitSettings())]
+        read = json_digest([learned, judge, self.turns, asked, names, documents, settings])
         identity = joined(self.short.identity(), {"read": read})
         self.state = None if state is None else StateFile(state, identity)
         self.cells = Cells(self.state)

@@ -24,6 +24,7 @@ from llama.model import TransformerBlock
 from short_gpt import ShortLlama, open_model
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.models.decoder import pad, without_layers
+from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.numbering import runs
 
@@ -180,6 +181,25 @@ def test_every_kept_layer_after_a_gap_comes_nearer_to_the_original():
     for place in (0, 1):  # the state before the gap is to be the one after it
         states = [short.layer_calls().run(place, state) for state in states]
     assert layerwise.mean_loss(states, original) == pytest.approx(found[0].after, rel=1e-4)
+
+
+def test_passes_between_layers_take_nothing_of_the_layers_time(monkeypatch):
+    now, run = [0], LayerCalls.run
+
+    def clock() -> int:
+        now[0] += 1
+        return now[0]
+
+    def slow(*args):
+        now[0] += 100
+        return run(*args)
+
+    monkeypatch.setattr(LayerCalls, "run", slow)
+    model = make_transformer(n_layers=6)
+    short = ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+    found = layerwise.heal(short, [2], WINDOWS, 200, clock=clock)
+    assert [one.layer for one in found] == [1, 3, 4, 5]
+    assert [one.steps for one in found] == [pytest.approx(50, abs=2)] * 4
 
 
 class Residual(nn.Module):

@@ -17,6 +17,7 @@ import choice_variance
 import choices
 import coverage
 import distilled
+import healing
 import mixed
 import outcome
 import passages
@@ -46,6 +47,7 @@ from short_gpt.healing import (
     heal_refit,
 )
 from short_gpt.healing.choosing import expect_budget
+from short_gpt.healing.refit import split_held_out
 from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -421,3 +423,12 @@ def test_a_model_is_refitted_then_distilled_and_opened_again(tmp_path, monkeypat
     assert by_hand.perplexity(parts[0], progress=False).value != refitted
     monkeypatch.setattr(CachedTeacher, "fill", lambda _: pytest.fail("it is asked once"))
     distiller.made([2])
+
+
+@pytest.mark.parametrize("count", [8, 24, 32, 37])
+def test_a_refit_holds_out_windows_of_both_texts(count):
+    turns = [[i, i % 2] for i in range(count)]
+    ordered = healing.both_held_out(turns)
+    assert sorted(ordered) == turns
+    assert [text for _, text in split_held_out(ordered)[1]] == [1, 0, 1, 0][: count // 8]
+    assert all({a[1], b[1]} == {0, 1} for a, b in zip(ordered[::2], ordered[1::2], strict=False))
