@@ -4,13 +4,15 @@
 #
 #     benchmarks/gpu.sh [OUT]
 #
-# The protocol is that of LinearPatch's README (NeurIPS 2025): WikiText-2 calibrates, windows of 2048
-# tokens, perplexity on WikiText-2, C4 and PTB, nine zero-shot tasks by lm-eval (they took version
-# 0.4.4; acc_norm where a task has it). PTB needs a copy of its test split: PTB=ptb.test.txt. The
-# number of windows to calibrate on is ours, and it is assumed that they read PTB so. OUT
-# (gpu_results) takes texts, three models of 13 GB, 31 GB more while one is refitted, and results;
-# interrupted, the same command continues. Needs `pip install -e ".[eval]"` and access to the model
-# at the hub.
+# The protocol is that of LinearPatch (NeurIPS 2025; its README and code): WikiText-2 calibrates,
+# windows of 2048 tokens, perplexity on WikiText-2, C4 and PTB by their pieces (published.py), nine
+# zero-shot tasks by lm-eval (they took version 0.4.4; acc_norm where a task has it). "Kept" is
+# theirs: the mean of the tasks' ratios. PTB needs a copy of its validation split: PTB=ptb.valid.txt.
+# Their tables say LLaMA-3-8B, their README links Llama-3.1-8B; MODEL=meta-llama/Meta-Llama-3-8B
+# measures the other. They evaluate in float16, this in the file's bfloat16, and the number of
+# windows to calibrate on is ours. OUT (gpu_results) takes texts, three models of 13 GB, 31 GB more
+# while one is refitted, and results; interrupted, the same command continues. Needs
+# `pip install -e ".[eval]"` and access to the model at the hub.
 #
 # NOT RUN HERE: no command was run on a GPU or on an 8B. A test runs all steps after the download of
 # the texts on a tiny Llama. What follows is computed, with the arithmetic of docs/prune-8b.md: a
@@ -31,6 +33,7 @@ N=${N:-7} SIZE=${SIZE:-2048} WINDOWS=${WINDOWS:-128} HELD=${HELD:-16} AUTO=${AUT
 TASKS=${TASKS:-arc_challenge,arc_easy,boolq,hellaswag,piqa,winogrande,wsc273,race,copa}
 TASK_FOLDER=${TASK_FOLDER:-}       # YAML files of more tasks
 WIKITEXT=${WIKITEXT:-} C4=${C4:-} PTB=${PTB:-}  # local copies; C4=none leaves it out
+published=$(realpath "$(dirname "$0")/published.py")
 out=$(realpath -m "${1:-gpu_results}")
 for name in MODEL TASK_FOLDER WIKITEXT C4 PTB; do  # "none" and names at the hub stay
     [ ! -e "${!name}" ] || printf -v "$name" %s "$(realpath "${!name}")"
@@ -67,13 +70,15 @@ evaluated() {
     [ -z "$WIKITEXT" ] || copy=(--source "$WIKITEXT")
     step "wikitext-2-$1.json" short-gpt evaluate "${@:2}" --data wikitext-2 "${copy[@]}" \
         --size "$SIZE" "${tasks[@]}" --json "wikitext-2-$1.json"
-    [ -z "$PTB" ] || step "ptb-$1.json" short-gpt evaluate "${@:2}" --data ptb --source "$PTB" \
-        --size "$SIZE" --json "ptb-$1.json"
+    local models
+    models=$(IFS=,; echo "${*:2}")
+    [ -z "$PTB" ] || step "ptb-$1.json" python "$published" ptb "$models" --source "$PTB" \
+        --size "$SIZE" --out "ptb-$1.json"
     [ "$C4" != none ] || return 0
     copy=()
     [ -z "$C4" ] || copy=(--source "$C4")
-    step "c4-$1.json" short-gpt evaluate "${@:2}" --data c4 "${copy[@]}" --size "$SIZE" \
-        --json "c4-$1.json"
+    step "c4-$1.json" python "$published" c4 "$models" "${copy[@]}" --size "$SIZE" \
+        --out "c4-$1.json"
 }
 
 cut=(--data calibration.txt --size "$SIZE" --max_windows "$WINDOWS")
@@ -114,13 +119,13 @@ for name in ("original", "pruned", "refitted", "automatic"):
         cells = [next((v for k, v in row.items() if k.startswith(f"{data} perplexity")), None)
                  for data in texts]
         tasks = [row.get(f"{task} acc_norm", row.get(f"{task} acc")) for task in sorted(metrics)]
-        mean = 100 * sum(tasks) / len(tasks) if tasks else None
-        first = first or mean
-        cells += [mean, mean and 100 * mean / first]
+        first = first or tasks
+        ratios = [own / before for own, before in zip(tasks, first)]
+        cells += [100 * sum(own) / len(own) if own else None for own in (tasks, ratios)]
         shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
         print(f"{name:<24}{shown[0]:>12}{shown[1]:>10}{shown[2]:>10}{shown[3]:>10}"
               f"{shown[4]:>8}")
-print("""published, 7 of 32 layers of Llama-3.1-8B:
+print("""published, 7 of 32 layers of "LLaMA-3-8B" (linked: Llama-3.1-8B):
 dense                          6.14      8.88      10.6     73.44  100.00
 ShortGPT                      57.76     50.13      67.4     61.54   83.79
 ShortGPT + LinearPatch        25.67     28.38      31.2     64.42   87.82

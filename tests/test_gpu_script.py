@@ -6,8 +6,12 @@ import json
 import os
 import shlex
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
+import fire
+import published
 import pytest
 import torch
 from commands import run
@@ -15,6 +19,7 @@ from conftest import random_windows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama.formats.tokenizers import tokenizer_json, with_bos
+from short_gpt import open_model
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/gpu.sh"
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "vocab_size": 258}
@@ -45,6 +50,17 @@ def text(seed: int, size: int) -> str:
     return "".join(chr(97 + token) for token in random_windows(1, size, vocab=26, seed=seed)[0])
 
 
+def test_pieces_are_drawn_from_long_documents_and_lines_are_joined():
+    def encode(document: str) -> list[int]:
+        return [*map(ord, document)]
+
+    pieces = published.c4_pieces(["short", text(1, 90), text(2, 64), text(3, 65)], encode, 64, 50)
+    documents = [encode(text(1, 90)), encode(text(3, 65))]  # one more token than a piece, or more
+    assert {len(piece) for piece in pieces} == {64} and len({*map(tuple, pieces)}) > 10
+    assert all(any("".join(map(chr, p)) in "".join(map(chr, d)) for d in documents) for p in pieces)
+    assert published.ptb_pieces(" a b \nc d\n", encode, 3) == [[97, 32, 98], [10, 10, 99]]
+
+
 def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
     model, tasks, lm_eval, tmp_path, monkeypatch
 ):
@@ -54,11 +70,20 @@ def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
     program.parent.mkdir()
     program.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {said}\necho >> {said}\n')
     program.chmod(0o755)
+    python = program.with_name(
+        "python"
+    )  # its table is made at once, other scripts are written down
+    python.write_text(
+        f'#!/bin/bash\n[ "$1" != - ] || exec {sys.executable} "$@"\nexec {program} "$@"\n'
+    )
+    python.chmod(0o755)
     for name, seed, size in (("calibration", 1, 2000), ("held_out", 2, 600), ("wiki", 3, 500)):
         (out / f"{name}.txt").write_text(text(seed, size))
     sizes = {"N": "2", "SIZE": "64", "WINDOWS": "20", "HELD": "6"}
     own = {"MODEL": str(model), "TASKS": "tiny_choice", "TASK_FOLDER": str(tasks)}
-    own |= dict.fromkeys(("WIKITEXT", "C4", "PTB"), "out/wiki.txt")
+    own |= {"WIKITEXT": "out/wiki.txt", "PTB": "out/wiki.txt", "C4": "c4.json"}
+    documents = [{"text": text(seed, 150)} for seed in range(3)]
+    (tmp_path / "c4.json").write_text("\n".join(map(json.dumps, documents)))
     path = f"{program.parent}:{os.environ['PATH']}"
 
     def script() -> str:
@@ -78,14 +103,20 @@ def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
         said.unlink()
         return asked
 
-    hub = [words for words in commands(C4="") if "c4" in words]
+    hub = [words for words in commands(C4="") if words[1] == "c4"]
     assert hub and not any("--source" in words for words in hub)  # not WikiText's copy
     asked = commands()
-    named = ["rank", "prune", "heal", *["evaluate"] * 6, "rank", "heal", *["evaluate"] * 3]
-    assert [words[0] for words in asked] == named
+    each = ["evaluate", "published.py", "published.py"]
+    named = ["rank", "prune", "heal", *each * 2, "rank", "heal", *each]
+    assert [Path(words[0]).name for words in asked] == named
     monkeypatch.chdir(out)
-    for words in asked:
-        run(*words, *([] if words[0] == "prune" else ["--device", "cpu"]))
+    monkeypatch.setattr(published, "open_model", partial(open_model, device="cpu"))
+    for name, *words in asked:
+        if name.endswith("published.py"):
+            with pytest.raises(SystemExit, match="0|False"):
+                fire.Fire(published.main, words)
+        else:
+            run(name, *words, *([] if name == "prune" else ["--device", "cpu"]))
     printed = script()
     assert not said.exists()  # every step was there already
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
