@@ -19,6 +19,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "${3:-$root/benchmarks/new_results}")
 only=" ${*:4} "
 unknown=" ${*:4} "  # names that are not met on the way
+results=()
 mkdir -p "$out"
 cd "$out"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -36,6 +37,7 @@ measure() {
         return
     fi
     unknown=${unknown/ $name / }
+    results+=("$name.json")
     if [ -s "$name.json" ]; then
         echo "=== $name: there already"
         return
@@ -135,7 +137,7 @@ if [ -n "${unknown// /}" ]; then
     exit 2
 fi
 [ -z "${only// /}" ] || exit 0
-cp ./*.json "$root/benchmarks/results/"
+cp "${results[@]}" "$root/benchmarks/results/"
 [ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"
 python "$root/benchmarks/healing_tables.py"
 if missed=$(ls ./*.missed 2>/dev/null); then

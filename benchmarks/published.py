@@ -2,8 +2,8 @@
 
 As its repository has them (`datautils_block.py`): of C4, one piece at a random place of each of 256
 random documents of the first file of the validation split, of those that are longer than a piece;
-of the Penn Treebank, the validation split, its lines joined with two line breaks. `short-gpt evaluate`
-reads neither so: its `c4` and `ptb` follow SLEB and GPTQ.
+of the Penn Treebank, the validation split, its lines joined with two line breaks.
+`short-gpt evaluate` reads neither so: its `c4` and `ptb` follow SLEB and GPTQ.
 
     python benchmarks/published.py c4 MODEL,MODEL --out c4.json
     python benchmarks/published.py ptb MODEL --source ptb.valid.txt --out ptb.json
