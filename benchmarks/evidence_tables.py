@@ -280,7 +280,7 @@ HEALED = {
     "pruned": "-",
     "linearpatch": "LinearPatch",
     "ghosted": "Ghosted Layers",
-    "replaceme": "ReplaceMe",
+    "replaceme": "ReplaceMe, least squares",
     "layerwise": "layers trained one by one",
     "refit-text": "refit, real text",
     "refit-own": "refit, own samples",
