@@ -77,6 +77,7 @@ def main(
     learned = cut(short, "calibration", size, fitted + searched)
     held = cut(short, "held_out", size, MOST)
     identity = {"model": short.identity(), "text": json_digest([learned, held])}
+    identity |= {"refit": vars(refit.RefitSettings())}
     identity |= {"n": n, "among": among, "searched": searched}
     state = None if out is None else StateFile(f"{out}.state", identity)
     cells = Cells(state)

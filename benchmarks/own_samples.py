@@ -35,6 +35,7 @@ from refits import Losses, by_kind
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
 from short_gpt.evaluation.paired import difference
+from short_gpt.healing import RefitSettings
 from short_gpt.jobs import WindowScores, agreement
 from short_gpt.jobs.calibration import score_windows
 from short_gpt.jobs.comparing import Cells, pruned_losses
@@ -107,6 +108,7 @@ def main(
     # of another seed: no row is fitted on these
     held["chats"] = own_samples(short, HELD["chats"], SIZE, seed=1, chat=True, beside=path)
     identity = {"model": short.identity(), "judged by": json_digest(held), "layers": gone}
+    identity |= {"refit": vars(RefitSettings())}
     cells = Cells(StateFile(f"{path}.state", identity, every=0.0))
     run = _Run(short, cells, held, path, halves(wikitext)[0] if wikitext else "")
     names = rows.split(",") if isinstance(rows, str) else rows  # fire makes a,b a tuple

@@ -93,6 +93,8 @@ def read_scores(count: int, file: str | None) -> tuple[Tensor, Tensor, float | N
     """Block Influence (N, L) and angular distances (N, L + 1, L + 1) of single windows."""
     if file is not None and Path(file).exists():
         kept = np.load(file)
+        if len(kept["influence"]) != count:
+            raise ValueError(f"{file} has {len(kept['influence'])} windows, expected {count}")
         return torch.tensor(kept["influence"]), torch.tensor(kept["angles"]), None
     short = build()
     text = demo.bible("calibration") + demo.bible("held_out")

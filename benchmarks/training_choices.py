@@ -35,7 +35,7 @@ from torch import nn
 from short_gpt import ShortHFModel, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
 from short_gpt.evaluation.paired import difference, together
-from short_gpt.healing import Recipe
+from short_gpt.healing import Recipe, RefitSettings
 from short_gpt.healing.distillation import Targets, divergence
 from short_gpt.healing.lora import adapt
 from short_gpt.jobs.comparing import Cells
@@ -87,7 +87,7 @@ def main(
     texts["novels"] = joined(passages(Path(novels)), 50)
     held = {kind: cut(short, texts[kind], count, SIZE) for kind, count in HELD.items()}
     identity = {"model": short.identity(), "layers": list(LAYERS), "seconds": seconds}
-    identity |= {"judged by": json_digest(held)}
+    identity |= {"judged by": json_digest(held), "refit": vars(RefitSettings())}
     cells = Cells(StateFile(f"{path}.state", identity, every=0.0))
     run = _Run(short, cells, held, path, wikitext, seconds)
     names = rows.split(",") if isinstance(rows, str) else rows  # fire makes a,b a tuple
@@ -145,13 +145,15 @@ class _Run(NamedTuple):
 
     def refitted(self) -> None:
         """Removes the layers and refits; what was kept of an earlier run is read."""
-        kept = Path(f"{self.path}.{'-'.join(map(str, LAYERS))}.refit.pt")
+        every = self.windows().values()
+        mixed = [w for count, own in zip(FITTED, every, strict=True) for w in own[:count]]
+        order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))
+        learned = [list(mixed[i]) for i in order.tolist()]
+        read = json_digest([LAYERS, learned, vars(RefitSettings())])
+        kept = Path(f"{self.path}.refit-{read}.pt")
         if not kept.exists():
-            every = self.windows().values()
-            mixed = [w for count, own in zip(FITTED, every, strict=True) for w in own[:count]]
-            order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))
             begun = time.process_time()
-            heal_refit(self.short, LAYERS, [mixed[i] for i in order.tolist()])
+            heal_refit(self.short, LAYERS, learned)
             print(f"refit: {time.process_time() - begun:.0f} s of processor time")
             torch.save(self.short.trainable().state_dict(), kept)
         else:
