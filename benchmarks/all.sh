@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote: at most 26 hours on two idle CPU
+# Measures everything that README and docs quote: at most 29 hours on two idle CPU
 # cores (the sum of the times in benchmarks/README.md, many of one core or beside other processes).
 # Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 # OUT/seconds.txt has a line for every run of a script: its name, its seconds, and the commit.
@@ -127,7 +127,7 @@ script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --sta
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --counts 2,4 --documents 100 \
     --state tasks.state
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \
-    --documents 295 --sets auto,greedy,bi --auto 10,12,13,14,15,16,17,18 \
+    --documents 295,600 --sets auto,greedy,bi --auto 10,12,13,14,15,16,17,18 \
     --greedy 3,12,13,14,15,16,17,18 --bi 12,13,14,15,16,17,25,26
 measure compare python -m short_gpt compare --methods bi,angular,relative_magnitude,sleb \
     --counts 4,8 --healing raw,patched,refit --search_windows 2 --plots pictures --device cpu
