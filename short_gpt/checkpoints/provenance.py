@@ -396,7 +396,7 @@ def _scores(record: Provenance) -> str:
 def _table(quality: Mapping[str, Measured]) -> str:
     if not quality:
         return "Its quality was not measured."
-    rows = ["| model | perplexity | 95% | tokens |", "| --- | --- | --- | --- |"]
+    rows = ["", "| model | perplexity | 95% | tokens |", "| --- | --- | --- | --- |"]
     samples: list[str] = []  # of the intervals, and what these do not cover
     for name, measured in quality.items():
         ends = measured.error.get("interval_95")

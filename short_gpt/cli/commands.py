@@ -15,6 +15,7 @@ from short_gpt import jobs, plots
 from short_gpt.cli import tables
 from short_gpt.cli.options import Output, note, say, say_uploaded, say_written, tell
 from short_gpt.cli.shrinking import demo, shrink
+from short_gpt.data.windows import at_least
 from short_gpt.jobs.inputs import STRIDE, about_own, layer_list
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
@@ -236,7 +237,14 @@ def generate(
         out = str(sampling.out)
         say_written([jobs.write_samples(model, out, count or 0, size, seed=seed, opening=opening)])
         return
+    at_least(0, seed=seed)
     short = short_gpt.open_model(model, opening, seed=seed)
+    read, most = len(short.encode(prompt)), short.decoder.max_seq_len
+    if read + size > most:
+        raise ShortGPTError(
+            f"`max_gen_len` {size} after a prompt of {read} tokens is more than the {most} that "
+            f"this model takes: give {max(0, most - read)} or less"
+        )
     skip = sampling.skip_prefill
     skipped = [] if skip is None else layer_list(skip, "skip_prefill")
     how = (size, sampling.temperature, sampling.top_p)

@@ -218,10 +218,14 @@ def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
     names = {name: Path(name).name for name in results}
     heads = names if len({*names.values()}) == len(names) else {name: name for name in names}
     every = dict.fromkeys(m for row in results.values() for m in row)
-    measures = {m: _named(m) for m in every if not re.search(f"(_stderr|_p)({BOS})?$", m)}
+    measures = {
+        m: _named(m) for m in every if not re.search(f"(_stderr|_p|_low|_high)({BOS})?$", m)
+    }
     cells = {m: [_with_error(row, m) for row in results.values()] for m in measures}
     rows = aligned([["", *heads.values()], *([label, *cells[m]] for m, label in measures.items())])
-    return "\n".join([*rows, *["in brackets: standard errors"] * (len(every) > len(measures))])
+    interval = any("perplexity_low" in measure for measure in every)
+    note = "in brackets: standard errors" + ", of perplexities 95% intervals" * interval
+    return "\n".join([*rows, *[note] * (len(every) > len(measures))])
 
 
 def _named(measure: str) -> str:
@@ -233,8 +237,11 @@ def _with_error(row: Mapping[str, float], measure: str) -> str:
         return ""
     found = re.fullmatch(f"(.*?)({BOS})?", measure)
     base, where = (found[1], found[2] or "") if found else (measure, "")
-    error, p = (row.get(f"{base}{end}{where}") for end in ("_stderr", "_p"))
+    error, p, low, high = (
+        row.get(f"{base}{end}{where}") for end in ("_stderr", "_p", "_low", "_high")
+    )
     parts = [f"{row[measure]:.6g}"] + ([] if error is None else [f" ({error:.2g})"])
+    parts += [] if low is None else [f" ({low:.6g} to {high:.6g})"]
     return "".join([*parts, *([] if p is None else [f", p {p:.3g}"])])
 
 

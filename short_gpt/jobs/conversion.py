@@ -138,6 +138,11 @@ def _check_options(source: Source, to: str, how: Conversion) -> None:
             f"`type` {type} is for writing GGUF from another format; tensors of a GGUF file stay "
             "as they are (llama.cpp's llama-quantize changes them)"
         )
+    if how.verify and type not in (None, "f32"):
+        raise ShortGPTError(
+            f"`verify` compares logits, which `type` {type} rounds: leave `verify` out; every "
+            "tensor is read again all the same"
+        )
     if dtype is not None and (to == "gguf" or (to == "hf" and kind != "gguf")):
         raise ShortGPTError(
             f"`dtype` {dtype} is for writing Meta's format; Hugging Face's keeps the source's, and "

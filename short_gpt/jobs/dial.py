@@ -27,7 +27,7 @@ class Dial:
 
     Args:
         ratio: share of the layers to remove; 0.25 if none of the five is given.
-        n: how many layers to remove.
+        n: how many layers to remove; two at least stay.
         params: maximum parameter count, as in 6B or 750M.
         memory: maximum memory, as in 12GB, for the weights and a KV cache.
         max_perplexity_ratio: remove as many layers as the perplexity allows, which may rise by this

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_output, new_file
-from short_gpt.data.texts import read_texts
+from short_gpt.data.texts import read_texts, source_names
 from short_gpt.data.windows import at_least
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
@@ -112,8 +112,12 @@ def _evaluated(
     measured: dict[str, tuple[Perplexity, str]] = {}
     for text, windows in ({} if reading.data == "none" else reading.windows(short, own)).items():
         digest = json_digest([list(window) for window in windows])
-        measured[text] = short.perplexity(windows, batch_size=batch_size), digest
-        row[f"{text} perplexity{bos}"] = measured[text][0].value
+        value = short.perplexity(windows, batch_size=batch_size)
+        measured[text] = value, digest
+        row[f"{text} perplexity{bos}"] = value.value
+        if value.error is not None and not value.error.no_interval:
+            ends = zip(("low", "high"), value.interval(), strict=True)  # of 95%
+            row |= {f"{text} perplexity_{name}{bos}": end for name, end in ends}
     run = tasks.run(short, batch_size=batch_size)
     for text, (before, digest) in ({} if first is None else first[0]).items():
         if digest == measured[text][1]:  # two tokenizers read other windows, which are not paired
@@ -173,9 +177,10 @@ def perplexity_of(
     running.check_bounds()
     check_model(model)
     cut.check()
-    documents = read_texts(texts.data, texts.split, texts.column, texts.max_texts)
+    names = source_names(texts.data)
+    kinds = [read_texts(name, texts.split, texts.column, texts.max_texts) for name in names]
     short = running.open(model, opening, cut.size)
-    windows = cut.windows(documents, short.encode, short.bos)
+    windows = cut.mixed(kinds, short.encode, short.bos)
     for remark in (about_bos(cut.bos or short.bos), short.plan_text(running.batch_size)):
         if remark is not None:
             notify(remark)

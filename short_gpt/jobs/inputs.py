@@ -134,6 +134,8 @@ class TextSource:
 
     def kinds(self) -> list[Iterable[Text]]:
         """The texts of each source, as `data.texts.read_kinds`."""
+        names = source_names(self.data)
+        check_named_once(names)
         return read_kinds(self.data, self.split, self.column, self.max_texts)
 
     def check(self, eval_data: str | None) -> None:
@@ -141,6 +143,11 @@ class TextSource:
         self.kinds()
         for name in [] if eval_data is None else source_names(eval_data):
             texts(name, column=self.column)
+
+
+def check_named_once(names: Sequence[str]) -> None:
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ShortGPTError(f"`data` names {twice[0]} twice: name it once")
 
 
 Data = str | Iterable[object] | TextSource  # a name, texts in memory, or with settings
@@ -163,7 +170,7 @@ class Cut:
 
     Args:
         size: tokens in a window.
-        max_windows: stop after this many; all if not given.
+        max_windows: stop after this many of the random order; all if not given.
         seed: of the random order of all windows; none reads them in the order of the texts.
         stride: tokens between the starts of windows; none takes the size, so that none overlap, and
             the method auto takes at least the size.
@@ -246,8 +253,7 @@ class Reading:
             raise ShortGPTError(f"`column` and `chat` are of other texts than {self.data}")
         Cut(self.size, self.max_windows, bos=self.bos).check()
         names = source_names(self.data)
-        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-            raise ShortGPTError(f"`data` names {twice[0]} twice: name it once")
+        check_named_once(names)
         if self.max_windows is not None and self.max_windows < len(names):
             raise ShortGPTError(
                 f"`max_windows` = {self.max_windows}: expected at least one for each of "

@@ -128,10 +128,10 @@ class Shrunk(Table):
             return self.plan
         kind, states = next(iter(self.quality.items()))
         original, pruned, healed = (states[name] for name in ("original", "pruned", "healed"))
-        lost = [difference([original], [state]).nats for state in (pruned, healed)]
+        lost, left = (difference([original], [state]) for state in (pruned, healed))
         parts = [f"perplexity {original.value:.2f} becomes {healed.value:.2f} on {kind}"]
-        if lost[0] > 0:
-            parts.append(f"healing restores {1 - lost[1] / lost[0]:.0%} of the lost nats")
+        if lost.nats > (0 if lost.error.no_interval else lost.error.reach()):
+            parts.append(f"healing restores {1 - left.nats / lost.nats:.0%} of the lost nats")
         first, last = self.looks["original"], self.looks["healed"]
         parts.append(f"{1 - last.size / first.size:.0%} smaller")
         if first.tokens_per_second and last.tokens_per_second:

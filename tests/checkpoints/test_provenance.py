@@ -161,6 +161,11 @@ def test_names_with_line_breaks_leave_the_card_whole():
     assert sum(line.startswith("#") for line in lines) == 1 and lines.count("---") == 2
 
 
+def test_the_cards_table_begins_a_paragraph():
+    lines = model_card(Provenance([1], [0, 2], quality={"2 layers": Measured(9.5)})).splitlines()
+    assert lines[lines.index("| model | perplexity | 95% | tokens |") - 1] == ""
+
+
 def test_the_card_says_how_layers_were_chosen():
     assert "They were chosen by hand." in model_card(Provenance([1], [0, 2]))
     searched = Provenance([1], [0, 2], evidence={"method": "greedily"})

@@ -231,7 +231,9 @@ def test_a_conversion_to_gguf_says_what_was_proved(here, capsys):
     run("convert", "a.gguf", "b.gguf")
     said = "verified: read again, every tensor that remains is the source's, byte for byte"
     assert said in capsys.readouterr().out
-    run("convert", "meta", "c.gguf", "--verify", "yes")
+    line = fails(capsys, "convert", "meta", "d.gguf", "--verify", "yes", "--type", "q8_0")
+    assert "--verify compares logits, which --type q8_0 rounds: leave --verify out" in line
+    run("convert", "meta", "c.gguf", "--verify", "yes", "--type", "f32")
     assert "verified: the logits are those of the source" in capsys.readouterr().out
     run("convert", "hf", "a.gguf", "--overwrite")
 

@@ -363,6 +363,14 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["rank", "no.gguf", *DATA], "no.gguf does not exist"),
         (["rank", "broken.gguf", *DATA], "broken.gguf is not a complete GGUF file"),
         (["generate", "hf", "a", "--max_gen_len", "-5"], "max_gen_len must be 0 or more, got -5"),
+        (
+            ["generate", "hf", "a", "--seed", "-1"],
+            "seed = -1: expected a whole number of at least 0",
+        ),
+        (
+            ["generate", "hf", "It was", "--max_gen_len", "65"],
+            "is more than the 64 that this model takes",
+        ),
         (["generate", "hf", "a", "--temperature", "-1"], "expected a temperature of 0 or more"),
         (["generate", "hf", "a", "--top_p", "2"], "and a top_p in 0..1, got 0.6 and 2"),
         (["generate", "hf", "\udcff"], "holds '\\udcff' as character 0, half a surrogate pair"),

@@ -75,15 +75,16 @@ def kept_share(name: str) -> str:
 def kept_in_readme() -> str:
     rows = result("kept")["rows"]
     pruned, bi = rows["auto pruned"]["mean"]["share"], rows["bi pruned"]["without boolq"]["share"]
+    gain = of(rows["auto pruned"]["refit against it"]["without boolq"])
     fair = [f"{rows[f'auto {how}']['without boolq']['share']:.1%}" for how in HEALED]
-    assert not beyond(rows["auto pruned"]["refit against it"]["without boolq"])
     assert beyond(result("kept")["pairs"]["auto distilled less auto pruned"]["without boolq"])
     return (
         "keeps {} of its mean over eight tasks as pruned, {} refitted and {} distilled. The "
-        "refit's gain is within twice its error, that of refit and distillation together is not. "
+        "refit's gain, {}, is just beyond twice its error; for two other sets of layers it is "
+        "within. "
         "With boolq, which the original answers worse than the pruned models do, the shares are "
         "{:.1%}, {} and {}. Block Influence's set keeps {:.1%} as pruned, without boolq".format(
-            *fair, pruned, kept_share("auto refit"), kept_share("auto distilled"), bi
+            *fair, gain, pruned, kept_share("auto refit"), kept_share("auto distilled"), bi
         )
     )
 
@@ -141,9 +142,8 @@ def shares() -> list[str]:
     (near,) = [text for text in half.values() if not beyond(text, "nats")]
     assert near is half["auto ghosted", "held-out chapters"]
     ahead = [name for name, one in others.items() if beyond(one["without boolq"])]
-    assert ahead == ["auto replaceme", *(f"bi {how}" for how in CLOSED[1:])]
+    assert ahead == ["auto pruned", "auto replaceme", "bi ghosted", "bi replaceme"]
     assert all(others[name]["without boolq"]["change"] > 0 for name in ahead)
-    assert not any(beyond(rows[f"{c} pruned"]["refit against it"]["without boolq"]) for c in CHOSEN)
     gains = [pair["without boolq"] for name, pair in pairs.items() if name.startswith("gain of")]
     assert len(gains) == 3 and not any(map(beyond, gains))
     between = apart("gain of auto refit less that of bi refit")
@@ -163,9 +163,8 @@ def shares() -> list[str]:
     ]
     return [
         "of auto's set, {:.3f} ({:.3f})".format(abs(near["nats"]), near["standard_error"]),
-        "without boolq {} on auto's set, {} on greedy search's and {} on Block Influence's".format(
-            *(gained(f"{c} pruned") for c in CHOSEN)
-        ),
+        "Without boolq it is {} on auto's set, {} on greedy search's and {} on Block "
+        "Influence's".format(*(gained(f"{c} pruned") for c in CHOSEN)),
         "better than auto's by {} and than greedy search's by {}".format(
             apart("bi pruned less auto pruned"), apart("bi pruned less greedy pruned")
         ),
@@ -199,7 +198,7 @@ def shares() -> list[str]:
         f"The pruned models have {low:.3f} to {high:.3f}, and all changed models "
         f"{min(boolq.values()):.3f} to {max(boolq.values()):.3f}.",
         "auto's set keeps {} as pruned, {} refitted and {} distilled".format(*guessed()),
-        "accounts for about half of this loss ({}, {} and {})".format(*lost),
+        "accounts for a third to a half of this loss ({}, {} and {})".format(*lost),
         "the original has {:.3f} right, the pruned model {:.3f} and the refitted one {:.3f}".format(
             *last
         ),

@@ -197,11 +197,14 @@ def test_evaluate_and_convert(here):
     assert convert("ckpt", "hf") == Path("hf") and Path("hf/model.safetensors").is_file()
     prune("ckpt", "small", layers=[2])
     found = evaluate(["ckpt", "small"], Reading("book.txt", size=32))
-    expected = perplexity_of("ckpt", "book.txt", cut=Cut(32, None, None)).value
-    assert found["ckpt"] == {"layers": 5, "book.txt perplexity": expected}
+    value = perplexity_of("ckpt", "book.txt", cut=Cut(32, None, None))
+    low, high = value.interval()
+    expected = {"book.txt perplexity": value.value}
+    expected |= {"book.txt perplexity_low": low, "book.txt perplexity_high": high}
+    assert found["ckpt"] == {"layers": 5, **expected}
     assert found["small"] == {  # layer 2 did nothing
         "layers": 4,
-        "book.txt perplexity": expected,
+        **expected,
         "book.txt nats change": 0.0,
         "book.txt nats change_stderr": 0.0,
     }
@@ -490,6 +493,10 @@ def test_texts_in_memory_are_read_as_those_of_files(here, dataset):
     assert rank("ckpt", TEXTS, max_texts=2, size=16).importance.n_texts == 2
     perplexities = [perplexity_of("ckpt", data, size=16) for data in ("docs", TEXTS)]
     assert perplexities[0] == perplexities[1]
+    both = perplexity_of("ckpt", "docs/0.txt,docs/1.txt", size=16)
+    assert both.windows > perplexity_of("ckpt", "docs/0.txt", size=16).windows
+    with pytest.raises(ShortGPTError, match="`data` names docs twice: name it once"):
+        rank("ckpt", "docs,docs", size=16)
     rows = [evaluate(["ckpt"], data=data, size=16) for data in ("docs", TEXTS)]
     assert [*rows[0]["ckpt"].values()] == [*rows[1]["ckpt"].values()]
 

@@ -31,6 +31,7 @@ from short_gpt.cli import COMMANDS
 from short_gpt.cli.flags import flags_of
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.sampling import Sample
 from short_gpt.healing import HealedChoice, Recipe, RefitSettings, Source
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
@@ -608,6 +609,21 @@ def test_a_task_value_that_is_no_number_is_shown_from_a_state_too():
             ordered = {state: looks[state] for state in (first, *others)}
             rows = Shrunk(Path("out"), "", quality=quality, looks=ordered).rows()
             assert ["t f1", "1.0000", "nan"] in rows
+
+
+def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
+    looks = {state: Look("", None, 1, 1, 1, {}) for state in ("original", "pruned", "healed")}
+
+    def said(*pruned: float) -> str:
+        nats = {"original": (20.0, 20.0, 20.0), "pruned": pruned, "healed": (21.0, 21.0, 21.0)}
+        states = {
+            state: Perplexity.of([Sample(i, value, 10) for i, value in enumerate(values)])
+            for state, values in nats.items()
+        }
+        return Shrunk(Path("out"), "", quality={"books": states}, looks=looks).verdict
+
+    assert "healing restores 90% of the lost nats" in said(29.0, 30.0, 31.0)
+    assert "healing restores" not in said(10.0, 19.0, 32.0)
 
 
 @pytest.mark.parametrize(
