@@ -40,7 +40,6 @@ from llama.io.files import check_output, new_file
 from llama.io.json_files import JsonObject, read_json
 from llama.io.sources import find_source, resolve
 from llama.model import rope_frequencies
-from llama.renamed import renamed_function
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -131,8 +130,6 @@ class GGUFFile(GGUFParts):
             return {}
         check_positive(context_length=context)
         return {"max_position_embeddings": context}
-
-    without_place = renamed_function("GGUFFile.without_place", context)
 
     def tokenizer(self) -> tuple[str, bytes, JsonObject]:
         """The name and content of its file, and the content of ``tokenizer_config.json``."""

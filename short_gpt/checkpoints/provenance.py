@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llama.io.json_files import write_json
-from llama.renamed import renamed_function
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.records import (
     EVIDENCE,
@@ -215,9 +214,6 @@ class Provenance:
     def read(cls, path: str | os.PathLike[str]) -> Provenance:
         """The record in a ``pruning.json``, also of an earlier version; else ShortGPTError."""
         return _read(Entries(read_record(path), str(path)))
-
-    cut = renamed_function("Provenance.cut", pruned)
-    beside = renamed_function("Provenance.beside", of_checkpoint)
 
     @property
     def original_layers(self) -> list[int]:

@@ -13,7 +13,7 @@ from traceback import clear_frames
 from typing import TextIO
 
 from llama.ranks import several_ranks
-from short_gpt.cli.commands import ALONE, COMMANDS, REMOVED
+from short_gpt.cli.commands import ALONE, COMMANDS
 from short_gpt.cli.flags import call, flags_of, for_completion, help_of, overview, prepared, similar
 from short_gpt.cli.options import result_alone, say
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
@@ -92,8 +92,6 @@ def answer(argv: list[str]) -> str | None:
     if not argv or argv[0] in ("--help", "-h", "--"):
         return overview(COMMANDS)
     name = argv[0]
-    if name in REMOVED:
-        raise ShortGPTError(f"the command {name} was removed: {REMOVED[name]}")
     if name not in COMMANDS:
         known = f"; there are {', '.join(COMMANDS)}"
         raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS) or known}")

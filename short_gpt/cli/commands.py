@@ -21,7 +21,6 @@ from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
 
 # of several ranks, only the first runs these
 ALONE = ("demo", "shrink", "prune", "convert", "plot")
-REMOVED = {"draft": "compare the pruned model by perplexity, or by evaluate on tasks"}
 MORE_TEXT = "read another text too, as in --data novels/,self"
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)

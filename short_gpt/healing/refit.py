@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from llama.parallel import model_parallel_size
-from llama.renamed import renamed_argument
 from short_gpt.evaluation.paired import together
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
@@ -59,7 +58,6 @@ STEP_SIZES = (0.5, 0.7, 1.0)  # that are tried
 TRIED = len(WEIGHTS) + len(STEP_SIZES) - 1 + len(PARTS)  # fits
 
 
-@renamed_argument("aim", "step_size")
 @dataclass(frozen=True)
 class RefitSettings(ClosedForm):
     """Settings of the refit."""
@@ -125,7 +123,6 @@ class RefitSettings(ClosedForm):
         return lambda: (refit.to_dict(), fold(context.short, refit))
 
 
-@renamed_argument("aim", "step_size")
 @dataclass(frozen=True)
 class PatchSettings(RefitSettings):
     """Settings of the patch: those of the refit, of the layers before gaps alone."""
@@ -136,7 +133,6 @@ class PatchSettings(RefitSettings):
     name: ClassVar[str] = "patch"
 
 
-@renamed_argument("solving", "settings")
 @dataclass(frozen=True)
 class Refit:
     """New values for the output projections of kept layers."""
@@ -168,7 +164,6 @@ class Refit:
         }
 
 
-@renamed_argument("aim", "step_size")
 def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options: Any) -> Refit:
     """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `fold`.
 
@@ -186,7 +181,6 @@ def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options:
     return refit
 
 
-@renamed_argument("aim", "step_size")
 def heal_patch(
     short: ScoredModel,
     layers: Sequence[int],
@@ -204,7 +198,6 @@ def heal_patch(
     return heal(short, layers, windows, settings=settings, **options)
 
 
-@renamed_argument("aim", "step_size")
 @torch.no_grad()
 def fit(
     short: ScoredModel,

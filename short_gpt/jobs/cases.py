@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 Windows = Sequence[Sequence[int]]
 RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
 HEALINGS = (RAW, PATCHED, REFIT, LORA, DISTILL)
-REMOVED_HEALINGS = ("linearpatch", "ghosted")
 CALIBRATED, RANKED = (RAW, REFIT), ("bi", "relative_magnitude", "angular")  # by `calibrate`
 TRAINED = (LORA, DISTILL)  # these take far longer than all others
 DEFAULT_METHODS: tuple[str, ...] = ("bi", "angular", "deepest", "relative_magnitude")
@@ -134,10 +133,6 @@ class Cases:
 
     def __post_init__(self) -> None:
         for name in self.heals:
-            if name in REMOVED_HEALINGS:
-                raise ShortGPTError(
-                    f"the healing {name} was removed: use refit, which restores more"
-                )
             if name not in HEALINGS:
                 raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
         if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import

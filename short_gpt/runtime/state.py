@@ -19,7 +19,6 @@ import torch
 
 from llama.io.files import lock_file, new_file, tidy
 from llama.io.json_files import JsonObject, json_text, read_json
-from llama.renamed import renamed_argument
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
@@ -216,7 +215,6 @@ def damaged(path: Path, folder: Path) -> ShortGPTError:
     return ShortGPTError(f"{path} {why}; delete {folder} to begin anew")
 
 
-@renamed_argument("whole", "folder")
 class StateFile:
     """A JSON file that a long run is saved in, with what the run depends on.
 

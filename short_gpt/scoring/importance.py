@@ -6,7 +6,6 @@ Shapes: B windows, G texts, L layers, M metrics; S stands for a vector of a wind
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.renamed import renamed_argument
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
 from short_gpt.scoring import lists, moments
@@ -24,7 +22,6 @@ from short_gpt.scoring.moments import Texts
 from short_gpt.scoring.order import best_block, lowest
 
 
-@renamed_argument("halves", "sublayers")
 @dataclass(repr=False)
 class Importance(Table):
     """Block Influence, angular distances and further scores of a model's layers.
@@ -242,12 +239,6 @@ class Importance(Table):
     def relative_magnitude(self) -> Tensor:
         """Mean over tokens of ||f(x)|| / ||x + f(x)||, (L,) (Samragh et al. 2023)."""
         return self.mean("magnitude")
-
-    @property
-    def mean_norm(self) -> Tensor:
-        """The former name of ``mean("norm")``."""
-        warnings.warn('mean_norm is now mean("norm")', DeprecationWarning, stacklevel=2)
-        return self.mean("norm")
 
     @property
     def sublayer_influence(self) -> Tensor:

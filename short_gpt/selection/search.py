@@ -34,7 +34,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.methods import SEARCHED, check_method
+from short_gpt.selection.methods import SEARCHED
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
 Nats = dict[int, float]  # by candidate
@@ -85,7 +85,6 @@ def by_loss(
 ) -> Search:
     """The search of a name in `methods.SEARCHED`; ShortGPTError if it is none."""
     if method not in SEARCHED:
-        check_method(method)  # of one that was removed, says so
         raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(SEARCHED)}")
     if method == "sleb":
         *_, result = sleb_rounds(decoder, windows, n, options)

@@ -418,14 +418,6 @@ def test_a_meta_model_in_memory_is_refused_by_lora():
         short.trainable()
 
 
-def test_former_names_work_and_warn(tmp_path):
-    with pytest.warns(DeprecationWarning, match="Provenance.cut is now pruned"):
-        record = Provenance().cut(tmp_path, removed=[1], kept=[0, 2])
-    assert record.removed_layers == [1] and record.kept_layers == [0, 2]
-    with pytest.warns(DeprecationWarning, match="Provenance.beside is now of_checkpoint"):
-        assert Provenance.beside(tmp_path) is None
-
-
 def test_the_record_of_a_model_opened_by_its_hub_id_is_that_of_the_commit(tmp_path, monkeypatch):
     make("llama").save_pretrained(tmp_path / "whole")
     cut = prune_hf(tmp_path / "whole", tmp_path / "cut", [1])

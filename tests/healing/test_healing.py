@@ -708,7 +708,7 @@ def test_halves_taken_out_of_a_meta_model_are_saved(dense, tmp_path, drop):
     if drop:
         short.remove_layers(drop)
     short.remove_sublayers(attention=[1], mlp=[3])
-    out = short.save(tmp_path / "out", provenance={"data": "a book"})
+    out = short.save(tmp_path / "out", facts={"data": "a book"})
     again = opened(out)
     assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
     record = json.loads((out / "pruning.json").read_text())
