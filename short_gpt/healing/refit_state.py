@@ -162,7 +162,7 @@ class RefitState:
                 content: JsonObject = self._file.content
                 self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
                 self._files, self._digests = content["values"], content["states"]
-                self._begun_by = content.get("processes", 1)
+                self._begun_by = content["processes"]
             for name, digest in self._files.items():
                 check_saved(folder / name, digest, folder=folder)
                 self._stored.read(folder / name)

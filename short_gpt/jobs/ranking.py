@@ -229,9 +229,7 @@ def _identity(
     texts: TextSource, answer: Answer, cut: Cut, running: Running, bos: str
 ) -> dict[str, object]:
     """The settings that a saved run depends on, by the names that an error shows."""
-    # the column says whether they are conversations, which states of earlier versions never are
-    own = {name: value for name, value in vars(texts).items() if name != "chat"}
-    parts: list[Mapping[str, object]] = [own]
+    parts: list[Mapping[str, object]] = [vars(texts), {"bos": bos}]
     parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.step}]
     parts += [{"sublayers": answer.sublayers, "batch_size": running.batch_size}]
     if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
@@ -240,8 +238,7 @@ def _identity(
     if answer.method == AUTO:
         parts += [{"budget": answer.budget, "refit": vars(RefitSettings())}]
     parts += [{"method of all tokens": answer.method == "angular_all"}]
-    # states of earlier versions do not name the usual bos
-    return joined(*parts, {} if bos == "first" else {"bos": bos})
+    return joined(*parts)
 
 
 def check_ranking(

@@ -27,8 +27,7 @@ from short_gpt.models.numbering import span
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.lists import layer_numbers
+from short_gpt.scoring.importance import Importance, saved_layer_numbers
 from short_gpt.selection.methods import AUTO, METHODS, check_method, choose
 from short_gpt.selection.perplexity_budget import Budget
 from short_gpt.wrappers.opening import layers_of, open_model, weights_of
@@ -80,7 +79,7 @@ class Scores:
             raise ShortGPTError(f"{file} holds the layers of {by}, not of {method}")
         check_method(by)
         try:
-            layers = layer_numbers(search.get("layers"))
+            layers = saved_layer_numbers(search.get("layers"))
         except TypeError as error:
             raise ShortGPTError(
                 f"{file} holds no layers that a search chose: {error}; write it anew by short-gpt "

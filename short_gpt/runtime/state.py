@@ -91,12 +91,12 @@ def content_digest(content: Mapping[str, object]) -> str:
 
 
 def is_record(path: Path) -> bool:
-    """Whether a file is one that `write_record` wrote, in this version or an earlier one."""
+    """Whether a file is one that `write_record` wrote."""
     try:
         content = read_json(path)
     except (OSError, ShortGPTError):
         return False
-    return "versions" in content and not content.keys().isdisjoint(("machine", "command", "run"))
+    return "versions" in content and "machine" in content
 
 
 def read_record(path: str | os.PathLike[str]) -> JsonObject:

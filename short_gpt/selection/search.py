@@ -390,8 +390,7 @@ def continued(
     if "search" not in state.content:
         raise ShortGPTError(f"{state.path} is the state of another run than a search; {anew}")
     content = state.content["search"]
-    # earlier versions did not say what a search was about
-    if other := [name for name, value in about.items() if content.get(name, value) != value]:
+    if other := [name for name, value in about.items() if content[name] != value]:
         raise ShortGPTError(
             f"{state.path} is the state of another search (it differs in {', '.join(other)}); go "
             f"on with the former, {anew}"
@@ -400,7 +399,7 @@ def continued(
         [{int(i): value for i, value in by_layer.items()} for by_layer in content[name]]
         for name in ("losses", "done")
     )
-    if content.get("tokens", tokens) != tokens:
+    if content["tokens"] != tokens:
         done = []
     # evaluations are counted again, by rounds
     return Search(list(content["removed"]), losses), done or [{}]

@@ -155,16 +155,6 @@ def test_a_state_of_another_search_is_refused(tmp_path):
         sleb(model(), windows, 2, state=StateFile(path, {}))
 
 
-def test_a_state_of_an_earlier_version_is_continued(tmp_path):
-    windows, path = torch.tensor(random_windows(4, 16)), tmp_path / "s"
-    whole = sleb(model(), windows, 3, state=StateFile(path, {}))
-    content = StateFile(path, {}).content["search"]
-    assert not {"method", "candidates", "layers", "windows"} - content.keys()
-    names = ("removed", "losses", "evaluations", "done", "tokens")
-    StateFile(path, {}).save({"search": {name: content[name] for name in names}})
-    assert sleb(model(), windows, 3, state=StateFile(path, {})) == whole
-
-
 def test_a_round_begun_with_other_groups_is_begun_again(tmp_path):
     """What it had of one group of windows would count twice with two."""
     windows, much, little = random_windows(4, 16), 2**31, 2 * 16 * 32 * 4  # two windows of width 32
