@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from llama.errors import InputError
@@ -109,6 +110,12 @@ def shown(value: object) -> str:
     """A value for a message; of a long one the beginning."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
+def some(names: Collection[object]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(map(str, names))[:3]) + more
 
 
 def kv_heads_of_rank(params: ModelArgs, rank: int, ranks: int) -> list[int]:

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, check_positive, check_split
+from llama.args import ModelArgs, check_positive, check_split, some
 from llama.checkpoint.pth import Shard, TensorInfo, write_shards
 from llama.checkpoint.sharding import (
     EMBEDDING,
     OUTPUT,
     by_vocabulary,
+    check_layers,
     full_shapes,
     part_of,
     ranges_of_rank,
@@ -79,11 +80,7 @@ class Checkpoint:
     def _check(self) -> bool:
         """Compares names and shapes with params.json; returns ``vocab_parallel``."""
         first, ranks = self.shards[0].infos, len(self.shards)
-        if self.args.n_layers > len(first):
-            raise InputError(
-                f"n_layers {self.args.n_layers} in {self.directory / 'params.json'}; the file has "
-                f"{len(first)} tensors"
-            )
+        check_layers(self.directory, self.args.n_layers, first)
         try:
             check_split(self.args, ranks)  # else rows that no shard holds would not be missed
         except InputError as error:
@@ -173,12 +170,11 @@ class Checkpoint:
 def _check_shapes(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:
     shapes = {n: info.shape for n, info in shard.infos.items() if n not in Checkpoint.ignored}
     for problem, names in (
-        ("lacks", sorted(expected.keys() - shapes.keys())),
-        ("has, unknown to params.json,", sorted(shapes.keys() - expected.keys())),
+        ("lacks", expected.keys() - shapes.keys()),
+        ("has, unknown to params.json,", shapes.keys() - expected.keys()),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{shard.path} {problem} {', '.join(names[:3])}{more}")
+            raise InputError(f"{shard.path} {problem} {some(names)}")
     for name, shape in shapes.items():
         if shape != expected[name]:
             raise InputError(

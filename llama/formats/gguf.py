@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs, check_positive
 from llama.checkpoint.meta import CONVERSION, Checkpoint, read_conversion
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layers, full_shapes
 from llama.errors import InputError
 from llama.formats.gguf_read import STRING, GGUFParts, Record, has_key, nbytes_of
 from llama.formats.gguf_vocabulary import gguf_tokenizer, vocabulary
@@ -35,7 +35,7 @@ from llama.formats.gguf_write import (
     write_new,
 )
 from llama.formats.hf import HFCheckpoint, config_of
-from llama.formats.names import GGUF, check_layers, check_tensors, ffn_keys, name_in
+from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in
 from llama.io.files import check_output, new_file
 from llama.io.json_files import JsonObject, read_json
 from llama.io.sources import find_source, resolve

@@ -15,7 +15,7 @@ from llama.checkpoint.meta import CONVERSION, Checkpoint
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.gguf import SOURCE_KEY, GGUFFile, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
-from llama.formats.hf import check_llama
+from llama.formats.hf import HFCheckpoint
 from llama.formats.safetensors import open_weights
 from llama.io.files import read_marker
 from llama.io.json_files import json_text, write_json
@@ -107,7 +107,7 @@ def _write_converted(
     if source.kind == "gguf":
         GGUFFile(source.path).args()  # refuses other models now rather than after they are pruned
     elif source.kind != "meta":
-        check_llama(source)
+        HFCheckpoint(resolve(source))
     if target.format == "gguf":
         with target.new_file() as file:
             pruned = write(Target(file.with_name("pruned")))

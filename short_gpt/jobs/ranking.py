@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
-from llama.io.sources import is_meta
+from llama.io.sources import find_source
 from llama.ranks import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
@@ -263,7 +263,7 @@ def check_ranking(
     if answer.by_loss and several_ranks():
         raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
-    if is_meta(model):  # a damaged one shows before the texts are opened
+    if find_source(model).kind == "meta":  # a damaged one shows before the texts are opened
         Tokenizer(opening.tokenizer_path or find_tokenizer(model))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.checkpoint.sharding import EMBEDDING
-from llama.io.sources import is_hub_id, kind_of, resolve
+from llama.io.sources import find_source, is_hub_id, resolve
 from llama.parallel import choose_device, choose_dtype
 from llama.ranks import several_ranks
 from llama.tokenizer import Tokenizer, check_text, find_tokenizer
@@ -66,7 +66,7 @@ def open_stream(
             f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "
             "or Hugging Face's with safetensors"
         )
-    source = HFSource if kind_of(path) == "hf" else MetaSource
+    source = HFSource if find_source(path).kind == "hf" else MetaSource
     weights, on = source(path, max_seq_len=max_seq_len), choose_device(device)
     return StreamedTransformer(weights, device=on, dtype=choose_dtype(dtype, on))
 

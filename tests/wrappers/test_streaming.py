@@ -470,7 +470,7 @@ def test_commands_stream_and_say_first_what_it_takes(kind, folder, capsys):
     run(*options, "--confidence", "none", "--out", "all-memory.json")
     found, expected = scores("all"), scores("all-memory")
     assert found.n_windows == expected.n_windows == 40
-    for name in ("block_influence", "standard_error", "angular", "relative_magnitude"):
+    for name in ("block_influence", "standard_error", "angular", "metrics"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7), name
     values = (
