@@ -140,11 +140,7 @@ class Checkpoint:
                 for start, stop in ranges_of_rank(self.args, name, size, shard, count):
                     if start <= at < min(stop, end):
                         begin, length = offset + at - start, min(stop, end) - at
-                        if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == (shard, begin):
-                            _, begin, before = pieces.pop()  # which ends where this one begins
-                            pieces.append((shard, begin, before + length))
-                        else:
-                            pieces.append((shard, begin, length))
+                        pieces.append((shard, begin, length))
                         at += length
                     offset += stop - start
         return pieces
@@ -207,13 +203,22 @@ def read_params(directory: Path) -> JsonObject:
 
 
 def check_vocabulary(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, path: str | os.PathLike[str]
+    tokenizer: Tokenizer,
+    path: str | os.PathLike[str],
+    ids: int,
+    model: str | os.PathLike[str],
+    *,
+    spare: bool = False,
 ) -> None:
-    """Raises InputError, naming the tokenizer's path, unless it has the checkpoint's vocabulary."""
-    if tokenizer.n_words != checkpoint.args.vocab_size:
+    """Raises InputError unless a tokenizer has a word for each of a model's ids.
+
+    ``path`` and ``model`` are named; ``spare``: whether the format allows ids without a word.
+    """
+    if tokenizer.n_words > ids or (tokenizer.n_words < ids and not spare):
+        also = "" if spare else ", as in all of Meta's format; for other models take another format"
         raise InputError(
-            f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint "
-            f"{checkpoint.directory} {checkpoint.args.vocab_size}; they do not belong together"
+            f"the tokenizer {path} has {tokenizer.n_words} words, {model} has {ids} ids: expected "
+            f"the model's own tokenizer, with a word for each id{also}"
         )
 
 

@@ -18,7 +18,7 @@ from short_gpt.cli import tables
 from short_gpt.cli.options import Output, note, say, say_uploaded, say_written, tell
 from short_gpt.jobs.inputs import STRIDE, about_own, layer_list
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
+from short_gpt.runtime.settings import WRITE, Needs, as_flags, needs_one_of, setting
 
 # of several ranks, only the first runs these
 ALONE = ("demo", "shrink", "prune", "convert", "plot")
@@ -393,7 +393,7 @@ def shrink(
     result = jobs.shrink(**given, notify=tell, overwrite=output.overwrite)
     if table and result.importance is not None:
         say(tables.ranking(result.importance, len(result.layers)) + "\n")
-    say(str(replace(result, remarks=[*map(tables.as_flags, result.remarks)])))
+    say(str(replace(result, remarks=[*map(as_flags, result.remarks)])))
     if not settings.dry_run:
         output.write({**record, "result": result.to_dict()})
         say_uploaded(hub.push(result.out))

@@ -13,6 +13,7 @@ from llama.io.sources import is_gguf
 from short_gpt.jobs.cases import RAW
 from short_gpt.jobs.inputs import about_bos, about_own
 from short_gpt.runtime.frames import aligned
+from short_gpt.runtime.settings import as_flags
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
     from short_gpt.selection.search import Search
 
 BOS = ", bos in every window"  # of a measure of `jobs.evaluate`
-
-
-def as_flags(text: str) -> str:
-    """A remark whose settings, in backticks, are written as flags."""
-    return re.sub(r"`(\w+)`", r"--\1", text)
 
 
 def ranked(result: Ranking) -> str:

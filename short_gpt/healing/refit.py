@@ -34,7 +34,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.parallel import model_parallel_size
 from short_gpt.evaluation.paired import together
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
@@ -446,12 +445,7 @@ def split_held_out(windows: Windows) -> tuple[Windows, Windows]:
 
 
 def _check(short: ScoredModel, layers: Sequence[int], settings: RefitSettings) -> None:
-    if model_parallel_size() > 1:
-        raise ShortGPTError(
-            f"the {settings.name} needs the whole model on every rank, got {model_parallel_size()} "
-            "model-parallel ranks: open the model with model_parallel_size=1, and the ranks share "
-            "the windows"
-        )
+    replicas.require_whole_model(f"the {settings.name}")
     short.check_whole()
     check_layers(layers, short.kept)
     removed = {short.kept.index(layer) for layer in layers}

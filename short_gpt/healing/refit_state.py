@@ -33,7 +33,7 @@ from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import bytes_of, free_memory, resident, shown
+from short_gpt.runtime.memory import bytes_of, check_room, free_memory, resident, shown
 from short_gpt.runtime.replicas import Replicas
 from short_gpt.runtime.state import StateFile, check_saved, damaged, hold
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -336,12 +336,7 @@ def plan_of(
     if not spilled:
         host[f"states of {len(own)} windows"] = 3 * states
         room -= 3 * states
-    if max_memory is not None and room < 0:
-        least, parts = sum(host.values()), ", ".join(f"{shown(v)} {k}" for k, v in host.items())
-        raise ShortGPTError(
-            f"max_memory {max_memory} is too little: the refit of this model needs at least "
-            f"{shown(least, up=True)} ({parts})"
-        )
+    check_room(host, max_memory, "the refit of this model")
     # states of both models entering and leaving a layer, and of the original between sublayers
     disk = (5 * width + 2 * inputs) * every * itemsize
     disk += fits * solved if folder is not None else 0

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from short_gpt.data.texts import source_names, texts
 from short_gpt.data.windows import Text
-from short_gpt.jobs.inputs import Cut, TextSource, at_least, listed, name_texts, whole_numbers
+from short_gpt.jobs.inputs import Cut, TextSource, listed, name_texts, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
 if TYPE_CHECKING:
@@ -144,9 +145,7 @@ class Cases:
         for name, values in lists.items():
             if not values or len({*values}) < len(values):  # type: ignore[misc, arg-type]
                 raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
-        for name in ("seeds", "search_windows"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ShortGPTError(f"{name} = {value!r}: expected whole numbers of at least 1")
+        at_least(1, seeds=self.seeds, search_windows=self.search_windows)
         _ = self.pairs  # refuses what it cannot read
 
 

@@ -57,14 +57,14 @@ def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
 
 
 def tokens_per_second(
-    short: ShortModel, window: Sequence[int], *, count: int = 32, runs: int = 3
+    short: ShortModel, window: Sequence[int], *, prompt: int = 64, count: int = 32, runs: int = 3
 ) -> float:
     """Greedy generation with the cache after the window's beginning; the fastest of some runs.
 
     No token ends a text, so that every model writes as many.
     """
     half_context = short.decoder.max_seq_len // 2
-    ids, count = list(window[: min(64, half_context)]), min(count, half_context)
+    ids, count = list(window[: min(prompt, half_context)]), min(count, half_context)
     seconds = []
     for _ in range(1 + runs):  # the first warms up
         started = time.perf_counter()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
-from short_gpt.jobs.inputs import at_least
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Needs, setting
 
 DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")

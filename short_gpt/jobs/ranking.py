@@ -42,7 +42,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
 from short_gpt.runtime.memory import bytes_of
-from short_gpt.runtime.progress import DryRun, duration, first_rank
+from short_gpt.runtime.progress import DryRun, check_alone, duration, first_rank
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
@@ -260,8 +260,8 @@ def check_ranking(
         raise ShortGPTError(
             f"`batch_size` {running.batch_size} has no effect on the method auto; leave it out"
         )
-    if answer.by_loss and several_ranks():
-        raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
+    if answer.by_loss:
+        check_alone(f"`method` {answer.method}")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
     if find_source(model).kind == "meta":  # a damaged one shows before the texts are opened
         Tokenizer(opening.tokenizer_path or find_tokenizer(model))

@@ -9,8 +9,9 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
-from short_gpt.jobs.inputs import SIZE, Cut, TextSource, at_least, layer_list, listed, name_texts
+from short_gpt.jobs.inputs import SIZE, Cut, TextSource, layer_list, listed, name_texts
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import (
     CHOOSE,
     READ,
