@@ -10,7 +10,7 @@ from llama.errors import InputError
 from llama.io.json_files import JsonObject
 
 # Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
-# models, known by their width (llama-models issues 166 and 241).
+# models, known by their width (https://github.com/meta-llama/llama-models/issues/166 and /241).
 ROPE_FACTOR, ROPE_FACTOR_OF_WIDTH = 8.0, {2048: 32.0, 3072: 32.0}
 MOST = 2**31 - 1  # of any number in params.json: beyond, arithmetic and not the message would fail
 

@@ -62,7 +62,7 @@ class Provenance:
     Attributes:
         removed_layers: the source's numbers of the layers taken out, in order of removal.
         kept_layers: of those that stayed, ascending.
-        source: the checkpoint whose layers these numbers count; None in some older records.
+        source: the checkpoint whose layers these numbers count; None where a record does not say.
         earlier: the source's own record, if it was itself pruned or healed.
         block_influence: by the source's layers; NaN or None where one was not scored.
         scored: numbers of "windows" and "tokens" that the scores come from.
@@ -212,7 +212,7 @@ class Provenance:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Provenance:
-        """The record in a ``pruning.json``, also of an earlier version; else ShortGPTError."""
+        """The record in a ``pruning.json``; ShortGPTError if there is none in it."""
         return _read(Entries(read_record(path), str(path)))
 
     @property

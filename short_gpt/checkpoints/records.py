@@ -49,7 +49,7 @@ class Measured:
     """A perplexity as it is kept."""
 
     value: float
-    tokens: int | None = None  # predicted; None in records of versions that did not keep them
+    tokens: int | None = None  # predicted; None where the record does not say
     # "interval_95", and the numbers of "windows" and "texts", None where unknown; may be empty
     error: Mapping[str, object] = field(default_factory=dict)
 

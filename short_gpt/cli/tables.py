@@ -251,7 +251,7 @@ def compared(
         lines += _healed(healing, [r for r in pruned if r.healing == healing], counts)
     lines += _removed(pruned, counts)
     lines += _sizes(dense, {r.n: r for r in pruned}, counts) + _agreed(agreed)
-    if dense.windows:  # not said in older files
+    if dense.windows:
         lines.append(f"standard errors over {_error(dense.windows, dense.texts).over}")
     return "\n".join(lines + _tasks(tasks))
 

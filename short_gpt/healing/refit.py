@@ -154,7 +154,7 @@ class Refit:
             "parts": list(self.settings.parts or ()),
             "weights": self.settings.weights,
             "lost": self.settings.lost if self.settings.weights == "inverse" else None,
-            "aim": self.settings.step_size,  # as records have it
+            "aim": self.settings.step_size,
             "fits": [asdict(fit) for fit in self.fits],
             "windows": self.windows,
             "tokens": self.tokens,

@@ -155,7 +155,7 @@ class RefitState:
             if team.rank == 0:
                 _sweep(folder)
             team.gather(None)  # waits for that
-            # before other files are looked at, so that another version's state is refused by name
+            # before other files are looked at, so that another run's state is refused by name
             self._file = StateFile(folder / STATE, identity, lock=lock)
             _check_own(folder)
             if self._file.content is not None:

@@ -1,7 +1,8 @@
 """What commands do, with one call: checkpoints and texts by their names in, results out.
 
 Jobs print nothing. They return plain data with a ``to_dict`` where it is kept as JSON, show
-progress bars, and call a ``notify`` with what must be known before a long run starts.
+progress bars, and call a ``notify`` with what must be known before a long run starts. Settings
+import torch inside functions alone, so that the help appears at once.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Settings of `compare` and `calibrate`, and the rows of a comparison; needs no torch."""
+"""Settings of `compare` and `calibrate`, and the rows of a comparison."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """What a user sets of a job: what it reads and how it runs.
 
-A field is an argument in Python and a flag in the shell. Functions import what needs torch, because
-the help does without.
+A field is an argument in Python and a flag in the shell.
 """
 
 from __future__ import annotations

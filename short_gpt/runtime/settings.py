@@ -1,8 +1,7 @@
 """What a field of a settings class says of its flag: heading, placeholder, and what it needs.
 
 Settings are frozen dataclasses. A class names its part of the help as ``HEADING``; what differs is
-in a field's metadata, which `short_gpt.cli.flags` reads. No settings class imports torch, so that
-the help appears at once.
+in a field's metadata, which `short_gpt.cli.flags` reads.
 """
 
 from __future__ import annotations
