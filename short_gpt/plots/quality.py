@@ -97,8 +97,8 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     return figure
 
 
-def _place(healing: str) -> int:
-    return [*TITLES].index(healing) if healing in TITLES else len(TITLES)
+def _place(healing: str) -> tuple[int, str]:
+    return ([*TITLES].index(healing) if healing in TITLES else len(TITLES)), healing
 
 
 def _top(rows: Sequence[Row]) -> float:

@@ -319,8 +319,8 @@ def test_every_healing_has_a_part_whose_title_names_it() -> None:
         "healed by a refit",
         "healed by LoRA",
         "healed by distillation",
-        "healed by rescale",
         "healed by linearpatch",
+        "healed by rescale",
     ]
     drawn = [curves(axes)["Block Influence"] for axes in parts.values()]
     assert drawn[0] == [(0, 10.0), (2, 20.0), (4, 90.0)]
