@@ -188,7 +188,7 @@ def evolution(
         seed: of all that is drawn.
 
     Returns:
-        The set in ascending order, and the layers run.
+        The set in ascending order.
     """
     part, count = PartialRun(decoder), len(decoder.layers)
     places = [i for i in range(1, count - 1) if i in candidates]
@@ -201,7 +201,7 @@ def evolution(
     layers = int(budget * len(windows) * sleb_layers(count, places, n))
     account = Account(nats, costs=[count - n] * len(read), budget=layers)
     best = evolve(account, places, n, seed=seed)
-    return Search([*best], evaluations=account.spent)
+    return Search([*best])
 
 
 def sleb_layers(count: int, places: Sequence[int], n: int) -> int:

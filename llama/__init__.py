@@ -8,9 +8,6 @@
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
-from llama.renamed import MOVED, install
-
-install(MOVED)
 
 if TYPE_CHECKING:
     from llama.args import ModelArgs

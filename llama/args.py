@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from llama.errors import InputError
 from llama.io.json_files import JsonObject
 
 # Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
-# models, known by their width (llama-models issues 166 and 241).
+# models, known by their width (https://github.com/meta-llama/llama-models/issues/166 and /241).
 ROPE_FACTOR, ROPE_FACTOR_OF_WIDTH = 8.0, {2048: 32.0, 3072: 32.0}
 MOST = 2**31 - 1  # of any number in params.json: beyond, arithmetic and not the message would fail
 
@@ -109,6 +110,12 @@ def shown(value: object) -> str:
     """A value for a message; of a long one the beginning."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
+def some(names: Collection[object]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(map(str, names))[:3]) + more
 
 
 def kv_heads_of_rank(params: ModelArgs, rank: int, ranks: int) -> list[int]:

@@ -99,7 +99,9 @@ class Llama:
         dtype = choose_dtype(dtype, device)
         tokenizer = Tokenizer(tokenizer_path)
         checkpoint = Checkpoint(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        check_vocabulary(checkpoint, tokenizer, tokenizer_path)
+        check_vocabulary(
+            tokenizer, tokenizer_path, checkpoint.args.vocab_size, checkpoint.directory
+        )
         initialize(model_parallel_size, device=device)
         return Llama(
             load_model(checkpoint, device=device, dtype=dtype),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
 from llama.errors import InputError
-from llama.ranks import several_ranks
+from llama.ranks import environment, several_ranks
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -105,16 +105,12 @@ def _make_process_group(device: torch.device) -> None:
         return
     # A group of one talks to nobody; on the loopback it needs neither a network nor a host name.
     name, loopback = "GLOO_SOCKET_IFNAME", {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-    before, hook = os.environ.get(name), sys.excepthook
-    if loopback:
-        os.environ[name] = loopback
-    try:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    finally:
-        sys.excepthook = hook  # torch's own puts "[rank0]:" before every line of a traceback
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
+    hook = sys.excepthook
+    with environment(name, loopback or os.environ.get(name)):
+        try:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        finally:
+            sys.excepthook = hook  # torch's own puts "[rank0]:" before every line of a traceback
 
 
 def model_parallel_rank() -> int:

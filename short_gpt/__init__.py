@@ -6,10 +6,6 @@ from typing import TYPE_CHECKING
 
 from llama.io.sources import NAMED
 from llama.lazy import lazy
-from llama.renamed import install
-from short_gpt.runtime.renamed import MOVED
-
-install(MOVED)
 
 
 def _demo() -> str:
@@ -19,11 +15,6 @@ def _demo() -> str:
 
 
 NAMED["demo"] = _demo
-
-REMOVED = {
-    "draft_agreement": "compare models by perplexity or run_tasks",
-    "search_healed": "choose by choose_healed",
-}
 
 if TYPE_CHECKING:
     __version__: str
@@ -56,8 +47,6 @@ else:
         return [*_names(), "__version__"]
 
     def __getattr__(name):
-        if name in REMOVED:
-            raise ImportError(f"short_gpt.{name} was removed: {REMOVED[name]}")  # `from` shows it
         if name == "__version__":
             from importlib.metadata import version
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, check_positive, check_split
+from llama.args import ModelArgs, check_positive, check_split, some
 from llama.checkpoint.pth import Shard, TensorInfo, write_shards
 from llama.checkpoint.sharding import (
     EMBEDDING,
     OUTPUT,
     by_vocabulary,
+    check_layers,
     full_shapes,
     part_of,
     ranges_of_rank,
@@ -79,11 +80,7 @@ class Checkpoint:
     def _check(self) -> bool:
         """Compares names and shapes with params.json; returns ``vocab_parallel``."""
         first, ranks = self.shards[0].infos, len(self.shards)
-        if self.args.n_layers > len(first):
-            raise InputError(
-                f"n_layers {self.args.n_layers} in {self.directory / 'params.json'}; the file has "
-                f"{len(first)} tensors"
-            )
+        check_layers(self.directory, self.args.n_layers, first)
         try:
             check_split(self.args, ranks)  # else rows that no shard holds would not be missed
         except InputError as error:
@@ -143,11 +140,7 @@ class Checkpoint:
                 for start, stop in ranges_of_rank(self.args, name, size, shard, count):
                     if start <= at < min(stop, end):
                         begin, length = offset + at - start, min(stop, end) - at
-                        if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == (shard, begin):
-                            _, begin, before = pieces.pop()  # which ends where this one begins
-                            pieces.append((shard, begin, before + length))
-                        else:
-                            pieces.append((shard, begin, length))
+                        pieces.append((shard, begin, length))
                         at += length
                     offset += stop - start
         return pieces
@@ -173,12 +166,11 @@ class Checkpoint:
 def _check_shapes(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:
     shapes = {n: info.shape for n, info in shard.infos.items() if n not in Checkpoint.ignored}
     for problem, names in (
-        ("lacks", sorted(expected.keys() - shapes.keys())),
-        ("has, unknown to params.json,", sorted(shapes.keys() - expected.keys())),
+        ("lacks", expected.keys() - shapes.keys()),
+        ("has, unknown to params.json,", shapes.keys() - expected.keys()),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{shard.path} {problem} {', '.join(names[:3])}{more}")
+            raise InputError(f"{shard.path} {problem} {some(names)}")
     for name, shape in shapes.items():
         if shape != expected[name]:
             raise InputError(
@@ -211,13 +203,22 @@ def read_params(directory: Path) -> JsonObject:
 
 
 def check_vocabulary(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, path: str | os.PathLike[str]
+    tokenizer: Tokenizer,
+    path: str | os.PathLike[str],
+    ids: int,
+    model: str | os.PathLike[str],
+    *,
+    spare: bool = False,
 ) -> None:
-    """Raises InputError, naming the tokenizer's path, unless it has the checkpoint's vocabulary."""
-    if tokenizer.n_words != checkpoint.args.vocab_size:
+    """Raises InputError unless a tokenizer has a word for each of a model's ids.
+
+    ``path`` and ``model`` are named; ``spare``: whether the format allows ids without a word.
+    """
+    if tokenizer.n_words > ids or (tokenizer.n_words < ids and not spare):
+        also = "" if spare else ", as in all of Meta's format; for other models take another format"
         raise InputError(
-            f"the tokenizer {path} has {tokenizer.n_words} words, the checkpoint "
-            f"{checkpoint.directory} {checkpoint.args.vocab_size}; they do not belong together"
+            f"the tokenizer {path} has {tokenizer.n_words} words, {model} has {ids} ids: expected "
+            f"the model's own tokenizer, with a word for each id{also}"
         )
 
 

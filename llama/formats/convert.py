@@ -17,13 +17,13 @@ from llama.checkpoint.meta import (
     CONVERSION,
     Checkpoint,
     check_shards,
+    check_vocabulary,
     copy_tokenizer,
     read_conversion,
     write_model,
 )
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
-from llama.errors import InputError
 from llama.formats.gguf import GGUFFile
 from llama.formats.hf import HFCheckpoint, config_of
 from llama.formats.names import HF, name_in, params_json, permute
@@ -66,7 +66,8 @@ def gguf_to_meta(
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
     with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         (partial / tokenizer).write_bytes(content)
-        _check_words(partial / tokenizer, args.vocab_size)
+        own = Tokenizer(partial / tokenizer)
+        check_vocabulary(own, tokenizer, args.vocab_size, source.path)
         write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
         write_json(partial / "tokenizer_config.json", config)
@@ -74,14 +75,6 @@ def gguf_to_meta(
         write_json(partial / CONVERSION, record)
         verify(partial)
     return out
-
-
-def _check_words(tokenizer: Path, ids: int) -> None:
-    if (words := Tokenizer(tokenizer).n_words) != ids:
-        raise InputError(
-            f"the tokenizer has {words} words and the model {ids} ids: Meta's format has as many "
-            "words as ids; write Hugging Face's or GGUF"
-        )
 
 
 def hf_to_meta(
@@ -103,7 +96,8 @@ def hf_to_meta(
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=directory)
     opened = HFCheckpoint(directory, dtype)
     check_shards(opened.args, shards)
-    _check_words(opened.tokenizer, opened.args.vocab_size)
+    ids, tokenizer = opened.args.vocab_size, opened.tokenizer
+    check_vocabulary(Tokenizer(tokenizer), tokenizer, ids, source)
 
     def read(name: str) -> Tensor:
         progress(name)
@@ -117,7 +111,7 @@ def hf_to_meta(
     if generation.is_file():
         record["generation_config"] = read_json(generation)
     with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
-        copy_tokenizer(opened.tokenizer, partial)
+        copy_tokenizer(tokenizer, partial)
         write_model(partial, opened.args, opened.infos, read, shards=shards)
         write_json(partial / "params.json", params_json(opened.args))
         write_json(partial / CONVERSION, record)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs, check_positive
 from llama.checkpoint.meta import CONVERSION, Checkpoint, read_conversion
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layers, full_shapes
 from llama.errors import InputError
 from llama.formats.gguf_read import STRING, GGUFParts, Record, has_key, nbytes_of
 from llama.formats.gguf_vocabulary import gguf_tokenizer, vocabulary
@@ -35,12 +35,11 @@ from llama.formats.gguf_write import (
     write_new,
 )
 from llama.formats.hf import HFCheckpoint, config_of
-from llama.formats.names import GGUF, check_layers, check_tensors, ffn_keys, name_in
+from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in
 from llama.io.files import check_output, new_file
 from llama.io.json_files import JsonObject, read_json
 from llama.io.sources import find_source, resolve
 from llama.model import rope_frequencies
-from llama.renamed import renamed_function
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -131,8 +130,6 @@ class GGUFFile(GGUFParts):
             return {}
         check_positive(context_length=context)
         return {"max_position_embeddings": context}
-
-    without_place = renamed_function("GGUFFile.without_place", context)
 
     def tokenizer(self) -> tuple[str, bytes, JsonObject]:
         """The name and content of its file, and the content of ``tokenizer_config.json``."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from llama.checkpoint.meta import check_vocabulary
 from llama.errors import InputError
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, FLOAT32, INT32, UINT32, record
@@ -39,8 +40,7 @@ def vocabulary(path: Path, size: int) -> dict[str, Record]:
     ``tokenizer_config.json`` names tokens and may hold the template of chats.
     """
     tokenizer = Tokenizer(path)
-    if tokenizer.n_words > size:
-        raise InputError(f"{path} has {tokenizer.n_words} words, more than the model's {size}")
+    check_vocabulary(tokenizer, path, size, "the model to write", spare=True)
     if holds_json(path):
         keys = _of_json(read_json(path), path, size)
     elif tokenizer.dialog_format == "llama2":

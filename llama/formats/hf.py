@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,13 +10,12 @@ from torch import Tensor
 
 from llama.args import ModelArgs, check_positive, shown
 from llama.checkpoint.pth import TensorInfo
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layers, full_shapes
 from llama.errors import InputError
-from llama.formats.names import HF, META, check_layers, check_tensors, ffn_keys, name_in, permute
+from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, permute
 from llama.formats.safetensors import DTYPES, SafetensorsFile, open_weights
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import JsonObject, read_json
-from llama.io.sources import resolve
 from llama.model import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
 from llama.parallel import choose_dtype
 from llama.tokenizer import Tokenizer
@@ -56,14 +54,6 @@ class HFCheckpoint(HFWeights):
     def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
         super().__init__(directory, dtype)
         self.tokenizer = find_hf_tokenizer(directory)
-
-
-def check_llama(
-    directory: str | os.PathLike[str], dtype: str | torch.dtype | None = None
-) -> tuple[ModelArgs, dict[str, TensorInfo]]:
-    """The shape and `meta_infos` of a Hugging Face Llama, also on the hub, by its headers alone."""
-    source = HFCheckpoint(resolve(directory), dtype)
-    return source.args, source.infos
 
 
 def args_of(config: JsonObject, directory: Path) -> ModelArgs:

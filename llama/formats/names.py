@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Set, Sized
+from collections.abc import Set
 from pathlib import Path
 
 from torch import Tensor
@@ -70,15 +70,6 @@ def check_tensors(source: Path, have: Set[str], needed: Set[str], *, ignored: Se
         raise InputError(
             f"{source} is not a plain Llama: it lacks tensors {missing[:3]} and has others "
             f"{unknown[:3]}"
-        )
-
-
-def check_layers(source: Path, layers: int, tensors: Sized) -> None:
-    """Raises InputError where there are fewer tensors than layers, before any layer is named."""
-    if layers > len(tensors):
-        raise InputError(
-            f"{source} says that it has {layers} layers, but holds {len(tensors)} tensors; it is "
-            "damaged: fetch or convert it anew"
         )
 
 

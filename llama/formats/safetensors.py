@@ -1,13 +1,9 @@
 """Safetensors files, read and written tensor by tensor.
 
 The format is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. The
-package safetensors checks a file's header. Its writer and reader of tensors are not used:
-
-- ``save_file`` needs all tensors at once. On a file of 600 MB with 16 tensors it takes 3 MiB of
-  anonymous memory, as ours does, where they are mapped from a file, but 575 MiB, ours 38 MiB, where
-  they are changed on the way, as in conversions and healing. It also orders them by its own rule.
-- ``safe_open`` maps tensors aligned at 8 bytes only, and products of such weights may round
-  otherwise. It does not give dtypes that torch does not know, which pruning copies too.
+package safetensors checks a file's header. Its ``save_file`` needs all tensors at once in memory
+where they are changed on the way, and its ``safe_open`` neither aligns them for the same rounding
+nor gives the dtypes that torch does not know.
 """
 
 from __future__ import annotations

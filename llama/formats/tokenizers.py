@@ -1,8 +1,8 @@
 """Tokenizer files from one format to another: ranks to tokenizer.json, SentencePiece to its pieces.
 
-The converters of transformers 5.24 gave the same ids (97 passages). They are internal, moved, need
-all of transformers, and take an unknown pre-tokenizer for GPT-2's, which is refused here. The
-package sentencepiece gives neither all types of pieces nor a writer, except with protobuf.
+The converters of transformers give the same ids, but are internal, need all of transformers, and
+take an unknown pre-tokenizer for GPT-2's, which is refused here. The package sentencepiece gives
+neither all types of pieces nor a writer, except with protobuf.
 """
 
 from __future__ import annotations

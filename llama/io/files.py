@@ -63,9 +63,8 @@ def _check_replaceable(path: Path, marker: str | None, *, overwrite: bool) -> No
     listed = read_json(path / marker).get(FILES)
     if not isinstance(listed, list):
         raise FileExistsError(
-            f"{path} exists, and its {marker} does not list what was written with it (earlier "
-            "versions wrote no list), so it is not overwritten; delete it or choose another "
-            "directory"
+            f"{path} exists, and its {marker} does not list what was written with it, so it "
+            "is not overwritten; delete it or choose another directory"
         )
     others = [name for name in _contents(path) if name not in listed]
     if others:

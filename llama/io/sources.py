@@ -85,21 +85,11 @@ def find_source(name: str | PathLike[str]) -> Source:
     return Source(name, "hub")
 
 
-def kind_of(source: str | PathLike[str]) -> Kind:
-    """The kind of a source; kinds and errors as in `find_source`."""
-    return find_source(source).kind
-
-
 def is_gguf(source: str | PathLike[str]) -> bool:
     """Whether a name is that of a GGUF file, which need not be there."""
     if isinstance(source, Source):
         return source.kind == "gguf"
     return str(source).endswith(".gguf") and not Path(str(source)).is_dir()
-
-
-def is_meta(source: str | PathLike[str]) -> bool:
-    """Whether a source is a directory in Meta's format; errors as of `find_source`."""
-    return kind_of(source) == "meta"
 
 
 def is_hub_id(name: str) -> bool:

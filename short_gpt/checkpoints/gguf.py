@@ -111,8 +111,8 @@ def about_kinds(source: StrPath, layers: Sequence[int], influence: Influence = (
     if not stack.period():
         return remark
     return (
-        f"{remark}. llama.cpp from before its pull request 29042 (September 2026), and what is "
-        f"built on it, ignore it too; {stack.advice(layers, influence)}"
+        f"{remark}. llama.cpp from before September 2026, and what is built on it, "
+        f"ignore it too; {stack.advice(layers, influence)}"
     )
 
 

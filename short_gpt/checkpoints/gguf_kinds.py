@@ -46,8 +46,8 @@ BY_LIST = (
     *("dots3note", "gemma4", "gemma4-assistant", "granite_swa", "maple", "mimo2"),
     *("spark2_5", "step35"),
 )
-# llama.cpp since its pull request 29042 (September 2026) takes a list of kinds from the file, seen
-# to work for these; before, it dropped the list without a word and went by the position.
+# llama.cpp since September 2026 (https://github.com/ggml-org/llama.cpp/pull/29042) takes a list of
+# kinds from the file, seen to work for these; before, it ignored the list and went by the position.
 READS_PATTERN = (
     *("cohere2", "gemma2", "gemma3", "gemma-embedding", "gpt-oss", "modern-bert"),
     *("muse-glimmer", "olmo2"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama.io.sources import is_gguf, kind_of
+from llama.io.sources import find_source, is_gguf
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -49,7 +49,7 @@ def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
         ShortGPTError: the name is none of a repository, or the directory is of another format.
         ConnectionError: nobody is logged in, or the hub refused; the directory stays.
     """
-    if kind_of(directory) != "hf":
+    if find_source(directory).kind != "hf":
         check_push(repo_id, directory, "other")
     with _explained(repo_id):
         from huggingface_hub import HfApi

@@ -49,7 +49,8 @@ def prune_meta(
     check_layers(layers, numbers)
     keep = [i for i in numbers if i not in set(layers)]
     tokenizer = Path(str(tokenizer_path or find_tokenizer(source.directory)))
-    check_vocabulary(source, Tokenizer(tokenizer), tokenizer)
+    ids = source.args.vocab_size
+    check_vocabulary(Tokenizer(tokenizer), tokenizer, ids, source.directory)
     record = (provenance or Provenance()).pruned(ckpt_dir, removed=layers, kept=keep)
     target.check(source=source.directory)
     return _write(source, target, keep, record, tokenizer, replaced or {}, progress)

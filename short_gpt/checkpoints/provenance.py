@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llama.io.json_files import write_json
-from llama.renamed import renamed_function
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.records import (
     EVIDENCE,
@@ -63,7 +62,7 @@ class Provenance:
     Attributes:
         removed_layers: the source's numbers of the layers taken out, in order of removal.
         kept_layers: of those that stayed, ascending.
-        source: the checkpoint whose layers these numbers count; None in some older records.
+        source: the checkpoint whose layers these numbers count; None where a record does not say.
         earlier: the source's own record, if it was itself pruned or healed.
         block_influence: by the source's layers; NaN or None where one was not scored.
         scored: numbers of "windows" and "tokens" that the scores come from.
@@ -213,11 +212,8 @@ class Provenance:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Provenance:
-        """The record in a ``pruning.json``, also of an earlier version; else ShortGPTError."""
+        """The record in a ``pruning.json``; ShortGPTError if there is none in it."""
         return _read(Entries(read_record(path), str(path)))
-
-    cut = renamed_function("Provenance.cut", pruned)
-    beside = renamed_function("Provenance.beside", of_checkpoint)
 
     @property
     def original_layers(self) -> list[int]:

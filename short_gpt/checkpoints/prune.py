@@ -15,7 +15,7 @@ from llama.checkpoint.meta import CONVERSION, Checkpoint
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.gguf import SOURCE_KEY, GGUFFile, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
-from llama.formats.hf import check_llama
+from llama.formats.hf import HFCheckpoint
 from llama.formats.safetensors import open_weights
 from llama.io.files import read_marker
 from llama.io.json_files import json_text, write_json
@@ -26,6 +26,7 @@ from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
 from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
 from short_gpt.checkpoints.target import StrPath, Target, takes_target
+from short_gpt.models.numbering import grouped
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import read_record
 
@@ -107,7 +108,7 @@ def _write_converted(
     if source.kind == "gguf":
         GGUFFile(source.path).args()  # refuses other models now rather than after they are pruned
     elif source.kind != "meta":
-        check_llama(source)
+        HFCheckpoint(resolve(source))
     if target.format == "gguf":
         with target.new_file() as file:
             pruned = write(Target(file.with_name("pruned")))
@@ -151,13 +152,11 @@ def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -
     keep = list(keep)
     if not keep or keep[0] < 0 or keep != sorted(set(keep)):
         raise ShortGPTError(f"expected ascending numbers of the layers that stay, got {keep}")
-    starts = [i for i in keep if i - 1 not in keep]
-    ends = [i + 1 for i in keep if i + 1 not in keep]
     name = os.path.abspath(source) if Path(source).is_dir() else str(source)
     lines = ["slices:"]
-    for start, end in zip(starts, ends, strict=True):
+    for run in grouped(keep):
         lines += ["  - sources:", f"      - model: {json.dumps(name, ensure_ascii=False)}"]
-        lines += [f"        layer_range: [{start}, {end}]"]
+        lines += [f"        layer_range: [{run.start}, {run.stop}]"]
     return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}", ""])
 
 

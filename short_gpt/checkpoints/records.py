@@ -49,7 +49,7 @@ class Measured:
     """A perplexity as it is kept."""
 
     value: float
-    tokens: int | None = None  # predicted; None in records of versions that did not keep them
+    tokens: int | None = None  # predicted; None where the record does not say
     # "interval_95", and the numbers of "windows" and "texts", None where unknown; may be empty
     error: Mapping[str, object] = field(default_factory=dict)
 
@@ -143,15 +143,15 @@ class Entries:
         return quality
 
     def steps(self, healing: object) -> list[Step]:
-        """Changes of weights, oldest first: a list, or the last with those before as "earlier"."""
-        if healing is None:
-            return []
-        if isinstance(healing, list):
-            return [step for part in healing for step in self.steps(part)]
-        if not isinstance(healing, dict) or not isinstance(healing.get("method"), str):
+        """Changes of weights, oldest first."""
+        steps = [] if healing is None else healing
+        if not isinstance(steps, list) or not all(map(_is_step, steps)):
             raise self.refused("healing", "steps that name their method", healing)
-        last = {key: value for key, value in healing.items() if key != "earlier"}
-        return [*self.steps(healing.get("earlier")), last]
+        return steps
+
+
+def _is_step(step: object) -> bool:
+    return isinstance(step, dict) and isinstance(step.get("method"), str)
 
 
 def source_card(source: str | os.PathLike[str], directory: Path | None = None) -> dict[str, object]:

@@ -6,12 +6,11 @@ import functools
 import os
 import re
 import shlex
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -27,7 +26,6 @@ StrPath = str | os.PathLike[str]
 # By a tensor's name in the source's files, a function that reads the new one when it is written.
 Replaced = Mapping[str, Callable[[], Tensor]]
 FORMATS = ("meta", "hf", "gguf")
-OLD_FIELDS = {"to": "format", "overwrite": "overwrite", "verify": "verify"}
 # Whether a file is a GGUF file that this library pruned.
 is_pruned_gguf = functools.partial(has_key, key=RECORD)
 T = TypeVar("T")
@@ -114,28 +112,14 @@ class Target:
 def takes_target(
     write: Callable[Concatenate[T, Target, P], Path],
 ) -> Callable[Concatenate[T, Target | StrPath, P], Path]:
-    """Lets a writer's second argument be a path, and `Target`'s fields arguments, which warn."""
-    call = cast("Callable[..., Path]", write)
+    """Lets a writer's second argument be a path."""
 
     @functools.wraps(write)
-    def with_target(*arguments: Any, **settings: Any) -> Path:
-        old = [name for name in (*OLD_FIELDS, "out_dir", "out") if name in settings]
-        if old:
-            warnings.warn(
-                f"{write.__name__}: pass Target(out, format, overwrite, verify) of "
-                f"short_gpt.checkpoints as its second argument, in place of {', '.join(old)}",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-        fields = {OLD_FIELDS[name]: settings.pop(name) for name in old if name in OLD_FIELDS}
-        names = [name for name in ("target", "out_dir", "out") if name in settings]
-        for out in arguments[1:2] or [settings.pop(name) for name in names]:
-            target = replace(out if isinstance(out, Target) else Target(out), **fields)
-            if names:
-                settings["target"] = target
-            else:
-                arguments = (arguments[0], target, *arguments[2:])
-        return call(*arguments, **settings)
+    def with_target(
+        model: T, /, target: Target | StrPath, *args: P.args, **settings: P.kwargs
+    ) -> Path:
+        target = target if isinstance(target, Target) else Target(target)
+        return write(model, target, *args, **settings)
 
     return with_target
 

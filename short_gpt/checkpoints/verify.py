@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -46,14 +46,9 @@ class Fingerprint:
     half: bool = False
 
 
-def fingerprint(
-    short: Generator, count: int = 8, *, ids: Sequence[int] | None = None
-) -> Fingerprint:
-    """The `Fingerprint` of a model as it is now.
-
-    ``count`` tokens are generated, and read; None as ``ids`` reads the first of the vocabulary.
-    """
-    read = [i % short.decoder.vocab_size for i in range(count)] if ids is None else list(ids)
+def fingerprint(short: Generator, count: int = 8) -> Fingerprint:
+    """The `Fingerprint` of a model as it is now; it reads and generates ``count`` tokens."""
+    read = [i % short.decoder.vocab_size for i in range(count)]
     tokens = torch.tensor([read], device=short.decoder.device)  # (1, S)
     with unmixed(short.decoder):
         logits = short.decoder.logits(tokens).cpu()  # (1, S, V)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from traceback import clear_frames
 from typing import TextIO
 
-from llama.ranks import several_ranks
-from short_gpt.cli.commands import ALONE, COMMANDS, REMOVED
+from llama.ranks import environment, several_ranks
+from short_gpt.cli.commands import ALONE, COMMANDS
 from short_gpt.cli.flags import call, flags_of, for_completion, help_of, overview, prepared, similar
 from short_gpt.cli.options import result_alone, say
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
 from short_gpt.runtime.progress import DryRun, be_quiet, first_rank
+from short_gpt.runtime.settings import as_flags
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,10 +50,10 @@ def run(argv: list[str]) -> None:
     argv = [word for word in argv if word != "--quiet"]
     if (text := answer(argv)) is None:
         texts = prepared(argv, COMMANDS)
-        single = argv[0] in ALONE
+        single = argv[0] in ALONE  # it waits for no other rank: these have ended
         if first_rank() or not single:
             alone = "-" in (texts.get("json"), texts.get("report"))
-            ranks = one_rank() if single else nullcontext()
+            ranks = environment("WORLD_SIZE", None) if single else nullcontext()
             with result_alone() if alone else nullcontext(), ranks:
                 try:
                     call(COMMANDS[argv[0]], texts)
@@ -61,17 +61,6 @@ def run(argv: list[str]) -> None:
                     say(str(plan))
     elif first_rank():
         print(text)
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    """Inside, this rank is the only one: it waits for no other, which have ended."""
-    size = os.environ.pop("WORLD_SIZE", None)
-    try:
-        yield
-    finally:
-        if size is not None:
-            os.environ["WORLD_SIZE"] = size
 
 
 def answer(argv: list[str]) -> str | None:
@@ -92,8 +81,6 @@ def answer(argv: list[str]) -> str | None:
     if not argv or argv[0] in ("--help", "-h", "--"):
         return overview(COMMANDS)
     name = argv[0]
-    if name in REMOVED:
-        raise ShortGPTError(f"the command {name} was removed: {REMOVED[name]}")
     if name not in COMMANDS:
         known = f"; there are {', '.join(COMMANDS)}"
         raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS) or known}")
@@ -119,7 +106,7 @@ def in_shell(message: str, argv: Sequence[str]) -> str:
     flags = flags_of(COMMANDS[argv[0]]) if argv and argv[0] in COMMANDS else {}
     name = message.split(" = ")[0]
     dashes = "--" if any(part.split("=")[0] == f"--{name}" for part in argv) else ""
-    return dashes + re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in flags else m[0], message)
+    return dashes + as_flags(message, flags)
 
 
 class Unheard(io.TextIOWrapper):

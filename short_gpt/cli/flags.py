@@ -42,7 +42,6 @@ USUAL = {  # what arguments mean where a command does not say otherwise
     "model": "Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.",
     "out": "new directory, or GGUF file if it ends with .gguf; must not exist.",
 }
-REMOVED = {("rank", "healed"): "heal what --method sleb removes"}
 
 
 class Flag(NamedTuple):
@@ -205,8 +204,6 @@ def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
     for name in [older] if older else [flag, ALSO_EVERYWHERE.get(flag, "")]:
         if name in flags and written.startswith("--"):
             return name
-    if reason := REMOVED.get((command, flag)):
-        raise ShortGPTError(f"{command} {written} was removed: {reason}")
     close = similar(f"--{flag}", [f"--{f}" for f in flags])
     if "n" in flags and re.fullmatch(r"(n|num|number)_\w+|layers", flag):
         close = "; did you mean --n?"

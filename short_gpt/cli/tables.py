@@ -13,6 +13,7 @@ from llama.io.sources import is_gguf
 from short_gpt.jobs.cases import RAW
 from short_gpt.jobs.inputs import about_bos, about_own
 from short_gpt.runtime.frames import aligned
+from short_gpt.runtime.settings import as_flags
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
     from short_gpt.selection.search import Search
 
 BOS = ", bos in every window"  # of a measure of `jobs.evaluate`
-
-
-def as_flags(text: str) -> str:
-    """A remark whose settings, in backticks, are written as flags."""
-    return re.sub(r"`(\w+)`", r"--\1", text)
 
 
 def ranked(result: Ranking) -> str:
@@ -262,7 +258,7 @@ def compared(
         lines += _healed(healing, [r for r in pruned if r.healing == healing], counts)
     lines += _removed(pruned, counts)
     lines += _sizes(dense, {r.n: r for r in pruned}, counts) + _agreed(agreed)
-    if dense.windows:  # not said in older files
+    if dense.windows:
         lines.append(f"standard errors over {_error(dense.windows, dense.texts).over}")
     return "\n".join(lines + _tasks(tasks))
 

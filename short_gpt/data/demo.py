@@ -22,7 +22,6 @@ from llama.formats.convert import gguf_to_meta
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required
 from short_gpt.runtime.progress import bar
 
-N_LAYERS = 30  # of the model
 CONVERTED = 2  # how it was converted: another number where an earlier directory would not do
 HELD_OUT_EVERY = 10  # every tenth chapter of the book is kept for evaluation
 

@@ -181,15 +181,13 @@ def _window_at(
     return None
 
 
-def check_disjoint(
-    training: Sequence[Window], evaluation: Sequence[Window], *, span: int = SPAN
-) -> None:
+def check_disjoint(training: Sequence[Window], evaluation: Sequence[Window]) -> None:
     """Raises ShortGPTError if windows are `overlapping`; the arguments are as there."""
-    if shared := overlapping(training, evaluation, span=span):
+    if shared := overlapping(training, evaluation):
         number, other = next(iter(shared.items()))
         raise ShortGPTError(
             f"{len(shared)} of {len(training)} training windows share text with the windows to "
-            f"evaluate on ({span} tokens in a row, or half of a shorter text; number {number} "
+            f"evaluate on ({SPAN} tokens in a row, or half of a shorter text; number {number} "
             f"with evaluation window {other}, for one): healing must not see that text; train on "
             "another, or leave those windows out"
         )

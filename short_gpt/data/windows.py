@@ -10,11 +10,10 @@ from itertools import islice, takewhile, zip_longest
 from typing import Any, NamedTuple, TypeVar, overload
 
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.whole import whole
+from short_gpt.runtime.numbers import at_least, whole
 
 T = TypeVar("T")
 BOS = ("first", "every")  # windows that begin with the text's bos
-MOST = 2**31 - 1  # more is a mistyped number, and more than some counters hold
 Span = tuple[int, int]  # start and end of a window, in tokens
 Text = str | Sequence[int]  # or its token ids, where the model itself wrote them
 
@@ -251,21 +250,6 @@ def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:
     at_least(1, size=size)
     rest = iter(windows)
     return iter(lambda: list(islice(rest, size)), [])
-
-
-def at_least(least: int, *, optional: bool = False, **numbers: object) -> None:
-    """Raises ShortGPTError unless these are whole numbers from ``least`` to `MOST`.
-
-    ``optional``: whether None passes.
-    """
-    for name, value in numbers.items():
-        if value is None and optional:
-            continue
-        number = whole(value)
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
-        if number > MOST:
-            raise ShortGPTError(f"{name} = {value}: expected at most {MOST}")
 
 
 def _with_spans(

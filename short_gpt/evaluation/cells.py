@@ -41,13 +41,10 @@ class Cells:
             samples = [(p, p.samples[0].text if p.samples else None) for p in measure()]
             return [(p.nats, p.tokens, p.windows, text, p.precision) for p, text in samples]
 
-        found = []
-        for nats, tokens, windows, *more in self.value(name, rows):  # of older files less
-            text = more[0] if more else None
-            precision = more[1] if len(more) > 1 else "float32"
-            sample = Sample(text, nats, tokens)
-            found.append(Perplexity(nats, tokens, windows, (sample,), precision))
-        return found
+        return [
+            Perplexity(nats, tokens, windows, (Sample(text, nats, tokens),), *precision)
+            for nats, tokens, windows, text, *precision in self.value(name, rows)  # none: float32
+        ]
 
     def resumed(self, name: str, measure: Callable[[StateFile | None], T]) -> T:
         """The cell's value, by a long measurement that keeps a state file of its own meanwhile."""

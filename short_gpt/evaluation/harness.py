@@ -1,11 +1,8 @@
 """Models as the lm-evaluation-harness knows them: its own class for transformers, ours for Meta's.
 
-lm-eval's class on a ``LlamaForCausalLM`` of a Llama's own weights was tried: of 376 requests to
-SmolLM2 in float32 it gives the same greedy flags, and log-likelihoods within 8e-5. `llama_lm` stays
-because transformers opens Llama 2's tokenizer only with the package protobuf, which nothing else
-here needs; for several ranks that share one model, and Meta's own ``Llama``, whose tokenizer has no
-file; because that class reads names of special tokens in a text as these tokens; and because it
-takes permuted copies of all q and k projections.
+lm-eval's class on a ``LlamaForCausalLM`` of a Llama's own weights gives the same results, but needs
+the package protobuf for Llama 2's tokenizer and a file of it, one rank, and copies of all q and k
+projections; and it reads names of special tokens in a text as these tokens.
 
 Shapes: B requests, S tokens, V vocabulary.
 """

@@ -102,9 +102,9 @@ def task_difference(first: Sequence[float], second: Sequence[float]) -> TaskDiff
 
 def _mcnemar(better: int, worse: int) -> float:
     """Two-sided probability that fair coins fall at least as unevenly."""
-    count, fewer = better + worse, min(better, worse)
-    tail = sum(math.comb(count, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**count)
+    from scipy.stats import binomtest
+
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def task_changes(first: TaskRun, second: TaskRun) -> dict[str, float]:
@@ -160,7 +160,7 @@ def run_tasks(
         >>> run_tasks(short, ["piqa", "arc_easy"])  # doctest: +SKIP
     """
     path = None if include_path is None else str(include_path)
-    return TaskSuite(tasks, limit, num_fewshot, path, batch_size).run(short)
+    return TaskSuite(tasks, limit, num_fewshot, path, batch_size).documents(short).metrics
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,8 @@ class TaskSuite:
         """Raises what `run_tasks` would for tasks that are unknown, before a model is run."""
         task_names(self.tasks, self.include_path)
 
-    def run(self, short: Evaluated) -> Results:
-        """Evaluates the model as it is now; results as in `run_tasks`."""
-        return self.documents(short).metrics
-
     def documents(self, short: Evaluated) -> TaskRun:
-        """The same with the values of single documents, by which two models are paired."""
+        """What `run_tasks` returns, and the values of documents, by which models are paired."""
         names = task_names(self.tasks, self.include_path)
         run = harness("evaluator").simple_evaluate(
             short.harness_model(batch_size=self.batch_size),

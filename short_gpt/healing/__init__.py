@@ -9,8 +9,6 @@ architecture changes: the result loads wherever the model does.
 
 from __future__ import annotations
 
-import warnings
-
 from short_gpt.healing.choosing import HealedChoice, choose_healed
 from short_gpt.healing.closed_form import Step
 from short_gpt.healing.distillation import TOP_K, CachedTeacher, Distillation, LiveTeacher
@@ -28,14 +26,3 @@ __all__ += ["Healed", "HealedChoice", "HealingEvidence", "HealingJob", "Learning
 __all__ += ["LoraSettings", "PatchSettings", "Recipe", "Refit", "RefitSettings", "Source", "Step"]
 __all__ += ["choose_healed", "heal_lora", "heal_patch", "heal_refit", "recipe_for"]
 __all__ += ["require_packages"]
-
-# Former names: what they are now, and by which name.
-_FORMER = {"Patch": (Refit, "Refit"), "RIDGE": (1e-4, "PatchSettings(ridges=...)")}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _FORMER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value, now = _FORMER[name]
-    warnings.warn(f"short_gpt.healing.{name} is now {now}", DeprecationWarning, stacklevel=2)
-    return value

@@ -210,11 +210,7 @@ class CachedTeacher:
             ShortGPTError: the file is damaged, or several model-parallel ranks share the model.
         """
         team = replicas.current(None if self._model is None else self._model.decoder.device)
-        if (ranks := len(replicas.of_model(None))) > 1:  # each of them would write
-            raise ShortGPTError(
-                f"a teacher needs the whole model on every rank, got {ranks} model-parallel ranks: "
-                "open it with model_parallel_size=1, and the ranks share the windows"
-            )
+        replicas.require_whole_model("a teacher")  # else each of several ranks would write
         team.gather(None)  # all have looked for a file before one is written
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if self._state.content is None and not team.rank:

@@ -183,9 +183,9 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     logs = state.log_history
     measured = {0: before} | {int(e["step"]): e for e in logs if "eval_loss" in e}
     losses = {step: metrics["eval_loss"] for step, metrics in measured.items()}
-    # entries of an earlier version have the divergence as their loss
-    apart = {step: m.get("eval_divergence", m["eval_loss"]) for step, m in measured.items()}
-    distilled = run.distillation
+    distilled, apart = run.distillation, None
+    if distilled is not None:
+        apart = {step: metrics["eval_divergence"] for step, metrics in measured.items()}
     return Healed(
         recipe=run.recipe,
         trainable=trainable,
@@ -196,7 +196,7 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
         validation={step: metrics["eval_perplexity"] for step, metrics in measured.items()},
         windows=round(min(1.0, state.epoch) * len(run.training)),
         tokens=round(state.epoch * sum(map(len, run.training))),
-        divergence=None if distilled is None else apart,
+        divergence=apart,
         distillation=None if distilled is None else distilled.identity(),
     )
 

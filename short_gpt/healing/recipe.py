@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from short_gpt.models.families import FAMILIES
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 
 
 class ModelConfig(Protocol):
@@ -48,9 +49,8 @@ class Recipe:
     report_to: str | None = None  # services of `TrainingArguments`, as in "wandb,tensorboard"
 
     def __post_init__(self) -> None:
-        for name in ("rank", "steps", "batch", "micro_batch", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ShortGPTError(f"{name} = {getattr(self, name)}: expected at least 1")
+        counts = ("rank", "steps", "batch", "micro_batch", "eval_every")
+        at_least(1, **{name: getattr(self, name) for name in counts})
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ShortGPTError(
                 f"alpha = {self.alpha}: expected above 0, or None for the rank; changes of this "

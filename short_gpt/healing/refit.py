@@ -34,8 +34,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.parallel import model_parallel_size
-from llama.renamed import renamed_argument
 from short_gpt.evaluation.paired import together
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
@@ -59,7 +57,6 @@ STEP_SIZES = (0.5, 0.7, 1.0)  # that are tried
 TRIED = len(WEIGHTS) + len(STEP_SIZES) - 1 + len(PARTS)  # fits
 
 
-@renamed_argument("aim", "step_size")
 @dataclass(frozen=True)
 class RefitSettings(ClosedForm):
     """Settings of the refit."""
@@ -125,7 +122,6 @@ class RefitSettings(ClosedForm):
         return lambda: (refit.to_dict(), fold(context.short, refit))
 
 
-@renamed_argument("aim", "step_size")
 @dataclass(frozen=True)
 class PatchSettings(RefitSettings):
     """Settings of the patch: those of the refit, of the layers before gaps alone."""
@@ -136,7 +132,6 @@ class PatchSettings(RefitSettings):
     name: ClassVar[str] = "patch"
 
 
-@renamed_argument("solving", "settings")
 @dataclass(frozen=True)
 class Refit:
     """New values for the output projections of kept layers."""
@@ -159,7 +154,7 @@ class Refit:
             "parts": list(self.settings.parts or ()),
             "weights": self.settings.weights,
             "lost": self.settings.lost if self.settings.weights == "inverse" else None,
-            "aim": self.settings.step_size,  # as records have it
+            "aim": self.settings.step_size,
             "fits": [asdict(fit) for fit in self.fits],
             "windows": self.windows,
             "tokens": self.tokens,
@@ -168,7 +163,6 @@ class Refit:
         }
 
 
-@renamed_argument("aim", "step_size")
 def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options: Any) -> Refit:
     """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `fold`.
 
@@ -186,7 +180,6 @@ def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options:
     return refit
 
 
-@renamed_argument("aim", "step_size")
 def heal_patch(
     short: ScoredModel,
     layers: Sequence[int],
@@ -204,7 +197,6 @@ def heal_patch(
     return heal(short, layers, windows, settings=settings, **options)
 
 
-@renamed_argument("aim", "step_size")
 @torch.no_grad()
 def fit(
     short: ScoredModel,
@@ -453,12 +445,7 @@ def split_held_out(windows: Windows) -> tuple[Windows, Windows]:
 
 
 def _check(short: ScoredModel, layers: Sequence[int], settings: RefitSettings) -> None:
-    if model_parallel_size() > 1:
-        raise ShortGPTError(
-            f"the {settings.name} needs the whole model on every rank, got {model_parallel_size()} "
-            "model-parallel ranks: open the model with model_parallel_size=1, and the ranks share "
-            "the windows"
-        )
+    replicas.require_whole_model(f"the {settings.name}")
     short.check_whole()
     check_layers(layers, short.kept)
     removed = {short.kept.index(layer) for layer in layers}

@@ -33,7 +33,7 @@ from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import bytes_of, free_memory, resident, shown
+from short_gpt.runtime.memory import bytes_of, check_room, free_memory, resident, shown
 from short_gpt.runtime.replicas import Replicas
 from short_gpt.runtime.state import StateFile, check_saved, damaged, hold
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -155,14 +155,14 @@ class RefitState:
             if team.rank == 0:
                 _sweep(folder)
             team.gather(None)  # waits for that
-            # before other files are looked at, so that another version's state is refused by name
+            # before other files are looked at, so that another run's state is refused by name
             self._file = StateFile(folder / STATE, identity, lock=lock)
             _check_own(folder)
             if self._file.content is not None:
                 content: JsonObject = self._file.content
                 self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
                 self._files, self._digests = content["values"], content["states"]
-                self._begun_by = content.get("processes", 1)
+                self._begun_by = content["processes"]
             for name, digest in self._files.items():
                 check_saved(folder / name, digest, folder=folder)
                 self._stored.read(folder / name)
@@ -336,12 +336,7 @@ def plan_of(
     if not spilled:
         host[f"states of {len(own)} windows"] = 3 * states
         room -= 3 * states
-    if max_memory is not None and room < 0:
-        least, parts = sum(host.values()), ", ".join(f"{shown(v)} {k}" for k, v in host.items())
-        raise ShortGPTError(
-            f"max_memory {max_memory} is too little: the refit of this model needs at least "
-            f"{shown(least, up=True)} ({parts})"
-        )
+    check_room(host, max_memory, "the refit of this model")
     # states of both models entering and leaving a layer, and of the original between sublayers
     disk = (5 * width + 2 * inputs) * every * itemsize
     disk += fits * solved if folder is not None else 0

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from llama.io.files import follow_umask
+from llama.ranks import environment
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.distillation import Distillation
@@ -109,7 +110,7 @@ def train(
         quiet(),
         deterministic(next(adapted.parameters()).device),
         kept_config(adapted),
-        own_precision(),
+        environment(PRECISION, None),  # transformers 4 sets it for all later trainings
         bar("healing", total=recipe.steps, unit="step", show=run.show) as shown,
     ):
         before = run.measure(adapted)
@@ -389,18 +390,6 @@ def deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-
-
-@contextmanager
-def own_precision() -> Iterator[None]:
-    """Without accelerate's variable, which transformers 4 sets for all later trainings."""
-    before = os.environ.pop(PRECISION, None)
-    try:
-        yield
-    finally:
-        os.environ.pop(PRECISION, None)
-        if before is not None:
-            os.environ[PRECISION] = before
 
 
 @contextmanager

@@ -1,17 +1,13 @@
 """What commands do, with one call: checkpoints and texts by their names in, results out.
 
 Jobs print nothing. They return plain data with a ``to_dict`` where it is kept as JSON, show
-progress bars, and call a ``notify`` with what must be known before a long run starts.
+progress bars, and call a ``notify`` with what must be known before a long run starts. Settings
+import torch inside functions alone, so that the help appears at once.
 """
 
 from typing import TYPE_CHECKING
 
 from llama.lazy import lazy
-
-REMOVED = {
-    "draft": "compare the pruned model by perplexity_of, or by evaluate on tasks",
-    "run_demo": "call shrink('demo', out, data='demo')",
-}
 
 if TYPE_CHECKING:
     from short_gpt.jobs.calibration import (
@@ -41,7 +37,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.evaluation import evaluate, perplexity_of, write_samples
     from short_gpt.jobs.healing import Healing, heal
     from short_gpt.jobs.inputs import Cut, Reading, Running, Tasks, TextSource
-    from short_gpt.jobs.pruning import Pruned, prune, prune_by
+    from short_gpt.jobs.pruning import Pruned, prune
     from short_gpt.jobs.ranking import Ranking, rank
     from short_gpt.jobs.reproduction import (
         Pair,
@@ -60,16 +56,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.shrinking import Look, Shrunk, shrink
     from short_gpt.wrappers.options import OpenOptions
 else:
-    _new, __dir__ = lazy(__name__)
-
-    def __getattr__(name):
-        if name in __dir__() or name.startswith("_"):
-            return _new(name)
-        if name in REMOVED:
-            raise ImportError(f"short_gpt.jobs.{name} was removed: {REMOVED[name]}")
-        from short_gpt.jobs.renamed import OLD, old
-
-        return old(name) if name in OLD else _new(name)
+    __getattr__, __dir__ = lazy(__name__)
 
 
 __all__ = ["MIX", "Agreement", "Answer", "Apart", "Calibrated", "Cases", "Choice", "Chosen"]
@@ -80,5 +67,5 @@ __all__ += ["Reading", "Readings", "Reproduced", "Row", "Running", "Saving", "Sc
 __all__ += ["Shares", "Shrinking", "Shrunk", "Tasks", "TextSource", "WindowScores", "Written"]
 __all__ += ["agreement", "bear_out", "calibrate", "calibrate_checkpoint", "chosen", "compare"]
 __all__ += ["compare_checkpoint", "compare_with_paper", "convert", "evaluate", "heal", "identify"]
-__all__ += ["perplexity_of", "prune", "prune_by", "published_scores", "rank", "read_scores"]
+__all__ += ["perplexity_of", "prune", "published_scores", "rank", "read_scores"]
 __all__ += ["reproduce", "shrink", "write_samples"]

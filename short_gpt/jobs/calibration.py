@@ -19,14 +19,13 @@ import torch
 
 from llama.io.files import check_writable
 from llama.io.json_files import JsonObject
-from llama.ranks import several_ranks
 from short_gpt.data import check_disjoint, hold_out, without_overlap
 from short_gpt.data.texts import OWN
 from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, difference, together
 from short_gpt.healing import choosing
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import CALIBRATED, RANKED, RAW, REFIT, Kinds, Ranked, Readings, Windows
+from short_gpt.jobs.cases import CALIBRATED, RAW, REFIT, Kinds, Ranked, Readings, Windows
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
@@ -34,7 +33,7 @@ from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.settings import takes_fields
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import bar
+from short_gpt.runtime.progress import bar, check_alone
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
 from short_gpt.scoring.moments import degrees_of_freedom
@@ -44,7 +43,6 @@ from short_gpt.wrappers.own_text import writes, written
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
-HEALINGS, METHODS = CALIBRATED, RANKED
 MIX = "mix"  # the name of the choice by all texts
 RESAMPLES = 1000
 SPARE = 4  # windows cut for one that is judged, as some may share text with those that rank
@@ -116,8 +114,7 @@ def score_windows(
     short: ScoredModel, windows: Windows, n: int, *, method: str = "bi", progress: bool = True
 ) -> WindowScores:
     """Scores of every window of one text by itself; raises ShortGPTError as `hooks.score`."""
-    if method not in METHODS:
-        raise ShortGPTError(f"no calibration by {method!r}; expected one of {', '.join(METHODS)}")
+    Ranked(n, method)  # refuses what it does not know
     scores, angular = WindowScores([*short.kept], method, n, [], [], []), method == "angular"
     with bar("scoring", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
@@ -225,7 +222,7 @@ def calibrate(
     n: int,
     *,
     method: str = "bi",
-    healings: Sequence[str] = HEALINGS,
+    healings: Sequence[str] = CALIBRATED,
     ways: Mapping[str, Mapping[str, Windows]] | None = None,
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -276,8 +273,7 @@ def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequ
         raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
     if MIX in texts:
         raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
-    if odd := [healing for healing in healings or ["none"] if healing not in HEALINGS]:
-        raise ShortGPTError(f"healing {odd[0]}: expected some of {', '.join(HEALINGS)}")
+    Ranked(n, healing=",".join(healings))
     n = check_count(n, len(short.kept))
     short.check_whole()
     for name, parts in texts.items():
@@ -381,8 +377,7 @@ def calibrate_checkpoint(
     settings by their names, in place of objects: ``n=8``, ``sizes=512``, ``max_windows=24``.
     """
     state = saving.state
-    if several_ranks():
-        raise ShortGPTError("calibrate runs on one rank; start it alone")
+    check_alone("calibrate")
     if ranked.n is None:
         raise ShortGPTError("say how many layers to remove: `n`")
     readings.check()

@@ -1,4 +1,4 @@
-"""Settings of `compare` and `calibrate`, and the rows of a comparison; needs no torch."""
+"""Settings of `compare` and `calibrate`, and the rows of a comparison."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from short_gpt.data.texts import source_names, texts
 from short_gpt.data.windows import Text
-from short_gpt.jobs.inputs import Cut, TextSource, at_least, listed, name_texts, whole_numbers
+from short_gpt.jobs.inputs import Cut, TextSource, listed, name_texts, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 Windows = Sequence[Sequence[int]]
 RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
 HEALINGS = (RAW, PATCHED, REFIT, LORA, DISTILL)
-REMOVED_HEALINGS = ("linearpatch", "ghosted")
 CALIBRATED, RANKED = (RAW, REFIT), ("bi", "relative_magnitude", "angular")  # by `calibrate`
 TRAINED = (LORA, DISTILL)  # these take far longer than all others
 DEFAULT_METHODS: tuple[str, ...] = ("bi", "angular", "deepest", "relative_magnitude")
@@ -134,10 +134,6 @@ class Cases:
 
     def __post_init__(self) -> None:
         for name in self.heals:
-            if name in REMOVED_HEALINGS:
-                raise ShortGPTError(
-                    f"the healing {name} was removed: use refit, which restores more"
-                )
             if name not in HEALINGS:
                 raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
         if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
@@ -149,9 +145,7 @@ class Cases:
         for name, values in lists.items():
             if not values or len({*values}) < len(values):  # type: ignore[misc, arg-type]
                 raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
-        for name in ("seeds", "search_windows"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ShortGPTError(f"{name} = {value!r}: expected whole numbers of at least 1")
+        at_least(1, seeds=self.seeds, search_windows=self.search_windows)
         _ = self.pairs  # refuses what it cannot read
 
 

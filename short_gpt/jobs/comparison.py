@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_writable
-from llama.ranks import several_ranks
 from short_gpt.data import check_disjoint, demo, windows, without_overlap
 from short_gpt.data.windows import Text, tokens_of
 from short_gpt.evaluation import Perplexity, losses
@@ -38,6 +37,7 @@ from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold, joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
@@ -75,8 +75,7 @@ def compare_checkpoint(
         >>> compare_checkpoint("llama-2-7b", cases=Cases("bi", 9)).rows[1].n  # doctest: +SKIP
         9
     """
-    if several_ranks():
-        raise ShortGPTError("compare runs on one rank; start it alone")
+    check_alone("compare")
     tasks.check()
     if saving.state is not None:
         check_writable(Path(saving.state))

@@ -1,4 +1,4 @@
-"""What a user sets of `shrink`: how small, and how; needs no torch."""
+"""What a user sets of `shrink`: how small, and how."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
-from short_gpt.jobs.inputs import at_least
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Needs, setting
 
 DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")
@@ -87,7 +87,7 @@ class Dial:
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         at_least(1, optional=True, n=self.n, context=self.context, batch=self.batch)
-        self.target  # noqa: B018  # raises for a size that is none
+        _ = self.target  # raises for a size that is none
 
     def count(self, layers: Sequence[int], rest: int) -> int:
         """How many layers go so that the target holds, whichever these are.

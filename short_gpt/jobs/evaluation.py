@@ -10,7 +10,6 @@ from typing import Any
 
 from llama.io.files import check_output, new_file
 from short_gpt.data.texts import read_texts, source_names
-from short_gpt.data.windows import at_least
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -33,6 +32,7 @@ from short_gpt.jobs.saving import interruptible
 from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.progress import first_rank
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions

@@ -91,7 +91,7 @@ class Healing:
         return {**self.evidence.to_dict(), "perplexity": values, **self.texts, **rounded}
 
 
-@takes_fields("heal", learned="windows", distilling="settings")
+@takes_fields("heal")
 def heal(
     model: str,
     out: str,

@@ -1,7 +1,6 @@
 """What a user sets of a job: what it reads and how it runs.
 
-A field is an argument in Python and a flag in the shell. Functions import what needs torch, because
-the help does without.
+A field is an argument in Python and a flag in the shell.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from short_gpt.data.texts import (
     source_names,
     texts,
 )
-from short_gpt.data.windows import BOS, Text, at_least, count_of, mix, windows
+from short_gpt.data.windows import BOS, Text, count_of, mix, windows
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import READ, RUN, Needs, Values, needs_one_of, setting
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ Pictures are SVG in the page; those drawn here take the page's colours, which fo
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from short_gpt.runtime.settings import as_flags
 from short_gpt.runtime.state import versions
 from short_gpt.scoring.importance import Importance
 
@@ -90,7 +90,7 @@ def shrunk_page(shrunk: Shrunk) -> str:
         f"{shrunk.out.name}: {name} without {len(shrunk.layers)} of {shrunk.total} layers",
         ". ".join(line[0].upper() + line[1:] for line in (shrunk.head, shrunk.verdict)) + ".",
         shrunk.rows(),
-        remarks=[re.sub(r"`(\w+)`", r"--\1", remark) for remark in shrunk.remarks],
+        remarks=[*map(as_flags, shrunk.remarks)],
         prompt=shrunk.prompt,
         completions={state: look.completion for state, look in shrunk.looks.items()},
         pictures=pictures,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ class Pruned:
         return self.chosen.layers
 
 
-@takes_fields("prune", limit="choice")
+@takes_fields("prune")
 def prune(
     model: str,
     out: str,
@@ -106,12 +105,6 @@ def prune(
     influence = removal.record.block_influence
     remark = about_kinds(source, removal.layers, influence) if copied else None
     return Pruned(target.path, removal, recipe, proof, remark, hub.push(target.path))
-
-
-def prune_by(model: str, out: str, choice: Choice = Choice(), **settings: Any) -> Pruned:
-    """The older name of `prune`."""
-    warnings.warn("prune_by is now prune", DeprecationWarning, stacklevel=2)
-    return prune(model, out, choice, **settings)
 
 
 def _write_opened(

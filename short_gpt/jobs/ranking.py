@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
-from llama.io.sources import is_meta
+from llama.io.sources import find_source
 from llama.ranks import several_ranks
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
@@ -42,7 +42,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
 from short_gpt.runtime.memory import bytes_of
-from short_gpt.runtime.progress import DryRun, duration, first_rank
+from short_gpt.runtime.progress import DryRun, check_alone, duration, first_rank
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
@@ -229,9 +229,7 @@ def _identity(
     texts: TextSource, answer: Answer, cut: Cut, running: Running, bos: str
 ) -> dict[str, object]:
     """The settings that a saved run depends on, by the names that an error shows."""
-    # the column says whether they are conversations, which states of earlier versions never are
-    own = {name: value for name, value in vars(texts).items() if name != "chat"}
-    parts: list[Mapping[str, object]] = [own]
+    parts: list[Mapping[str, object]] = [vars(texts), {"bos": bos}]
     parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.step}]
     parts += [{"sublayers": answer.sublayers, "batch_size": running.batch_size}]
     if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
@@ -240,8 +238,7 @@ def _identity(
     if answer.method == AUTO:
         parts += [{"budget": answer.budget, "refit": vars(RefitSettings())}]
     parts += [{"method of all tokens": answer.method == "angular_all"}]
-    # states of earlier versions do not name the usual bos
-    return joined(*parts, {} if bos == "first" else {"bos": bos})
+    return joined(*parts)
 
 
 def check_ranking(
@@ -263,10 +260,10 @@ def check_ranking(
         raise ShortGPTError(
             f"`batch_size` {running.batch_size} has no effect on the method auto; leave it out"
         )
-    if answer.by_loss and several_ranks():
-        raise ShortGPTError(f"`method` {answer.method} runs on one rank; start it alone")
+    if answer.by_loss:
+        check_alone(f"`method` {answer.method}")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
-    if is_meta(model):  # a damaged one shows before the texts are opened
+    if find_source(model).kind == "meta":  # a damaged one shows before the texts are opened
         Tokenizer(opening.tokenizer_path or find_tokenizer(model))
 
 

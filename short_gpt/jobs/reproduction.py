@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama.args import ModelArgs
+from llama.checkpoint.sharding import full_shapes
 from llama.io.json_files import JsonObject
 from llama.parallel import choose_device, choose_dtype
 from short_gpt.data.texts import PG19, is_local, source_names
@@ -28,7 +30,7 @@ from short_gpt.jobs.inputs import (
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.saving import Saving
 from short_gpt.jobs.settings import Answer
-from short_gpt.models.config_file import Shape, shape_of
+from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import free_memory, shown
@@ -316,7 +318,7 @@ def reproduce(
     return Reproduced(ours, order, result, _changed(cut, texts, result.bos), local)
 
 
-def _name(model: str, shape: Shape, name: str | None) -> str:
+def _name(model: str, shape: ModelArgs, name: str | None) -> str:
     if name is None:
         try:
             name = identify(shape.dim, shape.n_layers, shape.vocab_size)
@@ -335,10 +337,11 @@ def _name(model: str, shape: Shape, name: str | None) -> str:
     return name
 
 
-def _in_memory(shape: Shape, opening: OpenOptions) -> str:
+def _in_memory(shape: ModelArgs, opening: OpenOptions) -> str:
     device = choose_device(opening.device)
     dtype = choose_dtype(opening.dtype, device)
-    size, kind = shape.parameters * dtype.itemsize, str(dtype).removeprefix("torch.")
+    size = sum(map(math.prod, full_shapes(shape).values())) * dtype.itemsize
+    kind = str(dtype).removeprefix("torch.")
     line = f"the model in memory: {shown(size)} of weights in {kind}"
     if device.type == "cuda":
         return f"{line}, on {device}"

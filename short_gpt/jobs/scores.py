@@ -19,16 +19,16 @@ from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.disjoint import overlapping
 from short_gpt.data.texts import source_names, texts
-from short_gpt.jobs.inputs import Cut, TextSource, at_least
+from short_gpt.jobs.inputs import Cut, TextSource
 from short_gpt.jobs.settings import Choice
 from short_gpt.models.config_file import config_digest, params_entries
 from short_gpt.models.loading import TOKENIZER
 from short_gpt.models.numbering import span
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.lists import layer_numbers
+from short_gpt.scoring.importance import Importance, saved_layer_numbers
 from short_gpt.selection.methods import AUTO, METHODS, check_method, choose
 from short_gpt.selection.perplexity_budget import Budget
 from short_gpt.wrappers.opening import layers_of, open_model, weights_of
@@ -80,7 +80,7 @@ class Scores:
             raise ShortGPTError(f"{file} holds the layers of {by}, not of {method}")
         check_method(by)
         try:
-            layers = layer_numbers(search.get("layers"))
+            layers = saved_layer_numbers(search.get("layers"))
         except TypeError as error:
             raise ShortGPTError(
                 f"{file} holds no layers that a search chose: {error}; write it anew by short-gpt "

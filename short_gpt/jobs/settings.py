@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
-from short_gpt.jobs.inputs import SIZE, Cut, TextSource, at_least, layer_list, listed, name_texts
+from short_gpt.jobs.inputs import SIZE, Cut, TextSource, layer_list, listed, name_texts
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import (
     CHOOSE,
     READ,
@@ -438,13 +438,12 @@ def methods_of(text: str) -> list[str]:
 # Settings as single arguments
 
 
-def takes_fields(command: str, **older: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Lets a job take fields of its settings by their names: ``rank(model, data, size=512)``.
 
     Settings are the parameters whose defaults are dataclasses; None stands for the default. The job
     has a parameter ``**fields``, which it finds empty: they replace fields of the settings, which
-    the ``command`` may know by other names, those of its flags. ``older`` names of settings still
-    work, with a warning.
+    the ``command`` may know by other names, those of its flags.
     """
 
     def wrap(run: Callable[P, T]) -> Callable[P, T]:
@@ -457,13 +456,6 @@ def takes_fields(command: str, **older: str) -> Callable[[Callable[P, T]], Calla
         def with_fields(*args: Any, **named: Any) -> T:
             arguments = signature.bind(*args, **named).arguments
             singles = arguments.pop("fields", {})
-            for name in older.keys() & singles.keys():
-                new, part = older[name], singles.pop(name)
-                message = f"{run.__name__}: {name} is now {new}"
-                warnings.warn(message, DeprecationWarning, stacklevel=2)
-                usual = vars(type(part)()) if part is not None else {}
-                changes = {k: vars(part)[k] for k, v in usual.items() if vars(part)[k] != v}
-                arguments[new] = replace(arguments.get(new) or groups[new], **changes)
             for name in singles:
                 if name not in known:
                     near = get_close_matches(name, [*known, *every], n=1)

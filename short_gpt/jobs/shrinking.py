@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llama.io.files import new_directory, new_file
-from llama.ranks import several_ranks
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
@@ -58,6 +57,7 @@ from short_gpt.jobs.shrink_plan import (
 from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
+from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import StateFile, hold, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.stopping import unsure
@@ -122,8 +122,7 @@ def shrink(
     Example:
         >>> print(shrink("llama-2-7b", "llama-2-5b", ratio=0.25))  # doctest: +SKIP
     """
-    if several_ranks():
-        raise ShortGPTError("shrink runs on one rank; start it alone")
+    check_alone("shrink")
     how = (dial, settings, source_of(data), windows, tasks, opening, streaming)
     asked = Asked(model, Path(out), *how, overwrite, notify)
     asked.check()

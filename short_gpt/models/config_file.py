@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from llama.args import MOST, check_positive, shown
+from llama.args import MOST, ModelArgs, check_positive, shown
 from llama.checkpoint.meta import Checkpoint
+from llama.formats.names import ffn_keys
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.io.json_files import read_json
-from llama.io.sources import hub_failure, kind_of
+from llama.io.sources import find_source, hub_failure
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, required
 
@@ -31,7 +31,7 @@ MATRICES += [("hidden_size", "hidden_size"), ("num_attention_heads",), ("num_key
 BITS = 8
 LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in settings of generation
-# The entries that a `Shape` is made of.
+# The entries that a Llama's shape is made of.
 SHAPE = ["hidden_size", "num_hidden_layers", "vocab_size"]
 SHAPE += ["num_attention_heads", "intermediate_size"]
 # Entries of a config.json without effect on a forward pass. dtype: whoever opens a model chooses
@@ -113,43 +113,16 @@ def _check_ids(path: Path, settings: Mapping[str, object]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like model's sizes.
-
-    Example:
-        >>> Shape(4096, 32, 32000, 32, 32, 11008).parameters
-        6738415616
-    """
-
-    dim: int  # width of the hidden states
-    n_layers: int
-    vocab_size: int  # rows of the embedding
-    n_heads: int  # of queries
-    kv_heads: int  # of keys, and of values
-    ffn_dim: int  # width inside the MLP
-
-    @property
-    def parameters(self) -> int:
-        """Numbers of all weights, embedding and output head apart."""
-        grouped = self.dim // self.n_heads * self.kv_heads  # width of all keys, and of all values
-        attention = 2 * self.dim * (self.dim + grouped)  # q and o, k and v
-        layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim  # MLP, two norms
-        return self.n_layers * layer + 2 * self.vocab_size * self.dim + self.dim
-
-
-def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
+def shape_of(source: str, *, trust_remote_code: bool = False) -> ModelArgs:
     """The shape of a Meta or Hugging Face directory, or of a model on the hub by its config."""
-    kind = kind_of(source)
+    kind = find_source(source).kind
     if kind == "gguf":
         raise ShortGPTError(
             f"{source} is a GGUF file; expected a model in Meta's or Hugging Face's format"
         )
     if kind == "meta":
         # a Meta checkpoint's vocabulary is in its weights, not in params.json
-        args = Checkpoint(source).args
-        sizes = (args.dim, args.n_layers, args.vocab_size, args.n_heads, args.kv_heads)
-        return Shape(*sizes, args.ffn_dim)
+        return Checkpoint(source).args
     try:
         config = read_config(source, {TRUST: trust_remote_code})
         text = config.get_text_config(decoder=True)
@@ -167,7 +140,7 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> Shape:
     dim, layers, words, heads, wide = (int(value) for value in said.values() if value is not None)
     # without an entry every query has keys of its own
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    return Shape(dim, layers, words, heads, kv_heads, wide)
+    return ModelArgs(dim, layers, heads, kv_heads, words, **ffn_keys(dim, wide))
 
 
 def config_digest(config: Mapping[str, object]) -> str:

@@ -9,13 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
-from llama.renamed import renamed_argument
-
 Names = tuple[str, ...]
 
 
-@renamed_argument("attention_norm_behind", "attention_norm_after")
-@renamed_argument("mlp_norm_behind", "mlp_norm_after")
 @dataclass(frozen=True)
 class Family:
     """The names of a family's parts, all relative to one of its layers except the first.

@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from llama.checkpoint.sharding import check_layers
 from llama.formats.gguf import ROPE_FACTORS, llama3_factor
 from llama.formats.gguf_read import PART, STRING, GGUFParts, Header
 from llama.formats.hf import LLAMA3_SCALING
-from llama.formats.names import GGUF, NAMES, check_layers
+from llama.formats.names import GGUF, NAMES
 from llama.formats.tokenizers import DIGITS
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -266,12 +267,6 @@ def _metadata(
     records, fields = parts.headers[0].records, dict[str, Any](parts.fields)
     counted = {k for k, r in records.items() if r.element == STRING} - {*string_arrays}
     return {k: len(v) if k in counted else v for k, v in fields.items()}, tuple(parts.tensors)
-
-
-def some(names: Collection[object]) -> str:
-    """The first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(map(str, names))[:3]) + more
 
 
 def mend_tokenizer(tokenizer: Any, header: Header) -> None:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from llama.args import some
 from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import read_json
@@ -21,7 +22,6 @@ from short_gpt.models.gguf_loading import (
     complete_config,
     mend_tokenizer,
     reading_gguf,
-    some,
 )
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required, shortage
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.whole import whole
+from short_gpt.runtime.numbers import whole
 
 
 def check_exist(layers: Sequence[int], present: Sequence[int]) -> None:
@@ -40,20 +40,21 @@ def check_count(n: object, n_layers: int, *, most: int | None = None, name: str 
     return number
 
 
-def _grouped(numbers: Iterable[int]) -> list[list[int]]:
-    # ascending numbers as runs of consecutive ones
-    groups: list[list[int]] = []
-    for number in numbers:
-        if groups and number == groups[-1][-1] + 1:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return groups
+def grouped(numbers: Collection[int]) -> list[range]:
+    """Ascending numbers as runs of consecutive ones.
+
+    Example:
+        >>> grouped([0, 1, 5])
+        [range(0, 2), range(5, 6)]
+    """
+    starts = [i for i in numbers if i - 1 not in numbers]
+    ends = [i + 1 for i in numbers if i + 1 not in numbers]
+    return list(map(range, starts, ends))
 
 
 def span(layers: Sequence[int]) -> str:
     """Layer numbers in short: ``0..20, 30, 31``."""
-    groups = _grouped(sorted(layers))
+    groups = grouped(sorted(layers))
     parts = (f"{r[0]}..{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in groups)
     return ", ".join(parts)
 
@@ -61,7 +62,7 @@ def span(layers: Sequence[int]) -> str:
 def runs(layers: Iterable[int], present: Sequence[int]) -> list[tuple[int, int]]:
     """Positions of the first and the last of every run of ``layers`` among those ``present``."""
     positions = sorted(list(present).index(layer) for layer in layers)
-    return [(run[0], run[-1]) for run in _grouped(positions)]
+    return [(run[0], run[-1]) for run in grouped(positions)]
 
 
 def layer_numbers(layers: Iterable[int] | None) -> list[int]:

@@ -22,12 +22,10 @@ SHOWN = 100
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C7A00", "#000000")
 MARKERS = "osD^vPX*"  # one shape a method: where lines coincide, the colour alone hides one
 TRAINED = ("lora", "distill")
-TITLES = {  # of parts, by healing, in their order; also closed forms of old files
+TITLES = {  # of parts, by healing, in their order
     "raw": "pruned, not healed",
     "patched": "healed by a patch",
     "refit": "healed by a refit",
-    "linearpatch": "healed by LinearPatch",
-    "ghosted": "healed by a ghosted layer",
     "lora": "healed by LoRA",
     "distill": "healed by distillation",
 }
@@ -99,8 +97,8 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
     return figure
 
 
-def _place(healing: str) -> int:
-    return [*TITLES].index(healing) if healing in TITLES else len(TITLES)
+def _place(healing: str) -> tuple[int, str]:
+    return ([*TITLES].index(healing) if healing in TITLES else len(TITLES)), healing
 
 
 def _top(rows: Sequence[Row]) -> float:

@@ -97,19 +97,25 @@ def plan(
     window += (args.n_layers + 1) * (4 * args.dim + 16 * (args.n_layers + 1) + 64)
     room = free_memory() // 2 if max_memory is None else bytes_of(max_memory)
     room -= sum(host.values())
-    if max_memory is not None and room < batch_size * window:
-        parts = {**host, "states of a batch": batch_size * window}
-        listed = ", ".join(f"{shown(size)} {name}" for name, size in parts.items())
-        raise ShortGPTError(
-            f"max_memory {max_memory} is too little: one layer at a time, this model needs at "
-            f"least {shown(sum(parts.values()), up=True)} ({listed})"
-        )
+    parts = {**host, "states of a batch": batch_size * window}
+    check_room(parts, max_memory, "one layer at a time, this model")
     on_cpu = min(MOST_WINDOWS, max(MOST_TOKENS // args.max_seq_len, 1))
     most = on_cpu if on_host else MOST_ON_DEVICE
     batches = max(min(room // window, most) // batch_size, 1)
     # a power of two: another run's rounds, with a little more or less memory, begin where these do
     rounded = 1 << (batches.bit_length() - 1)
     return Plan(host, {} if on_host else ours, window, rounded * batch_size)
+
+
+def check_room(parts: Mapping[str, int], max_memory: str | int | None, what: str) -> None:
+    """Raises ShortGPTError where these bytes, by what they are for, are more than allowed."""
+    least = sum(parts.values())
+    if max_memory is not None and least > bytes_of(max_memory):
+        listed = ", ".join(f"{shown(size)} {name}" for name, size in parts.items())
+        raise ShortGPTError(
+            f"max_memory {max_memory} is too little: {what} needs at least "
+            f"{shown(least, up=True)} ({listed})"
+        )
 
 
 def pinned(size: int) -> int:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from llama.ranks import several_ranks
+from short_gpt.runtime.errors import ShortGPTError
 
 Bar = Any  # of tqdm, which has no types
 _quiet = False  # whether neither bars nor notes are shown
@@ -72,6 +73,12 @@ def above_bars(text: str) -> None:
 def first_rank() -> bool:
     """Whether this process speaks for all: rank 0 under torchrun, or the only one."""
     return not several_ranks() or os.environ["RANK"] == "0"
+
+
+def check_alone(what: str) -> None:
+    """Raises ShortGPTError where this process is one of several ranks."""
+    if several_ranks():
+        raise ShortGPTError(f"{what} runs on one rank; start it alone, not by torchrun")
 
 
 def set_rate(bar: Bar, tokens: int) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama.parallel import choose_device, initialize, several_ranks
+from short_gpt.runtime.errors import ShortGPTError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -123,6 +124,15 @@ def of_model(value: T) -> list[T]:
     if not _several() or not groups.model_parallel_is_initialized():
         return [value]
     return _gather(value, groups.get_model_parallel_group())
+
+
+def require_whole_model(what: str) -> None:
+    """Raises ShortGPTError where several ranks share this one's model. All must call it."""
+    if (ranks := len(of_model(None))) > 1:
+        raise ShortGPTError(
+            f"{what} needs the whole model on every rank, got {ranks} model-parallel ranks: open "
+            "it with `model_parallel_size` 1, and the ranks share the windows"
+        )
 
 
 def _several() -> bool:

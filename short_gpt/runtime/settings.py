@@ -1,13 +1,13 @@
 """What a field of a settings class says of its flag: heading, placeholder, and what it needs.
 
 Settings are frozen dataclasses. A class names its part of the help as ``HEADING``; what differs is
-in a field's metadata, which `short_gpt.cli.flags` reads. No settings class imports torch, so that
-the help appears at once.
+in a field's metadata, which `short_gpt.cli.flags` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, field
 from typing import Any, NamedTuple
 
@@ -64,3 +64,12 @@ def flag_of(one: Field[Any], command: str) -> str | None:
     commands = one.metadata.get("commands")
     hidden = commands is not None and command not in commands
     return None if hidden else one.metadata.get("flag") or one.name
+
+
+def as_flags(text: str, known: Collection[str] | None = None) -> str:
+    """A message whose settings, in backticks, are written as flags; None: all are."""
+
+    def flag(match: re.Match[str]) -> str:
+        return f"--{match[1]}" if known is None or match[1] in known else match[0]
+
+    return re.sub(r"`(\w+)`", flag, text)

@@ -19,7 +19,6 @@ import torch
 
 from llama.io.files import lock_file, new_file, tidy
 from llama.io.json_files import JsonObject, json_text, read_json
-from llama.renamed import renamed_argument
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import first_rank
@@ -92,12 +91,12 @@ def content_digest(content: Mapping[str, object]) -> str:
 
 
 def is_record(path: Path) -> bool:
-    """Whether a file is one that `write_record` wrote, in this version or an earlier one."""
+    """Whether a file is one that `write_record` wrote."""
     try:
         content = read_json(path)
     except (OSError, ShortGPTError):
         return False
-    return "versions" in content and not content.keys().isdisjoint(("machine", "command", "run"))
+    return "versions" in content and "machine" in content
 
 
 def read_record(path: str | os.PathLike[str]) -> JsonObject:
@@ -216,7 +215,6 @@ def damaged(path: Path, folder: Path) -> ShortGPTError:
     return ShortGPTError(f"{path} {why}; delete {folder} to begin anew")
 
 
-@renamed_argument("whole", "folder")
 class StateFile:
     """A JSON file that a long run is saved in, with what the run depends on.
 

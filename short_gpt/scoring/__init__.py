@@ -3,16 +3,14 @@
 from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import (
-    angular_distance,
     angular_distances,
     block_influence,
     cosine,
-    relative_magnitude,
     spearman,
 )
 from short_gpt.scoring.run import RunState, ScoringRun, measure
 from short_gpt.scoring.stopping import Stop, Verdict
 
 __all__ = ["Importance", "LayerHooks", "RunState", "Scores", "ScoringRun", "Stop", "Verdict"]
-__all__ += ["angular_distance", "angular_distances", "block_influence", "cosine", "hooked"]
-__all__ += ["measure", "relative_magnitude", "score", "spearman"]
+__all__ += ["angular_distances", "block_influence", "cosine", "hooked"]
+__all__ += ["measure", "score", "spearman"]

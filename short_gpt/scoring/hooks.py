@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llama.renamed import renamed_argument, renamed_function
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.families import Family, part
 from short_gpt.models.layer_hooks import Arguments, Output, first, state_in
@@ -35,7 +34,6 @@ PROVED = 8  # tokens of each window on which the sublayers are seen to add up to
 UNKNOWN = torch.empty(0)  # stands for scores that were not asked for
 
 
-@renamed_argument("halves", "sublayers")
 @dataclass(frozen=True)
 class Scores:
     """Scores of single windows, as `Importance.add` takes them; NaN where one was not asked for."""
@@ -185,8 +183,6 @@ class LayerHooks:
         self._middle = self._middle or BetweenSublayers()
         return self._middle.hooks(layer, family)
 
-    on_halves = renamed_function("LayerHooks.on_halves", on_sublayers)
-
     def forget_state(self) -> None:
         """To be called where the state goes to the next layer as a copy, or is written over."""
         self._reduce()
@@ -288,7 +284,6 @@ def version_of(state: Tensor) -> int | None:
     return None if state.is_inference() else state._version
 
 
-@renamed_argument("halves_of", "sublayers_of")
 @contextmanager
 def hooked(
     layers: nn.ModuleList,

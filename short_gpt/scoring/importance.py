@@ -6,7 +6,6 @@ Shapes: B windows, G texts, L layers, M metrics; S stands for a vector of a wind
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.renamed import renamed_argument
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
-from short_gpt.scoring import lists, moments
+from short_gpt.scoring import moments
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
 from short_gpt.scoring.moments import Texts
 from short_gpt.scoring.order import best_block, lowest
 
+COUNTS = ("windows", "tokens")
+PARTLY = ("sublayers", "token_angles", *LAYER_METRICS)  # NaN where a window was not scored so
+Nested = float | None | list["Nested"]  # numbers in lists in lists
 
-@renamed_argument("halves", "sublayers")
+
 @dataclass(repr=False)
 class Importance(Table):
     """Block Influence, angular distances and further scores of a model's layers.
@@ -239,17 +240,6 @@ class Importance(Table):
         return self.metrics[[*LAYER_METRICS].index(metric)] / self.tokens.sum()
 
     @property
-    def relative_magnitude(self) -> Tensor:
-        """Mean over tokens of ||f(x)|| / ||x + f(x)||, (L,) (Samragh et al. 2023)."""
-        return self.mean("magnitude")
-
-    @property
-    def mean_norm(self) -> Tensor:
-        """The former name of ``mean("norm")``."""
-        warnings.warn('mean_norm is now mean("norm")', DeprecationWarning, stacklevel=2)
-        return self.mean("norm")
-
-    @property
     def sublayer_influence(self) -> Tensor:
         """Block Influence of each layer's attention and MLP, (2, L); NaN where not scored."""
         return self.sublayers / self.tokens.sum()
@@ -281,33 +271,28 @@ class Importance(Table):
         return f"Importance({about}; lowest Block Influence first: {few}, ...)"
 
     def to_dict(self) -> dict[str, object]:
-        sums = {name: lists.to_lists(value) for name, value in self._named().items()}
-        return {"layers": self.layers, **sums, "texts": lists.texts_to_json(self.texts)}
+        sums = {name: to_lists(value) for name, value in self._named().items()}
+        return {"layers": self.layers, **sums, "texts": texts_to_json(self.texts)}
 
     def _named(self) -> dict[str, Tensor]:
         """The sums by the names that they have in files, each metric by its own."""
-        named: dict[str, Tensor] = {}
-        for name in SUMS:
-            if name == "metrics":
-                named |= dict(zip(LAYER_METRICS, self.metrics, strict=True))
-            else:
-                named["halves" if name == "sublayers" else name] = getattr(self, name)
-        return named
+        own = {name: getattr(self, name) for name in SUMS if name != "metrics"}
+        return own | dict(zip(LAYER_METRICS, self.metrics, strict=True))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, object]) -> Importance:
-        """What `to_dict` wrote, or ShortGPTError; sums that an earlier version lacked are NaN."""
+        """What `to_dict` wrote; ShortGPTError if it did not. A metric that is missing is NaN."""
         try:
-            empty = cls.empty(lists.layer_numbers(content["layers"]))
+            empty = cls.empty(saved_layer_numbers(content["layers"]))
         except (KeyError, TypeError) as error:
             why = error if isinstance(error, TypeError) else "they lack layers"
             raise ShortGPTError(f"these are not saved scores: {why}") from None
-        named = {k: lists.saved_sums(content, k, zero) for k, zero in empty._named().items()}
-        lists.check_sums(named)  # before anything is computed: files come from anywhere
+        named = {k: saved_sums(content, k, zero) for k, zero in empty._named().items()}
+        check_sums(named)  # before anything is computed: files come from anywhere
         metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
-        sums = {"metrics": metrics, "sublayers": named.pop("halves"), **named}
+        sums = {"metrics": metrics, **named}
         total = torch.cat((sums["influence"].sum(0), sums["tokens"].sum()[None]))  # (L + 1,)
-        return cls(empty.layers, **sums, texts=lists.texts_from_json(content.get("texts"), total))
+        return cls(empty.layers, **sums, texts=texts_from_json(content.get("texts"), total))
 
 
 SUMS = [f.name for f in fields(Importance) if f.name not in ("layers", "texts")]
@@ -321,3 +306,107 @@ def difference_margins(importance: Importance, confidence: float = 0.95) -> Tens
     """
     spread = moments.pair_spread(importance.sampling_covariance).sqrt()
     return t_quantile((1 + confidence) / 2, importance.degrees) * spread
+
+
+# In files: sums as lists of numbers. JSON has no NaN, and so None stands for it.
+
+
+def to_lists(values: Tensor) -> Nested:
+    """A tensor as lists, every digit kept; None for NaN."""
+    return _without_nan(values.tolist())
+
+
+def _without_nan(values: Nested) -> Nested:
+    if isinstance(values, list):
+        return [_without_nan(v) for v in values]
+    return None if values is None or math.isnan(values) else values
+
+
+def from_lists(content: object) -> Tensor:
+    """The tensor in float64 that `to_lists` wrote; TypeError or ValueError if it did not."""
+    return torch.tensor(_with_nan(content), dtype=torch.float64)
+
+
+def _with_nan(content: object) -> object:
+    if isinstance(content, list):
+        return [_with_nan(v) for v in content]
+    if isinstance(content, bool):  # which is a number to torch
+        raise TypeError(f"expected numbers, got {content}")
+    return math.nan if content is None else content
+
+
+def saved_layer_numbers(content: object) -> list[int]:
+    """The layers of saved scores; TypeError if they are no list of numbers, each once."""
+    if not isinstance(content, list) or not all(type(i) is int and i >= 0 for i in content):
+        raise TypeError(f"layers = {content!r}, expected whole numbers from 0")
+    if len(set(content)) < len(content):
+        raise TypeError(f"layers = {content!r}, expected each once")
+    return content
+
+
+def saved_sums(content: Mapping[str, object], name: str, empty: Tensor) -> Tensor:
+    """Sums of a saved file, of the shape of ``empty``; NaN for a metric that it lacks."""
+    if name not in content:
+        if name in LAYER_METRICS:
+            return torch.full_like(empty, math.nan)
+        raise ShortGPTError(f"these are not saved scores: they lack {name}")
+    try:
+        sums = from_lists(content[name])
+    except (TypeError, ValueError, OverflowError):
+        raise ShortGPTError(
+            f"these are not saved scores: {name} is not made of numbers in rows of one length"
+        ) from None
+    if sums.shape != empty.shape:
+        raise ShortGPTError(f"{name} is {list(sums.shape)}, expected {list(empty.shape)}")
+    return sums
+
+
+def check_sums(sums: Mapping[str, Tensor]) -> None:
+    """Raises ShortGPTError for sums of `Importance`, by their names, that no model can give."""
+    tokens, windows = sums["tokens"], sums["windows"].sum()
+    most = {
+        "influence": 2 * tokens[:, None],  # 1 - cos of every token, Eq. 1
+        "angles": windows,  # arccos / pi of every window, Eq. 6
+        "sublayers": 2 * tokens.sum(),
+        "token_angles": tokens.sum(),
+    }
+    for name, values in sums.items():
+        known = values.where(~values.isnan(), 0) if name in PARTLY else values
+        fits = known.isfinite() & (known >= 0)
+        if name in COUNTS:
+            fits &= (known == known.round()) & (known < 2**53)  # which float64 counts to
+        if name in most:
+            fits &= known <= most[name] * (1 + 1e-9)
+        if not fits.all():
+            odd = float(known[~fits][0])
+            raise ShortGPTError(f"these are not saved scores: {name} has {odd:g}, out of range")
+
+
+def texts_to_json(texts: Texts | None) -> dict[str, object] | None:
+    """Numbers and sums of texts, every digit kept; None where the texts are not known."""
+    if texts is None:
+        return None
+    return {"numbers": list(texts), "sums": [to_lists(own) for own in texts.values()]}
+
+
+def texts_from_json(content: object, total: Tensor) -> Texts | None:
+    """What `texts_to_json` wrote, whose sums must add up to ``total``, (L + 1); None: not known."""
+    if content is None:
+        return None
+    try:
+        if not isinstance(content, dict):
+            raise TypeError
+        # the same rule as of layers: whole, from 0, each once
+        numbers = saved_layer_numbers(content["numbers"])
+        sums = from_lists(content["sums"])  # (G, L + 1)
+        if not numbers:  # of nothing read yet: an empty list has one dimension
+            sums = sums.reshape(0, len(total))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        numbers, sums = [], total[None, None]  # of a shape that is refused below
+    fits = sums.shape == (len(numbers), len(total)) and bool((sums >= 0).all())
+    if not fits or not torch.allclose(sums.sum(0), total, rtol=1e-6, atol=1e-9):
+        raise ShortGPTError(
+            "these are not saved scores: texts has no different numbers of texts with sums of "
+            "each that make up those of all windows"
+        )
+    return dict(zip(numbers, sums, strict=True))

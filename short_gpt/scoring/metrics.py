@@ -77,11 +77,6 @@ def angle(cos: Tensor) -> Tensor:
     return cos.arccos() / math.pi  # finite, as `cosine_from_product` clamps
 
 
-def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """`angle` of the `cosine` of vectors (..., D), (...) in [0, 1]."""
-    return angle(cosine(x, y))
-
-
 def angular_distances(states: Tensor) -> Tensor:
     """Angular distances of all pairs of states (B, L + 1, D), float64 (B, L + 1, L + 1) in [0, 1].
 
@@ -107,17 +102,6 @@ def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
         for start in range(0, len(states[0]), chunk)
     )
     return torch.stack([angular_distances(c).sum(0) for c in chunks]).sum(0)  # (L + 1, L + 1)
-
-
-def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
-    """||f(x)|| / ||x + f(x)|| of a layer that makes y = x + f(x) of x (Samragh et al. 2023), (...).
-
-    Example:
-        >>> relative_magnitude(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0])).item()
-        0.75
-    """
-    x, y = widen(x), widen(y)  # (..., D)
-    return relative_change(norms(y - x), norms(y))  # (...)
 
 
 def relative_change(change: Tensor, norm: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ planned looks it is shared equally; if nobody knows how many windows there are, 
 1 / (k (k + 1)). The bound holds as far as t, corrected for skewness, has the right tail: not at a
 near tie of layers of which a few windows, rarer than ``rare``, hold much of the sum.
 
-``benchmarks/stopping.py --adversarial`` attacks the rule with populations made to mislead it.
-
 Shapes: L layers (or starts of blocks); "..." are any leading dimensions.
 """
 
@@ -41,7 +39,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.whole import whole
+from short_gpt.runtime.numbers import whole
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import student_t
 from short_gpt.scoring.moments import pair_spread

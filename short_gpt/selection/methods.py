@@ -83,10 +83,6 @@ LABELS = {method.name: method.label or method.about for method in REGISTRY}
 BY_LOSS = tuple(method.name for method in REGISTRY if method.choose is None)
 SEARCHED = tuple(name for name in BY_LOSS if name != AUTO)  # by `selection.search`
 WITHOUT_TEXT = ("deepest", "sequential", "reverse", "random")  # whatever the scores are
-REMOVED = {
-    "sleb_healed": "rank by auto, or by sleb and heal what it removes",
-    "evolution": "rank by sleb; layers that it chose before are removed by their numbers",
-}
 
 
 def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0) -> list[int]:
@@ -119,7 +115,5 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
 
 def check_method(method: str) -> None:
     """Raises ShortGPTError unless there is a method of this name."""
-    if method in REMOVED:
-        raise ShortGPTError(f"the method {method} was removed: {REMOVED[method]}")
     if method not in METHODS:
         raise ShortGPTError(f"no method {method!r}; expected one of {', '.join(METHODS)}")

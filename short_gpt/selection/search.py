@@ -34,7 +34,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.methods import SEARCHED, check_method
+from short_gpt.selection.methods import SEARCHED
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
 Nats = dict[int, float]  # by candidate
@@ -74,7 +74,6 @@ class Search:
     removed: list[int] = field(default_factory=list)  # positions, in order of removal
     # of every round, the mean loss in nats per token without each candidate
     losses: list[dict[int, float]] = field(default_factory=list)
-    evaluations: int = 0  # layers run, each on one window, in a search that nothing interrupts
 
 
 DEFAULT = Options()
@@ -85,7 +84,6 @@ def by_loss(
 ) -> Search:
     """The search of a name in `methods.SEARCHED`; ShortGPTError if it is none."""
     if method not in SEARCHED:
-        check_method(method)  # of one that was removed, says so
         raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(SEARCHED)}")
     if method == "sleb":
         *_, result = sleb_rounds(decoder, windows, n, options)
@@ -96,7 +94,8 @@ def by_loss(
     n = check_count(n, count)
     trials = Trials(decoder, windows, options, about={"method": method})
     with trials.shown(count * trials.groups, options.progress) as shown:
-        trials.round(range(count), shown.update)
+        if not trials.result.losses:  # of a saved search
+            trials.round(range(count), shown.update)
     loss = trials.result.losses[0]
     trials.result.removed = sorted(loss, key=lambda i: (loss[i], i))[:n]
     return trials.result
@@ -131,9 +130,10 @@ def sleb_rounds(
     total = sum(len(allowed) - i for i in range(n)) * trials.groups
     with trials.shown(total, options.progress) as shown:
         for number in range(n):
-            alive = [i for i in range(count) if i not in trials.result.removed]
-            candidates = [i for i in alive[1:-1] if i in allowed]
-            trials.round(candidates, shown.update, again=number < n - 1)
+            if number >= len(trials.result.removed):  # else a saved search had this round
+                alive = [i for i in range(count) if i not in trials.result.removed]
+                candidates = [i for i in alive[1:-1] if i in allowed]
+                trials.round(candidates, shown.update, again=number < n - 1)
             done = trials.result
             yield replace(done, removed=[*done.removed], losses=[*done.losses])
 
@@ -252,8 +252,6 @@ class Trials:
         self._groups = list(self._grouped(read, options.max_memory))
         self.groups = len(self._groups)
         self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) entering it
-        self._storing: set[int] = set()  # the same layers, had the search not been interrupted
-        self._windows = len(windows)
         size = sum(self._bytes(batch) for batch in read)
         # two more are in use while the states move on
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
@@ -262,7 +260,6 @@ class Trials:
         digest = json_digest([[int(token) for token in window] for window in windows])
         self._about = {**about, "layers": len(self._layers), "windows": digest}
         self.result, self._done = continued(options.state, self._sizes, self._about)
-        self._kept, self._rounds = len(self.result.losses), 0  # of a state; counted so far
 
     def keep(self, n: int) -> None:
         """Drops what a saved search of more than n layers has found beyond them."""
@@ -293,13 +290,10 @@ class Trials:
     def round(
         self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool = False
     ) -> None:
-        """Scores candidates (ascending) and removes the best, unless a saved search did so already.
+        """Scores candidates (ascending) and removes the best.
 
         ``tick`` gets 1 after every trial; ``again``: another round follows, so states are stored.
         """
-        if self._rounds < self._kept:
-            self._count(list(self.result.losses[self._rounds]), again=again)
-            return
         try:
             for number, group in enumerate(self._groups):
                 while len(self._done) <= number:
@@ -309,7 +303,6 @@ class Trials:
             self._save()
             raise
         self._remove_best({i: sum(done[i] for done in self._done) for i in candidates})
-        self._count(candidates, again=again)
         self._save()
 
     def _remove_best(self, nats: Nats) -> None:
@@ -356,21 +349,6 @@ class Trials:
     def _alive(self, start: int, end: int | None = None) -> list[int]:
         return [i for i in self._layers[start:end] if i not in self.result.removed]
 
-    def _count(self, candidates: Sequence[int], *, again: bool) -> None:
-        """Counts the layers that a round runs, as `_try` does when nothing interrupts it."""
-        before = self.result.removed[: self._rounds]
-        alive = [i for i in self._layers if i not in before]
-        at = 0
-        for j in candidates:
-            at = max(i for i in (at, *self._storing) if i <= j)
-            self.result.evaluations += self._windows * sum(i >= at and i != j for i in alive)
-            if again and len(self._storing) < self._room:
-                self._storing.add(j)
-            at = j
-        best = self.result.removed[self._rounds]
-        self._storing = {i for i in self._storing if i <= best}
-        self._rounds += 1
-
     def _save(self) -> None:
         if self._state is not None:
             now = {"done": self._done, "tokens": self._sizes, **self._about}
@@ -391,8 +369,7 @@ def continued(
     if "search" not in state.content:
         raise ShortGPTError(f"{state.path} is the state of another run than a search; {anew}")
     content = state.content["search"]
-    # earlier versions did not say what a search was about
-    if other := [name for name, value in about.items() if content.get(name, value) != value]:
+    if other := [name for name, value in about.items() if content[name] != value]:
         raise ShortGPTError(
             f"{state.path} is the state of another search (it differs in {', '.join(other)}); go "
             f"on with the former, {anew}"
@@ -401,7 +378,6 @@ def continued(
         [{int(i): value for i, value in by_layer.items()} for by_layer in content[name]]
         for name in ("losses", "done")
     )
-    if content.get("tokens", tokens) != tokens:
+    if content["tokens"] != tokens:
         done = []
-    # evaluations are counted again, by rounds
     return Search(list(content["removed"]), losses), done or [{}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama.io.sources import is_gguf, is_meta
+from llama.io.sources import find_source, is_gguf
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import Needs, Values, setting
 
@@ -15,7 +15,7 @@ def _tokenizer_is_read(values: Values) -> bool:
         return True
     models = [values.get(name) for name in ("model", "pruned", "teacher")]
     try:
-        return any(is_meta(str(model)) for model in models if model is not None)
+        return any(find_source(str(model)).kind == "meta" for model in models if model is not None)
     except FileNotFoundError:
         return True
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from llama.generation import COLDEST, check_logits
-from llama.parallel import model_parallel_size
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.disjoint import hold_out
 from short_gpt.data.texts import OWN
-from short_gpt.data.windows import Text, Window, at_least, batches, starts_texts
+from short_gpt.data.windows import Text, Window, batches, starts_texts
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import free_memory
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.progress import above_bars, bar, duration
 from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -83,11 +83,7 @@ def own_samples(
     at_least(0, seed=seed)
     at_least(1, optional=True, batch_size=batch_size)
     team = replicas.current(short.decoder.device)
-    if model_parallel_size() > 1:
-        raise ShortGPTError(
-            f"a model's own text is written by the whole model on every rank, got "
-            f"{model_parallel_size()} model-parallel ranks: set `model_parallel_size` to 1"
-        )
+    replicas.require_whole_model("text that the model itself writes")
     if size > short.decoder.max_seq_len:
         raise ShortGPTError(f"size = {size}: this model takes {short.decoder.max_seq_len} tokens")
     if not COLDEST <= temperature < math.inf:

@@ -186,7 +186,6 @@ class ShortLlama(ShortModel):
         ckpt_dir: StrPath | None = None,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
-        provenance: Mapping[str, object] | None = None,  # the older name of facts
         overwrite: bool = False,
     ) -> Path:
         """Writes the checkpoint in Meta's format; `ScoredModel.save` has most arguments.
@@ -200,7 +199,6 @@ class ShortLlama(ShortModel):
             raise ShortGPTError(
                 "pass ckpt_dir: this Llama does not know where its weights came from"
             )
-        facts = {**(facts or {}), **(provenance or {})}
         record = Provenance.of(self, source, facts=facts, measured=measured)
         path = getattr(self.llama, "tokenizer_path", None)
         # an instance of the reference's own package may round otherwise

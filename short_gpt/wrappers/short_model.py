@@ -116,7 +116,7 @@ class ShortModel(ScoredModel):
         # a search counts positions in the model as it is now; a user sees original numbers
         numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in result.losses]
         removed = [self.kept[i] for i in result.removed]
-        return Search(removed, numbers, result.evaluations)
+        return Search(removed, numbers)
 
     def layers_within(
         self,

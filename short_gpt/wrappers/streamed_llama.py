@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llama.checkpoint.meta import check_vocabulary
 from llama.checkpoint.sharding import EMBEDDING
-from llama.io.sources import is_hub_id, kind_of, resolve
+from llama.io.sources import find_source, is_hub_id, resolve
 from llama.parallel import choose_device, choose_dtype
-from llama.ranks import several_ranks
 from llama.tokenizer import Tokenizer, check_text, find_tokenizer
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
@@ -37,7 +37,7 @@ from short_gpt.models.weight_changes import Parameter, WeightChange
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import BLOCK_BYTES, Plan
-from short_gpt.runtime.progress import bar, set_rate
+from short_gpt.runtime.progress import bar, check_alone, set_rate
 from short_gpt.scoring.hooks import Scores
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.streamed_transformer import Batch, HFSource, MetaSource, StreamedTransformer
@@ -66,7 +66,7 @@ def open_stream(
             f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "
             "or Hugging Face's with safetensors"
         )
-    source = HFSource if kind_of(path) == "hf" else MetaSource
+    source = HFSource if find_source(path).kind == "hf" else MetaSource
     weights, on = source(path, max_seq_len=max_seq_len), choose_device(device)
     return StreamedTransformer(weights, device=on, dtype=choose_dtype(dtype, on))
 
@@ -248,22 +248,15 @@ class StreamedLlama(ScoredModel):
         max_memory: str | int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if several_ranks():
-            raise ShortGPTError(
-                "a streamed model runs on one rank; start it alone, not by torchrun"
-            )
+        check_alone("a streamed model")
         self.stream = open_stream(ckpt_dir, max_seq_len=max_seq_len, device=device, dtype=dtype)
         self.max_memory, directory = max_memory, self.stream.source.directory
         self.source = str(ckpt_dir)
         self.tokenizer_path = Path(str(tokenizer_path or find_tokenizer(directory)))
         self.tokenizer = Tokenizer(self.tokenizer_path)
         from_hf = isinstance(self.stream.source, HFSource)
-        words, rows = self.tokenizer.n_words, self.stream.vocab_size
-        if words > rows or (words < rows and not from_hf):  # theirs may have rows to spare
-            raise ShortGPTError(
-                f"the tokenizer {self.tokenizer_path} has {words} words, the checkpoint "
-                f"{directory} {rows}; they do not belong together"
-            )
+        ids = self.stream.vocab_size
+        check_vocabulary(self.tokenizer, self.tokenizer_path, ids, directory, spare=from_hf)
         own = tokenizer_path is None and from_hf
         self._hf_tokenizer = _hf_tokenizer(directory, trust_remote_code) if own else None
         self.plan(batch_size)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
 from llama.io.sources import find_source
-from short_gpt.checkpoints import Provenance, mergekit_recipe, prune_hf
+from short_gpt.checkpoints import Provenance, Target, mergekit_recipe, prune_hf
 from short_gpt.checkpoints.prune import recipe_dtype
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.errors import ShortGPTError
@@ -65,7 +65,7 @@ def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
     record = json.loads((out / "pruning.json").read_text())
     files = [str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()]
     assert record.pop("files") == sorted(files)
-    prune_hf(whole, tmp_path / "cut", DROP, provenance=BY_ME, overwrite=True)
+    prune_hf(whole, Target(tmp_path / "cut", overwrite=True), DROP, provenance=BY_ME)
     assert record == {
         "removed_layers": DROP,
         "kept_layers": KEPT,

@@ -131,16 +131,16 @@ def test_what_is_not_in_the_changed_set_comes_from_the_file(tmp_path, monkeypatc
     assert torch.equal(left["layers.2.feed_forward.w2.weight"], patched)
 
 
-OLD = {  # as version 0.1 wrote it after two patches and a halved layer
+RECORD = {  # after two patches, a training and the removal of a sublayer
     "removed_layers": [3, 1],
     "kept_layers": [0, 2, 4],
     "source": "dense",
     "original_layers": [0, 2, 4],
-    "healing": {
-        "method": "LoRA",
-        "steps": 6,
-        "earlier": {"method": "linear patch", "layers": [1], "earlier": {"method": "linear patch"}},
-    },
+    "healing": [
+        {"method": "linear patch"},
+        {"method": "linear patch", "layers": [1]},
+        {"method": "LoRA", "steps": 6},
+    ],
     "removed_sublayers": {"attention": [2], "mlp": []},
     "perplexity": {"whole, 5 layers": 3.5, "healed": None},
     "scored": {"windows": 4, "tokens": 128},
@@ -238,9 +238,9 @@ def test_record_and_card_carry_the_intervals(tmp_path):
     assert Provenance.read(saved / "pruning.json").quality["whole"].error["texts"] == 3
 
 
-def test_a_record_of_an_earlier_version_is_read(tmp_path):
+def test_a_record_is_read_and_written_as_it_was(tmp_path):
     path = tmp_path / "pruning.json"
-    path.write_text(json.dumps({**OLD, "files": ["model.safetensors"]}))
+    path.write_text(json.dumps({**RECORD, "files": ["model.safetensors"]}))
     record = Provenance.read(path)
     assert [step["method"] for step in record.steps] == ["linear patch", "linear patch", "LoRA"]
     assert record.steps[1] == {"method": "linear patch", "layers": [1]}
@@ -254,7 +254,6 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path):
     assert "a linear patch, then a linear patch, then LoRA." in card
     assert "the attention of layers [2]. Weights" in card
     assert "Scores: Block Influence, on 128 tokens of a book in 4 windows." in card
-    # written by this version, it says the same
     path.write_text(json.dumps(record.to_dict()))
     assert Provenance.read(path).to_dict() == record.to_dict()
     assert json.loads(path.read_text())["healing"][-1] == {"method": "LoRA", "steps": 6}
@@ -266,7 +265,7 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path):
         ({"removed_layers": "3"}, "expected a list of layer numbers as removed_layers, got 3"),
         ({"kept_layers": None}, "expected a list of layer numbers as kept_layers, got None"),
         ({"healing": "LoRA"}, "expected steps that name their method as healing"),
-        ({"healing": {"steps": 6}}, "expected steps that name their method as healing"),
+        ({"healing": [{"steps": 6}]}, "expected steps that name their method as healing"),
         ({"perplexity": {"healed": "low"}}, "expected numbers by name as perplexity, got low"),
         ({"scored": {"windows": 4}}, "expected numbers of windows and tokens as scored"),
         ({"source_pruning": [1]}, "expected an object as source_pruning"),
@@ -275,7 +274,7 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path):
 )
 def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, changes, message):
     path = tmp_path / "pruning.json"
-    path.write_text(json.dumps({**OLD, **changes}))
+    path.write_text(json.dumps({**RECORD, **changes}))
     with pytest.raises(ValueError, match=message) as raised:
         Provenance.read(path)
     assert str(path) in str(raised.value)
@@ -283,7 +282,7 @@ def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, changes, message)
 
 def test_a_record_beside_another_model_is_refused(tmp_path):
     make("llama").save_pretrained(tmp_path / "whole")  # six layers; the record leaves three
-    (tmp_path / "whole" / "pruning.json").write_text(json.dumps(OLD))
+    (tmp_path / "whole" / "pruning.json").write_text(json.dumps(RECORD))
     with pytest.raises(ValueError, match="has 6 layers, its pruning.json tells of 3"):
         prune_hf(tmp_path / "whole", tmp_path / "out", [1])
     assert not (tmp_path / "out").exists()
@@ -421,14 +420,6 @@ def test_a_meta_model_in_memory_is_refused_by_lora():
     short = ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
     with pytest.raises(ValueError, match="got ShortLlama: convert the checkpoint first"):
         short.trainable()
-
-
-def test_former_names_work_and_warn(tmp_path):
-    with pytest.warns(DeprecationWarning, match="Provenance.cut is now pruned"):
-        record = Provenance().cut(tmp_path, removed=[1], kept=[0, 2])
-    assert record.removed_layers == [1] and record.kept_layers == [0, 2]
-    with pytest.warns(DeprecationWarning, match="Provenance.beside is now of_checkpoint"):
-        assert Provenance.beside(tmp_path) is None
 
 
 def test_the_record_of_a_model_opened_by_its_hub_id_is_that_of_the_commit(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Where and how a model is written: one value, and the arguments of earlier versions."""
+"""Where and how a model is written: one value."""
 
 from __future__ import annotations
 
@@ -8,29 +8,10 @@ import pytest
 from conftest import BYTE_VOCAB, make_transformer
 from gguf_files import write_gguf as write_model
 
-from llama.formats.gguf_read import GGUFParts
 from llama.io.sources import find_source
-from short_gpt.checkpoints import Provenance, Target, format_of, prune_checkpoint, write_gguf
+from short_gpt.checkpoints import Provenance, Target, format_of, prune_checkpoint
 from short_gpt.checkpoints.prune import kept_tensors
 from short_gpt.runtime.errors import ShortGPTError
-
-
-def test_fields_as_arguments_of_earlier_versions_work_and_name_the_new_way(tmp_path):
-    model = write_model(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
-    new = prune_checkpoint(model, Target(tmp_path / "new", "meta"), [1])
-    with pytest.warns(DeprecationWarning, match="prune_checkpoint: pass Target.* in place of to$"):
-        old = prune_checkpoint(model, tmp_path / "old", [1], to="meta")
-    for name in ("consolidated.00.pth", "params.json"):
-        assert (old / name).read_bytes() == (new / name).read_bytes()
-    with pytest.warns(DeprecationWarning, match="in place of to, overwrite, out_dir"):
-        again = prune_checkpoint(model, out_dir=old, layers=[2], to="meta", overwrite=True)
-    assert again == old and Provenance.of_checkpoint(old).removed_layers == [2]
-    with pytest.raises(TypeError, match="target"):
-        prune_checkpoint(model, layers=[1])
-    seen = []
-    with pytest.warns(DeprecationWarning, match="in place of verify"):
-        write_gguf(GGUFParts(model), tmp_path / "w.gguf", range(5), verify=seen.append)
-    assert [path.suffix for path in seen] == [".gguf"]
 
 
 def test_what_verify_raises_leaves_the_earlier_model(tmp_path):

@@ -139,15 +139,3 @@ def test_what_counts_or_asks_for_nothing_passes():
         {"candidates": 3, "method": "sleb", "n": 2},
     ):
         refuse_unused(flags_of(COMMANDS["rank"]), given)
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (("draft", "model", "pruned"), "the command draft was removed: compare"),
-        (("rank", "model", "--healed"), "rank --healed was removed: heal what"),
-        (("rank", "model", "--n", 2, "--method", "evolution"), "evolution was removed: rank by"),
-    ],
-)
-def test_what_was_removed_says_what_to_use(argv, said, capsys):
-    assert said in fails(capsys, *argv)

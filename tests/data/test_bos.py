@@ -189,7 +189,7 @@ def test_a_saved_run_is_of_one_way(here, capsys, monkeypatch):
     assert json.loads(Path("r.json").read_text())["bos"] == "every"
     capsys.readouterr()
     message = fails(capsys, "rank", "llama", *data, "--state", "s.json")
-    assert "it differs in the entries bos" in message
+    assert "of a run with another bos: 'every', now 'first'" in message
     assert "expected first or every" in fails(capsys, "rank", "llama", *data, "--bos", "all")
 
 

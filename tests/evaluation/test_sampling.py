@@ -215,13 +215,13 @@ def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path, monkeyp
     assert not (tmp_path / "s.a-search").exists()
 
 
-def test_cells_keep_texts_and_read_files_without_them(tmp_path):
+def test_cells_keep_texts_and_read_rows_without_a_precision(tmp_path):
     state = StateFile(tmp_path / "c.json", {"a": 1})
     parts = [Perplexity(n, t, 1, (Sample(i, n, t),)) for i, n, t in WINDOWS]
     Cells(state).losses("new", lambda: parts)
     again = Cells(StateFile(tmp_path / "c.json", {"a": 1})).losses("new", list)
     assert sampling_error([p.samples[0] for p in again]) == sampling_error(SAMPLES)
-    state.save({"cells": {"old": [[n, t, 1] for _, n, t in WINDOWS]}})
+    state.save({"cells": {"old": [[n, t, 1, None] for _, n, t in WINDOWS]}})
     old = Cells(StateFile(tmp_path / "c.json", {"a": 1})).losses("old", list)
     assert old == parts and old[0].samples[0].text is None
     assert difference(old, parts).texts is None

@@ -98,7 +98,7 @@ def test_the_papers_table_knows_its_models_pruned_or_not():
         (lambda: recipe_for(config("llama"), "best"), "preset 'best' is unknown: expected one of"),
         (lambda: recipe_for(config("llama"), lr=1), r"no setting \['lr'\]; there are \['rank'"),
         (lambda: Recipe(batch=16, micro_batch=3), "batch 16 is not a multiple of 3"),
-        (lambda: Recipe(rank=0), "rank = 0: expected at least 1"),
+        (lambda: Recipe(rank=0), "rank = 0: expected a whole number of at least 1"),
         (lambda: Recipe(alpha=0), "alpha = 0: expected above 0, or None for the rank"),
         (lambda: Recipe(learning_rate=0), "expected a finite learning_rate above 0"),
         (lambda: Recipe(learning_rate=math.inf), "expected a finite learning_rate above 0"),
@@ -708,7 +708,7 @@ def test_halves_taken_out_of_a_meta_model_are_saved(dense, tmp_path, drop):
     if drop:
         short.remove_layers(drop)
     short.remove_sublayers(attention=[1], mlp=[3])
-    out = short.save(tmp_path / "out", provenance={"data": "a book"})
+    out = short.save(tmp_path / "out", facts={"data": "a book"})
     again = opened(out)
     assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
     record = json.loads((out / "pruning.json").read_text())

@@ -167,7 +167,7 @@ def test_other_refusals(monkeypatch):
         fit(short, [2], [])
     with pytest.raises(ValueError, match="where = 'here': expected one of all, gaps"):
         PatchSettings(where="here")
-    monkeypatch.setattr(refit, "model_parallel_size", lambda: 2)
+    monkeypatch.setattr("short_gpt.runtime.replicas.of_model", lambda value: [value] * 2)
     with pytest.raises(ValueError, match="the patch needs the whole model on every rank, got 2"):
         fit(meta(), [2])
 
@@ -193,17 +193,3 @@ def test_a_patch_whose_layers_cannot_go_leaves_the_weights_alone(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         heal_patch(short, [2], WINDOWS, progress=False)
     assert torch.equal(short.decoder.logits(TOKENS), before) and not short.changes
-
-
-def test_former_names_work_and_name_the_new_one():
-    import short_gpt.healing as healing
-
-    with pytest.warns(DeprecationWarning, match=r"short_gpt.healing.Patch is now Refit"):
-        assert healing.Patch is Refit
-    with pytest.warns(DeprecationWarning, match=r"is now PatchSettings\(ridges=...\)"):
-        assert healing.RIDGE == 1e-4
-    with pytest.raises(AttributeError, match="no attribute 'Glue'"):
-        healing.__getattr__("Glue")
-    patch = fit(meta(), [2])
-    with pytest.warns(DeprecationWarning, match="solving of Refit is now settings"):
-        assert patch.solving is patch.settings

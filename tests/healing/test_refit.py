@@ -447,15 +447,3 @@ def test_the_ridge_is_chosen_by_the_windows_kept_apart():
     chosen = fit(meta(), [3], WINDOWS, ridges=ridges, **only).fits[0]
     assert (chosen.ridge, chosen.restored_held) == (best.ridge, best.restored_held)
     assert 0 < chosen.restored_held < chosen.restored and chosen.ridge != 1e-3
-
-
-def test_the_step_size_works_by_its_former_name():
-    with pytest.warns(DeprecationWarning, match="aim of RefitSettings is now step_size"):
-        settings = RefitSettings(aim=0.7)
-        assert settings.aim == 0.7 and settings == RefitSettings(step_size=0.7)
-    with pytest.warns(DeprecationWarning, match="aim of PatchSettings is now step_size"):
-        assert replace(PatchSettings(), aim=0.5).step_size == 0.5
-    with pytest.warns(DeprecationWarning, match="aim of fit is now step_size"):
-        refit = fit(meta(), [3], WINDOWS, aim=0.5, **ALL)
-    with pytest.warns(DeprecationWarning, match="solving of Refit is now settings"):
-        assert refit.solving.step_size == 0.5

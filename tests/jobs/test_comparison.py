@@ -468,9 +468,3 @@ def test_cases_name_what_there_is():
     with pytest.raises(ValueError, match="healing by distill trains a model: pass distill=Distill"):
         given = {"cases": Cases(["bi"], [1], ["distill"]), "lora": Halved()}
         compare(short(), CALIBRATION, EVALUATION, **given)
-
-
-@pytest.mark.parametrize("healing", ["linearpatch", "ghosted"])
-def test_a_healing_of_an_earlier_version_is_said_to_be_removed(healing):
-    with pytest.raises(ValueError, match=f"the healing {healing} was removed: use refit"):
-        Cases(["bi"], [2], [healing])

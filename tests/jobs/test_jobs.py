@@ -291,8 +291,6 @@ def test_settings_that_would_be_passed_over_are_refused(here):
     with pytest.raises(ShortGPTError, match="num_fewshot = 1.5: expected a whole number"):
         Tasks(num_fewshot=1.5).check()
     Tasks(limit=None, num_fewshot=None).check()
-    with pytest.raises(TypeError, match="expected stream, max_memory; got batch_size"):
-        jobs.renamed.OLD["Streaming"][1](batch_size=2)
 
 
 def test_settings_are_refused_before_a_model_is_loaded(here):

@@ -20,6 +20,7 @@ from conftest import (
 )
 from processes import ranks
 
+from llama.args import ModelArgs
 from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, rank
 from short_gpt.jobs import (
@@ -32,7 +33,7 @@ from short_gpt.jobs import (
 )
 from short_gpt.jobs import reproduction as module
 from short_gpt.jobs.ranking import duration, first_of, forecast
-from short_gpt.jobs.reproduction import Shape, _changed, _in_memory
+from short_gpt.jobs.reproduction import _changed, _in_memory
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.streamed_llama import StreamedDecoder
@@ -227,7 +228,7 @@ def test_another_text_is_a_change_and_a_local_one_is_taken_for_pg19(here):
 
 
 def test_the_memory_of_a_whole_model_is_told_by_its_shape(monkeypatch):
-    seven = Shape(4096, 32, 32000, 32, 32, 11008)
+    seven = ModelArgs(vocab_size=32000)
     monkeypatch.setattr("short_gpt.jobs.reproduction.free_memory", lambda: 20 * 10**9)
     said = _in_memory(seven, CPU)
     assert said.startswith("the model in memory: 27 GB of weights in float32, of 20 GB that")

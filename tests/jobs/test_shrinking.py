@@ -479,7 +479,7 @@ def test_a_template_that_takes_no_user_alone_is_not_asked(here):
 
 
 def test_shrink_is_started_alone(here, monkeypatch):
-    monkeypatch.setattr(shrinking, "several_ranks", lambda: True)
+    monkeypatch.setattr("short_gpt.runtime.progress.several_ranks", lambda: True)
     with pytest.raises(ValueError, match="shrink runs on one rank; start it alone"):
         shrink("hf", "out")
 

@@ -11,7 +11,6 @@ from short_gpt.models.families import (
     ANY,
     FAMILIES,
     META,
-    Family,
     attention_with_norm,
     family_of,
     only_part,
@@ -91,11 +90,3 @@ def test_the_familys_list_is_taken_where_another_has_as_many_layers():
     model.config.model_type = "brand_new"
     with pytest.raises(ValueError, match=r"has 2 lists of 6 layers .*name one with layers_path"):
         find_layers(model)
-
-
-@pytest.mark.parametrize("sublayer", ["attention", "mlp"])
-def test_a_norm_after_a_sublayer_works_by_its_former_name(sublayer):
-    former, name = f"{sublayer}_norm_behind", f"{sublayer}_norm_after"
-    with pytest.warns(DeprecationWarning, match=f"{former} of Family is now {name}"):
-        family = Family(**{former: ("a",)})
-        assert getattr(family, former) == getattr(family, name) == ("a",)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import llama
-from llama.io import is_gguf, is_meta, kind_of, read_json
+from llama.io import find_source, is_gguf, read_json
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def places(tmp_path, monkeypatch):
     ],
 )
 def test_what_a_source_is(places, source, kind):
-    assert kind_of(source) == kind_of(Path(source)) == kind
-    assert is_meta(source) == (kind == "meta") and is_gguf(source) == (kind == "gguf")
+    assert find_source(source).kind == find_source(Path(source)).kind == kind
+    assert is_gguf(source) == (kind == "gguf")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_a_source_is(places, source, kind):
 )
 def test_what_is_no_source(places, source, message):
     with pytest.raises(FileNotFoundError, match=message):
-        kind_of(source)
+        find_source(source)
 
 
 def test_json_is_one_object_or_refused(tmp_path):

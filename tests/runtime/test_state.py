@@ -142,12 +142,3 @@ def test_a_state_nested_beyond_reason_is_damaged(tmp_path):
     path.write_text(json.dumps(record).replace("[1]", nested))
     with pytest.raises(ShortGPTError, match="does not hold what was saved there"):
         StateFile(path, {"data": "novels"})
-
-
-def test_the_folder_to_delete_has_a_former_name(tmp_path):
-    path = saved(tmp_path / "state", seed=1)
-    with (
-        pytest.warns(DeprecationWarning, match="whole of StateFile is now folder"),
-        pytest.raises(ShortGPTError, match="delete work to begin anew"),
-    ):
-        StateFile(path, IDENTITY, whole="work")

@@ -27,9 +27,10 @@ from short_gpt.scoring import hooks as scoring_hooks
 from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import (
-    angular_distance,
+    angle,
     angular_distances,
     block_influence,
+    cosine,
     norms,
 )
 from short_gpt.scoring.moments import add_texts
@@ -58,7 +59,7 @@ def test_scores_equal_those_of_stored_states():
     assert (found.block_influence - expected).abs().max() < 1e-5
     for start in range(6):
         for end in range(start + 1, 6):
-            one_by_one = [angular_distance(s[start][-1], s[end][-1]) for s in states]
+            one_by_one = [angle(cosine(s[start][-1], s[end][-1])) for s in states]
             assert found.angular[start, end] == pytest.approx(
                 torch.stack(one_by_one).mean().item(), abs=1e-5
             )
@@ -441,7 +442,7 @@ def test_distances_at_all_tokens_equal_those_of_stored_states():
     found = measure(MetaDecoder(make_transformer()), [windows], all_tokens=True)
     states = torch.cat([stored_all(make_transformer(), w) for w in windows], dim=1)
     for start, end in ((0, 1), (1, 4), (0, 5)):
-        expected = angular_distance(states[start], states[end]).mean()
+        expected = angle(cosine(states[start], states[end])).mean()
         assert found.angular_all_tokens[start, end] == pytest.approx(expected.item(), abs=1e-5)
     assert measure(MetaDecoder(make_transformer()), [windows]).angular_all_tokens.isnan().all()
 
@@ -452,7 +453,7 @@ def test_magnitude_and_norm_equal_those_of_stored_states():
     states = stored_all(make_transformer(), window)
     norms = states.norm(dim=-1)
     changed = (states[1:] - states[:-1]).norm(dim=-1)
-    assert torch.allclose(found.relative_magnitude, (changed / norms[1:]).mean(1), atol=1e-5)
+    assert torch.allclose(found.mean("magnitude"), (changed / norms[1:]).mean(1), atol=1e-5)
     assert torch.allclose(found.mean("norm"), norms[1:].mean(1), rtol=1e-5)
 
 
@@ -665,7 +666,7 @@ def test_scores_turn_into_a_frame_and_show_themselves_shortly(monkeypatch):
     assert scores.to_dataframe().equals(frame)
     assert frame["block_influence"].tolist() == scores.block_influence.tolist()
     assert frame.sort_values("rank").index.tolist()[:4] == scores.least_important(4)
-    assert frame["magnitude"].tolist() == scores.relative_magnitude.tolist()
+    assert frame["magnitude"].tolist() == scores.mean("magnitude").tolist()
     assert frame["margin"].tolist() == scores.margin.tolist()
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="a data frame needs pandas .*: pip install pandas"):

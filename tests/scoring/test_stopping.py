@@ -452,15 +452,3 @@ def test_a_rule_for_layers_that_there_are_not_is_refused_before_the_run(n):
     with pytest.raises(ValueError, match=f"n = {n}; the model has 5 layers: expected 1 to 4"):
         short.measure(random_windows(40, 8), progress=False, stop=Stop(n))
     assert short.n_windows == 0
-
-
-def test_scores_without_third_moments_are_read_and_settle_nothing():
-    """As files of earlier versions are; reading everything needs no moments."""
-    sums = Importance.empty(range(LAYERS))
-    sums.add(scores(0.2 * torch.arange(LAYERS) + 1e-3 * torch.rand(400, LAYERS)))
-    assert Stop(3).judge(sums, None).settled
-    kept = {k: v for k, v in sums.to_dict().items() if k not in ("cubes", "angle_cubes")}
-    again = Importance.from_dict(kept)
-    assert torch.equal(again.influence, sums.influence)
-    assert not Stop(3).judge(again, None).settled and not (again + sums).cubes.isfinite().any()
-    assert Stop(3).judge(again, 400).settled

@@ -64,9 +64,3 @@ def test_scores_that_lack_what_a_method_reads():
         choose(scored(all_tokens=False), 2, method="angular_all")
     with pytest.raises(ValueError, match="no method 'best'; expected one of bi, angular"):
         choose(scored(), 2, method="best")
-
-
-@pytest.mark.parametrize("method", ["evolution", "sleb_healed"])
-def test_a_method_of_an_earlier_version_is_said_to_be_removed(method):
-    with pytest.raises(ValueError, match=f"the method {method} was removed: .* sleb"):
-        choose(scored(), 2, method=method)
