@@ -135,8 +135,12 @@ def write_samples(
     target = Path(out)
     if target.suffix != ".jsonl":
         raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
+    if target.is_file():
+        raise FileExistsError(f"{target} exists; choose another name")
     check_output(target, overwrite=False, ours=lambda _: False)
     short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
+    if size > (most := short.decoder.max_seq_len):
+        raise ShortGPTError(f"`max_gen_len` {size}: this model takes {most} tokens, give no more")
     with interruptible():
         texts = own_samples(short, count, size, seed=seed, beside=target)
     if not first_rank():

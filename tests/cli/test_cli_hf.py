@@ -362,6 +362,10 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["rank", "hf", *DATA, "-n", "5"], "expected 1 to 4"),
         (["rank", "no.gguf", *DATA], "no.gguf does not exist"),
         (["rank", "broken.gguf", *DATA], "broken.gguf is not a complete GGUF file"),
+        (
+            ["generate", "hf", "--samples", 1, "--out", "o.jsonl", "--max_gen_len", 5000],
+            "--max_gen_len 5000: this model takes 4096 tokens, give no more",
+        ),
         (["generate", "hf", "a", "--max_gen_len", "-5"], "max_gen_len must be 0 or more, got -5"),
         (["generate", "hf", "a", "--temperature", "-1"], "expected a temperature of 0 or more"),
         (["generate", "hf", "a", "--top_p", "2"], "and a top_p in 0..1, got 0.6 and 2"),

@@ -926,6 +926,7 @@ def test_heal_refuses_before_it_works(books, capsys):
     )
     line = fails(capsys, *base, "--layers", "1", "--eval_data", "books/3.txt")
     assert "healing must not see that text" in line
+    assert line.endswith("or leave those windows out: --drop_overlap")
     Path("out").mkdir()
     assert "out exists" in fails(capsys, *base, "--layers", "1")
 
