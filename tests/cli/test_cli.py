@@ -435,6 +435,8 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
             "--counts = 99; the model has 5 layers: expected 1 to 4",
         ),
         (["rank", "ckpt", "more"], "rank takes MODEL; what is 'more'?"),
+        (["prune", "ckpt", "x", "--layers", "4", "5"], "'5'? Quote texts with spaces, and write l"),
+        (["prune", "ckpt", "x", "--verify", "maybe"], "--verify takes yes or no, got 'maybe'"),
         (["rank", "ckpt", "--data", "no.txt"], "short-gpt: no such file or folder: 'no.txt'"),
         (["rank", "ckpt", "--data", "no"], "short-gpt: no such file or folder: 'no', and the hub"),
         (["rank", "ckpt", *DATA, "--device", "cuda:99"], "--device 'cuda:99' is not available"),
