@@ -404,6 +404,9 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
     assert "same layers: " in out and "paper" in out
 
 
+GATE = ("--scores", "book.txt", "--eval_data", "book.txt", "--max_perplexity_ratio")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -446,7 +449,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["perplexity", "ckpt", *DATA[:4], "--batch_size", "0"], "--batch_size = 0: expected"),
         (["evaluate", "ckpt", *DATA[:4], "--batch_size", "-1"], "--batch_size = -1: expected"),
         (["rank", "ckpt", *DATA, "--device", "tpu9"], "expected a device such as cpu"),
-        (["rank", "ckpt", *DATA, "--dtype", "int4"], "expected a dtype of float32"),
+        (["rank", "ckpt", *DATA, "--dtype", "int4"], "expected a --dtype of float32"),
         (["rank", "ckpt", *DATA, "--out", "book.txt"], "book.txt exists"),
         (["prune", "ckpt"], "prune needs OUT"),
         (["prune", "ckpt", "x"], "expected either --layers, as in 21,22,23, or --scores and --n"),
@@ -467,7 +470,9 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", *DATA, "--max_texts", "0"], "--max_texts expects at least 1"),
         (["rank", "ckpt", *DATA, "--device", "meta"], "expected a device such as cpu"),
         (["rank", "ckpt", "--out", ".", "--overwrite"], "is a directory"),
-        (["generate", "ckpt", "a", "--top_p", "-1"], "a top_p in 0..1, got 0.6 and -1"),
+        (["generate", "nowhere", "a", "--top_p", "-1"], "--top_p -1.0: expected 0 to 1"),
+        (["prune", "ckpt", "x", *GATE, "0.9"], "--max_perplexity_ratio = 0.9: expected a"),
+        (["prune", "ckpt", "x", *GATE, "1.1", "--confidence", "95"], "--confidence = 95.0: exp"),
         (["plot", "ckpt/params.json", "x"], "holds no scores; expected a file written by"),
         (
             ["rank", "ckpt", *DATA, "-n", "2", "--method", "sleb", "--candidates", "0"],
