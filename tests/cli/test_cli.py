@@ -151,6 +151,7 @@ def test_prune_takes_what_a_search_chose(ckpt, capsys):
         (("--n_prune_layers", 1, "--method", "bi"), "holds the layers of sleb, not of bi"),
     ):
         assert message in fails(capsys, "prune", "ckpt", "x", "--scores", "s.json", *options)
+    assert "that a search chose, and no scores: rank" in fails(capsys, "plot", "s.json", "x")
 
 
 def test_prune_takes_what_auto_chose_together(ckpt, capsys):

@@ -277,7 +277,9 @@ def test_a_run_in_rounds_continues(streamed, tmp_path, monkeypatch):
 
 
 def test_too_little_memory_is_refused_and_the_least_is_enough(streamed, tmp_path):
-    with pytest.raises(ValueError, match="`max_memory` 100kB is too little: .* at least ") as caught:
+    with pytest.raises(
+        ValueError, match="`max_memory` 100kB is too little: .* at least "
+    ) as caught:
         StreamedLlama(tmp_path / "meta", max_seq_len=20, device="cpu", max_memory="100kB")
     least = str(caught.value).split("at least ")[1].split(" (")[0]
     short = StreamedLlama(tmp_path / "meta", max_seq_len=20, device="cpu", max_memory=least)
