@@ -33,7 +33,7 @@ from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import above_bars, first_rank
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_samples
@@ -114,7 +114,13 @@ def _evaluated(
         digest = json_digest([list(window) for window in windows])
         measured[text] = short.perplexity(windows, batch_size=batch_size), digest
         row[f"{text} perplexity{bos}"] = measured[text][0].value
-    run = tasks.run(short, batch_size=batch_size)
+    try:
+        run = tasks.run(short, batch_size=batch_size)
+    except Exception:
+        if first_rank() and measured:  # it is not lost
+            values = ", ".join(f"{measure} {value:.6g}" for measure, value in row.items())
+            above_bars(f"measured of {name} before the tasks failed: {values}")
+        raise
     for text, (before, digest) in ({} if first is None else first[0]).items():
         if digest == measured[text][1]:  # two tokenizers read other windows, which are not paired
             change = difference([before], [measured[text][0]])

@@ -410,3 +410,16 @@ def test_mistakes_cost_one_line(here, capsys, lm_eval, argv, message):
     before = sorted(p.name for p in Path().iterdir())
     assert message in fails(capsys, *argv)
     assert sorted(p.name for p in Path().iterdir()) == before
+
+
+def test_what_was_measured_is_told_where_tasks_fail(here, capsys, lm_eval, tasks, monkeypatch):
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", offline)
+    toy = ("--tasks", "tiny_choice", "--include_path", tasks)
+    with pytest.raises(SystemExit):
+        run("evaluate", "hf", *DATA[:4], "--max_windows", 2, *toy)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/s]" not in line]
+    assert lines[-2].startswith("measured of hf before the tasks failed: layers 5, book.txt perp")
+    assert "Couldn't reach 'a/b' on the Hub): connect, or give --tasks with local" in lines[-1]
