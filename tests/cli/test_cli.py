@@ -202,7 +202,9 @@ def test_the_quality_gate_removes_what_the_perplexity_allows(ckpt, capsys):
     record = json.loads(Path("gated/pruning.json").read_text())
     tried = record["quality_gate"]["tried"]
     assert len(record["removed_layers"]) == 4 and [t["layers"] for t in tried] == [0, 1, 2, 3, 4]
-    assert f"4 layers removed: perplexity {tried[4]['perplexity']:.3f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for n, gone in ((1, "1 layer"), (4, "4 layers")):
+        assert f"{gone} removed: perplexity {tried[n]['perplexity']:.3f}" in out
     run("perplexity", "gated", "--data", "other.txt", "--size", 32, "--out", "p.json")
     capsys.readouterr()
     value = json.loads(Path("p.json").read_text())["result"]["perplexity"]
@@ -412,6 +414,9 @@ GATE = ("--scores", "book.txt", "--eval_data", "book.txt", "--max_perplexity_rat
     ("argv", "message"),
     [
         (["rnk"], "no command 'rnk'; did you mean rank?"),
+        (["help", "rnk"], "no command 'rnk'; did you mean rank?"),
+        (["--", "--completion", "zsh"], "no completion for 'zsh': expected bash or fish"),
+        (["rank", "ckpt", "--quiet=no"], "--quiet takes no value, got --quiet=no"),
         (["rank"], "rank needs MODEL; see rank --help"),
         (["rank", "nowhere"], "checkpoint directory nowhere does not exist"),
         (["rank", "."], "has no params.json (Meta's format) and no config.json"),
@@ -628,6 +633,8 @@ def test_an_interruption_is_no_traceback(ckpt, capsys, monkeypatch):
 def test_help_describes_every_command_and_flag(command, capsys):
     run(*([command] if command else []), "--help")
     out = capsys.readouterr().out
+    run("help", *([command] if command else []))
+    assert capsys.readouterr().out == out
     assert all(len(line) <= 80 for line in out.splitlines())
     if command is None:
         places = [out.index(f"\n  {name} ") for name in cli.COMMANDS]
