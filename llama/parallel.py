@@ -63,7 +63,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     known |= {"float16": torch.float16, "float64": torch.float64}
     name = str(dtype).removeprefix("torch.")
     if name not in known:
-        raise InputError(f"expected a dtype of {', '.join(known)}, got {dtype!r}")
+        raise InputError(f"expected a `dtype` of {', '.join(known)}, got {dtype!r}")
     if name == "float64" and device.type == "mps":
         raise InputError("MPS has no float64; pass float32, bfloat16 or float16")
     return known[name]

@@ -48,6 +48,8 @@ def run(argv: list[str]) -> None:
     """Prints the version, a help or a script for completion, or runs the command."""
     be_quiet("--quiet" in argv)
     argv = [word for word in argv if word != "--quiet"]
+    if valued := [word for word in argv if word.startswith("--quiet=")]:
+        raise ShortGPTError(f"--quiet takes no value, got {valued[0]}")
     if (text := answer(argv)) is None:
         texts = prepared(argv, COMMANDS)
         single = argv[0] in ALONE  # it waits for no other rank: these have ended
@@ -72,12 +74,16 @@ def answer(argv: list[str]) -> str | None:
     if argv[:2] == ["--", "--completion"]:
         from fire.completion import Script
 
+        if (shell := (argv[2:] or ["bash"])[0]) not in ("bash", "fish"):
+            raise ShortGPTError(f"no completion for {shell!r}: expected bash or fish")
         named = {name: for_completion(command) for name, command in COMMANDS.items()}
-        script = Script("short-gpt", named, shell=(argv[2:] or ["bash"])[0])
+        script = Script("short-gpt", named, shell=shell)
         # fire takes the last word that is no flag for the command; other words are files
         word = "lastcommand=${COMP_WORDS[i]}\n"
         script = script.replace(word, f"{word}      [[ $i -gt 0 ]] && break\n")
         return script.replace("complete -F", "complete -o default -F")
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
     if not argv or argv[0] in ("--help", "-h", "--"):
         return overview(COMMANDS)
     name = argv[0]

@@ -218,6 +218,13 @@ class Sampling:
     out: str | None = setting(None, heading=WRITE, value="FILE", needs=WRITES)
     skip_prefill: object = setting(None, value="N,N", needs=PROMPT)
 
+    def __post_init__(self) -> None:
+        """Raises ShortGPTError for a number out of range, before a model is loaded."""
+        if self.temperature < 0:
+            raise ShortGPTError(f"`temperature` {self.temperature}: expected 0 or more")
+        if not 0 <= self.top_p <= 1:
+            raise ShortGPTError(f"`top_p` {self.top_p}: expected 0 to 1")
+
 
 def generate(
     model: str,

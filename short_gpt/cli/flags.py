@@ -89,6 +89,8 @@ class Flag(NamedTuple):
         name, text = f"  --{self.name}", self.text.rstrip(".")
         if self.positional:
             name = f"  {self.name.upper()}"
+        elif {bool, NoneType} <= {*self.kinds}:
+            name += " yes|no"
         elif bool not in self.kinds:
             number = {int, float} & {*self.kinds} and str not in self.kinds
             name += f" {'N' if number else self.value}"
@@ -166,6 +168,7 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
     flags = flags_of(commands[name])
     values: dict[str, str] = {}
     positional: list[str] = []
+    after: dict[str, str] = {}  # words after a flag that is yes or no, and the flag
     while rest:
         word = rest.pop(0)
         if not re.match(DASHED, word):
@@ -175,7 +178,7 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
         flag = named(name, written, flags)
         following = rest[0] if rest else "--end"
         if not equals and bool in flags[flag].kinds and following.lower() not in BOOLEANS:
-            value = "True"
+            value, after[following] = "True", written
         elif not equals:
             if re.match(DASHED, following):
                 text = f"{written} needs a value; write {written}=VALUE if it has dashes"
@@ -185,8 +188,12 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
     free = [f for f in flags.values() if f.positional and f.name not in values]
     if len(positional) > len(free):
         places = " ".join(f.name.upper() for f in flags.values() if f.positional)
+        surplus = positional[len(free)]
+        if surplus in after:
+            raise ShortGPTError(f"{after[surplus]} takes yes or no, got {surplus!r}")
         raise ShortGPTError(
-            f"{name} takes {places}; what is {positional[len(free)]!r}? Quote texts with spaces"
+            f"{name} takes {places}; what is {surplus!r}? Quote texts with spaces, and write lists "
+            "without, as in 4,5"
         )
     if missing := [f.name.upper() for f in free[len(positional) :] if f.required]:
         raise ShortGPTError(f"{name} needs {' '.join(missing)}; see {name} --help")

@@ -22,7 +22,8 @@ LONG = ("rank", "heal", "calibrate", "compare", "perplexity", "evaluate", "repro
 STDOUT = "-"  # in place of a file
 _alone: list[TextIO] = []  # the stdout that a result has for itself
 WRITTEN = Needs(  # of heal, the model
-    "--json or --plots", lambda v: "out" in v or any(v.get(n) is not None for n in FILE_FLAGS)
+    "a file to write, such as --json FILE",
+    lambda v: "out" in v or any(v.get(n) is not None for n in FILE_FLAGS),
 )
 
 

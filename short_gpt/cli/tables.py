@@ -161,7 +161,8 @@ def pruned(result: Pruned) -> str:
         for n, tried in budget.tried.items():
             verdict = f", {budget.verdict(n)}" if n else ""
             rise = f"ratio {tried.value / budget.tried[0].value:.4f}{verdict}"
-            lines.append(f"{n:>3} layers removed: perplexity {tried.value:.3f}, {rise}")
+            gone = f"{n:>3} layer{'s' * (n != 1)} removed"
+            lines.append(f"{gone}: perplexity {tried.value:.3f}, {rise}")
     lines += [f"--eval_data was {chosen.unsure}"] if chosen.unsure else []
     lines += [f"removed layers {result.layers}", f"written: {result.out}"]
     lines += [f"written: {result.recipe}"] if result.recipe is not None else []

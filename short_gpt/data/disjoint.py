@@ -181,15 +181,20 @@ def _window_at(
     return None
 
 
-def check_disjoint(training: Sequence[Window], evaluation: Sequence[Window]) -> None:
-    """Raises ShortGPTError if windows are `overlapping`; the arguments are as there."""
+def check_disjoint(
+    training: Sequence[Window], evaluation: Sequence[Window], *, setting: str = ""
+) -> None:
+    """Raises ShortGPTError if windows are `overlapping`; the arguments are as there.
+
+    ``setting`` is one that leaves them out.
+    """
     if shared := overlapping(training, evaluation):
         number, other = next(iter(shared.items()))
         raise ShortGPTError(
             f"{len(shared)} of {len(training)} training windows share text with the windows to "
             f"evaluate on ({SPAN} tokens in a row, or half of a shorter text; number {number} "
             f"with evaluation window {other}, for one): healing must not see that text; train on "
-            "another, or leave those windows out"
+            f"another, or leave those windows out{setting and f': `{setting}`'}"
         )
 
 

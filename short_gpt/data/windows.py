@@ -264,8 +264,8 @@ def _with_spans(
     if empty:
         raise ShortGPTError(
             f"no windows: the longest of {count} texts has {longest} tokens, a window needs "
-            f"{size if tail == 'drop' else 2}; use longer texts, a smaller size or tail='keep', "
-            "and read an iterator of texts only once"
+            f"{size if tail == 'drop' else 2}; "
+            + ("use longer texts or a smaller `size`" if count else "read an iterator only once")
         )
 
 

@@ -65,11 +65,12 @@ class SamplingError:
     @property
     def over(self) -> str:
         """What the error is over, and what it does not cover, in words."""
+        windows = f"{self.windows} window{'s' * (self.windows != 1)}"
         if self.texts is None:
-            return f"{self.windows} windows, taken as independent: their texts are not known"
+            return f"{windows}, taken as independent: their texts are not known"
         if self.texts == 1:
-            return f"{self.windows} windows of 1 text: what other texts would give is not covered"
-        return f"{self.windows} windows of {self.texts} texts, the texts being the samples"
+            return f"{windows} of 1 text: what other texts would give is not covered"
+        return f"{windows} of {self.texts} texts, the texts being the samples"
 
 
 def sampling_error(samples: Sequence[Sample]) -> SamplingError:

@@ -180,14 +180,20 @@ class TaskSuite:
     def documents(self, short: Evaluated) -> TaskRun:
         """What `run_tasks` returns, and the values of documents, by which models are paired."""
         names = task_names(self.tasks, self.include_path)
-        run = harness("evaluator").simple_evaluate(
-            short.harness_model(batch_size=self.batch_size),
-            tasks=names,
-            limit=self.limit,
-            num_fewshot=self.num_fewshot,
-            task_manager=_task_manager(self.include_path),
-            log_samples=True,
-        )
+        try:
+            run = harness("evaluator").simple_evaluate(
+                short.harness_model(batch_size=self.batch_size),
+                tasks=names,
+                limit=self.limit,
+                num_fewshot=self.num_fewshot,
+                task_manager=_task_manager(self.include_path),
+                log_samples=True,
+            )
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"the tasks' documents are on the hub, which cannot be reached ({error}): connect, "
+                "or give `tasks` with local files by `include_path`"
+            ) from error
         metrics = {task: _metrics(values) for task, values in run["results"].items()}
         return TaskRun(metrics, documents_of(run["samples"]))
 

@@ -58,12 +58,11 @@ class Recipe:
             )
         if self.batch % self.micro_batch:
             raise ShortGPTError(f"batch {self.batch} is not a multiple of {self.micro_batch}")
-        warmup, rate = self.warmup_steps, self.learning_rate
-        if not 0 < rate < math.inf or not 0 <= self.dropout < 1 or warmup < 0:
-            raise ShortGPTError(
-                "expected a finite learning_rate above 0, dropout in [0, 1), warmup of at least 0; "
-                f"got {rate}, {self.dropout}, {warmup}"
-            )
+        if not 0 < (rate := self.learning_rate) < math.inf:
+            raise ShortGPTError(f"learning_rate = {rate}: expected a finite number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ShortGPTError(f"dropout = {self.dropout}: expected at least 0 and below 1")
+        at_least(0, optional=True, warmup=self.warmup)
 
     @property
     def warmup_steps(self) -> int:

@@ -110,7 +110,7 @@ class Source:
 
 def _disjoint(training: list[list[int]], others: list[list[int]], *, drop: bool) -> list[list[int]]:
     if not drop:
-        check_disjoint(training, others)
+        check_disjoint(training, others, setting="drop_overlap")
         return training
     kept, _ = without_overlap(training, others)
     if not kept:

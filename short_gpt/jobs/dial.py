@@ -73,7 +73,7 @@ class Dial:
         from short_gpt.runtime.memory import bytes_of
 
         if self.params is None:
-            return None if self.memory is None else bytes_of(self.memory)
+            return None if self.memory is None else bytes_of(self.memory, "memory")
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(self.params).strip().lower())
         if match is None:
             raise ShortGPTError(f"`params` {self.params}: expected a number as in 6B or 750M")

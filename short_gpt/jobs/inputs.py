@@ -252,6 +252,7 @@ class Reading:
         if (self.chat or self.column != Reading.column) and self.data in PROTOCOLS:
             raise ShortGPTError(f"`column` and `chat` are of other texts than {self.data}")
         Cut(self.size, self.max_windows, bos=self.bos).check()
+        at_least(1, batch_size=self.batch_size)
         names = source_names(self.data)
         check_named_once(names)
         if self.max_windows is not None and self.max_windows < len(names):
@@ -327,6 +328,7 @@ class Running:
         """Raises ShortGPTError for a size that is none, or bounds nothing: a stream or a search."""
         from short_gpt.runtime.memory import bytes_of
 
+        at_least(1, batch_size=self.batch_size)
         if self.max_memory is not None:
             bytes_of(self.max_memory)
             if not self.stream and not searches:

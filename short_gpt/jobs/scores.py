@@ -29,7 +29,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
 from short_gpt.scoring.importance import Importance, saved_layer_numbers
-from short_gpt.selection.methods import AUTO, METHODS, check_method, choose
+from short_gpt.selection.methods import AUTO, METHODS, WITHOUT_TEXT, check_method, choose
 from short_gpt.selection.perplexity_budget import Budget
 from short_gpt.wrappers.opening import layers_of, open_model, weights_of
 from short_gpt.wrappers.options import OpenOptions
@@ -133,6 +133,8 @@ class Scores:
     def about(self, n: int) -> str | None:
         """Why the n layers now chosen are not settled: a stop settles one answer alone."""
         stop, verdict = self.settled.get("stop"), self.settled
+        if self.method in WITHOUT_TEXT:  # whatever the windows are
+            return None
         if not isinstance(stop, Mapping) or verdict.get("windows") == verdict.get("population"):
             return None
         if not verdict.get("settled"):
@@ -185,6 +187,11 @@ def _read(file: str) -> JsonObject:
 def _importance(record: Mapping[str, object], source: str) -> Importance:
     content = record.get("importance")
     if not isinstance(content, dict):
+        if "chosen" in record:
+            raise ShortGPTError(
+                f"{source} holds layers that a search chose, and no scores: rank by another "
+                "method, such as bi"
+            )
         raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
     try:
         return Importance.from_dict(content)

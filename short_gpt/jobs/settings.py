@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -165,6 +166,7 @@ class Choice:
     def check(self) -> Choice:
         """Itself; ShortGPTError unless either layers are named or scores to choose them by."""
         from short_gpt.selection.methods import check_method
+        from short_gpt.selection.perplexity_budget import check_limit
 
         if (self.layers is None) == (self.scores is None):
             raise ShortGPTError("expected either `layers`, as in 21,22,23, or `scores` and `n`")
@@ -172,6 +174,8 @@ class Choice:
             check_method(self.by)
         if self.layers is not None and self.by is not None:
             raise ShortGPTError("`method` chooses from `scores`, not from `layers`")
+        if self.max_perplexity_ratio is not None:
+            check_limit(self.max_perplexity_ratio, self.confidence)
         return self
 
     @property
@@ -355,6 +359,8 @@ class Settings:
         ):
             if (changed := self._changed(names)) and not {*users} & {*methods}:
                 raise ShortGPTError(f"`{next(iter(changed))}` is for `method` {' or '.join(users)}")
+        if self.ridge is not None and not 0 < self.ridge < math.inf:  # by the name of the flag
+            raise ShortGPTError(f"ridge = {self.ridge}: expected above 0, such as 0.1")
         if "refit" in methods:
             self.refit()
         if self.preset not in PRESETS:
@@ -387,6 +393,10 @@ class Settings:
                 raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")
             return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(listed(self.parts))
+        if not {*parts} <= {*PARTS}:
+            raise ShortGPTError(
+                f"parts = {self.parts}: expected {' or '.join(PARTS)}, both by a comma, or best"
+            )
         step_size = RefitSettings.step_size if self.aim is None else self.aim
         if not 0 < step_size <= 1:  # by the name of the flag
             raise ShortGPTError(f"aim = {step_size}: expected above 0 and at most 1")

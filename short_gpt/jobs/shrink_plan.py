@@ -249,7 +249,8 @@ def plan(asked: Asked, known: Derived) -> str:
     times = ", ".join(f"{name} {duration(time)}" for name, time in parts.items() if time)
     disk = f" and {shown(refit.disk)} on disk" if refit.disk else ""
     tasks = "run the tasks, " if asked.tasks.tasks else ""
-    lines = [f"{n or 'some'} of {known.count} layers go ({asked.dial.name}){kept}"]
+    go = "goes" if n == 1 else "go"
+    lines = [f"{n or 'some'} of {known.count} layers {go} ({asked.dial.name}){kept}"]
     lines += [f"a window of {known.size} tokens takes {duration(known.a_pass)}: {times}"]
     lines += [
         f"in all about {duration(total)}, and the time to {tasks}write the model and read it again",

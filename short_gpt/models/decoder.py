@@ -145,7 +145,7 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     if min(lengths) < 1 or max(lengths) > decoder.max_seq_len:
         raise ShortGPTError(
             f"windows have {min(lengths)} to {max(lengths)} tokens; this model takes 1 to "
-            f"{decoder.max_seq_len} (max_seq_len)"
+            f"{decoder.max_seq_len} (max_seq_len): give a `size` in that range"
         )
     if len(alike(windows, decoder)) > 1:
         raise ShortGPTError(

@@ -35,8 +35,10 @@ TOKENIZER = re.compile(
 )
 # How transformers' own reports of the weights begin, in versions 5 and 4; and of a tokenizer.model,
 # where it tries two kinds of file and `load_tokenizer` says what was wrong if neither fits.
-REPORTS = (" LOAD REPORT", "Some weights of ", "Could not extract SentencePiece model")
-LOGGERS = ("modeling_utils", "tokenization_utils_tokenizers")
+# The last is advice on the dtype of a GGUF file, which is the user's choice.
+REPORTS = [" LOAD REPORT", "Some weights of ", "Could not extract SentencePiece model"]
+REPORTS += ["Loading a GGUF checkpoint with its weights packed"]
+LOGGERS = ("modeling_utils", "tokenization_utils_tokenizers", "quantizers.quantizer_gguf")
 
 
 def auto_class(config: Any) -> Any:

@@ -113,7 +113,7 @@ def check_room(parts: Mapping[str, int], max_memory: str | int | None, what: str
     if max_memory is not None and least > bytes_of(max_memory):
         listed = ", ".join(f"{shown(size)} {name}" for name, size in parts.items())
         raise ShortGPTError(
-            f"max_memory {max_memory} is too little: {what} needs at least "
+            f"`max_memory` {max_memory} is too little: {what} needs at least "
             f"{shown(least, up=True)} ({listed})"
         )
 
@@ -151,11 +151,11 @@ def block_rows(args: ModelArgs, stored: torch.dtype) -> int:
     return min(max(BLOCK_BYTES // (args.dim * stored.itemsize), 1), args.vocab_size)
 
 
-def bytes_of(text: str | int) -> int:
+def bytes_of(text: str | int, name: str = "max_memory") -> int:
     """A number of bytes, or of a text like "3GB", "2.5 GiB" or "800MB"; else a ShortGPTError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if match is None or match[2] not in UNITS or isinstance(text, bool):
-        raise ShortGPTError(f"expected a size such as 3GB, 800MB or 2.5GiB, got {text!r}")
+        raise ShortGPTError(f"`{name}` {text!r}: expected a size such as 3GB, 800MB or 2.5GiB")
     return int(float(match[1]) * UNITS[match[2]])
 
 

@@ -25,6 +25,8 @@ def be_quiet(on: bool) -> None:
     _quiet = on
     if on:  # those of other libraries too, which read these when they are imported
         os.environ.update(TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
+    elif not sys.stderr.isatty():  # a file would get every state of theirs
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def quiet() -> bool:

@@ -74,6 +74,14 @@ class Budget:
         return {**limit, "tried": rows}
 
 
+def check_limit(ratio: float, confidence: float) -> None:
+    """Raises ShortGPTError for numbers out of range; the arguments are as of `most_layers`."""
+    if not ratio >= 1:
+        raise ShortGPTError(f"max_perplexity_ratio = {ratio}: expected a factor of at least 1")
+    if not 0.5 <= confidence < 1:
+        raise ShortGPTError(f"confidence = {confidence}: expected at least 0.5 and below 1")
+
+
 def most_layers(
     perplexity_without: Callable[[list[int]], Perplexity],
     choose: Callable[[int], list[int]],
@@ -108,10 +116,7 @@ def most_layers(
         >>> most_layers(perplexity_without, lambda n: [3, 1, 2][:n], ratio=1.25, most=3).layers
         [3, 1]
     """
-    if not ratio >= 1:
-        raise ShortGPTError(f"max_perplexity_ratio = {ratio}: expected a factor of at least 1")
-    if not 0.5 <= confidence < 1:
-        raise ShortGPTError(f"confidence = {confidence}: expected at least 0.5 and below 1")
+    check_limit(ratio, confidence)
     dense = perplexity_without([])
     budget = Budget([], {0: dense}, ratio, confidence)
     kept: list[int] = []

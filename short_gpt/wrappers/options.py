@@ -20,9 +20,7 @@ def _tokenizer_is_read(values: Values) -> bool:
         return True
 
 
-TOKENIZER = Needs(
-    "a model in Meta's format (others bring their own tokenizer) or `stream`", _tokenizer_is_read
-)
+TOKENIZER = Needs("a model in Meta's format (others bring their own tokenizer)", _tokenizer_is_read)
 PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
 READING: tuple[str, ...] = ("shrink", "rank", "prune", "heal", "calibrate", "compare")
 READING += ("perplexity", "evaluate", "reproduce")

@@ -151,6 +151,7 @@ def test_prune_takes_what_a_search_chose(ckpt, capsys):
         (("--n_prune_layers", 1, "--method", "bi"), "holds the layers of sleb, not of bi"),
     ):
         assert message in fails(capsys, "prune", "ckpt", "x", "--scores", "s.json", *options)
+    assert "that a search chose, and no scores: rank" in fails(capsys, "plot", "s.json", "x")
 
 
 def test_prune_takes_what_auto_chose_together(ckpt, capsys):
@@ -201,7 +202,9 @@ def test_the_quality_gate_removes_what_the_perplexity_allows(ckpt, capsys):
     record = json.loads(Path("gated/pruning.json").read_text())
     tried = record["quality_gate"]["tried"]
     assert len(record["removed_layers"]) == 4 and [t["layers"] for t in tried] == [0, 1, 2, 3, 4]
-    assert f"4 layers removed: perplexity {tried[4]['perplexity']:.3f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for n, gone in ((1, "1 layer"), (4, "4 layers")):
+        assert f"{gone} removed: perplexity {tried[n]['perplexity']:.3f}" in out
     run("perplexity", "gated", "--data", "other.txt", "--size", 32, "--out", "p.json")
     capsys.readouterr()
     value = json.loads(Path("p.json").read_text())["result"]["perplexity"]
@@ -404,10 +407,16 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
     assert "same layers: " in out and "paper" in out
 
 
+GATE = ("--scores", "book.txt", "--eval_data", "book.txt", "--max_perplexity_ratio")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["rnk"], "no command 'rnk'; did you mean rank?"),
+        (["help", "rnk"], "no command 'rnk'; did you mean rank?"),
+        (["--", "--completion", "zsh"], "no completion for 'zsh': expected bash or fish"),
+        (["rank", "ckpt", "--quiet=no"], "--quiet takes no value, got --quiet=no"),
         (["rank"], "rank needs MODEL; see rank --help"),
         (["rank", "nowhere"], "checkpoint directory nowhere does not exist"),
         (["rank", "."], "has no params.json (Meta's format) and no config.json"),
@@ -435,14 +444,18 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
             "--counts = 99; the model has 5 layers: expected 1 to 4",
         ),
         (["rank", "ckpt", "more"], "rank takes MODEL; what is 'more'?"),
+        (["prune", "ckpt", "x", "--layers", "4", "5"], "'5'? Quote texts with spaces, and write l"),
+        (["prune", "ckpt", "x", "--verify", "maybe"], "--verify takes yes or no, got 'maybe'"),
         (["rank", "ckpt", "--data", "no.txt"], "short-gpt: no such file or folder: 'no.txt'"),
         (["rank", "ckpt", "--data", "no"], "short-gpt: no such file or folder: 'no', and the hub"),
         (["rank", "ckpt", *DATA, "--device", "cuda:99"], "--device 'cuda:99' is not available"),
-        (["rank", "ckpt", "--data", "book.txt"], "no windows: the longest of 1 texts has 633"),
+        (["rank", "ckpt", "--data", "book.txt"], "use longer texts or a smaller --size"),
         (["rank", "ckpt", *DATA, "--n_prune_layers", "5"], "expected 1 to 4"),
-        (["rank", "ckpt", *DATA, "--batch_size", "0"], "max_batch_size must be a positive"),
+        (["rank", "ckpt", *DATA, "--batch_size", "0"], "--batch_size = 0: expected a whole number"),
+        (["perplexity", "ckpt", *DATA[:4], "--batch_size", "0"], "--batch_size = 0: expected"),
+        (["evaluate", "ckpt", *DATA[:4], "--batch_size", "-1"], "--batch_size = -1: expected"),
         (["rank", "ckpt", *DATA, "--device", "tpu9"], "expected a device such as cpu"),
-        (["rank", "ckpt", *DATA, "--dtype", "int4"], "expected a dtype of float32"),
+        (["rank", "ckpt", *DATA, "--dtype", "int4"], "expected a --dtype of float32"),
         (["rank", "ckpt", *DATA, "--out", "book.txt"], "book.txt exists"),
         (["prune", "ckpt"], "prune needs OUT"),
         (["prune", "ckpt", "x"], "expected either --layers, as in 21,22,23, or --scores and --n"),
@@ -463,7 +476,9 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", *DATA, "--max_texts", "0"], "--max_texts expects at least 1"),
         (["rank", "ckpt", *DATA, "--device", "meta"], "expected a device such as cpu"),
         (["rank", "ckpt", "--out", ".", "--overwrite"], "is a directory"),
-        (["generate", "ckpt", "a", "--top_p", "-1"], "a top_p in 0..1, got 0.6 and -1"),
+        (["generate", "nowhere", "a", "--top_p", "-1"], "--top_p -1.0: expected 0 to 1"),
+        (["prune", "ckpt", "x", *GATE, "0.9"], "--max_perplexity_ratio = 0.9: expected a"),
+        (["prune", "ckpt", "x", *GATE, "1.1", "--confidence", "95"], "--confidence = 95.0: exp"),
         (["plot", "ckpt/params.json", "x"], "holds no scores; expected a file written by"),
         (
             ["rank", "ckpt", *DATA, "-n", "2", "--method", "sleb", "--candidates", "0"],
@@ -618,6 +633,8 @@ def test_an_interruption_is_no_traceback(ckpt, capsys, monkeypatch):
 def test_help_describes_every_command_and_flag(command, capsys):
     run(*([command] if command else []), "--help")
     out = capsys.readouterr().out
+    run("help", *([command] if command else []))
+    assert capsys.readouterr().out == out
     assert all(len(line) <= 80 for line in out.splitlines())
     if command is None:
         places = [out.index(f"\n  {name} ") for name in cli.COMMANDS]

@@ -357,22 +357,23 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["convert", "no/where", "x"], "no/where is no directory here, and the hub cannot be"),
         (["rank", "no/where", *DATA], "no/where is no directory here, and the hub cannot be"),
         (["rank", "strange", *DATA], "strange cannot be loaded: The checkpoint you are trying"),
-        (["rank", "hf", *DATA, "--dtype", "int4"], "expected a dtype of float32"),
+        (["rank", "hf", *DATA, "--dtype", "int4"], "expected a --dtype of float32"),
         (["rank", "hf", *DATA, "--device", "tpu9"], "expected a device such as cpu"),
         (["rank", "hf", *DATA, "-n", "5"], "expected 1 to 4"),
         (["rank", "no.gguf", *DATA], "no.gguf does not exist"),
         (["rank", "broken.gguf", *DATA], "broken.gguf is not a complete GGUF file"),
+        (
+            ["generate", "hf", "--samples", 1, "--out", "o.jsonl", "--max_gen_len", 5000],
+            "--max_gen_len 5000: this model takes 4096 tokens, give no more",
+        ),
         (["generate", "hf", "a", "--max_gen_len", "-5"], "max_gen_len must be 0 or more, got -5"),
         (
             ["generate", "hf", "a", "--seed", "-1"],
             "seed = -1: expected a whole number of at least 0",
         ),
-        (
-            ["generate", "hf", "It was", "--max_gen_len", "9999"],
-            "tokens is more than the ",
-        ),
-        (["generate", "hf", "a", "--temperature", "-1"], "expected a temperature of 0 or more"),
-        (["generate", "hf", "a", "--top_p", "2"], "and a top_p in 0..1, got 0.6 and 2"),
+        (["generate", "hf", "It was", "--max_gen_len", "9999"], "tokens is more than the "),
+        (["generate", "hf", "a", "--temperature", "-1"], "--temperature -1.0: expected 0 or more"),
+        (["generate", "hf", "a", "--top_p", "2"], "--top_p 2.0: expected 0 to 1"),
         (["generate", "hf", "\udcff"], "holds '\\udcff' as character 0, half a surrogate pair"),
         (["generate", "damaged", "a"], "damaged cannot be loaded: "),
         (["generate", "empty", "a"], "empty has no params.json (Meta's format) and no config.json"),
@@ -414,3 +415,16 @@ def test_mistakes_cost_one_line(here, capsys, lm_eval, argv, message):
     before = sorted(p.name for p in Path().iterdir())
     assert message in fails(capsys, *argv)
     assert sorted(p.name for p in Path().iterdir()) == before
+
+
+def test_what_was_measured_is_told_where_tasks_fail(here, capsys, lm_eval, tasks, monkeypatch):
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", offline)
+    toy = ("--tasks", "tiny_choice", "--include_path", tasks)
+    with pytest.raises(SystemExit):
+        run("evaluate", "hf", *DATA[:4], "--max_windows", 2, *toy)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/s]" not in line]
+    assert lines[-2].startswith("measured of hf before the tasks failed: layers 5, book.txt perp")
+    assert "Couldn't reach 'a/b' on the Hub): connect, or give --tasks with local" in lines[-1]

@@ -160,14 +160,17 @@ def write_docs(folder: str) -> None:
 
 
 def test_a_quiet_run_says_its_result_alone(ckpt, monkeypatch, capsys):
-    for name in ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY"):
+    bars = "HF_HUB_DISABLE_PROGRESS_BARS"
+    for name in ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY", bars):
         monkeypatch.setenv(name, "")
+    monkeypatch.delenv(bars)  # and again without it afterwards
     monkeypatch.setattr(progress, "_quiet", False)
     write_docs("docs")
     heal = ("heal", "ckpt", "OUT", "--layers", 1, "--data", "docs", "--size", 16,
             "--eval_windows", 2, "--max_windows", 4, "--device", "cpu")  # fmt: skip
     run(*heal)
     loud = capsys.readouterr()
+    assert os.environ[bars] == "1"  # of other libraries, in a file
     run(*heal, "--overwrite", "--quiet")
     out, err = capsys.readouterr()
     assert err == "" and loud.err

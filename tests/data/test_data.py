@@ -476,12 +476,14 @@ def test_texts_are_read_as_windows_are_taken() -> None:
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_no_window_says_how_long_the_texts_are(seed: int | None) -> None:
-    message = r"longest of 2 texts has 5 tokens, a window needs 8; use longer texts, a smaller"
+    message = (
+        r"longest of 2 texts has 5 tokens, a window needs 8; use longer texts or a smaller `size`"
+    )
     with pytest.raises(ValueError, match=message):
         [*windows(["abc", "abcde"], letters, size=8, seed=seed)]
     with pytest.raises(ValueError, match=r"longest of 1 texts has 1 tokens, a window needs 2"):
         [*windows(["a"], letters, tail="keep", seed=seed)]
-    with pytest.raises(ValueError, match=r"of 0 texts.* read an iterator of texts only once"):
+    with pytest.raises(ValueError, match=r"of 0 texts.*; read an iterator only once"):
         [*windows([], letters, seed=seed)]
 
 

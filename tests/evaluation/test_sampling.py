@@ -180,6 +180,7 @@ def test_perplexity_and_its_changes_count_texts():
     assert "3 windows of 1 text: what other texts would give is not covered" in perplexities(
         {"a": one}
     )
+    assert perplexity(decoder, [[Window(cut[0], 0)]]).error.over.startswith("1 window of 1 text")
 
 
 def test_the_texts_of_a_difference_are_known_where_both_sides_name_the_same():

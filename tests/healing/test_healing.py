@@ -100,9 +100,17 @@ def test_the_papers_table_knows_its_models_pruned_or_not():
         (lambda: Recipe(batch=16, micro_batch=3), "batch 16 is not a multiple of 3"),
         (lambda: Recipe(rank=0), "rank = 0: expected a whole number of at least 1"),
         (lambda: Recipe(alpha=0), "alpha = 0: expected above 0, or None for the rank"),
-        (lambda: Recipe(learning_rate=0), "expected a finite learning_rate above 0"),
-        (lambda: Recipe(learning_rate=math.inf), "expected a finite learning_rate above 0"),
-        (lambda: Recipe(learning_rate=math.nan), "expected a finite learning_rate above 0"),
+        (lambda: Recipe(learning_rate=0), "learning_rate = .*: expected a finite number above 0"),
+        (
+            lambda: Recipe(learning_rate=math.inf),
+            "learning_rate = .*: expected a finite number above 0",
+        ),
+        (
+            lambda: Recipe(learning_rate=math.nan),
+            "learning_rate = .*: expected a finite number above 0",
+        ),
+        (lambda: Recipe(dropout=1), "dropout = 1: expected at least 0 and below 1"),
+        (lambda: Recipe(warmup=-1), "warmup = -1: expected a whole number of at least 0"),
         (lambda: Saving(save_every=-1), "save_every. -1: expected seconds, 0 to save"),
         (lambda: Saving(save_every=math.nan), "save_every. nan: expected seconds"),
     ],
@@ -816,7 +824,9 @@ def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
     )
     assert "--aim is for --method refit" in line
     line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--parts", "norm")
-    assert "parts = ('norm',): expected some of attention, mlp" in line
+    assert "--parts = norm: expected attention or mlp, both by a comma, or best" in line
+    line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--ridge", -1)
+    assert "--ridge = -1.0: expected above 0, such as 0.1" in line
 
 
 LORA = ("--method", "lora", "--steps", 2, "--batch", 2, "--rank", 2, "--warmup", 0)
@@ -926,6 +936,7 @@ def test_heal_refuses_before_it_works(books, capsys):
     )
     line = fails(capsys, *base, "--layers", "1", "--eval_data", "books/3.txt")
     assert "healing must not see that text" in line
+    assert line.endswith("or leave those windows out: --drop_overlap")
     Path("out").mkdir()
     assert "out exists" in fails(capsys, *base, "--layers", "1")
 

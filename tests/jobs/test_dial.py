@@ -51,7 +51,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"params": "6 GB"}, "`params` 6 GB: expected a number as in 6B"),
         ({"params": "1B"}, "--params 1B: the model is no larger"),
         ({"params": 600}, "still has 700 parameters; name that or more"),
-        ({"memory": "much"}, "expected a size such as 3GB"),
+        ({"memory": "much"}, "`memory` 'much': expected a size such as 3GB"),
         ({"max_perplexity_ratio": 0.9}, "`max_perplexity_ratio` 0.9: expected above 1"),
         ({"memory": "1kB", "batch": 0}, "batch = 0"),
     ],

@@ -444,3 +444,4 @@ def test_prune_says_what_the_scores_do_not_settle(here, capsys):
     assert "not 2 by angular" in said(2, "angular")
     assert "r.json ended before its answer was" in said(2, "bi", settled=False)
     assert "not settled" not in said(1, "bi", population=6)  # all were read
+    assert "not settled" not in said(2, "random", settled=False)  # by no window

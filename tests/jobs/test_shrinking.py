@@ -356,6 +356,8 @@ def test_speeds_are_taken_by_turns_and_the_healed_models_is_the_pruned_ones(here
 
 def test_a_dry_run_writes_nothing(here, capsys, monkeypatch):
     before = sorted(here.rglob("*"))
+    run("shrink", "hf", "out", "--n", 1, "--dry_run", *FLAGS)
+    assert "1 of 6 layers goes (--n 1)" in capsys.readouterr().out
     run("shrink", "hf", "out", "--memory", "190kB", "--context", 64, "--dry_run", *FLAGS)
     assert sorted(here.rglob("*")) == before
     out = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -199,6 +200,17 @@ def test_a_meta_checkpoint(here):
 def test_a_whole_model_still_runs(here, capsys):
     run("perplexity", "hf", *DATA[:4])
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_no_advice_on_the_dtype_that_was_asked_for(tmp_path):
+    write_gguf(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
+    logger, said = logging.getLogger("transformers.quantizers.quantizer_gguf"), logging.Handler()
+    said.emit = lambda record: pytest.fail(record.getMessage())
+    logger.addHandler(said)
+    try:
+        open_model(str(tmp_path / "m.gguf"), dtype="float16")
+    finally:
+        logger.removeHandler(said)
 
 
 @pytest.mark.parametrize("family", ["phi3", "qwen2"])

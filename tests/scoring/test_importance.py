@@ -422,7 +422,7 @@ def test_angular_distances_are_a_metric_on_directions():
     ("windows", "message"),
     [
         ([], "at least one window"),
-        ([[1], []], "windows have 0 to 1 tokens; this model takes 1 to 64"),
+        ([[1], []], "have 0 to 1 tokens; this model takes 1 to 64 .*give a `size` in"),
         ([[1] * 65], "windows have 65 to 65 tokens"),
         ([[1, 96]], r"token ids 1..96 are outside the vocabulary 0..95"),
         ([[-1, 3]], r"token ids -1..3 are outside"),

@@ -116,7 +116,7 @@ def test_options_that_do_not_go_together(folder):
         open_model(meta, stream=True, model_parallel_size=2)
     with pytest.raises(ValueError, match="model_parallel_size 2: only Meta's format is split"):
         open_model(str(folder / "hf"), model_parallel_size=2)
-    with pytest.raises(ValueError, match="max_memory 1MB is too little"):
+    with pytest.raises(ValueError, match="`max_memory` 1MB is too little"):
         open_model(meta, stream=True, max_memory="1MB")
     with pytest.raises(TypeError, match="max_sequence"):
         open_model(meta, max_sequence=3)

@@ -277,7 +277,9 @@ def test_a_run_in_rounds_continues(streamed, tmp_path, monkeypatch):
 
 
 def test_too_little_memory_is_refused_and_the_least_is_enough(streamed, tmp_path):
-    with pytest.raises(ValueError, match="max_memory 100kB is too little: .* at least ") as caught:
+    with pytest.raises(
+        ValueError, match="`max_memory` 100kB is too little: .* at least "
+    ) as caught:
         StreamedLlama(tmp_path / "meta", max_seq_len=20, device="cpu", max_memory="100kB")
     least = str(caught.value).split("at least ")[1].split(" (")[0]
     short = StreamedLlama(tmp_path / "meta", max_seq_len=20, device="cpu", max_memory=least)
@@ -518,8 +520,8 @@ REFUSED = [
     ),
     (("rank", "hf", "--method", "angular_all"), "--method angular_all needs all states"),
     (("rank", "hf", "--model_parallel_size", 2), "--model_parallel_size 2: --stream holds one"),
-    (("rank", "hf", "--max_memory", "1MB"), "max_memory 1MB is too little: .* at least"),
-    (("perplexity", "hf", "--max_memory", "much"), "expected a size such as 3GB"),
+    (("rank", "hf", "--max_memory", "1MB"), "--max_memory 1MB is too little: .* at least"),
+    (("perplexity", "hf", "--max_memory", "much"), "--max_memory 'much': expected a size"),
     (("rank", "model.gguf"), "model.gguf is no local directory; to be streamed"),
     (("perplexity", "some/model"), "some/model is no directory here, and the hub cannot"),
     (("rank", "other"), "other is not a plain Llama: its model_type is 'gpt2'"),
