@@ -240,6 +240,11 @@ class Importance(Table):
         return self.metrics[[*LAYER_METRICS].index(metric)] / self.tokens.sum()
 
     @property
+    def relative_magnitude(self) -> Tensor:
+        """Mean over tokens of ||f(x)|| / ||x + f(x)||, (L,) (Samragh et al. 2023)."""
+        return self.mean("magnitude")
+
+    @property
     def sublayer_influence(self) -> Tensor:
         """Block Influence of each layer's attention and MLP, (2, L); NaN where not scored."""
         return self.sublayers / self.tokens.sum()
