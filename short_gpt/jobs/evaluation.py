@@ -23,6 +23,7 @@ from short_gpt.jobs.inputs import (
     TextSource,
     about_bos,
     check_model,
+    check_named_once,
     ignore,
     known_total,
     source_of,
@@ -187,7 +188,7 @@ def perplexity_of(
     running.check_bounds()
     check_model(model)
     cut.check()
-    names = source_names(texts.data)
+    check_named_once(names := source_names(texts.data))
     kinds = [read_texts(name, texts.split, texts.column, texts.max_texts) for name in names]
     short = running.open(model, opening, cut.size)
     windows = cut.mixed(kinds, short.encode, short.bos)

@@ -495,6 +495,8 @@ def test_texts_in_memory_are_read_as_those_of_files(here, dataset):
     assert both.windows > perplexity_of("ckpt", "docs/0.txt", size=16).windows
     with pytest.raises(ShortGPTError, match="`data` names docs twice: name it once"):
         rank("ckpt", "docs,docs", size=16)
+    with pytest.raises(ShortGPTError, match="`data` names docs twice: name it once"):
+        perplexity_of("ckpt", "docs,docs", size=16)
     rows = [evaluate(["ckpt"], data=data, size=16) for data in ("docs", TEXTS)]
     assert [*rows[0]["ckpt"].values()] == [*rows[1]["ckpt"].values()]
 
