@@ -17,8 +17,6 @@ from evidence_tables import result
 from short_gpt.scoring.stopping import Stop
 from short_gpt.selection.search import most_layers_run
 
-OWN_OR_REAL = ("own-24", "book+wikitext-24")  # rows of own_samples.json
-
 
 def spread(values: dict[str, float], digits: int = 3) -> str:
     low, high = sorted((values["min"], values["max"]))
@@ -174,21 +172,6 @@ def slower() -> str:
         f"With {few['length']} tokens per draft, the original model writes at {ratios[0]} of its "
         f"own speed if the draft lacks {few['removed']} layers, and at {ratios[1]} if it lacks "
         f"{more['removed']}"
-    )
-
-
-def own_text() -> str:
-    """What a refit on own text restores, beside one on two real texts, as sentences."""
-    rows = result("own_samples")["rows"]
-    own, real = (
-        [f"{rows[name][kind]['restored']:.0%}" for kind in ("novels", "book", "wikitext")]
-        for name in OWN_OR_REAL
-    )
-    return (
-        f"a refit on 24 windows of its own text restores {own[0]} of the loss that pruning added "
-        f"on novels, which no refit read; 24 windows of two other texts restore {real[0]}. On "
-        f"those two texts, their own windows restore more: {real[1]} and {real[2]}, against "
-        f"{own[1]} and {own[2]} ("
     )
 
 

@@ -13,7 +13,6 @@ from made_tables import (
     greedy,
     healed,
     least,
-    own_text,
     refit_passes,
     rows,
     searched,
@@ -28,15 +27,23 @@ from short_gpt.healing.choosing import CANDIDATES
 
 
 def distilled() -> str:
-    """A distilled model's perplexities, as a part of a sentence."""
+    """A distilled model's perplexity on chapters, as a part of a sentence."""
     rows = result("distillation")["rows"]
-    (chapters, _, novels), (alone, _, refitted), (_, _, whole) = (
-        [f"{found['perplexity']:.2f}" for found in rows[name].values()]
-        for name in ("distill", "refit", "whole")
+    chapters, alone = (
+        f"{next(iter(rows[name].values()))['perplexity']:.2f}" for name in ("distill", "refit")
     )
-    on_novels = f"{novels} on 8 windows of novels (original model: {whole})"
-    alone += f" and {refitted}"
-    return f"to {chapters} on the same chapters and {on_novels}; its refit alone to {alone}"
+    return f"comes to {chapters} on the chapters, from {alone} refitted"
+
+
+def own_or_real() -> str:
+    """What own text restores on novels, beside two other texts, as a part of a sentence."""
+    rows = result("own_samples")["rows"]
+    own, real = (rows[name] for name in ("own-24", "book+wikitext-24"))
+    assert all(real[kind]["restored"] > own[kind]["restored"] for kind in ("book", "wikitext"))
+    on_novels = [f"{row['novels']['restored']:.0%}" for row in (own, real)]
+    return "gets back {} of the lost nats by its own text and {} by two other texts".format(
+        *on_novels
+    )
 
 
 def restored(kind: int) -> str:
@@ -74,18 +81,12 @@ def kept_share(name: str) -> str:
 
 def kept_in_readme() -> str:
     rows = result("kept")["rows"]
-    pruned, bi = rows["auto pruned"]["mean"]["share"], rows["bi pruned"]["without boolq"]["share"]
     gain = of(rows["auto pruned"]["refit against it"]["without boolq"])
     fair = [f"{rows[f'auto {how}']['without boolq']['share']:.1%}" for how in HEALED]
     assert beyond(result("kept")["pairs"]["auto distilled less auto pruned"]["without boolq"])
     return (
         "keeps {} of its mean over eight tasks as pruned, {} refitted and {} distilled. The "
-        "refit's gain, {}, is just beyond twice its error; for two other sets of layers it is "
-        "within. "
-        "With boolq, which the original answers worse than the pruned models do, the shares are "
-        "{:.1%}, {} and {}. Block Influence's set keeps {:.1%} as pruned, without boolq".format(
-            *fair, gain, pruned, kept_share("auto refit"), kept_share("auto distilled"), bi
-        )
+        "refit's gain, {}, is just beyond twice its error".format(*fair, gain)
     )
 
 
@@ -558,11 +559,13 @@ MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
     "README.md": (
         swept,
         lambda: f"original model: {rows()['dense', 0, 'raw']['perplexity']:.3f}",
-        own_text,
+        own_or_real,
         distilled,
         kept_in_readme,
-        lambda: f"restores {restored(0)} of the lost nats on its held-out chapters",
-        lambda: f"and {restored(2)} on novels",
+        lambda: (
+            f"it restores {restored(0)} of the lost nats on its held-out chapters, "
+            f"and {restored(2)} on novels"
+        ),
         lambda: (
             f"Scoring takes {spread(result('scoring')['ratios']['scoring / bare'])} times as long"
         ),
