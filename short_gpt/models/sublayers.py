@@ -5,7 +5,7 @@ Shapes: B windows, S tokens, N tokens in all, F inputs of a matrix, D width of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +24,9 @@ from short_gpt.models.layer_hooks import (
 )
 from short_gpt.runtime.errors import ShortGPTError
 
-Run = Callable[[], Tensor]  # runs a layer, and gives the stream at some point of it, (B, S, D)
+Run = Callable[[], Tensor]  # runs a layer, and gives the state leaving it, (B, S, D)
+# the same with the stream at some point first, and beside it what that was computed from
+Streams = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,13 @@ class Sublayers:
         mlp: OutputProjection | None = None
         try:
             matrix = mlp_output(layer, family)
-            mlp = projections["mlp"] = _end(run, matrix, layer, norms=family.mlp_norm_after)
+            norms = family.mlp_norm_after
+            mlp = projections["mlp"] = _end(lambda: [run()], matrix, layer, norms=norms)
         except ShortGPTError as error:
             refused["mlp"] = str(error)
             # as one module, such as a mixture of experts
             module = part(layer, family.mlp)
-            factor = None if module is None else _added_by(run, module)
+            factor = None if module is None else _added_by(lambda: [run()], module)
             if module is not None and factor is not None:
                 mlp = OutputProjection(module, factor)
         if mlp is None:
@@ -127,7 +130,7 @@ def _attention(
 ) -> OutputProjection:
     # only where the stream after it is `state` + attention and nothing else
     matrix, norms = attention_output(layer, family), family.attention_norm_after
-    attention = _end(lambda: after_attention(run, mlp)[0], matrix, layer, norms=norms)
+    attention = _end(lambda: after_attention(run, mlp), matrix, layer, norms=norms)
     without, _ = after_attention(run, attention)  # (B, S, D): all except what the attention adds
     between, leaving = after_attention(run, mlp)  # (B, S, D) each
     off = (without - leaving + between - state).abs().max()  # what neither sublayer has added
@@ -139,7 +142,7 @@ def _attention(
     return attention
 
 
-def _end(run: Run, matrix: nn.Module, layer: nn.Module, *, norms: Names) -> OutputProjection:
+def _end(run: Streams, matrix: nn.Module, layer: nn.Module, *, norms: Names) -> OutputProjection:
     # what the matrix gives to the stream, directly or through one of these norms
     factor = _added_by(run, matrix)
     if factor is not None:
@@ -156,7 +159,7 @@ def _end(run: Run, matrix: nn.Module, layer: nn.Module, *, norms: Names) -> Outp
     )
 
 
-def _follows(run: Run, matrix: nn.Module, norm: nn.Module) -> bool:
+def _follows(run: Streams, matrix: nn.Module, norm: nn.Module) -> bool:
     # the norm must be given what the matrix gives, as it is
     seen: list[Tensor] = []
     matrix_hook = matrix.register_forward_hook(lambda _, __, out: seen.append(out.clone()))
@@ -190,11 +193,11 @@ def effective_weight(norm: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _added_by(run: Run, module: nn.Module) -> float | None:
+def _added_by(run: Streams, module: nn.Module) -> float | None:
     # the factor by which a module's output is added to the stream; None where it is not added.
     # The layer runs twice, the second time with a random tensor added to the output: the stream
     # must change by a multiple of that tensor, up to 32 units in the last place.
-    before = run()  # (B, S, D)
+    before, *beside = run()  # (B, S, D) each
     # as large as the stream, so that rounding shows neither in it nor in the noise
     noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
     noise = noise.mul_(float(before.float().pow(2).mean().sqrt()))
@@ -205,13 +208,18 @@ def _added_by(run: Run, module: nn.Module) -> float | None:
         return out + added.view_as(out) if out.numel() == added.numel() else out
 
     with replaced_output(module, disturbed):
-        after = run()  # (B, S, D)
+        after, *beside_after = run()  # (B, S, D) each
     eps = torch.finfo(before.dtype).eps
     noise, change = added.cpu().double(), after.cpu().double() - before.cpu().double()
     factor = float((change * noise).sum() / (noise * noise).sum())  # by least squares
     if abs(factor - 1) <= 16 * eps:
         factor = 1.0
-    off = (change - factor * noise).abs().max() / _scale(before, added)
+    # an attention sink leaves the layer far longer than the stream between its sublayers, which
+    # is rounded as that token's state is
+    scale = torch.full(change.shape[:-1], _scale(before, added), dtype=change.dtype)  # (B, S)
+    for state in (*beside, *beside_after):
+        scale = scale.maximum(state.abs().amax(-1).cpu().double())
+    off = ((change - factor * noise).abs().amax(-1) / scale).max()
     return factor if float(off) / eps <= 32 and factor else None
 
 

@@ -122,15 +122,15 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
     assert weighed_more or family == "gpt2" or solving.weights == "equal"
 
 
-def attention_sink(short, windows, layer: int) -> None:
-    """Lets the MLP of a layer give the first token of windows a state a hundred times as long."""
+def attention_sink(short, windows, layer: int, times: float = 100) -> None:
+    """Lets the MLP of a layer give the first token of windows a state so many times as long."""
     calls, state = LayerCalls(short.decoder), states(short, windows)[layer]
     matrix = mlp_output(short.decoder.layers[layer])
     inputs = calls.until(layer, state, matrix).flatten(0, 1)  # (N, F)
     first = torch.zeros(len(windows), len(windows[0]))  # (B, S)
     first[:, 0] = 1.0
     only_first = torch.linalg.lstsq(inputs, first.flatten()[:, None]).solution  # (F, 1)
-    length = 100 * state.norm(dim=-1).mean()
+    length = times * state.norm(dim=-1).mean()
     with torch.no_grad():
         matrix.weight[3] += length * only_first[:, 0]
 
@@ -152,6 +152,16 @@ def test_the_layer_before_a_gap_makes_the_attention_sink_that_went_with_the_gap(
 
     assert missing(step_size=1.0, lost=None) > 0.9
     assert missing(step_size=1.0) < 0.3
+
+
+@pytest.mark.parametrize("times", [100, 10_000])
+def test_both_sublayers_of_the_layer_that_makes_an_attention_sink_are_solved(times):
+    # the long state rounds the stream between them, which is what it is less the MLP's output
+    windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
+    short = meta(n_layers=6)
+    attention_sink(short, windows, 3, times)
+    found = fit(short, [1], windows, progress=False)
+    assert {one.part for one in found.fits if one.layer == 3} == {"attention", "mlp"}
 
 
 def test_an_attention_sink_whose_layer_is_kept_weighs_as_other_tokens():
