@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import fire
 from calibration import joined
-from healing import Windows, cut, halves, judge, row
+from healing import Windows, both_held_out, cut, halves, judge, row
 from outcome import begin, finish
 from passages import passages
 from refits import Losses, by_kind
@@ -142,12 +142,15 @@ class _Run(NamedTuple):
     def windows(self, source: Source) -> Sequence[Sequence[int]]:
         how = {"temperature": source.temperature, "chat": source.chat, "beside": self.path}
         own = own_samples(self.short, source.own, SIZE, **how) if source.own else []
-        real = cut(self.short, demo.bible(), source.book, SIZE)
-        real += cut(self.short, [self.first_half], source.wikitext, SIZE)
-        mixed = [*real, *own]
-        if len(mixed) > max(len(own), source.book, source.wikitext):
+        book = cut(self.short, demo.bible(), source.book, SIZE)
+        wikitext = cut(self.short, [self.first_half], source.wikitext, SIZE)
+        texts = [text for text in (book, wikitext, own) if text]
+        if len({*map(len, texts)}) > 1:
+            mixed = [window for text in texts for window in text]
             random.Random(0).shuffle(mixed)  # every eighth is held out of the fit: of all texts
-        return mixed
+            return mixed
+        mixed = [window for turn in zip(*texts, strict=True) for window in turn]
+        return both_held_out(mixed) if len(texts) == 2 else mixed
 
     def losses(self, cell: str, gone: Sequence[int], fit_on: Any = None) -> Losses:
         """Losses on all held-out windows by their kind, without layers and maybe refitted."""
