@@ -200,7 +200,9 @@ def choose_healed(
     choosing = _Choosing(short, list(windows), n, budget, Cells(state))
     total = budget * choosing.a_pass
     with bar("choosing", total=total, unit="layer", show=progress, delay=0) as shown:
-        return choosing.run(shown)
+        chosen = choosing.run(shown)
+        shown.total = shown.n  # the budget need not be used up
+    return chosen
 
 
 def check_budget(budget: int, fitted: int, judged: int) -> None:

@@ -80,7 +80,7 @@ class Cases:
 
     Args:
         methods: names as of the method of rank, with commas between.
-        counts: numbers of layers to remove, as in 2,4,8.
+        counts: numbers of layers to remove, as in 2,4,8; by default those that the model allows.
         healings: of raw, patched, refit, lora and distill, with commas between.
         seeds: random sets for every number of layers.
         search_windows: of the windows of data, how many the searches by loss read.

@@ -87,6 +87,8 @@ def compare_checkpoint(
     lora.check()
     shares.check()
     source = str(demo.checkpoint()) if model is None else model
+    if cases.counts is Cases.counts and (n_layers := check_model(source)):  # of fewer, the others
+        cases = replace(cases, counts=[n for n in cases.numbers if n < n_layers] or [1])
     check_model(source, max(cases.numbers), name="`counts`")
     kinds: Sequence[Iterable[Text]]
     held: Sequence[Sequence[Text]]

@@ -396,14 +396,18 @@ class Tasks:
 # What jobs share
 
 
-def check_model(source: str, n: int | None = None, *, name: str = "n") -> None:
-    """Raises what would go wrong with a source after it is loaded, and with removing n layers."""
+def check_model(source: str, n: int | None = None, *, name: str = "n") -> int | None:
+    """Raises what would go wrong with a source after it is loaded, and with removing n layers.
+
+    Returns how many layers it has, if its files say so.
+    """
     from short_gpt.models.numbering import check_count
     from short_gpt.wrappers.opening import layers_of
 
     n_layers = layers_of(source)
     if n_layers and n is not None:
         check_count(n, n_layers, name=name)
+    return n_layers
 
 
 def about_bos(bos: str) -> str | None:

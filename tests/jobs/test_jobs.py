@@ -520,6 +520,9 @@ def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
     few = {"methods": "bi", "counts": 1, "healings": "raw", "size": 16, "device": "cpu"}
     result = jobs.compare_checkpoint("ckpt", TEXTS, **few)
     assert [row.n for row in result.rows] == [0, 1]
+    del few["counts"]  # by default, as many of 2, 4, 8 and 12 as the 5 layers allow
+    result = jobs.compare_checkpoint("ckpt", TEXTS, **few)
+    assert [row.n for row in result.rows] == [0, 2, 4]
     kinds = {"a": TEXTS, "b": [text[::-1] for text in TEXTS]}
     how = {"n": 1, "sizes": 16, "healing": "raw", "max_windows": 3, "eval_windows": 2}
     assert [*jobs.calibrate_checkpoint("ckpt", kinds, **how).choices] == ["a", "b", "mix"]
