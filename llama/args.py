@@ -100,7 +100,7 @@ class ModelArgs:
 
 
 def check_positive(expected: str = "a positive integer", **numbers: object) -> None:
-    """Raises InputError naming the first that is no integer from 1 to `MOST`."""
+    """Raises InputError for the first value that is not an integer from 1 to `MAX_INTEGER`."""
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
             raise InputError(f"{name} must be {expected}, got {shown(value)}")

@@ -229,7 +229,7 @@ def read_conversion(directory: Path) -> JsonObject:
 
 
 def copy_records(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copies those JSON files that are there, without a list of files, true of the source alone."""
+    """Copies those JSON files that exist, without their list of files, which is the source's."""
     for name in names:
         if (source / name).is_file():
             write_json(target / name, read_marker(source / name))

@@ -29,8 +29,8 @@ from llama.formats.gguf_write import (
     Stored,
     packed,
     record,
+    renamed_to_gguf,
     stored,
-    with_suffix,
     writable,
     write_new,
 )
@@ -176,8 +176,8 @@ def llama_to_gguf(
         verify: called with the complete file, under a name of its own, before it takes its place.
     """
     path = Path(str(out))
-    ours = partial(has_key, key=SOURCE_KEY)
-    check_output(path, overwrite=overwrite, ours=ours)
+    replaces = partial(has_key, key=SOURCE_KEY)
+    check_output(path, overwrite=overwrite, replaces=replaces)
     source = find_source(source)
     opened = _open_meta(source, tokenizer_path) if source.kind == "meta" else _open_hf(source, path)
     tensors = _tensors(opened, kind)
@@ -187,10 +187,10 @@ def llama_to_gguf(
     records["general.file_type"] = record("general.file_type", file_type, UINT32)
     for key, value in {SOURCE_KEY: str(source), **(also or {})}.items():
         records[key] = record(key, value, STRING)
-    with new_file(path, overwrite=overwrite, ours=ours) as file:
+    with new_file(path, overwrite=overwrite, replaces=replaces) as file:
         write_new(file, records, tensors, progress=progress)
         if verify is not None:
-            with with_suffix(file) as named:
+            with renamed_to_gguf(file) as named:
                 verify(named)
     return path
 

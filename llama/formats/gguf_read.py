@@ -63,7 +63,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file; InputError for a name that is there twice or for lost bytes."""
+    """The header of a GGUF file; InputError for a name that occurs twice or for lost bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file {path} does not exist")
     try:
@@ -185,7 +185,7 @@ class _Reader:
         return self._data[self._at - size : self._at]
 
     def _bounded(self, count: int, least: int) -> int:
-        """A count of things of at least so many bytes; InputError if the file cannot hold them."""
+        """``count``; InputError if the rest is too short for so many entries of ``least`` bytes."""
         if count * least > len(self._data) - self._at:
             raise InputError(f"it counts {count} entries, more than its bytes can hold")
         return count

@@ -228,8 +228,8 @@ def _write_file(
 
 
 @contextmanager
-def with_suffix(partial: Path) -> Iterator[Path]:
-    """A file that is not in its place yet, under a name that ends with .gguf meanwhile."""
+def renamed_to_gguf(partial: Path) -> Iterator[Path]:
+    """Renames an unfinished file to end with .gguf inside the block: readers check the suffix."""
     named = partial.rename(partial.with_name(f"{partial.name}.gguf"))
     try:
         yield named

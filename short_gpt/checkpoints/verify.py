@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.formats.safetensors import DTYPES
-from short_gpt.models.decoder import Decoder, unmixed
+from short_gpt.models.decoder import Decoder, in_own_dtype
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 
@@ -50,7 +50,7 @@ def fingerprint(short: Generator, count: int = 8) -> Fingerprint:
     """The `Fingerprint` of a model as it is now; it reads and generates ``count`` tokens."""
     read = [i % short.decoder.vocab_size for i in range(count)]
     tokens = torch.tensor([read], device=short.decoder.device)  # (1, S)
-    with unmixed(short.decoder):
+    with in_own_dtype(short.decoder):
         logits = short.decoder.logits(tokens).cpu()  # (1, S, V)
     if not logits.isfinite().all():  # nothing can be generated; `check_logits` raises for it
         return Fingerprint(logits, [], [])

@@ -15,7 +15,14 @@ import short_gpt
 from llama.io.sources import Named
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
-from short_gpt.cli.options import Output, note, say, say_uploaded, say_written, tell
+from short_gpt.cli.options import (
+    Output,
+    print_note,
+    print_progress,
+    print_result,
+    say_uploaded,
+    say_written,
+)
 from short_gpt.jobs.inputs import STRIDE, about_own, layer_list
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
@@ -54,17 +61,17 @@ def rank(
     Example: short-gpt rank llama-2-7b --n 9 --json ranking.json
     """
     record, given = output.checked(rank, locals())
-    result = jobs.rank(**given, notify=tell)
-    say(tables.ranked(result))
+    result = jobs.rank(**given, notify=print_progress)
+    print_result(tables.ranked(result))
     if answer.by_loss and (remark := about_own(data.data, advice=MORE_TEXT)) is not None:
-        say(remark)
+        print_result(remark)
     scores = result.importance
     draw = None if scores is None else partial(plots.draw_scores, scores, n=answer.n)
     output.finish({**record, **result.to_dict()}, draw)
     result.finish()
     json = None if output.file is None else str(output.file)
     if (command := tables.next_command(model, data, result, json)) is not None:
-        note(command)
+        print_note(command)
 
 
 def prune(
@@ -90,7 +97,7 @@ def prune(
             file.
     """
     result = jobs.prune(model, out, choice, opening=opening, written=written, hub=hub.later())
-    say(tables.pruned(result))
+    print_result(tables.pruned(result))
     say_uploaded(hub.push(result.out))
 
 
@@ -125,8 +132,8 @@ def heal(
     """
     record, given = output.checked(heal, locals())
     given["hub"] = hub.later()  # an upload that fails takes no result away
-    result = jobs.heal(**given, notify=tell, overwrite=output.overwrite)
-    say(tables.healed(result))
+    result = jobs.heal(**given, notify=print_progress, overwrite=output.overwrite)
+    print_result(tables.healed(result))
     say_written([result.out])
     output.finish({**record, "result": result.to_dict()})
     say_uploaded(hub.push(result.out))
@@ -151,9 +158,9 @@ def calibrate(
     """
     record, given = output.checked(calibrate, locals())
     result = jobs.calibrate_checkpoint(**given)
-    say(tables.calibrated(result))
+    print_result(tables.calibrated(result))
     if (remark := about_own(data.data, each=True)) is not None:
-        say(remark)
+        print_result(remark)
     output.finish({**record, **result.to_dict()}, partial(plots.draw_crossed, result.cells))
     if result.state is not None:
         result.state.clear()
@@ -182,12 +189,12 @@ def compare(
     if model is None:  # which reads the demo's book
         record["arguments"] |= {"data": "demo", "eval_data": "demo"}
     result = jobs.compare_checkpoint(**given)
-    say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
+    print_result(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
     for text in result.chosen:
-        say(f"\n{text}")
+        print_result(f"\n{text}")
     remark = about_own(data.data, shares.eval_data)
     if remark is not None:
-        say(remark)
+        print_result(remark)
     if output.report is not None:
         output.write_page(plots.compared_page(model or "demo", result, remark))
     output.finish({**record, **result.to_dict()}, partial(plots.draw_quality, result.rows))
@@ -260,7 +267,7 @@ def generate(
     how = (size, sampling.temperature, sampling.top_p)
     with short.skipped_in_prefill(skipped):
         text = short.generate([prompt], *how)[0]
-    say(f"{prompt}{text}")
+    print_result(f"{prompt}{text}")
 
 
 def perplexity(
@@ -279,8 +286,8 @@ def perplexity(
     Example: short-gpt perplexity llama-2-7b --data novels/ --max_windows 100
     """
     record, given = output.checked(perplexity, locals())
-    value = jobs.perplexity_of(**given, notify=tell)
-    say(tables.perplexities({model: value}))
+    value = jobs.perplexity_of(**given, notify=print_progress)
+    print_result(tables.perplexities({model: value}))
     output.finish({**record, "result": value.to_dict()})
 
 
@@ -303,7 +310,7 @@ def evaluate(
     record, _ = output.checked(evaluate, locals())
     models = [model] if pruned is None else [model, pruned]
     result = jobs.evaluate(models, reading, tasks=tasks, opening=opening, dry_run=output.dry_run)
-    say(tables.comparison(result))
+    print_result(tables.comparison(result))
     output.finish({**record, "result": result})
 
 
@@ -348,8 +355,8 @@ def reproduce(
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
     """
     record, given = output.checked(reproduce, locals())
-    result = jobs.reproduce(**given, notify=tell)
-    say(tables.reproduced(result))
+    result = jobs.reproduce(**given, notify=print_progress)
+    print_result(tables.reproduced(result))
 
     def draw(folder: Path) -> None:
         plots.draw_scores(result.importance, folder, result.n)
@@ -372,7 +379,7 @@ def convert(model: str, out: str, *, conversion: jobs.Conversion = jobs.Conversi
     Args:
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
     """
-    jobs.convert(model, out, conversion=conversion, notify=note)
+    jobs.convert(model, out, conversion=conversion, notify=print_note)
     say_written([Path(out)])
 
 
@@ -405,10 +412,10 @@ def shrink(
     """
     record, given = output.checked(shrink, locals())
     given["hub"] = hub.later()  # an upload that fails takes no result away
-    result = jobs.shrink(**given, notify=tell, overwrite=output.overwrite)
+    result = jobs.shrink(**given, notify=print_progress, overwrite=output.overwrite)
     if table and result.importance is not None:
-        say(tables.ranking(result.importance, len(result.layers)) + "\n")
-    say(str(replace(result, remarks=[*map(as_flags, result.remarks)])))
+        print_result(tables.ranking(result.importance, len(result.layers)) + "\n")
+    print_result(str(replace(result, remarks=[*map(as_flags, result.remarks)])))
     if not settings.dry_run:
         output.write({**record, "result": result.to_dict()})
         say_uploaded(hub.push(result.out))

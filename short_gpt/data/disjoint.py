@@ -79,10 +79,10 @@ def overlapping(
 ) -> dict[int, int]:
     """Which windows to train on share text with windows to evaluate on.
 
-    Two windows share text if a token stands in both: at the same position of a run of ``span``
-    tokens that their texts have in common. The windows of `data.windows` know their text, so the
-    run is read there, beyond the windows: of a copy, all windows that meet one of the original
-    count, and no others. A plain list counts as a text of its own.
+    Two windows share text if both contain the same token of a run of ``span`` tokens that occurs in
+    both texts. The windows of `data.windows` know their text, and so the run may extend beyond
+    them: of a copy, exactly the windows that meet one of the original count. A plain list counts as
+    a whole text.
 
     Args:
         training: windows of token ids, and so is ``evaluation``, by the same tokenizer.

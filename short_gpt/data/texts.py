@@ -206,8 +206,8 @@ def _files(path: Path, split: str | None) -> list[Path]:
     for name in names:
         if not (path / name).is_file():
             raise ShortGPTError(
-                f"{str(path / name)!r} is no file that can be read, but a link to nothing or a "
-                "pipe: expected files alone under such names; repair it, or take it away"
+                f"{str(path / name)!r} is a broken link or a pipe, expected a regular file; "
+                "repair or remove it"
             )
     return [path / name for name in names]
 

@@ -50,7 +50,7 @@ def losses(
     return each
 
 
-def together(parts: Sequence[Perplexity]) -> Perplexity:
+def combined(parts: Sequence[Perplexity]) -> Perplexity:
     """The perplexity of all windows."""
     samples = tuple(s for p in parts for s in _samples(p))
     nats, tokens = sum(s.nats for s in samples), sum(s.tokens for s in samples)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.paired import Difference, difference, losses, together
+from short_gpt.evaluation.paired import Difference, combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import refit
 from short_gpt.healing.refit import RefitSettings, Windows
@@ -458,5 +458,5 @@ def _is_worse(change: Difference) -> bool:
 
 def _loss(parts: Sequence[Perplexity]) -> float:
     """The mean, in nats a token."""
-    every = together(parts)
+    every = combined(parts)
     return every.nats / every.tokens

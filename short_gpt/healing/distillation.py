@@ -217,7 +217,7 @@ class CachedTeacher:
             self._state.save({})
         done = team.gather(0 if team.rank else self._drop_unfinished())[0]
         rest, model = self._windows[done:], self._model
-        mine = team.mine(rest)
+        mine = team.own_items(rest)
         every = iter(model.window_logits(mine, batch_size=batch_size) if mine and model else ())
         tokens = 0
         with (

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from short_gpt.evaluation.paired import Difference, difference, together
+from short_gpt.evaluation.paired import Difference, combined, difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Step
 from short_gpt.healing.distillation import CONTENT
@@ -185,12 +185,12 @@ class HealingJob:
         kinds = self.windows.kinds  # of the windows to evaluate on
         self.evidence = HealingEvidence(
             done,
-            {name: together(windows) for name, windows in parts.items()},
+            {name: combined(windows) for name, windows in parts.items()},
             difference(pruned, healed[-1]),
             {n: difference(a, b) for n, a, b in zip(names, before, healed, strict=True)},
             {
                 kind: {
-                    state: together([own for own, k in zip(each, kinds, strict=True) if k == kind])
+                    state: combined([own for own, k in zip(each, kinds, strict=True) if k == kind])
                     for state, each in parts.items()
                 }
                 for kind in dict.fromkeys(kinds)
@@ -320,4 +320,4 @@ class HealingJob:
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
         parts[state] = self.short.window_losses(self.windows.evaluation, progress=self.progress)
         if self.notify is not None:
-            self.notify(f"{state}: perplexity {together(parts[state]).value:.3f}")
+            self.notify(f"{state}: perplexity {combined(parts[state]).value:.3f}")

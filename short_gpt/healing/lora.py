@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 import torch.distributed as dist
 
-from llama.ranks import several_ranks
+from llama.ranks import is_distributed
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.healing.closed_form import Heal, HealingContext
 from short_gpt.healing.distillation import (
@@ -32,7 +32,7 @@ from short_gpt.healing.distillation import (
 )
 from short_gpt.healing.recipe import ALL, OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, begun, quiet, train
-from short_gpt.models.decoder import products
+from short_gpt.models.decoder import mixed_precision
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
@@ -234,7 +234,7 @@ def seconds_a_step(short: ScoredModel, window: Window, recipe: Recipe) -> float:
         try:
             for _ in range(2):  # the first warms up
                 started = time.perf_counter()
-                with products(short.decoder.mixed, tokens.device):
+                with mixed_precision(short.decoder.mixed, tokens.device):
                     loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
                 loss.backward()
                 wait(tokens.device)
@@ -297,7 +297,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 def _check_card(device: torch.device) -> None:
     """Raises ShortGPTError for another card than the first, to which the Trainer moves a model."""
-    if device.type == "cuda" and device.index and not several_ranks():
+    if device.type == "cuda" and device.index and not is_distributed():
         raise ShortGPTError(
             f"training runs on the first card, and the model is on {device}: set "
             f"CUDA_VISIBLE_DEVICES={device.index} and leave `device` out"
@@ -305,7 +305,7 @@ def _check_card(device: torch.device) -> None:
 
 
 def _check_processes(count: int, recipe: Recipe) -> None:
-    if several_ranks() and count != dist.get_world_size():
+    if is_distributed() and count != dist.get_world_size():
         raise ShortGPTError(WHOLE)
     if recipe.batch % (at_once := recipe.micro_batch * count):
         raise ShortGPTError(

@@ -11,7 +11,7 @@ inputs m to what the sublayer adds to the stream h, becomes W + step_size C^T, w
 The inputs are those of the model pruned and refitted before k, and so later layers restore what
 earlier ones could not. w = 1 / ||T_k||^2, because RMSNorm makes a token's scale irrelevant; where
 T_k is more than twice as long as h + W m, w = 1 / (2 ||h + W m||)^2: a layer that makes an
-attention sink may have gone, and the layer before the gap has to make it (`lost_states`). The
+attention sink may have gone, and the layer before the gap has to make it (`sink_weights`). The
 attention's o_proj is solved first, for the original state between the sublayers, then down_proj.
 The ridge is 2 F / N: the error of a single matrix on held-out windows does not tell which ridge has
 the lowest loss. A matrix whose error rises there stays. The patch is the same for the
@@ -34,7 +34,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from short_gpt.evaluation.paired import together
+from short_gpt.evaluation.paired import combined
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
 from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitPlan, RefitState, plan_of
@@ -286,7 +286,7 @@ def _solve(
         state.finish()  # which a killed run may not have come to
         return ""
     team = state.team  # held-out windows go on where those to fit on end
-    own = (team.mine(windows), team.mine(held, first=len(windows)))
+    own = (team.own_items(windows), team.own_items(held, first=len(windows)))
     fitted, held_out = ([*batched(part, settings.batch_size)] for part in own)
     with ExitStack() as stack:
         if plan.disk and state.folder is None:  # the states are more than there is room for
@@ -399,7 +399,7 @@ def _perplexity(short: ScoredModel, held: Windows, refit: Refit | None = None) -
     with ExitStack() as undo:
         if refit is not None:
             undo.callback(fold(short, refit))
-        return together(short.window_losses(held, progress=False)).value
+        return combined(short.window_losses(held, progress=False)).value
 
 
 def _identity(

@@ -20,7 +20,7 @@ from short_gpt.healing.solver import (
     SublayerSolver,
     Tokens,
     equations_of,
-    lost_states,
+    sink_weights,
 )
 from short_gpt.models.families import part as part_of
 from short_gpt.models.layer_calls import LayerCalls
@@ -207,7 +207,7 @@ class LayerRefit:
             if batch not in factors:  # before anything is solved
                 outputs = projection.outputs(made.inputs) if outputs is None else outputs  # (N, D)
                 present = h + projection.factor * outputs  # (N, D)
-                factors[batch] = lost_states(present, t, self._lost)
+                factors[batch] = sink_weights(present, t, self._lost)
             return made._replace(outputs=outputs, weights=made.weights * factors[batch])
 
         first_read = self._read_mlp if part == "mlp" else self._read_attention
@@ -217,11 +217,11 @@ class LayerRefit:
         parameters = [p for module in projection.modules for p in module.parameters()]
         self.restored.callback(keep_values(parameters))
 
-        def again(chosen: Iterable[int]) -> Callable[[], Iterator[Tokens]]:
+        def read_again(chosen: Iterable[int]) -> Callable[[], Iterator[Tokens]]:
             inputs, device = self._inputs[part], projection.device
             return lambda: (tokens(batch, inputs[batch].to(device), None) for batch in chosen)
 
-        reads = (again(batches.fitted), again(batches.held_out))
+        reads = (read_again(batches.fitted), read_again(batches.held_out))
         solver = SublayerSolver(projection, *reads, team=batches.team, **self._solving)
         # tokens weigh 1 / ||T||^2, or more: what rounding misses of them is relative to that, one
         # unit of a half-precision dtype, or several of float32, in which the sums are taken
@@ -275,7 +275,7 @@ class LayerRefit:
         targets = (self._target_of(part, batch).float() for batch in self._batches.fitted)
         every = torch.cat([t.pow(2).sum(-1).flatten() for t in targets])  # (B, S, D) to (N,)
         own = torch.tensor([len(every), len(every) * float(every.mean())], dtype=torch.float64)
-        count, total = self._batches.team.total(own).tolist()
+        count, total = self._batches.team.summed(own).tolist()
         return total / count
 
     def _keep(self, part: str, batch: int, inputs: Tensor, again: bool) -> None:

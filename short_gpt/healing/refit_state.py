@@ -228,7 +228,7 @@ class RefitState:
             digests = dict(ChainMap(*self.team.gather(digests)))
             if first and values:
                 tensors = {f"{n} {name}": v.contiguous() for (n, name), v in values.items()}
-                with new_file(path, overwrite=True, ours=lambda _: True) as partial:
+                with new_file(path, overwrite=True, replaces=lambda _: True) as partial:
                     save_file(tensors, partial)
                 self._files = {**self._files, path.name: files_digest([path])}
             content = {"done": done, "fits": [asdict(fit) for fit in fits], "states": digests}
@@ -327,7 +327,7 @@ def plan_of(
     every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
     own = replicas.current().mine(windows)  # states of others are theirs
     states = sum(map(len, own)) * width * itemsize
-    host = {"the process itself": resident() + UNUSED, **_fullest(calls, tokens)}
+    host = {"the process itself": resident() + UNUSED, **_peak_memory(calls, tokens)}
     solved = calls.count * (inputs + width) * width * itemsize
     if folder is None:
         host["what is solved"] = solved
@@ -345,7 +345,7 @@ def plan_of(
     return RefitPlan(host, disk * spilled, max(room, 0), len(windows))
 
 
-def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
+def _peak_memory(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
     """What a layer takes while it is read, N tokens are summed, or its MLP's matrix is solved."""
     width, inputs, itemsize = calls.widths()
     attention, mlp = width**2 * itemsize, inputs * width * itemsize  # what their matrices take

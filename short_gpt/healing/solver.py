@@ -73,7 +73,7 @@ class Tokens(NamedTuple):
         return cls(inputs, target - residual, 1 / squares.clamp_min(TINY))
 
 
-def lost_states(present: Tensor, target: Tensor, beyond: float) -> Tensor:
+def sink_weights(present: Tensor, target: Tensor, beyond: float) -> Tensor:
     """A factor of the weights of tokens, (N,), by the states (N, D) that they have and should have.
 
     It is (||target|| / (beyond ||present||))^2, and at least 1: where the target is much longer,
@@ -120,11 +120,11 @@ class NormalEquations:
         """Adds the sums of all replicas, each of which has some; all ranks must call it."""
         for start in range(0, len(self._gram) if team.count > 1 else 0, ROWS):
             rows = self._gram[start : start + ROWS, start:]  # (ROWS, F - start)
-            rows.copy_(team.total(rows))
+            rows.copy_(team.summed(rows))
             rows = self._cross[start : start + ROWS]  # (ROWS, D)
-            rows.copy_(team.total(rows))
+            rows.copy_(team.summed(rows))
         counts = torch.tensor([self.square, self.tokens], dtype=torch.float64)  # (2,)
-        self.square, tokens = team.total(counts).tolist()
+        self.square, tokens = team.summed(counts).tolist()
         self.tokens, self._diagonal = int(tokens), self._gram.diagonal().clone()  # (F,)
 
     @property
@@ -264,7 +264,7 @@ class SublayerSolver:
 
     def _error_on(self, read: Callable[[], Iterable[Tokens]]) -> float:
         own = torch.tensor([error(self._projection, read())], dtype=torch.float64)  # (1,)
-        return float(self._team.total(own))
+        return float(self._team.summed(own))
 
     def _restored(self) -> float:
         return 1 - self._error / self._error_before
@@ -302,7 +302,7 @@ class SublayerSolver:
             unit, w = outputs / _rms(outputs), weights[:, None]  # (N, D), (N, 1)
             squares += (w * unit * unit).sum(0).cpu()  # (D,)
             crosses += (w * unit * rest).sum(0).cpu()  # (D,)
-        squares, crosses = self._team.total(squares), self._team.total(crosses)  # (D,) each
+        squares, crosses = self._team.summed(squares), self._team.summed(crosses)  # (D,) each
 
         def add(ridge: float) -> float:
             change = self._step_size * crosses / (squares + ridge * squares.mean())  # (D,)

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
         PaperComparison,
         PaperOrder,
         Reproduced,
-        bear_out,
         compare_with_paper,
         identify,
+        paper_order,
         published_scores,
         reproduce,
     )
@@ -65,7 +65,7 @@ __all__ += ["Healing", "HealingWindows", "Hub", "Kinds", "Look", "LoraHealing", 
 __all__ += ["OpenOptions", "Pair", "PaperComparison", "PaperOrder", "Pruned", "Ranked", "Ranking"]
 __all__ += ["Reading", "Readings", "Reproduced", "Row", "Running", "Saving", "Scores", "Settings"]
 __all__ += ["Shares", "Shrinking", "Shrunk", "Tasks", "TextSource", "WindowScores", "Written"]
-__all__ += ["agreement", "bear_out", "calibrate", "calibrate_checkpoint", "chosen", "compare"]
+__all__ += ["agreement", "calibrate", "calibrate_checkpoint", "chosen", "compare", "paper_order"]
 __all__ += ["compare_checkpoint", "compare_with_paper", "convert", "evaluate", "heal", "identify"]
 __all__ += ["perplexity_of", "prune", "published_scores", "rank", "read_scores"]
 __all__ += ["reproduce", "shrink", "write_samples"]

@@ -22,7 +22,7 @@ from llama.io.json_files import JsonObject
 from short_gpt.data import check_disjoint, hold_out, without_overlap
 from short_gpt.data.texts import OWN
 from short_gpt.data.windows import Text, text_of
-from short_gpt.evaluation import Perplexity, difference, together
+from short_gpt.evaluation import Perplexity, combined, difference
 from short_gpt.healing import choosing
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.cases import CALIBRATED, RAW, REFIT, Kinds, Ranked, Readings, Windows
@@ -39,7 +39,7 @@ from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
 from short_gpt.scoring.moments import degrees_of_freedom
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import writes, written
+from short_gpt.wrappers.own_text import own_text_writer, with_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -337,7 +337,7 @@ class _Run(NamedTuple):
                     text=text,
                     healing=healing,
                     layers=choices[choice],
-                    perplexity=together(pruned).value,
+                    perplexity=combined(pruned).value,
                     nats=cost.nats,
                     standard_error=cost.standard_error,
                     excess=excess.nats,
@@ -396,10 +396,10 @@ def calibrate_checkpoint(
         ranks = len(sources) * len(readings.numbers) + refits
         count = models * len(sources) * readings.eval_windows + ranks * readings.max_windows
         end_dry_run(short, work, readings.numbers[0], count)
-    write = writes(short, max(readings.numbers), seed=readings.seed, beside=state)
+    write = own_text_writer(short, max(readings.numbers), seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
     with interruptible():
-        filled = written([*kinds.values()], write, 2 * half * len(kinds))
+        filled = with_own_text([*kinds.values()], write, 2 * half * len(kinds))
     documents = {name: list(kind) for name, kind in zip(kinds, filled, strict=True)}
     texts, ways = windows_apart(short, documents, readings)
     run = partial(calibrate, short, texts, ranked.n, ways=ways, state=state)

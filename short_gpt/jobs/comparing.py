@@ -19,7 +19,7 @@ import torch
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation import Perplexity, TaskSuite, difference, together
+from short_gpt.evaluation import Perplexity, TaskSuite, combined, difference
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
@@ -339,7 +339,7 @@ class Comparison:
             n=n,
             healing=healing,
             layers=layers,
-            perplexity=together(healed).value,
+            perplexity=combined(healed).value,
             nats=change.nats,
             standard_error=change.standard_error if n else 0.0,
             gain=None if healing == RAW else gain.nats,

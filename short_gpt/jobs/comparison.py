@@ -41,7 +41,7 @@ from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold, joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import writes, written_apart
+from short_gpt.wrappers.own_text import own_text_writer, split_own_text
 
 MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
 
@@ -108,10 +108,10 @@ def compare_checkpoint(
         refits = sum(healing != RAW for healing in closed) * choosing.REFIT * sets
         count = models * shares.eval_windows + (1 + refits) * shares.max_windows
         end_dry_run(short, work, shares.size, count)
-    write = writes(short, size, seed=shares.seed, beside=saving.state)
+    write = own_text_writer(short, size, seed=shares.seed, beside=saving.state)
     with interruptible():
         limits = (shares.max_windows, shares.seed)
-        calibration, evaluation = written_apart(kinds, held, write, *limits)
+        calibration, evaluation = split_own_text(kinds, held, write, *limits)
     held_out = shares.cut(short, evaluation, shares.eval_windows)
     fit_on = shares.cut(short, calibration, shares.max_windows)
     every, bos = [text for kind in calibration for text in kind], shares.bos or short.bos

@@ -34,7 +34,7 @@ from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
-from short_gpt.runtime.progress import above_bars, first_rank
+from short_gpt.runtime.progress import is_first_rank, print_above_bars
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_samples
@@ -122,9 +122,9 @@ def _evaluated(
     try:
         run = tasks.run(short, batch_size=batch_size)
     except Exception:
-        if first_rank() and measured:  # it is not lost
+        if is_first_rank() and measured:  # it is not lost
             values = ", ".join(f"{measure} {value:.6g}" for measure, value in row.items())
-            above_bars(f"measured of {name} before the tasks failed: {values}")
+            print_above_bars(f"measured of {name} before the tasks failed: {values}")
         raise
     for text, (before, digest) in ({} if first is None else first[0]).items():
         if digest == measured[text][1]:  # two tokenizers read other windows, which are not paired
@@ -148,15 +148,15 @@ def write_samples(
         raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
     if target.is_file():
         raise FileExistsError(f"{target} exists; choose another name")
-    check_output(target, overwrite=False, ours=lambda _: False)
+    check_output(target, overwrite=False, replaces=lambda _: False)
     short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
     if size > (most := short.decoder.max_seq_len):
         raise ShortGPTError(f"`max_gen_len` {size}: this model takes {most} tokens, give no more")
     with interruptible():
         texts = own_samples(short, count, size, seed=seed, beside=target)
-    if not first_rank():
+    if not is_first_rank():
         return target
-    with new_file(target, overwrite=False, ours=lambda _: False) as partial:
+    with new_file(target, overwrite=False, replaces=lambda _: False) as partial:
         lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
         partial.write_text("".join(lines), encoding="utf-8")
     return target

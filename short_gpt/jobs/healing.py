@@ -13,7 +13,7 @@ from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved, in
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
-from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
+from short_gpt.evaluation import Difference, Perplexity, combined, difference, losses
 from short_gpt.healing import (
     HealingEvidence,
     HealingJob,
@@ -50,7 +50,7 @@ from short_gpt.jobs.settings import (
 )
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
@@ -221,7 +221,7 @@ def _heal(
     facts = {**removal.record.facts, "data": texts.data}
     job.save(out, facts=facts, overwrite=overwrite, release=isinstance(short, ShortHFModel))
     del short, job, known, steps, lock  # which makes room for what is read again
-    if not first_rank():
+    if not is_first_rank():
         return done
     if is_gguf(out):
         kinds = about_kinds(model, removal.layers, removal.record.block_influence)
@@ -282,6 +282,6 @@ def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> H
         return done
     own = of_source(opening, str(done.out))
     short = open_model(str(done.out), own, max_seq_len=size)
-    written = together(losses(short.decoder, parts.evaluation))
+    written = combined(losses(short.decoder, parts.evaluation))
     change = difference([done.evidence.perplexity["healed"]], [written])
     return replace(done, written=written, quantization=change)

@@ -150,7 +150,7 @@ def _recipe(source: Source, out: str, written: Written, dtype: str) -> Path | No
         return None
     path = Path(written.recipe)
     keep = read_record(f"{out}/{PROVENANCE}")["kept_layers"]
-    with new_file(path, overwrite=written.overwrite, ours=is_recipe) as partial:
+    with new_file(path, overwrite=written.overwrite, replaces=is_recipe) as partial:
         partial.write_text(mergekit_recipe(str(source), keep, dtype), encoding="utf-8")
     return path
 
@@ -162,7 +162,7 @@ def _recipe_dtype(source: Source, target: Target, written: Written) -> str:
     if target.format == "gguf":
         raise ShortGPTError("`recipe`: mergekit writes no GGUF; leave one of them out")
     dtype, path = recipe_dtype(source), Path(written.recipe)
-    check_output(path, overwrite=written.overwrite, ours=is_recipe)
+    check_output(path, overwrite=written.overwrite, replaces=is_recipe)
     own, out = resolved(path), resolved(target.path)
     if own == out or own in out.parents:
         raise ShortGPTError(

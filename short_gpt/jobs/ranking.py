@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 from llama.io.sources import find_source
-from llama.ranks import several_ranks
+from llama.ranks import is_distributed
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
 from short_gpt.healing.choosing import (
@@ -42,7 +42,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
 from short_gpt.runtime.memory import bytes_of
-from short_gpt.runtime.progress import DryRun, check_alone, duration, first_rank
+from short_gpt.runtime.progress import DryRun, check_alone, duration, is_first_rank
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
@@ -51,7 +51,7 @@ from short_gpt.selection.methods import AUTO, SEARCHED, choose
 from short_gpt.selection.search import Search, most_layers_run
 from short_gpt.wrappers.opening import check_tokenizer
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import writes, written
+from short_gpt.wrappers.own_text import own_text_writer, with_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -127,7 +127,7 @@ class Ranking(Table):
 
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
-        if self.state is not None and first_rank():
+        if self.state is not None and is_first_rank():
             self.state.clear()
 
 
@@ -181,7 +181,7 @@ def rank(
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
     # of the files as they are now; ranks would wait for the first one, and not for long
-    digests = {} if several_ranks() else digests_of(model, opening.tokenizer_path)
+    digests = {} if is_distributed() else digests_of(model, opening.tokenizer_path)
     short = running.open(model, opening, cut.size)
     for name in ("n", "candidates"):  # of a file or a model at the hub, known only now
         if (asked := getattr(answer, name)) is not None:
@@ -197,9 +197,9 @@ def rank(
             work += "; it takes at most as long as reading so many windows"
         work += "" if known else "; writing that takes more"
         end_dry_run(short, work, cut.size, total, batch_size=running.batch_size, **how)
-    write = writes(short, cut.size, seed=cut.seed, beside=saving.state)
+    write = own_text_writer(short, cut.size, seed=cut.seed, beside=saving.state)
     with interruptible():
-        documents = written(kinds, write, cut.max_windows)
+        documents = with_own_text(kinds, write, cut.max_windows)
     windows, bos = cut.mixed(documents, short.encode, short.bos), cut.bos or short.bos
     windows = list(windows) if answer.by_loss else windows
     state = None
@@ -212,7 +212,7 @@ def rank(
     if answer.by_loss:
         return _search(short, windows, result, running)
     result = _measure(short, windows, result, cut, running, notify, detailed=detailed)
-    if several_ranks() and first_rank():
+    if is_distributed() and is_first_rank():
         return replace(result, scored=digests_of(model, opening.tokenizer_path))
     return result
 

@@ -215,7 +215,9 @@ class PaperOrder(NamedTuple):
         return "\n".join([*lines, f"pairs of the list, {len(self.pairs)}: {', '.join(counts)}"])
 
 
-def bear_out(paper: Sequence[int], importance: Importance, confidence: float = 0.95) -> PaperOrder:
+def paper_order(
+    paper: Sequence[int], importance: Importance, confidence: float = 0.95
+) -> PaperOrder:
     """Compares the order of a list of removed layers with measured scores.
 
     Where a difference is within its error, another sample of texts may give the other order.
@@ -312,7 +314,7 @@ def reproduce(
     result = rank(model, data, answer=answer, cut=cut, **how, detailed=True)
     ours = compare_with_paper(name, result.layers)
     assert result.importance is not None  # of Block Influence, which is no search
-    order = bear_out(ours.paper, result.importance)
+    order = paper_order(ours.paper, result.importance)
     texts = source_of(data)
     local = tuple(filter(is_local, source_names(texts.data)))
     return Reproduced(ours, order, result, _changed(cut, texts, result.bos), local)

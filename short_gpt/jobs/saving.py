@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llama.io.files import check_writable, is_stream
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.settings import WRITE, needs_one_of, setting
 from short_gpt.wrappers.options import AUTO, TOKENIZER, OpenOptions
 
@@ -87,7 +87,7 @@ class Hub:
         """Uploads a model that was written; its address, or None where none was asked for."""
         from short_gpt.checkpoints.hub import push
 
-        if (repo := self.push_to_hub) is None or not first_rank():
+        if (repo := self.push_to_hub) is None or not is_first_rank():
             return None
         try:
             return push(out, repo, private=self.private)

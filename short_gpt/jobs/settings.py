@@ -257,9 +257,9 @@ class HealingWindows:
         What the model writes itself is kept ``beside`` a file.
         """
         from short_gpt.healing.texts import Source
-        from short_gpt.wrappers.own_text import writes
+        from short_gpt.wrappers.own_text import own_text_writer
 
-        write = writes(short, size, seed=self.seed, beside=how.pop("beside"))
+        write = own_text_writer(short, size, seed=self.seed, beside=how.pop("beside"))
         place = (texts.split, texts.column, texts.max_texts, self.seed)
         how |= {"eval_windows": self.eval_windows, "drop_overlap": self.drop_overlap}
         how |= {"bos": self.bos or short.bos, "limit": self.max_windows or limit, "write": write}

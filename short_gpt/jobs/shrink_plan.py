@@ -130,7 +130,7 @@ class Asked:
         if is_gguf(self.out):
             check_one_file(self.out)
             check_new_gguf(self.out, overwrite=self.overwrite)
-            check_output(report_of(self.out), overwrite=True, ours=is_page)
+            check_output(report_of(self.out), overwrite=True, replaces=is_page)
         else:
             check_new(self.out, **replacing)
         n, source = self.dial.n, self.source  # which may be fetched now
@@ -276,8 +276,8 @@ def _seconds(asked: Asked, known: Derived) -> dict[str, float]:
     parts: dict[str, float] = {}
     if asked.own:
         sources = source_names(asked.texts.data)
-        spare = asked.cut.eval_data is None and asked.own == sources
-        each = count_of_own(known.limit, len(sources), spare=spare)
+        extra = asked.cut.eval_data is None and asked.own == sources
+        each = count_of_own(known.limit, len(sources), extra=extra)
         steps = len(asked.own) * math.ceil(each / AT_ONCE) * known.size
         parts["writing its own text"] = steps * _seconds_a_token(known, min(AT_ONCE, each))
     if n is None:

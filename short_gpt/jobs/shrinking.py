@@ -19,7 +19,7 @@ from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.paired import combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
 from short_gpt.healing.choosing import FEW, LEAST, MOST, pruned_losses
@@ -218,7 +218,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
             command=asked.command,
             seed=cut.seed,
         )
-        _place(asked, built, result)
+        _move_into_place(asked, built, result)
         undos.pop_all()
     return result
 
@@ -277,12 +277,12 @@ class _Run:
                 f"text with the {len(fit)} others: give more text"
             )
         order = sets.layers("sleb", count - 2)
-        original = together(self.cells.losses("original", lambda: losses(short.decoder, judging)))
+        original = combined(self.cells.losses("original", lambda: losses(short.decoder, judging)))
 
         def rise(n: int) -> float:
             run = partial(pruned_losses, short, order[:n], judging, fit_on=fit)
             try:
-                return together(self.cells.losses(f"without {n}", run)).value / original.value
+                return combined(self.cells.losses(f"without {n}", run)).value / original.value
             except NotRemovableError:  # such as all layers with attention of a hybrid
                 if n == 1:
                     raise
@@ -397,19 +397,19 @@ class _Run:
         """What the types of a GGUF file, in which the changed tensors are rounded, cost."""
         precision = self.known.opened.short.precision  # a pair is read in one
         again = open_trainable(str(built), replace(self.asked.opening, precision=precision))
-        written = together(losses(again.decoder, self.windows.evaluation))
+        written = combined(losses(again.decoder, self.windows.evaluation))
         change = difference([evidence.perplexity["healed"]], [written])
         said = [f"writing it in the file's own types changes the loss by {change}"]
         return [*said, *filter(None, [about_types(str(self.asked.source), built)])]
 
 
-def _place(asked: Asked, built: Path, result: Shrunk) -> None:
+def _move_into_place(asked: Asked, built: Path, result: Shrunk) -> None:
     """Puts model and page where they belong, whole or not at all."""
     out = asked.out
     if asked.to == "gguf":
-        how: Any = {"overwrite": asked.overwrite, "ours": is_pruned_gguf}
+        how: Any = {"overwrite": asked.overwrite, "replaces": is_pruned_gguf}
         with new_file(out, **how) as model:  # refuses what has appeared there meanwhile
-            with new_file(report_of(out), overwrite=True, ours=is_page) as page:
+            with new_file(report_of(out), overwrite=True, replaces=is_page) as page:
                 page.write_text(shrunk_page(result), encoding="utf-8")
             try:  # a refusal at the end of this block leaves the model where it was built
                 os.link(built, model)

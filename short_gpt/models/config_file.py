@@ -57,8 +57,8 @@ def read_config(source: str, options: Mapping[str, object] | None = None) -> Any
     return AutoConfig.from_pretrained(source, **options)
 
 
-def said_layers(directory: Path) -> int | None:
-    """The number of layers in a config that names code of its own, which is not run to be asked."""
+def layers_in_config(directory: Path) -> int | None:
+    """The number of layers in a config with custom code, which is not run; None for others."""
     config = read_json(directory / "config.json")
     if "auto_map" not in config:
         return None

@@ -231,7 +231,7 @@ def _load(
     result["tensors"] = weights
     options = {"tensor_key_mapping": names, "parsed_parameters": result}
     for name in parts.tensors:
-        if _stays(processor, name, names):
+        if _is_unchanged(processor, name, names):
             if name in names:
                 weights[names[name]] = parts.read(name, torch_dtype)
             else:
@@ -248,9 +248,9 @@ def _load(
     return result
 
 
-def _stays(processor: Any, name: str, names: dict[str, str]) -> bool:
-    # whether transformers takes a tensor as it is, which a stand-in shows that allows nothing:
-    # it touches neither shape nor numbers of what it leaves alone
+def _is_unchanged(processor: Any, name: str, names: dict[str, str]) -> bool:
+    # whether transformers returns a tensor unchanged, tried with a placeholder: any access to its
+    # shape or values would raise
     stand_in, parsed = object(), dict[str, object](tensors={})
     options = {"tensor_key_mapping": names, "parsed_parameters": parsed}
     try:

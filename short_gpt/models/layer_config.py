@@ -26,8 +26,8 @@ NUMBERED = (
 LEADING = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
 # Config entries that count the layers beside the usual one, in BART's decoders and xLSTM.
 SECOND = ("decoder_layers", "num_blocks")
-# Config entries that say every how many layers one is of another kind: the list that they make
-# where it is not given, and what stands in it for that layer.
+# Config entries with the period of a layer kind: the list that they generate where it is not
+# given, and its value for that kind.
 EVERY = {
     "sliding_window_pattern": ("layer_types", "full_attention"),
     "_sliding_window_pattern": ("layer_types", "full_attention"),
@@ -108,7 +108,7 @@ def pruned_entries(
 
 
 def _period(other: Sequence[bool], before: int) -> int | None:
-    # every how many layers one is of the other kind: ``before`` if it still holds, or None
+    # the period with which the other kind occurs: ``before`` if it still fits, None if none does
     for period in (before, *range(1, len(other) + 2)):
         if period and list(other) == [(i + 1) % period == 0 for i in range(len(other))]:
             return period
@@ -182,7 +182,7 @@ def _traits(modules: Iterable[tuple[str, nn.Module]]) -> Traits:
         prefix = f"{name}." if name else ""
         traits[f"{prefix}kind"] = type(module).__name__
         for key, value in vars(module).items():
-            # a layer whose keys others may read: that none does is seen by `_inseparable`
+            # a layer whose keys others may read: that none does is seen by `_why_fixed`
             if (
                 _plain(value)
                 and key not in ("training", "store_full_length_kv")

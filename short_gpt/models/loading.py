@@ -187,7 +187,7 @@ def generation_explained(model: Any, source: str, generate: Callable[[], object]
             model.generation_config = own
         raise ShortGPTError(
             f"{source} cannot generate by its generation_config.json: {explained(error)}; correct "
-            "the file, or take it away"
+            "the file, or remove it"
         ) from error
 
 

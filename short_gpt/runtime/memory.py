@@ -18,7 +18,7 @@ import torch
 
 from llama.args import ModelArgs
 from llama.checkpoint.sharding import full_shapes
-from llama.ranks import several_ranks
+from llama.ranks import is_distributed
 from short_gpt.runtime.errors import ShortGPTError
 
 BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
@@ -179,7 +179,7 @@ def free_memory() -> int:
 
     Of several ranks there, to each.
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several_ranks() else 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_distributed() else 1
     return max(0, min([psutil.virtual_memory().available, *left_in_groups()])) // ranks
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama.parallel import choose_device, initialize, several_ranks
+from llama.parallel import choose_device, initialize, is_distributed
 from short_gpt.runtime.errors import ShortGPTError
 
 if TYPE_CHECKING:
@@ -55,22 +55,22 @@ class Replicas:
     def _part(self, batch_size: int) -> int:
         return batch_size * (1 + (batch_size % 2 and self.count > 1))
 
-    def mine(self, items: Sequence[T], *, first: int = 0) -> Sequence[T]:
-        """This replica's items, every ``count``-th; the first of all is number ``first``."""
+    def own_items(self, items: Sequence[T], *, first: int = 0) -> Sequence[T]:
+        """This replica's items: every ``count``-th, where the first item has number ``first``."""
         every = range((self.rank - first) % self.count, len(items), self.count)
         return items if self.count == 1 else [items[i] for i in every]
 
-    def all(self, mine: Sequence[T]) -> list[T]:
-        """All items in their order, from what every replica has for `mine` of them (first = 0)."""
-        parts = self.gather(mine)
+    def merged(self, own: Sequence[T]) -> list[T]:
+        """All items in their order, from every replica's for its `own_items` (first = 0)."""
+        parts = self.gather(own)
         total = sum(map(len, parts))
         return [parts[i % self.count][i // self.count] for i in range(total)]
 
-    def total(self, values: Tensor) -> Tensor:
+    def summed(self, values: Tensor) -> Tensor:
         """The sum of all replicas' tensors on the CPU. All ranks must call it."""
         return values if self.count == 1 else _sum(values.contiguous())
 
-    def sum(self, sums: Sums) -> Sums:
+    def summed_fields(self, sums: Sums) -> Sums:
         """The sums of the tensors in all replicas' dataclasses. All ranks must call it."""
         own = {f.name: getattr(sums, f.name) for f in fields(sums)}
         own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
@@ -94,7 +94,7 @@ class Replicas:
 
         return _gather(value, groups.get_data_parallel_group())
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank of any replica. All ranks must call it."""
         if not _several():
             return flag
@@ -110,7 +110,7 @@ def current(device: torch.device | None = None) -> Replicas:
     """
     from fairscale.nn.model_parallel import initialize as groups
 
-    if several_ranks() and not dist.is_initialized():
+    if is_distributed() and not dist.is_initialized():
         initialize(1, device=device or choose_device())
     if not _several() or not groups.model_parallel_is_initialized():
         return Replicas()  # a group that somebody else made shares the windows as they like

@@ -21,7 +21,7 @@ from llama.io.files import lock_file, new_file, tidy
 from llama.io.json_files import JsonObject, json_text, read_json
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import is_first_rank
 
 ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
@@ -73,7 +73,7 @@ def write_record(
 ) -> Path:
     """Writes ``content``, its digest, `versions` and `machine`; replaces only such a record."""
     target = Path(str(path))
-    with new_file(target, overwrite=overwrite, ours=is_record) as partial:
+    with new_file(target, overwrite=overwrite, replaces=is_record) as partial:
         partial.write_text(record_text(content), encoding="utf-8")
     return target
 
@@ -119,7 +119,7 @@ class Lock:
         target = path.resolve()
         file = target.with_name(f".{target.name}.lock")
         alone = not file.parent.exists()  # so that the folder is made for this file
-        handle = _locked(path, file) if first_rank() else None
+        handle = _locked(path, file) if is_first_rank() else None
         if handle is not None:
             with suppress(OSError):  # a full disk
                 os.ftruncate(handle, 0)
@@ -263,7 +263,7 @@ class StateFile:
         try:
             content = read_record(self.path)
         except ShortGPTError:
-            if self._begins_otherwise():
+            if self._is_foreign():
                 raise ShortGPTError(f"{self.path} {NO_STATE}") from None
             raise damaged(self.path, self._folder) from None
         theirs = content.get("run")
@@ -293,8 +293,8 @@ class StateFile:
                 return content
         raise damaged(self.path, self._folder)
 
-    def _begins_otherwise(self) -> bool:
-        """Whether this is somebody's file: a state that was cut short begins as one, or with 0."""
+    def _is_foreign(self) -> bool:
+        """Whether another program wrote this: a truncated state begins with `START` or zeros."""
         with self.path.open("rb") as file:
             start = file.read(len(START))
         return not START.startswith(start) and not start.startswith(b"\0")

@@ -15,7 +15,7 @@ from short_gpt.data.windows import batches, text_of
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import bar, first_rank, set_rate
+from short_gpt.runtime.progress import bar, is_first_rank, set_rate
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring import hooks
 from short_gpt.scoring.hooks import Scores
@@ -160,7 +160,7 @@ class RunState:
     def save(self, sums: Importance) -> None:
         """Saves the sums; of several ranks the first does, which holds the lock."""
         texts = self._texts.get(sums.n_windows)
-        if sums.n_windows and texts and first_rank():
+        if sums.n_windows and texts and is_first_rank():
             self.file.save({"texts": texts, "importance": sums.to_dict()})
 
 
@@ -290,7 +290,7 @@ class ScoringRun:
 
 def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
     """The sums of all replicas, and of each text. All ranks must call it."""
-    return replace(team.sum(local), texts=merge_texts(team.gather(local.texts)))
+    return replace(team.summed_fields(local), texts=merge_texts(team.gather(local.texts)))
 
 
 class Following:

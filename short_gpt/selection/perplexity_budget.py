@@ -50,13 +50,13 @@ class Budget:
         error = self.changes[n].error
         sure = f"{self.confidence:.0%} sure over {error.over}"
         if error.no_interval:
-            unknown = f"whether within {self.ratio:g} cannot be told"
+            unknown = f"unknown whether within {self.ratio:g}"
             return f"{unknown}: {error.no_interval}; evaluate on more text"
         if high <= self.ratio:
             return f"at most {high:.4f}, {sure}"
         if low > self.ratio:
             return f"at least {low:.4f}, above {self.ratio:g}, {sure}"
-        return f"up to {high:.4f}, whether within {self.ratio:g} cannot be told, {sure}"
+        return f"up to {high:.4f}, unknown whether within {self.ratio:g}, {sure}"
 
     def to_dict(self) -> dict[str, object]:
         """The evidence, ready for JSON."""

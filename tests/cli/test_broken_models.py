@@ -155,7 +155,7 @@ def test_no_token_is_chosen_of_logits_that_are_no_numbers(here, capsys, model, t
     stored(lambda weight: torch.full_like(weight, float("nan")))
     convert("ckpt", "hf", verify=False)
     line = told(capsys, "generate", model, "a text", "--temperature", temperature)
-    assert "gives NaN or infinite logits, of which no token can be chosen" in line
+    assert "gives NaN or infinite logits, from which no token can be chosen" in line
 
 
 UNUSABLE = "hf cannot generate by its generation_config.json: "
@@ -167,8 +167,8 @@ NO_TOKEN = "hf/generation_config.json is damaged: "
     [
         ({"eos_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it anew"),
         ({"pad_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it anew"),
-        ({"min_length": 1e30}, UNUSABLE, "correct the file, or take it away"),
-        ({"top_k": "x"}, UNUSABLE, "correct the file, or take it away"),
+        ({"min_length": 1e30}, UNUSABLE, "correct the file, or remove it"),
+        ({"top_k": "x"}, UNUSABLE, "correct the file, or remove it"),
     ],
 )
 def test_a_generation_config_that_cannot_be_used_is_told(here, capsys, entry, said, way_out):

@@ -249,7 +249,7 @@ def test_what_is_named_like_a_text_and_cannot_be_read_is_refused(tmp_path: Path,
     (tmp_path / "train/one.txt").write_text("one")
     make(tmp_path / "train/two.txt")
     for source in (tmp_path, str(tmp_path)):
-        with pytest.raises(ShortGPTError, match=r"train/two\.txt' is no file that can be read"):
+        with pytest.raises(ShortGPTError, match=r"train/two\.txt' is a broken link or a pipe"):
             texts(source)
     (tmp_path / "test").mkdir()
     (tmp_path / "test/three.txt").write_text("three")

@@ -13,7 +13,7 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.cli.tables import perplexities
 from short_gpt.data.windows import Window, batches, text_of, windows
-from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.paired import combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.evaluation.sampling import Sample, sampling_error
 from short_gpt.jobs.comparing import Cells
@@ -162,8 +162,8 @@ def test_perplexity_and_its_changes_count_texts():
     ]
     parts = losses(decoder, cut, progress=False)
     whole = perplexity(decoder, [cut[:4], cut[4:]])
-    assert whole.error.texts == together(parts).error.texts == 3
-    assert whole.error.reach() == pytest.approx(together(parts).error.reach(), rel=1e-4)
+    assert whole.error.texts == combined(parts).error.texts == 3
+    assert whole.error.reach() == pytest.approx(combined(parts).error.reach(), rel=1e-4)
     low, high = whole.interval()
     assert math.log(high / low) == pytest.approx(2 * whole.error.reach())
     assert "6 windows of 3 texts, the texts being the samples" in perplexities({"a": whole})
@@ -197,10 +197,10 @@ def test_the_texts_of_a_difference_are_known_where_both_sides_name_the_same():
 
 def test_windows_of_parts_that_hold_several_add_up():
     parts = [Perplexity.of(SAMPLES[:3]), Perplexity.of(SAMPLES[3:])]
-    whole = together(parts)
+    whole = combined(parts)
     assert whole.windows == 8 and whole == Perplexity.of(SAMPLES)
     without_samples = [Perplexity(p.nats, p.tokens, p.windows) for p in parts]
-    assert together(without_samples).windows == 8
+    assert combined(without_samples).windows == 8
 
 
 def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path, monkeypatch):

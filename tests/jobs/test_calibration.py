@@ -13,7 +13,7 @@ from conftest import CharTokenizer, make_transformer, random_windows
 
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
-from short_gpt.evaluation import difference, losses, together
+from short_gpt.evaluation import combined, difference, losses
 from short_gpt.healing import RefitSettings, choosing
 from short_gpt.jobs import Apart, calibrate
 from short_gpt.jobs import calibration as module
@@ -94,7 +94,7 @@ def test_a_cell_is_the_model_without_the_choice_of_one_text_judged_on_another(fo
         return losses(model.decoder, judged, progress=False)
 
     whole, theirs, own = losses(short().decoder, judged, progress=False), cut("low"), cut("high")
-    assert cell.perplexity == pytest.approx(together(theirs).value, rel=1e-5)
+    assert cell.perplexity == pytest.approx(combined(theirs).value, rel=1e-5)
     for name, change in (("nats", difference(whole, theirs)), ("excess", difference(own, theirs))):
         assert getattr(cell, name) == pytest.approx(change.nats, abs=1e-5)
     excess = difference(own, theirs)

@@ -172,7 +172,7 @@ def test_ranks_do_not_wait_while_the_first_one_reads_all_files(here, monkeypatch
     monkeypatch.setattr(ranking, "digests_of", told("files", files))
     monkeypatch.setattr(ShortLlama, "measure", told("scores", measure))
     for several in (False, True):
-        monkeypatch.setattr(ranking, "several_ranks", lambda several=several: several)
+        monkeypatch.setattr(ranking, "is_distributed", lambda several=several: several)
         result = rank("ckpt", "book.txt", n=1, cut=Cut(32, 6, 0, 16))
         assert result.to_dict()["scored"] == scored("ckpt")
     assert order == ["files", "scores", "scores", "files"]

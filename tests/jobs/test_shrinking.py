@@ -203,7 +203,7 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
         (ShortHFModel, "continued", 2),  # the first two are timed
         (LayerRefit, "solve", 1),
         (ShortHFModel, "save_pretrained", 0),
-        (shrinking, "_place", 0),
+        (shrinking, "_move_into_place", 0),
     ],
 )
 def test_the_same_call_continues_what_was_killed(
@@ -260,14 +260,14 @@ def test_a_model_that_cannot_take_its_place_stays_where_it_was_built(here, monke
 @pytest.mark.parametrize("appears", ["model.gguf", "page"])
 def test_a_file_that_appeared_while_it_ran_is_not_replaced(here, monkeypatch, appears):
     name = "out.gguf" if appears == "model.gguf" else "out.gguf.report.html"
-    place = shrinking._place
+    place = shrinking._move_into_place
 
     def late(*args: Any) -> None:
         Path(name).write_text("mine")
         place(*args)
 
     with monkeypatch.context() as patch, pytest.raises(FileExistsError, match=f"{name} exists"):
-        patch.setattr(shrinking, "_place", late)
+        patch.setattr(shrinking, "_move_into_place", late)
         shrink("hf", "out.gguf", **KILLED)
     assert Path(name).read_text() == "mine"
     Path(name).unlink()
@@ -403,7 +403,7 @@ def test_a_loaded_model_is_whole_after_an_error_and_the_same_call_continues(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     how = {"tokenizer": tokenizer, "n": 2, "windows": CUT, "data": "other", "method": "bi"}
     how["minutes"] = minutes
-    with interrupted(shrinking, "_place", 0):
+    with interrupted(shrinking, "_move_into_place", 0):
         shrink(model, "out", **how)
     after = model.state_dict()
     assert model.config.num_hidden_layers == 6 and after.keys() == before.keys()
@@ -465,7 +465,7 @@ def test_a_prompt_that_is_too_long_is_refused_first_and_another_continues(here):
     with pytest.raises(ValueError, match=r"`prompt`: \d+ tokens, and \d+ are the most that"):
         shrink("hf", "out", **how, prompt="many " * 1000)
     assert not Path("out.shrinking").exists()
-    with interrupted(shrinking, "_place", 0):
+    with interrupted(shrinking, "_move_into_place", 0):
         shrink("hf", "out", **how, prompt="one")
     done = shrink("hf", "out", **how, prompt="two")
     assert done.prompt == "two" and done.looks["original"].completion
@@ -481,7 +481,7 @@ def test_a_template_that_takes_no_user_alone_is_not_asked(here):
 
 
 def test_shrink_is_started_alone(here, monkeypatch):
-    monkeypatch.setattr("short_gpt.runtime.progress.several_ranks", lambda: True)
+    monkeypatch.setattr("short_gpt.runtime.progress.is_distributed", lambda: True)
     with pytest.raises(ValueError, match="shrink runs on one rank; start it alone"):
         shrink("hf", "out")
 
