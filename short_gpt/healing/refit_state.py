@@ -325,7 +325,7 @@ def plan_of(
     calls, max_memory = short.layer_calls(), short.max_memory
     width, inputs, itemsize = calls.widths()
     every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
-    own = replicas.current().mine(windows)  # states of others are theirs
+    own = replicas.current().own_items(windows)  # states of others are theirs
     states = sum(map(len, own)) * width * itemsize
     host = {"the process itself": resident() + UNUSED, **_peak_memory(calls, tokens)}
     solved = calls.count * (inputs + width) * width * itemsize
