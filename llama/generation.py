@@ -294,7 +294,7 @@ def check_logits(logits: Tensor) -> None:
     if not (logits < torch.inf).all():  # NaN is not below it either
         raise InputError(
             "the model gives NaN or infinite logits, from which no token can be chosen: a weight "
-            "is damaged, or its dtype cannot hold its values; download the weights again, or open "
+            "is damaged, or its dtype cannot hold its values; fetch the weights again, or open "
             "it in float32"
         )
 

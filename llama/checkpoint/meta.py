@@ -87,7 +87,7 @@ class Checkpoint:
             reason = str(error).split(";")[0]
             raise InputError(
                 f"{self.directory} has {ranks} shards: {reason}; correct params.json or fetch all "
-                "files anew"
+                "files again"
             ) from None
         expected = {v: shapes_of_rank(self.args, ranks, vocab_parallel=v) for v in (False, True)}
         if ranks == 1:
@@ -101,7 +101,7 @@ class Checkpoint:
                 if name not in self.ignored and info.dtype != (dtype := first[name].dtype):
                     raise InputError(
                         f"{name} is {info.dtype} in {shard.path} and {dtype} in "
-                        f"{self.shards[0].path}: expected one dtype; fetch both anew"
+                        f"{self.shards[0].path}: expected one dtype; fetch both again"
                     )
         return vocab_parallel
 
@@ -186,7 +186,7 @@ def args_of_params(directory: Path, params: JsonObject, **limits: int) -> ModelA
         return ModelArgs.from_params(params, **limits)
     except InputError as error:
         path, reason = directory / "params.json", str(error).replace("params.json", "it")
-        raise InputError(f"{path} cannot be read: {reason}; correct or fetch it anew") from None
+        raise InputError(f"{path} cannot be read: {reason}; correct or fetch it again") from None
 
 
 def read_params(directory: Path) -> JsonObject:

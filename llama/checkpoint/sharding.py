@@ -47,7 +47,7 @@ def check_layers(source: Path, layers: int, tensors: Sized) -> None:
     if layers > len(tensors):
         raise InputError(
             f"{source} says that it has {layers} layers, but holds {len(tensors)} tensors; it is "
-            "damaged: fetch or convert it anew"
+            "damaged: fetch or convert it again"
         )
 
 

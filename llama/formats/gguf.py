@@ -261,7 +261,7 @@ def _context(config: JsonObject, path: Path) -> int:
     try:
         check_positive(max_position_embeddings=longest)
     except InputError as error:
-        raise InputError(f"{path} is damaged: {error}; correct it, or fetch it anew") from None
+        raise InputError(f"{path} is damaged: {error}; correct it, or fetch it again") from None
     return longest
 
 

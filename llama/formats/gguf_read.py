@@ -241,7 +241,7 @@ class GGUFParts:
         if len(self.paths) > 1 and count not in (None, len(self.tensors)):
             raise InputError(
                 f"{self.paths[0]} counts {count} tensors in all files, which hold "
-                f"{len(self.tensors)}; fetch them anew"
+                f"{len(self.tensors)}; fetch them again"
             )
 
     def get(self, key: str, default: object = None) -> Any:

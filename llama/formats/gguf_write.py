@@ -1,4 +1,4 @@
-"""GGUF files written tensor by tensor, each key and each tensor as its source has it or anew.
+"""GGUF files written tensor by tensor, each key and each tensor as its source has it or new.
 
 The package gguf's writer takes every key apart, refuses empty arrays and writes version 3 alone.
 Here what does not change is copied, so that with nothing changed the bytes are the source's.
@@ -34,7 +34,7 @@ from llama.formats.gguf_read import (
 from llama.io.files import file_chunks
 
 UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by number
-VERSION, ALIGNMENT = 3, 32  # of files made anew
+VERSION, ALIGNMENT = 3, 32  # of new files
 F32, F16, Q8_0, F64, BF16 = 0, 1, 8, 28, 30  # ggml's numbers of types
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
 PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}

@@ -80,7 +80,7 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
     if not isinstance(config.get("model_type", ""), str):
         raise InputError(
             f"config.json in {directory} is damaged: model_type must be a name, got "
-            f"{shown(config['model_type'])}; fetch it anew"
+            f"{shown(config['model_type'])}; fetch it again"
         )
     expected: JsonObject = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     if config.get("model_type") == "llama":

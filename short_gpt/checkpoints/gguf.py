@@ -90,8 +90,8 @@ def write_gguf(
             records[NAME] = record(NAME, done.named(name), STRING)
     with target.new_files() as partial:
         digests = write_again(partial, source, tensors, records=records, progress=progress)
-        anew = {new: digests[new] for new, old in names.items() if old in changed}
-        check_written(partial[0], source, names, records, changed=anew)
+        changes = {new: digests[new] for new, old in names.items() if old in changed}
+        check_written(partial[0], source, names, records, changed=changes)
     return target.path
 
 

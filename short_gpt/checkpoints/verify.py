@@ -101,9 +101,9 @@ def check_same(
     for name, model in zip(names, (ours, theirs), strict=True):
         if model.damaged is not None:
             raise NotFiniteError(
-                f"{name} has NaN or infinite weights, {model.damaged}, and its logits prove "
-                "nothing of a copy; fetch the weights anew (or take a dtype that holds them), or "
-                "leave the proof out (`verify` no)"
+                f"{name} has NaN or infinite weights, {model.damaged}, and its logits "
+                "cannot verify the copy; fetch the weights again (or take a dtype that holds "
+                "them), or skip verification (`verify` no)"
             )
     check_logits(ours.logits, theirs.logits, rounding, names)
     alike = (ours.cached, ours.uncached) == (theirs.cached, theirs.uncached)
@@ -131,8 +131,8 @@ def check_logits(
         same = torch.equal(actual, expected)
     if not same and not expected.isfinite().all():
         raise NotFiniteError(
-            f"{names[0]} gives NaN or infinite logits, which prove nothing of a copy: a weight is "
-            "damaged; fetch the weights anew, or leave the proof out (`verify` no)"
+            f"{names[0]} gives NaN or infinite logits, which cannot verify the copy: a weight is "
+            "damaged; fetch the weights again, or skip verification (`verify` no)"
         )
     if not same:
         raise RuntimeError(f"{names[1]} is not {names[0]}: logits differ by up to {difference:.3g}")

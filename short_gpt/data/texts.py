@@ -269,7 +269,7 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
     from pyarrow.parquet import ParquetFile
 
     if not file.stat().st_size:
-        raise ShortGPTError("the file is empty, expected a Parquet file: fetch or write it anew")
+        raise ShortGPTError("the file is empty, expected a Parquet file: fetch or write it again")
     try:
         with ParquetFile(file) as opened:
             names = opened.schema_arrow.names
@@ -280,7 +280,7 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
             raise  # what the system says names the file
         reason = " ".join(str(error).split())
         message = f"expected a whole Parquet file, got a damaged one ({reason})"
-        raise ShortGPTError(f"{message}: fetch or write it anew") from None
+        raise ShortGPTError(f"{message}: fetch or write it again") from None
 
 
 Reader = Callable[[Path, str], Iterator[str]]  # of a file and a column

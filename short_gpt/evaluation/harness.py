@@ -210,7 +210,7 @@ class _LlamaLM:
         if isinstance(llama, Llama):
             (new,), _ = llama.generate([prompt], limit, temperature, top_p, ended=ended)
             return new
-        # Meta's own cannot be asked while it runs: what there is is read anew after every look
+        # Meta's own cannot be asked while it runs: the text so far is read again after each
         generated: list[int] = []
         count = FIRST_LOOK
         while True:

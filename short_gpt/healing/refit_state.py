@@ -181,7 +181,7 @@ class RefitState:
         if self._begun_by != self.team.count:
             raise ShortGPTError(
                 f"{folder} holds a refit that {self._begun_by} processes share, now there are "
-                f"{self.team.count}: start {self._begun_by}, or delete {folder} to begin anew"
+                f"{self.team.count}: start {self._begun_by}, or delete {folder} to start again"
             )
         folder.mkdir(parents=True, exist_ok=True)
         hashed = self.folder is not None  # else there is nothing to continue from

@@ -99,7 +99,7 @@ class WindowScores(NamedTuple):
         return sums, weights
 
     def resampled(self, seed: int) -> np.ndarray:
-        """Means of windows, or documents, drawn anew, (R, K)."""
+        """Means of windows, or documents, drawn again, (R, K)."""
         sums, weights = self._units()
         drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
         return sums[drawn].sum(1) / weights[drawn].sum(1)[:, None]
@@ -131,7 +131,7 @@ def score_windows(
 
 
 class Agreement(NamedTuple):
-    """How far two rankings agree; 95% intervals by drawing the windows of both anew."""
+    """How far two rankings agree; 95% intervals by drawing the windows of both again."""
 
     first: str  # name of a text
     second: str  # of another; the same for the two halves of one
@@ -163,7 +163,7 @@ def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float]:
     """The 95% interval of a rank correlation from resamples, stretched as Student's t.
 
-    Noise lowers a correlation, and drawing anew lowers it once more: the upper end therefore lies
+    Noise lowers a correlation, and drawing again lowers it once more: the upper end therefore lies
     at least as far above ``value`` as the lower one, that of the resamples, lies below.
     """
     if degrees < LEAST_DEGREES:

@@ -131,7 +131,7 @@ def compare_checkpoint(
 class LoraHealing:
     """Heals a model without some layers by LoRA, from its files, and evaluates it.
 
-    transformers opens the model anew for each set of layers, with all layers in memory until they
+    transformers opens the model again for each set of layers, with all layers in memory until they
     are removed. No window is trained on that shares text with those to evaluate or validate on.
 
     Args:

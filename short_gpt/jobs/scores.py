@@ -83,7 +83,7 @@ class Scores:
             layers = saved_layer_numbers(search.get("layers"))
         except TypeError as error:
             raise ShortGPTError(
-                f"{file} holds no layers that a search chose: {error}; write it anew by short-gpt "
+                f"{file} holds no layers that a search chose: {error}; write it again by short-gpt "
                 "rank"
             ) from None
         return cls(file, by, arguments, None, layers, digests)
@@ -179,7 +179,7 @@ def _read(file: str) -> JsonObject:
     if CHECKED in record and record[CHECKED] != content_digest(own):
         raise ShortGPTError(
             f"{file} does not hold the scores that were written: it was edited or is damaged; "
-            "write it anew by short-gpt rank, or fetch it anew from where it is whole"
+            "write it again by short-gpt rank, or copy it again from an undamaged file"
         )
     return record
 
@@ -196,7 +196,7 @@ def _importance(record: Mapping[str, object], source: str) -> Importance:
     try:
         return Importance.from_dict(content)
     except ShortGPTError as error:
-        raise ShortGPTError(f"{source}: {error}; write it anew by short-gpt rank") from None
+        raise ShortGPTError(f"{source}: {error}; write it again by short-gpt rank") from None
 
 
 def read_scores(file: str) -> Importance:
@@ -207,7 +207,7 @@ def read_scores(file: str) -> Importance:
 def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
     part = record.get(name) or {}
     if not isinstance(part, dict):
-        raise ShortGPTError(f"{file}: {name} is {part!r}, expected an object; rank anew")
+        raise ShortGPTError(f"{file}: {name} is {part!r}, expected an object; rank again")
     return part
 
 

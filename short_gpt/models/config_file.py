@@ -98,7 +98,7 @@ def check_config(directory: Path) -> None:
             numbers = {k: part[k] for k in (*LAYERS, *WIDTHS, *OPTIONAL) if part.get(k)}
             raise ShortGPTError(
                 f"config.json in {directory} does not fit its files, which have {size} bytes; it "
-                f"has {numbers}: correct it, or fetch the model anew"
+                f"has {numbers}: correct it, or fetch the model again"
             )
 
 
@@ -109,7 +109,7 @@ def _check_ids(path: Path, settings: Mapping[str, object]) -> None:
         if ids is not None and not all(type(i) is int and -1 <= i <= MOST for i in each):
             raise ShortGPTError(
                 f"{path} is damaged: {key} must be a token's number, or a list of them, got "
-                f"{shown(ids)}; correct it, or fetch it anew"
+                f"{shown(ids)}; correct it, or fetch it again"
             )
 
 
@@ -177,7 +177,7 @@ def explained(error: BaseException) -> str:
             "`trust_remote_code` to run it"
         )
     if isinstance(error, EOFError | UnpicklingError) or "PytorchStreamReader" in str(error):
-        return "its weights are cut off or damaged; fetch it anew"
+        return "its weights are cut off or damaged; fetch it again"
     if isinstance(error, KeyError):
         return f"its config names {error}, which is not known here; try a newer transformers"
     if (named := re.match(r"module 'torch' has no attribute ('\w+')", str(error))) is not None:

@@ -43,8 +43,8 @@ class HFDecoder:
     """A `Decoder` over a ``transformers`` model with a language-model head.
 
     A removed layer is four edits: the list, ``num_hidden_layers``, every module's ``layer_idx``
-    and every per-layer entry of the config. Whether they suffice is proved on the spot: a model
-    made anew from the edited config must have the same layers, or nothing is removed.
+    and every per-layer entry of the config. Whether they suffice is checked at once: a model
+    made from the edited config must have the same layers, or nothing is removed.
 
     ``layers_path`` is where its layers are, as in ``"model.layers"``; None finds them.
     """

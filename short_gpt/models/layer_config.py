@@ -1,6 +1,6 @@
 """What a config of transformers says of layers: its entries, and the proof that it makes the model.
 
-The proof is a twin: a model made anew from the config on the meta device, which costs no memory.
+The proof is a twin: a model made from the config on the meta device, which costs no memory.
 Where it differs from the model at hand, a saved copy would come back as another model.
 """
 

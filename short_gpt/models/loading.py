@@ -124,7 +124,7 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
         _check_tokenizer(directory)
         raise ShortGPTError(
             f"the tokenizer's files in {directory} are not those of one that transformers knows: "
-            f"{type(error).__name__}, {explained(error)}; fetch them anew"
+            f"{type(error).__name__}, {explained(error)}; fetch them again"
         ) from error
     if local and len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ShortGPTError(
@@ -222,7 +222,7 @@ def check_weights(name: str, info: Mapping[str, Collection[Any]]) -> None:
     wrong += [" ".join(str(text).split())[:200] for text in info.get("error_msgs", ())][:1]
     if wrong:
         raise ShortGPTError(
-            f"{name} cannot be loaded: its files {'; they '.join(wrong)}; fetch or convert it anew"
+            f"{name} cannot be loaded: its files {'; they '.join(wrong)}; fetch or convert it again"
         )
 
 

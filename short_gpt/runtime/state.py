@@ -208,11 +208,11 @@ def check_saved(path: Path, digest: str, *, folder: Path) -> None:
 
 
 def damaged(path: Path, folder: Path) -> ShortGPTError:
-    """The error of a file that is gone or not as it was saved; to begin anew ``folder`` must go."""
+    """The error of a missing or changed file of a run; to start again ``folder`` must go."""
     why = "does not hold what was saved there: it was edited or is damaged"
     if not path.is_file():
         why = "is missing, from which the run would go on"
-    return ShortGPTError(f"{path} {why}; delete {folder} to begin anew")
+    return ShortGPTError(f"{path} {why}; delete {folder} to start again")
 
 
 class StateFile:
@@ -269,25 +269,25 @@ class StateFile:
         theirs = content.get("run")
         if not isinstance(theirs, dict):
             raise ShortGPTError(f"{self.path} {NO_STATE}")
-        anew = f"delete {self._folder} or name another state"
+        fix = f"delete {self._folder} or name another state"
         theirs, own = {**USUAL, **theirs}, {**USUAL, **self._identity}
         # a run keeps the same entries from one save to the next, so other ones are another format
         if theirs.keys() != own.keys():
             other = ", ".join(sorted(theirs.keys() ^ own.keys()))
             raise ShortGPTError(
                 f"{self.path} is the state of another version of this library, or of another "
-                f"command (it differs in the entries {other}); {anew}"
+                f"command (it differs in the entries {other}); {fix}"
             )
         for name, value in own.items():
             if theirs.get(name) != value and (name not in UNSAID or theirs.get(name)):
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "
                     f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "
-                    f"{self._folder} to begin anew"
+                    f"{self._folder} to start again"
                 )
         if CHECKED not in content:
             older = "is the state of another version of this library"
-            raise ShortGPTError(f"{self.path} {older}; {anew}")
+            raise ShortGPTError(f"{self.path} {older}; {fix}")
         with suppress(RecursionError):  # nested deeper than anything that is saved
             if content[CHECKED] == content_digest(content):
                 return content

@@ -69,7 +69,7 @@ REGISTRY = (
     ),
     Method(
         "sleb",
-        "greedily, lowest loss without the layer, scored anew (SLEB)",
+        "greedily, lowest loss without the layer, scored again (SLEB)",
         label="greedy search (SLEB)",
     ),
     Method(

@@ -365,14 +365,14 @@ def continued(
     """
     if state is None or not state.content:
         return Search(), [{}]
-    anew = "delete it or name another state"
+    fix = "delete it or name another state"
     if "search" not in state.content:
-        raise ShortGPTError(f"{state.path} is the state of another run than a search; {anew}")
+        raise ShortGPTError(f"{state.path} is the state of another run than a search; {fix}")
     content = state.content["search"]
     if other := [name for name, value in about.items() if content[name] != value]:
         raise ShortGPTError(
             f"{state.path} is the state of another search (it differs in {', '.join(other)}); go "
-            f"on with the former, {anew}"
+            f"on with the former, {fix}"
         )
     losses, done = (  # by layers, whose numbers JSON has turned into strings
         [{int(i): value for i, value in by_layer.items()} for by_layer in content[name]]

@@ -341,8 +341,8 @@ class ShortHFModel(ShortModel):
             if damaged := copy_weights(again):
                 raise NotFiniteError(
                     f"{self.source} has NaN or infinite weights, {damaged[0]} of what was written, "
-                    "and its logits prove nothing of a copy; fetch the weights anew, or leave the "
-                    "proof out (`verify` no)"
+                    "and its logits cannot verify the copy; fetch the weights again, or skip "
+                    "verification (`verify` no)"
                 )
             if not getattr(again, "is_quantized", False):  # those are where they belong
                 again.to(device)

@@ -109,7 +109,7 @@ def test_a_weight_that_is_no_number_is_told_where_a_proof_needs_one(here, capsys
         line = told(capsys, *command)
         own = {"ckpt": "feed_forward.w2", "hf": "mlp.down_proj"}[model]
         assert f"{name} has NaN or infinite weights, layer 2 in {own}.weight, and its" in line
-        assert "or leave the proof out (--verify no)" in line and not Path("out").exists()
+        assert "or skip verification (--verify no)" in line and not Path("out").exists()
     run("prune", model, "out", *CUT, "--verify", "no")
 
 
@@ -134,7 +134,7 @@ def test_a_weight_that_the_logits_do_not_show_is_named(here, capsys, model, valu
     for command in (prune, ("convert", model, "out", "--to", to)):
         line = told(capsys, *command)
         assert "has NaN or infinite weights, " in line and f"{own}.weight" in line
-        assert "or leave the proof out (--verify no)" in line and not Path("out").exists()
+        assert "or skip verification (--verify no)" in line and not Path("out").exists()
     run(*prune, "--verify", "no")
     assert "verified" not in "".join(capsys.readouterr())
 
@@ -165,8 +165,8 @@ NO_TOKEN = "hf/generation_config.json is damaged: "
 @pytest.mark.parametrize(
     ("entry", "said", "way_out"),
     [
-        ({"eos_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it anew"),
-        ({"pad_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it anew"),
+        ({"eos_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it again"),
+        ({"pad_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it again"),
         ({"min_length": 1e30}, UNUSABLE, "correct the file, or remove it"),
         ({"top_k": "x"}, UNUSABLE, "correct the file, or remove it"),
     ],

@@ -90,7 +90,7 @@ def test_a_state_that_was_cut_short_says_what_to_delete(tmp_path, content):
     (tmp_path / "state").write_bytes(content)
     told = "is no state of a run; choose another name"
     if content[:2] not in (b"[]", b'{"'):  # those are somebody's files
-        told = f"does not hold what was saved there.*; delete {tmp_path}/run to begin anew"
+        told = f"does not hold what was saved there.*; delete {tmp_path}/run to start again"
     with pytest.raises(ShortGPTError, match=told):
         StateFile(tmp_path / "state", IDENTITY, folder=tmp_path / "run")
     assert as_begun(OpenOptions(precision="auto"), tmp_path / "state").precision == "auto"

@@ -115,7 +115,7 @@ def test_scores_of_other_kinds_are_not_spoilt(tmp_path, monkeypatch, kind, name)
         before, how = short.importance.to_dict(), "no " if then else ""
         monkeypatch.setattr(short, "windows_at_once", lambda *_: pytest.fail("it would read"))
         told = f"have {how}{name}: go on with {kind}={bool(first)}, or"
-        with pytest.raises(ShortGPTError, match=f"the scores so far {told} begin anew"):
+        with pytest.raises(ShortGPTError, match=f"the scores so far {told} start again"):
             short.measure(windows, progress=False, **then)
         with pytest.raises(ShortGPTError, match=f"the scores in .* {told} delete it"):
             state = RunState(StateFile(path, IDENTITY))
