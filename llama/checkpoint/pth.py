@@ -25,7 +25,7 @@ from torch import Tensor
 from llama.errors import InputError
 
 ZIP_END = 98  # bytes at most that follow a zip file's list of records
-MOST_RECORD = 2**24  # bytes of a record that is no tensor: the names of all tensors take far less
+MOST_RECORD = 2**24  # bytes of a record without a tensor: the names of all tensors take far less
 STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float64: torch.DoubleStorage,

@@ -66,7 +66,7 @@ class GGUFFile(GGUFParts):
         return "token_embd.weight" if name not in self.tensors and name == "output.weight" else name
 
     def args(self) -> ModelArgs:
-        """The model's shape; InputError where it is no Llama that Meta's code could run."""
+        """The model's shape; InputError where it is not a Llama that Meta's code could run."""
         dim, heads = self.need("llama.embedding_length"), self.need("llama.attention.head_count")
         layers, width = self.need("llama.block_count"), self.need("llama.feed_forward_length")
         check_positive(embedding_length=dim, block_count=layers, feed_forward_length=width)

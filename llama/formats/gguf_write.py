@@ -1,7 +1,7 @@
 """GGUF files written tensor by tensor, each key and each tensor as its source has it or new.
 
 The package gguf's writer takes every key apart, refuses empty arrays and writes version 3 alone.
-Here what does not change is copied, so that with nothing changed the bytes are the source's.
+Here what does not change is copied, and without changes the bytes are the source's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def record(key: str, value: object, kind: int, element: int | None = None) -> Re
     try:
         raw = _text(key) + struct.pack("<I", kind) + _packed(value, kind, element)
     except (struct.error, TypeError, AttributeError) as error:
-        raise InputError(f"{key} = {value!r} is no value of GGUF's type {kind}: {error}") from None
+        raise InputError(f"{key} = {value!r} is not of GGUF's type {kind}: {error}") from None
     return Record(kind, element, raw)
 
 

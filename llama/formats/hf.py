@@ -31,7 +31,7 @@ class HFWeights:
     """A Hugging Face Llama's config and weights in Meta's terms, checked by their headers.
 
     ``tied`` tells whether the config makes the output head the embedding; ``infos`` are as of
-    `meta_infos`. InputError if it is no plain Llama.
+    `meta_infos`. InputError if it is not a plain Llama.
     """
 
     def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:

@@ -105,7 +105,7 @@ def check_writable(path: Path) -> None:
     """Raises PermissionError if ``path`` could not be created; for a check before long work."""
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: {parent} is no writable directory")
+        raise PermissionError(f"{path} cannot be written: {parent} is not a writable directory")
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def save_gguf(
 def in_few_bits(source: StrPath) -> bool:
     """Whether the layers of a GGUF file have less than 8 bits a weight.
 
-    What changes of them is rounded again, so that a training should change few matrices.
+    What changes of them is rounded again, and so a training should change few matrices.
     """
     tensors = GGUFParts(Path(str(source))).tensors.items()
     layers = [entry for name, entry in tensors if LAYER.fullmatch(name)]

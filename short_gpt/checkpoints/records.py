@@ -81,7 +81,7 @@ class Entries:
 
     def refused(self, key: str, expected: str, value: object) -> ShortGPTError:
         return ShortGPTError(
-            f"{self.where} is no record of a pruned model: expected {expected} as {key}, got "
+            f"{self.where} is not a record of a pruned model: expected {expected} as {key}, got "
             f"{str(value)[:80]}; correct it, or delete it and with it the history of the layers"
         )
 

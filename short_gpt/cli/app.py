@@ -78,7 +78,7 @@ def answer(argv: list[str]) -> str | None:
             raise ShortGPTError(f"no completion for {shell!r}: expected bash or fish")
         named = {name: for_completion(command) for name, command in COMMANDS.items()}
         script = Script("short-gpt", named, shell=shell)
-        # fire takes the last word that is no flag for the command; other words are files
+        # fire takes the last word that is not a flag for the command; other words are files
         word = "lastcommand=${COMP_WORDS[i]}\n"
         script = script.replace(word, f"{word}      [[ $i -gt 0 ]] && break\n")
         return script.replace("complete -F", "complete -o default -F")

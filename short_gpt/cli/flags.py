@@ -66,7 +66,7 @@ class Flag(NamedTuple):
         if NoneType in self.kinds and text.lower() == "none":
             return None
         if str in self.kinds:
-            # a shell expands no ~ after an equals sign; a prompt alone is no name of anything
+            # a shell expands no ~ after an equals sign; a prompt alone names nothing
             return text if self.name == "prompt" else os.path.expanduser(text)
         if bool in self.kinds and text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]

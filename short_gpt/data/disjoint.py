@@ -15,7 +15,7 @@ from short_gpt.data.windows import Window as TextWindow
 from short_gpt.runtime.errors import ShortGPTError
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
-SHORTEST = 8  # tokens of a run; fewer stand in many a text that is no copy
+SHORTEST = 8  # tokens of a run; fewer stand in many texts that are not copies
 NONE = -1  # stands for no window
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2^64
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))

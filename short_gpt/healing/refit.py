@@ -75,7 +75,7 @@ class RefitSettings(ClosedForm):
     where: str = WHERE[0]
     batch_size: int = 1  # windows of one length read at once
     max_windows: int | None = None  # of the training windows, from the first; None reads all
-    # where T is more than so many times as long as h + W m, the state that is there, "inverse" is
+    # where T is more than so many times as long as h + W m, the state that it has, "inverse" is
     # 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; at least 1, None is for nowhere
     lost: float | None = 2.0
     name: ClassVar[str] = "refit"

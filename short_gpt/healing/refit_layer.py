@@ -201,7 +201,7 @@ class LayerRefit:
                 for state in (residual, self._target_of(part, batch))
             )
             made = Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
-            # a norm's weight is of all tokens alike: not for the sake of one
+            # a norm's weight is of all tokens alike: one must not decide it
             if mean_square is not None or self._lost is None or projection.norm is not None:
                 return made._replace(outputs=outputs)
             if batch not in factors:  # before anything is solved

@@ -77,7 +77,7 @@ def sink_weights(present: Tensor, target: Tensor, beyond: float) -> Tensor:
     """A factor of the weights of tokens, (N,), by the states (N, D) that they have and should have.
 
     It is (||target|| / (beyond ||present||))^2, and at least 1: where the target is much longer,
-    errors are relative to the state that is there. Such tokens are attention sinks: some layer
+    errors are relative to the present state. Such tokens are attention sinks: some layer
     gives the first token of a window a state a hundred times as long as others, on which later
     attention rests. Without that layer, one token in hundreds would hardly weigh in the sum.
     """

@@ -133,7 +133,7 @@ def examples(windows: Sequence[Sequence[int]], *, first: int = 0) -> list[Exampl
 
 
 def collate(batch: Sequence[Example]) -> dict[str, Tensor]:
-    """Windows as one batch (B, S), padded on the right; padding is no target."""
+    """Windows as one batch (B, S), padded on the right; padding is not a target."""
     longest = max(len(e["input_ids"]) for e in batch)
     tokens = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, S)
     labels = torch.full_like(tokens, IGNORED)

@@ -335,7 +335,7 @@ def _drop_unfinished(folder: Path) -> bool:
 
 
 def _is_finished(checkpoint: Path) -> bool:
-    """Whether all files are there; damage is no kill's doing, and raises ShortGPTError."""
+    """Whether all files are there; damage, which no kill does, raises ShortGPTError."""
     try:
         read_record(checkpoint / LAST)
     except (OSError, ValueError):

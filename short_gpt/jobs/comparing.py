@@ -61,7 +61,7 @@ def tokens_per_second(
 ) -> float:
     """Greedy generation with the cache after the window's beginning; the fastest of some runs.
 
-    No token ends a text, so that every model writes as many.
+    No token ends a text, and so every model writes as many.
     """
     half_context = short.decoder.max_seq_len // 2
     ids, count = list(window[: min(prompt, half_context)]), min(count, half_context)

@@ -79,7 +79,7 @@ def _paper_model(name: str) -> JsonObject:
 def identify(dim: int, n_layers: int, vocab_size: int) -> str:
     """Which of the paper's models has this shape, by the name that `compare_with_paper` knows.
 
-    A shape is no proof of identity: LLaMA 1 7B and Mistral 7B share that of Llama-2-7B.
+    A shape does not prove identity: LLaMA 1 7B and Mistral 7B share that of Llama-2-7B.
 
     Example:
         >>> identify(4096, 32, 32000)
@@ -313,7 +313,7 @@ def reproduce(
     how["dry_run"] = dry_run
     result = rank(model, data, answer=answer, cut=cut, **how, detailed=True)
     ours = compare_with_paper(name, result.layers)
-    assert result.importance is not None  # of Block Influence, which is no search
+    assert result.importance is not None  # of Block Influence, which is not a search
     order = paper_order(ours.paper, result.importance)
     texts = source_of(data)
     local = tuple(filter(is_local, source_names(texts.data)))

@@ -106,7 +106,7 @@ class Conversion:
 
     Args:
         to: the format to write: meta, hf or gguf. If not given, gguf where OUT ends with .gguf,
-            else Meta's; Hugging Face's from Meta's and from a GGUF file that is no Llama.
+            else Meta's; Hugging Face's from Meta's and from a GGUF file that is not a Llama.
         type: of matrices in GGUF, from another format: f32, f16, bf16 or q8_0; the source's if not
             given.
         dtype: of the weights written for Meta, or read from GGUF; the source's if not given,

@@ -405,7 +405,7 @@ class Settings:
     def recipe(self, short: ScoredModel, seed: int, *, few_bits: bool = False) -> Recipe:
         """The recipe for a model of transformers, with the changes.
 
-        ``few_bits``: what it changes is rounded again, so that preset small changes little.
+        ``few_bits``: what it changes is rounded again, and so preset small changes little.
         """
         from short_gpt.healing.recipe import OUTPUTS, recipe_for
 

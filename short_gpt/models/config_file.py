@@ -130,7 +130,7 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> ModelArgs:
         if kind == "hub" and (failure := hub_failure(source, error)) is not None:
             raise failure from None
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
-    # a family may have other names for them, and then is no Llama
+    # a family may have other names for them, and then is not a Llama
     said = {name: getattr(text, name, None) for name in SHAPE}
     if missing := [name for name, value in said.items() if value is None]:
         raise ShortGPTError(

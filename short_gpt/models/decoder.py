@@ -110,7 +110,7 @@ def same_rotary_groups(windows: Sequence[Sequence[int]], decoder: Decoder) -> li
     A model with LongRoPE (arXiv:2402.13753) has two sets of rotary factors, and takes the one for
     long texts where its batch's longest window, or that one's padding, is longer than a limit.
     """
-    # what is no list of windows is refused by `pad`
+    # anything but a list of windows is refused by `pad`
     limits = decoder.rotary_limits
     if not limits or len(windows) == 0 or not _is_window(windows[0]):
         return [[*range(len(windows))]]

@@ -61,7 +61,7 @@ class HFDecoder:
             )
         if getattr(model.config, "is_encoder_decoder", False):
             raise ShortGPTError(
-                f"{kind} is no causal language model: it has an encoder and a decoder"
+                f"{kind} is not a causal language model: it has an encoder and a decoder"
             )
         self.model = self.module = model
         if not hasattr(self.config, "num_hidden_layers"):
@@ -74,7 +74,7 @@ class HFDecoder:
         except AttributeError:
             layers = None
         if not isinstance(layers, nn.ModuleList):
-            raise ShortGPTError(f"{self.layers_path} is no list of layers of {kind}")
+            raise ShortGPTError(f"{self.layers_path} is not a list of layers of {kind}")
         if any(getattr(layer, "is_decoder", True) is False for layer in layers):  # such as BERT's
             raise ShortGPTError(
                 f"{kind} is an encoder, whose tokens see those after them; if it was trained as a "
@@ -313,7 +313,7 @@ def find_layers(model: PreTrainedModel) -> str:
         if path in lists and len(lists[path]) == count:
             return path
     paths = [name for name, module in lists.items() if len(module) == count]
-    # a list inside another, such as a layer's experts, is no list of layers
+    # a list inside another, such as a layer's experts, is not a list of layers
     outer = [p for p in paths if not any(p.startswith(f"{q}.") for q in paths)]
     # of the text, where images and sounds have layers of their own
     outer = [p for p in outer if not any(tower in p for tower in TOWERS)]

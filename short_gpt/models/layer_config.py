@@ -45,7 +45,7 @@ def layer_entries(config: Any, count: int) -> dict[str, Any]:
     count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     entries: dict[str, Any] = {}
     for name, value in vars(config).items():
-        # as many ends of text (eos_token_id) as layers are no list of layers
+        # as many ends of text (eos_token_id) as layers are not a list of layers
         listed = isinstance(value, list | tuple) and "token" not in name
         leading = name in LEADING and isinstance(value, int) and value < count
         total = name == count_name or (name in SECOND and value == count)
@@ -195,7 +195,7 @@ def _traits(modules: Iterable[tuple[str, nn.Module]]) -> Traits:
 
 
 def _plain(value: object) -> bool:
-    # functions and modules are no settings
+    # functions and modules are not settings
     if isinstance(value, list | tuple):
         return all(map(_plain, value))
     return isinstance(value, bool | int | float | str | None)

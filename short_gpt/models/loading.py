@@ -53,7 +53,7 @@ def auto_class(config: Any) -> Any:
         return t.AutoModelForImageTextToText
     if type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING:
         return t.AutoModelForCausalLM
-    raise ShortGPTError(f"a model of type {config.model_type!r} is no causal language model")
+    raise ShortGPTError(f"a model of type {config.model_type!r} is not a causal language model")
 
 
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:

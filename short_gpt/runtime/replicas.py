@@ -1,7 +1,7 @@
 """Copies of a model that share the windows: each reads its part, and their sums are added up.
 
 Under torchrun, R ranks with model parallelism of N are R / N replicas. All replicas go through
-the same windows in the same order and take their own, so that they reach every sum at the same
+the same windows in the same order and take their own, and so they reach every sum at the same
 step. `end_all` ends all ranks with one message when one of them fails.
 """
 

@@ -30,7 +30,7 @@ PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "nump
 USUAL = {"precision": "float32", "kept step": None, "number of processes": None}
 UNSAID = ("number of processes",)  # which earlier versions did not say
 START = b'{\n "run"'  # of a state
-NO_STATE = "is no state of a run; choose another name"
+NO_STATE = "is not the state of a run; choose another name"
 LONGEST = 300  # characters of a process's description that are shown
 
 
@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, object]:
-    """The system, processor, cores and threads, and the CUDA devices that are there."""
+    """The system, processor, cores and threads, and the CUDA devices present."""
     about: dict[str, object] = {"system": f"{platform.system()} {platform.machine()}"}
     about |= {"processor": _processor(), "cores": os.cpu_count()}
     about["torch_threads"] = torch.get_num_threads()
@@ -103,7 +103,8 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
     """What `write_record` wrote."""
     source = Path(str(path))
     if not source.is_file():
-        raise FileNotFoundError(f"{source} {'is no file' if source.exists() else 'does not exist'}")
+        why = "is not a file" if source.exists() else "does not exist"
+        raise FileNotFoundError(f"{source} {why}")
     return read_json(source)
 
 

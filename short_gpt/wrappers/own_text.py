@@ -130,7 +130,7 @@ class _Writing:
     times: list[float] = field(default_factory=list)  # of the first steps
 
     def run(self, count: int, batch_size: int | None, progress: bool) -> None:
-        """Completes the first ``count`` texts; keeps what is there however it ends."""
+        """Completes the first ``count`` texts; keeps what is written however it ends."""
         missing = [i for i in range(count) if len(self.texts[i]) < self.length]
         share = -(-len(missing) // self.team.count)
         fitting = self.team.gather(self._fitting())

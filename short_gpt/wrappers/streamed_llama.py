@@ -63,7 +63,7 @@ def open_stream(
         path = resolve(name)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "
+            f"{path} is not a local directory; to be streamed, a Llama must be in Meta's format "
             "or Hugging Face's with safetensors"
         )
     source = HFSource if find_source(path).kind == "hf" else MetaSource

@@ -300,7 +300,7 @@ def test_settings_are_refused_before_a_model_is_loaded(here):
     with pytest.raises(FileNotFoundError, match="no tokenizer file"):
         rank("ckpt", "no such text")
     Path("ckpt/tokenizer.json").write_text("{")
-    with pytest.raises(ShortGPTError, match="ckpt/tokenizer.json is no tokenizer.json or a dam"):
+    with pytest.raises(ShortGPTError, match="ckpt/tokenizer.json is not a tokenizer.json, or"):
         rank("ckpt", "no such text")
     Path("aside").rename("ckpt/tokenizer.json")
     with pytest.raises(ShortGPTError, match="`method` sleb needs `n`"):

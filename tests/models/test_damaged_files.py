@@ -300,7 +300,7 @@ def bos_template(ids: dict) -> Callable[[dict], object]:
 def test_a_tokenizer_at_which_its_package_panics_is_named(here):
     rewrite(here / "hf/tokenizer.json", bos_template({}))
     for read in (generate_transformers, read_words("hf/tokenizer.json")):
-        with pytest.raises(ShortGPTError, match=r"hf/tokenizer\.json is no tokenizer\.json or a"):
+        with pytest.raises(ShortGPTError, match=r"hf/tokenizer\.json is not a tokenizer\.json, o"):
             read(here)
 
 
@@ -368,7 +368,7 @@ def test_json_as_deep_as_the_stack(here):
         ("rank.state", rank_state),
     ):
         (here / name).write_text('{"a":' + "[" * 100_000)
-        told = "is no state of a run" if read is rank_state else "is not JSON"
+        told = "is not the state of a run" if read is rank_state else "is not JSON"
         with within_bounds(), pytest.raises(ShortGPTError, match=told):
             read(here)
 

@@ -62,7 +62,7 @@ def test_a_state_that_tells_of_other_things_is_another_versions(tmp_path, theirs
 
 def test_what_is_no_state_is_refused(tmp_path):
     (tmp_path / "state").write_text('{"importance": []}')
-    with pytest.raises(ShortGPTError, match="is no state of a run; choose another name"):
+    with pytest.raises(ShortGPTError, match="is not the state of a run; choose another name"):
         StateFile(tmp_path / "state", IDENTITY)
 
 
@@ -88,7 +88,7 @@ CUT = b'{\n "run": {"data"'
 )
 def test_a_state_that_was_cut_short_says_what_to_delete(tmp_path, content):
     (tmp_path / "state").write_bytes(content)
-    told = "is no state of a run; choose another name"
+    told = "is not the state of a run; choose another name"
     if content[:2] not in (b"[]", b'{"'):  # those are somebody's files
         told = f"does not hold what was saved there.*; delete {tmp_path}/run to start again"
     with pytest.raises(ShortGPTError, match=told):

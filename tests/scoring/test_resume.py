@@ -191,7 +191,7 @@ def test_a_refused_state_is_left_as_it_is_and_refused_again(tmp_path, change):
 
 def test_no_state_at_all(tmp_path):
     (tmp_path / "notes.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="is no state of a run"):
+    with pytest.raises(ValueError, match="is not the state of a run"):
         StateFile(tmp_path / "notes.json", IDENTITY)
     (tmp_path / "cut.json").write_text('{\n "run": {')
     with pytest.raises(ValueError, match="does not hold what was saved there"):
