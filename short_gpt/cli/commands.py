@@ -80,7 +80,7 @@ def prune(
     *,
     choice: jobs.Choice = jobs.Choice(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
-    written: jobs.Written = jobs.Written(),
+    written: jobs.PruneOutput = jobs.PruneOutput(),
     hub: jobs.Hub = jobs.Hub(),
 ) -> None:
     """Writes a checkpoint without some layers, in any format.
@@ -142,8 +142,8 @@ def heal(
 def calibrate(
     model: str,
     *,
-    data: jobs.Kinds = jobs.Kinds(),
-    ranked: jobs.Ranked = jobs.Ranked(),
+    data: jobs.TextKinds = jobs.TextKinds(),
+    ranked: jobs.CalibrationChoice = jobs.CalibrationChoice(),
     readings: jobs.Readings = jobs.Readings(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),
@@ -172,7 +172,7 @@ def compare(
     cases: jobs.Cases = jobs.Cases(healings="raw,patched"),
     data: jobs.TextSource = jobs.TextSource(),
     shares: jobs.Shares = jobs.Shares(),
-    lora: jobs.LoraSettings = jobs.LoraSettings(),
+    lora: jobs.LoraOptions = jobs.LoraOptions(),
     tasks: jobs.Tasks = jobs.Tasks(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),

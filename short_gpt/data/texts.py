@@ -43,7 +43,7 @@ def check_plain(text: str) -> None:
         )
 
 
-class Given(str):
+class TextsInMemory(str):
     """Texts that are in memory; as a string it is a name with a digest of them, for records.
 
     Attributes:
@@ -52,7 +52,7 @@ class Given(str):
 
     rows: Iterable[object]
 
-    def __new__(cls, rows: Iterable[object]) -> Given:
+    def __new__(cls, rows: Iterable[object]) -> TextsInMemory:
         digest = getattr(rows, "_fingerprint", None)  # a Dataset's, of all that made it
         if isinstance(rows, Mapping):
             rows = {name: cls._named(own) for name, own in rows.items()}
@@ -99,8 +99,8 @@ def texts(
         >>> chapters = texts("novels/")  # doctest: +SKIP
     """
     if not isinstance(source, str | Path):
-        source = Given(source)
-    if isinstance(source, Given):
+        source = TextsInMemory(source)
+    if isinstance(source, TextsInMemory):
         if isinstance(source.rows, Mapping):
             names = ", ".join(map(str, source.rows))
             raise ShortGPTError(f"expected one source of texts, got {names}: pass one of them")
@@ -147,7 +147,7 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
 
 def is_local(source: str) -> bool:
     """Whether a source is a file or folder here, and not pg19."""
-    return source != "pg19" and not isinstance(source, Given) and _path(source).exists()
+    return source != "pg19" and not isinstance(source, TextsInMemory) and _path(source).exists()
 
 
 def has_split(source: str, split: str) -> bool:
@@ -352,7 +352,7 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
 def source_names(data: str) -> list[str]:
     """The sources that a name stands for: one, if it is that of a file, or several by commas."""
     try:
-        one = isinstance(data, Given) or _path(data).exists()
+        one = isinstance(data, TextsInMemory) or _path(data).exists()
     except OSError:  # a name of many files may be longer than that of a file
         one = False
     return [data] if one else [name.strip() for name in data.split(",")]
@@ -376,7 +376,7 @@ def read_texts(data: str, split: str | None, column: str, limit: int | None) -> 
 
 def count_texts(source: str, split: str | None = None) -> int | None:
     """How many texts a file or folder has; None of other sources, and if a file is damaged."""
-    if isinstance(source, Given):
+    if isinstance(source, TextsInMemory):
         return len(source.rows) if isinstance(source.rows, Sized) else None
     if isinstance(source, Named):
         return None

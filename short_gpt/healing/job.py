@@ -124,9 +124,9 @@ class HealingJob:
 
     Example:
         >>> short = ShortHFModel("llama-2-7b-hf")  # doctest: +SKIP
-        >>> windows = Source("pg19").windows(short.encode, 1024, validate=True)  # doctest: +SKIP
+        >>> data = HealingTexts("pg19").windows(short.encode, 1024, validate=True)  # doctest: +SKIP
         >>> steps = [PatchSettings(max_windows=64), DistillSettings()]  # doctest: +SKIP
-        >>> job = HealingJob(short, windows, [21, 22, 25], settings=steps)  # doctest: +SKIP
+        >>> job = HealingJob(short, data, [21, 22, 25], settings=steps)  # doctest: +SKIP
         >>> print(job.run().change)  # doctest: +SKIP
         >>> job.save("llama-2-6b", facts={"data": "PG-19"})  # doctest: +SKIP
     """

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Healed:
+class LoraResult:
     """What `heal` did."""
 
     recipe: Recipe  # as used
@@ -70,7 +70,7 @@ class Healed:
 
 
 Window = Sequence[int]
-Merged = tuple[Healed, Callable[[], None]]  # and what takes it out again
+Merged = tuple[LoraResult, Callable[[], None]]  # and what takes it out again
 TEACHER = "teacher"  # the folder of its predictions
 WHOLE = (
     "training needs the whole model in every process: start it by torchrun, without FSDP, and open "
@@ -90,7 +90,7 @@ def heal(
     resume: bool = False,
     progress: bool = True,
     distillation: Distillation | None = None,
-) -> Healed:
+) -> LoraResult:
     """Trains low-rank changes on windows of text and merges them into the model, in place.
 
     After any error the model is as before. Under torchrun processes share every batch, by the
@@ -164,7 +164,7 @@ def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
         _clean(model, run.recipe)
 
 
-def _merge(adapted: PeftModel, healed: Healed) -> Callable[[], None]:
+def _merge(adapted: PeftModel, healed: LoraResult) -> Callable[[], None]:
     """Merges what was learned, unless no evaluation was better than before; returns the undo."""
     base = [p for name, p in adapted.named_parameters() if ".base_layer." in name]
     # which a merge changes one by one
@@ -177,7 +177,7 @@ def _merge(adapted: PeftModel, healed: Healed) -> Callable[[], None]:
     return restore
 
 
-def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
+def _train(adapted: PeftModel, run: TrainingRun) -> LoraResult:
     trainable, parameters = adapted.get_nb_trainable_parameters()
     state, before = train(adapted, run)
     logs = state.log_history
@@ -186,7 +186,7 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     distilled, apart = run.distillation, None
     if distilled is not None:
         apart = {step: metrics["eval_divergence"] for step, metrics in measured.items()}
-    return Healed(
+    return LoraResult(
         recipe=run.recipe,
         trainable=trainable,
         parameters=parameters - trainable,

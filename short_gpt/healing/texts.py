@@ -40,7 +40,7 @@ class Learning:
 
 
 @dataclass(frozen=True)
-class Source:
+class HealingTexts:
     """Texts to heal by."""
 
     # a local file or folder, pg19, a hub data set's name, self, or several with commas between: as

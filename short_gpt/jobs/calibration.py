@@ -25,7 +25,15 @@ from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, combined, difference
 from short_gpt.healing import choosing
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import CALIBRATED, RAW, REFIT, Kinds, Ranked, Readings, Windows
+from short_gpt.jobs.cases import (
+    CALIBRATED,
+    RAW,
+    REFIT,
+    CalibrationChoice,
+    Readings,
+    TextKinds,
+    Windows,
+)
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
@@ -48,7 +56,7 @@ RESAMPLES = 1000
 SPARE = 4  # windows cut for one that is judged, as some may share text with those that rank
 
 
-class Apart(NamedTuple):
+class SplitWindows(NamedTuple):
     """Windows of one text: those that choose layers and fit refits, and those to judge by."""
 
     ranking: Windows
@@ -114,7 +122,7 @@ def score_windows(
     short: ScoredModel, windows: Windows, n: int, *, method: str = "bi", progress: bool = True
 ) -> WindowScores:
     """Scores of every window of one text by itself; raises ShortGPTError as `hooks.score`."""
-    Ranked(n, method)  # refuses what it does not know
+    CalibrationChoice(n, method)  # refuses what it does not know
     scores, angular = WindowScores([*short.kept], method, n, [], [], []), method == "angular"
     with bar("scoring", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
@@ -130,7 +138,7 @@ def score_windows(
     return scores
 
 
-class Agreement(NamedTuple):
+class TextAgreement(NamedTuple):
     """How far two rankings agree; 95% intervals by drawing the windows of both again."""
 
     first: str  # name of a text
@@ -142,7 +150,7 @@ class Agreement(NamedTuple):
     interval: tuple[float, float]  # of the correlation
 
 
-def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores) -> Agreement:
+def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores) -> TextAgreement:
     """How far two rankings by the same method agree."""
     drawn = first.resampled(0), second.resampled(1)  # different seeds: drawn independently
     value = float(correlations(first.means[None], second.means[None])[0])
@@ -150,7 +158,7 @@ def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores)
     both = (first.members(drawn[0]) & second.members(drawn[1])).sum(1)
     low, high = map(float, np.quantile(both, (0.025, 0.975)))
     shared = len({*first.chosen} & {*second.chosen})
-    return Agreement(*names, shared, first.n, (low, high), value, interval)
+    return TextAgreement(*names, shared, first.n, (low, high), value, interval)
 
 
 def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -175,7 +183,7 @@ def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float
     return max(-1.0, min(float(low), value)), min(1.0, upper)
 
 
-class Crossed(NamedTuple):
+class CrossResult(NamedTuple):
     """One choice on one text."""
 
     choice: str  # the text that chose the layers and that a refit was fitted on; or `MIX`
@@ -192,15 +200,15 @@ class Crossed(NamedTuple):
     texts: int | None  # of the windows; see `evaluation.Difference`
 
 
-class Calibrated(NamedTuple):
+class CalibrationResult(NamedTuple):
     """What `calibrate` gives."""
 
     n: int  # layers that each choice removes
     method: str  # that chose them
     choices: Mapping[str, list[int]]  # layers by text, and by all texts together (`MIX`)
-    agreement: list[Agreement]  # of all pairs; of a text with itself: of its windows' two halves
-    ways: Mapping[str, list[Agreement]]  # of each text with itself cut another way, by its name
-    cells: list[Crossed]  # every choice on every text
+    agreement: list[TextAgreement]  # of all pairs; of a text with itself: of its two halves
+    ways: Mapping[str, list[TextAgreement]]  # of each text with itself cut another way, by its name
+    cells: list[CrossResult]  # every choice on every text
     state: StateFile | None = None  # what was measured, to be cleared once the result is safe
     precision: Mapping[str, str] = {}  # `ScoredModel.about_precision`
 
@@ -218,7 +226,7 @@ class Calibrated(NamedTuple):
 
 def calibrate(
     short: ShortModel,
-    texts: Mapping[str, Apart],
+    texts: Mapping[str, SplitWindows],
     n: int,
     *,
     method: str = "bi",
@@ -226,7 +234,7 @@ def calibrate(
     ways: Mapping[str, Mapping[str, Windows]] | None = None,
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> Calibrated:
+) -> CalibrationResult:
     """Ranks on each text, and judges each text's choice of layers on all texts.
 
     All texts together, each of the same weight, make one choice more; its refit reads windows of
@@ -244,7 +252,7 @@ def calibrate(
             is of another run.
 
     Example:
-        >>> texts = {"novels": Apart(a, b), "code": Apart(c, d)}  # doctest: +SKIP
+        >>> texts = {"novels": SplitWindows(a, b), "code": SplitWindows(c, d)}  # doctest: +SKIP
         >>> calibrate(short, texts, 8).cells  # doctest: +SKIP
     """
     n = _check(short, texts, n, healings)
@@ -264,16 +272,18 @@ def calibrate(
     }
     cells = [cell for healing in healings for cell in run.crossed(choices, healing)]
     about = short.about_precision
-    return Calibrated(n, method, choices, pairs, by_way, cells, saved, about)
+    return CalibrationResult(n, method, choices, pairs, by_way, cells, saved, about)
 
 
-def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequence[str]) -> int:
+def _check(
+    short: ShortModel, texts: Mapping[str, SplitWindows], n: int, healings: Sequence[str]
+) -> int:
     if len(texts) < 2:
         names = ", ".join(texts) or "none"
         raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
     if MIX in texts:
         raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
-    Ranked(n, healing=",".join(healings))
+    CalibrationChoice(n, healing=",".join(healings))
     n = check_count(n, len(short.kept))
     short.check_whole()
     for name, parts in texts.items():
@@ -293,7 +303,7 @@ class _Run(NamedTuple):
     """What is measured, every cell once."""
 
     short: ShortModel
-    texts: Mapping[str, Apart]
+    texts: Mapping[str, SplitWindows]
     cells: Cells
     progress: bool
 
@@ -312,7 +322,7 @@ class _Run(NamedTuple):
             scores[name] = WindowScores(**{**self.cells.value(cell, measure), "n": n})
         return scores
 
-    def crossed(self, choices: Mapping[str, list[int]], healing: str) -> list[Crossed]:
+    def crossed(self, choices: Mapping[str, list[int]], healing: str) -> list[CrossResult]:
         """Every choice on every text, healed one way; a refit is fitted on the text that chose."""
         rankings = {name: parts.ranking for name, parts in self.texts.items()}
         turns = [w for turn in zip_longest(*rankings.values()) for w in turn if w is not None]
@@ -332,7 +342,7 @@ class _Run(NamedTuple):
                 excess = difference(healed[text][text], pruned)
                 most = excess.nats + excess.error.reach(0.95, sides=1)
                 own = choice == text
-                row = Crossed(
+                row = CrossResult(
                     choice=choice,
                     text=text,
                     healing=healing,
@@ -361,15 +371,15 @@ class _Run(NamedTuple):
 @takes_fields("calibrate")
 def calibrate_checkpoint(
     model: str,
-    data: str | Mapping[str, Iterable[object]] | Kinds = Kinds(),
+    data: str | Mapping[str, Iterable[object]] | TextKinds = TextKinds(),
     *,
-    ranked: Ranked = Ranked(),
+    ranked: CalibrationChoice = CalibrationChoice(),
     readings: Readings = Readings(),
     opening: OpenOptions = OpenOptions(),
     saving: Saving = Saving(),
     dry_run: bool = False,
     **fields: Any,
-) -> Calibrated:
+) -> CalibrationResult:
     """What `calibrate` does, for a checkpoint and texts by their names with commas between.
 
     A text of several documents is ranked on one half of them and judged by the other. ``dry_run``
@@ -383,7 +393,7 @@ def calibrate_checkpoint(
     readings.check()
     if state is not None:
         check_writable(Path(state))
-    sources = (data if isinstance(data, Kinds) else Kinds(data)).each()  # type: ignore[arg-type]
+    sources = (data if isinstance(data, TextKinds) else TextKinds(data)).each()  # type: ignore[arg-type]
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
     short = open_model(model, as_begun(opening, state), max_seq_len=max(readings.numbers))
@@ -409,7 +419,7 @@ def calibrate_checkpoint(
 
 def windows_apart(
     short: ShortModel, documents: Mapping[str, Sequence[Text]], readings: Readings
-) -> tuple[dict[str, Apart], dict[str, dict[str, Windows]]]:
+) -> tuple[dict[str, SplitWindows], dict[str, dict[str, Windows]]]:
     """Windows of each text to rank on and to judge by, and those that are cut other ways."""
 
     def windows(texts: Sequence[Text], cut: Cut, limit: int) -> Windows:
@@ -433,7 +443,7 @@ def windows_apart(
                 f"{name}: every other window shares text with those that rank, so none is there "
                 "to judge by; give more text, or a smaller size"
             )
-        texts[name] = Apart(ranking[name], judged[:held])
+        texts[name] = SplitWindows(ranking[name], judged[:held])
     ways = {}
     for way, other_cut in others:
         limit = max(2, few * cut.size // other_cut.size)

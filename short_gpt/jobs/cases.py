@@ -48,7 +48,7 @@ class Row:
     texts: int | None = None  # of the windows; see `evaluation.Difference`
 
 
-class Agreement(TypedDict):
+class MethodAgreement(TypedDict):
     """How far cheap rankings agree with the greedy search, on the same windows."""
 
     n: int  # layers that each method removes
@@ -192,7 +192,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraOptions:
     """How lora and distill heal in a comparison, the latter after a refit.
 
     Args:
@@ -233,7 +233,7 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class Kinds(TextSource):
+class TextKinds(TextSource):
     """Texts of several kinds.
 
     Args:
@@ -299,7 +299,7 @@ class Readings:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class CalibrationChoice:
     """What is chosen on each text.
 
     Args:

@@ -25,7 +25,7 @@ from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Agreement, Cases, Row, Windows
+from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Cases, MethodAgreement, Row, Windows
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -75,11 +75,11 @@ def tokens_per_second(
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparisonResult:
     """What `compare` gives."""
 
     rows: list[Row]  # the original model first, then a row for every case
-    agreement: list[Agreement]  # of bi, angular and sleb, by number of layers, with sleb
+    agreement: list[MethodAgreement]  # of bi, angular and sleb, by number of layers, with sleb
     # metrics without healing, by the layers removed, and their changes from the original model with
     # errors, as "piqa acc change" and "piqa acc change_stderr"
     tasks: dict[str, dict[str, float]]
@@ -129,7 +129,7 @@ def compare(
     tasks: TaskSuite | None = None,
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
-) -> Compared:
+) -> ComparisonResult:
     """Compares methods on one model: perplexity, size and speed without the layers, healed or not.
 
     Args:
@@ -176,7 +176,7 @@ def compare(
         suite = json_digest([asdict(tasks), short.encode(PROBE)])
         metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
     chosen = {n: comparison.choice(n) for n in (cases.numbers if AUTO in cases.names else ())}
-    return Compared(rows, agreement, metrics, saved, choices=chosen)
+    return ComparisonResult(rows, agreement, metrics, saved, choices=chosen)
 
 
 def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:
@@ -295,7 +295,7 @@ class Comparison:
 
         return HealedChoice.from_dict(self.cells.resumed(f"{AUTO} {n}", measure))
 
-    def agreement(self, n: int, most: int) -> Agreement:
+    def agreement(self, n: int, most: int) -> MethodAgreement:
         """How far bi, angular and sleb, which searches to ``most`` layers, agree on n layers."""
         few = self._scored("importance of few", self._few)
         sets = {method: {*choose(few, n, method=method)} for method in ("bi", "angular")}

@@ -26,11 +26,11 @@ from short_gpt.jobs.cases import (
     RAW,
     TRAINED,
     Cases,
-    LoraSettings,
+    LoraOptions,
     Shares,
     Windows,
 )
-from short_gpt.jobs.comparing import Compared, compare, windows_digest
+from short_gpt.jobs.comparing import ComparisonResult, compare, windows_digest
 from short_gpt.jobs.inputs import Data, Tasks, TextSource, check_model, source_of
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
@@ -53,13 +53,13 @@ def compare_checkpoint(
     *,
     cases: Cases = Cases(healings=(RAW, PATCHED)),
     shares: Shares = Shares(),
-    lora: LoraSettings = LoraSettings(),
+    lora: LoraOptions = LoraOptions(),
     tasks: Tasks = Tasks(),
     opening: OpenOptions = OpenOptions(),
     saving: Saving = Saving(),
     dry_run: bool = False,
     **fields: Any,
-) -> Compared:
+) -> ComparisonResult:
     """What `compare` does, for a checkpoint and texts by their names.
 
     Args:
@@ -156,7 +156,7 @@ class LoraHealing:
     texts: Sequence[Text]
     encode: Callable[[str], Sequence[int]]
     evaluation: Windows
-    settings: LoraSettings = field(default_factory=LoraSettings)
+    settings: LoraOptions = field(default_factory=LoraOptions)
     options: OpenOptions = field(default_factory=OpenOptions)
     seed: int = 0
     bos: str = "first"

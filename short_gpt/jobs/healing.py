@@ -39,7 +39,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
-from short_gpt.jobs.scores import Chosen, chosen
+from short_gpt.jobs.scores import ChosenLayers, chosen
 from short_gpt.jobs.settings import (
     Choice,
     HealingWindows,
@@ -63,7 +63,7 @@ CLOSED, TRAINING = kinds_of_methods()
 
 
 @dataclass(frozen=True)
-class Healing:
+class HealingResult:
     """What `heal` did."""
 
     out: Path  # the new directory or file
@@ -108,7 +108,7 @@ def heal(
     notify: Notify = ignore,
     dry_run: bool = False,
     **fields: Any,
-) -> Healing:
+) -> HealingResult:
     """Removes layers of a checkpoint and brings quality back.
 
     Refit and patch are closed forms and take minutes. LoRA learns the text, distillation what the
@@ -163,7 +163,7 @@ def _heal(
     model: str,
     out: Path,
     methods: Sequence[str],
-    removal: Chosen,
+    removal: ChosenLayers,
     texts: TextSource,
     windows: HealingWindows,
     settings: Settings,
@@ -172,7 +172,7 @@ def _heal(
     overwrite: bool,
     notify: Notify,
     dry_run: bool,
-) -> Healing:
+) -> HealingResult:
     trains, folder = methods[-1] in TRAINING, None
     if trains or "refit" in methods:  # which continue from what lies beside the new directory
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
@@ -216,7 +216,7 @@ def _heal(
         notify(plan)
     names = {"data": texts.data, "eval_data": windows.eval_data, "size": size, "bos": bos}
     names |= short.about_precision
-    done = Healing(out, job.run(), parts.left_out, removal.unchecked, names)
+    done = HealingResult(out, job.run(), parts.left_out, removal.unchecked, names)
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_data, "size": size}
     facts = {**removal.record.facts, "data": texts.data}
     job.save(out, facts=facts, overwrite=overwrite, release=isinstance(short, ShortHFModel))
@@ -255,7 +255,7 @@ def _teacher(
 
 def _removal(
     model: str, choice: Choice, methods: Sequence[str], settings: Settings, opening: OpenOptions
-) -> Chosen:
+) -> ChosenLayers:
     """The layers to remove; none where the methods heal a model that was pruned before."""
     if choice.max_perplexity_ratio is not None:
         raise ShortGPTError("`max_perplexity_ratio` is for prune: heal takes `layers`, or `n`")
@@ -273,10 +273,10 @@ def _removal(
         )
     if choice.n is not None or choice.by is not None:
         raise ShortGPTError("`n` and `angular` choose from `scores`")
-    return Chosen([], Provenance())
+    return ChosenLayers([], Provenance())
 
 
-def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> Healing:
+def reread(done: HealingResult, parts: Learning, opening: OpenOptions, size: int) -> HealingResult:
     """The same with what one GGUF file, whose changed tensors were rounded, gives when reread."""
     if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
         return done

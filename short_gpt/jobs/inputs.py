@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from short_gpt.data.texts import (
     OWN,
-    Given,
+    TextsInMemory,
     has_columns,
     has_split,
     read_kinds,
@@ -159,9 +159,9 @@ def source_of(data: Data) -> TextSource:
 
 
 def name_texts(settings: object, field: str) -> None:
-    """Makes a `data.texts.Given` of a field of settings that holds texts in memory."""
+    """Makes a `data.texts.TextsInMemory` of a field of settings that holds texts in memory."""
     if not isinstance(value := getattr(settings, field), str | None):
-        object.__setattr__(settings, field, Given(value))
+        object.__setattr__(settings, field, TextsInMemory(value))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from short_gpt.runtime.state import versions
 from short_gpt.scoring.importance import Importance
 
 if TYPE_CHECKING:
-    from short_gpt.jobs.shrunk import Shrunk
+    from short_gpt.jobs.shrunk import ShrinkResult
 
 TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
 WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, so that letters stay large
@@ -75,7 +75,7 @@ def page(
     return made.render(**parts, steps=[*steps, own])
 
 
-def shrunk_page(shrunk: Shrunk) -> str:
+def shrunk_page(shrunk: ShrinkResult) -> str:
     """The page of a shrunk model."""
     pictures = []
     if shrunk.importance is not None:

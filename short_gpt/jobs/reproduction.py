@@ -231,7 +231,7 @@ def paper_order(
     return PaperOrder(confidence, pairs)
 
 
-class Reproduced(NamedTuple):
+class ReproductionResult(NamedTuple):
     """What `reproduce` gives."""
 
     comparison: PaperComparison  # the paper's layers and ours
@@ -274,7 +274,7 @@ def reproduce(
     saving: Saving = Saving(),
     notify: Notify = ignore,
     dry_run: bool = False,
-) -> Reproduced:
+) -> ReproductionResult:
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
 
     It is `rank` on PG-19 validation in windows of 1024 tokens, 256 apart, by Block Influence, for
@@ -317,7 +317,7 @@ def reproduce(
     order = paper_order(ours.paper, result.importance)
     texts = source_of(data)
     local = tuple(filter(is_local, source_names(texts.data)))
-    return Reproduced(ours, order, result, _changed(cut, texts, result.bos), local)
+    return ReproductionResult(ours, order, result, _changed(cut, texts, result.bos), local)
 
 
 def _name(model: str, shape: ModelArgs, name: str | None) -> str:

@@ -47,7 +47,7 @@ MENDS = {
 
 
 @dataclass(frozen=True)
-class Scores:
+class SavedScores:
     """What a file of `rank` says of the layers to remove."""
 
     file: str  # its name
@@ -60,7 +60,7 @@ class Scores:
     settled: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: str, method: str | None = None) -> Scores:
+    def read(cls, file: str, method: str | None = None) -> SavedScores:
         """The scores of a file; ``method`` takes the place of the one that ranked."""
         record = _read(file)
         arguments, scored = _part(record, "arguments", file), _part(record, "scored", file)
@@ -260,7 +260,7 @@ def _tokenizer_part(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenLayers:
     """Layers to remove, and what is kept of how they were chosen."""
 
     layers: list[int]  # original numbers, in order of removal
@@ -271,7 +271,7 @@ class Chosen:
     unchecked: str | None = None  # what of the scores was not checked or not settled
 
 
-def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) -> Chosen:
+def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) -> ChosenLayers:
     """The layers of a choice, with the evidence where the perplexity on held-out text decides.
 
     Raises:
@@ -283,8 +283,8 @@ def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) ->
         for name in ("max_perplexity_ratio", "n"):
             if getattr(choice, name) is not None:
                 raise ShortGPTError(f"`{name}` chooses from `scores`, not from `layers`")
-        return Chosen(choice.named or [], Provenance())
-    scores = Scores.read(choice.scores, choice.by)
+        return ChosenLayers(choice.named or [], Provenance())
+    scores = SavedScores.read(choice.scores, choice.by)
     if ratio is not None:
         if data is None or n is not None:
             raise ShortGPTError("`max_perplexity_ratio` needs `eval_data`, and no `n`")
@@ -293,12 +293,12 @@ def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) ->
         raise ShortGPTError("with `scores`, say how many layers to remove: `n`")
     unchecked = scores.check_model(model)
     layers, remarks = scores.layers(n), _lines(unchecked, scores.about(n))
-    return Chosen(layers, scores.record(), importance=scores.importance, unchecked=remarks)
+    return ChosenLayers(layers, scores.record(), importance=scores.importance, unchecked=remarks)
 
 
 def _chosen_within(
-    model: str, scores: Scores, choice: Choice, data: str, ratio: float, opening: OpenOptions
-) -> Chosen:
+    model: str, scores: SavedScores, choice: Choice, data: str, ratio: float, opening: OpenOptions
+) -> ChosenLayers:
     if scores.method == AUTO:
         raise ShortGPTError(
             f"`max_perplexity_ratio` needs layers in an order, and {AUTO} chooses a set: name `n`, "
@@ -327,7 +327,8 @@ def _chosen_within(
     gate: dict[str, object] = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
     gate = {"quality_gate": {**gate, **short.about_precision}}
     remarks = _lines(unchecked, scores.about(len(budget.layers)))
-    return Chosen(budget.layers, scores.record(**gate), budget, scores.importance, unsure, remarks)
+    record = scores.record(**gate)
+    return ChosenLayers(budget.layers, record, budget, scores.importance, unsure, remarks)
 
 
 def _lines(*remarks: str | None) -> str | None:

@@ -191,7 +191,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Written:
+class PruneOutput:
     """How a pruned checkpoint is written.
 
     Args:
@@ -252,18 +252,18 @@ class HealingWindows:
     def read(
         self, texts: TextSource, short: ScoredModel, size: int, limit: int | None, **how: Any
     ) -> Learning:
-        """The windows of ``size``, ``limit`` of them to learn from, as `healing.Source.windows`.
+        """The windows of ``size``, ``limit`` of them to learn from, as `HealingTexts.windows`.
 
         What the model writes itself is kept ``beside`` a file.
         """
-        from short_gpt.healing.texts import Source
+        from short_gpt.healing.texts import HealingTexts
         from short_gpt.wrappers.own_text import own_text_writer
 
         write = own_text_writer(short, size, seed=self.seed, beside=how.pop("beside"))
         place = (texts.split, texts.column, texts.max_texts, self.seed)
         how |= {"eval_windows": self.eval_windows, "drop_overlap": self.drop_overlap}
         how |= {"bos": self.bos or short.bos, "limit": self.max_windows or limit, "write": write}
-        return Source(texts.data, self.eval_data, *place).windows(short.encode, size, **how)
+        return HealingTexts(texts.data, self.eval_data, *place).windows(short.encode, size, **how)
 
 
 # the settings of a recipe, and all of distillation alone

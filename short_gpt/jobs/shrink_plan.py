@@ -59,7 +59,7 @@ LEFT = re.compile(rf"{re.escape(STATE)}(\..+)?|{HEALING}|{WRITTEN}|{OWN_TEXTS}|{
 
 
 @dataclass(frozen=True)
-class Asked:
+class ShrinkRequest:
     """What the caller set."""
 
     model: Model
@@ -186,7 +186,7 @@ def _layers(source: Weights) -> int | None:
 
 
 @dataclass(frozen=True)
-class Derived:
+class ShrinkContext:
     """What follows from the opened model."""
 
     opened: Opened
@@ -216,7 +216,7 @@ class Derived:
         return short
 
     @classmethod
-    def of(cls, asked: Asked, opened: Opened) -> Derived:
+    def of(cls, asked: ShrinkRequest, opened: Opened) -> ShrinkContext:
         short, dial, minutes = opened.short, asked.dial, asked.settings.minutes
         size = asked.cut.size or min(WINDOW, short.decoder.max_seq_len)
         many = 3 * CLOSED_WINDOWS if asked.own else None
@@ -237,7 +237,7 @@ class Derived:
         return cls(opened, size, n, limit, prompt, parameters, stored, caches, a_pass)
 
 
-def plan(asked: Asked, known: Derived) -> str:
+def plan(asked: ShrinkRequest, known: ShrinkContext) -> str:
     """What will be done, about how long each part takes, and in how much memory."""
     parts = _seconds(asked, known)
     total, (sizes, rest), n = sum(parts.values()), known.parameters, known.n
@@ -266,7 +266,7 @@ def plan(asked: Asked, known: Derived) -> str:
     return "\n".join(lines)
 
 
-def _seconds(asked: Asked, known: Derived) -> dict[str, float]:
+def _seconds(asked: ShrinkRequest, known: ShrinkContext) -> dict[str, float]:
     a_pass, count, method, n = known.a_pass, known.count, asked.method, known.n
     few, rounds = FEW * a_pass / count, 1 if method == "perplexity" else n or count // 2
     auto = (asked.settings.budget or choosing.BUDGET) * FIRST * a_pass
@@ -294,7 +294,7 @@ def _seconds(asked: Asked, known: Derived) -> dict[str, float]:
     return parts
 
 
-def _seconds_a_token(known: Derived, texts: int) -> float:
+def _seconds_a_token(known: ShrinkContext, texts: int) -> float:
     """For so many texts at once, timed on a few."""
     times = list[float]()
 

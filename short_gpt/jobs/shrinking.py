@@ -49,12 +49,12 @@ from short_gpt.jobs.shrink_plan import (
     STATE,
     WINDOW,
     WRITTEN,
-    Asked,
-    Derived,
     Model,
+    ShrinkContext,
+    ShrinkRequest,
     plan,
 )
-from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
+from short_gpt.jobs.shrunk import REPORT, ShrinkResult, StateReport, next_steps, report_of
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
@@ -90,7 +90,7 @@ def shrink(
     overwrite: bool = False,
     notify: Notify = ignore,
     **fields: Any,
-) -> Shrunk:
+) -> ShrinkResult:
     """Writes a smaller model that works: layers chosen and removed, the rest healed and evaluated.
 
     If interrupted or killed, repeat the call: it continues from the folder ``OUT.shrinking``, which
@@ -124,16 +124,16 @@ def shrink(
     """
     check_alone("shrink")
     how = (dial, settings, source_of(data), windows, tasks, opening, streaming)
-    asked = Asked(model, Path(out), *how, overwrite, notify)
+    asked = ShrinkRequest(model, Path(out), *how, overwrite, notify)
     asked.check()
     hub.check(asked.out, asked.to)
     lock = None if settings.dry_run else hold(asked.folder)
     try:
         begun = as_begun(opening, asked.folder / STATE)
-        known = Derived.of(asked, _opened(replace(asked, opening=begun), tokenizer))
+        known = ShrinkContext.of(asked, _opened(replace(asked, opening=begun), tokenizer))
         words = plan(asked, known)
         if settings.dry_run:
-            return Shrunk(asked.out, words)
+            return ShrinkResult(asked.out, words)
         notify(words)
         result = _shrunk(asked, known, words)
         shutil.rmtree(asked.folder, ignore_errors=True)
@@ -144,7 +144,7 @@ def shrink(
     return replace(result, address=hub.push(asked.out))  # a refusal leaves the result alone
 
 
-def _opened(asked: Asked, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
+def _opened(asked: ShrinkRequest, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
     source, opening = asked.source, asked.opening
     if source is None:
         short = open_loaded(cast("PreTrainedModel", asked.model), opening, tokenizer)
@@ -157,7 +157,7 @@ def _opened(asked: Asked, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
     return Streamed(streamed, asked.to)
 
 
-def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
+def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkResult:
     """Does all of it; continues what the folder holds."""
     opened, short, cut, kinds = known.opened, known.opened.short, asked.cut, None
     asked.folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
         quality: dict[str, dict[str, Perplexity]] = {}
         for kind, states in evidence.by_kind.items():  # by names as in "original, 30 layers"
             quality[kind] = {name.partition(",")[0]: own for name, own in states.items()}
-        result = Shrunk(
+        result = ShrinkResult(
             asked.out,
             words,
             known.count,
@@ -226,7 +226,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
 class _Run:
     """The windows, and what is measured and chosen on them, each once: a state file keeps it."""
 
-    def __init__(self, asked: Asked, known: Derived) -> None:
+    def __init__(self, asked: ShrinkRequest, known: ShrinkContext) -> None:
         self.asked, self.known, short, settings = asked, known, known.opened.short, asked.settings
         how: Any = {"validate": settings.minutes is not None, "beside": asked.folder / REPORT}
         windows = asked.cut.read(asked.texts, short, known.size, known.limit, **how)
@@ -320,10 +320,10 @@ class _Run:
         checking = (CHECKS + 2) * len(self.windows.validation) * known.a_pass
         return max(1, int((seconds - checking) / a_step))
 
-    def look(self, state: str) -> Look:
+    def look(self, state: str) -> StateReport:
         """Measured once; the text is that of the model as it is now."""
         asked = json_digest([self.known.prompt, asdict(self.asked.tasks)])
-        return Look(*self.cells.value(f"look {state} {asked}", self._measured))
+        return StateReport(*self.cells.value(f"look {state} {asked}", self._measured))
 
     def _measured(self) -> list[Any]:
         known, opened = self.known, self.known.opened
@@ -403,7 +403,7 @@ class _Run:
         return [*said, *filter(None, [about_types(str(self.asked.source), built)])]
 
 
-def _move_into_place(asked: Asked, built: Path, result: Shrunk) -> None:
+def _move_into_place(asked: ShrinkRequest, built: Path, result: ShrinkResult) -> None:
     """Puts model and page where they belong, whole or not at all."""
     out = asked.out
     if asked.to == "gguf":

@@ -29,7 +29,7 @@ REPORT = "report.html"
 PLAIN = "The capital of France is"  # a prompt for models without a chat template
 
 
-class Look(NamedTuple):
+class StateReport(NamedTuple):
     """What one state of the model is worth beside its perplexity."""
 
     completion: str  # greedy; empty of a streamed model, which does not generate
@@ -42,7 +42,7 @@ class Look(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Shrunk(Table):
+class ShrinkResult(Table):
     """What `shrink` did, and how good the result is.
 
     States are original, pruned, refit if a training follows, and healed.
@@ -54,7 +54,7 @@ class Shrunk(Table):
     layers: Sequence[int] = ()  # removed, original numbers
     method: str = AUTO  # that chose them
     quality: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)  # kind and state
-    looks: Mapping[str, Look] = field(default_factory=dict)  # by state, except refit
+    looks: Mapping[str, StateReport] = field(default_factory=dict)  # by state, except refit
     prompt: str = ""  # of the completions
     remarks: Sequence[str] = ()  # what must be known of the numbers
     healing: Sequence[Mapping[str, object]] = ()  # the steps, for JSON
@@ -145,7 +145,7 @@ class Shrunk(Table):
         return str(HealedChoice.from_dict(self.choice)) if self.choice else ""
 
     def __repr__(self) -> str:
-        return f"Shrunk({self.head if self.looks else self.plan!r})"
+        return f"ShrinkResult({self.head if self.looks else self.plan!r})"
 
     def __str__(self) -> str:
         if not self.looks:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from short_gpt.jobs.calibration import Crossed
+from short_gpt.jobs.calibration import CrossResult
 from short_gpt.jobs.cases import Row
 from short_gpt.plots.figures import empty, logarithmic
 from short_gpt.runtime.errors import ShortGPTError
@@ -146,7 +146,7 @@ def _draw_method(
         axes.plot([], [], color="black", label=f"worse than {top:,.0f}, off the axis", **mark)
 
 
-def cross_map(cells: Sequence[Crossed]) -> Figure:
+def cross_map(cells: Sequence[CrossResult]) -> Figure:
     """A part for each healing: a row for every choice, a column for the text it is judged on.
 
     A cell has the nats a token that the choice costs beyond the text's own: blue where it is
@@ -166,7 +166,7 @@ def cross_map(cells: Sequence[Crossed]) -> Figure:
     return figure
 
 
-def _draw_map(axes: Axes, cells: Sequence[Crossed], largest: float) -> None:
+def _draw_map(axes: Axes, cells: Sequence[CrossResult], largest: float) -> None:
     choices, texts = (
         list(dict.fromkeys(names)) for names in zip(*(c[:2] for c in cells), strict=True)
     )

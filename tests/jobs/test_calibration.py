@@ -15,7 +15,7 @@ from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
 from short_gpt.evaluation import combined, difference, losses
 from short_gpt.healing import RefitSettings, choosing
-from short_gpt.jobs import Apart, calibrate
+from short_gpt.jobs import SplitWindows, calibrate
 from short_gpt.jobs import calibration as module
 from short_gpt.jobs.calibration import (
     WindowScores,
@@ -27,9 +27,11 @@ from short_gpt.jobs.calibration import (
 from short_gpt.selection.methods import choose
 
 TEXTS = {
-    "even": Apart(random_windows(4, 24), random_windows(3, 24, seed=5)),
-    "low": Apart(random_windows(4, 24, vocab=9, seed=2), random_windows(3, 24, vocab=9, seed=7)),
-    "high": Apart(
+    "even": SplitWindows(random_windows(4, 24), random_windows(3, 24, seed=5)),
+    "low": SplitWindows(
+        random_windows(4, 24, vocab=9, seed=2), random_windows(3, 24, vocab=9, seed=7)
+    ),
+    "high": SplitWindows(
         [[95 - i for i in w] for w in random_windows(4, 24, vocab=7, seed=3)],
         [[95 - i for i in w] for w in random_windows(3, 24, vocab=7, seed=8)],
     ),
@@ -307,9 +309,13 @@ def test_other_ways_of_cutting_are_compared_with_the_first():
         (TEXTS, {"healings": ["lora"]}, "healing lora: expected some of raw, refit"),
         (TEXTS, {"n": 6}, "n = 6; the model has 6 layers"),
         (TEXTS, {"method": "sleb"}, "no calibration by sleb|no calibration by 'sleb'"),
-        ({**TEXTS, "a": Apart([], [[1, 2]])}, {}, "a: expected windows to rank on and others"),
         (
-            {**TEXTS, "a": Apart(TEXTS["low"].judged, [[1, 2, 3]])},
+            {**TEXTS, "a": SplitWindows([], [[1, 2]])},
+            {},
+            "a: expected windows to rank on and others",
+        ),
+        (
+            {**TEXTS, "a": SplitWindows(TEXTS["low"].judged, [[1, 2, 3]])},
             {},
             "training windows share text with the windows to evaluate on",
         ),

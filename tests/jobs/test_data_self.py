@@ -20,7 +20,7 @@ from short_gpt import ShortGPTError, open_model, own_samples, rank, texts
 from short_gpt.checkpoints.provenance import Provenance, model_card
 from short_gpt.checkpoints.records import Measured
 from short_gpt.data.windows import mix
-from short_gpt.healing import Source
+from short_gpt.healing import HealingTexts
 from short_gpt.jobs import Cut, HealingWindows, Saving, TextSource, evaluation, heal
 from short_gpt.jobs.inputs import about_own
 from short_gpt.jobs.settings import Choice
@@ -114,7 +114,7 @@ def test_the_share_of_a_mix_is_asked_for(here):
     split_own_text(["self"], [["held"]], write, 9)
     assert asked == [(False, 4), (True, 4), (False, 96), (True, 96), (False, 13), (False, 9)]
     with pytest.raises(ShortGPTError, match="expected what writes it"):
-        Source("self").windows(lambda text: [1, 2], 2)
+        HealingTexts("self").windows(lambda text: [1, 2], 2)
 
 
 def test_own_text_is_held_out_only_where_there_is_no_other(here):

@@ -32,20 +32,20 @@ from short_gpt.cli.flags import flags_of
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
-from short_gpt.healing import HealedChoice, Recipe, RefitSettings, Source
+from short_gpt.healing import HealedChoice, HealingTexts, Recipe, RefitSettings
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
     HealingWindows,
     OpenOptions,
     Running,
-    Shrunk,
+    ShrinkResult,
     shrink_models,
     shrink_plan,
     shrinking,
 )
 from short_gpt.jobs import shrunk as shrunk_module
 from short_gpt.jobs.shrink_models import InMemory, Streamed
-from short_gpt.jobs.shrunk import Look, next_steps
+from short_gpt.jobs.shrunk import StateReport, next_steps
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.wrappers import precision
 from short_gpt.wrappers.opening import open_model
@@ -95,7 +95,7 @@ def logits(path: str) -> torch.Tensor:
 def by_hand(made) -> tuple[list[int], torch.Tensor]:
     """The layers and the logits of what `FLAGS` and `TEXTS` ask for, without 2 layers."""
     short = open_model(str(made / "hf"), device="cpu")
-    source = Source(str(made / "other"), str(made / "books"))
+    source = HealingTexts(str(made / "other"), str(made / "books"))
     read = source.windows(short.encode, 24, limit=8, eval_windows=6)
     short.measure(read.training, progress=False)
     layers = short.layers_to_remove(n=2)
@@ -108,7 +108,7 @@ KILLED = {"n": 2, "method": "sequential", "windows": HealingWindows(None, 24, 8,
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(made, few_timed_tokens) -> Shrunk:
+def uninterrupted(made, few_timed_tokens) -> ShrinkResult:
     return shrink(str(made / "hf"), str(made / "whole"), **KILLED)
 
 
@@ -246,7 +246,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_kept(here, name):
 def test_a_model_that_cannot_take_its_place_stays_where_it_was_built(here, monkeypatch):
     page = shrinking.shrunk_page
 
-    def late(result: Shrunk) -> str:
+    def late(result: ShrinkResult) -> str:
         Path("out.gguf").write_text("mine")
         return page(result)
 
@@ -606,15 +606,16 @@ def test_a_task_value_that_is_no_number_is_shown_from_a_state_too():
         looks = {}
         for state, value in (("original", 1.0), ("healed", odd)):
             values = {"metrics": {"t": {"f1": value}}, "documents": {"t": {"f1": [0.0, value]}}}
-            looks[state] = Look("", None, 1, 1, 1, values)
+            looks[state] = StateReport("", None, 1, 1, 1, values)
         for first, *others in ("original", "healed"), ("healed", "original"):
             ordered = {state: looks[state] for state in (first, *others)}
-            rows = Shrunk(Path("out"), "", quality=quality, looks=ordered).rows()
+            rows = ShrinkResult(Path("out"), "", quality=quality, looks=ordered).rows()
             assert ["t f1", "1.0000", "nan"] in rows
 
 
 def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
-    looks = {state: Look("", None, 1, 1, 1, {}) for state in ("original", "pruned", "healed")}
+    states = ("original", "pruned", "healed")
+    looks = {state: StateReport("", None, 1, 1, 1, {}) for state in states}
 
     def said(*pruned: float) -> str:
         nats = {"original": (20.0, 20.0, 20.0), "pruned": pruned, "healed": (21.0, 21.0, 21.0)}
@@ -622,7 +623,7 @@ def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
             state: Perplexity.of([Sample(i, value, 10) for i, value in enumerate(values)])
             for state, values in nats.items()
         }
-        return Shrunk(Path("out"), "", quality={"books": states}, looks=looks).verdict
+        return ShrinkResult(Path("out"), "", quality={"books": states}, looks=looks).verdict
 
     assert "healing restores 90% of the lost nats" in said(29.0, 30.0, 31.0)
     assert "healing restores" not in said(10.0, 19.0, 32.0)

@@ -33,7 +33,7 @@ from llama.io.json_files import write_json
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.cli.tables import ranking
-from short_gpt.jobs import Scores
+from short_gpt.jobs import SavedScores
 from short_gpt.models.loading import load_tokenizer
 from short_gpt.runtime.errors import USER_ERRORS, MissingPackageError, ShortGPTError
 from short_gpt.runtime.state import StateFile
@@ -130,7 +130,7 @@ def sleb_state(folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> None:
-    scores = Scores.read(str(folder / "scores.json"))
+    scores = SavedScores.read(str(folder / "scores.json"))
     scores.layers(1)
     assert scores.importance is not None
     json.dumps([str(ranking(scores.importance, 1)), scores.record().to_dict()])

@@ -315,7 +315,7 @@ def test_the_cost_of_a_product_is_measured_in_both(monkeypatch):
     def unsupported(mixed, device):
         raise RuntimeError("Current CUDA Device does not support bfloat16")
 
-    monkeypatch.setattr(precision, "products", unsupported)
+    monkeypatch.setattr(precision, "mixed_precision", unsupported)
     assert precision.bfloat16_cost(torch.device("cpu")) == float("inf")
 
 
