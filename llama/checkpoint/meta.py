@@ -21,7 +21,7 @@ from llama.checkpoint.sharding import (
     EMBEDDING,
     OUTPUT,
     by_vocabulary,
-    check_layers,
+    check_layer_count,
     full_shapes,
     part_of,
     ranges_of_rank,
@@ -80,7 +80,7 @@ class Checkpoint:
     def _check(self) -> bool:
         """Compares names and shapes with params.json; returns ``vocab_parallel``."""
         first, ranks = self.shards[0].infos, len(self.shards)
-        check_layers(self.directory, self.args.n_layers, first)
+        check_layer_count(self.directory, self.args.n_layers, first)
         try:
             check_split(self.args, ranks)  # else rows that no shard holds would not be missed
         except InputError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs, check_positive
 from llama.checkpoint.meta import CONVERSION, Checkpoint, read_conversion
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layers, full_shapes
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
 from llama.errors import InputError
 from llama.formats.gguf_read import STRING, GGUFParts, Record, has_key, nbytes_of
 from llama.formats.gguf_vocabulary import gguf_tokenizer, vocabulary
@@ -70,7 +70,7 @@ class GGUFFile(GGUFParts):
         dim, heads = self.need("llama.embedding_length"), self.need("llama.attention.head_count")
         layers, width = self.need("llama.block_count"), self.need("llama.feed_forward_length")
         check_positive(embedding_length=dim, block_count=layers, feed_forward_length=width)
-        check_layers(self.path, layers, self.tensors)
+        check_layer_count(self.path, layers, self.tensors)
         if "token_embd.weight" not in self.tensors:
             raise InputError(f"{self.path} lacks token_embd.weight")
         args = ModelArgs(

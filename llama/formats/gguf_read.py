@@ -31,7 +31,7 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
-PLAIN = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
+NUMPY_TYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
 CHUNK_VALUES = 2**20
 
 
@@ -269,7 +269,7 @@ class GGUFParts:
 
         entry, path = self.tensors[name], self.paths[self._part[name]]
         kind, width = GGMLQuantizationType(entry.kind), entry.shape[-1]
-        plain = PLAIN.get(kind.name)
+        plain = NUMPY_TYPES.get(kind.name)
         values = torch.empty(entry.shape, dtype=dtype or torch.float32)  # (..., D)
         rows = values.view(-1, width)
         row_bytes = entry.nbytes // len(rows)

@@ -37,7 +37,7 @@ UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by numb
 VERSION, ALIGNMENT = 3, 32  # of new files
 F32, F16, Q8_0, F64, BF16 = 0, 1, 8, 28, 30  # ggml's numbers of types
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
-PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+TORCH_TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
 class Stored(NamedTuple):
@@ -251,7 +251,7 @@ def writable(kind: int, shape: tuple[int, ...]) -> int:
     not fill blocks of 256; F16 where they fill none. Of F64 it is F32.
     """
     kind = F32 if kind == F64 else kind
-    if kind in PLAIN:
+    if kind in TORCH_TYPES:
         return kind
     if kind not in LAYOUTS and kind != Q8_0:
         kind = Q8_0 if shape[-1] % LAYOUTS[Q4_K].block else Q4_K
@@ -270,8 +270,8 @@ def packed(name: str, weight: Tensor, kind: int) -> bytes:
             raise InputError(f"{name} has values beyond F16's; {other}")
     if kind in LAYOUTS:
         return quantized(rows, kind)
-    if kind in PLAIN:
-        values = rows.to(PLAIN[kind]).contiguous()
+    if kind in TORCH_TYPES:
+        values = rows.to(TORCH_TYPES[kind]).contiguous()
         return values.view(torch.uint8).numpy().tobytes() if values.numel() else b""
     from gguf import GGMLQuantizationType, quants
 

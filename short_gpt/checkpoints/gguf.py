@@ -195,7 +195,7 @@ def check_architecture(source: StrPath) -> Stack:
     return stack
 
 
-def check_saved(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> None:
+def check_writable_gguf(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> None:
     """Raises ShortGPTError for a GGUF file that `save_gguf` could not write back changed."""
     check_architecture(source).kept(layers, influence)
 

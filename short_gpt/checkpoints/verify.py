@@ -15,7 +15,7 @@ from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 
 ROUNDING = 1e-4  # between implementations in float32, relative to the largest logit
-NAMES = ("the model in memory", "the saved model")
+MODELS = ("the model in memory", "the saved model")
 
 
 class Generator(Protocol):
@@ -52,7 +52,7 @@ def fingerprint(short: Generator, count: int = 8) -> Fingerprint:
     tokens = torch.tensor([read], device=short.decoder.device)  # (1, S)
     with in_own_dtype(short.decoder):
         logits = short.decoder.logits(tokens).cpu()  # (1, S, V)
-    if not logits.isfinite().all():  # nothing can be generated; `check_logits` raises for it
+    if not logits.isfinite().all():  # nothing can be generated; `check_same_logits` raises for it
         return Fingerprint(logits, [], [])
     cached, uncached = (short.greedy(read, count, use_cache=c) for c in (True, False))
     types = {weight.dtype for weight in short.decoder.module.parameters()}
@@ -88,7 +88,11 @@ def one_by_one(*models: Callable[[], Fingerprint]) -> list[Fingerprint]:
 
 
 def check_same(
-    ours: Fingerprint, theirs: Fingerprint, *, rounding: float = 0.0, names: tuple[str, str] = NAMES
+    ours: Fingerprint,
+    theirs: Fingerprint,
+    *,
+    rounding: float = 0.0,
+    names: tuple[str, str] = MODELS,
 ) -> str:
     """Checks that two models are the same; returns "bit for bit" or "except for the last digits".
 
@@ -105,7 +109,7 @@ def check_same(
                 "cannot verify the copy; fetch the weights again (or take a dtype that holds "
                 "them), or skip verification (`verify` no)"
             )
-    check_logits(ours.logits, theirs.logits, rounding, names)
+    check_same_logits(ours.logits, theirs.logits, rounding, names)
     alike = (ours.cached, ours.uncached) == (theirs.cached, theirs.uncached)
     if theirs.cached != theirs.uncached and not (theirs.half and alike):
         raise RuntimeError(f"{names[1]} generates otherwise with its cache than without")
@@ -115,8 +119,8 @@ def check_same(
     return "except for the last digits" if rounding else "bit for bit"
 
 
-def check_logits(
-    expected: Tensor, actual: Tensor, rounding: float = 0.0, names: tuple[str, str] = NAMES
+def check_same_logits(
+    expected: Tensor, actual: Tensor, rounding: float = 0.0, names: tuple[str, str] = MODELS
 ) -> None:
     """Raises where two models' logits differ; arguments and errors as in `check_same`."""
     if expected.shape != actual.shape:

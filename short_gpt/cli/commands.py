@@ -36,7 +36,7 @@ PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
 WRITES = needs_one_of("`samples`", "samples")
 DEMO = Named("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two and a half minutes on two cores
-FEW = jobs.HealingWindows(eval_data=DEMO, size=512, max_windows=12, eval_windows=8)
+DEMO_WINDOWS = jobs.HealingWindows(eval_data=DEMO, size=512, max_windows=12, eval_windows=8)
 
 
 def rank(
@@ -427,7 +427,7 @@ def demo(
     *,
     n: int = 4,
     settings: jobs.Shrinking = jobs.Shrinking(method="bi", prompt="What is a king?"),
-    windows: jobs.HealingWindows = FEW,
+    windows: jobs.HealingWindows = DEMO_WINDOWS,
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     output: Output = Output(),
     table: bool = False,

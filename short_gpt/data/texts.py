@@ -18,7 +18,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")
-NAMES = (*SPLITS, "valid", "dev")  # of files
+SPLIT_NAMES = (*SPLITS, "valid", "dev")  # of files
 KINDS = ".txt, .jsonl or .parquet"
 OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
 DEMO = "demo"  # the demo's book, where no file has that name
@@ -140,7 +140,7 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
     if split not in SPLITS:
         raise ShortGPTError(f"split = {split!r}: PG-19 has {', '.join(SPLITS)}")
     if path is not None:
-        check_split(path, split)
+        check_has_split(path, split)
         return texts(Path(str(path)), split=split)
     return _started(_hub_texts("emozilla/pg19", split, "text"), "emozilla/pg19")
 
@@ -158,11 +158,11 @@ def has_split(source: str, split: str) -> bool:
     return path.is_dir() and bool(_of_split(_names(path), split))
 
 
-def check_split(source: str | Path, split: str) -> None:
+def check_has_split(source: str | Path, split: str) -> None:
     """Raises ShortGPTError for a folder whose names have other splits, and not this one."""
     path = _path(source)
     names = _names(path) if path.is_dir() else []
-    found = {other: _of_split(names, other) for other in NAMES}
+    found = {other: _of_split(names, other) for other in SPLIT_NAMES}
     others = [other for other, own in found.items() if own]
     if others and not _of_split(names, split) and {*names} == {*chain(*found.values())}:
         raise ShortGPTError(
@@ -233,7 +233,7 @@ def _of_split(names: list[str], split: str) -> list[str]:
     folders: dict[str, list[str]] = {}
     for name in names:
         folders.setdefault(name.rpartition("/")[0], []).append(name)
-    named = [own for own in folders.values() if all(inside(name, *NAMES) for name in own)]
+    named = [own for own in folders.values() if all(inside(name, *SPLIT_NAMES) for name in own)]
     return [name for name in chain(*named) if inside(name, split)]
 
 
@@ -371,7 +371,7 @@ def read_texts(data: str, split: str | None, column: str, limit: int | None) -> 
     every = (
         pg19(split or "validation") if data == "pg19" else texts(data, split=split, column=column)
     )
-    return _shown(islice(every, limit), lambda: limit or count_texts(data, split))
+    return _with_bar(islice(every, limit), lambda: limit or count_texts(data, split))
 
 
 def count_texts(source: str, split: str | None = None) -> int | None:
@@ -399,7 +399,7 @@ def _count(file: Path) -> int:
     return 1
 
 
-def _shown(texts: Iterable[str], total: Callable[[], int | None]) -> Iterator[str]:
+def _with_bar(texts: Iterable[str], total: Callable[[], int | None]) -> Iterator[str]:
     """The same texts, with a progress bar while they are read, before which they are counted."""
     with bar("reading", total=total(), unit="text") as progress:
         for text in texts:

@@ -36,12 +36,12 @@ from short_gpt.wrappers.short_model import ShortModel
 STEPWISE = "stepwise_bi"  # Prune&Comp (arXiv:2507.18212), with the refit in place of its factors
 SEARCHES = ("sleb", STEPWISE)
 CANDIDATES = ("bi", "angular", "relative_magnitude", *SEARCHES)
-FIRST, LEAST = 16, 4  # windows of a bare pass, of which half are fitted on; and the fewest
+BARE_PASS, MIN_WINDOWS = 16, 4  # windows of a bare pass, half of them to fit on; and the fewest
 JUDGES = 40  # windows that judge at most, before more are added for sets not told apart
 EARLIEST, STEP = 16, 8  # windows before the first look at a set's loss, and between looks
-MOST = 48  # that `rank` cuts where the user names no number
-FEW = 4  # that trials without a refit read
-REFIT = 3  # passes of a refit over its windows (measured: 2.6)
+MAX_WINDOWS = 48  # that `rank` cuts where the user names no number
+TRIAL_WINDOWS = 4  # that trials without a refit read
+REFIT_PASSES = 3  # passes of a refit over its windows (measured: 2.6)
 BUDGET = 60  # bare passes
 Layers = tuple[int, ...]  # original numbers, ascending
 T = TypeVar("T")
@@ -133,12 +133,12 @@ class HealedChoice:
     def __str__(self) -> str:
         rows = [f"{'loss, nats':>10}  {'from the chosen (95%)':<36}layers of"]
         for one in self.candidates:
-            off = _shown(one.difference) + ("" if one.told_apart else ", not told apart")
+            off = _in_nats(one.difference) + ("" if one.told_apart else ", not told apart")
             off = "chosen" if one.layers == self.layers else off
             rows.append(f"{one.loss:>10.4f}  {off:<36}{', '.join(one.methods)} {one.layers}")
         kept = [swap for swap in self.swaps if swap.kept]
         rows.append(f"{len(self.swaps)} swaps tried, {len(kept)} kept")
-        rows += [f"  {s.back} back, {s.removed} removed: {_shown(s.difference)}" for s in kept]
+        rows += [f"  {s.back} back, {s.removed} removed: {_in_nats(s.difference)}" for s in kept]
         rows.append(f"{self.loss:.4f} chosen; the least of many is lower than on new text")
         counts = [one.difference.windows for one in self.candidates]
         least = min(counts + [swap.difference.windows for swap in self.swaps])
@@ -148,7 +148,7 @@ class HealedChoice:
         return "\n".join([*rows, f"{windows}; {spent}", *self.notes])
 
 
-def _shown(change: Difference) -> str:
+def _in_nats(change: Difference) -> str:
     reach = change.error.reach()
     return f"{change.nats:+.4f} " + ("(-)" if math.isnan(reach) else f"(+- {reach:.4f})")
 
@@ -206,8 +206,8 @@ def choose_healed(
 def check_budget(budget: int, fitted: int, judged: int) -> None:
     """Raises ShortGPTError unless the candidates that need no search can be refitted and judged."""
     scored = sum(name not in SEARCHES for name in CANDIDATES)
-    windows = fitted + scored * (REFIT * fitted + judged)
-    if budget < (least := math.ceil(windows / min(FIRST, fitted + judged))):
+    windows = fitted + scored * (REFIT_PASSES * fitted + judged)
+    if budget < (least := math.ceil(windows / min(BARE_PASS, fitted + judged))):
         raise ShortGPTError(
             f"budget = {budget}: refitting the candidates may take {least} bare passes; give as "
             f"many or more, such as the default {BUDGET}"
@@ -216,8 +216,8 @@ def check_budget(budget: int, fitted: int, judged: int) -> None:
 
 def expect_budget(budget: int | None, windows: int) -> None:
     """`check_budget` before the windows are read, of which so many are asked for."""
-    half = min(FIRST, windows) // 2
-    if budget is not None and half >= LEAST // 2:
+    half = min(BARE_PASS, windows) // 2
+    if budget is not None and half >= MIN_WINDOWS // 2:
         check_budget(budget, half, min(JUDGES, windows - half))
 
 
@@ -228,22 +228,22 @@ class _Choosing:
         self, short: ShortModel, windows: Windows, n: int, budget: int, cells: Cells
     ) -> None:
         self._short, self._n, self._budget, self._cells = short, n, budget, cells
-        half, self._count = min(FIRST, len(windows)) // 2, len(short.kept)
+        half, self._count = min(BARE_PASS, len(windows)) // 2, len(short.kept)
         self._fit = windows[:half]
         others, shared = without_overlap(windows[half:], self._fit)
         self._judging, self._more = others[:JUDGES], others[JUDGES:]
-        if min(half, len(self._judging)) < LEAST // 2:
+        if min(half, len(self._judging)) < MIN_WINDOWS // 2:
             raise ShortGPTError(
-                f"expected at least {LEAST} windows, half to refit on and half to judge by, got "
-                f"{len(windows)}, of which {shared} share text with those: give more text"
+                f"expected at least {MIN_WINDOWS} windows, half to refit on and half to judge by, "
+                f"got {len(windows)}, of which {shared} share text with those: give more text"
             )
         first = half + len(self._judging)
-        self.a_pass, self._spent = self._count * min(FIRST, first), 0
+        self.a_pass, self._spent = self._count * min(BARE_PASS, first), 0
         self._losses: dict[Layers, list[Perplexity]] = {}
         self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
-        if first < FIRST:
+        if first < BARE_PASS:
             self._notes.append(
-                f"{first} windows chose, fewer than {FIRST}: their differences are less sure"
+                f"{first} windows chose, fewer than {BARE_PASS}: their differences are less sure"
             )
         check_budget(budget, half, len(self._judging))
 
@@ -299,10 +299,10 @@ class _Choosing:
 
     def _searched(self, name: str, scores: Importance) -> list[int]:
         """The layers that a search would remove; none where the budget does not allow it."""
-        short, n, few = self._short, self._n, self._fit[:FEW]
+        short, n, few = self._short, self._n, self._fit[:TRIAL_WINDOWS]
         steps, price, spare = 1, most_layers_run(self._count, n) * len(few), 0
         if name == STEPWISE:  # swaps are worth more
-            steps, price = n - 1, self._count * (REFIT + 1) * len(self._fit)
+            steps, price = n - 1, self._count * (REFIT_PASSES + 1) * len(self._fit)
             spare = (self._price_of_order() + self._price()) if steps else 0
         total = steps * price + self._price()
         takes = f"{name} takes up to {total / self.a_pass:.1f} bare passes"
@@ -374,7 +374,7 @@ class _Choosing:
     def _ordered(self, best: Layers, kept: list[int]) -> list[tuple[int, int]]:
         """Pairs of a removed layer and a kept one, the most promising first."""
         # in nats a token, with the one put back, or with the other removed too
-        short, few = self._short, self._fit[:FEW]
+        short, few = self._short, self._fit[:TRIAL_WINDOWS]
 
         def without(layers: list[int]) -> float:
             try:
@@ -423,13 +423,13 @@ class _Choosing:
     def _price(self, judging: int | None = None) -> int:
         """Of a refit and its losses, in layers run."""
         judging = len(self._judging) if judging is None else judging
-        return self._count * (REFIT * len(self._fit) + judging)
+        return self._count * (REFIT_PASSES * len(self._fit) + judging)
 
     def _price_of_order(self) -> int:
         """Of ordering the swaps, in layers run."""
         kept = self._count - self._n
         trials = self._n * (kept + 1) + kept * (kept - 1)  # layers that a window runs through
-        return trials * len(self._fit[:FEW])
+        return trials * len(self._fit[:TRIAL_WINDOWS])
 
     def _affords(self, price: int) -> bool:
         return self._spent + price <= self._budget * self.a_pass

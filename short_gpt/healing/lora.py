@@ -129,7 +129,7 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] 
     _check_processes(replicas.current(short.decoder.device).count, run.recipe)
     check_reports(run.recipe.report_to)
     model = short.trainable()
-    check_model(model)
+    check_trainable(model)
     _check(run, evaluation)
     path, dtype = getattr(short.decoder, "layers_path", None), next(model.parameters()).dtype
     run = run._replace(mixed=short.decoder.mixed, layers_path=path, dtype=dtype)
@@ -227,7 +227,7 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
 def seconds_a_step(short: ScoredModel, window: Window, recipe: Recipe) -> float:
     """Seconds of an optimizer step on such windows, measured on one; the model stays as it is."""
     model, path = short.trainable(), getattr(short.decoder, "layers_path", None)
-    check_model(model)
+    check_trainable(model)
     tokens = torch.tensor([list(window)], device=model.device)
     with _frozen_stay(model):
         adapted = adapt(model, recipe, path)
@@ -277,7 +277,7 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
         require_four_bit()
 
 
-def check_model(model: torch.nn.Module) -> None:
+def check_trainable(model: torch.nn.Module) -> None:
     """Raises ShortGPTError for weights that cannot be trained as they are."""
     parameters = [*model.parameters()]
     small = not all(p.is_floating_point() for p in parameters)
@@ -423,7 +423,7 @@ class LoraSettings:
     trains: ClassVar[bool] = True
 
     def prepare(self, context: HealingContext) -> Heal:
-        check_model(context.short.trainable())
+        check_trainable(context.short.trainable())
         return lambda: self._train(context, None)
 
     def _recipe(self, context: HealingContext) -> Recipe:
@@ -455,7 +455,7 @@ class DistillSettings(LoraSettings):
     name: ClassVar[str] = "distill"
 
     def prepare(self, context: HealingContext) -> Heal:
-        check_model(context.short.trainable())
+        check_trainable(context.short.trainable())
         distillation = Distillation(self._teacher(context), self.kl_share)
         return lambda: self._train(context, distillation)
 

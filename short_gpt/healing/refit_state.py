@@ -33,7 +33,7 @@ from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import bytes_of, check_room, free_memory, resident, shown
+from short_gpt.runtime.memory import bytes_of, check_room, format_bytes, free_memory, resident
 from short_gpt.runtime.replicas import Replicas
 from short_gpt.runtime.state import StateFile, check_saved, damaged, hold
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -303,10 +303,10 @@ class RefitPlan(NamedTuple):
 
     def describe(self) -> str:
         """One line for the user."""
-        parts = [f"{shown(size)} {name}" for name, size in self.host.items() if size]
-        line = f"refit: {shown(self.total)} = {' + '.join(parts)}"
+        parts = [f"{format_bytes(size)} {name}" for name, size in self.host.items() if size]
+        line = f"refit: {format_bytes(self.total)} = {' + '.join(parts)}"
         if self.disk:
-            line += f"; states of {self.windows} windows: {shown(self.disk)} on disk"
+            line += f"; states of {self.windows} windows: {format_bytes(self.disk)} on disk"
         return line
 
 
@@ -373,6 +373,6 @@ def _check_disk(folder: Path | None, needed: int) -> None:
     held, free = sum(path.stat().st_size for path in own), shutil.disk_usage(there).free
     if needed > free + held:
         raise ShortGPTError(
-            f"{there} has {shown(free)} free, the states of the refit need "
-            f"{shown(needed - held, up=True)}; make room, or read fewer windows"
+            f"{there} has {format_bytes(free)} free, the states of the refit need "
+            f"{format_bytes(needed - held, up=True)}; make room, or read fewer windows"
         )

@@ -402,7 +402,7 @@ def calibrate_checkpoint(
         models = (len(sources) + 1) * len(healings) + 1
         work = f"judge {models} models of {model}, chosen by {ranked.method} on {names}, on all"
         work += "; writing own text takes more" if {*sources} & {*OWN} else ""
-        refits = (len(sources) + 1) * choosing.REFIT * (REFIT in healings)
+        refits = (len(sources) + 1) * choosing.REFIT_PASSES * (REFIT in healings)
         ranks = len(sources) * len(readings.numbers) + refits
         count = models * len(sources) * readings.eval_windows + ranks * readings.max_windows
         end_dry_run(short, work, readings.numbers[0], count)

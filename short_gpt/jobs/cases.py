@@ -67,11 +67,11 @@ def _searches(values: Values) -> bool:
     return not {*_names(values["methods"])} <= {*METHODS} - {*BY_LOSS}
 
 
-TRAINING = Needs(
+NEEDS_TRAINING = Needs(
     "lora or distill in `healing`", lambda v: bool({*TRAINED} & {*_names(v["healing"])})
 )
 RANDOM = Needs("random in `methods`", lambda v: "random" in _names(v["methods"]))
-SEARCHES = Needs("perplexity or sleb in `methods`", _searches)
+NEEDS_SEARCH = Needs("perplexity or sleb in `methods`", _searches)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Cases:
     counts: object = setting((2, 4, 8, 12), value="N,N")
     healings: str | Sequence[str] = setting((RAW,), flag="healing", value="A,B")
     seeds: int = setting(3, needs=RANDOM)
-    search_windows: int = setting(4, heading=READ, needs=SEARCHES)
+    search_windows: int = setting(4, heading=READ, needs=NEEDS_SEARCH)
     lora_only: str | Collection[tuple[str, int]] | None = setting(None, value="A:N")
 
     @property
@@ -204,11 +204,11 @@ class LoraOptions:
         size: tokens in a window of training; the recipe's if not given.
     """
 
-    steps: int | None = setting(None, needs=TRAINING)
-    rank: int | None = setting(None, needs=TRAINING)
-    learning_rate: float | None = setting(None, needs=TRAINING)
-    batch: int | None = setting(None, needs=TRAINING)
-    size: int | None = setting(None, flag="lora_size", needs=TRAINING)
+    steps: int | None = setting(None, needs=NEEDS_TRAINING)
+    rank: int | None = setting(None, needs=NEEDS_TRAINING)
+    learning_rate: float | None = setting(None, needs=NEEDS_TRAINING)
+    batch: int | None = setting(None, needs=NEEDS_TRAINING)
+    size: int | None = setting(None, flag="lora_size", needs=NEEDS_TRAINING)
 
     def check(self) -> None:
         from short_gpt.healing.recipe import Recipe

@@ -105,7 +105,7 @@ def compare_checkpoint(
         work = f"compare {models} models of {source}: {', '.join(cases.names)} x {cases.numbers} "
         work += f"layers x {', '.join(cases.heals)}; searches, training and writing own text take "
         work += "more"
-        refits = sum(healing != RAW for healing in closed) * choosing.REFIT * sets
+        refits = sum(healing != RAW for healing in closed) * choosing.REFIT_PASSES * sets
         count = models * shares.eval_windows + (1 + refits) * shares.max_windows
         end_dry_run(short, work, shares.size, count)
     write = own_text_writer(short, size, seed=shares.seed, beside=saving.state)

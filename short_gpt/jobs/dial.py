@@ -79,10 +79,10 @@ class Dial:
             raise ShortGPTError(f"`params` {self.params}: expected a number as in 6B or 750M")
         return int(float(match[1]) * PARAMETERS[match[2]])
 
-    def _shown(self, size: int) -> str:
-        from short_gpt.runtime.memory import shown
+    def _format_size(self, size: int) -> str:
+        from short_gpt.runtime.memory import format_bytes
 
-        return f"{size:,} parameters" if self.params is not None else shown(size)
+        return f"{size:,} parameters" if self.params is not None else format_bytes(size)
 
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
@@ -109,7 +109,7 @@ class Dial:
             if n > most:
                 raise ShortGPTError(
                     f"{self.name}: with 2 of its {total} layers this model still has "
-                    f"{self._shown(sizes[most])}; name that or more"
+                    f"{self._format_size(sizes[most])}; name that or more"
                 )
         # by what was set, as in "--ratio 0.9: n = 27"
         return check_count(n, total, most=most, name="n" if self.n else f"{self.name}: n")

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama.io.files import check_new
 from llama.io.sources import is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved, in_few_bits
+from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf, in_few_bits
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
@@ -152,7 +152,7 @@ def heal(
     hub.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, settings, opening)
     if is_gguf(out):
-        check_saved(model, removal.layers, removal.record.block_influence)
+        check_writable_gguf(model, removal.layers, removal.record.block_influence)
     how = (texts, windows, settings, opening, streaming)
     done = _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
     return replace(done, address=hub.push(done.out))

@@ -89,7 +89,7 @@ COLUMNS = Needs(
 TASKS = needs_one_of("`tasks`", "tasks")
 # of heal alone: rank bounds the states of a search by it too
 STREAM = Needs("`stream`", lambda v: bool(v["stream"]) or "teacher" not in v)
-SEARCHES = {
+SEARCH_MEMORY = {
     "rank": "Without stream, of the states that the searches by loss store; 2GB if not given."
 }
 TEXT = Needs("`data` (a text, or wikitext-2, c4, ptb, pg19)", lambda v: v["data"] != "none")
@@ -307,7 +307,7 @@ class Running:
 
     batch_size: int = setting(1, commands=(*SCORED, "perplexity"))
     stream: bool = False
-    max_memory: str | None = setting(None, value="SIZE", needs=STREAM, more=SEARCHES)
+    max_memory: str | None = setting(None, value="SIZE", needs=STREAM, more=SEARCH_MEMORY)
     model_parallel_size: int | None = setting(None, commands=SCORED)
 
     def open(self, source: str, options: OpenOptions, size: int) -> ScoredModel:

@@ -13,9 +13,9 @@ from llama.ranks import is_distributed
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
 from short_gpt.healing.choosing import (
+    BARE_PASS,
     BUDGET,
-    FIRST,
-    MOST,
+    MAX_WINDOWS,
     HealedChoice,
     choose_healed,
     expect_budget,
@@ -175,8 +175,9 @@ def rank(
     """
     answer, texts = answer if n is None else replace(answer, n=n), source_of(data)
     if answer.method == AUTO:  # what judges must not overlap what is fitted on
-        cut = replace(cut, stride=max(cut.step, cut.size), max_windows=cut.max_windows or MOST)
-        expect_budget(answer.budget, cut.max_windows or MOST)
+        most = cut.max_windows or MAX_WINDOWS
+        cut = replace(cut, stride=max(cut.step, cut.size), max_windows=most)
+        expect_budget(answer.budget, most)
     opening = as_begun(opening, saving.state)
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
@@ -220,7 +221,7 @@ def rank(
 def _passes(answer: Answer, count: int, windows: int | None) -> int | None:
     """The most windows that a choice by loss reads, each through all of so many layers."""
     if answer.method == AUTO:
-        return FIRST * (answer.budget or BUDGET)
+        return BARE_PASS * (answer.budget or BUDGET)
     rounds = answer.n or 1 if answer.method == "sleb" else 1
     return None if windows is None else math.ceil(windows * most_layers_run(count, rounds) / count)
 

@@ -33,7 +33,7 @@ from short_gpt.jobs.settings import Answer
 from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import free_memory, shown
+from short_gpt.runtime.memory import format_bytes, free_memory
 from short_gpt.scoring.importance import Importance, difference_margins
 from short_gpt.scoring.metrics import kendall, spearman
 from short_gpt.wrappers.options import OpenOptions
@@ -344,12 +344,12 @@ def _in_memory(shape: ModelArgs, opening: OpenOptions) -> str:
     dtype = choose_dtype(opening.dtype, device)
     size = sum(map(math.prod, full_shapes(shape).values())) * dtype.itemsize
     kind = str(dtype).removeprefix("torch.")
-    line = f"the model in memory: {shown(size)} of weights in {kind}"
+    line = f"the model in memory: {format_bytes(size)} of weights in {kind}"
     if device.type == "cuda":
         return f"{line}, on {device}"
     free = free_memory()
     way = "; stream holds one layer at a time, bfloat16 half as much" if size > free else ""
-    return f"{line}, of {shown(free)} that are free{way}"
+    return f"{line}, of {format_bytes(free)} that are free{way}"
 
 
 def _changed(cut: Cut, texts: TextSource, bos: str) -> tuple[str, ...]:

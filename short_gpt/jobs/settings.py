@@ -55,7 +55,7 @@ def _by_loss(method: object) -> bool:
 
 SETTLED = Needs("`n`, a `seed` and `method` bi or angular", _settled)
 SLEB = Needs("`method` sleb", lambda v: v["method"] == "sleb")
-AUTO = Needs("`method` auto", lambda v: v["method"] == "auto")
+NEEDS_AUTO = Needs("`method` auto", lambda v: v["method"] == "auto")
 SCORES = Needs(
     "a `method` that scores (not perplexity, sleb or auto)", lambda v: not _by_loss(v.get("method"))
 )
@@ -89,7 +89,7 @@ class Answer:
     n: int | None = setting(None, commands=RANK)
     method: str = setting("bi", commands=RANK)
     candidates: int | None = setting(None, commands=RANK, needs=SLEB)
-    budget: int | None = setting(None, commands=RANK, needs=AUTO)
+    budget: int | None = setting(None, commands=RANK, needs=NEEDS_AUTO)
     confidence: float | None = setting(0.99, needs=(SETTLED, SEED))
     rare: float = setting(0.02, needs=(SETTLED, SEED, CONFIDENCE))
     sublayers: bool = setting(False, commands=RANK, needs=SCORES)

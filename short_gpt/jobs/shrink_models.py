@@ -25,7 +25,7 @@ from short_gpt.checkpoints.target import Target
 from short_gpt.jobs.comparing import size_without, tokens_per_second
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.inputs import Notify
-from short_gpt.jobs.shrunk import PLAIN
+from short_gpt.jobs.shrunk import PROMPT
 from short_gpt.models.layer_config import caches_keys
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
@@ -117,7 +117,7 @@ class InMemory:
 
     def prompt(self, own: str | None) -> str:
         """What it is asked, unless the user has an own prompt."""
-        return own or (CHAT if self.chats else PLAIN)
+        return own or (CHAT if self.chats else PROMPT)
 
     @cached_property
     def chats(self) -> bool:

@@ -24,7 +24,7 @@ from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
 from short_gpt.data.texts import OWN, source_names
 from short_gpt.healing import RefitSettings, choosing, require_packages
-from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, expect_budget
+from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS, expect_budget
 from short_gpt.healing.texts import Learning
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.healing import CLOSED_WINDOWS
@@ -35,7 +35,7 @@ from short_gpt.jobs.shrink_models import ANSWER, TIMED_TOKENS, TURNS, InMemory, 
 from short_gpt.jobs.shrunk import report_of
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import shown
+from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.settings import flag_of
 from short_gpt.selection.methods import AUTO, BY_LOSS, SEARCHED
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
 WINDOW = 512  # tokens
-LONG = 1800  # seconds after which a plan says what takes less
+LONG_PLAN = 1800  # seconds after which a plan says what takes less
 REFITTED = RefitSettings(max_windows=CLOSED_WINDOWS)
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"  # in the folder
 # what a run leaves in the folder: these, parts of the state, own texts, locks and unfinished files
@@ -145,7 +145,8 @@ class ShrinkRequest:
             self._check_streamed()
         check_format(self.out, self.to)
         if self.method == AUTO:
-            expect_budget(self.settings.budget, min(MOST, self.cut.max_windows or MOST))
+            most = min(MAX_WINDOWS, self.cut.max_windows or MAX_WINDOWS)
+            expect_budget(self.settings.budget, most)
         self.texts.check(self.cut.eval_data)
 
     def _check_folder(self) -> None:
@@ -247,18 +248,18 @@ def plan(asked: ShrinkRequest, known: ShrinkContext) -> str:
     before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
     kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M" if n else ""
     times = ", ".join(f"{name} {duration(time)}" for name, time in parts.items() if time)
-    disk = f" and {shown(refit.disk)} on disk" if refit.disk else ""
+    disk = f" and {format_bytes(refit.disk)} on disk" if refit.disk else ""
     tasks = "run the tasks, " if asked.tasks.tasks else ""
     go = "goes" if n == 1 else "go"
     lines = [f"{n or 'some'} of {known.count} layers {go} ({asked.dial.name}){kept}"]
     lines += [f"a window of {known.size} tokens takes {duration(known.a_pass)}: {times}"]
     lines += [
         f"in all about {duration(total)}, and the time to {tasks}write the model and read it again",
-        f"the refit takes up to {shown(refit.total)} of the machine's memory{disk}",
+        f"the refit takes up to {format_bytes(refit.total)} of the machine's memory{disk}",
     ]
-    if total > LONG:
+    if total > LONG_PLAN:
         others = "" if asked.method == "bi" else "method bi, "
-        quick = (16 * (1 + REFIT) + 3 * 8) * known.a_pass * min(1.0, 128 / known.size)
+        quick = (16 * (1 + REFIT_PASSES) + 3 * 8) * known.a_pass * min(1.0, 128 / known.size)
         lines += [
             f"a first try in about {duration(quick)}, without what is written: {others}size "
             "128, max_windows 16, eval_windows 8"
@@ -268,9 +269,9 @@ def plan(asked: ShrinkRequest, known: ShrinkContext) -> str:
 
 def _seconds(asked: ShrinkRequest, known: ShrinkContext) -> dict[str, float]:
     a_pass, count, method, n = known.a_pass, known.count, asked.method, known.n
-    few, rounds = FEW * a_pass / count, 1 if method == "perplexity" else n or count // 2
-    auto = (asked.settings.budget or choosing.BUDGET) * FIRST * a_pass
-    scored = min(known.limit or MOST, MOST) * a_pass
+    few, rounds = TRIAL_WINDOWS * a_pass / count, 1 if method == "perplexity" else n or count // 2
+    auto = (asked.settings.budget or choosing.BUDGET) * choosing.BARE_PASS * a_pass
+    scored = min(known.limit or MAX_WINDOWS, MAX_WINDOWS) * a_pass
     searched = few * most_layers_run(count, rounds)
     chosen = auto if method == AUTO else searched if method in SEARCHED else scored
     parts: dict[str, float] = {}
@@ -281,11 +282,11 @@ def _seconds(asked: ShrinkRequest, known: ShrinkContext) -> dict[str, float]:
         steps = len(asked.own) * math.ceil(each / AT_ONCE) * known.size
         parts["writing its own text"] = steps * _seconds_a_token(known, min(AT_ONCE, each))
     if n is None:
-        tries = math.ceil(math.log2(count)) * (REFIT * 3 + 1) * MOST / 4 * a_pass
+        tries = math.ceil(math.log2(count)) * (REFIT_PASSES * 3 + 1) * MAX_WINDOWS / 4 * a_pass
         parts["finding how many layers"] = few * most_layers_run(count, count - 2) + tries
         chosen = 0.0 if method == "sleb" else chosen  # the same search
     parts["choosing them, at most" if method == AUTO else "choosing them"] = chosen
-    parts["the refit"] = REFIT * min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS) * a_pass
+    parts["the refit"] = REFIT_PASSES * min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS) * a_pass
     parts["training"] = 60 * (asked.settings.minutes or 0)
     parts["judging"] = 3 * asked.cut.eval_windows * a_pass
     if known.prompt:

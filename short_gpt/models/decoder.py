@@ -157,7 +157,7 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)  # (B, S)
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = _ids(window)
-    check_vocabulary(tokens, decoder)
+    check_token_ids(tokens, decoder)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (S,) < (B, 1)
     return tokens.to(decoder.device), mask.to(decoder.device)
 
@@ -180,7 +180,7 @@ def _ids(window: Sequence[int]) -> Tensor:
     return ids
 
 
-def check_vocabulary(tokens: Tensor, decoder: Decoder) -> None:
+def check_token_ids(tokens: Tensor, decoder: Decoder) -> None:
     """Raises ShortGPTError for token ids that the model has no embedding of."""
     # an embedding would fail without a word of which tokens, on CUDA for good
     if tokens.min() < 0 or tokens.max() >= decoder.vocab_size:

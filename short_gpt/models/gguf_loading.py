@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llama.checkpoint.sharding import check_layers
+from llama.checkpoint.sharding import check_layer_count
 from llama.formats.gguf import ROPE_FACTORS, llama3_factor
 from llama.formats.gguf_read import PART, STRING, GGUFParts, Header
 from llama.formats.hf import LLAMA3_SCALING
@@ -65,7 +65,7 @@ def check_gguf(path: Path) -> GGUFParts:
         )
     if not isinstance(width, int) or not width:  # transformers would take that of another model
         raise ShortGPTError(f"{path} has {kind}.embedding_length = {width!r}; is it a whole one?")
-    check_layers(path, layers, parts.tensors)
+    check_layer_count(path, layers, parts.tensors)
     if kind == "llama" and not parts.fields.get("llama.expert_count"):
         known = {row[GGUF].format(i) for row in NAMES for i in range(layers)} | {ROPE_FACTORS}
         if others := sorted(parts.tensors.keys() - known):

@@ -46,10 +46,10 @@ class Plan:
     def describe(self) -> str:
         """One line for the user."""
         parts = {**self.host, f"states of {self.windows} windows": self.windows * self.window}
-        line = f"one layer at a time, {self.windows} windows a round: {shown(self.total)} = "
-        line += " + ".join(f"{shown(size)} {name}" for name, size in parts.items() if size)
+        line = f"one layer at a time, {self.windows} windows a round: {format_bytes(self.total)} = "
+        line += " + ".join(f"{format_bytes(size)} {name}" for name, size in parts.items() if size)
         if self.device:
-            line += f"; on the device {shown(sum(self.device.values()))}"
+            line += f"; on the device {format_bytes(sum(self.device.values()))}"
         return line
 
 
@@ -111,10 +111,10 @@ def check_room(parts: Mapping[str, int], max_memory: str | int | None, what: str
     """Raises ShortGPTError where these bytes, by what they are for, are more than allowed."""
     least = sum(parts.values())
     if max_memory is not None and least > bytes_of(max_memory):
-        listed = ", ".join(f"{shown(size)} {name}" for name, size in parts.items())
+        listed = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
         raise ShortGPTError(
             f"`max_memory` {max_memory} is too little: {what} needs at least "
-            f"{shown(least, up=True)} ({listed})"
+            f"{format_bytes(least, up=True)} ({listed})"
         )
 
 
@@ -159,7 +159,7 @@ def bytes_of(text: str | int, name: str = "max_memory") -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def shown(size: int, *, up: bool = False) -> str:
+def format_bytes(size: int, *, up: bool = False) -> str:
     """Bytes as a short text, to two digits or more; rounded up where asked."""
     for name, unit in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= unit:

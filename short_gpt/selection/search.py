@@ -93,7 +93,7 @@ def by_loss(
     count = len(decoder.layers)
     n = check_count(n, count)
     trials = Trials(decoder, windows, options, about={"method": method})
-    with trials.shown(count * trials.groups, options.progress) as shown:
+    with trials.progress_bar(count * trials.groups, options.progress) as shown:
         if not trials.result.losses:  # of a saved search
             trials.round(range(count), shown.update)
     loss = trials.result.losses[0]
@@ -128,7 +128,7 @@ def sleb_rounds(
     trials = Trials(decoder, windows, options, about=about)
     trials.keep(n)
     total = sum(len(allowed) - i for i in range(n)) * trials.groups
-    with trials.shown(total, options.progress) as shown:
+    with trials.progress_bar(total, options.progress) as shown:
         for number in range(n):
             if number >= len(trials.result.removed):  # else a saved search had this round
                 alive = [i for i in range(count) if i not in trials.result.removed]
@@ -267,7 +267,7 @@ class Trials:
             self._done = [{}]
         del self.result.removed[n:], self.result.losses[n:]
 
-    def shown(self, total: int, show: bool) -> Bar:
+    def progress_bar(self, total: int, show: bool) -> Bar:
         """A bar of all trials, with those of a continued search done."""
         tried = sum(map(len, self.result.losses)) * self.groups + sum(map(len, self._done))
         return bar("searching", total=total, unit="trial", show=show, done=tried)

@@ -21,7 +21,7 @@ from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
-from short_gpt.checkpoints.verify import check_logits
+from short_gpt.checkpoints.verify import check_same_logits
 from short_gpt.data.texts import check_plain
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
@@ -363,7 +363,7 @@ class StreamedLlama(ScoredModel):
         ours = stream(tokens)
         stream.release()  # before another model takes as much
         saved = open_stream(directory, max_seq_len=size, device=device, dtype=dtype)
-        check_logits(ours, saved(tokens))
+        check_same_logits(ours, saved(tokens))
 
     def runs_in(self) -> tuple[torch.dtype, torch.device]:
         return self.stream.dtype, self.stream.device  # the layers' own weights come and go

@@ -477,7 +477,7 @@ def test_a_template_that_takes_no_user_alone_is_not_asked(here):
     tokenizer.chat_template = "{{ raise_exception('system first') }}"
     tokenizer.save_pretrained("strict")
     done = shrink("strict", "out", n=2, windows=CUT, data="other", method="bi")
-    assert done.prompt == shrink_models.PLAIN and done.looks["healed"].completion
+    assert done.prompt == shrink_models.PROMPT and done.looks["healed"].completion
 
 
 def test_shrink_is_started_alone(here, monkeypatch):
@@ -657,7 +657,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
 
 
 def test_a_long_plan_says_what_takes_less(here, monkeypatch):
-    monkeypatch.setattr(shrink_plan, "LONG", 0)
+    monkeypatch.setattr(shrink_plan, "LONG_PLAN", 0)
     how = {"n": 2, "windows": CUT, "data": "other", "dry_run": True}
     assert "written: method bi, size 128, max_windows 16" in str(shrink("hf", "out", **how))
     planned = shrink("hf", "out", method="bi", **how)
