@@ -15,7 +15,7 @@ from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 
 ROUNDING = 1e-4  # between implementations in float32, relative to the largest logit
-MODELS = ("the model in memory", "the saved model")
+NAMES = ("the model in memory", "the saved model")
 
 
 class Generator(Protocol):
@@ -88,11 +88,7 @@ def one_by_one(*models: Callable[[], Fingerprint]) -> list[Fingerprint]:
 
 
 def check_same(
-    ours: Fingerprint,
-    theirs: Fingerprint,
-    *,
-    rounding: float = 0.0,
-    names: tuple[str, str] = MODELS,
+    ours: Fingerprint, theirs: Fingerprint, *, rounding: float = 0.0, names: tuple[str, str] = NAMES
 ) -> str:
     """Checks that two models are the same; returns "bit for bit" or "except for the last digits".
 
@@ -120,7 +116,7 @@ def check_same(
 
 
 def check_same_logits(
-    expected: Tensor, actual: Tensor, rounding: float = 0.0, names: tuple[str, str] = MODELS
+    expected: Tensor, actual: Tensor, rounding: float = 0.0, names: tuple[str, str] = NAMES
 ) -> None:
     """Raises where two models' logits differ; arguments and errors as in `check_same`."""
     if expected.shape != actual.shape:

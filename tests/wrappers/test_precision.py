@@ -295,7 +295,7 @@ def test_auto_is_one_answer_for_all_ranks(here, monkeypatch):
     monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda s, w: (1.3, 0.8)[s.decoder.mixed])
     monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
     answers = iter([False, True])  # another rank's window was not faster
-    monkeypatch.setattr(replicas.Replicas, "any", lambda _, flag: flag or next(answers))
+    monkeypatch.setattr(replicas.Replicas, "any_rank", lambda _, flag: flag or next(answers))
     assert open_model("meta", CPU, precision="auto").precision == "float32"
 
 
