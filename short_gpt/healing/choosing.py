@@ -149,8 +149,8 @@ class HealedChoice:
 
 
 def _in_nats(change: Difference) -> str:
-    reach = change.error.reach()
-    return f"{change.nats:+.4f} " + ("(-)" if math.isnan(reach) else f"(+- {reach:.4f})")
+    margin = change.error.margin()
+    return f"{change.nats:+.4f} " + ("(-)" if math.isnan(margin) else f"(+- {margin:.4f})")
 
 
 def choose_healed(
@@ -449,7 +449,7 @@ class _Choosing:
 
 
 def _told_apart(change: Difference) -> bool:
-    return abs(change.nats) > change.error.reach()  # False where there is no interval: NaN
+    return abs(change.nats) > change.error.margin()  # False where there is no interval: NaN
 
 
 def _is_worse(change: Difference) -> bool:

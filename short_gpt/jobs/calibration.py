@@ -154,7 +154,7 @@ def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores)
     """How far two rankings by the same method agree."""
     drawn = first.resampled(0), second.resampled(1)  # different seeds: drawn independently
     value = float(correlations(first.means[None], second.means[None])[0])
-    interval = reach(value, correlations(*drawn), min(first.degrees, second.degrees))
+    interval = stretched_interval(value, correlations(*drawn), min(first.degrees, second.degrees))
     both = (first.members(drawn[0]) & second.members(drawn[1])).sum(1)
     low, high = map(float, np.quantile(both, (0.025, 0.975)))
     shared = len({*first.chosen} & {*second.chosen})
@@ -168,7 +168,7 @@ def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
-def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float]:
+def stretched_interval(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float]:
     """The 95% interval of a rank correlation from resamples, stretched as Student's t.
 
     Noise lowers a correlation, and drawing again lowers it once more: the upper end therefore lies
@@ -340,7 +340,7 @@ class _Run(NamedTuple):
             for text, pruned in by_text.items():
                 cost = difference(original[text], pruned)
                 excess = difference(healed[text][text], pruned)
-                most = excess.nats + excess.error.reach(0.95, sides=1)
+                most = excess.nats + excess.error.margin(0.95, sides=1)
                 own = choice == text
                 row = CrossResult(
                     choice=choice,

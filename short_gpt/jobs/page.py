@@ -114,8 +114,8 @@ def is_page(path: Path) -> bool:
 def bars(importance: Importance, removed: Sequence[int]) -> str:
     """Block Influence of every layer on a logarithmic axis, as SVG; removed layers are marked."""
     values = dict(zip(importance.layers, importance.block_influence.tolist(), strict=True))
-    reaches = [reach if math.isfinite(reach) else 0.0 for reach in importance.margin.tolist()]
-    pairs = [*zip(values.values(), reaches, strict=True)]
+    margins = [reach if math.isfinite(reach) else 0.0 for reach in importance.margin.tolist()]
+    pairs = [*zip(values.values(), margins, strict=True)]
     known = [(v, v + r) for v, r in pairs if v > 0 and math.isfinite(v)] or [(1.0, 1.0)]
     low = math.floor(math.log10(min(value for value, _ in known)))
     high = math.log10(max(end for _, end in known))
@@ -137,9 +137,9 @@ def bars(importance: Importance, removed: Sequence[int]) -> str:
             f'<rect class="{kind}" x="{x + step / 10:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" '
             f'height="{HEIGHT - y:.1f}"><title>layer {layer}, {kind}: {value:.4g}</title></rect>'
         )
-        middle, reach = f"{x + step / 2:.1f}", reaches[index]
-        if reach:
-            ends = f'y1="{top(value - reach):.1f}" y2="{top(value + reach):.1f}"'
+        middle, margin = f"{x + step / 2:.1f}", margins[index]
+        if margin:
+            ends = f'y1="{top(value - margin):.1f}" y2="{top(value + margin):.1f}"'
             parts.append(f'<line class="error" x1="{middle}" x2="{middle}" {ends}/>')
         if not index % every:
             parts.append(f'<text x="{middle}" y="{HEIGHT + 16}">{layer}</text>')

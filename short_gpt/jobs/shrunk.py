@@ -81,7 +81,7 @@ class ShrinkResult(Table):
             rows.append(["95%", *(end.replace("nan to nan", "unknown") for end in ends)])
             first = next(iter(own.values()))
             changes = [difference([first], [p]) for p in [*own.values()][1:]]
-            cells = [f"{c.nats:+.4f} ± {c.error.reach():.4f}" for c in changes]
+            cells = [f"{c.nats:+.4f} ± {c.error.margin():.4f}" for c in changes]
             rows.append(
                 ["nats from the original, 95%", "", *(c.replace("nan", "?") for c in cells)]
             )
@@ -130,7 +130,7 @@ class ShrinkResult(Table):
         original, pruned, healed = (states[name] for name in ("original", "pruned", "healed"))
         lost, left = (difference([original], [state]) for state in (pruned, healed))
         parts = [f"perplexity {original.value:.2f} becomes {healed.value:.2f} on {kind}"]
-        if lost.nats > (0 if lost.error.no_interval else lost.error.reach()):
+        if lost.nats > (0 if lost.error.no_interval else lost.error.margin()):
             parts.append(f"healing restores {1 - left.nats / lost.nats:.0%} of the lost nats")
         first, last = self.looks["original"], self.looks["healed"]
         parts.append(f"{1 - last.size / first.size:.0%} smaller")

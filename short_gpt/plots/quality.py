@@ -132,13 +132,13 @@ def _draw_method(
     else:
         y = [*start, *(own[0] for own in values.values())]
         errors = [*zero, *(_error(own[0]) for own in groups.values())]
-        reach = [
+        margin = [
             [v * (1 - math.exp(-e)) for v, e in zip(y, errors, strict=True)],
             [v * (math.exp(e) - 1) for v, e in zip(y, errors, strict=True)],
         ]
         x = [*zero, *(n + shift for n in groups)]
         style: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "label": label, **look}
-        axes.errorbar(x, y, yerr=reach, elinewidth=1, **style)
+        axes.errorbar(x, y, yerr=margin, elinewidth=1, **style)
     off = [n + shift for n, own in values.items() if not all(v <= top for v in own)]  # NaN too
     if off:
         mark: dict[str, Any] = {"linestyle": "none", "marker": 6, "markersize": 9, "zorder": 4}

@@ -37,8 +37,8 @@ class Budget:
         Each on its own holds with ``confidence``; both are NaN where there are too few texts.
         """
         change = self.changes[n]
-        reach = change.error.reach(self.confidence, sides=1)
-        return exp(change.nats - reach), exp(change.nats + reach)
+        margin = change.error.margin(self.confidence, sides=1)
+        return exp(change.nats - margin), exp(change.nats + margin)
 
     def holds(self, n: int) -> bool:
         """Whether the ratio holds with n layers removed, with ``confidence``."""

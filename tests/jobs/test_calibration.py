@@ -21,8 +21,8 @@ from short_gpt.jobs.calibration import (
     WindowScores,
     agreement,
     correlations,
-    reach,
     score_windows,
+    stretched_interval,
 )
 from short_gpt.selection.methods import choose
 
@@ -171,7 +171,9 @@ def test_the_windows_of_two_rankings_are_drawn_independently():
     assert found.correlation == pytest.approx(1) and found.shared == 4
     assert found.interval[0] < 0.9 and found.shared_interval[0] < 4
     drawn = scores.resampled(0), scores.resampled(1)
-    assert found.interval == reach(found.correlation, correlations(*drawn), scores.degrees)
+    assert found.interval == stretched_interval(
+        found.correlation, correlations(*drawn), scores.degrees
+    )
 
 
 @pytest.mark.parametrize("few_first", [True, False])
@@ -180,7 +182,7 @@ def test_the_degrees_are_those_of_the_ranking_with_fewer_windows(few_first):
     assert sorted(scores.degrees for scores in pair) == pytest.approx([3, 15])
     found = agreement(("a", "b"), *pair)
     drawn = correlations(pair[0].resampled(0), pair[1].resampled(1))
-    assert found.interval == pytest.approx(reach(found.correlation, drawn, 3))
+    assert found.interval == pytest.approx(stretched_interval(found.correlation, drawn, 3))
 
 
 def test_documents_of_different_lengths_have_fewer_degrees():
@@ -245,12 +247,12 @@ def test_the_interval_of_a_correlation_holds_it_as_often_as_it_says():
 
 def test_an_interval_is_not_below_what_noise_takes_away():
     drawn = np.array([0.8, 0.82, 0.84, 0.83])  # all below what was measured
-    low, high = reach(0.88, drawn, 11)
+    low, high = stretched_interval(0.88, drawn, 11)
     stretch = scipy.stats.t.ppf(0.975, 11) / scipy.stats.norm.ppf(0.975) * (12 / 11) ** 0.5
     assert low == pytest.approx(0.88 - stretch * (0.88 - np.quantile(drawn, 0.025)), rel=1e-4)
     assert high == pytest.approx(0.88 + (0.88 - low))
-    assert reach(1.0, np.array([1.0, 1.0]), 5) == (1, 1)
-    assert reach(0.5, np.array([0.5]), 0) == (-1, 1)
+    assert stretched_interval(1.0, np.array([1.0, 1.0]), 5) == (1, 1)
+    assert stretched_interval(0.5, np.array([0.5]), 0) == (-1, 1)
 
 
 def test_interrupted_it_continues_and_measures_nothing_twice(tmp_path, monkeypatch):
