@@ -114,7 +114,7 @@ def is_page(path: Path) -> bool:
 def bars(importance: Importance, removed: Sequence[int]) -> str:
     """Block Influence of every layer on a logarithmic axis, as SVG; removed layers are marked."""
     values = dict(zip(importance.layers, importance.block_influence.tolist(), strict=True))
-    margins = [reach if math.isfinite(reach) else 0.0 for reach in importance.margin.tolist()]
+    margins = [m if math.isfinite(m) else 0.0 for m in importance.margin.tolist()]
     pairs = [*zip(values.values(), margins, strict=True)]
     known = [(v, v + r) for v, r in pairs if v > 0 and math.isfinite(v)] or [(1.0, 1.0)]
     low = math.floor(math.log10(min(value for value, _ in known)))

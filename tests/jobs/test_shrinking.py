@@ -648,7 +648,10 @@ def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
         (("hf", "out", *STREAM, "--minutes", 1), "--minutes needs the model in memory"),
         (("hf", "out", *STREAM, "--to", "meta"), "is written in its own format, hf"),
         (("hf", "out-00001-of-00002.gguf"), "names one of 2 files, but a single file is written"),
-        (("model.gguf", "out-00002-of-00002.gguf"), "name it out.gguf, which `short-gpt convert"),
+        (
+            ("model.gguf", "out-00002-of-00002.gguf"),
+            "write out.gguf, then split it with `short-gpt",
+        ),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
