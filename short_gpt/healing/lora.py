@@ -70,7 +70,7 @@ class LoraResult:
 
 
 Window = Sequence[int]
-Merged = tuple[LoraResult, Callable[[], None]]  # and what takes it out again
+Merged = tuple[LoraResult, Callable[[], None]]  # and what undoes it
 TEACHER = "teacher"  # the folder of its predictions
 WHOLE = (
     "training needs the whole model in every process: start it by torchrun, without FSDP, and open "
@@ -124,7 +124,7 @@ def heal(
 
 
 def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] = ()) -> Merged:
-    """As `heal`; also returns what takes the change out again, for which a copy is held."""
+    """As `heal`; also returns what undoes the change, which holds a copy."""
     require_packages()
     _check_processes(replicas.current(short.decoder.device).count, run.recipe)
     check_reports(run.recipe.report_to)
@@ -158,14 +158,14 @@ def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
         healed = _train(adapted, run)
         return healed, _merge(adapted, healed)
     except BaseException:
-        adapted.unload()  # takes the adapters out, and leaves the model's own weights
+        adapted.unload()  # removes the adapters and keeps the model's own weights
         raise
     finally:
         _clean(model, run.recipe)
 
 
 def _merge(adapted: PeftModel, healed: LoraResult) -> Callable[[], None]:
-    """Merges what was learned, unless no evaluation was better than before; returns the undo."""
+    """Merges what was learned if an evaluation was better than before; returns the undo."""
     base = [p for name, p in adapted.named_parameters() if ".base_layer." in name]
     # which a merge changes one by one
     with restored_on_error(base if healed.kept_step else ()) as restore:
@@ -225,7 +225,7 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
 
 
 def seconds_a_step(short: ScoredModel, window: Window, recipe: Recipe) -> float:
-    """Seconds of an optimizer step on such windows, measured on one; the model stays as it is."""
+    """Seconds of an optimizer step on such windows, measured on one; leaves the model unchanged."""
     model, path = short.trainable(), getattr(short.decoder, "layers_path", None)
     check_trainable(model)
     tokens = torch.tensor([list(window)], device=model.device)
@@ -386,7 +386,7 @@ def target_modules(
 
 
 def quantized(model: PreTrainedModel, device: torch.device, recipe: Recipe) -> PreTrainedModel:
-    """A copy of a model in 4 bits on ``device``; the model itself goes to the CPU meanwhile."""
+    """A copy of a model in 4 bits on ``device``; the model itself moves to the CPU meanwhile."""
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 

@@ -12,7 +12,7 @@ from short_gpt.runtime.numbers import at_least
 
 
 class ModelConfig(Protocol):
-    """The config of a model of transformers, by which the paper's table is searched."""
+    """The config of a model of transformers, by which the paper's table is looked up."""
 
     @property
     def model_type(self) -> str: ...
@@ -43,7 +43,7 @@ class Recipe:
     size: int = 2048  # tokens of a window, as a recommendation to whoever cuts them
     seed: int = 0  # of everything random
     eval_every: int = 100  # steps from one evaluation, and one checkpoint, to the next
-    patience: int | None = None  # evaluations without a better one before it stops; None: never
+    patience: int | None = None  # evaluations without improvement before it stops; None: never
     four_bit: bool = False  # train over weights in 4 bits (QLoRA), merge into unquantized ones
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     report_to: str | None = None  # services of `TrainingArguments`, as in "wandb,tensorboard"

@@ -1,7 +1,7 @@
 """The closed-form refit: output projections of the kept layers, solved again one after the other.
 
 Kept layers were trained on the hidden states of the original model. After the first gap they read
-others. So each kept layer k from there on gets a target: T_k, the original model's state entering
+others. So each kept layer k from there on has a target: T_k, the original model's state entering
 the next kept layer. That is the state after the gap for a layer before one (the idea of ReplaceMe,
 Shopkhoev et al. 2025, arXiv:2505.02819), else the layer's own output. Its matrix W, which maps F
 inputs m to what the sublayer adds to the stream h, becomes W + step_size C^T, where C minimises
@@ -75,7 +75,7 @@ class RefitSettings(ClosedForm):
     where: str = WHERE[0]
     batch_size: int = 1  # windows of one length read at once
     max_windows: int | None = None  # of the training windows, from the first; None reads all
-    # where T is more than so many times as long as h + W m, the state that it has, "inverse" is
+    # where T is more than so many times as long as h + W m, the present state, "inverse" is
     # 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; at least 1, None is for nowhere
     lost: float | None = 2.0
     name: ClassVar[str] = "refit"
@@ -209,7 +209,7 @@ def fit(
     progress: bool = True,
     **changes: Any,
 ) -> Refit:
-    """Solves output projections of the kept layers; the model is as it was afterwards.
+    """Solves output projections of the kept layers, and leaves the model unchanged.
 
     All windows pass a layer before the next one, in the original model and in the pruned one. Held
     beside the model are three states (N, D), the inputs of a matrix (N, F) and one (F, F) float64
@@ -220,7 +220,7 @@ def fit(
     Args:
         short: the model with all the layers, in memory or streamed.
         layers: to remove, original numbers in any order.
-        windows: token ids of calibration text of all kinds of use, never of evaluation text.
+        windows: token ids of calibration text for all kinds of use, never of evaluation text.
         held: held-out windows, on which a change must lower the error; None takes every eighth of
             ``windows``.
         settings: None takes those of `RefitSettings`. With parts None, both sublayers are tried
@@ -274,7 +274,7 @@ def _solve(
     state: RefitState,
     progress: bool,
 ) -> str:
-    """Solves what the state lacks, in the memory that is planned for it; returns what refused."""
+    """Solves what the state lacks, in the planned memory; returns what could not be solved."""
     every = [*windows, *held]
     for window in every:
         pad([window], short.decoder)  # refuses what the model cannot read, before any work
@@ -283,13 +283,13 @@ def _solve(
     kept = [index for index in range(calls.count) if index not in removed]
     visits = _visits(kept, calls.count, settings)
     if state.done == len(visits):
-        state.finish()  # which a killed run may not have come to
+        state.finish()  # which a killed run may not have reached
         return ""
     team = state.team  # held-out windows go on where those to fit on end
     own = (team.own_items(windows), team.own_items(held, first=len(windows)))
     fitted, held_out = ([*batched(part, settings.batch_size)] for part in own)
     with ExitStack() as stack:
-        if plan.disk and state.folder is None:  # the states are more than there is room for
+        if plan.disk and state.folder is None:  # the states do not fit
             state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rest = visits[state.done :]
         passes = visits[-1].next_kept - (rest[0].layer if state.done else 0)
@@ -307,7 +307,7 @@ def _solve(
 def _refit_layers(
     batches: Batches, visits: Sequence[Visit], numbers: Sequence[int], settings: RefitSettings
 ) -> str:
-    """Runs each layer, solves it, runs it again; returns why the last unsolvable one is, or ""."""
+    """Runs each layer, solves it, runs it again; returns why a layer could not be, or ""."""
     calls, state, refused = batches.calls, batches.state, ""
     gaps = settings.where == "gaps"
     models = (ORIGINAL,) if gaps else MODELS
@@ -338,7 +338,7 @@ def _refit_layers(
             layer.run_pruned()  # with them
         refused = refused if layer.projections else layer.refused
         state.advance(fits, values, models=models)
-        del fits, values, layer  # before the next layer's weights are there
+        del fits, values, layer  # before the next layer's weights are loaded
     return refused
 
 
@@ -353,7 +353,7 @@ class Visit(NamedTuple):
 
 def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Visit]:
     pairs = [*zip(kept, [*kept[1:], count], strict=True)]
-    if settings.where == "gaps":  # nothing is to be done after the last gap
+    if settings.where == "gaps":  # nothing to do after the last gap
         visits = [Visit(i, after, after > i + 1, copied=True) for i, after in pairs]
         return visits[: 1 + max(n for n, visit in enumerate(visits) if visit.solved)]
     first_removed = next(i for i in range(count + 1) if i not in kept)
@@ -413,7 +413,7 @@ def _identity(
     # by names that differ from those in a model's identity
     names = {"weights": "weights of tokens", "step_size": "aim"}
     own = {names.get(name, name): value for name, value in vars(settings).items()}
-    del own["max_windows"]  # the windows are there themselves
+    del own["max_windows"]  # the windows themselves are in it
     read = {"windows": windows, "held-out windows": held}
     digests = {name: json_digest([[*window] for window in part]) for name, part in read.items()}
     changes = {"kept": list(short.kept), "layers": list(layers)}
@@ -422,7 +422,7 @@ def _identity(
 
 @torch.no_grad()
 def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
-    """Puts the new values into a model without the layers; returns what takes them out again."""
+    """Puts the new values into a model without the layers; returns what undoes it."""
     present = short.present
     changed = {layer for layer, _ in refit.values}
     if not changed <= set(present) or set(refit.layers) & set(present):

@@ -1,4 +1,4 @@
-"""One layer of a refit: its targets from the original model, its projections solved in the pruned.
+"""One layer of a refit: targets from the original model, projections solved in the pruned one.
 
 Shapes: B windows, S tokens, N = B S, D width of the residual stream, F inputs of a matrix.
 """
@@ -29,7 +29,7 @@ from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attent
 from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
 from short_gpt.runtime.errors import NotFiniteError
 
-# of a batch, the inputs of a projection, and its outputs where they are known
+# of a batch: inputs of a projection, and its outputs where they are known
 TokensOf = Callable[[int, Tensor, Tensor | None], Tokens]
 
 
@@ -52,7 +52,7 @@ class Batches:
         state: RefitState,
         fitted: Sequence[Tensor],
         held_out: Sequence[Tensor],
-        room: int,  # bytes of memory for what one layer alone needs of them; more goes into a file
+        room: int,  # bytes of memory for the states of one layer; more go into a file
         passed: Callable[[int], object],  # called with B after every layer of either model
     ) -> None:
         self.calls, self.state, self._room, self._passed = calls, state, room, passed
@@ -102,7 +102,7 @@ class Batches:
         self._passed(self.shapes[batch][0])
 
     def states(self, width: int, dtype: torch.dtype, name: str) -> HiddenStates:
-        """States that one layer alone needs: in memory where there is room for them."""
+        """States that one layer alone needs: in memory if they fit."""
         size = sum(B * S for B, S in self.shapes) * width * dtype.itemsize
         path = self.state.path(name) if size > self._room // 3 else None  # there are three at most
         return HiddenStates(self.shapes, width, dtype, path)
@@ -111,7 +111,7 @@ class Batches:
 class LayerRefit:
     """Solves the output projections of a kept layer, while its weights are in memory.
 
-    It has an ``index`` in the decoder, and ``layer`` is its original number. ``parts`` are solved
+    ``index`` is its position in the decoder, ``layer`` its original number. ``parts`` are solved
     where they can be, or the last of these alone.
     """
 
@@ -132,11 +132,11 @@ class LayerRefit:
         state, calls = batches.state, batches.calls
         self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
         self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
-        # (1, 32, D), one for all, who must find the same sublayers; of a view all would be sent
+        # (1, 32, D), one for all, who must find the same sublayers; a view would send the whole
         sample = batches.team.gather(self._entering[0][:1, :32].clone())[0]
         sample = sample.to(batches.device(index))
         self._sublayers = Sublayers.of(calls, index, sample, calls.family)
-        # attention first, in whatever order they are named: the MLP restores what it leaves
+        # attention first, whatever the order of names: the MLP restores what it leaves
         solvable = self._sublayers.projections
         names = [part for part in PARTS if part in parts and part in solvable]
         names = names[-1:] if last_only else names
@@ -183,7 +183,7 @@ class LayerRefit:
     def run_pruned(self) -> None:
         """The pruned model's states leaving the layer, with its weights as they are."""
         for batch in self._batches:
-            if "mlp" in self.projections:  # what is before it is kept
+            if "mlp" in self.projections:  # the states before it are kept
                 leaving = self._with_mlp(batch, self.projections["mlp"])  # (B, S, D)
             else:
                 leaving = self._batches.run(self._index, self._entering[batch])
@@ -212,7 +212,7 @@ class LayerRefit:
 
         first_read = self._read_mlp if part == "mlp" else self._read_attention
         equations = equations_of(projection, first_read(projection, tokens), batches.team)
-        if part == "mlp":  # of a streamed layer the output projections alone stay loaded
+        if part == "mlp":  # only the output projections of a streamed layer stay loaded
             batches.calls.keep_only(self._index, self._output_modules)
         parameters = [p for module in projection.modules for p in module.parameters()]
         self.restored.callback(keep_values(parameters))
@@ -242,7 +242,7 @@ class LayerRefit:
     def _read_mlp(self, projection: OutputProjection, tokens: TokensOf) -> Iterator[Tokens]:
         """The same for the MLP's; from here on ``_leaving`` is the state before its output."""
         batches = self._batches
-        if self._known is not None:  # nothing else of the attention is needed any more
+        if self._known is not None:  # nothing else of the attention is needed now
             layer, attention = batches.calls.layer(self._index), self._known.attention
             others = [child for child in layer.children() if child is not attention]
             batches.calls.keep_only(self._index, [*self._output_modules, *others])
@@ -262,7 +262,7 @@ class LayerRefit:
                 yield tokens(batch, inputs, outputs)
 
     def _target_of(self, part: str, batch: int) -> Tensor:
-        """The state (B, S, D) that the stream after a sublayer should be."""
+        """The state (B, S, D) that should leave a sublayer."""
         if part == "mlp":
             return self._target[batch]
         between = self._between[batch]
@@ -288,7 +288,7 @@ class LayerRefit:
             self._inputs[part][batch] = inputs
 
     def _with_mlp(self, batch: int, projection: OutputProjection) -> Tensor:
-        """The stream leaving the layer (B, S, D): the MLP's output added to what is before it."""
+        """The state leaving the layer (B, S, D): the MLP's output added to the state before it."""
         before, inputs = self._leaving[batch], self._inputs["mlp"][batch]  # (B, S, D), (B, S, F)
         inputs = inputs.to(projection.device).flatten(0, 1).float()  # (N, F)
         added = projection.factor * projection.normed(projection.outputs(inputs)).cpu()  # (N, D)

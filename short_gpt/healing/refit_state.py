@@ -1,7 +1,7 @@
-"""What a refit holds between layers, in memory or on disk, and how much of both that takes.
+"""What a refit holds between layers, in memory or on disk, and how much of both it needs.
 
 With a folder, hidden states and solved matrices are files. Files of states take turns, so that
-those entering the next layer are there whenever the process ends.
+those entering the next layer exist whenever the process ends.
 
 Shapes: B windows of a batch, S tokens, N = B S, D width of the stream, F inputs of a matrix, W
 width of a hidden state (D or F).
@@ -60,7 +60,7 @@ class HiddenStates:
         self._shapes = [(*shape, width) for shape in shapes]
         self._dtype, self._path, self._hashed = dtype, path, hashed
         self._held: dict[int, Tensor] = {}
-        self._digests: dict[int, bytes] = {}  # of what was written last
+        self._digests: dict[int, bytes] = {}  # of the latest states
         if path is not None:
             sizes = [B * S * width * dtype.itemsize for B, S in shapes]
             self._starts = list(accumulate(sizes, initial=0))
@@ -95,13 +95,13 @@ class HiddenStates:
 
     @property
     def digest(self) -> str | None:
-        """Of all batches, each hashed as it was written; None where one of them was not."""
+        """A digest of all batches, each hashed when written; None where one of them was not."""
         if len(self._digests) < len(self):
             return None
         return sha256(b"".join(self._digests[i] for i in range(len(self)))).hexdigest()
 
     def read_digest(self) -> str:
-        """As `digest`, of what the file holds now."""
+        """As `digest`, of the file's present content."""
         digests = (sha256(_bytes_of(self[i])).digest() for i in range(len(self)))
         return sha256(b"".join(digests)).hexdigest()
 
@@ -111,7 +111,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class StoredValues(Mapping[Parameter, Tensor]):
-    """New values of parameters, in files of which one tensor at a time is read."""
+    """New values of parameters, in files that are read one tensor at a time."""
 
     def __init__(self) -> None:
         self._files: dict[Parameter, SafetensorsFile] = {}
@@ -135,7 +135,7 @@ class StoredValues(Mapping[Parameter, Tensor]):
 class RefitState:
     """A refit under way, in memory or in a folder from which it can be continued.
 
-    Of several replicas, each has files of its own states; the first writes all else. All share the
+    Each of several replicas has files of its states; the first writes all else. All share the
     folder, and call `advance` together.
     """
 
@@ -218,7 +218,7 @@ class RefitState:
         *,
         models: Sequence[str] = MODELS,
     ) -> None:
-        """Finishes a layer, with what was solved of it; the next reads the states of ``models``."""
+        """Finishes a layer and keeps its solutions; the next one reads the states of ``models``."""
         fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
         if self.folder is None:
             self._values |= values
@@ -241,7 +241,7 @@ class RefitState:
         self.done, self.fits = done, fits
 
     def finish(self) -> None:
-        """Removes the states, which are not needed any more; what was solved stays."""
+        """Removes the states, which are no longer needed; the solutions stay."""
         self._turns = {}
         if self.folder is not None and self.team.rank == 0:
             for path in self.folder.glob("*"):
@@ -252,13 +252,13 @@ class RefitState:
         self._turns = {}
         if self.folder is not None and self.team.rank == 0:
             _sweep(self.folder)
-            # before the others, so that nothing continues from what a kill here may leave
+            # before the others: nothing may continue from what a kill here leaves
             state = self.folder / STATE
             for path in (state.resolve(), state):  # which may be a link to it
                 path.unlink(missing_ok=True)
             for path in filter(is_own, self.folder.glob("*")):
                 path.unlink()
-            with suppress(OSError):  # the folder holds something else, or is not there
+            with suppress(OSError):  # the folder holds something else, or is missing
                 self.folder.rmdir()
 
 
@@ -283,22 +283,22 @@ def _check_own(folder: Path) -> None:
     for path in folder.glob("*"):
         if not is_own(path):
             raise ShortGPTError(
-                f"{folder} holds {path.name}, which is none of this refit's files: name a folder "
-                "of its own, or delete that one"
+                f"{folder} holds {path.name}, which is none of this refit's files: name a new "
+                "folder, or delete that file"
             )
 
 
 class RefitPlan(NamedTuple):
     """Memory and disk of a refit, in bytes."""
 
-    host: Mapping[str, int]  # what the machine's memory holds, by what it is for
-    disk: int  # what the files of states take while it runs; 0 where memory holds them
-    room: int  # for what one layer alone needs of the windows; more goes into a file
+    host: Mapping[str, int]  # in the machine's memory, by purpose
+    disk: int  # of the files of states while it runs; 0 where memory holds them
+    room: int  # for the states of one layer; more go into a file
     windows: int  # how many are read
 
     @property
     def total(self) -> int:
-        """The most that the process holds, except what there is room for."""
+        """The most that the process holds, without ``room``."""
         return sum(self.host.values())
 
     def describe(self) -> str:
@@ -318,7 +318,7 @@ def plan_of(
     folder: Path | None = None,
     fits: int = 1,
 ) -> RefitPlan:
-    """Plans a refit in the memory that a model was opened with, or half of what is free.
+    """Plans a refit in the memory allowed for the model, or half of what is free.
 
     With a ``folder`` all states go there, and the solutions of so many ``fits`` are kept.
     """
@@ -346,9 +346,9 @@ def plan_of(
 
 
 def _peak_memory(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
-    """What a layer takes while it is read, N tokens are summed, or its MLP's matrix is solved."""
+    """Memory while a layer is read, while N tokens are summed, and while its MLP is solved."""
     width, inputs, itemsize = calls.widths()
-    attention, mlp = width**2 * itemsize, inputs * width * itemsize  # what their matrices take
+    attention, mlp = width**2 * itemsize, inputs * width * itemsize  # of their matrices
     read, sums = calls.memory(), 8 * inputs * (inputs + width)
     # rows of a product are in memory twice, in float32 and while they are added; an attention that
     # was solved before has freed more than the copies of its matrix take

@@ -173,7 +173,7 @@ class SavedScores:
 
 
 def _read(file: str) -> JsonObject:
-    """What a file of `rank` holds; one of an earlier version, without a digest, as it is."""
+    """What a file of `rank` holds; one without a digest is taken as it is."""
     record = read_record(file)
     own = {name: record[name] for name in record if name != FILES}  # the demo's folder lists them
     if CHECKED in record and record[CHECKED] != content_digest(own):

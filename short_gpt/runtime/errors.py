@@ -41,7 +41,7 @@ NO_SPACE = ("No space left on device", "Disk quota exceeded")
 
 
 def one_line(text: str) -> str:
-    """A text in one line: control characters are escaped, the middle of what is too long goes.
+    """A text in one line: control characters are escaped, and too long a text loses its middle.
 
     Example:
         >>> one_line("a\\nmodel")

@@ -70,7 +70,7 @@ def plan(
         args: the model's shape; ``max_seq_len`` is the longest window, in tokens.
         dtype: of the computation; ``stored`` is that of the weights in the files.
         max_memory: of the process, in bytes or like "3GB"; None takes half of what is free. The
-            error for too little says the least.
+            error for too little names the least.
         logits: whether the logits of whole windows are asked for, as of a teacher.
         on_host: whether the CPU computes.
         process: bytes that the process already holds; None measures them.
@@ -108,7 +108,7 @@ def plan(
 
 
 def check_room(parts: Mapping[str, int], max_memory: str | int | None, what: str) -> None:
-    """Raises ShortGPTError where these bytes, by what they are for, are more than allowed."""
+    """Raises ShortGPTError where these bytes, by purpose, are more than allowed."""
     least = sum(parts.values())
     if max_memory is not None and least > bytes_of(max_memory):
         listed = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
@@ -177,7 +177,7 @@ def resident() -> int:
 def free_memory() -> int:
     """Bytes that the machine and control groups still give, without swapping.
 
-    Of several ranks there, to each.
+    Several ranks on the machine get equal parts.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_distributed() else 1
     return max(0, min([psutil.virtual_memory().available, *left_in_groups()])) // ranks
@@ -188,8 +188,8 @@ def left_in_groups(
 ) -> list[int]:
     """Bytes that each limit on this process leaves, as a container or a batch system sets it.
 
-    ``own`` names the control groups of Linux that the process is in, ``mounted`` holds them. What
-    is not there limits nothing.
+    ``own`` names the control groups of Linux that the process is in, ``mounted`` holds them. A
+    missing file limits nothing.
     """
     left: list[int] = []
     with suppress(OSError):

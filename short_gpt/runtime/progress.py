@@ -25,7 +25,7 @@ def be_quiet(on: bool) -> None:
     _quiet = on
     if on:  # those of other libraries too, which read these when they are imported
         os.environ.update(TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
-    elif not sys.stderr.isatty():  # a file would get every state of theirs
+    elif not sys.stderr.isatty():  # else a file would get each of their updates
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -52,7 +52,7 @@ def bar(
 
 
 class _Lines:
-    """Stderr as a file of whole lines: each state of a bar is one, and what clears it is none."""
+    """Stderr as a file of whole lines: one for each update of a bar, none for clearing it."""
 
     def write(self, text: str) -> None:
         if line := text.replace("\x1b[A", "").strip():

@@ -43,7 +43,7 @@ class Replicas:
         return batch_size if self.count == 1 else self.count * self._part(batch_size)
 
     def share(self, step: Sequence[T], batch_size: int) -> list[list[T]]:
-        """This replica's batches of a step's windows: as many as others', some empty at the end.
+        """This replica's batches of a step's windows: as many as the others', the last maybe empty.
 
         A replica's part begins at an even number and is even in length (except the last), so that
         windows fall into the same halves of `Importance` as if one process read them all.
@@ -61,7 +61,7 @@ class Replicas:
         return items if self.count == 1 else [items[i] for i in every]
 
     def merged(self, own: Sequence[T]) -> list[T]:
-        """All items in their order, from every replica's for its `own_items` (first = 0)."""
+        """All items in order, from each replica's values for its `own_items` (first = 0)."""
         parts = self.gather(own)
         total = sum(map(len, parts))
         return [parts[i % self.count][i // self.count] for i in range(total)]
@@ -113,7 +113,7 @@ def current(device: torch.device | None = None) -> Replicas:
     if is_distributed() and not dist.is_initialized():
         initialize(1, device=device or choose_device())
     if not _several() or not groups.model_parallel_is_initialized():
-        return Replicas()  # a group that somebody else made shares the windows as they like
+        return Replicas()  # whoever made the group shares the windows
     return Replicas(groups.get_data_parallel_rank(), groups.get_data_parallel_world_size())
 
 

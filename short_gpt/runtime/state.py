@@ -26,9 +26,9 @@ from short_gpt.runtime.progress import is_first_rank
 ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
-# entries of a run's identity that it has only where they are others
+# entries of a run's identity, which lacks them where they have these values
 USUAL = {"precision": "float32", "kept step": None, "number of processes": None}
-UNSAID = ("number of processes",)  # which earlier versions did not say
+UNSAID = ("number of processes",)  # a state may lack these
 START = b'{\n "run"'  # of a state
 NO_STATE = "is not the state of a run; choose another name"
 LONGEST = 300  # characters of a process's description that are shown
@@ -109,7 +109,7 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
 
 
 class Lock:
-    """A state that this process holds, for as long as something here refers to this object.
+    """A lock on a state, held for as long as something refers to this object.
 
     It is flock's, on a hidden file next to the state; without flock nothing is locked. Of several
     ranks the first holds it for all.
@@ -119,7 +119,7 @@ class Lock:
         self.process = os.getpid()
         target = path.resolve()
         file = target.with_name(f".{target.name}.lock")
-        alone = not file.parent.exists()  # so that the folder is made for this file
+        alone = not file.parent.exists()  # then the folder is made for this file
         handle = _locked(path, file) if is_first_rank() else None
         if handle is not None:
             with suppress(OSError):  # a full disk
@@ -197,7 +197,7 @@ def joined(*parts: Mapping[str, object]) -> dict[str, object]:
     entries: dict[str, object] = {}
     for part in parts:
         if common := sorted(entries.keys() & part.keys()):
-            raise ValueError(f"two values for {', '.join(common)}: name one of them otherwise")
+            raise ValueError(f"two values for {', '.join(common)}: rename one of them")
         entries |= part
     return entries
 
