@@ -1,8 +1,8 @@
-"""What commands do, with one call: checkpoints and texts by their names in, results out.
+"""What the commands do, as functions: names of checkpoints and texts in, results out.
 
-Jobs print nothing. They return plain data with a ``to_dict`` where it is kept as JSON, show
-progress bars, and call a ``notify`` with what must be known before a long run starts. Settings
-import torch inside functions alone, so that the help appears at once.
+Jobs print nothing. They return plain data, with a ``to_dict`` if it is kept as JSON, show progress
+bars, and call a ``notify`` with what must be known before a long run starts. Settings import torch
+only inside functions, so that the help appears immediately.
 """
 
 from typing import TYPE_CHECKING

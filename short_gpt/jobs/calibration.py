@@ -53,7 +53,7 @@ from short_gpt.wrappers.short_model import ShortModel
 
 MIX = "mix"  # the name of the choice by all texts
 RESAMPLES = 1000
-SPARE = 4  # windows cut for one that is judged, as some may share text with those that rank
+SPARE = 4  # windows cut for each one to judge by, as some may share text with those that rank
 
 
 class SplitWindows(NamedTuple):
@@ -70,8 +70,8 @@ class WindowScores(NamedTuple):
     method: str  # bi, relative_magnitude or angular
     n: int  # layers to remove; for angular also the length of the blocks that are ranked
     sums: list[list[float]]  # (W, K): over tokens for a score of layers, distances for angular
-    weights: list[float]  # what the sums are divided by, (W,): tokens, or 1 for angular
-    texts: list[int | None]  # numbers of the windows' documents; None where that is not known
+    weights: list[float]  # divisors of the sums, (W,): tokens, or 1 for angular
+    texts: list[int | None]  # numbers of the windows' documents; None if unknown
 
     @property
     def means(self) -> np.ndarray:
@@ -84,7 +84,7 @@ class WindowScores(NamedTuple):
         return np.asarray(self.layers)[self.members(self.means[None])[0]].tolist()
 
     def members(self, means: np.ndarray) -> np.ndarray:
-        """Which layers means choose: (R, K) to (R, L) of True and False; ties to the lower."""
+        """The layers that means choose: (R, K) to booleans (R, L); ties go to the lower."""
         blocks, length = (1, self.n) if self.method == "angular" else (self.n, 1)
         starts = means.argsort(-1, kind="stable")[:, :blocks, None]
         chosen = (starts + np.arange(length)).reshape(len(means), -1)  # (R, n)
@@ -93,7 +93,7 @@ class WindowScores(NamedTuple):
         return members
 
     def half(self, which: int) -> WindowScores:
-        """Every second window, from the first on or from the second."""
+        """Every second window, from the first or from the second."""
         sums, weights, texts = self.sums[which::2], self.weights[which::2], self.texts[which::2]
         return self._replace(sums=sums, weights=weights, texts=texts)
 
@@ -191,11 +191,11 @@ class CrossResult(NamedTuple):
     healing: str  # raw or refit
     layers: list[int]  # removed
     perplexity: float  # on the text
-    nats: float  # mean loss less that of the original model, paired over the windows
+    nats: float  # mean loss minus that of the original model, paired over the windows
     standard_error: float  # of nats
-    excess: float  # mean loss less that with the text's own choice, healed the same way
+    excess: float  # mean loss minus that with the text's own choice, healed the same way
     excess_error: float  # standard error of excess
-    excess_most: float  # its upper end, one-sided 95%; infinite where it is not known
+    excess_most: float  # its upper end, one-sided 95%; infinite if unknown
     windows: int  # that the errors are over
     texts: int | None  # of the windows; see `evaluation.Difference`
 
@@ -213,7 +213,7 @@ class CalibrationResult(NamedTuple):
     precision: Mapping[str, str] = {}  # `ScoredModel.about_precision`
 
     def to_dict(self) -> dict[str, object]:
-        """All but the state, ready for JSON, which has no number for an error of one window."""
+        """All except the state, ready for JSON, which has no number for an error of one window."""
         content = self._asdict() | {"agreement": [own._asdict() for own in self.agreement]}
         content["ways"] = {way: [a._asdict() for a in own] for way, own in self.ways.items()}
         content["cells"] = [
@@ -237,14 +237,14 @@ def calibrate(
 ) -> CalibrationResult:
     """Ranks on each text, and judges each text's choice of layers on all texts.
 
-    All texts together, each of the same weight, make one choice more; its refit reads windows of
-    all, as many as one text has.
+    All texts together, with equal weights, make one more choice; its refit reads windows of all,
+    as many as one text has.
 
     Args:
-        short: the original model; it is left as it was.
+        short: the original model, which stays unchanged.
         texts: at least two, of different kinds, by their names.
         method: bi, relative_magnitude or angular.
-        ways: windows to rank on that were cut another way, by its name and the text's.
+        ways: windows to rank on that were cut in other ways, by the way's name and the text's.
         state: file that the run is saved in, to be continued, until ``result.state.clear()``.
 
     Raises:
@@ -256,7 +256,7 @@ def calibrate(
         >>> calibrate(short, texts, 8).cells  # doctest: +SKIP
     """
     n = _check(short, texts, n, healings)
-    # in the order of the texts, in which the losses stand
+    # in the order of the texts, which is that of the losses
     read = [[name, *map(windows_digest, parts)] for name, parts in texts.items()]
     identity = joined(short.identity(), {"texts": read, "refit": vars(RefitSettings())})
     saved = None if state is None else StateFile(state, identity)
@@ -294,13 +294,13 @@ def _check(
 
 
 def mixed(scores: Mapping[str, WindowScores]) -> list[int]:
-    """The layers that all texts together choose, each of the same weight."""
+    """The layers that all texts together choose, with equal weights."""
     means, first = [own.means.tolist() for own in scores.values()], next(iter(scores.values()))
     return first._replace(sums=means, weights=[1.0] * len(means), texts=[None] * len(means)).chosen
 
 
 class _Run(NamedTuple):
-    """What is measured, every cell once."""
+    """The measurements, each made once."""
 
     short: ShortModel
     texts: Mapping[str, SplitWindows]
@@ -310,7 +310,7 @@ class _Run(NamedTuple):
     def scores(
         self, windows: Mapping[str, Windows], n: int, method: str, way: str = ""
     ) -> dict[str, WindowScores]:
-        """Scores of each text's windows; ``way`` is how they were cut, if not as the others."""
+        """Scores of each text's windows; ``way`` is how they were cut, if not as usual."""
         prefix = f"scores {method}" + (f" {n}" if method == "angular" else "")
         scores = {}
         for name, own in windows.items():
@@ -420,7 +420,7 @@ def calibrate_checkpoint(
 def windows_apart(
     short: ShortModel, documents: Mapping[str, Sequence[Text]], readings: Readings
 ) -> tuple[dict[str, SplitWindows], dict[str, dict[str, Windows]]]:
-    """Windows of each text to rank on and to judge by, and those that are cut other ways."""
+    """Windows of each text to rank on and to judge by, and those cut in other ways."""
 
     def windows(texts: Sequence[Text], cut: Cut, limit: int) -> Windows:
         return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))
@@ -440,7 +440,7 @@ def windows_apart(
         judged, _ = without_overlap(windows(other, cut, limit), ranked_on)
         if not judged:
             raise ShortGPTError(
-                f"{name}: every other window shares text with those that rank, so none is there "
+                f"{name}: every other window shares text with those that rank, so none is left "
                 "to judge by; give more text, or a smaller size"
             )
         texts[name] = SplitWindows(ranking[name], judged[:held])

@@ -136,7 +136,7 @@ class Cases:
         for name in self.heals:
             if name not in HEALINGS:
                 raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
-        if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
+        if self.methods is not DEFAULT_METHODS:  # these are known to be valid, without an import
             from short_gpt.selection.methods import check_method
 
             for name in self.names:
@@ -146,12 +146,12 @@ class Cases:
             if not values or len({*values}) < len(values):  # type: ignore[misc, arg-type]
                 raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
         at_least(1, seeds=self.seeds, search_windows=self.search_windows)
-        _ = self.pairs  # refuses what it cannot read
+        _ = self.pairs  # raises for what it cannot read
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How many windows of which size are read for what.
+    """How many windows are read, of which size, for each purpose.
 
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out,
@@ -179,7 +179,7 @@ class Shares:
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
     def held(self, column: str) -> list[list[str]]:
-        """The texts of each kind of eval_data, if it is given."""
+        """The texts of each kind of eval_data, if given."""
         names = [] if self.eval_data is None else source_names(self.eval_data)
         return [list(texts(name, column=column)) for name in names]
 

@@ -116,7 +116,7 @@ def compare_checkpoint(
     fit_on = shares.cut(short, calibration, shares.max_windows)
     every, bos = [text for kind in calibration for text in kind], shares.bos or short.bos
     options = (source, every, short.encode, held_out, lora, opening, shares.seed, bos)
-    # both are made before anything is measured, as they refuse settings
+    # made before anything is measured, because they check settings
     lora_healing = LoraHealing(*options) if LORA in cases.heals else None
     distill_healing = None
     if DISTILL in cases.heals:
@@ -168,7 +168,7 @@ class LoraHealing:
         training.require_packages()
         self.settings.check()
         size = self.settings.size or Recipe.size
-        if len(self._cut(size, 2)) < 2:  # now rather than after all others are measured
+        if len(self._cut(size, 2)) < 2:  # before all others are measured
             raise ShortGPTError(
                 f"lora needs two windows of {size} tokens or more, one of them to validate on: "
                 "give more text to heal by, or a smaller `lora_size`"
@@ -182,7 +182,7 @@ class LoraHealing:
 
     def identity(self) -> dict[str, object]:
         """What the results depend on, except the model and the evaluation windows."""
-        # of the token ids, because another tokenizer is another identity too
+        # of the token ids: another tokenizer is another identity, too
         read = json_digest([list(tokens_of(text, self.encode)) for text in self.texts])
         own = joined(asdict(self.settings), {"seed": self.seed, "texts": read})
         if self.teacher is None and self.fitted_on is None:
@@ -194,7 +194,7 @@ class LoraHealing:
         """Losses of the evaluation windows of the model without these layers, healed.
 
         ``work_dir`` keeps what an interrupted training continues from, and a folder of its name and
-        ".refit" what a refit does; both are deleted once the result is there.
+        ".refit" what a refit does; both are deleted once the result is known.
         """
         show = self.progress
         with _checkpoints(work_dir) as resume:
@@ -248,7 +248,7 @@ class DistillHealing(LoraHealing):
 
 @contextmanager
 def _checkpoints(work_dir: Path | None) -> Iterator[bool]:
-    """Whether there are complete checkpoints to continue from; the folders go once all is done."""
+    """Whether there are complete checkpoints to continue from; deletes the folders at the end."""
     if work_dir is None:
         yield False
         return

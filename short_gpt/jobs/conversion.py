@@ -1,4 +1,4 @@
-"""A model in another format, or in another number of files; and the proof of what is written."""
+"""A model in another format or another number of files, and its verification."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _check_options(source: Source, to: str, how: Conversion) -> None:
 
 
 def read_again(source: Source) -> str:
-    """What the writer of a GGUF file has proved."""
+    """What the writer of a GGUF file has verified."""
     what = "that remains is the source's" if source.kind == "gguf" else "is what was written"
     return f"verified: read again, every tensor {what}, byte for byte"
 

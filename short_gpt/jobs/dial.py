@@ -1,4 +1,4 @@
-"""What a user sets of `shrink`: how small, and how."""
+"""The settings of `shrink`: how small, and how."""
 
 from __future__ import annotations
 
@@ -87,21 +87,21 @@ class Dial:
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         at_least(1, optional=True, n=self.n, context=self.context, batch=self.batch)
-        _ = self.target  # raises for a size that is none
+        _ = self.target  # raises for an invalid size
 
     def count(self, layers: Sequence[int], rest: int) -> int:
-        """How many layers go so that the target holds, whichever these are.
+        """How many layers must go for the target to hold, whichever these are.
 
         Args:
             layers: parameters of every layer; for ``memory`` its bytes, with its KV cache.
-            rest: the same of what belongs to no layer.
+            rest: the same of all that belongs to no layer.
         """
         from short_gpt.models.numbering import check_count
 
         total, most = len(layers), len(layers) - 2
         n = self.n or max(1, math.floor((self.ratio or RATIO) * total + 0.5))
         if self.target is not None:
-            removed = accumulate(sorted(layers), initial=0)  # the smallest may be those that go
+            removed = accumulate(sorted(layers), initial=0)  # the smallest may be the removed ones
             sizes = [sum(layers) + rest - size for size in removed]
             n = next((i for i, size in enumerate(sizes) if size <= self.target), total)
             if not n:

@@ -57,7 +57,7 @@ def evaluate(
 
     Returns:
         By model: its number of layers, the perplexity of each text, and metrics of the tasks. Of
-        every model except the first also how much the loss of a token and each metric changed, with
+        every model except the first also how much the loss per token and each metric changed, with
         the standard error paired over windows and documents, as in "piqa acc change" and
         "piqa acc change_stderr".
 
@@ -127,7 +127,7 @@ def _evaluated(
             print_above_bars(f"measured of {name} before the tasks failed: {values}")
         raise
     for text, (before, digest) in ({} if first is None else first[0]).items():
-        if digest == measured[text][1]:  # two tokenizers read other windows, which are not paired
+        if digest == measured[text][1]:  # windows of two tokenizers are not paired
             change = difference([before], [measured[text][0]])
             nats = {"nats change": change.nats, "nats change_stderr": change.standard_error}
             changes |= {f"{text} {k}{bos}": v for k, v in nats.items() if v == v}
@@ -176,8 +176,8 @@ def perplexity_of(
 ) -> Perplexity:
     """The perplexity of a checkpoint on a text, in windows that do not overlap.
 
-    Each window is read on its own, its first token is not predicted. ``notify`` is called with what
-    a streamed run will take in memory, before it starts. ``dry_run`` is as of `evaluate`;
+    Each window is read on its own, its first token is not predicted. ``notify`` is called with the
+    memory that a streamed run will take, before it starts. ``dry_run`` is as of `evaluate`;
     ``fields`` are single settings by their names: ``size=512``, ``max_windows=24``.
 
     Example:

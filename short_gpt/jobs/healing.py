@@ -58,7 +58,7 @@ from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 STATES = (STATE, IDENTITY, RECIPE)  # of the steps, which tell the precision of a run
-CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with others
+CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with other windows
 CLOSED, TRAINING = kinds_of_methods()
 
 
@@ -67,19 +67,19 @@ class HealingResult:
     """What `heal` did."""
 
     out: Path  # the new directory or file
-    evidence: HealingEvidence  # what healed the model, and what that brought
-    left_out: str | None = None  # in words, what was not learned from as it is evaluated on
-    unchecked: str | None = None  # what could not be checked of the scores, in words, if anything
+    evidence: HealingEvidence  # how the model was healed, and with what effect
+    left_out: str | None = None  # in words, windows dropped for text shared with evaluation
+    unchecked: str | None = None  # what of the scores could not be checked, in words, if anything
     # names of the texts, tokens in a window, and which windows began with bos
     texts: Mapping[str, object] = field(default_factory=dict)
-    remark: str | None = None  # what a GGUF file holds otherwise than its source, if anything
+    remark: str | None = None  # how a GGUF file differs from its source, if at all
     written: Perplexity | None = None  # of one GGUF file, read again, on the same windows
     quantization: Difference | None = None  # of that, from the model before it was rounded
     address: str | None = None  # of the model on the hub, if it was uploaded
 
     @property
     def perplexity(self) -> dict[str, Perplexity]:
-        """Of every state of the model, and of what was written if that was read again."""
+        """Of every state of the model, and of the written file if it was read again."""
         states = dict(self.evidence.perplexity)
         return states if self.written is None else {**states, "as written": self.written}
 
@@ -174,19 +174,19 @@ def _heal(
     dry_run: bool,
 ) -> HealingResult:
     trains, folder = methods[-1] in TRAINING, None
-    if trains or "refit" in methods:  # which continue from what lies beside the new directory
+    if trains or "refit" in methods:  # these continue from files beside the new directory
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
     texts.check(windows.eval_data)
     opening = as_begun(opening, *(p for n in STATES for p in (folder or out).rglob(n)))
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
-    if not streaming.stream:  # of several ranks each has the whole model, and windows of its own
+    if not streaming.stream:  # each of several ranks has the whole model, and its own windows
         streaming = replace(streaming, model_parallel_size=1)
     short = open_trainable(model, own) if trains else streaming.open(model, own, context)
     if removal.layers:
         check_layers(removal.layers, short.kept)
-    opening = replace(opening, precision=short.precision)  # of all that is opened from here on
+    opening = replace(opening, precision=short.precision)  # for all models opened later
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = removal.importance
     few_bits = trains and is_gguf(out) and in_few_bits(model)
@@ -220,7 +220,7 @@ def _heal(
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_data, "size": size}
     facts = {**removal.record.facts, "data": texts.data}
     job.save(out, facts=facts, overwrite=overwrite, release=isinstance(short, ShortHFModel))
-    del short, job, known, steps, lock  # which makes room for what is read again
+    del short, job, known, steps, lock  # makes room for the model that is read again
     if not is_first_rank():
         return done
     if is_gguf(out):
@@ -277,7 +277,7 @@ def _removal(
 
 
 def reread(done: HealingResult, parts: Learning, opening: OpenOptions, size: int) -> HealingResult:
-    """The same with what one GGUF file, whose changed tensors were rounded, gives when reread."""
+    """The same, with the perplexity of one reread GGUF file, whose changed tensors were rounded."""
     if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
         return done
     own = of_source(opening, str(done.out))

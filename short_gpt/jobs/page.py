@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.shrunk import ShrinkResult
 
 TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
-WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, so that letters stay large
+WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, to keep letters large
 
 REMOVED = "Block Influence of every layer, 1 - cos of the hidden states before and after it. "
 REMOVED += "Removed layers are orange; lines are 95% intervals."
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
     heading: str
     svg: str
     caption: str
-    own_paper: bool = False  # whether it has colours of its own, for a white ground
+    own_paper: bool = False  # whether its colours are made for a white background
 
 
 def page(
@@ -59,7 +59,7 @@ def page(
         remarks: paragraphs below the table.
         prompt: that the completions, by the model's state, answer.
         how: the text of *How it was made*, and ``steps`` its list.
-        commands: that open the result.
+        commands: those that open the result.
     """
     from jinja2 import Environment, StrictUndefined
 

@@ -38,7 +38,7 @@ class PruneResult:
     chosen: ChosenLayers  # the layers removed, how they were chosen, and what was tried
     recipe: Path | None  # the mergekit recipe's file, if one was asked for
     proof: str | None  # what was verified, in a sentence, if anything
-    remark: str | None = None  # what other programs may get wrong, or what it still lacks
+    remark: str | None = None  # what other programs may get wrong, or what is still missing
     address: str | None = None  # of the model on the hub, if it was uploaded
 
     @property
@@ -125,7 +125,7 @@ def _write_opened(
 def _write(
     source: Source, target: Target, removal: ChosenLayers, verify: bool | None, opening: OpenOptions
 ) -> str | None:
-    """Writes the checkpoint, proved before it takes its place; returns what was proved."""
+    """Writes the checkpoint, verified before it takes its place; returns what was verified."""
     proofs: list[str | None] = []
 
     def check(directory: Path) -> None:

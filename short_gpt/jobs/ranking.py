@@ -86,7 +86,7 @@ class Ranking(Table):
         return choose(self.importance, self.answer.n, method=method, seed=seed)
 
     def to_dict(self) -> dict[str, object]:
-        """The scores and the verdict, or the search, and of which weights, ready for JSON."""
+        """The scores and the verdict, or the search, and the weights' digests, ready for JSON."""
         source = {"bos": self.bos, "scored": dict(self.scored), **self.precision}
         if self.importance is None:
             chosen = {"method": self.answer.method, "layers": self.layers}
@@ -102,7 +102,7 @@ class Ranking(Table):
 
     @property
     def columns(self) -> dict[str, list[object]]:
-        """`Importance.columns` and whether each is to go; else the layers or sets with losses."""
+        """`Importance.columns` and whether each is removed; else the layers or sets with losses."""
         if self.choice is not None:
             sets = self.choice.candidates
             named: list[object] = [", ".join(one.methods) for one in sets]
@@ -156,7 +156,7 @@ def rank(
         answer: what is asked: the method, the number of layers, when to stop.
         cut: how the texts are cut into windows.
         opening: how the model is opened.
-        running: how it runs: windows at once, one layer at a time.
+        running: how it runs: batch size, one layer at a time.
         saving: the file that the run is saved in, to be continued.
         notify: called with what a streamed run will take in memory, before it starts.
         detailed: whether it is also called with the time that one pass will take, from a window
@@ -174,7 +174,7 @@ def rank(
         >>> quick = rank("llama-2-7b", "novels/", n=9, size=512, max_windows=24)  # doctest: +SKIP
     """
     answer, texts = answer if n is None else replace(answer, n=n), source_of(data)
-    if answer.method == AUTO:  # what judges must not overlap what is fitted on
+    if answer.method == AUTO:  # windows to judge by must not overlap those to fit on
         most = cut.max_windows or MAX_WINDOWS
         cut = replace(cut, stride=max(cut.step, cut.size), max_windows=most)
         expect_budget(answer.budget, most)
@@ -245,12 +245,12 @@ def _identity(
 def check_ranking(
     model: str, answer: Answer, cut: Cut, running: Running, opening: OpenOptions
 ) -> None:
-    """Raises what would go wrong after the model is loaded, or the texts are opened."""
+    """Raises errors that would otherwise come after the model is loaded or the texts are opened."""
     check_model(model, answer.n)
     if answer.candidates is not None:
         check_model(model, answer.candidates, name="candidates")
     cut.check()
-    answer.rule(cut.seed)  # refuses a confidence out of range
+    answer.rule(cut.seed)  # raises for a confidence out of range
     if running.stream and (answer.by_loss or answer.method == "angular_all"):
         why = "the model in memory for every candidate" if answer.by_loss else "all states"
         raise ShortGPTError(
@@ -264,7 +264,7 @@ def check_ranking(
     if answer.by_loss:
         check_alone(f"`method` {answer.method}")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
-    if find_source(model).kind == "meta":  # a damaged one shows before the texts are opened
+    if find_source(model).kind == "meta":  # a damaged one is refused before the texts are opened
         Tokenizer(opening.tokenizer_path or find_tokenizer(model))
 
 
@@ -327,7 +327,7 @@ def forecast(
 ) -> str:
     """How long a run will take, from one window that is timed. All ranks must call it.
 
-    Of ``total`` windows, a sample of ``population``, ``read`` were read before; None is not known.
+    Of ``total`` windows, a sample of ``population``, ``read`` were read before; None is unknown.
     """
     one = short.seconds_a_window(window, batch_size) / replicas.current(short.decoder.device).count
     line = f"a window of {len(window):,} tokens takes {duration(one)}"
@@ -346,7 +346,7 @@ def end_dry_run(
     short: ScoredModel, work: str, size: int, total: int | None = None, **how: Any
 ) -> NoReturn:
     """Raises DryRun with the work and its `forecast`, from a window of ``size`` that is timed."""
-    window = [0] * min(size, short.decoder.max_seq_len)  # which tokens takes no other time
+    window = [0] * min(size, short.decoder.max_seq_len)  # its tokens do not change the time
     time = forecast(short, window, total=total, **how)
     raise DryRun(f"dry run: it would {work}\n{time}\nnothing was written")
 

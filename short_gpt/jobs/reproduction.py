@@ -102,10 +102,10 @@ class PaperComparison(NamedTuple):
     model: str  # the paper's name of the model
     paper: list[int]  # the paper's layers (arXiv:2403.03853v3, Table 9), in order of removal
     ours: list[int]  # ours, in order of removal
-    same_set: bool  # whether both hold the same layers, in any order
-    overlap: int  # how many layers both hold
+    same_set: bool  # whether both have the same layers, in any order
+    overlap: int  # how many layers both have
     same_order: bool  # whether the lists are equal
-    same_places: int  # at how many places both lists have the same layer
+    same_places: int  # at how many positions both lists have the same layer
     kendall_tau: float | None  # of the order of the shared layers, in [-1, 1]; None if fewer than 2
     rank_correlation: float | None  # Spearman's rho of their places, in [-1, 1], or None
 
@@ -176,14 +176,14 @@ class Pair(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the scores have the paper's order, the other one, or cannot tell."""
-        if not abs(self.difference) > self.margin:  # nothing exceeds an error that is not known
+        """Whether the scores show the paper's order, the opposite, or neither."""
+        if not abs(self.difference) > self.margin:  # nothing exceeds an unknown error
             return WITHIN
         return BORNE_OUT if self.difference > 0 else REVERSED
 
 
 class PaperOrder(NamedTuple):
-    """What measured scores say of the order of the paper's list."""
+    """How measured scores agree with the order of the paper's list."""
 
     confidence: float  # of the interval of each pair by itself
     pairs: list[Pair]  # every two layers of the list, in its order
@@ -235,10 +235,10 @@ class ReproductionResult(NamedTuple):
     """What `reproduce` gives."""
 
     comparison: PaperComparison  # the paper's layers and ours
-    order: PaperOrder  # how far our scores bear out the paper's order
+    order: PaperOrder  # how far our scores confirm the paper's order
     ranking: Ranking  # our scores
-    changed: tuple[str, ...] = ()  # what was not done as in the paper's protocol, in words
-    taken: tuple[str, ...] = ()  # local texts that were taken for PG-19
+    changed: tuple[str, ...] = ()  # departures from the paper's protocol, in words
+    taken: tuple[str, ...] = ()  # local texts in place of PG-19
 
     @property
     def n(self) -> int:
@@ -256,7 +256,7 @@ class ReproductionResult(NamedTuple):
         return None if scores is None else spearman(scores[0], self.importance.block_influence)
 
     def to_dict(self) -> dict[str, object]:
-        """All of it, ready for JSON."""
+        """All fields, ready for JSON."""
         compared = {"result": self.comparison._asdict(), "order": self.order.to_dict()}
         about = {"published_rank_correlation": self.published, "changed": list(self.changed)}
         about |= {"taken_for_pg19": list(self.taken)}
@@ -284,7 +284,7 @@ def reproduce(
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
         data: PG-19, streamed from the hub, or a local copy of it.
         paper: which model it is, and the confidence of the answer.
-        notify: called with what the run will take and how it stands.
+        notify: called with the time the run will take and with its progress.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
 
     Example:
@@ -306,7 +306,7 @@ def reproduce(
     name = _name(model, shape, paper.paper_model)
     n = len(_paper_model(name)["removed"])
     answer = Answer(n, confidence=paper.confidence, rare=paper.rare)
-    check_ranking(model, answer, cut, running, opening)  # before anything is said
+    check_ranking(model, answer, cut, running, opening)  # before any message
     if not running.stream:
         notify(_in_memory(shape, opening))
     how: Any = {"opening": opening, "running": running, "saving": saving, "notify": notify}

@@ -1,4 +1,4 @@
-"""Where jobs keep what they do: a long run's state, a model on the hub; and requests to end."""
+"""Where jobs save their work: a long run's state, a model on the hub; and requests to end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Saving:
         return self if named else replace(self, state=f"{result}.state")
 
     def file(self, identity: Mapping[str, object]) -> StateFile | None:
-        """The file, or None where it has no name; see `StateFile` for the identity."""
+        """The file, or None if it has no name; see `StateFile` for the identity."""
         from short_gpt.runtime.state import StateFile
 
         if self.state is None:
@@ -73,14 +73,14 @@ class Hub:
     private: bool = setting(False, needs=needs_one_of("`push_to_hub`", "push_to_hub"))
 
     def check(self, out: str | Path, format: str | None) -> None:
-        """Raises what would keep a model from being uploaded, before it is made."""
+        """Raises what would prevent the upload, before the model is made."""
         if self.push_to_hub is not None:
             from short_gpt.checkpoints.hub import check_push
 
             check_push(self.push_to_hub, out, format)
 
     def later(self) -> Hub:
-        """The same, checked as early, for a job that leaves the upload to its caller."""
+        """The same, also checked early, for a job that leaves the upload to its caller."""
         return _Later(self.push_to_hub, self.private)
 
     def push(self, out: Path) -> str | None:
@@ -135,12 +135,12 @@ class Conversion:
 
 
 def as_begun(opening: OpenOptions, *states: str | Path | None) -> OpenOptions:
-    """The options in the precision of the run that is continued, where `auto` would choose one."""
+    """The options with the precision of a continued run, where `auto` would choose one."""
     from short_gpt.runtime.state import USUAL, read_record
 
     for path in states if opening.precision == AUTO else ():
         run = None
-        with suppress(ShortGPTError):  # of a damaged one, which is refused where it is continued
+        with suppress(ShortGPTError):  # a damaged state is refused when it is continued
             run = read_record(path).get("run") if path and Path(path).is_file() else None
         if isinstance(run, dict):
             return replace(opening, precision=str({**USUAL, **run}["precision"]))

@@ -1,4 +1,4 @@
-"""What `shrink` is asked, what follows from the opened model, and in words what it will do."""
+"""The request to `shrink`, what follows from the opened model, and the plan in words."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ WINDOW = 512  # tokens
 LONG_PLAN = 1800  # seconds after which a plan says what takes less
 REFITTED = RefitSettings(max_windows=CLOSED_WINDOWS)
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"  # in the folder
-# what a run leaves in the folder: these, parts of the state, own texts, locks and unfinished files
+# files of a run in the folder: these, parts of the state, own texts, locks, unfinished files
 OWN_TEXTS, HIDDEN = r"self-[0-9a-f]+\.json", r"\..+\.(lock|writing-[0-9a-f]{8})"
 LEFT = re.compile(rf"{re.escape(STATE)}(\..+)?|{HEALING}|{WRITTEN}|{OWN_TEXTS}|{HIDDEN}")
 
@@ -103,9 +103,9 @@ class ShrinkRequest:
 
     @property
     def command(self) -> str:
-        """The line that asks for the same in a shell."""
+        """The same as a command line."""
         name = "MODEL" if self.source is None else str(self.model)
-        demo = isinstance(self.model, Named)  # whose command has what is named by default
+        demo = isinstance(self.model, Named)  # whose command names these by default
         words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), str(self.out)]
         groups = (self.dial, self.settings, self.texts, self.cut, self.tasks, self.opening)
         for group in (*groups, self.streaming):
@@ -119,7 +119,7 @@ class ShrinkRequest:
         return shlex.join(words)
 
     def check(self) -> None:
-        """Raises what can be known before a model is loaded: the cheapest first."""
+        """Raises errors that are known before a model is loaded, the cheapest first."""
         for group in (self.dial, self.settings, self.cut, self.tasks):
             group.check()
         self.streaming.check_bounds()
@@ -153,7 +153,7 @@ class ShrinkRequest:
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
         if others := [name for name in names if not LEFT.fullmatch(name)]:
             raise ShortGPTError(
-                f"{self.folder} holds {others[0]}, which is of no run of shrink and would be "
+                f"{self.folder} holds {others[0]}, which is not from a run of shrink and would be "
                 "deleted with the folder: move it away, or choose another output"
             )
 
@@ -181,7 +181,7 @@ class ShrinkRequest:
 def _layers(source: Weights) -> int | None:
     if source.kind != "gguf":
         return layers_of(source)
-    with suppress(ShortGPTError):  # which is said once it is opened, if it matters to that
+    with suppress(ShortGPTError):  # raised when it is opened, if it matters then
         return Stack.open(source).layers
     return None
 
@@ -207,13 +207,13 @@ class ShrinkContext:
 
     @property
     def probe(self) -> list[int]:
-        """A window of any tokens: which ones takes no other time."""
+        """A window of any tokens, which do not change the time."""
         return [i % self.opened.short.decoder.vocab_size for i in range(self.size)]
 
     @property
     def in_memory(self) -> ShortHFModel:
         short = self.opened.short
-        assert isinstance(short, ShortHFModel)  # what needs it refuses a streamed one before
+        assert isinstance(short, ShortHFModel)  # whatever needs it has refused a streamed one
         return short
 
     @classmethod
@@ -233,13 +233,13 @@ class ShrinkContext:
         prompt = ""
         if isinstance(opened, InMemory):
             prompt = opened.prompt(asked.settings.prompt)
-            opened.asked(prompt)  # refuses one that is too long
+            opened.asked(prompt)  # raises for one that is too long
         a_pass = short.seconds_a_window([i % short.decoder.vocab_size for i in range(size)])
         return cls(opened, size, n, limit, prompt, parameters, stored, caches, a_pass)
 
 
 def plan(asked: ShrinkRequest, known: ShrinkContext) -> str:
-    """What will be done, about how long each part takes, and in how much memory."""
+    """What will be done, roughly how long each part takes, and how much memory."""
     parts = _seconds(asked, known)
     total, (sizes, rest), n = sum(parts.values()), known.parameters, known.n
     fitted = min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
@@ -296,7 +296,7 @@ def _seconds(asked: ShrinkRequest, known: ShrinkContext) -> dict[str, float]:
 
 
 def _seconds_a_token(known: ShrinkContext, texts: int) -> float:
-    """For so many texts at once, timed on a few."""
+    """For so many texts together, timed on a few."""
     times = list[float]()
 
     def likeliest(logits: torch.Tensor) -> torch.Tensor:  # (B, V) to (B,)

@@ -94,7 +94,7 @@ def shrink(
     """Writes a smaller model that works: layers chosen and removed, the rest healed and evaluated.
 
     If interrupted or killed, repeat the call: it continues from the folder ``OUT.shrinking``, which
-    is gone once ``out`` is complete. ``out`` gets a page with all of this; a GGUF file has it
+    is deleted once ``out`` is complete. ``out`` gets a page with all of this; a GGUF file has it
     beside it.
 
     Args:
@@ -112,7 +112,7 @@ def shrink(
             another score chooses layers of, and which is written in its own format.
         hub: where the result is uploaded.
         overwrite: replace an earlier output.
-        notify: called with what will be done and how long it takes, before it is.
+        notify: called with what will be done and how long it takes, before it starts.
         fields: single settings by their names, in place of objects: ``ratio=0.5``.
 
     Raises:
@@ -138,10 +138,10 @@ def shrink(
         result = _shrunk(asked, known, words)
         shutil.rmtree(asked.folder, ignore_errors=True)
     finally:
-        with suppress(OSError):  # what is kept to continue from stays
+        with suppress(OSError):  # files to continue from stay
             asked.folder.rmdir()
         del lock
-    return replace(result, address=hub.push(asked.out))  # a refusal leaves the result alone
+    return replace(result, address=hub.push(asked.out))  # a refusal leaves the result in place
 
 
 def _opened(asked: ShrinkRequest, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
@@ -158,7 +158,7 @@ def _opened(asked: ShrinkRequest, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkResult:
-    """Does all of it; continues what the folder holds."""
+    """Does everything; continues what the folder holds."""
     opened, short, cut, kinds = known.opened, known.opened.short, asked.cut, None
     asked.folder.mkdir(parents=True, exist_ok=True)
     run = _Run(asked, known)
@@ -180,18 +180,18 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
     job = HealingJob(short, windows, layers, settings=steps, notify=asked.notify, **kept)
     importance, about = short.importance, run.about_layers(layers, choice)
     with ExitStack() as undos:
-        # a loaded model is the caller's: after an error it is whole, and the same call continues
+        # a loaded model is the caller's: after an error it is complete, and the same call continues
         evidence = job.run(undos if asked.source is None else None)
         looks["healed"] = run.look("healed")
         for state, speed in speeds.items():
             looks[state] = looks[state]._replace(tokens_per_second=speed)
         remarks = about + run.remarks(evidence)
-        written = asked.folder / WRITTEN  # apart: OUT may have the name of a file of the folder
+        written = asked.folder / WRITTEN  # separate: OUT may have the name of a file of the folder
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir()
         built = written / asked.out.name
         facts = {"facts": {"data": asked.texts.data}, "measured": evidence.perplexity}
-        opened.write(built, facts, asked.notify)  # after which only what was written is there
+        opened.write(built, facts, asked.notify)  # afterwards only the written model remains
         if opened.in_place:  # some of the changed tensors may have another type
             look, size = looks["healed"], tensor_bytes(built)
             looks["healed"] = look._replace(size=size, memory=look.memory - look.size + size)
@@ -236,7 +236,7 @@ class _Run:
         chosen_by = {**asdict(asked.dial), **asdict(replace(settings, prompt=None))}
         read = {"training": windows.training, "evaluation": windows.evaluation}
         digests = {name: windows_digest(own) for name, own in read.items()}
-        refit = {"refit": vars(RefitSettings())}  # which the choice and the healing begin with
+        refit = {"refit": vars(RefitSettings())}  # with which the choice and the healing begin
         identity = joined(short.identity(), digests, chosen_by, refit)
         saved = StateFile(asked.folder / STATE, identity, folder=asked.folder)
         self.sets: Comparison | None = None  # of a streamed model
@@ -256,7 +256,7 @@ class _Run:
             return choose(short.importance, self.known.n, method=method, seed=seed), {}
         short.importance = self.sets.importance
         n = self.known.n or self.cells.value("how many", partial(self._within, self.sets))
-        # the greedy search that found how many went on further; it is not made again
+        # the greedy search that found how many went further; it is not repeated
         most = self.known.count - 2 if self.known.n is None and method == "sleb" else None
         layers = self.sets.layers(method, n, seed, most=most)
         return layers, self.sets.choice(n).to_dict() if method == AUTO else {}
@@ -301,7 +301,7 @@ class _Run:
         return low
 
     def steps(self) -> list[Step]:
-        """The refit, and a distillation of so many steps as take the minutes."""
+        """The refit, and a distillation of as many steps as the minutes allow."""
         if (minutes := self.asked.settings.minutes) is None:
             return [REFITTED]
         config, seed = self.known.in_memory.model.config, self.asked.cut.seed
@@ -322,7 +322,7 @@ class _Run:
         return max(1, int((seconds - checking) / a_step))
 
     def look(self, state: str) -> StateReport:
-        """Measured once; the text is that of the model as it is now."""
+        """Measured once; the completion is that of the present model."""
         asked = json_digest([self.known.prompt, asdict(self.asked.tasks)])
         return StateReport(*self.cells.value(f"look {state} {asked}", self._measured))
 
@@ -339,9 +339,9 @@ class _Run:
         return [opened.answer(known.prompt), None, numbers, size, memory, tasks]
 
     def speeds(self, layers: Sequence[int]) -> dict[str, float]:
-        """Tokens a second, of the original model and without the layers: the healed one's.
+        """Tokens a second, of the original model and without the layers, which is the healed one's.
 
-        Measured by turns, since a machine that others use is not equally fast all the time.
+        Measured in turns, because the speed of a shared machine varies.
         """
         opened, window = self.known.opened, self.windows.evaluation[0]
         if not isinstance(opened, InMemory):
@@ -349,7 +349,7 @@ class _Run:
 
         def measure() -> dict[str, float]:
             fastest = {"original": 0.0, "healed": 0.0}
-            for turn in range(TURNS):  # of each two, another model is the first
+            for turn in range(TURNS):  # the models take turns at being the first
                 state, gone = [("original", []), ("healed", layers)][(turn + turn // 2) % 2]
                 with opened.short.without_layers(gone):
                     fastest[state] = max(fastest[state], opened.speed(window))
@@ -377,7 +377,7 @@ class _Run:
         return []
 
     def remarks(self, evidence: HealingEvidence) -> list[str]:
-        """What must be known of the numbers."""
+        """What a reader of the numbers must know."""
         asked, opened = self.asked, self.known.opened
         said = [about_own(asked.texts.data, asked.cut.eval_data), self.windows.left_out]
         said += evidence.unchanged
@@ -395,7 +395,7 @@ class _Run:
         return [remark for remark in said if remark]
 
     def rounded(self, built: Path, evidence: HealingEvidence) -> list[str]:
-        """What the types of a GGUF file, in which the changed tensors are rounded, cost."""
+        """The cost of rounding the changed tensors to the types of a GGUF file."""
         precision = self.known.opened.short.precision  # a pair is read in one
         again = open_trainable(str(built), replace(self.asked.opening, precision=precision))
         written = combined(losses(again.decoder, self.windows.evaluation))
@@ -409,7 +409,7 @@ def _move_into_place(asked: ShrinkRequest, built: Path, result: ShrinkResult) ->
     out = asked.out
     if asked.to == "gguf":
         how: Any = {"overwrite": asked.overwrite, "replaces": is_pruned_gguf}
-        with new_file(out, **how) as model:  # refuses what has appeared there meanwhile
+        with new_file(out, **how) as model:  # raises if a file has appeared there
             with new_file(report_of(out), overwrite=True, replaces=is_page) as page:
                 page.write_text(shrunk_page(result), encoding="utf-8")
             try:  # a refusal at the end of this block leaves the model where it was built

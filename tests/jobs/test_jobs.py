@@ -1,4 +1,4 @@
-"""What commands do, called from Python: results come back, nothing is printed."""
+"""What the commands do, called from Python: results come back, nothing is printed."""
 
 from __future__ import annotations
 

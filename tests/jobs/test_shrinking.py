@@ -237,7 +237,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_kept(here, name):
     for left in ("healing", "written", "state.json.look", "self-0a.json", ".state.json.lock", name):
         Path("out.shrinking", left).mkdir(parents=True)
     with pytest.raises(
-        ValueError, match=f"out.shrinking holds {re.escape(name)}, which is of no run of shr"
+        ValueError, match=f"out.shrinking holds {re.escape(name)}, which is not from a run"
     ):
         shrink("hf", "out", **KILLED)
     assert Path("out.shrinking", name).is_dir() and not Path("out").exists()
