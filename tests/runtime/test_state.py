@@ -76,7 +76,7 @@ def test_what_was_edited_or_damaged_is_refused(tmp_path):
 
 def test_an_empty_state_names_the_folder_that_must_go(tmp_path):
     (tmp_path / "s").touch()
-    with pytest.raises(ValueError, match=f"edited or is damaged; delete {tmp_path}/run to begin"):
+    with pytest.raises(ValueError, match=f"edited or is damaged; delete {tmp_path}/run to start"):
         StateFile(tmp_path / "s", {}, folder=tmp_path / "run")
 
 
@@ -90,7 +90,7 @@ def test_a_state_that_was_cut_short_says_what_to_delete(tmp_path, content):
     (tmp_path / "state").write_bytes(content)
     told = "is not the state of a run; choose another name"
     if content[:2] not in (b"[]", b'{"'):  # those are somebody's files
-        told = f"does not hold what was saved there.*; delete {tmp_path}/run to start again"
+        told = f"does not hold what was saved there.*; delete {tmp_path}/run to start"
     with pytest.raises(ShortGPTError, match=told):
         StateFile(tmp_path / "state", IDENTITY, folder=tmp_path / "run")
     assert as_begun(OpenOptions(precision="auto"), tmp_path / "state").precision == "auto"
