@@ -31,7 +31,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, <fcntl.h> and <linux/fs.h>
 # Names of open files, which may be regular ones: whoever opened them wants the bytes there.
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 CHUNK_BYTES = 16 * 2**20
-Replaces = Callable[[Path], bool]
+IsKind = Callable[[Path], bool]
 
 
 def check_new(
@@ -148,7 +148,7 @@ def read_marker(path: Path) -> JsonObject:
     return {key: value for key, value in read_json(path).items() if key != FILES}
 
 
-def check_output(path: Path, *, overwrite: bool, replaces: Replaces) -> None:
+def check_output(path: Path, *, overwrite: bool, replaces: IsKind) -> None:
     """Raises FileExistsError or PermissionError where `new_file`, called so, could not write."""
     if is_stream(path):
         return
@@ -168,7 +168,7 @@ def check_output(path: Path, *, overwrite: bool, replaces: Replaces) -> None:
 
 
 @contextmanager
-def new_file(path: Path, *, overwrite: bool, replaces: Replaces) -> Iterator[Path]:
+def new_file(path: Path, *, overwrite: bool, replaces: IsKind) -> Iterator[Path]:
     """A file that appears complete or not at all.
 
     Yields a path to write to, which is renamed to ``path`` when the block ends; a link is followed.
@@ -192,7 +192,7 @@ def new_file(path: Path, *, overwrite: bool, replaces: Replaces) -> Iterator[Pat
         os.replace(work / NEW, target)
 
 
-def check_outputs(paths: Sequence[Path], *, overwrite: bool, replaces: Replaces) -> None:
+def check_outputs(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> None:
     """Raises FileExistsError or PermissionError where `new_files`, called so, could not write."""
     if len(paths) == 1:
         check_output(paths[0], overwrite=overwrite, replaces=replaces)
@@ -208,9 +208,7 @@ def check_outputs(paths: Sequence[Path], *, overwrite: bool, replaces: Replaces)
 
 
 @contextmanager
-def new_files(
-    paths: Sequence[Path], *, overwrite: bool, replaces: Replaces
-) -> Iterator[list[Path]]:
+def new_files(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> Iterator[list[Path]]:
     """Files of one model in one directory, which appear together or not at all.
 
     One file is as with `new_file`. Several replace nothing, and are renamed when the block ends,

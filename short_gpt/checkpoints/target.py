@@ -100,10 +100,8 @@ class Target:
             with self.new_file() as partial:
                 yield [partial]
         else:
-            with new_files(
-                self.paths, overwrite=self.overwrite, replaces=is_pruned_gguf
-            ) as partials:
-                yield partials
+            with new_files(self.paths, overwrite=self.overwrite, replaces=is_pruned_gguf) as files:
+                yield files
 
     def prove(self, partial: Path) -> None:
         """Calls ``verify``, if there is one, with what was written."""

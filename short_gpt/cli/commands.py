@@ -15,14 +15,7 @@ import short_gpt
 from llama.io.sources import Named
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
-from short_gpt.cli.options import (
-    Output,
-    print_note,
-    print_progress,
-    print_result,
-    say_uploaded,
-    say_written,
-)
+from short_gpt.cli.options import Output, print_done, print_note, print_progress, print_result
 from short_gpt.jobs.inputs import STRIDE, about_own, layer_list
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
@@ -98,7 +91,7 @@ def prune(
     """
     result = jobs.prune(model, out, choice, opening=opening, written=written, hub=hub.later())
     print_result(tables.pruned(result))
-    say_uploaded(hub.push(result.out))
+    print_done("uploaded", hub.push(result.out))
 
 
 def heal(
@@ -134,16 +127,16 @@ def heal(
     given["hub"] = hub.later()  # an upload that fails takes no result away
     result = jobs.heal(**given, notify=print_progress, overwrite=output.overwrite)
     print_result(tables.healed(result))
-    say_written([result.out])
+    print_done("written", result.out)
     output.finish({**record, "result": result.to_dict()})
-    say_uploaded(hub.push(result.out))
+    print_done("uploaded", hub.push(result.out))
 
 
 def calibrate(
     model: str,
     *,
     data: jobs.TextKinds = jobs.TextKinds(),
-    ranked: jobs.CalibrationChoice = jobs.CalibrationChoice(),
+    ranked: jobs.TextChoice = jobs.TextChoice(),
     readings: jobs.Readings = jobs.Readings(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),
@@ -252,7 +245,8 @@ def generate(
         raise ShortGPTError("expected either a PROMPT to continue, or `samples` and `out`")
     if prompt is None:
         out = str(sampling.out)
-        say_written([jobs.write_samples(model, out, count or 0, size, seed=seed, opening=opening)])
+        written = jobs.write_samples(model, out, count or 0, size, seed=seed, opening=opening)
+        print_done("written", written)
         return
     at_least(0, seed=seed)
     short = short_gpt.open_model(model, opening, seed=seed)
@@ -380,7 +374,7 @@ def convert(model: str, out: str, *, conversion: jobs.Conversion = jobs.Conversi
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
     """
     jobs.convert(model, out, conversion=conversion, notify=print_note)
-    say_written([Path(out)])
+    print_done("written", Path(out))
 
 
 def shrink(
@@ -418,8 +412,8 @@ def shrink(
     print_result(str(replace(result, remarks=[*map(as_flags, result.remarks)])))
     if not settings.dry_run:
         output.write({**record, "result": result.to_dict()})
-        say_uploaded(hub.push(result.out))
-        say_written(output.targets)
+        print_done("uploaded", hub.push(result.out))
+        print_done("written", *output.targets)
 
 
 def demo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +157,7 @@ class Output:
         self.write(record)
         if draw is not None and self.plots is not None and is_first_rank():
             draw(Path(self.plots))
-        say_written(self.targets)
+        print_done("written", *self.targets)
 
 
 @contextmanager
@@ -203,11 +203,7 @@ def print_progress(text: str) -> None:
         print_above_bars(text)
 
 
-def say_written(targets: Sequence[Path]) -> None:
-    for target in targets:
-        print_note(f"written: {target}")
-
-
-def say_uploaded(address: str | None) -> None:
-    if address is not None:
-        print_note(f"uploaded: {address}")
+def print_done(what: str, *targets: Path | str | None) -> None:
+    """Notes what was done with each target; None is skipped."""
+    for target in filter(None, targets):
+        print_note(f"{what}: {target}")

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
         calibrate_checkpoint,
     )
     from short_gpt.jobs.cases import (
-        CalibrationChoice,
         Cases,
         LoraOptions,
         MethodAgreement,
         Readings,
         Row,
         Shares,
+        TextChoice,
         TextKinds,
     )
     from short_gpt.jobs.comparing import Comparison, ComparisonResult, compare
@@ -59,13 +59,13 @@ else:
     __getattr__, __dir__ = lazy(__name__)
 
 
-__all__ = ["MIX", "Answer", "CalibrationChoice", "CalibrationResult", "Cases", "Choice"]
-__all__ += ["ChosenLayers", "Comparison", "ComparisonResult", "Conversion", "CrossResult", "Cut"]
-__all__ += ["Dial", "DistillHealing", "HealingResult", "HealingWindows", "Hub", "LoraHealing"]
-__all__ += ["LoraOptions", "MethodAgreement", "OpenOptions", "Pair", "PaperComparison"]
-__all__ += ["PaperOrder", "PruneOutput", "PruneResult", "Ranking", "Reading", "Readings"]
-__all__ += ["ReproductionResult", "Row", "Running", "SavedScores", "Saving", "Settings", "Shares"]
-__all__ += ["ShrinkResult", "Shrinking", "SplitWindows", "StateReport", "Tasks", "TextKinds"]
+__all__ = ["MIX", "Answer", "CalibrationResult", "Cases", "Choice", "ChosenLayers", "Comparison"]
+__all__ += ["ComparisonResult", "Conversion", "CrossResult", "Cut", "Dial", "DistillHealing"]
+__all__ += ["HealingResult", "HealingWindows", "Hub", "LoraHealing", "LoraOptions"]
+__all__ += ["MethodAgreement", "OpenOptions", "Pair", "PaperComparison", "PaperOrder"]
+__all__ += ["PruneOutput", "PruneResult", "Ranking", "Reading", "Readings", "ReproductionResult"]
+__all__ += ["Row", "Running", "SavedScores", "Saving", "Settings", "Shares", "ShrinkResult"]
+__all__ += ["Shrinking", "SplitWindows", "StateReport", "Tasks", "TextChoice", "TextKinds"]
 __all__ += ["TextSource", "WindowScores", "agreement", "calibrate", "calibrate_checkpoint"]
 __all__ += ["chosen", "compare", "compare_checkpoint", "compare_with_paper", "convert", "evaluate"]
 __all__ += ["heal", "identify", "paper_order", "perplexity_of", "prune", "published_scores", "rank"]

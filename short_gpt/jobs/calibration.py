@@ -25,15 +25,7 @@ from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, combined, difference
 from short_gpt.healing import choosing
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import (
-    CALIBRATED,
-    RAW,
-    REFIT,
-    CalibrationChoice,
-    Readings,
-    TextKinds,
-    Windows,
-)
+from short_gpt.jobs.cases import CALIBRATED, RAW, REFIT, Readings, TextChoice, TextKinds, Windows
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
@@ -122,7 +114,7 @@ def score_windows(
     short: ScoredModel, windows: Windows, n: int, *, method: str = "bi", progress: bool = True
 ) -> WindowScores:
     """Scores of every window of one text by itself; raises ShortGPTError as `hooks.score`."""
-    CalibrationChoice(n, method)  # refuses what it does not know
+    TextChoice(n, method)  # refuses what it does not know
     scores, angular = WindowScores([*short.kept], method, n, [], [], []), method == "angular"
     with bar("scoring", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
@@ -283,7 +275,7 @@ def _check(
         raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
     if MIX in texts:
         raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
-    CalibrationChoice(n, healing=",".join(healings))
+    TextChoice(n, healing=",".join(healings))
     n = check_count(n, len(short.kept))
     short.check_whole()
     for name, parts in texts.items():
@@ -373,7 +365,7 @@ def calibrate_checkpoint(
     model: str,
     data: str | Mapping[str, Iterable[object]] | TextKinds = TextKinds(),
     *,
-    ranked: CalibrationChoice = CalibrationChoice(),
+    ranked: TextChoice = TextChoice(),
     readings: Readings = Readings(),
     opening: OpenOptions = OpenOptions(),
     saving: Saving = Saving(),

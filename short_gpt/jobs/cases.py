@@ -299,7 +299,7 @@ class Readings:
 
 
 @dataclass(frozen=True)
-class CalibrationChoice:
+class TextChoice:
     """What is chosen on each text.
 
     Args:

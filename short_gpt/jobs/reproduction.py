@@ -215,19 +215,17 @@ class PaperOrder(NamedTuple):
         return "\n".join([*lines, f"pairs of the list, {len(self.pairs)}: {', '.join(counts)}"])
 
 
-def paper_order(
-    paper: Sequence[int], importance: Importance, confidence: float = 0.95
-) -> PaperOrder:
+def paper_order(paper: Sequence[int], scores: Importance, confidence: float = 0.95) -> PaperOrder:
     """Compares the order of a list of removed layers with measured scores.
 
     Where a difference is within its error, another sample of texts may give the other order.
     ``paper`` lists scored layers in order of removal; each pair by itself has the confidence.
     """
-    margins, scores = difference_margins(importance, confidence), importance.block_influence
+    margins, influence = difference_margins(scores, confidence), scores.block_influence
     pairs = []
     for first, second in combinations(paper, 2):
-        a, b = importance.layers.index(first), importance.layers.index(second)
-        pairs.append(Pair(first, second, float(scores[b] - scores[a]), float(margins[a, b])))
+        a, b = scores.layers.index(first), scores.layers.index(second)
+        pairs.append(Pair(first, second, float(influence[b] - influence[a]), float(margins[a, b])))
     return PaperOrder(confidence, pairs)
 
 
