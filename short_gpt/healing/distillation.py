@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.utils.rnn import pad_sequence
 
-from short_gpt.data.windows import batches
+from short_gpt.data.windows import TokenIds, batches
 from short_gpt.evaluation.perplexity import AT_ONCE, Perplexity, check_loss
 from short_gpt.healing.texts import IGNORED, Example, collate, examples
 from short_gpt.models.decoder import Decoder, padded
@@ -40,7 +40,6 @@ from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.runtime.state import StateFile, damaged, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
-Window = Sequence[int]
 Predictor = ScoredModel  # a possible teacher: in memory or streamed, quantized or not
 TOP_K = 64
 DIGEST = sha256().digest_size  # bytes
@@ -148,7 +147,7 @@ class LiveTeacher:
         own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
         return joined({"teacher": json_digest(self.model.identity())}, own)
 
-    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+    def targets(self, indices: Sequence[int], windows: Sequence[TokenIds]) -> list[Targets]:
         """Its predictions after every token of these windows, except the last of each."""
         every = self.model.window_logits(windows, batch_size=len(windows))  # (S, V) each
         return [_targets(logits, self.k, self.temperature) for logits in every]
@@ -174,7 +173,7 @@ class CachedTeacher:
         self,
         folder: str | Path,
         model: Predictor,
-        windows: Sequence[Window],
+        windows: Sequence[TokenIds],
         *,
         k: int = TOP_K,
         temperature: float = 1.0,
@@ -246,7 +245,7 @@ class CachedTeacher:
         content = record.tobytes()
         return content + sha256(content).digest()
 
-    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+    def targets(self, indices: Sequence[int], windows: Sequence[TokenIds]) -> list[Targets]:
         """The same, by the windows' indices among all of training, then of validation."""
         if self._written() < self._ends[-1]:
             raise RuntimeError(f"{self._file} lacks predictions: call fill first")
@@ -338,7 +337,7 @@ class Distillation:
         return total
 
     def measure(
-        self, decoder: Decoder, windows: Sequence[Window], *, first: int, batch_size: int
+        self, decoder: Decoder, windows: Sequence[TokenIds], *, first: int, batch_size: int
     ) -> dict[str, float]:
         """A student's mean loss, divergence and perplexity; ``first``: the first window's index."""
         apart = nats = 0.0

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from llama.ranks import is_distributed
 from short_gpt.data.disjoint import check_disjoint
+from short_gpt.data.windows import TokenIds
 from short_gpt.healing.closed_form import Heal, HealingContext
 from short_gpt.healing.distillation import (
     TOP_K,
@@ -69,7 +70,6 @@ class LoraResult:
         return {"method": "LoRA", **{k: v for k, v in asdict(self).items() if k not in own}}
 
 
-Window = Sequence[int]
 Merged = tuple[LoraResult, Callable[[], None]]  # and what undoes it
 TEACHER = "teacher"  # the folder of its predictions
 WHOLE = (
@@ -81,9 +81,9 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def heal(
     short: ScoredModel,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    evaluation: Sequence[Window] = (),
+    training: Sequence[TokenIds],
+    validation: Sequence[TokenIds],
+    evaluation: Sequence[TokenIds] = (),
     *,
     recipe: Recipe | None = None,
     work_dir: str | Path | None = None,
@@ -123,7 +123,7 @@ def heal(
     return heal_run(short, run, evaluation)[0]
 
 
-def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] = ()) -> Merged:
+def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds] = ()) -> Merged:
     """As `heal`; also returns what undoes the change, which holds a copy."""
     require_packages()
     _check_processes(replicas.current(short.decoder.device).count, run.recipe)
@@ -224,7 +224,7 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
         _clean(model, run.recipe)
 
 
-def seconds_a_step(short: ScoredModel, window: Window, recipe: Recipe) -> float:
+def seconds_a_step(short: ScoredModel, window: TokenIds, recipe: Recipe) -> float:
     """Seconds of an optimizer step on such windows, measured on one; leaves the model unchanged."""
     model, path = short.trainable(), getattr(short.decoder, "layers_path", None)
     check_trainable(model)
@@ -267,7 +267,7 @@ def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
     vars(model).pop("peft_config", None)
 
 
-def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
+def _check(run: TrainingRun, evaluation: Sequence[TokenIds]) -> None:
     for name, windows in (("training", run.training), ("validation", run.validation)):
         if not len(windows) or min(map(len, windows)) < 2:
             raise ShortGPTError(f"expected {name} windows of at least 2 tokens, got {len(windows)}")
@@ -429,7 +429,7 @@ class LoraSettings:
     def _recipe(self, context: HealingContext) -> Recipe:
         return self.recipe or recipe_for(context.short.trainable().config)
 
-    def _training(self, context: HealingContext) -> Sequence[Window]:
+    def _training(self, context: HealingContext) -> Sequence[TokenIds]:
         recipe = self._recipe(context)
         return context.fresh_first()[: recipe.steps * recipe.batch]
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.evaluation.paired import combined
-from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext
+from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Windows
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
 from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitPlan, RefitState, plan_of
 from short_gpt.healing.solver import PARTS, RIDGES, Fit
@@ -50,7 +50,6 @@ from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
-Windows = Sequence[Sequence[int]]
 HELD_EVERY = 8  # every eighth window is held out
 WEIGHTS, WHERE = ("inverse", "equal"), ("all", "gaps")
 STEP_SIZES = (0.5, 0.7, 1.0)  # that are tried

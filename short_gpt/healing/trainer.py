@@ -18,7 +18,7 @@ import torch
 
 from llama.io.files import follow_umask
 from llama.ranks import environment
-from short_gpt.data.windows import batches
+from short_gpt.data.windows import TokenIds, batches
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.recipe import Recipe
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     import transformers
     from peft import PeftModel
 
-Window = Sequence[int]
 RECIPE = "recipe.json"  # which run the checkpoints belong to
 LOGS = "runs"  # of TensorBoard, if training is reported to it
 LAST = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
@@ -56,8 +55,8 @@ DIGESTS = "digests.json"  # of a checkpoint's files, written after them
 class TrainingRun(NamedTuple):
     """What one run of training reads, writes and learns."""
 
-    training: Sequence[Window]  # to learn from
-    validation: Sequence[Window]  # to choose the step by
+    training: Sequence[TokenIds]  # to learn from
+    validation: Sequence[TokenIds]  # to choose the step by
     recipe: Recipe
     work_dir: str | Path | None = None  # keeps checkpoints; None keeps none
     resume: bool = False  # continue from the last checkpoint there
