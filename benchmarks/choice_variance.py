@@ -25,7 +25,7 @@ from scoring import SIZE, build
 from short_gpt import Importance, ShortLlama
 from short_gpt.data import demo
 from short_gpt.data.windows import text_of
-from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.paired import combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.jobs.comparing import Cells
@@ -150,9 +150,9 @@ def judge(
     rows = []
     for layers, parts in pruned.items():
         change = difference(dense, parts)
-        rows.append({"layers": list(layers), "perplexity": together(parts).value})
+        rows.append({"layers": list(layers), "perplexity": combined(parts).value})
         rows[-1] |= {"nats": change.nats, "standard_error": change.standard_error}
-    return {"dense": together(dense).value, "sets": rows}
+    return {"dense": combined(dense).value, "sets": rows}
 
 
 def table(choices: Sequence[Mapping[str, Any]], sets: Sequence[Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from short_gpt import ShortLlama, choose_healed, windows
 from short_gpt.data import demo
 from short_gpt.evaluation.cells import Cells
 from short_gpt.healing import RefitSettings
-from short_gpt.healing.choosing import CANDIDATES, MOST, pruned_losses
+from short_gpt.healing.choosing import CANDIDATES, MAX_WINDOWS, pruned_losses
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 
@@ -92,7 +92,7 @@ def main(
 
 def drawn(short: ShortLlama, also: str, size: int, draw: int) -> Windows:
     """Windows of the book and of the second text's first half, in turn; see `both_held_out`."""
-    options = {"size": size, "stride": size, "seed": draw, "limit": MOST // 2}
+    options = {"size": size, "stride": size, "seed": draw, "limit": MAX_WINDOWS // 2}
     texts = (demo.bible("calibration"), [halves(also)[0]])
     pairs = zip(*(windows(text, short.encode, **options) for text in texts), strict=True)
     return both_held_out([window for pair in pairs for window in pair])

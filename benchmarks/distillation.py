@@ -35,7 +35,7 @@ from scoring import build
 from short_gpt import ShortHFModel, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
 from short_gpt.healing import CachedTeacher, Distillation, Learning, recipe_for
-from short_gpt.models.decoder import unmixed
+from short_gpt.models.decoder import in_own_dtype
 
 LAYERS = (10, 12, 13, 14, 15, 16, 17, 18)  # the automatic choice's 8, see `choices.py`
 SECONDS = 900.0  # that refit and distillation may take on two cores
@@ -90,14 +90,14 @@ def main(
         short.decoder.mixed = mixed
         costs["teacher"] = seconds(teacher.fill)
         costs["refit"] = seconds(lambda: heal_refit(short, layers, refitted_on))
-        with unmixed(short.decoder):
+        with in_own_dtype(short.decoder):
             found["refit"] = judge(short, kinds)
         learned = Distillation(teacher)
         parts = (learning.training, learning.validation, evaluation)
         costs["distill"] = seconds(
             lambda: heal_lora(short, *parts, recipe=recipe, distillation=learned)
         )
-        with unmixed(short.decoder):
+        with in_own_dtype(short.decoder):
             found["distill"] = judge(short, kinds)
     rows = {name: row(parts, found["whole"], found["cut"]) for name, parts in found.items()}
     print(table(rows, {}))

@@ -121,7 +121,7 @@ class Acceptance:
             "length": self.length,
             "share": self.share,
             "standard_error": None if alone else self.error.standard_error,
-            "reach_95": self.error.reach() if self.error.known else None,
+            "reach_95": self.error.margin() if self.error.known else None,
             "tokens_per_pass": self.tokens_per_pass,
             **{name: getattr(self, name) for name in ("drafted", "accepted", "passes", "written")},
         }

@@ -62,7 +62,7 @@ class GapRefits:
     Args:
         decoder: with all its layers, whose weights are as they were outside `mended`.
         windows: token ids to fit on, other ones than candidates are scored on.
-        held: windows kept apart, by which ridges are chosen.
+        held: held-out windows, by which ridges are chosen.
         ridges: candidates for every matrix.
         batch_size: windows of one length read at once.
     """

@@ -27,7 +27,7 @@ from scoring import SIZE, bare, build
 
 from short_gpt import ShortLlama, own_samples, windows
 from short_gpt.data import demo, without_overlap
-from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.paired import combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import PatchSettings, RefitSettings, refit
 
@@ -187,7 +187,7 @@ def row(
     for kind, found in parts.items():
         lost, left = (difference(whole[kind], other[kind]) for other in (cut, parts))
         result[kind] = {
-            "perplexity": together(found).value,
+            "perplexity": combined(found).value,
             "nats": left.nats,
             "standard_error": left.standard_error,
             "restored": 1 - left.nats / lost.nats,

@@ -45,7 +45,7 @@ from short_gpt import shrink, windows
 from short_gpt.data import demo, texts
 from short_gpt.evaluation import Perplexity, difference
 from short_gpt.evaluation.cells import Cells
-from short_gpt.jobs import HealingWindows, OpenOptions, Shrunk, TextSource
+from short_gpt.jobs import HealingWindows, OpenOptions, ShrinkResult, TextSource
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.run import measure
@@ -350,7 +350,7 @@ def named(folder: Path, kinds: Sequence[str]) -> str:
     return ",".join(places.get(kind, str(folder / kind)) for kind in kinds)
 
 
-def quality(done: Shrunk) -> dict[str, dict[str, dict[str, object]]]:
+def quality(done: ShrinkResult) -> dict[str, dict[str, dict[str, object]]]:
     """By kind of text and state: perplexity, and what it costs beside the original, paired.
 
     The change is in nats a token; its 95% interval reaches so far, None where that is unknown. A
@@ -369,7 +369,7 @@ def quality(done: Shrunk) -> dict[str, dict[str, dict[str, object]]]:
 
 def changed(first: Perplexity, second: Perplexity) -> dict[str, float | None]:
     change = difference([first], [second])
-    reach = change.error.reach() if change.error.known else None  # JSON has no NaN
+    reach = change.error.margin() if change.error.known else None  # JSON has no NaN
     return {"change": change.nats, "reach_95": reach}
 
 

@@ -30,7 +30,7 @@ from real_models import MODELS
 from short_gpt import open_model, shrink
 from short_gpt.data import demo
 from short_gpt.evaluation import difference, losses
-from short_gpt.evaluation.paired import together
+from short_gpt.evaluation.paired import combined
 from short_gpt.jobs import HealingWindows, OpenOptions
 
 PRECISIONS = ("float32", "mixed")
@@ -96,7 +96,7 @@ def main(
     }
     rows = {}
     for kind in kinds:
-        rows[kind] = {name: together(own[kind]).value for name, own in parts.items()}
+        rows[kind] = {name: combined(own[kind]).value for name, own in parts.items()}
         change = difference(*(parts[p][kind] for p in PRECISIONS))
         rows[kind] |= {"change": change.nats, "standard_error": change.standard_error}
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]

@@ -30,7 +30,7 @@ from scoring import build
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
 from short_gpt.data.windows import text_of
-from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.paired import combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.healing import refit
@@ -260,7 +260,7 @@ def refitted(
 
 def mean(parts: Sequence[Perplexity]) -> float:
     """Nats a token."""
-    whole = together(parts)
+    whole = combined(parts)
     return whole.nats / whole.tokens
 
 

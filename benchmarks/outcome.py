@@ -22,7 +22,7 @@ def begin(out: str | None, *, overwrite: bool) -> None:
         out, overwrite: as for `finish`.
     """
     if out is not None:
-        check_output(Path(out), overwrite=overwrite, ours=is_record)
+        check_output(Path(out), overwrite=overwrite, replaces=is_record)
 
 
 def finish(

@@ -20,7 +20,7 @@ def main(source: str, out: str) -> None:
         source: a JSON document a line, with context and continuation.
         out: the text file; it must not exist.
     """
-    with new_file(Path(out), overwrite=False, ours=lambda _: False) as path:
+    with new_file(Path(out), overwrite=False, replaces=lambda _: False) as path:
         path.write_text("\n\n".join(passages(Path(source))), encoding="utf-8", newline="\n")
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
-from short_gpt.evaluation.paired import difference, together
+from short_gpt.evaluation.paired import combined, difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.healing import refit
@@ -288,7 +288,7 @@ def losses_of(rows: Sequence[tuple[float, int]]) -> list[Perplexity]:
 
 
 def perplexities(nats: Mapping[str, Any]) -> dict[str, float]:
-    return {kind: together(losses_of(rows)).value for kind, rows in nats.items()}
+    return {kind: combined(losses_of(rows)).value for kind, rows in nats.items()}
 
 
 def compared(nats: Mapping[str, Any], than: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,13 +300,13 @@ def compared(nats: Mapping[str, Any], than: Mapping[str, Any]) -> dict[str, Any]
     for kind, rows in nats.items():
         ours = losses_of(rows)
         by = difference(losses_of(than[kind]), ours)
-        result[kind] = {"perplexity": together(ours).value, "nats": by.nats}
+        result[kind] = {"perplexity": combined(ours).value, "nats": by.nats}
         result[kind]["standard_error"] = by.standard_error
         if kind != HELD:
-            strata.append((by, together(ours).tokens))
+            strata.append((by, combined(ours).tokens))
             every += ours
     tokens = sum(own for _, own in strata)
-    over_all = {"perplexity": together(every).value}
+    over_all = {"perplexity": combined(every).value}
     over_all["nats"] = sum(by.nats * own for by, own in strata) / tokens
     over_all["standard_error"] = (
         math.hypot(*(by.standard_error * own for by, own in strata)) / tokens

@@ -35,10 +35,10 @@ from short_gpt.evaluation import (
     Perplexity,
     TaskRun,
     TaskSuite,
+    combined,
     difference,
     losses,
     task_difference,
-    together,
 )
 from short_gpt.healing import RefitSettings, recipe_for, refit
 from short_gpt.jobs.comparing import Cells
@@ -271,7 +271,7 @@ def text_changes(found: Parts, whole: Parts) -> dict[str, dict[str, float]]:
     texts = {}
     for kind, parts in found.items():
         change = difference(whole[kind], parts)
-        texts[kind] = {"perplexity": together(parts).value, "nats": change.nats}
+        texts[kind] = {"perplexity": combined(parts).value, "nats": change.nats}
         texts[kind]["standard_error"] = change.standard_error
     return texts
 

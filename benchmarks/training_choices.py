@@ -34,7 +34,7 @@ from torch import nn
 
 from short_gpt import ShortHFModel, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
-from short_gpt.evaluation.paired import difference, together
+from short_gpt.evaluation.paired import combined, difference
 from short_gpt.healing import Recipe, RefitSettings
 from short_gpt.healing.distillation import Targets, divergence
 from short_gpt.healing.lora import adapt
@@ -123,7 +123,7 @@ class _Run(NamedTuple):
         found = self.losses(name, None)
         cells: dict[str, Any] = {}
         for kind, own in found.items():
-            cells[kind] = {"perplexity": together(own).value}
+            cells[kind] = {"perplexity": combined(own).value}
             for other in ("refit", "lora"):
                 if other in self.cells:
                     change = difference(self.losses(other, None)[kind], own)
@@ -184,7 +184,7 @@ class _Run(NamedTuple):
         measured = self.losses(name, lambda: judge(self.short, self.held))
         self.cells.value(f"steps {name}", lambda: steps)
         model.load_state_dict(before)
-        print(f"{name}: {steps}", *(f"{k} {together(v).value:.2f}" for k, v in measured.items()))
+        print(f"{name}: {steps}", *(f"{k} {combined(v).value:.2f}" for k, v in measured.items()))
         sys.stdout.flush()
         return measured
 

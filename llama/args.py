@@ -12,7 +12,7 @@ from llama.io.json_files import JsonObject
 # Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
 # models, known by their width (https://github.com/meta-llama/llama-models/issues/166 and /241).
 ROPE_FACTOR, ROPE_FACTOR_OF_WIDTH = 8.0, {2048: 32.0, 3072: 32.0}
-MOST = 2**31 - 1  # of any number in params.json: beyond, arithmetic and not the message would fail
+MAX_INTEGER = 2**31 - 1  # of any number in params.json: larger ones would fail in arithmetic
 
 
 @dataclass
@@ -90,8 +90,8 @@ class ModelArgs:
             value = getattr(self, name)
             optional = value is None and name not in ("norm_eps", "rope_theta")
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not optional and not (number and 0 < value <= MOST):
-                raise InputError(f"{name} must be a positive number, got {shown(value)}")
+            if not optional and not (number and 0 < value <= MAX_INTEGER):
+                raise InputError(f"{name} must be a positive number, got {short_repr(value)}")
         dim, heads, kv_heads = self.dim, self.n_heads, self.kv_heads
         if dim % heads or self.head_dim % 2:
             raise InputError(f"dim {dim} does not split into {heads} heads of even width")
@@ -100,13 +100,13 @@ class ModelArgs:
 
 
 def check_positive(expected: str = "a positive integer", **numbers: object) -> None:
-    """Raises InputError naming the first that is no integer from 1 to `MOST`."""
+    """Raises InputError for the first value that is not an integer from 1 to `MAX_INTEGER`."""
     for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
-            raise InputError(f"{name} must be {expected}, got {shown(value)}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_INTEGER:
+            raise InputError(f"{name} must be {expected}, got {short_repr(value)}")
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value for a message; of a long one the beginning."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]} ..."

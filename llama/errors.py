@@ -1,4 +1,4 @@
-"""What a caller can do wrong and mend, as errors that say how."""
+"""Errors that a caller can fix; each message says how."""
 
 from __future__ import annotations
 

@@ -290,12 +290,12 @@ def check_numbers(max_gen_len: int, temperature: float, top_p: float) -> None:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raises InputError for logits of which no token can be chosen; -inf forbids a token."""
+    """Raises InputError for logits from which no token can be chosen; -inf forbids a token."""
     if not (logits < torch.inf).all():  # NaN is not below it either
         raise InputError(
-            "the model gives NaN or infinite logits, of which no token can be chosen: a weight is "
-            "damaged, or its dtype cannot hold its values; fetch the weights anew, or open it in "
-            "float32"
+            "the model gives NaN or infinite logits, from which no token can be chosen: a weight "
+            "is damaged, or its dtype cannot hold its values; fetch the weights again, or open "
+            "it in float32"
         )
 
 

@@ -34,7 +34,7 @@ def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]
             value = import_module(f"{package}.{name}")  # as if all had been imported at once
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        vars(sys.modules[package])[name] = value  # asked for once
+        vars(sys.modules[package])[name] = value  # cached: Python does not ask again
         return value
 
     return __getattr__, lambda: sorted(homes)

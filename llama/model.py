@@ -118,7 +118,7 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).reshape(B, S, -1))  # heads side by side: (B, S, D)
 
     def update_cache(self, k: Tensor, v: Tensor, start_pos: int) -> tuple[Tensor, Tensor]:
-        """Writes (B, S, Hkv, hd) rotated keys, and values, at ``start_pos`` and on; 0 begins anew.
+        """Writes (B, S, Hkv, hd) rotated keys, and values, at ``start_pos`` and on; 0 starts again.
 
         Returns views of both for all T = start_pos + S positions, (B, T, Hkv, hd) each.
         """

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
 from llama.errors import InputError
-from llama.ranks import environment, several_ranks
+from llama.ranks import environment, is_distributed
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -98,7 +98,7 @@ def initialize(model_parallel_size: int | None = None, *, device: torch.device) 
 
 
 def _make_process_group(device: torch.device) -> None:
-    if several_ranks():
+    if is_distributed():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def several_ranks() -> bool:
+def is_distributed() -> bool:
     """Whether a launcher such as torchrun started this process as one of several."""
     named = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     return named and int(os.environ["WORLD_SIZE"]) > 1

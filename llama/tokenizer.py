@@ -90,7 +90,7 @@ class _SentencePiece:
         try:
             model = self.model = SentencePieceProcessor(model_proto=data)
         except RuntimeError:
-            raise InputError(f"{path} is a damaged SentencePiece model: fetch it anew") from None
+            raise InputError(f"{path} is a damaged SentencePiece model: fetch it again") from None
         if not _has_settings(data):
             raise InputError(f"{path} is a damaged SentencePiece model: it ends after the pieces")
         self.lack, self.add_bos = f"{path} defines none", True
@@ -132,7 +132,7 @@ class _TokenizerJson:
             if not isinstance(error, ValueError) and not is_panic(error):
                 raise
             raise InputError(
-                f"{path} is no tokenizer.json or a damaged one: {error}; fetch it anew"
+                f"{path} is not a tokenizer.json, or a damaged one: {error}; fetch it again"
             ) from None
         model.no_truncation()
         model.no_padding()
@@ -163,7 +163,7 @@ class _TokenizerJson:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether it is what the package tokenizers raises at some damages, which is no Exception."""
+    """Whether the package tokenizers raised it for some damage, which is not an Exception."""
     return type(error).__name__ == "PanicException"
 
 

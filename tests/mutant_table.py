@@ -364,7 +364,7 @@ MUTANTS = [
         "test_any_division_gives_the_sums_of_one_process",
     ),
     (
-        "self.square, tokens = team.total(counts).tolist()",
+        "self.square, tokens = team.summed(counts).tolist()",
         "self.square, tokens = counts.tolist()",
         "test_processes_that_share_the_windows_solve_the_matrices_of_one",
     ),

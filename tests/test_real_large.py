@@ -16,7 +16,7 @@ from llama.formats.gguf_read import GGUFParts
 from short_gpt import open_model, shrink
 from short_gpt.checkpoints import Provenance, prune_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
-from short_gpt.jobs import HealingWindows, Shrunk
+from short_gpt.jobs import HealingWindows, ShrinkResult
 
 pytestmark = [pytest.mark.real_large, pytest.mark.filterwarnings("default")]
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "In the year 1492, Columbus"]
@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(folder) -> Shrunk:
+def done(folder) -> ShrinkResult:
     """Three layers less: ``cut.gguf``, and refitted ``refitted.gguf``."""
     torch.set_num_threads(2)
     read = HealingWindows("demo", size=128, max_windows=24, eval_windows=4)

@@ -21,7 +21,7 @@ from llama.checkpoint.sharding import (
     EMBEDDING,
     OUTPUT,
     by_vocabulary,
-    check_layers,
+    check_layer_count,
     full_shapes,
     part_of,
     ranges_of_rank,
@@ -80,14 +80,14 @@ class Checkpoint:
     def _check(self) -> bool:
         """Compares names and shapes with params.json; returns ``vocab_parallel``."""
         first, ranks = self.shards[0].infos, len(self.shards)
-        check_layers(self.directory, self.args.n_layers, first)
+        check_layer_count(self.directory, self.args.n_layers, first)
         try:
             check_split(self.args, ranks)  # else rows that no shard holds would not be missed
         except InputError as error:
             reason = str(error).split(";")[0]
             raise InputError(
                 f"{self.directory} has {ranks} shards: {reason}; correct params.json or fetch all "
-                "files anew"
+                "files again"
             ) from None
         expected = {v: shapes_of_rank(self.args, ranks, vocab_parallel=v) for v in (False, True)}
         if ranks == 1:
@@ -101,7 +101,7 @@ class Checkpoint:
                 if name not in self.ignored and info.dtype != (dtype := first[name].dtype):
                     raise InputError(
                         f"{name} is {info.dtype} in {shard.path} and {dtype} in "
-                        f"{self.shards[0].path}: expected one dtype; fetch both anew"
+                        f"{self.shards[0].path}: expected one dtype; fetch both again"
                     )
         return vocab_parallel
 
@@ -186,7 +186,7 @@ def args_of_params(directory: Path, params: JsonObject, **limits: int) -> ModelA
         return ModelArgs.from_params(params, **limits)
     except InputError as error:
         path, reason = directory / "params.json", str(error).replace("params.json", "it")
-        raise InputError(f"{path} cannot be read: {reason}; correct or fetch it anew") from None
+        raise InputError(f"{path} cannot be read: {reason}; correct or fetch it again") from None
 
 
 def read_params(directory: Path) -> JsonObject:
@@ -229,7 +229,7 @@ def read_conversion(directory: Path) -> JsonObject:
 
 
 def copy_records(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copies those JSON files that are there, without a list of files, true of the source alone."""
+    """Copies those JSON files that exist, without their list of files, which is the source's."""
     for name in names:
         if (source / name).is_file():
             write_json(target / name, read_marker(source / name))

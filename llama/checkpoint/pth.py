@@ -25,7 +25,7 @@ from torch import Tensor
 from llama.errors import InputError
 
 ZIP_END = 98  # bytes at most that follow a zip file's list of records
-MOST_RECORD = 2**24  # bytes of a record that is no tensor: the names of all tensors take far less
+MOST_RECORD = 2**24  # bytes of a record without a tensor: the names of all tensors take far less
 STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float64: torch.DoubleStorage,
@@ -81,7 +81,7 @@ class Shard:
             why = "damaged" if is_zip else "cut off or another kind of file"
             raise InputError(
                 f"{self.path} cannot be read: expected a complete zip file of torch.save, but it "
-                f"is {why}: fetch it anew"
+                f"is {why}: fetch it again"
             ) from None
         if not isinstance(content, dict):
             raise InputError(
@@ -124,7 +124,7 @@ class Shard:
         if tensor.is_meta:
             raise InputError(
                 f"{name} in {self.path} is on the device meta, where tensors have no values; save "
-                "the model anew, once its weights are loaded"
+                "the model again, once its weights are loaded"
             )
         owner = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         # tied weights are one storage under two names; a view of a part counts as its own
@@ -148,7 +148,7 @@ def _check_records(path: Path) -> None:
             why = f"its record {record.filename} says that it has {record.file_size} bytes"
         else:
             continue
-        raise InputError(f"{path} was refused: {why}; fetch it anew, from a source that you trust")
+        raise InputError(f"{path} was refused: {why}; fetch it again, from a source you trust")
 
 
 def _check_end(end: bytes, size: int, start: int) -> None:

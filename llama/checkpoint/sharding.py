@@ -42,12 +42,12 @@ def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     return shapes | {"norm.weight": (d,), OUTPUT: (args.vocab_size, d)}
 
 
-def check_layers(source: Path, layers: int, tensors: Sized) -> None:
+def check_layer_count(source: Path, layers: int, tensors: Sized) -> None:
     """Raises InputError where there are fewer tensors than layers, before any layer is named."""
     if layers > len(tensors):
         raise InputError(
             f"{source} says that it has {layers} layers, but holds {len(tensors)} tensors; it is "
-            "damaged: fetch or convert it anew"
+            "damaged: fetch or convert it again"
         )
 
 

@@ -1,7 +1,7 @@
 """Other checkpoint formats to Meta's and back: Hugging Face directories, GGUF files.
 
-Weights go over one tensor at a time, so that memory is bounded by the largest. What is not said
-of an argument is as for `reshard`. All raise InputError for a damaged source, or no Llama.
+Weights are copied one tensor at a time, and so the largest bounds the memory. Arguments without a
+description are those of `reshard`. All raise InputError if the source is damaged or not a Llama.
 """
 
 from __future__ import annotations

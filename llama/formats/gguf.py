@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs, check_positive
 from llama.checkpoint.meta import CONVERSION, Checkpoint, read_conversion
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layers, full_shapes
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
 from llama.errors import InputError
 from llama.formats.gguf_read import STRING, GGUFParts, Record, has_key, nbytes_of
 from llama.formats.gguf_vocabulary import gguf_tokenizer, vocabulary
@@ -29,8 +29,8 @@ from llama.formats.gguf_write import (
     Stored,
     packed,
     record,
+    renamed_to_gguf,
     stored,
-    with_suffix,
     writable,
     write_new,
 )
@@ -66,11 +66,11 @@ class GGUFFile(GGUFParts):
         return "token_embd.weight" if name not in self.tensors and name == "output.weight" else name
 
     def args(self) -> ModelArgs:
-        """The model's shape; InputError where it is no Llama that Meta's code could run."""
+        """The model's shape; InputError where it is not a Llama that Meta's code could run."""
         dim, heads = self.need("llama.embedding_length"), self.need("llama.attention.head_count")
         layers, width = self.need("llama.block_count"), self.need("llama.feed_forward_length")
         check_positive(embedding_length=dim, block_count=layers, feed_forward_length=width)
-        check_layers(self.path, layers, self.tensors)
+        check_layer_count(self.path, layers, self.tensors)
         if "token_embd.weight" not in self.tensors:
             raise InputError(f"{self.path} lacks token_embd.weight")
         args = ModelArgs(
@@ -176,8 +176,8 @@ def llama_to_gguf(
         verify: called with the complete file, under a name of its own, before it takes its place.
     """
     path = Path(str(out))
-    ours = partial(has_key, key=SOURCE_KEY)
-    check_output(path, overwrite=overwrite, ours=ours)
+    replaces = partial(has_key, key=SOURCE_KEY)
+    check_output(path, overwrite=overwrite, replaces=replaces)
     source = find_source(source)
     opened = _open_meta(source, tokenizer_path) if source.kind == "meta" else _open_hf(source, path)
     tensors = _tensors(opened, kind)
@@ -187,10 +187,10 @@ def llama_to_gguf(
     records["general.file_type"] = record("general.file_type", file_type, UINT32)
     for key, value in {SOURCE_KEY: str(source), **(also or {})}.items():
         records[key] = record(key, value, STRING)
-    with new_file(path, overwrite=overwrite, ours=ours) as file:
+    with new_file(path, overwrite=overwrite, replaces=replaces) as file:
         write_new(file, records, tensors, progress=progress)
         if verify is not None:
-            with with_suffix(file) as named:
+            with renamed_to_gguf(file) as named:
                 verify(named)
     return path
 
@@ -261,7 +261,7 @@ def _context(config: JsonObject, path: Path) -> int:
     try:
         check_positive(max_position_embeddings=longest)
     except InputError as error:
-        raise InputError(f"{path} is damaged: {error}; correct it, or fetch it anew") from None
+        raise InputError(f"{path} is damaged: {error}; correct it, or fetch it again") from None
     return longest
 
 

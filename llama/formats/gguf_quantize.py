@@ -54,7 +54,7 @@ def _packed(blocks: Tensor, kind: int) -> Tensor:
     is_k = layout.block > layout.group
     groups = blocks.reshape(len(blocks), -1, layout.group)  # (N, G, group)
     scale, offset = _fitted(groups, layout, below=is_k)
-    head: list[Tensor] = []  # bytes before the codes, and behind them
+    head: list[Tensor] = []  # bytes before the codes, and after them
     tail: list[Tensor] = []
     if not is_k:
         scale, offset = scale.half().float(), offset.half().float()
@@ -88,8 +88,7 @@ def _codes(groups: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Ten
 def _fitted(groups: Tensor, layout: Layout, *, below: bool) -> tuple[Tensor, Tensor]:
     """Scale and offset (N, G, 1) of every group, the offset at most 0 where ``below``.
 
-    Nearest codes give the scale and offset of least squares, these give codes again; of all that
-    were met the best are kept.
+    Alternates nearest codes and the least-squares scale and offset, and keeps the best pair.
     """
     count, total = groups.shape[-1], groups.sum(-1, keepdim=True)
     if layout.offset:

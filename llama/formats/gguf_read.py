@@ -31,7 +31,7 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
-PLAIN = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
+NUMPY_TYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
 CHUNK_VALUES = 2**20
 
 
@@ -63,7 +63,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file; InputError for a name that is there twice or for lost bytes."""
+    """The header of a GGUF file; InputError for a name that occurs twice or for lost bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file {path} does not exist")
     try:
@@ -185,7 +185,7 @@ class _Reader:
         return self._data[self._at - size : self._at]
 
     def _bounded(self, count: int, least: int) -> int:
-        """A count of things of at least so many bytes; InputError if the file cannot hold them."""
+        """``count``; InputError if the rest is too short for so many entries of ``least`` bytes."""
         if count * least > len(self._data) - self._at:
             raise InputError(f"it counts {count} entries, more than its bytes can hold")
         return count
@@ -241,7 +241,7 @@ class GGUFParts:
         if len(self.paths) > 1 and count not in (None, len(self.tensors)):
             raise InputError(
                 f"{self.paths[0]} counts {count} tensors in all files, which hold "
-                f"{len(self.tensors)}; fetch them anew"
+                f"{len(self.tensors)}; fetch them again"
             )
 
     def get(self, key: str, default: object = None) -> Any:
@@ -269,7 +269,7 @@ class GGUFParts:
 
         entry, path = self.tensors[name], self.paths[self._part[name]]
         kind, width = GGMLQuantizationType(entry.kind), entry.shape[-1]
-        plain = PLAIN.get(kind.name)
+        plain = NUMPY_TYPES.get(kind.name)
         values = torch.empty(entry.shape, dtype=dtype or torch.float32)  # (..., D)
         rows = values.view(-1, width)
         row_bytes = entry.nbytes // len(rows)

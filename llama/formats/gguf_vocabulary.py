@@ -237,7 +237,7 @@ def _token_id(source: GGUFParts, name: str, tokens: Sequence[str]) -> int | None
     if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
         raise InputError(
             f"{source.path} has {PREFIX}.{name}_token_id = {str(number)[:40]}, expected the "
-            f"number of one of its {len(tokens)} tokens; convert the model anew"
+            f"number of one of its {len(tokens)} tokens; convert the model again"
         )
     return number
 

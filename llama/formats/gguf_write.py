@@ -1,7 +1,7 @@
-"""GGUF files written tensor by tensor, each key and each tensor as its source has it or anew.
+"""GGUF files written tensor by tensor, each key and each tensor as its source has it or new.
 
 The package gguf's writer takes every key apart, refuses empty arrays and writes version 3 alone.
-Here what does not change is copied, so that with nothing changed the bytes are the source's.
+Here what does not change is copied, and without changes the bytes are the source's.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from llama.formats.gguf_read import (
 from llama.io.files import file_chunks
 
 UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by number
-VERSION, ALIGNMENT = 3, 32  # of files made anew
+VERSION, ALIGNMENT = 3, 32  # of new files
 F32, F16, Q8_0, F64, BF16 = 0, 1, 8, 28, 30  # ggml's numbers of types
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
-PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+TORCH_TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
 class Stored(NamedTuple):
@@ -58,7 +58,7 @@ def record(key: str, value: object, kind: int, element: int | None = None) -> Re
     try:
         raw = _text(key) + struct.pack("<I", kind) + _packed(value, kind, element)
     except (struct.error, TypeError, AttributeError) as error:
-        raise InputError(f"{key} = {value!r} is no value of GGUF's type {kind}: {error}") from None
+        raise InputError(f"{key} = {value!r} is not of GGUF's type {kind}: {error}") from None
     return Record(kind, element, raw)
 
 
@@ -228,8 +228,8 @@ def _write_file(
 
 
 @contextmanager
-def with_suffix(partial: Path) -> Iterator[Path]:
-    """A file that is not in its place yet, under a name that ends with .gguf meanwhile."""
+def renamed_to_gguf(partial: Path) -> Iterator[Path]:
+    """Renames an unfinished file to end with .gguf inside the block: readers check the suffix."""
     named = partial.rename(partial.with_name(f"{partial.name}.gguf"))
     try:
         yield named
@@ -251,7 +251,7 @@ def writable(kind: int, shape: tuple[int, ...]) -> int:
     not fill blocks of 256; F16 where they fill none. Of F64 it is F32.
     """
     kind = F32 if kind == F64 else kind
-    if kind in PLAIN:
+    if kind in TORCH_TYPES:
         return kind
     if kind not in LAYOUTS and kind != Q8_0:
         kind = Q8_0 if shape[-1] % LAYOUTS[Q4_K].block else Q4_K
@@ -270,8 +270,8 @@ def packed(name: str, weight: Tensor, kind: int) -> bytes:
             raise InputError(f"{name} has values beyond F16's; {other}")
     if kind in LAYOUTS:
         return quantized(rows, kind)
-    if kind in PLAIN:
-        values = rows.to(PLAIN[kind]).contiguous()
+    if kind in TORCH_TYPES:
+        values = rows.to(TORCH_TYPES[kind]).contiguous()
         return values.view(torch.uint8).numpy().tobytes() if values.numel() else b""
     from gguf import GGMLQuantizationType, quants
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, check_positive, shown
+from llama.args import ModelArgs, check_positive, short_repr
 from llama.checkpoint.pth import TensorInfo
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layers, full_shapes
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
 from llama.errors import InputError
 from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, permute
 from llama.formats.safetensors import DTYPES, SafetensorsFile, open_weights
@@ -31,7 +31,7 @@ class HFWeights:
     """A Hugging Face Llama's config and weights in Meta's terms, checked by their headers.
 
     ``tied`` tells whether the config makes the output head the embedding; ``infos`` are as of
-    `meta_infos`. InputError if it is no plain Llama.
+    `meta_infos`. InputError if it is not a plain Llama.
     """
 
     def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
@@ -80,7 +80,7 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
     if not isinstance(config.get("model_type", ""), str):
         raise InputError(
             f"config.json in {directory} is damaged: model_type must be a name, got "
-            f"{shown(config['model_type'])}; fetch it anew"
+            f"{short_repr(config['model_type'])}; fetch it again"
         )
     expected: JsonObject = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     if config.get("model_type") == "llama":
@@ -180,7 +180,7 @@ def meta_infos(
     ``weights`` is the file of every tensor; a ``dtype`` of None keeps each one's; ``tied`` says
     whether the config makes the output head the embedding; ``directory`` is for messages.
     """
-    check_layers(directory, args.n_layers, weights)
+    check_layer_count(directory, args.n_layers, weights)
     shapes = full_shapes(args)
     names = {name: name_in(HF, name) for name in shapes}
     head = names[OUTPUT]

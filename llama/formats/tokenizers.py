@@ -193,7 +193,7 @@ class Pieces:
         trainer, rules = rest.get(TRAINER, {}), rest.get(NORMALIZER, {})
         if trainer.get(MODEL_TYPE) != BPE or rules.get(CHARSMAP) or rules.get(EXTRA_SPACES, 1):
             raise InputError(
-                f"{where} is no plain byte-pair encoding: it has model_type "
+                f"{where} is not a plain byte-pair encoding: it has model_type "
                 f"{trainer.get(MODEL_TYPE, 1)!r}, or rewrites texts; expected one like Llama 2's"
             )
         types = [int(piece.get(TYPE, NORMAL)) for piece in pieces]

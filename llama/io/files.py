@@ -31,7 +31,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, <fcntl.h> and <linux/fs.h>
 # Names of open files, which may be regular ones: whoever opened them wants the bytes there.
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 CHUNK_BYTES = 16 * 2**20
-IsOurs = Callable[[Path], bool]
+IsKind = Callable[[Path], bool]
 
 
 def check_new(
@@ -105,7 +105,7 @@ def check_writable(path: Path) -> None:
     """Raises PermissionError if ``path`` could not be created; for a check before long work."""
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: {parent} is no writable directory")
+        raise PermissionError(f"{path} cannot be written: {parent} is not a writable directory")
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def read_marker(path: Path) -> JsonObject:
     return {key: value for key, value in read_json(path).items() if key != FILES}
 
 
-def check_output(path: Path, *, overwrite: bool, ours: IsOurs) -> None:
+def check_output(path: Path, *, overwrite: bool, replaces: IsKind) -> None:
     """Raises FileExistsError or PermissionError where `new_file`, called so, could not write."""
     if is_stream(path):
         return
@@ -159,7 +159,7 @@ def check_output(path: Path, *, overwrite: bool, ours: IsOurs) -> None:
         raise FileExistsError(f"{path} is neither a file nor a pipe; choose another name")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name or pass `overwrite`")
-    if path.exists() and path.stat().st_size and not ours(path):
+    if path.exists() and path.stat().st_size and not replaces(path):
         raise FileExistsError(
             f"{path} exists and is not what this would write there, so it is not overwritten; "
             "choose another name"
@@ -168,14 +168,14 @@ def check_output(path: Path, *, overwrite: bool, ours: IsOurs) -> None:
 
 
 @contextmanager
-def new_file(path: Path, *, overwrite: bool, ours: IsOurs) -> Iterator[Path]:
+def new_file(path: Path, *, overwrite: bool, replaces: IsKind) -> Iterator[Path]:
     """A file that appears complete or not at all.
 
     Yields a path to write to, which is renamed to ``path`` when the block ends; a link is followed.
     A pipe or a character device gets the complete content then. An existing file is replaced with
-    ``overwrite``, if ``ours`` says that it is of this kind, or if it is empty.
+    ``overwrite``, if ``replaces`` says that it is of this kind, or if it is empty.
     """
-    check_output(path, overwrite=overwrite, ours=ours)
+    check_output(path, overwrite=overwrite, replaces=replaces)
     if is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / NEW
@@ -188,14 +188,14 @@ def new_file(path: Path, *, overwrite: bool, ours: IsOurs) -> Iterator[Path]:
     with _work_folder(target) as work:
         yield work / NEW
         follow_umask(work)
-        check_output(path, overwrite=overwrite, ours=ours)  # it may have appeared meanwhile
+        check_output(path, overwrite=overwrite, replaces=replaces)  # it may have appeared since
         os.replace(work / NEW, target)
 
 
-def check_outputs(paths: Sequence[Path], *, overwrite: bool, ours: IsOurs) -> None:
+def check_outputs(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> None:
     """Raises FileExistsError or PermissionError where `new_files`, called so, could not write."""
     if len(paths) == 1:
-        check_output(paths[0], overwrite=overwrite, ours=ours)
+        check_output(paths[0], overwrite=overwrite, replaces=replaces)
         return
     for path in paths:
         if path.exists():
@@ -208,23 +208,23 @@ def check_outputs(paths: Sequence[Path], *, overwrite: bool, ours: IsOurs) -> No
 
 
 @contextmanager
-def new_files(paths: Sequence[Path], *, overwrite: bool, ours: IsOurs) -> Iterator[list[Path]]:
+def new_files(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> Iterator[list[Path]]:
     """Files of one model in one directory, which appear together or not at all.
 
     One file is as with `new_file`. Several replace nothing, and are renamed when the block ends,
     the first one last: it names the others, and so there is no model until then.
     """
     if len(paths) == 1:
-        with new_file(paths[0], overwrite=overwrite, ours=ours) as partial:
+        with new_file(paths[0], overwrite=overwrite, replaces=replaces) as partial:
             yield [partial]
         return
-    check_outputs(paths, overwrite=overwrite, ours=ours)
+    check_outputs(paths, overwrite=overwrite, replaces=replaces)
     targets = [resolved(path) for path in paths]
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(targets[0]) as work:
         yield [work / path.name for path in paths]
         follow_umask(work)
-        check_outputs(paths, overwrite=overwrite, ours=ours)  # one may have appeared meanwhile
+        check_outputs(paths, overwrite=overwrite, replaces=replaces)  # one may have appeared since
         renamed: list[Path] = []
         try:
             for target in reversed(targets):

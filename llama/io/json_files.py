@@ -22,11 +22,11 @@ def read_json(path: Path) -> JsonObject:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}; fetch or write it anew") from None
+        raise InputError(f"{path} is not JSON: {error}; fetch or write it again") from None
     if not isinstance(content, dict):
         raise InputError(
             f"{path} must hold one JSON object, got a {type(content).__name__}; fetch or write it "
-            "anew"
+            "again"
         )
     return content
 

@@ -51,7 +51,7 @@ def find_source(name: str | PathLike[str]) -> Source:
     ``"hub"``: nothing here, but a name like ``owner/name``.
 
     Raises:
-        FileNotFoundError: it looks like a path and does not exist, or a directory is no model.
+        FileNotFoundError: it looks like a path and does not exist, or a directory is not a model.
 
     Example:
         >>> find_source("meta-llama/Llama-2-7b-hf")
@@ -138,8 +138,8 @@ def hub_failure(name: str, error: BaseException) -> Exception | None:
             )
         if isinstance(cause, offline):
             return ConnectionError(
-                f"{name} is no directory here, and the hub cannot be reached to fetch it; connect "
-                "(and unset HF_HUB_OFFLINE), or give the directory of a downloaded model"
+                f"{name} is not a directory here, and the hub cannot be reached to fetch it; "
+                "connect (and unset HF_HUB_OFFLINE), or give the directory of a downloaded model"
             )
         cause = cause.__cause__ or cause.__context__
     return None

@@ -90,8 +90,8 @@ def write_gguf(
             records[NAME] = record(NAME, done.named(name), STRING)
     with target.new_files() as partial:
         digests = write_again(partial, source, tensors, records=records, progress=progress)
-        anew = {new: digests[new] for new, old in names.items() if old in changed}
-        check_written(partial[0], source, names, records, changed=anew)
+        changes = {new: digests[new] for new, old in names.items() if old in changed}
+        check_written(partial[0], source, names, records, changed=changes)
     return target.path
 
 
@@ -177,7 +177,7 @@ def save_gguf(
 def in_few_bits(source: StrPath) -> bool:
     """Whether the layers of a GGUF file have less than 8 bits a weight.
 
-    What changes of them is rounded again, so that a training should change few matrices.
+    What changes of them is rounded again, and so a training should change few matrices.
     """
     tensors = GGUFParts(Path(str(source))).tensors.items()
     layers = [entry for name, entry in tensors if LAYER.fullmatch(name)]
@@ -195,7 +195,7 @@ def check_architecture(source: StrPath) -> Stack:
     return stack
 
 
-def check_saved(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> None:
+def check_writable_gguf(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> None:
     """Raises ShortGPTError for a GGUF file that `save_gguf` could not write back changed."""
     check_architecture(source).kept(layers, influence)
 

@@ -182,7 +182,7 @@ def _skeleton(directory: Path) -> HFDecoder:
         why = explained(error)
         if TRUST in str(error):
             why = "it is defined by Python code of its own; expected a family of transformers"
-        raise ShortGPTError(f"{directory} is no causal model that can be pruned: {why}") from error
+        raise ShortGPTError(f"{directory} is not a causal model to be pruned: {why}") from error
 
 
 def _own_weights(

@@ -185,7 +185,7 @@ class ModelRecord:
         Replicas share the windows; all ranks must call it.
         """
         team = replicas.current(self.decoder.device)
-        return team.all(losses(self.decoder, team.mine(windows), progress=progress))
+        return team.merged(losses(self.decoder, team.own_items(windows), progress=progress))
 
     def note_quality(self, result: Perplexity) -> None:
         """Records a perplexity of the model as it is, unless layers were removed unrecorded."""

@@ -36,10 +36,10 @@ KEYS = (
 LICENSE = ("license", "license_name", "license_link")
 BASE = "base_model"
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(.*?)\n---[ \t]*$", re.DOTALL | re.MULTILINE)
-PLAIN = re.compile(r"[A-Za-z0-9][\w./-]*")
+UNQUOTED = re.compile(r"[A-Za-z0-9][\w./-]*")
 HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
 MOST_BASES = 100
-MOST = 2**20  # bytes of a card that are looked at
+MAX_CARD_BYTES = 2**20  # bytes of a card that are looked at
 T = TypeVar("T")
 Step = Mapping[str, object]  # one change of weights: "method" and its settings, ready for JSON
 
@@ -81,8 +81,8 @@ class Entries:
 
     def refused(self, key: str, expected: str, value: object) -> ShortGPTError:
         return ShortGPTError(
-            f"{self.where} is no record of a pruned model: expected {expected} as {key}, got "
-            f"{str(value)[:80]}; mend it, or take it away, and with it the history of the layers"
+            f"{self.where} is not a record of a pruned model: expected {expected} as {key}, got "
+            f"{str(value)[:80]}; correct it, or delete it and with it the history of the layers"
         )
 
     def mapping(self, key: str) -> Mapping[str, object]:
@@ -211,7 +211,7 @@ def yaml_lines(entries: Mapping[str, object]) -> str:
     for key in (BASE, *LICENSE):
         if key in entries:
             value = entries[key]
-            plain = isinstance(value, str) and PLAIN.fullmatch(value)
+            plain = isinstance(value, str) and UNQUOTED.fullmatch(value)
             lines += f"{key}: {value if plain else json.dumps(value)}\n"
     return lines
 
@@ -236,6 +236,6 @@ def _readme(source: str | os.PathLike[str]) -> str:
         path = Path(str(try_to_load_from_cache(str(source), path.name)))
     try:
         with open(path, encoding="utf-8") as file:
-            return file.read(MOST)
+            return file.read(MAX_CARD_BYTES)
     except (OSError, UnicodeDecodeError):
         return ""

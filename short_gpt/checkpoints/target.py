@@ -15,7 +15,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from torch import Tensor
 
 from llama.formats.gguf_read import PART, has_key, named_parts, part_paths
-from llama.formats.gguf_write import with_suffix
+from llama.formats.gguf_write import renamed_to_gguf
 from llama.io.files import check_new, check_outputs, new_directory, new_file, new_files
 from llama.io.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
@@ -88,9 +88,9 @@ class Target:
     @contextmanager
     def new_file(self) -> Iterator[Path]:
         """The GGUF file to write; verified, and at ``out`` after the block."""
-        with new_file(self.path, overwrite=self.overwrite, ours=is_pruned_gguf) as partial:
+        with new_file(self.path, overwrite=self.overwrite, replaces=is_pruned_gguf) as partial:
             yield partial
-            with with_suffix(partial) as named:
+            with renamed_to_gguf(partial) as named:
                 self.prove(named)
 
     @contextmanager
@@ -100,8 +100,8 @@ class Target:
             with self.new_file() as partial:
                 yield [partial]
         else:
-            with new_files(self.paths, overwrite=self.overwrite, ours=is_pruned_gguf) as partials:
-                yield partials
+            with new_files(self.paths, overwrite=self.overwrite, replaces=is_pruned_gguf) as files:
+                yield files
 
     def prove(self, partial: Path) -> None:
         """Calls ``verify``, if there is one, with what was written."""
@@ -158,8 +158,8 @@ def check_one_file(out: StrPath) -> None:
         whole = Path(str(out)).with_name(PART.sub(r"\1.gguf", Path(str(out)).name))
         divide = shlex.join(["short-gpt", "convert", str(whole), str(out)])
         raise ShortGPTError(
-            f"{out} names one of {len(paths)} files, but a single file is written here: name it "
-            f"{whole}, which `{divide}` then divides"
+            f"{out} names one of {len(paths)} files, but a single file is written here: write "
+            f"{whole}, then split it with `{divide}`"
         )
 
 
@@ -168,7 +168,7 @@ def check_new_gguf(out: StrPath, *, source: StrPath | None = None, overwrite: bo
     paths = out_paths(out)
     if not paths:
         raise ShortGPTError(f"{out} names a file of none; name it NAME-00001-of-0000N.gguf")
-    check_outputs(paths, overwrite=overwrite, ours=is_pruned_gguf)
+    check_outputs(paths, overwrite=overwrite, replaces=is_pruned_gguf)
     parts = [] if source is None else part_paths(Path(str(source)))
     sources = [path.resolve() for path in parts]
     if same := [path for path in paths if path.resolve() in sources]:

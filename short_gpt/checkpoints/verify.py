@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.formats.safetensors import DTYPES
-from short_gpt.models.decoder import Decoder, unmixed
+from short_gpt.models.decoder import Decoder, in_own_dtype
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 
@@ -50,9 +50,9 @@ def fingerprint(short: Generator, count: int = 8) -> Fingerprint:
     """The `Fingerprint` of a model as it is now; it reads and generates ``count`` tokens."""
     read = [i % short.decoder.vocab_size for i in range(count)]
     tokens = torch.tensor([read], device=short.decoder.device)  # (1, S)
-    with unmixed(short.decoder):
+    with in_own_dtype(short.decoder):
         logits = short.decoder.logits(tokens).cpu()  # (1, S, V)
-    if not logits.isfinite().all():  # nothing can be generated; `check_logits` raises for it
+    if not logits.isfinite().all():  # nothing can be generated; `check_same_logits` raises for it
         return Fingerprint(logits, [], [])
     cached, uncached = (short.greedy(read, count, use_cache=c) for c in (True, False))
     types = {weight.dtype for weight in short.decoder.module.parameters()}
@@ -101,11 +101,11 @@ def check_same(
     for name, model in zip(names, (ours, theirs), strict=True):
         if model.damaged is not None:
             raise NotFiniteError(
-                f"{name} has NaN or infinite weights, {model.damaged}, and its logits prove "
-                "nothing of a copy; fetch the weights anew (or take a dtype that holds them), or "
-                "leave the proof out (`verify` no)"
+                f"{name} has NaN or infinite weights, {model.damaged}, and its logits "
+                "cannot verify the copy; fetch the weights again (or take a dtype that holds "
+                "them), or skip verification (`verify` no)"
             )
-    check_logits(ours.logits, theirs.logits, rounding, names)
+    check_same_logits(ours.logits, theirs.logits, rounding, names)
     alike = (ours.cached, ours.uncached) == (theirs.cached, theirs.uncached)
     if theirs.cached != theirs.uncached and not (theirs.half and alike):
         raise RuntimeError(f"{names[1]} generates otherwise with its cache than without")
@@ -115,7 +115,7 @@ def check_same(
     return "except for the last digits" if rounding else "bit for bit"
 
 
-def check_logits(
+def check_same_logits(
     expected: Tensor, actual: Tensor, rounding: float = 0.0, names: tuple[str, str] = NAMES
 ) -> None:
     """Raises where two models' logits differ; arguments and errors as in `check_same`."""
@@ -131,8 +131,8 @@ def check_logits(
         same = torch.equal(actual, expected)
     if not same and not expected.isfinite().all():
         raise NotFiniteError(
-            f"{names[0]} gives NaN or infinite logits, which prove nothing of a copy: a weight is "
-            "damaged; fetch the weights anew, or leave the proof out (`verify` no)"
+            f"{names[0]} gives NaN or infinite logits, which cannot verify the copy: a weight is "
+            "damaged; fetch the weights again, or skip verification (`verify` no)"
         )
     if not same:
         raise RuntimeError(f"{names[1]} is not {names[0]}: logits differ by up to {difference:.3g}")

@@ -11,12 +11,12 @@ from contextlib import nullcontext
 from traceback import clear_frames
 from typing import TextIO
 
-from llama.ranks import environment, several_ranks
+from llama.ranks import environment, is_distributed
 from short_gpt.cli.commands import ALONE, COMMANDS
 from short_gpt.cli.flags import call, flags_of, for_completion, help_of, overview, prepared, similar
-from short_gpt.cli.options import result_alone, say
+from short_gpt.cli.options import print_result, result_alone
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
-from short_gpt.runtime.progress import DryRun, be_quiet, first_rank
+from short_gpt.runtime.progress import DryRun, be_quiet, is_first_rank
 from short_gpt.runtime.settings import as_flags
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     except (Exception, KeyboardInterrupt) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         line = message_of(error, argv)
-        if several_ranks():
+        if is_distributed():
             from short_gpt.runtime.replicas import end_all
 
             end_all(error, line=line, code=code)
@@ -53,15 +53,15 @@ def run(argv: list[str]) -> None:
     if (text := answer(argv)) is None:
         texts = prepared(argv, COMMANDS)
         single = argv[0] in ALONE  # it waits for no other rank: these have ended
-        if first_rank() or not single:
+        if is_first_rank() or not single:
             alone = "-" in (texts.get("json"), texts.get("report"))
             ranks = environment("WORLD_SIZE", None) if single else nullcontext()
             with result_alone() if alone else nullcontext(), ranks:
                 try:
                     call(COMMANDS[argv[0]], texts)
                 except DryRun as plan:
-                    say(str(plan))
-    elif first_rank():
+                    print_result(str(plan))
+    elif is_first_rank():
         print(text)
 
 
@@ -78,7 +78,7 @@ def answer(argv: list[str]) -> str | None:
             raise ShortGPTError(f"no completion for {shell!r}: expected bash or fish")
         named = {name: for_completion(command) for name, command in COMMANDS.items()}
         script = Script("short-gpt", named, shell=shell)
-        # fire takes the last word that is no flag for the command; other words are files
+        # fire takes the last word that is not a flag for the command; other words are files
         word = "lastcommand=${COMP_WORDS[i]}\n"
         script = script.replace(word, f"{word}      [[ $i -gt 0 ]] && break\n")
         return script.replace("complete -F", "complete -o default -F")
@@ -115,8 +115,8 @@ def in_shell(message: str, argv: Sequence[str]) -> str:
     return dashes + as_flags(message, flags)
 
 
-class Unheard(io.TextIOWrapper):
-    """A stream whose reader may leave; what is written afterwards goes nowhere."""
+class PipeSafeStream(io.TextIOWrapper):
+    """A stream that drops its output once the reader has closed the pipe."""
 
     def write(self, text: str) -> int:
         try:
@@ -140,8 +140,8 @@ def lenient(stream: TextIO | None) -> TextIO:
     if stream is None:  # closed before the start: 2>&-
         return open(os.devnull, "w", encoding="utf-8")
     own = stream in (sys.__stdout__, sys.__stderr__)  # not one that somebody put in its place
-    if own and isinstance(stream, io.TextIOWrapper) and type(stream) is not Unheard:
+    if own and isinstance(stream, io.TextIOWrapper) and type(stream) is not PipeSafeStream:
         lines, code = stream.line_buffering, stream.encoding
         buffer = os.fdopen(stream.fileno(), "wb", closefd=False)
-        return Unheard(buffer, code, errors="backslashreplace", line_buffering=lines)
+        return PipeSafeStream(buffer, code, errors="backslashreplace", line_buffering=lines)
     return stream

@@ -15,7 +15,7 @@ import short_gpt
 from llama.io.sources import Named
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
-from short_gpt.cli.options import Output, note, say, say_uploaded, say_written, tell
+from short_gpt.cli.options import Output, print_done, print_note, print_progress, print_result
 from short_gpt.jobs.inputs import STRIDE, about_own, layer_list
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
@@ -29,7 +29,7 @@ PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
 WRITES = needs_one_of("`samples`", "samples")
 DEMO = Named("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two and a half minutes on two cores
-FEW = jobs.HealingWindows(eval_data=DEMO, size=512, max_windows=12, eval_windows=8)
+DEMO_WINDOWS = jobs.HealingWindows(eval_data=DEMO, size=512, max_windows=12, eval_windows=8)
 
 
 def rank(
@@ -54,17 +54,17 @@ def rank(
     Example: short-gpt rank llama-2-7b --n 9 --json ranking.json
     """
     record, given = output.checked(rank, locals())
-    result = jobs.rank(**given, notify=tell)
-    say(tables.ranked(result))
+    result = jobs.rank(**given, notify=print_progress)
+    print_result(tables.ranked(result))
     if answer.by_loss and (remark := about_own(data.data, advice=MORE_TEXT)) is not None:
-        say(remark)
+        print_result(remark)
     scores = result.importance
     draw = None if scores is None else partial(plots.draw_scores, scores, n=answer.n)
     output.finish({**record, **result.to_dict()}, draw)
     result.finish()
     json = None if output.file is None else str(output.file)
     if (command := tables.next_command(model, data, result, json)) is not None:
-        note(command)
+        print_note(command)
 
 
 def prune(
@@ -73,7 +73,7 @@ def prune(
     *,
     choice: jobs.Choice = jobs.Choice(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
-    written: jobs.Written = jobs.Written(),
+    written: jobs.PruneOutput = jobs.PruneOutput(),
     hub: jobs.Hub = jobs.Hub(),
 ) -> None:
     """Writes a checkpoint without some layers, in any format.
@@ -90,8 +90,8 @@ def prune(
             file.
     """
     result = jobs.prune(model, out, choice, opening=opening, written=written, hub=hub.later())
-    say(tables.pruned(result))
-    say_uploaded(hub.push(result.out))
+    print_result(tables.pruned(result))
+    print_done("uploaded", hub.push(result.out))
 
 
 def heal(
@@ -125,18 +125,18 @@ def heal(
     """
     record, given = output.checked(heal, locals())
     given["hub"] = hub.later()  # an upload that fails takes no result away
-    result = jobs.heal(**given, notify=tell, overwrite=output.overwrite)
-    say(tables.healed(result))
-    say_written([result.out])
+    result = jobs.heal(**given, notify=print_progress, overwrite=output.overwrite)
+    print_result(tables.healed(result))
+    print_done("written", result.out)
     output.finish({**record, "result": result.to_dict()})
-    say_uploaded(hub.push(result.out))
+    print_done("uploaded", hub.push(result.out))
 
 
 def calibrate(
     model: str,
     *,
-    data: jobs.Kinds = jobs.Kinds(),
-    ranked: jobs.Ranked = jobs.Ranked(),
+    data: jobs.TextKinds = jobs.TextKinds(),
+    ranked: jobs.TextChoice = jobs.TextChoice(),
     readings: jobs.Readings = jobs.Readings(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),
@@ -151,9 +151,9 @@ def calibrate(
     """
     record, given = output.checked(calibrate, locals())
     result = jobs.calibrate_checkpoint(**given)
-    say(tables.calibrated(result))
+    print_result(tables.calibrated(result))
     if (remark := about_own(data.data, each=True)) is not None:
-        say(remark)
+        print_result(remark)
     output.finish({**record, **result.to_dict()}, partial(plots.draw_crossed, result.cells))
     if result.state is not None:
         result.state.clear()
@@ -165,7 +165,7 @@ def compare(
     cases: jobs.Cases = jobs.Cases(healings="raw,patched"),
     data: jobs.TextSource = jobs.TextSource(),
     shares: jobs.Shares = jobs.Shares(),
-    lora: jobs.LoraSettings = jobs.LoraSettings(),
+    lora: jobs.LoraOptions = jobs.LoraOptions(),
     tasks: jobs.Tasks = jobs.Tasks(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),
@@ -182,12 +182,12 @@ def compare(
     if model is None:  # which reads the demo's book
         record["arguments"] |= {"data": "demo", "eval_data": "demo"}
     result = jobs.compare_checkpoint(**given)
-    say(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
+    print_result(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
     for text in result.chosen:
-        say(f"\n{text}")
+        print_result(f"\n{text}")
     remark = about_own(data.data, shares.eval_data)
     if remark is not None:
-        say(remark)
+        print_result(remark)
     if output.report is not None:
         output.write_page(plots.compared_page(model or "demo", result, remark))
     output.finish({**record, **result.to_dict()}, partial(plots.draw_quality, result.rows))
@@ -245,7 +245,8 @@ def generate(
         raise ShortGPTError("expected either a PROMPT to continue, or `samples` and `out`")
     if prompt is None:
         out = str(sampling.out)
-        say_written([jobs.write_samples(model, out, count or 0, size, seed=seed, opening=opening)])
+        written = jobs.write_samples(model, out, count or 0, size, seed=seed, opening=opening)
+        print_done("written", written)
         return
     at_least(0, seed=seed)
     short = short_gpt.open_model(model, opening, seed=seed)
@@ -260,7 +261,7 @@ def generate(
     how = (size, sampling.temperature, sampling.top_p)
     with short.skipped_in_prefill(skipped):
         text = short.generate([prompt], *how)[0]
-    say(f"{prompt}{text}")
+    print_result(f"{prompt}{text}")
 
 
 def perplexity(
@@ -279,8 +280,8 @@ def perplexity(
     Example: short-gpt perplexity llama-2-7b --data novels/ --max_windows 100
     """
     record, given = output.checked(perplexity, locals())
-    value = jobs.perplexity_of(**given, notify=tell)
-    say(tables.perplexities({model: value}))
+    value = jobs.perplexity_of(**given, notify=print_progress)
+    print_result(tables.perplexities({model: value}))
     output.finish({**record, "result": value.to_dict()})
 
 
@@ -303,7 +304,7 @@ def evaluate(
     record, _ = output.checked(evaluate, locals())
     models = [model] if pruned is None else [model, pruned]
     result = jobs.evaluate(models, reading, tasks=tasks, opening=opening, dry_run=output.dry_run)
-    say(tables.comparison(result))
+    print_result(tables.comparison(result))
     output.finish({**record, "result": result})
 
 
@@ -348,8 +349,8 @@ def reproduce(
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
     """
     record, given = output.checked(reproduce, locals())
-    result = jobs.reproduce(**given, notify=tell)
-    say(tables.reproduced(result))
+    result = jobs.reproduce(**given, notify=print_progress)
+    print_result(tables.reproduced(result))
 
     def draw(folder: Path) -> None:
         plots.draw_scores(result.importance, folder, result.n)
@@ -372,8 +373,8 @@ def convert(model: str, out: str, *, conversion: jobs.Conversion = jobs.Conversi
     Args:
         model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
     """
-    jobs.convert(model, out, conversion=conversion, notify=note)
-    say_written([Path(out)])
+    jobs.convert(model, out, conversion=conversion, notify=print_note)
+    print_done("written", Path(out))
 
 
 def shrink(
@@ -405,14 +406,14 @@ def shrink(
     """
     record, given = output.checked(shrink, locals())
     given["hub"] = hub.later()  # an upload that fails takes no result away
-    result = jobs.shrink(**given, notify=tell, overwrite=output.overwrite)
+    result = jobs.shrink(**given, notify=print_progress, overwrite=output.overwrite)
     if table and result.importance is not None:
-        say(tables.ranking(result.importance, len(result.layers)) + "\n")
-    say(str(replace(result, remarks=[*map(as_flags, result.remarks)])))
+        print_result(tables.ranking(result.importance, len(result.layers)) + "\n")
+    print_result(str(replace(result, remarks=[*map(as_flags, result.remarks)])))
     if not settings.dry_run:
         output.write({**record, "result": result.to_dict()})
-        say_uploaded(hub.push(result.out))
-        say_written(output.targets)
+        print_done("uploaded", hub.push(result.out))
+        print_done("written", *output.targets)
 
 
 def demo(
@@ -420,7 +421,7 @@ def demo(
     *,
     n: int = 4,
     settings: jobs.Shrinking = jobs.Shrinking(method="bi", prompt="What is a king?"),
-    windows: jobs.HealingWindows = FEW,
+    windows: jobs.HealingWindows = DEMO_WINDOWS,
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     output: Output = Output(),
     table: bool = False,

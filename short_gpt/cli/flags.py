@@ -28,12 +28,12 @@ DASHED = r"--?[A-Za-z]"
 WIDTH, INDENT = 80, 26  # of the help
 
 # Other names of flags, so that earlier command lines still run: in one command, then in all.
-TRAINING = ("steps", "rank", "learning_rate", "batch")
+TRAINING_FLAGS = ("steps", "rank", "learning_rate", "batch")
 ALSO = {
     "heal": {"out": "json"},
     "reproduce": {"model": "paper_model"},
     "evaluate": {"text": "data", "dense": "model"},
-    "compare": {f"lora_{name}": name for name in TRAINING},
+    "compare": {f"lora_{name}": name for name in TRAINING_FLAGS},
     "convert": {"source": "model"},
 }
 ALSO_EVERYWHERE = {"n_prune_layers": "n", "ckpt_dir": "model", "model_dir": "model"}
@@ -66,7 +66,7 @@ class Flag(NamedTuple):
         if NoneType in self.kinds and text.lower() == "none":
             return None
         if str in self.kinds:
-            # a shell expands no ~ after an equals sign; a prompt alone is no name of anything
+            # a shell expands no ~ after an equals sign; a prompt alone names nothing
             return text if self.name == "prompt" else os.path.expanduser(text)
         if bool in self.kinds and text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from llama.io.files import check_output, new_file
 from short_gpt.cli.flags import Command, flags_of
 from short_gpt.jobs.settings import SCORES
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import above_bars, first_rank, quiet
+from short_gpt.runtime.progress import is_first_rank, is_quiet, print_above_bars
 from short_gpt.runtime.settings import RUN, WRITE, Needs, setting
 
 FILE_FLAGS, DRAWING = ("json", "report", "plots"), ("rank", "calibrate", "compare", "reproduce")
@@ -80,15 +80,15 @@ class Output:
 
             require_matplotlib()
             for picture in self.pictures:
-                check_output(picture, overwrite=self.overwrite, ours=is_picture)
+                check_output(picture, overwrite=self.overwrite, replaces=is_picture)
         if self.file is not None:
             from short_gpt.runtime.state import is_record
 
-            check_output(self.file, overwrite=self.overwrite, ours=is_record)
+            check_output(self.file, overwrite=self.overwrite, replaces=is_record)
         if self.page is not None:
             from short_gpt.jobs.page import is_page
 
-            check_output(self.page, overwrite=self.overwrite, ours=is_page)
+            check_output(self.page, overwrite=self.overwrite, replaces=is_page)
         if self.json == self.report == STDOUT:
             raise ShortGPTError("--json - and --report - both write to stdout: name a file for one")
         out = arguments.get("out")
@@ -143,11 +143,11 @@ class Output:
         if self.report is not None:
             self._write(text, self.report, is_page)
 
-    def _write(self, text: str, name: str, ours: Callable[[Path], bool]) -> None:
-        if name == STDOUT and first_rank():
+    def _write(self, text: str, name: str, replaces: Callable[[Path], bool]) -> None:
+        if name == STDOUT and is_first_rank():
             print(text, end="", flush=True, file=_alone[-1] if _alone else None)
-        elif first_rank():
-            with new_file(Path(name), overwrite=self.overwrite, ours=ours) as partial:
+        elif is_first_rank():
+            with new_file(Path(name), overwrite=self.overwrite, replaces=replaces) as partial:
                 partial.write_text(text, encoding="utf-8")
 
     def finish(
@@ -155,9 +155,9 @@ class Output:
     ) -> None:
         """Writes the result, draws its pictures if they were asked for, and names all files."""
         self.write(record)
-        if draw is not None and self.plots is not None and first_rank():
+        if draw is not None and self.plots is not None and is_first_rank():
             draw(Path(self.plots))
-        say_written(self.targets)
+        print_done("written", *self.targets)
 
 
 @contextmanager
@@ -185,29 +185,25 @@ def record_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"command": command.__name__, "arguments": arguments, **seed}
 
 
-def say(text: str) -> None:
+def print_result(text: str) -> None:
     """Prints, at once; of several ranks, only the first."""
-    if first_rank():
+    if is_first_rank():
         print(text, flush=True)
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Prints what a quiet run leaves out."""
-    if not quiet():
-        say(text)
+    if not is_quiet():
+        print_result(text)
 
 
-def tell(text: str) -> None:
+def print_progress(text: str) -> None:
     """Prints to stderr what a user must know of a long run, above its bars; of ranks the first."""
-    if first_rank():
-        above_bars(text)
+    if is_first_rank():
+        print_above_bars(text)
 
 
-def say_written(targets: Sequence[Path]) -> None:
-    for target in targets:
-        note(f"written: {target}")
-
-
-def say_uploaded(address: str | None) -> None:
-    if address is not None:
-        note(f"uploaded: {address}")
+def print_done(what: str, *targets: Path | str | None) -> None:
+    """Notes what was done with each target; None is skipped."""
+    for target in filter(None, targets):
+        print_note(f"{what}: {target}")

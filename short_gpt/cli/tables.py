@@ -18,10 +18,9 @@ from short_gpt.runtime.settings import as_flags
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
     from short_gpt.evaluation.sampling import SamplingError
-    from short_gpt.jobs import Healing, Pruned, Ranking, Reproduced, TextSource
-    from short_gpt.jobs.calibration import Agreement as Ranked
-    from short_gpt.jobs.calibration import Calibrated, Crossed
-    from short_gpt.jobs.cases import Agreement, Row
+    from short_gpt.jobs import HealingResult, PruneResult, Ranking, ReproductionResult, TextSource
+    from short_gpt.jobs.calibration import CalibrationResult, CrossResult, TextAgreement
+    from short_gpt.jobs.cases import MethodAgreement, Row
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.search import Search
 
@@ -124,7 +123,7 @@ def _samples(importance: Importance) -> str:
     return over if texts is not None and texts > 1 else f"{over}; too small where they overlap"
 
 
-def reproduced(result: Reproduced) -> str:
+def reproduced(result: ReproductionResult) -> str:
     """The ranking, the paper's list beside it, and what the scores say of the paper's order."""
     parts = [f"not the paper's protocol: {'; '.join(result.changed)}"] if result.changed else []
     parts += [f"taken for PG-19: {', '.join(result.taken)}"] if result.taken else []
@@ -154,7 +153,7 @@ def next_command(model: str, texts: TextSource, result: Ranking, scores: str | N
     return "next: " + shlex.join(["short-gpt", does, model, out, *choice])
 
 
-def pruned(result: Pruned) -> str:
+def pruned(result: PruneResult) -> str:
     chosen = result.chosen
     lines = [chosen.unchecked] if chosen.unchecked else []
     if (budget := chosen.budget) is not None:
@@ -170,7 +169,7 @@ def pruned(result: Pruned) -> str:
     return "\n".join([*lines, *(line for line in (result.proof, remark) if line)])
 
 
-def healed(result: Healing) -> str:
+def healed(result: HealingResult) -> str:
     """Perplexities before and after, and what the healing changed."""
     bos, evidence = about_bos(str(result.texts.get("bos"))), result.evidence
     held, data = result.texts.get("eval_data"), str(result.texts.get("data"))
@@ -244,7 +243,7 @@ def _with_error(row: Mapping[str, float], measure: str) -> str:
 
 def compared(
     rows: Sequence[Row],
-    agreed: Sequence[Agreement] = (),
+    agreed: Sequence[MethodAgreement] = (),
     tasks: Mapping[str, Mapping[str, float]] = {},
     *,
     bos: str = "first",
@@ -317,7 +316,7 @@ def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[
     ]
 
 
-def _agreed(agreed: Sequence[Agreement]) -> list[str]:
+def _agreed(agreed: Sequence[MethodAgreement]) -> list[str]:
     lines = []
     for one in agreed:
         shares = "; ".join(f"{pair} {share:.0%}" for pair, share in one["overlap"].items())
@@ -355,7 +354,7 @@ def _gain(rows: Sequence[Row]) -> str:
     return f"{values[0]:+.3f} ({known(rows[0].gain_error, '.3f')})"
 
 
-def calibrated(result: Calibrated) -> str:
+def calibrated(result: CalibrationResult) -> str:
     """What each text chooses, how far rankings agree, and what each choice costs."""
     lines = [f"layers that each text would remove, by {result.method}"]
     lines += [f"  {name:<22}{layers}" for name, layers in result.choices.items()]
@@ -369,7 +368,7 @@ def calibrated(result: Calibrated) -> str:
     return "\n".join([*lines, "", f"standard errors over {over} (of {cell.text})"])
 
 
-def _rankings(head: str, agreed: Sequence[Ranked]) -> list[str]:
+def _rankings(head: str, agreed: Sequence[TextAgreement]) -> list[str]:
     lines = [f"{head:<40}{'layers in common':>22}{'rank correlation (95%)':>30}"]
     for a in agreed:
         pair = f"{a.first}, {'its halves' if a.first == a.second else a.second}"
@@ -381,11 +380,11 @@ def _rankings(head: str, agreed: Sequence[Ranked]) -> list[str]:
     return lines
 
 
-def _crossed(cells: Sequence[Crossed]) -> list[str]:
+def _crossed(cells: Sequence[CrossResult]) -> list[str]:
     name = "pruned" if cells[0].healing == RAW else cells[0].healing
     texts = "".join(f"{text:>22}" for text in dict.fromkeys(c.text for c in cells))
     lines, more = [f"{'chosen on':<24}{texts}"], "nats a token more than by the text's own choice"
-    columns: dict[str, Callable[[Crossed], str]] = {
+    columns: dict[str, Callable[[CrossResult], str]] = {
         "perplexity": lambda c: _short(c.perplexity),
         f"{more} (standard error)": lambda c: (
             "own" if c.choice == c.text else f"{c.excess:+.3f} ({c.excess_error:.3f})"

@@ -10,16 +10,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from short_gpt.data.texts import Conversation
-from short_gpt.data.windows import Origin, Text
-from short_gpt.data.windows import Window as TextWindow
+from short_gpt.data.windows import Origin, Text, TokenIds, Window
 from short_gpt.runtime.errors import ShortGPTError
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
-SHORTEST = 8  # tokens of a run; fewer stand in many a text that is no copy
+SHORTEST = 8  # tokens of a run; fewer stand in many texts that are not copies
 NONE = -1  # stands for no window
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2^64
 INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
-Window = Sequence[int]
 W = TypeVar("W", bound=Sequence[int])
 T = TypeVar("T", bound=Text)
 
@@ -62,7 +60,7 @@ def _end_held_out(texts: Sequence[T], share: float) -> tuple[list[T], list[T]]:
 
 
 def without_overlap(
-    windows: Sequence[W], others: Sequence[Window], *, span: int = SPAN
+    windows: Sequence[W], others: Sequence[TokenIds], *, span: int = SPAN
 ) -> tuple[list[W], int]:
     """The windows that share no text with others, as in `overlapping`, and how many were removed.
 
@@ -75,14 +73,14 @@ def without_overlap(
 
 
 def overlapping(
-    training: Sequence[Window], evaluation: Sequence[Window], *, span: int = SPAN
+    training: Sequence[TokenIds], evaluation: Sequence[TokenIds], *, span: int = SPAN
 ) -> dict[int, int]:
     """Which windows to train on share text with windows to evaluate on.
 
-    Two windows share text if a token stands in both: at the same position of a run of ``span``
-    tokens that their texts have in common. The windows of `data.windows` know their text, so the
-    run is read there, beyond the windows: of a copy, all windows that meet one of the original
-    count, and no others. A plain list counts as a text of its own.
+    Two windows share text if both contain the same token of a run of ``span`` tokens that occurs in
+    both texts. The windows of `data.windows` know their text, and so the run may extend beyond
+    them: of a copy, exactly the windows that meet one of the original count. A plain list counts as
+    a whole text.
 
     Args:
         training: windows of token ids, and so is ``evaluation``, by the same tokenizer.
@@ -121,16 +119,16 @@ class _Piece(NamedTuple):
         self.holders[first:end] = [number] * (end - first)
 
 
-def _pieces(windows: Sequence[Window], span: int) -> list[_Piece]:
+def _pieces(windows: Sequence[TokenIds], span: int) -> list[_Piece]:
     """The parts of texts around windows, with all runs that touch one; without an added bos."""
     pieces: list[_Piece] = []
-    by_text: dict[tuple[int, int], list[tuple[int, int, TextWindow, Origin]]] = {}
+    by_text: dict[tuple[int, int], list[tuple[int, int, Window, Origin]]] = {}
     for number, window in enumerate(windows):
-        if isinstance(window, TextWindow) and (origin := window.origin) is not None:
+        if isinstance(window, Window) and (origin := window.origin) is not None:
             text = (id(origin.tokens), origin.begin)
             by_text.setdefault(text, []).append((origin.position, number, window, origin))
         else:
-            bare = window[window.start :] if isinstance(window, TextWindow) else window
+            bare = window[window.start :] if isinstance(window, Window) else window
             pieces.append(_Piece([*bare], [], len(bare), []))
             pieces[-1].add(number, 0, len(bare))
     for of_text in by_text.values():
@@ -182,7 +180,7 @@ def _window_at(
 
 
 def check_disjoint(
-    training: Sequence[Window], evaluation: Sequence[Window], *, setting: str = ""
+    training: Sequence[TokenIds], evaluation: Sequence[TokenIds], *, setting: str = ""
 ) -> None:
     """Raises ShortGPTError if windows are `overlapping`; the arguments are as there.
 
@@ -198,7 +196,7 @@ def check_disjoint(
         )
 
 
-def _hashes(tokens: Window, span: int) -> np.ndarray:
+def _hashes(tokens: TokenIds, span: int) -> np.ndarray:
     """A number for every run of ``span`` tokens: sum of x[k] BASE^k over the run, modulo 2^64."""
     if len(tokens) < span:
         return np.empty(0, dtype=np.uint64)

@@ -18,7 +18,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")
-NAMES = (*SPLITS, "valid", "dev")  # of files
+SPLIT_NAMES = (*SPLITS, "valid", "dev")  # of files
 KINDS = ".txt, .jsonl or .parquet"
 OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
 DEMO = "demo"  # the demo's book, where no file has that name
@@ -43,7 +43,7 @@ def check_plain(text: str) -> None:
         )
 
 
-class Given(str):
+class TextsInMemory(str):
     """Texts that are in memory; as a string it is a name with a digest of them, for records.
 
     Attributes:
@@ -52,7 +52,7 @@ class Given(str):
 
     rows: Iterable[object]
 
-    def __new__(cls, rows: Iterable[object]) -> Given:
+    def __new__(cls, rows: Iterable[object]) -> TextsInMemory:
         digest = getattr(rows, "_fingerprint", None)  # a Dataset's, of all that made it
         if isinstance(rows, Mapping):
             rows = {name: cls._named(own) for name, own in rows.items()}
@@ -99,8 +99,8 @@ def texts(
         >>> chapters = texts("novels/")  # doctest: +SKIP
     """
     if not isinstance(source, str | Path):
-        source = Given(source)
-    if isinstance(source, Given):
+        source = TextsInMemory(source)
+    if isinstance(source, TextsInMemory):
         if isinstance(source.rows, Mapping):
             names = ", ".join(map(str, source.rows))
             raise ShortGPTError(f"expected one source of texts, got {names}: pass one of them")
@@ -140,14 +140,14 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
     if split not in SPLITS:
         raise ShortGPTError(f"split = {split!r}: PG-19 has {', '.join(SPLITS)}")
     if path is not None:
-        check_split(path, split)
+        check_has_split(path, split)
         return texts(Path(str(path)), split=split)
     return _started(_hub_texts("emozilla/pg19", split, "text"), "emozilla/pg19")
 
 
 def is_local(source: str) -> bool:
     """Whether a source is a file or folder here, and not pg19."""
-    return source != "pg19" and not isinstance(source, Given) and _path(source).exists()
+    return source != "pg19" and not isinstance(source, TextsInMemory) and _path(source).exists()
 
 
 def has_split(source: str, split: str) -> bool:
@@ -158,11 +158,11 @@ def has_split(source: str, split: str) -> bool:
     return path.is_dir() and bool(_of_split(_names(path), split))
 
 
-def check_split(source: str | Path, split: str) -> None:
+def check_has_split(source: str | Path, split: str) -> None:
     """Raises ShortGPTError for a folder whose names have other splits, and not this one."""
     path = _path(source)
     names = _names(path) if path.is_dir() else []
-    found = {other: _of_split(names, other) for other in NAMES}
+    found = {other: _of_split(names, other) for other in SPLIT_NAMES}
     others = [other for other, own in found.items() if own]
     if others and not _of_split(names, split) and {*names} == {*chain(*found.values())}:
         raise ShortGPTError(
@@ -206,8 +206,8 @@ def _files(path: Path, split: str | None) -> list[Path]:
     for name in names:
         if not (path / name).is_file():
             raise ShortGPTError(
-                f"{str(path / name)!r} is no file that can be read, but a link to nothing or a "
-                "pipe: expected files alone under such names; repair it, or take it away"
+                f"{str(path / name)!r} is a broken link or a pipe, expected a regular file; "
+                "repair or remove it"
             )
     return [path / name for name in names]
 
@@ -233,7 +233,7 @@ def _of_split(names: list[str], split: str) -> list[str]:
     folders: dict[str, list[str]] = {}
     for name in names:
         folders.setdefault(name.rpartition("/")[0], []).append(name)
-    named = [own for own in folders.values() if all(inside(name, *NAMES) for name in own)]
+    named = [own for own in folders.values() if all(inside(name, *SPLIT_NAMES) for name in own)]
     return [name for name in chain(*named) if inside(name, split)]
 
 
@@ -269,7 +269,7 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
     from pyarrow.parquet import ParquetFile
 
     if not file.stat().st_size:
-        raise ShortGPTError("the file is empty, expected a Parquet file: fetch or write it anew")
+        raise ShortGPTError("the file is empty, expected a Parquet file: fetch or write it again")
     try:
         with ParquetFile(file) as opened:
             names = opened.schema_arrow.names
@@ -280,7 +280,7 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
             raise  # what the system says names the file
         reason = " ".join(str(error).split())
         message = f"expected a whole Parquet file, got a damaged one ({reason})"
-        raise ShortGPTError(f"{message}: fetch or write it anew") from None
+        raise ShortGPTError(f"{message}: fetch or write it again") from None
 
 
 Reader = Callable[[Path, str], Iterator[str]]  # of a file and a column
@@ -352,7 +352,7 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
 def source_names(data: str) -> list[str]:
     """The sources that a name stands for: one, if it is that of a file, or several by commas."""
     try:
-        one = isinstance(data, Given) or _path(data).exists()
+        one = isinstance(data, TextsInMemory) or _path(data).exists()
     except OSError:  # a name of many files may be longer than that of a file
         one = False
     return [data] if one else [name.strip() for name in data.split(",")]
@@ -371,12 +371,12 @@ def read_texts(data: str, split: str | None, column: str, limit: int | None) -> 
     every = (
         pg19(split or "validation") if data == "pg19" else texts(data, split=split, column=column)
     )
-    return _shown(islice(every, limit), lambda: limit or count_texts(data, split))
+    return _with_bar(islice(every, limit), lambda: limit or count_texts(data, split))
 
 
 def count_texts(source: str, split: str | None = None) -> int | None:
     """How many texts a file or folder has; None of other sources, and if a file is damaged."""
-    if isinstance(source, Given):
+    if isinstance(source, TextsInMemory):
         return len(source.rows) if isinstance(source.rows, Sized) else None
     if isinstance(source, Named):
         return None
@@ -399,7 +399,7 @@ def _count(file: Path) -> int:
     return 1
 
 
-def _shown(texts: Iterable[str], total: Callable[[], int | None]) -> Iterator[str]:
+def _with_bar(texts: Iterable[str], total: Callable[[], int | None]) -> Iterator[str]:
     """The same texts, with a progress bar while they are read, before which they are counted."""
     with bar("reading", total=total(), unit="text") as progress:
         for text in texts:

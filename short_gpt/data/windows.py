@@ -14,6 +14,7 @@ from short_gpt.runtime.numbers import at_least, whole
 
 T = TypeVar("T")
 BOS = ("first", "every")  # windows that begin with the text's bos
+TokenIds = Sequence[int]  # of a window
 Span = tuple[int, int]  # start and end of a window, in tokens
 Text = str | Sequence[int]  # or its token ids, where the model itself wrote them
 

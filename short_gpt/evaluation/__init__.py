@@ -1,7 +1,7 @@
 """Quality of a model on held-out text and on tasks, and what a change costs, with its error."""
 
 from short_gpt.evaluation.harness import hugging_face_lm, llama_lm
-from short_gpt.evaluation.paired import Difference, difference, losses, together
+from short_gpt.evaluation.paired import Difference, combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.evaluation.protocols import PROTOCOLS, protocol
 from short_gpt.evaluation.tasks import (
@@ -16,4 +16,4 @@ from short_gpt.evaluation.tasks import (
 
 __all__ = ["PROTOCOLS", "Difference", "Perplexity", "TaskDifference", "TaskRun", "TaskSuite"]
 __all__ += ["difference", "hugging_face_lm", "llama_lm", "losses", "perplexity", "protocol"]
-__all__ += ["run_tasks", "task_changes", "task_difference", "task_names", "together"]
+__all__ += ["combined", "run_tasks", "task_changes", "task_difference", "task_names"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from llama import Llama
 from llama.generation import FIRST_LOOK
 from short_gpt.data.windows import batches
-from short_gpt.models.decoder import Decoder, pad, unmixed
+from short_gpt.models.decoder import Decoder, in_own_dtype, pad
 from short_gpt.runtime.errors import ShortGPTError, required
 from short_gpt.runtime.progress import bar
 
@@ -136,7 +136,7 @@ class _LlamaLM:
         with bar("loglikelihood", total=total, unit="request", show=not disable_tqdm) as shown:
             for batch in batches(sorted(requests_of, key=len, reverse=True), self.batch_size):
                 tokens, _ = pad(batch, self.short.decoder)
-                with unmixed(self.short.decoder):  # as lm-eval's own class, which runs the model
+                with in_own_dtype(self.short.decoder):  # as lm-eval's own class does
                     logits = self.short.decoder.logits(tokens)  # (B, S, V)
                 for window, row in zip(batch, logits, strict=True):
                     for i in requests_of[window]:
@@ -210,7 +210,7 @@ class _LlamaLM:
         if isinstance(llama, Llama):
             (new,), _ = llama.generate([prompt], limit, temperature, top_p, ended=ended)
             return new
-        # Meta's own cannot be asked while it runs: what there is is read anew after every look
+        # Meta's own cannot be asked while it runs: the text so far is read again after each
         generated: list[int] = []
         count = FIRST_LOOK
         while True:

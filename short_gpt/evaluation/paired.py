@@ -28,12 +28,12 @@ class Difference:
         return SamplingError(self.standard_error, self.windows, self.texts, self.degrees)
 
     def __str__(self) -> str:
-        reach = self.error.no_interval and f"no interval: {self.error.no_interval}"
-        reach = reach or f"95% +- {self.error.reach():.4f}"
+        margin = self.error.no_interval and f"no interval: {self.error.no_interval}"
+        margin = margin or f"95% +- {self.error.margin():.4f}"
         if not math.isnan(self.standard_error):
-            reach = f"standard error {self.standard_error:.4f}, {reach}"
+            margin = f"standard error {self.standard_error:.4f}, {margin}"
         return (
-            f"{self.nats:+.4f} nats a token ({reach}): perplexity x {exp(self.nats):.4f}; "
+            f"{self.nats:+.4f} nats a token ({margin}): perplexity x {exp(self.nats):.4f}; "
             f"paired over {self.error.over}"
         )
 
@@ -50,7 +50,7 @@ def losses(
     return each
 
 
-def together(parts: Sequence[Perplexity]) -> Perplexity:
+def combined(parts: Sequence[Perplexity]) -> Perplexity:
     """The perplexity of all windows."""
     samples = tuple(s for p in parts for s in _samples(p))
     nats, tokens = sum(s.nats for s in samples), sum(s.tokens for s in samples)

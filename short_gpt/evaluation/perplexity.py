@@ -71,8 +71,8 @@ class Perplexity:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Where the perplexity of all such text is, as sure as that; NaN where that is unknown."""
-        reach = math.nan if self.error is None else self.error.reach(confidence)
-        return exp(self.nats / self.tokens - reach), exp(self.nats / self.tokens + reach)
+        margin = math.nan if self.error is None else self.error.margin(confidence)
+        return exp(self.nats / self.tokens - margin), exp(self.nats / self.tokens + margin)
 
     def to_dict(self) -> dict[str, object]:
         """The value, what it was computed from and its error, ready for JSON."""

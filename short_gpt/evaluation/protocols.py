@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from short_gpt.data.texts import check_split, pg19, texts
+from short_gpt.data.texts import check_has_split, pg19, texts
 from short_gpt.data.windows import windows
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -29,7 +29,7 @@ def rows_of(name: str, source: str | Path | None = None) -> Iterator[str]:
         return pg19("test", path=source)
     split = "validation" if name == "c4" else "test"
     if source is not None:
-        check_split(source, split)
+        check_has_split(source, split)
     if name == "ptb":
         return texts(Path(check_copy(name, source)), split=split, column="sentence")
     named = C4 if name == "c4" else WIKITEXT2

@@ -34,7 +34,7 @@ class SamplingError:
     # of freedom, see `moments.degrees_of_freedom`: of texts, or of windows if there is one text
     degrees: float = 0.0
 
-    def reach(self, confidence: float = 0.95, *, sides: int = 2) -> float:
+    def margin(self, confidence: float = 0.95, *, sides: int = 2) -> float:
         """How far from the mean the truth may be, in nats a token, by Student's t.
 
         NaN if the samples are too few or too unequal, see `no_interval`. ``sides`` is 1 if only one
@@ -44,7 +44,7 @@ class SamplingError:
 
     @property
     def known(self) -> bool:
-        """Whether `reach` is."""
+        """Whether `margin` is."""
         return self.degrees >= LEAST_DEGREES
 
     @property

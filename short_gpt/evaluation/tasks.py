@@ -217,7 +217,7 @@ def task_names(tasks: str | Sequence[str], include_path: str | Path | None = Non
 @cache  # reading all of lm-eval's own tasks takes seconds
 def _task_manager(include_path: str | None) -> Any:
     if include_path is not None and not Path(include_path).is_dir():
-        raise FileNotFoundError(f"`include_path` {include_path} is no folder of YAML files")
+        raise FileNotFoundError(f"`include_path` {include_path} is not a folder of YAML files")
     return harness("tasks").TaskManager(include_path=include_path)
 
 

@@ -2,7 +2,7 @@
 
 Which set is removed matters more than how the rest is refitted, and the best set before a refit
 need not be the best after it. So the sets of several methods are refitted and judged on other
-windows, and then swaps of one removed layer for a kept one, as far as a budget goes.
+windows, and then swaps of one removed layer for a kept one, within a budget.
 
 Costs count layers that a window runs through. A bare pass is all layers, L, on the first windows.
 """
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.paired import Difference, difference, losses, together
+from short_gpt.evaluation.paired import Difference, combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import refit
 from short_gpt.healing.refit import RefitSettings, Windows
@@ -36,12 +36,12 @@ from short_gpt.wrappers.short_model import ShortModel
 STEPWISE = "stepwise_bi"  # Prune&Comp (arXiv:2507.18212), with the refit in place of its factors
 SEARCHES = ("sleb", STEPWISE)
 CANDIDATES = ("bi", "angular", "relative_magnitude", *SEARCHES)
-FIRST, LEAST = 16, 4  # windows of a bare pass, of which half are fitted on; and the fewest
-JUDGES = 40  # windows that judge at most, before more are added for sets not told apart
-EARLIEST, STEP = 16, 8  # windows before the first look at a set's loss, and between looks
-MOST = 48  # that `rank` cuts where the user names no number
-FEW = 4  # that trials without a refit read
-REFIT = 3  # passes of a refit over its windows (measured: 2.6)
+BARE_PASS, MIN_WINDOWS = 16, 4  # windows of a bare pass, half of them to fit on; and the fewest
+JUDGES = 40  # most windows that judge, before more are added for sets not told apart
+EARLIEST, STEP = 16, 8  # windows before the first check of a set's loss, and between checks
+MAX_WINDOWS = 48  # that `rank` cuts where the user names no number
+TRIAL_WINDOWS = 4  # that trials without a refit read
+REFIT_PASSES = 3  # passes of a refit over its windows (measured: 2.6)
 BUDGET = 60  # bare passes
 Layers = tuple[int, ...]  # original numbers, ascending
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class HealedChoice:
     notes: list[str]  # what was left out, and why
 
     def to_dict(self) -> dict[str, object]:
-        """All of it, ready for JSON."""
+        """All fields, ready for JSON."""
         return asdict(self)
 
     @classmethod
@@ -133,12 +133,12 @@ class HealedChoice:
     def __str__(self) -> str:
         rows = [f"{'loss, nats':>10}  {'from the chosen (95%)':<36}layers of"]
         for one in self.candidates:
-            off = _shown(one.difference) + ("" if one.told_apart else ", not told apart")
+            off = _in_nats(one.difference) + ("" if one.told_apart else ", not told apart")
             off = "chosen" if one.layers == self.layers else off
             rows.append(f"{one.loss:>10.4f}  {off:<36}{', '.join(one.methods)} {one.layers}")
         kept = [swap for swap in self.swaps if swap.kept]
         rows.append(f"{len(self.swaps)} swaps tried, {len(kept)} kept")
-        rows += [f"  {s.back} back, {s.removed} removed: {_shown(s.difference)}" for s in kept]
+        rows += [f"  {s.back} back, {s.removed} removed: {_in_nats(s.difference)}" for s in kept]
         rows.append(f"{self.loss:.4f} chosen; the least of many is lower than on new text")
         counts = [one.difference.windows for one in self.candidates]
         least = min(counts + [swap.difference.windows for swap in self.swaps])
@@ -148,9 +148,9 @@ class HealedChoice:
         return "\n".join([*rows, f"{windows}; {spent}", *self.notes])
 
 
-def _shown(change: Difference) -> str:
-    reach = change.error.reach()
-    return f"{change.nats:+.4f} " + ("(-)" if math.isnan(reach) else f"(+- {reach:.4f})")
+def _in_nats(change: Difference) -> str:
+    margin = change.error.margin()
+    return f"{change.nats:+.4f} " + ("(-)" if math.isnan(margin) else f"(+- {margin:.4f})")
 
 
 def choose_healed(
@@ -168,14 +168,12 @@ def choose_healed(
     search (SLEB), and stepwise Block Influence: the lowest layer goes, the rest is refitted and
     scored again, and so on (Prune&Comp, arXiv:2507.18212). The first 8 windows score, search and
     refit; the others judge, and propose nothing. How many judge a set depends on the noise: 16,
-    then 8 more at a time, until a look tells it apart as worse than the best (95%, paired), and 40
-    at most.
+    then 8 more at a time, until it is found worse than the best (95%, paired), and at most 40.
 
-    While sets are not told apart from the best, 40 more windows judge them, as far as there are
-    more and the budget allows. The rest goes to swaps of one removed layer for a kept one. They are
-    ordered once, by two losses without a refit, added: with the one put back, and with the other
-    removed too. A swap is kept if the loss falls by more than one standard error; a smaller gain
-    may be luck.
+    While sets are not told apart from the best, 40 more windows judge them, as far as windows and
+    budget last. The rest goes to swaps of one removed layer for a kept one. They are ordered once,
+    by the sum of two losses without a refit: with the one put back, and with the other removed
+    too. A swap is kept if the loss falls by more than one standard error; less may be luck.
 
     A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2.5
     to 4 at first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4
@@ -208,8 +206,8 @@ def choose_healed(
 def check_budget(budget: int, fitted: int, judged: int) -> None:
     """Raises ShortGPTError unless the candidates that need no search can be refitted and judged."""
     scored = sum(name not in SEARCHES for name in CANDIDATES)
-    windows = fitted + scored * (REFIT * fitted + judged)
-    if budget < (least := math.ceil(windows / min(FIRST, fitted + judged))):
+    windows = fitted + scored * (REFIT_PASSES * fitted + judged)
+    if budget < (least := math.ceil(windows / min(BARE_PASS, fitted + judged))):
         raise ShortGPTError(
             f"budget = {budget}: refitting the candidates may take {least} bare passes; give as "
             f"many or more, such as the default {BUDGET}"
@@ -217,9 +215,9 @@ def check_budget(budget: int, fitted: int, judged: int) -> None:
 
 
 def expect_budget(budget: int | None, windows: int) -> None:
-    """`check_budget` before the windows are read, of which so many are asked for."""
-    half = min(FIRST, windows) // 2
-    if budget is not None and half >= LEAST // 2:
+    """`check_budget` before the windows are read; so many are asked for."""
+    half = min(BARE_PASS, windows) // 2
+    if budget is not None and half >= MIN_WINDOWS // 2:
         check_budget(budget, half, min(JUDGES, windows - half))
 
 
@@ -230,22 +228,22 @@ class _Choosing:
         self, short: ShortModel, windows: Windows, n: int, budget: int, cells: Cells
     ) -> None:
         self._short, self._n, self._budget, self._cells = short, n, budget, cells
-        half, self._count = min(FIRST, len(windows)) // 2, len(short.kept)
+        half, self._count = min(BARE_PASS, len(windows)) // 2, len(short.kept)
         self._fit = windows[:half]
         others, shared = without_overlap(windows[half:], self._fit)
         self._judging, self._more = others[:JUDGES], others[JUDGES:]
-        if min(half, len(self._judging)) < LEAST // 2:
+        if min(half, len(self._judging)) < MIN_WINDOWS // 2:
             raise ShortGPTError(
-                f"expected at least {LEAST} windows, half to refit on and half to judge by, got "
-                f"{len(windows)}, of which {shared} share text with those: give more text"
+                f"expected at least {MIN_WINDOWS} windows, half to refit on and half to judge by, "
+                f"got {len(windows)}, of which {shared} share text with those: give more text"
             )
         first = half + len(self._judging)
-        self.a_pass, self._spent = self._count * min(FIRST, first), 0
+        self.a_pass, self._spent = self._count * min(BARE_PASS, first), 0
         self._losses: dict[Layers, list[Perplexity]] = {}
         self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
-        if first < FIRST:
+        if first < BARE_PASS:
             self._notes.append(
-                f"{first} windows chose, fewer than {FIRST}: their differences are less sure"
+                f"{first} windows chose, fewer than {BARE_PASS}: their differences are less sure"
             )
         check_budget(budget, half, len(self._judging))
 
@@ -271,7 +269,7 @@ class _Choosing:
         )
 
     def _candidates(self) -> tuple[Layers, dict[Layers, list[str]]]:
-        """The best set, and the methods of each, all of them refitted and judged."""
+        """The best set, and the methods of each set; all are refitted and judged."""
         scores = Importance.from_dict(self._cells.value("scores", self._scores))
         self._spend(self._count * len(self._fit))
         methods: dict[Layers, list[str]] = {}
@@ -301,10 +299,10 @@ class _Choosing:
 
     def _searched(self, name: str, scores: Importance) -> list[int]:
         """The layers that a search would remove; none where the budget does not allow it."""
-        short, n, few = self._short, self._n, self._fit[:FEW]
+        short, n, few = self._short, self._n, self._fit[:TRIAL_WINDOWS]
         steps, price, spare = 1, most_layers_run(self._count, n) * len(few), 0
-        if name == STEPWISE:  # swaps are worth more
-            steps, price = n - 1, self._count * (REFIT + 1) * len(self._fit)
+        if name == STEPWISE:  # swaps help more
+            steps, price = n - 1, self._count * (REFIT_PASSES + 1) * len(self._fit)
             spare = (self._price_of_order() + self._price()) if steps else 0
         total = steps * price + self._price()
         takes = f"{name} takes up to {total / self.a_pass:.1f} bare passes"
@@ -339,7 +337,7 @@ class _Choosing:
         """The best set, after more windows have judged those that are not told apart from it."""
         while True:
             level = [s for s in sets if s != best and not _is_worse(self._change(best, s))]
-            # first those that were told apart from a set that is not the best any more
+            # first those that were told apart from a set that is no longer the best
             stopped = [s for s in level if len(self._losses[s]) < len(self._judging)]
             more = [] if stopped else self._more[:JUDGES]
             again = stopped or [best, *level]
@@ -352,7 +350,7 @@ class _Choosing:
                 best = self._better(best, layers)
 
     def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers:
-        """The set after the swaps that are kept, as far as the budget goes; notes all trials."""
+        """The set after the swaps that are kept, within the budget; notes all trials."""
         kept, price = [i for i in self._short.kept if i not in best], self._price_of_order()
         if not self._affords(price + self._price()):
             return best
@@ -360,7 +358,7 @@ class _Choosing:
         self._spend(price)
         for back, removed in order:
             layers = tuple(sorted({*best, removed} - {back}))
-            if len(layers) != len(best) or layers in self._losses:  # not a swap any more, or known
+            if len(layers) != len(best) or layers in self._losses:  # no longer a swap, or known
                 continue
             if not self._affords(self._price()):
                 break
@@ -376,7 +374,7 @@ class _Choosing:
     def _ordered(self, best: Layers, kept: list[int]) -> list[tuple[int, int]]:
         """Pairs of a removed layer and a kept one, the most promising first."""
         # in nats a token, with the one put back, or with the other removed too
-        short, few = self._short, self._fit[:FEW]
+        short, few = self._short, self._fit[:TRIAL_WINDOWS]
 
         def without(layers: list[int]) -> float:
             try:
@@ -388,12 +386,12 @@ class _Choosing:
         return sorted(product(best, kept), key=lambda pair: changed[pair[0]] + changed[pair[1]])
 
     def _better(self, best: Layers | None, layers: Layers) -> Layers:
-        """The set of less loss, once the second is judged."""
+        """The set of lower loss, after judging the second."""
         self._judge(layers, best)
         return layers if best is None or self._change(best, layers).nats < 0 else best
 
     def _judge(self, layers: Layers, best: Layers | None) -> None:
-        """Measures the losses without these layers, refitted, of as many windows as it takes."""
+        """Measures the losses without these layers, refitted, of as many windows as are needed."""
         before, best = self._losses.get(layers, []), None if best == layers else best
         windows = f"windows {len(before)} to {len(self._judging)}"
         name = f"{[*layers]} on {windows} beside {best and [*best]}"
@@ -418,27 +416,27 @@ class _Choosing:
         return new
 
     def _change(self, first: Layers, second: Layers) -> Difference:
-        """From one set's loss to another's, on the windows that judged both."""
+        """The change from one set's loss to another's, on the windows that judged both."""
         both = self._losses[first], self._losses[second]
         return difference(*(each[: min(map(len, both))] for each in both))
 
     def _price(self, judging: int | None = None) -> int:
-        """Of a refit and its losses, in layers run."""
+        """The price of a refit and its losses, in layers run."""
         judging = len(self._judging) if judging is None else judging
-        return self._count * (REFIT * len(self._fit) + judging)
+        return self._count * (REFIT_PASSES * len(self._fit) + judging)
 
     def _price_of_order(self) -> int:
-        """Of ordering the swaps, in layers run."""
+        """The price of ordering the swaps, in layers run."""
         kept = self._count - self._n
         trials = self._n * (kept + 1) + kept * (kept - 1)  # layers that a window runs through
-        return trials * len(self._fit[:FEW])
+        return trials * len(self._fit[:TRIAL_WINDOWS])
 
     def _affords(self, price: int) -> bool:
         return self._spent + price <= self._budget * self.a_pass
 
     @contextmanager
     def _spending(self, price: int) -> Iterator[None]:
-        """Counts what is measured meanwhile, also if the layers turn out not to be removable."""
+        """Counts what the block measures, even if the layers turn out not to be removable."""
         try:
             yield
         finally:
@@ -451,7 +449,7 @@ class _Choosing:
 
 
 def _told_apart(change: Difference) -> bool:
-    return abs(change.nats) > change.error.reach()  # False where there is no interval: NaN
+    return abs(change.nats) > change.error.margin()  # False where there is no interval: NaN
 
 
 def _is_worse(change: Difference) -> bool:
@@ -460,5 +458,5 @@ def _is_worse(change: Difference) -> bool:
 
 def _loss(parts: Sequence[Perplexity]) -> float:
     """The mean, in nats a token."""
-    every = together(parts)
+    every = combined(parts)
     return every.nats / every.tokens

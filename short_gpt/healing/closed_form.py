@@ -1,4 +1,4 @@
-"""What a step of a healing is and reads, and the base class of closed forms."""
+"""The steps of a healing, what they read, and the base class of closed forms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from short_gpt.healing.texts import Learning
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.scored_model import ScoredModel
 
-# Heals the model as it is; returns how, ready for JSON, and what takes it out again.
+# Heals the model; returns how, ready for JSON, and what undoes it.
 Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]
 Windows = Sequence[Sequence[int]]  # of token ids
 
@@ -42,7 +42,7 @@ class Step(Protocol):
     trains: ClassVar[bool]
 
     def prepare(self, context: HealingContext) -> Heal:
-        """Reads the original model as far as the step must; what is returned heals."""
+        """Reads what the step needs of the original model; returns what heals."""
 
 
 class ClosedForm(ABC):
@@ -54,7 +54,7 @@ class ClosedForm(ABC):
 
     @abstractmethod
     def fit(self, context: HealingContext) -> Heal:
-        """Fits on the original model; what is returned folds."""
+        """Fits on the original model; returns what folds."""
 
     def prepare(self, context: HealingContext) -> Heal:
         if not context.layers:

@@ -1,4 +1,4 @@
-"""Distillation: a student learns what its teacher predicts, and not just the text.
+"""Distillation: a student learns what its teacher predicts, not only the text.
 
 The loss is the mean over predicted tokens of
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.utils.rnn import pad_sequence
 
-from short_gpt.data.windows import batches
+from short_gpt.data.windows import TokenIds, batches
 from short_gpt.evaluation.perplexity import AT_ONCE, Perplexity, check_loss
 from short_gpt.healing.texts import IGNORED, Example, collate, examples
 from short_gpt.models.decoder import Decoder, padded
@@ -40,8 +40,7 @@ from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.runtime.state import StateFile, damaged, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
-Window = Sequence[int]
-Predictor = ScoredModel  # what can teach: in memory or streamed, quantized or not
+Predictor = ScoredModel  # a possible teacher: in memory or streamed, quantized or not
 TOP_K = 64
 DIGEST = sha256().digest_size  # bytes
 IDENTITY, CONTENT = "teacher.json", "teacher.bin"
@@ -56,7 +55,7 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> Targets:
-        """What logits (N, V) say, of which all tokens are kept where K is V or more.
+        """The targets from logits (N, V); all tokens are kept where K is V or more.
 
         Example:
             >>> Targets.of(torch.tensor([[0.0, 0.0, 0.0, 0.0]]), 2).rest.exp()
@@ -65,7 +64,7 @@ class Targets(NamedTuple):
         scaled = _scaled(logits, temperature)  # (N, V)
         total = scaled.logsumexp(-1)  # (N,)
         logs, ids = scaled.topk(min(k, scaled.shape[-1]), dim=-1)  # (N, K) each
-        # 1 less the sum over these would be noise where they are nearly all
+        # 1 minus the sum over these would be noise where they are nearly all
         others = scaled.scatter(-1, ids, -torch.inf).logsumexp(-1)  # (N,)
         return cls(ids, logs - total[:, None], others - total)
 
@@ -73,7 +72,7 @@ class Targets(NamedTuple):
         return Targets(*(part.to(device) for part in self))
 
     def normalized(self) -> Targets:
-        """The same with probabilities that sum to 1, as those of rounded logarithms do not."""
+        """The same, scaled to sum to 1, which rounded logarithms do not."""
         total = torch.logaddexp(self.logs.logsumexp(-1), self.rest)  # (N,)
         return Targets(self.ids, self.logs - total[:, None], self.rest - total)
 
@@ -81,7 +80,7 @@ class Targets(NamedTuple):
 def divergence(logits: Tensor, targets: Targets, *, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) in nats of every prediction, (N,), not multiplied by t^2.
 
-    Its gradient is the student's probabilities less the teacher's, whose rest is spread as the
+    Its gradient is the student's probabilities minus the teacher's, whose rest is spread as the
     student's is. The student's ``logits`` are (N, V); ``temperature`` is that of the targets.
     """
     nats: Tensor = _Divergence.apply(_scaled(logits, temperature), *targets)  # (N,)
@@ -120,10 +119,10 @@ def _with_gradient(
     # 0 log 0 is 0, and not the NaN that 0 times infinity is
     value = (logs.exp() * (logs.clamp_min(limits.min) - own)).sum(-1)  # (N,)
     q = (scaled - total[:, None]).exp_()  # (N, V)
-    # (N,), summed without these: 1 less their sum would be noise where they are nearly all
+    # (N,), summed without these: 1 minus their sum would be noise where they are nearly all
     others = q.scatter_(-1, ids, 0.0).sum(-1).clamp_min(limits.tiny)
     value += rest.exp() * (rest.clamp_min(limits.min) - others.log())
-    # q less p, whose rest is spread as that of q is
+    # q minus p, whose rest is spread as that of q is
     q *= (1 - rest.exp() / others)[:, None]
     return value, q.scatter_(-1, ids, own.exp() - logs.exp())
 
@@ -148,8 +147,8 @@ class LiveTeacher:
         own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
         return joined({"teacher": json_digest(self.model.identity())}, own)
 
-    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
-        """What it predicts after every token except the last of each of these windows."""
+    def targets(self, indices: Sequence[int], windows: Sequence[TokenIds]) -> list[Targets]:
+        """Its predictions after every token of these windows, except the last of each."""
         every = self.model.window_logits(windows, batch_size=len(windows))  # (S, V) each
         return [_targets(logits, self.k, self.temperature) for logits in every]
 
@@ -158,7 +157,7 @@ class CachedTeacher:
     """A teacher's predictions in a file that is mapped into memory, 6 K + 2 bytes a token.
 
     The ``model`` has all its layers; only `fill` asks it, and it may be changed after that. The
-    ``windows`` of token ids are all that will be asked for.
+    ``windows`` of token ids are all that will be requested.
 
     Raises:
         ShortGPTError: the folder holds predictions of another model, other windows or settings.
@@ -174,7 +173,7 @@ class CachedTeacher:
         self,
         folder: str | Path,
         model: Predictor,
-        windows: Sequence[Window],
+        windows: Sequence[TokenIds],
         *,
         k: int = TOP_K,
         temperature: float = 1.0,
@@ -204,7 +203,7 @@ class CachedTeacher:
     def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
         """Asks the model for what the file lacks.
 
-        Replicas share the windows, and the first writes what all were told.
+        Replicas share the windows, and the first writes the predictions of all.
 
         Raises:
             ShortGPTError: the file is damaged, or several model-parallel ranks share the model.
@@ -217,7 +216,7 @@ class CachedTeacher:
             self._state.save({})
         done = team.gather(0 if team.rank else self._drop_unfinished())[0]
         rest, model = self._windows[done:], self._model
-        mine = team.mine(rest)
+        mine = team.own_items(rest)
         every = iter(model.window_logits(mine, batch_size=batch_size) if mine and model else ())
         tokens = 0
         with (
@@ -228,7 +227,7 @@ class CachedTeacher:
             for _ in range(0, len(rest), team.count):
                 logits = next(every, None)  # (S, V)
                 own = b"" if logits is None else self._content(logits)
-                del logits  # before the next ones, which take as much
+                del logits  # before the next ones, which are as large
                 for content in team.gather(own):
                     file.write(b"" if team.rank else content)
                     tokens += max(len(content) - DIGEST, 0) // self._record.itemsize
@@ -246,7 +245,7 @@ class CachedTeacher:
         content = record.tobytes()
         return content + sha256(content).digest()
 
-    def targets(self, indices: Sequence[int], windows: Sequence[Window]) -> list[Targets]:
+    def targets(self, indices: Sequence[int], windows: Sequence[TokenIds]) -> list[Targets]:
         """The same, by the windows' indices among all of training, then of validation."""
         if self._written() < self._ends[-1]:
             raise RuntimeError(f"{self._file} lacks predictions: call fill first")
@@ -302,7 +301,7 @@ def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What LoRA learns instead of the text alone."""
+    """What LoRA learns besides the text, or instead of it."""
 
     teacher: Teacher  # asked for its predictions on the windows of training and validation
     kl_share: float = 1.0  # a, of the divergence in the loss, above 0; the rest is the text's
@@ -338,7 +337,7 @@ class Distillation:
         return total
 
     def measure(
-        self, decoder: Decoder, windows: Sequence[Window], *, first: int, batch_size: int
+        self, decoder: Decoder, windows: Sequence[TokenIds], *, first: int, batch_size: int
     ) -> dict[str, float]:
         """A student's mean loss, divergence and perplexity; ``first``: the first window's index."""
         apart = nats = 0.0
@@ -359,7 +358,7 @@ class Distillation:
 
     @property
     def _scale(self) -> float:
-        """What the loss counts a nat of divergence as."""
+        """The factor of the divergence in the loss."""
         return self.kl_share * self.teacher.temperature**2
 
     def _of(self, batch: Sequence[Example]) -> list[Targets]:

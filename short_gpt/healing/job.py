@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from short_gpt.evaluation.paired import Difference, difference, together
+from short_gpt.evaluation.paired import Difference, combined, difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Step
 from short_gpt.healing.distillation import CONTENT
@@ -38,7 +38,7 @@ STEPS = {kind.name: kind for kind in KINDS}
 
 
 def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
-    """Whether a folder held more than logs when all ranks had come here; all must call it."""
+    """Whether a folder held more than logs when all ranks had arrived here; all must call it."""
     files = [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
     own = any(LOGS not in path.relative_to(folder or path).parts for path in files)
     return replicas.current(short.decoder.device).gather(own)[0]
@@ -60,7 +60,7 @@ def check_order(steps: Sequence[tuple[str, bool]]) -> None:
 
 @dataclass(frozen=True)
 class HealingEvidence:
-    """What a healing changed, on windows that it did not learn from."""
+    """What a healing changed, on held-out windows."""
 
     steps: Sequence[Mapping[str, object]]  # oldest first, for JSON; "method" names each
     # by the model's state: original, pruned (or before), the names of the steps so far, healed
@@ -94,7 +94,7 @@ class HealingEvidence:
 
 
 def unchanged(step: Mapping[str, Any]) -> str | None:
-    """What a step has left as it was; None if nothing."""
+    """What a step has left unchanged; None if nothing."""
     if step.get("kept_step") == 0:
         why = "no step lowered the loss on the validation windows"
         return f"{step['method']} changed nothing: {why}; train longer, or on more text"
@@ -108,8 +108,8 @@ def unchanged(step: Mapping[str, Any]) -> str | None:
 class HealingJob:
     """Removes layers, heals the pruned model in steps, and measures before and after.
 
-    Replicas (torchrun) share the windows, and a ``work_dir`` that all of them must see; all call
-    `run`, and get the same model. The first one saves it.
+    Replicas (torchrun) share the windows, and a ``work_dir`` that all must see; all call `run` and
+    get the same model. The first one saves it.
 
     Args:
         short: the opened model, changed in place; training needs a `ShortHFModel` (``from_meta``).
@@ -124,9 +124,9 @@ class HealingJob:
 
     Example:
         >>> short = ShortHFModel("llama-2-7b-hf")  # doctest: +SKIP
-        >>> windows = Source("pg19").windows(short.encode, 1024, validate=True)  # doctest: +SKIP
+        >>> data = HealingTexts("pg19").windows(short.encode, 1024, validate=True)  # doctest: +SKIP
         >>> steps = [PatchSettings(max_windows=64), DistillSettings()]  # doctest: +SKIP
-        >>> job = HealingJob(short, windows, [21, 22, 25], settings=steps)  # doctest: +SKIP
+        >>> job = HealingJob(short, data, [21, 22, 25], settings=steps)  # doctest: +SKIP
         >>> print(job.run().change)  # doctest: +SKIP
         >>> job.save("llama-2-6b", facts={"data": "PG-19"})  # doctest: +SKIP
     """
@@ -161,9 +161,9 @@ class HealingJob:
         return None
 
     def run(self, undos: ExitStack | None = None) -> HealingEvidence:
-        """Does all of it except saving; after any error the model is as it was, with all layers.
+        """Runs everything except saving; after any error the model is as it was, with all layers.
 
-        With ``undos``, closing that puts all back later, too; it keeps what that takes in memory.
+        With ``undos``, closing that undoes all later, too; it keeps in memory what this needs.
 
         Raises:
             ShortGPTError: another process heals in ``work_dir``; or as those of the steps.
@@ -185,12 +185,12 @@ class HealingJob:
         kinds = self.windows.kinds  # of the windows to evaluate on
         self.evidence = HealingEvidence(
             done,
-            {name: together(windows) for name, windows in parts.items()},
+            {name: combined(windows) for name, windows in parts.items()},
             difference(pruned, healed[-1]),
             {n: difference(a, b) for n, a, b in zip(names, before, healed, strict=True)},
             {
                 kind: {
-                    state: together([own for own, k in zip(each, kinds, strict=True) if k == kind])
+                    state: combined([own for own, k in zip(each, kinds, strict=True) if k == kind])
                     for state, each in parts.items()
                 }
                 for kind in dict.fromkeys(kinds)
@@ -254,7 +254,7 @@ class HealingJob:
             how |= {"release": True} if release else {}
             out = self.short.save(out_dir, **how)
         except Exception as error:
-            # under another name there is another folder, which holds nothing to continue from
+            # another name has another folder, which holds nothing to continue from
             short = shortage(error, elsewhere=False)
             if self.work_dir is None or not (short or isinstance(error, USER_ERRORS)):
                 raise
@@ -272,7 +272,7 @@ class HealingJob:
     def _clear(self, folder: Path) -> None:
         """Removes what the steps keep, except logs, and the folder if nothing else is in it."""
         for own in (folder / TEACHER, *(folder / step.name for step in self.steps)):
-            # in an order in which what a kill here may leave blocks no later run: a state before
+            # in this order nothing that a kill here leaves blocks a later run: a state before
             # the weights that it names, a recipe after the checkpoints that it belongs to
             for path in own.rglob(STATE):
                 path.unlink()
@@ -284,13 +284,13 @@ class HealingJob:
                 continue
             for path in (path for path in own.iterdir() if path.is_file()):
                 path.unlink()
-        with suppress(OSError):  # a folder that holds something else stays
+        with suppress(OSError):  # a folder with other files stays
             folder.rmdir()
         self._lock = None
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
-        """Where steps keep what they continue from; a temporary one where nothing is kept."""
+        """The folder that steps continue from; a temporary one where nothing is kept."""
         if self.work_dir is None:
             if self.resume:
                 raise ShortGPTError("to resume, name the work_dir that holds what was done")
@@ -310,14 +310,14 @@ class HealingJob:
         except BaseException as error:
             again = any(step.trains for step in self.steps) or self._team.rank > 0
             if isinstance(error, NotFiniteError) and not again:
-                self._clear(folder)  # the same command would end in the same way
+                self._clear(folder)  # the same call would fail again
             self._lock = None  # else it is needed until the model is saved
             raise
         finally:
-            with suppress(OSError):  # a folder that holds something stays
+            with suppress(OSError):  # a folder with files stays
                 folder.rmdir()
 
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
         parts[state] = self.short.window_losses(self.windows.evaluation, progress=self.progress)
         if self.notify is not None:
-            self.notify(f"{state}: perplexity {together(parts[state]).value:.3f}")
+            self.notify(f"{state}: perplexity {combined(parts[state]).value:.3f}")

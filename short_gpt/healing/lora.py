@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 import torch.distributed as dist
 
-from llama.ranks import several_ranks
+from llama.ranks import is_distributed
 from short_gpt.data.disjoint import check_disjoint
+from short_gpt.data.windows import TokenIds
 from short_gpt.healing.closed_form import Heal, HealingContext
 from short_gpt.healing.distillation import (
     TOP_K,
@@ -32,7 +33,7 @@ from short_gpt.healing.distillation import (
 )
 from short_gpt.healing.recipe import ALL, OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, begun, quiet, train
-from short_gpt.models.decoder import products
+from short_gpt.models.decoder import mixed_precision
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Healed:
+class LoraResult:
     """What `heal` did."""
 
     recipe: Recipe  # as used
@@ -69,8 +70,7 @@ class Healed:
         return {"method": "LoRA", **{k: v for k, v in asdict(self).items() if k not in own}}
 
 
-Window = Sequence[int]
-Merged = tuple[Healed, Callable[[], None]]  # and what takes it out again
+Merged = tuple[LoraResult, Callable[[], None]]  # and what undoes it
 TEACHER = "teacher"  # the folder of its predictions
 WHOLE = (
     "training needs the whole model in every process: start it by torchrun, without FSDP, and open "
@@ -81,16 +81,16 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def heal(
     short: ScoredModel,
-    training: Sequence[Window],
-    validation: Sequence[Window],
-    evaluation: Sequence[Window] = (),
+    training: Sequence[TokenIds],
+    validation: Sequence[TokenIds],
+    evaluation: Sequence[TokenIds] = (),
     *,
     recipe: Recipe | None = None,
     work_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     distillation: Distillation | None = None,
-) -> Healed:
+) -> LoraResult:
     """Trains low-rank changes on windows of text and merges them into the model, in place.
 
     After any error the model is as before. Under torchrun processes share every batch, by the
@@ -123,13 +123,13 @@ def heal(
     return heal_run(short, run, evaluation)[0]
 
 
-def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[Window] = ()) -> Merged:
-    """As `heal`; also returns what takes the change out again, for which a copy is held."""
+def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds] = ()) -> Merged:
+    """As `heal`; also returns what undoes the change, which holds a copy."""
     require_packages()
     _check_processes(replicas.current(short.decoder.device).count, run.recipe)
     check_reports(run.recipe.report_to)
     model = short.trainable()
-    check_model(model)
+    check_trainable(model)
     _check(run, evaluation)
     path, dtype = getattr(short.decoder, "layers_path", None), next(model.parameters()).dtype
     run = run._replace(mixed=short.decoder.mixed, layers_path=path, dtype=dtype)
@@ -158,14 +158,14 @@ def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
         healed = _train(adapted, run)
         return healed, _merge(adapted, healed)
     except BaseException:
-        adapted.unload()  # takes the adapters out, and leaves the model's own weights
+        adapted.unload()  # removes the adapters and keeps the model's own weights
         raise
     finally:
         _clean(model, run.recipe)
 
 
-def _merge(adapted: PeftModel, healed: Healed) -> Callable[[], None]:
-    """Merges what was learned, unless no evaluation was better than before; returns the undo."""
+def _merge(adapted: PeftModel, healed: LoraResult) -> Callable[[], None]:
+    """Merges what was learned if an evaluation was better than before; returns the undo."""
     base = [p for name, p in adapted.named_parameters() if ".base_layer." in name]
     # which a merge changes one by one
     with restored_on_error(base if healed.kept_step else ()) as restore:
@@ -177,7 +177,7 @@ def _merge(adapted: PeftModel, healed: Healed) -> Callable[[], None]:
     return restore
 
 
-def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
+def _train(adapted: PeftModel, run: TrainingRun) -> LoraResult:
     trainable, parameters = adapted.get_nb_trainable_parameters()
     state, before = train(adapted, run)
     logs = state.log_history
@@ -186,7 +186,7 @@ def _train(adapted: PeftModel, run: TrainingRun) -> Healed:
     distilled, apart = run.distillation, None
     if distilled is not None:
         apart = {step: metrics["eval_divergence"] for step, metrics in measured.items()}
-    return Healed(
+    return LoraResult(
         recipe=run.recipe,
         trainable=trainable,
         parameters=parameters - trainable,
@@ -224,17 +224,17 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
         _clean(model, run.recipe)
 
 
-def seconds_a_step(short: ScoredModel, window: Window, recipe: Recipe) -> float:
-    """Seconds of an optimizer step on such windows, measured on one; the model stays as it is."""
+def seconds_a_step(short: ScoredModel, window: TokenIds, recipe: Recipe) -> float:
+    """Seconds of an optimizer step on such windows, measured on one; leaves the model unchanged."""
     model, path = short.trainable(), getattr(short.decoder, "layers_path", None)
-    check_model(model)
+    check_trainable(model)
     tokens = torch.tensor([list(window)], device=model.device)
     with _frozen_stay(model):
         adapted = adapt(model, recipe, path)
         try:
             for _ in range(2):  # the first warms up
                 started = time.perf_counter()
-                with products(short.decoder.mixed, tokens.device):
+                with mixed_precision(short.decoder.mixed, tokens.device):
                     loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
                 loss.backward()
                 wait(tokens.device)
@@ -267,7 +267,7 @@ def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
     vars(model).pop("peft_config", None)
 
 
-def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
+def _check(run: TrainingRun, evaluation: Sequence[TokenIds]) -> None:
     for name, windows in (("training", run.training), ("validation", run.validation)):
         if not len(windows) or min(map(len, windows)) < 2:
             raise ShortGPTError(f"expected {name} windows of at least 2 tokens, got {len(windows)}")
@@ -277,7 +277,7 @@ def _check(run: TrainingRun, evaluation: Sequence[Window]) -> None:
         require_four_bit()
 
 
-def check_model(model: torch.nn.Module) -> None:
+def check_trainable(model: torch.nn.Module) -> None:
     """Raises ShortGPTError for weights that cannot be trained as they are."""
     parameters = [*model.parameters()]
     small = not all(p.is_floating_point() for p in parameters)
@@ -297,7 +297,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 def _check_card(device: torch.device) -> None:
     """Raises ShortGPTError for another card than the first, to which the Trainer moves a model."""
-    if device.type == "cuda" and device.index and not several_ranks():
+    if device.type == "cuda" and device.index and not is_distributed():
         raise ShortGPTError(
             f"training runs on the first card, and the model is on {device}: set "
             f"CUDA_VISIBLE_DEVICES={device.index} and leave `device` out"
@@ -305,7 +305,7 @@ def _check_card(device: torch.device) -> None:
 
 
 def _check_processes(count: int, recipe: Recipe) -> None:
-    if several_ranks() and count != dist.get_world_size():
+    if is_distributed() and count != dist.get_world_size():
         raise ShortGPTError(WHOLE)
     if recipe.batch % (at_once := recipe.micro_batch * count):
         raise ShortGPTError(
@@ -386,7 +386,7 @@ def target_modules(
 
 
 def quantized(model: PreTrainedModel, device: torch.device, recipe: Recipe) -> PreTrainedModel:
-    """A copy of a model in 4 bits on ``device``; the model itself goes to the CPU meanwhile."""
+    """A copy of a model in 4 bits on ``device``; the model itself moves to the CPU meanwhile."""
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 
@@ -423,13 +423,13 @@ class LoraSettings:
     trains: ClassVar[bool] = True
 
     def prepare(self, context: HealingContext) -> Heal:
-        check_model(context.short.trainable())
+        check_trainable(context.short.trainable())
         return lambda: self._train(context, None)
 
     def _recipe(self, context: HealingContext) -> Recipe:
         return self.recipe or recipe_for(context.short.trainable().config)
 
-    def _training(self, context: HealingContext) -> Sequence[Window]:
+    def _training(self, context: HealingContext) -> Sequence[TokenIds]:
         recipe = self._recipe(context)
         return context.fresh_first()[: recipe.steps * recipe.batch]
 
@@ -455,7 +455,7 @@ class DistillSettings(LoraSettings):
     name: ClassVar[str] = "distill"
 
     def prepare(self, context: HealingContext) -> Heal:
-        check_model(context.short.trainable())
+        check_trainable(context.short.trainable())
         distillation = Distillation(self._teacher(context), self.kl_share)
         return lambda: self._train(context, distillation)
 

@@ -12,7 +12,7 @@ from short_gpt.runtime.numbers import at_least
 
 
 class ModelConfig(Protocol):
-    """The config of a model of transformers, by which the paper's table is searched."""
+    """The config of a model of transformers, by which the paper's table is looked up."""
 
     @property
     def model_type(self) -> str: ...
@@ -43,7 +43,7 @@ class Recipe:
     size: int = 2048  # tokens of a window, as a recommendation to whoever cuts them
     seed: int = 0  # of everything random
     eval_every: int = 100  # steps from one evaluation, and one checkpoint, to the next
-    patience: int | None = None  # evaluations without a better one before it stops; None: never
+    patience: int | None = None  # evaluations without improvement before it stops; None: never
     four_bit: bool = False  # train over weights in 4 bits (QLoRA), merge into unquantized ones
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     report_to: str | None = None  # services of `TrainingArguments`, as in "wandb,tensorboard"
@@ -82,8 +82,8 @@ PAPER: tuple[tuple[tuple[object, ...], tuple[int, float, int]], ...] = (
     (("phi", 51200, 2560, None), (64, 2e-4, 2048)),
 )
 # The public healing demonstration of ShortGPT for Hugging Face models.
-DEMO = {"rank": 8, "alpha": 32, "learning_rate": 1e-6, "modules": ("q_proj", "v_proj")}
-DEMO |= {"batch": 1, "warmup": 0}
+DEMO_RECIPE = {"rank": 8, "alpha": 32, "learning_rate": 1e-6, "modules": ("q_proj", "v_proj")}
+DEMO_RECIPE |= {"batch": 1, "warmup": 0}
 ALL, OUTPUTS = ("all",), ("outputs",)
 # For minutes on a few processor cores: short windows, few steps of few windows, a high rate.
 SMALL = {"rank": 32, "alpha": 64, "dropout": 0.0, "modules": ALL}
@@ -106,7 +106,7 @@ def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Re
     if unknown:
         raise ShortGPTError(f"no setting {sorted(unknown)}; there are {[*asdict(Recipe())]}")
     if preset == "demo":
-        return Recipe(**{**DEMO, **changes})
+        return Recipe(**{**DEMO_RECIPE, **changes})
     text = config.get_text_config(decoder=True)
     if preset == "small":
         wide = getattr(text, "hidden_size", 0) > NARROW

@@ -1,7 +1,7 @@
 """The closed-form refit: output projections of the kept layers, solved again one after the other.
 
 Kept layers were trained on the hidden states of the original model. After the first gap they read
-others. So each kept layer k from there on gets a target: T_k, the original model's state entering
+others. So each kept layer k from there on has a target: T_k, the original model's state entering
 the next kept layer. That is the state after the gap for a layer before one (the idea of ReplaceMe,
 Shopkhoev et al. 2025, arXiv:2505.02819), else the layer's own output. Its matrix W, which maps F
 inputs m to what the sublayer adds to the stream h, becomes W + step_size C^T, where C minimises
@@ -11,7 +11,7 @@ inputs m to what the sublayer adds to the stream h, becomes W + step_size C^T, w
 The inputs are those of the model pruned and refitted before k, and so later layers restore what
 earlier ones could not. w = 1 / ||T_k||^2, because RMSNorm makes a token's scale irrelevant; where
 T_k is more than twice as long as h + W m, w = 1 / (2 ||h + W m||)^2: a layer that makes an
-attention sink may have gone, and the layer before the gap has to make it (`lost_states`). The
+attention sink may have gone, and the layer before the gap has to make it (`sink_weights`). The
 attention's o_proj is solved first, for the original state between the sublayers, then down_proj.
 The ridge is 2 F / N: the error of a single matrix on held-out windows does not tell which ridge has
 the lowest loss. A matrix whose error rises there stays. The patch is the same for the
@@ -34,8 +34,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from short_gpt.evaluation.paired import together
-from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext
+from short_gpt.evaluation.paired import combined
+from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Windows
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
 from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitPlan, RefitState, plan_of
 from short_gpt.healing.solver import PARTS, RIDGES, Fit
@@ -50,7 +50,6 @@ from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
-Windows = Sequence[Sequence[int]]
 HELD_EVERY = 8  # every eighth window is held out
 WEIGHTS, WHERE = ("inverse", "equal"), ("all", "gaps")
 STEP_SIZES = (0.5, 0.7, 1.0)  # that are tried
@@ -75,7 +74,7 @@ class RefitSettings(ClosedForm):
     where: str = WHERE[0]
     batch_size: int = 1  # windows of one length read at once
     max_windows: int | None = None  # of the training windows, from the first; None reads all
-    # where T is more than so many times as long as h + W m, the state that is there, "inverse" is
+    # where T is more than so many times as long as h + W m, the present state, "inverse" is
     # 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; at least 1, None is for nowhere
     lost: float | None = 2.0
     name: ClassVar[str] = "refit"
@@ -209,7 +208,7 @@ def fit(
     progress: bool = True,
     **changes: Any,
 ) -> Refit:
-    """Solves output projections of the kept layers; the model is as it was afterwards.
+    """Solves output projections of the kept layers, and leaves the model unchanged.
 
     All windows pass a layer before the next one, in the original model and in the pruned one. Held
     beside the model are three states (N, D), the inputs of a matrix (N, F) and one (F, F) float64
@@ -220,7 +219,7 @@ def fit(
     Args:
         short: the model with all the layers, in memory or streamed.
         layers: to remove, original numbers in any order.
-        windows: token ids of calibration text of all kinds of use, never of evaluation text.
+        windows: token ids of calibration text for all kinds of use, never of evaluation text.
         held: held-out windows, on which a change must lower the error; None takes every eighth of
             ``windows``.
         settings: None takes those of `RefitSettings`. With parts None, both sublayers are tried
@@ -274,7 +273,7 @@ def _solve(
     state: RefitState,
     progress: bool,
 ) -> str:
-    """Solves what the state lacks, in the memory that is planned for it; returns what refused."""
+    """Solves what the state lacks, in the planned memory; returns what could not be solved."""
     every = [*windows, *held]
     for window in every:
         pad([window], short.decoder)  # refuses what the model cannot read, before any work
@@ -283,13 +282,13 @@ def _solve(
     kept = [index for index in range(calls.count) if index not in removed]
     visits = _visits(kept, calls.count, settings)
     if state.done == len(visits):
-        state.finish()  # which a killed run may not have come to
+        state.finish()  # which a killed run may not have reached
         return ""
     team = state.team  # held-out windows go on where those to fit on end
-    own = (team.mine(windows), team.mine(held, first=len(windows)))
+    own = (team.own_items(windows), team.own_items(held, first=len(windows)))
     fitted, held_out = ([*batched(part, settings.batch_size)] for part in own)
     with ExitStack() as stack:
-        if plan.disk and state.folder is None:  # the states are more than there is room for
+        if plan.disk and state.folder is None:  # the states do not fit
             state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rest = visits[state.done :]
         passes = visits[-1].next_kept - (rest[0].layer if state.done else 0)
@@ -307,7 +306,7 @@ def _solve(
 def _refit_layers(
     batches: Batches, visits: Sequence[Visit], numbers: Sequence[int], settings: RefitSettings
 ) -> str:
-    """Runs each layer, solves it, runs it again; returns why the last unsolvable one is, or ""."""
+    """Runs each layer, solves it, runs it again; returns why a layer could not be, or ""."""
     calls, state, refused = batches.calls, batches.state, ""
     gaps = settings.where == "gaps"
     models = (ORIGINAL,) if gaps else MODELS
@@ -338,7 +337,7 @@ def _refit_layers(
             layer.run_pruned()  # with them
         refused = refused if layer.projections else layer.refused
         state.advance(fits, values, models=models)
-        del fits, values, layer  # before the next layer's weights are there
+        del fits, values, layer  # before the next layer's weights are loaded
     return refused
 
 
@@ -353,7 +352,7 @@ class Visit(NamedTuple):
 
 def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Visit]:
     pairs = [*zip(kept, [*kept[1:], count], strict=True)]
-    if settings.where == "gaps":  # nothing is to be done after the last gap
+    if settings.where == "gaps":  # nothing to do after the last gap
         visits = [Visit(i, after, after > i + 1, copied=True) for i, after in pairs]
         return visits[: 1 + max(n for n, visit in enumerate(visits) if visit.solved)]
     first_removed = next(i for i in range(count + 1) if i not in kept)
@@ -399,7 +398,7 @@ def _perplexity(short: ScoredModel, held: Windows, refit: Refit | None = None) -
     with ExitStack() as undo:
         if refit is not None:
             undo.callback(fold(short, refit))
-        return together(short.window_losses(held, progress=False)).value
+        return combined(short.window_losses(held, progress=False)).value
 
 
 def _identity(
@@ -413,7 +412,7 @@ def _identity(
     # by names that differ from those in a model's identity
     names = {"weights": "weights of tokens", "step_size": "aim"}
     own = {names.get(name, name): value for name, value in vars(settings).items()}
-    del own["max_windows"]  # the windows are there themselves
+    del own["max_windows"]  # the windows themselves are in it
     read = {"windows": windows, "held-out windows": held}
     digests = {name: json_digest([[*window] for window in part]) for name, part in read.items()}
     changes = {"kept": list(short.kept), "layers": list(layers)}
@@ -422,7 +421,7 @@ def _identity(
 
 @torch.no_grad()
 def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
-    """Puts the new values into a model without the layers; returns what takes them out again."""
+    """Puts the new values into a model without the layers; returns what undoes it."""
     present = short.present
     changed = {layer for layer, _ in refit.values}
     if not changed <= set(present) or set(refit.layers) & set(present):

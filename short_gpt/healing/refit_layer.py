@@ -1,4 +1,4 @@
-"""One layer of a refit: its targets from the original model, its projections solved in the pruned.
+"""One layer of a refit: targets from the original model, projections solved in the pruned one.
 
 Shapes: B windows, S tokens, N = B S, D width of the residual stream, F inputs of a matrix.
 """
@@ -20,7 +20,7 @@ from short_gpt.healing.solver import (
     SublayerSolver,
     Tokens,
     equations_of,
-    lost_states,
+    sink_weights,
 )
 from short_gpt.models.families import part as part_of
 from short_gpt.models.layer_calls import LayerCalls
@@ -29,7 +29,7 @@ from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attent
 from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
 from short_gpt.runtime.errors import NotFiniteError
 
-# of a batch, the inputs of a projection, and its outputs where they are known
+# of a batch: inputs of a projection, and its outputs where they are known
 TokensOf = Callable[[int, Tensor, Tensor | None], Tokens]
 
 
@@ -52,7 +52,7 @@ class Batches:
         state: RefitState,
         fitted: Sequence[Tensor],
         held_out: Sequence[Tensor],
-        room: int,  # bytes of memory for what one layer alone needs of them; more goes into a file
+        room: int,  # bytes of memory for the states of one layer; more go into a file
         passed: Callable[[int], object],  # called with B after every layer of either model
     ) -> None:
         self.calls, self.state, self._room, self._passed = calls, state, room, passed
@@ -102,7 +102,7 @@ class Batches:
         self._passed(self.shapes[batch][0])
 
     def states(self, width: int, dtype: torch.dtype, name: str) -> HiddenStates:
-        """States that one layer alone needs: in memory where there is room for them."""
+        """States that one layer alone needs: in memory if they fit."""
         size = sum(B * S for B, S in self.shapes) * width * dtype.itemsize
         path = self.state.path(name) if size > self._room // 3 else None  # there are three at most
         return HiddenStates(self.shapes, width, dtype, path)
@@ -111,7 +111,7 @@ class Batches:
 class LayerRefit:
     """Solves the output projections of a kept layer, while its weights are in memory.
 
-    It has an ``index`` in the decoder, and ``layer`` is its original number. ``parts`` are solved
+    ``index`` is its position in the decoder, ``layer`` its original number. ``parts`` are solved
     where they can be, or the last of these alone.
     """
 
@@ -132,11 +132,11 @@ class LayerRefit:
         state, calls = batches.state, batches.calls
         self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
         self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
-        # (1, 32, D), one for all, who must find the same sublayers; of a view all would be sent
+        # (1, 32, D), one for all, who must find the same sublayers; a view would send the whole
         sample = batches.team.gather(self._entering[0][:1, :32].clone())[0]
         sample = sample.to(batches.device(index))
         self._sublayers = Sublayers.of(calls, index, sample, calls.family)
-        # attention first, in whatever order they are named: the MLP restores what it leaves
+        # attention first, whatever the order of names: the MLP restores what it leaves
         solvable = self._sublayers.projections
         names = [part for part in PARTS if part in parts and part in solvable]
         names = names[-1:] if last_only else names
@@ -183,7 +183,7 @@ class LayerRefit:
     def run_pruned(self) -> None:
         """The pruned model's states leaving the layer, with its weights as they are."""
         for batch in self._batches:
-            if "mlp" in self.projections:  # what is before it is kept
+            if "mlp" in self.projections:  # the states before it are kept
                 leaving = self._with_mlp(batch, self.projections["mlp"])  # (B, S, D)
             else:
                 leaving = self._batches.run(self._index, self._entering[batch])
@@ -201,27 +201,27 @@ class LayerRefit:
                 for state in (residual, self._target_of(part, batch))
             )
             made = Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
-            # a norm's weight is of all tokens alike: not for the sake of one
+            # a norm's weight is of all tokens alike: one must not decide it
             if mean_square is not None or self._lost is None or projection.norm is not None:
                 return made._replace(outputs=outputs)
             if batch not in factors:  # before anything is solved
                 outputs = projection.outputs(made.inputs) if outputs is None else outputs  # (N, D)
                 present = h + projection.factor * outputs  # (N, D)
-                factors[batch] = lost_states(present, t, self._lost)
+                factors[batch] = sink_weights(present, t, self._lost)
             return made._replace(outputs=outputs, weights=made.weights * factors[batch])
 
         first_read = self._read_mlp if part == "mlp" else self._read_attention
         equations = equations_of(projection, first_read(projection, tokens), batches.team)
-        if part == "mlp":  # of a streamed layer the output projections alone stay loaded
+        if part == "mlp":  # only the output projections of a streamed layer stay loaded
             batches.calls.keep_only(self._index, self._output_modules)
         parameters = [p for module in projection.modules for p in module.parameters()]
         self.restored.callback(keep_values(parameters))
 
-        def again(chosen: Iterable[int]) -> Callable[[], Iterator[Tokens]]:
+        def read_again(chosen: Iterable[int]) -> Callable[[], Iterator[Tokens]]:
             inputs, device = self._inputs[part], projection.device
             return lambda: (tokens(batch, inputs[batch].to(device), None) for batch in chosen)
 
-        reads = (again(batches.fitted), again(batches.held_out))
+        reads = (read_again(batches.fitted), read_again(batches.held_out))
         solver = SublayerSolver(projection, *reads, team=batches.team, **self._solving)
         # tokens weigh 1 / ||T||^2, or more: what rounding misses of them is relative to that, one
         # unit of a half-precision dtype, or several of float32, in which the sums are taken
@@ -242,7 +242,7 @@ class LayerRefit:
     def _read_mlp(self, projection: OutputProjection, tokens: TokensOf) -> Iterator[Tokens]:
         """The same for the MLP's; from here on ``_leaving`` is the state before its output."""
         batches = self._batches
-        if self._known is not None:  # nothing else of the attention is needed any more
+        if self._known is not None:  # nothing else of the attention is needed now
             layer, attention = batches.calls.layer(self._index), self._known.attention
             others = [child for child in layer.children() if child is not attention]
             batches.calls.keep_only(self._index, [*self._output_modules, *others])
@@ -262,7 +262,7 @@ class LayerRefit:
                 yield tokens(batch, inputs, outputs)
 
     def _target_of(self, part: str, batch: int) -> Tensor:
-        """The state (B, S, D) that the stream after a sublayer should be."""
+        """The state (B, S, D) that should leave a sublayer."""
         if part == "mlp":
             return self._target[batch]
         between = self._between[batch]
@@ -275,7 +275,7 @@ class LayerRefit:
         targets = (self._target_of(part, batch).float() for batch in self._batches.fitted)
         every = torch.cat([t.pow(2).sum(-1).flatten() for t in targets])  # (B, S, D) to (N,)
         own = torch.tensor([len(every), len(every) * float(every.mean())], dtype=torch.float64)
-        count, total = self._batches.team.total(own).tolist()
+        count, total = self._batches.team.summed(own).tolist()
         return total / count
 
     def _keep(self, part: str, batch: int, inputs: Tensor, again: bool) -> None:
@@ -288,7 +288,7 @@ class LayerRefit:
             self._inputs[part][batch] = inputs
 
     def _with_mlp(self, batch: int, projection: OutputProjection) -> Tensor:
-        """The stream leaving the layer (B, S, D): the MLP's output added to what is before it."""
+        """The state leaving the layer (B, S, D): the MLP's output added to the state before it."""
         before, inputs = self._leaving[batch], self._inputs["mlp"][batch]  # (B, S, D), (B, S, F)
         inputs = inputs.to(projection.device).flatten(0, 1).float()  # (N, F)
         added = projection.factor * projection.normed(projection.outputs(inputs)).cpu()  # (N, D)

@@ -1,7 +1,7 @@
-"""What a refit holds between layers, in memory or on disk, and how much of both that takes.
+"""What a refit holds between layers, in memory or on disk, and how much of both it needs.
 
 With a folder, hidden states and solved matrices are files. Files of states take turns, so that
-those entering the next layer are there whenever the process ends.
+those entering the next layer exist whenever the process ends.
 
 Shapes: B windows of a batch, S tokens, N = B S, D width of the stream, F inputs of a matrix, W
 width of a hidden state (D or F).
@@ -33,7 +33,7 @@ from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import bytes_of, check_room, free_memory, resident, shown
+from short_gpt.runtime.memory import bytes_of, check_room, format_bytes, free_memory, resident
 from short_gpt.runtime.replicas import Replicas
 from short_gpt.runtime.state import StateFile, check_saved, damaged, hold
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -60,7 +60,7 @@ class HiddenStates:
         self._shapes = [(*shape, width) for shape in shapes]
         self._dtype, self._path, self._hashed = dtype, path, hashed
         self._held: dict[int, Tensor] = {}
-        self._digests: dict[int, bytes] = {}  # of what was written last
+        self._digests: dict[int, bytes] = {}  # of the latest states
         if path is not None:
             sizes = [B * S * width * dtype.itemsize for B, S in shapes]
             self._starts = list(accumulate(sizes, initial=0))
@@ -95,13 +95,13 @@ class HiddenStates:
 
     @property
     def digest(self) -> str | None:
-        """Of all batches, each hashed as it was written; None where one of them was not."""
+        """A digest of all batches, each hashed when written; None where one of them was not."""
         if len(self._digests) < len(self):
             return None
         return sha256(b"".join(self._digests[i] for i in range(len(self)))).hexdigest()
 
     def read_digest(self) -> str:
-        """As `digest`, of what the file holds now."""
+        """As `digest`, of the file's present content."""
         digests = (sha256(_bytes_of(self[i])).digest() for i in range(len(self)))
         return sha256(b"".join(digests)).hexdigest()
 
@@ -111,7 +111,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class StoredValues(Mapping[Parameter, Tensor]):
-    """New values of parameters, in files of which one tensor at a time is read."""
+    """New values of parameters, in files that are read one tensor at a time."""
 
     def __init__(self) -> None:
         self._files: dict[Parameter, SafetensorsFile] = {}
@@ -135,7 +135,7 @@ class StoredValues(Mapping[Parameter, Tensor]):
 class RefitState:
     """A refit under way, in memory or in a folder from which it can be continued.
 
-    Of several replicas, each has files of its own states; the first writes all else. All share the
+    Each of several replicas has files of its states; the first writes all else. All share the
     folder, and call `advance` together.
     """
 
@@ -181,7 +181,7 @@ class RefitState:
         if self._begun_by != self.team.count:
             raise ShortGPTError(
                 f"{folder} holds a refit that {self._begun_by} processes share, now there are "
-                f"{self.team.count}: start {self._begun_by}, or delete {folder} to begin anew"
+                f"{self.team.count}: start {self._begun_by}, or delete {folder} to start again"
             )
         folder.mkdir(parents=True, exist_ok=True)
         hashed = self.folder is not None  # else there is nothing to continue from
@@ -218,7 +218,7 @@ class RefitState:
         *,
         models: Sequence[str] = MODELS,
     ) -> None:
-        """Finishes a layer, with what was solved of it; the next reads the states of ``models``."""
+        """Finishes a layer and keeps its solutions; the next one reads the states of ``models``."""
         fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
         if self.folder is None:
             self._values |= values
@@ -228,7 +228,7 @@ class RefitState:
             digests = dict(ChainMap(*self.team.gather(digests)))
             if first and values:
                 tensors = {f"{n} {name}": v.contiguous() for (n, name), v in values.items()}
-                with new_file(path, overwrite=True, ours=lambda _: True) as partial:
+                with new_file(path, overwrite=True, replaces=lambda _: True) as partial:
                     save_file(tensors, partial)
                 self._files = {**self._files, path.name: files_digest([path])}
             content = {"done": done, "fits": [asdict(fit) for fit in fits], "states": digests}
@@ -241,7 +241,7 @@ class RefitState:
         self.done, self.fits = done, fits
 
     def finish(self) -> None:
-        """Removes the states, which are not needed any more; what was solved stays."""
+        """Removes the states, which are no longer needed; the solutions stay."""
         self._turns = {}
         if self.folder is not None and self.team.rank == 0:
             for path in self.folder.glob("*"):
@@ -252,13 +252,13 @@ class RefitState:
         self._turns = {}
         if self.folder is not None and self.team.rank == 0:
             _sweep(self.folder)
-            # before the others, so that nothing continues from what a kill here may leave
+            # before the others: nothing may continue from what a kill here leaves
             state = self.folder / STATE
             for path in (state.resolve(), state):  # which may be a link to it
                 path.unlink(missing_ok=True)
             for path in filter(is_own, self.folder.glob("*")):
                 path.unlink()
-            with suppress(OSError):  # the folder holds something else, or is not there
+            with suppress(OSError):  # the folder holds something else, or is missing
                 self.folder.rmdir()
 
 
@@ -283,30 +283,30 @@ def _check_own(folder: Path) -> None:
     for path in folder.glob("*"):
         if not is_own(path):
             raise ShortGPTError(
-                f"{folder} holds {path.name}, which is none of this refit's files: name a folder "
-                "of its own, or delete that one"
+                f"{folder} holds {path.name}, which is none of this refit's files: name a new "
+                "folder, or delete that file"
             )
 
 
 class RefitPlan(NamedTuple):
     """Memory and disk of a refit, in bytes."""
 
-    host: Mapping[str, int]  # what the machine's memory holds, by what it is for
-    disk: int  # what the files of states take while it runs; 0 where memory holds them
-    room: int  # for what one layer alone needs of the windows; more goes into a file
+    host: Mapping[str, int]  # in the machine's memory, by purpose
+    disk: int  # of the files of states while it runs; 0 where memory holds them
+    room: int  # for the states of one layer; more go into a file
     windows: int  # how many are read
 
     @property
     def total(self) -> int:
-        """The most that the process holds, except what there is room for."""
+        """The most that the process holds, without ``room``."""
         return sum(self.host.values())
 
     def describe(self) -> str:
         """One line for the user."""
-        parts = [f"{shown(size)} {name}" for name, size in self.host.items() if size]
-        line = f"refit: {shown(self.total)} = {' + '.join(parts)}"
+        parts = [f"{format_bytes(size)} {name}" for name, size in self.host.items() if size]
+        line = f"refit: {format_bytes(self.total)} = {' + '.join(parts)}"
         if self.disk:
-            line += f"; states of {self.windows} windows: {shown(self.disk)} on disk"
+            line += f"; states of {self.windows} windows: {format_bytes(self.disk)} on disk"
         return line
 
 
@@ -318,16 +318,16 @@ def plan_of(
     folder: Path | None = None,
     fits: int = 1,
 ) -> RefitPlan:
-    """Plans a refit in the memory that a model was opened with, or half of what is free.
+    """Plans a refit in the memory allowed for the model, or half of what is free.
 
     With a ``folder`` all states go there, and the solutions of so many ``fits`` are kept.
     """
     calls, max_memory = short.layer_calls(), short.max_memory
     width, inputs, itemsize = calls.widths()
     every, tokens = sum(map(len, windows)), batch_size * max(map(len, windows))
-    own = replicas.current().mine(windows)  # states of others are theirs
+    own = replicas.current().own_items(windows)  # states of others are theirs
     states = sum(map(len, own)) * width * itemsize
-    host = {"the process itself": resident() + UNUSED, **_fullest(calls, tokens)}
+    host = {"the process itself": resident() + UNUSED, **_peak_memory(calls, tokens)}
     solved = calls.count * (inputs + width) * width * itemsize
     if folder is None:
         host["what is solved"] = solved
@@ -345,10 +345,10 @@ def plan_of(
     return RefitPlan(host, disk * spilled, max(room, 0), len(windows))
 
 
-def _fullest(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
-    """What a layer takes while it is read, N tokens are summed, or its MLP's matrix is solved."""
+def _peak_memory(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
+    """Memory while a layer is read, while N tokens are summed, and while its MLP is solved."""
     width, inputs, itemsize = calls.widths()
-    attention, mlp = width**2 * itemsize, inputs * width * itemsize  # what their matrices take
+    attention, mlp = width**2 * itemsize, inputs * width * itemsize  # of their matrices
     read, sums = calls.memory(), 8 * inputs * (inputs + width)
     # rows of a product are in memory twice, in float32 and while they are added; an attention that
     # was solved before has freed more than the copies of its matrix take
@@ -373,6 +373,6 @@ def _check_disk(folder: Path | None, needed: int) -> None:
     held, free = sum(path.stat().st_size for path in own), shutil.disk_usage(there).free
     if needed > free + held:
         raise ShortGPTError(
-            f"{there} has {shown(free)} free, the states of the refit need "
-            f"{shown(needed - held, up=True)}; make room, or read fewer windows"
+            f"{there} has {format_bytes(free)} free, the states of the refit need "
+            f"{format_bytes(needed - held, up=True)}; make room, or read fewer windows"
         )

@@ -3,7 +3,7 @@
 A sublayer (attention or MLP) adds a(W x) to the residual stream, in some families times a factor.
 Mostly a is the identity, and the change of W is least squares. In Gemma 2 and 3 and OLMo 2 a norm
 follows the matrix, a(y) = y / rms(y) * e, in which only the weight e is linear: each of its D
-entries has a normal equation of its own. The matrix is solved with rms(y) fixed, which is least
+entries has its own normal equation. The matrix is solved with rms(y) fixed, which is least
 squares again, with inputs x / rms(y) and a change times e. What counts is the error of the real
 sublayer on held-out windows: a step that does not lower it is not taken.
 
@@ -29,8 +29,8 @@ PARTS = ("attention", "mlp")
 RIDGES = (1e-2, 1e-1, 1.0)
 TINY = torch.finfo(torch.float32).tiny
 LONGEST = 1000.0  # times as long as the state: a target beyond that weighs no more
-ROWS = 256  # of X^T W X that are added at once
-COLUMNS = 256  # of C that are solved at once
+ROWS = 256  # of X^T W X that are added together
+COLUMNS = 256  # of C that are solved together
 ALONE = Replicas()
 
 
@@ -40,8 +40,8 @@ class Fit:
 
     layer: int  # original number
     part: str  # "attention" or "mlp"
-    ridge: float | None = None  # the best on held-out windows; None: the matrix stays as it is
-    restored: float = 0.0  # share of the weighted square error, on tokens fitted on, that is gone
+    ridge: float | None = None  # the best on held-out windows; None: the matrix stays
+    restored: float = 0.0  # share of the weighted square error removed, on the tokens to fit on
     restored_held: float = 0.0  # the same on held-out windows
     norm_ridge: float | None = None  # of the weight of a norm after the matrix; None: it stays
 
@@ -73,11 +73,11 @@ class Tokens(NamedTuple):
         return cls(inputs, target - residual, 1 / squares.clamp_min(TINY))
 
 
-def lost_states(present: Tensor, target: Tensor, beyond: float) -> Tensor:
-    """A factor of the weights of tokens, (N,), by the states (N, D) that they have and should have.
+def sink_weights(present: Tensor, target: Tensor, beyond: float) -> Tensor:
+    """A factor of the weights of tokens, (N,), by their present and target states, (N, D).
 
     It is (||target|| / (beyond ||present||))^2, and at least 1: where the target is much longer,
-    errors are relative to the state that is there. Such tokens are attention sinks: some layer
+    errors are relative to the present state. Such tokens are attention sinks: some layer
     gives the first token of a window a state a hundred times as long as others, on which later
     attention rests. Without that layer, one token in hundreds would hardly weigh in the sum.
     """
@@ -120,16 +120,16 @@ class NormalEquations:
         """Adds the sums of all replicas, each of which has some; all ranks must call it."""
         for start in range(0, len(self._gram) if team.count > 1 else 0, ROWS):
             rows = self._gram[start : start + ROWS, start:]  # (ROWS, F - start)
-            rows.copy_(team.total(rows))
+            rows.copy_(team.summed(rows))
             rows = self._cross[start : start + ROWS]  # (ROWS, D)
-            rows.copy_(team.total(rows))
+            rows.copy_(team.summed(rows))
         counts = torch.tensor([self.square, self.tokens], dtype=torch.float64)  # (2,)
-        self.square, tokens = team.total(counts).tolist()
+        self.square, tokens = team.summed(counts).tolist()
         self.tokens, self._diagonal = int(tokens), self._gram.diagonal().clone()  # (F,)
 
     @property
     def usual_ridge(self) -> float:
-        """2 F / N, where none is given: the more tokens, the less a change is held back."""
+        """2 F / N, the default: the more tokens, the less a change is held back."""
         return 2 * len(self._gram) / self.tokens
 
     @property
@@ -193,7 +193,7 @@ def equations_of(
 ) -> NormalEquations:
     """The equations of a projection as it is; before a norm, at the outputs' present rms.
 
-    Every replica of the ``team`` has batches of its own, at least one.
+    Every replica of the ``team`` has its own batches, at least one.
     """
     equations = NormalEquations()
     for inputs, target, weights, outputs in batches:
@@ -220,7 +220,7 @@ def error(projection: OutputProjection, batches: Iterable[Tokens]) -> float:
 
 
 class SublayerSolver:
-    """Solves the output projection of a sublayer, and leaves what is best in place.
+    """Solves the output projection of a sublayer, and leaves the best in place.
 
     ``fitted`` yields the tokens to fit on, ``held_out`` those to choose by, as often as called.
     Every replica of the ``team`` has others, and finds the same solution.
@@ -242,9 +242,9 @@ class SublayerSolver:
         self._error = self._error_before  # after the best change so far
 
     def solve(self, equations: NormalEquations, *, layer: int, part: str, noise: float) -> Fit:
-        """Changes the projection by what lowers the error on held-out tokens most.
+        """Applies the change that lowers the error on held-out tokens most.
 
-        ``noise`` is what a token misses by rounding alone, relative to its target.
+        ``noise`` is a token's error by rounding alone, relative to its target.
         """
         if equations.square <= noise**2 * equations.tokens or not self._error_before:
             return Fit(layer, part)
@@ -264,7 +264,7 @@ class SublayerSolver:
 
     def _error_on(self, read: Callable[[], Iterable[Tokens]]) -> float:
         own = torch.tensor([error(self._projection, read())], dtype=torch.float64)  # (1,)
-        return float(self._team.total(own))
+        return float(self._team.summed(own))
 
     def _restored(self) -> float:
         return 1 - self._error / self._error_before
@@ -302,7 +302,7 @@ class SublayerSolver:
             unit, w = outputs / _rms(outputs), weights[:, None]  # (N, D), (N, 1)
             squares += (w * unit * unit).sum(0).cpu()  # (D,)
             crosses += (w * unit * rest).sum(0).cpu()  # (D,)
-        squares, crosses = self._team.total(squares), self._team.total(crosses)  # (D,) each
+        squares, crosses = self._team.summed(squares), self._team.summed(crosses)  # (D,) each
 
         def add(ridge: float) -> float:
             change = self._step_size * crosses / (squares + ridge * squares.mean())  # (D,)

@@ -19,13 +19,13 @@ from short_gpt.data.disjoint import check_disjoint, without_overlap
 from short_gpt.data.texts import OWN, read_kinds, source_names, texts
 from short_gpt.data.windows import mix
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.own_text import Write, written_apart
+from short_gpt.wrappers.own_text import Write, split_own_text
 
 IGNORED = -100  # a label that cross entropy passes over
 
 
 def writes_nothing(chat: bool, count: int) -> list[list[int]]:
-    raise ShortGPTError("self: expected what writes it, as in write=writes(short, size)")
+    raise ShortGPTError("self: expected what writes it, as in write=own_text_writer(short, size)")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Learning:
 
 
 @dataclass(frozen=True)
-class Source:
+class HealingTexts:
     """Texts to heal by."""
 
     # a local file or folder, pg19, a hub data set's name, self, or several with commas between: as
@@ -76,13 +76,13 @@ class Source:
             drop_overlap: drop training windows that share text with evaluation, instead of refusing
                 them; None does so where ``eval_data`` is not given.
             validate: hold out up to 16 windows to choose the training step by.
-            write: what writes the text of ``self``, as `writes(short, size)`.
+            write: what writes the text of ``self``, as `own_text_writer(short, size)`.
         """
         cut = partial(mix, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
         kinds = read_kinds(self.data, self.split, self.column, self.max_texts)
         judges = [] if self.eval_data is None else source_names(self.eval_data)
         held = [[*texts(name, column=self.column)] for name in judges]
-        training_texts, held_out = written_apart(kinds, held, write, limit, self.seed)
+        training_texts, held_out = split_own_text(kinds, held, write, limit, self.seed)
         cuts = list(cut(held_out, limit=eval_windows))
         evaluation: list[list[int]] = [*cuts]
         every = source_names(self.data)  # own text judges only where there is no other
@@ -104,7 +104,7 @@ class Source:
             training, validation = training[:-count], training[-count:]
             training = _disjoint(training, validation, drop=True)
         gone = before - len(training) - len(validation)
-        words = f"left out {gone} of {before} windows: text kept apart from learning"
+        words = f"left out {gone} of {before} windows that share text with held-out ones"
         return Learning(training, validation, evaluation, words if gone else None, of_windows)
 
 
@@ -115,8 +115,8 @@ def _disjoint(training: list[list[int]], others: list[list[int]], *, drop: bool)
     kept, _ = without_overlap(training, others)
     if not kept:
         raise ShortGPTError(
-            f"all {len(training)} windows to learn from share text with those kept apart from "
-            "them: give other texts, or more"
+            f"all {len(training)} windows to learn from share text with held-out ones: give "
+            "other texts, or more"
         )
     return kept
 
@@ -133,7 +133,7 @@ def examples(windows: Sequence[Sequence[int]], *, first: int = 0) -> list[Exampl
 
 
 def collate(batch: Sequence[Example]) -> dict[str, Tensor]:
-    """Windows as one batch (B, S), padded on the right; padding is no target."""
+    """Windows as one batch (B, S), padded on the right; padding is not a target."""
     longest = max(len(e["input_ids"]) for e in batch)
     tokens = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, S)
     labels = torch.full_like(tokens, IGNORED)

@@ -18,7 +18,7 @@ import torch
 
 from llama.io.files import follow_umask
 from llama.ranks import environment
-from short_gpt.data.windows import batches
+from short_gpt.data.windows import TokenIds, batches
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.recipe import Recipe
@@ -45,10 +45,9 @@ if TYPE_CHECKING:
     import transformers
     from peft import PeftModel
 
-Window = Sequence[int]
 RECIPE = "recipe.json"  # which run the checkpoints belong to
 LOGS = "runs"  # of TensorBoard, if training is reported to it
-LAST = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+LAST = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 DIGESTS = "digests.json"  # of a checkpoint's files, written after them
 
@@ -56,8 +55,8 @@ DIGESTS = "digests.json"  # of a checkpoint's files, written after them
 class TrainingRun(NamedTuple):
     """What one run of training reads, writes and learns."""
 
-    training: Sequence[Window]  # to learn from
-    validation: Sequence[Window]  # to choose the step by
+    training: Sequence[TokenIds]  # to learn from
+    validation: Sequence[TokenIds]  # to choose the step by
     recipe: Recipe
     work_dir: str | Path | None = None  # keeps checkpoints; None keeps none
     resume: bool = False  # continue from the last checkpoint there
@@ -65,7 +64,7 @@ class TrainingRun(NamedTuple):
     distillation: Distillation | None = None  # what is learned instead of the text alone
     mixed: bool = False  # matrix products in bfloat16
     layers_path: str | None = None  # where the layers are in the model; None finds them
-    dtype: torch.dtype | None = None  # of the model that is healed, which a copy in 4 bits lacks
+    dtype: torch.dtype | None = None  # of the healed model, not of its copy in 4 bits
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
@@ -103,7 +102,7 @@ class TrainingRun(NamedTuple):
 def train(
     adapted: PeftModel, run: TrainingRun
 ) -> tuple[transformers.TrainerState, dict[str, float]]:
-    """Trains in place to the best evaluation; returns the state, and what `measure` gave before."""
+    """Trains in place to the best evaluation; returns the state, and what `measure` gave first."""
     recipe = run.recipe
     with (
         run_folder(run.work_dir, run.identity(adapted), resume=run.resume) as folder,
@@ -124,7 +123,7 @@ def train(
 
 
 def _finished(trainer: transformers.Trainer, folder: Path) -> bool:
-    """Whether all steps are done, or patience ended them; loads the best if so.
+    """Whether all steps are done, or patience ended training; then loads the best.
 
     The Trainer would go on in both cases.
     """
@@ -142,7 +141,7 @@ def _finished(trainer: transformers.Trainer, folder: Path) -> bool:
 
 
 def _find_best(state: transformers.TrainerState, folder: Path) -> None:
-    """Names the best checkpoint by where it is now; its path may be of another directory."""
+    """Names the best checkpoint by its present path; the saved one may be of another directory."""
     if state.best_model_checkpoint is None:
         return
     best = folder / Path(state.best_model_checkpoint).name
@@ -180,7 +179,7 @@ def _trainer(
             assert num_items_in_batch is not None
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits  # (B, S, V)
             loss = distillation.loss(logits, inputs) / num_items_in_batch  # of all processes
-            return loss * self.accelerator.num_processes  # their gradients' mean is taken
+            return loss * self.accelerator.num_processes  # the mean of their gradients is taken
 
     stop = [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
     trainer = Healer(
@@ -194,7 +193,7 @@ def _trainer(
     )
     if distillation is not None:  # the sum over a whole step's batch is divided by its tokens
         trainer.model_accepts_loss_kwargs = True
-    for prints in (PrinterCallback, ProgressCallback):  # the bar shows as much
+    for prints in (PrinterCallback, ProgressCallback):  # the bar shows the same
         trainer.remove_callback(prints)
     return trainer
 
@@ -223,7 +222,7 @@ def _arguments(
         metric_for_best_model="loss",
         greater_is_better=False,
         logging_steps=max(1, min(recipe.eval_every, recipe.steps // 100)),
-        logging_nan_inf_filter=False,  # `_progress` is to see them
+        logging_nan_inf_filter=False,  # `_progress` must see them
         bf16=run.mixed or (on_card and dtype == torch.bfloat16),
         fp16=on_card and dtype == torch.float16,
         use_cpu=weight.device.type == "cpu",
@@ -278,14 +277,14 @@ def _progress(shown: Bar) -> transformers.TrainerCallback:
 def run_folder(
     work_dir: str | Path | None, run: dict[str, object], *, resume: bool
 ) -> Iterator[Path]:
-    """Where checkpoints go, of all ranks; with ``resume`` it must hold some of the same run."""
+    """The folder of all ranks' checkpoints; with ``resume`` it must hold some of the same run."""
     team = replicas.current()
     if work_dir is None:
         if resume:
             raise ShortGPTError("to resume, name the work_dir that holds the checkpoints")
         with tempfile.TemporaryDirectory() as name:
             yield Path(team.gather(name)[0])
-            team.gather(None)  # waits for those who still read
+            team.gather(None)  # waits for ranks that still read
         return
     folder = Path(str(work_dir))
     with hold(folder) as lock:
@@ -309,7 +308,7 @@ def run_folder(
         try:
             yield folder
         except BaseException:
-            if not team.rank and not _drop_unfinished(folder):  # there is nothing to continue from
+            if not team.rank and not _drop_unfinished(folder):  # nothing to continue from
                 (folder / RECIPE).unlink(missing_ok=True)
                 with suppress(OSError):  # logs stay
                     folder.rmdir()
@@ -327,7 +326,7 @@ def finished_checkpoints(folder: Path) -> bool:
 
 
 def _drop_unfinished(folder: Path) -> bool:
-    """Deletes checkpoints that a kill left unfinished; whether any other is there."""
+    """Deletes checkpoints that a kill left unfinished; whether another one exists."""
     for path in folder.glob("checkpoint-*"):
         if not _is_finished(path):
             shutil.rmtree(path)
@@ -335,7 +334,7 @@ def _drop_unfinished(folder: Path) -> bool:
 
 
 def _is_finished(checkpoint: Path) -> bool:
-    """Whether all files are there; damage is no kill's doing, and raises ShortGPTError."""
+    """Whether all files exist; damage, which no kill does, raises ShortGPTError."""
     try:
         read_record(checkpoint / LAST)
     except (OSError, ValueError):
@@ -380,7 +379,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Deterministic kernels; on a GPU a warning where there are none, as for Mamba's sums."""
+    """Deterministic kernels; on a GPU a warning where none exist, as for Mamba's sums."""
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     # too late for some versions of torch, which read it at the first matrix product and then warn

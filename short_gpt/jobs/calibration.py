@@ -22,10 +22,10 @@ from llama.io.json_files import JsonObject
 from short_gpt.data import check_disjoint, hold_out, without_overlap
 from short_gpt.data.texts import OWN
 from short_gpt.data.windows import Text, text_of
-from short_gpt.evaluation import Perplexity, difference, together
+from short_gpt.evaluation import Perplexity, combined, difference
 from short_gpt.healing import choosing
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import CALIBRATED, RAW, REFIT, Kinds, Ranked, Readings, Windows
+from short_gpt.jobs.cases import CALIBRATED, RAW, REFIT, Readings, TextChoice, TextKinds, Windows
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
@@ -39,16 +39,16 @@ from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
 from short_gpt.scoring.moments import degrees_of_freedom
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import writes, written
+from short_gpt.wrappers.own_text import own_text_writer, with_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
 MIX = "mix"  # the name of the choice by all texts
 RESAMPLES = 1000
-SPARE = 4  # windows cut for one that is judged, as some may share text with those that rank
+SPARE = 4  # windows cut for each one to judge by, as some may share text with those that rank
 
 
-class Apart(NamedTuple):
+class SplitWindows(NamedTuple):
     """Windows of one text: those that choose layers and fit refits, and those to judge by."""
 
     ranking: Windows
@@ -62,8 +62,8 @@ class WindowScores(NamedTuple):
     method: str  # bi, relative_magnitude or angular
     n: int  # layers to remove; for angular also the length of the blocks that are ranked
     sums: list[list[float]]  # (W, K): over tokens for a score of layers, distances for angular
-    weights: list[float]  # what the sums are divided by, (W,): tokens, or 1 for angular
-    texts: list[int | None]  # numbers of the windows' documents; None where that is not known
+    weights: list[float]  # divisors of the sums, (W,): tokens, or 1 for angular
+    texts: list[int | None]  # numbers of the windows' documents; None if unknown
 
     @property
     def means(self) -> np.ndarray:
@@ -76,7 +76,7 @@ class WindowScores(NamedTuple):
         return np.asarray(self.layers)[self.members(self.means[None])[0]].tolist()
 
     def members(self, means: np.ndarray) -> np.ndarray:
-        """Which layers means choose: (R, K) to (R, L) of True and False; ties to the lower."""
+        """The layers that means choose: (R, K) to booleans (R, L); ties go to the lower."""
         blocks, length = (1, self.n) if self.method == "angular" else (self.n, 1)
         starts = means.argsort(-1, kind="stable")[:, :blocks, None]
         chosen = (starts + np.arange(length)).reshape(len(means), -1)  # (R, n)
@@ -85,7 +85,7 @@ class WindowScores(NamedTuple):
         return members
 
     def half(self, which: int) -> WindowScores:
-        """Every second window, from the first on or from the second."""
+        """Every second window, from the first or from the second."""
         sums, weights, texts = self.sums[which::2], self.weights[which::2], self.texts[which::2]
         return self._replace(sums=sums, weights=weights, texts=texts)
 
@@ -99,7 +99,7 @@ class WindowScores(NamedTuple):
         return sums, weights
 
     def resampled(self, seed: int) -> np.ndarray:
-        """Means of windows, or documents, drawn anew, (R, K)."""
+        """Means of windows, or documents, drawn again, (R, K)."""
         sums, weights = self._units()
         drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
         return sums[drawn].sum(1) / weights[drawn].sum(1)[:, None]
@@ -114,7 +114,7 @@ def score_windows(
     short: ScoredModel, windows: Windows, n: int, *, method: str = "bi", progress: bool = True
 ) -> WindowScores:
     """Scores of every window of one text by itself; raises ShortGPTError as `hooks.score`."""
-    Ranked(n, method)  # refuses what it does not know
+    TextChoice(n, method)  # refuses what it does not know
     scores, angular = WindowScores([*short.kept], method, n, [], [], []), method == "angular"
     with bar("scoring", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
@@ -130,8 +130,8 @@ def score_windows(
     return scores
 
 
-class Agreement(NamedTuple):
-    """How far two rankings agree; 95% intervals by drawing the windows of both anew."""
+class TextAgreement(NamedTuple):
+    """How far two rankings agree; 95% intervals by drawing the windows of both again."""
 
     first: str  # name of a text
     second: str  # of another; the same for the two halves of one
@@ -142,15 +142,15 @@ class Agreement(NamedTuple):
     interval: tuple[float, float]  # of the correlation
 
 
-def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores) -> Agreement:
+def agreement(names: tuple[str, str], first: WindowScores, second: WindowScores) -> TextAgreement:
     """How far two rankings by the same method agree."""
     drawn = first.resampled(0), second.resampled(1)  # different seeds: drawn independently
     value = float(correlations(first.means[None], second.means[None])[0])
-    interval = reach(value, correlations(*drawn), min(first.degrees, second.degrees))
+    interval = stretched_interval(value, correlations(*drawn), min(first.degrees, second.degrees))
     both = (first.members(drawn[0]) & second.members(drawn[1])).sum(1)
     low, high = map(float, np.quantile(both, (0.025, 0.975)))
     shared = len({*first.chosen} & {*second.chosen})
-    return Agreement(*names, shared, first.n, (low, high), value, interval)
+    return TextAgreement(*names, shared, first.n, (low, high), value, interval)
 
 
 def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -160,10 +160,10 @@ def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
-def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float]:
+def stretched_interval(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float]:
     """The 95% interval of a rank correlation from resamples, stretched as Student's t.
 
-    Noise lowers a correlation, and drawing anew lowers it once more: the upper end therefore lies
+    Noise lowers a correlation, and drawing again lowers it once more: the upper end therefore lies
     at least as far above ``value`` as the lower one, that of the resamples, lies below.
     """
     if degrees < LEAST_DEGREES:
@@ -175,7 +175,7 @@ def reach(value: float, drawn: np.ndarray, degrees: float) -> tuple[float, float
     return max(-1.0, min(float(low), value)), min(1.0, upper)
 
 
-class Crossed(NamedTuple):
+class CrossResult(NamedTuple):
     """One choice on one text."""
 
     choice: str  # the text that chose the layers and that a refit was fitted on; or `MIX`
@@ -183,29 +183,29 @@ class Crossed(NamedTuple):
     healing: str  # raw or refit
     layers: list[int]  # removed
     perplexity: float  # on the text
-    nats: float  # mean loss less that of the original model, paired over the windows
+    nats: float  # mean loss minus that of the original model, paired over the windows
     standard_error: float  # of nats
-    excess: float  # mean loss less that with the text's own choice, healed the same way
+    excess: float  # mean loss minus that with the text's own choice, healed the same way
     excess_error: float  # standard error of excess
-    excess_most: float  # its upper end, one-sided 95%; infinite where it is not known
+    excess_most: float  # its upper end, one-sided 95%; infinite if unknown
     windows: int  # that the errors are over
     texts: int | None  # of the windows; see `evaluation.Difference`
 
 
-class Calibrated(NamedTuple):
+class CalibrationResult(NamedTuple):
     """What `calibrate` gives."""
 
     n: int  # layers that each choice removes
     method: str  # that chose them
     choices: Mapping[str, list[int]]  # layers by text, and by all texts together (`MIX`)
-    agreement: list[Agreement]  # of all pairs; of a text with itself: of its windows' two halves
-    ways: Mapping[str, list[Agreement]]  # of each text with itself cut another way, by its name
-    cells: list[Crossed]  # every choice on every text
+    agreement: list[TextAgreement]  # of all pairs; of a text with itself: of its two halves
+    ways: Mapping[str, list[TextAgreement]]  # of each text with itself cut another way, by its name
+    cells: list[CrossResult]  # every choice on every text
     state: StateFile | None = None  # what was measured, to be cleared once the result is safe
     precision: Mapping[str, str] = {}  # `ScoredModel.about_precision`
 
     def to_dict(self) -> dict[str, object]:
-        """All but the state, ready for JSON, which has no number for an error of one window."""
+        """All except the state, ready for JSON, which has no number for an error of one window."""
         content = self._asdict() | {"agreement": [own._asdict() for own in self.agreement]}
         content["ways"] = {way: [a._asdict() for a in own] for way, own in self.ways.items()}
         content["cells"] = [
@@ -218,7 +218,7 @@ class Calibrated(NamedTuple):
 
 def calibrate(
     short: ShortModel,
-    texts: Mapping[str, Apart],
+    texts: Mapping[str, SplitWindows],
     n: int,
     *,
     method: str = "bi",
@@ -226,17 +226,17 @@ def calibrate(
     ways: Mapping[str, Mapping[str, Windows]] | None = None,
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> Calibrated:
+) -> CalibrationResult:
     """Ranks on each text, and judges each text's choice of layers on all texts.
 
-    All texts together, each of the same weight, make one choice more; its refit reads windows of
-    all, as many as one text has.
+    All texts together, with equal weights, make one more choice; its refit reads windows of all,
+    as many as one text has.
 
     Args:
-        short: the original model; it is left as it was.
+        short: the original model, which stays unchanged.
         texts: at least two, of different kinds, by their names.
         method: bi, relative_magnitude or angular.
-        ways: windows to rank on that were cut another way, by its name and the text's.
+        ways: windows to rank on that were cut in other ways, by the way's name and the text's.
         state: file that the run is saved in, to be continued, until ``result.state.clear()``.
 
     Raises:
@@ -244,11 +244,11 @@ def calibrate(
             is of another run.
 
     Example:
-        >>> texts = {"novels": Apart(a, b), "code": Apart(c, d)}  # doctest: +SKIP
+        >>> texts = {"novels": SplitWindows(a, b), "code": SplitWindows(c, d)}  # doctest: +SKIP
         >>> calibrate(short, texts, 8).cells  # doctest: +SKIP
     """
     n = _check(short, texts, n, healings)
-    # in the order of the texts, in which the losses stand
+    # in the order of the texts, which is that of the losses
     read = [[name, *map(windows_digest, parts)] for name, parts in texts.items()]
     identity = joined(short.identity(), {"texts": read, "refit": vars(RefitSettings())})
     saved = None if state is None else StateFile(state, identity)
@@ -264,16 +264,18 @@ def calibrate(
     }
     cells = [cell for healing in healings for cell in run.crossed(choices, healing)]
     about = short.about_precision
-    return Calibrated(n, method, choices, pairs, by_way, cells, saved, about)
+    return CalibrationResult(n, method, choices, pairs, by_way, cells, saved, about)
 
 
-def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequence[str]) -> int:
+def _check(
+    short: ShortModel, texts: Mapping[str, SplitWindows], n: int, healings: Sequence[str]
+) -> int:
     if len(texts) < 2:
         names = ", ".join(texts) or "none"
         raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
     if MIX in texts:
         raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
-    Ranked(n, healing=",".join(healings))
+    TextChoice(n, healing=",".join(healings))
     n = check_count(n, len(short.kept))
     short.check_whole()
     for name, parts in texts.items():
@@ -284,23 +286,23 @@ def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequ
 
 
 def mixed(scores: Mapping[str, WindowScores]) -> list[int]:
-    """The layers that all texts together choose, each of the same weight."""
+    """The layers that all texts together choose, with equal weights."""
     means, first = [own.means.tolist() for own in scores.values()], next(iter(scores.values()))
     return first._replace(sums=means, weights=[1.0] * len(means), texts=[None] * len(means)).chosen
 
 
 class _Run(NamedTuple):
-    """What is measured, every cell once."""
+    """The measurements, each made once."""
 
     short: ShortModel
-    texts: Mapping[str, Apart]
+    texts: Mapping[str, SplitWindows]
     cells: Cells
     progress: bool
 
     def scores(
         self, windows: Mapping[str, Windows], n: int, method: str, way: str = ""
     ) -> dict[str, WindowScores]:
-        """Scores of each text's windows; ``way`` is how they were cut, if not as the others."""
+        """Scores of each text's windows; ``way`` is how they were cut, if not as usual."""
         prefix = f"scores {method}" + (f" {n}" if method == "angular" else "")
         scores = {}
         for name, own in windows.items():
@@ -312,7 +314,7 @@ class _Run(NamedTuple):
             scores[name] = WindowScores(**{**self.cells.value(cell, measure), "n": n})
         return scores
 
-    def crossed(self, choices: Mapping[str, list[int]], healing: str) -> list[Crossed]:
+    def crossed(self, choices: Mapping[str, list[int]], healing: str) -> list[CrossResult]:
         """Every choice on every text, healed one way; a refit is fitted on the text that chose."""
         rankings = {name: parts.ranking for name, parts in self.texts.items()}
         turns = [w for turn in zip_longest(*rankings.values()) for w in turn if w is not None]
@@ -330,14 +332,14 @@ class _Run(NamedTuple):
             for text, pruned in by_text.items():
                 cost = difference(original[text], pruned)
                 excess = difference(healed[text][text], pruned)
-                most = excess.nats + excess.error.reach(0.95, sides=1)
+                most = excess.nats + excess.error.margin(0.95, sides=1)
                 own = choice == text
-                row = Crossed(
+                row = CrossResult(
                     choice=choice,
                     text=text,
                     healing=healing,
                     layers=choices[choice],
-                    perplexity=together(pruned).value,
+                    perplexity=combined(pruned).value,
                     nats=cost.nats,
                     standard_error=cost.standard_error,
                     excess=excess.nats,
@@ -361,15 +363,15 @@ class _Run(NamedTuple):
 @takes_fields("calibrate")
 def calibrate_checkpoint(
     model: str,
-    data: str | Mapping[str, Iterable[object]] | Kinds = Kinds(),
+    data: str | Mapping[str, Iterable[object]] | TextKinds = TextKinds(),
     *,
-    ranked: Ranked = Ranked(),
+    ranked: TextChoice = TextChoice(),
     readings: Readings = Readings(),
     opening: OpenOptions = OpenOptions(),
     saving: Saving = Saving(),
     dry_run: bool = False,
     **fields: Any,
-) -> Calibrated:
+) -> CalibrationResult:
     """What `calibrate` does, for a checkpoint and texts by their names with commas between.
 
     A text of several documents is ranked on one half of them and judged by the other. ``dry_run``
@@ -383,7 +385,7 @@ def calibrate_checkpoint(
     readings.check()
     if state is not None:
         check_writable(Path(state))
-    sources = (data if isinstance(data, Kinds) else Kinds(data)).each()  # type: ignore[arg-type]
+    sources = (data if isinstance(data, TextKinds) else TextKinds(data)).each()  # type: ignore[arg-type]
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
     short = open_model(model, as_begun(opening, state), max_seq_len=max(readings.numbers))
@@ -392,14 +394,14 @@ def calibrate_checkpoint(
         models = (len(sources) + 1) * len(healings) + 1
         work = f"judge {models} models of {model}, chosen by {ranked.method} on {names}, on all"
         work += "; writing own text takes more" if {*sources} & {*OWN} else ""
-        refits = (len(sources) + 1) * choosing.REFIT * (REFIT in healings)
+        refits = (len(sources) + 1) * choosing.REFIT_PASSES * (REFIT in healings)
         ranks = len(sources) * len(readings.numbers) + refits
         count = models * len(sources) * readings.eval_windows + ranks * readings.max_windows
         end_dry_run(short, work, readings.numbers[0], count)
-    write = writes(short, max(readings.numbers), seed=readings.seed, beside=state)
+    write = own_text_writer(short, max(readings.numbers), seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
     with interruptible():
-        filled = written([*kinds.values()], write, 2 * half * len(kinds))
+        filled = with_own_text([*kinds.values()], write, 2 * half * len(kinds))
     documents = {name: list(kind) for name, kind in zip(kinds, filled, strict=True)}
     texts, ways = windows_apart(short, documents, readings)
     run = partial(calibrate, short, texts, ranked.n, ways=ways, state=state)
@@ -409,8 +411,8 @@ def calibrate_checkpoint(
 
 def windows_apart(
     short: ShortModel, documents: Mapping[str, Sequence[Text]], readings: Readings
-) -> tuple[dict[str, Apart], dict[str, dict[str, Windows]]]:
-    """Windows of each text to rank on and to judge by, and those that are cut other ways."""
+) -> tuple[dict[str, SplitWindows], dict[str, dict[str, Windows]]]:
+    """Windows of each text to rank on and to judge by, and those cut in other ways."""
 
     def windows(texts: Sequence[Text], cut: Cut, limit: int) -> Windows:
         return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))
@@ -430,10 +432,10 @@ def windows_apart(
         judged, _ = without_overlap(windows(other, cut, limit), ranked_on)
         if not judged:
             raise ShortGPTError(
-                f"{name}: every other window shares text with those that rank, so none is there "
+                f"{name}: every other window shares text with those that rank, so none is left "
                 "to judge by; give more text, or a smaller size"
             )
-        texts[name] = Apart(ranking[name], judged[:held])
+        texts[name] = SplitWindows(ranking[name], judged[:held])
     ways = {}
     for way, other_cut in others:
         limit = max(2, few * cut.size // other_cut.size)

@@ -48,7 +48,7 @@ class Row:
     texts: int | None = None  # of the windows; see `evaluation.Difference`
 
 
-class Agreement(TypedDict):
+class MethodAgreement(TypedDict):
     """How far cheap rankings agree with the greedy search, on the same windows."""
 
     n: int  # layers that each method removes
@@ -67,11 +67,11 @@ def _searches(values: Values) -> bool:
     return not {*_names(values["methods"])} <= {*METHODS} - {*BY_LOSS}
 
 
-TRAINING = Needs(
+NEEDS_TRAINING = Needs(
     "lora or distill in `healing`", lambda v: bool({*TRAINED} & {*_names(v["healing"])})
 )
 RANDOM = Needs("random in `methods`", lambda v: "random" in _names(v["methods"]))
-SEARCHES = Needs("perplexity or sleb in `methods`", _searches)
+NEEDS_SEARCH = Needs("perplexity or sleb in `methods`", _searches)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Cases:
     counts: object = setting((2, 4, 8, 12), value="N,N")
     healings: str | Sequence[str] = setting((RAW,), flag="healing", value="A,B")
     seeds: int = setting(3, needs=RANDOM)
-    search_windows: int = setting(4, heading=READ, needs=SEARCHES)
+    search_windows: int = setting(4, heading=READ, needs=NEEDS_SEARCH)
     lora_only: str | Collection[tuple[str, int]] | None = setting(None, value="A:N")
 
     @property
@@ -136,7 +136,7 @@ class Cases:
         for name in self.heals:
             if name not in HEALINGS:
                 raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
-        if self.methods is not DEFAULT_METHODS:  # which are known to be right, without an import
+        if self.methods is not DEFAULT_METHODS:  # these are known to be valid, without an import
             from short_gpt.selection.methods import check_method
 
             for name in self.names:
@@ -146,12 +146,12 @@ class Cases:
             if not values or len({*values}) < len(values):  # type: ignore[misc, arg-type]
                 raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
         at_least(1, seeds=self.seeds, search_windows=self.search_windows)
-        _ = self.pairs  # refuses what it cannot read
+        _ = self.pairs  # raises for what it cannot read
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How many windows of which size are read for what.
+    """How many windows are read, of which size, for each purpose.
 
     Args:
         eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out,
@@ -179,7 +179,7 @@ class Shares:
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
     def held(self, column: str) -> list[list[str]]:
-        """The texts of each kind of eval_data, if it is given."""
+        """The texts of each kind of eval_data, if given."""
         names = [] if self.eval_data is None else source_names(self.eval_data)
         return [list(texts(name, column=column)) for name in names]
 
@@ -192,7 +192,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraOptions:
     """How lora and distill heal in a comparison, the latter after a refit.
 
     Args:
@@ -204,11 +204,11 @@ class LoraSettings:
         size: tokens in a window of training; the recipe's if not given.
     """
 
-    steps: int | None = setting(None, needs=TRAINING)
-    rank: int | None = setting(None, needs=TRAINING)
-    learning_rate: float | None = setting(None, needs=TRAINING)
-    batch: int | None = setting(None, needs=TRAINING)
-    size: int | None = setting(None, flag="lora_size", needs=TRAINING)
+    steps: int | None = setting(None, needs=NEEDS_TRAINING)
+    rank: int | None = setting(None, needs=NEEDS_TRAINING)
+    learning_rate: float | None = setting(None, needs=NEEDS_TRAINING)
+    batch: int | None = setting(None, needs=NEEDS_TRAINING)
+    size: int | None = setting(None, flag="lora_size", needs=NEEDS_TRAINING)
 
     def check(self) -> None:
         from short_gpt.healing.recipe import Recipe
@@ -233,7 +233,7 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class Kinds(TextSource):
+class TextKinds(TextSource):
     """Texts of several kinds.
 
     Args:
@@ -299,7 +299,7 @@ class Readings:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class TextChoice:
     """What is chosen on each text.
 
     Args:

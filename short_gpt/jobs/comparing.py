@@ -1,7 +1,7 @@
 """Methods compared on one model: what each removal costs, and what healing restores.
 
-Everything is measured once: scores come from one pass, the list of a search holds those of all
-smaller numbers, and a set of layers that several methods choose is healed and evaluated once.
+Everything is measured once: scores come from one pass, the list of a search begins with those of
+all smaller numbers, and a set of layers that several methods choose is healed and evaluated once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation import Perplexity, TaskSuite, difference, together
+from short_gpt.evaluation import Perplexity, TaskSuite, combined, difference
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Agreement, Cases, Row, Windows
+from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Cases, MethodAgreement, Row, Windows
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -37,7 +37,7 @@ from short_gpt.selection.methods import AUTO, BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
 
-# tokenizers are told apart by its ids: letters of several scripts, digits, signs and spaces
+# identifies a tokenizer by its ids: letters of several scripts, digits, signs and spaces
 PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)]))
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
 Heal = Callable[[list[int]], list[Perplexity]]
@@ -59,9 +59,9 @@ def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
 def tokens_per_second(
     short: ShortModel, window: Sequence[int], *, prompt: int = 64, count: int = 32, runs: int = 3
 ) -> float:
-    """Greedy generation with the cache after the window's beginning; the fastest of some runs.
+    """Greedy generation with the cache after the start of the window; the fastest of some runs.
 
-    No token ends a text, so that every model writes as many.
+    No token ends a text, and so every model writes as many.
     """
     half_context = short.decoder.max_seq_len // 2
     ids, count = list(window[: min(prompt, half_context)]), min(count, half_context)
@@ -71,15 +71,15 @@ def tokens_per_second(
         short.continued([ids], count, lambda logits: logits.argmax(-1))
         wait(short.decoder.device)
         seconds.append((time.perf_counter() - started) / count)
-    return 1 / min(seconds[1:])  # other programs only slow it down
+    return 1 / min(seconds[1:])  # other programs can only slow it down
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparisonResult:
     """What `compare` gives."""
 
     rows: list[Row]  # the original model first, then a row for every case
-    agreement: list[Agreement]  # of bi, angular and sleb, by number of layers, with sleb
+    agreement: list[MethodAgreement]  # of bi, angular and sleb, by number of layers, with sleb
     # metrics without healing, by the layers removed, and their changes from the original model with
     # errors, as "piqa acc change" and "piqa acc change_stderr"
     tasks: dict[str, dict[str, float]]
@@ -90,13 +90,13 @@ class Compared:
 
     @property
     def chosen(self) -> list[str]:
-        """How auto chose, a text for every number of layers."""
+        """How auto chose, one text for every number of layers."""
         return [
             f"auto, {n} layers: {choice.layers}\n{choice}" for n, choice in self.choices.items()
         ]
 
     def to_dict(self) -> dict[str, object]:
-        """All but the state, ready for JSON."""
+        """All except the state, ready for JSON."""
         own = {k: value for k, value in vars(self).items() if k not in ("state", "precision")}
         own |= {"choices": {n: choice.to_dict() for n, choice in self.choices.items()}}
         return {**own, **(self.precision or {}), "rows": [asdict(row) for row in self.rows]}
@@ -129,11 +129,11 @@ def compare(
     tasks: TaskSuite | None = None,
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
-) -> Compared:
+) -> ComparisonResult:
     """Compares methods on one model: perplexity, size and speed without the layers, healed or not.
 
     Args:
-        short: the original model; it is left as it was.
+        short: the original model, which stays unchanged.
         calibration: windows of token ids that choose layers and that refits are fitted on.
         evaluation: windows of other text.
         cases: what is compared.
@@ -176,7 +176,7 @@ def compare(
         suite = json_digest([asdict(tasks), short.encode(PROBE)])
         metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
     chosen = {n: comparison.choice(n) for n in (cases.numbers if AUTO in cases.names else ())}
-    return Compared(rows, agreement, metrics, saved, choices=chosen)
+    return ComparisonResult(rows, agreement, metrics, saved, choices=chosen)
 
 
 def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:
@@ -211,7 +211,7 @@ class Comparison:
     def rows(self, cases: Cases, trained: Mapping[str, Heal] | None = None) -> list[Row]:
         """Measures every method x number of layers x healing, and the original model first.
 
-        A set that cannot be healed one way has no such row.
+        A set has no row for a way in which it cannot be healed.
 
         Args:
             trained: the healings lora and distill, which give losses of the evaluation windows.
@@ -249,7 +249,7 @@ class Comparison:
         return rows
 
     def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
-        """The n layers that a method removes; searches go on to ``most`` at once."""
+        """The n layers that a method removes; searches go on to ``most`` right away."""
         if method == AUTO:
             return self.choice(n).layers
         if method in BY_LOSS:
@@ -281,7 +281,7 @@ class Comparison:
             return {"removed": result.removed, "losses": result.losses}
 
         content = self.cells.resumed(f"{method} {n}", measure)
-        # JSON's keys are texts
+        # JSON's keys are strings
         trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
         return Search(content["removed"], trials)
 
@@ -295,7 +295,7 @@ class Comparison:
 
         return HealedChoice.from_dict(self.cells.resumed(f"{AUTO} {n}", measure))
 
-    def agreement(self, n: int, most: int) -> Agreement:
+    def agreement(self, n: int, most: int) -> MethodAgreement:
         """How far bi, angular and sleb, which searches to ``most`` layers, agree on n layers."""
         few = self._scored("importance of few", self._few)
         sets = {method: {*choose(few, n, method=method)} for method in ("bi", "angular")}
@@ -339,7 +339,7 @@ class Comparison:
             n=n,
             healing=healing,
             layers=layers,
-            perplexity=together(healed).value,
+            perplexity=combined(healed).value,
             nats=change.nats,
             standard_error=change.standard_error if n else 0.0,
             gain=None if healing == RAW else gain.nats,

@@ -26,11 +26,11 @@ from short_gpt.jobs.cases import (
     RAW,
     TRAINED,
     Cases,
-    LoraSettings,
+    LoraOptions,
     Shares,
     Windows,
 )
-from short_gpt.jobs.comparing import Compared, compare, windows_digest
+from short_gpt.jobs.comparing import ComparisonResult, compare, windows_digest
 from short_gpt.jobs.inputs import Data, Tasks, TextSource, check_model, source_of
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
@@ -41,7 +41,7 @@ from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold, joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import writes, written_apart
+from short_gpt.wrappers.own_text import own_text_writer, split_own_text
 
 MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
 
@@ -53,13 +53,13 @@ def compare_checkpoint(
     *,
     cases: Cases = Cases(healings=(RAW, PATCHED)),
     shares: Shares = Shares(),
-    lora: LoraSettings = LoraSettings(),
+    lora: LoraOptions = LoraOptions(),
     tasks: Tasks = Tasks(),
     opening: OpenOptions = OpenOptions(),
     saving: Saving = Saving(),
     dry_run: bool = False,
     **fields: Any,
-) -> Compared:
+) -> ComparisonResult:
     """What `compare` does, for a checkpoint and texts by their names.
 
     Args:
@@ -107,18 +107,18 @@ def compare_checkpoint(
         work = f"compare {models} models of {source}: {', '.join(cases.names)} x {cases.numbers} "
         work += f"layers x {', '.join(cases.heals)}; searches, training and writing own text take "
         work += "more"
-        refits = sum(healing != RAW for healing in closed) * choosing.REFIT * sets
+        refits = sum(healing != RAW for healing in closed) * choosing.REFIT_PASSES * sets
         count = models * shares.eval_windows + (1 + refits) * shares.max_windows
         end_dry_run(short, work, shares.size, count)
-    write = writes(short, size, seed=shares.seed, beside=saving.state)
+    write = own_text_writer(short, size, seed=shares.seed, beside=saving.state)
     with interruptible():
         limits = (shares.max_windows, shares.seed)
-        calibration, evaluation = written_apart(kinds, held, write, *limits)
+        calibration, evaluation = split_own_text(kinds, held, write, *limits)
     held_out = shares.cut(short, evaluation, shares.eval_windows)
     fit_on = shares.cut(short, calibration, shares.max_windows)
     every, bos = [text for kind in calibration for text in kind], shares.bos or short.bos
     options = (source, every, short.encode, held_out, lora, opening, shares.seed, bos)
-    # both are made before anything is measured, as they refuse settings
+    # made before anything is measured, because they check settings
     lora_healing = LoraHealing(*options) if LORA in cases.heals else None
     distill_healing = None
     if DISTILL in cases.heals:
@@ -133,7 +133,7 @@ def compare_checkpoint(
 class LoraHealing:
     """Heals a model without some layers by LoRA, from its files, and evaluates it.
 
-    transformers opens the model anew for each set of layers, with all layers in memory until they
+    transformers opens the model again for each set of layers, with all layers in memory until they
     are removed. No window is trained on that shares text with those to evaluate or validate on.
 
     Args:
@@ -158,7 +158,7 @@ class LoraHealing:
     texts: Sequence[Text]
     encode: Callable[[str], Sequence[int]]
     evaluation: Windows
-    settings: LoraSettings = field(default_factory=LoraSettings)
+    settings: LoraOptions = field(default_factory=LoraOptions)
     options: OpenOptions = field(default_factory=OpenOptions)
     seed: int = 0
     bos: str = "first"
@@ -170,7 +170,7 @@ class LoraHealing:
         training.require_packages()
         self.settings.check()
         size = self.settings.size or Recipe.size
-        if len(self._cut(size, 2)) < 2:  # now rather than after all others are measured
+        if len(self._cut(size, 2)) < 2:  # before all others are measured
             raise ShortGPTError(
                 f"lora needs two windows of {size} tokens or more, one of them to validate on: "
                 "give more text to heal by, or a smaller `lora_size`"
@@ -184,7 +184,7 @@ class LoraHealing:
 
     def identity(self) -> dict[str, object]:
         """What the results depend on, except the model and the evaluation windows."""
-        # of the token ids, because another tokenizer is another identity too
+        # of the token ids: another tokenizer is another identity, too
         read = json_digest([list(tokens_of(text, self.encode)) for text in self.texts])
         own = joined(asdict(self.settings), {"seed": self.seed, "texts": read})
         if self.teacher is None and self.fitted_on is None:
@@ -196,7 +196,7 @@ class LoraHealing:
         """Losses of the evaluation windows of the model without these layers, healed.
 
         ``work_dir`` keeps what an interrupted training continues from, and a folder of its name and
-        ".refit" what a refit does; both are deleted once the result is there.
+        ".refit" what a refit does; both are deleted once the result is known.
         """
         show = self.progress
         with _checkpoints(work_dir) as resume:
@@ -250,7 +250,7 @@ class DistillHealing(LoraHealing):
 
 @contextmanager
 def _checkpoints(work_dir: Path | None) -> Iterator[bool]:
-    """Whether there are complete checkpoints to continue from; the folders go once all is done."""
+    """Whether there are complete checkpoints to continue from; deletes the folders at the end."""
     if work_dir is None:
         yield False
         return

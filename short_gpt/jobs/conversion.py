@@ -1,4 +1,4 @@
-"""A model in another format, or in another number of files; and the proof of what is written."""
+"""A model in another format or another number of files, and its verification."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama.formats.gguf import llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
 from llama.io.json_files import json_text
 from llama.io.sources import Source, find_source, is_gguf, resolve
-from llama.ranks import several_ranks
+from llama.ranks import is_distributed
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import save_hf
@@ -28,7 +28,7 @@ from short_gpt.runtime.progress import bar
 from short_gpt.wrappers.opening import check_tokenizer, open_hf, same_model
 from short_gpt.wrappers.options import OpenOptions
 
-TWICE = "not verified: that loads the model on one rank; run it without torchrun"
+NOT_VERIFIED = "not verified: verification loads the model on one rank; run without torchrun"
 
 
 @takes_fields("convert")
@@ -156,7 +156,7 @@ def _check_options(source: Source, to: str, how: Conversion) -> None:
 
 
 def read_again(source: Source) -> str:
-    """What the writer of a GGUF file has proved."""
+    """What the writer of a GGUF file has verified."""
     what = "that remains is the source's" if source.kind == "gguf" else "is what was written"
     return f"verified: read again, every tensor {what}, byte for byte"
 
@@ -182,8 +182,8 @@ def prove(
         return read_again(source)
     if not (verify or (verify is None and not source.kind == written.kind == "meta")):
         return None
-    if several_ranks():
-        return TWICE
+    if is_distributed():
+        return NOT_VERIFIED
     try:
         path, trust = opening.tokenizer_path, opening.trust_remote_code
         how: dict[str, Any] = {"tokenizer_path": path, "trust_remote_code": trust}

@@ -1,4 +1,4 @@
-"""What a user sets of `shrink`: how small, and how."""
+"""The settings of `shrink`: how small, and how."""
 
 from __future__ import annotations
 
@@ -79,29 +79,29 @@ class Dial:
             raise ShortGPTError(f"`params` {self.params}: expected a number as in 6B or 750M")
         return int(float(match[1]) * PARAMETERS[match[2]])
 
-    def _shown(self, size: int) -> str:
-        from short_gpt.runtime.memory import shown
+    def _format_size(self, size: int) -> str:
+        from short_gpt.runtime.memory import format_bytes
 
-        return f"{size:,} parameters" if self.params is not None else shown(size)
+        return f"{size:,} parameters" if self.params is not None else format_bytes(size)
 
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         at_least(1, optional=True, n=self.n, context=self.context, batch=self.batch)
-        _ = self.target  # raises for a size that is none
+        _ = self.target  # raises for an invalid size
 
     def count(self, layers: Sequence[int], rest: int) -> int:
-        """How many layers go so that the target holds, whichever these are.
+        """How many layers must go for the target to hold, whichever these are.
 
         Args:
             layers: parameters of every layer; for ``memory`` its bytes, with its KV cache.
-            rest: the same of what belongs to no layer.
+            rest: the same of all that belongs to no layer.
         """
         from short_gpt.models.numbering import check_count
 
         total, most = len(layers), len(layers) - 2
         n = self.n or max(1, math.floor((self.ratio or RATIO) * total + 0.5))
         if self.target is not None:
-            removed = accumulate(sorted(layers), initial=0)  # the smallest may be those that go
+            removed = accumulate(sorted(layers), initial=0)  # the smallest may be the removed ones
             sizes = [sum(layers) + rest - size for size in removed]
             n = next((i for i, size in enumerate(sizes) if size <= self.target), total)
             if not n:
@@ -109,7 +109,7 @@ class Dial:
             if n > most:
                 raise ShortGPTError(
                     f"{self.name}: with 2 of its {total} layers this model still has "
-                    f"{self._shown(sizes[most])}; name that or more"
+                    f"{self._format_size(sizes[most])}; name that or more"
                 )
         # by what was set, as in "--ratio 0.9: n = 27"
         return check_count(n, total, most=most, name="n" if self.n else f"{self.name}: n")

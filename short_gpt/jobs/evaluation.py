@@ -34,7 +34,7 @@ from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
-from short_gpt.runtime.progress import above_bars, first_rank
+from short_gpt.runtime.progress import is_first_rank, print_above_bars
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_samples
@@ -57,7 +57,7 @@ def evaluate(
 
     Returns:
         By model: its number of layers, the perplexity of each text, and metrics of the tasks. Of
-        every model except the first also how much the loss of a token and each metric changed, with
+        every model except the first also how much the loss per token and each metric changed, with
         the standard error paired over windows and documents, as in "piqa acc change" and
         "piqa acc change_stderr".
 
@@ -122,12 +122,12 @@ def _evaluated(
     try:
         run = tasks.run(short, batch_size=batch_size)
     except Exception:
-        if first_rank() and measured:  # it is not lost
+        if is_first_rank() and measured:  # it is not lost
             values = ", ".join(f"{measure} {value:.6g}" for measure, value in row.items())
-            above_bars(f"measured of {name} before the tasks failed: {values}")
+            print_above_bars(f"measured of {name} before the tasks failed: {values}")
         raise
     for text, (before, digest) in ({} if first is None else first[0]).items():
-        if digest == measured[text][1]:  # two tokenizers read other windows, which are not paired
+        if digest == measured[text][1]:  # windows of two tokenizers are not paired
             change = difference([before], [measured[text][0]])
             nats = {"nats change": change.nats, "nats change_stderr": change.standard_error}
             changes |= {f"{text} {k}{bos}": v for k, v in nats.items() if v == v}
@@ -148,15 +148,15 @@ def write_samples(
         raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
     if target.is_file():
         raise FileExistsError(f"{target} exists; choose another name")
-    check_output(target, overwrite=False, ours=lambda _: False)
+    check_output(target, overwrite=False, replaces=lambda _: False)
     short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
     if size > (most := short.decoder.max_seq_len):
         raise ShortGPTError(f"`max_gen_len` {size}: this model takes {most} tokens, give no more")
     with interruptible():
         texts = own_samples(short, count, size, seed=seed, beside=target)
-    if not first_rank():
+    if not is_first_rank():
         return target
-    with new_file(target, overwrite=False, ours=lambda _: False) as partial:
+    with new_file(target, overwrite=False, replaces=lambda _: False) as partial:
         lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
         partial.write_text("".join(lines), encoding="utf-8")
     return target
@@ -176,8 +176,8 @@ def perplexity_of(
 ) -> Perplexity:
     """The perplexity of a checkpoint on a text, in windows that do not overlap.
 
-    Each window is read on its own, its first token is not predicted. ``notify`` is called with what
-    a streamed run will take in memory, before it starts. ``dry_run`` is as of `evaluate`;
+    Each window is read on its own, its first token is not predicted. ``notify`` is called with the
+    memory that a streamed run will take, before it starts. ``dry_run`` is as of `evaluate`;
     ``fields`` are single settings by their names: ``size=512``, ``max_windows=24``.
 
     Example:

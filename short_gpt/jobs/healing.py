@@ -9,11 +9,11 @@ from typing import Any
 
 from llama.io.files import check_new
 from llama.io.sources import is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved, in_few_bits
+from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf, in_few_bits
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
-from short_gpt.evaluation import Difference, Perplexity, difference, losses, together
+from short_gpt.evaluation import Difference, Perplexity, combined, difference, losses
 from short_gpt.healing import (
     HealingEvidence,
     HealingJob,
@@ -39,7 +39,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
-from short_gpt.jobs.scores import Chosen, chosen
+from short_gpt.jobs.scores import ChosenLayers, chosen
 from short_gpt.jobs.settings import (
     Choice,
     HealingWindows,
@@ -50,7 +50,7 @@ from short_gpt.jobs.settings import (
 )
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
@@ -58,28 +58,28 @@ from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 STATES = (STATE, IDENTITY, RECIPE)  # of the steps, which tell the precision of a run
-CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with others
+CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with other windows
 CLOSED, TRAINING = kinds_of_methods()
 
 
 @dataclass(frozen=True)
-class Healing:
+class HealingResult:
     """What `heal` did."""
 
     out: Path  # the new directory or file
-    evidence: HealingEvidence  # what healed the model, and what that brought
-    left_out: str | None = None  # in words, what was not learned from as it is evaluated on
-    unchecked: str | None = None  # what could not be checked of the scores, in words, if anything
+    evidence: HealingEvidence  # how the model was healed, and with what effect
+    left_out: str | None = None  # in words, windows dropped for text shared with evaluation
+    unchecked: str | None = None  # what of the scores could not be checked, in words, if anything
     # names of the texts, tokens in a window, and which windows began with bos
     texts: Mapping[str, object] = field(default_factory=dict)
-    remark: str | None = None  # what a GGUF file holds otherwise than its source, if anything
+    remark: str | None = None  # how a GGUF file differs from its source, if at all
     written: Perplexity | None = None  # of one GGUF file, read again, on the same windows
     quantization: Difference | None = None  # of that, from the model before it was rounded
     address: str | None = None  # of the model on the hub, if it was uploaded
 
     @property
     def perplexity(self) -> dict[str, Perplexity]:
-        """Of every state of the model, and of what was written if that was read again."""
+        """Of every state of the model, and of the written file if it was read again."""
         states = dict(self.evidence.perplexity)
         return states if self.written is None else {**states, "as written": self.written}
 
@@ -108,7 +108,7 @@ def heal(
     notify: Notify = ignore,
     dry_run: bool = False,
     **fields: Any,
-) -> Healing:
+) -> HealingResult:
     """Removes layers of a checkpoint and brings quality back.
 
     Refit and patch are closed forms and take minutes. LoRA learns the text, distillation what the
@@ -152,7 +152,7 @@ def heal(
     hub.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, settings, opening)
     if is_gguf(out):
-        check_saved(model, removal.layers, removal.record.block_influence)
+        check_writable_gguf(model, removal.layers, removal.record.block_influence)
     how = (texts, windows, settings, opening, streaming)
     done = _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
     return replace(done, address=hub.push(done.out))
@@ -163,7 +163,7 @@ def _heal(
     model: str,
     out: Path,
     methods: Sequence[str],
-    removal: Chosen,
+    removal: ChosenLayers,
     texts: TextSource,
     windows: HealingWindows,
     settings: Settings,
@@ -172,21 +172,21 @@ def _heal(
     overwrite: bool,
     notify: Notify,
     dry_run: bool,
-) -> Healing:
+) -> HealingResult:
     trains, folder = methods[-1] in TRAINING, None
-    if trains or "refit" in methods:  # which continue from what lies beside the new directory
+    if trains or "refit" in methods:  # these continue from files beside the new directory
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
     texts.check(windows.eval_data)
     opening = as_begun(opening, *(p for n in STATES for p in (folder or out).rglob(n)))
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
-    if not streaming.stream:  # of several ranks each has the whole model, and windows of its own
+    if not streaming.stream:  # each of several ranks has the whole model, and its own windows
         streaming = replace(streaming, model_parallel_size=1)
     short = open_trainable(model, own) if trains else streaming.open(model, own, context)
     if removal.layers:
         check_layers(removal.layers, short.kept)
-    opening = replace(opening, precision=short.precision)  # of all that is opened from here on
+    opening = replace(opening, precision=short.precision)  # for all models opened later
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = removal.importance
     few_bits = trains and is_gguf(out) and in_few_bits(model)
@@ -216,12 +216,12 @@ def _heal(
         notify(plan)
     names = {"data": texts.data, "eval_data": windows.eval_data, "size": size, "bos": bos}
     names |= short.about_precision
-    done = Healing(out, job.run(), parts.left_out, removal.unchecked, names)
+    done = HealingResult(out, job.run(), parts.left_out, removal.unchecked, names)
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_data, "size": size}
     facts = {**removal.record.facts, "data": texts.data}
     job.save(out, facts=facts, overwrite=overwrite, release=isinstance(short, ShortHFModel))
-    del short, job, known, steps, lock  # which makes room for what is read again
-    if not first_rank():
+    del short, job, known, steps, lock  # makes room for the model that is read again
+    if not is_first_rank():
         return done
     if is_gguf(out):
         kinds = about_kinds(model, removal.layers, removal.record.block_influence)
@@ -255,7 +255,7 @@ def _teacher(
 
 def _removal(
     model: str, choice: Choice, methods: Sequence[str], settings: Settings, opening: OpenOptions
-) -> Chosen:
+) -> ChosenLayers:
     """The layers to remove; none where the methods heal a model that was pruned before."""
     if choice.max_perplexity_ratio is not None:
         raise ShortGPTError("`max_perplexity_ratio` is for prune: heal takes `layers`, or `n`")
@@ -273,15 +273,15 @@ def _removal(
         )
     if choice.n is not None or choice.by is not None:
         raise ShortGPTError("`n` and `angular` choose from `scores`")
-    return Chosen([], Provenance())
+    return ChosenLayers([], Provenance())
 
 
-def reread(done: Healing, parts: Learning, opening: OpenOptions, size: int) -> Healing:
-    """The same with what one GGUF file, whose changed tensors were rounded, gives when reread."""
+def reread(done: HealingResult, parts: Learning, opening: OpenOptions, size: int) -> HealingResult:
+    """The same, with the perplexity of one reread GGUF file, whose changed tensors were rounded."""
     if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
         return done
     own = of_source(opening, str(done.out))
     short = open_model(str(done.out), own, max_seq_len=size)
-    written = together(losses(short.decoder, parts.evaluation))
+    written = combined(losses(short.decoder, parts.evaluation))
     change = difference([done.evidence.perplexity["healed"]], [written])
     return replace(done, written=written, quantization=change)

@@ -1,4 +1,4 @@
-"""What a user sets of a job: what it reads and how it runs.
+"""The settings of a job: what it reads and how it runs.
 
 A field is an argument in Python and a flag in the shell.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from short_gpt.data.texts import (
     OWN,
-    Given,
+    TextsInMemory,
     has_columns,
     has_split,
     read_kinds,
@@ -39,7 +39,7 @@ SCORED = ("rank", "reproduce")  # the commands that score layers
 
 
 def ignore(_: str) -> None:
-    """The default of jobs that have something to say."""
+    """The default ``notify`` of jobs."""
 
 
 def listed(names: str) -> list[str]:
@@ -50,15 +50,15 @@ def listed(names: str) -> list[str]:
 def whole_numbers(
     numbers: object, name: str, example: str, *, what: str = "whole numbers", empty: bool = False
 ) -> list[int]:
-    """One number or several as a list; ShortGPTError for anything else, and for none of them.
+    """One number or several as a list; ShortGPTError for anything else, and for an empty list.
 
-    A text of numbers, as in "3 4", is several.
+    A string of numbers, as in "3 4", is several.
     """
     several = [numbers] if isinstance(numbers, int) else numbers
     if isinstance(numbers, str):
         several = None
         if re.search(r"\d", numbers) and re.fullmatch(r"[\d\s,]+", numbers):
-            with suppress(ValueError):  # of more digits than Python reads
+            with suppress(ValueError):  # more digits than Python reads
                 several = [int(number) for number in re.findall(r"\d+", numbers)]
     right = isinstance(several, Sequence) and all(type(i) is int for i in several)
     if not right or not (several or empty):
@@ -89,7 +89,7 @@ COLUMNS = Needs(
 TASKS = needs_one_of("`tasks`", "tasks")
 # of heal alone: rank bounds the states of a search by it too
 STREAM = Needs("`stream`", lambda v: bool(v["stream"]) or "teacher" not in v)
-SEARCHES = {
+SEARCH_MEMORY = {
     "rank": "Without stream, of the states that the searches by loss store; 2GB if not given."
 }
 TEXT = Needs("`data` (a text, or wikitext-2, c4, ptb, pg19)", lambda v: v["data"] != "none")
@@ -159,9 +159,9 @@ def source_of(data: Data) -> TextSource:
 
 
 def name_texts(settings: object, field: str) -> None:
-    """Makes a `data.texts.Given` of a field of settings that holds texts in memory."""
+    """Makes a `data.texts.TextsInMemory` of a field of settings that holds texts in memory."""
     if not isinstance(value := getattr(settings, field), str | None):
-        object.__setattr__(settings, field, Given(value))
+        object.__setattr__(settings, field, TextsInMemory(value))
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ class Running:
 
     batch_size: int = setting(1, commands=(*SCORED, "perplexity"))
     stream: bool = False
-    max_memory: str | None = setting(None, value="SIZE", needs=STREAM, more=SEARCHES)
+    max_memory: str | None = setting(None, value="SIZE", needs=STREAM, more=SEARCH_MEMORY)
     model_parallel_size: int | None = setting(None, commands=SCORED)
 
     def open(self, source: str, options: OpenOptions, size: int) -> ScoredModel:
@@ -325,7 +325,7 @@ class Running:
         )
 
     def check_bounds(self, methods: Sequence[str] = (), *, searches: bool = False) -> None:
-        """Raises ShortGPTError for a size that is none, or bounds nothing: a stream or a search."""
+        """Raises ShortGPTError for an invalid size, or one without stream or search to bound."""
         from short_gpt.runtime.memory import bytes_of
 
         at_least(1, batch_size=self.batch_size)
@@ -377,7 +377,7 @@ class Tasks:
             task_names(self.names, self.include_path)
 
     def suite(self, *, batch_size: int = 1) -> TaskSuite | None:
-        """The tasks as a suite, which reads so many prompts at once; None without tasks."""
+        """The tasks as a suite, which reads so many prompts together; None without tasks."""
         from short_gpt.evaluation.tasks import TaskSuite
 
         if self.tasks is None:
@@ -397,7 +397,7 @@ class Tasks:
 
 
 def check_model(source: str, n: int | None = None, *, name: str = "n") -> int | None:
-    """Raises what would go wrong with a source after it is loaded, and with removing n layers.
+    """Raises errors of a source before it is loaded, and of removing n layers.
 
     Returns how many layers it has, if its files say so.
     """
@@ -432,5 +432,5 @@ def about_own(
 
 
 def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:
-    """How many windows are to come, as far as that is known."""
+    """How many windows will come, if known."""
     return limit if (count := count_of(windows)) is None else count

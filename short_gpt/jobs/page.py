@@ -17,10 +17,10 @@ from short_gpt.runtime.state import versions
 from short_gpt.scoring.importance import Importance
 
 if TYPE_CHECKING:
-    from short_gpt.jobs.shrunk import Shrunk
+    from short_gpt.jobs.shrunk import ShrinkResult
 
 TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
-WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, so that letters stay large
+WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, to keep letters large
 
 REMOVED = "Block Influence of every layer, 1 - cos of the hidden states before and after it. "
 REMOVED += "Removed layers are orange; lines are 95% intervals."
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
     heading: str
     svg: str
     caption: str
-    own_paper: bool = False  # whether it has colours of its own, for a white ground
+    own_paper: bool = False  # whether its colours are made for a white background
 
 
 def page(
@@ -59,7 +59,7 @@ def page(
         remarks: paragraphs below the table.
         prompt: that the completions, by the model's state, answer.
         how: the text of *How it was made*, and ``steps`` its list.
-        commands: that open the result.
+        commands: those that open the result.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -75,7 +75,7 @@ def page(
     return made.render(**parts, steps=[*steps, own])
 
 
-def shrunk_page(shrunk: Shrunk) -> str:
+def shrunk_page(shrunk: ShrinkResult) -> str:
     """The page of a shrunk model."""
     pictures = []
     if shrunk.importance is not None:
@@ -114,8 +114,8 @@ def is_page(path: Path) -> bool:
 def bars(importance: Importance, removed: Sequence[int]) -> str:
     """Block Influence of every layer on a logarithmic axis, as SVG; removed layers are marked."""
     values = dict(zip(importance.layers, importance.block_influence.tolist(), strict=True))
-    reaches = [reach if math.isfinite(reach) else 0.0 for reach in importance.margin.tolist()]
-    pairs = [*zip(values.values(), reaches, strict=True)]
+    margins = [m if math.isfinite(m) else 0.0 for m in importance.margin.tolist()]
+    pairs = [*zip(values.values(), margins, strict=True)]
     known = [(v, v + r) for v, r in pairs if v > 0 and math.isfinite(v)] or [(1.0, 1.0)]
     low = math.floor(math.log10(min(value for value, _ in known)))
     high = math.log10(max(end for _, end in known))
@@ -137,9 +137,9 @@ def bars(importance: Importance, removed: Sequence[int]) -> str:
             f'<rect class="{kind}" x="{x + step / 10:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" '
             f'height="{HEIGHT - y:.1f}"><title>layer {layer}, {kind}: {value:.4g}</title></rect>'
         )
-        middle, reach = f"{x + step / 2:.1f}", reaches[index]
-        if reach:
-            ends = f'y1="{top(value - reach):.1f}" y2="{top(value + reach):.1f}"'
+        middle, margin = f"{x + step / 2:.1f}", margins[index]
+        if margin:
+            ends = f'y1="{top(value - margin):.1f}" y2="{top(value + margin):.1f}"'
             parts.append(f'<line class="error" x1="{middle}" x2="{middle}" {ends}/>')
         if not index % every:
             parts.append(f'<text x="{middle}" y="{HEIGHT + 16}">{layer}</text>')

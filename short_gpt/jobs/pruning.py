@@ -20,8 +20,8 @@ from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target, check_one_file
 from short_gpt.jobs.conversion import prove, read_again
 from short_gpt.jobs.saving import Hub, interruptible
-from short_gpt.jobs.scores import Chosen, chosen
-from short_gpt.jobs.settings import Choice, Written, takes_fields
+from short_gpt.jobs.scores import ChosenLayers, chosen
+from short_gpt.jobs.settings import Choice, PruneOutput, takes_fields
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import read_record
@@ -31,14 +31,14 @@ from short_gpt.wrappers.short_hf import ShortHFModel
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PruneResult:
     """What `prune` wrote."""
 
     out: Path  # the new directory or file
-    chosen: Chosen  # the layers removed, how they were chosen, and what was tried
+    chosen: ChosenLayers  # the layers removed, how they were chosen, and what was tried
     recipe: Path | None  # the mergekit recipe's file, if one was asked for
     proof: str | None  # what was verified, in a sentence, if anything
-    remark: str | None = None  # what other programs may get wrong, or what it still lacks
+    remark: str | None = None  # what other programs may get wrong, or what is still missing
     address: str | None = None  # of the model on the hub, if it was uploaded
 
     @property
@@ -53,11 +53,11 @@ def prune(
     out: str,
     choice: Choice = Choice(),
     *,
-    written: Written = Written(),
+    written: PruneOutput = PruneOutput(),
     opening: OpenOptions = OpenOptions(),
     hub: Hub = Hub(),
     **fields: Any,
-) -> Pruned:
+) -> PruneResult:
     """Writes a checkpoint without some layers, tensor by tensor, in any format.
 
     The model is not loaded for that: memory is bounded by the largest tensor. To verify, source
@@ -104,11 +104,11 @@ def prune(
     recipe = _recipe(source, out, written, dtype)
     influence = removal.record.block_influence
     remark = about_kinds(source, removal.layers, influence) if copied else None
-    return Pruned(target.path, removal, recipe, proof, remark, hub.push(target.path))
+    return PruneResult(target.path, removal, recipe, proof, remark, hub.push(target.path))
 
 
 def _write_opened(
-    source: Source, target: Target, removal: Chosen, verify: bool | None, opening: OpenOptions
+    source: Source, target: Target, removal: ChosenLayers, verify: bool | None, opening: OpenOptions
 ) -> str | None:
     short = open_model(str(source), opening, max_seq_len=1024, precision=FLOAT32)
     if removal.importance is not None:
@@ -123,9 +123,9 @@ def _write_opened(
 
 
 def _write(
-    source: Source, target: Target, removal: Chosen, verify: bool | None, opening: OpenOptions
+    source: Source, target: Target, removal: ChosenLayers, verify: bool | None, opening: OpenOptions
 ) -> str | None:
-    """Writes the checkpoint, proved before it takes its place; returns what was proved."""
+    """Writes the checkpoint, verified before it takes its place; returns what was verified."""
     proofs: list[str | None] = []
 
     def check(directory: Path) -> None:
@@ -145,24 +145,24 @@ def _write(
     return proofs[0] if proofs else None
 
 
-def _recipe(source: Source, out: str, written: Written, dtype: str) -> Path | None:
+def _recipe(source: Source, out: str, written: PruneOutput, dtype: str) -> Path | None:
     if written.recipe is None:
         return None
     path = Path(written.recipe)
     keep = read_record(f"{out}/{PROVENANCE}")["kept_layers"]
-    with new_file(path, overwrite=written.overwrite, ours=is_recipe) as partial:
+    with new_file(path, overwrite=written.overwrite, replaces=is_recipe) as partial:
         partial.write_text(mergekit_recipe(str(source), keep, dtype), encoding="utf-8")
     return path
 
 
-def _recipe_dtype(source: Source, target: Target, written: Written) -> str:
+def _recipe_dtype(source: Source, target: Target, written: PruneOutput) -> str:
     """The dtype for the recipe; checks that mergekit reads the model, and the recipe's path."""
     if written.recipe is None:
         return ""
     if target.format == "gguf":
         raise ShortGPTError("`recipe`: mergekit writes no GGUF; leave one of them out")
     dtype, path = recipe_dtype(source), Path(written.recipe)
-    check_output(path, overwrite=written.overwrite, ours=is_recipe)
+    check_output(path, overwrite=written.overwrite, replaces=is_recipe)
     own, out = resolved(path), resolved(target.path)
     if own == out or own in out.parents:
         raise ShortGPTError(

@@ -9,13 +9,13 @@ from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 from llama.io.sources import find_source
-from llama.ranks import several_ranks
+from llama.ranks import is_distributed
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.data.windows import count_of
 from short_gpt.healing.choosing import (
+    BARE_PASS,
     BUDGET,
-    FIRST,
-    MOST,
+    MAX_WINDOWS,
     HealedChoice,
     choose_healed,
     expect_budget,
@@ -42,7 +42,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
 from short_gpt.runtime.memory import bytes_of
-from short_gpt.runtime.progress import DryRun, check_alone, duration, first_rank
+from short_gpt.runtime.progress import DryRun, check_alone, duration, is_first_rank
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
@@ -51,7 +51,7 @@ from short_gpt.selection.methods import AUTO, SEARCHED, choose
 from short_gpt.selection.search import Search, most_layers_run
 from short_gpt.wrappers.opening import check_tokenizer
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import writes, written
+from short_gpt.wrappers.own_text import own_text_writer, with_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -86,7 +86,7 @@ class Ranking(Table):
         return choose(self.importance, self.answer.n, method=method, seed=seed)
 
     def to_dict(self) -> dict[str, object]:
-        """The scores and the verdict, or the search, and of which weights, ready for JSON."""
+        """The scores and the verdict, or the search, and the weights' digests, ready for JSON."""
         source = {"bos": self.bos, "scored": dict(self.scored), **self.precision}
         if self.importance is None:
             chosen = {"method": self.answer.method, "layers": self.layers}
@@ -102,7 +102,7 @@ class Ranking(Table):
 
     @property
     def columns(self) -> dict[str, list[object]]:
-        """`Importance.columns` and whether each is to go; else the layers or sets with losses."""
+        """`Importance.columns` and whether each is removed; else the layers or sets with losses."""
         if self.choice is not None:
             sets = self.choice.candidates
             named: list[object] = [", ".join(one.methods) for one in sets]
@@ -127,7 +127,7 @@ class Ranking(Table):
 
     def finish(self) -> None:
         """Deletes the state, once the result is safe."""
-        if self.state is not None and first_rank():
+        if self.state is not None and is_first_rank():
             self.state.clear()
 
 
@@ -156,7 +156,7 @@ def rank(
         answer: what is asked: the method, the number of layers, when to stop.
         cut: how the texts are cut into windows.
         opening: how the model is opened.
-        running: how it runs: windows at once, one layer at a time.
+        running: how it runs: batch size, one layer at a time.
         saving: the file that the run is saved in, to be continued.
         notify: called with what a streamed run will take in memory, before it starts.
         detailed: whether it is also called with the time that one pass will take, from a window
@@ -174,14 +174,15 @@ def rank(
         >>> quick = rank("llama-2-7b", "novels/", n=9, size=512, max_windows=24)  # doctest: +SKIP
     """
     answer, texts = answer if n is None else replace(answer, n=n), source_of(data)
-    if answer.method == AUTO:  # what judges must not overlap what is fitted on
-        cut = replace(cut, stride=max(cut.step, cut.size), max_windows=cut.max_windows or MOST)
-        expect_budget(answer.budget, cut.max_windows or MOST)
+    if answer.method == AUTO:  # windows to judge by must not overlap those to fit on
+        most = cut.max_windows or MAX_WINDOWS
+        cut = replace(cut, stride=max(cut.step, cut.size), max_windows=most)
+        expect_budget(answer.budget, most)
     opening = as_begun(opening, saving.state)
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
     # of the files as they are now; ranks would wait for the first one, and not for long
-    digests = {} if several_ranks() else digests_of(model, opening.tokenizer_path)
+    digests = {} if is_distributed() else digests_of(model, opening.tokenizer_path)
     short = running.open(model, opening, cut.size)
     for name in ("n", "candidates"):  # of a file or a model at the hub, known only now
         if (asked := getattr(answer, name)) is not None:
@@ -197,9 +198,9 @@ def rank(
             work += "; it takes at most as long as reading so many windows"
         work += "" if known else "; writing that takes more"
         end_dry_run(short, work, cut.size, total, batch_size=running.batch_size, **how)
-    write = writes(short, cut.size, seed=cut.seed, beside=saving.state)
+    write = own_text_writer(short, cut.size, seed=cut.seed, beside=saving.state)
     with interruptible():
-        documents = written(kinds, write, cut.max_windows)
+        documents = with_own_text(kinds, write, cut.max_windows)
     windows, bos = cut.mixed(documents, short.encode, short.bos), cut.bos or short.bos
     windows = list(windows) if answer.by_loss else windows
     state = None
@@ -212,7 +213,7 @@ def rank(
     if answer.by_loss:
         return _search(short, windows, result, running)
     result = _measure(short, windows, result, cut, running, notify, detailed=detailed)
-    if several_ranks() and first_rank():
+    if is_distributed() and is_first_rank():
         return replace(result, scored=digests_of(model, opening.tokenizer_path))
     return result
 
@@ -220,7 +221,7 @@ def rank(
 def _passes(answer: Answer, count: int, windows: int | None) -> int | None:
     """The most windows that a choice by loss reads, each through all of so many layers."""
     if answer.method == AUTO:
-        return FIRST * (answer.budget or BUDGET)
+        return BARE_PASS * (answer.budget or BUDGET)
     rounds = answer.n or 1 if answer.method == "sleb" else 1
     return None if windows is None else math.ceil(windows * most_layers_run(count, rounds) / count)
 
@@ -244,12 +245,12 @@ def _identity(
 def check_ranking(
     model: str, answer: Answer, cut: Cut, running: Running, opening: OpenOptions
 ) -> None:
-    """Raises what would go wrong after the model is loaded, or the texts are opened."""
+    """Raises errors that would otherwise come after the model is loaded or the texts are opened."""
     check_model(model, answer.n)
     if answer.candidates is not None:
         check_model(model, answer.candidates, name="candidates")
     cut.check()
-    answer.rule(cut.seed)  # refuses a confidence out of range
+    answer.rule(cut.seed)  # raises for a confidence out of range
     if running.stream and (answer.by_loss or answer.method == "angular_all"):
         why = "the model in memory for every candidate" if answer.by_loss else "all states"
         raise ShortGPTError(
@@ -263,7 +264,7 @@ def check_ranking(
     if answer.by_loss:
         check_alone(f"`method` {answer.method}")
     check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
-    if find_source(model).kind == "meta":  # a damaged one shows before the texts are opened
+    if find_source(model).kind == "meta":  # a damaged one is refused before the texts are opened
         Tokenizer(opening.tokenizer_path or find_tokenizer(model))
 
 
@@ -326,7 +327,7 @@ def forecast(
 ) -> str:
     """How long a run will take, from one window that is timed. All ranks must call it.
 
-    Of ``total`` windows, a sample of ``population``, ``read`` were read before; None is not known.
+    Of ``total`` windows, a sample of ``population``, ``read`` were read before; None is unknown.
     """
     one = short.seconds_a_window(window, batch_size) / replicas.current(short.decoder.device).count
     line = f"a window of {len(window):,} tokens takes {duration(one)}"
@@ -345,7 +346,7 @@ def end_dry_run(
     short: ScoredModel, work: str, size: int, total: int | None = None, **how: Any
 ) -> NoReturn:
     """Raises DryRun with the work and its `forecast`, from a window of ``size`` that is timed."""
-    window = [0] * min(size, short.decoder.max_seq_len)  # which tokens takes no other time
+    window = [0] * min(size, short.decoder.max_seq_len)  # its tokens do not change the time
     time = forecast(short, window, total=total, **how)
     raise DryRun(f"dry run: it would {work}\n{time}\nnothing was written")
 

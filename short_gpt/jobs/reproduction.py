@@ -33,7 +33,7 @@ from short_gpt.jobs.settings import Answer
 from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import free_memory, shown
+from short_gpt.runtime.memory import format_bytes, free_memory
 from short_gpt.scoring.importance import Importance, difference_margins
 from short_gpt.scoring.metrics import kendall, spearman
 from short_gpt.wrappers.options import OpenOptions
@@ -79,7 +79,7 @@ def _paper_model(name: str) -> JsonObject:
 def identify(dim: int, n_layers: int, vocab_size: int) -> str:
     """Which of the paper's models has this shape, by the name that `compare_with_paper` knows.
 
-    A shape is no proof of identity: LLaMA 1 7B and Mistral 7B share that of Llama-2-7B.
+    A shape does not prove identity: LLaMA 1 7B and Mistral 7B share that of Llama-2-7B.
 
     Example:
         >>> identify(4096, 32, 32000)
@@ -102,10 +102,10 @@ class PaperComparison(NamedTuple):
     model: str  # the paper's name of the model
     paper: list[int]  # the paper's layers (arXiv:2403.03853v3, Table 9), in order of removal
     ours: list[int]  # ours, in order of removal
-    same_set: bool  # whether both hold the same layers, in any order
-    overlap: int  # how many layers both hold
+    same_set: bool  # whether both have the same layers, in any order
+    overlap: int  # how many layers both have
     same_order: bool  # whether the lists are equal
-    same_places: int  # at how many places both lists have the same layer
+    same_places: int  # at how many positions both lists have the same layer
     kendall_tau: float | None  # of the order of the shared layers, in [-1, 1]; None if fewer than 2
     rank_correlation: float | None  # Spearman's rho of their places, in [-1, 1], or None
 
@@ -176,14 +176,14 @@ class Pair(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the scores have the paper's order, the other one, or cannot tell."""
-        if not abs(self.difference) > self.margin:  # nothing exceeds an error that is not known
+        """Whether the scores show the paper's order, the opposite, or neither."""
+        if not abs(self.difference) > self.margin:  # nothing exceeds an unknown error
             return WITHIN
         return BORNE_OUT if self.difference > 0 else REVERSED
 
 
 class PaperOrder(NamedTuple):
-    """What measured scores say of the order of the paper's list."""
+    """How measured scores agree with the order of the paper's list."""
 
     confidence: float  # of the interval of each pair by itself
     pairs: list[Pair]  # every two layers of the list, in its order
@@ -215,28 +215,28 @@ class PaperOrder(NamedTuple):
         return "\n".join([*lines, f"pairs of the list, {len(self.pairs)}: {', '.join(counts)}"])
 
 
-def bear_out(paper: Sequence[int], importance: Importance, confidence: float = 0.95) -> PaperOrder:
+def paper_order(paper: Sequence[int], scores: Importance, confidence: float = 0.95) -> PaperOrder:
     """Compares the order of a list of removed layers with measured scores.
 
     Where a difference is within its error, another sample of texts may give the other order.
     ``paper`` lists scored layers in order of removal; each pair by itself has the confidence.
     """
-    margins, scores = difference_margins(importance, confidence), importance.block_influence
+    margins, influence = difference_margins(scores, confidence), scores.block_influence
     pairs = []
     for first, second in combinations(paper, 2):
-        a, b = importance.layers.index(first), importance.layers.index(second)
-        pairs.append(Pair(first, second, float(scores[b] - scores[a]), float(margins[a, b])))
+        a, b = scores.layers.index(first), scores.layers.index(second)
+        pairs.append(Pair(first, second, float(influence[b] - influence[a]), float(margins[a, b])))
     return PaperOrder(confidence, pairs)
 
 
-class Reproduced(NamedTuple):
+class ReproductionResult(NamedTuple):
     """What `reproduce` gives."""
 
     comparison: PaperComparison  # the paper's layers and ours
-    order: PaperOrder  # how far our scores bear out the paper's order
+    order: PaperOrder  # how far our scores confirm the paper's order
     ranking: Ranking  # our scores
-    changed: tuple[str, ...] = ()  # what was not done as in the paper's protocol, in words
-    taken: tuple[str, ...] = ()  # local texts that were taken for PG-19
+    changed: tuple[str, ...] = ()  # departures from the paper's protocol, in words
+    taken: tuple[str, ...] = ()  # local texts in place of PG-19
 
     @property
     def n(self) -> int:
@@ -254,7 +254,7 @@ class Reproduced(NamedTuple):
         return None if scores is None else spearman(scores[0], self.importance.block_influence)
 
     def to_dict(self) -> dict[str, object]:
-        """All of it, ready for JSON."""
+        """All fields, ready for JSON."""
         compared = {"result": self.comparison._asdict(), "order": self.order.to_dict()}
         about = {"published_rank_correlation": self.published, "changed": list(self.changed)}
         about |= {"taken_for_pg19": list(self.taken)}
@@ -272,7 +272,7 @@ def reproduce(
     saving: Saving = Saving(),
     notify: Notify = ignore,
     dry_run: bool = False,
-) -> Reproduced:
+) -> ReproductionResult:
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
 
     It is `rank` on PG-19 validation in windows of 1024 tokens, 256 apart, by Block Influence, for
@@ -282,7 +282,7 @@ def reproduce(
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
         data: PG-19, streamed from the hub, or a local copy of it.
         paper: which model it is, and the confidence of the answer.
-        notify: called with what the run will take and how it stands.
+        notify: called with the time the run will take and with its progress.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
 
     Example:
@@ -304,18 +304,18 @@ def reproduce(
     name = _name(model, shape, paper.paper_model)
     n = len(_paper_model(name)["removed"])
     answer = Answer(n, confidence=paper.confidence, rare=paper.rare)
-    check_ranking(model, answer, cut, running, opening)  # before anything is said
+    check_ranking(model, answer, cut, running, opening)  # before any message
     if not running.stream:
         notify(_in_memory(shape, opening))
     how: Any = {"opening": opening, "running": running, "saving": saving, "notify": notify}
     how["dry_run"] = dry_run
     result = rank(model, data, answer=answer, cut=cut, **how, detailed=True)
     ours = compare_with_paper(name, result.layers)
-    assert result.importance is not None  # of Block Influence, which is no search
-    order = bear_out(ours.paper, result.importance)
+    assert result.importance is not None  # of Block Influence, which is not a search
+    order = paper_order(ours.paper, result.importance)
     texts = source_of(data)
     local = tuple(filter(is_local, source_names(texts.data)))
-    return Reproduced(ours, order, result, _changed(cut, texts, result.bos), local)
+    return ReproductionResult(ours, order, result, _changed(cut, texts, result.bos), local)
 
 
 def _name(model: str, shape: ModelArgs, name: str | None) -> str:
@@ -342,12 +342,12 @@ def _in_memory(shape: ModelArgs, opening: OpenOptions) -> str:
     dtype = choose_dtype(opening.dtype, device)
     size = sum(map(math.prod, full_shapes(shape).values())) * dtype.itemsize
     kind = str(dtype).removeprefix("torch.")
-    line = f"the model in memory: {shown(size)} of weights in {kind}"
+    line = f"the model in memory: {format_bytes(size)} of weights in {kind}"
     if device.type == "cuda":
         return f"{line}, on {device}"
     free = free_memory()
     way = "; stream holds one layer at a time, bfloat16 half as much" if size > free else ""
-    return f"{line}, of {shown(free)} that are free{way}"
+    return f"{line}, of {format_bytes(free)} that are free{way}"
 
 
 def _changed(cut: Cut, texts: TextSource, bos: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Where jobs keep what they do: a long run's state, a model on the hub; and requests to end."""
+"""Where jobs save their work: a long run's state, a model on the hub; and requests to end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llama.io.files import check_writable, is_stream
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.settings import WRITE, needs_one_of, setting
 from short_gpt.wrappers.options import AUTO, TOKENIZER, OpenOptions
 
@@ -42,7 +42,7 @@ class Saving:
         return self if named else replace(self, state=f"{result}.state")
 
     def file(self, identity: Mapping[str, object]) -> StateFile | None:
-        """The file, or None where it has no name; see `StateFile` for the identity."""
+        """The file, or None if it has no name; see `StateFile` for the identity."""
         from short_gpt.runtime.state import StateFile
 
         if self.state is None:
@@ -73,21 +73,21 @@ class Hub:
     private: bool = setting(False, needs=needs_one_of("`push_to_hub`", "push_to_hub"))
 
     def check(self, out: str | Path, format: str | None) -> None:
-        """Raises what would keep a model from being uploaded, before it is made."""
+        """Raises what would prevent the upload, before the model is made."""
         if self.push_to_hub is not None:
             from short_gpt.checkpoints.hub import check_push
 
             check_push(self.push_to_hub, out, format)
 
     def later(self) -> Hub:
-        """The same, checked as early, for a job that leaves the upload to its caller."""
+        """The same, also checked early, for a job that leaves the upload to its caller."""
         return _Later(self.push_to_hub, self.private)
 
     def push(self, out: Path) -> str | None:
         """Uploads a model that was written; its address, or None where none was asked for."""
         from short_gpt.checkpoints.hub import push
 
-        if (repo := self.push_to_hub) is None or not first_rank():
+        if (repo := self.push_to_hub) is None or not is_first_rank():
             return None
         try:
             return push(out, repo, private=self.private)
@@ -106,7 +106,7 @@ class Conversion:
 
     Args:
         to: the format to write: meta, hf or gguf. If not given, gguf where OUT ends with .gguf,
-            else Meta's; Hugging Face's from Meta's and from a GGUF file that is no Llama.
+            else Meta's; Hugging Face's from Meta's and from a GGUF file that is not a Llama.
         type: of matrices in GGUF, from another format: f32, f16, bf16 or q8_0; the source's if not
             given.
         dtype: of the weights written for Meta, or read from GGUF; the source's if not given,
@@ -135,12 +135,12 @@ class Conversion:
 
 
 def as_begun(opening: OpenOptions, *states: str | Path | None) -> OpenOptions:
-    """The options in the precision of the run that is continued, where `auto` would choose one."""
+    """The options with the precision of a continued run, where `auto` would choose one."""
     from short_gpt.runtime.state import USUAL, read_record
 
     for path in states if opening.precision == AUTO else ():
         run = None
-        with suppress(ShortGPTError):  # of a damaged one, which is refused where it is continued
+        with suppress(ShortGPTError):  # a damaged state is refused when it is continued
             run = read_record(path).get("run") if path and Path(path).is_file() else None
         if isinstance(run, dict):
             return replace(opening, precision=str({**USUAL, **run}["precision"]))

@@ -38,7 +38,7 @@ from short_gpt.wrappers.short_model import ShortModel
 TOKENIZER_CONFIG = "tokenizer_config.json"
 Digests = Mapping[str, str | None]
 
-# what scores are of, and what mends it where a model's differ
+# what scores belong to, and what helps where a model's differ
 MENDS = {
     "weights": ("the weights", "name the model that was scored"),
     "configuration": ("the configuration", "put the former config.json (params.json) back"),
@@ -47,24 +47,24 @@ MENDS = {
 
 
 @dataclass(frozen=True)
-class Scores:
+class SavedScores:
     """What a file of `rank` says of the layers to remove."""
 
     file: str  # its name
     method: str  # a name of `METHODS`
-    arguments: Mapping[str, object]  # those that the ranking was made with
+    arguments: Mapping[str, object]  # of the ranking
     importance: Importance | None = None  # the scores; None where a search by loss chose the layers
     searched: list[int] = field(default_factory=list)  # these layers, in order of removal
-    scored: Digests = field(default_factory=dict)  # of `digests_of` the model, as far as known
+    scored: Digests = field(default_factory=dict)  # of `digests_of` the model, if known
     # the verdict of the stop that ended the scoring, if one did
     settled: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: str, method: str | None = None) -> Scores:
-        """The scores of a file; ``method`` takes the place of the one that ranked."""
+    def read(cls, file: str, method: str | None = None) -> SavedScores:
+        """The scores of a file; ``method`` replaces the one that ranked."""
         record = _read(file)
         arguments, scored = _part(record, "arguments", file), _part(record, "scored", file)
-        if "precision" in arguments:  # the one that auto took
+        if "precision" in arguments:  # the one that auto chose
             arguments = {**arguments, "precision": record.get("precision", "float32")}
         digests = {name: str(scored[name]) for name in MENDS if scored.get(name)}
         if "chosen" not in record:
@@ -83,7 +83,7 @@ class Scores:
             layers = saved_layer_numbers(search.get("layers"))
         except TypeError as error:
             raise ShortGPTError(
-                f"{file} holds no layers that a search chose: {error}; write it anew by short-gpt "
+                f"{file} holds no layers that a search chose: {error}; write it again by short-gpt "
                 "rank"
             ) from None
         return cls(file, by, arguments, None, layers, digests)
@@ -131,7 +131,7 @@ class Scores:
             )
 
     def about(self, n: int) -> str | None:
-        """Why the n layers now chosen are not settled: a stop settles one answer alone."""
+        """Why the n chosen layers are not settled: a stop settles only one answer."""
         stop, verdict = self.settled.get("stop"), self.settled
         if self.method in WITHOUT_TEXT:  # whatever the windows are
             return None
@@ -165,7 +165,7 @@ class Scores:
         return self.searched[:n]
 
     def record(self, **evidence: object) -> Provenance:
-        """How the layers were chosen, and what else tells for them, to be kept with the result."""
+        """How the layers were chosen, with the evidence, to be kept with the result."""
         how = {"method": METHODS[self.method], "scored_by": self.arguments, **evidence}
         data = self.arguments.get("data")
         facts = {"data": data} if data else None
@@ -173,13 +173,13 @@ class Scores:
 
 
 def _read(file: str) -> JsonObject:
-    """What a file of `rank` holds; one of an earlier version, without a digest, as it is."""
+    """What a file of `rank` holds; one without a digest is taken as it is."""
     record = read_record(file)
     own = {name: record[name] for name in record if name != FILES}  # the demo's folder lists them
     if CHECKED in record and record[CHECKED] != content_digest(own):
         raise ShortGPTError(
             f"{file} does not hold the scores that were written: it was edited or is damaged; "
-            "write it anew by short-gpt rank, or fetch it anew from where it is whole"
+            "write it again by short-gpt rank, or copy it again from an undamaged file"
         )
     return record
 
@@ -196,7 +196,7 @@ def _importance(record: Mapping[str, object], source: str) -> Importance:
     try:
         return Importance.from_dict(content)
     except ShortGPTError as error:
-        raise ShortGPTError(f"{source}: {error}; write it anew by short-gpt rank") from None
+        raise ShortGPTError(f"{source}: {error}; write it again by short-gpt rank") from None
 
 
 def read_scores(file: str) -> Importance:
@@ -207,7 +207,7 @@ def read_scores(file: str) -> Importance:
 def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
     part = record.get(name) or {}
     if not isinstance(part, dict):
-        raise ShortGPTError(f"{file}: {name} is {part!r}, expected an object; rank anew")
+        raise ShortGPTError(f"{file}: {name} is {part!r}, expected an object; rank again")
     return part
 
 
@@ -215,7 +215,7 @@ def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, ob
 
 
 def digests_of(model: str, tokenizer_path: str | None = None) -> dict[str, str | None]:
-    """Digests of a model's files as they are now, by which saved scores are known as its own."""
+    """Digests of a model's present files, by which saved scores are recognized as its own."""
     source = find_source(model)
     return {
         "weights": weights_of(source),
@@ -241,7 +241,7 @@ def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
 
 
 def configuration_of(source: str | Source) -> str | None:
-    """A digest of what counts of a checkpoint's configuration; None where it has no such file."""
+    """A digest of the relevant part of a checkpoint's configuration; None without such a file."""
     kind = find_source(source).kind
     if kind == "meta":
         return config_digest(params_entries(ModelArgs.from_params(read_params(Path(source)))))
@@ -260,18 +260,18 @@ def _tokenizer_part(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Layers to remove, and what is kept of how they were chosen."""
+class ChosenLayers:
+    """Layers to remove, and the record of the choice."""
 
     layers: list[int]  # original numbers, in order of removal
     record: Provenance  # of the choice, to be kept with the pruned model
     budget: Budget | None = None  # what was tried, where the perplexity decided
     importance: Importance | None = None  # the scores of one pass that chose them, if any
-    unsure: str | None = None  # why the text of the budget may be that of the scores, if it may
+    unsure: str | None = None  # why the budget's text may be that of the scores, if so
     unchecked: str | None = None  # what of the scores was not checked or not settled
 
 
-def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) -> Chosen:
+def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) -> ChosenLayers:
     """The layers of a choice, with the evidence where the perplexity on held-out text decides.
 
     Raises:
@@ -283,8 +283,8 @@ def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) ->
         for name in ("max_perplexity_ratio", "n"):
             if getattr(choice, name) is not None:
                 raise ShortGPTError(f"`{name}` chooses from `scores`, not from `layers`")
-        return Chosen(choice.named or [], Provenance())
-    scores = Scores.read(choice.scores, choice.by)
+        return ChosenLayers(choice.named or [], Provenance())
+    scores = SavedScores.read(choice.scores, choice.by)
     if ratio is not None:
         if data is None or n is not None:
             raise ShortGPTError("`max_perplexity_ratio` needs `eval_data`, and no `n`")
@@ -293,12 +293,12 @@ def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) ->
         raise ShortGPTError("with `scores`, say how many layers to remove: `n`")
     unchecked = scores.check_model(model)
     layers, remarks = scores.layers(n), _lines(unchecked, scores.about(n))
-    return Chosen(layers, scores.record(), importance=scores.importance, unchecked=remarks)
+    return ChosenLayers(layers, scores.record(), importance=scores.importance, unchecked=remarks)
 
 
 def _chosen_within(
-    model: str, scores: Scores, choice: Choice, data: str, ratio: float, opening: OpenOptions
-) -> Chosen:
+    model: str, scores: SavedScores, choice: Choice, data: str, ratio: float, opening: OpenOptions
+) -> ChosenLayers:
     if scores.method == AUTO:
         raise ShortGPTError(
             f"`max_perplexity_ratio` needs layers in an order, and {AUTO} chooses a set: name `n`, "
@@ -313,7 +313,7 @@ def _chosen_within(
     column = TextSource(data, column=choice.column, chat=choice.chat).column
     held = list(cut.windows(texts(data, column=column), short.encode, short.bos))
     unsure = _check_apart(held, data, scores.arguments, short)
-    most = len(scores.searched) or None  # a search chose no more
+    most = len(scores.searched) or None  # a search chose no more than these
     budget = short.layers_within(
         held, ratio, choose=scores.layers, most=most, confidence=choice.confidence
     )
@@ -321,13 +321,14 @@ def _chosen_within(
         rise = budget.tried[1].value / budget.tried[0].value
         raise ShortGPTError(
             f"not even one layer may go: without {scores.layers(1)} the perplexity on {data} rises "
-            f"by a factor of {rise:.4f}, {budget.verdict(1)}; more `eval_windows` or texts tell "
-            "more"
+            f"by a factor of {rise:.4f}, {budget.verdict(1)}; more `eval_windows` or texts may "
+            "settle it"
         )
     gate: dict[str, object] = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
     gate = {"quality_gate": {**gate, **short.about_precision}}
     remarks = _lines(unchecked, scores.about(len(budget.layers)))
-    return Chosen(budget.layers, scores.record(**gate), budget, scores.importance, unsure, remarks)
+    record = scores.record(**gate)
+    return ChosenLayers(budget.layers, record, budget, scores.importance, unsure, remarks)
 
 
 def _lines(*remarks: str | None) -> str | None:
@@ -341,7 +342,7 @@ def _check_names(eval_data: str, data: object) -> None:
         (Path(a).resolve(), Path(b).resolve())
         for a in source_names(eval_data)
         for b in names
-        if os.path.exists(a) and os.path.exists(b)  # which takes any name, however long
+        if os.path.exists(a) and os.path.exists(b)  # which accepts a name of any length
     ]
     if eval_data == data or any(a.is_relative_to(b) or b.is_relative_to(a) for a, b in pairs):
         raise ShortGPTError(f"`eval_data` {eval_data} is what the scores were measured on")

@@ -1,4 +1,4 @@
-"""What a user sets of a job that chooses, removes or heals layers; `jobs.inputs` has the rest."""
+"""The settings of jobs that choose, remove or heal layers; `jobs.inputs` has the rest."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 RANK, PRUNE = ("rank",), ("prune",)
-# what `Choice` has for a limit of perplexity
+# fields of `Choice` for a limit of perplexity
 LIMITS = ("max_perplexity_ratio", "eval_data", "eval_windows", "size", "confidence", "bos")
 LIMIT = needs_one_of("`max_perplexity_ratio`", "max_perplexity_ratio")
 SEED, CONFIDENCE = needs_one_of("a `seed`", "seed"), needs_one_of("a `confidence`", "confidence")
@@ -55,7 +55,7 @@ def _by_loss(method: object) -> bool:
 
 SETTLED = Needs("`n`, a `seed` and `method` bi or angular", _settled)
 SLEB = Needs("`method` sleb", lambda v: v["method"] == "sleb")
-AUTO = Needs("`method` auto", lambda v: v["method"] == "auto")
+NEEDS_AUTO = Needs("`method` auto", lambda v: v["method"] == "auto")
 SCORES = Needs(
     "a `method` that scores (not perplexity, sleb or auto)", lambda v: not _by_loss(v.get("method"))
 )
@@ -63,7 +63,7 @@ SCORES = Needs(
 
 @dataclass(frozen=True)
 class Answer:
-    """What a ranking is to answer.
+    """What a ranking must answer.
 
     Args:
         n: number of layers to remove; also print which ones each method would remove.
@@ -89,14 +89,14 @@ class Answer:
     n: int | None = setting(None, commands=RANK)
     method: str = setting("bi", commands=RANK)
     candidates: int | None = setting(None, commands=RANK, needs=SLEB)
-    budget: int | None = setting(None, commands=RANK, needs=AUTO)
+    budget: int | None = setting(None, commands=RANK, needs=NEEDS_AUTO)
     confidence: float | None = setting(0.99, needs=(SETTLED, SEED))
     rare: float = setting(0.02, needs=(SETTLED, SEED, CONFIDENCE))
     sublayers: bool = setting(False, commands=RANK, needs=SCORES)
     paper_model: str | None = setting(None, commands=("reproduce",))
 
     def __post_init__(self) -> None:
-        if self.method != Answer.method:  # the default is known to be right, without an import
+        if self.method != Answer.method:  # the default is known to be valid, without an import
             from short_gpt.selection.methods import check_method
 
             check_method(self.method)
@@ -164,7 +164,7 @@ class Choice:
     bos: str | None = setting(None, commands=PRUNE, needs=LIMIT)
 
     def check(self) -> Choice:
-        """Itself; ShortGPTError unless either layers are named or scores to choose them by."""
+        """Itself; ShortGPTError unless it names either layers or scores to choose them by."""
         from short_gpt.selection.methods import check_method
         from short_gpt.selection.perplexity_budget import check_limit
 
@@ -191,7 +191,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Written:
+class PruneOutput:
     """How a pruned checkpoint is written.
 
     Args:
@@ -252,18 +252,18 @@ class HealingWindows:
     def read(
         self, texts: TextSource, short: ScoredModel, size: int, limit: int | None, **how: Any
     ) -> Learning:
-        """The windows of ``size``, ``limit`` of them to learn from, as `healing.Source.windows`.
+        """The windows of ``size``, ``limit`` of them to learn from, as `HealingTexts.windows`.
 
-        What the model writes itself is kept ``beside`` a file.
+        Text that the model writes is kept ``beside`` a file.
         """
-        from short_gpt.healing.texts import Source
-        from short_gpt.wrappers.own_text import writes
+        from short_gpt.healing.texts import HealingTexts
+        from short_gpt.wrappers.own_text import own_text_writer
 
-        write = writes(short, size, seed=self.seed, beside=how.pop("beside"))
+        write = own_text_writer(short, size, seed=self.seed, beside=how.pop("beside"))
         place = (texts.split, texts.column, texts.max_texts, self.seed)
         how |= {"eval_windows": self.eval_windows, "drop_overlap": self.drop_overlap}
         how |= {"bos": self.bos or short.bos, "limit": self.max_windows or limit, "write": write}
-        return Source(texts.data, self.eval_data, *place).windows(short.encode, size, **how)
+        return HealingTexts(texts.data, self.eval_data, *place).windows(short.encode, size, **how)
 
 
 # the settings of a recipe, and all of distillation alone
@@ -367,7 +367,7 @@ class Settings:
             raise ShortGPTError(f"`preset` {self.preset}: expected one of {', '.join(PRESETS)}")
         if not {*training} & {*methods}:
             return
-        Recipe(**{**asdict(Recipe()), **self.changes})  # refuses values out of range
+        Recipe(**{**asdict(Recipe()), **self.changes})  # raises for values out of range
         lora.require_packages()
         lora.check_reports(self.report_to)
         if self.four_bit:
@@ -383,7 +383,7 @@ class Settings:
             check_share(step.kl_share)
 
     def refit(self, max_windows: int | None = None) -> RefitSettings:
-        """What the refit takes; ShortGPTError for a setting out of range."""
+        """The refit's settings; ShortGPTError for one out of range."""
         from short_gpt.healing.refit import RefitSettings
         from short_gpt.healing.solver import PARTS
 
@@ -405,7 +405,7 @@ class Settings:
     def recipe(self, short: ScoredModel, seed: int, *, few_bits: bool = False) -> Recipe:
         """The recipe for a model of transformers, with the changes.
 
-        ``few_bits``: what it changes is rounded again, so that preset small changes little.
+        ``few_bits``: what it changes is rounded again, and so preset small changes little.
         """
         from short_gpt.healing.recipe import OUTPUTS, recipe_for
 
@@ -431,7 +431,7 @@ def kinds_of_methods() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def methods_of(text: str) -> list[str]:
-    """The methods that a comma list names; ShortGPTError unless each can follow the one before."""
+    """The methods in a comma list; ShortGPTError unless each can follow the one before."""
     from short_gpt.healing.job import STEPS, check_order
 
     methods = listed(text)

@@ -25,7 +25,7 @@ from short_gpt.checkpoints.target import Target
 from short_gpt.jobs.comparing import size_without, tokens_per_second
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.inputs import Notify
-from short_gpt.jobs.shrunk import PLAIN
+from short_gpt.jobs.shrunk import PROMPT
 from short_gpt.models.layer_config import caches_keys
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
@@ -40,7 +40,7 @@ Sizes = tuple[list[int], int]  # of every layer, and of the rest
 
 
 def tensor_bytes(path: Path) -> int:
-    """Of all tensors of a GGUF file."""
+    """Bytes of all tensors of a GGUF file."""
     return sum(entry.nbytes for entry in Stack.open(str(path)).parts.tensors.values())
 
 
@@ -116,12 +116,12 @@ class InMemory:
         return [width * caches_keys(kind) for kind in kinds]
 
     def prompt(self, own: str | None) -> str:
-        """What it is asked, unless the user has an own prompt."""
-        return own or (CHAT if self.chats else PLAIN)
+        """The question, unless the user gives another."""
+        return own or (CHAT if self.chats else PROMPT)
 
     @cached_property
     def chats(self) -> bool:
-        """Whether it has a chat template that takes a user's turn alone."""
+        """Whether it has a chat template that takes only a user's turn."""
         from jinja2 import TemplateError
 
         tokenizer = self.short.tokenizer
@@ -140,7 +140,7 @@ class InMemory:
         return tokenizer(str(text), add_special_tokens=False)["input_ids"]
 
     def asked(self, prompt: str) -> list[int]:
-        """The tokens that it answers, or continues; ShortGPTError if it can read no more."""
+        """The tokens that it answers or continues; ShortGPTError if they are all it can read."""
         ids = self._turn(prompt) if self.chats else self.short.encode(prompt)
         if len(ids) >= (most := self.short.decoder.max_seq_len):
             raise ShortGPTError(
@@ -161,16 +161,16 @@ class InMemory:
         return tokens_per_second(self.short, window, count=TIMED_TOKENS, runs=1)
 
     def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
-        """Writes the model, reads it again and compares it; a loaded one alone is there after it.
+        """Writes the model, reads it again and compares it; only a loaded one stays in memory.
 
-        So no second copy of the weights is in memory.
+        So there is never a second copy of the weights in memory.
         """
         short, last = self.short, self.source is not None
         if self.in_place:
             short.save(built, **how, overwrite=True)
             short.release()
             return built
-        for weight in short.model.parameters():  # no buffers, which loading leaves in float32
+        for weight in short.model.parameters():  # not buffers, which loading leaves in float32
             weight.data = weight.data.to(self.dtype)
         if self.to == "hf":
             return short.save_pretrained(built, **how, release=last)
@@ -192,7 +192,7 @@ class InMemory:
 
 @dataclass
 class Streamed:
-    """A Llama of which one layer at a time is in memory, written in its own format.
+    """A Llama with one layer at a time in memory, written in its own format.
 
     It does not generate, and so there is no prompt, answer or speed.
     """

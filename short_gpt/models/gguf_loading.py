@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llama.checkpoint.sharding import check_layers
+from llama.checkpoint.sharding import check_layer_count
 from llama.formats.gguf import ROPE_FACTORS, llama3_factor
 from llama.formats.gguf_read import PART, STRING, GGUFParts, Header
 from llama.formats.hf import LLAMA3_SCALING
@@ -65,7 +65,7 @@ def check_gguf(path: Path) -> GGUFParts:
         )
     if not isinstance(width, int) or not width:  # transformers would take that of another model
         raise ShortGPTError(f"{path} has {kind}.embedding_length = {width!r}; is it a whole one?")
-    check_layers(path, layers, parts.tensors)
+    check_layer_count(path, layers, parts.tensors)
     if kind == "llama" and not parts.fields.get("llama.expert_count"):
         known = {row[GGUF].format(i) for row in NAMES for i in range(layers)} | {ROPE_FACTORS}
         if others := sorted(parts.tensors.keys() - known):
@@ -231,7 +231,7 @@ def _load(
     result["tensors"] = weights
     options = {"tensor_key_mapping": names, "parsed_parameters": result}
     for name in parts.tensors:
-        if _stays(processor, name, names):
+        if _is_unchanged(processor, name, names):
             if name in names:
                 weights[names[name]] = parts.read(name, torch_dtype)
             else:
@@ -248,9 +248,9 @@ def _load(
     return result
 
 
-def _stays(processor: Any, name: str, names: dict[str, str]) -> bool:
-    # whether transformers takes a tensor as it is, which a stand-in shows that allows nothing:
-    # it touches neither shape nor numbers of what it leaves alone
+def _is_unchanged(processor: Any, name: str, names: dict[str, str]) -> bool:
+    # whether transformers returns a tensor unchanged, tried with a placeholder: any access to its
+    # shape or values would raise
     stand_in, parsed = object(), dict[str, object](tensors={})
     options = {"tensor_key_mapping": names, "parsed_parameters": parsed}
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.decoder import evaluating, products
+from short_gpt.models.decoder import evaluating, mixed_precision
 from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.models.layer_config import (
     Outline,
@@ -43,8 +43,8 @@ class HFDecoder:
     """A `Decoder` over a ``transformers`` model with a language-model head.
 
     A removed layer is four edits: the list, ``num_hidden_layers``, every module's ``layer_idx``
-    and every per-layer entry of the config. Whether they suffice is proved on the spot: a model
-    made anew from the edited config must have the same layers, or nothing is removed.
+    and every per-layer entry of the config. Whether they suffice is checked at once: a model
+    made from the edited config must have the same layers, or nothing is removed.
 
     ``layers_path`` is where its layers are, as in ``"model.layers"``; None finds them.
     """
@@ -61,7 +61,7 @@ class HFDecoder:
             )
         if getattr(model.config, "is_encoder_decoder", False):
             raise ShortGPTError(
-                f"{kind} is no causal language model: it has an encoder and a decoder"
+                f"{kind} is not a causal language model: it has an encoder and a decoder"
             )
         self.model = self.module = model
         if not hasattr(self.config, "num_hidden_layers"):
@@ -74,7 +74,7 @@ class HFDecoder:
         except AttributeError:
             layers = None
         if not isinstance(layers, nn.ModuleList):
-            raise ShortGPTError(f"{self.layers_path} is no list of layers of {kind}")
+            raise ShortGPTError(f"{self.layers_path} is not a list of layers of {kind}")
         if any(getattr(layer, "is_decoder", True) is False for layer in layers):  # such as BERT's
             raise ShortGPTError(
                 f"{kind} is an encoder, whose tokens see those after them; if it was trained as a "
@@ -132,18 +132,18 @@ class HFDecoder:
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
         # the module around the layers has embeddings and layers, and no head
-        with evaluating(self.model), products(self.mixed, self.device):
+        with evaluating(self.model), mixed_precision(self.mixed, self.device):
             self._body(input_ids=tokens, **_uncached(self._body))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         # (B, S, V), float32: a loss in bfloat16 would keep three digits
-        with evaluating(self.model), products(self.mixed, self.device):
+        with evaluating(self.model), mixed_precision(self.mixed, self.device):
             return self.model(input_ids=tokens, **_uncached(self.model)).logits.float()
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers
-        if reason := self._inseparable():
+        if reason := self._why_fixed():
             raise ShortGPTError(
                 f"layers of this {type(self.model).__name__} cannot be removed: {reason}"
             )
@@ -161,7 +161,7 @@ class HFDecoder:
                 target.update(old)
 
         try:
-            if reason := self._orphaned(keep):
+            if reason := self._missing_dependency(keep):
                 raise ShortGPTError(reason)
             prune()
             if attended and not self._attends():
@@ -190,13 +190,13 @@ class HFDecoder:
     def _attends(self) -> bool:
         return any(map(caches_keys, getattr(self.config, "layer_types", None) or ()))
 
-    def _inseparable(self) -> str | None:
+    def _why_fixed(self) -> str | None:
         # reasons that no outline shows
         if entries := [name for name in BY_NUMBER if getattr(self.config, name, False)]:
             return f"they compute with their own number ({entries[0]})"
         if getattr(self.config, "num_kv_shared_layers", 0):
             return "the last read keys and values of others (num_kv_shared_layers)"
-        if text := self._set_apart():
+        if text := self._per_layer_quantization():
             return f"it is quantized with settings for single layers ({text}), by their numbers"
         owners: dict[int, int] = {}  # by the id of a weight
         for number, layer in enumerate(self.layers):
@@ -206,7 +206,7 @@ class HFDecoder:
                     return f"{owner} and {number} share weights"
         return None
 
-    def _set_apart(self) -> str | None:
+    def _per_layer_quantization(self) -> str | None:
         # a name or pattern in the settings of quantization that means some layers alone
         settings = getattr(self.model.config, "quantization_config", None) or {}
         texts = [*_texts(settings if isinstance(settings, dict) else settings.to_dict())]
@@ -223,7 +223,7 @@ class HFDecoder:
                         return text
         return None
 
-    def _orphaned(self, keep: Sequence[int]) -> str | None:
+    def _missing_dependency(self, keep: Sequence[int]) -> str | None:
         # why a kept layer cannot do without one that goes, where no outline shows it
         kinds = list(getattr(self.config, "indexer_types", None) or ())
         for layer in keep if len(kinds) == len(self.layers) else ():
@@ -313,7 +313,7 @@ def find_layers(model: PreTrainedModel) -> str:
         if path in lists and len(lists[path]) == count:
             return path
     paths = [name for name, module in lists.items() if len(module) == count]
-    # a list inside another, such as a layer's experts, is no list of layers
+    # a list inside another, such as a layer's experts, is not a list of layers
     outer = [p for p in paths if not any(p.startswith(f"{q}.") for q in paths)]
     # of the text, where images and sounds have layers of their own
     outer = [p for p in outer if not any(tower in p for tower in TOWERS)]

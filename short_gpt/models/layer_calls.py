@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.decoder import Decoder, evaluating, products
+from short_gpt.models.decoder import Decoder, evaluating, mixed_precision
 from short_gpt.models.families import only_part
 from short_gpt.models.layer_hooks import Arguments, Call, first, state_in, transposed
 from short_gpt.runtime.errors import ShortGPTError
@@ -82,7 +82,7 @@ class LayerCalls:
         """The state (B, S, D) leaving a layer, from the one entering it, which is not changed."""
         args, kwargs = self.call(index, state.clone())  # a layer may write over it
         layer = self.layer(index)
-        with evaluating(layer), products(self.mixed, state.device):
+        with evaluating(layer), mixed_precision(self.mixed, state.device):
             return first(layer(*args, **kwargs))
 
     def until(self, index: int, state: Tensor, module: nn.Module) -> Tensor:

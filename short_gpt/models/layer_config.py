@@ -1,6 +1,6 @@
 """What a config of transformers says of layers: its entries, and the proof that it makes the model.
 
-The proof is a twin: a model made anew from the config on the meta device, which costs no memory.
+The proof is a twin: a model made from the config on the meta device, which costs no memory.
 Where it differs from the model at hand, a saved copy would come back as another model.
 """
 
@@ -26,8 +26,8 @@ NUMBERED = (
 LEADING = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
 # Config entries that count the layers beside the usual one, in BART's decoders and xLSTM.
 SECOND = ("decoder_layers", "num_blocks")
-# Config entries that say every how many layers one is of another kind: the list that they make
-# where it is not given, and what stands in it for that layer.
+# Config entries with the period of a layer kind: the list that they generate where it is not
+# given, and its value for that kind.
 EVERY = {
     "sliding_window_pattern": ("layer_types", "full_attention"),
     "_sliding_window_pattern": ("layer_types", "full_attention"),
@@ -45,7 +45,7 @@ def layer_entries(config: Any, count: int) -> dict[str, Any]:
     count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     entries: dict[str, Any] = {}
     for name, value in vars(config).items():
-        # as many ends of text (eos_token_id) as layers are no list of layers
+        # as many ends of text (eos_token_id) as layers are not a list of layers
         listed = isinstance(value, list | tuple) and "token" not in name
         leading = name in LEADING and isinstance(value, int) and value < count
         total = name == count_name or (name in SECOND and value == count)
@@ -108,7 +108,7 @@ def pruned_entries(
 
 
 def _period(other: Sequence[bool], before: int) -> int | None:
-    # every how many layers one is of the other kind: ``before`` if it still holds, or None
+    # the period with which the other kind occurs: ``before`` if it still fits, None if none does
     for period in (before, *range(1, len(other) + 2)):
         if period and list(other) == [(i + 1) % period == 0 for i in range(len(other))]:
             return period
@@ -182,7 +182,7 @@ def _traits(modules: Iterable[tuple[str, nn.Module]]) -> Traits:
         prefix = f"{name}." if name else ""
         traits[f"{prefix}kind"] = type(module).__name__
         for key, value in vars(module).items():
-            # a layer whose keys others may read: that none does is seen by `_inseparable`
+            # a layer whose keys others may read: that none does is seen by `_why_fixed`
             if (
                 _plain(value)
                 and key not in ("training", "store_full_length_kv")
@@ -195,7 +195,7 @@ def _traits(modules: Iterable[tuple[str, nn.Module]]) -> Traits:
 
 
 def _plain(value: object) -> bool:
-    # functions and modules are no settings
+    # functions and modules are not settings
     if isinstance(value, list | tuple):
         return all(map(_plain, value))
     return isinstance(value, bool | int | float | str | None)

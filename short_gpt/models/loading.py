@@ -53,7 +53,7 @@ def auto_class(config: Any) -> Any:
         return t.AutoModelForImageTextToText
     if type(config) in t.MODEL_FOR_CAUSAL_LM_MAPPING:
         return t.AutoModelForCausalLM
-    raise ShortGPTError(f"a model of type {config.model_type!r} is no causal language model")
+    raise ShortGPTError(f"a model of type {config.model_type!r} is not a causal language model")
 
 
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
@@ -124,7 +124,7 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
         _check_tokenizer(directory)
         raise ShortGPTError(
             f"the tokenizer's files in {directory} are not those of one that transformers knows: "
-            f"{type(error).__name__}, {explained(error)}; fetch them anew"
+            f"{type(error).__name__}, {explained(error)}; fetch them again"
         ) from error
     if local and len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ShortGPTError(
@@ -187,7 +187,7 @@ def generation_explained(model: Any, source: str, generate: Callable[[], object]
             model.generation_config = own
         raise ShortGPTError(
             f"{source} cannot generate by its generation_config.json: {explained(error)}; correct "
-            "the file, or take it away"
+            "the file, or remove it"
         ) from error
 
 
@@ -222,7 +222,7 @@ def check_weights(name: str, info: Mapping[str, Collection[Any]]) -> None:
     wrong += [" ".join(str(text).split())[:200] for text in info.get("error_msgs", ())][:1]
     if wrong:
         raise ShortGPTError(
-            f"{name} cannot be loaded: its files {'; they '.join(wrong)}; fetch or convert it anew"
+            f"{name} cannot be loaded: its files {'; they '.join(wrong)}; fetch or convert it again"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.decoder import products
+from short_gpt.models.decoder import mixed_precision
 from short_gpt.models.families import META
 
 
@@ -41,7 +41,7 @@ class MetaDecoder:
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
         # ours has a way around the output head, the reference's model has none
-        with products(self.mixed, self.device):
+        with mixed_precision(self.mixed, self.device):
             if hasattr(self.model, "hidden"):
                 self.model.hidden(tokens)
             else:
@@ -51,7 +51,7 @@ class MetaDecoder:
     def logits(self, tokens: Tensor) -> Tensor:
         # ours takes tokens alone, the reference's a start, too
         ours = hasattr(self.model, "hidden")
-        with products(self.mixed, self.device):
+        with mixed_precision(self.mixed, self.device):
             return self.model(tokens) if ours else self.model(tokens, 0).float()  # (B, S, V)
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:

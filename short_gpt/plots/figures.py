@@ -18,7 +18,7 @@ KEPT, REMOVED = "#56B4E9", "#D55E00"
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a picture as PNG, complete or not at all; it replaces only matplotlib's pictures."""
-    with new_file(path, overwrite=True, ours=is_picture) as partial:
+    with new_file(path, overwrite=True, replaces=is_picture) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
 

@@ -8,9 +8,9 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from short_gpt.jobs.calibration import Crossed
+from short_gpt.jobs.calibration import CrossResult
 from short_gpt.jobs.cases import Row
-from short_gpt.jobs.comparing import Compared
+from short_gpt.jobs.comparing import ComparisonResult
 from short_gpt.jobs.page import Picture, page
 from short_gpt.jobs.reproduction import PaperComparison
 from short_gpt.plots.figures import save
@@ -56,7 +56,7 @@ def draw_quality(rows: Sequence[Row], folder: Path) -> list[Path]:
     return _save("quality", folder, quality_curves(rows))
 
 
-def compared_page(model: str, result: Compared, remark: str | None = None) -> str:
+def compared_page(model: str, result: ComparisonResult, remark: str | None = None) -> str:
     """The page of a comparison: a row for every model, a remark on what judged, the picture."""
     rows = [["layers chosen by", "healed by", "perplexity", "nats more", "removed"]]
     for row in result.rows:
@@ -79,7 +79,7 @@ def compared_page(model: str, result: Compared, remark: str | None = None) -> st
     return page(f"{model}: methods compared", lead, rows, **shown)
 
 
-def draw_crossed(cells: Sequence[Crossed], folder: Path) -> list[Path]:
+def draw_crossed(cells: Sequence[CrossResult], folder: Path) -> list[Path]:
     """Draws what every choice costs on every text into a folder; returns the file in a list."""
     return _save("crossed", folder, cross_map(cells))
 

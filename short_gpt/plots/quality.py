@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from short_gpt.jobs.calibration import Crossed
+from short_gpt.jobs.calibration import CrossResult
 from short_gpt.jobs.cases import Row
 from short_gpt.plots.figures import empty, logarithmic
 from short_gpt.runtime.errors import ShortGPTError
@@ -132,13 +132,13 @@ def _draw_method(
     else:
         y = [*start, *(own[0] for own in values.values())]
         errors = [*zero, *(_error(own[0]) for own in groups.values())]
-        reach = [
+        margin = [
             [v * (1 - math.exp(-e)) for v, e in zip(y, errors, strict=True)],
             [v * (math.exp(e) - 1) for v, e in zip(y, errors, strict=True)],
         ]
         x = [*zero, *(n + shift for n in groups)]
         style: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "label": label, **look}
-        axes.errorbar(x, y, yerr=reach, elinewidth=1, **style)
+        axes.errorbar(x, y, yerr=margin, elinewidth=1, **style)
     off = [n + shift for n, own in values.items() if not all(v <= top for v in own)]  # NaN too
     if off:
         mark: dict[str, Any] = {"linestyle": "none", "marker": 6, "markersize": 9, "zorder": 4}
@@ -146,7 +146,7 @@ def _draw_method(
         axes.plot([], [], color="black", label=f"worse than {top:,.0f}, off the axis", **mark)
 
 
-def cross_map(cells: Sequence[Crossed]) -> Figure:
+def cross_map(cells: Sequence[CrossResult]) -> Figure:
     """A part for each healing: a row for every choice, a column for the text it is judged on.
 
     A cell has the nats a token that the choice costs beyond the text's own: blue where it is
@@ -166,7 +166,7 @@ def cross_map(cells: Sequence[Crossed]) -> Figure:
     return figure
 
 
-def _draw_map(axes: Axes, cells: Sequence[Crossed], largest: float) -> None:
+def _draw_map(axes: Axes, cells: Sequence[CrossResult], largest: float) -> None:
     choices, texts = (
         list(dict.fromkeys(names)) for names in zip(*(c[:2] for c in cells), strict=True)
     )

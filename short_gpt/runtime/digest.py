@@ -21,8 +21,7 @@ PIECE = 2**23  # bytes of a file that one thread holds at once
 def weights_digest(model: nn.Module) -> str:
     """A digest of names, shapes, dtypes and all bytes of all parameters.
 
-    So are buffers that a file would hold, if there are any: some quantizations have no other
-    weights.
+    Buffers that a file would hold count, too: some quantizations have no other weights.
     """
     named: dict[str, Tensor] = dict(model.named_parameters())
     kept = model.state_dict().keys()

@@ -1,4 +1,4 @@
-"""Errors that a user causes and can mend. Anything else is a defect and keeps its traceback."""
+"""Errors that a user causes and can fix. Anything else is a defect and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llama.errors import InputError, MissingPackageError, required
 __all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "NotSavedError", "ShortGPTError"]
 __all__ += ["one_line", "required", "shortage"]
 
-# One class for both packages, a ``ValueError``: who catches either catches what both raise.
+# A ``ValueError``; both packages raise this one class.
 ShortGPTError = InputError
 
 
@@ -41,7 +41,7 @@ NO_SPACE = ("No space left on device", "Disk quota exceeded")
 
 
 def one_line(text: str) -> str:
-    """A text in one line: control characters are escaped, the middle of what is too long goes.
+    """A text in one line: control characters are escaped, and too long a text loses its middle.
 
     Example:
         >>> one_line("a\\nmodel")

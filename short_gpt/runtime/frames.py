@@ -19,7 +19,7 @@ class Table(ABC):
     @property
     @abstractmethod
     def columns(self) -> dict[str, list[object]]:
-        """Values by name, as many of each; the first name the rows."""
+        """Columns of equal length, by name; the first one names the rows."""
 
     def to_dataframe(self) -> Any:
         """`columns` as a pandas frame; MissingPackageError where there is no pandas."""

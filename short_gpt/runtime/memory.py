@@ -18,7 +18,7 @@ import torch
 
 from llama.args import ModelArgs
 from llama.checkpoint.sharding import full_shapes
-from llama.ranks import several_ranks
+from llama.ranks import is_distributed
 from short_gpt.runtime.errors import ShortGPTError
 
 BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
@@ -46,10 +46,10 @@ class Plan:
     def describe(self) -> str:
         """One line for the user."""
         parts = {**self.host, f"states of {self.windows} windows": self.windows * self.window}
-        line = f"one layer at a time, {self.windows} windows a round: {shown(self.total)} = "
-        line += " + ".join(f"{shown(size)} {name}" for name, size in parts.items() if size)
+        line = f"one layer at a time, {self.windows} windows a round: {format_bytes(self.total)} = "
+        line += " + ".join(f"{format_bytes(size)} {name}" for name, size in parts.items() if size)
         if self.device:
-            line += f"; on the device {shown(sum(self.device.values()))}"
+            line += f"; on the device {format_bytes(sum(self.device.values()))}"
         return line
 
 
@@ -70,7 +70,7 @@ def plan(
         args: the model's shape; ``max_seq_len`` is the longest window, in tokens.
         dtype: of the computation; ``stored`` is that of the weights in the files.
         max_memory: of the process, in bytes or like "3GB"; None takes half of what is free. The
-            error for too little says the least.
+            error for too little names the least.
         logits: whether the logits of whole windows are asked for, as of a teacher.
         on_host: whether the CPU computes.
         process: bytes that the process already holds; None measures them.
@@ -108,13 +108,13 @@ def plan(
 
 
 def check_room(parts: Mapping[str, int], max_memory: str | int | None, what: str) -> None:
-    """Raises ShortGPTError where these bytes, by what they are for, are more than allowed."""
+    """Raises ShortGPTError where these bytes, by purpose, are more than allowed."""
     least = sum(parts.values())
     if max_memory is not None and least > bytes_of(max_memory):
-        listed = ", ".join(f"{shown(size)} {name}" for name, size in parts.items())
+        listed = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
         raise ShortGPTError(
             f"`max_memory` {max_memory} is too little: {what} needs at least "
-            f"{shown(least, up=True)} ({listed})"
+            f"{format_bytes(least, up=True)} ({listed})"
         )
 
 
@@ -159,7 +159,7 @@ def bytes_of(text: str | int, name: str = "max_memory") -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def shown(size: int, *, up: bool = False) -> str:
+def format_bytes(size: int, *, up: bool = False) -> str:
     """Bytes as a short text, to two digits or more; rounded up where asked."""
     for name, unit in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= unit:
@@ -177,9 +177,9 @@ def resident() -> int:
 def free_memory() -> int:
     """Bytes that the machine and control groups still give, without swapping.
 
-    Of several ranks there, to each.
+    Several ranks on the machine get equal parts.
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several_ranks() else 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_distributed() else 1
     return max(0, min([psutil.virtual_memory().available, *left_in_groups()])) // ranks
 
 
@@ -188,8 +188,8 @@ def left_in_groups(
 ) -> list[int]:
     """Bytes that each limit on this process leaves, as a container or a batch system sets it.
 
-    ``own`` names the control groups of Linux that the process is in, ``mounted`` holds them. What
-    is not there limits nothing.
+    ``own`` names the control groups of Linux that the process is in, ``mounted`` holds them. A
+    missing file limits nothing.
     """
     left: list[int] = []
     with suppress(OSError):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from short_gpt.runtime.errors import ShortGPTError
 
 T = TypeVar("T")
-MOST = 2**31 - 1  # more is a mistyped number, and more than some counters hold
+MAX_INTEGER = 2**31 - 1  # more is a mistyped number, and more than some counters hold
 
 
 def whole(number: T) -> T:
@@ -27,7 +27,7 @@ def whole(number: T) -> T:
 
 
 def at_least(least: int, *, optional: bool = False, **numbers: object) -> None:
-    """Raises ShortGPTError unless these are whole numbers from ``least`` to `MOST`.
+    """Raises ShortGPTError unless these are whole numbers from ``least`` to `MAX_INTEGER`.
 
     ``optional``: whether None passes.
     """
@@ -37,5 +37,5 @@ def at_least(least: int, *, optional: bool = False, **numbers: object) -> None:
         number = whole(value)
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
-        if number > MOST:
-            raise ShortGPTError(f"{name} = {value}: expected at most {MOST}")
+        if number > MAX_INTEGER:
+            raise ShortGPTError(f"{name} = {value}: expected at most {MAX_INTEGER}")

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from llama.ranks import several_ranks
+from llama.ranks import is_distributed
 from short_gpt.runtime.errors import ShortGPTError
 
 Bar = Any  # of tqdm, which has no types
@@ -25,11 +25,11 @@ def be_quiet(on: bool) -> None:
     _quiet = on
     if on:  # those of other libraries too, which read these when they are imported
         os.environ.update(TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
-    elif not sys.stderr.isatty():  # a file would get every state of theirs
+    elif not sys.stderr.isatty():  # else a file would get each of their updates
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def quiet() -> bool:
+def is_quiet() -> bool:
     """Whether neither bars nor notes are shown."""
     return _quiet
 
@@ -44,7 +44,7 @@ def bar(
     """
     from tqdm import tqdm
 
-    silent = _quiet or not (show and first_rank())
+    silent = _quiet or not (show and is_first_rank())
     how: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": done}
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # notebooks redraw a line, too
         how |= {"file": _Lines(), "mininterval": RARELY, "maxinterval": RARELY, "ncols": 100}
@@ -52,7 +52,7 @@ def bar(
 
 
 class _Lines:
-    """Stderr as a file of whole lines: each state of a bar is one, and what clears it is none."""
+    """Stderr as a file of whole lines: one for each update of a bar, none for clearing it."""
 
     def write(self, text: str) -> None:
         if line := text.replace("\x1b[A", "").strip():
@@ -62,7 +62,7 @@ class _Lines:
         sys.stderr.flush()
 
 
-def above_bars(text: str) -> None:
+def print_above_bars(text: str) -> None:
     """Writes a note to stderr, above the bars that are shown there."""
     if _quiet:
         return
@@ -72,14 +72,14 @@ def above_bars(text: str) -> None:
     sys.stderr.flush()
 
 
-def first_rank() -> bool:
+def is_first_rank() -> bool:
     """Whether this process speaks for all: rank 0 under torchrun, or the only one."""
-    return not several_ranks() or os.environ["RANK"] == "0"
+    return not is_distributed() or os.environ["RANK"] == "0"
 
 
 def check_alone(what: str) -> None:
     """Raises ShortGPTError where this process is one of several ranks."""
-    if several_ranks():
+    if is_distributed():
         raise ShortGPTError(f"{what} runs on one rank; start it alone, not by torchrun")
 
 

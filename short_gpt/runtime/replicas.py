@@ -1,7 +1,7 @@
 """Copies of a model that share the windows: each reads its part, and their sums are added up.
 
 Under torchrun, R ranks with model parallelism of N are R / N replicas. All replicas go through
-the same windows in the same order and take their own, so that they reach every sum at the same
+the same windows in the same order and take their own, and so they reach every sum at the same
 step. `end_all` ends all ranks with one message when one of them fails.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama.parallel import choose_device, initialize, several_ranks
+from llama.parallel import choose_device, initialize, is_distributed
 from short_gpt.runtime.errors import ShortGPTError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Replicas:
         return batch_size if self.count == 1 else self.count * self._part(batch_size)
 
     def share(self, step: Sequence[T], batch_size: int) -> list[list[T]]:
-        """This replica's batches of a step's windows: as many as others', some empty at the end.
+        """This replica's batches of a step's windows: as many as the others', the last maybe empty.
 
         A replica's part begins at an even number and is even in length (except the last), so that
         windows fall into the same halves of `Importance` as if one process read them all.
@@ -55,22 +55,22 @@ class Replicas:
     def _part(self, batch_size: int) -> int:
         return batch_size * (1 + (batch_size % 2 and self.count > 1))
 
-    def mine(self, items: Sequence[T], *, first: int = 0) -> Sequence[T]:
-        """This replica's items, every ``count``-th; the first of all is number ``first``."""
+    def own_items(self, items: Sequence[T], *, first: int = 0) -> Sequence[T]:
+        """This replica's items: every ``count``-th, where the first item has number ``first``."""
         every = range((self.rank - first) % self.count, len(items), self.count)
         return items if self.count == 1 else [items[i] for i in every]
 
-    def all(self, mine: Sequence[T]) -> list[T]:
-        """All items in their order, from what every replica has for `mine` of them (first = 0)."""
-        parts = self.gather(mine)
+    def merged(self, own: Sequence[T]) -> list[T]:
+        """All items in order, from each replica's values for its `own_items` (first = 0)."""
+        parts = self.gather(own)
         total = sum(map(len, parts))
         return [parts[i % self.count][i // self.count] for i in range(total)]
 
-    def total(self, values: Tensor) -> Tensor:
+    def summed(self, values: Tensor) -> Tensor:
         """The sum of all replicas' tensors on the CPU. All ranks must call it."""
         return values if self.count == 1 else _sum(values.contiguous())
 
-    def sum(self, sums: Sums) -> Sums:
+    def summed_fields(self, sums: Sums) -> Sums:
         """The sums of the tensors in all replicas' dataclasses. All ranks must call it."""
         own = {f.name: getattr(sums, f.name) for f in fields(sums)}
         own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
@@ -94,7 +94,7 @@ class Replicas:
 
         return _gather(value, groups.get_data_parallel_group())
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank of any replica. All ranks must call it."""
         if not _several():
             return flag
@@ -110,10 +110,10 @@ def current(device: torch.device | None = None) -> Replicas:
     """
     from fairscale.nn.model_parallel import initialize as groups
 
-    if several_ranks() and not dist.is_initialized():
+    if is_distributed() and not dist.is_initialized():
         initialize(1, device=device or choose_device())
     if not _several() or not groups.model_parallel_is_initialized():
-        return Replicas()  # a group that somebody else made shares the windows as they like
+        return Replicas()  # whoever made the group shares the windows
     return Replicas(groups.get_data_parallel_rank(), groups.get_data_parallel_world_size())
 
 

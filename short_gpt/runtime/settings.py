@@ -17,7 +17,7 @@ Values = Mapping[str, object]  # of all flags of a command, defaults included
 
 
 class Needs(NamedTuple):
-    """What a flag does nothing without."""
+    """What a flag needs to have an effect."""
 
     what: str  # in words
     met: Callable[[Values], bool]  # whether a command's values have it, or it knows no such flag
@@ -50,7 +50,7 @@ def setting(
         value: what stands for its value in the help, as in FILE; None is N for a number, else NAME.
         flag: its name as a flag; None is the field's.
         commands: that have it as a flag; None is all that take the class, none hides it.
-        needs: what it does nothing without; the first unmet one is named.
+        needs: what it needs to have an effect; the first unmet one is named.
         more: what else it means in some commands.
     """
     parts: dict[str, object] = {"heading": heading, "value": value, "flag": flag}

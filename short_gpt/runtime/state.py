@@ -21,16 +21,16 @@ from llama.io.files import lock_file, new_file, tidy
 from llama.io.json_files import JsonObject, json_text, read_json
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import first_rank
+from short_gpt.runtime.progress import is_first_rank
 
 ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
-# entries of a run's identity that it has only where they are others
+# entries of a run's identity, which lacks them where they have these values
 USUAL = {"precision": "float32", "kept step": None, "number of processes": None}
-UNSAID = ("number of processes",)  # which earlier versions did not say
+UNSAID = ("number of processes",)  # a state may lack these
 START = b'{\n "run"'  # of a state
-NO_STATE = "is no state of a run; choose another name"
+NO_STATE = "is not the state of a run; choose another name"
 LONGEST = 300  # characters of a process's description that are shown
 
 
@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, object]:
-    """The system, processor, cores and threads, and the CUDA devices that are there."""
+    """The system, processor, cores and threads, and the CUDA devices present."""
     about: dict[str, object] = {"system": f"{platform.system()} {platform.machine()}"}
     about |= {"processor": _processor(), "cores": os.cpu_count()}
     about["torch_threads"] = torch.get_num_threads()
@@ -73,7 +73,7 @@ def write_record(
 ) -> Path:
     """Writes ``content``, its digest, `versions` and `machine`; replaces only such a record."""
     target = Path(str(path))
-    with new_file(target, overwrite=overwrite, ours=is_record) as partial:
+    with new_file(target, overwrite=overwrite, replaces=is_record) as partial:
         partial.write_text(record_text(content), encoding="utf-8")
     return target
 
@@ -103,12 +103,13 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
     """What `write_record` wrote."""
     source = Path(str(path))
     if not source.is_file():
-        raise FileNotFoundError(f"{source} {'is no file' if source.exists() else 'does not exist'}")
+        why = "is not a file" if source.exists() else "does not exist"
+        raise FileNotFoundError(f"{source} {why}")
     return read_json(source)
 
 
 class Lock:
-    """A state that this process holds, for as long as something here refers to this object.
+    """A lock on a state, held for as long as something refers to this object.
 
     It is flock's, on a hidden file next to the state; without flock nothing is locked. Of several
     ranks the first holds it for all.
@@ -118,8 +119,8 @@ class Lock:
         self.process = os.getpid()
         target = path.resolve()
         file = target.with_name(f".{target.name}.lock")
-        alone = not file.parent.exists()  # so that the folder is made for this file
-        handle = _locked(path, file) if first_rank() else None
+        alone = not file.parent.exists()  # then the folder is made for this file
+        handle = _locked(path, file) if is_first_rank() else None
         if handle is not None:
             with suppress(OSError):  # a full disk
                 os.ftruncate(handle, 0)
@@ -196,7 +197,7 @@ def joined(*parts: Mapping[str, object]) -> dict[str, object]:
     entries: dict[str, object] = {}
     for part in parts:
         if common := sorted(entries.keys() & part.keys()):
-            raise ValueError(f"two values for {', '.join(common)}: name one of them otherwise")
+            raise ValueError(f"two values for {', '.join(common)}: rename one of them")
         entries |= part
     return entries
 
@@ -208,11 +209,11 @@ def check_saved(path: Path, digest: str, *, folder: Path) -> None:
 
 
 def damaged(path: Path, folder: Path) -> ShortGPTError:
-    """The error of a file that is gone or not as it was saved; to begin anew ``folder`` must go."""
+    """The error of a missing or changed file of a run; to start again ``folder`` must go."""
     why = "does not hold what was saved there: it was edited or is damaged"
     if not path.is_file():
         why = "is missing, from which the run would go on"
-    return ShortGPTError(f"{path} {why}; delete {folder} to begin anew")
+    return ShortGPTError(f"{path} {why}; delete {folder} to start again")
 
 
 class StateFile:
@@ -263,38 +264,38 @@ class StateFile:
         try:
             content = read_record(self.path)
         except ShortGPTError:
-            if self._begins_otherwise():
+            if self._is_foreign():
                 raise ShortGPTError(f"{self.path} {NO_STATE}") from None
             raise damaged(self.path, self._folder) from None
         theirs = content.get("run")
         if not isinstance(theirs, dict):
             raise ShortGPTError(f"{self.path} {NO_STATE}")
-        anew = f"delete {self._folder} or name another state"
+        fix = f"delete {self._folder} or name another state"
         theirs, own = {**USUAL, **theirs}, {**USUAL, **self._identity}
         # a run keeps the same entries from one save to the next, so other ones are another format
         if theirs.keys() != own.keys():
             other = ", ".join(sorted(theirs.keys() ^ own.keys()))
             raise ShortGPTError(
                 f"{self.path} is the state of another version of this library, or of another "
-                f"command (it differs in the entries {other}); {anew}"
+                f"command (it differs in the entries {other}); {fix}"
             )
         for name, value in own.items():
             if theirs.get(name) != value and (name not in UNSAID or theirs.get(name)):
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "
                     f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "
-                    f"{self._folder} to begin anew"
+                    f"{self._folder} to start again"
                 )
         if CHECKED not in content:
             older = "is the state of another version of this library"
-            raise ShortGPTError(f"{self.path} {older}; {anew}")
+            raise ShortGPTError(f"{self.path} {older}; {fix}")
         with suppress(RecursionError):  # nested deeper than anything that is saved
             if content[CHECKED] == content_digest(content):
                 return content
         raise damaged(self.path, self._folder)
 
-    def _begins_otherwise(self) -> bool:
-        """Whether this is somebody's file: a state that was cut short begins as one, or with 0."""
+    def _is_foreign(self) -> bool:
+        """Whether another program wrote this: a truncated state begins with `START` or zeros."""
         with self.path.open("rb") as file:
             start = file.read(len(START))
         return not START.startswith(start) and not start.startswith(b"\0")

@@ -341,7 +341,7 @@ def _with_nan(content: object) -> object:
 
 
 def saved_layer_numbers(content: object) -> list[int]:
-    """The layers of saved scores; TypeError if they are no list of numbers, each once."""
+    """The layers of saved scores; TypeError if they are not a list of numbers, each once."""
     if not isinstance(content, list) or not all(type(i) is int and i >= 0 for i in content):
         raise TypeError(f"layers = {content!r}, expected whole numbers from 0")
     if len(set(content)) < len(content):

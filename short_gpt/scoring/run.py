@@ -11,11 +11,11 @@ from itertools import islice
 
 import torch
 
-from short_gpt.data.windows import batches, text_of
+from short_gpt.data.windows import TokenIds, batches, text_of
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import bar, first_rank, set_rate
+from short_gpt.runtime.progress import bar, is_first_rank, set_rate
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring import hooks
 from short_gpt.scoring.hooks import Scores
@@ -23,7 +23,6 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.moments import merge_texts, next_number
 from short_gpt.scoring.stopping import Stop, Verdict, next_look
 
-Window = Sequence[int]
 Follow = Callable[[Importance, int | None], object]
 ScoreWindows = Callable[..., Scores]  # as `hooks.score`, of a decoder and its layers
 NO_WINDOW = "expected at least one window of tokens, got none"
@@ -32,7 +31,7 @@ WARM_UP = 16  # tokens of a first pass, in which libraries make ready what they 
 
 def measure(
     decoder: Decoder,
-    batches: Iterable[Sequence[Window]],
+    batches: Iterable[Sequence[TokenIds]],
     *,
     into: Importance | None = None,
     total: int | None = None,
@@ -85,7 +84,7 @@ def measure(
     return into
 
 
-def seconds_a_pass(decoder: Decoder, windows: Sequence[Window]) -> float:
+def seconds_a_pass(decoder: Decoder, windows: Sequence[TokenIds]) -> float:
     """Seconds of a pass through all layers, after a short one; all ranks of a model call it."""
     decoder.run(pad([windows[0][:WARM_UP]], decoder)[0])
     tokens, _ = pad(windows, decoder)  # (B, S)
@@ -126,7 +125,7 @@ class RunState:
             )
         return sums
 
-    def unread(self, windows: Iterable[Window], read: int) -> Iterator[Window]:
+    def unread(self, windows: Iterable[TokenIds], read: int) -> Iterator[TokenIds]:
         """The windows that follow the first ``read``, which must be those of the file."""
         rest, saved, count = iter(windows), self._saved, 0
         self._digest = sha256()  # also of a state that is used again
@@ -146,7 +145,7 @@ class RunState:
         self._texts = {read: self._digest.hexdigest()}
         return rest
 
-    def note(self, batch: Sequence[Window]) -> None:
+    def note(self, batch: Sequence[TokenIds]) -> None:
         """Notes windows that are read next, which the state then covers."""
         for window in batch:
             self._read(window)
@@ -160,7 +159,7 @@ class RunState:
     def save(self, sums: Importance) -> None:
         """Saves the sums; of several ranks the first does, which holds the lock."""
         texts = self._texts.get(sums.n_windows)
-        if sums.n_windows and texts and first_rank():
+        if sums.n_windows and texts and is_first_rank():
             self.file.save({"texts": texts, "importance": sums.to_dict()})
 
 
@@ -206,7 +205,7 @@ class ScoringRun:
 
     def read(
         self,
-        windows: Iterable[Window],
+        windows: Iterable[TokenIds],
         *,
         total: int | None = None,
         progress: bool = False,
@@ -247,7 +246,7 @@ class ScoringRun:
         if self._state:
             self._state.save(self.into)
 
-    def _mine(self, windows: Iterable[Window]) -> Iterator[list[Window]]:
+    def _mine(self, windows: Iterable[TokenIds]) -> Iterator[list[TokenIds]]:
         """This replica's batches of every step; empty ones where nothing is left for it."""
         size = self._batch_size
         if self._state:
@@ -290,7 +289,7 @@ class ScoringRun:
 
 def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
     """The sums of all replicas, and of each text. All ranks must call it."""
-    return replace(team.sum(local), texts=merge_texts(team.gather(local.texts)))
+    return replace(team.summed_fields(local), texts=merge_texts(team.gather(local.texts)))
 
 
 class Following:

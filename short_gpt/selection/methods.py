@@ -11,7 +11,7 @@ from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reve
 
 
 class Method(NamedTuple):
-    """One method; a row of `REGISTRY` is all that the rest of the library needs to know of it."""
+    """One method: a row of `REGISTRY` is all that the rest of the library needs to know."""
 
     name: str  # as users write it
     about: str  # what it removes, for help and records
@@ -69,7 +69,7 @@ REGISTRY = (
     ),
     Method(
         "sleb",
-        "greedily, lowest loss without the layer, scored anew (SLEB)",
+        "greedily, lowest loss without the layer, scored again (SLEB)",
         label="greedy search (SLEB)",
     ),
     Method(

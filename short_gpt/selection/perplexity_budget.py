@@ -15,14 +15,14 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Budget:
-    """What `most_layers` chose, and on what evidence.
+    """What `most_layers` chose, and the evidence.
 
     Attributes:
         layers: to remove; empty if not even one may go.
         tried: by number of layers removed, from 0, the perplexity.
-        ratio: the most that the perplexity was allowed to rise by.
+        ratio: the largest factor by which the perplexity was allowed to rise.
         confidence: that it rises by no more.
-        changes: by number of layers removed, from 1, the loss less the original model's.
+        changes: by number of layers removed, from 1, the loss minus the original model's.
     """
 
     layers: list[int]
@@ -32,13 +32,13 @@ class Budget:
     changes: dict[int, Difference] = field(default_factory=dict)
 
     def bounds(self, n: int) -> tuple[float, float]:
-        """The least and the most factor that the perplexity rises by with n layers removed.
+        """Lower and upper bound of the factor by which the perplexity rises with n layers removed.
 
         Each on its own holds with ``confidence``; both are NaN where there are too few texts.
         """
         change = self.changes[n]
-        reach = change.error.reach(self.confidence, sides=1)
-        return exp(change.nats - reach), exp(change.nats + reach)
+        margin = change.error.margin(self.confidence, sides=1)
+        return exp(change.nats - margin), exp(change.nats + margin)
 
     def holds(self, n: int) -> bool:
         """Whether the ratio holds with n layers removed, with ``confidence``."""
@@ -50,13 +50,13 @@ class Budget:
         error = self.changes[n].error
         sure = f"{self.confidence:.0%} sure over {error.over}"
         if error.no_interval:
-            unknown = f"whether within {self.ratio:g} cannot be told"
+            unknown = f"unknown whether within {self.ratio:g}"
             return f"{unknown}: {error.no_interval}; evaluate on more text"
         if high <= self.ratio:
             return f"at most {high:.4f}, {sure}"
         if low > self.ratio:
             return f"at least {low:.4f}, above {self.ratio:g}, {sure}"
-        return f"up to {high:.4f}, whether within {self.ratio:g} cannot be told, {sure}"
+        return f"up to {high:.4f}, unknown whether within {self.ratio:g}, {sure}"
 
     def to_dict(self) -> dict[str, object]:
         """The evidence, ready for JSON."""
@@ -75,7 +75,7 @@ class Budget:
 
 
 def check_limit(ratio: float, confidence: float) -> None:
-    """Raises ShortGPTError for numbers out of range; the arguments are as of `most_layers`."""
+    """Raises ShortGPTError for numbers out of range; the arguments are those of `most_layers`."""
     if not ratio >= 1:
         raise ShortGPTError(f"max_perplexity_ratio = {ratio}: expected a factor of at least 1")
     if not 0.5 <= confidence < 1:
@@ -90,7 +90,7 @@ def most_layers(
     most: int,
     confidence: float = CONFIDENCE,
 ) -> Budget:
-    """Removes one layer more, on trial, until the perplexity may have risen too far.
+    """Removes one more layer, on trial, until the perplexity may have risen too far.
 
     The rise is exp of the mean change of a token's loss, whose one-sided bound is Student's t with
     the error of `evaluation.difference`: windows are paired, and texts are the samples if there
@@ -101,7 +101,7 @@ def most_layers(
         perplexity_without: from the layers to remove, none at first, to the perplexity on text
             that neither chose the layers nor trained the model; always on the same windows.
         choose: from a number of layers to the layers to remove.
-        ratio: most that the perplexity may rise by, as a factor of at least 1.
+        ratio: the largest factor by which the perplexity may rise, at least 1.
         most: layers to try at most.
         confidence: of the ratio, at least 0.5 and below 1.
 

@@ -46,10 +46,10 @@ class Options:
 
     Attributes:
         candidates: positions that may be removed; None takes all.
-        batch_size: windows read at once.
+        batch_size: windows read together.
         max_memory: bytes for stored states. Windows that need more even for one state each are read
             in groups, one after the other.
-        state: saves the search and continues it; one of another search is refused.
+        state: saves the search and continues it; that of another search is refused.
         progress: whether to show a bar.
     """
 
@@ -60,7 +60,7 @@ class Options:
     progress: bool = False
 
     def allowed(self, count: int) -> list[int]:
-        """Candidates of a model of so many layers, whose first and last always stay."""
+        """Candidates of a model of so many layers; the first and the last always stay."""
         if self.candidates is None:
             return [*range(1, count - 1)]
         check_exist([*self.candidates], range(count))
@@ -82,7 +82,7 @@ DEFAULT = Options()
 def by_loss(
     decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options, *, method: str
 ) -> Search:
-    """The search of a name in `methods.SEARCHED`; ShortGPTError if it is none."""
+    """The search of a name in `methods.SEARCHED`; ShortGPTError for another name."""
     if method not in SEARCHED:
         raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(SEARCHED)}")
     if method == "sleb":
@@ -93,7 +93,7 @@ def by_loss(
     count = len(decoder.layers)
     n = check_count(n, count)
     trials = Trials(decoder, windows, options, about={"method": method})
-    with trials.shown(count * trials.groups, options.progress) as shown:
+    with trials.progress_bar(count * trials.groups, options.progress) as shown:
         if not trials.result.losses:  # of a saved search
             trials.round(range(count), shown.update)
     loss = trials.result.losses[0]
@@ -104,8 +104,8 @@ def by_loss(
 def sleb(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: Any) -> Search:
     """Removes greedily the layer whose absence costs least, n times (SLEB, arXiv:2402.09025).
 
-    Every round scores all remaining layers on the model as pruned so far. The first and the last of
-    them are never candidates; ties go to the lower layer.
+    Every round scores all remaining layers on the model as pruned so far. The first and the last
+    are never candidates; ties go to the lower layer.
 
     Args:
         windows: token ids; all are read once for every candidate of every round.
@@ -128,7 +128,7 @@ def sleb_rounds(
     trials = Trials(decoder, windows, options, about=about)
     trials.keep(n)
     total = sum(len(allowed) - i for i in range(n)) * trials.groups
-    with trials.shown(total, options.progress) as shown:
+    with trials.progress_bar(total, options.progress) as shown:
         for number in range(n):
             if number >= len(trials.result.removed):  # else a saved search had this round
                 alive = [i for i in range(count) if i not in trials.result.removed]
@@ -141,7 +141,7 @@ def sleb_rounds(
 def most_layers_run(count: int, n: int) -> int:
     """The most layers, of so many, that a window runs through in the search of `sleb`."""
     tried = [alive - 2 for alive in range(count, count - n, -1)]  # in every round
-    # what follows each candidate, and the candidates, through which the states move on
+    # the layers after each candidate, and the candidates, through which the states advance
     return sum(trials * (trials + 1) // 2 + trials for trials in tried)
 
 
@@ -156,8 +156,8 @@ def one_shot(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **optio
 class PartialRun:
     """A decoder's layers, run from a stored hidden state or only in part.
 
-    Layers that are not to run return the state that enters them. None is taken out of the model, so
-    that positions, masks and settings of the other layers stay theirs.
+    Layers that must not run return the state that enters them. None leaves the model, and so the
+    others keep their positions, masks and settings.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -170,7 +170,7 @@ class PartialRun:
 
         Args:
             tokens: (B, S).
-            run: positions, ascending; none gives ``state`` back.
+            run: positions, ascending; none returns ``state``.
             state: entering the first of them; None starts from the embeddings.
         """
         if not run and state is not None:
@@ -181,7 +181,7 @@ class PartialRun:
         return leaving[-1]
 
     def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor | None) -> float:
-        """Summed loss of the predicted tokens, with the layers ``run`` alone after ``state``."""
+        """Summed loss of the predicted tokens, with only the layers ``run`` after ``state``."""
         with self._only(run, state, None):
             return sum(window_nats(self._decoder, tokens, mask))
 
@@ -189,7 +189,7 @@ class PartialRun:
     def _only(
         self, run: Sequence[int], state: Tensor | None, leaving: list[Tensor] | None
     ) -> Iterator[None]:
-        """The model with the layers ``run`` alone; ``leaving`` gets the state that leaves them."""
+        """The model with only the layers ``run``; ``leaving`` gets the state that leaves them."""
         layers = self._decoder.layers
         # if none runs, the last returns what the head reads
         start = min(run, default=len(layers) - 1)
@@ -253,22 +253,22 @@ class Trials:
         self.groups = len(self._groups)
         self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) entering it
         size = sum(self._bytes(batch) for batch in read)
-        # two more are in use while the states move on
+        # two more are in use while the states advance
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
-        # nats of a round begun are by group: of other groups they would count twice
+        # nats of an unfinished round are by group: with other groups they would count twice
         self._sizes = [sum(int(mask.sum()) for _, mask in group) for group in self._groups]
         digest = json_digest([[int(token) for token in window] for window in windows])
         self._about = {**about, "layers": len(self._layers), "windows": digest}
         self.result, self._done = continued(options.state, self._sizes, self._about)
 
     def keep(self, n: int) -> None:
-        """Drops what a saved search of more than n layers has found beyond them."""
+        """Drops the results of a saved search beyond n layers."""
         if len(self.result.removed) >= n:
             self._done = [{}]
         del self.result.removed[n:], self.result.losses[n:]
 
-    def shown(self, total: int, show: bool) -> Bar:
-        """A bar of all trials, with those of a continued search done."""
+    def progress_bar(self, total: int, show: bool) -> Bar:
+        """A bar of all trials, starting with those of a continued search."""
         tried = sum(map(len, self.result.losses)) * self.groups + sum(map(len, self._done))
         return bar("searching", total=total, unit="trial", show=show, done=tried)
 
@@ -326,12 +326,12 @@ class Trials:
         again: bool,
     ) -> None:
         """Adds each candidate's nats on the group's windows to ``done``, unless they are in it."""
-        # the layer that the states (B, S, D) at hand enter; None: the embeddings
+        # the layer that the present states (B, S, D) enter; None: the embeddings
         at, states = 0, cast("Sequence[Tensor | None]", [None] * len(group))
         for j in candidates:
             if j in done:
                 continue
-            for i in sorted(self._stored):  # a stored state may be nearer than the one at hand
+            for i in sorted(self._stored):  # a stored state may be nearer than the present one
                 if at <= i <= j:
                     at, states = i, self._stored[i]
             between, rest = self._alive(at, j), self._alive(j + 1)
@@ -358,21 +358,21 @@ class Trials:
 def continued(
     state: StateFile | None, tokens: Sequence[int], about: Mapping[str, object]
 ) -> tuple[Search, list[Nats]]:
-    """The search in a state, and by group the nats of the round begun; new ones if none.
+    """The search in a state, and by group the nats of its unfinished round; new ones if none.
 
-    ``tokens`` are those of each group: a round that was begun with other groups is begun again.
-    ShortGPTError if the state is of no search, or of one that is not ``about`` the same.
+    ``tokens`` are those of each group: a round with other groups starts again. ShortGPTError if the
+    state is not of a search, or of one that is not ``about`` the same.
     """
     if state is None or not state.content:
         return Search(), [{}]
-    anew = "delete it or name another state"
+    fix = "delete it or name another state"
     if "search" not in state.content:
-        raise ShortGPTError(f"{state.path} is the state of another run than a search; {anew}")
+        raise ShortGPTError(f"{state.path} is the state of another run than a search; {fix}")
     content = state.content["search"]
     if other := [name for name, value in about.items() if content[name] != value]:
         raise ShortGPTError(
             f"{state.path} is the state of another search (it differs in {', '.join(other)}); go "
-            f"on with the former, {anew}"
+            f"on with the former, {fix}"
         )
     losses, done = (  # by layers, whose numbers JSON has turned into strings
         [{int(i): value for i, value in by_layer.items()} for by_layer in content[name]]

@@ -7,7 +7,7 @@ from llama.lazy import lazy
 if TYPE_CHECKING:
     from short_gpt.wrappers.opening import open_model
     from short_gpt.wrappers.options import OpenOptions
-    from short_gpt.wrappers.own_text import own_samples, writes
+    from short_gpt.wrappers.own_text import own_samples, own_text_writer
     from short_gpt.wrappers.scored_model import ScoredModel
     from short_gpt.wrappers.short_hf import ShortHFModel
     from short_gpt.wrappers.short_llama import ShortLlama
@@ -19,4 +19,4 @@ else:
 
 __all__ = ["Batch", "OpenOptions", "ScoredModel", "ShortHFModel", "ShortLlama", "ShortModel"]
 __all__ += ["StreamedDecoder", "StreamedLlama", "StreamedTransformer", "open_model", "open_stream"]
-__all__ += ["own_samples", "remove_sublayers", "sublayer_parameters", "writes"]
+__all__ += ["own_samples", "own_text_writer", "remove_sublayers", "sublayer_parameters"]

@@ -12,7 +12,7 @@ import torch
 from llama.checkpoint.meta import args_of_params, read_params
 from llama.formats.gguf_read import part_paths
 from llama.io.sources import Source, find_source, resolve
-from llama.parallel import choose_device, choose_dtype, initialize, several_ranks
+from llama.parallel import choose_device, choose_dtype, initialize, is_distributed
 from short_gpt.checkpoints.verify import (
     ROUNDING,
     Fingerprint,
@@ -20,7 +20,7 @@ from short_gpt.checkpoints.verify import (
     fingerprint_aligned,
     one_by_one,
 )
-from short_gpt.models.config_file import explained, read_config, said_layers
+from short_gpt.models.config_file import explained, layers_in_config, read_config
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
@@ -117,7 +117,7 @@ def open_hf(
             "windows"
         )
     device = choose_device(options.device)
-    if several_ranks():  # before the model is loaded: the group decides this rank's device
+    if is_distributed():  # before the model is loaded: the group decides this rank's device
         initialize(1, device=device)
     torch.manual_seed(options.seed)
     dtype, trust = choose_dtype(options.dtype, device), options.trust_remote_code
@@ -170,7 +170,7 @@ def layers_of(source: str | PathLike[str]) -> int | None:
     if source.kind != "hf":
         return None
     try:
-        if (count := said_layers(source.path)) is not None:
+        if (count := layers_in_config(source.path)) is not None:
             return count
         config = read_config(str(source))
     except Exception as error:

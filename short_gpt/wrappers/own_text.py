@@ -23,14 +23,14 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import free_memory
 from short_gpt.runtime.numbers import at_least
-from short_gpt.runtime.progress import above_bars, bar, duration
+from short_gpt.runtime.progress import bar, duration, print_above_bars
 from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
 COUNT = 96  # texts where no number is given
 AT_ONCE = 64  # texts written at once at most: more bring hardly any speed on a CPU
-JUDGES = 4  # texts held out at least where no other text judges
+MIN_HELD_OUT = 4  # texts held out at least where no other text judges
 TIMED = 3  # steps by which the time is foretold
 Write = Callable[[bool, int], Sequence[Text]]  # from whether they are chats, and how many
 STREAMED = (
@@ -130,12 +130,12 @@ class _Writing:
     times: list[float] = field(default_factory=list)  # of the first steps
 
     def run(self, count: int, batch_size: int | None, progress: bool) -> None:
-        """Completes the first ``count`` texts; keeps what is there however it ends."""
+        """Completes the first ``count`` texts; keeps what is written however it ends."""
         missing = [i for i in range(count) if len(self.texts[i]) < self.length]
         share = -(-len(missing) // self.team.count)
         fitting = self.team.gather(self._fitting())
         at_once = max(1, min(share, *fitting)) if batch_size is None else batch_size
-        mine = [i for batch in self.team.mine([*batches(missing, at_once)]) for i in batch]
+        mine = [i for batch in self.team.own_items([*batches(missing, at_once)]) for i in batch]
         total = sum(self.length - len(self.texts[i]) for i in mine)
 
         def choose(rows: Sequence[int], logits: Tensor) -> Tensor:  # (B, V) to (B,)
@@ -149,7 +149,7 @@ class _Writing:
                 left = (self.times[-1] - self.times[0]) / (TIMED - 1) * total / len(rows)
                 kept = f"in {self.state.path}" if self.state else "nowhere: no state is named"
                 words = f"{total:,} tokens of its own, {len(rows)} texts at once"
-                above_bars(f"the model writes {words}: about {duration(left)}; kept {kept}")
+                print_above_bars(f"the model writes {words}: about {duration(left)}; kept {kept}")
             if self.state is not None and self.state.due():
                 self.state.save({"texts": self.texts})
             return tokens
@@ -183,53 +183,53 @@ class _Writing:
 # Own text among the sources of a run
 
 
-def writes(
+def own_text_writer(
     short: ScoredModel, size: int, *, seed: int | None = 0, beside: StrPath | None = None
 ) -> Write:
-    """What writes the text of ``self`` for a run: `own_samples` of its model."""
+    """Writes the text of ``self`` for a run: `own_samples` of its model."""
     return lambda chat, count: own_samples(
         short, count, size, seed=seed or 0, chat=chat, beside=beside
     )
 
 
-def count_of_own(limit: int | None, kinds: int, *, spare: bool) -> int:
+def count_of_own(limit: int | None, kinds: int, *, extra: bool) -> int:
     """How many texts the model writes: one kind's share of ``limit`` windows, or `COUNT`.
 
-    ``spare`` asks for a tenth more, at least `JUDGES`, to be held out.
+    ``extra`` asks for a tenth more, at least `MIN_HELD_OUT`, to be held out.
     """
     count = COUNT if limit is None else -(-limit // kinds)
-    return count + (max(-(-count // 9), JUDGES) if spare else 0)
+    return count + (max(-(-count // 9), MIN_HELD_OUT) if extra else 0)
 
 
-def written(
-    kinds: Sequence[Iterable[Text]], write: Write, limit: int | None, *, spare: bool = False
+def with_own_text(
+    kinds: Sequence[Iterable[Text]], write: Write, limit: int | None, *, extra: bool = False
 ) -> list[Iterable[Text]]:
     """The kinds, with what the model writes, as many texts as `count_of_own` says."""
-    count = count_of_own(limit, len(kinds), spare=spare)
+    count = count_of_own(limit, len(kinds), extra=extra)
     return [write(OWN[kind], count) if isinstance(kind, str) else kind for kind in kinds]
 
 
-def written_apart(
+def split_own_text(
     kinds: Sequence[Iterable[Text]],
     held: Sequence[Sequence[Text]],
     write: Write,
     limit: int | None,
     seed: int = 0,
 ) -> tuple[Sequence[Sequence[Text]], Sequence[Sequence[Text]]]:
-    """`written` kinds, and others to evaluate on: ``held``, if any, or a tenth held out.
+    """`with_own_text` kinds, and others to evaluate on: ``held``, if any, or a tenth held out.
 
     Text of the model's own is held out only where there is no other.
     """
     own = [isinstance(kind, str) for kind in kinds]
-    spare, nothing = not held and all(own), list[Text]()
-    texts = [list(kind) for kind in written(kinds, write, limit, spare=spare)]
+    extra, nothing = not held and all(own), list[Text]()
+    texts = [list(kind) for kind in with_own_text(kinds, write, limit, extra=extra)]
     if held:
         return texts, held
     parts = []
     for each, mine in zip(texts, own, strict=True):
-        if mine and not spare:
+        if mine and not extra:
             parts.append((each, nothing))
         else:
-            share = JUDGES / len(each) if spare and len(each) > 2 * JUDGES else 0.1
+            share = MIN_HELD_OUT / len(each) if extra and len(each) > 2 * MIN_HELD_OUT else 0.1
             parts.append(hold_out(each, share=max(share, 0.1), seed=seed))
     return [kept for kept, _ in parts], [part for _, part in parts if part]

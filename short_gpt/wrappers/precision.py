@@ -8,10 +8,10 @@ from typing import TypeVar
 import torch
 from torch.utils.benchmark import Timer
 
-from short_gpt.models.decoder import products
+from short_gpt.models.decoder import mixed_precision
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import above_bars, duration, first_rank
+from short_gpt.runtime.progress import duration, is_first_rank, print_above_bars
 from short_gpt.wrappers.options import AUTO, FLOAT32, MIXED, OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -44,14 +44,14 @@ def in_precision(short: Short, options: OpenOptions) -> Short:
 
 def _is_faster(short: ScoredModel, cost: float, size: int) -> bool:
     team, decoder = replicas.current(short.decoder.device), short.decoder
-    if team.any(cost > EMULATED):  # on all ranks or on none
+    if team.any_rank(cost > EMULATED):  # on all ranks or on none
         _say(f"{FLOAT32} (a product in bfloat16 takes {cost:.1f} times as long)")
         return False
     window, seconds = [0] * min(size, decoder.max_seq_len), []
     for decoder.mixed in (False, True):
         seconds.append(short.seconds_a_window(window))
     plain, mixed = map(duration, seconds)
-    if slow := team.any(seconds[1] > ENOUGH * seconds[0]):
+    if slow := team.any_rank(seconds[1] > ENOUGH * seconds[0]):
         _say(f"{FLOAT32} ({plain} a window; {mixed} in {MIXED}, which is not faster by a third)")
     else:
         _say(f"{MIXED} ({mixed} a window against {plain})")
@@ -63,7 +63,7 @@ def bfloat16_cost(device: torch.device) -> float:
     x = torch.ones(256, 256, device=device)
     try:
         plain = Timer("x @ x", globals={"x": x}).timeit(5).mean
-        with products(True, device):
+        with mixed_precision(True, device):
             mixed, dtype = Timer("x @ x", globals={"x": x}).timeit(5).mean, (x @ x).dtype
     except RuntimeError:  # of CUDA without bfloat16
         return math.inf
@@ -71,5 +71,5 @@ def bfloat16_cost(device: torch.device) -> float:
 
 
 def _say(what: str) -> None:
-    if first_rank():
-        above_bars(f"precision: {what}")
+    if is_first_rank():
+        print_above_bars(f"precision: {what}")

@@ -127,8 +127,8 @@ class ScoredModel(ModelRecord, ABC):
         total = count_of(windows) if total is None else total
         population = getattr(windows, "population", None)
         # scores of the model as it was before a healing are not added to
-        anew = self._stale or self._scored_changes != self.changes
-        sums = Importance.empty(self.kept) if anew else self.importance
+        restart = self._stale or self._scored_changes != self.changes
+        sums = Importance.empty(self.kept) if restart else self.importance
         if state is not None:
             state.agree(replicas.current(self.decoder.device))
             sums = state.sums(self.kept)
@@ -170,12 +170,12 @@ class ScoredModel(ModelRecord, ABC):
                 continue
             if kind == "sublayers" and not known and not self._has_sublayers():
                 continue  # whether or not they were asked for: the model has none to score
-            origin, anew = "the scores so far", "begin anew: importance = Importance.empty(kept)"
+            origin, fix = "the scores so far", "start again: importance = Importance.empty(kept)"
             if state is not None:
-                origin, anew = f"the scores in {state.file.path}", "delete it or name another state"
+                origin, fix = f"the scores in {state.file.path}", "delete it or name another state"
             raise ShortGPTError(
                 f"{origin} have {name if known else f'no {name}'}: go on with {kind}={known}, or "
-                f"{anew}"
+                f"{fix}"
             )
 
     def _has_sublayers(self) -> bool:

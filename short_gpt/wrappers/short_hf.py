@@ -29,7 +29,7 @@ from short_gpt.data.windows import starts_texts, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
-from short_gpt.models.decoder import check_vocabulary, evaluating
+from short_gpt.models.decoder import check_token_ids, evaluating
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import generation_explained, load, restore_frequencies
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
@@ -193,7 +193,7 @@ class ShortHFModel(ShortModel):
             return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
         tokens = torch.tensor(ids, device=self.decoder.device)  # (B, S)
-        check_vocabulary(tokens, self.decoder)
+        check_token_ids(tokens, self.decoder)
         how = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": count}
         # the model's own settings end texts and change the distribution
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
@@ -235,7 +235,7 @@ class ShortHFModel(ShortModel):
     def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
         # the ids, and up to ``count`` new ones after them
         tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
-        check_vocabulary(tokens, self.decoder)
+        check_token_ids(tokens, self.decoder)
         generate = partial(
             self.model.generate,
             input_ids=tokens,
@@ -341,8 +341,8 @@ class ShortHFModel(ShortModel):
             if damaged := copy_weights(again):
                 raise NotFiniteError(
                     f"{self.source} has NaN or infinite weights, {damaged[0]} of what was written, "
-                    "and its logits prove nothing of a copy; fetch the weights anew, or leave the "
-                    "proof out (`verify` no)"
+                    "and its logits cannot verify the copy; fetch the weights again, or skip "
+                    "verification (`verify` no)"
                 )
             if not getattr(again, "is_quantized", False):  # those are where they belong
                 again.to(device)

@@ -21,7 +21,7 @@ from short_gpt.data.windows import starts_texts
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import TRUST, params_entries
-from short_gpt.models.decoder import unmixed
+from short_gpt.models.decoder import in_own_dtype
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.prefill import skips_prompts
 from short_gpt.runtime.errors import ShortGPTError
@@ -130,7 +130,7 @@ class ShortLlama(ShortModel):
                 logits = self.llama.model(tokens[:, start:], start)  # (1, S - start, V)
                 start = tokens.shape[1]
             else:
-                with unmixed(self.decoder):
+                with in_own_dtype(self.decoder):
                     logits = self.decoder.logits(tokens)  # (1, S, V)
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)  # (1, S + 1)
         return tokens[0, len(ids) :].tolist()

@@ -21,13 +21,13 @@ from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
-from short_gpt.checkpoints.verify import check_logits
+from short_gpt.checkpoints.verify import check_same_logits
 from short_gpt.data.texts import check_plain
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
 from short_gpt.evaluation.sampling import Sample
 from short_gpt.models.config_file import params_entries
-from short_gpt.models.decoder import pad, products
+from short_gpt.models.decoder import mixed_precision, pad
 from short_gpt.models.families import META
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import Call
@@ -63,7 +63,7 @@ def open_stream(
         path = resolve(name)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path} is no local directory; to be streamed, a Llama must be one in Meta's format "
+            f"{path} is not a local directory; to be streamed, a Llama must be in Meta's format "
             "or Hugging Face's with safetensors"
         )
     source = HFSource if find_source(path).kind == "hf" else MetaSource
@@ -103,7 +103,7 @@ class StreamedDecoder(MetaDecoder):
         """Negative log-likelihoods in nats of all predicted tokens of one round, (N,)."""
         group = self._pass("perplexity", windows)
         # (B, S - 1) losses of each batch; only those of real tokens count
-        with products(self.mixed, self.device):
+        with mixed_precision(self.mixed, self.device):
             losses = self.model.losses(group)
         pairs = zip(losses, group, strict=True)
         return torch.cat([loss.cpu()[batch.mask[:, 1:]] for loss, batch in pairs])
@@ -111,7 +111,7 @@ class StreamedDecoder(MetaDecoder):
     def window_logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Logits at all tokens of each window of one round, (S, V) float32 each."""
         for batch in self._pass("logits", windows):
-            with products(self.mixed, self.device):
+            with mixed_precision(self.mixed, self.device):
                 logits = self.model.logits(batch)  # (B, S, V)
             # real tokens come first: views, as copies would take as much again
             yield from (row[:real] for row, real in zip(logits, batch.mask.sum(1), strict=True))
@@ -130,7 +130,7 @@ class StreamedDecoder(MetaDecoder):
 
         text = f"{name} {len(windows)} windows"
         shown_bar = bar(text, total=steps, unit="layer", show=self.progress)
-        with shown_bar as shown, products(self.mixed, self.device):
+        with shown_bar as shown, mixed_precision(self.mixed, self.device):
             self.model.run(group, step=step)
         return group
 
@@ -363,7 +363,7 @@ class StreamedLlama(ScoredModel):
         ours = stream(tokens)
         stream.release()  # before another model takes as much
         saved = open_stream(directory, max_seq_len=size, device=device, dtype=dtype)
-        check_logits(ours, saved(tokens))
+        check_same_logits(ours, saved(tokens))
 
     def runs_in(self) -> tuple[torch.dtype, torch.device]:
         return self.stream.dtype, self.stream.device  # the layers' own weights come and go
@@ -376,7 +376,7 @@ class StreamedLlama(ScoredModel):
     def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
         windows = self.windows_at_once(batch_size)  # of a full round; one layer is timed
         batch = Batch(*pad([window] * batch_size, self.decoder), watched=True)
-        with products(self.decoder.mixed, self.decoder.device):
+        with mixed_precision(self.decoder.mixed, self.decoder.device):
             read, ready, run = self.stream.layer_seconds(batch)
         # a thread reads the next layer while the round passes this one
         layer = ready + max(read, run * windows / batch_size)

@@ -445,7 +445,7 @@ def test_heal_offers_by_the_same_scores_as_prune(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Stack, "kept", lambda _, *layers_and_scores: offered.append(layers_and_scores)
     )
-    gguf.check_saved(path, [2, 8], [0.1] * 18)
+    gguf.check_writable_gguf(path, [2, 8], [0.1] * 18)
     assert offered == [([2, 8], [0.1] * 18)]
 
 

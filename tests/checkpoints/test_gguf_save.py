@@ -24,7 +24,7 @@ from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.gguf import MAPPED, about_types
 from short_gpt.evaluation import Difference
 from short_gpt.healing import HealingEvidence, HealingJob, Learning
-from short_gpt.jobs import Healing, OpenOptions
+from short_gpt.jobs import HealingResult, OpenOptions
 from short_gpt.jobs.healing import reread
 from short_gpt.models.weight_changes import WeightChange
 from short_gpt.runtime.errors import NotSavedError, ShortGPTError
@@ -306,7 +306,7 @@ def test_what_cannot_be_written_back_is_refused_before_the_model_is_opened(here,
 
 def test_a_directory_or_several_files_are_not_read_again():
     for name in ("out", "m-00001-of-00002.gguf"):
-        done = Healing(Path(name), HealingEvidence([], {}, Difference(0.0, 0.0, 4)))
+        done = HealingResult(Path(name), HealingEvidence([], {}, Difference(0.0, 0.0, 4)))
         assert reread(done, Learning([], [], []), OpenOptions(), 32) is done
 
 

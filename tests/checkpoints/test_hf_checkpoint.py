@@ -146,7 +146,7 @@ def test_refusals(whole, tmp_path):
         prune_hf(whole, out, [1])
     config = json.loads((whole / "config.json").read_text())
     (whole / "config.json").write_text(json.dumps({**config, "model_type": "nothing"}))
-    with pytest.raises(ValueError, match="is no causal model that can be pruned"):
+    with pytest.raises(ValueError, match="is not a causal model to be pruned"):
         prune_hf(whole, out, [1])
     path.unlink()
     with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):

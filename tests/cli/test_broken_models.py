@@ -109,7 +109,7 @@ def test_a_weight_that_is_no_number_is_told_where_a_proof_needs_one(here, capsys
         line = told(capsys, *command)
         own = {"ckpt": "feed_forward.w2", "hf": "mlp.down_proj"}[model]
         assert f"{name} has NaN or infinite weights, layer 2 in {own}.weight, and its" in line
-        assert "or leave the proof out (--verify no)" in line and not Path("out").exists()
+        assert "or skip verification (--verify no)" in line and not Path("out").exists()
     run("prune", model, "out", *CUT, "--verify", "no")
 
 
@@ -134,7 +134,7 @@ def test_a_weight_that_the_logits_do_not_show_is_named(here, capsys, model, valu
     for command in (prune, ("convert", model, "out", "--to", to)):
         line = told(capsys, *command)
         assert "has NaN or infinite weights, " in line and f"{own}.weight" in line
-        assert "or leave the proof out (--verify no)" in line and not Path("out").exists()
+        assert "or skip verification (--verify no)" in line and not Path("out").exists()
     run(*prune, "--verify", "no")
     assert "verified" not in "".join(capsys.readouterr())
 
@@ -155,7 +155,7 @@ def test_no_token_is_chosen_of_logits_that_are_no_numbers(here, capsys, model, t
     stored(lambda weight: torch.full_like(weight, float("nan")))
     convert("ckpt", "hf", verify=False)
     line = told(capsys, "generate", model, "a text", "--temperature", temperature)
-    assert "gives NaN or infinite logits, of which no token can be chosen" in line
+    assert "gives NaN or infinite logits, from which no token can be chosen" in line
 
 
 UNUSABLE = "hf cannot generate by its generation_config.json: "
@@ -165,10 +165,10 @@ NO_TOKEN = "hf/generation_config.json is damaged: "
 @pytest.mark.parametrize(
     ("entry", "said", "way_out"),
     [
-        ({"eos_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it anew"),
-        ({"pad_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it anew"),
-        ({"min_length": 1e30}, UNUSABLE, "correct the file, or take it away"),
-        ({"top_k": "x"}, UNUSABLE, "correct the file, or take it away"),
+        ({"eos_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it again"),
+        ({"pad_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it again"),
+        ({"min_length": 1e30}, UNUSABLE, "correct the file, or remove it"),
+        ({"top_k": "x"}, UNUSABLE, "correct the file, or remove it"),
     ],
 )
 def test_a_generation_config_that_cannot_be_used_is_told(here, capsys, entry, said, way_out):

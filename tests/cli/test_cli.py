@@ -486,9 +486,9 @@ GATE = ("--scores", "book.txt", "--eval_data", "book.txt", "--max_perplexity_rat
         ),
         (["rank", "ckpt", *DATA, "--json", "a", "--plots", "a/b"], "into the file a"),
         (["compare", "ckpt", "--json", "a", "--report", "./a"], "a is named for two results; name"),
-        (["rank", "ckpt", *DATA, "--state", "ckpt"], "ckpt is no file"),
+        (["rank", "ckpt", *DATA, "--state", "ckpt"], "ckpt is not a file"),
         (["rank", "ckpt", "--data=a--b"], "no such file or folder: 'a--b', and no data set"),
-        (["prune", "ckpt", "x", "--scores", "ckpt", "-n", "1"], "ckpt is no file"),
+        (["prune", "ckpt", "x", "--scores", "ckpt", "-n", "1"], "ckpt is not a file"),
         (["heal", "ckpt", "x", "--layers", "1", "--json", "x/r.json"], "x/r.json lies in x, which"),
         (
             ["generate", "ckpt", "a", "--skip_prefill", "x"],
@@ -512,7 +512,7 @@ GATE = ("--scores", "book.txt", "--eval_data", "book.txt", "--max_perplexity_rat
         (["rank", "--overwrite", "ckpt", "--sed", "1"], "rank has no flag --sed"),
         (["rank", "ckpt", *DATA, "--out", "a.json", "--plots", "a.json"], "into the file a.json"),
         (["demo", "--out_dir", "ckpt", "--overwrite"], "ckpt exists and holds no pruning.json"),
-        (["rank", "ckpt", *DATA, "--out", "book.txt/r.json"], "is no writable directory"),
+        (["rank", "ckpt", *DATA, "--out", "book.txt/r.json"], "is not a writable directory"),
         (
             ["rank", "ckpt", *DATA, "--json", "r.json", "--save_every", "-1"],
             "--save_every -1.0: e",

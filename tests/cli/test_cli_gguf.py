@@ -296,7 +296,10 @@ def test_files_of_one_model_are_joined(here):
         ),
         (["convert", "qwen.gguf", "qwen.gguf"], "qwen.gguf exists; choose another name"),
         (["convert", "hf", "x-00001-of-00002.gguf"], "names one of 2 files, but a single file is"),
-        (["prune", "hf", "x-00001-of-00002.gguf", *CUT], "name it x.gguf, which `short-gpt"),
+        (
+            ["prune", "hf", "x-00001-of-00002.gguf", *CUT],
+            "write x.gguf, then split it with `short-gpt",
+        ),
         (["convert", "owner/name", "x", "--to", "hf"], "owner/name is in the format hf already"),
     ],
 )

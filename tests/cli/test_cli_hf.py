@@ -353,9 +353,9 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["prune", "hf", "hf", *CUT, "--overwrite"], "hf exists and holds"),
         (["prune", "hf", "hf", *CUT, "--overwrite", "--to", "meta"], "hf exists and holds"),
         (["prune", "hf", "x", "--scores", "other.json", "-n", 1], "scores 4 layers, hf has 5"),
-        (["prune", "no/where", "x", *CUT], "no/where is no directory here, and the hub cannot be"),
-        (["convert", "no/where", "x"], "no/where is no directory here, and the hub cannot be"),
-        (["rank", "no/where", *DATA], "no/where is no directory here, and the hub cannot be"),
+        (["prune", "no/where", "x", *CUT], "no/where is not a directory here, and the hub"),
+        (["convert", "no/where", "x"], "no/where is not a directory here, and the hub cannot be"),
+        (["rank", "no/where", *DATA], "no/where is not a directory here, and the hub cannot be"),
         (["rank", "strange", *DATA], "strange cannot be loaded: The checkpoint you are trying"),
         (["rank", "hf", *DATA, "--dtype", "int4"], "expected a --dtype of float32"),
         (["rank", "hf", *DATA, "--device", "tpu9"], "expected a device such as cpu"),
@@ -392,7 +392,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["evaluate", "hf", "--text", "none", "--tasks", "nothing"], "lm-eval has no tasks"),
         (
             ["evaluate", "hf", "--text", "none", "--tasks", "a", "--include_path", "no"],
-            "no is no folder",
+            "no is not a folder",
         ),
     ],
 )

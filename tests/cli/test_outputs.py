@@ -179,7 +179,7 @@ def test_a_quiet_run_says_its_result_alone(ckpt, monkeypatch, capsys):
     assert "--quiet has no" not in fails(capsys, "rank", "nowhere", "--quiet")
     assert os.environ["TQDM_DISABLE"] == "1"
     run(*RANK)
-    assert not progress.quiet() and progress.bar("x", total=1, unit="y").disable is False
+    assert not progress.is_quiet() and progress.bar("x", total=1, unit="y").disable is False
 
 
 @pytest.mark.parametrize("command", LONG)

@@ -14,7 +14,7 @@ import torch
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
-from short_gpt.cli.app import Unheard, message_of
+from short_gpt.cli.app import PipeSafeStream, message_of
 
 RANK = ("rank", "ckpt", *DATA, "--max_windows", 2, "--json", "a.json")
 
@@ -106,7 +106,7 @@ def test_a_terminal_that_knows_ascii_alone_gets_the_text_all_the_same(ckpt):
 @pytest.mark.parametrize("lines", [True, False])
 def test_a_stream_whose_reader_has_left_takes_what_is_written(lines):
     read, written = os.pipe()
-    stream = Unheard(os.fdopen(written, "wb", closefd=False), "utf-8", line_buffering=lines)
+    stream = PipeSafeStream(os.fdopen(written, "wb", closefd=False), "utf-8", line_buffering=lines)
     os.close(read)
     for text in ("one\n", "x" * 100_000, "two\n"):  # a line, more than a buffer holds, what follows
         assert stream.write(text) == len(text)

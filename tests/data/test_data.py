@@ -22,7 +22,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from short_gpt.data.texts import Given, count_texts, pg19, read_texts, source_names, texts
+from short_gpt.data.texts import TextsInMemory, count_texts, pg19, read_texts, source_names, texts
 from short_gpt.data.windows import Windows, batches, windows
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -249,7 +249,7 @@ def test_what_is_named_like_a_text_and_cannot_be_read_is_refused(tmp_path: Path,
     (tmp_path / "train/one.txt").write_text("one")
     make(tmp_path / "train/two.txt")
     for source in (tmp_path, str(tmp_path)):
-        with pytest.raises(ShortGPTError, match=r"train/two\.txt' is no file that can be read"):
+        with pytest.raises(ShortGPTError, match=r"train/two\.txt' is a broken link or a pipe"):
             texts(source)
     (tmp_path / "test").mkdir()
     (tmp_path / "test/three.txt").write_text("three")
@@ -535,8 +535,10 @@ def test_a_batch_has_at_least_one_window() -> None:
 
 
 def test_texts_by_names_are_told_apart_by_their_content() -> None:
-    first, second = (Given({"a": Dataset.from_dict({"text": [t]}), "b": ["x"]}) for t in "yz")
-    assert first != second and first == Given(
+    first, second = (
+        TextsInMemory({"a": Dataset.from_dict({"text": [t]}), "b": ["x"]}) for t in "yz"
+    )
+    assert first != second and first == TextsInMemory(
         {"a": Dataset.from_dict({"text": ["y"]}), "b": ("x",)}
     )
     assert [*texts(first.rows["b"])] == ["x"]

@@ -13,7 +13,7 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.cli.tables import perplexities
 from short_gpt.data.windows import Window, batches, text_of, windows
-from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.paired import combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.evaluation.sampling import Sample, sampling_error
 from short_gpt.jobs.comparing import Cells
@@ -47,8 +47,8 @@ def test_the_error_over_texts_is_the_jackknifes():
     assert found.degrees == pytest.approx(sum(odds) ** 2 / spread, rel=1e-12)
     assert 1.5 < found.degrees < 3
     quantile = scipy.stats.t.ppf(0.975, found.degrees)
-    assert found.reach() == pytest.approx(quantile * found.standard_error, rel=1e-12)
-    assert found.reach(0.9) == pytest.approx(found.reach(sides=1))
+    assert found.margin() == pytest.approx(quantile * found.standard_error, rel=1e-12)
+    assert found.margin(0.9) == pytest.approx(found.margin(sides=1))
 
 
 @pytest.mark.parametrize("text", [5, None])
@@ -72,7 +72,7 @@ def test_the_error_over_texts_of_one_size_is_that_of_statsmodels():
     found = sampling_error(EQUAL)
     assert found.degrees == pytest.approx(3)
     assert found.standard_error == pytest.approx(CLUSTERED[0], rel=1e-12)
-    assert found.reach() == pytest.approx(CLUSTERED[1], rel=1e-7)
+    assert found.margin() == pytest.approx(CLUSTERED[1], rel=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_where_no_interval_is_honest_it_says_so(sizes, texts, said):
     rows = zip(texts or [None] * len(sizes), sizes, strict=True)
     found = [Sample(text, 2.0 * size + i, size) for i, (text, size) in enumerate(rows)]
     error = sampling_error(found)
-    assert not error.known and math.isnan(error.reach()) and math.isnan(error.reach(sides=1))
+    assert not error.known and math.isnan(error.margin()) and math.isnan(error.margin(sides=1))
     assert error.no_interval.startswith(said)
     measured = Perplexity.of(found)
     assert f"no interval: {said}" in perplexities({"a": measured})
@@ -100,7 +100,7 @@ def test_where_no_interval_is_honest_it_says_so(sizes, texts, said):
 @pytest.mark.parametrize("sizes", [[20, 2, 2], [85, 8, 7], [45, 45, 10]])
 def test_where_texts_are_unequal_there_still_is_one(sizes):
     error = sampling_error([Sample(i, 2.0 * size + i, size) for i, size in enumerate(sizes)])
-    assert error.known and error.no_interval == "" and error.reach() > 0
+    assert error.known and error.no_interval == "" and error.margin() > 0
 
 
 def test_intervals_hold_where_texts_differ_in_length():
@@ -109,8 +109,8 @@ def test_intervals_hold_where_texts_differ_in_length():
     for values in generator.normal(0, 1, (2000, 3)):
         rows = [Sample(i, 100 * n * values[i], 100 * n) for i, n in enumerate((20, 2, 2))]
         error, mean = sampling_error(rows), (20 * values[0] + 2 * sum(values[1:])) / 24
-        covered += abs(mean) < error.reach()
-        below += mean < error.reach(sides=1)
+        covered += abs(mean) < error.margin()
+        below += mean < error.margin(sides=1)
     assert covered / 2000 > 0.93 and below / 2000 > 0.93
 
 
@@ -123,9 +123,9 @@ def test_intervals_hold_where_windows_of_a_text_are_alike():
         nats = (3 + text[:, None] + within) * tokens
         rows = [Sample(i, nats[i, j], int(tokens[i, j])) for i in range(12) for j in range(8)]
         mean = nats.sum() / tokens.sum()
-        covered += abs(mean - 3) < sampling_error(rows).reach()
+        covered += abs(mean - 3) < sampling_error(rows).margin()
         alike = [row._replace(text=None) for row in rows]
-        naive += abs(mean - 3) < sampling_error(alike).reach()
+        naive += abs(mean - 3) < sampling_error(alike).margin()
     assert 0.93 < covered / 1000 < 0.97
     assert naive / 1000 < 0.6  # as if 96 windows were independent
 
@@ -162,10 +162,10 @@ def test_perplexity_and_its_changes_count_texts():
     ]
     parts = losses(decoder, cut, progress=False)
     whole = perplexity(decoder, [cut[:4], cut[4:]])
-    assert whole.error.texts == together(parts).error.texts == 3
-    assert whole.error.reach() == pytest.approx(together(parts).error.reach(), rel=1e-4)
+    assert whole.error.texts == combined(parts).error.texts == 3
+    assert whole.error.margin() == pytest.approx(combined(parts).error.margin(), rel=1e-4)
     low, high = whole.interval()
-    assert math.log(high / low) == pytest.approx(2 * whole.error.reach())
+    assert math.log(high / low) == pytest.approx(2 * whole.error.margin())
     assert "6 windows of 3 texts, the texts being the samples" in perplexities({"a": whole})
     assert f"95%: {low:.3f} to {high:.3f}" in perplexities({"a": whole})
     found = whole.to_dict()
@@ -197,10 +197,10 @@ def test_the_texts_of_a_difference_are_known_where_both_sides_name_the_same():
 
 def test_windows_of_parts_that_hold_several_add_up():
     parts = [Perplexity.of(SAMPLES[:3]), Perplexity.of(SAMPLES[3:])]
-    whole = together(parts)
+    whole = combined(parts)
     assert whole.windows == 8 and whole == Perplexity.of(SAMPLES)
     without_samples = [Perplexity(p.nats, p.tokens, p.windows) for p in parts]
-    assert together(without_samples).windows == 8
+    assert combined(without_samples).windows == 8
 
 
 def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path, monkeypatch):

@@ -226,7 +226,7 @@ def test_what_was_kept_of_another_run_is_refused(tmp_path, monkeypatch):
     [
         ("patch/values.3", "does not hold what was saved there: it was edited or is damaged"),
         ("teacher/teacher.bin", "does not hold what was saved there: it was edited or is damaged"),
-        ("patch/values.3", "is missing, from which the run would go on; delete .*patch to begin"),
+        ("patch/values.3", "is missing, from which the run would go on; delete .*patch to start"),
     ],
 )
 def test_no_chain_goes_on_from_what_was_damaged(name, said, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""LoRA healing, texts kept apart, healed models on disk, and the command."""
+"""LoRA healing, held-out texts, healed models on disk, and the command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from transformers import LlamaConfig, integrations
 from short_gpt.checkpoints import Provenance
 from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
 from short_gpt.data.texts import Conversation
-from short_gpt.evaluation.paired import difference, losses, together
+from short_gpt.evaluation.paired import combined, difference, losses
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.healing import heal_patch as patch
 from short_gpt.healing import lora as healing
@@ -526,7 +526,7 @@ def test_windows_of_different_lengths_and_gpt2s_transposed_maps():
     # the first step reads two windows by the weights so far; transformers divides the loss of
     # what is predicted by all tokens, by the version with or without those that are only read
     each = [losses(ShortHFModel(make("gpt2")).decoder, [w], progress=False)[0] for w in windows]
-    pairs = [together(pair) for pair in combinations(each, 2)]
+    pairs = [combined(pair) for pair in combinations(each, 2)]
     expected = [p.nats / (p.tokens + more) for p in pairs for more in (0, 2)]
     assert any(healed.losses[1] == pytest.approx(loss, rel=1e-4) for loss in expected)
 
@@ -637,7 +637,7 @@ def test_paired_difference_and_its_error():
     without = (-5 / 20 - mean) ** 2 + (-2 / 10 - mean) ** 2  # one window or the other
     assert found.nats == pytest.approx(mean)
     assert found.standard_error == pytest.approx(math.sqrt(without / 2))
-    assert together(first) == Perplexity(34.0, 30, 2)
+    assert combined(first) == Perplexity(34.0, 30, 2)
     with pytest.raises(ValueError, match="losses of the same windows, got 2 windows and 1"):
         difference(first, second[:1])
 
@@ -956,7 +956,7 @@ def test_heal_leaves_out_what_is_evaluated_on_when_told_to(books, capsys):
     arguments = ("--layers", "2", "--eval_data", "books/3.txt", "--drop_overlap", "yes")
     run("heal", "dense", "out", *SMALL, *arguments, "--max_windows", 200)
     out = capsys.readouterr().out
-    assert "left out" in out and "text kept apart from learning" in out
+    assert "left out" in out and "windows that share text with held-out ones" in out
 
 
 def test_a_training_goes_on_with_as_many_processes_alone(tmp_path, monkeypatch):

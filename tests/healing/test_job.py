@@ -24,11 +24,11 @@ from peft.tuners.lora import Linear
 from short_gpt.checkpoints import meta as meta_checkpoint
 from short_gpt.healing import (
     HealingJob,
+    HealingTexts,
     Learning,
     LoraSettings,
     PatchSettings,
     Recipe,
-    Source,
     heal_patch,
     lora,
     solver,
@@ -274,7 +274,7 @@ def test_every_kind_of_text_is_judged_by_itself(tmp_path):
     def encode(text: str) -> list[int]:
         return [ord(letter) - 96 for letter in text]
 
-    read = Source(f"{low},{high}", seed=3).windows(encode, 16, eval_windows=4)
+    read = HealingTexts(f"{low},{high}", seed=3).windows(encode, 16, eval_windows=4)
     assert read.kinds == [low if max(window) < 5 else high for window in read.evaluation]
     assert sorted(read.kinds) == sorted([low, high] * 2)
     evidence = HealingJob(short, read, [2], settings=PatchSettings(), progress=False).run()
@@ -282,4 +282,4 @@ def test_every_kind_of_text_is_judged_by_itself(tmp_path):
     by_hand = short.perplexity(own, progress=False)
     assert evidence.by_kind[low]["healed"].value == pytest.approx(by_hand.value)
     assert list(evidence.by_kind[high]) == list(evidence.perplexity)
-    assert [*Source(low, f"{low},{high}").windows(encode, 16, drop_overlap=True).kinds]
+    assert [*HealingTexts(low, f"{low},{high}").windows(encode, 16, drop_overlap=True).kinds]

@@ -46,7 +46,7 @@ def test_a_checkpoint_that_a_kill_cut_short_goes(folder):
 )
 def test_digests_that_were_damaged_are_refused_and_nothing_goes(folder, text):
     (folder / "checkpoint-2" / "digests.json").write_text(text)
-    message = rf"checkpoint-2/digests.json does not hold what was saved.*delete {folder} to begin"
+    message = rf"checkpoint-2/digests.json does not hold what was saved.*delete {folder} to start"
     with pytest.raises(ShortGPTError, match=message):
         finished_checkpoints(folder)
     assert names(folder) == {"checkpoint-1", "checkpoint-2"}

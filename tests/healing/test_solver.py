@@ -19,7 +19,7 @@ from short_gpt.healing.solver import (
     _inverse,
     equations_of,
     error,
-    lost_states,
+    sink_weights,
 )
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.sublayers import OutputProjection, Sublayers, effective_weight
@@ -69,7 +69,7 @@ def solver(end: OutputProjection, fitted: Tokens, held: Tokens, ridges=(1e-9,)) 
 def test_a_lost_state_weighs_relative_to_what_is_there():
     present = torch.tensor([[8.0, 0], [0, 2], [1, 0], [0, 0]])
     target = torch.tensor([[8.0, 0], [8, 0], [8, 0], [8, 0]])  # 1, 4, 8 and any times as long
-    assert lost_states(present, target, 4.0).tolist() == [1, 1, 4, 250**2]
+    assert sink_weights(present, target, 4.0).tolist() == [1, 1, 4, 250**2]
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])

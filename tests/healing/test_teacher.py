@@ -187,5 +187,5 @@ def test_a_meta_model_teaches_too(tmp_path):
 
 def test_predictions_of_another_model_say_which_folder_to_delete(short, tmp_path):
     filled(tmp_path / "teacher", short)
-    with pytest.raises(ValueError, match=rf"another top_k.*delete {tmp_path / 'teacher'} to begin"):
+    with pytest.raises(ValueError, match=rf"another top_k.*delete {tmp_path / 'teacher'} to start"):
         CachedTeacher(tmp_path / "teacher", short, WINDOWS, k=3)

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from short_gpt import ShortGPTError
-from short_gpt.healing import Source
+from short_gpt.healing import HealingTexts
 
 
 def characters(text: str) -> list[int]:
@@ -37,7 +37,7 @@ def share(windows) -> float:
 
 
 def test_of_a_mix_as_many_windows_are_read_of_every_kind(kinds):
-    found = Source(",".join(kinds)).windows(characters, 40, limit=8, eval_windows=2)
+    found = HealingTexts(",".join(kinds)).windows(characters, 40, limit=8, eval_windows=2)
     assert len(found.training) == 8 and share(found.training) == 0.5
     kinds_read = [chr(w[0]) in "yz" for w in found.training]
     assert kinds_read not in ([False, True] * 4, [False] * 4 + [True] * 4)  # in random order
@@ -46,28 +46,28 @@ def test_of_a_mix_as_many_windows_are_read_of_every_kind(kinds):
 
 def test_texts_are_numbered_through_all_kinds(kinds):
     """Text 0 of one kind and text 0 of another are two samples."""
-    found = Source(",".join(kinds)).windows(characters, 40)
+    found = HealingTexts(",".join(kinds)).windows(characters, 40)
     for read in (found.training, found.evaluation):
         large, small = ({w.text for w in read if chr(w[0]) in kind} for kind in ("ab", "yz"))
         assert large and small and not large & small
 
 
 def test_without_a_limit_all_of_a_mix_is_read(kinds):
-    found = Source(",".join(kinds)).windows(characters, 40)
+    found = HealingTexts(",".join(kinds)).windows(characters, 40)
     every = len(found.training) + len(found.evaluation)
     assert every == 100 and 0.15 < share(found.training) < 0.25
 
 
 def test_a_file_whose_name_has_a_comma_is_one_source(tmp_path):
     path = written(tmp_path / "a,b.jsonl", pieces("ab", 5))
-    assert Source(path).windows(characters, 40).training
+    assert HealingTexts(path).windows(characters, 40).training
 
 
 def test_every_source_of_a_mix_must_exist(kinds):
     with pytest.raises(FileNotFoundError, match="no such file or folder: 'no.txt'"):
-        Source(f"{kinds[0]},no.txt").windows(characters, 40)
+        HealingTexts(f"{kinds[0]},no.txt").windows(characters, 40)
     with pytest.raises(FileNotFoundError, match="no such file or folder: ''"):
-        Source(f"{kinds[0]},").windows(characters, 40)
+        HealingTexts(f"{kinds[0]},").windows(characters, 40)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_copy_is_no_text_to_evaluate_on_at_any_size(tmp_path, size, limit):
     text = "".join(random.Random(0).choices("etaoinshr ", k=800))
     (tmp_path / "book.txt").write_text(text)
     (tmp_path / "copy.txt").write_text(text[2:])
-    source = Source(str(tmp_path / "book.txt"), str(tmp_path / "copy.txt"))
+    source = HealingTexts(str(tmp_path / "book.txt"), str(tmp_path / "copy.txt"))
     with pytest.raises(ShortGPTError, match="training windows share text with the windows to eval"):
         source.windows(characters, size, limit=limit, eval_windows=limit or 400)
 
@@ -85,5 +85,5 @@ def test_a_copy_is_no_text_to_evaluate_on_at_any_size(tmp_path, size, limit):
 def test_one_window_cannot_both_teach_and_choose_the_step(tmp_path):
     texts = written(tmp_path / "few.jsonl", pieces("ab", 2))
     with pytest.raises(ShortGPTError, match="expected at least 2 windows, one to learn from and"):
-        Source(texts).windows(characters, 40, limit=1, validate=True)
-    assert len(Source(texts).windows(characters, 40, limit=1).training) == 1
+        HealingTexts(texts).windows(characters, 40, limit=1, validate=True)
+    assert len(HealingTexts(texts).windows(characters, 40, limit=1).training) == 1

@@ -13,23 +13,25 @@ from conftest import CharTokenizer, make_transformer, random_windows
 
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
-from short_gpt.evaluation import difference, losses, together
+from short_gpt.evaluation import combined, difference, losses
 from short_gpt.healing import RefitSettings, choosing
-from short_gpt.jobs import Apart, calibrate
+from short_gpt.jobs import SplitWindows, calibrate
 from short_gpt.jobs import calibration as module
 from short_gpt.jobs.calibration import (
     WindowScores,
     agreement,
     correlations,
-    reach,
     score_windows,
+    stretched_interval,
 )
 from short_gpt.selection.methods import choose
 
 TEXTS = {
-    "even": Apart(random_windows(4, 24), random_windows(3, 24, seed=5)),
-    "low": Apart(random_windows(4, 24, vocab=9, seed=2), random_windows(3, 24, vocab=9, seed=7)),
-    "high": Apart(
+    "even": SplitWindows(random_windows(4, 24), random_windows(3, 24, seed=5)),
+    "low": SplitWindows(
+        random_windows(4, 24, vocab=9, seed=2), random_windows(3, 24, vocab=9, seed=7)
+    ),
+    "high": SplitWindows(
         [[95 - i for i in w] for w in random_windows(4, 24, vocab=7, seed=3)],
         [[95 - i for i in w] for w in random_windows(3, 24, vocab=7, seed=8)],
     ),
@@ -94,7 +96,7 @@ def test_a_cell_is_the_model_without_the_choice_of_one_text_judged_on_another(fo
         return losses(model.decoder, judged, progress=False)
 
     whole, theirs, own = losses(short().decoder, judged, progress=False), cut("low"), cut("high")
-    assert cell.perplexity == pytest.approx(together(theirs).value, rel=1e-5)
+    assert cell.perplexity == pytest.approx(combined(theirs).value, rel=1e-5)
     for name, change in (("nats", difference(whole, theirs)), ("excess", difference(own, theirs))):
         assert getattr(cell, name) == pytest.approx(change.nats, abs=1e-5)
     excess = difference(own, theirs)
@@ -169,7 +171,9 @@ def test_the_windows_of_two_rankings_are_drawn_independently():
     assert found.correlation == pytest.approx(1) and found.shared == 4
     assert found.interval[0] < 0.9 and found.shared_interval[0] < 4
     drawn = scores.resampled(0), scores.resampled(1)
-    assert found.interval == reach(found.correlation, correlations(*drawn), scores.degrees)
+    assert found.interval == stretched_interval(
+        found.correlation, correlations(*drawn), scores.degrees
+    )
 
 
 @pytest.mark.parametrize("few_first", [True, False])
@@ -178,7 +182,7 @@ def test_the_degrees_are_those_of_the_ranking_with_fewer_windows(few_first):
     assert sorted(scores.degrees for scores in pair) == pytest.approx([3, 15])
     found = agreement(("a", "b"), *pair)
     drawn = correlations(pair[0].resampled(0), pair[1].resampled(1))
-    assert found.interval == pytest.approx(reach(found.correlation, drawn, 3))
+    assert found.interval == pytest.approx(stretched_interval(found.correlation, drawn, 3))
 
 
 def test_documents_of_different_lengths_have_fewer_degrees():
@@ -243,12 +247,12 @@ def test_the_interval_of_a_correlation_holds_it_as_often_as_it_says():
 
 def test_an_interval_is_not_below_what_noise_takes_away():
     drawn = np.array([0.8, 0.82, 0.84, 0.83])  # all below what was measured
-    low, high = reach(0.88, drawn, 11)
+    low, high = stretched_interval(0.88, drawn, 11)
     stretch = scipy.stats.t.ppf(0.975, 11) / scipy.stats.norm.ppf(0.975) * (12 / 11) ** 0.5
     assert low == pytest.approx(0.88 - stretch * (0.88 - np.quantile(drawn, 0.025)), rel=1e-4)
     assert high == pytest.approx(0.88 + (0.88 - low))
-    assert reach(1.0, np.array([1.0, 1.0]), 5) == (1, 1)
-    assert reach(0.5, np.array([0.5]), 0) == (-1, 1)
+    assert stretched_interval(1.0, np.array([1.0, 1.0]), 5) == (1, 1)
+    assert stretched_interval(0.5, np.array([0.5]), 0) == (-1, 1)
 
 
 def test_interrupted_it_continues_and_measures_nothing_twice(tmp_path, monkeypatch):
@@ -307,9 +311,13 @@ def test_other_ways_of_cutting_are_compared_with_the_first():
         (TEXTS, {"healings": ["lora"]}, "healing lora: expected some of raw, refit"),
         (TEXTS, {"n": 6}, "n = 6; the model has 6 layers"),
         (TEXTS, {"method": "sleb"}, "no calibration by sleb|no calibration by 'sleb'"),
-        ({**TEXTS, "a": Apart([], [[1, 2]])}, {}, "a: expected windows to rank on and others"),
         (
-            {**TEXTS, "a": Apart(TEXTS["low"].judged, [[1, 2, 3]])},
+            {**TEXTS, "a": SplitWindows([], [[1, 2]])},
+            {},
+            "a: expected windows to rank on and others",
+        ),
+        (
+            {**TEXTS, "a": SplitWindows(TEXTS["low"].judged, [[1, 2, 3]])},
             {},
             "training windows share text with the windows to evaluate on",
         ),

@@ -263,7 +263,7 @@ def test_layers_go_while_the_ratio_holds():
     for layers in order:
         with model.without_layers(layers):
             change = difference(dense, losses(model.decoder, EVALUATION))
-        values.append(math.exp(change.nats + change.error.reach(sides=1)))
+        values.append(math.exp(change.nats + change.error.margin(sides=1)))
     allowed = max(values[0] * 1.0001, 1.0)
     budget = model.layers_within([*EVALUATION], allowed, choose=lambda n: order[n - 1])
     expected = next((i for i, v in enumerate(values) if v > allowed), 5)

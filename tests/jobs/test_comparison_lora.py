@@ -14,7 +14,7 @@ from short_gpt.data.windows import windows
 from short_gpt.evaluation import losses
 from short_gpt.healing import lora, refit
 from short_gpt.healing.refit_state import RefitState
-from short_gpt.jobs import DistillHealing, LoraHealing, LoraSettings
+from short_gpt.jobs import DistillHealing, LoraHealing, LoraOptions
 from short_gpt.wrappers.opening import OpenOptions, open_model
 
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 pytest.importorskip("peft")
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
-SETTINGS = LoraSettings(steps=2, rank=2, learning_rate=0.01, batch=2, size=48)
+SETTINGS = LoraOptions(steps=2, rank=2, learning_rate=0.01, batch=2, size=48)
 
 
 def text(start: int) -> str:
@@ -107,7 +107,7 @@ def test_too_little_text_is_refused_before_anything_is_measured(healing):
     with pytest.raises(ValueError, match="needs two windows of 1000 tokens or more"):
         replace(healing, texts=[text(1000)], settings=long)
     with pytest.raises(ValueError, match="a window needs 2048"):
-        replace(healing, texts=["short"], settings=LoraSettings())
+        replace(healing, texts=["short"], settings=LoraOptions())
 
 
 def test_the_dtype_asked_for_is_the_healed_models(healing, monkeypatch):

@@ -20,12 +20,12 @@ from short_gpt import ShortGPTError, open_model, own_samples, rank, texts
 from short_gpt.checkpoints.provenance import Provenance, model_card
 from short_gpt.checkpoints.records import Measured
 from short_gpt.data.windows import mix
-from short_gpt.healing import Source
+from short_gpt.healing import HealingTexts
 from short_gpt.jobs import Cut, HealingWindows, Saving, TextSource, evaluation, heal
 from short_gpt.jobs.inputs import about_own
 from short_gpt.jobs.settings import Choice
 from short_gpt.wrappers import own_text as module
-from short_gpt.wrappers.own_text import written, written_apart
+from short_gpt.wrappers.own_text import split_own_text, with_own_text
 from short_gpt.wrappers.short_llama import ShortLlama
 
 SMALL = ("--size", 32)
@@ -108,20 +108,20 @@ def test_the_share_of_a_mix_is_asked_for(here):
     def kinds() -> list:
         return ["self", ["a text"], "self:chat"]
 
-    assert [len(list(k)) for k in written(kinds(), write, 10)] == [4, 1, 4]
-    written(kinds(), write, None)
-    written_apart(["self"], [], write, 9)  # four more, to be held out
-    written_apart(["self"], [["held"]], write, 9)
+    assert [len(list(k)) for k in with_own_text(kinds(), write, 10)] == [4, 1, 4]
+    with_own_text(kinds(), write, None)
+    split_own_text(["self"], [], write, 9)  # four more, to be held out
+    split_own_text(["self"], [["held"]], write, 9)
     assert asked == [(False, 4), (True, 4), (False, 96), (True, 96), (False, 13), (False, 9)]
     with pytest.raises(ShortGPTError, match="expected what writes it"):
-        Source("self").windows(lambda text: [1, 2], 2)
+        HealingTexts("self").windows(lambda text: [1, 2], 2)
 
 
 def test_own_text_is_held_out_only_where_there_is_no_other(here):
     own_texts = [[i] * 8 for i in range(20)]
 
     def held(kinds: list) -> list:
-        return written_apart(kinds, [], lambda chat, count: own_texts, 20)[1]
+        return split_own_text(kinds, [], lambda chat, count: own_texts, 20)[1]
 
     (part,) = held(["self"])
     assert 3 <= len(part) <= 5 and all(text in own_texts for text in part)

@@ -1,4 +1,4 @@
-"""What commands do, called from Python: results come back, nothing is printed."""
+"""What the commands do, called from Python: results come back, nothing is printed."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from short_gpt.jobs import (
     Choice,
     Cut,
     HealingWindows,
-    Kinds,
-    LoraSettings,
+    LoraOptions,
     OpenOptions,
+    PruneOutput,
     Reading,
     Readings,
     Running,
+    SavedScores,
     Saving,
-    Scores,
     Settings,
     Shares,
     Tasks,
+    TextKinds,
     TextSource,
-    Written,
     evaluate,
     heal,
     perplexity_of,
@@ -86,7 +86,7 @@ def test_what_a_job_finds_is_what_the_command_writes(here, capsys):
     result = rank("ckpt", "book.txt", answer=Answer(2, "reverse"), cut=CUT)
     written = json.loads(Path("r.json").read_text())
     assert written["importance"] == json.loads(json.dumps(result.to_dict()["importance"]))
-    scores = Scores.read("r.json")
+    scores = SavedScores.read("r.json")
     assert scores.layers(2) == result.layers == [4, 3] and scores.method == "reverse"
     done = prune("ckpt", "small", scores="r.json", n=2)
     assert done.layers == [4, 3]
@@ -300,7 +300,7 @@ def test_settings_are_refused_before_a_model_is_loaded(here):
     with pytest.raises(FileNotFoundError, match="no tokenizer file"):
         rank("ckpt", "no such text")
     Path("ckpt/tokenizer.json").write_text("{")
-    with pytest.raises(ShortGPTError, match="ckpt/tokenizer.json is no tokenizer.json or a dam"):
+    with pytest.raises(ShortGPTError, match="ckpt/tokenizer.json is not a tokenizer.json, or"):
         rank("ckpt", "no such text")
     Path("aside").rename("ckpt/tokenizer.json")
     with pytest.raises(ShortGPTError, match="`method` sleb needs `n`"):
@@ -412,13 +412,13 @@ def test_settings_are_taken_as_single_arguments(here):
     assert rows == evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=2))
     few = TextSource([{"body": TEXT}] * 3, column="body")
     assert perplexity_of("ckpt", few, max_texts=2, size=32).windows == 2 * value.windows
-    done = prune("ckpt", "x", Choice([1]), layers=[2], to="hf", written=Written(verify=False))
+    done = prune("ckpt", "x", Choice([1]), layers=[2], to="hf", written=PruneOutput(verify=False))
     assert done.layers == [2] and done.proof is None and Path("x/config.json").is_file()
 
 
 def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
-    defaults = {"cut": Cut(stride=7), "data": TextSource(), "kinds": Kinds(), "shares": Shares()}
-    defaults |= {"lora": LoraSettings(), "tasks": Tasks()}
+    defaults = {"cut": Cut(stride=7), "data": TextSource(), "kinds": TextKinds()}
+    defaults |= {"shares": Shares(), "lora": LoraOptions(), "tasks": Tasks()}
 
     @takes_fields("rank")
     def job(model, *, cut=defaults["cut"], data=defaults["data"], **fields):
@@ -431,7 +431,7 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
     def calibrated(data=defaults["kinds"], **fields):
         return data
 
-    assert calibrated("a,b", column="c") == Kinds("a,b", column="c")
+    assert calibrated("a,b", column="c") == TextKinds("a,b", column="c")
 
     @takes_fields("evaluate")
     def evaluated(*, tasks=defaults["tasks"], **fields):
@@ -444,7 +444,7 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
     def compared(*, shares=defaults["shares"], lora=defaults["lora"], **fields):
         return shares, lora
 
-    assert compared(size=5, lora_size=6, rank=2) == (Shares(size=5), LoraSettings(rank=2, size=6))
+    assert compared(size=5, lora_size=6, rank=2) == (Shares(size=5), LoraOptions(rank=2, size=6))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from short_gpt.jobs import PaperComparison, bear_out, compare_with_paper, identify, published_scores
+from short_gpt.jobs import (
+    PaperComparison,
+    compare_with_paper,
+    identify,
+    paper_order,
+    published_scores,
+)
 from short_gpt.jobs.reproduction import published
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
@@ -98,7 +104,7 @@ def scores_of(*means: float) -> Importance:
 
 
 def test_pairs_of_the_list_are_borne_out_reversed_or_within_the_error() -> None:
-    order = bear_out([2, 0, 1, 3], scores_of(0.2, 0.1, 0.15, 0.15))
+    order = paper_order([2, 0, 1, 3], scores_of(0.2, 0.1, 0.15, 0.15))
     found = {(pair.first, pair.second): pair.verdict for pair in order.pairs}
     assert found == {
         (2, 0): "as in the paper",
@@ -126,7 +132,7 @@ def test_from_one_window_no_order_follows() -> None:
     one = Importance.empty(range(2))
     influence, angles = torch.tensor([[0.1, 0.9]]), torch.zeros(1, 3, 3)
     one.add(Scores(tokens=torch.ones(1), influence=influence, angles=angles), [0])
-    order = bear_out([0, 1], one)
+    order = paper_order([0, 1], one)
     assert [pair.verdict for pair in order.pairs] == ["within the error"]
     assert order.to_dict()["pairs"][0]["margin"] is None
 

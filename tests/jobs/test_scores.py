@@ -15,7 +15,7 @@ from gguf_files import stack_file
 from llama.formats.convert import meta_to_hf
 from llama.io.files import new_directory
 from short_gpt import ShortGPTError, ShortLlama, prune, rank
-from short_gpt.jobs import Choice, Cut, Scores, heal, ranking, read_scores
+from short_gpt.jobs import Choice, Cut, SavedScores, heal, ranking, read_scores
 from short_gpt.jobs.scores import _check_names, configuration_of, tokenizer_of
 from short_gpt.runtime import write_record
 from short_gpt.wrappers.opening import weights_of
@@ -172,7 +172,7 @@ def test_ranks_do_not_wait_while_the_first_one_reads_all_files(here, monkeypatch
     monkeypatch.setattr(ranking, "digests_of", told("files", files))
     monkeypatch.setattr(ShortLlama, "measure", told("scores", measure))
     for several in (False, True):
-        monkeypatch.setattr(ranking, "several_ranks", lambda several=several: several)
+        monkeypatch.setattr(ranking, "is_distributed", lambda several=several: several)
         result = rank("ckpt", "book.txt", n=1, cut=Cut(32, 6, 0, 16))
         assert result.to_dict()["scored"] == scored("ckpt")
     assert order == ["files", "scores", "scores", "files"]
@@ -280,14 +280,14 @@ def test_scores_in_a_folder_whose_marker_lists_its_files_are_read(here):
     with new_directory(here / "demo", marker="layers.json") as partial:
         shutil.copy("r.json", partial / "layers.json")
     assert "files" in json.loads(Path("demo/layers.json").read_text())
-    assert Scores.read("demo/layers.json").layers(2) == Scores.read("r.json").layers(2)
+    assert SavedScores.read("demo/layers.json").layers(2) == SavedScores.read("r.json").layers(2)
     run("plot", "demo/layers.json", "pictures")
 
 
 @pytest.mark.parametrize("spoil", [halved, swapped, another_seed, another_model])
 def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
     record = ranked("ckpt", "r.json")
-    assert Scores.read("r.json").layers(1)
+    assert SavedScores.read("r.json").layers(1)
     spoil(record)
     Path("r.json").write_text(json.dumps(record))
     capsys.readouterr()
@@ -299,7 +299,7 @@ def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
         line = fails(capsys, *command)
         assert "r.json does not hold the scores that were written: it was edited or is dam" in line
     unsigned(record, "r.json")  # of an earlier version: nothing is claimed of it
-    assert Scores.read("r.json").layers(1)
+    assert SavedScores.read("r.json").layers(1)
 
 
 def test_layers_of_a_search_that_are_not_those_written_are_refused(here, capsys):
@@ -307,7 +307,7 @@ def test_layers_of_a_search_that_are_not_those_written_are_refused(here, capsys)
     record["chosen"]["layers"].reverse()
     Path("r.json").write_text(json.dumps(record))
     with pytest.raises(ShortGPTError, match="does not hold the scores that were written"):
-        Scores.read("r.json")
+        SavedScores.read("r.json")
 
 
 def test_scores_added_up_and_written_have_a_digest_too(here):
@@ -386,7 +386,7 @@ def test_a_search_that_holds_no_layers_is_refused(here, layers):
     record = {"chosen": {"method": "sleb", "layers": layers}, "arguments": {}}
     unsigned(record, "bad.json")
     with pytest.raises(ShortGPTError, match="bad.json holds no layers that a search chose: "):
-        Scores.read("bad.json")
+        SavedScores.read("bad.json")
 
 
 def test_every_real_score_passes(here):
@@ -400,7 +400,7 @@ def test_every_real_score_passes(here):
     torch.save(weights, "ckpt/consolidated.00.pth")
     ranked("ckpt", "odd.json")
     for file in ("r.json", "all.json", "odd.json"):
-        assert Scores.read(file).importance is not None
+        assert SavedScores.read(file).importance is not None
     with pytest.raises(ShortGPTError, match="holds scores of the weights"):
         heal("ckpt", "out", choice=Choice(scores="r.json", n=1), data="book.txt")
 

@@ -32,20 +32,20 @@ from short_gpt.cli.flags import flags_of
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
-from short_gpt.healing import HealedChoice, Recipe, RefitSettings, Source
+from short_gpt.healing import HealedChoice, HealingTexts, Recipe, RefitSettings
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
     HealingWindows,
     OpenOptions,
     Running,
-    Shrunk,
+    ShrinkResult,
     shrink_models,
     shrink_plan,
     shrinking,
 )
 from short_gpt.jobs import shrunk as shrunk_module
 from short_gpt.jobs.shrink_models import InMemory, Streamed
-from short_gpt.jobs.shrunk import Look, next_steps
+from short_gpt.jobs.shrunk import StateReport, next_steps
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.wrappers import precision
 from short_gpt.wrappers.opening import open_model
@@ -95,7 +95,7 @@ def logits(path: str) -> torch.Tensor:
 def by_hand(made) -> tuple[list[int], torch.Tensor]:
     """The layers and the logits of what `FLAGS` and `TEXTS` ask for, without 2 layers."""
     short = open_model(str(made / "hf"), device="cpu")
-    source = Source(str(made / "other"), str(made / "books"))
+    source = HealingTexts(str(made / "other"), str(made / "books"))
     read = source.windows(short.encode, 24, limit=8, eval_windows=6)
     short.measure(read.training, progress=False)
     layers = short.layers_to_remove(n=2)
@@ -108,7 +108,7 @@ KILLED = {"n": 2, "method": "sequential", "windows": HealingWindows(None, 24, 8,
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(made, few_timed_tokens) -> Shrunk:
+def uninterrupted(made, few_timed_tokens) -> ShrinkResult:
     return shrink(str(made / "hf"), str(made / "whole"), **KILLED)
 
 
@@ -203,7 +203,7 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
         (ShortHFModel, "continued", 2),  # the first two are timed
         (LayerRefit, "solve", 1),
         (ShortHFModel, "save_pretrained", 0),
-        (shrinking, "_place", 0),
+        (shrinking, "_move_into_place", 0),
     ],
 )
 def test_the_same_call_continues_what_was_killed(
@@ -237,7 +237,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_kept(here, name):
     for left in ("healing", "written", "state.json.look", "self-0a.json", ".state.json.lock", name):
         Path("out.shrinking", left).mkdir(parents=True)
     with pytest.raises(
-        ValueError, match=f"out.shrinking holds {re.escape(name)}, which is of no run of shr"
+        ValueError, match=f"out.shrinking holds {re.escape(name)}, which is not from a run"
     ):
         shrink("hf", "out", **KILLED)
     assert Path("out.shrinking", name).is_dir() and not Path("out").exists()
@@ -246,7 +246,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_kept(here, name):
 def test_a_model_that_cannot_take_its_place_stays_where_it_was_built(here, monkeypatch):
     page = shrinking.shrunk_page
 
-    def late(result: Shrunk) -> str:
+    def late(result: ShrinkResult) -> str:
         Path("out.gguf").write_text("mine")
         return page(result)
 
@@ -260,14 +260,14 @@ def test_a_model_that_cannot_take_its_place_stays_where_it_was_built(here, monke
 @pytest.mark.parametrize("appears", ["model.gguf", "page"])
 def test_a_file_that_appeared_while_it_ran_is_not_replaced(here, monkeypatch, appears):
     name = "out.gguf" if appears == "model.gguf" else "out.gguf.report.html"
-    place = shrinking._place
+    place = shrinking._move_into_place
 
     def late(*args: Any) -> None:
         Path(name).write_text("mine")
         place(*args)
 
     with monkeypatch.context() as patch, pytest.raises(FileExistsError, match=f"{name} exists"):
-        patch.setattr(shrinking, "_place", late)
+        patch.setattr(shrinking, "_move_into_place", late)
         shrink("hf", "out.gguf", **KILLED)
     assert Path(name).read_text() == "mine"
     Path(name).unlink()
@@ -403,7 +403,7 @@ def test_a_loaded_model_is_whole_after_an_error_and_the_same_call_continues(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     how = {"tokenizer": tokenizer, "n": 2, "windows": CUT, "data": "other", "method": "bi"}
     how["minutes"] = minutes
-    with interrupted(shrinking, "_place", 0):
+    with interrupted(shrinking, "_move_into_place", 0):
         shrink(model, "out", **how)
     after = model.state_dict()
     assert model.config.num_hidden_layers == 6 and after.keys() == before.keys()
@@ -465,7 +465,7 @@ def test_a_prompt_that_is_too_long_is_refused_first_and_another_continues(here):
     with pytest.raises(ValueError, match=r"`prompt`: \d+ tokens, and \d+ are the most that"):
         shrink("hf", "out", **how, prompt="many " * 1000)
     assert not Path("out.shrinking").exists()
-    with interrupted(shrinking, "_place", 0):
+    with interrupted(shrinking, "_move_into_place", 0):
         shrink("hf", "out", **how, prompt="one")
     done = shrink("hf", "out", **how, prompt="two")
     assert done.prompt == "two" and done.looks["original"].completion
@@ -477,11 +477,11 @@ def test_a_template_that_takes_no_user_alone_is_not_asked(here):
     tokenizer.chat_template = "{{ raise_exception('system first') }}"
     tokenizer.save_pretrained("strict")
     done = shrink("strict", "out", n=2, windows=CUT, data="other", method="bi")
-    assert done.prompt == shrink_models.PLAIN and done.looks["healed"].completion
+    assert done.prompt == shrink_models.PROMPT and done.looks["healed"].completion
 
 
 def test_shrink_is_started_alone(here, monkeypatch):
-    monkeypatch.setattr("short_gpt.runtime.progress.several_ranks", lambda: True)
+    monkeypatch.setattr("short_gpt.runtime.progress.is_distributed", lambda: True)
     with pytest.raises(ValueError, match="shrink runs on one rank; start it alone"):
         shrink("hf", "out")
 
@@ -606,15 +606,16 @@ def test_a_task_value_that_is_no_number_is_shown_from_a_state_too():
         looks = {}
         for state, value in (("original", 1.0), ("healed", odd)):
             values = {"metrics": {"t": {"f1": value}}, "documents": {"t": {"f1": [0.0, value]}}}
-            looks[state] = Look("", None, 1, 1, 1, values)
+            looks[state] = StateReport("", None, 1, 1, 1, values)
         for first, *others in ("original", "healed"), ("healed", "original"):
             ordered = {state: looks[state] for state in (first, *others)}
-            rows = Shrunk(Path("out"), "", quality=quality, looks=ordered).rows()
+            rows = ShrinkResult(Path("out"), "", quality=quality, looks=ordered).rows()
             assert ["t f1", "1.0000", "nan"] in rows
 
 
 def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
-    looks = {state: Look("", None, 1, 1, 1, {}) for state in ("original", "pruned", "healed")}
+    states = ("original", "pruned", "healed")
+    looks = {state: StateReport("", None, 1, 1, 1, {}) for state in states}
 
     def said(*pruned: float) -> str:
         nats = {"original": (20.0, 20.0, 20.0), "pruned": pruned, "healed": (21.0, 21.0, 21.0)}
@@ -622,7 +623,7 @@ def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
             state: Perplexity.of([Sample(i, value, 10) for i, value in enumerate(values)])
             for state, values in nats.items()
         }
-        return Shrunk(Path("out"), "", quality={"books": states}, looks=looks).verdict
+        return ShrinkResult(Path("out"), "", quality={"books": states}, looks=looks).verdict
 
     assert "healing restores 90% of the lost nats" in said(29.0, 30.0, 31.0)
     assert "healing restores" not in said(10.0, 19.0, 32.0)
@@ -647,7 +648,10 @@ def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
         (("hf", "out", *STREAM, "--minutes", 1), "--minutes needs the model in memory"),
         (("hf", "out", *STREAM, "--to", "meta"), "is written in its own format, hf"),
         (("hf", "out-00001-of-00002.gguf"), "names one of 2 files, but a single file is written"),
-        (("model.gguf", "out-00002-of-00002.gguf"), "name it out.gguf, which `short-gpt convert"),
+        (
+            ("model.gguf", "out-00002-of-00002.gguf"),
+            "write out.gguf, then split it with `short-gpt",
+        ),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
@@ -656,7 +660,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
 
 
 def test_a_long_plan_says_what_takes_less(here, monkeypatch):
-    monkeypatch.setattr(shrink_plan, "LONG", 0)
+    monkeypatch.setattr(shrink_plan, "LONG_PLAN", 0)
     how = {"n": 2, "windows": CUT, "data": "other", "dry_run": True}
     assert "written: method bi, size 128, max_windows 16" in str(shrink("hf", "out", **how))
     planned = shrink("hf", "out", method="bi", **how)

@@ -33,7 +33,7 @@ from llama.io.json_files import write_json
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.cli.tables import ranking
-from short_gpt.jobs import Scores
+from short_gpt.jobs import SavedScores
 from short_gpt.models.loading import load_tokenizer
 from short_gpt.runtime.errors import USER_ERRORS, MissingPackageError, ShortGPTError
 from short_gpt.runtime.state import StateFile
@@ -130,7 +130,7 @@ def sleb_state(folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> None:
-    scores = Scores.read(str(folder / "scores.json"))
+    scores = SavedScores.read(str(folder / "scores.json"))
     scores.layers(1)
     assert scores.importance is not None
     json.dumps([str(ranking(scores.importance, 1)), scores.record().to_dict()])
@@ -300,7 +300,7 @@ def bos_template(ids: dict) -> Callable[[dict], object]:
 def test_a_tokenizer_at_which_its_package_panics_is_named(here):
     rewrite(here / "hf/tokenizer.json", bos_template({}))
     for read in (generate_transformers, read_words("hf/tokenizer.json")):
-        with pytest.raises(ShortGPTError, match=r"hf/tokenizer\.json is no tokenizer\.json or a"):
+        with pytest.raises(ShortGPTError, match=r"hf/tokenizer\.json is not a tokenizer\.json, o"):
             read(here)
 
 
@@ -368,7 +368,7 @@ def test_json_as_deep_as_the_stack(here):
         ("rank.state", rank_state),
     ):
         (here / name).write_text('{"a":' + "[" * 100_000)
-        told = "is no state of a run" if read is rank_state else "is not JSON"
+        told = "is not the state of a run" if read is rank_state else "is not JSON"
         with within_bounds(), pytest.raises(ShortGPTError, match=told):
             read(here)
 

@@ -8,7 +8,7 @@ from conftest import random_windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from short_gpt import ShortHFModel
-from short_gpt.models.decoder import alike, pad
+from short_gpt.models.decoder import pad, same_rotary_groups
 from short_gpt.models.layer_config import longrope_limits
 
 SHORT, LONG = random_windows(1, 12)[0], random_windows(1, 30, seed=1)[0]
@@ -63,7 +63,7 @@ def test_transformers_own_batch_is_what_differs(phi3):
 
 
 def test_windows_on_both_sides_of_the_limit_are_no_batch(phi3):
-    assert alike([SHORT, LONG, SHORT], phi3.decoder) == [[0, 2], [1]]
+    assert same_rotary_groups([SHORT, LONG, SHORT], phi3.decoder) == [[0, 2], [1]]
     with pytest.raises(ValueError, match=r"12 to 30 tokens; .* change beyond \[16\]: read those"):
         pad([SHORT, LONG], phi3.decoder)
     assert pad([SHORT, SHORT[:16]], phi3.decoder)[0].shape == (2, 12)

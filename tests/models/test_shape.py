@@ -78,5 +78,5 @@ def test_gguf_files_and_what_is_not_there_are_refused_by_name(tmp_path):
         shape_of(str(tmp_path / "model.gguf"))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         shape_of(str(tmp_path / "nowhere"))
-    with pytest.raises(ConnectionError, match="owner/name is no directory here, and the hub"):
+    with pytest.raises(ConnectionError, match="owner/name is not a directory here, and the hub"):
         shape_of("owner/name")

@@ -244,7 +244,7 @@ def test_a_period_that_a_gguf_file_names_is_not_that_of_transformers(
     ("spoil", "said"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-9000]), "its weights are cut off or"),
-        (lambda path: path.write_bytes(b""), "its weights are cut off or damaged; fetch it anew"),
+        (lambda path: path.write_bytes(b""), "its weights are cut off or damaged; fetch it again"),
         ({"hidden_act": "nope"}, "its config names 'nope', which is not known here"),
         ({"rope_parameters": {"rope_type": "zzz"}}, "its config names 'zzz', which is not known"),
         ({"dtype": "float17"}, "its config names 'float17' as a dtype, expected one such as"),

@@ -21,8 +21,8 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from short_gpt.jobs import Crossed, Row, compare_with_paper, published_scores
-from short_gpt.jobs.comparing import Compared
+from short_gpt.jobs import CrossResult, Row, compare_with_paper, published_scores
+from short_gpt.jobs.comparing import ComparisonResult
 from short_gpt.plots import (
     angular_heatmap,
     beside_published,
@@ -396,7 +396,7 @@ def test_a_row_without_an_error_is_on_the_axis_and_has_no_bar() -> None:
     (axes,) = figure.axes
     assert axes.get_ylim()[1] > 90 and curves(axes)["Block Influence"][-1] == (4, 90.0)
     assert "off the axis" not in " ".join(legend(figure))
-    html = compared_page("m", Compared([DENSE, *unknown], [], []))
+    html = compared_page("m", ComparisonResult([DENSE, *unknown], [], []))
     assert "nan" not in html and "+0.0000" in html
 
 
@@ -481,8 +481,8 @@ def test_without_matplotlib_the_package_is_named(monkeypatch: pytest.MonkeyPatch
             draw()
 
 
-def crossed(choice: str, text: str, healing: str, excess: float) -> Crossed:
-    return Crossed(choice, text, healing, [1], 9.0, 1.0, 0.1, excess, 0.1, 0.0, 3, None)
+def crossed(choice: str, text: str, healing: str, excess: float) -> CrossResult:
+    return CrossResult(choice, text, healing, [1], 9.0, 1.0, 0.1, excess, 0.1, 0.0, 3, None)
 
 
 def test_a_map_of_choices_shows_what_each_costs_on_every_text() -> None:

@@ -414,7 +414,7 @@ def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_nor_is_a_file_that_somebody_else_made_meanwhile(tmp_path, overwrite):
-    written = new_file(tmp_path / "out", overwrite=overwrite, ours=lambda _: False)
+    written = new_file(tmp_path / "out", overwrite=overwrite, replaces=lambda _: False)
     with pytest.raises(FileExistsError, match="out exists"), written as partial:
         partial.write_text("whole")
         (tmp_path / "out").write_text("years of work")
@@ -626,4 +626,4 @@ def test_an_output_that_is_a_circle_of_links(tmp_path):
             check_new(path)
         for others in ([path], [path, tmp_path / "b"]):
             with pytest.raises(FileExistsError, match="leads back to itself; choose another"):
-                check_outputs(others, overwrite=True, ours=lambda _: True)
+                check_outputs(others, overwrite=True, replaces=lambda _: True)

@@ -244,7 +244,7 @@ def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tmp_path):
     unigram = tokenizer_files.sentencepiece_model(
         tmp_path / "u/tokenizer.model", 320, model_type="unigram", hard_vocab_limit=False
     )
-    with pytest.raises(InputError, match="is no plain byte-pair encoding: it has model_type 1"):
+    with pytest.raises(InputError, match="is not a plain byte-pair encoding: it has model_type 1"):
         vocabulary(unigram, 400)
     path = write_tokenizer(tmp_path / "t", "gpt-2")
     content = json.loads(path.read_text())

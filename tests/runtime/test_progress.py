@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from short_gpt.runtime import progress
-from short_gpt.runtime.progress import above_bars, bar
+from short_gpt.runtime.progress import bar, print_above_bars
 
 
 class Terminal(io.StringIO):
@@ -23,7 +23,7 @@ def drawn(monkeypatch, stream: io.StringIO) -> str:
         for step in range(200):
             shown.update()
             if step == 100:
-                above_bars("a note")
+                print_above_bars("a note")
                 with bar("inner", total=2, unit="layer", delay=0) as inner:
                     inner.update(2)
     return stream.getvalue()

@@ -62,7 +62,7 @@ def test_a_state_that_tells_of_other_things_is_another_versions(tmp_path, theirs
 
 def test_what_is_no_state_is_refused(tmp_path):
     (tmp_path / "state").write_text('{"importance": []}')
-    with pytest.raises(ShortGPTError, match="is no state of a run; choose another name"):
+    with pytest.raises(ShortGPTError, match="is not the state of a run; choose another name"):
         StateFile(tmp_path / "state", IDENTITY)
 
 
@@ -76,7 +76,7 @@ def test_what_was_edited_or_damaged_is_refused(tmp_path):
 
 def test_an_empty_state_names_the_folder_that_must_go(tmp_path):
     (tmp_path / "s").touch()
-    with pytest.raises(ValueError, match=f"edited or is damaged; delete {tmp_path}/run to begin"):
+    with pytest.raises(ValueError, match=f"edited or is damaged; delete {tmp_path}/run to start"):
         StateFile(tmp_path / "s", {}, folder=tmp_path / "run")
 
 
@@ -88,9 +88,9 @@ CUT = b'{\n "run": {"data"'
 )
 def test_a_state_that_was_cut_short_says_what_to_delete(tmp_path, content):
     (tmp_path / "state").write_bytes(content)
-    told = "is no state of a run; choose another name"
+    told = "is not the state of a run; choose another name"
     if content[:2] not in (b"[]", b'{"'):  # those are somebody's files
-        told = f"does not hold what was saved there.*; delete {tmp_path}/run to begin anew"
+        told = f"does not hold what was saved there.*; delete {tmp_path}/run to start"
     with pytest.raises(ShortGPTError, match=told):
         StateFile(tmp_path / "state", IDENTITY, folder=tmp_path / "run")
     assert as_begun(OpenOptions(precision="auto"), tmp_path / "state").precision == "auto"
@@ -105,7 +105,7 @@ def test_a_state_of_other_versions_continues(tmp_path):
 
 def test_no_entry_of_an_identity_hides_another(tmp_path):
     assert joined({"a": 1}, {}, {"b": 2}) == {"a": 1, "b": 2}
-    with pytest.raises(ValueError, match="two values for a, b: name one of them otherwise"):
+    with pytest.raises(ValueError, match="two values for a, b: rename one of them"):
         joined({"a": 1, "b": 1, "c": 1}, {"b": 1, "a": 2})
     state = StateFile(tmp_path / "state", IDENTITY)
     for content in ({"run": 1}, {"sha256": 1}):

@@ -219,7 +219,7 @@ def test_texts_are_the_samples_where_there_are_several():
         ]
         expected = sampling_error(samples)
         assert found.standard_error[layer] == pytest.approx(expected.standard_error, rel=1e-5)
-        assert found.margin[layer] == pytest.approx(expected.reach(), rel=1e-5)
+        assert found.margin[layer] == pytest.approx(expected.margin(), rel=1e-5)
         assert found.n_texts == expected.texts == 3
         assert found.degrees == pytest.approx(expected.degrees)
     by_windows = measure(decoder, [[list(w) for w in cut]])  # plain lists do not know their text

@@ -115,7 +115,7 @@ def test_scores_of_other_kinds_are_not_spoilt(tmp_path, monkeypatch, kind, name)
         before, how = short.importance.to_dict(), "no " if then else ""
         monkeypatch.setattr(short, "windows_at_once", lambda *_: pytest.fail("it would read"))
         told = f"have {how}{name}: go on with {kind}={bool(first)}, or"
-        with pytest.raises(ShortGPTError, match=f"the scores so far {told} begin anew"):
+        with pytest.raises(ShortGPTError, match=f"the scores so far {told} start again"):
             short.measure(windows, progress=False, **then)
         with pytest.raises(ShortGPTError, match=f"the scores in .* {told} delete it"):
             state = RunState(StateFile(path, IDENTITY))
@@ -191,7 +191,7 @@ def test_a_refused_state_is_left_as_it_is_and_refused_again(tmp_path, change):
 
 def test_no_state_at_all(tmp_path):
     (tmp_path / "notes.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="is no state of a run"):
+    with pytest.raises(ValueError, match="is not the state of a run"):
         StateFile(tmp_path / "notes.json", IDENTITY)
     (tmp_path / "cut.json").write_text('{\n "run": {')
     with pytest.raises(ValueError, match="does not hold what was saved there"):

@@ -88,7 +88,7 @@ def test_the_ratio_holds_with_its_error():
     unsure = gate(noisy, texts=texts, ratio=1.3)
     assert unsure.tried[1].value / unsure.tried[0].value < 1.3
     assert unsure.bounds(1) == pytest.approx((low, high)) and unsure.layers == []
-    assert "up to 1.4245, whether within 1.3 cannot be told, 95% sure" in unsure.verdict(1)
+    assert "up to 1.4245, unknown whether within 1.3, 95% sure" in unsure.verdict(1)
     assert unsure.to_dict()["tried"][1]["at_most"] == pytest.approx(high)
     assert gate(noisy, texts=texts, ratio=1.43).layers == [7]
     assert gate(noisy, texts=texts, ratio=1.3, confidence=0.6).layers == [7]
@@ -101,7 +101,7 @@ def test_a_single_window_tells_nothing():
     budget = gate([0.0], texts=[0], ratio=2)
     assert budget.layers == [] and budget.to_dict()["tried"][1]["at_most"] is None
     said = "one window tells nothing of others; evaluate on more text"
-    assert budget.verdict(1) == f"whether within 2 cannot be told: {said}"
+    assert budget.verdict(1) == f"unknown whether within 2: {said}"
 
 
 def test_a_ratio_that_does_not_hold_passes_as_seldom_as_is_said():

@@ -156,7 +156,7 @@ def test_layers_within_a_ratio_are_those_that_the_scores_give(wrappers):
         with short.without_layers(layers):
             values.append(short.perplexity(WINDOWS, progress=False))
     changes = [difference(values[:1], [v]) for v in values]
-    bound = max(c.nats + c.error.reach(sides=1) for c in changes)
+    bound = max(c.nats + c.error.margin(sides=1) for c in changes)
     result = short.layers_within(
         WINDOWS, max(math.exp(bound) * 1.001, 1), choose=lambda n: order[n - 1], most=2
     )

@@ -25,7 +25,7 @@ from short_gpt import Recipe, ShortGPTError, ShortHFModel, heal_lora, heal_refit
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.harness import llama_lm
-from short_gpt.evaluation.paired import losses, together
+from short_gpt.evaluation.paired import combined, losses
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing import trainer
 from short_gpt.healing.distillation import Distillation, LiveTeacher
@@ -295,7 +295,7 @@ def test_auto_is_one_answer_for_all_ranks(here, monkeypatch):
     monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda s, w: (1.3, 0.8)[s.decoder.mixed])
     monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
     answers = iter([False, True])  # another rank's window was not faster
-    monkeypatch.setattr(replicas.Replicas, "any", lambda _, flag: flag or next(answers))
+    monkeypatch.setattr(replicas.Replicas, "any_rank", lambda _, flag: flag or next(answers))
     assert open_model("meta", CPU, precision="auto").precision == "float32"
 
 
@@ -315,7 +315,7 @@ def test_the_cost_of_a_product_is_measured_in_both(monkeypatch):
     def unsupported(mixed, device):
         raise RuntimeError("Current CUDA Device does not support bfloat16")
 
-    monkeypatch.setattr(precision, "products", unsupported)
+    monkeypatch.setattr(precision, "mixed_precision", unsupported)
     assert precision.bfloat16_cost(torch.device("cpu")) == float("inf")
 
 
@@ -360,9 +360,9 @@ def test_losses_of_windows_say_in_which_precision_they_were_read(here, tmp_path)
         cells = Cells(StateFile(tmp_path / f"{stream}", {}, every=0.0))
         cells.losses("mixed", lambda short=short: short.window_losses(WINDOWS, progress=False))
         again = Cells(StateFile(tmp_path / f"{stream}", {})).losses("mixed", list)
-        assert together(again).to_dict()["precision"] == "mixed"
+        assert combined(again).to_dict()["precision"] == "mixed"
         cells.losses("float32", lambda: losses(open_model("meta", CPU).decoder, WINDOWS))
-        assert "precision" not in together(cells.losses("float32", list)).to_dict()
+        assert "precision" not in combined(cells.losses("float32", list)).to_dict()
 
 
 def test_results_say_that_they_are_mixed(here, capsys, monkeypatch):

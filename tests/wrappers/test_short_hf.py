@@ -217,7 +217,7 @@ def test_what_is_no_causal_language_model_is_refused():
 
     small = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 3, "num_heads": 2}
     both = t.T5ForConditionalGeneration(t.T5Config(**small, vocab_size=50))
-    with pytest.raises(ValueError, match="T5.* is no causal .*: it has an encoder and a decoder"):
+    with pytest.raises(ValueError, match="T5.* is not a causal .*: it has an encoder and"):
         ShortHFModel(both)
     for model in (make("llama").model, t.LlamaForSequenceClassification(t.LlamaConfig(**PLAIN))):
         with pytest.raises(ValueError, match="has no language-model head"):
@@ -490,7 +490,7 @@ def test_texts_to_continue_are_a_list_of_some_tokens(directory):
         ({"device": "cpu", "device_map": "auto"}, "not both"),
         ({"device_map": "nowhere"}, "cannot be loaded: .*nowhere"),
         ({"no_such_option": 3}, "cannot be loaded: .*no_such_option"),
-        ({"layers_path": "model.h"}, r"model\.h is no list of layers of LlamaForCausalLM"),
+        ({"layers_path": "model.h"}, r"model\.h is not a list of layers of LlamaForCausalLM"),
         ({"layers_path": 9}, r"layers_path = 9: expected where .* remove is n_prune_layers=\.\.\."),
     ],
 )
@@ -532,7 +532,7 @@ def test_a_wrapped_model_is_loaded_whole_by_its_name(tmp_path):
     write_byte_tokenizer(tmp_path)
     short = ShortHFModel(str(tmp_path))
     assert type(short.model) is type(model)
-    with pytest.raises(ValueError, match="a model of type 'clip' is no causal language model"):
+    with pytest.raises(ValueError, match="a model of type 'clip' is not a causal language model"):
         auto_class(model.config.vision_config.__class__.from_dict({"model_type": "clip"}))
 
 
@@ -540,7 +540,7 @@ def test_layers_are_found_or_named():
     model = make("opt")
     assert find_layers(model) == "model.decoder.layers"
     assert len(HFDecoder(model, "model.decoder.layers").layers) == LAYERS
-    with pytest.raises(ValueError, match=r"model\.h is no list of layers of OPTForCausalLM"):
+    with pytest.raises(ValueError, match=r"model\.h is not a list of layers of OPTForCausalLM"):
         HFDecoder(model, "model.h")
 
 

@@ -522,8 +522,8 @@ REFUSED = [
     (("rank", "hf", "--model_parallel_size", 2), "--model_parallel_size 2: --stream holds one"),
     (("rank", "hf", "--max_memory", "1MB"), "--max_memory 1MB is too little: .* at least"),
     (("perplexity", "hf", "--max_memory", "much"), "--max_memory 'much': expected a size"),
-    (("rank", "model.gguf"), "model.gguf is no local directory; to be streamed"),
-    (("perplexity", "some/model"), "some/model is no directory here, and the hub cannot"),
+    (("rank", "model.gguf"), "model.gguf is not a local directory; to be streamed"),
+    (("perplexity", "some/model"), "some/model is not a directory here, and the hub cannot"),
     (("rank", "other"), "other is not a plain Llama: its model_type is 'gpt2'"),
 ]
 
