@@ -379,8 +379,8 @@ BY_SETTING = (
 )
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
-COVERED = "| texts | two-sided, before | CR2 | now | one-sided, before | CR2 | now "
-COVERED += "| times as wide | no interval |"
+COVERED = "| texts | two-sided, Liang and Zeger | CR2 | used | one-sided, Liang and Zeger "
+COVERED += "| CR2 | used | times as wide | no interval |"
 DRAFTED = "| tokens per draft | 4 removed: accepted | 8 removed: accepted "
 DRAFTED += "| 4 removed: tokens per pass | 8 removed: tokens per pass |"
 GEMMA = "| removed | kinds of the kept layers | kinds by position "
