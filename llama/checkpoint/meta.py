@@ -140,8 +140,11 @@ class Checkpoint:
                 for start, stop in ranges_of_rank(self.args, name, size, shard, count):
                     if start <= at < min(stop, end):
                         begin, length = offset + at - start, min(stop, end) - at
-                        pieces.append((shard, begin, length))
                         at += length
+                        if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == (shard, begin):
+                            _, begin, before = pieces.pop()  # which ends where this one begins
+                            length += before
+                        pieces.append((shard, begin, length))
                     offset += stop - start
         return pieces
 
