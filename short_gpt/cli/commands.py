@@ -302,7 +302,8 @@ def evaluate(
     """
     record, _ = output.checked(evaluate, locals())
     models = [model] if pruned is None else [model, pruned]
-    result = jobs.evaluate(models, reading, tasks=tasks, opening=opening, dry_run=output.dry_run)
+    given: dict[str, Any] = {"tasks": tasks, "opening": opening, "dry_run": output.dry_run}
+    result = jobs.evaluate(models, reading, **given, notify=tell)
     say(tables.comparison(result))
     output.finish({**record, "result": result})
 
