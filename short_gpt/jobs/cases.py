@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
-from short_gpt.data.texts import source_names, texts
+from short_gpt.data.texts import check_named_once, source_names, texts
 from short_gpt.data.windows import Text
 from short_gpt.jobs.inputs import Cut, TextSource, listed, name_texts, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
@@ -181,6 +181,7 @@ class Shares:
     def held(self, column: str) -> list[list[str]]:
         """The texts of each kind of eval_data, if it is given."""
         names = [] if self.eval_data is None else source_names(self.eval_data)
+        check_named_once(names, setting="eval_data")
         return [list(texts(name, column=column)) for name in names]
 
     def cut(

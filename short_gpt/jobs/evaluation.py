@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_output, new_file
-from short_gpt.data.texts import read_texts, source_names
+from short_gpt.data.texts import check_named_once, read_texts, source_names
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -23,7 +23,6 @@ from short_gpt.jobs.inputs import (
     TextSource,
     about_bos,
     check_model,
-    check_named_once,
     ignore,
     known_total,
     source_of,

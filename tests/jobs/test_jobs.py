@@ -309,6 +309,18 @@ def test_settings_that_would_be_passed_over_are_refused(here):
     Tasks(limit=None, num_fewshot=None).check()
 
 
+def test_a_text_to_evaluate_on_that_is_named_twice_is_refused(here):
+    Path("b.txt").write_text(TEXT[::-1])
+    how = {"data": "book.txt", "eval_data": "b.txt, b.txt", "size": 16}
+    for command in (
+        lambda: jobs.compare_checkpoint("ckpt", cases=Cases("bi", 1), **how),
+        lambda: heal("ckpt", "out", layers=[2], **how),
+        lambda: jobs.shrink("ckpt", "out", n=1, **how),
+    ):
+        with pytest.raises(ShortGPTError, match="`eval_data` names b.txt twice: name it once"):
+            command()
+
+
 def test_settings_are_refused_before_a_model_is_loaded(here):
     with pytest.raises(ShortGPTError, match="n = 5; the model has 5 layers: expected 1 to 4"):
         rank("ckpt", "no such text", n=5)
