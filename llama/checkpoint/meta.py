@@ -212,17 +212,18 @@ def check_vocabulary(
     model: str | os.PathLike[str],
     *,
     spare: bool = False,
+    advice: str = "give the model's own tokenizer",
 ) -> None:
-    """Raises InputError unless a tokenizer has a word for each of a model's ids.
+    """Raises InputError unless a tokenizer has a token for each of a model's ids.
 
-    ``path`` and ``model`` are named; ``spare``: whether the format allows ids without a word.
+    ``path`` and ``model`` are named; ``spare``: whether the format allows ids without a token, and
+    if not, ``advice`` is what to do where there are such.
     """
-    if tokenizer.n_words > ids or (tokenizer.n_words < ids and not spare):
-        also = "" if spare else ", as in all of Meta's format; for other models take another format"
-        raise InputError(
-            f"the tokenizer {path} has {tokenizer.n_words} words, {model} has {ids} ids: expected "
-            f"the model's own tokenizer, with a word for each id{also}"
-        )
+    counts = f"the tokenizer {path} has {tokenizer.n_words} tokens, {model} has {ids} ids"
+    if tokenizer.n_words > ids:
+        raise InputError(f"{counts}: it belongs to another model; give the model's own tokenizer")
+    if tokenizer.n_words < ids and not spare:
+        raise InputError(f"{counts}: Meta's format needs a token for each id; {advice}")
 
 
 def read_conversion(directory: Path) -> JsonObject:
