@@ -273,6 +273,9 @@ def test_the_same_seed_gives_the_same_scores(ckpt):
 def test_generate(ckpt, capsys):
     run("generate", "ckpt", "It was", "--temperature", 0, "--max_gen_len", 5)
     assert capsys.readouterr().out.startswith("It was")
+    text = "It was " * 300  # longer than the 2048 that other commands open a model with
+    run("generate", "ckpt", text, "--temperature", 0, "--max_gen_len", 1)
+    assert capsys.readouterr().out.startswith(text)
 
 
 @pytest.mark.parametrize(

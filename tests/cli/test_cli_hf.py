@@ -366,12 +366,13 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
             ["generate", "hf", "--samples", 1, "--out", "o.jsonl", "--max_gen_len", 5000],
             "--max_gen_len 5000: this model takes 4096 tokens, give no more",
         ),
-        (["generate", "hf", "a", "--max_gen_len", "-5"], "max_gen_len must be 0 or more, got -5"),
+        (["generate", "hf", "a", "--max_gen_len", "-5"], "--max_gen_len = -5: expected a whole"),
         (
-            ["generate", "hf", "a", "--seed", "-1"],
-            "seed = -1: expected a whole number of at least 0",
+            ["generate", "nowhere", "a", "--seed", "-1"],  # told before a model is loaded
+            "--seed = -1: expected a whole number of at least 0",
         ),
         (["generate", "hf", "It was", "--max_gen_len", "9999"], "tokens is more than the "),
+        (["generate", "hf", "a " * 4096], "tokens, this model takes 4096: shorten it"),
         (["generate", "hf", "a", "--temperature", "-1"], "--temperature -1.0: expected 0 or more"),
         (["generate", "hf", "a", "--top_p", "2"], "--top_p 2.0: expected 0 to 1"),
         (["generate", "hf", "\udcff"], "holds '\\udcff' as character 0, half a surrogate pair"),
