@@ -25,7 +25,16 @@ from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, difference, together
 from short_gpt.healing import choosing
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import CALIBRATED, RAW, REFIT, Kinds, Ranked, Readings, Windows
+from short_gpt.jobs.cases import (
+    CALIBRATED,
+    RAW,
+    REFIT,
+    Kinds,
+    Ranked,
+    Readings,
+    Windows,
+    check_healings,
+)
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
@@ -273,7 +282,7 @@ def _check(short: ShortModel, texts: Mapping[str, Apart], n: int, healings: Sequ
         raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
     if MIX in texts:
         raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
-    Ranked(n, healing=",".join(healings))
+    check_healings(healings or ["none"], CALIBRATED)
     n = check_count(n, len(short.kept))
     short.check_whole()
     for name, parts in texts.items():
@@ -387,6 +396,8 @@ def calibrate_checkpoint(
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
     short = open_model(model, as_begun(opening, state), max_seq_len=max(readings.numbers))
+    if (size := max(readings.numbers)) > (most := short.decoder.max_seq_len):
+        raise ShortGPTError(f"`sizes` {size}: this model takes {most} tokens, give no more")
     if dry_run:
         healings, names = listed(ranked.healing), ", ".join(sources)
         models = (len(sources) + 1) * len(healings) + 1
@@ -396,7 +407,7 @@ def calibrate_checkpoint(
         ranks = len(sources) * len(readings.numbers) + refits
         count = models * len(sources) * readings.eval_windows + ranks * readings.max_windows
         end_dry_run(short, work, readings.numbers[0], count)
-    write = writes(short, max(readings.numbers), seed=readings.seed, beside=state)
+    write = writes(short, size, seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
     with interruptible():
         filled = written([*kinds.values()], write, 2 * half * len(kinds))
@@ -413,7 +424,10 @@ def windows_apart(
     """Windows of each text to rank on and to judge by, and those that are cut other ways."""
 
     def windows(texts: Sequence[Text], cut: Cut, limit: int) -> Windows:
-        return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))
+        try:
+            return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))
+        except ShortGPTError as error:
+            raise ShortGPTError(str(error).replace("`size`", "`sizes`")) from None
 
     # documents to rank on and others to judge by; a single one is both
     parts = {
