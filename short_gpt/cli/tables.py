@@ -70,7 +70,8 @@ def ranking(
         if importance.n_windows > 1
         else "one window: no standard errors"
     )
-    rows += ["", f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {agreement}"]
+    windows = f"{importance.n_windows:,} window{'s' * (importance.n_windows != 1)}"
+    rows += ["", f"{windows}, {importance.n_tokens:,} tokens; {agreement}"]
     rows += [f"±: {_samples(importance)}"]
     if n is not None:
         rows += [f"{METHODS[method]}: {chosen}"] if method not in ("bi", "angular") else []

@@ -303,7 +303,7 @@ def _check_processes(count: int, recipe: Recipe) -> None:
     replicas.require_whole_model("training")
     if recipe.batch % (at_once := recipe.micro_batch * count):
         raise ShortGPTError(
-            f"batch {recipe.batch} is not a multiple of {at_once}, the windows that {count} "
+            f"`batch` {recipe.batch} is not a multiple of {at_once}, the windows that {count} "
             "processes read at once: give another batch, or start fewer"
         )
 

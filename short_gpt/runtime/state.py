@@ -27,8 +27,7 @@ ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 # entries of a run's identity that it has only where they are others
-USUAL = {"precision": "float32", "kept step": None, "number of processes": None}
-UNSAID = ("number of processes",)  # which earlier versions did not say
+USUAL = {"precision": "float32", "kept step": None}
 START = b'{\n "run"'  # of a state
 NO_STATE = "is no state of a run; choose another name"
 LONGEST = 300  # characters of a process's description that are shown
@@ -279,7 +278,7 @@ class StateFile:
                 f"command (it differs in the entries {other}); {anew}"
             )
         for name, value in own.items():
-            if theirs.get(name) != value and (name not in UNSAID or theirs.get(name)):
+            if theirs.get(name) != value:
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "
                     f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "
