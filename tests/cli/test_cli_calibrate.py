@@ -155,3 +155,10 @@ def test_without_texts_it_says_what_to_name(here, capsys):
 )
 def test_mistakes_are_one_line(here, capsys, options, message):
     assert message in fails(capsys, *COMMON, *options)
+
+
+def test_a_window_longer_than_the_model_takes_is_told_by_its_setting(here, capsys):
+    run("convert", "ckpt", "hf", "--verify", "no")
+    capsys.readouterr()
+    line = fails(capsys, "calibrate", "hf", *COMMON[2:], "--n", "1", "--sizes", "32,5000")
+    assert "--sizes 5000: this model takes 4096 tokens, give no more" in line
