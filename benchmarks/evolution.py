@@ -188,7 +188,7 @@ def evolution(
         seed: of all that is drawn.
 
     Returns:
-        The set in ascending order.
+        A search that removed the set, in ascending order, and tells no losses.
     """
     part, count = PartialRun(decoder), len(decoder.layers)
     places = [i for i in range(1, count - 1) if i in candidates]

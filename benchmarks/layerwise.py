@@ -50,7 +50,7 @@ def heal(
 ) -> list[Trained]:
     """Removes layers and trains the kept ones, each for the same share of the seconds.
 
-    The passes between them, which a refit's time includes, do not count.
+    Forward passes between trainings are not timed; a refit's are.
 
     Raises:
         ShortGPTError: the first layer is to go.

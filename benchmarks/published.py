@@ -44,19 +44,26 @@ def main(
         size: tokens of a piece.
         out, overwrite: the JSON file.
     """
+    if text not in ("c4", "ptb") or (text == "ptb" and source is None):
+        raise ValueError(f"expected c4, or ptb with --source, got {text}")
     begin(out, overwrite=overwrite)
+    documents = c4_documents(source) if text == "c4" else [Path(source or "").read_text("utf-8")]
     result = {}
     for name in models.split(",") if isinstance(models, str) else models:
-        short = open_model(name)
-        read = (
-            c4_pieces(c4_documents(source), short.encode, size)
-            if text == "c4"
-            else ptb_pieces(Path(source or "").read_text(encoding="utf-8"), short.encode, size)
-        )
-        value = short.perplexity(read).value
-        result[name] = {f"{text} perplexity": value}
-        print(f"{name}: {value:.2f} on {len(read)} pieces", flush=True)
+        result[name] = {f"{text} perplexity": perplexity(name, text, documents, size)}
     finish("published", [], {"result": result}, held="", out=out, overwrite=overwrite)
+
+
+def perplexity(model: str, text: str, documents: Sequence[str], size: int) -> float:
+    """That of one model, which is gone from memory when the next one is opened."""
+    short = open_model(model)
+    if text == "c4":
+        read = c4_pieces(documents, short.encode, size)
+    else:
+        read = ptb_pieces(documents[0], short.encode, size)
+    value = short.perplexity(read).value
+    print(f"{model}: {value:.2f} on {len(read)} pieces", flush=True)
+    return value
 
 
 def c4_documents(source: str | None) -> Sequence[str]:
@@ -72,12 +79,15 @@ def c4_pieces(
     documents: Sequence[str], encode: Encode, size: int, pieces: int = PIECES
 ) -> list[list[int]]:
     """A piece of so many tokens of each of some documents, drawn as theirs are."""
-    draw, read = random.Random(0), []
+    draw, read, short = random.Random(0), list[list[int]](), 0
     while len(read) < pieces:
         ids = encode(documents[draw.randint(0, len(documents) - 1)])
         if len(ids) > size:
             start = draw.randint(0, len(ids) - size - 1)
             read.append([*ids[start : start + size]])
+            short = 0
+        elif (short := short + 1) > 100 * pieces:
+            raise ValueError(f"{short} documents in a row have {size} tokens or fewer")
     return read
 
 

@@ -65,7 +65,8 @@ def main(
     counts = {path: len(removed(path)) for path in sorted(Path(files).glob("*.gguf"))}
     healed = sorted((path for path in counts if counts[path] <= most), key=counts.__getitem__)
     if not healed:
-        raise FileNotFoundError(f"{files} has no file of larger.py --keep")
+        few = f"with {most} layers removed or fewer"
+        raise FileNotFoundError(f"{files} has no file of larger.py --keep {few}")
     kinds = {name: word_problems.read(source, name, problems) for name in word_problems.NAMES}
     identity = {"original": files_digest([original]), "tokens": tokens, "asked": json_digest(kinds)}
     cells = Cells(StateFile(f"{out or 'reasoning.json'}.state", identity, every=0.0))

@@ -37,6 +37,7 @@ from short_gpt.healing import (
     Distillation,
     Learning,
     Recipe,
+    RefitSettings,
     heal_refit,
     recipe_for,
 )
@@ -83,7 +84,7 @@ def main(
     pools = [_cut(short, folder, kind, size, FITTED + steps) for kind in KINDS]
     fitted, learning = divided(pools, [FITTED] * len(KINDS), 2 * steps, [])
     read = json_digest([fitted, learning.training, learning.validation])
-    identity = {**short.identity(), "read": read}
+    identity = {**short.identity(), "read": read, "refit": vars(RefitSettings())}
     cells = Cells(StateFile(f"{out or 'training_rates.json'}.state", identity, every=0.0))
     width = short.model.config.hidden_size
     layers = choose(short.measure([w for pool in pools for w in pool[:CHOOSE]]), _quarter(short))

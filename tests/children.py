@@ -300,6 +300,12 @@ def shared_healing(folder: Path) -> None:
 
     given = torch.load(folder / "given.pt", weights_only=False)
     found: dict[object, object] = {}
+    dist.init_process_group("gloo")  # as a caller's own script may, without groups of a model
+    try:
+        fit(ShortHFModel(given["cases"]["refit"][0]), [2, 3], given["windows"], progress=False)
+    except ShortGPTError as error:
+        found["ungrouped"] = str(error)
+    initialize(1, device=CPU)
     for name, (model, changes) in given["cases"].items():
         refit = fit(ShortHFModel(model), [2, 3], given["windows"], **changes, progress=False)
         found[name] = (dict(refit.values), refit.fits)

@@ -140,8 +140,11 @@ class Checkpoint:
                 for start, stop in ranges_of_rank(self.args, name, size, shard, count):
                     if start <= at < min(stop, end):
                         begin, length = offset + at - start, min(stop, end) - at
-                        pieces.append((shard, begin, length))
                         at += length
+                        if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == (shard, begin):
+                            _, begin, before = pieces.pop()  # which ends where this one begins
+                            length += before
+                        pieces.append((shard, begin, length))
                     offset += stop - start
         return pieces
 
@@ -209,17 +212,18 @@ def check_vocabulary(
     model: str | os.PathLike[str],
     *,
     spare: bool = False,
+    advice: str = "give the model's own tokenizer",
 ) -> None:
-    """Raises InputError unless a tokenizer has a word for each of a model's ids.
+    """Raises InputError unless a tokenizer has a token for each of a model's ids.
 
-    ``path`` and ``model`` are named; ``spare``: whether the format allows ids without a word.
+    ``path`` and ``model`` are named; ``spare``: whether the format allows ids without a token, and
+    if not, ``advice`` is what to do where there are such.
     """
-    if tokenizer.n_words > ids or (tokenizer.n_words < ids and not spare):
-        also = "" if spare else ", as in all of Meta's format; for other models take another format"
-        raise InputError(
-            f"the tokenizer {path} has {tokenizer.n_words} words, {model} has {ids} ids: expected "
-            f"the model's own tokenizer, with a word for each id{also}"
-        )
+    counts = f"the tokenizer {path} has {tokenizer.n_words} tokens, {model} has {ids} ids"
+    if tokenizer.n_words > ids:
+        raise InputError(f"{counts}: it belongs to another model; give the model's own tokenizer")
+    if tokenizer.n_words < ids and not spare:
+        raise InputError(f"{counts}: Meta's format needs a token for each id; {advice}")
 
 
 def read_conversion(directory: Path) -> JsonObject:

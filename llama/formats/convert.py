@@ -67,7 +67,8 @@ def gguf_to_meta(
     with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         (partial / tokenizer).write_bytes(content)
         own = Tokenizer(partial / tokenizer)
-        check_vocabulary(own, tokenizer, args.vocab_size, source.path)
+        other = "write Hugging Face's format"
+        check_vocabulary(own, tokenizer, args.vocab_size, source.path, advice=other)
         write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
         write_json(partial / "tokenizer_config.json", config)
@@ -97,7 +98,7 @@ def hf_to_meta(
     opened = HFCheckpoint(directory, dtype)
     check_shards(opened.args, shards)
     ids, tokenizer = opened.args.vocab_size, opened.tokenizer
-    check_vocabulary(Tokenizer(tokenizer), tokenizer, ids, source)
+    check_vocabulary(Tokenizer(tokenizer), tokenizer, ids, source, advice="write GGUF")
 
     def read(name: str) -> Tensor:
         progress(name)

@@ -158,6 +158,7 @@ def llama_to_gguf(
     kind: str | None = None,
     tokenizer_path: str | os.PathLike[str] | None = None,
     also: Mapping[str, str] | None = None,
+    exact: bool = False,
     overwrite: bool = False,
     verify: Callable[[Path], object] | None = None,
     progress: Callable[[str], object] = str,
@@ -173,6 +174,7 @@ def llama_to_gguf(
         kind: of matrices: "f32", "f16", "bf16" or "q8_0"; None keeps the source's.
         tokenizer_path: tokenizer file of Meta's format; None looks in the checkpoint's directory.
         also: further keys, whose values are texts.
+        exact: refuse a ``kind`` that rounds the weights, whose logits ``verify`` could not compare.
         verify: called with the complete file, under a name of its own, before it takes its place.
     """
     path = Path(str(out))
@@ -181,6 +183,11 @@ def llama_to_gguf(
     source = find_source(source)
     opened = _open_meta(source, tokenizer_path) if source.kind == "meta" else _open_hf(source, path)
     tensors = _tensors(opened, kind)
+    if exact and kind not in (None, "f32", SOURCE_TYPES.get(opened.dtype)):
+        raise InputError(
+            f"`verify` compares logits, and `type` {kind} rounds the weights: leave `verify` out; "
+            "every tensor is read again all the same"
+        )
     records = _shape_records(opened) | vocabulary(opened.tokenizer, opened.args.vocab_size)
     matrices = [tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1]
     file_type = FILE_TYPES[max(FILE_TYPES, key=matrices.count)]  # of most matrices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import shlex
@@ -112,14 +113,15 @@ class Target:
 def takes_target(
     write: Callable[Concatenate[T, Target, P], Path],
 ) -> Callable[Concatenate[T, Target | StrPath, P], Path]:
-    """Lets a writer's second argument be a path."""
+    """Lets a writer's argument ``target`` be a path."""
+    signature = inspect.signature(write)
 
     @functools.wraps(write)
-    def with_target(
-        model: T, /, target: Target | StrPath, *args: P.args, **settings: P.kwargs
-    ) -> Path:
-        target = target if isinstance(target, Target) else Target(target)
-        return write(model, target, *args, **settings)
+    def with_target(*args: object, **settings: object) -> Path:
+        given = signature.bind(*args, **settings)
+        if not isinstance(target := given.arguments["target"], Target):
+            given.arguments["target"] = Target(target)
+        return write(*given.args, **given.kwargs)
 
     return with_target
 

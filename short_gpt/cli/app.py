@@ -83,7 +83,7 @@ def answer(argv: list[str]) -> str | None:
         script = script.replace(word, f"{word}      [[ $i -gt 0 ]] && break\n")
         return script.replace("complete -F", "complete -o default -F")
     if argv[:1] == ["help"]:
-        argv = [*argv[1:2], "--help"]
+        argv = [*(name for name in argv[1:2] if name != "help"), "--help"]
     if not argv or argv[0] in ("--help", "-h", "--"):
         return overview(COMMANDS)
     name = argv[0]

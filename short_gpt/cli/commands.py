@@ -220,6 +220,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
+        at_least(0, max_gen_len=self.max_gen_len, seed=self.seed)
         if self.temperature < 0:
             raise ShortGPTError(f"`temperature` {self.temperature}: expected 0 or more")
         if not 0 <= self.top_p <= 1:
@@ -248,13 +249,18 @@ def generate(
         written = jobs.write_samples(model, out, count or 0, size, seed=seed, opening=opening)
         print_done("written", written)
         return
-    at_least(0, seed=seed)
-    short = short_gpt.open_model(model, opening, seed=seed)
+    # Meta's format names no limit: as many as there may be, a token a byte with bos and eos
+    room = max(opening.max_seq_len, len(prompt.encode(errors="replace")) + 2 + size)
+    short = short_gpt.open_model(model, opening, seed=seed, max_seq_len=room)
     read, most = len(short.encode(prompt)), short.decoder.max_seq_len
     if read + size > most:
+        if read >= most:
+            raise ShortGPTError(
+                f"the PROMPT has {read} tokens, this model takes {most}: shorten it"
+            )
         raise ShortGPTError(
             f"`max_gen_len` {size} after a prompt of {read} tokens is more than the {most} that "
-            f"this model takes: give {max(0, most - read)} or less"
+            f"this model takes: give {most - read} or less"
         )
     skip = sampling.skip_prefill
     skipped = [] if skip is None else layer_list(skip, "skip_prefill")
@@ -303,7 +309,8 @@ def evaluate(
     """
     record, _ = output.checked(evaluate, locals())
     models = [model] if pruned is None else [model, pruned]
-    result = jobs.evaluate(models, reading, tasks=tasks, opening=opening, dry_run=output.dry_run)
+    given: dict[str, Any] = {"tasks": tasks, "opening": opening, "dry_run": output.dry_run}
+    result = jobs.evaluate(models, reading, **given, notify=print_progress)
     print_result(tables.comparison(result))
     output.finish({**record, "result": result})
 

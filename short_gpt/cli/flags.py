@@ -193,7 +193,7 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
             raise ShortGPTError(f"{after[surplus]} takes yes or no, got {surplus!r}")
         raise ShortGPTError(
             f"{name} takes {places}; what is {surplus!r}? Quote texts with spaces, and write lists "
-            "without, as in 4,5"
+            "without spaces, as in 4,5"
         )
     if missing := [f.name.upper() for f in free[len(positional) :] if f.required]:
         raise ShortGPTError(f"{name} needs {' '.join(missing)}; see {name} --help")

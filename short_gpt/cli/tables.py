@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.search import Search
 
-BOS = ", bos in every window"  # of a measure of `jobs.evaluate`
+# how text was read, at the end of a measure of `jobs.evaluate`
+READ_HOW = "(?:, bos in every window)?(?:, precision mixed)?"
 
 
 def ranked(result: Ranking) -> str:
@@ -68,7 +69,8 @@ def ranking(
         if importance.n_windows > 1
         else "one window: no standard errors"
     )
-    rows += ["", f"{importance.n_windows:,} windows, {importance.n_tokens:,} tokens; {agreement}"]
+    windows = f"{importance.n_windows:,} window{'s' * (importance.n_windows != 1)}"
+    rows += ["", f"{windows}, {importance.n_tokens:,} tokens; {agreement}"]
     rows += [f"±: {_samples(importance)}"]
     if n is not None:
         rows += [f"{METHODS[method]}: {chosen}"] if method not in ("bi", "angular") else []
@@ -215,26 +217,26 @@ def comparison(results: Mapping[str, Mapping[str, float]]) -> str:
     heads = names if len({*names.values()}) == len(names) else {name: name for name in names}
     every = dict.fromkeys(m for row in results.values() for m in row)
     measures = {
-        m: _named(m) for m in every if not re.search(f"(_stderr|_p|_low|_high)({BOS})?$", m)
+        m: _named(m) for m in every if not re.search(f"(_stderr|_p|_low|_high){READ_HOW}$", m)
     }
     cells = {m: [_with_error(row, m) for row in results.values()] for m in measures}
     rows = aligned([["", *heads.values()], *([label, *cells[m]] for m, label in measures.items())])
-    interval = any("perplexity_low" in measure for measure in every)
-    note = "in brackets: standard errors" + ", of perplexities 95% intervals" * interval
-    return "\n".join([*rows, *[note] * (len(every) > len(measures))])
+    kinds = {"_stderr": "standard errors", "perplexity_low": "95% intervals of perplexities"}
+    shown = [words for end, words in kinds.items() if any(end in measure for measure in every)]
+    return "\n".join([*rows, *[f"in brackets: {'; '.join(shown)}"] * bool(shown)])
 
 
 def _named(measure: str) -> str:
-    return re.sub(f" nats change(?={BOS}|$)", ": change of the loss, nats a token", measure)
+    return re.sub(f" nats change(?={READ_HOW}$)", ": change of the loss, nats a token", measure)
 
 
 def _with_error(row: Mapping[str, float], measure: str) -> str:
     if measure not in row:
         return ""
-    found = re.fullmatch(f"(.*?)({BOS})?", measure)
-    base, where = (found[1], found[2] or "") if found else (measure, "")
+    base = re.sub(f"{READ_HOW}$", "", measure)
+    how = measure.removeprefix(base)
     error, p, low, high = (
-        row.get(f"{base}{end}{where}") for end in ("_stderr", "_p", "_low", "_high")
+        row.get(f"{base}{end}{how}") for end in ("_stderr", "_p", "_low", "_high")
     )
     parts = [f"{row[measure]:.6g}"] + ([] if error is None else [f" ({error:.2g})"])
     parts += [] if low is None else [f" ({low:.6g} to {high:.6g})"]

@@ -192,7 +192,7 @@ def check_disjoint(
             f"{len(shared)} of {len(training)} training windows share text with the windows to "
             f"evaluate on ({SPAN} tokens in a row, or half of a shorter text; number {number} "
             f"with evaluation window {other}, for one): healing must not see that text; train on "
-            f"another, or leave those windows out{setting and f': `{setting}`'}"
+            f"another, or leave those windows out{setting and f' by `{setting}`'}"
         )
 
 

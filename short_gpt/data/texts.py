@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -356,6 +356,12 @@ def source_names(data: str) -> list[str]:
     except OSError:  # a name of many files may be longer than that of a file
         one = False
     return [data] if one else [name.strip() for name in data.split(",")]
+
+
+def check_named_once(names: Sequence[str], *, setting: str = "data") -> None:
+    """Raises ShortGPTError if a text, which would count twice, is named twice in a setting."""
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ShortGPTError(f"`{setting}` names {twice[0]} twice: name it once")
 
 
 def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[Iterable[Text]]:

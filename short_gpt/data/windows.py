@@ -263,10 +263,12 @@ def _with_spans(
         count, longest, empty = count + 1, max(longest, len(tokens)), empty and not spans
         yield tokens, spans
     if empty:
+        if not count:
+            raise ShortGPTError("no texts: give some; an iterator can be read only once")
+        one = "the text" if count == 1 else f"the longest of {count} texts"
         raise ShortGPTError(
-            f"no windows: the longest of {count} texts has {longest} tokens, a window needs "
-            f"{size if tail == 'drop' else 2}; "
-            + ("use longer texts or a smaller `size`" if count else "read an iterator only once")
+            f"no windows: {one} has {longest} token{'s' * (longest != 1)}, a window needs "
+            f"{size if tail == 'drop' else 2}; use longer texts or a smaller `size`"
         )
 
 

@@ -189,10 +189,12 @@ class TaskSuite:
                 task_manager=_task_manager(self.include_path),
                 log_samples=True,
             )
+        except (BrokenPipeError, ConnectionResetError):  # of processes here
+            raise
         except ConnectionError as error:
             raise ConnectionError(
-                f"the tasks' documents are on the hub, which cannot be reached ({error}): connect, "
-                "or give `tasks` with local files by `include_path`"
+                f"the tasks' documents are on the hub, which cannot be reached ({error}): connect "
+                "to the network, or use tasks with local files (`include_path`)"
             ) from error
         metrics = {task: _metrics(values) for task, values in run["results"].items()}
         return TaskRun(metrics, documents_of(run["samples"]))

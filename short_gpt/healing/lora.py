@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
-import torch.distributed as dist
 
 from llama.ranks import is_distributed
 from short_gpt.data.disjoint import check_disjoint
@@ -72,10 +71,6 @@ class LoraResult:
 
 Merged = tuple[LoraResult, Callable[[], None]]  # and what undoes it
 TEACHER = "teacher"  # the folder of its predictions
-WHOLE = (
-    "training needs the whole model in every process: start it by torchrun, without FSDP, and open "
-    "the model with model_parallel_size=1 before other groups are made"
-)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -305,11 +300,10 @@ def _check_card(device: torch.device) -> None:
 
 
 def _check_processes(count: int, recipe: Recipe) -> None:
-    if is_distributed() and count != dist.get_world_size():
-        raise ShortGPTError(WHOLE)
+    replicas.require_whole_model("training")
     if recipe.batch % (at_once := recipe.micro_batch * count):
         raise ShortGPTError(
-            f"batch {recipe.batch} is not a multiple of {at_once}, the windows that {count} "
+            f"`batch` {recipe.batch} is not a multiple of {at_once}, the windows that {count} "
             "processes read at once: give another batch, or start fewer"
         )
 
@@ -320,7 +314,10 @@ def require_packages() -> None:
     ShortGPTError: Accelerate is to split the layers (FSDP), which evaluation and merge read whole.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ShortGPTError(WHOLE)
+        raise ShortGPTError(
+            "training needs the whole model on every rank, which FSDP splits: start it by "
+            "torchrun, without FSDP"
+        )
     for package in ("peft", "transformers", "accelerate"):
         with required(package, by="training"):
             import_module(package)

@@ -57,7 +57,9 @@ class Recipe:
                 "scale learn nothing"
             )
         if self.batch % self.micro_batch:
-            raise ShortGPTError(f"batch {self.batch} is not a multiple of {self.micro_batch}")
+            raise ShortGPTError(
+                f"`batch` {self.batch} is not a multiple of `micro_batch` {self.micro_batch}"
+            )
         if not 0 < (rate := self.learning_rate) < math.inf:
             raise ShortGPTError(f"learning_rate = {rate}: expected a finite number above 0")
         if not 0 <= self.dropout < 1:

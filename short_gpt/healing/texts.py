@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.data.disjoint import check_disjoint, without_overlap
-from short_gpt.data.texts import OWN, read_kinds, source_names, texts
+from short_gpt.data.texts import OWN, check_named_once, read_kinds, source_names, texts
 from short_gpt.data.windows import mix
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.own_text import Write, split_own_text
@@ -81,6 +81,7 @@ class HealingTexts:
         cut = partial(mix, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
         kinds = read_kinds(self.data, self.split, self.column, self.max_texts)
         judges = [] if self.eval_data is None else source_names(self.eval_data)
+        check_named_once(judges, setting="eval_data")
         held = [[*texts(name, column=self.column)] for name in judges]
         training_texts, held_out = split_own_text(kinds, held, write, limit, self.seed)
         cuts = list(cut(held_out, limit=eval_windows))

@@ -25,7 +25,16 @@ from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, combined, difference
 from short_gpt.healing import choosing
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import CALIBRATED, RAW, REFIT, Readings, TextChoice, TextKinds, Windows
+from short_gpt.jobs.cases import (
+    CALIBRATED,
+    RAW,
+    REFIT,
+    Readings,
+    TextChoice,
+    TextKinds,
+    Windows,
+    check_healings,
+)
 from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
@@ -275,7 +284,7 @@ def _check(
         raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
     if MIX in texts:
         raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
-    TextChoice(n, healing=",".join(healings))
+    check_healings(healings or ["none"], CALIBRATED)
     n = check_count(n, len(short.kept))
     short.check_whole()
     for name, parts in texts.items():
@@ -389,6 +398,8 @@ def calibrate_checkpoint(
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
     short = open_model(model, as_begun(opening, state), max_seq_len=max(readings.numbers))
+    if (size := max(readings.numbers)) > (most := short.decoder.max_seq_len):
+        raise ShortGPTError(f"`sizes` {size}: this model takes {most} tokens, give no more")
     if dry_run:
         healings, names = listed(ranked.healing), ", ".join(sources)
         models = (len(sources) + 1) * len(healings) + 1
@@ -398,7 +409,7 @@ def calibrate_checkpoint(
         ranks = len(sources) * len(readings.numbers) + refits
         count = models * len(sources) * readings.eval_windows + ranks * readings.max_windows
         end_dry_run(short, work, readings.numbers[0], count)
-    write = own_text_writer(short, max(readings.numbers), seed=readings.seed, beside=state)
+    write = own_text_writer(short, size, seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
     with interruptible():
         filled = with_own_text([*kinds.values()], write, 2 * half * len(kinds))
@@ -415,7 +426,10 @@ def windows_apart(
     """Windows of each text to rank on and to judge by, and those cut in other ways."""
 
     def windows(texts: Sequence[Text], cut: Cut, limit: int) -> Windows:
-        return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))
+        try:
+            return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))
+        except ShortGPTError as error:
+            raise ShortGPTError(str(error).replace("`size`", "`sizes`")) from None
 
     # documents to rank on and others to judge by; a single one is both
     parts = {

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
-from short_gpt.data.texts import source_names, texts
+from short_gpt.data.texts import check_named_once, source_names, texts
 from short_gpt.data.windows import Text
 from short_gpt.jobs.inputs import Cut, TextSource, listed, name_texts, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
@@ -74,6 +74,12 @@ RANDOM = Needs("random in `methods`", lambda v: "random" in _names(v["methods"])
 NEEDS_SEARCH = Needs("perplexity or sleb in `methods`", _searches)
 
 
+def check_healings(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ShortGPTError for the name of a healing that is none of the known ones."""
+    if odd := [name for name in names if name not in known]:
+        raise ShortGPTError(f"no healing {odd[0]!r}; expected some of {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class Cases:
     """What is compared: every method x number of layers x healing.
@@ -133,9 +139,7 @@ class Cases:
         return [cases[part] for part in parts]
 
     def __post_init__(self) -> None:
-        for name in self.heals:
-            if name not in HEALINGS:
-                raise ShortGPTError(f"no healing {name!r}; expected some of {', '.join(HEALINGS)}")
+        check_healings(self.heals, HEALINGS)
         if self.methods is not DEFAULT_METHODS:  # these are known to be valid, without an import
             from short_gpt.selection.methods import check_method
 
@@ -181,6 +185,7 @@ class Shares:
     def held(self, column: str) -> list[list[str]]:
         """The texts of each kind of eval_data, if given."""
         names = [] if self.eval_data is None else source_names(self.eval_data)
+        check_named_once(names, setting="eval_data")
         return [list(texts(name, column=column)) for name in names]
 
     def cut(
@@ -293,6 +298,8 @@ class Readings:
         }
 
     def check(self) -> None:
+        for size in self.numbers:
+            at_least(2, sizes=size)
         for cut in self.cuts().values():
             cut.check()
         at_least(2, max_windows=self.max_windows, eval_windows=self.eval_windows)
@@ -318,6 +325,4 @@ class TextChoice:
             raise ShortGPTError(
                 f"no calibration by {self.method!r}; expected one of {', '.join(RANKED)}"
             )
-        for name in listed(self.healing) or ["none"]:
-            if name not in CALIBRATED:
-                raise ShortGPTError(f"healing {name}: expected some of {', '.join(CALIBRATED)}")
+        check_healings(listed(self.healing), CALIBRATED)

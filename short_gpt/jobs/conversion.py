@@ -104,7 +104,8 @@ def _to_gguf(source: Source, out: str, how: Conversion, writing: dict[str, Any])
     if before is not None and before.all_removed and before.first_source is not None:
         also[NAME] = before.named(Path(before.first_source).name)
     path = how.tokenizer_path
-    llama_to_gguf(source, out, kind=how.type, tokenizer_path=path, also=also, **writing)
+    writing |= {"tokenizer_path": path, "also": also, "exact": bool(how.verify)}
+    llama_to_gguf(source, out, kind=how.type, **writing)
 
 
 def _to_directory(source: Source, out: str, how: Conversion, writing: dict[str, Any]) -> None:
@@ -137,11 +138,6 @@ def _check_options(source: Source, to: str, how: Conversion) -> None:
         raise ShortGPTError(
             f"`type` {type} is for writing GGUF from another format; tensors of a GGUF file stay "
             "as they are (llama.cpp's llama-quantize changes them)"
-        )
-    if how.verify and type not in (None, "f32"):
-        raise ShortGPTError(
-            f"`verify` compares logits, which `type` {type} rounds: leave `verify` out; every "
-            "tensor is read again all the same"
         )
     if dtype is not None and (to == "gguf" or (to == "hf" and kind != "gguf")):
         raise ShortGPTError(

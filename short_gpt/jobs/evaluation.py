@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_output, new_file
-from short_gpt.data.texts import read_texts, source_names
+from short_gpt.data.texts import check_named_once, read_texts, source_names
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -23,7 +23,6 @@ from short_gpt.jobs.inputs import (
     TextSource,
     about_bos,
     check_model,
-    check_named_once,
     ignore,
     known_total,
     source_of,
@@ -34,7 +33,7 @@ from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
-from short_gpt.runtime.progress import is_first_rank, print_above_bars
+from short_gpt.runtime.progress import is_first_rank
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_samples
@@ -47,18 +46,22 @@ def evaluate(
     *,
     tasks: Tasks = Tasks(),
     opening: OpenOptions = OpenOptions(),
+    notify: Notify = ignore,
     dry_run: bool = False,
     **fields: Any,
 ) -> dict[str, dict[str, float]]:
     """Perplexity and tasks of several checkpoints, one loaded at a time.
 
-    ``dry_run`` raises `DryRun`, which says what would be done, in place of the work. ``fields`` are
-    single settings by their names, in place of objects: ``data="novels/"``, ``tasks="piqa"``.
+    ``notify`` is called with what intervals are over and, before an error is raised, with what was
+    measured. ``dry_run`` raises `DryRun`, which says what would be done, in place of the work.
+    ``fields`` are single settings by their names, in place of objects: ``data="novels/"``,
+    ``tasks="piqa"``.
 
     Returns:
-        By model: its number of layers, the perplexity of each text, and metrics of the tasks. Of
-        every model except the first also how much the loss per token and each metric changed, with
-        the standard error paired over windows and documents, as in "piqa acc change" and
+        By model: its number of layers, the perplexity of each text with the ends of its 95%
+        interval ("perplexity_low" and "perplexity_high"), and metrics of the tasks. Of every model
+        except the first also how much the loss of a token and each metric changed, with the
+        standard error paired over windows and documents, as in "piqa acc change" and
         "piqa acc change_stderr".
 
     Example:
@@ -84,12 +87,20 @@ def evaluate(
         texts, limit = len(own) or 1, reading.max_windows
         total = limit and limit // texts * texts * len(models)  # of every model
         end_dry_run(short, work, reading.size, total)
-    first, rows = None, {}
-    for name in models:
-        rows[name], measured = _evaluated(name, reading, own, tasks, opening, first)
-        first = first or measured
-        if measured[0]:  # a pair is read in one precision
-            opening = replace(opening, precision=next(iter(measured[0].values()))[0].precision)
+    first, rows = None, dict[str, dict[str, float]]()
+    try:
+        for name in models:
+            row = rows[name] = {}
+            measured = _evaluated(name, row, reading, own, tasks, opening, first, notify)
+            first = first or measured
+            if measured[0]:  # a pair is read in one precision
+                opening = replace(opening, precision=next(iter(measured[0].values()))[0].precision)
+    except Exception:
+        for name, row in rows.items():  # which is not lost
+            if row.keys() - {"layers"}:
+                values = ", ".join(f"{measure} {value:.6g}" for measure, value in row.items())
+                notify(f"measured of {name} before the error: {values}")
+        raise
     return rows
 
 
@@ -99,17 +110,20 @@ Measured = tuple[dict[str, tuple[Perplexity, str]], TaskRun]
 
 def _evaluated(
     name: str,
+    row: dict[str, float],
     reading: Reading,
     own: Mapping[str, Sequence[str]],
     tasks: Tasks,
     opening: OpenOptions,
     first: Measured | None,
-) -> tuple[dict[str, float], Measured]:
+    notify: Notify,
+) -> Measured:
+    """Fills the row of a model."""
     size, batch_size = reading.size, reading.batch_size
     short = open_model(name, of_source(opening, name), max_seq_len=size, max_batch_size=batch_size)
     bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
     bos += ", precision mixed" if short.about_precision else ""
-    row, changes = {"layers": float(len(short.kept))}, dict[str, float]()
+    row["layers"] = float(len(short.kept))
     measured: dict[str, tuple[Perplexity, str]] = {}
     for text, windows in ({} if reading.data == "none" else reading.windows(short, own)).items():
         digest = json_digest([list(window) for window in windows])
@@ -119,21 +133,18 @@ def _evaluated(
         if value.error is not None and not value.error.no_interval:
             ends = zip(("low", "high"), value.interval(), strict=True)  # of 95%
             row |= {f"{text} perplexity_{name}{bos}": end for name, end in ends}
-    try:
-        run = tasks.run(short, batch_size=batch_size)
-    except Exception:
-        if is_first_rank() and measured:  # it is not lost
-            values = ", ".join(f"{measure} {value:.6g}" for measure, value in row.items())
-            print_above_bars(f"measured of {name} before the tasks failed: {values}")
-        raise
+            if first is None or digest != first[0][text][1]:
+                notify(f"{text}: 95% intervals of perplexities over {value.error.over}")
+    run = tasks.run(short, batch_size=batch_size)
+    row |= run.named()
     for text, (before, digest) in ({} if first is None else first[0]).items():
         if digest == measured[text][1]:  # windows of two tokenizers are not paired
             change = difference([before], [measured[text][0]])
             nats = {"nats change": change.nats, "nats change_stderr": change.standard_error}
-            changes |= {f"{text} {k}{bos}": v for k, v in nats.items() if v == v}
+            row |= {f"{text} {k}{bos}": v for k, v in nats.items() if v == v}
     if first is not None:
-        changes |= task_changes(first[1], run)
-    return row | run.named() | changes, (measured, run)
+        row |= task_changes(first[1], run)
+    return measured, run
 
 
 def write_samples(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from short_gpt.data.texts import (
     OWN,
     TextsInMemory,
+    check_named_once,
     has_columns,
     has_split,
     read_kinds,
@@ -141,13 +142,10 @@ class TextSource:
     def check(self, eval_data: str | None) -> None:
         """Reads the first text of each source, and of each to evaluate on, or raises."""
         self.kinds()
-        for name in [] if eval_data is None else source_names(eval_data):
+        names = [] if eval_data is None else source_names(eval_data)
+        check_named_once(names, setting="eval_data")
+        for name in names:
             texts(name, column=self.column)
-
-
-def check_named_once(names: Sequence[str]) -> None:
-    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise ShortGPTError(f"`data` names {twice[0]} twice: name it once")
 
 
 Data = str | Iterable[object] | TextSource  # a name, texts in memory, or with settings

@@ -153,10 +153,9 @@ class SavedScores:
         if self.importance is not None:
             seed = self.arguments.get("seed")
             return choose(self.importance, n, method=self.method, seed=int(str(seed or 0)))
-        if not 1 <= n <= len(self.searched):
-            raise ShortGPTError(
-                f"n = {n}; {self.file} holds {len(self.searched)} layers that {self.method} chose"
-            )
+        if not 1 <= n <= (most := len(self.searched)):
+            layers = f"{most} layer{'s' * (most != 1)}"
+            raise ShortGPTError(f"n = {n}; {self.file} holds {layers} that {self.method} chose")
         if self.method == AUTO and n < len(self.searched):  # they have no order
             raise ShortGPTError(
                 f"n = {n}; {self.file} holds {len(self.searched)} layers that {AUTO} chose "

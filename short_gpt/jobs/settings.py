@@ -394,9 +394,8 @@ class Settings:
             return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(listed(self.parts))
         if not {*parts} <= {*PARTS}:
-            raise ShortGPTError(
-                f"parts = {self.parts}: expected {' or '.join(PARTS)}, both by a comma, or best"
-            )
+            every = f"{', '.join(PARTS)}, {','.join(PARTS)} or best"
+            raise ShortGPTError(f"parts = {self.parts}: expected {every}")
         step_size = RefitSettings.step_size if self.aim is None else self.aim
         if not 0 < step_size <= 1:  # by the name of the flag
             raise ShortGPTError(f"aim = {step_size}: expected above 0 and at most 1")

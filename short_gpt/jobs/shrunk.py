@@ -130,7 +130,7 @@ class ShrinkResult(Table):
         original, pruned, healed = (states[name] for name in ("original", "pruned", "healed"))
         lost, left = (difference([original], [state]) for state in (pruned, healed))
         parts = [f"perplexity {original.value:.2f} becomes {healed.value:.2f} on {kind}"]
-        if lost.nats > (0 if lost.error.no_interval else lost.error.margin()):
+        if lost.error.known and lost.nats > lost.error.margin():
             parts.append(f"healing restores {1 - left.nats / lost.nats:.0%} of the lost nats")
         first, last = self.looks["original"], self.looks["healed"]
         parts.append(f"{1 - last.size / first.size:.0%} smaller")

@@ -26,9 +26,8 @@ from short_gpt.runtime.progress import is_first_rank
 ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
-# entries of a run's identity, which lacks them where they have these values
-USUAL = {"precision": "float32", "kept step": None, "number of processes": None}
-UNSAID = ("number of processes",)  # a state may lack these
+# entries of a run's identity that it has only where they are others
+USUAL = {"precision": "float32", "kept step": None}
 START = b'{\n "run"'  # of a state
 NO_STATE = "is not the state of a run; choose another name"
 LONGEST = 300  # characters of a process's description that are shown
@@ -280,7 +279,7 @@ class StateFile:
                 f"command (it differs in the entries {other}); {fix}"
             )
         for name, value in own.items():
-            if theirs.get(name) != value and (name not in UNSAID or theirs.get(name)):
+            if theirs.get(name) != value:
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "
                     f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "

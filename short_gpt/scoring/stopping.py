@@ -214,10 +214,12 @@ class Verdict:
 
     def __str__(self) -> str:
         what = "best block" if self.stop.angular else f"set of the {self.stop.n} lowest"
-        of = "" if self.population is None else f" of {self.population:,}"
-        read = f"{self.windows:,}{of} windows"
+        read = f"{self.windows:,} window{'s' * (self.windows != 1)}"
         if self.population is not None and self.windows >= self.population:
-            return f"{what} settled: all {self.windows:,} windows were read"
+            every = f"all {read} were" if self.windows > 1 else "the only window was"
+            return f"{what} settled: {every} read"
+        if self.population is not None:
+            read = f"{self.windows:,} of {self.population:,} windows"
         first = self.stop.first_look(self.population)
         closest = f"{self.closest}: {self.apart(self.windows >= first)}"
         if self.settled:

@@ -110,6 +110,12 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
         )
     if method == "angular_all" and importance.token_angles.isnan().any():
         raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")
+    metric = {"relative_magnitude": "magnitude", "norm": "norm"}.get(method)
+    if metric is not None and importance.mean(metric).isnan().any():
+        raise ShortGPTError(
+            f"{method} needs the metric {metric}, which these scores lack: measure it by "
+            "`short-gpt rank`"
+        )
     return [importance.layers[i] for i in positions_of(importance, n, seed)]
 
 

@@ -369,7 +369,7 @@ def continued(
     if "search" not in state.content:
         raise ShortGPTError(f"{state.path} is the state of another run than a search; {fix}")
     content = state.content["search"]
-    if other := [name for name, value in about.items() if content[name] != value]:
+    if other := [name for name, value in about.items() if content.get(name) != value]:
         raise ShortGPTError(
             f"{state.path} is the state of another search (it differs in {', '.join(other)}); go "
             f"on with the former, {fix}"

@@ -104,6 +104,7 @@ def test_one_window_alone_has_no_errors_and_prints_none(ckpt, capsys):
     run("rank", "ckpt", *DATA, "--max_windows", 1)
     out = capsys.readouterr().out
     assert "one window: no standard errors" in out and "nan" not in out
+    assert "\n1 window, " in out
     assert [line.split()[2] for line in out.splitlines()[1:6]] == ["-"] * 5
 
 
@@ -273,6 +274,9 @@ def test_the_same_seed_gives_the_same_scores(ckpt):
 def test_generate(ckpt, capsys):
     run("generate", "ckpt", "It was", "--temperature", 0, "--max_gen_len", 5)
     assert capsys.readouterr().out.startswith("It was")
+    text = "It was " * 300  # longer than the 2048 that other commands open a model with
+    run("generate", "ckpt", text, "--temperature", 0, "--max_gen_len", 1)
+    assert capsys.readouterr().out.startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -635,6 +639,9 @@ def test_help_describes_every_command_and_flag(command, capsys):
     out = capsys.readouterr().out
     run("help", *([command] if command else []))
     assert capsys.readouterr().out == out
+    if command is None:
+        run("help", "help")
+        assert capsys.readouterr().out == out
     assert all(len(line) <= 80 for line in out.splitlines())
     if command is None:
         places = [out.index(f"\n  {name} ") for name in cli.COMMANDS]

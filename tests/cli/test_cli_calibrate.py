@@ -137,12 +137,16 @@ def test_without_texts_it_says_what_to_name(here, capsys):
         (["--n", "1", "--data", "code.txt,code.txt"], "of different names"),
         (["--n", "1", "--data", "books,no.txt"], "no such file or folder: 'no.txt'"),
         (["--n", "1", "--sizes", "a"], "expected whole numbers as in --sizes 512,1024, got 'a'"),
-        (["--n", "1", "--sizes", "1"], "size = 1: expected a whole number of at least 2"),
+        (["--n", "1", "--sizes", "1"], "--sizes = 1: expected a whole number of at least 2"),
+        (["--n", "1", "--sizes", "32,5000"], "use longer texts or a smaller --sizes"),
         (["--n", "1", "--bos", "last"], "bos = 'last': expected first or every"),
         (["--n", "1", "--eval_windows", "1"], "--eval_windows = 1: expected a whole number of"),
         (["--n", "1", "--method", "sleb"], "no calibration by 'sleb'; expected one of bi"),
-        (["--n", "1", "--healing", "lora"], "healing lora: expected some of raw, refit"),
-        (["--n", "1", "--healing", "raw,lora", "--dry_run"], "healing lora: expected some of raw"),
+        (["--n", "1", "--healing", "lora"], "no healing 'lora'; expected some of raw, refit"),
+        (
+            ["--n", "1", "--healing", "raw,lora", "--dry_run"],
+            "no healing 'lora'; expected some of raw",
+        ),
         (
             ["--n", "1", "--max_windows", "400"],
             "code: every other window shares text with those that rank",
@@ -151,3 +155,10 @@ def test_without_texts_it_says_what_to_name(here, capsys):
 )
 def test_mistakes_are_one_line(here, capsys, options, message):
     assert message in fails(capsys, *COMMON, *options)
+
+
+def test_a_window_longer_than_the_model_takes_is_told_by_its_setting(here, capsys):
+    run("convert", "ckpt", "hf", "--verify", "no")
+    capsys.readouterr()
+    line = fails(capsys, "calibrate", "hf", *COMMON[2:], "--n", "1", "--sizes", "32,5000")
+    assert "--sizes 5000: this model takes 4096 tokens, give no more" in line

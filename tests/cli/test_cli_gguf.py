@@ -232,7 +232,15 @@ def test_a_conversion_to_gguf_says_what_was_proved(here, capsys):
     said = "verified: read again, every tensor that remains is the source's, byte for byte"
     assert said in capsys.readouterr().out
     line = fails(capsys, "convert", "meta", "d.gguf", "--verify", "yes", "--type", "q8_0")
-    assert "--verify compares logits, which --type q8_0 rounds: leave --verify out" in line
+    assert "--verify compares logits, and --type q8_0 rounds the weights: leave --verify" in line
+    run("convert", "meta", "bf16", "--dtype", "bfloat16", "--shards", 1)
+    capsys.readouterr()
+    for kind in ("bf16", "f32"):  # which round nothing
+        run("convert", "bf16", f"{kind}.gguf", "--verify", "yes", "--type", kind)
+        assert "verified: the logits are those of the source" in capsys.readouterr().out
+    assert "and --type f16 rounds" in fails(
+        capsys, "convert", "bf16", "e.gguf", "--verify", "yes", "--type", "f16"
+    )
     run("convert", "meta", "c.gguf", "--verify", "yes", "--type", "f32")
     assert "verified: the logits are those of the source" in capsys.readouterr().out
     run("convert", "hf", "a.gguf", "--overwrite")

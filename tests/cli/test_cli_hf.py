@@ -366,12 +366,13 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
             ["generate", "hf", "--samples", 1, "--out", "o.jsonl", "--max_gen_len", 5000],
             "--max_gen_len 5000: this model takes 4096 tokens, give no more",
         ),
-        (["generate", "hf", "a", "--max_gen_len", "-5"], "max_gen_len must be 0 or more, got -5"),
+        (["generate", "hf", "a", "--max_gen_len", "-5"], "--max_gen_len = -5: expected a whole"),
         (
-            ["generate", "hf", "a", "--seed", "-1"],
-            "seed = -1: expected a whole number of at least 0",
+            ["generate", "nowhere", "a", "--seed", "-1"],  # told before a model is loaded
+            "--seed = -1: expected a whole number of at least 0",
         ),
         (["generate", "hf", "It was", "--max_gen_len", "9999"], "tokens is more than the "),
+        (["generate", "hf", "a " * 4096], "tokens, this model takes 4096: shorten it"),
         (["generate", "hf", "a", "--temperature", "-1"], "--temperature -1.0: expected 0 or more"),
         (["generate", "hf", "a", "--top_p", "2"], "--top_p 2.0: expected 0 to 1"),
         (["generate", "hf", "\udcff"], "holds '\\udcff' as character 0, half a surrogate pair"),
@@ -426,5 +427,5 @@ def test_what_was_measured_is_told_where_tasks_fail(here, capsys, lm_eval, tasks
     with pytest.raises(SystemExit):
         run("evaluate", "hf", *DATA[:4], "--max_windows", 2, *toy)
     lines = [line for line in capsys.readouterr().err.splitlines() if "/s]" not in line]
-    assert lines[-2].startswith("measured of hf before the tasks failed: layers 5, book.txt perp")
-    assert "Couldn't reach 'a/b' on the Hub): connect, or give --tasks with local" in lines[-1]
+    assert lines[-2].startswith("measured of hf before the error: layers 5, book.txt perp")
+    assert "Couldn't reach 'a/b' on the Hub): connect to the network, or use tasks" in lines[-1]

@@ -81,6 +81,24 @@ def test_an_evaluation_has_names_for_heads_and_errors_in_brackets():
     ]
 
 
+@pytest.mark.parametrize("bos", ["", ", bos in every window"])
+def test_an_evaluation_in_mixed_has_its_errors_in_brackets(bos):
+    how = f"{bos}, precision mixed"
+    ends = {f"t perplexity_low{how}": 5.0, f"t perplexity_high{how}": 6.0}
+    row = {f"t perplexity{how}": 5.5, **ends}
+    change = {f"t nats change{how}": 0.5, f"t nats change_stderr{how}": 0.25}
+    shown = [f"t perplexity{how}", "5.5 (5 to 6)"]
+    _, *rows, last = comparison({"a": row}).splitlines()
+    assert [re.split("  +", row) for row in rows] == [shown]
+    assert last == "in brackets: 95% intervals of perplexities"
+    _, *rows, last = comparison({"a": row, "b": row | change}).splitlines()
+    assert [re.split("  +", row) for row in rows] == [
+        [*shown, "5.5 (5 to 6)"],
+        [f"t: change of the loss, nats a token{how}", "0.5 (0.25)"],
+    ]
+    assert last == "in brackets: standard errors; 95% intervals of perplexities"
+
+
 def test_a_comparison_names_every_set_of_layers():
     """A line a method, one more a seed; the same set healed is not named twice."""
     cases = [("dense", None, 0, "raw", [])]

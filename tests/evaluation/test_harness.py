@@ -222,6 +222,16 @@ def test_mistakes_get_one_line(both, tasks):
         model.loglikelihood(requests("loglikelihood", ("a", "b" * 65)))
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError])
+def test_a_broken_pipe_is_not_the_hubs(lm_eval, both, tasks, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error("of a process")
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", fail)
+    with pytest.raises(error, match="^of a process$"):
+        run_tasks(both[0], "tiny_choice", include_path=tasks)
+
+
 def test_a_missing_package_is_named(both, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in [*sys.modules]:

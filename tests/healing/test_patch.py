@@ -167,7 +167,7 @@ def test_other_refusals(monkeypatch):
         fit(short, [2], [])
     with pytest.raises(ValueError, match="where = 'here': expected one of all, gaps"):
         PatchSettings(where="here")
-    monkeypatch.setattr("short_gpt.runtime.replicas.of_model", lambda value: [value] * 2)
+    monkeypatch.setattr("short_gpt.runtime.replicas._sharing", lambda: 2)
     with pytest.raises(ValueError, match="the patch needs the whole model on every rank, got 2"):
         fit(meta(), [2])
 

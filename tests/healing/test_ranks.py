@@ -110,6 +110,12 @@ def test_windows_for_fewer_processes_than_there_are_are_refused(found):
     assert "for each of 4 processes, got 1: give more text, or start fewer" in found[4, 3]["few"]
 
 
+def test_processes_without_groups_of_a_model_are_refused(found):
+    for (world, _), saved in found.items():
+        expected = f"the refit needs the whole model on every rank, got {world} model-parallel"
+        assert saved["ungrouped"].startswith(expected)
+
+
 @pytest.mark.parametrize("size", [2, None])
 def test_processes_share_the_texts_that_a_model_writes(found, size, monkeypatch):
     short = ShortLlama(llama())

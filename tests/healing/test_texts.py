@@ -52,6 +52,12 @@ def test_texts_are_numbered_through_all_kinds(kinds):
         assert large and small and not large & small
 
 
+def test_a_text_to_evaluate_on_that_is_named_twice_is_refused(kinds):
+    large, small = kinds
+    with pytest.raises(ShortGPTError, match="`eval_data` names .*small.jsonl twice: name it once"):
+        HealingTexts(large, f"{small},{small}").windows(characters, 40)
+
+
 def test_without_a_limit_all_of_a_mix_is_read(kinds):
     found = HealingTexts(",".join(kinds)).windows(characters, 40)
     every = len(found.training) + len(found.evaluation)

@@ -196,7 +196,8 @@ def test_other_shards_hold_the_same_history(here):
 def test_evaluate_and_convert(here):
     assert convert("ckpt", "hf") == Path("hf") and Path("hf/model.safetensors").is_file()
     prune("ckpt", "small", layers=[2])
-    found = evaluate(["ckpt", "small"], Reading("book.txt", size=32))
+    told = []
+    found = evaluate(["ckpt", "small"], Reading("book.txt", size=32), notify=told.append)
     value = perplexity_of("ckpt", "book.txt", cut=Cut(32, None, None))
     low, high = value.interval()
     expected = {"book.txt perplexity": value.value}
@@ -208,6 +209,21 @@ def test_evaluate_and_convert(here):
         "book.txt nats change": 0.0,
         "book.txt nats change_stderr": 0.0,
     }
+    assert told == [f"book.txt: 95% intervals of perplexities over {value.error.over}"]
+
+
+def test_what_was_measured_before_an_error_is_told(here, monkeypatch):
+    """Also of a model whose own tasks did not fail."""
+    prune("ckpt", "small", layers=[2])
+    runs, told = [TaskRun({})], []
+    monkeypatch.setattr(Tasks, "run", lambda *_, **__: runs.pop())
+    with pytest.raises(IndexError):
+        evaluate(["ckpt", "small"], Reading("book.txt", size=32), notify=told.append)
+    named = [line.split(", ")[0] for line in told if "measured" in line]
+    assert named == [
+        "measured of ckpt before the error: layers 5",
+        "measured of small before the error: layers 4",
+    ]
 
 
 def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
@@ -291,6 +307,18 @@ def test_settings_that_would_be_passed_over_are_refused(here):
     with pytest.raises(ShortGPTError, match="num_fewshot = 1.5: expected a whole number"):
         Tasks(num_fewshot=1.5).check()
     Tasks(limit=None, num_fewshot=None).check()
+
+
+def test_a_text_to_evaluate_on_that_is_named_twice_is_refused(here):
+    Path("b.txt").write_text(TEXT[::-1])
+    how = {"data": "book.txt", "eval_data": "b.txt, b.txt", "size": 16}
+    for command in (
+        lambda: jobs.compare_checkpoint("ckpt", cases=Cases("bi", 1), **how),
+        lambda: heal("ckpt", "out", layers=[2], **how),
+        lambda: jobs.shrink("ckpt", "out", n=1, **how),
+    ):
+        with pytest.raises(ShortGPTError, match="`eval_data` names b.txt twice: name it once"):
+            command()
 
 
 def test_settings_are_refused_before_a_model_is_loaded(here):

@@ -618,7 +618,8 @@ def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
     looks = {state: StateReport("", None, 1, 1, 1, {}) for state in states}
 
     def said(*pruned: float) -> str:
-        nats = {"original": (20.0, 20.0, 20.0), "pruned": pruned, "healed": (21.0, 21.0, 21.0)}
+        same = {"original": 20.0, "healed": 21.0}
+        nats = {name: (value,) * len(pruned) for name, value in same.items()} | {"pruned": pruned}
         states = {
             state: Perplexity.of([Sample(i, value, 10) for i, value in enumerate(values)])
             for state, values in nats.items()
@@ -627,6 +628,7 @@ def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
 
     assert "healing restores 90% of the lost nats" in said(29.0, 30.0, 31.0)
     assert "healing restores" not in said(10.0, 19.0, 32.0)
+    assert "healing restores" not in said(29.0, 30.0)  # two texts tell too little of others
 
 
 @pytest.mark.parametrize(

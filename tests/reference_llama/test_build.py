@@ -99,7 +99,7 @@ def test_dtypes(tmp_path, dtype):
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     save_checkpoint(tmp_path, make_transformer(vocab_size=96))
     tokenizer = write_byte_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=r"has 258 words, .* has 96 ids: expected the model's"):
+    with pytest.raises(ValueError, match=r"has 258 tokens, .* has 96 ids: it belongs to another"):
         Llama.build(tmp_path, tokenizer, 64, 4, device="cpu")
 
 

@@ -100,6 +100,20 @@ def test_shards_of_llama_2_and_llama_3_are_told_apart_by_shape(tmp_path, vocab_p
     assert checkpoint.vocab_parallel is vocab_parallel
 
 
+def test_heads_that_lie_one_after_another_are_read_as_one_piece(tmp_path):
+    model = make_transformer(n_heads=8, n_kv_heads=8)
+    save_checkpoint(tmp_path / "one", model)
+    save_checkpoint(tmp_path / "two", model, shards=2)
+    for folder, ranks in (("one", 2), ("two", 1), ("two", 4)):
+        checkpoint = Checkpoint(tmp_path / folder)
+        for name in ("layers.0.attention.wk.weight", "layers.0.attention.wq.weight"):
+            pieces = checkpoint._pieces(name, 0, 0, ranks)
+            assert len({shard for shard, _, _ in pieces}) == len(pieces), (folder, ranks, name)
+    with (checkpoint := Checkpoint(tmp_path / "one")).mapped():
+        whole, part = (checkpoint.read("layers.0.attention.wk.weight", ranks=r) for r in (1, 2))
+        assert part.data_ptr() == whole.data_ptr()
+
+
 @pytest.mark.parametrize("vocab_parallel", [False, True])
 def test_several_shards_load_on_one_rank(tmp_path, vocab_parallel):
     model = make_transformer()

@@ -138,7 +138,9 @@ def test_a_vocabulary_of_more_ids_than_words_is_refused_for_metas_format(tmp_pat
     config = transformers.LlamaConfig(**SMALL, vocab_size=VOCAB + 6)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
     write_byte_tokenizer(tmp_path / "hf")
-    with pytest.raises(InputError, match=f"has {VOCAB} words, .* has {VOCAB + 6} ids"):
+    with pytest.raises(
+        InputError, match=f"has {VOCAB} tokens, .* has {VOCAB + 6} ids: .* write GGUF"
+    ):
         hf_to_meta(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

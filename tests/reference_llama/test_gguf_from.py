@@ -156,7 +156,7 @@ def test_values_beyond_float16_are_refused_and_nothing_is_left(tmp_path):
 def test_ids_without_a_token_are_filled_up(tmp_path):
     keys = vocabulary(write_tokenizer(tmp_path / "t", "gpt-2"), 270)
     assert b"[PAD269]" in keys["tokenizer.ggml.tokens"].raw
-    with pytest.raises(InputError, match="has 268 words, the model to write has 260 ids"):
+    with pytest.raises(InputError, match="has 268 tokens, the model to write has 260 ids"):
         vocabulary(tmp_path / "t/tokenizer.json", 260)
 
 

@@ -134,6 +134,9 @@ def test_all_windows_read_is_settled_by_definition():
     sums.add(scores(torch.ones(40, LAYERS) + torch.randn(40, LAYERS)))
     verdict = Stop(3).judge(sums, 40)
     assert verdict.settled and "all 40 windows were read" in str(verdict)
+    one = Importance.empty(range(LAYERS))
+    one.add(scores(torch.rand(1, LAYERS)))
+    assert str(Stop(3).judge(one, 1)).endswith("settled: the only window was read")
     assert not Stop(3).judge(sums, 4000).settled
     text = str(Stop(3).judge(sums, 4000))
     assert "NOT settled at 0.99 by 40 of 4,000 windows, looked at from 286 on; closest" in text

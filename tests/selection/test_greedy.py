@@ -164,6 +164,9 @@ def test_a_state_of_another_search_is_refused(tmp_path):
         expected = rf"s is the state of another search \(it differs in {name}\); go on with"
         with pytest.raises(ValueError, match=expected):
             call(StateFile(path, {}))
+    one_shot(model(), windows, 2, state=StateFile(tmp_path / "one", {}))  # names no candidates
+    with pytest.raises(ValueError, match=r"another search \(it differs in method, candidates\)"):
+        sleb(model(), windows, 2, state=StateFile(tmp_path / "one", {}))
     StateFile(path, {}).save({"importance": {}})
     with pytest.raises(ValueError, match="s is the state of another run than a search; delete it"):
         sleb(model(), windows, 2, state=StateFile(path, {}))

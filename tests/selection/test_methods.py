@@ -62,5 +62,10 @@ def test_every_method_is_chosen_or_searched():
 def test_scores_that_lack_what_a_method_reads():
     with pytest.raises(ValueError, match="measure with all_tokens"):
         choose(scored(all_tokens=False), 2, method="angular_all")
+    content = scored().to_dict()
+    for method, metric in (("norm", "norm"), ("relative_magnitude", "magnitude")):
+        lacking = Importance.from_dict({k: v for k, v in content.items() if k != metric})
+        with pytest.raises(ValueError, match=f"needs the metric {metric}, which these scores lack"):
+            choose(lacking, 2, method=method)
     with pytest.raises(ValueError, match="no method 'best'; expected one of bi, angular"):
         choose(scored(), 2, method="best")

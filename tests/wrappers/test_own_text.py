@@ -257,6 +257,6 @@ def test_streamed_models_and_model_parallel_ranks_are_refused(folder, monkeypatc
     streamed = open_model(str(folder / "meta"), stream=True, max_seq_len=32)
     with pytest.raises(ShortGPTError, match="--samples 96 --max_gen_len 1152 --out own.jsonl"):
         own_samples(streamed, 2, 8)
-    monkeypatch.setattr("short_gpt.runtime.replicas.of_model", lambda value: [value] * 2)
-    with pytest.raises(ShortGPTError, match="got 2 model-parallel ranks: open it with"):
+    monkeypatch.setattr("short_gpt.runtime.replicas._sharing", lambda: 2)
+    with pytest.raises(ShortGPTError, match="got 2 model-parallel ranks: open the model with"):
         own_samples(llama(), 2, 8)

@@ -396,10 +396,12 @@ def test_what_cannot_be_is_said(streamed, tmp_path):
     write_byte_tokenizer(tmp_path)
     small = make_transformer()
     save_checkpoint(tmp_path, small)
-    with pytest.raises(ValueError, match="has 258 words, .* has 96 ids: expected the model's"):
+    with pytest.raises(ValueError, match="has 258 tokens, .* has 96 ids: it belongs to another"):
         StreamedLlama(tmp_path, max_seq_len=20)
     save_checkpoint(tmp_path, make_transformer(vocab_size=300))
-    with pytest.raises(ValueError, match="has 258 words, .* has 300 ids: expected the model's"):
+    with pytest.raises(
+        ValueError, match="has 258 tokens, .* has 300 ids: .*; give the model's own"
+    ):
         StreamedLlama(tmp_path, max_seq_len=20)
 
 
