@@ -96,7 +96,7 @@ CASES = {
     "ridges": dict.fromkeys(RIDGES, USUAL),
     "sinks": {
         case: replace(usual, lost=None)
-        for usual in (USUAL, Case(1.0, where="gaps"))
+        for usual in (USUAL, Case(1.0, LOCAL, where="gaps"))  # by default
         for case in (replace(usual, lost=None), usual)
     },
 }
