@@ -253,7 +253,7 @@ def streaming(folder: str, max_memory: str, windows: list[list[int]]) -> None:
 
 def conversions(small: Path, large: Path, drop: list[int]) -> None:
     """Prints by how much pruning and two conversions of a model raise the peak of memory."""
-    convert.check_vocabulary = lambda *_: None  # the large one has few words
+    convert.check_vocabulary = lambda *_, **__: None  # the large one has few words
     for folder in (small, large):  # the small one has all the code loaded that there is to load
         base, peaks = peak(), []
         for work, source, out, given in (
