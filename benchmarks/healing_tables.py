@@ -18,7 +18,6 @@ from short_gpt.scoring.metrics import student_t
 
 KINDS = ("held-out chapters", "WikiText-2, second half", "novels")
 CHOSEN_BY = ("chapters", "first half of the second text", "novels")
-JUDGED = ("held-out chapters", "other half of the second text", "novels")
 PERPLEXITIES = ("original", "pruned")
 Cells = Mapping[str, Mapping[str, float]]  # by kind of text
 
@@ -151,14 +150,14 @@ def sinks() -> list[str]:
         for case, cells in found["sinks"].items():
             method = "patch" if case.startswith("patch") else "refit"
             weights = "" if cells["than"] == case else ", lost sinks weigh more"
-            kinds = [cells["kinds"][kind] for kind in JUDGED]
+            kinds = [*cells["kinds"].values()][:3]  # chapters, WikiText-2, novels
             values = [f"{kind['perplexity']:,.2f}{_than(kind)}" for kind in kinds]
             lines.append(row(f"{name}: {method}{weights}", *values))
     return lines
 
 
 def _plain(perplexities: Mapping[str, float]) -> list[str]:
-    return [f"{perplexities[kind]:,.2f}" for kind in JUDGED]
+    return [f"{value:,.2f}" for value in [*perplexities.values()][:3]]
 
 
 def _than(found: Mapping[str, float]) -> str:
