@@ -22,6 +22,7 @@ import mixed
 import outcome
 import passages
 import pytest
+import refit_choices
 import scoring
 import serving
 import torch
@@ -47,7 +48,7 @@ from short_gpt.healing import (
     heal_refit,
 )
 from short_gpt.healing.choosing import expect_budget
-from short_gpt.healing.refit import split_held_out
+from short_gpt.healing.refit import PatchSettings, RefitSettings, split_held_out
 from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -432,3 +433,11 @@ def test_a_refit_holds_out_windows_of_both_texts(count):
     assert sorted(ordered) == turns
     assert [text for _, text in split_held_out(ordered)[1]] == [1, 0, 1, 0][: count // 8]
     assert all({a[1], b[1]} == {0, 1} for a, b in zip(ordered[::2], ordered[1::2], strict=False))
+
+
+def test_refits_and_patches_of_sinks_have_the_defaults():
+    for case in refit_choices.CASES["sinks"]:
+        usual = PatchSettings() if case.where == "gaps" else RefitSettings()
+        own = (case.step_size, case.ridges, case.where)
+        assert own == (usual.step_size, usual.ridges, usual.where)
+        assert case.lost in (usual.lost, None)
