@@ -83,7 +83,7 @@ script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving
 few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
-script larger_smollm2 larger --model smollm2 $few --counts 8 --minutes 5
+script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --minutes 5
 script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 5 --precision mixed --keep
 script reasoning reasoning --source tasks --model 0.5b --files larger-0.5b
 script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed
