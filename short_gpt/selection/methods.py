@@ -19,6 +19,7 @@ class Method(NamedTuple):
     # without layers, see `search`
     choose: Callable[[Importance, int, int], list[int]] | None = None
     label: str = ""  # as pictures write it; else as ``about``
+    metric: str = ""  # of `LAYER_METRICS`, if ``choose`` reads one
 
 
 AUTO = "auto"  # see `healing.choosing`
@@ -52,12 +53,14 @@ REGISTRY = (
         "lowest relative magnitude (Samragh et al.)",
         lambda scores, n, _: lowest(scores.mean("magnitude"), n),
         "relative magnitude",
+        "magnitude",
     ),
     Method(
         "norm",
         "largest hidden-state norm (ShortGPT, Table 10)",
         lambda scores, n, _: lowest(-scores.mean("norm"), n),
         "largest norm",
+        "norm",
     ),
     Method("sequential", "first layers", lambda scores, n, _: sequential(len(scores.layers), n)),
     Method("reverse", "last layers", lambda scores, n, _: reverse(len(scores.layers), n)),
@@ -101,8 +104,8 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
         [2, 3]
     """
     check_method(method)
-    (positions_of,) = (row.choose for row in REGISTRY if row.name == method)
-    if positions_of is None:
+    (row,) = (row for row in REGISTRY if row.name == method)
+    if row.choose is None:
         function = "choose_healed" if method == AUTO else "selection.search"
         raise ShortGPTError(
             f"{method} runs the model without layers, and uses no scores: rank by `method` "
@@ -110,13 +113,12 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
         )
     if method == "angular_all" and importance.token_angles.isnan().any():
         raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")
-    metric = {"relative_magnitude": "magnitude", "norm": "norm"}.get(method)
-    if metric is not None and importance.mean(metric).isnan().any():
+    if row.metric and importance.mean(row.metric).isnan().any():
         raise ShortGPTError(
-            f"{method} needs the metric {metric}, which these scores lack: measure it by "
+            f"{method} needs the metric {row.metric}, which these scores lack: measure it by "
             "`short-gpt rank`"
         )
-    return [importance.layers[i] for i in positions_of(importance, n, seed)]
+    return [importance.layers[i] for i in row.choose(importance, n, seed)]
 
 
 def check_method(method: str) -> None:
