@@ -57,7 +57,7 @@ def more_text() -> str:
     gains = [few[kind]["nats"] - own["nats"] for kind, own in many.items()]
     assert gains[2] < 0
     took = result("healing_more")["cost"]["refit"]["seconds"] / 60
-    assert f"The refit on 345 windows took {took:.0f} minutes" in flowing("docs/healing.md")
+    assert f"The refit on 345 windows took {took:.0f} minutes" in flowing("docs/healing-results.md")
     return (
         f"lowers the loss on them by {gains[0]:.2f} and {gains[1]:.2f} nats more. On novels it is "
         f"{-gains[2]:.3f} nats higher"
@@ -512,21 +512,19 @@ def evidence() -> list[str]:
 
 
 MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
+    "docs/tasks.md": (shares, task_sentences, adapter),
     "docs/results.md": (
-        shares,
-        task_sentences,
         optimal_sentences,
         choice_sentences,
         greedy,
         novels,
-        adapter,
         default_cut,
         lambda: (
             f"`sleb_healed`, when pruned, by {above('raw')['sleb_healed']}. For all other choices"
         ),
     ),
     "docs/calibration.md": (own_sentences, text_sentences),
-    "docs/healing.md": (
+    "docs/healing-results.md": (
         lambda: healed().replace("8 layers removed", "8 of 30 layers removed"),
         lambda: f"took {passes()} times",
         lambda: f"On two CPU cores it took {minutes()}",

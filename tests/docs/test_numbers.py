@@ -102,7 +102,9 @@ def measuring(arguments: list[str]) -> list[str]:
     return kept
 
 
-@pytest.mark.parametrize("page", ["docs/results.md", "docs/scaling.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/results.md", "docs/tasks.md", "docs/scaling.md", "benchmarks/README.md"]
+)
 def test_the_benchmarks_commands_are_those_that_were_run(page):
     run = [measuring(shlex.split(result(name)["command"])[1:]) for name in RESULTS]
     shown = commands(page, "python")
