@@ -20,7 +20,7 @@ from short_gpt.healing.refit import PatchSettings, RefitSettings
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.texts import Learning
 from short_gpt.healing.trainer import LOGS
-from short_gpt.models.numbering import layer_numbers
+from short_gpt.models.numbering import layer_numbers, span
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import (
     USER_ERRORS,
@@ -76,8 +76,8 @@ class HealingEvidence:
 
     @property
     def unchanged(self) -> list[str]:
-        """A line for every step that left all or a part of the model as it was."""
-        return [line for step in self.steps if (line := unchanged(step))]
+        """Lines on the steps that left all or a part of the model as it was."""
+        return [line for step in self.steps for line in unchanged(step)]
 
     @property
     def worse(self) -> bool:
@@ -93,16 +93,20 @@ class HealingEvidence:
         }
 
 
-def unchanged(step: Mapping[str, Any]) -> str | None:
-    """What a step has left unchanged; None if nothing."""
+def unchanged(step: Mapping[str, Any]) -> list[str]:
+    """What a step has left unchanged, in lines with the reasons."""
     if step.get("kept_step") == 0:
         why = "no step lowered the loss on the validation windows"
-        return f"{step['method']} changed nothing: {why}; train longer, or on more text"
+        return [f"{step['method']} changed nothing: {why}; train longer, or on more text"]
     fits = step.get("fits", [])
     same = [fit for fit in fits if fit["ridge"] is None and fit["norm_ridge"] is None]
     names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in same)
     why = f"no ridge lowered the held-out error ({names})"
-    return f"{len(same)} of {len(fits)} matrices unchanged: {why}" if same else None
+    lines = [f"{len(same)} of {len(fits)} matrices unchanged: {why}"] if same else []
+    layers: dict[tuple[str, str], list[int]] = {}  # by the reason and the part
+    for one in step.get("unsolved", []):
+        layers.setdefault((one["why"], one["part"]), []).append(one["layer"])
+    return lines + [f"{p} of {span(own)} not solved: {why}" for (why, p), own in layers.items()]
 
 
 class HealingJob:

@@ -38,7 +38,7 @@ from short_gpt.evaluation.paired import combined
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Windows
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
 from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitPlan, RefitState, plan_of
-from short_gpt.healing.solver import PARTS, RIDGES, Fit
+from short_gpt.healing.solver import PARTS, RIDGES, Fit, Unsolved
 from short_gpt.healing.texts import Learning
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, layer_numbers, span
@@ -142,6 +142,8 @@ class Refit:
     windows: int  # read to fit the matrices
     tokens: int  # in these windows
     held: int  # held-out windows
+    # matrices that cannot be solved, and why; such as those of experts
+    unsolved: Sequence[Unsolved] = ()
     # held-out perplexity by the settings that were tried; "none" is the pruned model
     tried: Mapping[str, float] = field(default_factory=dict)
 
@@ -155,6 +157,7 @@ class Refit:
             "lost": self.settings.lost if self.settings.weights == "inverse" else None,
             "aim": self.settings.step_size,
             "fits": [asdict(fit) for fit in self.fits],
+            **({"unsolved": [asdict(one) for one in self.unsolved]} if self.unsolved else {}),
             "windows": self.windows,
             "tokens": self.tokens,
             "held": self.held,
@@ -252,16 +255,17 @@ def fit(
     known = {} if folder is None else _identity(short, layers, windows, held, settings)
     state = RefitState(folder, known, team)
     try:
-        refused = _solve(short, layers, windows, held, settings, state, progress)
+        _solve(short, layers, windows, held, settings, state, progress)
     except BaseException as error:
         if not state.done or isinstance(error, NotFiniteError):
             state.clear()  # there is nothing to continue from
         raise
     if not state.fits:
         state.clear()
-        raise ShortGPTError(f"nothing of this model can be refitted: {refused}")
+        why = "; ".join(dict.fromkeys(one.why for one in state.unsolved))
+        raise ShortGPTError(f"nothing of this model can be refitted: {why}")
     counts = (len(windows), sum(map(len, windows)), len(held))
-    return Refit(list(layers), state.values, state.fits, settings, *counts)
+    return Refit(list(layers), state.values, state.fits, settings, *counts, state.unsolved)
 
 
 def _solve(
@@ -272,8 +276,8 @@ def _solve(
     settings: RefitSettings,
     state: RefitState,
     progress: bool,
-) -> str:
-    """Solves what the state lacks, in the planned memory; returns what could not be solved."""
+) -> None:
+    """Solves what the state lacks, in the planned memory."""
     every = [*windows, *held]
     for window in every:
         pad([window], short.decoder)  # refuses what the model cannot read, before any work
@@ -283,7 +287,7 @@ def _solve(
     visits = _visits(kept, calls.count, settings)
     if state.done == len(visits):
         state.finish()  # which a killed run may not have reached
-        return ""
+        return
     team = state.team  # held-out windows go on where those to fit on end
     own = (team.own_items(windows), team.own_items(held, first=len(windows)))
     fitted, held_out = ([*batched(part, settings.batch_size)] for part in own)
@@ -298,16 +302,15 @@ def _solve(
         stack.callback(calls.close)
         batches = Batches(calls, state, fitted, held_out, plan.room, shown.update)
         batches.embed(removed=range(visits[0].layer))
-        refused = _refit_layers(batches, visits, short.kept, settings)
+        _refit_layers(batches, visits, short.kept, settings)
     state.finish()
-    return refused
 
 
 def _refit_layers(
     batches: Batches, visits: Sequence[Visit], numbers: Sequence[int], settings: RefitSettings
-) -> str:
-    """Runs each layer, solves it, runs it again; returns why a layer could not be, or ""."""
-    calls, state, refused = batches.calls, batches.state, ""
+) -> None:
+    """Runs each layer, solves it, and runs it again."""
+    calls, state = batches.calls, batches.state
     gaps = settings.where == "gaps"
     models = (ORIGINAL,) if gaps else MODELS
     solving: dict[str, Any] = {
@@ -335,10 +338,8 @@ def _refit_layers(
         with calls.loaded(index), layer.restored:
             fits, values = layer.solve()  # which puts the solutions in place
             layer.run_pruned()  # with them
-        refused = refused if layer.projections else layer.refused
-        state.advance(fits, values, models=models)
+        state.advance(fits, values, layer.unsolved, models=models)
         del fits, values, layer  # before the next layer's weights are loaded
-    return refused
 
 
 class Visit(NamedTuple):

@@ -19,6 +19,7 @@ from short_gpt.healing.solver import (
     Fit,
     SublayerSolver,
     Tokens,
+    Unsolved,
     equations_of,
     sink_weights,
 )
@@ -138,12 +139,14 @@ class LayerRefit:
         self._sublayers = Sublayers.of(calls, index, sample, calls.family)
         # attention first, whatever the order of names: the MLP restores what it leaves
         solvable = self._sublayers.projections
-        names = [part for part in PARTS if part in parts and part in solvable]
-        names = names[-1:] if last_only else names
+        asked = [part for part in PARTS if part in parts]
+        names = [part for part in asked if part in solvable]
+        if last_only and names:
+            names, asked = names[-1:], asked[asked.index(names[-1]) :]
+        refused = self._sublayers.refused
+        self.unsolved = [Unsolved(layer, p, refused[p]) for p in asked if p not in solvable]
         self.projections = {name: solvable[name] for name in names}  # what is solved
         self._output_modules = [m for name in names for m in solvable[name].modules]
-        # why other sublayers cannot be solved, in words
-        self.refused = "; ".join(dict.fromkeys(self._sublayers.refused.values()))
         self.restored = ExitStack()  # after this block the parameters have their old values again
         self._between = HiddenStates([], 0, sample.dtype)
         self._inputs: dict[str, HiddenStates] = {}  # of a projection, by sublayer

@@ -27,7 +27,7 @@ from torch import Tensor
 from llama.formats.safetensors import SafetensorsFile
 from llama.io.files import new_file, tidy
 from llama.io.json_files import JsonObject
-from short_gpt.healing.solver import ALONE, COLUMNS, ROWS, Fit
+from short_gpt.healing.solver import ALONE, COLUMNS, ROWS, Fit, Unsolved
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
@@ -143,6 +143,7 @@ class RefitState:
         self, folder: Path | None, identity: Mapping[str, object], team: Replicas = ALONE
     ) -> None:
         self.folder, self.done, self.fits = folder, 0, list[Fit]()  # finished layers, their fits
+        self.unsolved = list[Unsolved]()  # of these layers
         self.team, self._begun_by = team, team.count  # replicas, and those of the run continued
         self._own = f".{team.rank}" * (team.count > 1)  # of this one's files
         self.scratch: Path | None = None  # for states that are not to be continued from
@@ -161,6 +162,7 @@ class RefitState:
             if self._file.content is not None:
                 content: JsonObject = self._file.content
                 self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
+                self.unsolved = [Unsolved(**one) for one in content["unsolved"]]
                 self._files, self._digests = content["values"], content["states"]
                 self._begun_by = content["processes"]
             for name, digest in self._files.items():
@@ -215,11 +217,13 @@ class RefitState:
         self,
         fits: Sequence[Fit] = (),
         values: Mapping[Parameter, Tensor] | None = None,
+        unsolved: Sequence[Unsolved] = (),
         *,
         models: Sequence[str] = MODELS,
     ) -> None:
         """Finishes a layer and keeps its solutions; the next one reads the states of ``models``."""
         fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
+        unsolved = [*self.unsolved, *unsolved]
         if self.folder is None:
             self._values |= values
         else:
@@ -232,13 +236,14 @@ class RefitState:
                     save_file(tensors, partial)
                 self._files = {**self._files, path.name: files_digest([path])}
             content = {"done": done, "fits": [asdict(fit) for fit in fits], "states": digests}
+            content["unsolved"] = [asdict(one) for one in unsolved]
             if first:
                 processes = self.team.count
                 self._file.save({**content, "values": self._files, "processes": processes})
             self._files = self.team.gather(self._files)[0]  # and waits for that
             if values:
                 self._stored.read(path)
-        self.done, self.fits = done, fits
+        self.done, self.fits, self.unsolved = done, fits, unsolved
 
     def finish(self) -> None:
         """Removes the states, which are no longer needed; the solutions stay."""

@@ -50,6 +50,15 @@ class Fit:
         return self.ridge is not None or self.norm_ridge is not None
 
 
+@dataclass(frozen=True)
+class Unsolved:
+    """An output projection that was asked for and cannot be solved."""
+
+    layer: int  # original number
+    part: str  # "attention" or "mlp"
+    why: str
+
+
 class Tokens(NamedTuple):
     """What solving an output projection needs of some tokens, float32."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +13,7 @@ from families import FAMILIES, make
 from short_gpt.healing import refit as refit_module
 from short_gpt.healing import solver
 from short_gpt.healing.refit import PatchSettings, Refit, RefitSettings, fit, fold, heal, heal_patch
+from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.solver import Fit
 from short_gpt.jobs.settings import Settings
 from short_gpt.models.layer_calls import LayerCalls
@@ -209,6 +210,20 @@ def test_every_family_is_read_only_refitted_and_put_back_bit_for_bit(family):
         undo()
         assert torch.equal(short.decoder.logits(TOKENS), raw) and not short.changes
     assert same(before, weights(short))
+
+
+def test_what_cannot_be_solved_is_recorded_with_the_reason(tmp_path):
+    short = ShortHFModel(make("mixtral"))
+    with interrupted(LayerRefit, "solve", 2):
+        fit(short, [3], WINDOWS, work_dir=tmp_path / "work", **ALL)
+    refit = fit(short, [3], WINDOWS, work_dir=tmp_path / "work", **ALL)
+    assert [(one.part, one.layer) for one in refit.unsolved] == [("mlp", n) for n in (2, 4, 5)]
+    assert all("mixtures of experts" in one.why for one in refit.unsolved)
+    assert refit.to_dict()["unsolved"] == [asdict(one) for one in refit.unsolved]
+    assert not fit(short, [3], WINDOWS, parts=("attention",), **ALL).unsolved
+    patch = fit(short, [3], WINDOWS, settings=PatchSettings(), progress=False)
+    assert [(one.part, one.layer) for one in patch.unsolved] == [("mlp", 2)]
+    assert not fit(meta(), [3], WINDOWS, settings=PatchSettings(), progress=False).unsolved
 
 
 @pytest.mark.parametrize("family", NO_HALVES)

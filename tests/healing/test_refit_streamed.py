@@ -621,15 +621,22 @@ def test_a_streamed_heal_reads_windows_shorter_than_its_proof(kind, size, here):
 
 def test_what_a_refit_leaves_as_it_was_is_said():
     fits = [{"layer": 3, "part": p, "ridge": r, "norm_ridge": None} for p, r in PARTS]
-    assert unchanged({"method": "refit", "fits": fits}) == (
-        "1 of 2 matrices unchanged: no ridge lowered the held-out error (mlp of 3)"
-    )
-    assert unchanged({"method": "refit", "fits": fits[:1]}) is None
-    assert unchanged({"method": "LoRA", "kept_step": 8}) is None
-    assert unchanged({"method": "LoRA", "kept_step": 0}) == (
+    same = "1 of 2 matrices unchanged: no ridge lowered the held-out error (mlp of 3)"
+    assert unchanged({"method": "refit", "fits": fits}) == [same]
+    assert unchanged({"method": "refit", "fits": fits[:1]}) == []
+    experts, norm = "Mixtral has experts", "a norm comes between"
+    unsolved = [("mlp", layer, experts) for layer in (3, 4, 5)] + [("attention", 4, norm)]
+    rows = [dict(zip(("part", "layer", "why"), row, strict=True)) for row in unsolved]
+    assert unchanged({"method": "refit", "fits": fits, "unsolved": rows}) == [
+        same,
+        "mlp of 3..5 not solved: Mixtral has experts",
+        "attention of 4 not solved: a norm comes between",
+    ]
+    assert unchanged({"method": "LoRA", "kept_step": 8}) == []
+    assert unchanged({"method": "LoRA", "kept_step": 0}) == [
         "LoRA changed nothing: no step lowered the loss on the validation windows; train longer, "
         "or on more text"
-    )
+    ]
 
 
 def test_the_command_refuses_in_one_line_what_cannot_be(here, capsys):
