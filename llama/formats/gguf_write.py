@@ -1,4 +1,4 @@
-"""GGUF files written tensor by tensor, each key and each tensor as its source has it or new.
+"""GGUF files written tensor by tensor, each key and each tensor copied from the source or new.
 
 The package gguf's writer takes every key apart, refuses empty arrays and writes version 3 alone.
 Here what does not change is copied, and without changes the bytes are the source's.

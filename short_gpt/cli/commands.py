@@ -23,6 +23,7 @@ from short_gpt.runtime.settings import WRITE, Needs, as_flags, needs_one_of, set
 
 # of several ranks, only the first runs these
 ALONE = ("demo", "shrink", "prune", "convert", "plot")
+MAX_NEW_TOKENS = 2**17  # the context of Llama 3.1; a cache of more would not fit any machine
 MORE_TEXT = "read another text too, as in --data novels/,self"
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
@@ -182,6 +183,8 @@ def compare(
     if model is None:  # which reads the demo's book
         record["arguments"] |= {"data": "demo", "eval_data": "demo"}
     result = jobs.compare_checkpoint(**given)
+    # the default is for models of any size
+    record["arguments"]["counts"] = list(dict.fromkeys(row.n for row in result.rows if row.n))
     print_result(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
     for text in result.chosen:
         print_result(f"\n{text}")
@@ -221,6 +224,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         at_least(0, max_gen_len=self.max_gen_len, seed=self.seed)
+        if self.max_gen_len > MAX_NEW_TOKENS:
+            most = f"expected at most {MAX_NEW_TOKENS:,}"
+            raise ShortGPTError(f"`max_gen_len` {self.max_gen_len}: {most}")
         if self.temperature < 0:
             raise ShortGPTError(f"`temperature` {self.temperature}: expected 0 or more")
         if not 0 <= self.top_p <= 1:
@@ -249,7 +255,7 @@ def generate(
         written = jobs.write_samples(model, out, count or 0, size, seed=seed, opening=opening)
         print_done("written", written)
         return
-    # Meta's format names no limit: as many as there may be, a token a byte with bos and eos
+    # Meta's format has no limit of its own: room for a token a byte of the prompt, bos and eos
     room = max(opening.max_seq_len, len(prompt.encode(errors="replace")) + 2 + size)
     short = short_gpt.open_model(model, opening, seed=seed, max_seq_len=room)
     read, most = len(short.encode(prompt)), short.decoder.max_seq_len

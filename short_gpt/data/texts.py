@@ -360,8 +360,16 @@ def source_names(data: str) -> list[str]:
 
 def check_named_once(names: Sequence[str], *, setting: str = "data") -> None:
     """Raises ShortGPTError if a text, which would count twice, is named twice in a setting."""
-    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise ShortGPTError(f"`{setting}` names {twice[0]} twice: name it once")
+    known = set[object]()
+    for name in names:
+        try:
+            path = None if isinstance(name, TextsInMemory) else _path(name).resolve()
+            key: object = path if path is not None and path.exists() else name
+        except OSError:  # such as a name that is too long for a file
+            key = name
+        if key in known:
+            raise ShortGPTError(f"`{setting}` names {name} twice: name it once")
+        known.add(key)
 
 
 def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[Iterable[Text]]:

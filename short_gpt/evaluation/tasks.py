@@ -189,9 +189,9 @@ class TaskSuite:
                 task_manager=_task_manager(self.include_path),
                 log_samples=True,
             )
-        except (BrokenPipeError, ConnectionResetError):  # of processes here
-            raise
         except ConnectionError as error:
+            if type(error) in (BrokenPipeError, ConnectionResetError):  # a pipe's here, not the hub's
+                raise
             raise ConnectionError(
                 f"the tasks' documents are on the hub, which cannot be reached ({error}): connect "
                 "to the network, or use tasks with local files (`include_path`)"

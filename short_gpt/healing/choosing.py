@@ -137,7 +137,7 @@ class HealedChoice:
             off = "chosen" if one.layers == self.layers else off
             rows.append(f"{one.loss:>10.4f}  {off:<36}{', '.join(one.methods)} {one.layers}")
         kept = [swap for swap in self.swaps if swap.kept]
-        rows.append(f"{len(self.swaps)} swaps tried, {len(kept)} kept")
+        rows.append(f"swaps: {len(self.swaps)} tried, {len(kept)} kept")
         rows += [f"  {s.back} back, {s.removed} removed: {_in_nats(s.difference)}" for s in kept]
         rows.append(f"{self.loss:.4f} chosen; the least of many is lower than on new text")
         counts = [one.difference.windows for one in self.candidates]
@@ -243,7 +243,7 @@ class _Choosing:
         self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
         if first < BARE_PASS:
             self._notes.append(
-                f"{first} windows chose, fewer than {BARE_PASS}: their differences are less sure"
+                f"chosen on {first} windows, fewer than {BARE_PASS}: the differences are less sure"
             )
         check_budget(budget, half, len(self._judging))
 

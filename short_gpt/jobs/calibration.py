@@ -284,7 +284,7 @@ def _check(
         raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
     if MIX in texts:
         raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
-    check_healings(healings or ["none"], CALIBRATED)
+    check_healings(healings, CALIBRATED)
     n = check_count(n, len(short.kept))
     short.check_whole()
     for name, parts in texts.items():

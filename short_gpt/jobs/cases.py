@@ -75,9 +75,11 @@ NEEDS_SEARCH = Needs("perplexity or sleb in `methods`", _searches)
 
 
 def check_healings(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ShortGPTError for the name of a healing that is none of the known ones."""
+    """Raises ShortGPTError unless each name is that of a known healing, and stands there once."""
     if odd := [name for name in names if name not in known]:
         raise ShortGPTError(f"no healing {odd[0]!r}; expected some of {', '.join(known)}")
+    if not names or len({*names}) < len(names):
+        raise ShortGPTError(f"healing = {list(names)}: expected at least one, and each once")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,26 @@ class Cases:
             )
         return [cases[part] for part in parts]
 
+    def most(self, n_layers: int) -> int:
+        """How many of so many layers can be removed: searches keep the first and the last one."""
+        from short_gpt.selection.methods import BY_LOSS
+
+        return n_layers - (2 if {*self.names} & {*BY_LOSS} else 1)
+
+    def within(self, n_layers: int) -> Cases:
+        """These cases for a model of so many layers: of the default counts, those that it allows.
+
+        Raises ShortGPTError if it has too few for the counts that were asked for.
+        """
+        from short_gpt.models.numbering import check_count
+
+        most, cases = self.most(n_layers), self
+        if self.counts is Cases.counts:
+            cases = replace(self, counts=[n for n in self.numbers if n <= most] or [1])
+        for n in cases.numbers:
+            check_count(n, n_layers, most=most, name="`counts`")
+        return cases
+
     def __post_init__(self) -> None:
         check_healings(self.heals, HEALINGS)
         if self.methods is not DEFAULT_METHODS:  # these are known to be valid, without an import
@@ -145,9 +167,9 @@ class Cases:
 
             for name in self.names:
                 check_method(name)
-        lists = {"methods": self.names, "counts": self.numbers, "healing": self.heals}
+        lists: dict[str, Sequence[object]] = {"methods": self.names, "counts": self.numbers}
         for name, values in lists.items():
-            if not values or len({*values}) < len(values):  # type: ignore[misc, arg-type]
+            if not values or len({*values}) < len(values):
                 raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
         at_least(1, seeds=self.seeds, search_windows=self.search_windows)
         _ = self.pairs  # raises for what it cannot read

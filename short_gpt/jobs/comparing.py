@@ -26,7 +26,6 @@ from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Cases, MethodAgreement, Row, Windows
-from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -216,9 +215,7 @@ class Comparison:
         Args:
             trained: the healings lora and distill, which give losses of the evaluation windows.
         """
-        counts = cases.numbers
-        for n in counts:
-            check_count(n, len(self.short.kept), name="counts")
+        counts = cases.within(len(self.short.kept)).numbers
         heals: dict[str, Heal] = {
             RAW: self._raw,
             PATCHED: partial(self._refitted, settings=PatchSettings()),

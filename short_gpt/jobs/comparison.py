@@ -87,9 +87,8 @@ def compare_checkpoint(
     lora.check()
     shares.check()
     source = str(demo.checkpoint()) if model is None else model
-    if cases.counts is Cases.counts and (n_layers := check_model(source)):  # of fewer, the others
-        cases = replace(cases, counts=[n for n in cases.numbers if n < n_layers] or [1])
-    check_model(source, max(cases.numbers), name="`counts`")
+    if (n_layers := check_model(source)) is not None:
+        cases = cases.within(n_layers)
     kinds: Sequence[Iterable[Text]]
     held: Sequence[Sequence[Text]]
     if model is None:
@@ -98,6 +97,7 @@ def compare_checkpoint(
         kinds, held = source_of(data).kinds(), shares.held(source_of(data).column)
     size = max(shares.size, (lora.size or Recipe.size) if DISTILL in cases.heals else 0)
     short = open_model(source, as_begun(opening, saving.state), max_seq_len=size)
+    cases = cases.within(len(short.kept))
     opening = replace(opening, precision=short.precision)  # also of the models that are trained
     if dry_run:
         closed = [healing for healing in cases.heals if healing not in TRAINED]

@@ -96,7 +96,7 @@ def evaluate(
             if measured[0]:  # a pair is read in one precision
                 opening = replace(opening, precision=next(iter(measured[0].values()))[0].precision)
     except Exception:
-        for name, row in rows.items():  # which is not lost
+        for name, row in rows.items():  # what was measured is printed
             if row.keys() - {"layers"}:
                 values = ", ".join(f"{measure} {value:.6g}" for measure, value in row.items())
                 notify(f"measured of {name} before the error: {values}")

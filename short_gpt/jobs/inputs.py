@@ -323,7 +323,7 @@ class Running:
         )
 
     def check_bounds(self, methods: Sequence[str] = (), *, searches: bool = False) -> None:
-        """Raises ShortGPTError for an invalid size, or one without stream or search to bound."""
+        """Raises ShortGPTError for an invalid bound, or one that nothing here can keep to."""
         from short_gpt.runtime.memory import bytes_of
 
         at_least(1, batch_size=self.batch_size)
@@ -397,7 +397,7 @@ class Tasks:
 def check_model(source: str, n: int | None = None, *, name: str = "n") -> int | None:
     """Raises errors of a source before it is loaded, and of removing n layers.
 
-    Returns how many layers it has, if its files say so.
+    Returns how many layers it has, if files here say so.
     """
     from short_gpt.models.numbering import check_count
     from short_gpt.wrappers.opening import layers_of

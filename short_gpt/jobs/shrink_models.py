@@ -140,7 +140,7 @@ class InMemory:
         return tokenizer(str(text), add_special_tokens=False)["input_ids"]
 
     def asked(self, prompt: str) -> list[int]:
-        """The tokens that it answers or continues; ShortGPTError if they are all it can read."""
+        """The tokens that it answers or continues; ShortGPTError if they fill its context."""
         ids = self._turn(prompt) if self.chats else self.short.encode(prompt)
         if len(ids) >= (most := self.short.decoder.max_seq_len):
             raise ShortGPTError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from os import PathLike
@@ -19,7 +18,6 @@ from llama.io.files import check_new, check_output
 from llama.io.sources import Named, find_source, is_gguf
 from llama.io.sources import Source as Weights
 from short_gpt.checkpoints.gguf import check_architecture
-from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
 from short_gpt.data.texts import OWN, source_names
@@ -139,7 +137,7 @@ class ShrinkRequest:
         elif source is not None and source.kind == "gguf":
             check_new_gguf(self.out, source=source.path, overwrite=self.overwrite)
             check_architecture(str(source)).check()
-        if source is not None and n is not None and (count := _layers(source)) is not None:
+        if source is not None and n is not None and (count := layers_of(source)) is not None:
             check_count(n, count, most=count - 2)
         if self.streaming.stream:
             self._check_streamed()
@@ -176,14 +174,6 @@ class ShrinkRequest:
                 f"a streamed model is written in its own format, {self.to}: leave out `to`, and "
                 "name a directory; `short-gpt convert` makes another format of it"
             )
-
-
-def _layers(source: Weights) -> int | None:
-    if source.kind != "gguf":
-        return layers_of(source)
-    with suppress(ShortGPTError):  # raised when it is opened, if it matters then
-        return Stack.open(source).layers
-    return None
 
 
 @dataclass(frozen=True)

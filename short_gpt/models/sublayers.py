@@ -25,7 +25,7 @@ from short_gpt.models.layer_hooks import (
 from short_gpt.runtime.errors import ShortGPTError
 
 Run = Callable[[], Tensor]  # runs a layer, and gives the state leaving it, (B, S, D)
-# the same with the stream at some point first, and beside it what that was computed from
+# runs a layer, and gives the stream at some point, then the states that it was computed from
 Streams = Callable[[], Sequence[Tensor]]
 
 

@@ -43,7 +43,7 @@ class Replicas:
         return batch_size if self.count == 1 else self.count * self._part(batch_size)
 
     def share(self, step: Sequence[T], batch_size: int) -> list[list[T]]:
-        """This replica's batches of a step's windows: as many as the others', the last maybe empty.
+        """This replica's batches of a step's windows: as many as the others', some maybe empty.
 
         A replica's part begins at an even number and is even in length (except the last), so that
         windows fall into the same halves of `Importance` as if one process read them all.
@@ -113,7 +113,7 @@ def current(device: torch.device | None = None) -> Replicas:
     if is_distributed() and not dist.is_initialized():
         initialize(1, device=device or choose_device())
     if not _several() or not groups.model_parallel_is_initialized():
-        return Replicas()  # whoever made the group shares the windows
+        return Replicas()  # the caller divides the windows
     return Replicas(groups.get_data_parallel_rank(), groups.get_data_parallel_world_size())
 
 

@@ -209,6 +209,8 @@ class Verdict:
 
     def apart(self, looked: bool) -> str:
         """How far apart the closest are; ``looked``: also what would have settled them."""
+        if math.isnan(self.z):
+            return "one window gives no error"
         needed = f", {self.needed:.2f} needed" if looked else ""
         return f"{self.z:.2f} standard errors apart{needed}"
 
@@ -242,8 +244,9 @@ def unsure(importance: Importance, n: int, *, angular: bool = False) -> str | No
     verdict = Stop(n, angular, 0.95).judge(importance, None, final=True)
     if verdict.z > verdict.needed:
         return None
-    why = f"on {verdict.windows:,} windows, {verdict.closest} are {verdict.apart(True)}"
-    why = "one window gives no error" if verdict.windows < 2 else why
+    why = verdict.apart(looked=True)
+    if verdict.windows > 1:
+        why = f"on {verdict.windows:,} windows, {verdict.closest} are {why}"
     return f"not sure which layers to remove: {why}; read more (`max_windows`)"
 
 

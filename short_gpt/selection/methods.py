@@ -113,7 +113,7 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
         )
     if method == "angular_all" and importance.token_angles.isnan().any():
         raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")
-    if row.metric and importance.mean(row.metric).isnan().any():
+    if row.metric and importance.mean(row.metric).isnan().all():
         raise ShortGPTError(
             f"{method} needs the metric {row.metric}, which these scores lack: measure it by "
             "`short-gpt rank`"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 
 from llama.checkpoint.meta import args_of_params, read_params
 from llama.formats.gguf_read import part_paths
 from llama.io.sources import Source, find_source, resolve
 from llama.parallel import choose_device, choose_dtype, initialize, is_distributed
+from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.verify import (
     ROUNDING,
     Fingerprint,
@@ -117,7 +120,8 @@ def open_hf(
             "windows"
         )
     device = choose_device(options.device)
-    if is_distributed():  # before the model is loaded: the group decides this rank's device
+    # before the model is loaded: the group decides this rank's device
+    if is_distributed() or (dist.is_initialized() and dist.get_world_size() > 1):
         initialize(1, device=device)
     torch.manual_seed(options.seed)
     dtype, trust = choose_dtype(options.dtype, device), options.trust_remote_code
@@ -163,10 +167,13 @@ def open_trainable(source: str | Source, options: OpenOptions = DEFAULTS) -> Sho
 
 
 def layers_of(source: str | PathLike[str]) -> int | None:
-    """How many layers a checkpoint has, by its params.json or config.json; None if not local."""
+    """How many layers a checkpoint here has, by its files; None if they do not say."""
     source = find_source(source)
     if source.kind == "meta":
         return args_of_params(source.path, read_params(source.path)).n_layers
+    if source.kind == "gguf":
+        with suppress(ShortGPTError):  # raised when it is opened, if it matters then
+            return Stack.open(source).layers
     if source.kind != "hf":
         return None
     try:

@@ -16,6 +16,7 @@ from short_gpt.data import demo
 from short_gpt.healing import HealedChoice
 from short_gpt.healing import lora as healing
 from short_gpt.jobs import TextSource, comparison
+from short_gpt.wrappers.opening import layers_of
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
@@ -105,6 +106,7 @@ def test_raw_patched_refit_and_distilled_stand_in_one_table_and_picture(here, ca
 @pytest.mark.parametrize("source", ["ckpt", "model.gguf"])
 def test_distillation_in_a_comparison_starts_from_the_refit_beside_it(here, source):
     llama_to_gguf("ckpt", "model.gguf")
+    assert layers_of(source) == 5  # which the default of --counts asks
     options = ["--methods", "bi", "--counts", "1", "--healing", "refit,distill"]
     options += ["--eval_data", "others", "--steps", "2", "--rank", "2", "--learning_rate", "1e-12"]
     options += ["--lora_size", "48", "--batch", "2", "--out", "c.json"]

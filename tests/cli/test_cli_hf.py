@@ -366,6 +366,10 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
             ["generate", "hf", "--samples", 1, "--out", "o.jsonl", "--max_gen_len", 5000],
             "--max_gen_len 5000: this model takes 4096 tokens, give no more",
         ),
+        (
+            ["generate", "meta", "a", "--max_gen_len", "200000000"],
+            "--max_gen_len 200000000: expected at most 131,072",
+        ),
         (["generate", "hf", "a", "--max_gen_len", "-5"], "--max_gen_len = -5: expected a whole"),
         (
             ["generate", "nowhere", "a", "--seed", "-1"],  # told before a model is loaded

@@ -469,7 +469,7 @@ def test_of_a_pruned_model_the_numbers_are_the_originals(candidates):
 
 def test_few_windows_and_windows_that_share_text():
     assert choose_healed(model(), WINDOWS[:6], 1, budget=9, **QUIET).notes == [
-        "6 windows chose, fewer than 16: their differences are less sure"
+        "chosen on 6 windows, fewer than 16: the differences are less sure"
     ]
     with pytest.raises(ValueError, match="at least 4 windows, .* got 3, of which 0 share"):
         choose_healed(model(), WINDOWS[:3], 1, **QUIET)

@@ -310,7 +310,8 @@ def test_other_ways_of_cutting_are_compared_with_the_first():
         ({**TEXTS, "mix": TEXTS["low"]}, {}, "mix is the name of all texts together"),
         (TEXTS, {"healings": ["lora"]}, "no healing 'lora'; expected some of raw, refit"),
         (TEXTS, {"healings": ["raw,refit"]}, "no healing 'raw,refit'; expected some of raw, refit"),
-        (TEXTS, {"healings": []}, "no healing 'none'; expected some of raw, refit"),
+        (TEXTS, {"healings": []}, r"healing = \[\]: expected at least one, and each once"),
+        (TEXTS, {"healings": ["raw", "raw"]}, "expected at least one, and each once"),
         (TEXTS, {"n": 6}, "n = 6; the model has 6 layers"),
         (TEXTS, {"method": "sleb"}, "no calibration by sleb|no calibration by 'sleb'"),
         (

@@ -248,8 +248,9 @@ def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
         evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=0))
     with pytest.raises(DryRun, match="all 4 "):  # two of each
         evaluate(["ckpt"], reading, dry_run=True)
-    with pytest.raises(ShortGPTError, match=r"`data` names book.txt twice: name it once"):
-        evaluate(["ckpt"], Reading("book.txt,book.txt", size=32))
+    for again in ("book.txt", "./book.txt"):
+        with pytest.raises(ShortGPTError, match=f"`data` names {again} twice: name it once"):
+            evaluate(["ckpt"], Reading(f"book.txt,{again}", size=32))
 
 
 def test_evaluate_takes_one_model_by_its_name(here):
@@ -551,6 +552,10 @@ def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
     del few["counts"]  # by default, as many of 2, 4, 8 and 12 as the 5 layers allow
     result = jobs.compare_checkpoint("ckpt", TEXTS, **few)
     assert [row.n for row in result.rows] == [0, 2, 4]
+    few |= {"methods": "sleb"}  # which keeps the first and the last layer
+    assert [row.n for row in jobs.compare_checkpoint("ckpt", TEXTS, **few).rows] == [0, 2]
+    with pytest.raises(ShortGPTError, match="`counts` = 4; .* 5 layers: expected 1 to 3"):
+        jobs.compare_checkpoint("ckpt", TEXTS, counts=4, **few)
     kinds = {"a": TEXTS, "b": [text[::-1] for text in TEXTS]}
     how = {"n": 1, "sizes": 16, "healing": "raw", "max_windows": 3, "eval_windows": 2}
     assert [*jobs.calibrate_checkpoint("ckpt", kinds, **how).choices] == ["a", "b", "mix"]

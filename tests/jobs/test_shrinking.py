@@ -128,12 +128,12 @@ def test_it_needs_nothing_but_a_model(here):
     assert said[1] == f"layers to remove: {sorted(done.layers)}"
     text = str(done)
     assert "evaluated on self: text that the model itself wrote" in text
-    assert "12 windows chose, fewer than 16: their differences are less sure" in text
+    assert "chosen on 12 windows, fewer than 16: the differences are less sure" in text
     assert f"{done.quality['self']['healed'].value:.3f}" in text
     assert f"{sorted(done.layers)}" in text
     choice = HealedChoice.from_dict(done.choice)
     assert choice.to_dict() == done.choice and choice.layers == sorted(done.layers)
-    assert str(choice) in text and text.count("12 windows chose, fewer than 16") == 1
+    assert str(choice) in text and text.count("chosen on 12 windows, fewer than 16") == 1
     assert str(choice) in unescape(Path("out/report.html").read_text())
     original, healed = done.looks["original"], done.looks["healed"]
     assert original.size - healed.size == 2 * (original.size - done.looks["pruned"].size) / 2

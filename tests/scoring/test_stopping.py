@@ -357,6 +357,8 @@ def test_a_verdict_tells_its_kind_of_answer_and_its_windows():
     early = str(replace(verdict, windows=31, needed=18461.97))
     looked = " 31 windows, looked at from 297 on; closest blocks that start at 2 and 5: 1.50 "
     assert early.endswith(f"{looked}standard errors apart; {more}")
+    one = str(replace(verdict, windows=1, z=math.nan))
+    assert one.endswith(f"closest blocks that start at 2 and 5: one window gives no error; {more}")
 
 
 def test_when_is_looked_at_how_much_is_unread():
