@@ -190,7 +190,8 @@ class TaskSuite:
                 log_samples=True,
             )
         except ConnectionError as error:
-            if type(error) in (BrokenPipeError, ConnectionResetError):  # a pipe's here, not the hub's
+            # of a pipe or socket here, not of the hub
+            if type(error) in (BrokenPipeError, ConnectionResetError):
                 raise
             raise ConnectionError(
                 f"the tasks' documents are on the hub, which cannot be reached ({error}): connect "

@@ -103,10 +103,9 @@ def unchanged(step: Mapping[str, Any]) -> list[str]:
     names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in same)
     why = f"no ridge lowered the held-out error ({names})"
     lines = [f"{len(same)} of {len(fits)} matrices unchanged: {why}"] if same else []
-    layers: dict[tuple[str, str], list[int]] = {}  # by the reason and the part
-    for one in step.get("unsolved", []):
-        layers.setdefault((one["why"], one["part"]), []).append(one["layer"])
-    return lines + [f"{p} of {span(own)} not solved: {why}" for (why, p), own in layers.items()]
+    for own in step.get("unsolved", []):
+        lines.append(f"{own['part']} of {span(own['layers'])} not solved: {own['why']}")
+    return lines
 
 
 class HealingJob:

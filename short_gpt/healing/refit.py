@@ -157,12 +157,19 @@ class Refit:
             "lost": self.settings.lost if self.settings.weights == "inverse" else None,
             "aim": self.settings.step_size,
             "fits": [asdict(fit) for fit in self.fits],
-            **({"unsolved": [asdict(one) for one in self.unsolved]} if self.unsolved else {}),
+            **({"unsolved": groups} if (groups := self._unsolved_groups()) else {}),
             "windows": self.windows,
             "tokens": self.tokens,
             "held": self.held,
             **({"tried": dict(self.tried)} if self.tried else {}),
         }
+
+    def _unsolved_groups(self) -> list[dict[str, object]]:
+        """The unsolved matrices, those of one part and one reason together."""
+        layers: dict[tuple[str, str], list[int]] = {}
+        for one in self.unsolved:
+            layers.setdefault((one.part, one.why), []).append(one.layer)
+        return [{"part": part, "layers": own, "why": why} for (part, why), own in layers.items()]
 
 
 def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options: Any) -> Refit:

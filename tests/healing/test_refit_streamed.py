@@ -625,9 +625,9 @@ def test_what_a_refit_leaves_as_it_was_is_said():
     assert unchanged({"method": "refit", "fits": fits}) == [same]
     assert unchanged({"method": "refit", "fits": fits[:1]}) == []
     experts, norm = "Mixtral has experts", "a norm comes between"
-    unsolved = [("mlp", layer, experts) for layer in (3, 4, 5)] + [("attention", 4, norm)]
-    rows = [dict(zip(("part", "layer", "why"), row, strict=True)) for row in unsolved]
-    assert unchanged({"method": "refit", "fits": fits, "unsolved": rows}) == [
+    unsolved = [{"part": "mlp", "layers": [3, 4, 5], "why": experts}]
+    unsolved += [{"part": "attention", "layers": [4], "why": norm}]
+    assert unchanged({"method": "refit", "fits": fits, "unsolved": unsolved}) == [
         same,
         "mlp of 3..5 not solved: Mixtral has experts",
         "attention of 4 not solved: a norm comes between",
