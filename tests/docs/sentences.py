@@ -170,8 +170,11 @@ def shares() -> list[str]:
             apart("bi pruned less auto pruned"), apart("bi pruned less greedy pruned")
         ),
         f"(auto's less Block Influence's: {between})",
-        "with auto's set refitted, {} apart, and distilled, {} apart.".format(
-            apart("bi pruned less auto refit"), apart("bi pruned less auto distilled")
+        "with auto's set refitted, {} apart, and distilled, {} apart; with boolq the distilled one "
+        "is better, by {}.".format(
+            apart("bi pruned less auto refit"),
+            apart("bi pruned less auto distilled"),
+            apart("bi pruned less auto distilled", fairly=False),
         ),
         "{} (auto), {} (greedy search) and {} (Block Influence), "
         "without boolq {}, {} and {}".format(
