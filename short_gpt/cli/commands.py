@@ -23,7 +23,7 @@ from short_gpt.runtime.settings import WRITE, Needs, as_flags, needs_one_of, set
 
 # of several ranks, only the first runs these
 ALONE = ("demo", "shrink", "prune", "convert", "plot")
-MAX_NEW_TOKENS = 2**17  # the context of Llama 3.1; a cache of more would not fit any machine
+MAX_NEW_TOKENS = 2**20  # more than models were trained for; their cache is made at once
 MORE_TEXT = "read another text too, as in --data novels/,self"
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
@@ -183,8 +183,7 @@ def compare(
     if model is None:  # which reads the demo's book
         record["arguments"] |= {"data": "demo", "eval_data": "demo"}
     result = jobs.compare_checkpoint(**given)
-    # the default is for models of any size
-    record["arguments"]["counts"] = list(dict.fromkeys(row.n for row in result.rows if row.n))
+    record["arguments"]["counts"] = [*result.counts]  # of the default, those that there could be
     print_result(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
     for text in result.chosen:
         print_result(f"\n{text}")

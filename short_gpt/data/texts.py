@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -362,11 +363,11 @@ def check_named_once(names: Sequence[str], *, setting: str = "data") -> None:
     """Raises ShortGPTError if a text, which would count twice, is named twice in a setting."""
     known = set[object]()
     for name in names:
-        try:
-            path = None if isinstance(name, TextsInMemory) else _path(name).resolve()
-            key: object = path if path is not None and path.exists() else name
-        except OSError:  # such as a name that is too long for a file
-            key = name
+        key: object = name
+        if not isinstance(name, TextsInMemory) and name not in (*OWN, "pg19"):
+            # such as a name that is too long for a file, or a link to itself
+            with suppress(OSError, RuntimeError, ValueError):
+                key = path if (path := _path(name).resolve()).exists() else name
         if key in known:
             raise ShortGPTError(f"`{setting}` names {name} twice: name it once")
         known.add(key)

@@ -143,6 +143,8 @@ class LayerRefit:
         names = [part for part in asked if part in solvable]
         if last_only and names:
             names, asked = names[-1:], asked[asked.index(names[-1]) :]
+        if part_of(calls.layer(index), calls.family.attention) is None:  # such as Mamba's layers
+            asked = [part for part in asked if part != "attention" or part in solvable]
         refused = self._sublayers.refused
         self.unsolved = [Unsolved(layer, p, refused[p]) for p in asked if p not in solvable]
         self.projections = {name: solvable[name] for name in names}  # what is solved

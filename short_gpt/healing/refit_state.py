@@ -162,7 +162,7 @@ class RefitState:
             if self._file.content is not None:
                 content: JsonObject = self._file.content
                 self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
-                self.unsolved = [Unsolved(**one) for one in content["unsolved"]]
+                self.unsolved = [Unsolved(**one) for one in content.get("unsolved", ())]
                 self._files, self._digests = content["values"], content["states"]
                 self._begun_by = content["processes"]
             for name, digest in self._files.items():

@@ -153,12 +153,13 @@ class Cases:
         """
         from short_gpt.models.numbering import check_count
 
-        most, cases = self.most(n_layers), self
+        most, counts = self.most(n_layers), self.numbers
         if self.counts is Cases.counts:
-            cases = replace(self, counts=[n for n in self.numbers if n <= most] or [1])
-        for n in cases.numbers:
-            check_count(n, n_layers, most=most, name="`counts`")
-        return cases
+            counts = [n for n in counts if n <= most] or [1]
+        for name, asked in (("counts", counts), ("lora_only", [n for _, n in self.pairs or ()])):
+            for n in asked:
+                check_count(n, n_layers, most=most, name=f"`{name}`")
+        return replace(self, counts=counts)
 
     def __post_init__(self) -> None:
         check_healings(self.heals, HEALINGS)

@@ -82,6 +82,7 @@ class ComparisonResult:
     # metrics without healing, by the layers removed, and their changes from the original model with
     # errors, as "piqa acc change" and "piqa acc change_stderr"
     tasks: dict[str, dict[str, float]]
+    counts: Sequence[int] = ()  # numbers of layers that were compared
     state: StateFile | None = None  # holds what was measured, to be cleared once the result is safe
     bos: str = "first"  # which windows began with it: first of each text, or every
     precision: Mapping[str, str] | None = None  # `ScoredModel.about_precision`
@@ -96,7 +97,8 @@ class ComparisonResult:
 
     def to_dict(self) -> dict[str, object]:
         """All except the state, ready for JSON."""
-        own = {k: value for k, value in vars(self).items() if k not in ("state", "precision")}
+        left_out = ("state", "precision", "counts")  # counts are an argument of the command
+        own = {k: value for k, value in vars(self).items() if k not in left_out}
         own |= {"choices": {n: choice.to_dict() for n, choice in self.choices.items()}}
         return {**own, **(self.precision or {}), "rows": [asdict(row) for row in self.rows]}
 
@@ -150,6 +152,7 @@ def compare(
         >>> result = compare(short, calibration, held_out, cases=cases)  # doctest: +SKIP
         >>> print(tables.compared(result.rows))  # doctest: +SKIP
     """
+    cases = cases.within(len(short.kept))
     heals = {k: heal for k, heal in zip(TRAINED, (lora, distill), strict=True) if heal is not None}
     if tasks is not None:
         tasks.check()
@@ -175,7 +178,7 @@ def compare(
         suite = json_digest([asdict(tasks), short.encode(PROBE)])
         metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
     chosen = {n: comparison.choice(n) for n in (cases.numbers if AUTO in cases.names else ())}
-    return ComparisonResult(rows, agreement, metrics, saved, choices=chosen)
+    return ComparisonResult(rows, agreement, metrics, cases.numbers, saved, choices=chosen)
 
 
 def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:

@@ -121,7 +121,8 @@ def open_hf(
         )
     device = choose_device(options.device)
     # before the model is loaded: the group decides this rank's device
-    if is_distributed() or (dist.is_initialized() and dist.get_world_size() > 1):
+    grouped = dist.is_initialized() and dist.get_world_size() > 1  # by the caller
+    if is_distributed() or (grouped and options.model_parallel_size == 1):
         initialize(1, device=device)
     torch.manual_seed(options.seed)
     dtype, trust = choose_dtype(options.dtype, device), options.trust_remote_code

@@ -49,6 +49,10 @@ def test_compare_writes_table_picture_and_json(here, capsys):
     record = json.loads(Path("c.json").read_text())
     rows = record["rows"]
     assert record["arguments"]["counts"] == [1, 3]
+    default = COMMON[: COMMON.index("--counts")]
+    unpatched = ["--methods", "sequential", "--healing", "patched", "--eval_data", "others"]
+    main([*default, *unpatched, "--device", "cpu", "--json", "other.json"])  # it has no rows
+    assert json.loads(Path("other.json").read_text())["arguments"]["counts"] == [2, 4]
     assert len(rows) >= 1 + 2 * (1 + 1 + 3)
     for row in rows[1:]:
         if row["method"] == "bi":

@@ -368,7 +368,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         ),
         (
             ["generate", "meta", "a", "--max_gen_len", "200000000"],
-            "--max_gen_len 200000000: expected at most 131,072",
+            "--max_gen_len 200000000: expected at most 1,048,576",
         ),
         (["generate", "hf", "a", "--max_gen_len", "-5"], "--max_gen_len = -5: expected a whole"),
         (

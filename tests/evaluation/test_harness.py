@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from http.client import RemoteDisconnected
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,6 +230,15 @@ def test_a_broken_pipe_is_not_the_hubs(lm_eval, both, tasks, monkeypatch, error)
 
     monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", fail)
     with pytest.raises(error, match="^of a process$"):
+        run_tasks(both[0], "tiny_choice", include_path=tasks)
+
+
+def test_a_connection_that_the_hub_resets_is_the_hubs(lm_eval, both, tasks, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RemoteDisconnected("without response")
+
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", fail)
+    with pytest.raises(ConnectionError, match="on the hub, which cannot be reached"):
         run_tasks(both[0], "tiny_choice", include_path=tasks)
 
 

@@ -12,6 +12,7 @@ from families import FAMILIES, make
 
 from short_gpt.healing import refit as refit_module
 from short_gpt.healing import solver
+from short_gpt.healing.job import unchanged
 from short_gpt.healing.refit import PatchSettings, Refit, RefitSettings, fit, fold, heal, heal_patch
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.solver import Fit
@@ -221,7 +222,10 @@ def test_what_cannot_be_solved_is_recorded_with_the_reason(tmp_path):
     assert all("mixtures of experts" in one.why for one in refit.unsolved)
     why = refit.unsolved[0].why
     assert refit.to_dict()["unsolved"] == [{"part": "mlp", "layers": [2, 4, 5], "why": why}]
+    assert unchanged(refit.to_dict())[-1] == f"mlp of 2, 4, 5 not solved: {why}"
     assert not fit(short, [3], WINDOWS, parts=("attention",), **ALL).unsolved
+    mamba = fit(ShortHFModel(make("mamba")), [3], WINDOWS, **ALL)
+    assert mamba.fits and not mamba.unsolved  # it has no attention
     patch = fit(short, [3], WINDOWS, settings=PatchSettings(), progress=False)
     assert [(one.part, one.layer) for one in patch.unsolved] == [("mlp", 2)]
     assert not fit(meta(), [3], WINDOWS, settings=PatchSettings(), progress=False).unsolved

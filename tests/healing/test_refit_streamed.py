@@ -38,6 +38,7 @@ from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.refit_state import HiddenStates, RefitState
 from short_gpt.healing.solver import SublayerSolver
+from short_gpt.runtime.state import CHECKED, content_digest
 from short_gpt.wrappers.streamed_llama import StreamedCalls, StreamedLlama
 
 LAYERS = [2, 3]
@@ -173,6 +174,17 @@ def test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice(streams
     left = {path.name for path in (tmp_path / "work").iterdir()}
     assert left == {"refit.json", "values.2", "values.3"}  # no states
     same(fit(short(), LAYERS, WINDOWS, **options), expected)
+
+
+def test_a_state_without_a_list_of_what_is_unsolved_goes_on(tmp_path):
+    with interrupted(LayerRefit, "solve", 1):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    path = tmp_path / "refit.json"
+    content = json.loads(path.read_text())
+    del content["unsolved"]
+    content[CHECKED] = content_digest(content)
+    path.write_text(json.dumps(content))
+    same(fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET), fit(memory(), LAYERS, WINDOWS))
 
 
 def test_states_that_are_gone_are_missed(tmp_path):

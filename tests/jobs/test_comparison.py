@@ -256,6 +256,12 @@ def test_cases_are_checked_first(methods, counts, message):
         Comparison(short(), CALIBRATION, EVALUATION).rows(Cases(methods, counts))
 
 
+def test_default_counts_are_those_that_the_model_allows():
+    result = compare(short(), CALIBRATION, EVALUATION, cases=Cases("bi,sleb"), progress=False)
+    assert {row.n for row in result.rows} == {0, 2, 4} and result.counts == [2, 4]
+    assert [found["n"] for found in result.agreement] == [2, 4]
+
+
 def test_layers_go_while_the_ratio_holds():
     model = short()
     order = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]

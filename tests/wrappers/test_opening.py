@@ -16,6 +16,7 @@ from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
 from short_gpt.jobs import convert, evaluate
 from short_gpt.jobs.scores import tokenizer_of
+from short_gpt.wrappers import opening
 from short_gpt.wrappers.opening import (
     OpenOptions,
     check_tokenizer,
@@ -188,3 +189,14 @@ def test_a_model_says_what_it_is_and_what_was_done_to_it(folder):
     for stream, name in ((False, "ShortLlama"), (True, "StreamedLlama")):
         other = open_model(str(folder / "meta"), stream=stream, device="cpu")
         assert repr(other) == f"{name}(model {folder / 'meta'}, layers 5, windows scored 0)"
+
+
+def test_a_callers_own_processes_share_windows_only_if_they_ask_for_it(folder, monkeypatch):
+    grouped = []
+    monkeypatch.setattr(opening.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(opening.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(opening, "initialize", lambda size, device: grouped.append(size))
+    open_model(str(folder / "hf"), device="cpu")
+    assert not grouped
+    open_model(str(folder / "hf"), device="cpu", model_parallel_size=1)
+    assert grouped == [1]
