@@ -103,8 +103,8 @@ MUTANTS = [
         "test_each_takes_its_layers_in_original_numbers",
     ),
     (
-        "[importance.layers[i] for i in positions_of",
-        "[i for i in positions_of",
+        "[importance.layers[i] for i in row.choose",
+        "[i for i in row.choose",
         "test_each_takes_its_layers_in_original_numbers",
     ),
     (
