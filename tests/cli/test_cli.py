@@ -445,7 +445,7 @@ GATE = ("--scores", "book.txt", "--eval_data", "book.txt", "--max_perplexity_rat
         (["compare", "ckpt", "--counts=[]"], "whole numbers as in --counts 2,4,8, got []"),
         (
             ["compare", "ckpt", "--counts=99", "--data", "book.txt", "--eval_data", "book.txt"],
-            "--counts = 99; the model has 5 layers: expected 1 to 4",
+            "--counts = 99; the model has 5 layers: expected 1 to 3",
         ),
         (["rank", "ckpt", "more"], "rank takes MODEL; what is 'more'?"),
         (["prune", "ckpt", "x", "--layers", "4", "5"], "'5'? Quote texts with spaces, and write l"),
