@@ -23,7 +23,7 @@ from short_gpt.runtime.settings import WRITE, Needs, as_flags, needs_one_of, set
 
 # of several ranks, only the first runs these
 ALONE = ("demo", "shrink", "prune", "convert", "plot")
-MAX_NEW_TOKENS = 2**20  # more than models were trained for; their cache is made at once
+MAX_NEW_TOKENS = 2**20  # more than Llamas are trained for; their cache is allocated in advance
 MORE_TEXT = "read another text too, as in --data novels/,self"
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)

@@ -26,8 +26,8 @@ RANK = ("rank", "ckpt", *DATA, "--max_windows", 2)
 @pytest.fixture
 def ckpt(tmp_path, monkeypatch) -> Path:
     """A tiny checkpoint in Meta's format and a text, in a working directory of their own."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path / "models")
     path = save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB))
     write_byte_tokenizer(path)
     Path("book.txt").write_text(TEXT)
@@ -108,13 +108,13 @@ def test_results_go_into_a_pipe(ckpt):
 def test_a_tilde_is_the_home_folder_but_in_a_prompt(ckpt, monkeypatch, capsys):
     home = Path.cwd().parent
     monkeypatch.setenv("HOME", str(home))
-    run("rank", "~/work/ckpt", "--data=~/work/book.txt", *DATA[2:], "--max_windows", 2,
+    run("rank", "~/models/ckpt", "--data=~/models/book.txt", *DATA[2:], "--max_windows", 2,
         "--json=~/a.json", "--plots=~/plots")  # fmt: skip
     assert (home / "a.json").is_file() and (home / "plots/angular.png").is_file()
-    run("prune", "~/work/ckpt", "~/x", "--scores=~/a.json", "--n", 1)
+    run("prune", "~/models/ckpt", "~/x", "--scores=~/a.json", "--n", 1)
     assert (home / "x/params.json").is_file() and not Path("~").exists()
     capsys.readouterr()
-    run("generate", "~/work/ckpt", "~ is", "--max_gen_len", 2)
+    run("generate", "~/models/ckpt", "~ is", "--max_gen_len", 2)
     assert capsys.readouterr().out.startswith("~ is")
 
 

@@ -22,7 +22,15 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from short_gpt.data.texts import TextsInMemory, count_texts, pg19, read_texts, source_names, texts
+from short_gpt.data.texts import (
+    TextsInMemory,
+    check_named_once,
+    count_texts,
+    pg19,
+    read_texts,
+    source_names,
+    texts,
+)
 from short_gpt.data.windows import Windows, batches, windows
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -568,3 +576,15 @@ def test_names_of_many_files_and_of_a_home_with_a_comma(tmp_path: Path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a,b.txt").write_text("text")
     assert source_names("~/a,b.txt") == ["~/a,b.txt"]
+
+
+def test_a_text_counts_once_by_any_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a")
+    Path("self").mkdir()
+    Path("loop").symlink_to("loop")
+    # of these no two are one text: "self" is what the model writes, "./self" a folder
+    check_named_once(["self", "./self", "a.txt", "loop", "a" * 5000, "no\0file"])
+    for again in ("a.txt", "./a.txt", str(tmp_path / "a.txt")):
+        with pytest.raises(ShortGPTError, match=f"`data` names {again} twice: name it once"):
+            check_named_once(["a.txt", again])
