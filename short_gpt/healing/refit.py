@@ -24,17 +24,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from short_gpt.evaluation.paired import combined
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Windows
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
 from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitPlan, RefitState, plan_of
@@ -52,16 +50,13 @@ from short_gpt.wrappers.scored_model import ScoredModel
 
 HELD_EVERY = 8  # every eighth window is held out
 WEIGHTS, WHERE = ("inverse", "equal"), ("all", "gaps")
-STEP_SIZES = (0.5, 0.7, 1.0)  # that are tried
-TRIED = len(WEIGHTS) + len(STEP_SIZES) - 1 + len(PARTS)  # fits
 
 
 @dataclass(frozen=True)
 class RefitSettings(ClosedForm):
     """Settings of the refit."""
 
-    # sublayers to solve; None tries several settings and keeps the best on held-out windows
-    parts: tuple[str, ...] | None = PARTS
+    parts: tuple[str, ...] = PARTS  # sublayers to solve
     # relative to the weighted inputs' mean square; of several, each matrix takes the one of least
     # error on held-out windows. None is 2 F / N, twice the inputs divided by the tokens
     ridges: Sequence[float] | None = None
@@ -81,9 +76,7 @@ class RefitSettings(ClosedForm):
 
     def __post_init__(self) -> None:
         parts, ridges = self.parts, self.ridges
-        if parts is not None and (
-            not parts or isinstance(parts, str) or not set(parts) <= set(PARTS)
-        ):
+        if not parts or isinstance(parts, str) or not set(parts) <= set(PARTS):
             raise ShortGPTError(f"parts = {parts!r}: expected some of {', '.join(PARTS)}")
         if ridges is not None and not (
             ridges and all(0 < ridge < float("inf") for ridge in ridges)
@@ -99,14 +92,9 @@ class RefitSettings(ClosedForm):
         if not 0 < self.step_size <= 1:
             raise ShortGPTError(f"step_size = {self.step_size}: expected above 0 and at most 1")
 
-    @property
-    def label(self) -> str:
-        return f"{','.join(self.parts or ())} {self.weights} {self.step_size:g}"
-
     def plan(self, short: ScoredModel, windows: Learning, folder: Path | None) -> RefitPlan:
         every = [*windows.training[: self.max_windows], *windows.validation]
-        fits = TRIED if self.parts is None else 1
-        return plan_of(short, every, batch_size=self.batch_size, folder=folder, fits=fits)
+        return plan_of(short, every, batch_size=self.batch_size, folder=folder)
 
     def fit(self, context: HealingContext) -> Heal:
         refit = fit(
@@ -138,21 +126,19 @@ class Refit:
     layers: list[int]  # those to remove, original numbers
     values: Mapping[Parameter, Tensor]  # by (original layer number, name in it), on the CPU
     fits: list[Fit]  # of every matrix, in the order in which they were solved
-    settings: RefitSettings  # of `fit`; where several were tried, the best
+    settings: RefitSettings  # of `fit`
     windows: int  # read to fit the matrices
     tokens: int  # in these windows
     held: int  # held-out windows
     # matrices that cannot be solved, and why; such as those of experts
     unsolved: Sequence[Unsolved] = ()
-    # held-out perplexity by the settings that were tried; "none" is the pruned model
-    tried: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """All except the values, ready for JSON."""
         return {
             "method": "patch" if self.settings.where == "gaps" else "refit",
             "layers": self.layers,
-            "parts": list(self.settings.parts or ()),
+            "parts": list(self.settings.parts),
             "weights": self.settings.weights,
             "lost": self.settings.lost if self.settings.weights == "inverse" else None,
             "aim": self.settings.step_size,
@@ -161,7 +147,6 @@ class Refit:
             "windows": self.windows,
             "tokens": self.tokens,
             "held": self.held,
-            **({"tried": dict(self.tried)} if self.tried else {}),
         }
 
     def _unsolved_groups(self) -> list[dict[str, object]]:
@@ -232,9 +217,7 @@ def fit(
         windows: token ids of calibration text for all kinds of use, never of evaluation text.
         held: held-out windows, on which a change must lower the error; None takes every eighth of
             ``windows``.
-        settings: None takes those of `RefitSettings`. With parts None, both sublayers are tried
-            with each weight of tokens, next each step size, next each sublayer alone, every time
-            with what was best before, in six times the time.
+        settings: None takes those of `RefitSettings`.
         work_dir: for this refit alone; the new values are read from there until the model is saved.
         changes: attributes of the settings, such as ``parts=("mlp",)`` or ``step_size=0.5``.
 
@@ -257,8 +240,6 @@ def fit(
             "give more text, or start fewer"
         )
     folder = None if work_dir is None else Path(os.fspath(work_dir))
-    if settings.parts is None:
-        return _fit_best(short, layers, windows, held, settings, folder, progress)
     known = {} if folder is None else _identity(short, layers, windows, held, settings)
     state = RefitState(folder, known, team)
     try:
@@ -321,7 +302,7 @@ def _refit_layers(
     gaps = settings.where == "gaps"
     models = (ORIGINAL,) if gaps else MODELS
     solving: dict[str, Any] = {
-        "parts": settings.parts or PARTS,
+        "parts": settings.parts,
         "last_only": gaps,  # their inputs are the original model's: the attention misses nothing
         "weights": settings.weights,
         "lost": settings.lost,
@@ -366,47 +347,6 @@ def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Vi
     first_removed = next(i for i in range(count + 1) if i not in kept)
     start = max(first_removed - 1, 0)  # the first layer whose target is not its own output
     return [Visit(i, after, i >= start, copied=i == start > 0) for i, after in pairs]
-
-
-def _fit_best(
-    short: ScoredModel,
-    layers: Sequence[int],
-    windows: Windows,
-    held: Windows,
-    settings: RefitSettings,
-    folder: Path | None,
-    progress: bool,
-) -> Refit:
-    def fitted(changed: RefitSettings) -> Refit:
-        name = changed.label
-        own = None if folder is None else folder / name.replace(" ", "-").replace(",", "-")
-        options: dict[str, Any] = {"settings": changed, "work_dir": own, "progress": progress}
-        refit = fit(short, layers, windows, held=held, **options)
-        with short.without_layers(layers):
-            tried[name] = _perplexity(short, held, refit)
-        return refit
-
-    def best(refits: Iterable[Refit]) -> Refit:
-        return min(refits, key=lambda refit: tried[refit.settings.label])
-
-    with short.without_layers(layers):
-        tried = {"none": _perplexity(short, held)}
-    both = replace(settings, parts=PARTS)
-    refit = best(fitted(replace(both, weights=weights)) for weights in WEIGHTS)
-    settings = refit.settings
-    others = (fitted(replace(settings, step_size=s)) for s in STEP_SIZES if s != settings.step_size)
-    refit = best(chain([refit], others))
-    if {fit.part for fit in refit.fits} == set(PARTS):
-        settings = refit.settings
-        refit = best(chain([refit], (fitted(replace(settings, parts=(p,))) for p in PARTS)))
-    return replace(refit, tried=tried)
-
-
-def _perplexity(short: ScoredModel, held: Windows, refit: Refit | None = None) -> float:
-    with ExitStack() as undo:
-        if refit is not None:
-            undo.callback(fold(short, refit))
-        return combined(short.window_losses(held, progress=False)).value
 
 
 def _identity(

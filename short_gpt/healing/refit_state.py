@@ -321,11 +321,10 @@ def plan_of(
     *,
     batch_size: int = 1,
     folder: Path | None = None,
-    fits: int = 1,
 ) -> RefitPlan:
     """Plans a refit in the memory allowed for the model, or half of what is free.
 
-    With a ``folder`` all states go there, and the solutions of so many ``fits`` are kept.
+    With a ``folder`` all states and the solutions go there.
     """
     calls, max_memory = short.layer_calls(), short.max_memory
     width, inputs, itemsize = calls.widths()
@@ -344,7 +343,7 @@ def plan_of(
     check_room(host, max_memory, "the refit of this model")
     # states of both models entering and leaving a layer, and of the original between sublayers
     disk = (5 * width + 2 * inputs) * every * itemsize
-    disk += fits * solved if folder is not None else 0
+    disk += solved if folder is not None else 0
     if spilled:
         _check_disk(folder, disk)
     return RefitPlan(host, disk * spilled, max(room, 0), len(windows))

@@ -281,7 +281,7 @@ class Settings:
             refit 2 F / N, twice the inputs of the matrix divided by the tokens, and in the patch
             what held-out windows choose.
         parts: of the refit: attention, mlp or both by a comma, whose output projections are
-            solved, or best for what has the least loss on held-out windows; both if not given.
+            solved; both if not given.
         aim: step size of the refit: the share of the solved change that is applied, above 0 and at
             most 1; 0.5 if not given.
         preset: of lora and distill, paper, demo or small; each of the following changes one of its
@@ -388,14 +388,11 @@ class Settings:
         from short_gpt.healing.solver import PARTS
 
         ridges = None if self.ridge is None else (self.ridge,)
-        if self.parts == "best":
-            if self.aim is not None:
-                raise ShortGPTError("`parts` best chooses the aim by itself: leave `aim` out")
-            return RefitSettings(None, ridges, max_windows=max_windows)
         parts = PARTS if self.parts is None else tuple(listed(self.parts))
         if not {*parts} <= {*PARTS}:
-            every = f"{', '.join(PARTS)}, {','.join(PARTS)} or best"
-            raise ShortGPTError(f"parts = {self.parts}: expected {every}")
+            raise ShortGPTError(
+                f"parts = {self.parts}: expected {', '.join(PARTS)} or {','.join(PARTS)}"
+            )
         step_size = RefitSettings.step_size if self.aim is None else self.aim
         if not 0 < step_size <= 1:  # by the name of the flag
             raise ShortGPTError(f"aim = {step_size}: expected above 0 and at most 1")

@@ -806,25 +806,18 @@ def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
     ours = opened(Path("out")).decoder.module.state_dict()
     differ = {k for k, v in cut.decoder.module.state_dict().items() if not torch.equal(v, ours[k])}
     assert differ and all("feed_forward.w2" in name for name in differ)
-    run("heal", "dense", "best", *SMALL, *refit[:4], "--parts", "best", "--max_windows", 6)
-    (step,) = json.loads(Path("best/pruning.json").read_text())["healing"]
-    assert len(step["tried"]) == 7
-    assert f"{','.join(step['parts'])} {step['weights']} {step['aim']:g}" in step["tried"]
-    capsys.readouterr()
     line = fails(
         capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--parts", "mlp", "--method", "patch"
     )
     assert "--parts is for --method refit" in line
     line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--aim", 2)
     assert "--aim = 2.0: expected above 0 and at most 1" in line
-    line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--aim", 0.5, "--parts", "best")
-    assert "--parts best chooses the aim by itself: leave --aim out" in line
     line = fails(
         capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--aim", 1, "--method", "patch"
     )
     assert "--aim is for --method refit" in line
     line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--parts", "norm")
-    assert "--parts = norm: expected attention, mlp, attention,mlp or best" in line
+    assert "--parts = norm: expected attention, mlp or attention,mlp" in line
     line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--ridge", -1)
     assert "--ridge = -1.0: expected above 0, such as 0.1" in line
 
