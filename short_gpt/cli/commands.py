@@ -28,6 +28,7 @@ MORE_TEXT = "read another text too, as in --data novels/,self"
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
 WRITES = needs_one_of("`samples`", "samples")
+SCORES = ("block_influence.png", "angular.png")
 DEMO = Named("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two and a half minutes on two cores
 DEMO_WINDOWS = jobs.HealingWindows(eval_data=DEMO, size=512, max_windows=12, eval_windows=8)
@@ -42,7 +43,7 @@ def rank(
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     running: jobs.Running = jobs.Running(),
     saving: jobs.Saving = jobs.Saving(),
-    output: Output = Output(kinds=("scores",)),
+    output: Output = Output(names=SCORES),
 ) -> None:
     """Scores every layer by Block Influence and angular distance.
 
@@ -60,7 +61,7 @@ def rank(
     if answer.by_loss and (remark := about_own(data.data, advice=MORE_TEXT)) is not None:
         print_result(remark)
     scores = result.importance
-    draw = None if scores is None else partial(plots.draw_scores, scores, n=answer.n)
+    draw = None if scores is None else partial(plots.score_figures, scores, answer.n)
     output.finish({**record, **result.to_dict()}, draw)
     result.finish()
     json = None if output.file is None else str(output.file)
@@ -141,7 +142,7 @@ def calibrate(
     readings: jobs.Readings = jobs.Readings(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),
-    output: Output = Output(kinds=("crossed",)),
+    output: Output = Output(names=("calibration.png",)),
 ) -> None:
     """Ranks on several kinds of text, and evaluates each choice on all.
 
@@ -155,7 +156,7 @@ def calibrate(
     print_result(tables.calibrated(result))
     if (remark := about_own(data.data, each=True)) is not None:
         print_result(remark)
-    output.finish({**record, **result.to_dict()}, partial(plots.draw_crossed, result.cells))
+    output.finish({**record, **result.to_dict()}, lambda: [plots.cross_map(result.cells)])
     if result.state is not None:
         result.state.clear()
 
@@ -170,7 +171,7 @@ def compare(
     tasks: jobs.Tasks = jobs.Tasks(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),
-    output: Output = Output(kinds=("quality",)),
+    output: Output = Output(names=("quality.png",)),
 ) -> None:
     """Compares methods x numbers of layers x healing on one model.
 
@@ -192,7 +193,7 @@ def compare(
         print_result(remark)
     if output.report is not None:
         output.write_page(plots.compared_page(model or "demo", result, remark))
-    output.finish({**record, **result.to_dict()}, partial(plots.draw_quality, result.rows))
+    output.finish({**record, **result.to_dict()}, lambda: [plots.quality_curves(result.rows)])
     if result.state is not None:
         result.state.clear()
 
@@ -332,9 +333,9 @@ def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False
         overwrite: replace existing pictures.
     """
     importance = jobs.read_scores(scores)
-    output = Output(plots=out, overwrite=overwrite, kinds=("scores",))
+    output = Output(plots=out, overwrite=overwrite, names=SCORES)
     output.check({})
-    output.finish({}, partial(plots.draw_scores, importance, n=n))
+    output.finish({}, partial(plots.score_figures, importance, n))
 
 
 def reproduce(
@@ -346,7 +347,7 @@ def reproduce(
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     running: jobs.Running = jobs.Running(),
     saving: jobs.Saving = jobs.Saving(),
-    output: Output = Output(kinds=("scores", "published")),
+    output: Output = Output(names=(*SCORES, "published.png")),
 ) -> None:
     """Runs the paper's protocol and shows the paper's list beside it.
 
@@ -364,9 +365,9 @@ def reproduce(
     result = jobs.reproduce(**given, notify=print_progress)
     print_result(tables.reproduced(result))
 
-    def draw(folder: Path) -> None:
-        plots.draw_scores(result.importance, folder, result.n)
-        plots.draw_published(result.importance, result.comparison, folder)
+    def draw() -> list[Any]:
+        published = plots.beside_published(result.importance, result.comparison)
+        return [*plots.score_figures(result.importance, result.n), published]
 
     output.finish({**record, **result.to_dict()}, draw)
     result.ranking.finish()

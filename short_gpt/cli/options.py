@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from llama.io.files import check_output, new_file
 from short_gpt.cli.flags import Command, flags_of
@@ -16,6 +16,9 @@ from short_gpt.jobs.settings import SCORES
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank, is_quiet, print_above_bars
 from short_gpt.runtime.settings import RUN, WRITE, Needs, setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FILE_FLAGS, DRAWING = ("json", "report", "plots"), ("rank", "calibrate", "compare", "reproduce")
 LONG = ("rank", "heal", "calibrate", "compare", "perplexity", "evaluate", "reproduce")
@@ -37,7 +40,7 @@ class Output:
         report: HTML file with the tables and the picture; - is stdout, as for json.
         overwrite: replace what an earlier run has written.
         plots: folder for the pictures.
-        kinds: of `plots.pictures.FILES`.
+        names: of the files of the pictures.
         dry_run: check everything and open the model, say what would be done and how long a window
             takes, and end with nothing written.
     """
@@ -47,16 +50,12 @@ class Output:
     report: str | None = setting(None, value="FILE", commands=("compare",))
     overwrite: bool = setting(False, needs=WRITTEN)
     plots: str | None = setting(None, value="FOLDER", commands=DRAWING, needs=SCORES)
-    kinds: tuple[str, ...] = setting((), commands=())
+    names: tuple[str, ...] = setting((), commands=())
     dry_run: bool = setting(False, heading=RUN, commands=LONG)
 
     @property
     def pictures(self) -> list[Path]:
-        if self.plots is None:
-            return []
-        from short_gpt.plots.pictures import FILES
-
-        return [Path(self.plots) / name for kind in self.kinds for name in FILES[kind]]
+        return [] if self.plots is None else [Path(self.plots) / name for name in self.names]
 
     @property
     def targets(self) -> list[Path]:
@@ -151,12 +150,15 @@ class Output:
                 partial.write_text(text, encoding="utf-8")
 
     def finish(
-        self, record: Mapping[str, object], draw: Callable[[Path], object] | None = None
+        self, record: Mapping[str, object], draw: Callable[[], Sequence[Figure]] | None = None
     ) -> None:
-        """Writes the result, draws its pictures if they were asked for, and names all files."""
+        """Writes the result, and its pictures if they were asked for, and names all files."""
         self.write(record)
         if draw is not None and self.plots is not None and is_first_rank():
-            draw(Path(self.plots))
+            from short_gpt.plots.figures import save
+
+            for figure, path in zip(draw(), self.pictures, strict=True):
+                save(figure, path)
         print_done("written", *self.targets)
 
 

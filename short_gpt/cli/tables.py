@@ -90,8 +90,7 @@ def search(result: Search, method: str) -> str:
     from short_gpt.selection.methods import METHODS
 
     rows = [f"{'layer':>5}  {'loss, nats':>10}  {'perplexity':>12}"]
-    for i, layer in enumerate(result.removed):
-        loss = result.losses[min(i, len(result.losses) - 1)][layer]
+    for layer, loss in result.steps:
         rows.append(f"{layer:>5}  {loss:>10.4f}  {exp(loss):>12.3f}")
     which = "it alone removed" if method == "perplexity" else "it and those above removed"
     return "\n".join([*rows, "", f"loss with {which}", f"{METHODS[method]}: {result.removed}"])

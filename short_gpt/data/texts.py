@@ -373,6 +373,13 @@ def check_named_once(names: Sequence[str], *, setting: str = "data") -> None:
         known.add(key)
 
 
+def evaluation_texts(eval_data: str | None, column: str) -> dict[str, Iterator[str]]:
+    """The `texts` of each source to evaluate on; the first of each is read at once."""
+    names = [] if eval_data is None else source_names(eval_data)
+    check_named_once(names, setting="eval_data")
+    return {name: texts(name, column=column) for name in names}
+
+
 def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[Iterable[Text]]:
     """Each source's `read_texts`; its name alone (of `OWN`) where the model is to write them."""
     names = source_names(data)

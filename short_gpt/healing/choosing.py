@@ -315,13 +315,13 @@ class _Choosing:
             if name != STEPWISE:
                 show = not self._shown.disable
                 search = partial(short.search, few, n, method=name, progress=show)
-                with self._spending(price):
-                    return self._cells.resumed(name, lambda state: search(state=state).removed)
+                self._spend(price)
+                return self._cells.resumed(name, lambda state: search(state=state).removed)
             layers = choose(scores, 1)
             while len(layers) < n:
                 lowest = partial(self._lowest, layers)
-                with self._spending(price):
-                    layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
+                self._spend(price)
+                layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
             return layers
         finally:
             self._shown.set_postfix_str("")
@@ -433,14 +433,6 @@ class _Choosing:
 
     def _affords(self, price: int) -> bool:
         return self._spent + price <= self._budget * self.a_pass
-
-    @contextmanager
-    def _spending(self, price: int) -> Iterator[None]:
-        """Counts what the block measures, even if the layers turn out not to be removable."""
-        try:
-            yield
-        finally:
-            self._spend(price)
 
     def _spend(self, price: int) -> None:
         """Counts what was measured, by this run or by the one that it continues."""

@@ -34,13 +34,12 @@ from short_gpt.evaluation.perplexity import AT_ONCE, Perplexity, check_loss
 from short_gpt.healing.texts import IGNORED, Example, collate, examples
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime import replicas
-from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.runtime.state import StateFile, damaged, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
-Predictor = ScoredModel  # a possible teacher: in memory or streamed, quantized or not
 TOP_K = 64
 DIGEST = sha256().digest_size  # bytes
 IDENTITY, CONTENT = "teacher.json", "teacher.bin"
@@ -138,7 +137,7 @@ class LiveTeacher:
     The ``model`` has all its layers, and is never the object that is trained.
     """
 
-    def __init__(self, model: Predictor, *, k: int = TOP_K, temperature: float = 1.0) -> None:
+    def __init__(self, model: ScoredModel, *, k: int = TOP_K, temperature: float = 1.0) -> None:
         check_targets(k, temperature)
         self.model, self.k, self.temperature = model, min(k, model.decoder.vocab_size), temperature
 
@@ -172,14 +171,14 @@ class CachedTeacher:
     def __init__(
         self,
         folder: str | Path,
-        model: Predictor,
+        model: ScoredModel,
         windows: Sequence[TokenIds],
         *,
         k: int = TOP_K,
         temperature: float = 1.0,
     ) -> None:
         check_targets(k, temperature)
-        self._model: Predictor | None = model
+        self._model: ScoredModel | None = model
         self._windows, known = windows, model.identity()
         self._teacher = json_digest(known)
         self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
@@ -189,7 +188,7 @@ class CachedTeacher:
         sizes = [(len(window) - 1) * self._record.itemsize + DIGEST for window in windows]
         self._ends = [0, *accumulate(sizes)]
         self._file = Path(folder) / CONTENT
-        digest = {"windows": json_digest([list(window) for window in windows])}
+        digest = {"windows": windows_digest(windows)}
         about = joined(known, digest, {"top_k": self.k, "temperature": self.temperature})
         path = Path(folder) / IDENTITY
         self._state = StateFile(path, about, lock=hold(folder), folder=Path(folder))

@@ -35,6 +35,8 @@ from short_gpt.wrappers.scored_model import ScoredModel
 # All steps by the names that ``heal --method`` knows. A new closed form is a line here.
 KINDS: tuple[type[Step], ...] = (RefitSettings, PatchSettings, LoraSettings, DistillSettings)
 STEPS = {kind.name: kind for kind in KINDS}
+CLOSED = tuple(kind.name for kind in KINDS if not kind.trains)  # closed forms
+TRAINING = tuple(kind.name for kind in KINDS if kind.trains)
 
 
 def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
@@ -44,13 +46,13 @@ def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
     return replicas.current(short.decoder.device).gather(own)[0]
 
 
-def check_order(steps: Sequence[tuple[str, bool]]) -> None:
-    """Raises ShortGPTError unless steps, by name and whether each trains, can follow each other."""
-    names = [name for name, _ in steps]
+def check_order(steps: Sequence[Step | type[Step]]) -> None:
+    """Raises ShortGPTError unless steps can follow each other."""
+    names = [step.name for step in steps]
     chain = ",".join(names)
     if not names or len(set(names)) != len(names):
         raise ShortGPTError(f"expected different methods of healing, got {chain or 'none'}")
-    late = [name for name, trains in steps[1:] if not trains]
+    late = [step.name for step in steps[1:] if not step.trains]
     if late:
         raise ShortGPTError(
             f"{chain}: {late[0]} is fitted on the original model, so nothing may heal before it; "
@@ -149,7 +151,7 @@ class HealingJob:
         self.short, self.windows, self.layers = short, windows, layer_numbers(layers)
         chosen = RefitSettings() if settings is None else settings
         self.steps: list[Step] = list(chosen) if isinstance(chosen, Sequence) else [chosen]
-        check_order([(step.name, step.trains) for step in self.steps])
+        check_order(self.steps)
         self.work_dir = None if work_dir is None else Path(str(work_dir))
         self.resume, self.progress, self.notify = resume, progress, notify
         self.evidence: HealingEvidence | None = None  # of `run`

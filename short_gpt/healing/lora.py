@@ -27,7 +27,6 @@ from short_gpt.healing.distillation import (
     CachedTeacher,
     Distillation,
     LiveTeacher,
-    Predictor,
     Teacher,
 )
 from short_gpt.healing.recipe import ALL, OUTPUTS, Recipe, recipe_for
@@ -444,7 +443,7 @@ class LoraSettings:
 class DistillSettings(LoraSettings):
     """Settings of LoRA on what the original model predicts."""
 
-    teacher: Callable[[], Predictor] | None = None  # opens it; None: the model with all layers
+    teacher: Callable[[], ScoredModel] | None = None  # opens it; None: the model with all layers
     live: bool = False  # ask that other model in every step, and keep nothing on disk
     top_k: int = TOP_K  # tokens kept of each prediction
     temperature: float = 1.0  # by which both models' logits are divided

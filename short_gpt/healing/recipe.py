@@ -91,7 +91,7 @@ ALL, OUTPUTS = ("all",), ("outputs",)
 SMALL = {"rank": 32, "alpha": 64, "dropout": 0.0, "modules": ALL}
 SMALL |= {"size": 512, "steps": 160, "warmup": 8, "batch": 2, "eval_every": 20}
 NARROW, RATES = 576, (1e-3, 2.5e-4)  # widest model of the first rate, at which a wider one diverged
-PRESETS = ("paper", "demo", "small")
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "demo": DEMO_RECIPE, "small": SMALL}
 
 
 def recipe_for(config: ModelConfig, preset: str = "paper", **changes: Any) -> Recipe:

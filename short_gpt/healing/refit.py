@@ -42,7 +42,7 @@ from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, layer_numbers, span
 from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
-from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
@@ -362,7 +362,7 @@ def _identity(
     own = {names.get(name, name): value for name, value in vars(settings).items()}
     del own["max_windows"]  # the windows themselves are in it
     read = {"windows": windows, "held-out windows": held}
-    digests = {name: json_digest([[*window] for window in part]) for name, part in read.items()}
+    digests = {name: windows_digest(part) for name, part in read.items()}
     changes = {"kept": list(short.kept), "layers": list(layers)}
     return joined(short.identity(), changes, own, digests)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.data.disjoint import check_disjoint, without_overlap
-from short_gpt.data.texts import OWN, check_named_once, read_kinds, source_names, texts
+from short_gpt.data.texts import OWN, evaluation_texts, read_kinds, source_names
 from short_gpt.data.windows import mix
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.own_text import Write, split_own_text
@@ -80,14 +80,13 @@ class HealingTexts:
         """
         cut = partial(mix, encode=encode, size=size, stride=size, seed=self.seed, bos=bos)
         kinds = read_kinds(self.data, self.split, self.column, self.max_texts)
-        judges = [] if self.eval_data is None else source_names(self.eval_data)
-        check_named_once(judges, setting="eval_data")
-        held = [[*texts(name, column=self.column)] for name in judges]
+        judges = evaluation_texts(self.eval_data, self.column)
+        held = [[*kind] for kind in judges.values()]
         training_texts, held_out = split_own_text(kinds, held, write, limit, self.seed)
         cuts = list(cut(held_out, limit=eval_windows))
         evaluation: list[list[int]] = [*cuts]
         every = source_names(self.data)  # own text judges only where there is no other
-        names = judges or [name for name in every if name not in OWN] or every
+        names = [*judges] or [name for name in every if name not in OWN] or every
         ends = [*accumulate(map(len, held_out))]  # of each kind, in texts
         of_windows = [names[bisect_right(ends, window.text)] for window in cuts]
         training: list[list[int]] = list(cut(training_texts, limit=limit))

@@ -130,7 +130,7 @@ def _finished(trainer: transformers.Trainer, folder: Path) -> bool:
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
-    state = f"{get_last_checkpoint(str(folder))}/trainer_state.json"
+    state = f"{get_last_checkpoint(str(folder))}/{LAST}"
     trainer.state = TrainerState.load_from_json(state)
     _find_best(trainer.state, folder)
     kept: Any = trainer.state.stateful_callbacks  # read from JSON

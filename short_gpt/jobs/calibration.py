@@ -11,19 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations, zip_longest
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from llama.io.files import check_writable
 from llama.io.json_files import JsonObject
 from short_gpt.data import check_disjoint, hold_out, without_overlap
 from short_gpt.data.texts import OWN
 from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, combined, difference
+from short_gpt.evaluation.cells import Cells
 from short_gpt.healing import choosing
+from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.cases import (
     CALIBRATED,
@@ -35,12 +35,12 @@ from short_gpt.jobs.cases import (
     Windows,
     check_healings,
 )
-from short_gpt.jobs.comparing import Cells, pruned_losses, windows_digest
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.settings import takes_fields
 from short_gpt.models.numbering import check_count
+from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, check_alone
 from short_gpt.runtime.state import StateFile, joined
@@ -370,6 +370,7 @@ class _Run(NamedTuple):
 
 
 @takes_fields("calibrate")
+@interruptible()
 def calibrate_checkpoint(
     model: str,
     data: str | Mapping[str, Iterable[object]] | TextKinds = TextKinds(),
@@ -392,8 +393,7 @@ def calibrate_checkpoint(
     if ranked.n is None:
         raise ShortGPTError("say how many layers to remove: `n`")
     readings.check()
-    if state is not None:
-        check_writable(Path(state))
+    saving.check()
     sources = (data if isinstance(data, TextKinds) else TextKinds(data)).each()  # type: ignore[arg-type]
     check_model(model, ranked.n)
     kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
@@ -411,13 +411,11 @@ def calibrate_checkpoint(
         end_dry_run(short, work, readings.numbers[0], count)
     write = own_text_writer(short, size, seed=readings.seed, beside=state)
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
-    with interruptible():
-        filled = with_own_text([*kinds.values()], write, 2 * half * len(kinds))
+    filled = with_own_text([*kinds.values()], write, 2 * half * len(kinds))
     documents = {name: list(kind) for name, kind in zip(kinds, filled, strict=True)}
     texts, ways = windows_apart(short, documents, readings)
     run = partial(calibrate, short, texts, ranked.n, ways=ways, state=state)
-    with interruptible():
-        return run(method=ranked.method, healings=listed(ranked.healing))
+    return run(method=ranked.method, healings=listed(ranked.healing))
 
 
 def windows_apart(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
-from short_gpt.data.texts import check_named_once, source_names, texts
+from short_gpt.data.texts import evaluation_texts
 from short_gpt.data.windows import Text
 from short_gpt.jobs.inputs import Cut, TextSource, listed, name_texts, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
@@ -140,20 +140,16 @@ class Cases:
             )
         return [cases[part] for part in parts]
 
-    def most(self, n_layers: int) -> int:
-        """How many of so many layers can be removed: searches keep the first and the last one."""
-        from short_gpt.selection.methods import BY_LOSS
-
-        return n_layers - (2 if {*self.names} & {*BY_LOSS} else 1)
-
     def within(self, n_layers: int) -> Cases:
         """These cases for a model of so many layers: of the default counts, those that it allows.
 
         Raises ShortGPTError if it has too few for the counts that were asked for.
         """
         from short_gpt.models.numbering import check_count
+        from short_gpt.selection.methods import BY_LOSS
 
-        most, counts = self.most(n_layers), self.numbers
+        # searches keep the first and the last layer
+        most, counts = n_layers - (2 if {*self.names} & {*BY_LOSS} else 1), self.numbers
         if self.counts is Cases.counts:
             counts = [n for n in counts if n <= most] or [1]
         for name, asked in (("counts", counts), ("lora_only", [n for _, n in self.pairs or ()])):
@@ -207,9 +203,7 @@ class Shares:
 
     def held(self, column: str) -> list[list[str]]:
         """The texts of each kind of eval_data, if given."""
-        names = [] if self.eval_data is None else source_names(self.eval_data)
-        check_named_once(names, setting="eval_data")
-        return [list(texts(name, column=column)) for name in names]
+        return [list(kind) for kind in evaluation_texts(self.eval_data, column).values()]
 
     def cut(
         self, short: ScoredModel, kinds: Sequence[Sequence[Text]], limit: int
@@ -241,7 +235,7 @@ class LoraOptions:
     def check(self) -> None:
         from short_gpt.healing.recipe import Recipe
 
-        Recipe(**{**asdict(Recipe()), **self._changes})
+        Recipe(**self._changes)  # type: ignore[arg-type]
 
     def recipe(self, config: ModelConfig) -> Recipe:
         """The recipe for a model of this config of transformers."""

@@ -26,7 +26,7 @@ from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Cases, MethodAgreement, Row, Windows
-from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
@@ -41,10 +41,6 @@ PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
 Heal = Callable[[list[int]], list[Perplexity]]
 Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
-
-
-def windows_digest(windows: Windows) -> str:
-    return json_digest([list(window) for window in windows])
 
 
 def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
@@ -116,15 +112,12 @@ class Healing(Protocol):
         """What its results depend on, ready for JSON."""
 
 
-DEFAULT_CASES = Cases()
-
-
 def compare(
     short: ShortModel,
     calibration: Windows,
     evaluation: Windows,
     *,
-    cases: Cases = DEFAULT_CASES,
+    cases: Cases = Cases(),
     lora: Healing | None = None,
     distill: Healing | None = None,
     tasks: TaskSuite | None = None,

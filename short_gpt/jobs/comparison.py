@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llama.io.files import check_writable
 from short_gpt.data import check_disjoint, demo, windows, without_overlap
 from short_gpt.data.windows import Text, tokens_of
 from short_gpt.evaluation import Perplexity, losses
 from short_gpt.healing import choosing, refit
 from short_gpt.healing import lora as training
-from short_gpt.healing.distillation import Distillation, LiveTeacher, Predictor
+from short_gpt.healing.distillation import Distillation, LiveTeacher
 from short_gpt.healing.recipe import Recipe
 from short_gpt.healing.trainer import begun
 from short_gpt.jobs.cases import (
@@ -30,23 +29,25 @@ from short_gpt.jobs.cases import (
     Shares,
     Windows,
 )
-from short_gpt.jobs.comparing import ComparisonResult, compare, windows_digest
+from short_gpt.jobs.comparing import ComparisonResult, compare
 from short_gpt.jobs.inputs import Data, Tasks, TextSource, check_model, source_of
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.settings import takes_fields
-from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold, joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, split_own_text
+from short_gpt.wrappers.scored_model import ScoredModel
 
 MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
 
 
 @takes_fields("compare")
+@interruptible()
 def compare_checkpoint(
     model: str | None,
     data: Data = TextSource(),
@@ -77,8 +78,7 @@ def compare_checkpoint(
     """
     check_alone("compare")
     tasks.check()
-    if saving.state is not None:
-        check_writable(Path(saving.state))
+    saving.check()
     if model is None and (source_of(data) != TextSource() or shares.eval_data is not None):
         raise ShortGPTError(
             "without a MODEL, the demo's model reads its own book: name a MODEL, or leave out "
@@ -111,9 +111,8 @@ def compare_checkpoint(
         count = models * shares.eval_windows + (1 + refits) * shares.max_windows
         end_dry_run(short, work, shares.size, count)
     write = own_text_writer(short, size, seed=shares.seed, beside=saving.state)
-    with interruptible():
-        limits = (shares.max_windows, shares.seed)
-        calibration, evaluation = split_own_text(kinds, held, write, *limits)
+    limits = (shares.max_windows, shares.seed)
+    calibration, evaluation = split_own_text(kinds, held, write, *limits)
     held_out = shares.cut(short, evaluation, shares.eval_windows)
     fit_on = shares.cut(short, calibration, shares.max_windows)
     every, bos = [text for kind in calibration for text in kind], shares.bos or short.bos
@@ -123,9 +122,8 @@ def compare_checkpoint(
     distill_healing = None
     if DISTILL in cases.heals:
         distill_healing = DistillHealing(*options, teacher=short, fitted_on=fit_on)
-    with interruptible():
-        how: Any = {"lora": lora_healing, "distill": distill_healing, "tasks": tasks.suite()}
-        result = compare(short, fit_on, held_out, cases=cases, **how, state=saving.state)
+    how: Any = {"lora": lora_healing, "distill": distill_healing, "tasks": tasks.suite()}
+    result = compare(short, fit_on, held_out, cases=cases, **how, state=saving.state)
     return replace(result, bos=bos, precision=short.about_precision)
 
 
@@ -163,7 +161,7 @@ class LoraHealing:
     seed: int = 0
     bos: str = "first"
     progress: bool = True
-    teacher: Predictor | None = None
+    teacher: ScoredModel | None = None
     fitted_on: Windows | None = None
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ NOT_VERIFIED = "not verified: verification loads the model on one rank; run with
 
 
 @takes_fields("convert")
+@interruptible()
 def convert(
     model: str,
     out: str,
@@ -74,11 +75,11 @@ def convert(
 
     known = source.kind != "hub" and (source.kind, to) != ("gguf", "hf")
     total = len({*tensor_names(source)}) if known else None
-    with interruptible(), bar("converting", total=total, unit="tensor") as shown:
-        writing: dict[str, Any] = {"progress": lambda _: shown.update()}
+    with bar("converting", total=total, unit="tensor") as shown:
+        writing: dict[str, Any] = {"progress": lambda _: shown.update(), "verify": check}
         writing |= {"overwrite": how.overwrite}
         if to == "gguf":
-            _to_gguf(source, out, how, {**writing, "verify": check})
+            _to_gguf(source, out, how, writing)
         elif to == "hf" and source.kind == "gguf":  # as transformers reads it
             short = open_hf(source, OpenOptions(device="cpu", dtype=how.dtype or "float32"))
             verify = None if how.verify is False else short.check_saved
@@ -86,7 +87,7 @@ def convert(
             record = Provenance.of_checkpoint(source)
             save_hf(short.trainable(), target, tokenizer=tokenizer, record=record, source=source)
         else:
-            _to_directory(source, out, how, {**writing, "verify": check})
+            _to_directory(source, out, how, writing)
     if proofs and proofs[0] is not None:
         notify(proofs[0])
     return Path(out)

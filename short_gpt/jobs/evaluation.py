@@ -30,7 +30,7 @@ from short_gpt.jobs.inputs import (
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import interruptible
 from short_gpt.jobs.settings import takes_fields
-from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.progress import is_first_rank
@@ -126,7 +126,7 @@ def _evaluated(
     row["layers"] = float(len(short.kept))
     measured: dict[str, tuple[Perplexity, str]] = {}
     for text, windows in ({} if reading.data == "none" else reading.windows(short, own)).items():
-        digest = json_digest([list(window) for window in windows])
+        digest = windows_digest(windows)
         value = short.perplexity(windows, batch_size=batch_size)
         measured[text] = value, digest
         row[f"{text} perplexity{bos}"] = value.value
@@ -147,6 +147,7 @@ def _evaluated(
     return measured, run
 
 
+@interruptible()
 def write_samples(
     model: str, out: str, count: int, size: int, *, seed: int, opening: OpenOptions
 ) -> Path:
@@ -163,8 +164,7 @@ def write_samples(
     short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
     if size > (most := short.decoder.max_seq_len):
         raise ShortGPTError(f"`max_gen_len` {size}: this model takes {most} tokens, give no more")
-    with interruptible():
-        texts = own_samples(short, count, size, seed=seed, beside=target)
+    texts = own_samples(short, count, size, seed=seed, beside=target)
     if not is_first_rank():
         return target
     with new_file(target, overwrite=False, replaces=lambda _: False) as partial:

@@ -23,7 +23,7 @@ from short_gpt.healing import (
     Step,
 )
 from short_gpt.healing.distillation import IDENTITY
-from short_gpt.healing.job import STEPS, holds_a_run
+from short_gpt.healing.job import CLOSED, STEPS, TRAINING, holds_a_run
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.solver import RIDGES
 from short_gpt.healing.trainer import RECIPE
@@ -44,7 +44,6 @@ from short_gpt.jobs.settings import (
     Choice,
     HealingWindows,
     Settings,
-    kinds_of_methods,
     methods_of,
     takes_fields,
 )
@@ -59,7 +58,6 @@ from short_gpt.wrappers.short_hf import ShortHFModel
 
 STATES = (STATE, IDENTITY, RECIPE)  # of the steps, which tell the precision of a run
 CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with other windows
-CLOSED, TRAINING = kinds_of_methods()
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,8 @@ def _heal(
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
     texts.check(windows.eval_data)
-    opening = as_begun(opening, *(p for n in STATES for p in (folder or out).rglob(n)))
+    states = [path for name in STATES for path in folder.rglob(name)] if folder else []
+    opening = as_begun(opening, *states)
     own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
     if not streaming.stream:  # each of several ranks has the whole model, and its own windows
         streaming = replace(streaming, model_parallel_size=1)

@@ -15,12 +15,12 @@ from short_gpt.data.texts import (
     OWN,
     TextsInMemory,
     check_named_once,
+    evaluation_texts,
     has_columns,
     has_split,
     read_kinds,
     read_texts,
     source_names,
-    texts,
 )
 from short_gpt.data.windows import BOS, Text, count_of, mix, windows
 from short_gpt.runtime.errors import ShortGPTError
@@ -142,10 +142,7 @@ class TextSource:
     def check(self, eval_data: str | None) -> None:
         """Reads the first text of each source, and of each to evaluate on, or raises."""
         self.kinds()
-        names = [] if eval_data is None else source_names(eval_data)
-        check_named_once(names, setting="eval_data")
-        for name in names:
-            texts(name, column=self.column)
+        evaluation_texts(eval_data, self.column)
 
 
 Data = str | Iterable[object] | TextSource  # a name, texts in memory, or with settings

@@ -48,6 +48,7 @@ class PruneResult:
 
 
 @takes_fields("prune")
+@interruptible()
 def prune(
     model: str,
     out: str,
@@ -86,7 +87,7 @@ def prune(
     choice.check()
     target.check()
     hub.check(out, target.format)
-    dtype = _recipe_dtype(source, target, written)
+    dtype = None if written.recipe is None else _recipe_dtype(source, target, written)
     if target.format == "gguf" and source.kind != "gguf":
         check_one_file(out)
     if target.format == "gguf" and written.verify and len(target.paths) > 1:
@@ -97,11 +98,10 @@ def prune(
     removal = chosen(model, choice, opening=opening)
     copied = source.kind == target.format == "gguf"
     write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
-    with interruptible():
-        proof = write(source, target, removal, written.verify, opening)
-        if proof is None and copied:  # into several files
-            proof = read_again(source)
-    recipe = _recipe(source, out, written, dtype)
+    proof = write(source, target, removal, written.verify, opening)
+    if proof is None and copied:  # into several files
+        proof = read_again(source)
+    recipe = _recipe(source, out, written, dtype) if dtype else None
     influence = removal.record.block_influence
     remark = about_kinds(source, removal.layers, influence) if copied else None
     return PruneResult(target.path, removal, recipe, proof, remark, hub.push(target.path))
@@ -145,10 +145,8 @@ def _write(
     return proofs[0] if proofs else None
 
 
-def _recipe(source: Source, out: str, written: PruneOutput, dtype: str) -> Path | None:
-    if written.recipe is None:
-        return None
-    path = Path(written.recipe)
+def _recipe(source: Source, out: str, written: PruneOutput, dtype: str) -> Path:
+    path = Path(str(written.recipe))
     keep = read_record(f"{out}/{PROVENANCE}")["kept_layers"]
     with new_file(path, overwrite=written.overwrite, replaces=is_recipe) as partial:
         partial.write_text(mergekit_recipe(str(source), keep, dtype), encoding="utf-8")
@@ -157,11 +155,9 @@ def _recipe(source: Source, out: str, written: PruneOutput, dtype: str) -> Path 
 
 def _recipe_dtype(source: Source, target: Target, written: PruneOutput) -> str:
     """The dtype for the recipe; checks that mergekit reads the model, and the recipe's path."""
-    if written.recipe is None:
-        return ""
     if target.format == "gguf":
         raise ShortGPTError("`recipe`: mergekit writes no GGUF; leave one of them out")
-    dtype, path = recipe_dtype(source), Path(written.recipe)
+    dtype, path = recipe_dtype(source), Path(str(written.recipe))
     check_output(path, overwrite=written.overwrite, replaces=is_recipe)
     own, out = resolved(path), resolved(target.path)
     if own == out or own in out.parents:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from llama.io.sources import find_source
@@ -110,9 +111,8 @@ class Ranking(Table):
             return {"methods": named, "layers": [one.layers for one in sets], "loss": loss}
         if self.importance is None:
             assert self.search is not None
-            removed, losses = self.search.removed, self.search.losses
-            steps = (losses[min(i, len(losses) - 1)][layer] for i, layer in enumerate(removed))
-            return {"layer": [*removed], "loss": [*steps]}
+            steps = self.search.steps
+            return {"layer": [layer for layer, _ in steps], "loss": [loss for _, loss in steps]}
         if self.answer.n is None:
             return self.importance.columns
         gone = [layer in self.layers for layer in self.importance.layers]
@@ -132,11 +132,11 @@ class Ranking(Table):
 
 
 @takes_fields("rank")
+@interruptible()
 def rank(
     model: str,
     data: Data = TextSource(),
     *,
-    n: int | None = None,
     answer: Answer = Answer(),
     cut: Cut = Cut(stride=STRIDE),
     opening: OpenOptions = OpenOptions(),
@@ -152,7 +152,6 @@ def rank(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         data: texts to score on.
-        n: how many layers to remove; that of the answer.
         answer: what is asked: the method, the number of layers, when to stop.
         cut: how the texts are cut into windows.
         opening: how the model is opened.
@@ -173,12 +172,13 @@ def rank(
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
         >>> quick = rank("llama-2-7b", "novels/", n=9, size=512, max_windows=24)  # doctest: +SKIP
     """
-    answer, texts = answer if n is None else replace(answer, n=n), source_of(data)
+    texts = source_of(data)
     if answer.method == AUTO:  # windows to judge by must not overlap those to fit on
         most = cut.max_windows or MAX_WINDOWS
         cut = replace(cut, stride=max(cut.step, cut.size), max_windows=most)
         expect_budget(answer.budget, most)
     opening = as_begun(opening, saving.state)
+    saving.check()
     check_ranking(model, answer, cut, running, opening)
     kinds = texts.kinds()
     # of the files as they are now; ranks would wait for the first one, and not for long
@@ -199,15 +199,15 @@ def rank(
         work += "" if known else "; writing that takes more"
         end_dry_run(short, work, cut.size, total, batch_size=running.batch_size, **how)
     write = own_text_writer(short, cut.size, seed=cut.seed, beside=saving.state)
-    with interruptible():
-        documents = with_own_text(kinds, write, cut.max_windows)
+    documents = with_own_text(kinds, write, cut.max_windows)
     windows, bos = cut.mixed(documents, short.encode, short.bos), cut.bos or short.bos
     windows = list(windows) if answer.by_loss else windows
     state = None
     if saving.state is not None:  # a digest of all weights takes seconds
         text = {"text": json_digest(windows)} if answer.by_loss else {}
         identity = _identity(texts, answer, cut, running, bos)
-        state = saving.file(joined(identity, short.identity(), text))
+        identity = joined(identity, short.identity(), text)
+        state = StateFile(Path(saving.state), identity, every=saving.save_every)
     precision = short.about_precision
     result = Ranking(answer, cut.seed, state=state, scored=digests, bos=bos, precision=precision)
     if answer.by_loss:
@@ -291,18 +291,17 @@ def _measure(
             notify(forecast(short, first, batch_size=size, rule=rule, read=read, **counts))
         followed = rule or Stop(answer.n or 1, answer.method == "angular")
         follow = Following(notify, followed, stops=rule is not None)
-    with interruptible():
-        importance = short.measure(
-            windows,
-            batch_size=size,
-            total=total,
-            stop=rule,
-            state=state,
-            random_order=cut.seed is not None,
-            sublayers=answer.sublayers,
-            all_tokens=answer.method == "angular_all",
-            follow=follow,
-        )
+    importance = short.measure(
+        windows,
+        batch_size=size,
+        total=total,
+        stop=rule,
+        state=state,
+        random_order=cut.seed is not None,
+        sublayers=answer.sublayers,
+        all_tokens=answer.method == "angular_all",
+        follow=follow,
+    )
     return replace(result, importance=importance, verdict=short.verdict)
 
 
@@ -357,20 +356,19 @@ def _search(
     assert isinstance(short, ShortModel) and isinstance(windows, list)  # it is not streamed
     answer, few = result.answer, None
     n = answer.n or 0  # checked: it is given
-    with interruptible():
-        if answer.method == AUTO:
-            choice = choose_healed(short, windows, n, budget=answer.budget, state=result.state)
-            return replace(result, choice=choice)
-        if answer.candidates is not None:
-            short.measure(windows, batch_size=running.batch_size)
-            few = short.layers_to_remove(n=answer.candidates)
-        search = short.search(
-            windows,
-            n,
-            method=answer.method,
-            candidates=few,
-            batch_size=running.batch_size,
-            max_memory=bytes_of(running.max_memory or "2GB"),
-            state=result.state,
-        )
+    if answer.method == AUTO:
+        choice = choose_healed(short, windows, n, budget=answer.budget, state=result.state)
+        return replace(result, choice=choice)
+    if answer.candidates is not None:
+        short.measure(windows, batch_size=running.batch_size)
+        few = short.layers_to_remove(n=answer.candidates)
+    search = short.search(
+        windows,
+        n,
+        method=answer.method,
+        candidates=few,
+        batch_size=running.batch_size,
+        max_memory=bytes_of(running.max_memory or "2GB"),
+        state=result.state,
+    )
     return replace(result, search=search)

@@ -20,6 +20,7 @@ from short_gpt.data.texts import PG19, is_local, source_names
 from short_gpt.jobs.inputs import (
     STRIDE,
     Cut,
+    Data,
     Notify,
     Running,
     TextSource,
@@ -29,7 +30,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.saving import Saving
-from short_gpt.jobs.settings import Answer
+from short_gpt.jobs.settings import Answer, takes_fields
 from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
@@ -261,9 +262,10 @@ class ReproductionResult(NamedTuple):
         return {**compared, **about, **self.ranking.to_dict()}
 
 
+@takes_fields("reproduce")
 def reproduce(
     model: str | None,
-    data: str | TextSource = "pg19",
+    data: Data = TextSource(),
     *,
     paper: Answer = Answer(),
     cut: Cut = PROTOCOL,
@@ -272,6 +274,7 @@ def reproduce(
     saving: Saving = Saving(),
     notify: Notify = ignore,
     dry_run: bool = False,
+    **fields: Any,
 ) -> ReproductionResult:
     """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
 
@@ -284,6 +287,7 @@ def reproduce(
         paper: which model it is, and the confidence of the answer.
         notify: called with the time the run will take and with its progress.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
+        fields: single settings by their names, in place of objects: ``stream=True``.
 
     Example:
         >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from llama.io.files import check_writable, is_stream
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.settings import WRITE, needs_one_of, setting
 from short_gpt.wrappers.options import AUTO, TOKENIZER, OpenOptions
-
-if TYPE_CHECKING:
-    from short_gpt.runtime.state import StateFile
 
 NAMED = needs_one_of("`state` or `json`", "state", "json")
 
@@ -41,15 +38,10 @@ class Saving:
         named = self.state is not None or result in (None, "-") or is_stream(Path(str(result)))
         return self if named else replace(self, state=f"{result}.state")
 
-    def file(self, identity: Mapping[str, object]) -> StateFile | None:
-        """The file, or None if it has no name; see `StateFile` for the identity."""
-        from short_gpt.runtime.state import StateFile
-
-        if self.state is None:
-            return None
-        path = Path(self.state)
-        check_writable(path)
-        return StateFile(path, identity, every=self.save_every)
+    def check(self) -> None:
+        """Raises OSError where the file could not be written."""
+        if self.state is not None:
+            check_writable(Path(self.state))
 
     def __post_init__(self) -> None:
         if not 0 <= self.save_every < math.inf:

@@ -356,6 +356,8 @@ def _check_apart(
         names = ("size", "max_windows", "seed", "stride")
         cut = Cut(**{name: scored_by[name] for name in names}, bos=scored_by.get("bos"))
         kinds = [kind for kind in source.kinds() if not isinstance(kind, str)]
+        if not kinds:
+            return "not compared with the text that the scores were measured on: a model wrote it"
         scored = [w for kind in kinds for w in cut.windows(kind, short.encode, short.bos)]
     except (OSError, KeyError, ShortGPTError) as error:
         return f"not compared with the text that the scores were measured on: {error}"

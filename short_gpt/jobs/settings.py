@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from short_gpt.jobs.inputs import SIZE, Cut, TextSource, layer_list, listed, name_texts
@@ -26,7 +27,6 @@ from short_gpt.runtime.settings import (
 
 if TYPE_CHECKING:
     from short_gpt.healing import DistillSettings, Recipe
-    from short_gpt.healing.distillation import Predictor
     from short_gpt.healing.refit import RefitSettings
     from short_gpt.healing.texts import Learning
     from short_gpt.scoring.stopping import Stop
@@ -44,7 +44,12 @@ SEED, CONFIDENCE = needs_one_of("a `seed`", "seed"), needs_one_of("a `confidence
 def _settled(values: Values) -> bool:
     if "method" not in values:  # reproduce chooses both itself
         return True
-    return None not in (values["n"], values["seed"]) and values["method"] in ("bi", "angular")
+    return can_settle(values["n"], values["seed"], values["method"])
+
+
+def can_settle(n: object, seed: object, method: object) -> bool:
+    """Whether the layers chosen may be known before all windows are read."""
+    return n is not None and seed is not None and method in ("bi", "angular")
 
 
 def _by_loss(method: object) -> bool:
@@ -117,8 +122,7 @@ class Answer:
         if self.confidence is None:
             return None
         rule = Stop(self.n or 1, self.method == "angular", self.confidence, rare=self.rare)
-        can = self.n is not None and seed is not None and self.method in ("bi", "angular")
-        return rule if can else None
+        return rule if can_settle(self.n, seed, self.method) else None
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,8 @@ class Choice:
         if self.by is not None:
             check_method(self.by)
         if self.layers is not None and self.by is not None:
-            raise ShortGPTError("`method` chooses from `scores`, not from `layers`")
+            name = "angular" if self.angular else "method"
+            raise ShortGPTError(f"`{name}` chooses from `scores`, not from `layers`")
         if self.max_perplexity_ratio is not None:
             check_limit(self.max_perplexity_ratio, self.confidence)
         return self
@@ -250,7 +255,14 @@ class HealingWindows:
         at_least(1, eval_windows=self.eval_windows)
 
     def read(
-        self, texts: TextSource, short: ScoredModel, size: int, limit: int | None, **how: Any
+        self,
+        texts: TextSource,
+        short: ScoredModel,
+        size: int,
+        limit: int | None,
+        *,
+        validate: bool,
+        beside: str | Path,
     ) -> Learning:
         """The windows of ``size``, ``limit`` of them to learn from, as `HealingTexts.windows`.
 
@@ -259,11 +271,18 @@ class HealingWindows:
         from short_gpt.healing.texts import HealingTexts
         from short_gpt.wrappers.own_text import own_text_writer
 
-        write = own_text_writer(short, size, seed=self.seed, beside=how.pop("beside"))
+        write = own_text_writer(short, size, seed=self.seed, beside=beside)
         place = (texts.split, texts.column, texts.max_texts, self.seed)
-        how |= {"eval_windows": self.eval_windows, "drop_overlap": self.drop_overlap}
-        how |= {"bos": self.bos or short.bos, "limit": self.max_windows or limit, "write": write}
-        return HealingTexts(texts.data, self.eval_data, *place).windows(short.encode, size, **how)
+        return HealingTexts(texts.data, self.eval_data, *place).windows(
+            short.encode,
+            size,
+            bos=self.bos or short.bos,
+            limit=self.max_windows or limit,
+            eval_windows=self.eval_windows,
+            drop_overlap=self.drop_overlap,
+            validate=validate,
+            write=write,
+        )
 
 
 # the settings of a recipe, and all of distillation alone
@@ -348,12 +367,12 @@ class Settings:
         """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
         from short_gpt.healing import lora
         from short_gpt.healing.distillation import check_share, check_targets
+        from short_gpt.healing.job import CLOSED, TRAINING
         from short_gpt.healing.recipe import PRESETS, Recipe
 
-        closed, training = kinds_of_methods()
         for names, users in (
-            ((*RECIPE, "resume", "preset"), training),
-            (("ridge",), closed),
+            ((*RECIPE, "resume", "preset"), TRAINING),
+            (("ridge",), CLOSED),
             (("parts", "aim"), ("refit",)),
             (DISTILLING, ("distill",)),
         ):
@@ -365,9 +384,9 @@ class Settings:
             self.refit()
         if self.preset not in PRESETS:
             raise ShortGPTError(f"`preset` {self.preset}: expected one of {', '.join(PRESETS)}")
-        if not {*training} & {*methods}:
+        if not {*TRAINING} & {*methods}:
             return
-        Recipe(**{**asdict(Recipe()), **self.changes})  # raises for values out of range
+        Recipe(**{**PRESETS[self.preset], **self.changes})  # raises for values out of range
         lora.require_packages()
         lora.check_reports(self.report_to)
         if self.four_bit:
@@ -410,20 +429,12 @@ class Settings:
         return recipe_for(short.trainable().config, self.preset, **changes)
 
     def distill(
-        self, recipe: Recipe | None, teacher: Callable[[], Predictor] | None
+        self, recipe: Recipe | None, teacher: Callable[[], ScoredModel] | None
     ) -> DistillSettings:
         from short_gpt.healing import DistillSettings
 
         changed = self._changed(("top_k", "temperature", "kl_share"))
         return DistillSettings(recipe, teacher=teacher, live=self.live_teacher, **changed)
-
-
-def kinds_of_methods() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The methods that are closed forms, and those that train."""
-    from short_gpt.healing.job import STEPS
-
-    closed, training = ([n for n, s in STEPS.items() if s.trains is t] for t in (False, True))
-    return tuple(closed), tuple(training)
 
 
 def methods_of(text: str) -> list[str]:
@@ -437,7 +448,7 @@ def methods_of(text: str) -> list[str]:
                 f"`method` {text}: expected one of {', '.join(STEPS)}, or several by commas, got "
                 f"{name!r}"
             )
-    check_order([(name, STEPS[name].trains) for name in methods])
+    check_order([STEPS[name] for name in methods])
     return methods
 
 
@@ -467,12 +478,15 @@ def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
                     near = get_close_matches(name, [*known, *every], n=1)
                     hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
                     raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
-            changed = {known[name][0] for name in singles}
-            also = [n for n in arguments.keys() & known.keys() if n != known[n][0] in changed]
-            singles |= {name: arguments.pop(name) for name in also}
             for group, default in groups.items():
                 value = default if arguments.get(group) is None else arguments[group]
                 if not isinstance(value, type(default)):  # of the field of this name, as of data
+                    names = [field.name for field in fields(default)]
+                    if group not in names:
+                        raise ShortGPTError(
+                            f"`{group}` = {value!r}: expected {type(default).__name__}, or its "
+                            f"fields by their names, such as {names[0]}=..."
+                        )
                     value = replace(default, **{group: value})
                 own = {known[n][1]: single for n, single in singles.items() if known[n][0] == group}
                 arguments[group] = replace(value, **own)

@@ -27,7 +27,7 @@ from short_gpt.healing.job import holds_a_run
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.comparing import Comparison, windows_digest
+from short_gpt.jobs.comparing import Comparison
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.inputs import (
     Data,
@@ -55,7 +55,7 @@ from short_gpt.jobs.shrink_plan import (
     plan,
 )
 from short_gpt.jobs.shrunk import REPORT, ShrinkResult, StateReport, next_steps, report_of
-from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import StateFile, hold, joined
@@ -167,8 +167,8 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
         own = (str(asked.source), layers, short.importance.block_influence.tolist())
         check_writable_gguf(*own)
         kinds = about_kinds(*own)
-    short.evidence |= {"method": METHODS[asked.method], "eval_data": cut.eval_data}
-    short.evidence |= {"size": known.size}
+    chosen_by = {"method": METHODS[asked.method], "eval_data": cut.eval_data, "size": known.size}
+    short.evidence |= chosen_by
     asked.notify(f"layers to remove: {sorted(layers)}")
     looks = {"original": run.look("original")}
     with short.without_layers(layers):
@@ -228,8 +228,9 @@ class _Run:
 
     def __init__(self, asked: ShrinkRequest, known: ShrinkContext) -> None:
         self.asked, self.known, short, settings = asked, known, known.opened.short, asked.settings
-        how: Any = {"validate": settings.minutes is not None, "beside": asked.folder / REPORT}
-        windows = asked.cut.read(asked.texts, short, known.size, known.limit, **how)
+        validate, beside = settings.minutes is not None, asked.folder / REPORT
+        given = (asked.texts, short, known.size, known.limit)
+        windows = asked.cut.read(*given, validate=validate, beside=beside)
         self.windows = windows
         self.calibration = windows.training[:MAX_WINDOWS]  # that choose the layers
         # the prompt and the tasks choose no layers, and may be others when a run goes on
@@ -241,7 +242,7 @@ class _Run:
         saved = StateFile(asked.folder / STATE, identity, folder=asked.folder)
         self.sets: Comparison | None = None  # of a streamed model
         if not short.streamed:
-            how = {"few": TRIAL_WINDOWS, "state": saved, "budget": settings.budget}
+            how: Any = {"few": TRIAL_WINDOWS, "state": saved, "budget": settings.budget}
             self.sets = Comparison(known.in_memory, self.calibration, windows.evaluation, **how)
         self.cells = Cells(saved) if self.sets is None else self.sets.cells
 

@@ -5,19 +5,11 @@ from typing import TYPE_CHECKING
 from llama.lazy import lazy
 
 if TYPE_CHECKING:
-    from short_gpt.plots.figures import require_matplotlib, save
     from short_gpt.plots.layers import angular_heatmap, beside_published, importance_bars
-    from short_gpt.plots.pictures import (
-        compared_page,
-        draw_crossed,
-        draw_published,
-        draw_quality,
-        draw_scores,
-    )
+    from short_gpt.plots.pictures import compared_page, score_figures
     from short_gpt.plots.quality import cross_map, quality_curves
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["angular_heatmap", "beside_published", "compared_page", "cross_map", "draw_crossed"]
-__all__ += ["draw_published", "draw_quality", "draw_scores", "importance_bars", "quality_curves"]
-__all__ += ["require_matplotlib", "save"]
+__all__ = ["angular_heatmap", "beside_published", "compared_page", "cross_map"]
+__all__ += ["importance_bars", "quality_curves", "score_figures"]

@@ -30,7 +30,6 @@ def importance_bars(
     margin: Tensor | None = None,
     removed: Sequence[int] = (),
     layers: Sequence[int] | None = None,
-    title: str | None = None,
 ) -> Figure:
     """Bars of the Block Influence of every layer (ShortGPT, arXiv:2403.03853, Eq. 1).
 
@@ -81,9 +80,7 @@ def importance_bars(
         labels.append("margin, 95%")
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(
-        "Block Influence: how far each layer turns the hidden states" if title is None else title
-    )
+    figure.suptitle("Block Influence: how far each layer turns the hidden states")
     return figure
 
 
@@ -142,7 +139,6 @@ def angular_heatmap(
     *,
     block: tuple[int, int] | None = None,
     layers: Sequence[int] | None = None,
-    title: str | None = None,
 ) -> Figure:
     """Angular distance over every block of consecutive layers (arXiv:2403.17887, Eq. 6).
 
@@ -191,9 +187,7 @@ def angular_heatmap(
         )
     axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        "Angle between the hidden states before and after a block" if title is None else title
-    )
+    figure.suptitle("Angle between the hidden states before and after a block")
     return figure
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from short_gpt.jobs.calibration import CrossResult
-from short_gpt.jobs.cases import Row
+from short_gpt.jobs.cases import TRAINED, Row
 from short_gpt.plots.figures import empty, logarithmic
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.selection.methods import LABELS
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 SHOWN = 100
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C7A00", "#000000")
 MARKERS = "osD^vPX*"  # one shape a method: where lines coincide, the colour alone hides one
-TRAINED = ("lora", "distill")
 TITLES = {  # of parts, by healing, in their order
     "raw": "pruned, not healed",
     "patched": "healed by a patch",
@@ -31,7 +30,7 @@ TITLES = {  # of parts, by healing, in their order
 }
 
 
-def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
+def quality_curves(rows: Sequence[Row]) -> Figure:
     """Perplexity over the number of layers removed: a part for each healing, a colour and shape
     for each method.
 
@@ -92,8 +91,6 @@ def quality_curves(rows: Sequence[Row], *, title: str | None = None) -> Figure:
         title="layers chosen by (bars: one standard error)",
         fontsize=9,
     )
-    if title is not None:
-        figure.suptitle(title)
     return figure
 
 

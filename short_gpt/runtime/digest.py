@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -38,6 +38,11 @@ def json_digest(content: object) -> str:
         True
     """
     return sha256(json.dumps(content, default=operator.index).encode()).hexdigest()[:16]
+
+
+def windows_digest(windows: Iterable[Sequence[int]]) -> str:
+    """A digest of the token ids of windows."""
+    return json_digest([[int(token) for token in window] for window in windows])
 
 
 def files_digest(files: Iterable[Path]) -> str:

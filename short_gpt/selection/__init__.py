@@ -3,8 +3,8 @@
 from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reverse, sequential
 from short_gpt.selection.methods import BY_LOSS, METHODS, check_method, choose
 from short_gpt.selection.perplexity_budget import Budget, most_layers
-from short_gpt.selection.search import Options, Search, one_shot, sleb, sleb_rounds
+from short_gpt.selection.search import Options, Search, by_loss, sleb_rounds
 
 __all__ = ["BY_LOSS", "METHODS", "Budget", "Options", "Search", "at_random", "best_block"]
-__all__ += ["check_method", "choose", "deepest", "lowest", "most_layers", "one_shot", "reverse"]
-__all__ += ["sequential", "sleb", "sleb_rounds"]
+__all__ += ["by_loss", "check_method", "choose", "deepest", "lowest", "most_layers", "reverse"]
+__all__ += ["sequential", "sleb_rounds"]

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ from short_gpt.models.layer_hooks import (
     state_in,
 )
 from short_gpt.models.numbering import check_count, check_exist
-from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
@@ -75,14 +75,24 @@ class Search:
     # of every round, the mean loss in nats per token without each candidate
     losses: list[dict[int, float]] = field(default_factory=list)
 
-
-DEFAULT = Options()
+    @property
+    def steps(self) -> list[tuple[int, float]]:
+        """The removed layers, each with its loss in its round, or in the only one."""
+        last = len(self.losses) - 1
+        return [(layer, self.losses[min(i, last)][layer]) for i, layer in enumerate(self.removed)]
 
 
 def by_loss(
     decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options, *, method: str
 ) -> Search:
-    """The search of a name in `methods.SEARCHED`; ShortGPTError for another name."""
+    """The search of a name in `methods.SEARCHED`; ShortGPTError for another name.
+
+    "sleb" is `sleb_rounds`, and "perplexity" takes the n layers without which, each alone, the loss
+    is lowest (Shortened LLaMA): every layer is a candidate, and n is 1 to L - 1.
+
+    Args:
+        windows: token ids; all are read once for every candidate of every round.
+    """
     if method not in SEARCHED:
         raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(SEARCHED)}")
     if method == "sleb":
@@ -101,24 +111,18 @@ def by_loss(
     return trials.result
 
 
-def sleb(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: Any) -> Search:
+def sleb_rounds(
+    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options
+) -> Iterator[Search]:
     """Removes greedily the layer whose absence costs least, n times (SLEB, arXiv:2402.09025).
 
     Every round scores all remaining layers on the model as pruned so far. The first and the last
-    are never candidates; ties go to the lower layer.
+    are never candidates; ties go to the lower layer. Yields the result so far after each round.
 
     Args:
         windows: token ids; all are read once for every candidate of every round.
         n: how many layers, 1 to L - 2.
-        options: fields of `Options`.
     """
-    return by_loss(decoder, windows, n, Options(**options), method="sleb")
-
-
-def sleb_rounds(
-    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options = DEFAULT
-) -> Iterator[Search]:
-    """The search of `sleb`: the result so far after each of its n rounds."""
     count = len(decoder.layers)
     allowed = options.allowed(count)
     if options.candidates is not None and not allowed:
@@ -139,18 +143,10 @@ def sleb_rounds(
 
 
 def most_layers_run(count: int, n: int) -> int:
-    """The most layers, of so many, that a window runs through in the search of `sleb`."""
+    """The most layers, of so many, that a window runs through in `sleb_rounds`."""
     tried = [alive - 2 for alive in range(count, count - n, -1)]  # in every round
     # the layers after each candidate, and the candidates, through which the states advance
     return sum(trials * (trials + 1) // 2 + trials for trials in tried)
-
-
-def one_shot(decoder: Decoder, windows: Sequence[Sequence[int]], n: int, **options: Any) -> Search:
-    """The n layers without which, each alone, the loss is lowest (Shortened LLaMA, by perplexity).
-
-    Arguments and errors as in `sleb`, except ``candidates``: every layer is one, n is 1 to L - 1.
-    """
-    return by_loss(decoder, windows, n, Options(candidates=None, **options), method="perplexity")
 
 
 class PartialRun:
@@ -257,8 +253,8 @@ class Trials:
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
         # nats of an unfinished round are by group: with other groups they would count twice
         self._sizes = [sum(int(mask.sum()) for _, mask in group) for group in self._groups]
-        digest = json_digest([[int(token) for token in window] for window in windows])
-        self._about = {**about, "layers": len(self._layers), "windows": digest}
+        about = {**about, "layers": len(self._layers), "windows": windows_digest(windows)}
+        self._about = about
         self.result, self._done = continued(options.state, self._sizes, self._about)
 
     def keep(self, n: int) -> None:

@@ -96,7 +96,7 @@ class ShortModel(ScoredModel):
         state: StateFile | None = None,
         progress: bool = True,
     ) -> Search:
-        """The layers to remove by the loss without them; see `search.sleb` and `search.one_shot`.
+        """The layers to remove by the loss without them; see `search.by_loss`.
 
         Args:
             windows: token ids, all read for every candidate.

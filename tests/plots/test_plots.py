@@ -86,13 +86,12 @@ def test_layers_keep_their_numbers_after_a_removal():
 
 
 def test_a_bar_a_layer_and_the_removed_in_another_colour() -> None:
-    figure = importance_bars(LEVEL, removed=[2, 1], title="A model")
+    figure = importance_bars(LEVEL, removed=[2, 1])
     (axes,) = figure.axes
     assert bars(axes) == {
         n: (float(height), REMOVED if n in (1, 2) else KEPT) for n, height in enumerate(LEVEL)
     }
     assert legend(figure) == ["kept", "removed"]
-    assert figure.get_suptitle() == "A model"
     assert axes.get_xlabel() == "layer"
     assert figure.get_supylabel() == "Block Influence, 1 - cos"
     assert axes.get_ylim()[0] == 0 and 0.4 < axes.get_ylim()[1] < 0.5
@@ -199,7 +198,7 @@ def cells(figure: Figure) -> Tensor:
 
 
 def test_a_column_is_a_start_and_a_row_a_size() -> None:
-    figure = angular_heatmap(distances(), title="A model")
+    figure = angular_heatmap(distances())
     expected = [
         [0.10, 0.11, 0.12, 0.13],
         [0.20, 0.21, 0.22, math.nan],
@@ -211,7 +210,6 @@ def test_a_column_is_a_start_and_a_row_a_size() -> None:
     assert axes.get_xlabel() == "first layer of the block"
     assert axes.get_ylabel() == "number of layers in the block"
     assert colours.get_ylabel() == "angular distance, arccos(cos) / pi"
-    assert figure.get_suptitle() == "A model"
     assert png(figure)
 
 
@@ -296,14 +294,13 @@ def legend(figure: Figure) -> list[str]:
 
 
 def test_a_curve_starts_at_the_original_model_and_a_band_spans_the_seeds() -> None:
-    figure = quality_curves([DENSE, *CUT, *RANDOM], title="A model")
+    figure = quality_curves([DENSE, *CUT, *RANDOM])
     (axes,) = figure.axes
     assert curves(axes) == {"Block Influence": [(0, 10.0), (2, 20.0), (4, 90.0)]}
     bands = [c for c in axes.collections if "random" in str(c.get_label())]
     box = bands[0].get_paths()[0].get_extents()
     assert len(bands) == 1
     assert (box.x0, box.x1, box.y0, box.y1) == (0, 2, 10.0, 80.0)
-    assert figure.get_suptitle() == "A model"
     random = "random layers, best to worst of 3"
     assert legend(figure) == [random, "Block Influence", "original model"]
     png(figure)

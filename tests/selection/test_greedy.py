@@ -19,7 +19,7 @@ from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection import search as search_module
-from short_gpt.selection.search import PartialRun, one_shot, sleb, sleb_rounds
+from short_gpt.selection.search import Options, PartialRun, by_loss, sleb_rounds
 from short_gpt.wrappers.short_llama import ShortLlama
 
 
@@ -40,6 +40,14 @@ def plain_sleb(decoder: Decoder, windows: list[list[int]], n: int):
 
 def model(layers: int = 8):
     return MetaDecoder(make_transformer(n_layers=layers))
+
+
+def sleb(decoder, windows, n, **options):
+    return by_loss(decoder, windows, n, Options(**options), method="sleb")
+
+
+def one_shot(decoder, windows, n, **options):
+    return by_loss(decoder, windows, n, Options(**options), method="perplexity")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +155,7 @@ def test_an_interrupted_search_continues_bit_for_bit(tmp_path, stop_at):
     assert again == whole
     fewer = sleb(model(), windows, 2, max_memory=5000, state=StateFile(tmp_path / "s", {"seed": 1}))
     assert fewer.removed == whole.removed[:2] and fewer.losses == whole.losses[:2]
-    every = [*sleb_rounds(model(), windows, 3)]
+    every = [*sleb_rounds(model(), windows, 3, Options())]
     assert [len(found.removed) for found in every] == [1, 2, 3]
 
 
