@@ -226,7 +226,7 @@ def write_shards(
             archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
         for name, key in sources.items():
             info = infos[name]
-            full = read(name).detach().to("cpu", info.dtype)
+            full = _rounded(name, read(name).detach(), info.dtype)
             for number, archive in enumerate(archives):
                 tensor = part(name, full, number).contiguous()
                 if tuple(tensor.shape) != info.shape:
@@ -240,6 +240,15 @@ def write_shards(
                 raise OSError(
                     f"{path}, read again, holds another {other} than was written: check the disk"
                 )
+
+
+def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in this dtype on the CPU; InputError if a finite value exceeds float16's."""
+    rounded = weight.to("cpu", dtype)
+    narrows = dtype == torch.float16 != weight.dtype
+    if narrows and rounded.isinf().sum() > weight.isinf().sum():
+        raise InputError(f"{name} has values beyond float16's; take bfloat16 or float32")
+    return rounded
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, tensor: Tensor) -> None:

@@ -60,7 +60,7 @@ def gguf_to_meta(
 
     def read(name: str) -> Tensor:
         progress(name)
-        return source.read(source.name_of(name)).to(kind)
+        return source.read(source.name_of(name))
 
     out = Path(str(out_dir))
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
@@ -102,7 +102,7 @@ def hf_to_meta(
 
     def read(name: str) -> Tensor:
         progress(name)
-        return opened.read(name).to(opened.infos[name].dtype)
+        return opened.read(name)
 
     # what Meta's format cannot say, for the way back
     kept = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")

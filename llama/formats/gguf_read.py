@@ -254,6 +254,16 @@ class GGUFParts:
             raise InputError(f"{self.path} lacks the key {key}")
         return self.fields[key]
 
+    def need_list(self, key: str, kind: type) -> list[Any]:
+        """A list of values of one type; InputError if the key is missing or holds another."""
+        values = self.need(key)
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise InputError(
+                f"{self.path} has {key} = {str(values)[:40]}, expected a list of {kind.__name__}; "
+                "convert the model again"
+            )
+        return values
+
     def part_of(self, name: str) -> int:
         """The number, from 0, of the file that holds a tensor."""
         return self._part[name]
@@ -270,6 +280,8 @@ class GGUFParts:
         entry, path = self.tensors[name], self.paths[self._part[name]]
         kind, width = GGMLQuantizationType(entry.kind), entry.shape[-1]
         plain = NUMPY_TYPES.get(kind.name)
+        if kind.name[0] == "I" and kind.name[1:].isdigit():  # I8 to I64
+            raise InputError(f"{name} in {path} holds whole numbers ({kind.name}), not weights")
         values = torch.empty(entry.shape, dtype=dtype or torch.float32)  # (..., D)
         rows = values.view(-1, width)
         row_bytes = entry.nbytes // len(rows)

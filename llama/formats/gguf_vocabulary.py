@@ -201,9 +201,9 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
             f"{source.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') and "
             "SentencePiece's ('llama') can be converted"
         )
-    tokens, pre = source.need(f"{PREFIX}.tokens"), source.get(f"{PREFIX}.pre", "default")
-    types = source.need(f"{PREFIX}.token_type")
-    text = tokenizer_json(tokens, types, source.need(f"{PREFIX}.merges"), pre)
+    tokens, types = source.need_list(f"{PREFIX}.tokens", str), _types(source)
+    pre = str(source.get(f"{PREFIX}.pre", "default"))
+    text = tokenizer_json(tokens, types, source.need_list(f"{PREFIX}.merges", str), pre)
     # llama.cpp's defaults where the file is silent: Llama 3 begins with bos, others do not
     add_bos = bool(source.get(f"{PREFIX}.add_bos_token", pre == "llama-bpe"))
     bos = _token_id(source, "bos", tokens)
@@ -215,8 +215,8 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
 
 
 def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
-    keys = (f"{PREFIX}.{key}" for key in ("tokens", "scores", "token_type"))
-    tokens, scores, types = map(source.need, keys)
+    tokens, types = source.need_list(f"{PREFIX}.tokens", str), _types(source)
+    scores = source.need_list(f"{PREFIX}.scores", float)
     if not len(tokens) == len(scores) == len(types) == len(set(tokens)):
         counts = f"{len(tokens)} tokens, {len(set(tokens))} distinct, {len(scores)} scores"
         raise InputError(f"{source.path} has {counts} and {len(types)} types: it is damaged")
@@ -227,8 +227,17 @@ def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
     space = bool(source.get(f"{PREFIX}.add_space_prefix", True))
     named = _named_tokens(source, tokens)
     ends = {key: named[f"{key}_token"] for key in ("bos", "eos") if f"{key}_token" in named}
-    data = Pieces(tokens, [float(s) for s in scores], types, space).to_bytes(**ends)
+    data = Pieces(tokens, scores, types, space).to_bytes(**ends)
     return "tokenizer.model", data, {**LLAMA2_CONFIG, **named}
+
+
+def _types(source: GGUFParts) -> list[int]:
+    types = source.need_list(key := f"{PREFIX}.token_type", int)
+    if odd := [kind for kind in types if not 0 <= kind <= BYTE]:
+        raise InputError(
+            f"{source.path} has {key} {odd[0]}, expected 0 to {BYTE}; convert the model again"
+        )
+    return types
 
 
 def _token_id(source: GGUFParts, name: str, tokens: Sequence[str]) -> int | None:

@@ -222,7 +222,7 @@ def new_files(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> It
     targets = [resolved(path) for path in paths]
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(targets[0]) as work:
-        yield [work / path.name for path in paths]
+        yield [work / target.name for target in targets]
         follow_umask(work)
         check_outputs(paths, overwrite=overwrite, replaces=replaces)  # one may have appeared since
         renamed: list[Path] = []

@@ -19,13 +19,18 @@ def read_json(path: Path) -> JsonObject:
     """The JSON object in a file; InputError if it holds no JSON, or not one object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    return json_object(path.read_bytes(), str(path))
+
+
+def json_object(text: str | bytes, where: str) -> JsonObject:
+    """The JSON object that a text ``where`` holds; InputError if it holds none."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}; fetch or write it again") from None
+        raise InputError(f"{where} is not JSON: {error}; fetch or write it again") from None
     if not isinstance(content, dict):
         raise InputError(
-            f"{path} must hold one JSON object, got a {type(content).__name__}; fetch or write it "
+            f"{where} must hold one JSON object, got a {type(content).__name__}; fetch or write it "
             "again"
         )
     return content

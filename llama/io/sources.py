@@ -12,8 +12,8 @@ from typing import Literal
 from llama.errors import InputError, required
 
 Kind = Literal["meta", "hf", "gguf", "hub"]
-FETCHED = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
-FETCHED += ["README.md"]
+FETCHED = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+FETCHED += ["tokenizer*", "*.model", "*.tiktoken", "*.bpe", "*.txt"]  # of tokenizers
 # Models known by a name alone, where nothing of that name is here, and what fetches each.
 NAMED: dict[str, Callable[[], str]] = {}
 

@@ -32,7 +32,7 @@ from short_gpt.checkpoints.gguf_layers import LAYER, Influence, Stack
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import NAME, RECORD
-from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, stored_names, takes_target
+from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, stored_names
 from short_gpt.models.gguf_loading import is_scaled
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -43,10 +43,9 @@ PERMUTED = ("llama",)
 PLUS_ONE = ("gemma2", "gemma3")
 
 
-@takes_target
 def prune_gguf(
     source: StrPath,
-    target: Target,
+    target: Target | StrPath,
     layers: Sequence[int],
     *,
     provenance: Provenance | None = None,
@@ -64,10 +63,9 @@ def prune_gguf(
     return write_gguf(stack.parts, target, keep, done=done, progress=progress)
 
 
-@takes_target
 def write_gguf(
     source: GGUFParts,
-    target: Target,
+    target: Target | StrPath,
     keep: Sequence[int],
     *,
     changed: Mapping[str, Stored] | None = None,
@@ -79,6 +77,7 @@ def write_gguf(
     ``changed`` tensors, by their names there, differ from the source's; ``done`` is the record,
     without which, and with all blocks, the bytes do not change.
     """
+    target = Target.of(target)
     check_new_gguf(target.out, source=source.paths[0], overwrite=target.overwrite)
     names = stored_names(source.tensors, "blk", keep)
     changed = changed or {}
@@ -90,8 +89,7 @@ def write_gguf(
             records[NAME] = record(NAME, done.named(name), STRING)
     with target.new_files() as partial:
         digests = write_again(partial, source, tensors, records=records, progress=progress)
-        changes = {new: digests[new] for new, old in names.items() if old in changed}
-        check_written(partial[0], source, names, records, changed=changes)
+        check_written(partial[0], source, records, digests)
     return target.path
 
 
@@ -119,14 +117,12 @@ def about_kinds(source: StrPath, layers: Sequence[int], influence: Influence = (
 def check_written(
     path: Path,
     source: GGUFParts,
-    names: Mapping[str, str],
     records: Mapping[str, Record | None],
-    *,
-    changed: Mapping[str, bytes],
+    digests: Mapping[str, bytes],
 ) -> None:
     """Raises RuntimeError unless a file, read again, holds what was to be written.
 
-    ``changed`` are digests of tensors, by their new names, that are not the source's.
+    ``digests`` are those of its tensors, in order; ``records`` are keys that are not the source's.
     """
     again = GGUFParts(path)
     expected = {k: r.raw for k, r in source.headers[0].records.items() if k not in records}
@@ -135,15 +131,13 @@ def check_written(
     wrong = [k for k in expected | written if expected.get(k) != written.get(k)]
     if wrong := [key for key in wrong if not key.startswith("split.")]:
         raise RuntimeError(f"{path} does not say what it should of {', '.join(wrong[:3])}")
-    if list(again.tensors) != list(names):
+    if list(again.tensors) != list(digests):
         raise RuntimeError(f"{path} holds other tensors than it should")
-    for new, old in names.items():
-        digest = changed.get(new) or digest_of(source.chunks(old))
-        if digest != digest_of(again.chunks(new)):
-            raise RuntimeError(f"{path} holds another {new} than was to be written")
+    for name, digest in digests.items():
+        if digest != digest_of(again.chunks(name)):
+            raise RuntimeError(f"{path} holds another {name} than was to be written")
 
 
-@takes_target
 def save_gguf(
     short: ModelRecord, target: Target, source: StrPath, layers_path: str, *, record: Provenance
 ) -> Path:

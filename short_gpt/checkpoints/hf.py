@@ -26,7 +26,7 @@ from llama.io.json_files import read_json, write_json
 from llama.io.sources import resolve
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
-from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names, takes_target
+from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import auto_class, check_stored
@@ -38,37 +38,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What goes along as it is: tokenizers, generation settings, templates, licenses.
-COPIED = re.compile(r".+\.(json|jinja|model|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*")
+COPIED = re.compile(
+    r".+\.(json|jinja|model|tiktoken|bpe|txt)|(LICENSE|NOTICE|USE_POLICY).*|tokenizer.*"
+)
 NOT_COPIED = re.compile(r"(config|params|pruning|conversion)\.json|.+\.index\.json|.+\.py")
 
 
-@takes_target
 def prune_hf(
     source: StrPath,
-    target: Target,
+    target: Target | StrPath,
     layers: Sequence[int],
     *,
     provenance: Provenance | None = None,
-    replaced: Replaced | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
     """Prunes a Hugging Face directory or hub id of any family as `prune_checkpoint` does.
 
     The bytes are copied in pieces, so memory does not grow with the model and any dtype goes over.
-    ``config.json`` changes only where the removal changes it. ``replaced`` are tensors, by name in
-    the source's files, that are written in their place.
+    ``config.json`` changes only where the removal changes it.
     """
-    directory = resolve(source)
+    directory, target = resolve(source), Target.of(target)
     target.check(source=directory)
-    weights = open_weights(directory)
-    decoder = _skeleton(directory)
-    weights = _own_weights(weights, decoder)
-    count = len(decoder.layers)
-    check_layers(layers, range(count))
-    keep = [i for i in range(count) if i not in set(layers)]
+    numbers = range(len(_skeleton(directory).layers))
+    check_layers(layers, numbers)
+    keep = [i for i in numbers if i not in set(layers)]
     chosen = provenance or Provenance()
     record = chosen.pruned(source, removed=layers, kept=keep, directory=directory)
-    stored = stored_names(weights, _prefix(weights, decoder.layers_path, count), keep)
+    return write_hf(directory, target, keep, record, progress=progress)
+
+
+def write_hf(
+    directory: Path,
+    target: Target,
+    keep: Sequence[int],
+    record: Provenance,
+    *,
+    replaced: Replaced | None = None,
+    progress: Callable[[str], object] = str,
+) -> Path:
+    """Writes the layers ``keep`` of a Hugging Face directory; see `prune_hf`.
+
+    ``replaced`` are tensors, by name in the source's files, that are written in their place.
+    """
+    target.check(source=directory)
+    decoder = _skeleton(directory)
+    weights = _own_weights(open_weights(directory), decoder)
+    prefix = _prefix(weights, decoder.layers_path, len(decoder.layers))
+    stored = stored_names(weights, prefix, keep)
     config = _edited_config(directory, decoder, keep)
     with target.new_directory(record, card=True) as partial:
         write_json(partial / "config.json", config)
@@ -78,7 +94,6 @@ def prune_hf(
     return target.path
 
 
-@takes_target
 def save_hf(
     model: PreTrainedModel,
     target: Target,
@@ -102,7 +117,6 @@ def save_hf(
     return target.path
 
 
-@takes_target
 def save_as_meta(
     model: PreTrainedModel, target: Target, *, record: Provenance, tokenizer_path: StrPath
 ) -> Path:

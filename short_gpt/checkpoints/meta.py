@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,40 +24,33 @@ from llama.parallel import model_parallel_size
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names, takes_target
+from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 
 
-@takes_target
 def prune_meta(
     ckpt_dir: StrPath,
-    target: Target,
+    target: Target | StrPath,
     layers: Sequence[int],
     *,
     tokenizer_path: StrPath | None = None,
     provenance: Provenance | None = None,
-    replaced: Replaced | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
     """Prunes a Meta checkpoint as `prune_checkpoint` does, with the same sharding.
 
-    Memory is bounded by the largest tensor. ``replaced`` are full tensors, by name, that are
-    written in place of the source's.
+    Memory is bounded by the largest tensor.
     """
     source = Checkpoint(ckpt_dir)
     numbers = range(source.args.n_layers)
     check_layers(layers, numbers)
     keep = [i for i in numbers if i not in set(layers)]
-    tokenizer = Path(str(tokenizer_path or find_tokenizer(source.directory)))
-    ids = source.args.vocab_size
-    check_vocabulary(Tokenizer(tokenizer), tokenizer, ids, source.directory)
     record = (provenance or Provenance()).pruned(ckpt_dir, removed=layers, kept=keep)
-    target.check(source=source.directory)
-    return _write(source, target, keep, record, tokenizer, replaced or {}, progress)
+    path, target = tokenizer_path, Target.of(target)
+    return write_meta(source, target, keep, record, tokenizer_path=path, progress=progress)
 
 
-@takes_target
 def save_meta(
     short: ModelRecord,
     target: Target,
@@ -85,11 +79,8 @@ def save_meta(
         )
     if not short.changed:
         target = replace(target, verify=None)  # the source's bytes are copied
-        return prune_meta(
-            source, target, short.removed, tokenizer_path=tokenizer_path, provenance=record
-        )
+        return write_meta(checkpoint, target, short.kept, record, tokenizer_path=tokenizer_path)
     _check_one_file(checkpoint)
-    tokenizer = Path(str(tokenizer_path or find_tokenizer(checkpoint.directory)))
     layer_of = dict(zip(short.kept, short.decoder.layers, strict=True))
     changed = {f"layers.{i}.{n}": layer_of[i].get_parameter(n) for i, n in sorted(short.changed)}
     infos = checkpoint.shards[0].infos
@@ -105,8 +96,9 @@ def save_meta(
                 weight.data = exact[name]
 
     checked = replace(target, verify=target.verify and verify)
-    replaced = {name: weight.detach for name, weight in changed.items()}
-    return _write(checkpoint, checked, short.kept, record, tokenizer, replaced, str)
+    new: dict[str, Any] = {"replaced": {name: weight.detach for name, weight in changed.items()}}
+    new["tokenizer_path"] = tokenizer_path
+    return write_meta(checkpoint, checked, short.kept, record, **new)
 
 
 def _check_one_file(checkpoint: Checkpoint) -> None:
@@ -123,19 +115,29 @@ def _check_one_file(checkpoint: Checkpoint) -> None:
         )
 
 
-def _write(
+def write_meta(
     source: Checkpoint,
     target: Target,
     keep: Sequence[int],
     record: Provenance,
-    tokenizer: Path,
-    replaced: Replaced,
-    progress: Callable[[str], object],
+    *,
+    tokenizer_path: StrPath | None = None,
+    replaced: Replaced | None = None,
+    progress: Callable[[str], object] = str,
 ) -> Path:
+    """Writes the layers ``keep`` of a Meta checkpoint; see `prune_meta`.
+
+    ``replaced`` are full tensors, by name, that are written in place of the source's.
+    """
+    tokenizer = Path(str(tokenizer_path or find_tokenizer(source.directory)))
+    ids = source.args.vocab_size
+    check_vocabulary(Tokenizer(tokenizer), tokenizer, ids, source.directory)
+    target.check(source=source.directory)
+
     def read(rank: int, stored: Mapping[str, str], name: str) -> Tensor:
         progress(name)
         shard, old = source.shards[rank], stored[name]
-        if old not in replaced:
+        if replaced is None or old not in replaced:
             return shard.read(old)
         ranks, parallel = len(source.shards), source.vocab_parallel
         return part_of(source.args, old, replaced[old](), rank, ranks, vocab_parallel=parallel)

@@ -112,13 +112,15 @@ class Provenance:
         short: ModelRecord,
         source: str | os.PathLike[str],
         *,
+        directory: Path | None = None,
         facts: Mapping[str, object] | None = None,
         measured: Mapping[str, Perplexity] | None = None,
     ) -> Provenance:
-        """The record of a model in memory, opened from ``source``, whose own record is taken over.
+        """The record of a model opened from ``source``, whose own record is taken over.
 
-        ``facts`` are what the caller adds; ``measured`` are perplexities by name, None those that
-        the model remembers of itself, with all of its layers and with those kept.
+        ``directory`` is where the source's files are, if not there. ``facts`` are what the caller
+        adds; ``measured`` are perplexities by name, None those that the model remembers of itself,
+        with all of its layers and with those kept.
         """
         if measured is None:
             states = (tuple(range(short.n_layers)), tuple(short.kept))
@@ -126,8 +128,8 @@ class Provenance:
             measured = {name: found for name, found in known.items() if found is not None}
         sublayers = short.removed_sublayers
         if str(source) not in short.history:  # which the first save may write over
-            earlier = cls.of_checkpoint(source) or cls._at_hub(short, str(source))
-            short.history[str(source)] = (earlier, source_card(source))
+            earlier = cls.of_checkpoint(directory or source) or cls._at_hub(short, str(source))
+            short.history[str(source)] = (earlier, source_card(source, directory))
         earlier, card = short.history[str(source)]
         return cls(
             removed_layers=list(short.removed),

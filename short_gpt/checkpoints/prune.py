@@ -25,16 +25,15 @@ from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
 from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
-from short_gpt.checkpoints.target import StrPath, Target, takes_target
+from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.models.numbering import grouped
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import read_record
 
 
-@takes_target
 def prune_checkpoint(
     source: StrPath | Source,
-    target: Target,
+    target: Target | StrPath,
     layers: Sequence[int],
     *,
     tokenizer_path: StrPath | None = None,
@@ -59,7 +58,7 @@ def prune_checkpoint(
         >>> facts = Provenance.of_scores(importance, facts={"data": "PG-19"})  # doctest: +SKIP
         >>> prune_checkpoint("7b", "5b", [21, 22], provenance=facts)  # doctest: +SKIP
     """
-    target, source = target.resolved(source), find_source(source)
+    target, source = Target.of(target).resolved(source), find_source(source)
     writers: dict[str, Callable[..., Path]] = {"gguf": prune_gguf}
     writers["meta"] = partial(prune_meta, tokenizer_path=tokenizer_path)
     writer = writers.get(source.kind, prune_hf)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llama.formats.gguf_read import part_paths, read_header
-from llama.io.json_files import read_json
+from llama.io.json_files import json_object, read_json
 from llama.io.sources import is_gguf, is_hub_id
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import read_record
@@ -64,13 +64,7 @@ def record_of(source: str | os.PathLike[str]) -> Entries | None:
     if text is None:
         return None
     where = f"{RECORD} in {path}"
-    try:
-        content = json.loads(str(text))
-    except ValueError as error:
-        raise ShortGPTError(f"{where} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ShortGPTError(f"{where} must hold one JSON object, got {type(content).__name__}")
-    return Entries(content, where)
+    return Entries(json_object(str(text), where), where)
 
 
 class Entries:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import re
 import shlex
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -29,8 +27,6 @@ Replaced = Mapping[str, Callable[[], Tensor]]
 FORMATS = ("meta", "hf", "gguf")
 # Whether a file is a GGUF file that this library pruned.
 is_pruned_gguf = functools.partial(has_key, key=RECORD)
-T = TypeVar("T")
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,11 @@ class Target:
     format: str | None = None
     overwrite: bool = False
     verify: Callable[[Path], object] | None = None
+
+    @classmethod
+    def of(cls, target: Target | StrPath) -> Target:
+        """The target itself, or that of a path."""
+        return target if isinstance(target, Target) else cls(target)
 
     @property
     def path(self) -> Path:
@@ -80,6 +81,11 @@ class Target:
 
         ``card`` adds a model card; ``marker`` is the file in it that lists the others.
         """
+        if is_gguf(self.out):
+            raise ShortGPTError(
+                f"{self.out} is the name of a GGUF file, but a directory is written here: name "
+                f"one, and convert that: short-gpt convert DIRECTORY {self.out}"
+            )
         with new_directory(self.path, marker=marker, overwrite=self.overwrite) as partial:
             yield partial
             if record is not None:
@@ -108,22 +114,6 @@ class Target:
         """Calls ``verify``, if there is one, with what was written."""
         if self.verify is not None:
             self.verify(partial)
-
-
-def takes_target(
-    write: Callable[Concatenate[T, Target, P], Path],
-) -> Callable[Concatenate[T, Target | StrPath, P], Path]:
-    """Lets a writer's argument ``target`` be a path."""
-    signature = inspect.signature(write)
-
-    @functools.wraps(write)
-    def with_target(*args: object, **settings: object) -> Path:
-        given = signature.bind(*args, **settings)
-        if not isinstance(target := given.arguments["target"], Target):
-            given.arguments["target"] = Target(target)
-        return write(*given.args, **given.kwargs)
-
-    return with_target
 
 
 def format_of(source: StrPath | Source, out: StrPath, to: str | None = None) -> str:

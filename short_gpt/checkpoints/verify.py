@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llama.formats.safetensors import DTYPES
-from short_gpt.models.decoder import Decoder, in_own_dtype
+from short_gpt.models.decoder import Decoder, in_own_dtype, is_finite
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 
@@ -150,8 +149,7 @@ def copy_weights(model: nn.Module) -> tuple[str, nn.Parameter] | None:
             key = (pointer, weight.shape)
             if key not in copies:
                 copies[key] = weight.data.clone()
-                quantized = weight.dtype not in DTYPES.values()  # which holds no such values
-                if not (damaged or quantized or copies[key].isfinite().all()):
+                if not (damaged or is_finite(copies[key])):
                     damaged = name, weight
             weight.data = copies[key]
     return damaged

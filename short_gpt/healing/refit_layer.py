@@ -28,7 +28,7 @@ from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.layer_hooks import Output, first, patched_forward
 from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attention
 from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
-from short_gpt.runtime.errors import NotFiniteError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 
 # of a batch: inputs of a projection, and its outputs where they are known
 TokensOf = Callable[[int, Tensor, Tensor | None], Tokens]
@@ -90,7 +90,10 @@ class Batches:
 
     def device(self, index: int) -> torch.device:
         parameters = self.calls.layer(index).parameters()
-        return next(p.device for p in parameters if not p.is_meta)
+        device = next((p.device for p in parameters if not p.is_meta), None)
+        if device is None:
+            raise ShortGPTError("the weights are offloaded: open the model without a `device_map`")
+        return device
 
     def keep(self, states: HiddenStates, batch: int, state: Tensor, index: int) -> None:
         """Keeps the state leaving a layer; NotFiniteError where it is NaN or infinite."""

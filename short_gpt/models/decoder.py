@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from llama.formats.safetensors import DTYPES
 from short_gpt.models.families import Family
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
@@ -188,3 +189,11 @@ def check_token_ids(tokens: Tensor, decoder: Decoder) -> None:
             f"token ids {int(tokens.min())}..{int(tokens.max())} are outside the vocabulary "
             f"0..{decoder.vocab_size - 1}; is this the model's tokenizer?"
         )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether no value is NaN or infinite; whole numbers are not."""
+    if not weight.is_floating_point():  # of a quantization
+        return True
+    wide = weight if weight.dtype in DTYPES.values() else weight.float()  # float8 has no isfinite
+    return bool(wide.isfinite().all())

@@ -61,7 +61,9 @@ def attention_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
 def _check_in_memory(weight: object) -> None:
     # a streamed model has weights only while their layer runs
     if isinstance(weight, Tensor) and weight.is_meta:
-        raise ShortGPTError("the weights are not in memory: open the model without stream")
+        raise ShortGPTError(
+            "the weights are not in memory: open the model without stream or offloading"
+        )
 
 
 def transposed(linear: nn.Module) -> bool:

@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from short_gpt.runtime.errors import ShortGPTError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -26,6 +28,11 @@ def weights_digest(model: nn.Module) -> str:
     named: dict[str, Tensor] = dict(model.named_parameters())
     kept = model.state_dict().keys()
     named |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    if offloaded := [name for name, weight in named.items() if weight.is_meta]:
+        raise ShortGPTError(
+            f"{offloaded[0]} is offloaded, and so nothing identifies the model for a run to "
+            "continue: leave `state` out, or open the model without a `device_map`"
+        )
     about = [f"{name} {tuple(w.shape)} {w.dtype}".encode() for name, w in named.items()]
     return _digest(about, [partial(_tensor, weight) for weight in named.values()])
 

@@ -13,9 +13,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,7 @@ from torch import Tensor
 from llama.parallel import choose_device, initialize, is_distributed
 from short_gpt.runtime.errors import ShortGPTError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 T = TypeVar("T")
-Sums = TypeVar("Sums", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -69,22 +65,6 @@ class Replicas:
     def summed(self, values: Tensor) -> Tensor:
         """The sum of all replicas' tensors on the CPU. All ranks must call it."""
         return values if self.count == 1 else _sum(values.contiguous())
-
-    def summed_fields(self, sums: Sums) -> Sums:
-        """The sums of the tensors in all replicas' dataclasses. All ranks must call it."""
-        own = {f.name: getattr(sums, f.name) for f in fields(sums)}
-        own = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-        if self.count == 1:
-            total = {name: value.clone() for name, value in own.items()}
-        else:
-            # one message for all sums, in the dtype that holds them all
-            flat = _sum(torch.cat([value.double().flatten() for value in own.values()]))
-            parts = flat.split([value.numel() for value in own.values()])
-            total = {
-                name: part.view(value.shape).to(value.dtype)
-                for (name, value), part in zip(own.items(), parts, strict=True)
-            }
-        return replace(sums, **total)
 
     def gather(self, value: T) -> list[T]:
         """The value of each replica, in order. All ranks must call it."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from hashlib import sha256
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from short_gpt.data.windows import TokenIds, batches, text_of
 from short_gpt.models.decoder import Decoder, pad
@@ -289,7 +290,12 @@ class ScoringRun:
 
 def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
     """The sums of all replicas, and of each text. All ranks must call it."""
-    return replace(team.summed_fields(local), texts=merge_texts(team.gather(local.texts)))
+    names = [f.name for f in fields(local) if isinstance(getattr(local, f.name), Tensor)]
+    sums = [getattr(local, name) for name in names]  # float64
+    flat = team.summed(torch.cat([values.flatten() for values in sums]))  # in one message
+    parts = flat.split([values.numel() for values in sums])
+    total = {n: part.view_as(own) for n, part, own in zip(names, parts, sums, strict=True)}
+    return replace(local, **total, texts=merge_texts(team.gather(local.texts)))
 
 
 class Following:

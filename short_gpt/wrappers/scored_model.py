@@ -20,7 +20,7 @@ from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.models.config_file import config_digest
-from short_gpt.models.decoder import Decoder, padded, remove_layers, without_layers
+from short_gpt.models.decoder import Decoder, is_finite, padded, remove_layers, without_layers
 from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest
@@ -298,8 +298,7 @@ class ScoredModel(ModelRecord, ABC):
 
     def runs_in(self) -> tuple[torch.dtype, torch.device]:
         """The dtype and the device of the layers."""
-        weight = next(self.decoder.layers.parameters())
-        return weight.dtype, weight.device
+        return next(self.decoder.layers.parameters()).dtype, self.decoder.device
 
     def score(
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
@@ -368,6 +367,6 @@ class ScoredModel(ModelRecord, ABC):
         layers = () if self._weights_checked else zip(self.kept, self.decoder.layers, strict=True)
         for number, layer in layers:
             for name, weight in layer.named_parameters():
-                if not weight.isfinite().all():
+                if not is_finite(weight):
                     raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")
         self._weights_checked = True

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama.formats.convert import meta_to_hf
 from llama.generation import COLDEST, check_logits, check_numbers
 from llama.io.sources import is_gguf
+from llama.model import MASKED
 from llama.parallel import choose_device, choose_dtype
 from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf import save_gguf
@@ -83,6 +84,8 @@ class ShortHFModel(ShortModel):
         if to_device is not None and not getattr(model, "is_quantized", False):
             model.to(to_device)
         decoder = HFDecoder(model.eval(), layers_path)
+        if decoder.device.type in MASKED and attention_of(model.config) == "sdpa":
+            model.set_attn_implementation("eager")
         super().__init__(decoder, n_prune_layers)
         self._layers_path = decoder.layers_path
         self.model, self.tokenizer, self.source = model, tokenizer, source

@@ -142,13 +142,15 @@ class ShortLlama(ShortModel):
         model: Any = self.llama.model
         tokens = torch.tensor(ids, device=self.decoder.device)  # (B, S)
         start, ours = 0, hasattr(model, "hidden")  # the reference's model has no such part
-        for _ in range(count):
-            new = tokens[:, start:]  # what the cache does not hold yet
-            last = (model.hidden(new, start) if ours else model(new, start))[:, -1]
-            logits, start = model.head(last) if ours else last.float(), tokens.shape[1]  # (B, V)
-            tokens = torch.cat((tokens, choose(logits)[:, None]), dim=1)  # (B, S + 1)
-        for layer in model.layers if ours else ():
-            layer.attention.cache_k = layer.attention.cache_v = None  # of many texts: large
+        try:
+            for _ in range(count):
+                new = tokens[:, start:]  # what the cache does not hold yet
+                last = (model.hidden(new, start) if ours else model(new, start))[:, -1]  # (B, D)
+                logits, start = model.head(last) if ours else last.float(), tokens.shape[1]
+                tokens = torch.cat((tokens, choose(logits)[:, None]), dim=1)  # (B, S + 1)
+        finally:
+            for layer in model.layers if ours else ():
+                layer.attention.cache_k = layer.attention.cache_v = None  # of many texts: large
 
     def opening(self, *, chat: bool = False) -> list[int]:
         tokenizer = self.llama.tokenizer

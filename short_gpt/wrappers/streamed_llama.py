@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from llama.checkpoint.meta import check_vocabulary
+from llama.checkpoint.meta import Checkpoint, check_vocabulary
 from llama.checkpoint.sharding import EMBEDDING
 from llama.io.sources import find_source, is_hub_id, resolve
 from llama.parallel import choose_device, choose_dtype
 from llama.tokenizer import Tokenizer, check_text, find_tokenizer
-from short_gpt.checkpoints.hf import prune_hf
-from short_gpt.checkpoints.meta import prune_meta
+from short_gpt.checkpoints.hf import write_hf
+from short_gpt.checkpoints.meta import write_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same_logits
@@ -342,7 +342,8 @@ class StreamedLlama(ScoredModel):
         if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         self.check_whole()
-        record = Provenance.of(self, source.directory, facts=facts, measured=measured)
+        about: Any = {"directory": source.directory, "facts": facts, "measured": measured}
+        record = Provenance.of(self, self.source, **about)
 
         def as_stored(number: int, name: str) -> Tensor:
             return source.as_stored(f"layers.{number}.{name}", self.stream.weight(number, name))
@@ -350,10 +351,11 @@ class StreamedLlama(ScoredModel):
         # read when it is written, in the file's layout
         new = {source.stored_name(f"layers.{i}.{n}"): partial(as_stored, i, n) for i, n in changed}
         target = Target(out_dir, None, overwrite, verify=self._check_saved if changed else None)
-        write: Callable[..., Path] = prune_hf
-        if isinstance(source, MetaSource):
-            write = partial(prune_meta, tokenizer_path=self.tokenizer_path)
-        return write(source.directory, target, self.removed, provenance=record, replaced=new)
+        if isinstance(source, HFSource):
+            return write_hf(source.directory, target, self.kept, record, replaced=new)
+        path = self.tokenizer_path
+        checkpoint = Checkpoint(source.directory)
+        return write_meta(checkpoint, target, self.kept, record, tokenizer_path=path, replaced=new)
 
     def _check_saved(self, directory: Path) -> None:
         stream = self.stream
