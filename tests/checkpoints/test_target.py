@@ -13,6 +13,7 @@ from short_gpt.checkpoints import Provenance, Target, format_of, prune_checkpoin
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.prune import kept_tensors
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.wrappers.opening import open_model
 
 
 def test_what_verify_raises_leaves_the_earlier_model(tmp_path):
@@ -35,7 +36,7 @@ def test_every_argument_may_be_named_and_the_target_be_a_path(tmp_path):
     meta = prune_checkpoint(source=model, target=Target(tmp_path / "meta", "meta"), layers=[1])
     for out in (Target(tmp_path / "a"), tmp_path / "b"):
         assert prune_meta(ckpt_dir=meta, target=out, layers=[2]).is_dir()
-    with pytest.raises(TypeError, match="missing a required argument: 'target'"):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'target'"):
         prune_meta(meta, layers=[2])
 
 
@@ -64,3 +65,19 @@ def test_how_many_tensors_are_written_is_known_before(tmp_path, kind):
     to = "hf" if kind == "meta" else "meta"
     prune_checkpoint(source, Target(tmp_path / "other", to), [1, 2], progress=seen.append)
     assert len(seen) == kept_tensors(find_source(source), [1, 2], to) > 20
+
+
+@pytest.mark.parametrize("kind", ["meta", "hf"])
+def test_a_directory_is_not_written_by_the_name_of_a_gguf_file(tmp_path, kind):
+    model = write_model(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
+    meta = prune_checkpoint(model, Target(tmp_path / "meta", "meta"), [1])
+    source = prune_checkpoint(meta, Target(tmp_path / "hf", "hf"), [1]) if kind == "hf" else meta
+    short = open_model(str(source))
+    short.remove_layers([1])
+    with pytest.raises(ShortGPTError, match="convert that: short-gpt convert DIRECTORY .*out.gguf"):
+        short.save(tmp_path / "out.gguf")
+    streamed = open_model(str(source), stream=True)
+    streamed.remove_layers([1])
+    with pytest.raises(ShortGPTError, match="is the name of a GGUF file"):
+        streamed.save(tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()

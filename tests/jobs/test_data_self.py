@@ -281,3 +281,7 @@ def test_scores_of_own_text_choose_what_is_pruned(here):
     Path("copy.txt").write_text(TEXT)
     with pytest.raises(SystemExit):  # the real part of the mix is compared
         run("prune", "ckpt", "out2", "--scores", "r.json", "--eval_data", "copy.txt", *limit)
+    run("rank", "ckpt", "--data", "self", *SMALL, "--max_windows", 4, "--json", "own.json")
+    run("prune", "ckpt", "out3", "--scores", "own.json", "--eval_data", "copy.txt", *limit)
+    gate = json.loads(Path("out3/pruning.json").read_text())["quality_gate"]
+    assert gate["not_compared"].endswith("measured on: a model wrote it")

@@ -281,7 +281,8 @@ def test_a_choice_names_layers_or_scores(here):
     for choice, message in (
         (Choice(), "expected either `layers`, as in 21,22,23, or `scores` and `n`"),
         (Choice([1], "r.json"), "expected either `layers`"),
-        (Choice([1], angular=True), "chooses from `scores`"),
+        (Choice([1], angular=True), "`angular` chooses from `scores`"),
+        (Choice([1], method="bi"), "`method` chooses from `scores`"),
         (Choice(scores="r", angular=True, method="bi"), "contradict each other"),
         (Choice(scores="r", method="best"), "no method 'best'"),
     ):
@@ -483,6 +484,7 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
         (lambda: rank("ckpt", max_window=3), "no setting 'max_window': did you mean max_w"),
         (lambda: rank("ckpt", nothing_at_all=3), r"no setting 'nothing_at_all'; see help\(rank\)"),
         (lambda: heal("ckpt", "o", stride=3), "heal has no setting 'stride'"),
+        (lambda: evaluate(["ckpt"], "book.txt"), "`reading` = 'book.txt': expected Reading, or"),
         (lambda: perplexity_of("ckpt", sise=3), "_of has no setting 'sise': did you mean size"),
     ],
 )  # fmt: skip

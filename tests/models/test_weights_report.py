@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from llama.formats.convert import gguf_to_meta, hf_to_meta
 from short_gpt import ShortGPTError, ShortHFModel
+from short_gpt.models.decoder import is_finite
 from short_gpt.wrappers.opening import open_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -281,3 +282,12 @@ def test_windows_of_anything_but_token_ids(here, window):
 def test_a_seed_that_is_none(here):
     with pytest.raises(ShortGPTError, match="seed = .*: expected a whole number below"):
         open_model("meta", seed=2**70)
+
+
+def test_weights_of_every_dtype_are_checked():
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        weight = torch.ones(3).to(dtype)
+        assert is_finite(weight)
+        weight[1] = torch.nan
+        assert not is_finite(weight)
+    assert is_finite(torch.ones(3, dtype=torch.uint8))  # of a quantization

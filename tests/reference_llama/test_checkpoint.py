@@ -27,7 +27,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, _check_end, write_shard
 from llama.errors import InputError
 from llama.generation import load_model
-from llama.io.files import check_new, check_outputs, new_directory, new_file
+from llama.io.files import check_new, check_outputs, new_directory, new_file, new_files
 from llama.io.json_files import write_json
 from short_gpt.checkpoints import Provenance, Target
 from short_gpt.checkpoints.meta import prune_meta as prune
@@ -641,3 +641,13 @@ def test_an_output_that_is_a_circle_of_links(tmp_path):
         for others in ([path], [path, tmp_path / "b"]):
             with pytest.raises(FileExistsError, match="leads back to itself; choose another"):
                 check_outputs(others, overwrite=True, replaces=lambda _: True)
+
+
+def test_parts_may_be_written_through_links_that_lead_nowhere_yet(tmp_path):
+    (tmp_path / "disk").mkdir()
+    paths = [tmp_path / "a", tmp_path / "b"]
+    paths[0].symlink_to(tmp_path / "disk/a")
+    with new_files(paths, overwrite=False, replaces=lambda _: False) as partial:
+        for path in partial:
+            path.write_text(path.name)
+    assert (tmp_path / "disk/a").is_file() and paths[0].is_symlink() and paths[1].is_file()

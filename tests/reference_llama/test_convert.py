@@ -450,3 +450,21 @@ def test_bos_that_only_the_configuration_names_reaches_transformers(tmp_path):
     meta_to_hf(tmp_path / "meta", tmp_path / "without")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "without")
     assert theirs("a text")["input_ids"] == expected[1:]
+
+
+@pytest.mark.parametrize("source", ["meta", "hf", "gguf"])
+def test_what_float16_cannot_hold_is_not_written_as_infinite(tmp_path, source):
+    model = make_transformer(vocab_size=VOCAB)
+    model.layers[1].attention.wq.weight.data[0, 0] = 1e6
+    save_checkpoint(tmp_path / "meta", model)
+    write_byte_tokenizer(tmp_path / "meta")
+    if source == "gguf":
+        path = write_gguf(tmp_path / "m.gguf", model)
+    else:
+        path = tmp_path / source
+        source == "hf" and meta_to_hf(tmp_path / "meta", path)
+    convert = {"meta": reshard, "hf": hf_to_meta, "gguf": gguf_to_meta}[source]
+    with pytest.raises(InputError, match=r"layers\.1\.attention\.wq\.weight has values beyond fl"):
+        convert(path, tmp_path / "half", shards=1, dtype="float16")
+    assert not (tmp_path / "half").exists()
+    convert(path, tmp_path / "wide", shards=1, dtype="bfloat16")

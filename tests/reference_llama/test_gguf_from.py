@@ -300,3 +300,22 @@ def test_bos_and_eos_are_control_pieces_whatever_a_gguf_file_says(tmp_path, kind
     assert tokenizer.stop_tokens == {tokenizer.eos_id} and tokenizer.eos_id >= 0
     assert number not in tokenizer.encode(f"the {text}{text}", False, False)
     assert tokenizer.encode("the", True, True)[0 if name == "bos" else -1] == number
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "expected"),
+    [
+        ("llama-bpe", "tokens", 7, "a list of str"),
+        ("llama-bpe", "merges", [1, 2], "a list of str"),
+        ("llama-bpe", "token_type", ["a"], "a list of int"),
+        ("llama-bpe", "token_type", [-1], "0 to 6"),
+        ("sentencepiece", "token_type", [9], "0 to 6"),
+        ("sentencepiece", "scores", ["high"], "a list of float"),
+    ],
+)
+def test_keys_of_a_tokenizer_with_other_values_are_refused(tmp_path, kind, key, value, expected):
+    llama_to_gguf(meta(tmp_path / "meta", kind), tmp_path / "m.gguf")
+    file = GGUFFile(tmp_path / "m.gguf")
+    file.fields[f"tokenizer.ggml.{key}"] = value
+    with pytest.raises(InputError, match=f"{key}.*expected {expected}; convert the model again"):
+        file.tokenizer()

@@ -21,7 +21,7 @@ from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.loading import auto_class
 from short_gpt.runtime.digest import weights_digest
-from short_gpt.runtime.errors import NotRemovableError
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.scoring.metrics import block_influence
 from short_gpt.scoring.run import measure
 
@@ -627,3 +627,25 @@ def test_a_model_that_reloads_otherwise_is_not_saved(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="logits differ by up to"):
         short.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_causal_kernel_is_wrong_it_is_not_used(directory, tmp_path, monkeypatch):
+    expected = ShortHFModel(str(directory)).decoder.logits(TOKENS)
+    monkeypatch.setattr("short_gpt.wrappers.short_hf.MASKED", ("cpu",))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    short = ShortHFModel(str(directory))
+    torch.testing.assert_close(short.decoder.logits(TOKENS), expected, rtol=1e-4, atol=1e-5)
+    short.remove_layers(DROP)
+    short.save_pretrained(tmp_path / "out")  # which compares it with a copy that computes alike
+
+
+def test_what_offloaded_weights_cannot_do_is_told(directory, tmp_path):
+    pytest.importorskip("accelerate")
+    options = OPTIONS["layers on disk"] | {"offload_folder": tmp_path / "off"}
+    short = ShortHFModel(str(directory), **options)
+    assert short.runs_in() == (torch.float32, torch.device("cpu"))
+    windows = [[1, 2, 3, 4]] * 3
+    with pytest.raises(ShortGPTError, match="is offloaded, and so nothing identifies the model"):
+        short.identity()
+    with pytest.raises(ShortGPTError, match=r"offloaded|not in memory"):
+        heal_refit(short, [2], windows, progress=False)

@@ -463,3 +463,12 @@ def test_halves_of_original_layers_go(short):
     assert halves[0, 1].abs() < 1e-6 and halves[1, 3].abs() < 1e-6
     with pytest.raises(ValueError, match=r"layers \[0\] do not exist"):
         short.remove_sublayers(mlp=[0])
+
+
+def test_caches_of_many_texts_go_after_an_error_too(short):
+    def fails(logits):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        short.continued(WINDOWS[:3], 9, fails)
+    assert all(layer.attention.cache_k is None for layer in short.decoder.layers)

@@ -560,3 +560,32 @@ def test_of_several_ranks_none_streams(folder, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="a streamed model runs on one rank; start it alone"):
         StreamedLlama("meta", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["meta", "hf"])
+def test_changed_weights_are_saved_without_a_removal(kind, tmp_path):
+    memory = meta(tmp_path / "meta")
+    if kind == "hf":
+        meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    short = StreamedLlama(tmp_path / kind, device="cpu", max_seq_len=20)
+    name = "attention.wo.weight"
+    new = 2 * memory.decoder.layers[1].attention.wo.weight.detach()
+    short.change_weights({"method": "doubled"}, {(1, name): new})
+    short.save(tmp_path / "out")
+    memory.decoder.layers[1].attention.wo.weight.data.copy_(new)
+    tokens = torch.tensor([WINDOWS[0]])
+    saved = StreamedLlama(tmp_path / "out", device="cpu", max_seq_len=20).decoder.logits(tokens)
+    torch.testing.assert_close(saved, memory.decoder.logits(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_the_hub_keeps_its_name(tmp_path, monkeypatch):
+    meta(tmp_path / "meta")
+    meta_to_hf(tmp_path / "meta", tmp_path / "0123abcd")
+    place = tmp_path / "0123abcd"
+    monkeypatch.setattr("short_gpt.wrappers.streamed_llama.resolve", lambda name: place)
+    short = StreamedLlama("me/llama", device="cpu", max_seq_len=20)
+    short.remove_layers([2])
+    short.save(tmp_path / "out")
+    assert json.loads((tmp_path / "out/pruning.json").read_text())["source"] == "me/llama"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "base_model: me/llama" in card and "0123abcd" not in card
