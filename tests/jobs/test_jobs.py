@@ -96,7 +96,6 @@ def test_what_a_job_finds_is_what_the_command_writes(here, capsys):
 def test_a_search_is_saved_and_forgotten(here):
     saving = Saving().beside("s.json")
     assert saving.state == "s.json.state" and Saving("mine").beside("s.json").state == "mine"
-    assert Saving().file({}) is None
     answer = Answer(1, "sleb", candidates=2)
     result = rank("ckpt", "book.txt", answer=answer, cut=CUT)
     assert result.layers == [2]
@@ -484,6 +483,7 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
         (lambda: rank("ckpt", max_window=3), "no setting 'max_window': did you mean max_w"),
         (lambda: rank("ckpt", nothing_at_all=3), r"no setting 'nothing_at_all'; see help\(rank\)"),
         (lambda: heal("ckpt", "o", stride=3), "heal has no setting 'stride'"),
+        (lambda: reproduce("ckpt", siz=3), "reproduce has no setting 'siz': did you mean size"),
         (lambda: evaluate(["ckpt"], "book.txt"), "`reading` = 'book.txt': expected Reading, or"),
         (lambda: perplexity_of("ckpt", sise=3), "_of has no setting 'sise': did you mean size"),
     ],
