@@ -274,7 +274,7 @@ MUTANTS = [
         "test_a_directory_that_is_not_the_healed_model_is_not_written",
     ),
     (
-        "if digest != digest_of(again.chunks(name))",
+        "if digest != digest_of(again.chunks(new))",
         "if False",
         "test_what_was_written_wrong_never_takes_its_place",
     ),

@@ -89,7 +89,8 @@ def write_gguf(
             records[NAME] = record(NAME, done.named(name), STRING)
     with target.new_files() as partial:
         digests = write_again(partial, source, tensors, records=records, progress=progress)
-        check_written(partial[0], source, records, digests)
+        changes = {new: digests[new] for new, old in names.items() if old in changed}
+        check_written(partial[0], source, names, records, changed=changes)
     return target.path
 
 
@@ -117,12 +118,14 @@ def about_kinds(source: StrPath, layers: Sequence[int], influence: Influence = (
 def check_written(
     path: Path,
     source: GGUFParts,
+    names: Mapping[str, str],
     records: Mapping[str, Record | None],
-    digests: Mapping[str, bytes],
+    *,
+    changed: Mapping[str, bytes],
 ) -> None:
     """Raises RuntimeError unless a file, read again, holds what was to be written.
 
-    ``digests`` are those of its tensors, in order; ``records`` are keys that are not the source's.
+    ``changed`` are digests of tensors, by their new names, that are not the source's.
     """
     again = GGUFParts(path)
     expected = {k: r.raw for k, r in source.headers[0].records.items() if k not in records}
@@ -131,11 +134,12 @@ def check_written(
     wrong = [k for k in expected | written if expected.get(k) != written.get(k)]
     if wrong := [key for key in wrong if not key.startswith("split.")]:
         raise RuntimeError(f"{path} does not say what it should of {', '.join(wrong[:3])}")
-    if list(again.tensors) != list(digests):
+    if list(again.tensors) != list(names):
         raise RuntimeError(f"{path} holds other tensors than it should")
-    for name, digest in digests.items():
-        if digest != digest_of(again.chunks(name)):
-            raise RuntimeError(f"{path} holds another {name} than was to be written")
+    for new, old in names.items():
+        digest = changed.get(new) or digest_of(source.chunks(old))
+        if digest != digest_of(again.chunks(new)):
+            raise RuntimeError(f"{path} holds another {new} than was to be written")
 
 
 def save_gguf(

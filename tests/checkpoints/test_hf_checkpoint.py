@@ -148,6 +148,7 @@ def test_refusals(whole, tmp_path):
     (whole / "config.json").write_text(json.dumps({**config, "model_type": "nothing"}))
     with pytest.raises(ValueError, match="is not a causal model to be pruned"):
         prune_hf(whole, out, [1])
+    (whole / "config.json").write_text(json.dumps(config))
     path.unlink()
     with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
         prune_hf(whole, out, [1])
