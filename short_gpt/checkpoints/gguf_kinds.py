@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from short_gpt.models.gguf_loading import ATTENTION_SCALED
+
 PATTERN = "attention.sliding_window_pattern"
 # Lists whose length may be that of the layers by chance, and that say nothing of layers.
 NOT_OF_LAYERS = ("rope.dimension_sections", "classifier.output_labels", "rope.scaling.factors")
@@ -57,7 +59,7 @@ BOTH_KINDS = ("gemma-embedding", "modern-bert")
 # llama.cpp computes otherwise for another number of layers.
 BY_COUNT = ("baichuan", "deepseek2", "deepseek32", "minicpm", "minicpm3")
 # Of so many layers they are others: of 27B, with another scale of attention; with a window.
-COUNTS = {"gemma2": 46, "gemma3": 62, "exaone4": 64}
+COUNTS = {**ATTENTION_SCALED, "exaone4": 64}
 FROM_FIRST = ("rwkv7", "arwkv7")  # later layers take values of the first
 
 

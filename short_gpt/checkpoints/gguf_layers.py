@@ -82,8 +82,7 @@ class Stack:
 
     def kept(self, layers: Sequence[int], influence: Influence = ()) -> list[int]:
         """The blocks that stay when existing ``layers`` are removed; see `records`."""
-        check_layers(layers, range(self.layers))
-        keep = [i for i in range(self.blocks) if i not in set(layers)]
+        keep = [*check_layers(layers, range(self.layers)), *range(self.layers, self.blocks)]
         self.records(keep, influence)
         return keep
 

@@ -59,9 +59,7 @@ def prune_hf(
     """
     directory, target = resolve(source), Target.of(target)
     target.check(source=directory)
-    numbers = range(len(_skeleton(directory).layers))
-    check_layers(layers, numbers)
-    keep = [i for i in numbers if i not in set(layers)]
+    keep = check_layers(layers, range(len(_skeleton(directory).layers)))
     chosen = provenance or Provenance()
     record = chosen.pruned(source, removed=layers, kept=keep, directory=directory)
     return write_hf(directory, target, keep, record, progress=progress)

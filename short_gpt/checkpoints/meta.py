@@ -43,9 +43,7 @@ def prune_meta(
     Memory is bounded by the largest tensor.
     """
     source = Checkpoint(ckpt_dir)
-    numbers = range(source.args.n_layers)
-    check_layers(layers, numbers)
-    keep = [i for i in numbers if i not in set(layers)]
+    keep = check_layers(layers, range(source.args.n_layers))
     record = (provenance or Provenance()).pruned(ckpt_dir, removed=layers, kept=keep)
     path, target = tokenizer_path, Target.of(target)
     return write_meta(source, target, keep, record, tokenizer_path=path, progress=progress)

@@ -175,8 +175,10 @@ def check_has_split(source: str | Path, split: str) -> None:
 def has_columns(source: str) -> bool:
     """Whether the texts of a source, a path or pg19, are in columns."""
     path = _path(source)
-    if source in ("pg19", DEMO, *OWN) or not path.is_dir():
-        return source not in ("pg19", DEMO, *OWN) and path.suffix.lower() != ".txt"
+    if source in ("pg19", DEMO, *OWN):
+        return False
+    if not path.is_dir():
+        return path.suffix.lower() != ".txt"
     return any(not name.lower().endswith(".txt") for name in _names(path))
 
 

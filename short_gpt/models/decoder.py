@@ -91,9 +91,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def remove_layers(decoder: Decoder, drop: Sequence[int]) -> Callable[[], None]:
     """Removes layers in place, by their present positions; returns what puts them back."""
-    count = len(decoder.layers)
-    check_layers(drop, range(count))
-    return decoder.keep_layers([i for i in range(count) if i not in set(drop)])
+    return decoder.keep_layers(check_layers(drop, range(len(decoder.layers))))
 
 
 @contextmanager

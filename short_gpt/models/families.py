@@ -255,15 +255,18 @@ def family_of(model_type: str | None) -> Family:
 
 def part(layer: nn.Module, names: Names) -> nn.Module | None:
     """The first part of a layer that has one of these names; None if there is none."""
-    modules = dict(layer.named_modules())
-    return next((modules[name] for name in names if name in modules), None)
+    return next(iter(_parts(layer, names)), None)
 
 
 def only_part(layer: nn.Module, names: Names) -> nn.Module | None:
     """The same, and None also where several parts have such a name."""
-    modules = dict(layer.named_modules())
-    parts = [modules[name] for name in names if name in modules]
+    parts = _parts(layer, names)
     return parts[0] if len(parts) == 1 else None
+
+
+def _parts(layer: nn.Module, names: Names) -> list[nn.Module]:
+    modules = dict(layer.named_modules())
+    return [modules[name] for name in names if name in modules]
 
 
 def attention_with_norm(layer: nn.Module, family: Family) -> tuple[nn.Module, nn.Module] | None:

@@ -21,10 +21,11 @@ def check_exist(layers: Sequence[int], present: Sequence[int]) -> None:
         raise ShortGPTError(f"layers {list(layers)} name a layer twice")
 
 
-def check_layers(drop: Sequence[int], present: Sequence[int]) -> None:
-    """Raises ShortGPTError unless ``drop`` names different layers of ``present``, but not all."""
+def check_layers(drop: Sequence[int], present: Sequence[int]) -> list[int]:
+    """The layers of ``present`` that stay; ShortGPTError unless ``drop`` names some, not all."""
     check_exist(drop, present)
     check_count(len(drop), len(present), name="number of layers to remove")
+    return [i for i in present if i not in set(drop)]
 
 
 def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> int:

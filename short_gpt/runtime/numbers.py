@@ -6,10 +6,10 @@ import operator
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
+from llama.args import MAX_INTEGER
 from short_gpt.runtime.errors import ShortGPTError
 
 T = TypeVar("T")
-MAX_INTEGER = 2**31 - 1  # more is a mistyped number, and more than some counters hold
 
 
 def whole(number: T) -> T:
