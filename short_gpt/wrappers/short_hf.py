@@ -84,8 +84,8 @@ class ShortHFModel(ShortModel):
         if to_device is not None and not getattr(model, "is_quantized", False):
             model.to(to_device)
         decoder = HFDecoder(model.eval(), layers_path)
-        if decoder.device.type in MASKED and attention_of(model.config) == "sdpa":
-            model.set_attn_implementation("eager")
+        if decoder.device.type in MASKED and "sdpa" in attention_of(model.config).values():
+            model.set_attn_implementation("eager")  # which takes a mask
         super().__init__(decoder, n_prune_layers)
         self._layers_path = decoder.layers_path
         self.model, self.tokenizer, self.source = model, tokenizer, source
@@ -368,11 +368,11 @@ class ShortHFModel(ShortModel):
             super()._check_weights()
 
 
-def attention_of(config: Any) -> Any:
-    """The implementation of the attention; of a model in several parts by their names."""
+def attention_of(config: Any) -> dict[str, object]:
+    """The implementations of the attention, by the names of the model's parts; "" is the whole."""
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
     each = {name: own._attn_implementation for name, own in parts.items() if own is not None}
-    return {"": config._attn_implementation, **each} if each else config._attn_implementation
+    return {"": config._attn_implementation, **each}
 
 
 def _checked(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
