@@ -97,10 +97,7 @@ script healing healing --count 36 --own 36 --methods refit --also wikitext2_test
     --others lambada_passages.txt
 script healing_own healing --layers 10,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
     --also wikitext2_test.txt --others lambada_passages.txt
-script healing_more healing --layers 10,12,13,14,15,16,17,18 --count 160 --own 36 --methods refit \
-    --timed False --also wikitext2_test.txt --others lambada_passages.txt
 script mixed mixed --also wikitext2_test.txt --others lambada_passages.txt
-script mixed_bi mixed --method bi --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --count 48 --own 192 --steps 230 --also wikitext2_test.txt \
     --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt

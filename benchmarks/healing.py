@@ -9,13 +9,11 @@ the same windows is timed before and after every refit.
 ``--also`` is a text file whose first half is fitted on beside the book, and whose second half is
 judged on; ``--others`` are text files that are judged on alone. ``--own N`` adds N windows that the
 model writes, which are kept in ``--texts`` and not timed. ``--methods`` are of patch, refit
-and refit:AIM, the share of what is missing that its changes are to give. ``--timed False`` leaves
-the bare passes out.
+and refit:AIM, the share of what is missing that its changes are to give.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -47,7 +45,6 @@ def main(
     methods: str | Sequence[str] = "patch,refit",
     own: int = 0,
     texts: str = ".",
-    timed: bool = True,
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -66,21 +63,17 @@ def main(
         found["cut"] = judge(short, kinds)
     costs: dict[str, dict[str, float]] = {}
     for method in methods.split(",") if isinstance(methods, str) else methods:
-        before = bare_pass(short, learned) if timed else math.nan
+        before = bare_pass(short, learned)
         started = time.perf_counter()
         name, _, aim = method.partition(":")
         settings = {"patch": PatchSettings(), "refit": RefitSettings()}[name]
         changes = {"step_size": float(aim)} if aim else {}
         fitted = refit.fit(short, list(layers), learned, settings=settings, **changes)
         seconds = time.perf_counter() - started
-        costs[method] = {"seconds": seconds}
-        if timed:
-            passes = (before, bare_pass(short, learned))
-            costs[method] |= {"passes": seconds / (sum(passes) / 2)}
-            costs[method] |= {
-                "passes_least": seconds / max(passes),
-                "passes_most": seconds / min(passes),
-            }
+        passes = (before, bare_pass(short, learned))
+        costs[method] = {"seconds": seconds, "passes": seconds / (sum(passes) / 2)}
+        costs[method] |= {"passes_least": seconds / max(passes)}
+        costs[method] |= {"passes_most": seconds / min(passes)}
         with short.without_layers(layers):
             undo = refit.fold(short, fitted)
             found[method] = judge(short, kinds)
@@ -90,7 +83,7 @@ def main(
     missed = [
         f"{name} takes {cost['passes']:.2f} bare passes, at most {PASSES}"
         for name, cost in costs.items()
-        if cost.get("passes", 0) > PASSES
+        if cost["passes"] > PASSES
     ]
     content = {"layers": list(layers), "windows": len(learned), "tokens_per_window": SIZE}
     content |= {"own": own} if own else {}

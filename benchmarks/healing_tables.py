@@ -25,8 +25,7 @@ Cells = Mapping[str, Mapping[str, float]]  # by kind of text
 def refitted() -> list[str]:
     """Block Influence's layers and auto's: perplexities, and the share of the lost nats back."""
     every = [distilled(name) for name in ("healing", "healing_own")]
-    more = healed("refit on 345 windows", result("healing_more")["rows"]["refit"])
-    return [*every[0], *every[1][1:], more]  # the original once
+    return [*every[0], *every[1][1:]]  # the original once
 
 
 def healed(name: str, kinds: Cells) -> str:

@@ -2,9 +2,8 @@
 
 Each run chooses layers, removes them, refits and judges, as ``shrink`` does. What the runs wrote is
 then judged in float32 on the same windows, paired. Of each two runs, another precision is the
-first. ``auto`` chooses among three sets by the refitted loss, and how many windows it reads for
-that depends on the losses: the two precisions may do unequal work, and the passes say how much.
-With ``--method bi`` the work is the same.
+first. Block Influence chooses the layers, and so both precisions do the same work: how many windows
+``auto`` reads depends on the losses.
 
     python benchmarks/mixed.py --also wikitext2_test.txt --others lambada_passages.txt \
         --out benchmarks/results/mixed.json
@@ -44,9 +43,7 @@ def main(
     count: int = 48,
     size: int = 512,
     judged: int = 16,
-    budget: int = 13,
     repeats: int = 2,
-    method: str = "auto",
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -58,15 +55,12 @@ def main(
         count: windows that choose and heal, half of the book and half of ``also``.
         size: tokens of a window.
         judged: windows to judge by, in each run and of each kind of text afterwards.
-        budget: of the choice, in bare passes; 13 leave no room for searches and swaps.
         repeats: runs in each precision.
-        method: chooses the layers; with bi both precisions do the same work.
     """
     begin(out, overwrite=overwrite)
     path = str(MODELS["smollm2"]())
     seconds: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
     layers: dict[str, list[int]] = {}
-    passes: dict[str, float | None] = {}  # bare passes of auto's choice
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         book = "\n".join(demo.bible("calibration"))
@@ -79,13 +73,11 @@ def main(
         for turn in range(2 * repeats):
             precision = PRECISIONS[(turn + turn // 2) % 2]
             opening = OpenOptions(device="cpu", precision=precision)
-            how: dict[str, Any] = {"n": n, "method": method, "windows": windows, "data": data}
-            how |= {"budget": budget} if method == "auto" else {}
+            how: dict[str, Any] = {"n": n, "method": "bi", "windows": windows, "data": data}
             started = time.perf_counter()
             shrunk = shrink(path, here / precision, **how, opening=opening, overwrite=True)
             seconds[precision].append(time.perf_counter() - started)
             layers[precision] = sorted(shrunk.layers)
-            passes[precision] = shrunk.choice.get("passes")
             print(f"{precision}: {seconds[precision][-1]:.0f} s", flush=True)
         shorts = {"original": open_model(path, device="cpu")}
         shorts |= {p: open_model(str(here / p), device="cpu") for p in PRECISIONS}
@@ -101,13 +93,11 @@ def main(
         rows[kind] |= {"change": change.nats, "standard_error": change.standard_error}
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     print(table(rows, ratios))
-    content = {"method": method, "budget": budget if method == "auto" else None}
-    content |= {"layers": layers, "windows": count, "tokens_per_window": size, "judged": judged}
-    content |= {"passes": passes, "seconds": seconds, "ratios": ratios, "rows": rows}
+    content: dict[str, Any] = {"layers": layers, "windows": count, "tokens_per_window": size}
+    content |= {"judged": judged, "seconds": seconds, "ratios": ratios, "rows": rows}
     content |= {"processor": torch.backends.cpu.get_cpu_capability()}
     ratio = statistics.median(ratios)
-    slow = method != "auto" and ratio > GOAL  # which is of equal work
-    missed = [f"mixed takes {ratio:.2f} of the time, at most {GOAL}"] * slow
+    missed = [f"mixed takes {ratio:.2f} of the time, at most {GOAL}"] * (ratio > GOAL)
     finish("mixed", missed, content, out=out, overwrite=overwrite)
 
 

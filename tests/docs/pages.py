@@ -17,8 +17,7 @@ RESULTS += ("refit_usual", "training_rates", "training_rates_05b", "training_rat
 RESULTS += ("optimality", "distillation", "refit_choices")
 RESULTS += ("coverage", "choice_variance", "own_samples")
 RESULTS += ("training_choices", "gemma_kinds", "healing_own", "architectures")
-RESULTS += ("healing_more",)
-RESULTS += ("peers", "choices", "refit_sinks_05b", "kept", "mixed", "mixed_bi")
+RESULTS += ("peers", "choices", "refit_sinks_05b", "kept", "mixed")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/**/*.md"))

@@ -51,19 +51,6 @@ def restored(kind: int, windows: str = "16 + 0") -> str:
     return f"{[*group('windows')[windows]['healed'].values()][kind]['restored']:.0%}"
 
 
-def more_text() -> str:
-    """What more text of two kinds gains on these, and not on a third."""
-    few, many = (result(name)["rows"]["refit"] for name in ("healing_own", "healing_more"))
-    gains = [few[kind]["nats"] - own["nats"] for kind, own in many.items()]
-    assert gains[2] < 0
-    took = result("healing_more")["cost"]["refit"]["seconds"] / 60
-    assert f"The refit on 345 windows took {took:.0f} minutes" in flowing("docs/healing-results.md")
-    return (
-        f"lowers the loss on them by {gains[0]:.2f} and {gains[1]:.2f} nats more. On novels it is "
-        f"{-gains[2]:.3f} nats higher"
-    )
-
-
 def misled() -> float:
     """The largest share of runs that ended early and wrong on windows made to mislead."""
     return max(1 - case["misled"]["agreement"] for case in result("stopping")["cases"].values())
@@ -216,19 +203,14 @@ def shares() -> list[str]:
 
 
 def mixed() -> list[str]:
-    """What products in bfloat16 gain and cost: of the same work, and of auto's choice."""
-    same, auto = result("mixed_bi"), result("mixed")
-    assert same["layers"]["mixed"] == same["layers"]["float32"]
-    assert auto["layers"] == {name: [*range(11, 19)] for name in ("float32", "mixed")}
-    ratios = [" and ".join(f"{ratio:.2f}" for ratio in found["ratios"]) for found in (same, auto)]
-    apart = [max(abs(row["change"]) for row in found["rows"].values()) for found in (same, auto)]
-    spent = auto["passes"]
+    """What products in bfloat16 gain and cost."""
+    found = result("mixed")
+    assert found["layers"]["mixed"] == found["layers"]["float32"]
+    apart = max(abs(row["change"]) for row in found["rows"].values())
+    ratios = " and ".join(f"{ratio:.2f}" for ratio in found["ratios"])
     return [
-        f"The whole of `shrink` takes {ratios[0]} of the time in float32",
-        f"are equal within {math.ceil(apart[0] * 1e4) / 1e4:.4f} nats",
-        f"it takes {ratios[1]} of the time",
-        f"it spent {spent['mixed']} bare passes in mixed and {spent['float32']} in float32",
-        f"are equal within {math.ceil(apart[1] * 1e4) / 1e4:.4f} nats",
+        f"The whole of `shrink` takes {ratios} of the time in float32",
+        f"are equal within {math.ceil(apart * 1e4) / 1e4:.4f} nats",
     ]
 
 
@@ -531,7 +513,6 @@ MADE: dict[str, Sequence[Callable[[], str | list[str]]]] = {
         lambda: healed().replace("8 layers removed", "8 of 30 layers removed"),
         lambda: f"took {passes()} times",
         lambda: f"On two CPU cores it took {minutes()}",
-        more_text,
         settings,
         lambda: f"it restores {restored(0)} of the lost nats on held-out chapters",
         lambda: f"{restored(2)} on novels and {restored(1)} on WikiText-2",
