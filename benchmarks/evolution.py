@@ -177,7 +177,7 @@ def evolution(
     budget: float = 1.0,
     seed: int = 0,
 ) -> Search:
-    """The n layers that evolution finds, within as many layer runs as `selection.sleb` takes.
+    """The n layers that evolution finds, within as many layer runs as `sleb_rounds` takes.
 
     Args:
         decoder: the model; it is left as it was.

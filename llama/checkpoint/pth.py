@@ -226,7 +226,7 @@ def write_shards(
             archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
         for name, key in sources.items():
             info = infos[name]
-            full = _rounded(name, read(name).detach(), info.dtype)
+            full = rounded(name, read(name).detach(), info.dtype)
             for number, archive in enumerate(archives):
                 tensor = part(name, full, number).contiguous()
                 if tuple(tensor.shape) != info.shape:
@@ -242,13 +242,17 @@ def write_shards(
                 )
 
 
-def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in this dtype on the CPU; InputError if a finite value exceeds float16's."""
-    rounded = weight.to("cpu", dtype)
-    narrows = dtype == torch.float16 != weight.dtype
-    if narrows and rounded.isinf().sum() > weight.isinf().sum():
-        raise InputError(f"{name} has values beyond float16's; take bfloat16 or float32")
-    return rounded
+    new = weight.to("cpu", dtype)
+    if dtype != torch.float16 or weight.dtype == dtype or not (infinite := new.isinf()).any():
+        return new
+    if weight.cpu()[infinite].isfinite().any():
+        raise InputError(
+            f"{name} has values beyond float16's: write bfloat16 or float32; a source in float16 "
+            "must be converted first, by short-gpt convert with --dtype"
+        )
+    return new
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, tensor: Tensor) -> None:

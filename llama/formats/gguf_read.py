@@ -256,10 +256,10 @@ class GGUFParts:
 
     def need_list(self, key: str, kind: type) -> list[Any]:
         """A list of values of one type; InputError if the key is missing or holds another."""
-        values = self.need(key)
+        values, named = self.need(key), {str: "texts", int: "whole numbers", float: "numbers"}
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
             raise InputError(
-                f"{self.path} has {key} = {str(values)[:40]}, expected a list of {kind.__name__}; "
+                f"{self.path} has {key} = {str(values)[:40]}, expected a list of {named[kind]}; "
                 "convert the model again"
             )
         return values

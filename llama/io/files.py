@@ -222,13 +222,13 @@ def new_files(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> It
     targets = [resolved(path) for path in paths]
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(targets[0]) as work:
-        yield [work / target.name for target in targets]
+        yield [work / path.name for path in paths]
         follow_umask(work)
         check_outputs(paths, overwrite=overwrite, replaces=replaces)  # one may have appeared since
         renamed: list[Path] = []
         try:
-            for target in reversed(targets):
-                (work / target.name).rename(target)
+            for path, target in reversed([*zip(paths, targets, strict=True)]):
+                (work / path.name).rename(target)
                 renamed.append(target)
         except BaseException:
             for target in renamed:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from llama.checkpoint.meta import CONVERSION, TEMPLATES, copy_tokenizer
+from llama.checkpoint.pth import rounded
 from llama.formats.convert import hf_to_meta
 from llama.formats.safetensors import (
     DTYPES,
@@ -59,10 +60,11 @@ def prune_hf(
     """
     directory, target = resolve(source), Target.of(target)
     target.check(source=directory)
-    keep = check_layers(layers, range(len(_skeleton(directory).layers)))
+    weights, decoder = open_weights(directory), _skeleton(directory)
+    keep = check_layers(layers, range(len(decoder.layers)))
     chosen = provenance or Provenance()
     record = chosen.pruned(source, removed=layers, kept=keep, directory=directory)
-    return write_hf(directory, target, keep, record, progress=progress)
+    return _write(directory, weights, decoder, target, keep, record, {}, progress)
 
 
 def write_hf(
@@ -70,24 +72,35 @@ def write_hf(
     target: Target,
     keep: Sequence[int],
     record: Provenance,
-    *,
-    replaced: Replaced | None = None,
-    progress: Callable[[str], object] = str,
+    replaced: Replaced,
 ) -> Path:
     """Writes the layers ``keep`` of a Hugging Face directory; see `prune_hf`.
 
     ``replaced`` are tensors, by name in the source's files, that are written in their place.
     """
     target.check(source=directory)
-    decoder = _skeleton(directory)
-    weights = _own_weights(open_weights(directory), decoder)
+    weights = open_weights(directory)
+    return _write(directory, weights, _skeleton(directory), target, keep, record, replaced, str)
+
+
+def _write(
+    directory: Path,
+    weights: Mapping[str, SafetensorsFile],
+    decoder: HFDecoder,
+    target: Target,
+    keep: Sequence[int],
+    record: Provenance,
+    replaced: Replaced,
+    progress: Callable[[str], object],
+) -> Path:
+    weights = _own_weights(weights, decoder)
     prefix = _prefix(weights, decoder.layers_path, len(decoder.layers))
     stored = stored_names(weights, prefix, keep)
     config = _edited_config(directory, decoder, keep)
     with target.new_directory(record, card=True) as partial:
         write_json(partial / "config.json", config)
         _check_config(partial, decoder)
-        _write_kept(partial, weights, stored, replaced or {}, progress)
+        _write_kept(partial, weights, stored, replaced, progress)
         _copy_others(directory, partial)
     return target.path
 
@@ -166,7 +179,7 @@ def _write_kept(
             yield from file.chunks(old)
             return
         dtype = DTYPES[file.entries[old].dtype]
-        yield from tensor_bytes(replaced[old]().to("cpu", dtype))
+        yield from tensor_bytes(rounded(old, replaced[old](), dtype))
 
     write_weights(out, [groups[name] for name in sorted(groups)], read)
 

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -46,6 +45,7 @@ def prune_meta(
     keep = check_layers(layers, range(source.args.n_layers))
     record = (provenance or Provenance()).pruned(ckpt_dir, removed=layers, kept=keep)
     path, target = tokenizer_path, Target.of(target)
+    target.check(source=source.directory)
     return write_meta(source, target, keep, record, tokenizer_path=path, progress=progress)
 
 
@@ -77,6 +77,7 @@ def save_meta(
         )
     if not short.changed:
         target = replace(target, verify=None)  # the source's bytes are copied
+        target.check(source=checkpoint.directory)
         return write_meta(checkpoint, target, short.kept, record, tokenizer_path=tokenizer_path)
     _check_one_file(checkpoint)
     layer_of = dict(zip(short.kept, short.decoder.layers, strict=True))
@@ -94,9 +95,8 @@ def save_meta(
                 weight.data = exact[name]
 
     checked = replace(target, verify=target.verify and verify)
-    new: dict[str, Any] = {"replaced": {name: weight.detach for name, weight in changed.items()}}
-    new["tokenizer_path"] = tokenizer_path
-    return write_meta(checkpoint, checked, short.kept, record, **new)
+    new, path = {name: weight.detach for name, weight in changed.items()}, tokenizer_path
+    return write_meta(checkpoint, checked, short.kept, record, tokenizer_path=path, replaced=new)
 
 
 def _check_one_file(checkpoint: Checkpoint) -> None:
@@ -130,7 +130,6 @@ def write_meta(
     tokenizer = Path(str(tokenizer_path or find_tokenizer(source.directory)))
     ids = source.args.vocab_size
     check_vocabulary(Tokenizer(tokenizer), tokenizer, ids, source.directory)
-    target.check(source=source.directory)
 
     def read(rank: int, stored: Mapping[str, str], name: str) -> Tensor:
         progress(name)

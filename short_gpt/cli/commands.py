@@ -28,7 +28,7 @@ MORE_TEXT = "read another text too, as in --data novels/,self"
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
 PROMPT = Needs("a PROMPT", lambda values: values["prompt"] is not None)
 WRITES = needs_one_of("`samples`", "samples")
-SCORES = ("block_influence.png", "angular.png")
+SCORE_PICTURES = ("block_influence.png", "angular.png")
 DEMO = Named("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two and a half minutes on two cores
 DEMO_WINDOWS = jobs.HealingWindows(eval_data=DEMO, size=512, max_windows=12, eval_windows=8)
@@ -43,7 +43,7 @@ def rank(
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     running: jobs.Running = jobs.Running(),
     saving: jobs.Saving = jobs.Saving(),
-    output: Output = Output(names=SCORES),
+    output: Output = Output(picture_names=SCORE_PICTURES),
 ) -> None:
     """Scores every layer by Block Influence and angular distance.
 
@@ -142,7 +142,7 @@ def calibrate(
     readings: jobs.Readings = jobs.Readings(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),
-    output: Output = Output(names=("calibration.png",)),
+    output: Output = Output(picture_names=("calibration.png",)),
 ) -> None:
     """Ranks on several kinds of text, and evaluates each choice on all.
 
@@ -171,7 +171,7 @@ def compare(
     tasks: jobs.Tasks = jobs.Tasks(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),
-    output: Output = Output(names=("quality.png",)),
+    output: Output = Output(picture_names=("quality.png",)),
 ) -> None:
     """Compares methods x numbers of layers x healing on one model.
 
@@ -333,7 +333,7 @@ def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False
         overwrite: replace existing pictures.
     """
     importance = jobs.read_scores(scores)
-    output = Output(plots=out, overwrite=overwrite, names=SCORES)
+    output = Output(plots=out, overwrite=overwrite, picture_names=SCORE_PICTURES)
     output.check({})
     output.finish({}, partial(plots.score_figures, importance, n))
 
@@ -347,7 +347,7 @@ def reproduce(
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     running: jobs.Running = jobs.Running(),
     saving: jobs.Saving = jobs.Saving(),
-    output: Output = Output(names=(*SCORES, "published.png")),
+    output: Output = Output(picture_names=(*SCORE_PICTURES, "published.png")),
 ) -> None:
     """Runs the paper's protocol and shows the paper's list beside it.
 

@@ -40,7 +40,7 @@ class Output:
         report: HTML file with the tables and the picture; - is stdout, as for json.
         overwrite: replace what an earlier run has written.
         plots: folder for the pictures.
-        names: of the files of the pictures.
+        picture_names: of the files in plots.
         dry_run: check everything and open the model, say what would be done and how long a window
             takes, and end with nothing written.
     """
@@ -50,12 +50,13 @@ class Output:
     report: str | None = setting(None, value="FILE", commands=("compare",))
     overwrite: bool = setting(False, needs=WRITTEN)
     plots: str | None = setting(None, value="FOLDER", commands=DRAWING, needs=SCORES)
-    names: tuple[str, ...] = setting((), commands=())
+    picture_names: tuple[str, ...] = setting((), commands=())
     dry_run: bool = setting(False, heading=RUN, commands=LONG)
 
     @property
     def pictures(self) -> list[Path]:
-        return [] if self.plots is None else [Path(self.plots) / name for name in self.names]
+        names = self.picture_names if self.plots is not None else ()
+        return [Path(str(self.plots)) / name for name in names]
 
     @property
     def targets(self) -> list[Path]:

@@ -315,13 +315,17 @@ class _Choosing:
             if name != STEPWISE:
                 show = not self._shown.disable
                 search = partial(short.search, few, n, method=name, progress=show)
-                self._spend(price)
-                return self._cells.resumed(name, lambda state: search(state=state).removed)
+                try:
+                    return self._cells.resumed(name, lambda state: search(state=state).removed)
+                finally:  # also where the layers turn out not to be removable
+                    self._spend(price)
             layers = choose(scores, 1)
             while len(layers) < n:
                 lowest = partial(self._lowest, layers)
-                self._spend(price)
-                layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
+                try:
+                    layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
+                finally:
+                    self._spend(price)
             return layers
         finally:
             self._shown.set_postfix_str("")

@@ -146,12 +146,11 @@ def interruptible() -> Iterator[None]:
     def end(*_: object) -> None:
         raise KeyboardInterrupt
 
-    try:
+    before = None
+    with suppress(ValueError):  # only the main thread may
         before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # only the main thread may
-        yield
-        return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
+from llama.args import short_repr
 from short_gpt.jobs.inputs import SIZE, Cut, TextSource, layer_list, listed, name_texts
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
@@ -481,11 +482,11 @@ def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
             for group, default in groups.items():
                 value = default if arguments.get(group) is None else arguments[group]
                 if not isinstance(value, type(default)):  # of the field of this name, as of data
-                    names = [field.name for field in fields(default)]
-                    if group not in names:
+                    if group not in {field.name for field in fields(default)}:
+                        name = next(name for name, (own, _) in known.items() if own == group)
                         raise ShortGPTError(
-                            f"`{group}` = {value!r}: expected {type(default).__name__}, or its "
-                            f"fields by their names, such as {names[0]}=..."
+                            f"`{group}` = {short_repr(value)}: expected {type(default).__name__}, "
+                            f"or its fields by their names, such as {name}=..."
                         )
                     value = replace(default, **{group: value})
                 own = {known[n][1]: single for n, single in singles.items() if known[n][0] == group}

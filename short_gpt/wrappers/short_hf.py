@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 class ShortHFModel(ShortModel):
     """Scores and removes layers of a ``transformers`` causal language model.
 
+    On Apple's GPUs (MPS) PyTorch's own causal attention is wrong in half precision; there the model
+    is set to eager attention.
+
     Args:
         model_name: a hub id, a local directory, a GGUF file, or a loaded model.
         layers_path: where its layers are, as in ``"model.layers"``; None finds them.

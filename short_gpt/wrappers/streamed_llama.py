@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -342,8 +342,10 @@ class StreamedLlama(ScoredModel):
         if not self.removed and not changed:
             raise RuntimeError("nothing was removed yet; call remove_layers first")
         self.check_whole()
-        about: Any = {"directory": source.directory, "facts": facts, "measured": measured}
-        record = Provenance.of(self, self.source, **about)
+        directory = source.directory
+        record = Provenance.of(
+            self, self.source, directory=directory, facts=facts, measured=measured
+        )
 
         def as_stored(number: int, name: str) -> Tensor:
             return source.as_stored(f"layers.{number}.{name}", self.stream.weight(number, name))
@@ -352,9 +354,9 @@ class StreamedLlama(ScoredModel):
         new = {source.stored_name(f"layers.{i}.{n}"): partial(as_stored, i, n) for i, n in changed}
         target = Target(out_dir, None, overwrite, verify=self._check_saved if changed else None)
         if isinstance(source, HFSource):
-            return write_hf(source.directory, target, self.kept, record, replaced=new)
-        path = self.tokenizer_path
-        checkpoint = Checkpoint(source.directory)
+            return write_hf(directory, target, self.kept, record, new)
+        target.check(source=directory)
+        path, checkpoint = self.tokenizer_path, Checkpoint(directory)
         return write_meta(checkpoint, target, self.kept, record, tokenizer_path=path, replaced=new)
 
     def _check_saved(self, directory: Path) -> None:

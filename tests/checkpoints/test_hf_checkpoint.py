@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from fnmatch import fnmatch
 
 import children
 import pytest
@@ -15,7 +16,7 @@ from processes import alone
 from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
-from llama.io.sources import find_source
+from llama.io.sources import FETCHED, find_source
 from short_gpt.checkpoints import Provenance, Target, mergekit_recipe, prune_hf
 from short_gpt.checkpoints.prune import recipe_dtype
 from short_gpt.models.hf import HFDecoder
@@ -240,3 +241,14 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     print(pruning, to_meta, to_hf)
     assert pruning < 32 * 2**20 + largest / 4  # two pieces of 16 MiB, and the header's names
     assert to_meta < to_hf + 1 < 3 * largest
+
+
+def test_tokenizers_in_any_file_and_notices_go_along_from_a_directory_and_the_hub(whole, tmp_path):
+    names = ["qwen.tiktoken", "vocab.bpe", "vocab.txt", "spiece.model", "NOTICE", "USE_POLICY.md"]
+    for name in (*names, "weights.bin"):
+        (whole / name).write_text("a")
+    prune_hf(whole, tmp_path / "cut", [1])
+    assert {path.name for path in (tmp_path / "cut").iterdir()} >= {*names}
+    assert not (tmp_path / "cut/weights.bin").exists()
+    for name in names:
+        assert any(fnmatch(name, pattern) for pattern in FETCHED)

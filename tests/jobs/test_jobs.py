@@ -6,7 +6,9 @@ import inspect
 import json
 import random
 import re
+import signal
 import string
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -663,3 +665,24 @@ def test_conversations_are_refused_without_a_template(chatty, capsys):
         rank("hf", [{"messages": [{"role": "user"}]}], chat=True)
     line = fails(capsys, "rank", "hf", "--data", "book.txt", "--chat")
     assert "--chat has no effect without data with columns" in line
+
+
+def test_before_the_model_is_opened_its_state_is_checked_and_a_request_to_end_counts(
+    here, monkeypatch
+):
+    def opened(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Running, "open", opened)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        rank("ckpt", "book.txt", size=32)
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(PermissionError, match="book.txt is not a writable directory"):
+        rank("ckpt", "book.txt", size=32, saving=Saving("book.txt/state"))
+
+
+def test_a_job_in_a_thread_raises_its_own_error_alone(here):
+    with ThreadPoolExecutor(1) as threads:
+        error = threads.submit(rank, "none", "book.txt").exception()
+    assert isinstance(error, FileNotFoundError) and error.__context__ is None

@@ -16,6 +16,7 @@ from processes import alone
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as reading
 
+from llama.errors import InputError
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts, read_header
 from llama.formats.gguf_write import UINT32, Stored, copied, packed, record, write_again
 from llama.model import rope_frequencies
@@ -286,3 +287,11 @@ def test_a_llama_3_1_has_its_scaled_rotary_frequencies(tmp_path, no_tokenizer):
     other = {"rope.scaling.yarn_beta_fast": 16.0}
     with pytest.raises(ShortGPTError, match=r"it scales rotary positions \(yarn\)"):
         ShortHFModel(write_model(tmp_path / "w.gguf", "llama", model, **YARN, **other))
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    parts = GGUFParts(write_gguf(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB)))
+    entry = parts.tensors["output_norm.weight"]
+    parts.tensors["output_norm.weight"] = entry._replace(kind=26)  # I32, as wide as F32
+    with pytest.raises(InputError, match=r"output_norm.weight in .* holds whole numbers \(I32\)"):
+        parts.read("output_norm.weight")

@@ -646,8 +646,9 @@ def test_an_output_that_is_a_circle_of_links(tmp_path):
 def test_parts_may_be_written_through_links_that_lead_nowhere_yet(tmp_path):
     (tmp_path / "disk").mkdir()
     paths = [tmp_path / "a", tmp_path / "b"]
-    paths[0].symlink_to(tmp_path / "disk/a")
+    paths[0].symlink_to(tmp_path / "disk/another")
     with new_files(paths, overwrite=False, replaces=lambda _: False) as partial:
         for path in partial:
-            path.write_text(path.name)
-    assert (tmp_path / "disk/a").is_file() and paths[0].is_symlink() and paths[1].is_file()
+            path.write_text(path.name)  # whose names are those that files of one model have
+    assert (tmp_path / "disk/another").read_text() == "a" and paths[0].is_symlink()
+    assert paths[1].read_text() == "b"

@@ -305,12 +305,12 @@ def test_bos_and_eos_are_control_pieces_whatever_a_gguf_file_says(tmp_path, kind
 @pytest.mark.parametrize(
     ("kind", "key", "value", "expected"),
     [
-        ("llama-bpe", "tokens", 7, "a list of str"),
-        ("llama-bpe", "merges", [1, 2], "a list of str"),
-        ("llama-bpe", "token_type", ["a"], "a list of int"),
+        ("llama-bpe", "tokens", 7, "a list of texts"),
+        ("llama-bpe", "merges", [1, 2], "a list of texts"),
+        ("llama-bpe", "token_type", ["a"], "a list of whole numbers"),
         ("llama-bpe", "token_type", [-1], "0 to 6"),
         ("sentencepiece", "token_type", [9], "0 to 6"),
-        ("sentencepiece", "scores", ["high"], "a list of float"),
+        ("sentencepiece", "scores", ["high"], "a list of numbers"),
     ],
 )
 def test_keys_of_a_tokenizer_with_other_values_are_refused(tmp_path, kind, key, value, expected):
