@@ -253,8 +253,8 @@ MUTANTS = [
         "test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit",
     ),
     (
-        "tokenizer_path=path, replaced=new)",
-        "tokenizer_path=path, replaced=None)",
+        "replaced=new, tokenizer_path=path)",
+        "replaced=None, tokenizer_path=path)",
         "test_one_layer_at_a_time_gives_the_matrices_of_the_model_in_memory[meta]",
     ),
     # What is proved before it takes its place, and taken back after an error.

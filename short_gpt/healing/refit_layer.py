@@ -92,7 +92,7 @@ class Batches:
         parameters = self.calls.layer(index).parameters()
         device = next((p.device for p in parameters if not p.is_meta), None)
         if device is None:
-            raise ShortGPTError("the weights are offloaded: open the model without a `device_map`")
+            raise ShortGPTError("the weights are offloaded: open the model without a device_map")
         return device
 
     def keep(self, states: HiddenStates, batch: int, state: Tensor, index: int) -> None:

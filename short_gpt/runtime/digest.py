@@ -31,7 +31,7 @@ def weights_digest(model: nn.Module) -> str:
     if offloaded := [name for name, weight in named.items() if weight.is_meta]:
         raise ShortGPTError(
             f"{offloaded[0]} is offloaded, and so nothing identifies the model, as a run that can "
-            "be continued needs it: open the model without a `device_map`"
+            "be continued needs it: open the model without a device_map"
         )
     about = [f"{name} {tuple(w.shape)} {w.dtype}".encode() for name, w in named.items()]
     return _digest(about, [partial(_tensor, weight) for weight in named.values()])

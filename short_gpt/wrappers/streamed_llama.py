@@ -357,7 +357,7 @@ class StreamedLlama(ScoredModel):
             return write_hf(directory, target, self.kept, record, new)
         target.check(source=directory)
         path, checkpoint = self.tokenizer_path, Checkpoint(directory)
-        return write_meta(checkpoint, target, self.kept, record, tokenizer_path=path, replaced=new)
+        return write_meta(checkpoint, target, self.kept, record, replaced=new, tokenizer_path=path)
 
     def _check_saved(self, directory: Path) -> None:
         stream = self.stream

@@ -249,14 +249,13 @@ def test_a_patched_meta_checkpoint_is_proved_before_it_is_there(tmp_path, monkey
     job.save(tmp_path / "out")
     assert torch.equal(weight, exact)  # rounded as on disk only while the two are compared
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    write = meta_checkpoint._write
+    write = meta_checkpoint.write_meta
 
-    def without_patch(*arguments):  # the patch is lost on the way
-        *head, replaced, progress = arguments
+    def without_patch(*arguments, replaced, **more):  # the patch is lost on the way
         assert replaced
-        return write(*head, {}, progress)
+        return write(*arguments, replaced={}, **more)
 
-    monkeypatch.setattr(meta_checkpoint, "_write", without_patch)
+    monkeypatch.setattr(meta_checkpoint, "write_meta", without_patch)
     with pytest.raises(RuntimeError, match="the saved model is not the model in memory"):
         job.save(tmp_path / "out", overwrite=True)
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
