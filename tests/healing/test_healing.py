@@ -927,8 +927,8 @@ def test_heal_refuses_before_it_works(books, capsys):
     assert "batch 16 is not a multiple" in fails(
         capsys, *base, "--method", "lora", "--micro_batch", 3
     )
-    small = ("--preset", "small", "--micro_batch", 4)  # of batches of 2
-    assert "batch 2 is not a multiple" in fails(capsys, *base, "--method", "lora", *small)
+    with pytest.raises(ShortGPTError, match="`batch` 2 is not a multiple"):  # before the model is
+        Settings(preset="small", micro_batch=4).check(["lora"])  # opened
     line = fails(capsys, *base, "--layers", "1", "--eval_data", "books/3.txt")
     assert "healing must not see that text" in line
     assert line.endswith("or leave those windows out by --drop_overlap")
