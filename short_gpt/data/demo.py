@@ -70,8 +70,12 @@ def checkpoint() -> Path:
     target = cache_dir() / f"smollm2-135m-instruct-{MODEL.version}-{CONVERTED}"
     if not target.is_dir():
         source = gguf_file()
-        with bar("converting", total=None, unit="tensor") as shown:
-            gguf_to_meta(source, target, progress=lambda _: shown.update())
+        try:
+            with bar("converting", total=None, unit="tensor") as shown:
+                gguf_to_meta(source, target, progress=lambda _: shown.update())
+        except FileExistsError:  # another process has converted it meanwhile
+            if not target.is_dir():
+                raise
     return target
 
 

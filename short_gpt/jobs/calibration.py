@@ -38,11 +38,11 @@ from short_gpt.jobs.cases import (
 from short_gpt.jobs.inputs import Cut, check_model, listed
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
-from short_gpt.jobs.settings import takes_fields
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, check_alone
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
 from short_gpt.scoring.moments import degrees_of_freedom

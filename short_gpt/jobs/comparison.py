@@ -33,10 +33,10 @@ from short_gpt.jobs.comparing import ComparisonResult, compare
 from short_gpt.jobs.inputs import Data, Tasks, TextSource, check_model, source_of
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
-from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import check_alone
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import hold, joined
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions

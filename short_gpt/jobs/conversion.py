@@ -22,9 +22,9 @@ from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
 from short_gpt.checkpoints.target import Target, check_format, check_one_file
 from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.saving import Conversion, interruptible
-from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.wrappers.opening import check_tokenizer, open_hf, same_model
 from short_gpt.wrappers.options import OpenOptions
 

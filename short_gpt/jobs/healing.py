@@ -40,16 +40,11 @@ from short_gpt.jobs.inputs import (
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.scores import ChosenLayers, chosen
-from short_gpt.jobs.settings import (
-    Choice,
-    HealingWindows,
-    Settings,
-    methods_of,
-    takes_fields,
-)
+from short_gpt.jobs.settings import Choice, HealingWindows, Settings, methods_of
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions

@@ -21,9 +21,10 @@ from short_gpt.checkpoints.target import Target, check_one_file
 from short_gpt.jobs.conversion import prove, read_again
 from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.scores import ChosenLayers, chosen
-from short_gpt.jobs.settings import Choice, PruneOutput, takes_fields
+from short_gpt.jobs.settings import Choice, PruneOutput
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import read_record
 from short_gpt.wrappers.opening import check_tokenizer, open_model
 from short_gpt.wrappers.options import FLOAT32, OpenOptions

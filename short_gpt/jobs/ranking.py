@@ -36,7 +36,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.scores import Digests, digests_of
-from short_gpt.jobs.settings import Answer, takes_fields
+from short_gpt.jobs.settings import Answer
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
@@ -44,6 +44,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
 from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.progress import DryRun, check_alone, duration, is_first_rank
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState

@@ -30,11 +30,12 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.saving import Saving
-from short_gpt.jobs.settings import Answer, takes_fields
+from short_gpt.jobs.settings import Answer
 from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import format_bytes, free_memory
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.scoring.importance import Importance, difference_margins
 from short_gpt.scoring.metrics import kendall, spearman
 from short_gpt.wrappers.options import OpenOptions

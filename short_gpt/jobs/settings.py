@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from difflib import get_close_matches
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from llama.args import short_repr
 from short_gpt.jobs.inputs import SIZE, Cut, TextSource, layer_list, listed, name_texts
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
@@ -21,7 +17,6 @@ from short_gpt.runtime.settings import (
     WRITE,
     Needs,
     Values,
-    flag_of,
     needs_one_of,
     setting,
 )
@@ -33,8 +28,6 @@ if TYPE_CHECKING:
     from short_gpt.scoring.stopping import Stop
     from short_gpt.wrappers.scored_model import ScoredModel
 
-P = ParamSpec("P")
-T = TypeVar("T")
 RANK, PRUNE = ("rank",), ("prune",)
 # fields of `Choice` for a limit of perplexity
 LIMITS = ("max_perplexity_ratio", "eval_data", "eval_windows", "size", "confidence", "bos")
@@ -451,59 +444,3 @@ def methods_of(text: str) -> list[str]:
             )
     check_order([STEPS[name] for name in methods])
     return methods
-
-
-# Settings as single arguments
-
-
-def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Lets a job take fields of its settings by their names: ``rank(model, data, size=512)``.
-
-    Settings are the parameters whose defaults are dataclasses; None stands for the default. The job
-    has a parameter ``**fields``, which it finds empty: they replace fields of the settings, which
-    the ``command`` may know by other names, those of its flags.
-    """
-
-    def wrap(run: Callable[P, T]) -> Callable[P, T]:
-        signature = inspect.signature(run)
-        every = {name: one.default for name, one in signature.parameters.items()}
-        groups: dict[str, Any] = {n: value for n, value in every.items() if is_dataclass(value)}
-        known = _places(groups, command)
-
-        @wraps(run)
-        def with_fields(*args: Any, **named: Any) -> T:
-            arguments = signature.bind(*args, **named).arguments
-            singles = arguments.pop("fields", {})
-            for name in singles:
-                if name not in known:
-                    near = get_close_matches(name, [*known, *every], n=1)
-                    hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
-                    raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
-            for group, default in groups.items():
-                value = default if arguments.get(group) is None else arguments[group]
-                if not isinstance(value, type(default)):  # of the field of this name, as of data
-                    if group not in {field.name for field in fields(default)}:
-                        name = next(name for name, (own, _) in known.items() if own == group)
-                        raise ShortGPTError(
-                            f"`{group}` = {short_repr(value)}: expected {type(default).__name__}, "
-                            f"or its fields by their names, such as {name}=..."
-                        )
-                    value = replace(default, **{group: value})
-                own = {known[n][1]: single for n, single in singles.items() if known[n][0] == group}
-                arguments[group] = replace(value, **own)
-            return run(**arguments)  # type: ignore[call-arg]
-
-        return with_fields
-
-    return wrap
-
-
-def _places(groups: dict[str, Any], command: str) -> dict[str, tuple[str, str]]:
-    """The parameter and field that a name stands for: of a flag, else of a field."""
-    every = [(group, field) for group, value in groups.items() for field in fields(value)]
-    flags = [(flag_of(field, command), group, field.name) for group, field in every]
-    known = {flag: (group, name) for flag, group, name in flags if flag is not None}
-    for flag, group, name in flags:  # a name that is another's flag is that one
-        if flag is not None:
-            known.setdefault(name, (group, name))
-    return known

@@ -41,7 +41,7 @@ from short_gpt.jobs.inputs import (
 )
 from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
-from short_gpt.jobs.settings import HealingWindows, takes_fields
+from short_gpt.jobs.settings import HealingWindows
 from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, tensor_bytes
 from short_gpt.jobs.shrink_plan import (
     HEALING,
@@ -58,6 +58,7 @@ from short_gpt.jobs.shrunk import REPORT, ShrinkResult, StateReport, next_steps,
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import StateFile, hold, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.stopping import unsure

@@ -1,15 +1,25 @@
-"""What a field of a settings class says of its flag: heading, placeholder, and what it needs.
+"""Settings: frozen dataclasses, whose fields are flags in the shell and arguments in Python.
 
-Settings are frozen dataclasses. A class names its part of the help as ``HEADING``; what differs is
-in a field's metadata, which `short_gpt.cli.flags` reads.
+A class names its part of the help as ``HEADING``. What differs is in a field's metadata, which
+`short_gpt.cli.flags` reads: heading, placeholder, and what the flag needs. `takes_fields` lets a
+function take the fields as arguments.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import Field, field
-from typing import Any, NamedTuple
+from dataclasses import Field, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from llama.args import short_repr
+from short_gpt.runtime.errors import ShortGPTError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 READ, CHOOSE, RUN, WRITE = "what to read", "how to choose", "how to run", "what to write"
 HEADINGS = (READ, CHOOSE, RUN, WRITE)
@@ -64,6 +74,59 @@ def flag_of(one: Field[Any], command: str) -> str | None:
     commands = one.metadata.get("commands")
     hidden = commands is not None and command not in commands
     return None if hidden else one.metadata.get("flag") or one.name
+
+
+def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Lets a job take fields of its settings by their names: ``rank(model, data, size=512)``.
+
+    Settings are the parameters whose defaults are dataclasses; None stands for the default. The job
+    has a parameter ``**fields``, which it finds empty: they replace fields of the settings, which
+    the ``command`` may know by other names, those of its flags.
+    """
+
+    def wrap(run: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(run)
+        every = {name: one.default for name, one in signature.parameters.items()}
+        groups: dict[str, Any] = {n: value for n, value in every.items() if is_dataclass(value)}
+        known = _places(groups, command)
+
+        @wraps(run)
+        def with_fields(*args: Any, **named: Any) -> T:
+            arguments = signature.bind(*args, **named).arguments
+            singles = arguments.pop("fields", {})
+            for name in singles:
+                if name not in known:
+                    near = get_close_matches(name, [*known, *every], n=1)
+                    hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
+                    raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
+            for group, default in groups.items():
+                value = default if arguments.get(group) is None else arguments[group]
+                if not isinstance(value, type(default)):  # of the field of this name, as of data
+                    if group not in {field.name for field in fields(default)}:
+                        name = next(name for name, (own, _) in known.items() if own == group)
+                        raise ShortGPTError(
+                            f"`{group}` = {short_repr(value)}: expected {type(default).__name__}, "
+                            f"or its fields by their names, such as {name}=..."
+                        )
+                    value = replace(default, **{group: value})
+                own = {known[n][1]: single for n, single in singles.items() if known[n][0] == group}
+                arguments[group] = replace(value, **own)
+            return run(**arguments)  # type: ignore[call-arg]
+
+        return with_fields
+
+    return wrap
+
+
+def _places(groups: dict[str, Any], command: str) -> dict[str, tuple[str, str]]:
+    """The parameter and field that a name stands for: of a flag, else of a field."""
+    every = [(group, field) for group, value in groups.items() for field in fields(value)]
+    flags = [(flag_of(field, command), group, field.name) for group, field in every]
+    known = {flag: (group, name) for flag, group, name in flags if flag is not None}
+    for flag, group, name in flags:  # a name that is another's flag is that one
+        if flag is not None:
+            known.setdefault(name, (group, name))
+    return known
 
 
 def as_flags(text: str, known: Collection[str] | None = None) -> str:

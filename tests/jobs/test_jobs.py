@@ -50,8 +50,8 @@ from short_gpt.jobs import (
     read_scores,
     reproduce,
 )
-from short_gpt.jobs.settings import takes_fields
 from short_gpt.runtime.progress import DryRun
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 

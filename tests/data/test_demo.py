@@ -1,4 +1,4 @@
-"""The name ``demo`` stands for the demo's model and book, where nothing here has that name."""
+"""The demo's model and book: what the name ``demo`` stands for, and where two processes meet."""
 
 from __future__ import annotations
 
@@ -39,3 +39,21 @@ def test_demo_judges_by_the_held_out_chapters_and_learns_from_the_others(tmp_pat
     assert source_names(book) == [book] and list(texts(book)) == ["held_out"] * 2
     assert list(read_texts(book, "validation", "text", None)) == ["calibration"] * 2
     assert count_texts("demo") == 1 and count_texts(book) is None
+
+
+def test_two_processes_may_convert_the_demo_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(demo, "gguf_file", lambda: tmp_path / "small.gguf")
+
+    def other_was_first(source: Path, target: Path, **_: object) -> None:
+        target.mkdir()
+        raise FileExistsError(f"{target} exists")
+
+    def other_path_exists(source: Path, target: Path, **_: object) -> None:
+        raise FileExistsError("another path exists")
+
+    monkeypatch.setattr(demo, "gguf_to_meta", other_path_exists)
+    with pytest.raises(FileExistsError, match="another path"):
+        demo.checkpoint()
+    monkeypatch.setattr(demo, "gguf_to_meta", other_was_first)
+    assert demo.checkpoint().parent == tmp_path and demo.checkpoint().is_dir()
