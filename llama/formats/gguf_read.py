@@ -71,7 +71,9 @@ def read_header(path: Path) -> Header:
             return _Reader(data).header()
     except MissingPackageError:
         raise
-    except (ValueError, struct.error, OverflowError) as error:
+    except struct.error:
+        raise InputError(f"{path} is not a complete GGUF file: its header ends early") from None
+    except (ValueError, OverflowError) as error:
         raise InputError(f"{path} is not a complete GGUF file: {error}") from None
 
 

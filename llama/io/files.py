@@ -31,6 +31,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, <fcntl.h> and <linux/fs.h>
 # Names of open files, which may be regular ones: whoever opened them wants the bytes there.
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 CHUNK_BYTES = 16 * 2**20
+LONGEST_NAME = 200  # bytes; most systems take 255, and files beside have longer ones
 IsKind = Callable[[Path], bool]
 
 
@@ -53,6 +54,8 @@ def _check_replaceable(path: Path, marker: str | None, *, overwrite: bool) -> No
     """Raises FileExistsError for a directory, unless its marker lists all that is in it."""
     if not path.exists():
         return
+    if not path.is_dir():
+        raise FileExistsError(f"{path} exists and is not a directory; choose another name")
     if not (overwrite and marker):
         raise FileExistsError(f"{path} exists; choose another directory or pass `overwrite`")
     if not (path / marker).is_file():
@@ -106,6 +109,8 @@ def check_writable(path: Path) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PermissionError(f"{path} cannot be written: {parent} is not a writable directory")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise InputError(f"{path.name}: expected a name of at most {LONGEST_NAME} bytes")
 
 
 @contextmanager

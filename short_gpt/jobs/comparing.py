@@ -31,7 +31,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring import Importance, spearman
-from short_gpt.scoring.run import wait
+from short_gpt.scoring.run import RunState, wait
 from short_gpt.selection.methods import AUTO, BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
@@ -168,7 +168,7 @@ def compare(
     agreement = [comparison.agreement(n, max(cases.numbers)) for n in searched]
     metrics = {}
     if tasks is not None:  # which depend on the tokenizer too
-        suite = json_digest([asdict(tasks), short.encode(PROBE)])
+        suite = json_digest([tasks.identity(), short.encode(PROBE)])
         metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
     chosen = {n: comparison.choice(n) for n in (cases.numbers if AUTO in cases.names else ())}
     return ComparisonResult(rows, agreement, metrics, cases.numbers, saved, choices=chosen)
@@ -257,15 +257,17 @@ class Comparison:
     def _scored(self, name: str, windows: Windows) -> Importance:
         """Scores of some windows; the model keeps its own scores."""
 
-        def measure() -> dict[str, object]:
+        def measure(part: StateFile | None) -> dict[str, object]:
             before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
+            state = None if part is None else RunState(part)
             try:
-                self.short.measure(windows, all_tokens=True, progress=self._progress)
+                show = self._progress
+                self.short.measure(windows, state=state, all_tokens=True, progress=show)
                 return self.short.importance.to_dict()
             finally:
                 self.short.importance = before
 
-        return Importance.from_dict(self.cells.value(name, measure))
+        return Importance.from_dict(self.cells.resumed(name, measure))
 
     def _search(self, method: str, n: int) -> Search:
         def measure(part: StateFile | None) -> JsonObject:

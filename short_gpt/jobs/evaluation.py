@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,9 @@ from short_gpt.wrappers.own_text import own_samples
 
 
 @takes_fields("evaluate")
+@interruptible()
 def evaluate(
-    models: Sequence[str],
+    models: str | PathLike[str] | Iterable[str | PathLike[str]],
     reading: Reading = Reading(),
     *,
     tasks: Tasks = Tasks(),
@@ -71,35 +74,36 @@ def evaluate(
     if reading.data == "none" and tasks.tasks is None:
         raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     reading.check()
-    models = [models] if isinstance(models, str) else models
-    for number, name in enumerate(models):
+    each = [models] if isinstance(models, str | PathLike) else models
+    names = [os.fspath(name) for name in each]
+    for number, name in enumerate(names):
         check_model(name)
-        if name in models[:number]:
+        if name in names[:number]:
             raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     tasks.check()
     own = reading.own_texts()
-    check_tokenizer(opening.tokenizer_path, *models)
+    check_tokenizer(opening.tokenizer_path, *names)
     if dry_run:
-        short = open_model(models[0], of_source(opening, models[0]), max_seq_len=reading.size)
-        read = [name for name in (reading.data, tasks.tasks) if name not in ("none", None)]
-        work = f"evaluate {' and '.join(models)} on {' and '.join(map(str, read))}"
+        short = open_model(names[0], of_source(opening, names[0]), max_seq_len=reading.size)
+        read = [one for one in (reading.data, tasks.tasks) if one not in ("none", None)]
+        work = f"evaluate {' and '.join(names)} on {' and '.join(map(str, read))}"
         work += "; tasks take more" if tasks.tasks else ""
         texts, limit = len(own) or 1, reading.max_windows
-        total = limit and limit // texts * texts * len(models)  # of every model
+        total = limit and limit // texts * texts * len(names)  # of every model
         end_dry_run(short, work, reading.size, total)
     first, rows = None, dict[str, dict[str, float]]()
     try:
-        for name in models:
+        for name in names:
             row = rows[name] = {}
             measured = _evaluated(name, row, reading, own, tasks, opening, first, notify)
             first = first or measured
             if measured[0]:  # a pair is read in one precision
                 opening = replace(opening, precision=next(iter(measured[0].values()))[0].precision)
-    except Exception:
+    except BaseException:  # also Ctrl-C
         for name, row in rows.items():  # what was measured is printed
             if row.keys() - {"layers"}:
                 values = ", ".join(f"{measure} {value:.6g}" for measure, value in row.items())
-                notify(f"measured of {name} before the error: {values}")
+                notify(f"measured of {name} before this ended: {values}")
         raise
     return rows
 

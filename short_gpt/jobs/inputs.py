@@ -5,10 +5,12 @@ A field is an argument in Python and a flag in the shell.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from short_gpt.data.texts import (
@@ -145,7 +147,8 @@ class TextSource:
         evaluation_texts(eval_data, self.column)
 
 
-Data = str | Iterable[object] | TextSource  # a name, texts in memory, or with settings
+# a name or a path, texts in memory, or with settings
+Data = str | PathLike[str] | Iterable[object] | TextSource
 
 
 def source_of(data: Data) -> TextSource:
@@ -154,8 +157,10 @@ def source_of(data: Data) -> TextSource:
 
 
 def name_texts(settings: object, field: str) -> None:
-    """Makes a `data.texts.TextsInMemory` of a field of settings that holds texts in memory."""
-    if not isinstance(value := getattr(settings, field), str | None):
+    """Makes a name of a field of settings: a path's own, or `data.texts.TextsInMemory`."""
+    if isinstance(value := getattr(settings, field), PathLike):
+        object.__setattr__(settings, field, os.fspath(value))
+    elif not isinstance(value, str | None):
         object.__setattr__(settings, field, TextsInMemory(value))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llama.io.files import check_writable, is_stream
 from short_gpt.runtime.errors import ShortGPTError
@@ -141,16 +141,21 @@ def as_begun(opening: OpenOptions, *states: str | Path | None) -> OpenOptions:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A request to end (SIGTERM) inside the block counts as Ctrl-C, so that work is saved."""
+    """Inside the block SIGTERM and a closed terminal count as Ctrl-C, so that work is saved."""
 
     def end(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = None
-    with suppress(ValueError):  # only the main thread may
-        before = signal.signal(signal.SIGTERM, end)
+    before: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # nohup ignores SIGHUP
+        if number is None or signal.getsignal(number) in (None, signal.SIG_IGN):
+            continue
+        with suppress(ValueError):  # only the main thread may
+            before[number] = signal.signal(number, end)
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -308,8 +308,9 @@ def _chosen_within(
     at_least(1, eval_windows=choice.eval_windows)
     cut = Cut(choice.size, choice.eval_windows, bos=choice.bos)
     cut.check()
-    short = open_model(model, opening, max_seq_len=choice.size)
     column = TextSource(data, column=choice.column, chat=choice.chat).column
+    texts(data, column=column)  # raises for none, before the model is opened
+    short = open_model(model, opening, max_seq_len=choice.size)
     held = list(cut.windows(texts(data, column=column), short.encode, short.bos))
     unsure = _check_apart(held, data, scores.arguments, short)
     most = len(scores.searched) or None  # a search chose no more than these

@@ -61,6 +61,7 @@ from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import StateFile, hold, joined
 from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import unsure
 from short_gpt.selection.methods import AUTO, METHODS, SEARCHED, WITHOUT_TEXT, choose
 from short_gpt.wrappers.opening import of_source, open_loaded, open_trainable
@@ -138,6 +139,10 @@ def shrink(
         notify(words)
         result = _shrunk(asked, known, words)
         shutil.rmtree(asked.folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        if next(asked.folder.glob("[!.]*"), None) is not None:
+            notify(f"what was done is kept in {asked.folder}: the same command continues")
+        raise
     finally:
         with suppress(OSError):  # files to continue from stay
             asked.folder.rmdir()
@@ -251,8 +256,7 @@ class _Run:
         """The layers to remove, and how `auto` chose them."""
         short, method, seed = self.known.opened.short, self.asked.method, self.asked.cut.seed
         if self.sets is None:
-            measured = partial(short.measure, self.calibration)
-            scores = self.cells.value("importance", lambda: measured().to_dict())
+            scores = self.cells.resumed("importance", self._scored)
             short.importance = Importance.from_dict(scores)
             assert self.known.n is not None
             return choose(short.importance, self.known.n, method=method, seed=seed), {}
@@ -262,6 +266,10 @@ class _Run:
         most = self.known.count - 2 if self.known.n is None and method == "sleb" else None
         layers = self.sets.layers(method, n, seed, most=most)
         return layers, self.sets.choice(n).to_dict() if method == AUTO else {}
+
+    def _scored(self, part: StateFile | None) -> dict[str, object]:
+        state = None if part is None else RunState(part)
+        return self.known.opened.short.measure(self.calibration, state=state).to_dict()
 
     def _within(self, sets: Comparison) -> int:
         """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
@@ -325,7 +333,9 @@ class _Run:
 
     def look(self, state: str) -> StateReport:
         """Measured once; the completion is that of the present model."""
-        asked = json_digest([self.known.prompt, asdict(self.asked.tasks)])
+        opened, suite = self.known.opened, self.asked.tasks.suite()
+        ids = opened.asked(self.known.prompt) if isinstance(opened, InMemory) else []
+        asked = json_digest([ids, suite and suite.identity()])  # by tokenizer and chat template
         return StateReport(*self.cells.value(f"look {state} {asked}", self._measured))
 
     def _measured(self) -> list[Any]:

@@ -12,9 +12,10 @@ from typing import Any
 
 from llama.args import some
 from llama.formats.gguf import ROPE_FACTORS
+from llama.formats.gguf_read import part_paths
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import read_json
-from llama.io.sources import hub_failure, is_gguf
+from llama.io.sources import Source, find_source, hub_failure, is_gguf, resolve
 from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.gguf_loading import (
@@ -104,6 +105,16 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         vars(model.config).pop("quantization_config", None)  # version 4 has none here
         vars(model).update(hf_quantizer=None, is_quantized=False)
     return model, tokenizer
+
+
+def weight_files(source: str | Source) -> list[Path]:
+    """A checkpoint's files of weights, of any format."""
+    source = find_source(source)
+    if source.kind == "gguf":
+        return part_paths(source.path)
+    folder = resolve(source)
+    patterns = ["consolidated.*.pth"] if source.kind == "meta" else ["*.safetensors", "*.bin"]
+    return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
 
 
 def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:

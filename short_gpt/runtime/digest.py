@@ -52,14 +52,36 @@ def windows_digest(windows: Iterable[Sequence[int]]) -> str:
     return json_digest([[int(token) for token in window] for window in windows])
 
 
+Stamps = tuple[tuple[Path, int, int, int], ...]  # files, sizes, times of change, inodes
+
+
+def stamps(files: Iterable[Path]) -> Stamps:
+    """What shows whether files change, without reading them."""
+    stats = [(path, path.stat()) for path in files]
+    return tuple((path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stats)
+
+
+def check_unchanged(opened: Stamps, *, mapped: bool = False) -> None:
+    """Raises ShortGPTError for a file that is another one now, or has other content.
+
+    ``mapped``: the content is in memory, where a new file of the same name does not change it.
+    """
+    for path, *stamp in opened:
+        now = [*stamps([path])[0][1:]] if path.is_file() else [-1]
+        if now != stamp and not (mapped and now[-1] != stamp[-1]):
+            raise ShortGPTError(
+                f"{path} has changed since the model was opened: expected the same content until "
+                "the end; open the model again"
+            )
+
+
 def files_digest(files: Iterable[Path]) -> str:
     """A digest of files' sizes and bytes in this order; unchanged files are read once."""
-    stats = [(path, path.stat()) for path in files]
-    return _files_digest(tuple((p, s.st_size, s.st_mtime_ns, s.st_ino) for p, s in stats))
+    return _files_digest(stamps(files))
 
 
 @lru_cache(maxsize=16)
-def _files_digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+def _files_digest(files: Stamps) -> str:
     sizes = [f"{size}".encode() for _, size, _, _ in files]
     pieces = [partial(_piece, f, start) for f, size, *_ in files for start in range(0, size, PIECE)]
     return _digest(sizes, pieces)

@@ -8,6 +8,7 @@ import platform
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
@@ -26,6 +27,7 @@ from short_gpt.runtime.progress import is_first_rank
 ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
+COMPUTING = ("short-gpt", "torch", "transformers")  # of these, that compute what a state holds
 # entries of a run's identity that it has only where they are others
 USUAL = {"precision": "float32", "kept step": None}
 START = b'{\n "run"'  # of a state
@@ -290,8 +292,22 @@ class StateFile:
             raise ShortGPTError(f"{self.path} {older}; {fix}")
         with suppress(RecursionError):  # nested deeper than anything that is saved
             if content[CHECKED] == content_digest(content):
+                self._warn_of_versions(content)
                 return content
         raise damaged(self.path, self._folder)
+
+    def _warn_of_versions(self, content: JsonObject) -> None:
+        theirs, own = content.get("versions"), versions()
+        if not isinstance(theirs, dict):
+            return
+        names = [name for name in COMPUTING if theirs.get(name) != own.get(name)]
+        if names:
+            began = ", ".join(f"{name} {theirs.get(name)}, now {own.get(name)}" for name in names)
+            warnings.warn(
+                f"{self.path} was begun with {began}: what continues may differ from it; delete "
+                f"{self._folder} to start again",
+                stacklevel=5,
+            )
 
     def _is_foreign(self) -> bool:
         """Whether another program wrote this: a truncated state begins with `START` or zeros."""

@@ -324,4 +324,4 @@ class Following:
         looked = verdict.windows >= first
         apart = verdict.apart(self._stops and looked)
         line = f"{verdict.windows:,}{of} windows: {layers}; {verdict.closest}: {apart}"
-        return line if looked or not self._stops else f"{line}, looked at from {first:,} windows on"
+        return line if looked or not self._stops else f"{line} (tested from {first:,} windows on)"

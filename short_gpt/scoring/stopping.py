@@ -136,7 +136,8 @@ def check_sample(random_order: bool, before: int) -> None:
     if not random_order:
         raise ShortGPTError(
             "stop expects windows in random order, got some whose order is that of their texts or "
-            "unknown; cut them with a seed, windows(..., seed=0), or say random_order=True"
+            "unknown; pass windows(..., seed=0) itself, whose order a list does not tell, or "
+            "random_order=True"
         )
     if before:
         raise ShortGPTError(
@@ -231,7 +232,7 @@ class Verdict:
                 f"decide that make up less than {100 * self.stop.rare:.4g}% of all"
             )
             return f"{what} settled at {sure:.4g} after {read}; {closest}; {promise}"
-        early = f", looked at from {first:,} on" if self.windows < first else ""
+        early = f" (tested from {first:,} on)" if self.windows < first else ""
         not_yet = f"{what} NOT settled at {self.stop.confidence:.4g} by {read}{early}"
         return f"{not_yet}; {closest}; more windows (`max_windows`) may settle it"
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import fields, replace
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 
 from llama.checkpoint.meta import args_of_params, read_params
-from llama.formats.gguf_read import part_paths
-from llama.io.sources import Source, find_source, resolve
+from llama.io.sources import Source, find_source
 from llama.parallel import choose_device, choose_dtype, initialize, is_distributed
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.verify import (
@@ -24,6 +22,7 @@ from short_gpt.checkpoints.verify import (
     one_by_one,
 )
 from short_gpt.models.config_file import explained, layers_in_config, read_config
+from short_gpt.models.loading import weight_files
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
@@ -188,14 +187,7 @@ def layers_of(source: str | PathLike[str]) -> int | None:
 
 def weights_of(source: str | Source) -> str | None:
     """A digest of a checkpoint's files of weights, which depends on format and shards; or None."""
-    kind = find_source(source).kind
-    if kind == "gguf":
-        return files_digest(part_paths(Path(source)))
-    folder = resolve(source)
-    for pattern in ("consolidated.*.pth",) if kind == "meta" else ("*.safetensors", "*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return files_digest(files)
-    return None
+    return files_digest(files) if (files := weight_files(source)) else None
 
 
 def same_model(

@@ -263,6 +263,8 @@ class ScoredModel(ModelRecord, ABC):
         check_layers(drop, self.kept)
         self.check_whole()
         undo = remove_layers(self.decoder, [self.kept.index(i) for i in drop])
+        if self.n_windows and not self._stale:
+            self.chosen_by = self.importance
         before = self.kept, self.removed
         self.kept = [i for i in self.kept if i not in drop]
         self.removed = [*self.removed, *drop]
@@ -310,7 +312,7 @@ class ScoredModel(ModelRecord, ABC):
     @property
     def standard_errors(self) -> Tensor:
         """Standard error of every entry of `importances`, (L,); NaN below two windows."""
-        return self._by_layer(self._scored().standard_error)
+        return self.by_layer(self._scored(), "standard_error")
 
     @property
     def agreement(self) -> float:
@@ -350,7 +352,7 @@ class ScoredModel(ModelRecord, ABC):
         count = check_count(count, len(self.kept), name=name)
         importance = self._scored()
         if self._stale:
-            raise RuntimeError(
+            raise ShortGPTError(
                 f"layers {self.removed} were removed since these scores were measured; score "
                 "the model again before removing more by score"
             )

@@ -32,7 +32,13 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
 from short_gpt.models.decoder import check_token_ids, evaluating
 from short_gpt.models.hf import HFDecoder, check_layers_path
-from short_gpt.models.loading import generation_explained, load, restore_frequencies
+from short_gpt.models.loading import (
+    generation_explained,
+    load,
+    restore_frequencies,
+    weight_files,
+)
+from short_gpt.runtime.digest import check_unchanged, stamps
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.wrappers.short_model import Prompts, ShortModel, check_texts
 
@@ -84,6 +90,11 @@ class ShortHFModel(ShortModel):
         else:
             source = model.config.name_or_path or "a model"
             restore_frequencies(model)
+        if adapted := [name for name, part in model.named_modules() if hasattr(part, "base_layer")]:
+            raise ShortGPTError(
+                f"{type(model).__name__} has an adapter at {adapted[0]}, expected a model of plain "
+                "layers: merge it, as in model = peft_model.merge_and_unload()"
+            )
         if to_device is not None and not getattr(model, "is_quantized", False):
             model.to(to_device)
         decoder = HFDecoder(model.eval(), layers_path)
@@ -92,6 +103,8 @@ class ShortHFModel(ShortModel):
         super().__init__(decoder, n_prune_layers)
         self._layers_path = decoder.layers_path
         self.model, self.tokenizer, self.source = model, tokenizer, source
+        here = isinstance(model_name, str | os.PathLike) and Path(source).exists()
+        self._opened = stamps(weight_files(source)) if here else ()
         self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
 
     @classmethod
@@ -123,6 +136,14 @@ class ShortHFModel(ShortModel):
         if isinstance(text, Conversation):
             return self._rendered(text)
         return self._tokenizer()(text, verbose=False)["input_ids"]
+
+    def _to_continue(self, text: str) -> list[int]:
+        """Token ids of a text, without what the tokenizer puts after it, such as EOS."""
+        ids = self.encode(text)
+        if isinstance(text, Conversation):
+            return ids
+        after = self.encode("")[len(starts_texts(self.encode)) :]
+        return ids[: -len(after)] if after and ids[-len(after) :] == after else ids
 
     def _rendered(self, conversation: Conversation) -> list[int]:
         from jinja2 import TemplateError
@@ -165,7 +186,7 @@ class ShortHFModel(ShortModel):
         """
         check_texts(prompts)
         if max_gen_len > 0:
-            ids = (self.encode(p)[:max_seq_len] for p in prompts)
+            ids = (self._to_continue(p)[:max_seq_len] for p in prompts)
             self.measure([self._continue(i, max_gen_len, temperature, top_p) for i in ids])
         else:
             how: Any = {"stride": stride, "tail": "keep", "bos": self.bos}
@@ -177,9 +198,9 @@ class ShortHFModel(ShortModel):
         check_texts(prompts)
         check_numbers(max_gen_len, temperature, top_p)
         if max_gen_len == 0:  # which transformers refuses
-            return [""] * len(prompts)
+            return ["" for _ in prompts]
         texts = []
-        for ids in map(self.encode, prompts):
+        for ids in map(self._to_continue, prompts):
             new = self._continue(ids, max_gen_len, temperature, top_p)[len(ids) :]
             texts.append(str(self._tokenizer().decode(new, skip_special_tokens=True)))
         return texts
@@ -278,6 +299,7 @@ class ShortHFModel(ShortModel):
         gone before, as in `check_saved`.
         """
         self.check_whole()
+        check_unchanged(self._opened, mapped=True)
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         proof = partial(self.check_saved, release=release) if verify else None
         target = Target(out_dir, "hf", overwrite, proof)
@@ -314,6 +336,7 @@ class ShortHFModel(ShortModel):
             return self.save_pretrained(out_dir, overwrite=overwrite, release=release, **about)
         record = Provenance.of(self, self.source, **about)
         if is_gguf(out_dir):
+            check_unchanged(self._opened)  # kept tensors are copied from there
             target = Target(out_dir, "gguf", overwrite)
             return save_gguf(self, target, self.source, self._layers_path, record=record)
         self.check_whole()

@@ -28,6 +28,7 @@ from llama.formats.safetensors import DTYPES
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
 from short_gpt.models.families import META
+from short_gpt.runtime.digest import check_unchanged, stamps
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.memory import Plan, block_rows, plan, resident
 from short_gpt.scoring.hooks import LayerHooks
@@ -173,6 +174,7 @@ class StreamedTransformer(nn.Module):
         self.replaced: list[Mapping[tuple[int, str], Tensor]] = []
         self._ready: dict[str, Tensor] = {}  # the weights of the layer that runs
         self._next: dict[tuple[str, torch.dtype], Tensor] = {}  # of the one that is read
+        self._opened = stamps(source.files)
 
     @property
     def device(self) -> torch.device:
@@ -226,6 +228,7 @@ class StreamedTransformer(nn.Module):
                 batch.embed(start, rows)
 
     def _blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        check_unchanged(self._opened)
         size = block_rows(self.params, self.source.infos[name].dtype)
         return self.source.blocks(name, size)
 
@@ -249,6 +252,7 @@ class StreamedTransformer(nn.Module):
     def load(self, layer: nn.Module) -> None:
         """Gives one layer its weights, read one after the other; ``layer.to("meta")`` ends it."""
         number = self._numbers[layer]
+        check_unchanged(self._opened)
         for name in LAYER_NAMES:
             self._make_ready(number, {name: self.weight(number, name)})
         layer.load_state_dict(self._ready, assign=True)
@@ -271,6 +275,7 @@ class StreamedTransformer(nn.Module):
     def _read(self, number: int) -> dict[str, Tensor]:
         """A layer's weights as stored, in memory that is used again for the next."""
         weights = {}
+        check_unchanged(self._opened)
         for name in LAYER_NAMES:
             weight = self.weight(number, name)
             buffer = self._next.get((name, weight.dtype))

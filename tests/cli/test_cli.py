@@ -95,7 +95,7 @@ def test_rank_ends_when_its_answer_is_settled(ckpt, capsys, method):
 
 def test_rank_that_reads_too_little_says_so(ckpt, capsys):
     run("rank", "ckpt", *DATA, "--n_prune_layers", 2, "--max_windows", 10)
-    text = "NOT settled at 0.99 by 10 of 38 windows, looked at from 38 on; closest layers"
+    text = "NOT settled at 0.99 by 10 of 38 windows (tested from 38 on); closest layers"
     out = capsys.readouterr().out
     assert text in out and "more windows (--max_windows) may settle it" in out
 

@@ -431,5 +431,5 @@ def test_what_was_measured_is_told_where_tasks_fail(here, capsys, lm_eval, tasks
     with pytest.raises(SystemExit):
         run("evaluate", "hf", *DATA[:4], "--max_windows", 2, *toy)
     lines = [line for line in capsys.readouterr().err.splitlines() if "/s]" not in line]
-    assert lines[-2].startswith("measured of hf before the error: layers 5, book.txt perp")
+    assert lines[-2].startswith("measured of hf before this ended: layers 5, book.txt perp")
     assert "Couldn't reach 'a/b' on the Hub): connect to the network, or use tasks" in lines[-1]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -298,7 +299,7 @@ def test_without_the_hub_the_call_fails_at_once(environment: dict[str, str]) -> 
     )
     message = ", and the hub cannot be reached"
     assert run.stdout.count(message) == len(calls), run.stderr
-    assert run.stdout.count("pass a local copy as `data`, a folder of .txt") == 2
+    assert run.stdout.count("name a local copy, a folder of .txt") == 2
     assert all(line.startswith("no such file or folder: ") for line in run.stdout.splitlines())
     assert time.monotonic() - began < 20
 
@@ -588,3 +589,32 @@ def test_a_text_counts_once_by_any_spelling(tmp_path, monkeypatch):
     for again in ("a.txt", "./a.txt", str(tmp_path / "a.txt")):
         with pytest.raises(ShortGPTError, match=f"`data` names {again} twice: name it once"):
             check_named_once(["a.txt", again])
+
+
+def test_folders_that_links_lead_to_are_read_once(tmp_path):
+    main, other = tmp_path / "main", tmp_path / "other"
+    for folder, name in ((main / "own", "a"), (other / "deep", "b")):
+        folder.mkdir(parents=True)
+        (folder / f"{name}.txt").write_text(name)
+    (main / "first").symlink_to(other)
+    (main / "second").symlink_to(other)
+    (main / "inside").symlink_to(main / "own")
+    (main / "own/round").symlink_to(main)
+    (other / "back").symlink_to(tmp_path)
+    assert sorted(texts(main)) == ["a", "b"] and count_texts(str(main)) == 2
+
+
+@pytest.mark.parametrize("contents", [[""], ["", ""]])
+def test_a_source_of_empty_texts_is_refused_at_once(tmp_path, contents):
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.txt").write_text(content)
+    with pytest.raises(ShortGPTError, match="holds no text"):
+        texts(tmp_path)
+    (tmp_path / "z.txt").write_text("some")
+    assert [*texts(tmp_path)] == [*contents, "some"]
+
+
+def test_a_seed_may_be_of_numpy():
+    own = [list(range(40))]
+    cut = partial(windows, ["a"], lambda _: own[0], size=8, stride=8)
+    assert [*cut(seed=np.int64(3))] == [*cut(seed=3)]

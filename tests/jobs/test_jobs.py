@@ -213,17 +213,25 @@ def test_evaluate_and_convert(here):
     assert told == [f"book.txt: 95% intervals of perplexities over {value.error.over}"]
 
 
-def test_what_was_measured_before_an_error_is_told(here, monkeypatch):
+@pytest.mark.parametrize("error", [IndexError, KeyboardInterrupt])
+def test_what_was_measured_before_an_error_is_told(here, monkeypatch, error):
     """Also of a model whose own tasks did not fail."""
     prune("ckpt", "small", layers=[2])
     runs, told = [TaskRun({})], []
-    monkeypatch.setattr(Tasks, "run", lambda *_, **__: runs.pop())
-    with pytest.raises(IndexError):
-        evaluate(["ckpt", "small"], Reading("book.txt", size=32), notify=told.append)
+
+    def next_run(*_: object, **__: object) -> TaskRun:
+        if not runs:
+            raise error
+        return runs.pop()
+
+    monkeypatch.setattr(Tasks, "run", next_run)
+    models = (Path(name) for name in ("ckpt", "small"))
+    with pytest.raises(error):
+        evaluate(models, Reading(Path("book.txt"), size=32), notify=told.append)
     named = [line.split(", ")[0] for line in told if "measured" in line]
     assert named == [
-        "measured of ckpt before the error: layers 5",
-        "measured of small before the error: layers 4",
+        "measured of ckpt before this ended: layers 5",
+        "measured of small before this ended: layers 4",
     ]
 
 
@@ -667,17 +675,26 @@ def test_conversations_are_refused_without_a_template(chatty, capsys):
     assert "--chat has no effect without data with columns" in line
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_before_the_model_is_opened_its_state_is_checked_and_a_request_to_end_counts(
-    here, monkeypatch
+    here, monkeypatch, name
 ):
+    number = getattr(signal, name)
+
     def opened(*_):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
 
     monkeypatch.setattr(Running, "open", opened)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        rank("ckpt", "book.txt", size=32)
-    assert signal.getsignal(signal.SIGTERM) is before
+        rank("ckpt", Path("book.txt"), size=32)
+    assert signal.getsignal(number) is before
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        with pytest.raises(AttributeError):  # what `opened` returns is no model
+            rank("ckpt", "book.txt", size=32)
+    finally:
+        signal.signal(number, before)
     with pytest.raises(PermissionError, match="book.txt is not a writable directory"):
         rank("ckpt", "book.txt", size=32, saving=Saving("book.txt/state"))
 

@@ -32,6 +32,7 @@ from short_gpt.cli.flags import flags_of
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import HealedChoice, HealingTexts, Recipe, RefitSettings
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
@@ -39,6 +40,7 @@ from short_gpt.jobs import (
     OpenOptions,
     Running,
     ShrinkResult,
+    Tasks,
     shrink_models,
     shrink_plan,
     shrinking,
@@ -50,6 +52,7 @@ from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.wrappers import precision
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # transformers' own
@@ -871,3 +874,79 @@ def test_a_tied_weight_of_a_streamed_model_counts_once(here, tied):
     streamed = open_model("own", stream=True, device="cpu")
     for (layers, rest), each in zip(Streamed(streamed, "hf").sizes(), (1, 4), strict=True):
         assert sum(layers) + rest == each * count
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scores_that_were_interrupted_are_continued(here, monkeypatch, stream):
+    how = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    how["streaming"] = Running(stream=stream)
+    owner = StreamedLlama if stream else ShortHFModel
+    monkeypatch.setattr(StreamedLlama, "windows_at_once", lambda *_: 2)
+    whole, told, counts = shrink("hf", "whole-3", **how), [], []
+    with interrupted(owner, "score", 3):
+        shrink("hf", "out", **how, notify=told.append)
+    assert told[-1] == "what was done is kept in out.shrinking: the same command continues"
+    plain = owner.score
+
+    def counted(short: object, read: list[list[int]], **options: Any) -> object:
+        counts.append(len(read))
+        return plain(short, read, **options)
+
+    monkeypatch.setattr(owner, "score", counted)
+    done = shrink("hf", "out", **how)
+    assert sum(counts) == (2 if stream else 5)  # of eight
+    assert done.layers == whole.layers
+    assert done.importance.to_dict() == whole.importance.to_dict()
+    assert torch.equal(logits("out"), logits("whole-3"))
+
+
+def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained("hf")
+    model = LlamaForCausalLM.from_pretrained("hf")
+    Path("own").mkdir()
+    model.save_pretrained("own/hf")
+    tokenizer.save_pretrained("own/hf")
+    tasks = Path("own/tasks")
+    tasks.mkdir()
+    (tasks / "documents").write_text("1")
+    monkeypatch.setattr(Tasks, "check", lambda _: None)
+    monkeypatch.setattr(
+        TaskSuite,
+        "documents",
+        lambda suite, _: TaskRun(
+            {"t": {"acc": float(Path(suite.include_path, "documents").read_text())}}
+        ),
+    )
+    how = {**KILLED, "tasks": Tasks("t", include_path=str(tasks))}
+    with interrupted(LayerRefit, "solve", 1):
+        shrink("own/hf", "out", **how)
+    (tasks / "documents").write_text("0")
+    text = TEMPLATE.replace("<s>", "<s>A ")
+    for file in Path("own/hf").glob("*template*"):
+        file.write_text(text)
+    done = shrink("own/hf", "out", **how)
+    assert {look.tasks["metrics"]["t"]["acc"] for look in done.looks.values()} == {0.0}
+
+
+@pytest.mark.parametrize(("kind", "replaced"), [("gguf", True), ("gguf", False), ("hf", False)])
+def test_a_model_whose_files_change_meanwhile_is_not_written(here, kind, replaced):
+    Path("own").mkdir()
+    source = "own/model.gguf" if kind == "gguf" else "own/hf"
+    if kind == "gguf":
+        shutil.copy("model.gguf", source)
+    else:
+        shutil.copytree("hf", source)
+    file = Path(source) if kind == "gguf" else next(Path(source).glob("*.safetensors"))
+
+    def change(line: str) -> None:
+        if "layers to remove" in line:
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            if replaced:
+                file.unlink()
+            file.write_bytes(content)
+
+    out = "out.gguf" if kind == "gguf" else "out"
+    with pytest.raises(ValueError, match=r"own/.* has changed since the model was opened"):
+        shrink(source, out, **KILLED, notify=change)
+    assert not Path(out).exists()

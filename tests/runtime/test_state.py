@@ -99,8 +99,13 @@ def test_a_state_that_was_cut_short_says_what_to_delete(tmp_path, content):
 def test_a_state_of_other_versions_continues(tmp_path):
     path = saved(tmp_path / "state")
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "versions": {"python": "2.7"}}))
+    others = {**content["versions"], "python": "2.7"}
+    path.write_text(json.dumps({**content, "versions": others}))
     assert StateFile(path, IDENTITY).content["sums"] == [1.5]
+    path.write_text(json.dumps({**content, "versions": {**others, "torch": "1.0"}}))
+    with pytest.warns(UserWarning, match="begun with torch 1.0, now .*; delete .*state to start"):
+        state = StateFile(path, IDENTITY)
+    assert state.content["sums"] == [1.5]
 
 
 def test_no_entry_of_an_identity_hides_another(tmp_path):

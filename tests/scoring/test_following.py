@@ -32,7 +32,7 @@ def test_it_tells_windows_read_the_choice_and_the_closest_pair():
     lines = told(20)
     assert len(lines) == 10
     assert lines[0].startswith("2 windows: [2]; closest layers 2 and ")
-    assert lines[0].endswith(", looked at from 16 windows on")
+    assert lines[0].endswith(" (tested from 16 windows on)")
     assert lines[-1].startswith("20 windows: [2]; closest ") and lines[-1].endswith(" needed")
 
 

@@ -139,7 +139,7 @@ def test_all_windows_read_is_settled_by_definition():
     assert str(Stop(3).judge(one, 1)).endswith("settled: the only window was read")
     assert not Stop(3).judge(sums, 4000).settled
     text = str(Stop(3).judge(sums, 4000))
-    assert "NOT settled at 0.99 by 40 of 4,000 windows, looked at from 286 on; closest" in text
+    assert "NOT settled at 0.99 by 40 of 4,000 windows (tested from 286 on); closest" in text
     text = str(Stop(3, rare=0.2).judge(sums, 4000))
     assert "NOT settled at 0.99 by 40 of 4,000 windows; closest layers" in text
 
@@ -355,7 +355,7 @@ def test_a_verdict_tells_its_kind_of_answer_and_its_windows():
     more = "more windows (`max_windows`) may settle it"
     assert str(verdict) == f"{told}: 1.50 standard errors apart, 4.25 needed; {more}"
     early = str(replace(verdict, windows=31, needed=18461.97))
-    looked = " 31 windows, looked at from 297 on; closest blocks that start at 2 and 5: 1.50 "
+    looked = " 31 windows (tested from 297 on); closest blocks that start at 2 and 5: 1.50 "
     assert early.endswith(f"{looked}standard errors apart; {more}")
     one = str(replace(verdict, windows=1, z=math.nan))
     assert one.endswith(f"closest blocks that start at 2 and 5: one window gives no error; {more}")

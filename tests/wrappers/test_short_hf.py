@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,8 @@ import without_us
 from conftest import BYTE_VOCAB, random_windows, write_byte_tokenizer
 from families import DROP, FAMILIES, KEPT, LAYERS, PLAIN, STEPS, TOKENS, check, make
 from processes import alone
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from short_gpt import ShortHFModel, heal_refit
 from short_gpt.checkpoints import Provenance
@@ -649,3 +651,54 @@ def test_what_offloaded_weights_cannot_do_is_told(directory, tmp_path):
         short.identity()
     with pytest.raises(ShortGPTError, match=r"offloaded|not in memory"):
         heal_refit(short, [2], windows, progress=False)
+
+
+def test_what_a_tokenizer_puts_after_a_text_is_not_continued(tmp_path):
+    write_byte_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    short, prompts = ShortHFModel(make("llama"), tokenizer=tokenizer), ["ab"]
+    backend, ends = short.tokenizer.backend_tokenizer, [("<s>", 0), ("</s>", 1)]
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=ends)
+    plain = short.generate(prompts, 5, temperature=0)
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    assert short.encode("ab")[-1] == 1
+    assert short.generate(prompts, 5, temperature=0) == plain
+    short.eval_importance(prompts, max_seq_len=16, max_gen_len=4, temperature=0)
+    assert short.n_windows == 1
+
+
+def test_a_model_with_an_adapter_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(make("llama"), config)
+    for model in (adapted, adapted.base_model.model):
+        with pytest.raises(ShortGPTError, match="has an adapter at .*q_proj, .* merge it"):
+            ShortHFModel(model)
+    assert ShortHFModel(adapted.merge_and_unload()).kept
+
+
+def test_files_that_change_are_told_from_files_that_are_replaced(tmp_path):
+    make("llama").save_pretrained(tmp_path / "hf")
+    short, file = ShortHFModel(tmp_path / "hf"), tmp_path / "hf/model.safetensors"
+    content = file.read_bytes()
+    file.rename(tmp_path / "aside")
+    file.write_bytes(content)
+    short.save_pretrained(tmp_path / "out")  # the weights in memory are those of the former file
+    file.unlink()
+    short.save_pretrained(tmp_path / "again")
+    other = ShortHFModel(tmp_path / "out")
+    os.utime(tmp_path / "out/model.safetensors", ns=(0, 0))
+    with pytest.raises(ShortGPTError, match="model.safetensors has changed since the model was"):
+        other.save_pretrained(tmp_path / "third")
+
+
+def test_the_record_has_the_scores_that_chose_the_layers(tmp_path):
+    short = ShortHFModel(make("llama"))
+    read = random_windows(6, 12, vocab=90)
+    short.measure(read, progress=False)
+    chosen = short.importances.tolist()
+    short.remove_layers(n=1)
+    short.measure(read[:2], progress=False)
+    short.save_pretrained(tmp_path / "out")
+    record = Provenance.of_checkpoint(tmp_path / "out")
+    assert [*record.block_influence] == chosen and record.scored["windows"] == 6

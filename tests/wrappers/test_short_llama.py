@@ -25,6 +25,7 @@ from short_gpt import ShortLlama, heal_refit
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.prefill import skipped_in_prefill
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.run import measure
 
 
@@ -134,9 +135,9 @@ def unchanged(short: ShortLlama) -> bool:
 
 
 def test_removing_before_scoring_is_refused(short):
-    with pytest.raises(RuntimeError, match="no scores yet; call eval_importance"):
+    with pytest.raises(ShortGPTError, match="no scores yet; call eval_importance"):
         short.remove_layers()
-    with pytest.raises(RuntimeError, match="no scores yet"):
+    with pytest.raises(ShortGPTError, match="no scores yet"):
         _ = short.importances
     assert unchanged(short)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -31,6 +32,7 @@ from llama.formats.names import params_json
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.runtime import memory as memory_plan
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of, pinned
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import SUMS, Importance
@@ -589,3 +591,16 @@ def test_a_model_of_the_hub_keeps_its_name(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out/pruning.json").read_text())["source"] == "me/llama"
     card = (tmp_path / "out/README.md").read_text()
     assert "base_model: me/llama" in card and "0123abcd" not in card
+
+
+@pytest.mark.parametrize("kind", ["meta", "hf"])
+def test_files_that_change_are_not_read_on(tmp_path, kind):
+    meta(tmp_path / "meta")
+    meta_to_hf(tmp_path / "meta", tmp_path / "hf")
+    short = StreamedLlama(tmp_path / kind, device="cpu")
+    short.perplexity(WINDOWS, progress=False)
+    file = next(path for path in short.stream.source.files)
+    os.utime(file, ns=(0, 0))
+    for call in (short.measure, short.perplexity):
+        with pytest.raises(ShortGPTError, match=f"{file.name} has changed since the model was"):
+            call(WINDOWS, progress=False)
