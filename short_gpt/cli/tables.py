@@ -295,7 +295,9 @@ def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[st
 
 
 def _removed(rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
-    lines = [f"{'sets of layers removed':<28}" + " | ".join(f"{n} layers" for n in counts)]
+    lines = [
+        f"{'sets of layers removed':<28}" + " | ".join(f"{n} layer{'s' * (n != 1)}" for n in counts)
+    ]
     for method, seed in dict.fromkeys((r.method, r.seed) for r in rows):
         sets = {r.n: r.layers for r in rows if (r.method, r.seed) == (method, seed)}
         cells = (" ".join(map(str, sorted(sets[n]))) if n in sets else "-" for n in counts)

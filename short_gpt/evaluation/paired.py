@@ -29,7 +29,7 @@ class Difference:
 
     def __str__(self) -> str:
         margin = self.error.no_interval and f"no interval: {self.error.no_interval}"
-        margin = margin or f"95% +- {self.error.margin():.4f}"
+        margin = margin or f"95% ± {self.error.margin():.4f}"
         if not math.isnan(self.standard_error):
             margin = f"standard error {self.standard_error:.4f}, {margin}"
         return (

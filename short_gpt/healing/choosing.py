@@ -150,7 +150,7 @@ class HealedChoice:
 
 def _in_nats(change: Difference) -> str:
     margin = change.error.margin()
-    return f"{change.nats:+.4f} " + ("(-)" if math.isnan(margin) else f"(+- {margin:.4f})")
+    return f"{change.nats:+.4f} " + ("(-)" if math.isnan(margin) else f"(± {margin:.4f})")
 
 
 def choose_healed(

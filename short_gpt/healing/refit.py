@@ -119,7 +119,7 @@ class PatchSettings(RefitSettings):
     name: ClassVar[str] = "patch"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Refit:
     """New values for the output projections of kept layers."""
 
@@ -132,6 +132,12 @@ class Refit:
     held: int  # held-out windows
     # matrices that cannot be solved, and why; such as those of experts
     unsolved: Sequence[Unsolved] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"Refit({len(self.layers)} layers removed, {len(self.values)} parameters solved, "
+            f"{self.windows} windows)"
+        )
 
     def to_dict(self) -> dict[str, object]:
         """All except the values, ready for JSON."""

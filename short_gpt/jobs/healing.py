@@ -55,7 +55,7 @@ STATES = (STATE, IDENTITY, RECIPE)  # of the steps, which tell the precision of 
 CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with other windows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HealingResult:
     """What `heal` did."""
 
@@ -69,6 +69,10 @@ class HealingResult:
     written: Perplexity | None = None  # of one GGUF file, read again, on the same windows
     quantization: Difference | None = None  # of that, from the model before it was rounded
     address: str | None = None  # of the model on the hub, if it was uploaded
+
+    def __repr__(self) -> str:
+        values = "; ".join(f"{name} {own.value:.3f}" for name, own in self.perplexity.items())
+        return f"HealingResult({self.out}, perplexity: {values})"
 
     @property
     def perplexity(self) -> dict[str, Perplexity]:

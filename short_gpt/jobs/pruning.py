@@ -31,7 +31,7 @@ from short_gpt.wrappers.options import FLOAT32, OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneResult:
     """What `prune` wrote."""
 
@@ -41,6 +41,9 @@ class PruneResult:
     proof: str | None  # what was verified, in a sentence, if anything
     remark: str | None = None  # what other programs may get wrong, or what is still missing
     address: str | None = None  # of the model on the hub, if it was uploaded
+
+    def __repr__(self) -> str:
+        return f"PruneResult({self.out}, layers removed {self.layers})"
 
     @property
     def layers(self) -> list[int]:

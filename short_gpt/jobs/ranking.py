@@ -336,8 +336,8 @@ def forecast(
     parts, first = [], total if rule is None else rule.first_look(population)
     if read < first < total:
         time = duration((first - read) * one)
-        parts.append(f"{first:,} windows, where the answer may be settled, {time}")
-    parts.append(f"all {total:,} {duration((total - read) * one)}")
+        parts.append(f"{first:,} windows, where the answer may be settled, take {time}")
+    parts.append(f"all {total:,} take {duration((total - read) * one)}")
     before = f"; {read:,} were read before" if read else ""
     return f"{line}: {'; '.join(parts)}{before}"
 

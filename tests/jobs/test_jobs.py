@@ -77,6 +77,7 @@ def test_a_layer_that_does_nothing_is_ranked_first_and_pruned(here, capsys):
     assert not result.verdict.settled and result.to_dict()["settled"]["settled"] is False
     done = prune("ckpt", "small", layers=result.layers)
     assert done.layers == [2] and done.out == Path("small") and done.proof is None
+    assert repr(done) == "PruneResult(small, layers removed [2])"
     whole = perplexity_of("ckpt", "book.txt", cut=Cut(32))
     assert perplexity_of("small", "book.txt", cut=Cut(32)) == whole
     assert capsys.readouterr().out == ""
@@ -133,6 +134,8 @@ def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     windows, told = HealingWindows("other.txt", 32, 8, 4), []
     given = {"data": "book.txt", "windows": windows, "notify": told.append}
     done = heal("ckpt", "out", "patch", choice=Choice([1]), **given)
+    values = r"original, 5 layers \d+\.\d{3}; pruned, 4 layers \S+; healed \S+"
+    assert re.fullmatch(rf"HealingResult\(out, perplexity: {values}\)", repr(done))
     assert told[0].startswith("original, 5 layers: perplexity ")  # the table's word
     names = ["original, 5 layers", "pruned, 4 layers", "healed"]
     assert list(done.evidence.perplexity) == names and done.evidence.how["method"] == "patch"

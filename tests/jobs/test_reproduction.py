@@ -90,7 +90,7 @@ def test_every_kind_of_source_gives_the_scores_of_rank(here, source, stream, req
         result.importance.block_influence, expected.block_influence, rtol=1e-4, atol=1e-6
     )
     assert told[0].startswith("one layer at a time, " if stream else "the model in memory: ")
-    assert re.match("a window of 32 tokens takes [^:]* seconds?: all 20 .* seconds?$", told[1])
+    assert re.match("a window of 32 tokens takes [^:]* seconds?: all 20 take .* seconds?$", told[1])
     assert re.match(r"(2|20) of 38 windows: \[2, 3, ", told[2])
 
 
@@ -252,17 +252,17 @@ def test_the_forecast_is_windows_times_seconds(here):
     rule, all_of_them = Stop(9), {"total": 18_000, "population": 18_000}
     assert forecast(short, window, rule=rule, **all_of_them) == (
         "a window of 8 tokens takes 2 seconds: 295 windows, where the answer may be settled, "
-        "9.8 minutes; all 18,000 10 hours"
+        "take 9.8 minutes; all 18,000 take 10 hours"
     )
     assert forecast(short, window, rule=rule, read=290, **all_of_them).endswith(
-        "be settled, 10 seconds; all 18,000 9.8 hours; 290 were read before"
+        "be settled, take 10 seconds; all 18,000 take 9.8 hours; 290 were read before"
     )
     assert (
         forecast(short, window, total=100)
-        == "a window of 8 tokens takes 2 seconds: all 100 3.3 minutes"
+        == "a window of 8 tokens takes 2 seconds: all 100 take 3.3 minutes"
     )
     assert forecast(short, window, rule=rule, total=100, population=18_000).endswith(
-        "s: all 100 3.3 minutes"
+        "s: all 100 take 3.3 minutes"
     )
     assert forecast(short, window).endswith("seconds; how many there are shows as they are read")
     assert [duration(s) for s in (0.5, 119, 120, 7200, 200_000)] == [
