@@ -128,7 +128,7 @@ class Provenance:
             measured = {name: found for name, found in known.items() if found is not None}
         sublayers = short.removed_sublayers
         scores = short.importance
-        if short.removed and short.chosen_by is not None:
+        if short.removed and short.chosen_by is not None and short.chosen_by.n_windows:
             scores = short.chosen_by  # the model may have been scored again since
         influence = short.by_layer(scores, "block_influence").tolist() if scores.n_windows else ()
         if str(source) not in short.history:  # which the first save may write over

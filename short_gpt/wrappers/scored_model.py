@@ -263,7 +263,7 @@ class ScoredModel(ModelRecord, ABC):
         check_layers(drop, self.kept)
         self.check_whole()
         undo = remove_layers(self.decoder, [self.kept.index(i) for i in drop])
-        if self.n_windows and not self._stale:
+        if not self._stale:
             self.chosen_by = self.importance
         before = self.kept, self.removed
         self.kept = [i for i in self.kept if i not in drop]

@@ -97,7 +97,7 @@ def test_unknown_names_and_short_texts_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["wikitext-2", "c4", "pg19"])
 def test_without_a_network_the_error_says_what_to_do(name):
-    with pytest.raises(ConnectionError, match="the hub cannot be reached .* pass a local copy"):
+    with pytest.raises(ConnectionError, match="the hub cannot be reached .* name a local copy"):
         protocol(name, encode)
 
 
