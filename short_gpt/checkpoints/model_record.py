@@ -208,10 +208,10 @@ class ModelRecord:
         return [c for c in self.changes if any(number in layers for number, _ in c.parameters)]
 
     def check_whole(self) -> None:
-        """Raises RuntimeError where the model lacks layers for a trial, or lost some elsewhere."""
+        """Raises ShortGPTError where the model lacks layers for a trial, or lost some elsewhere."""
         count = len(self.decoder.layers)
         if count != len(self.kept):
-            raise RuntimeError(
+            raise ShortGPTError(
                 f"the model has {count} layers, expected {len(self.kept)} ({span(self.kept)}): "
                 "in a trial, or after a removal elsewhere, it cannot be scored, pruned or saved"
             )

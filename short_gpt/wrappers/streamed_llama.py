@@ -340,7 +340,7 @@ class StreamedLlama(ScoredModel):
     ) -> Path:
         source, changed = self.stream.source, sorted(self.changed)
         if not self.removed and not changed:
-            raise RuntimeError("nothing was removed yet; call remove_layers first")
+            raise ShortGPTError("nothing was removed yet; call remove_layers first")
         self.check_whole()
         directory = source.directory
         record = Provenance.of(

@@ -209,7 +209,7 @@ def test_a_trial_inside_a_trial_names_original_layers_too():
 
 def test_a_trial_cannot_be_saved_as_the_model(tmp_path):
     short = ShortHFModel(make("llama"))
-    with short.without_layers([1]), pytest.raises(RuntimeError, match="has 5 layers, expected 6"):
+    with short.without_layers([1]), pytest.raises(ShortGPTError, match="has 5 layers, expected 6"):
         short.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -145,7 +145,7 @@ def test_removing_before_scoring_is_refused(short):
 def test_removing_twice_on_the_same_scores_is_refused(short):
     short.eval_importance(WINDOWS[:2])
     first = short.remove_layers()
-    with pytest.raises(RuntimeError, match="removed since these scores were measured; score"):
+    with pytest.raises(ShortGPTError, match="removed since these scores were measured; score"):
         short.remove_layers()
     assert short.removed == first and len(short.decoder.layers) == 3
     short.eval_importance(WINDOWS[:2])
@@ -214,7 +214,7 @@ def test_one_window_is_no_list_of_windows(short):
 def test_inside_a_trial_nothing_is_scored_or_removed(short):
     with without_layers(short.decoder, [0]):
         for act in (lambda: short.eval_importance(WINDOWS[:1]), lambda: short.remove_layers([1])):
-            with pytest.raises(RuntimeError, match="the model has 4 layers, expected 5"):
+            with pytest.raises(ShortGPTError, match="the model has 4 layers, expected 5"):
                 act()
         assert short.perplexity(WINDOWS[:1], progress=False).tokens == 19
     assert unchanged(short)
@@ -241,7 +241,7 @@ def test_a_model_cut_before_it_was_wrapped_is_not_saved(short, tmp_path):
 def test_a_changed_model_is_not_saved_inside_a_trial(short, tmp_path):
     save_checkpoint(tmp_path / "source", make_transformer())
     short.remove_sublayers(mlp=[3])
-    with short.without_layers([1]), pytest.raises(RuntimeError, match="has 4 layers, expected 5"):
+    with short.without_layers([1]), pytest.raises(ShortGPTError, match="has 4 layers, expected 5"):
         short.save(tmp_path / "out", ckpt_dir=tmp_path / "source")
     assert not (tmp_path / "out").exists()
 
@@ -279,7 +279,7 @@ def test_greedy_tokens_are_the_same_with_and_without_the_cache(short):
 def test_saving_needs_a_source_and_something_removed(short, tmp_path):
     with pytest.raises(ValueError, match="pass ckpt_dir"):
         short.save(tmp_path / "out")
-    with pytest.raises(RuntimeError, match="nothing was removed yet"):
+    with pytest.raises(ShortGPTError, match="nothing was removed yet"):
         short.save(tmp_path / "out", ckpt_dir=tmp_path)
 
 

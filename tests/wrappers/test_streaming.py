@@ -383,7 +383,7 @@ def test_what_cannot_be_is_said(streamed, tmp_path):
         streamed.eval_importance(WINDOWS[:1], max_gen_len=4)
     with pytest.raises(ValueError, match="has no cache; it reads whole windows only"):
         streamed.stream(torch.tensor(WINDOWS[:1]), 0)
-    with pytest.raises(RuntimeError, match="nothing was removed yet"):
+    with pytest.raises(ShortGPTError, match="nothing was removed yet"):
         streamed.save(tmp_path / "out")
     with pytest.raises(ValueError, match="expected at least one window"):
         streamed.measure([], progress=False)
