@@ -62,8 +62,7 @@ def save_meta(
     The bytes of the source are copied, so that its dtype and sharding stay; only the parameters
     that the model's record names as changed come from memory, in the source's dtype. The
     directory is verified only if there are such; those in memory are rounded as on disk meanwhile.
-    ShortGPTError if nothing was removed or changed, or if changed weights are in several
-    files.
+    ShortGPTError if nothing was removed or changed, or if changed weights are in several files.
     """
     if not short.removed and not short.changed:
         raise ShortGPTError("nothing was removed yet; call remove_layers first")

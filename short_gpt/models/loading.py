@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from importlib import import_module
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.gguf_read import part_paths
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import read_json
-from llama.io.sources import Source, find_source, hub_failure, is_gguf, resolve
+from llama.io.sources import find_source, hub_failure, is_gguf, resolve
 from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.gguf_loading import (
@@ -107,7 +108,7 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def weight_files(source: str | Source) -> list[Path]:
+def weight_files(source: str | PathLike[str]) -> list[Path]:
     """A checkpoint's files of weights, of any format."""
     source = find_source(source)
     if source.kind == "gguf":

@@ -22,8 +22,10 @@ from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import TRUST, params_entries
 from short_gpt.models.decoder import in_own_dtype
+from short_gpt.models.loading import weight_files
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.prefill import skips_prompts
+from short_gpt.runtime.digest import Stamps, check_unchanged, stamps
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.precision import in_precision
@@ -46,6 +48,8 @@ class ShortLlama(ShortModel):
     def __init__(self, llama: Llama, n_prune_layers: int | None = None) -> None:
         super().__init__(MetaDecoder(llama.model), n_prune_layers)
         self.llama, self.source = llama, getattr(llama, "ckpt_dir", None)
+        files = [] if self.source is None else weight_files(str(self.source))
+        self._opened: Stamps = stamps(files)
 
     @overload
     @classmethod
@@ -206,7 +210,12 @@ class ShortLlama(ShortModel):
         # an instance of the reference's own package may round otherwise
         verify = self._check_saved if isinstance(self.llama, Llama) else None
         target = Target(out_dir, "meta", overwrite, verify)
-        return save_meta(self, target, source=source, record=record, tokenizer_path=path)
+        if ckpt_dir is None:  # what did not change is copied from there
+            check_unchanged(self._opened)
+        saved = save_meta(self, target, source=source, record=record, tokenizer_path=path)
+        if saved.resolve() == Path(source).resolve():
+            self._opened = stamps(weight_files(saved))
+        return saved
 
     def _check_saved(self, directory: Path) -> None:
         size = self.decoder.max_seq_len or 2048

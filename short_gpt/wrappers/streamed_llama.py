@@ -342,6 +342,7 @@ class StreamedLlama(ScoredModel):
         if not self.removed and not changed:
             raise ShortGPTError("nothing was removed yet; call remove_layers first")
         self.check_whole()
+        self.stream.check_files()
         directory = source.directory
         record = Provenance.of(
             self, self.source, directory=directory, facts=facts, measured=measured

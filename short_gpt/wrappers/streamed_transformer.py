@@ -228,7 +228,7 @@ class StreamedTransformer(nn.Module):
                 batch.embed(start, rows)
 
     def _blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        check_unchanged(self._opened)
+        self.check_files()
         size = block_rows(self.params, self.source.infos[name].dtype)
         return self.source.blocks(name, size)
 
@@ -249,10 +249,14 @@ class StreamedTransformer(nn.Module):
                 finally:
                     layer.to("meta")
 
+    def check_files(self) -> None:
+        """Raises ShortGPTError for files that are others than when the model was opened."""
+        check_unchanged(self._opened)
+
     def load(self, layer: nn.Module) -> None:
         """Gives one layer its weights, read one after the other; ``layer.to("meta")`` ends it."""
         number = self._numbers[layer]
-        check_unchanged(self._opened)
+        self.check_files()
         for name in LAYER_NAMES:
             self._make_ready(number, {name: self.weight(number, name)})
         layer.load_state_dict(self._ready, assign=True)
@@ -275,7 +279,7 @@ class StreamedTransformer(nn.Module):
     def _read(self, number: int) -> dict[str, Tensor]:
         """A layer's weights as stored, in memory that is used again for the next."""
         weights = {}
-        check_unchanged(self._opened)
+        self.check_files()
         for name in LAYER_NAMES:
             weight = self.weight(number, name)
             buffer = self._next.get((name, weight.dtype))

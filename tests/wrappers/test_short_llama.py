@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from conftest import (
     CharTokenizer,
     make_transformer,
     random_windows,
+    save_byte_llama,
     save_checkpoint,
     zero_layer,
 )
@@ -473,3 +475,26 @@ def test_caches_of_many_texts_go_after_an_error_too(short):
     with pytest.raises(KeyboardInterrupt):
         short.continued(WINDOWS[:3], 9, fails)
     assert all(layer.attention.cache_k is None for layer in short.decoder.layers)
+
+
+def test_a_source_that_changed_is_not_copied(tmp_path):
+    source = save_byte_llama(tmp_path / "ckpt")
+    short = ShortLlama.from_checkpoint(source, device="cpu")
+    short.remove_layers([1])
+    os.utime(source / "consolidated.00.pth", ns=(0, 0))
+    with pytest.raises(ShortGPTError, match="consolidated.00.pth has changed since the model was"):
+        short.save(tmp_path / "out")
+    assert short.save(tmp_path / "out", ckpt_dir=source).is_dir()  # the caller's word
+
+
+def test_a_model_is_saved_over_its_own_source_again_and_again(tmp_path):
+    short = ShortLlama.from_checkpoint(save_byte_llama(tmp_path / "ckpt"), device="cpu")
+    short.remove_layers([1])
+    short.save(tmp_path / "out")
+    short = ShortLlama.from_checkpoint(tmp_path / "out", device="cpu")
+    for value in (0.5, 0.25):
+        weight = torch.full_like(short.decoder.layers[0].feed_forward.w2.weight, value)
+        short.change_weights({"method": "by hand"}, {(0, "feed_forward.w2.weight"): weight})
+        short.save(tmp_path / "out", overwrite=True)
+        again = ShortLlama.from_checkpoint(tmp_path / "out", device="cpu")
+        assert torch.equal(again.decoder.layers[0].feed_forward.w2.weight, weight)
