@@ -900,32 +900,36 @@ def test_scores_that_were_interrupted_are_continued(here, monkeypatch, stream):
     assert torch.equal(logits("out"), logits("whole-3"))
 
 
-def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch):
-    tokenizer = AutoTokenizer.from_pretrained("hf")
-    model = LlamaForCausalLM.from_pretrained("hf")
-    Path("own").mkdir()
-    model.save_pretrained("own/hf")
-    tokenizer.save_pretrained("own/hf")
-    tasks = Path("own/tasks")
+@pytest.mark.parametrize(("changed", "asked"), [(None, 1), ("tasks", 3), ("template", 3)])
+def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, changed, asked):
+    shutil.copytree("hf", "own")
+    tasks, answered = Path("tasks"), []
     tasks.mkdir()
     (tasks / "documents").write_text("1")
+
+    def documents(suite: TaskSuite, _: object) -> TaskRun:
+        answered.append(float(Path(suite.include_path, "documents").read_text()))
+        return TaskRun({"t": {"acc": answered[-1]}})
+
     monkeypatch.setattr(Tasks, "check", lambda _: None)
-    monkeypatch.setattr(
-        TaskSuite,
-        "documents",
-        lambda suite, _: TaskRun(
-            {"t": {"acc": float(Path(suite.include_path, "documents").read_text())}}
-        ),
-    )
+    monkeypatch.setattr(TaskSuite, "documents", documents)
     how = {**KILLED, "tasks": Tasks("t", include_path=str(tasks))}
     with interrupted(LayerRefit, "solve", 1):
-        shrink("own/hf", "out", **how)
-    (tasks / "documents").write_text("0")
-    text = TEMPLATE.replace("<s>", "<s>A ")
-    for file in Path("own/hf").glob("*template*"):
-        file.write_text(text)
-    done = shrink("own/hf", "out", **how)
-    assert {look.tasks["metrics"]["t"]["acc"] for look in done.looks.values()} == {0.0}
+        shrink("own", "out", **how)
+    assert answered == [1.0, 1.0]  # of the original and the pruned model
+    if changed == "tasks":
+        (tasks / "documents").write_text("0")
+    if changed == "template":
+        config = json.loads(Path("own/tokenizer_config.json").read_text())
+        config["chat_template"] = TEMPLATE.replace("<s>", "<s>A ")
+        Path("own/tokenizer_config.json").write_text(json.dumps(config))
+        for file in Path("own").glob("*.jinja"):
+            file.write_text(config["chat_template"])
+    answered.clear()
+    done = shrink("own", "out", **how)
+    assert len(answered) == asked  # of the healed model alone, or of all three
+    values = {look.tasks["metrics"]["t"]["acc"] for look in done.looks.values()}
+    assert values == {0.0 if changed == "tasks" else 1.0}
 
 
 @pytest.mark.parametrize(("kind", "replaced"), [("gguf", True), ("gguf", False), ("hf", False)])
