@@ -618,7 +618,7 @@ def test_a_mistyped_flag_is_told_before_anything_runs(ckpt, capsys, monkeypatch)
 def test_no_network_is_told_within_seconds(ckpt, capsys):
     start = time.monotonic()
     line = fails(capsys, "rank", "ckpt")
-    assert "emozilla/pg19" in line and "as --data, a folder" in line
+    assert "emozilla/pg19" in line and "name a local copy, a folder" in line
     assert time.monotonic() - start < 15
 
 

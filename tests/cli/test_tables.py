@@ -107,7 +107,7 @@ def test_a_comparison_names_every_set_of_layers():
     cases += [("random", seed, 1, "raw", [seed + 1]) for seed in (0, 1)]
     rows = [Row(*case, 9.0, 0.1, 0.01, None, None, 10, 1.0, 1.0) for case in cases]
     lines = compared(rows).splitlines()
-    first = lines.index("sets of layers removed      1 layers | 2 layers")
+    first = lines.index("sets of layers removed      1 layer | 2 layers")
     assert [line.split() for line in lines[first + 1 : first + 5]] == [
         ["bi", "3", "|", "1", "3"],
         ["random,", "seed", "0", "1", "|", "-"],
