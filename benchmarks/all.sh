@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote: at most 28 hours on two idle CPU
+# Measures everything that README and docs quote: some 31 hours on two idle CPU
 # cores (the sum of the times in benchmarks/README.md, many of one core or beside other processes).
 # Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 # OUT/seconds.txt has a line for every run of a script: its name, its seconds, and the commit.
@@ -101,7 +101,8 @@ script mixed mixed --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --count 48 --own 192 --steps 230 --also wikitext2_test.txt \
     --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
-script choices choices --also wikitext2_test.txt --others lambada_passages.txt --mixed --counts 4,8,12
+script choices choices --also wikitext2_test.txt --others lambada_passages.txt --mixed --counts 8,4 \
+    --draws 5,2
 script optimality optimality --judged 3 --checked 2
 script refit_parts refits --also wikitext2_test.txt --others lambada_passages.txt
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt

@@ -29,7 +29,7 @@ SETS = {
     "parts of the refit": 1,
     "refit by windows": 1,
     "attention sinks": 5,
-    "automatic choice": 24,
+    "automatic choice": 16,
     "layers chosen on own samples": 3,
     "what healings keep": 3,
     "each task": 3,
