@@ -14,7 +14,7 @@ from conftest import BYTE_VOCAB, random_windows, write_byte_tokenizer
 from families import DROP, FAMILIES, KEPT, LAYERS, PLAIN, STEPS, TOKENS, check, make
 from processes import alone
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from short_gpt import ShortHFModel, heal_refit
 from short_gpt.checkpoints import Provenance
@@ -654,8 +654,8 @@ def test_what_offloaded_weights_cannot_do_is_told(directory, tmp_path):
 
 
 def test_what_a_tokenizer_puts_after_a_text_is_not_continued(tmp_path):
-    write_byte_tokenizer(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    file = str(write_byte_tokenizer(tmp_path))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>")
     short, prompts = ShortHFModel(make("llama"), tokenizer=tokenizer), ["ab"]
     backend, ends = short.tokenizer.backend_tokenizer, [("<s>", 0), ("</s>", 1)]
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=ends)
