@@ -260,3 +260,16 @@ def test_the_completion_script_completes_commands_and_flags(tmp_path):
         assert done.stdout.split() == expected.split(), words
     fish = subprocess.run([*command, "fish"], capture_output=True, text=True, check=True).stdout
     assert "complete -c short-gpt" in fish and "max-windows" in fish
+
+
+def test_what_could_not_be_written_or_read_is_refused_in_a_line(ckpt, capsys):
+    before = contents()
+    line = fails(capsys, *RANK, "--json", f"{'é' * 120}.json")
+    assert "expected a name of at most 200 bytes" in line
+    line = fails(capsys, "prune", "ckpt", "book.txt", "--layers", 1)
+    assert "book.txt exists and is not a directory; choose another name" in line
+    Path("short.gguf").write_bytes(b"GGUF\x03")
+    line = fails(capsys, "prune", "short.gguf", "out.gguf", "--layers", 1)
+    assert "short.gguf is not a complete GGUF file: its header ends early" in line
+    Path("short.gguf").unlink()
+    assert contents() == before
