@@ -25,6 +25,7 @@ from short_gpt.models.gguf_loading import (
     mend_tokenizer,
     reading_gguf,
 )
+from short_gpt.runtime.digest import Stamps, stamps
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required, shortage
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
@@ -116,6 +117,13 @@ def weight_files(source: str | PathLike[str]) -> list[Path]:
     folder = resolve(source)
     patterns = ["consolidated.*.pth"] if source.kind == "meta" else ["*.safetensors", "*.bin"]
     return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+
+
+def weight_stamps(source: str | PathLike[str]) -> Stamps:
+    """`stamps` of a model's files of weights here, by which a change of them shows."""
+    with suppress(FileNotFoundError):  # such as weights in a subfolder
+        return stamps(weight_files(source)) if Path(source).exists() else ()
+    return ()
 
 
 def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:

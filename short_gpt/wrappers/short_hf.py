@@ -36,9 +36,9 @@ from short_gpt.models.loading import (
     generation_explained,
     load,
     restore_frequencies,
-    weight_files,
+    weight_stamps,
 )
-from short_gpt.runtime.digest import check_unchanged, stamps
+from short_gpt.runtime.digest import check_unchanged
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.wrappers.short_model import Prompts, ShortModel, check_texts
 
@@ -103,8 +103,7 @@ class ShortHFModel(ShortModel):
         super().__init__(decoder, n_prune_layers)
         self._layers_path = decoder.layers_path
         self.model, self.tokenizer, self.source = model, tokenizer, source
-        here = isinstance(model_name, str | os.PathLike) and Path(source).exists()
-        self._opened = stamps(weight_files(source)) if here else ()
+        self._opened = () if model is model_name else weight_stamps(source)
         self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
 
     @classmethod
@@ -299,7 +298,8 @@ class ShortHFModel(ShortModel):
         gone before, as in `check_saved`.
         """
         self.check_whole()
-        check_unchanged(self._opened, mapped=True)
+        if self.decoder.device.type == "cpu":  # where weights are mapped from the files
+            check_unchanged(self._opened, mapped=True)
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         proof = partial(self.check_saved, release=release) if verify else None
         target = Target(out_dir, "hf", overwrite, proof)

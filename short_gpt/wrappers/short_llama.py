@@ -22,10 +22,10 @@ from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import TRUST, params_entries
 from short_gpt.models.decoder import in_own_dtype
-from short_gpt.models.loading import weight_files
+from short_gpt.models.loading import weight_stamps
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.prefill import skips_prompts
-from short_gpt.runtime.digest import Stamps, check_unchanged, stamps
+from short_gpt.runtime.digest import check_unchanged
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.precision import in_precision
@@ -48,8 +48,7 @@ class ShortLlama(ShortModel):
     def __init__(self, llama: Llama, n_prune_layers: int | None = None) -> None:
         super().__init__(MetaDecoder(llama.model), n_prune_layers)
         self.llama, self.source = llama, getattr(llama, "ckpt_dir", None)
-        files = [] if self.source is None else weight_files(str(self.source))
-        self._opened: Stamps = stamps(files)
+        self._opened = () if self.source is None else weight_stamps(self.source)
 
     @overload
     @classmethod
@@ -214,7 +213,7 @@ class ShortLlama(ShortModel):
             check_unchanged(self._opened)
         saved = save_meta(self, target, source=source, record=record, tokenizer_path=path)
         if saved.resolve() == Path(source).resolve():
-            self._opened = stamps(weight_files(saved))
+            self._opened = weight_stamps(saved)
         return saved
 
     def _check_saved(self, directory: Path) -> None:

@@ -702,3 +702,10 @@ def test_the_record_has_the_scores_that_chose_the_layers(tmp_path):
     short.save_pretrained(tmp_path / "out")
     record = Provenance.of_checkpoint(tmp_path / "out")
     assert [*record.block_influence] == chosen and record.scored["windows"] == 6
+
+
+def test_weights_in_a_subfolder_are_opened_and_saved(tmp_path):
+    make("llama").save_pretrained(tmp_path / "all/part")
+    short = ShortHFModel(tmp_path / "all", subfolder="part")
+    short.remove_layers([1])
+    assert short.save_pretrained(tmp_path / "out").is_dir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -498,3 +499,10 @@ def test_a_model_is_saved_over_its_own_source_again_and_again(tmp_path):
         short.save(tmp_path / "out", overwrite=True)
         again = ShortLlama.from_checkpoint(tmp_path / "out", device="cpu")
         assert torch.equal(again.decoder.layers[0].feed_forward.w2.weight, weight)
+
+
+def test_a_model_whose_files_are_gone_is_wrapped(tmp_path):
+    source = save_byte_llama(tmp_path / "ckpt")
+    llama = Llama.build(source, source / "tokenizer.json", 16, 1, device="cpu")
+    shutil.rmtree(source)
+    assert ShortLlama(llama).score([[3, 4, 5]]).influence.isfinite().all()
