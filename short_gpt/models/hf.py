@@ -118,7 +118,8 @@ class HFDecoder:
     @property
     def max_seq_len(self) -> int:
         # without such an entry (a state space, ALiBi) nothing limits it
-        return getattr(self.config, "max_position_embeddings", None) or 2**31 - 1
+        limit = getattr(self.config, "max_position_embeddings", None) or 0
+        return limit if limit > 0 else 2**31 - 1  # XLNet's is -1
 
     @property
     def rotary_limits(self) -> Sequence[int]:

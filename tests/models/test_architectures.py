@@ -62,6 +62,12 @@ def test_of_every_layer_the_output_projections_are_refitted(kind):
     assert {(fit.layer, fit.part) for fit in refit.fits} == REFITTED[kind]
 
 
+def test_a_stream_of_another_shape_is_refused_by_name():
+    short = ShortHFModel(random_model("xlnet"))  # tokens first; its limit of -1 means none
+    with pytest.raises(ShortGPTError, match=r"XLNetLayer takes a state of shape \[12, 1, 32\]"):
+        short.measure(random_windows(1, 12), progress=False)
+
+
 @newest
 def test_a_stream_of_several_parts_is_not_refitted():
     short = ShortHFModel(random_model("qwen4_exp_text"))  # two, of 32 each
