@@ -81,7 +81,7 @@ script stopping_adversarial stopping --adversarial
 script streaming streaming
 script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
-script serving serving
+script serving serving --repeats 9
 few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
 script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --minutes 5
 script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 5 --precision mixed --keep
