@@ -286,6 +286,8 @@ HEALED = {
     "refit-own": "refit, own samples",
     "refit": "refit, both",
     "distilled": "refit, both, and distilled",
+    "refit-mixed": "refit, both, products in bfloat16",
+    "distilled-mixed": "refit, both, and distilled, products in bfloat16",
 }
 
 

@@ -71,6 +71,7 @@ SETS = ("bi", "greedy", "auto")
 MIXED = {"refit-mixed": "refit", "distilled-mixed": "distilled"}  # products in bfloat16
 REFITS = {"refit-text": "text", "refit-own": "own", "refit": "mix"}  # and what they read
 ROWS = ("pruned", *peer_maps.KINDS, "replaceme", "layerwise", *REFITS, "distilled")
+BESIDE = tuple(f"auto {row}" for row in MIXED)  # of one set
 TASKS = (*task_files.OWN, *task_files.MORE)
 Case = tuple[str, list[int]]  # a row and its layers
 Pieces = dict[tuple[int, ...], set[tuple[int, ...]]]  # by their first tokens
@@ -86,7 +87,7 @@ def main(
     also: str,
     others: str,
     model: str = "smollm2",
-    rows: str | Sequence[str] = ROWS,
+    rows: str | Sequence[str] = (*ROWS, *BESIDE),
     sets: str | Sequence[str] = SETS,
     bi: Sequence[int] | None = None,
     greedy: Sequence[int] | None = None,
@@ -166,6 +167,9 @@ def rows_of(
     ]
     pairs += [("bi pruned", f"auto {row}") for row in ("refit", "distilled")]
     pairs += [(f"{name} distilled", f"{name} pruned") for name in chosen]
+    pairs += [
+        (f"{name} {mixed}", f"{name} {row}") for name in chosen for mixed, row in MIXED.items()
+    ]
     known = [pair for pair in pairs if {*pair} <= found.keys()]
     apart = {f"{a} less {b}": run.apart([cases[a]], [cases[b]]) for a, b in known}
     for a, b in combinations(chosen, 2):  # what the refit gains
