@@ -21,9 +21,9 @@
 #
 #     rank, 128 windows in 1.009 passes each (results/scoring.json)          0.02 hours
 #     refit of 25 layers: 128 windows in 2.43 passes (results/healing.json) and 16 judged three
-#       times, 180 s; sums to the CPU, 570 s; solving, 490 s; reading, 50 s   0.36
-#     auto: 13 refits on 16 windows, 6,400 s of solving, 900 s of sums and
-#       480 s of passes                                                       2.2, its refit 0.36
+#       times, 180 s; sums to the CPU, 570 s; solving, 580 s; reading, 50 s   0.38
+#     auto: 13 refits on 16 windows, 7,500 s of solving, 900 s of sums and
+#       480 s of passes                                                       2.5, its refit 0.38
 #     evaluation, five times: 141 + 256 windows, and nine tasks of some 8 million tokens (an
 #       estimate, nobody counted them)                                        3
 #     in all about 6 hours; AUTO=no leaves auto, its refit and two evaluations out: 2.2 hours
