@@ -71,7 +71,7 @@ SETS = ("bi", "greedy", "auto")
 MIXED = {"refit-mixed": "refit", "distilled-mixed": "distilled"}  # products in bfloat16
 REFITS = {"refit-text": "text", "refit-own": "own", "refit": "mix"}  # and what they read
 ROWS = ("pruned", *peer_maps.KINDS, "replaceme", "layerwise", *REFITS, "distilled")
-BESIDE = tuple(f"auto {row}" for row in MIXED)  # of one set
+MIXED_ROWS = tuple(f"auto {row}" for row in MIXED)  # measured for one set alone
 TASKS = (*task_files.OWN, *task_files.MORE)
 Case = tuple[str, list[int]]  # a row and its layers
 Pieces = dict[tuple[int, ...], set[tuple[int, ...]]]  # by their first tokens
@@ -87,7 +87,7 @@ def main(
     also: str,
     others: str,
     model: str = "smollm2",
-    rows: str | Sequence[str] = (*ROWS, *BESIDE),
+    rows: str | Sequence[str] = (*ROWS, *MIXED_ROWS),
     sets: str | Sequence[str] = SETS,
     bi: Sequence[int] | None = None,
     greedy: Sequence[int] | None = None,

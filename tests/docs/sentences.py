@@ -145,15 +145,15 @@ def shares() -> list[str]:
     seconds = {how: rows[f"auto {how}"]["healing"] for how in ("distilled", "refit")}
     spent = {how: f"{own['processor_seconds']:.0f}" for how, own in seconds.items()}
     lost = [f"{lost_in_lambada(rows[f'auto {how}'], rows['original']):.0%}" for how in HEALED]
-    so = {how: rows[f"auto {how}-mixed"] for how in ("refit", "distilled")}
-    beside = [pairs[f"auto {how}-mixed less auto {how}"] for how in so]
+    in_bfloat16 = {how: rows[f"auto {how}-mixed"] for how in ("refit", "distilled")}
+    beside = [pairs[f"auto {how}-mixed less auto {how}"] for how in in_bfloat16]
     assert not any(beyond(pair) or beyond(pair["without boolq"]) for pair in beside)
     nats = [
         max(
             abs(own["texts"][k]["nats"] - rows[f"auto {how}"]["texts"][k]["nats"])
             for k in own["texts"]
         )
-        for how, own in so.items()
+        for how, own in in_bfloat16.items()
     ]
     last = [
         rows[name]["tasks"]["lambada_openai acc"]["value"]
@@ -204,7 +204,7 @@ def shares() -> list[str]:
             *last
         ),
         "{} of auto's mean refitted and {} distilled, {} and {} from the same healings in "
-        "float32".format(*(shown[f"auto {how}-mixed"] for how in so), *map(of, beside)),
+        "float32".format(*(shown[f"auto {how}-mixed"] for how in in_bfloat16), *map(of, beside)),
         "differ by at most {:.4f} and {:.4f} nats".format(
             *(math.ceil(n * 1e4) / 1e4 for n in nats)
         ),
