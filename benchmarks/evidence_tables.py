@@ -154,6 +154,7 @@ MODELS = {
     "larger_05b": "Qwen2.5-Coder-0.5B",
     "larger": "Qwen2.5-Coder-1.5B",
 }
+ASKED = {"reasoning": MODELS["larger_05b"], "reasoning_15b": MODELS["larger"]}  # word problems
 TEXT_KINDS = ("prose", "code", "wikitext", "chat")
 
 
@@ -207,11 +208,13 @@ def taken() -> list[str]:
 def word_problems() -> list[str]:
     """Shares of word problems solved and answered with a number, and the changes, paired."""
     lines = []
-    for name, own in result("reasoning")["rows"].items():
-        state = name.rpartition(", ")[2]
-        title = {"original": "none", "pruned": layer_set(own["layers"])}.get(state, "")
-        cells = [_solved(cell, state) for cell in own["from original"].values()]
-        lines.append(row(title, state, *cells, *["-"] * (4 - len(cells))))
+    for file, model in ASKED.items():
+        for name, own in result(file)["rows"].items():
+            state = name.rpartition(", ")[2]
+            title = {"original": "none", "pruned": layer_set(own["layers"])}.get(state, "")
+            cells = [_solved(cell, state) for cell in own["from original"].values()]
+            of = model if state == "original" else ""
+            lines.append(row(of, title, state, *cells, *["-"] * (4 - len(cells))))
     return lines
 
 

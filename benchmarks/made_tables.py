@@ -416,7 +416,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "three models": table(LARGER, evidence.larger),
     "what three models take": table(STEPS, evidence.taken),
     "word problems": table(
-        "| layers removed | | svamp, solved | well formed | gsm8k, solved | well formed |",
+        "| model | layers removed | | svamp, solved | well formed | gsm8k, solved | well formed |",
         evidence.word_problems,
     ),
     "cuts of a Gemma 3": table(GEMMA, gemma),

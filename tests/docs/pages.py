@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ("scoring", "stopping", "stopping_adversarial", "streaming", "greedy", "compare")
 RESULTS += ("healing", "reproduce_7b", "draft_4", "draft_8", "serving")
-RESULTS += ("larger", "larger_05b", "larger_smollm2", "reasoning")
+RESULTS += ("larger", "larger_05b", "larger_smollm2", "reasoning", "reasoning_15b")
 RESULTS += ("calibration", "tasks", "refit_streamed", "refit_parts", "refit_sinks")
 RESULTS += ("refit_usual", "training_rates", "training_rates_05b", "training_rates_smollm2")
 RESULTS += ("optimality", "distillation", "refit_choices")
