@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote: some 32 hours on two idle CPU
+# Measures everything that README and docs quote: some 35 hours on two idle CPU
 # cores (the sum of the times in benchmarks/README.md, many of one core or beside other processes).
 # Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 # OUT/seconds.txt has a line for every run of a script: its name, its seconds, and the commit.

@@ -333,8 +333,7 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     subprocess.run(named, env=environment, capture_output=True, check=True)
     assert {path.stem for path in (tmp_path / "apart").glob("*.json")} == {"kept", "choices"}
     assert "benchmarks/kept.py" in said.read_text().splitlines()[-1]  # nothing comes after it
-    to_ask = "larger.py --wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24 --counts 3 "
-    assert said.read_text().count(to_ask) == 1  # by the whole run alone
+    assert said.read_text().count(f"larger.py {few} --counts 3 ") == 1  # by the whole run alone
     named = subprocess.run([*named[:-1], "kepd"], env=environment, capture_output=True, check=False)
     assert named.returncode == 2 and b"no result is called kepd" in named.stderr
 

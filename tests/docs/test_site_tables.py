@@ -29,10 +29,11 @@ SETS = {
     "parts of the refit": 1,
     "refit by windows": 1,
     "attention sinks": 5,
-    "automatic choice": 16,
+    "automatic choice": 17,
     "layers chosen on own samples": 3,
     "what healings keep": 3,
     "each task": 3,
+    "word problems": 3,
 }
 
 
