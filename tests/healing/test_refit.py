@@ -11,7 +11,16 @@ from families import FAMILIES, make
 
 from short_gpt.healing import solver
 from short_gpt.healing.job import unchanged
-from short_gpt.healing.refit import PatchSettings, Refit, RefitSettings, fit, fold, heal, heal_patch
+from short_gpt.healing.refit import (
+    PatchSettings,
+    Refit,
+    RefitSettings,
+    fit,
+    fold,
+    heal,
+    heal_patch,
+    split_held_out,
+)
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs.settings import Settings
 from short_gpt.models.layer_calls import LayerCalls
@@ -336,6 +345,7 @@ def test_every_eighth_window_is_held_out():
     short = meta()
     apart = fit(short, [3], random_windows(16, 16), progress=False)
     assert (apart.windows, apart.held) == (14, 2)
+    assert split_held_out([*range(16)])[1] == [7, 15]
     few = fit(short, [3], WINDOWS[:2], progress=False)
     assert (few.windows, few.held) == (1, 1)
     with pytest.raises(ValueError, match="at least two windows"):

@@ -38,6 +38,7 @@ from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.refit_state import HiddenStates, RefitState
 from short_gpt.healing.solver import SublayerSolver
+from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.state import CHECKED, content_digest
 from short_gpt.wrappers.streamed_llama import StreamedCalls, StreamedLlama
 
@@ -598,6 +599,14 @@ def test_an_interruption_in_the_first_layer_leaves_no_folder(tmp_path):
     work = tmp_path / "a" / "work"
     with interrupted(LayerRefit, "solve", 0):
         fit(memory(), [0, 1], WINDOWS, work_dir=work, **QUIET)
+    assert not work.exists()
+
+
+def test_a_nan_in_a_later_layer_leaves_no_folder(tmp_path):
+    work, short = tmp_path / "work", memory()
+    short.decoder.layers[4].feed_forward.w1.weight.data[0, 0] = torch.nan
+    with pytest.raises(NotFiniteError):  # as the same call would again
+        fit(short, LAYERS, WINDOWS, work_dir=work, **QUIET)
     assert not work.exists()
 
 

@@ -411,6 +411,9 @@ def test_scores_of_many_texts_are_held_apart_by_each_of_their_names(here):
     _check_names("a.txt", names)
     with pytest.raises(ShortGPTError, match="`eval_data` b.txt,./a.txt is what the scores were"):
         _check_names("b.txt,./a.txt", f"{names},a.txt")
+    for pair in ((".", "a.txt"), ("a.txt", ".")):  # a folder that holds the other
+        with pytest.raises(ShortGPTError, match="is what the scores were"):
+            _check_names(*pair)
 
 
 def test_prune_says_what_the_scores_do_not_settle(here, capsys):

@@ -31,6 +31,7 @@ from llama.formats.convert import meta_to_hf
 from llama.formats.names import params_json
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
+from short_gpt.models.decoder import pad
 from short_gpt.runtime import memory as memory_plan
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of, pinned
@@ -328,6 +329,14 @@ def test_sizes():
             bytes_of(text)
 
 
+def test_the_widest_dtype_of_a_layers_tensors_counts(tmp_path):
+    model = make_transformer(vocab_size=VOCAB).bfloat16()
+    model.layers[0].attention_norm.float()
+    save_checkpoint(tmp_path, model)
+    write_byte_tokenizer(tmp_path)
+    assert StreamedLlama(tmp_path, device="cpu").stream.stored is torch.float32
+
+
 def test_layers_are_removed_tried_and_saved_without_being_read(streamed, tmp_path):
     memory = meta(tmp_path / "again")
     for short in (streamed, memory):
@@ -376,6 +385,18 @@ def test_nan_is_found_where_it_begins(place, message, tmp_path):
         assert short.n_windows == 0
     with pytest.raises(FloatingPointError, match=message):
         short.perplexity(WINDOWS, progress=False)
+
+
+def test_a_state_of_padding_may_be_infinite(streamed):
+    batch = Batch(*pad([WINDOWS[0], WINDOWS[2]], streamed.decoder))
+    padding = ~batch.mask[..., None]  # (B, S, 1)
+
+    def overflow(_: object, __: object, state: torch.Tensor) -> torch.Tensor:
+        return state.masked_fill(padding, math.inf)
+
+    streamed.stream.layers[-1].register_forward_hook(overflow)
+    streamed.stream.run([batch])
+    assert batch.state.isinf().any()
 
 
 def test_what_cannot_be_is_said(streamed, tmp_path):
@@ -572,7 +593,8 @@ def test_changed_weights_are_saved_without_a_removal(kind, tmp_path):
     short = StreamedLlama(tmp_path / kind, device="cpu", max_seq_len=20)
     name = "attention.wo.weight"
     new = 2 * memory.decoder.layers[1].attention.wo.weight.detach()
-    short.change_weights({"method": "doubled"}, {(1, name): new})
+    for method, values in (("zeroed", torch.zeros_like(new)), ("doubled", new)):
+        short.change_weights({"method": method}, {(1, name): values})  # the last one counts
     short.save(tmp_path / "out")
     memory.decoder.layers[1].attention.wo.weight.data.copy_(new)
     tokens = torch.tensor([WINDOWS[0]])
@@ -598,9 +620,15 @@ def test_files_that_change_are_not_read_on(tmp_path, kind):
     meta(tmp_path / "meta")
     meta_to_hf(tmp_path / "meta", tmp_path / "hf")
     short = StreamedLlama(tmp_path / kind, device="cpu")
-    short.perplexity(WINDOWS, progress=False)
-    file = next(path for path in short.stream.source.files)
-    os.utime(file, ns=(0, 0))
-    for call in (short.measure, short.perplexity):
+    stream, file = short.stream, short.stream.source.files[0]
+    batch = Batch(*pad(WINDOWS[:1], short.decoder))
+    short.remove_layers([3])
+    for call in (
+        lambda: stream.run([batch], step=lambda _: os.utime(file, ns=(0, 0))),  # between layers
+        lambda: stream.embed([batch]),
+        lambda: stream.logits(batch),
+        lambda: stream.load(stream.layers[0]),
+        lambda: short.save(tmp_path / "out"),
+    ):
         with pytest.raises(ShortGPTError, match=f"{file.name} has changed since the model was"):
-            call(WINDOWS, progress=False)
+            call()
