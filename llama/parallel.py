@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from contextlib import redirect_stdout
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -64,9 +65,24 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     name = str(dtype).removeprefix("torch.")
     if name not in known:
         raise InputError(f"expected a `dtype` of {', '.join(known)}, got {dtype!r}")
-    if name == "float64" and device.type == "mps":
-        raise InputError("MPS has no float64; pass float32, bfloat16 or float16")
+    if name == "float64" and not has_float64(device):
+        raise InputError(f"{device} has no float64; pass float32, bfloat16 or float16")
     return known[name]
+
+
+@lru_cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device multiplies in float64, tried once; Apple's GPUs and some of Intel's do not.
+
+    Example:
+        >>> has_float64(torch.device("cpu"))
+        True
+    """
+    try:
+        one = torch.ones(1, 1, dtype=torch.float64, device=device)
+        return (one @ one).item() == 1
+    except (TypeError, RuntimeError):  # MPS raises the former, others the latter
+        return False
 
 
 def initialize(model_parallel_size: int | None = None, *, device: torch.device) -> None:

@@ -36,8 +36,8 @@ from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
 from short_gpt.runtime import replicas
+from short_gpt.runtime.devices import wait
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required
-from short_gpt.scoring.run import wait
 from short_gpt.wrappers.scored_model import ScoredModel
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def seconds_a_step(short: ScoredModel, window: TokenIds, recipe: Recipe) -> floa
                 with mixed_precision(short.decoder.mixed, tokens.device):
                     loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
                 loss.backward()
-                wait(tokens.device)
+                wait(model)
             return recipe.batch * (time.perf_counter() - started)
         finally:
             adapted.unload()

@@ -42,6 +42,7 @@ from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import check_layers, layer_numbers, span
 from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
+from short_gpt.runtime.devices import full_float32
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -198,6 +199,7 @@ def heal_patch(
 
 
 @torch.no_grad()
+@full_float32()
 def fit(
     short: ScoredModel,
     layers: Sequence[int],

@@ -26,12 +26,13 @@ from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Cases, MethodAgreement, Row, Windows
+from short_gpt.runtime.devices import wait
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring import Importance, spearman
-from short_gpt.scoring.run import RunState, wait
+from short_gpt.scoring.run import RunState
 from short_gpt.selection.methods import AUTO, BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
@@ -64,7 +65,7 @@ def tokens_per_second(
     for _ in range(1 + runs):  # the first warms up
         started = time.perf_counter()
         short.continued([ids], count, lambda logits: logits.argmax(-1))
-        wait(short.decoder.device)
+        wait(short.decoder.module)
         seconds.append((time.perf_counter() - started) / count)
     return 1 / min(seconds[1:])  # other programs can only slow it down
 

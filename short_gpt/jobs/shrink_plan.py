@@ -290,8 +290,10 @@ def _seconds_a_token(known: ShrinkContext, texts: int) -> float:
     times = list[float]()
 
     def likeliest(logits: torch.Tensor) -> torch.Tensor:  # (B, V) to (B,)
+        tokens = logits.argmax(-1)
+        tokens[0].item()  # which a device may not have computed until it is read
         times.append(perf_counter())
-        return logits.argmax(-1)
+        return tokens
 
     known.in_memory.continued([[0]] * texts, TIMED, likeliest)
     return (times[-1] - times[0]) / (TIMED - 1)

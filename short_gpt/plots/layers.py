@@ -92,7 +92,7 @@ def _numbers(layers: Sequence[int] | None, count: int) -> list[int]:
 
 
 def _double(x: Tensor) -> Tensor:
-    return torch.as_tensor(x).detach().double().cpu()
+    return torch.as_tensor(x).detach().cpu().double()
 
 
 def _limits(ends: Tensor) -> tuple[float, float]:

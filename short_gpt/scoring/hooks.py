@@ -25,6 +25,7 @@ from short_gpt.scoring.metrics import (
     angular_distances,
     cosine_from_product,
     influence,
+    inner,
     norms,
     summed_angles,
     widen,
@@ -142,7 +143,7 @@ class BetweenSublayers:
             unknown = torch.full(y.shape[:2], math.nan, dtype=y.dtype, device=y.device)  # (B, S)
             return unknown, unknown, unknown
         m = widen(middle)  # (B, S, D)
-        return torch.linalg.vecdot(widen(state), m), norms(m), torch.linalg.vecdot(m, y)
+        return inner(widen(state), m), norms(m), inner(m, y)
 
     def _proved(self, state: Tensor, y: Tensor) -> Tensor | None:
         """The state m (B, S, D), if the sublayers add up to the layer on the first tokens."""
@@ -212,10 +213,9 @@ class LayerHooks:
         known = self._norms if version is not None and version == self._version else None
         x_norm = norms(x) if known is None else known.to(x.device)  # (B, S)
         y_norm = norms(y)  # (B, S), which the next layer takes as those of its x
-        with torch.autocast(x.device.type, enabled=False):  # vecdot is a matrix product
-            products = [torch.linalg.vecdot(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
-            if self._middle is not None:
-                products += self._middle.products(entering, y)
+        products = [inner(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
+        if self._middle is not None:
+            products += self._middle.products(entering, y)
         self._products.append(torch.stack(products).to(self._mask.device))  # (4 or 7, B, S)
         self._keep(result, y)
         self._state, self._version, self._norms = result, version_of(result), y_norm

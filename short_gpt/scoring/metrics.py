@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llama.parallel import has_float64
+from short_gpt.runtime.devices import full_float32
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -28,7 +30,14 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     # before anything is multiplied: products of norms of hidden states pass 65504, float16's
     # largest number, in ordinary models
     x, y = widen(x), widen(y)  # (..., D)
-    return cosine_from_product(torch.linalg.vecdot(x, y), norms(x), norms(y))  # (...)
+    return cosine_from_product(inner(x, y), norms(x), norms(y))  # (...)
+
+
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """The inner product x . y of wide vectors, (..., D) to (...), in their own dtype."""
+    # vecdot is a product of matrices, which autocast and TF32 would round
+    with torch.autocast(x.device.type, enabled=False), full_float32():
+        return torch.linalg.vecdot(x, y)  # (...)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -84,8 +93,8 @@ def angular_distances(states: Tensor) -> Tensor:
         >>> angular_distances(torch.eye(2)[None]).tolist()
         [[[0.0, 0.5], [0.5, 0.0]]]
     """
-    # Apple's GPUs have no float64
-    states = (states.cpu() if states.device.type == "mps" else states).double()  # (B, L + 1, D)
+    states = states if has_float64(states.device) else states.cpu()
+    states = states.double()  # (B, L + 1, D)
     gram = states @ states.mT  # (B, L + 1, L + 1)
     norm = gram.diagonal(dim1=1, dim2=2).sqrt()  # (B, L + 1)
     angles = angle(cosine_from_product(gram, norm[:, :, None], norm[:, None, :]))  # as gram

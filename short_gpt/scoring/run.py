@@ -15,6 +15,7 @@ from torch import Tensor
 from short_gpt.data.windows import TokenIds, batches, text_of
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime import replicas
+from short_gpt.runtime.devices import wait
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, is_first_rank, set_rate
 from short_gpt.runtime.state import StateFile
@@ -89,18 +90,11 @@ def seconds_a_pass(decoder: Decoder, windows: Sequence[TokenIds]) -> float:
     """Seconds of a pass through all layers, after a short one; all ranks of a model call it."""
     decoder.run(pad([windows[0][:WARM_UP]], decoder)[0])
     tokens, _ = pad(windows, decoder)  # (B, S)
-    wait(decoder.device)
+    wait(decoder.module)
     started = time.perf_counter()
     decoder.run(tokens)
-    wait(decoder.device)
+    wait(decoder.module)
     return time.perf_counter() - started
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 class RunState:

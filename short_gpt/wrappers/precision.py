@@ -62,9 +62,11 @@ def bfloat16_cost(device: torch.device) -> float:
     """The time of a matrix product in bfloat16, in that of one in float32; infinite without any."""
     x = torch.ones(256, 256, device=device)
     try:
-        plain = Timer("x @ x", globals={"x": x}).timeit(5).mean
+        # a value is read after the product on every device; not all have a way to wait for it
+        product = Timer("(x @ x)[0, 0].item()", globals={"x": x})
+        plain = product.timeit(5).mean
         with mixed_precision(True, device):
-            mixed, dtype = Timer("x @ x", globals={"x": x}).timeit(5).mean, (x @ x).dtype
+            mixed, dtype = product.timeit(5).mean, (x @ x).dtype
     except RuntimeError:  # of CUDA without bfloat16
         return math.inf
     return mixed / plain if dtype is torch.bfloat16 else math.inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.decoder import Decoder
-from short_gpt.models.layer_hooks import attention_output, mlp_output
+from short_gpt.models.families import part
+from short_gpt.models.layer_hooks import Output, attention_output, first, mlp_output
 from short_gpt.models.numbering import check_count, check_exist, check_layers, layer_numbers
 from short_gpt.models.prefill import skipped_in_prefill
 from short_gpt.models.weight_changes import (
@@ -193,25 +194,23 @@ def remove_sublayers(
     if not attention and not mlp:
         raise ShortGPTError("expected layers whose attention or MLP is to go, got none")
     sublayers = _sublayers(decoder, attention, mlp)
-    known = _influence(decoder).isfinite().all(0)  # (L,)
+    window = [i % decoder.vocab_size for i in range(8)]
+    scores = score(decoder, [window], layers=range(len(layers)), sublayers=True)
+    known = scores.sublayers[0].isfinite().all(0).tolist()  # of every layer
     if odd := sorted({one.position for one in sublayers if not known[one.position]}):
         raise ShortGPTError(
             f"layers {odd} are not x + attention, then + MLP (or {type(layers[odd[0]]).__name__} "
             "names them otherwise); their sublayers cannot be removed alone"
         )
-    undo = _zero([one.output for one in sublayers])
-    try:
-        influence = _influence(decoder)  # (2, L)
-        for one in sublayers:
-            if not influence[one.kind, one.position].abs() < 1e-6:
-                raise ShortGPTError(
-                    f"the {['attention', 'MLP'][one.kind]} of layer {one.position} adds more than "
-                    "its output projection gives; it cannot be removed alone"
-                )
-    except BaseException:
-        undo()
-        raise
-    return undo
+    with ExitStack() as undo:
+        undo.callback(_zero([one.output for one in sublayers]))
+        with ExitStack() as hooks:
+            for one in sublayers:
+                module = part(layers[one.position], getattr(decoder.family, one.kind))
+                assert module is not None  # else nothing is known of the layer
+                hooks.enter_context(module.register_forward_hook(one.check_zero))
+            decoder.run(torch.tensor([window], device=decoder.device))  # (1, S)
+        return undo.pop_all().close
 
 
 def sublayer_parameters(
@@ -226,21 +225,22 @@ def sublayer_parameters(
 
 class _Sublayer(NamedTuple):
     position: int  # of its layer
-    kind: int  # 0 attention, 1 MLP
+    kind: str  # "attention" or "mlp", as `Family` names them
     output: nn.Module  # its output projection
+
+    def check_zero(self, _: nn.Module, __: object, output: Output) -> None:
+        """Forward hook; raises ShortGPTError where the sublayer adds anything, in any rounding."""
+        if first(output).any():
+            raise ShortGPTError(
+                f"the {'MLP' if self.kind == 'mlp' else self.kind} of layer {self.position} adds "
+                "more than its output projection gives; it cannot be removed alone"
+            )
 
 
 def _sublayers(decoder: Decoder, attention: Sequence[int], mlp: Sequence[int]) -> list[_Sublayer]:
     layers, family = decoder.layers, decoder.family
-    removed = [_Sublayer(i, 0, attention_output(layers[i], family)) for i in attention]
-    return removed + [_Sublayer(i, 1, mlp_output(layers[i], family)) for i in mlp]
-
-
-def _influence(decoder: Decoder) -> torch.Tensor:
-    """Mean 1 - cos around attention and MLP of every layer, (2, L), on a few tokens."""
-    window = [i % decoder.vocab_size for i in range(8)]
-    scores = score(decoder, [window], layers=range(len(decoder.layers)), sublayers=True)
-    return scores.sublayers[0].cpu() / len(window)
+    removed = [_Sublayer(i, "attention", attention_output(layers[i], family)) for i in attention]
+    return removed + [_Sublayer(i, "mlp", mlp_output(layers[i], family)) for i in mlp]
 
 
 def _zero(modules: Sequence[nn.Module]) -> Callable[[], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from short_gpt.checkpoints.records import KEYS, Measured, source_card
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
+from short_gpt.models.decoder import Decoder
 from short_gpt.models.weight_changes import WeightChange
 from short_gpt.scoring.importance import Importance
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -404,6 +406,32 @@ def test_in_half_precision_the_cache_may_round_otherwise_in_both_models_alike():
             check_same(first, second)
     models = (make("llama").to(dtype) for dtype in (torch.float32, torch.bfloat16))
     assert [fingerprint(ShortHFModel(model)).half for model in models] == [False, True]
+
+
+def test_the_cache_may_give_another_token_only_where_both_are_as_likely(monkeypatch):
+    short, read = ShortHFModel(make("llama")), []
+    head, vocab = short.model.lm_head.weight.data, short.decoder.vocab_size
+    tokens = short.greedy([*range(8)], 8)
+    at = next(i for i, token in enumerate(tokens) if token != tokens[0])
+    twin, other = ((tokens[at] + i) % vocab for i in (1, 2))
+    head[twin] = head[tokens[at]] * (1 - 1e-6)
+    for token, same in ((twin, True), (other, False)):
+        cached = [*tokens[:at], token, *tokens[at + 1 :]]
+        given = {True: cached, False: tokens}  # by use_cache
+
+        def greedy(*_: object, use_cache: bool, given: dict = given) -> list[int]:
+            return given[use_cache]
+
+        def logits(ids: torch.Tensor, decoder: Decoder = short.decoder) -> torch.Tensor:
+            read.append(ids.tolist()[0])
+            return type(decoder).logits(decoder, ids)
+
+        monkeypatch.setattr(short, "greedy", greedy)
+        monkeypatch.setattr(short.decoder, "logits", logits)
+        model = fingerprint(short)
+        assert read[-1] == [*range(8), *tokens[:at]]
+        with nullcontext() if same else pytest.raises(RuntimeError, match="otherwise with its"):
+            assert check_same(model, model) == "bit for bit"
 
 
 def test_copied_weights_are_the_same_and_tied_ones_stay_tied():

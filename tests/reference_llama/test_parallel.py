@@ -69,7 +69,7 @@ def test_dtypes():
     assert choose_dtype("bfloat16", cpu) == choose_dtype(torch.bfloat16, cpu) == torch.bfloat16
     with pytest.raises(ValueError, match="expected a `dtype` of float32, bfloat16"):
         choose_dtype("int8", cpu)
-    with pytest.raises(ValueError, match="MPS has no float64"):
+    with pytest.raises(ValueError, match="mps has no float64"):
         choose_dtype("float64", torch.device("mps"))
 
 

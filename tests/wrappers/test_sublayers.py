@@ -58,6 +58,18 @@ def test_other_structures_are_refused(family):
         assert torch.equal(model(tokens).logits, before)
 
 
+def test_only_what_adds_nothing_in_any_rounding_is_removed(monkeypatch):
+    model, vecdot, more = make_transformer(), torch.linalg.vecdot, 0.0
+    monkeypatch.setattr(torch.linalg, "vecdot", lambda *xy: vecdot(*xy) * (1 - 1e-5))  # as on a GPU
+    model.layers[3].feed_forward.register_forward_hook(lambda _, __, out: out + more)
+    remove_sublayers(MetaDecoder(model), attention=[3], mlp=[3])()
+    tokens, more = torch.tensor(random_windows(1, 12)), 1e-4
+    before = model(tokens)
+    with pytest.raises(ValueError, match="the MLP of layer 3 adds more than its output proj"):
+        remove_sublayers(MetaDecoder(model), attention=[3], mlp=[3])
+    assert torch.equal(model(tokens), before)
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

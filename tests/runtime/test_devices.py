@@ -1,0 +1,150 @@
+"""Switches of precision that a user may have on, devices that end later, and without float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import random_windows
+from families import make
+from torch.backends import cuda, mkldnn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llama.parallel import choose_dtype, has_float64
+from short_gpt.checkpoints.verify import fingerprint
+from short_gpt.healing.refit import fit
+from short_gpt.healing.solver import NormalEquations
+from short_gpt.jobs import shrink_plan
+from short_gpt.runtime.devices import full_float32, wait
+from short_gpt.scoring.metrics import angular_distances
+from short_gpt.wrappers.precision import bfloat16_cost
+from short_gpt.wrappers.short_hf import ShortHFModel
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+NEWER = hasattr(cuda.matmul, "fp32_precision")  # torch 2.9: a switch of each backend
+HIGHEST = "highest"
+
+
+def read() -> list[str]:
+    own = [backend.matmul.fp32_precision for backend in (cuda, mkldnn)] if NEWER else []
+    with suppress(RuntimeError):  # which torch raises where the common one is not that of a backend
+        own.append(torch.get_float32_matmul_precision())
+    return own
+
+
+SWITCHES = {
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "tf32": lambda: setattr(cuda.matmul, "allow_tf32", True),
+}
+if NEWER:
+    SWITCHES |= {
+        "tf32 anew": lambda: setattr(cuda.matmul, "fp32_precision", "tf32"),
+        "bf16 on the CPU": lambda: setattr(mkldnn.matmul, "fp32_precision", "bf16"),
+        "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        "both kinds": lambda: [
+            torch.set_float32_matmul_precision("high"),
+            setattr(cuda.matmul, "fp32_precision", "ieee"),
+        ],
+    }
+
+
+@pytest.fixture
+def defaults():
+    yield
+    torch.set_float32_matmul_precision(HIGHEST)
+    if NEWER:
+        torch.backends.fp32_precision = "none"
+        cuda.matmul.fp32_precision = mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switches_are_off_in_the_block_and_back_after_it(switch, defaults):
+    off = [*["ieee"] * 2 * NEWER, HIGHEST]
+    SWITCHES[switch]()
+    before = read()
+    assert before != off
+    for error in (None, KeyError):
+        with suppress(KeyError), full_float32():
+            assert read() == off and not cuda.matmul.allow_tf32
+            if error:
+                raise error
+        assert read() == before
+
+
+def test_scores_a_refit_and_a_proof_multiply_in_float32(monkeypatch, defaults):
+    short, seen = ShortHFModel(make("llama")), {}
+
+    def watch(place: object, name: str) -> None:
+        own = getattr(place, name)
+
+        def noted(*args: object, **options: object) -> object:
+            seen[name] = torch.get_float32_matmul_precision()
+            return own(*args, **options)
+
+        monkeypatch.setattr(place, name, noted)
+
+    for place, name in ((torch.linalg, "vecdot"), (NormalEquations, "add"), (short, "greedy")):
+        watch(place, name)
+    torch.set_float32_matmul_precision("medium")
+    short.measure(random_windows(2, 12), progress=False)
+    fit(short, [3], random_windows(4, 12), progress=False)
+    fingerprint(short)
+    assert seen == dict.fromkeys(("vecdot", "add", "greedy"), HIGHEST)
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_every_device_of_a_model_is_waited_for(monkeypatch):
+    cards = [torch.device("cuda", i) for i in (0, 1)]
+    weights = [SimpleNamespace(device=d, is_meta=d == META) for d in (*cards, *cards, META)]
+    done = []
+
+    def zeros(_: object, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(item=lambda: done.append(device))
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    wait(SimpleNamespace(parameters=lambda: weights))
+    assert sorted(done, key=str) == cards
+
+
+class Log(TorchDispatchMode):
+    """Notes products of matrices, and values that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted = ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.noted += "p" * (function is torch.ops.aten.mm.default)
+        self.noted += "r" * (function is torch.ops.aten._local_scalar_dense.default)
+        return function(*args, **kwargs or {})
+
+
+def test_a_product_is_timed_until_its_value_is_there():
+    with Log() as log:
+        bfloat16_cost(CPU)
+    assert "pp" not in log.noted and log.noted.count("p") > 10
+
+
+def test_a_token_is_timed_until_it_is_there(monkeypatch):
+    def continued(_: object, count: int, choose: Callable[[torch.Tensor], object]) -> None:
+        for _ in range(count):
+            choose(torch.ones(1, 2))
+
+    with Log() as log:
+        monkeypatch.setattr(shrink_plan, "perf_counter", lambda: log.noted.count("r"))
+        known = SimpleNamespace(in_memory=SimpleNamespace(continued=continued))
+        assert shrink_plan._seconds_a_token(known, 1) == 1  # a value read in each
+
+
+def test_float64_is_taken_where_a_device_has_it():
+    """The meta device stands in for one without."""
+    assert has_float64(CPU) and not has_float64(META)
+    assert choose_dtype("float64", CPU) is torch.float64
+    with pytest.raises(ValueError, match="meta has no float64"):
+        choose_dtype("float64", META)
+    with pytest.raises(NotImplementedError, match="copy out of meta"):  # to the CPU
+        angular_distances(torch.ones(1, 2, 3, device=META))
