@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
+
+TEXT = "ab a<tool> 12\n1"
 
 
 def logits_of(folder: Path, tokens: torch.Tensor, out: Path) -> None:
@@ -14,3 +18,25 @@ def logits_of(folder: Path, tokens: torch.Tensor, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     torch.save(model(tokens).logits.detach(), out)
     assert not {"short_gpt", "llama"} & set(sys.modules)
+
+
+@torch.no_grad()
+def difference(folder: Path) -> float:
+    """The largest difference of a log probability from what ``expected.pt`` says; checks ids."""
+    given, config = (
+        torch.load(folder / "expected.pt"),
+        json.loads((folder / "config.json").read_text()),
+    )
+    kind = "ImageTextToText" if "text_config" in config else "CausalLM"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder).eval()
+    found = model(given["tokens"]).logits.float().log_softmax(-1)
+    if given["ids"] is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer(TEXT)["input_ids"] == given["ids"], folder
+    return (found - given["expected"]).abs().max().item()
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    every = {path.name: difference(path) for path in sorted(Path(sys.argv[1]).iterdir())}
+    print(json.dumps({"version": transformers.__version__, **every}))

@@ -25,7 +25,7 @@ from llama.checkpoint.meta import (
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.formats.gguf import GGUFFile
-from llama.formats.hf import HFCheckpoint, config_of
+from llama.formats.hf import HFCheckpoint, config_of, for_older_readers
 from llama.formats.names import HF, name_in, params_json, permute
 from llama.formats.safetensors import Entry, grouped, tensor_bytes, write_weights
 from llama.formats.tokenizers import write_tokenizer
@@ -156,6 +156,7 @@ def meta_to_hf(
         write_tokenizer(tokenizer, partial)
         write_weights(partial, grouped(entries, max_shard_bytes), read)
         write_json(partial / "config.json", config)
+        for_older_readers(partial)
         write_json(partial / "generation_config.json", generation)
         write_json(partial / CONVERSION, {"source": str(ckpt_dir)})
         verify(partial)

@@ -15,7 +15,7 @@ from llama.errors import InputError
 from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, permute
 from llama.formats.safetensors import DTYPES, SafetensorsFile, open_weights
 from llama.formats.tokenizers import find_hf_tokenizer
-from llama.io.json_files import JsonObject, read_json
+from llama.io.json_files import JsonObject, read_json, write_json
 from llama.model import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
 from llama.parallel import choose_dtype
 from llama.tokenizer import Tokenizer
@@ -24,6 +24,18 @@ LLAMA3_SCALING = {
     "low_freq_factor": ROPE_LOW_FACTOR,
     "high_freq_factor": ROPE_HIGH_FACTOR,
     "original_max_position_embeddings": ROPE_ORIGINAL_CONTEXT,
+}
+PARTIAL = "partial_rotary_factor"
+# Of families with names of their own in transformers 4: theirs, by the usual or our name. No other
+# family that it knows has rotary positions for each kind of layer.
+_OLDER_NAMES: dict[str, dict[str, str]] = {
+    "gemma3_text": {"local_theta": "rope_local_base_freq"},
+    "gemma3n_text": {"local_theta": "rope_local_base_freq"},
+    "gpt_neox": {"rope_theta": "rotary_emb_base", PARTIAL: "rotary_pct"},
+    "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", PARTIAL: "rotary_pct"},
+    "modernbert-decoder": {"rope_theta": "global_rope_theta", "local_theta": "local_rope_theta"},
+    "olmo3": {"local_theta": "rope_theta"},  # the same for both
+    "qwen3_moe": {"num_local_experts": "num_experts"},
 }
 
 
@@ -122,10 +134,54 @@ def _rope(config: JsonObject, directory: Path) -> JsonObject:
     return {"rope_theta": theta, "use_scaled_rope": True, "rope_scaling_factor": factor}
 
 
+def for_older_readers(directory: Path) -> None:
+    """Adds to a Hugging Face directory what transformers 4 and programs such as mlx-lm read.
+
+    Transformers 5 writes ``rope_parameters`` alone. What reads ``rope_theta`` then runs another
+    model, of 10,000, without notice. Nothing that transformers 5 reads changes.
+    """
+    path = directory / "config.json"
+    write_json(path, _with_older_entries(read_json(path)))
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config = read_json(path)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # of version 4 a mapping
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(path, config)
+
+
+def _with_older_entries(config: JsonObject) -> JsonObject:
+    # a multimodal model has a config inside for each tower
+    parts = {k: v for k, v in config.items() if isinstance(v, dict) and "model_type" in v}
+    config = {**config, **{key: _with_older_entries(part) for key, part in parts.items()}}
+    names = _OLDER_NAMES.get(str(config.get("model_type")))
+    older = {"torch_dtype": config.get("dtype")}
+    older |= {key: config.get(key) for key in names or ()}
+    rotary = config.get("rope_parameters") or {}
+    if names is not None and isinstance(rotary.get("full_attention"), dict):
+        older["local_theta"] = (rotary.get("sliding_attention") or {}).get("rope_theta")
+        rotary = rotary["full_attention"]
+    if "rope_theta" in rotary:
+        older |= {key: rotary.get(key) for key in ("rope_theta", PARTIAL)}
+        older["rope_scaling"] = _older_scaling(config, rotary)
+    return {**config, **{(names or {}).get(k, k): v for k, v in older.items() if v is not None}}
+
+
+def _older_scaling(config: JsonObject, rotary: JsonObject) -> JsonObject | None:
+    if (kind := rotary.get("rope_type", "default")) == "default":
+        return None
+    if (config.get("model_type"), kind) == ("phi3", "longrope"):  # which takes no other entries
+        return {"type": kind, **{k: rotary[k] for k in ("short_factor", "long_factor")}}
+    return {k: v for k, v in rotary.items() if k not in ("rope_theta", PARTIAL)}
+
+
 def config_of(
     args: ModelArgs, dtype: torch.dtype, *, tied: bool, tokenizer: Tokenizer, record: JsonObject
 ) -> tuple[JsonObject, JsonObject]:
-    """The contents of ``config.json`` and ``generation_config.json``.
+    """The contents of ``config.json``, of transformers 5, and ``generation_config.json``.
 
     ``tokenizer`` names bos and eos where ``record`` does not: the content of ``conversion.json``,
     which holds what Meta's format cannot say.
@@ -157,11 +213,8 @@ def config_of(
         "mlp_bias": False,
         "tie_word_embeddings": tied,
         "max_position_embeddings": record.get("max_position_embeddings", context),
-        # transformers 4 reads the first two, transformers 5 the third
-        "rope_theta": args.rope_theta,
-        "rope_scaling": rope if args.rope_factor is not None else None,
         "rope_parameters": {**rope, "rope_theta": args.rope_theta},
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         **ids,
     }
     return config, record.get("generation_config", ids)

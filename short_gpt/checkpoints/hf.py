@@ -14,6 +14,7 @@ import torch
 from llama.checkpoint.meta import CONVERSION, TEMPLATES, copy_tokenizer
 from llama.checkpoint.pth import rounded
 from llama.formats.convert import hf_to_meta
+from llama.formats.hf import for_older_readers
 from llama.formats.safetensors import (
     DTYPES,
     Entry,
@@ -56,7 +57,7 @@ def prune_hf(
     """Prunes a Hugging Face directory or hub id of any family as `prune_checkpoint` does.
 
     The bytes are copied in pieces, so memory does not grow with the model and any dtype goes over.
-    ``config.json`` changes only where the removal changes it.
+    ``config.json`` changes only where the removal changes it, and gains what older programs read.
     """
     directory, target = resolve(source), Target.of(target)
     target.check(source=directory)
@@ -99,9 +100,10 @@ def _write(
     config = _edited_config(directory, decoder, keep)
     with target.new_directory(record, card=True) as partial:
         write_json(partial / "config.json", config)
+        _copy_others(directory, partial)
+        for_older_readers(partial)
         _check_config(partial, decoder)
         _write_kept(partial, weights, stored, replaced, progress)
-        _copy_others(directory, partial)
     return target.path
 
 
@@ -158,6 +160,7 @@ def _save(model: PreTrainedModel, tokenizer: object, out: Path) -> None:
     model.save_pretrained(out)
     if tokenizer is not None:
         cast("PreTrainedTokenizerBase", tokenizer).save_pretrained(out)
+    for_older_readers(out)
 
 
 def _write_kept(
