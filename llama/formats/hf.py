@@ -143,14 +143,14 @@ def for_older_readers(directory: Path) -> None:
     path = directory / "config.json"
     write_json(path, _with_older_entries(read_json(path)))
     path = directory / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    config = read_json(path)
+    config = read_json(path) if path.is_file() else {}
+    changed = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):  # of version 4 a mapping
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    write_json(path, config)
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    if changed != config:
+        write_json(path, changed)
 
 
 def _with_older_entries(config: JsonObject) -> JsonObject:

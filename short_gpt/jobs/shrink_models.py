@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from llama.checkpoint.meta import Checkpoint
+from llama.formats.gguf_read import GGUFParts, part_paths
 from llama.io.json_files import read_json
 from llama.io.sources import Source as Weights
 from llama.io.sources import resolve
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.gguf import in_few_bits
-from short_gpt.checkpoints.gguf_layers import LAYER, Stack
+from short_gpt.checkpoints.gguf_layers import LAYER
 from short_gpt.checkpoints.hf import save_as_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import Target
@@ -39,9 +40,9 @@ TIMED_TOKENS = 16  # that each turn writes, after as many to warm up
 Sizes = tuple[list[int], int]  # of every layer, and of the rest
 
 
-def tensor_bytes(path: Path) -> int:
-    """Bytes of all tensors of a GGUF file."""
-    return sum(entry.nbytes for entry in Stack.open(str(path)).parts.tensors.values())
+def file_bytes(path: Path) -> int:
+    """Bytes on disk of a GGUF model, in one file or several."""
+    return sum(part.stat().st_size for part in part_paths(path))
 
 
 @dataclass
@@ -98,11 +99,11 @@ class InMemory:
         if not self.in_place:
             width = self.dtype.itemsize
             return parameters, ([width * size for size in layers], width * parameters[1])
-        sizes = [0] * (count + 1)  # each tensor in its own type; the rest last
-        for name, entry in Stack.open(str(self.source)).parts.tensors.items():
-            match = LAYER.fullmatch(name)
-            sizes[min(int(match[1]), count) if match else count] += entry.nbytes
-        return parameters, (sizes[:-1], sizes[-1])
+        path, sizes = Path(str(self.source)), [0] * count  # each tensor in its own type
+        for name, entry in GGUFParts(path).tensors.items():
+            if (match := LAYER.fullmatch(name)) and int(match[1]) < count:
+                sizes[int(match[1])] += entry.nbytes
+        return parameters, (sizes, file_bytes(path) - sum(sizes))
 
     def cache_widths(self) -> list[int]:
         """Numbers that each layer's KV cache holds for a token; 0 without attention."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llama.io.files import new_directory, new_file
+from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
@@ -42,7 +43,7 @@ from short_gpt.jobs.inputs import (
 from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.settings import HealingWindows
-from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, tensor_bytes
+from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, file_bytes
 from short_gpt.jobs.shrink_plan import (
     HEALING,
     REFITTED,
@@ -198,9 +199,10 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
         built = written / asked.out.name
         facts = {"facts": {"data": asked.texts.data}, "measured": evidence.perplexity}
         opened.write(built, facts, asked.notify)  # afterwards only the written model remains
-        if opened.in_place:  # some of the changed tensors may have another type
-            look, size = looks["healed"], tensor_bytes(built)
-            looks["healed"] = look._replace(size=size, memory=look.memory - look.size + size)
+        if is_gguf(built):
+            # of another format tensors alone were counted: all states lack the vocabulary
+            looks |= _by_file({"healed": looks["healed"]} if opened.in_place else looks, built)
+        if opened.in_place:
             remarks += run.rounded(built, evidence) + ([] if kinds is None else [kinds])
         quality: dict[str, dict[str, Perplexity]] = {}
         for kind, states in evidence.by_kind.items():  # by names as in "original, 30 layers"
@@ -227,6 +229,15 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
         _move_into_place(asked, built, result)
         undos.pop_all()
     return result
+
+
+def _by_file(looks: Mapping[str, StateReport], built: Path) -> dict[str, StateReport]:
+    """Reports whose sizes, the last of which is that of a written file, are corrected by it."""
+    more = file_bytes(built) - looks["healed"].size
+    return {
+        state: look._replace(size=look.size + more, memory=look.memory + more)
+        for state, look in looks.items()
+    }
 
 
 class _Run:

@@ -36,7 +36,7 @@ class StateReport(NamedTuple):
     # greedy generation with the cache, one sequence; not of pruned, which is as fast as healed
     tokens_per_second: float | None
     parameters: int
-    size: int  # bytes of the weights as they are written
+    size: int  # bytes of the weights as they are written; of the whole file in GGUF
     memory: int  # the same with the KV cache
     tasks: dict[str, Any]  # of `TaskRun`
 
@@ -87,7 +87,8 @@ class ShrinkResult(Table):
             )
         looks = self.looks.values()
         others = [["parameters, millions", *(f"{look.parameters / 1e6:.1f}" for look in looks)]]
-        others.append(["weights as written", *(format_bytes(look.size) for look in looks)])
+        size = "file (estimated if unwritten)" if is_gguf(self.out) else "weights as written"
+        others.append([size, *(format_bytes(look.size) for look in looks)])
         others.append(["with the KV cache", *(format_bytes(look.memory) for look in looks)])
         speeds = [look.tokens_per_second for look in looks]
         if any(speeds):

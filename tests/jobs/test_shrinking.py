@@ -41,6 +41,7 @@ from short_gpt.jobs import (
     Running,
     ShrinkResult,
     Tasks,
+    convert,
     shrink_models,
     shrink_plan,
     shrinking,
@@ -49,6 +50,7 @@ from short_gpt.jobs import shrunk as shrunk_module
 from short_gpt.jobs.shrink_models import InMemory, Streamed
 from short_gpt.jobs.shrunk import StateReport, next_steps
 from short_gpt.runtime.errors import NotRemovableError
+from short_gpt.runtime.memory import format_bytes
 from short_gpt.wrappers import precision
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -673,15 +675,24 @@ def test_a_long_plan_says_what_takes_less(here, monkeypatch):
     assert [*planned.columns] == [""]  # no state was measured
 
 
-def test_the_size_of_a_file_is_that_of_its_tensors(here, monkeypatch):
-    monkeypatch.setattr(shrinking, "tensor_bytes", lambda path: 10**5 + path.stat().st_size * 0)
-    done = shrink("model.gguf", "out.gguf", n=2, method="bi", data="other", windows=CUT)
-    pruned, healed = done.looks["pruned"], done.looks["healed"]
-    assert healed.size == 10**5 and healed.memory - healed.size == pruned.memory - pruned.size
-    assert shrink_models.tensor_bytes(Path("out.gguf")) == pruned.size  # all of float32
+@pytest.mark.parametrize("model", ["model.gguf", "hf"])
+def test_the_size_of_a_gguf_file_is_that_on_disk(here, model):
+    done = shrink(model, "out.gguf", n=2, method="bi", data="other", windows=CUT)
+    original, pruned, healed = done.looks.values()
+    whole = {"hf": convert("hf", "whole.gguf")}.get(model, Path(model)).stat().st_size
+    record = 5000  # the pruning record, which only the written file has
+    assert healed.size == Path("out.gguf").stat().st_size
+    assert abs(original.size - whole) < (record if model == "hf" else 1)
+    assert abs(healed.size - pruned.size) < record
+    assert healed.memory - healed.size == pruned.memory - pruned.size
+    assert ["file (estimated if unwritten)", *map(format_bytes, (original.size, pruned.size))] in [
+        row[:3] for row in done.rows()
+    ]
     page = done.report().read_text()
-    assert f"{1 - 10**5 / done.looks['original'].size:.0%} smaller" in page
-    assert "out.gguf: model.gguf without 2 of 6 layers" in page and "6 others evaluated on" in page
+    assert f"{1 - healed.size / original.size:.0%} smaller" in page
+    if model == "model.gguf":
+        assert "out.gguf: model.gguf without 2 of 6 layers" in page
+        assert "6 others evaluated on" in page
 
 
 def test_a_gguf_file_does_not_take_the_place_of_its_source(here, capsys):
