@@ -45,6 +45,7 @@ from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import full_float32
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -77,6 +78,7 @@ class RefitSettings(ClosedForm):
 
     def __post_init__(self) -> None:
         parts, ridges = self.parts, self.ridges
+        at_least(1, optional=True, max_windows=self.max_windows)
         if not parts or isinstance(parts, str) or not set(parts) <= set(PARTS):
             raise ShortGPTError(f"parts = {parts!r}: expected some of {', '.join(PARTS)}")
         if ridges is not None and not (
@@ -101,7 +103,7 @@ class RefitSettings(ClosedForm):
         refit = fit(
             context.short,
             context.layers,
-            context.windows.training[: self.max_windows],
+            context.windows.training,
             held=context.windows.validation or None,
             settings=self,
             work_dir=context.folder / self.name if context.lasting else None,
@@ -239,7 +241,8 @@ def fit(
     settings, layers = replace(settings or RefitSettings(), **changes), layer_numbers(layers)
     team = replicas.current(short.decoder.device)
     _check(short, layers, settings)
-    windows, held = split_held_out(list(windows)) if held is None else (windows, held)
+    windows = list(windows)[: settings.max_windows]
+    windows, held = split_held_out(windows) if held is None else (windows, held)
     if not windows or not held:
         raise ShortGPTError("expected at least two windows of calibration tokens")
     if len(windows) < team.count:

@@ -348,6 +348,11 @@ def test_every_eighth_window_is_held_out():
     assert split_held_out([*range(16)])[1] == [7, 15]
     few = fit(short, [3], WINDOWS[:2], progress=False)
     assert (few.windows, few.held) == (1, 1)
+    first = fit(short, [3], WINDOWS, max_windows=2, progress=False)
+    assert (first.windows, first.held, first.values.keys()) == (1, 1, few.values.keys())
+    assert all(torch.equal(value, few.values[key]) for key, value in first.values.items())
+    counts = vars(heal(meta(), [3], WINDOWS, max_windows=3, **ALL))
+    assert (counts["windows"], counts["held"]) == (3, 4)  # those held out are others
     with pytest.raises(ValueError, match="at least two windows"):
         fit(short, [3], WINDOWS[:1], progress=False)
     with pytest.raises(ValueError, match="at least two windows"):
@@ -404,6 +409,9 @@ def test_what_cannot_be_is_refused_in_one_line():
         fit(short, [3], WINDOWS, lost=0.5)
     with pytest.raises(ValueError, match="step_size = 1.5: expected above 0 and at most 1"):
         fit(short, [3], WINDOWS, step_size=1.5)
+    for count in (0, -3, 1.5):
+        with pytest.raises(ValueError, match=f"max_windows = {count}: expected a whole number of"):
+            heal(short, [3], WINDOWS, max_windows=count)
     with pytest.raises(ValueError, match="9"):
         fit(short, [9], WINDOWS, progress=False)
     refit = fit(short, [3], WINDOWS, progress=False)
