@@ -230,6 +230,6 @@ def split_own_text(
         if mine and not extra:
             parts.append((each, nothing))
         else:
-            share = MIN_HELD_OUT / len(each) if extra and len(each) > 2 * MIN_HELD_OUT else 0.1
-            parts.append(hold_out(each, share=max(share, 0.1), seed=seed))
+            least = MIN_HELD_OUT / len(each) if extra else 0  # so many more were written
+            parts.append(hold_out(each, share=max(least, 0.1), seed=seed))
     return [kept for kept, _ in parts], [part for _, part in parts if part]

@@ -112,7 +112,9 @@ def test_the_share_of_a_mix_is_asked_for(here):
     with_own_text(kinds(), write, None)
     split_own_text(["self"], [], write, 9)  # four more, to be held out
     split_own_text(["self"], [["held"]], write, 9)
-    assert asked == [(False, 4), (True, 4), (False, 96), (True, 96), (False, 13), (False, 9)]
+    split_own_text(["self"], [], write, 64)  # a tenth of 72 is held out: 64 are left
+    asked_in_turn = [(False, 4), (True, 4), (False, 96), (True, 96), (False, 13), (False, 9)]
+    assert asked == [*asked_in_turn, (False, 72)]
     with pytest.raises(ShortGPTError, match="expected what writes it"):
         HealingTexts("self").windows(lambda text: [1, 2], 2)
 
@@ -127,6 +129,9 @@ def test_own_text_is_held_out_only_where_there_is_no_other(here):
     assert 3 <= len(part) <= 5 and all(text in own_texts for text in part)
     (real,) = held([["a", "b", "c"], "self"])
     assert len(real) == 1 and real[0] in ("a", "b", "c")
+    for few in (8, 5):  # four more than so many to learn from
+        del own_texts[few:]
+        assert [*map(len, held(["self", "self:chat"]))] == [4, 4]
 
 
 def test_a_healing_learns_from_own_text_and_is_judged_by_another(here, monkeypatch):
