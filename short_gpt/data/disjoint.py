@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from short_gpt.data.texts import Conversation
-from short_gpt.data.windows import Origin, Text, TokenIds, Window
+from short_gpt.data.windows import Origin, Prefixed, Text, TokenIds, Window
 from short_gpt.runtime.errors import ShortGPTError
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
@@ -80,7 +80,7 @@ def overlapping(
     Two windows share text if both contain the same token of a run of ``span`` tokens that occurs in
     both texts. The windows of `data.windows` know their text, and so the run may extend beyond
     them: of a copy, exactly the windows that meet one of the original count. A plain list counts as
-    a whole text.
+    a whole text. What was put before a text, as by a chat template, does not belong to it.
 
     Args:
         training: windows of token ids, and so is ``evaluation``, by the same tokenizer.
@@ -128,7 +128,7 @@ def _pieces(windows: Sequence[TokenIds], span: int) -> list[_Piece]:
             text = (id(origin.tokens), origin.begin)
             by_text.setdefault(text, []).append((origin.position, number, window, origin))
         else:
-            bare = window[window.start :] if isinstance(window, Window) else window
+            bare = window[window.start :] if isinstance(window, Prefixed) else window
             pieces.append(_Piece([*bare], [], len(bare), []))
             pieces[-1].add(number, 0, len(bare))
     for of_text in by_text.values():

@@ -7,6 +7,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice, takewhile, zip_longest
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, overload
 
 from short_gpt.runtime.errors import ShortGPTError
@@ -28,22 +29,35 @@ class Origin(NamedTuple):
     position: int  # of the window in its text
 
 
-class Window(list[int]):
+class Prefixed(list[int]):
+    """Token numbers that begin with others than a text's, such as a chat template's.
+
+    Attributes:
+        start: how many tokens at the beginning were added, and are not from the text.
+    """
+
+    __slots__ = ("start",)
+
+    def __init__(self, tokens: Iterable[int], start: int) -> None:
+        super().__init__(tokens)
+        self.start = start
+
+
+class Window(Prefixed):
     """Token numbers, and which text they are of.
 
     Attributes:
         text: its number, from 0, in the order in which the texts were read.
-        start: how many tokens at the beginning were added, and are not from the text.
         origin: None if that is not known.
     """
 
-    __slots__ = ("origin", "start", "text")
+    __slots__ = ("origin", "text")
 
     def __init__(
         self, tokens: Iterable[int], text: int, start: int = 0, origin: Origin | None = None
     ) -> None:
-        super().__init__(tokens)
-        self.text, self.start, self.origin = text, start, origin
+        super().__init__(tokens, start)
+        self.text, self.origin = text, origin
 
     def __reduce__(self) -> tuple[type[Window], tuple[list[int], int, int]]:
         return Window, (list(self), self.text, self.start)
@@ -71,7 +85,8 @@ def windows(
     256 are the ShortGPT authors' values (comments on huggingface.co/papers/2403.03853).
 
     Args:
-        texts: strings; of a text that a model wrote itself, its token numbers.
+        texts: strings; of a text that a model wrote itself, its token numbers. No window has only
+            what was put before a text (`Prefixed`).
         encode: from a text to its token numbers, with a start token if the model wants one.
         size: tokens of a window, at least 2.
         stride: tokens from one start to the next, at least 1.
@@ -149,35 +164,41 @@ def mix(
     return mixed
 
 
-def _in_order(
-    spanned: Iterable[tuple[Sequence[int], list[Span]]], start: list[int]
-) -> Iterator[Window]:
+def _in_order(spanned: Iterable[tuple[Prefixed, list[Span]]], start: list[int]) -> Iterator[Window]:
     for text, (encoded, spans) in enumerate(spanned):
         tokens = array("i", encoded)
-        for begin, end in spans:
-            origin = Origin(tokens, 0, len(tokens), begin)
-            yield Window([*start, *tokens[begin:end]], text, len(start), origin)
+        for span in spans:
+            yield _window(tokens, span, start, text, (encoded.start, len(tokens)))
+
+
+def _window(tokens: array[int], span: Span, start: list[int], text: int, text_span: Span) -> Window:
+    """A window at ``span`` of the tokens; ``text_span`` leaves out what was put before the text."""
+    (first, end), (begin, text_end) = span, text_span
+    origin = Origin(tokens, begin, text_end, max(first - begin, 0))
+    return Window([*start, *tokens[first:end]], text, len(start) + max(begin - first, 0), origin)
 
 
 def _shuffled(
-    spanned: Iterable[tuple[Sequence[int], list[Span]]],
-    start: list[int],
-    seed: int,
-    limit: int | None,
+    spanned: Iterable[tuple[Prefixed, list[Span]]], start: list[int], seed: int, limit: int | None
 ) -> Windows:
     flat: array[int] = array("i")
-    every, ends = list[Span](), list[int]()
+    every, texts = list[Span](), list[Span]()
     for tokens, spans in spanned:
         every += [(len(flat) + begin, len(flat) + end) for begin, end in spans]
+        texts.append((len(flat) + tokens.start, len(flat) + len(tokens)))
         flat.extend(tokens)
-        ends.append(len(flat))
     random.Random(seed).shuffle(every)
-    return Windows(flat, every[:limit], population=len(every), ends=ends, start=start)
+    return Windows(flat, every[:limit], population=len(every), texts=texts, start=start)
 
 
 def starts_texts(encode: Callable[[str], Sequence[int]]) -> list[int]:
     """What an encoding puts before a text: bos, or nothing."""
-    pairs = zip(encode(""), encode("a"), strict=False)  # some put eos after it
+    return common_start(encode(""), encode("a"))  # some put eos after it
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """The tokens with which both begin."""
+    pairs = zip(one, other, strict=False)
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
@@ -191,8 +212,10 @@ def _start(encode: Callable[[str], Sequence[int]], size: int) -> list[int]:
     return start
 
 
-def _without(start: list[int], tokens: Sequence[int]) -> Sequence[int]:
-    return tokens[len(start) :] if list(tokens[: len(start)]) == start else tokens
+def _without(start: list[int], tokens: Sequence[int]) -> Prefixed:
+    added = tokens.start if isinstance(tokens, Prefixed) else 0
+    gone = len(start) if list(tokens[: len(start)]) == start else 0
+    return Prefixed(tokens[gone:], max(added - gone, 0))
 
 
 class Windows:
@@ -201,7 +224,7 @@ class Windows:
     Args:
         tokens: of all texts, one after the other.
         population: of how many windows these are a random sample; None for as many as these.
-        ends: of the texts in the tokens; none for one text.
+        texts: each text's start, after what was put before it, and end; none for one text.
         start: tokens before every window.
     """
 
@@ -211,11 +234,11 @@ class Windows:
         spans: Sequence[Span],
         *,
         population: int | None = None,
-        ends: Sequence[int] = (),
+        texts: Sequence[Span] = (),
         start: Sequence[int] = (),
     ) -> None:
         self._tokens, self._spans, self._start = tokens, spans, list(start)
-        self._ends = ends or [len(tokens)]
+        self._texts = texts or [(0, len(tokens))]
         self.population = len(spans) if population is None else population
 
     def __len__(self) -> int:
@@ -230,12 +253,9 @@ class Windows:
     def __getitem__(self, index: int | slice) -> Window | list[Window]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        begin, end = self._spans[index]
-        text = bisect_right(self._ends, begin)
-        text_begin = self._ends[text - 1] if text else 0
-        origin = Origin(self._tokens, text_begin, self._ends[text], begin - text_begin)
-        tokens = [*self._start, *self._tokens[begin:end]]
-        return Window(tokens, text, len(self._start), origin)
+        span = self._spans[index]
+        text = bisect_right(self._texts, span[0], key=itemgetter(1))
+        return _window(self._tokens, span, self._start, text, self._texts[text])
 
     def __iter__(self) -> Iterator[Window]:
         return (self[index] for index in range(len(self)))
@@ -254,13 +274,15 @@ def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _with_spans(
-    encoded: Iterable[Sequence[int]], size: int, stride: int, tail: str
-) -> Iterator[tuple[Sequence[int], list[Span]]]:
+    encoded: Iterable[Prefixed], size: int, stride: int, tail: str
+) -> Iterator[tuple[Prefixed, list[Span]]]:
     """Every text's tokens with its windows; an error at the end if there was no window."""
     count, longest, empty = 0, 0, True
     for tokens in encoded:
-        spans = _spans(len(tokens), size, stride, tail)
-        count, longest, empty = count + 1, max(longest, len(tokens)), empty and not spans
+        # a window before the text's first token has nothing of it
+        spans = [s for s in _spans(len(tokens), size, stride, tail) if s[1] > tokens.start]
+        count, longest = count + 1, max(longest, len(tokens) - tokens.start)
+        empty = empty and not spans
         yield tokens, spans
     if empty:
         if not count:

@@ -91,7 +91,7 @@ def own_samples(
     usual = [] if chat else starts_texts(short.encode)
     opening = usual or short.opening(chat=chat)
     unseen = 0 if chat or usual else len(opening)  # bos that the tokenizer puts before no text
-    if len(opening) - unseen >= size:
+    if (start := len(opening) - unseen) >= size:
         raise ShortGPTError(f"size = {size}: the chat template begins with {len(opening)} tokens")
     texts, state = list[list[int]](), None
     if beside is not None:
@@ -104,7 +104,7 @@ def own_samples(
     texts += [[*opening] for _ in range(count - len(texts))]
     writing = _Writing(short, texts, size + unseen, temperature, seed, state, team)
     writing.run(count, batch_size, progress)
-    return [Window(ids[unseen:], text) for text, ids in enumerate(texts[:count])]
+    return [Window(ids[unseen:], text, start) for text, ids in enumerate(texts[:count])]
 
 
 def draw(logits: Tensor, temperature: float, keys: Sequence[tuple[int, int, int]]) -> Tensor:

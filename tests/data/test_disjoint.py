@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from short_gpt.data import windows
 from short_gpt.data.disjoint import check_disjoint, overlapping, without_overlap
-from short_gpt.data.windows import Window
+from short_gpt.data.windows import Prefixed, Window
 
 
 def test_the_windows_kept_stand_in_their_order():
@@ -118,6 +118,47 @@ def test_windows_of_one_call_meet_and_those_of_others_do_not():
     assert set(overlapping(mixed, cut(two[36:60], 24))) == {2}
     renumbered = [Window(w, w.text + 7, w.start, w.origin) for w in cut(one, 4)]
     assert set(overlapping(renumbered, cut(one[1:], 4))) == set(range(24))
+
+
+OPENING = [*letters(96, 9).encode()]  # a template's, before every dialog
+
+
+@pytest.mark.parametrize("size", [8, 32, 96, 100, 128])
+@pytest.mark.parametrize("order", [{}, {"seed": 0}])
+def test_what_a_template_puts_before_texts_is_no_copy_and_hides_none(size, order):
+    def windows_of(texts: list[str], opening: list[int] = OPENING) -> list[Window]:
+        tokens = [Prefixed([*opening, *text.encode()], len(opening)) for text in texts]
+        return [*windows(tokens, lambda _: [], size=size, stride=size, **order)]
+
+    learned = [letters(300, n) for n in range(4)]
+    one = windows_of(learned)
+    assert overlapping(one, windows_of([letters(300, 9 + n) for n in range(4)])) == {}
+    assert {w.text for w in one} == {*range(4)}
+    for copy in (windows_of([learned[2][7:]]), windows_of([learned[2]], [])):
+        assert {one[i].text for i in overlapping(one, copy)} == {2}
+    whole = [Prefixed([*OPENING, *text.encode()], 96) for text in (*learned, learned[0])]
+    assert overlapping(whole[:2], whole[2:]) == {0: 2}  # as a wrapper encodes them
+    again = overlapping(one, windows_of(learned))
+    assert again.keys() == {*range(len(one))}
+    if 96 % size == 0:  # cut as the texts alone, and no window has the opening alone
+        assert one == windows_of(learned, [])
+
+
+def test_bos_goes_before_every_window_and_not_twice_before_a_templates_opening():
+    text, encode = letters(300, 0), lambda text: [1, *text.encode()]
+    opened = [Prefixed([1, *OPENING, *text.encode()], 97)]
+    how = {"size": 97, "stride": 97, "bos": "every"}
+    found, alone = (list(windows(texts, encode, **how)) for texts in (opened, [text]))
+    assert found == alone and found[0].origin.position == 0
+    half = list(windows(opened, encode, **{**how, "size": 65, "stride": 64}))
+    assert [w.start for w in half] == [33, 1, 1, 1, 1]
+
+
+def test_windows_of_a_template_alone_are_none():
+    tokens = [Prefixed([*OPENING, 1], len(OPENING))]
+    assert [[*w] for w in windows(tokens, lambda _: [], size=97, stride=1)] == [[*OPENING, 1]]
+    with pytest.raises(ValueError, match="no windows: the text has 1 token, a window needs 48"):
+        list(windows(tokens, lambda _: [], size=48, stride=48))
 
 
 def test_a_span_can_be_named():
