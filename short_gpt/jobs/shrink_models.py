@@ -123,22 +123,13 @@ class InMemory:
     @cached_property
     def chats(self) -> bool:
         """Whether it has a chat template that takes only a user's turn."""
-        from jinja2 import TemplateError
-
-        tokenizer = self.short.tokenizer
-        if tokenizer is None or not tokenizer.chat_template:
-            return False
         try:
-            self._turn(CHAT)
-        except TemplateError:
+            return bool(self._turn(CHAT))
+        except ShortGPTError:
             return False
-        return True
 
     def _turn(self, prompt: str) -> list[int]:
-        tokenizer, turn = self.short.tokenizer, [{"role": "user", "content": prompt}]
-        assert tokenizer is not None
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return tokenizer(str(text), add_special_tokens=False)["input_ids"]
+        return self.short.dialog([{"role": "user", "content": prompt}], answer=True)
 
     def asked(self, prompt: str) -> list[int]:
         """The tokens that it answers or continues; ShortGPTError if they fill its context."""

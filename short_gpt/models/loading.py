@@ -151,6 +151,11 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
             f"{directory} lacks its tokenizer's vocabulary, such as tokenizer.json or "
             "tokenizer.model: fetch that file too"
         )
+    chat = tokenizer.chat_template
+    try:
+        "".join(chat.values() if isinstance(chat, dict) else [chat or ""]).encode()
+    except (TypeError, UnicodeEncodeError):  # no text: transformers neither renders nor saves it
+        tokenizer.chat_template = None
     return tokenizer
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
 from short_gpt.data.texts import Conversation, check_plain
-from short_gpt.data.windows import starts_texts, windows
+from short_gpt.data.windows import Prefixed, common_start, starts_texts, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
@@ -40,6 +40,7 @@ from short_gpt.models.loading import (
 )
 from short_gpt.runtime.digest import check_unchanged
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.wrappers.chat_template import Message, rendered
 from short_gpt.wrappers.short_model import Prompts, ShortModel, check_texts
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class ShortHFModel(ShortModel):
         self._layers_path = decoder.layers_path
         self.model, self.tokenizer, self.source = model, tokenizer, source
         self._opened = () if model is model_name else weight_stamps(source)
+        self._openings: dict[str, list[int]] = {}  # of chat templates, by the template
         self._meta_tokenizer: Path | None = None  # of the Meta checkpoint that it came from
 
     @classmethod
@@ -133,7 +135,7 @@ class ShortHFModel(ShortModel):
     def encode(self, text: str) -> list[int]:
         check_text(text)
         if isinstance(text, Conversation):
-            return self._rendered(text)
+            return self._conversation(text)
         return self._tokenizer()(text, verbose=False)["input_ids"]
 
     def _to_continue(self, text: str) -> list[int]:
@@ -144,19 +146,22 @@ class ShortHFModel(ShortModel):
         after = self.encode("")[len(starts_texts(self.encode)) :]
         return ids[: -len(after)] if after and ids[-len(after) :] == after else ids
 
-    def _rendered(self, conversation: Conversation) -> list[int]:
-        from jinja2 import TemplateError
-
+    def dialog(self, messages: Sequence[Message], *, answer: bool = False) -> list[int]:
+        """Token ids of a chat; with ``answer``, up to where the model begins to answer."""
         tokenizer = self._tokenizer()
-        if not tokenizer.chat_template:
-            check_plain(conversation)
-        try:
-            text = str(tokenizer.apply_chat_template(conversation.messages, tokenize=False))
-        except TemplateError as error:
-            raise ShortGPTError(
-                f"the chat template of {self.source} refuses {str(conversation)[:60]!r}: {error}"
-            ) from None
+        text = rendered(tokenizer, messages, source=self.source, answer=answer)
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _conversation(self, conversation: Conversation) -> Prefixed:
+        """Token ids, which know how many of them the template puts before every dialog."""
+        if not (template := self._tokenizer().chat_template):
+            check_plain(conversation)
+        ids, key = self.dialog(conversation.messages), str(template)
+        if key not in self._openings:
+            self._openings[key] = []
+            with suppress(ShortGPTError):  # the template may refuse a user alone
+                self._openings[key] = self.opening(chat=True)
+        return Prefixed(ids, len(common_start(ids, self._openings[key])))
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -233,15 +238,20 @@ class ShortHFModel(ShortModel):
         tokenizer = self._tokenizer()
 
         def dialog(text: str) -> list[int]:
-            return self._rendered(Conversation(json.dumps([{"role": "user", "content": text}])))
+            return self.dialog([{"role": "user", "content": text}])
 
         config = self.model.config.get_text_config(decoder=True)
         ids = [tokenizer.bos_token_id, getattr(config, "bos_token_id", None)]
-        known = [token for token in [*ids, tokenizer.eos_token_id] if token is not None]
-        if not (tokenizer.chat_template if chat else known):
-            lack = "chat template" if chat else "bos and no eos"
-            raise ShortGPTError(f"{self.source} has no {lack} for a text of its own to begin with")
-        return starts_texts(dialog) if chat else known[:1]
+        known = [token for token in [*ids, tokenizer.eos_token_id] if token is not None][:1]
+        lack = "bos and no eos"
+        if chat:
+            known = starts_texts(dialog) if tokenizer.chat_template else []
+            lack = "chat template that begins all dialogs alike"
+        if not known:
+            raise ShortGPTError(
+                f"{self.source} has no {lack}, for a text of its own to begin with: name a text"
+            )
+        return known
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer().decode(list(ids)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from conftest import (
     BYTE_VOCAB,
     make_transformer,
     random_windows,
+    save_chat_llama,
     save_checkpoint,
     write_byte_tokenizer,
 )
 
 from llama.formats.convert import meta_to_hf
-from short_gpt import ShortGPTError, open_model, own_samples, rank, texts
+from short_gpt import ShortGPTError, open_model, own_samples, rank, shrink, texts
 from short_gpt.checkpoints.provenance import Provenance, model_card
 from short_gpt.checkpoints.records import Measured
+from short_gpt.data.texts import TextsInMemory
 from short_gpt.data.windows import mix
 from short_gpt.healing import HealingTexts
 from short_gpt.jobs import Cut, HealingWindows, Saving, TextSource, evaluation, heal
@@ -205,6 +208,71 @@ def test_the_remark_depends_on_what_judges(here):
     assert about_own("self,self:chat").startswith("evaluated on self, self:chat: ")
     assert about_own("self", "book.txt") is None and about_own("book.txt,self") is None
     assert about_own("book.txt,self", each=True).startswith("evaluated on self: ")
+
+
+SYSTEM = "".join(random.Random(0).choices("ABCDEFGHIJ", k=90))
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<system>" + SYSTEM + "{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+OPENING = len(f"<system>{SYSTEM}<user>")
+
+
+def dialogs(count: int, length: int = 120, seed: int = 0) -> list[dict[str, object]]:
+    """Rows of a user's question and an answer, in random letters, that share no long run."""
+    rows = []
+    for ids in random_windows(count, 2 * length, vocab=26, seed=seed):
+        text = "".join(chr(97 + token) for token in ids)
+        turns = {"user": text[:length], "assistant": text[length:]}
+        messages = [{"role": role, "content": said} for role, said in turns.items()]
+        rows.append({"messages": messages})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory, one_rank) -> str:
+    """A model whose chat template begins with a system prompt of more than 64 tokens."""
+    path = tmp_path_factory.mktemp("prompted")
+    save_chat_llama(path, 6, TEMPLATE)
+    return str(path / "hf")
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+@pytest.mark.usefixtures("few_timed_tokens")
+@pytest.mark.parametrize(("chat", "size"), [(False, 112), (True, 112), (True, 192)])
+def test_the_system_prompt_of_a_template_is_no_copied_text(prompted, tmp_path, size, chat):
+    data = TextSource(dialogs(40), chat=True) if chat else "self:chat"
+    windows = HealingWindows(None, size, 12, 4)
+    healed = heal(
+        prompted, str(tmp_path / "healed"), choice=Choice([2]), data=data, windows=windows
+    )
+    assert healed.left_out is None and healed.evidence.perplexity["healed"].windows == 4
+    ranked = rank(prompted, data, n=1, method="auto", cut=Cut(size, 12))
+    assert (ranked.choice.fitted, ranked.choice.judged) == (6, 6)
+    how = {"n": 1, "windows": windows, "data": data}
+    shrunk = shrink(prompted, str(tmp_path / "shrunk"), **how)
+    assert all(states["healed"].windows == 4 for states in shrunk.quality.values())
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("few_timed_tokens")
+def test_a_dialog_that_comes_again_is_found_after_its_system_prompt(prompted, tmp_path):
+    data = TextSource([*dialogs(6), *dialogs(6)], chat=True)  # a window each
+    windows = HealingWindows(None, 256, 12, 4)
+    healed = heal(prompted, str(tmp_path / "out"), choice=Choice([2]), data=data, windows=windows)
+    assert healed.left_out == "left out 1 of 11 windows that share text with held-out ones"
+    (note,) = rank(prompted, data, n=1, method="auto", cut=Cut(256, 12)).choice.notes[:1]
+    assert note == "4 windows left out: they share text with others"
+    shrunk = shrink(prompted, str(tmp_path / "small"), n=1, data=data, windows=windows)
+    assert healed.left_out in shrunk.to_dict()["remarks"]
+    with pytest.raises(ShortGPTError, match="6 of 12 training windows share text with the windo"):
+        heal(
+            prompted,
+            str(tmp_path / "no"),
+            data=data,
+            choice=Choice([2]),
+            windows=HealingWindows(TextsInMemory(dialogs(3)), 256, 12, 4),
+        )
 
 
 def test_no_model_is_judged_by_a_text_named_self(here, capsys):

@@ -476,11 +476,14 @@ def test_a_prompt_that_is_too_long_is_refused_first_and_another_continues(here):
     assert done.prompt == "two" and done.looks["original"].completion
 
 
-def test_a_template_that_takes_no_user_alone_is_not_asked(here):
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('system first') }}", "{{ 1//0 }}", "{{ '' }}", "\ud800", 5]
+)
+def test_a_template_that_writes_no_turn_of_a_user_is_not_asked(here, template):
     shutil.copytree("hf", "strict")
-    tokenizer = AutoTokenizer.from_pretrained("strict")
-    tokenizer.chat_template = "{{ raise_exception('system first') }}"
-    tokenizer.save_pretrained("strict")
+    config = Path("strict/tokenizer_config.json")
+    words = {**json.loads(config.read_text()), "chat_template": template}
+    config.write_text(json.dumps(words))
     done = shrink("strict", "out", n=2, windows=CUT, data="other", method="bi")
     assert done.prompt == shrink_models.PROMPT and done.looks["healed"].completion
 

@@ -209,13 +209,14 @@ def test_chats_begin_with_the_template_up_to_the_users_open_turn(folder):
     assert short.opening(chat=True) == opening
     windows = quiet(short, 3, 20, chat=True)
     assert all(w[: len(opening)] == opening and len(w) == 20 for w in windows)
+    assert {w.start for w in windows} == {len(opening)}
     assert len({*map(tuple, windows)}) == 3
     with pytest.raises(ShortGPTError, match="size = 5: the chat template begins with"):
         quiet(short, 3, 5, chat=True)
     with pytest.raises(ShortGPTError, match="neither Llama 2's nor Llama 3's dialog format"):
         quiet(llama(), 3, 20, chat=True)
     named = open_model(str(folder / "hf"))
-    with pytest.raises(ShortGPTError, match="has no chat template for a text of its own"):
+    with pytest.raises(ShortGPTError, match="has no chat template that begins all dialogs"):
         quiet(named, 1, 20, chat=True)
     named.tokenizer.chat_template = TEMPLATE
     assert named.decode(named.opening(chat=True)) == "<s>user:"
