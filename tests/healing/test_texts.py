@@ -8,6 +8,7 @@ import random
 import pytest
 
 from short_gpt import ShortGPTError
+from short_gpt.data import overlapping
 from short_gpt.healing import HealingTexts
 
 
@@ -93,3 +94,21 @@ def test_one_window_cannot_both_teach_and_choose_the_step(tmp_path):
     with pytest.raises(ShortGPTError, match="expected at least 2 windows, one to learn from and"):
         HealingTexts(texts).windows(characters, 40, limit=1, validate=True)
     assert len(HealingTexts(texts).windows(characters, 40, limit=1).training) == 1
+
+
+@pytest.mark.parametrize(("windows", "chosen"), [(9, 1), (59, 5), (159, 15), (160, 16), (200, 16)])
+def test_a_tenth_of_the_windows_and_at_most_16_choose_the_step(tmp_path, windows, chosen):
+    texts = written(tmp_path / "texts.jsonl", pieces("ab", 100))
+    judge = written(tmp_path / "judge.jsonl", pieces("yz", 1))
+    found = HealingTexts(texts, judge).windows(characters, 40, limit=windows, validate=True)
+    assert (len(found.training), len(found.validation)) == (windows - chosen, chosen)
+
+
+def test_windows_that_choose_the_step_share_no_text_with_those_to_learn_from(tmp_path):
+    texts = written(tmp_path / "twice.jsonl", pieces("ab", 20) * 2)
+    judge = written(tmp_path / "judge.jsonl", pieces("yz", 1))
+    found = HealingTexts(texts, judge).windows(characters, 80, validate=True)
+    assert len(found.validation) == 4 and len(found.training) < 36
+    assert not overlapping(found.training, found.validation)
+    gone = 36 - len(found.training)
+    assert found.left_out == f"left out {gone} of 40 windows that share text with held-out ones"

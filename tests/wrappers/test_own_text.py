@@ -174,6 +174,14 @@ def test_other_weights_or_settings_write_anew(other, changes, tmp_path):
     assert len([*tmp_path.glob("self-*.json")]) == 2
 
 
+def test_a_text_is_that_of_the_model_in_whatever_precision_windows_are_read(tmp_path, monkeypatch):
+    first, mixed = quiet(llama(), 3, 12, beside=tmp_path / "out"), llama()
+    mixed.decoder.mixed = True
+    assert mixed.identity() != llama().identity()
+    monkeypatch.setattr(module, "draw", None)  # nothing more is written
+    assert quiet(mixed, 3, 12, beside=tmp_path / "out") == first
+
+
 @pytest.mark.parametrize("make", [llama, hf])
 @pytest.mark.parametrize("killed", [False, True])
 def test_an_interrupted_run_goes_on_in_the_middle_of_a_batch(make, killed, tmp_path, monkeypatch):
