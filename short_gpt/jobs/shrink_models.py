@@ -27,7 +27,7 @@ from short_gpt.jobs.comparing import size_without, tokens_per_second
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.inputs import Notify
 from short_gpt.jobs.shrunk import PROMPT
-from short_gpt.models.layer_config import caches_keys
+from short_gpt.models.caches import LayerCache, layer_caches
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -105,16 +105,9 @@ class InMemory:
                 sizes[int(match[1])] += entry.nbytes
         return parameters, (sizes, file_bytes(path) - sum(sizes))
 
-    def cache_widths(self) -> list[int]:
-        """Numbers that each layer's KV cache holds for a token; 0 without attention."""
-        config, count = self.short.model.config.get_text_config(decoder=True), len(self.short.kept)
-        queries = getattr(config, "num_attention_heads", None)
-        if not isinstance(queries, int):  # state-space models have none
-            return [0] * count
-        heads = getattr(config, "num_key_value_heads", None) or queries
-        width = 2 * heads * (getattr(config, "head_dim", None) or config.hidden_size // queries)
-        kinds = getattr(config, "layer_types", None) or ["attention"] * count
-        return [width * caches_keys(kind) for kind in kinds]
+    def caches(self) -> list[LayerCache]:
+        """The KV cache of each layer."""
+        return layer_caches(self.short.model, len(self.short.kept), self.short.decoder.device)
 
     def prompt(self, own: str | None) -> str:
         """The question, unless the user gives another."""
@@ -211,9 +204,9 @@ class Streamed:
             sizes.append((layers, rest))
         return sizes[0], sizes[1]
 
-    def cache_widths(self) -> list[int]:
+    def caches(self) -> list[LayerCache]:
         args = self.short.stream.params
-        return [2 * args.kv_heads * args.head_dim] * args.n_layers
+        return [LayerCache(2 * args.kv_heads * args.head_dim)] * args.n_layers
 
     def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
         return self.short.save(built, **how)

@@ -214,8 +214,7 @@ class ShrinkContext:
         limit = asked.cut.max_windows or (CLOSED_WINDOWS if minutes is None else many)
         parameters, stored = opened.sizes()
         itemsize = 2 if opened.to == "gguf" else opened.dtype.itemsize  # llama.cpp's is float16
-        tokens = dial.context * dial.batch
-        caches = [width * tokens * itemsize for width in opened.cache_widths()]
+        caches = [dial.batch * own.size(dial.context, itemsize) for own in opened.caches()]
         sizes, rest = parameters
         if dial.memory is not None:
             sizes, rest = [a + b for a, b in zip(stored[0], caches, strict=True)], stored[1]

@@ -21,7 +21,6 @@ import pytest
 import torch
 from commands import fails, run
 from conftest import interrupted, random_windows, save_chat_llama
-from families import make
 from gguf_files import in_types
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -47,8 +46,9 @@ from short_gpt.jobs import (
     shrinking,
 )
 from short_gpt.jobs import shrunk as shrunk_module
-from short_gpt.jobs.shrink_models import InMemory, Streamed
+from short_gpt.jobs.shrink_models import Streamed
 from short_gpt.jobs.shrunk import StateReport, next_steps
+from short_gpt.models.caches import LayerCache
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.runtime.memory import format_bytes
 from short_gpt.wrappers import precision
@@ -850,19 +850,22 @@ def test_a_difference_after_the_weights_are_gone_is_said_as_itself(here, monkeyp
         short.check_saved(Path("out"), release=True)
 
 
-@pytest.mark.parametrize(
-    "kind, widths",
-    [("llama", [2 * 2 * 8] * 6), ("mamba", [0] * 6), ("qwen3_next", [0, 0, 0, 32, 0, 0])],
-)
-def test_the_cache_is_counted_of_layers_that_keep_keys(kind, widths):
-    model = make(kind)
-    config = model.config
-    if any(widths):
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 8
-    if kind == "qwen3_next":
-        config.layer_types = [("full" if w else "linear") + "_attention" for w in widths]
-    held = InMemory(ShortHFModel(model), None, "hf", OpenOptions())
-    assert held.cache_widths() == widths
+@pytest.mark.parametrize(("out", "itemsize"), [("out", 4), ("out.gguf", 2)])
+def test_the_cache_is_of_all_texts_at_the_context(here, monkeypatch, out, itemsize):
+    """Layers with a window hold no more than that."""
+    kinds = [LayerCache(10, 7, 5)] * 2 + [LayerCache(10)] * 4
+    monkeypatch.setattr(shrink_models, "layer_caches", lambda *_: kinds)
+    how = {"windows": CUT, "data": "other", "method": "sequential", "context": 100, "batch": 3}
+    done = shrink("hf", out, n=2, **how)
+    assert {0, 1} == {*done.layers}
+    original, healed = done.looks["original"], done.looks["healed"]
+    window, full = 3 * (70 * itemsize + 5), 3 * 1000 * itemsize
+    assert original.memory - original.size == 2 * window + 4 * full
+    assert healed.memory - healed.size == 4 * full
+    # it may be a layer with a window that goes
+    enough = original.memory - (original.size - healed.size) // 2 - window
+    for memory, n in ((enough, 1), (enough - 1, 2)):
+        assert str(shrink("hf", f"2{out}", memory=memory, dry_run=True, **how))[0] == str(n)
 
 
 def test_numbers_of_layers_that_cannot_go_are_too_many(here, monkeypatch):
