@@ -48,7 +48,7 @@ def few_timed_tokens() -> Iterator[None]:
     from short_gpt.jobs.comparing import tokens_per_second
 
     with pytest.MonkeyPatch.context() as patch:
-        few = {"prompt": 8, "count": 3, "runs": 3}
+        few = {"prompt": 8, "count": 3, "runs": 3, "warm_up": 1}
         assert few.keys() == tokens_per_second.__kwdefaults__.keys()
         patch.setattr(tokens_per_second, "__kwdefaults__", few)
         yield

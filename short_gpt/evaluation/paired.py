@@ -27,6 +27,11 @@ class Difference:
     def error(self) -> SamplingError:
         return SamplingError(self.standard_error, self.windows, self.texts, self.degrees)
 
+    @property
+    def told_apart(self) -> bool:
+        """Whether the 95% interval leaves out 0; False where there is none."""
+        return abs(self.nats) > self.error.margin()  # no number is above NaN
+
     def __str__(self) -> str:
         margin = self.error.no_interval and f"no interval: {self.error.no_interval}"
         margin = margin or f"95% ± {self.error.margin():.4f}"

@@ -72,7 +72,8 @@ class Perplexity:
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Where the perplexity of all such text is, as sure as that; NaN where that is unknown."""
         margin = math.nan if self.error is None else self.error.margin(confidence)
-        return exp(self.nats / self.tokens - margin), exp(self.nats / self.tokens + margin)
+        low, high = self.nats / self.tokens - margin, self.nats / self.tokens + margin
+        return exp(max(low, 0.0)), exp(high)  # no loss is below 0; max keeps a NaN that comes first
 
     def to_dict(self) -> dict[str, object]:
         """The value, what it was computed from and its error, ready for JSON."""

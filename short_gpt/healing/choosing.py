@@ -255,7 +255,7 @@ class _Choosing:
         for layers, names in methods.items():
             change = self._change(best, layers)
             total = loss + change.nats
-            candidates.append(Candidate(names, [*layers], total, change, _told_apart(change)))
+            candidates.append(Candidate(names, [*layers], total, change, change.told_apart))
         return HealedChoice(
             layers=[*best],
             loss=loss,
@@ -444,12 +444,8 @@ class _Choosing:
         self._shown.update(price)
 
 
-def _told_apart(change: Difference) -> bool:
-    return abs(change.nats) > change.error.margin()  # False where there is no interval: NaN
-
-
 def _is_worse(change: Difference) -> bool:
-    return change.nats > 0 and _told_apart(change)
+    return change.nats > 0 and change.told_apart
 
 
 def _loss(parts: Sequence[Perplexity]) -> float:

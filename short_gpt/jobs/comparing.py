@@ -53,7 +53,13 @@ def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
 
 
 def tokens_per_second(
-    short: ShortModel, window: Sequence[int], *, prompt: int = 64, count: int = 32, runs: int = 3
+    short: ShortModel,
+    window: Sequence[int],
+    *,
+    prompt: int = 64,
+    count: int = 32,
+    runs: int = 3,
+    warm_up: int = 1,
 ) -> float:
     """Greedy generation with the cache after the start of the window; the fastest of some runs.
 
@@ -62,12 +68,12 @@ def tokens_per_second(
     half_context = short.decoder.max_seq_len // 2
     ids, count = list(window[: min(prompt, half_context)]), min(count, half_context)
     seconds = []
-    for _ in range(1 + runs):  # the first warms up
+    for _ in range(warm_up + runs):
         started = time.perf_counter()
         short.continued([ids], count, lambda logits: logits.argmax(-1))
         wait(short.decoder.module)
         seconds.append((time.perf_counter() - started) / count)
-    return 1 / min(seconds[1:])  # other programs can only slow it down
+    return 1 / min(seconds[warm_up:])  # other programs can only slow it down
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,7 @@ def _seconds(asked: ShrinkRequest, known: ShrinkContext) -> dict[str, float]:
     parts["training"] = 60 * (asked.settings.minutes or 0)
     parts["judging"] = 3 * asked.cut.eval_windows * a_pass
     if known.prompt:
-        written = 3 * ANSWER + TURNS * 2 * TIMED_TOKENS  # the speeds, each after a warm-up
+        written = 3 * ANSWER + (1 + TURNS) * 2 * TIMED_TOKENS  # and the speeds
         parts["three completions"] = written * _seconds_a_token(known, 1)
     return parts
 

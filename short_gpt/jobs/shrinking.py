@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
 from llama.io.files import new_directory, new_file
@@ -181,7 +182,7 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
     with short.without_layers(layers):
         looks["pruned"] = run.look("pruned")
         steps = run.steps()
-    speeds = run.speeds(layers)
+    turns = run.turns(layers)
     work = asked.folder / HEALING
     kept: Any = {"work_dir": work, "resume": holds_a_run(short, work)}
     job = HealingJob(short, windows, layers, settings=steps, notify=asked.notify, **kept)
@@ -190,7 +191,8 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
         # a loaded model is the caller's: after an error it is complete, and the same call continues
         evidence = job.run(undos if asked.source is None else None)
         looks["healed"] = run.look("healed")
-        for state, speed in speeds.items():
+        for state in turns[0] if turns else ():
+            speed = median(turn[state] for turn in turns)
             looks[state] = looks[state]._replace(tokens_per_second=speed)
         remarks = about + run.remarks(evidence)
         written = asked.folder / WRITTEN  # separate: OUT may have the name of a file of the folder
@@ -225,6 +227,7 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
             windows=(len(windows.training), len(windows.evaluation), known.size),
             command=asked.command,
             seed=cut.seed,
+            turns=turns,
         )
         _move_into_place(asked, built, result)
         undos.pop_all()
@@ -361,24 +364,25 @@ class _Run:
         tasks = vars(self.asked.tasks.run(opened.short))
         return [opened.answer(known.prompt), None, numbers, size, memory, tasks]
 
-    def speeds(self, layers: Sequence[int]) -> dict[str, float]:
+    def turns(self, layers: Sequence[int]) -> list[dict[str, float]]:
         """Tokens a second, of the original model and without the layers, which is the healed one's.
 
         Measured in turns, because the speed of a shared machine varies.
         """
         opened, window = self.known.opened, self.windows.evaluation[0]
         if not isinstance(opened, InMemory):
-            return {}
+            return []
 
-        def measure() -> dict[str, float]:
-            fastest = {"original": 0.0, "healed": 0.0}
-            for turn in range(TURNS):  # the models take turns at being the first
-                state, gone = [("original", []), ("healed", layers)][(turn + turn // 2) % 2]
-                with opened.short.without_layers(gone):
-                    fastest[state] = max(fastest[state], opened.speed(window))
-            return fastest
+        def measure() -> list[dict[str, float]]:
+            turns, states = list[dict[str, float]](), [("original", []), ("healed", layers)]
+            for turn in range(1 + TURNS):  # the models take turns at being the first
+                turns.append({})
+                for state, gone in states[:: 1 if turn % 2 else -1]:
+                    with opened.short.without_layers(gone):
+                        turns[-1][state] = opened.speed(window)
+            return turns[1:]
 
-        return self.cells.value("speeds", measure)
+        return self.cells.value("turns", measure)
 
     def about_layers(self, layers: Sequence[int], choice: Mapping[str, Any]) -> list[str]:
         """Why other text might choose other layers, if it might."""

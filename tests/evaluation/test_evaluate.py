@@ -57,6 +57,14 @@ def test_the_end_of_an_interval_that_no_float_holds_is_infinite():
     assert Perplexity.of(samples).to_dict()["interval_95"] == [low, math.inf]
 
 
+def test_no_interval_begins_below_a_perplexity_of_1():
+    certain = Perplexity.of([Sample(text, nats, 1) for text, nats in enumerate((0.1, 0.2, 0.6))])
+    low, high = certain.interval()
+    assert certain.error.margin() > 0.3 and low == 1.0
+    assert math.log(high) == pytest.approx(0.3 + certain.error.margin())
+    assert all(map(math.isnan, Perplexity(0.3, 1, 1).interval()))
+
+
 def test_nothing_to_predict_is_refused():
     with pytest.raises(ValueError, match="at least 2 tokens; nothing was predicted"):
         perplexity(MetaDecoder(make_transformer()), [[[5], [6]]])

@@ -349,14 +349,14 @@ def test_a_set_is_looked_at_after_16_windows_and_then_every_8(candidates, monkey
         return plain(first, second)
 
     monkeypatch.setattr(choosing, "difference", noted)
-    monkeypatch.setattr(choosing, "_told_apart", lambda change: change.windows >= 24)
+    monkeypatch.setattr(Difference, "told_apart", property(lambda change: change.windows >= 24))
     windows = written(6, 1, 4, count=48)
     result = choose_healed(model(6, 1, 4), windows, 2, budget=9, **QUIET)
     assert looks[:2] == [16, 24] and result.candidates[1].difference.windows == 24
     # where more windows judge, the next look is over more than judged before
     looks.clear()
     monkeypatch.setattr(choosing, "JUDGES", 24)
-    monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
+    monkeypatch.setattr(Difference, "told_apart", property(lambda change: False))
     windows = written(6, 1, 4, count=56)
     result = choose_healed(model(6, 1, 4), windows, 2, budget=16, **QUIET)
     assert result.judged == 48 and looks.count(16) == looks.count(32) == looks.count(40) == 1
@@ -365,7 +365,7 @@ def test_a_set_is_looked_at_after_16_windows_and_then_every_8(candidates, monkey
 def test_what_is_not_told_apart_is_said_and_judged_by_more_windows(candidates, monkeypatch):
     monkeypatch.setattr(choosing, "JUDGES", 8)
     candidates("bi", "deepest")
-    monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
+    monkeypatch.setattr(Difference, "told_apart", property(lambda change: False))
     windows = random_windows(24, 12)
     # scores 0.5 passes, 2 for each candidate on 8 windows, and again on 8 more
     result = choose_healed(model(), windows, 2, budget=10, **QUIET)
@@ -375,11 +375,11 @@ def test_what_is_not_told_apart_is_said_and_judged_by_more_windows(candidates, m
     assert "chosen" in text[1] and ", not told apart " in text[2] and "judged on 16;" in text[-1]
     # a set that is told apart keeps its 8 windows, and its difference is over these
     candidates("bi", "deepest", "sequential")
-    monkeypatch.setattr(choosing, "_told_apart", lambda change: change.nats > 0.12)
+    monkeypatch.setattr(Difference, "told_apart", property(lambda change: change.nats > 0.12))
     more = choose_healed(model(), windows, 2, budget=20, **QUIET)
     assert [one.difference.windows for one in more.candidates] == [16, 16, 8]
     assert more.candidates[2].told_apart
-    monkeypatch.setattr(choosing, "_told_apart", lambda change: False)
+    monkeypatch.setattr(Difference, "told_apart", property(lambda change: False))
     for budget, judged in ((12, 8), (13, 16)):  # it takes 12.5
         assert choose_healed(model(), windows, 2, budget=budget, **QUIET).judged == judged
 
@@ -387,7 +387,7 @@ def test_what_is_not_told_apart_is_said_and_judged_by_more_windows(candidates, m
 def test_sets_that_are_told_apart_are_not_judged_again(candidates, monkeypatch):
     candidates("bi", "deepest")
     monkeypatch.setattr(choosing, "JUDGES", 8)
-    monkeypatch.setattr(choosing, "_told_apart", lambda change: change.nats != 0)
+    monkeypatch.setattr(Difference, "told_apart", property(lambda change: change.nats != 0))
     result = choose_healed(model(), random_windows(24, 12), 2, budget=15, **QUIET)
     assert result.judged == 8 and "not told apart" not in str(result)
 
@@ -401,9 +401,9 @@ def test_a_difference_is_told_apart_where_its_interval_leaves_0_out():
         ]
         one = difference(first, second)
         assert abs(one.nats) > one.standard_error  # of which the 95% interval has 3.2
-        assert choosing._told_apart(one) is apart
-        assert choosing._told_apart(difference(second, first)) is apart
-    assert not choosing._told_apart(difference(first[:1], second[:1]))  # no interval
+        assert one.told_apart is apart
+        assert difference(second, first).told_apart is apart
+    assert not difference(first[:1], second[:1]).told_apart  # no interval
 
 
 @pytest.mark.parametrize(("count", "stop_at"), [(16, 3), (16, 4), (16, 7), (48, 4), (48, 7)])

@@ -345,18 +345,26 @@ def test_auto_continues_in_the_precision_that_it_began_with(here, monkeypatch, b
 
 
 def test_speeds_are_taken_by_turns_and_the_healed_models_is_the_pruned_ones(here, monkeypatch):
-    told, present = iter([3.0, 8.0, 7.0, 4.0, 5.0, 6.0]), []
+    pairs = [(9, 1), (4, 6), (8, 12), (10, 16), (5, 8), (2, 5), (6, 9), (3, 6)]  # warm-up first
+    told = iter([s for turn, pair in enumerate(pairs) for s in pair[:: 1 if turn % 2 else -1]])
+    present = []
 
     def speed(model: shrink_models.InMemory, _: object) -> float:
         present.append(len(model.short.present))
-        return next(told)
+        return float(next(told))
 
     monkeypatch.setattr(shrink_models.InMemory, "speed", speed)
     done = shrink("hf", "out", **KILLED)
-    assert present == [6, 4, 4, 6, 6, 4]
+    assert present == [4, 6, 6, 4] * 4
     speeds = {state: look.tokens_per_second for state, look in done.looks.items()}
-    assert speeds == {"original": 5.0, "pruned": None, "healed": 8.0}
-    assert "1.60 times as fast in PyTorch" in done.verdict
+    assert speeds == {"original": 5.0, "pruned": None, "healed": 8.0}  # the medians
+    assert done.times_as_fast == (1.5, 1.6, 2.5)  # of both in the same turn
+    assert done.verdict.endswith("; 1.60 times as fast in PyTorch (1.50 to 2.50)")
+    assert ["times as fast, 7 turns", "", "", "1.60 (1.50 to 2.50)"] in done.rows()
+    page = unescape(Path("out/report.html").read_text())
+    assert "1.60 times as fast in PyTorch (1.50 to 2.50)" in page
+    slower = {"original": 5.0, "healed": 5.0}
+    assert "times as fast" not in replace(done, turns=[*done.turns, slower]).verdict
 
 
 def test_a_dry_run_writes_nothing(here, capsys, monkeypatch):
@@ -621,22 +629,27 @@ def test_a_task_value_that_is_no_number_is_shown_from_a_state_too():
             assert ["t f1", "1.0000", "nan"] in rows
 
 
-def test_a_share_is_restored_only_of_a_loss_that_the_windows_can_tell():
+def test_a_share_is_restored_only_where_the_windows_tell_loss_and_gain():
     states = ("original", "pruned", "healed")
     looks = {state: StateReport("", None, 1, 1, 1, {}) for state in states}
 
-    def said(*pruned: float) -> str:
-        same = {"original": 20.0, "healed": 21.0}
-        nats = {name: (value,) * len(pruned) for name, value in same.items()} | {"pruned": pruned}
+    def said(pruned: list[int], healed: list[int]) -> str:
+        nats = {"original": [20] * len(pruned), "pruned": pruned, "healed": healed}
         states = {
-            state: Perplexity.of([Sample(i, value, 10) for i, value in enumerate(values)])
+            state: Perplexity.of([Sample(i, float(value), 10) for i, value in enumerate(values)])
             for state, values in nats.items()
         }
         return ShrinkResult(Path("out"), "", quality={"books": states}, looks=looks).verdict
 
-    assert "healing restores 90% of the lost nats" in said(29.0, 30.0, 31.0)
-    assert "healing restores" not in said(10.0, 19.0, 32.0)
-    assert "healing restores" not in said(29.0, 30.0)  # two texts tell too little of others
+    assert "healing restores 90% of the lost nats" in said([29, 30, 31], [21, 21, 21])
+    # the margins are Student's t of 2 degrees: 4.303 / sqrt(3) times the deviation of a text
+    unsure = "healing changes the loss by {:+.3f} ± {:.3f} nats (95%)"
+    gain = unsure.format(-0.5, 0.3 * 4.30265 / math.sqrt(3))
+    assert f"{gain}, not told apart from none;" in said([29, 30, 31], [27, 25, 23])
+    told = unsure.format(-0.5, 0.0)
+    assert f"{told};" in said([10, 19, 37], [5, 14, 32])  # the loss before it holds 0
+    assert f"{unsure.format(0.1, 0.0)};" in said([29, 30, 31], [30, 31, 32])
+    assert "healing" not in said([29, 30], [21, 21])  # two texts tell too little of others
 
 
 @pytest.mark.parametrize(
