@@ -28,7 +28,7 @@ from llama.formats.names import permute_rows
 from llama.io.json_files import json_text
 from llama.io.sources import is_gguf
 from short_gpt.checkpoints.gguf_kinds import PATTERN
-from short_gpt.checkpoints.gguf_layers import LAYER, Influence, Stack
+from short_gpt.checkpoints.gguf_layers import LAYER, Stack
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import NAME, RECORD
@@ -57,7 +57,7 @@ def prune_gguf(
     files, ``NAME-00001-of-0000N.gguf``, is not verified.
     """
     stack = Stack.open(source)
-    keep = stack.kept(layers, provenance.block_influence if provenance else ())
+    keep = stack.kept(layers)
     own = [i for i in keep if i < stack.layers]
     done = (provenance or Provenance()).pruned(source, removed=layers, kept=own)
     return write_gguf(stack.parts, target, keep, done=done, progress=progress)
@@ -94,7 +94,7 @@ def write_gguf(
     return target.path
 
 
-def about_kinds(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> str | None:
+def about_kinds(source: StrPath, layers: Sequence[int]) -> str | None:
     """What other programs get wrong in a GGUF model without these layers; None if nothing."""
     stack = Stack.open(source)
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
@@ -111,7 +111,8 @@ def about_kinds(source: StrPath, layers: Sequence[int], influence: Influence = (
         return remark
     return (
         f"{remark}. llama.cpp from before September 2026, and what is built on it, "
-        f"ignore it too; {stack.advice(layers, influence)}"
+        f"ignore it too: for these, remove {stack.whole_period} layers in a row, and measure the "
+        "loss"
     )
 
 
@@ -193,9 +194,9 @@ def check_architecture(source: StrPath) -> Stack:
     return stack
 
 
-def check_writable_gguf(source: StrPath, layers: Sequence[int], influence: Influence = ()) -> None:
+def check_writable_gguf(source: StrPath, layers: Sequence[int]) -> None:
     """Raises ShortGPTError for a GGUF file that `save_gguf` could not write back changed."""
-    check_architecture(source).kept(layers, influence)
+    check_architecture(source).kept(layers)
 
 
 def _name(stack: Stack, full: str) -> str:

@@ -5,9 +5,6 @@ The names are GGUF's: of architectures, and of the keys under them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-
 from short_gpt.models.gguf_loading import ATTENTION_SCALED
 
 PATTERN = "attention.sliding_window_pattern"
@@ -61,29 +58,6 @@ BY_COUNT = ("baichuan", "deepseek2", "deepseek32", "minicpm", "minicpm3")
 # Of so many layers they are others: of 27B, with another scale of attention; with a window.
 COUNTS = {**ATTENTION_SCALED, "exaone4": 64}
 FROM_FIRST = ("rwkv7", "arwkv7")  # later layers take values of the first
-
-
-def cheapest_set(
-    scores: Sequence[float], count: int, stays: Callable[[int, int], bool]
-) -> list[int] | None:
-    """The layers of lowest summed scores whose removal leaves all others their kind; None if none.
-
-    ``stays`` tells whether a layer keeps its kind at a new position.
-
-    Example:
-        >>> cheapest_set([0.1, 0.9, 0.2, 0.4], 2, lambda layer, new: (layer - new) % 2 == 0)
-        [2, 3]
-    """
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by how many are removed so far
-    for layer, score in enumerate(scores):
-        after: dict[int, tuple[float, list[int]]] = {}
-        for n_removed, (total, removed) in best.items():
-            if stays(layer, layer - n_removed):
-                after[n_removed] = min(after.get(n_removed, (math.inf, [])), (total, removed))
-            if n_removed < count:
-                after[n_removed + 1] = (total + score, [*removed, layer])
-        best = after
-    return best[count][1] if count in best else None
 
 
 def ordinal(number: int) -> str:

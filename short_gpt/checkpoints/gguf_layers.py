@@ -1,7 +1,7 @@
 """A GGUF file's metadata on its layers, and what must change in it with fewer of them.
 
 A layer's kind follows from a key or, in llama.cpp's code, from its position. A kept layer must keep
-its kind. If no key can say so, the removal is refused and the best possible set is offered.
+its kind. If no key can say so, the removal is refused.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from pathlib import Path
 from llama.formats.gguf_read import ARRAY, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, record
 from short_gpt.checkpoints import gguf_kinds as kinds
-from short_gpt.checkpoints.gguf_kinds import PATTERN, cheapest_set, ordinal
+from short_gpt.checkpoints.gguf_kinds import PATTERN, ordinal
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 # Tensors that hold something of every layer, or layers of another stack, without its number.
 OTHER_LAYERS = re.compile(r"per_layer_.+|(.+\.)?(blk|layers?|block)\.\d+\..+")
-
-Influence = Sequence[float | None]  # Block Influence of each layer; None or NaN if not scored
 
 
 @dataclass(frozen=True)
@@ -80,20 +78,20 @@ class Stack:
         """Number of the layers that may be removed."""
         return self.blocks - self.extra
 
-    def kept(self, layers: Sequence[int], influence: Influence = ()) -> list[int]:
+    def kept(self, layers: Sequence[int]) -> list[int]:
         """The blocks that stay when existing ``layers`` are removed; see `records`."""
         keep = [*check_layers(layers, range(self.layers)), *range(self.layers, self.blocks)]
-        self.records(keep, influence)
+        self.records(keep)
         return keep
 
     def get(self, name: str) -> object:
         """The value of a key of the architecture."""
         return self.parts.fields.get(f"{self.arch}.{name}")
 
-    def records(self, keep: Sequence[int], influence: Influence = ()) -> dict[str, Record | None]:
+    def records(self, keep: Sequence[int]) -> dict[str, Record | None]:
         """The keys that change when only the blocks ``keep`` stay, numbers ascending.
 
-        ShortGPTError if no key can describe what stays; with ``influence`` it offers another set.
+        ShortGPTError if no key can describe what stays.
         """
         keep = list(keep)
         if keep == list(range(self.blocks)):
@@ -105,7 +103,8 @@ class Stack:
         if why := self._changes(keep):
             raise ShortGPTError(
                 f"without layers {removed} of {self.parts.path} others would be of the wrong kind: "
-                f"{why}; {self.advice(removed, influence)}"
+                f"{why}; remove {self.whole_period} layers in a row, or write a directory, whose "
+                "config can list the kinds"
             )
         leading = self.get("leading_dense_block_count")
         if isinstance(leading, int):
@@ -167,6 +166,11 @@ class Stack:
         values = {name: self.get(name) for name in names}
         return {n: v for n, v in values.items() if isinstance(v, int) and v > 1}
 
+    @property
+    def whole_period(self) -> int:
+        """How many layers in a row may go so that the position of any other still says its kind."""
+        return math.lcm(*self._periods().values(), *(self.period() or ())[:1])
+
     def _changes(self, keep: Sequence[int]) -> str | None:
         """Why kinds would change that no key can express; None if they would not."""
         own = [i for i in keep if i < self.layers]
@@ -213,26 +217,3 @@ class Stack:
                 "variant, by that number"
             )
         return None
-
-    def advice(self, removed: Sequence[int], influence: Influence = ()) -> str:
-        """In words, the layers of lowest Block Influence whose removal changes no other's kind."""
-        scores = [math.nan if score is None else score for score in influence]
-        if len(scores) != self.layers or not all(map(math.isfinite, scores)):
-            return (
-                "for the best set that leaves all others their kinds by position, rank by Block "
-                "Influence (short-gpt rank) and choose by its `scores`"
-            )
-
-        def stays(layer: int, new: int) -> bool:
-            moved = any((layer - new) % every for every in self._periods().values())
-            return not moved and (not self.period() or self._kind_at(new) == self._kind(layer))
-
-        others = cheapest_set(scores, len(removed), stays)
-        if others is None or self._refusal(others):
-            return "no other set of layers is offered"
-        ours, theirs = (sum(scores[i] for i in layers) for layers in (removed, others))
-        return (
-            f"of as many layers, `layers` {','.join(map(str, others))} leave all others their "
-            f"kinds by position: their Block Influence sums to {theirs:.4g}, that of "
-            f"{','.join(map(str, removed))} to {ours:.4g}"
-        )

@@ -149,7 +149,7 @@ def heal(
     hub.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, settings, opening)
     if is_gguf(out):
-        check_writable_gguf(model, removal.layers, removal.record.block_influence)
+        check_writable_gguf(model, removal.layers)
     how = (texts, windows, settings, opening, streaming)
     done = _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
     return replace(done, address=hub.push(done.out))
@@ -222,7 +222,7 @@ def _heal(
     if not is_first_rank():
         return done
     if is_gguf(out):
-        kinds = about_kinds(model, removal.layers, removal.record.block_influence)
+        kinds = about_kinds(model, removal.layers)
         remarks = [line for line in (about_types(model, str(out)), kinds) if line]
         done = replace(done, remark="\n".join(remarks) or None)
     return reread(done, parts, opening, size)

@@ -106,8 +106,7 @@ def prune(
     if proof is None and copied:  # into several files
         proof = read_again(source)
     recipe = _recipe(source, out, written, dtype) if dtype else None
-    influence = removal.record.block_influence
-    remark = about_kinds(source, removal.layers, influence) if copied else None
+    remark = about_kinds(source, removal.layers) if copied else None
     return PruneResult(target.path, removal, recipe, proof, remark, hub.push(target.path))
 
 

@@ -172,9 +172,8 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
     run = _Run(asked, known)
     (layers, choice), windows = run.chosen(), run.windows
     if opened.in_place:
-        own = (str(asked.source), layers, short.importance.block_influence.tolist())
-        check_writable_gguf(*own)
-        kinds = about_kinds(*own)
+        check_writable_gguf(str(asked.source), layers)
+        kinds = about_kinds(str(asked.source), layers)
     chosen_by = {"method": METHODS[asked.method], "eval_data": cut.eval_data, "size": known.size}
     short.evidence |= chosen_by
     asked.notify(f"layers to remove: {sorted(layers)}")
