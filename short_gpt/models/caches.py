@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from short_gpt.models.decoder import evaluating
 
-CACHES = ("past_key_values", "cache", "cache_params")  # of an output, by version and family
+CACHES = ("cache", "past_key_values", "cache_params")  # of an output, by version and family
 
 
 class LayerCache(NamedTuple):
