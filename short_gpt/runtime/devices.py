@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ def full_float32() -> Iterator[None]:
     """
     with ExitStack() as undo:
         for backend in (torch.backends.cuda, torch.backends.mkldnn):
-            matmul = getattr(backend, "matmul", None)
+            matmul: Any = getattr(backend, "matmul", None)
             if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on every backend has its own
                 undo.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
         with suppress(RuntimeError):  # the common one cannot be read where these differ from it
