@@ -237,9 +237,20 @@ def _with_error(row: Mapping[str, float], measure: str) -> str:
     error, p, low, high = (
         row.get(f"{base}{end}{how}") for end in ("_stderr", "_p", "_low", "_high")
     )
-    parts = [f"{row[measure]:.6g}"] + ([] if error is None else [f" ({error:.2g})"])
-    parts += [] if low is None else [f" ({low:.6g} to {high:.6g})"]
+    if error is not None:
+        parts = [f"{_rounded(row[measure], error)} ({_rounded(error, error)})"]
+    else:  # perplexities as in the other tables
+        parts = [format(row[measure], ".3f" if base.endswith(" perplexity") else ".6g")]
+    parts += [] if low is None else [f" ({low:.3f} to {high:.3f})"]
     return "".join([*parts, *([] if p is None else [f", p {p:.3g}"])])
+
+
+def _rounded(value: float, error: float) -> str:
+    """A value to the second digit of its error."""
+    if not 0 < error < math.inf:
+        return f"{value:.6g}"
+    digits = 1 - math.floor(math.log10(error))
+    return f"{value:.{max(digits, 0)}f}" if digits <= 6 else f"{round(value, digits):g}"
 
 
 def compared(

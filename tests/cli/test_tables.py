@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -69,11 +70,11 @@ def test_an_evaluation_has_names_for_heads_and_errors_in_brackets():
     assert head.split() == ["7b", "5b"] and last == "in brackets: standard errors"
     assert [re.split("  +", row) for row in rows] == [
         ["layers", "32", "23"],
-        ["t perplexity", "5.5"],
-        ["piqa acc", "0.75 (0.1)"],
-        [f"t perplexity{bos}", "7.5"],
+        ["t perplexity", "5.500"],
+        ["piqa acc", "0.75 (0.10)"],
+        [f"t perplexity{bos}", "7.500"],
         ["piqa acc change", "-0.25 (0.12), p 0.0625"],
-        [f"t: change of the loss, nats a token{bos}", "0.5 (0.25)"],
+        [f"t: change of the loss, nats a token{bos}", "0.50 (0.25)"],
     ]
     assert comparison({"a/x": {"layers": 1.0}, "b/x": {"layers": 2.0}}).split()[:2] == [
         "a/x",
@@ -87,16 +88,31 @@ def test_an_evaluation_in_mixed_has_its_errors_in_brackets(bos):
     ends = {f"t perplexity_low{how}": 5.0, f"t perplexity_high{how}": 6.0}
     row = {f"t perplexity{how}": 5.5, **ends}
     change = {f"t nats change{how}": 0.5, f"t nats change_stderr{how}": 0.25}
-    shown = [f"t perplexity{how}", "5.5 (5 to 6)"]
+    shown = [f"t perplexity{how}", "5.500 (5.000 to 6.000)"]
     _, *rows, last = comparison({"a": row}).splitlines()
     assert [re.split("  +", row) for row in rows] == [shown]
     assert last == "in brackets: 95% intervals of perplexities"
     _, *rows, last = comparison({"a": row, "b": row | change}).splitlines()
     assert [re.split("  +", row) for row in rows] == [
-        [*shown, "5.5 (5 to 6)"],
-        [f"t: change of the loss, nats a token{how}", "0.5 (0.25)"],
+        [*shown, "5.500 (5.000 to 6.000)"],
+        [f"t: change of the loss, nats a token{how}", "0.50 (0.25)"],
     ]
     assert last == "in brackets: standard errors; 95% intervals of perplexities"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (1.13441e-08, 2.4213e-08, "1.1e-08 (2.4e-08)"),
+        (0.1200001, 0.01234, "0.120 (0.012)"),
+        (475.608, 12.51, "476 (13)"),
+        (1 / 3, 0.0, "0.333333 (0)"),
+        (1 / 3, math.nan, "0.333333 (nan)"),
+    ],
+)
+def test_a_value_has_the_digits_of_its_error(value, error, shown):
+    row = comparison({"a": {"t acc": value, "t acc_stderr": error}}).splitlines()[1]
+    assert row.removeprefix("t acc").strip() == shown
 
 
 def test_a_comparison_names_every_set_of_layers():
