@@ -284,10 +284,17 @@ def _measure(
     rule, total, follow = answer.rule(cut.seed), known_total(windows, cut.max_windows), None
     if (plan := short.plan_text(size)) is not None:
         notify(plan)
+    population = getattr(windows, "population", None)
+    look = None if detailed or rule is None else rule.first_look(population)
+    if look is not None and total is not None and look < total:
+        notify(
+            f"it ends as soon as the answer is settled, after {look:,} windows at the earliest and "
+            f"{total:,} at most; the bar runs to the next test"
+        )
     if detailed:
         first, windows = first_of(windows)
         if first is not None:
-            counts = {"population": getattr(windows, "population", None), "total": total}
+            counts = {"population": population, "total": total}
             read = 0 if state is None else state.sums(short.kept).n_windows
             notify(forecast(short, first, batch_size=size, rule=rule, read=read, **counts))
         followed = rule or Stop(answer.n or 1, answer.method == "angular")

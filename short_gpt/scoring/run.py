@@ -36,7 +36,7 @@ def measure(
     batches: Iterable[Sequence[TokenIds]],
     *,
     into: Importance | None = None,
-    total: int | None = None,
+    total: int | Callable[[], int | None] | None = None,
     progress: bool = False,
     sublayers: bool = False,
     all_tokens: bool = False,
@@ -51,7 +51,7 @@ def measure(
         batches: lists of windows of token ids, of any lengths.
         into: sums to add to and return, which name the layers; None starts new ones from layer 0.
             After an error or an interruption they have all of a batch or none of it.
-        total: number of windows to come, for the progress bar.
+        total: number of windows to come, for the progress bar; or what tells it after a batch.
         sublayers: also scores attention and MLP, as in `hooks.score`.
         all_tokens: angular distances at all tokens, as in `hooks.score`.
         score: scores the windows of a batch; None is `hooks.score`.
@@ -70,7 +70,8 @@ def measure(
     score = score or partial(hooks.score, decoder, layers=into.layers)
     first_text = next_number(into.texts) if first_text is None else first_text
     before, begun = into.n_tokens, False
-    with bar("scoring", total=total, unit="window", show=progress) as shown:
+    count = total if callable(total) else lambda: total
+    with bar("scoring", total=count(), unit="window", show=progress) as shown:
         for batch in batches:
             begun = True
             if batch:  # of several replicas, one may have nothing left
@@ -81,6 +82,7 @@ def measure(
             shown.update(len(batch))
             if after(into):
                 break
+            shown.total = count()
     if not begun:
         raise ShortGPTError(NO_WINDOW)
     return into
@@ -212,17 +214,22 @@ class ScoringRun:
         After an error, ``into`` and the state hold what was read before, of several replicas up to
         the last look.
         """
-        alone = self._team.count == 1
+        alone, begun = self._team.count == 1, self.into.n_windows
         local = self.into if alone else Importance.empty(self.into.layers)
         if total is not None:
             total = max(0, total - self.into.n_windows * (self._state is not None))
             total = -(-total // self._team.count)  # rounded up
+
+        def until_look() -> int | None:  # which may be the last one
+            look = -(-(self._next - begun) // self._team.count)
+            return look if total is None else min(total, look)
+
         try:
             measure(
                 self._decoder,
                 self._mine(windows),
                 into=local,
-                total=total,
+                total=until_look if self._stop else total,
                 progress=progress,
                 sublayers=sublayers,
                 all_tokens=all_tokens,

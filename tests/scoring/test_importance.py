@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +36,7 @@ from short_gpt.scoring.metrics import (
 )
 from short_gpt.scoring.moments import add_texts
 from short_gpt.scoring.run import RunState, ScoringRun, measure
+from short_gpt.scoring.stopping import Stop
 
 
 def stored_states(model, window: list[int]) -> list[Tensor]:
@@ -347,6 +349,26 @@ def test_a_run_that_continues_reads_the_same_texts(tmp_path):
     assert run.into.n_texts == 3
     expected = measure(decoder, [cut]).standard_error
     assert torch.allclose(run.into.standard_error, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_the_bar_of_a_run_that_may_end_early_runs_to_the_next_look(monkeypatch, stops):
+    bars, totals = [], []
+
+    def bar(*_, total, **__):
+        bars.append(SimpleNamespace(total=total, update=lambda _: None, disable=True))
+        return nullcontext(bars[0])
+
+    def watched():
+        for window in random_windows(20, 4):
+            totals.append(bars[0].total)
+            yield window
+
+    monkeypatch.setattr("short_gpt.scoring.run.bar", bar)
+    rule = Stop(1, confidence=1 - 1e-9, min_windows=16, rare=0.9) if stops else None
+    sums = Importance.empty(range(5))
+    ScoringRun(MetaDecoder(make_transformer()), sums, stop=rule).read(watched(), total=20)
+    assert totals == ([16] * 16 + [17, 18, 19, 20] if stops else [20] * 20)
 
 
 def test_agreement_of_halves():
