@@ -131,7 +131,6 @@ def new_directory(
     """
     path = resolved(path)
     check_new(path, marker=marker, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(path) as work:
         partial = work / NEW
         partial.mkdir()
@@ -189,7 +188,6 @@ def new_file(path: Path, *, overwrite: bool, replaces: IsKind) -> Iterator[Path]
                 shutil.copyfileobj(source, sink)
         return
     target = resolved(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(target) as work:
         yield work / NEW
         follow_umask(work)
@@ -225,7 +223,6 @@ def new_files(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> It
         return
     check_outputs(paths, overwrite=overwrite, replaces=replaces)
     targets = [resolved(path) for path in paths]
-    targets[0].parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(targets[0]) as work:
         yield [work / path.name for path in paths]
         follow_umask(work)
@@ -250,7 +247,8 @@ def is_stream(path: Path) -> bool:
 @contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside ``path`` (a rename needs one file system), gone afterwards."""
-    lock: int | None = None
+    lock, made = None, missing(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
         work.mkdir()
@@ -265,8 +263,21 @@ def _work_folder(path: Path) -> Iterator[Path]:
         yield work
     finally:
         _clear(work, path)
+        remove_empty(made)
         if lock is not None:
             os.close(lock)
+
+
+def missing(folder: Path) -> list[Path]:
+    """The folder and those around it that do not exist, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, the innermost first, up to one that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def tidy(path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from importlib import metadata
@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary, finalize
 
 import torch
 
-from llama.io.files import lock_file, new_file, tidy
+from llama.io.files import lock_file, missing, new_file, remove_empty, tidy
 from llama.io.json_files import JsonObject, json_text, read_json
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -120,7 +120,7 @@ class Lock:
         self.process = os.getpid()
         target = path.resolve()
         file = target.with_name(f".{target.name}.lock")
-        alone = not file.parent.exists()  # then the folder is made for this file
+        made = missing(file.parent)  # for this file
         handle = _locked(path, file) if is_first_rank() else None
         if handle is not None:
             with suppress(OSError):  # a full disk
@@ -131,7 +131,7 @@ class Lock:
                 program = Path(file_name)  # of python -m the file __main__.py in the package
                 name = program.parent.name if program.stem == "__main__" else program.name
                 os.write(handle, (holder + " ".join([name, *arguments])).encode(errors="replace"))
-            finalize(self, _release, handle, file, self.process, alone)
+            finalize(self, _release, handle, file, self.process, made)
 
     def __enter__(self) -> Lock:
         return self  # the with statement keeps the object to its end
@@ -175,13 +175,12 @@ def _locked(path: Path, file: Path) -> int | None:
     return None
 
 
-def _release(handle: int, file: Path, process: int, alone: bool) -> None:
+def _release(handle: int, file: Path, process: int, made: Sequence[Path]) -> None:
     """Removes the file while it is still locked; a fork's copy only closes its own."""
     if os.getpid() == process:
         with suppress(OSError):
             file.unlink()
-            if alone:  # a folder that holds something stays
-                file.parent.rmdir()
+            remove_empty(made)
     os.close(handle)
 
 

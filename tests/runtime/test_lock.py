@@ -181,8 +181,8 @@ def test_a_lock_file_of_another_user_is_a_lock(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_was_made_for_a_lock_goes_with_it_unless_it_is_used(tmp_path):
-    lock = hold(tmp_path / "new/state")
-    assert (tmp_path / "new/.state.lock").is_file()
+    lock = hold(tmp_path / "new/inside/state")
+    assert (tmp_path / "new/inside/.state.lock").is_file()
     del lock
     assert not (tmp_path / "new").exists()
     lock = hold(tmp_path / "used/state")
