@@ -282,7 +282,7 @@ def write_model(
 def check_shards(args: ModelArgs, shards: int) -> None:
     """Raises InputError unless the model can be cut into so many shards."""
     if not 1 <= shards <= 100:
-        raise InputError(f"expected 1 to 100 shards, got {shards}")
+        raise InputError(f"`shards` {shards}: expected 1 to 100")
     check_split(args, shards)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llama.errors import InputError, required
 
@@ -81,7 +81,8 @@ def find_source(name: str | PathLike[str]) -> Source:
     if path.exists():
         raise FileNotFoundError(f"{path} is a file; expected a checkpoint directory or .gguf")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"checkpoint directory {name} does not exist")
+        owner = "" if "/" in name else "; a hub id has an owner, as in openai-community/gpt2"
+        raise FileNotFoundError(f"checkpoint directory {name} does not exist{owner}")
     return Source(name, "hub")
 
 
@@ -118,12 +119,26 @@ def resolve(source: str | PathLike[str]) -> Path:
         raise hub_failure(name, error) or error from None
 
 
+def reach(name: str, options: Mapping[str, Any]) -> None:
+    """Asks the hub for a model that is not in its cache: fetching it retries for 25 seconds.
+
+    ``options`` are those of transformers; what it raises is for `hub_failure`.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    file = "/".join(filter(None, (options.get("subfolder"), "config.json")))
+    revision = options.get("revision")
+    cached = try_to_load_from_cache(name, file, options.get("cache_dir"), revision)
+    if cached is None and not options.get("local_files_only"):
+        HfApi().model_info(name, revision=revision, token=options.get("token"), timeout=4)
+
+
 def hub_failure(name: str, error: BaseException) -> Exception | None:
     """What a failure to fetch the hub's model ``name`` means, as an error; None if another."""
     from huggingface_hub import errors
 
     missing = (errors.RepositoryNotFoundError, errors.HFValidationError)
-    offline = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError)
+    offline = (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, errors.GatedRepoError):

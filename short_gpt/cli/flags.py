@@ -18,6 +18,7 @@ from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from llama.args import some
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import CHOOSE, HEADINGS, READ, RUN, WRITE, Needs, flag_of
 
@@ -78,10 +79,10 @@ class Flag(NamedTuple):
                 return number
             raise ShortGPTError(f"--{self.name} expects a finite number, got {value}")
         if type(value) not in self.kinds:
-            expected = " or ".join(EXPECTED.get(kind, "none") for kind in self.kinds)
+            # where none is the default, nobody has to write it
+            kinds = [kind for kind in self.kinds if kind in EXPECTED or self.default is not None]
+            expected = " or ".join(EXPECTED.get(kind, "none") for kind in kinds)
             raise ShortGPTError(f"--{self.name} expects {expected}, got {value!r}")
-        if type(value) is int and abs(value) >= 2**63:
-            raise ShortGPTError(f"--{self.name} expects a number below 2**63, got {value}")
         return value
 
     def row(self) -> str:
@@ -175,7 +176,7 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
             positional.append(word)
             continue
         written, equals, value = word.partition("=")
-        flag = named(name, written, flags)
+        flag = named(name, written, flags, commands)
         following = rest[0] if rest else "--end"
         if not equals and bool in flags[flag].kinds and following.lower() not in BOOLEANS:
             value, after[following] = "True", written
@@ -200,7 +201,9 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
     return values | {f.name: value for f, value in zip(free, positional, strict=False)}
 
 
-def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
+def named(
+    command: str, written: str, flags: Mapping[str, Flag], commands: Mapping[str, Command]
+) -> str:
     """The flag that a user means by --batch-size, by its older name, or by -n."""
     flag = written.lstrip("-").replace("-", "_")
     if not written.startswith("--") and len(flag) == 1:  # short for the only flag that begins so
@@ -211,10 +214,14 @@ def named(command: str, written: str, flags: Mapping[str, Flag]) -> str:
     for name in [older] if older else [flag, ALSO_EVERYWHERE.get(flag, "")]:
         if name in flags and written.startswith("--"):
             return name
-    close = similar(f"--{flag}", [f"--{f}" for f in flags])
-    if "n" in flags and re.fullmatch(r"(n|num|number)_\w+|layers", flag):
-        close = "; did you mean --n?"
-    raise ShortGPTError(f"{command} has no flag {written}{close}; see {command} --help")
+    others = [name for name, other in commands.items() if flag in flags_of(other)]
+    if "n" in flags and re.fullmatch(r"(n|num|number)_\w+", flag):
+        hint = "; did you mean --n?"
+    elif others:
+        hint = f"; {some(others)} {'has' if len(others) == 1 else 'have'} it"
+    else:
+        hint = similar(f"--{flag}", [f"--{f}" for f in flags]) or f"; see {command} --help"
+    raise ShortGPTError(f"{command} has no flag {written}{hint}")
 
 
 def call(command: Command, texts: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")
@@ -25,6 +26,10 @@ OWN = {"self": False, "self:chat": True}  # sources that the model writes; wheth
 DEMO = "demo"  # the demo's book, where no file has that name
 PG19 = ("pg19", "emozilla/pg19")  # names of PG-19: its own, and that of the data set it stands for
 EXPECTED = f"a file or folder of {KINDS}, demo, or a data set at the hub such as allenai/c4:en"
+
+
+class Default(str):
+    """The name of a text that nobody wrote: a setting has it by default."""
 
 
 class Conversation(str):
@@ -59,6 +64,10 @@ class TextsInMemory(str):
             rows = {name: cls._named(own) for name, own in rows.items()}
         elif hasattr(rows, "iterrows"):
             raise ShortGPTError("expected texts, got a table: pass one of its columns")
+        elif isinstance(rows, set | frozenset):
+            raise ShortGPTError(
+                "expected texts in an order, got a set, which has another in every run: pass a list"
+            )
         elif digest is None:
             rows = list(rows)
         name = f"{type(rows).__name__} {digest or json_digest(str(rows))}"
@@ -370,7 +379,7 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
 def source_names(data: str) -> list[str]:
     """The sources that a name stands for: one, if it is that of a file, or several by commas."""
     try:
-        one = isinstance(data, TextsInMemory) or _path(data).exists()
+        one = isinstance(data, TextsInMemory | Default) or _path(data).exists()
     except OSError:  # a name of many files may be longer than that of a file
         one = False
     return [data] if one else [name.strip() for name in data.split(",")]
@@ -400,13 +409,28 @@ def evaluation_texts(eval_data: str | None, column: str) -> dict[str, Iterator[s
 def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[Iterable[Text]]:
     """Each source's `read_texts`; its name alone (of `OWN`) where the model is to write them."""
     names = source_names(data)
-    return [name if name in OWN else read_texts(name, split, column, limit) for name in names]
+    with default_text(data, "a file, demo or self"):
+        return [name if name in OWN else read_texts(name, split, column, limit) for name in names]
+
+
+@contextmanager
+def default_text(name: str, others: str = "a file or demo") -> Iterator[None]:
+    """Says which ``others`` to name, where the hub is out of reach and has a text by default."""
+    try:
+        yield
+    except ConnectionError as error:
+        if not isinstance(name, Default):
+            raise
+        title = "PG-19" if name == "pg19" else name
+        raise ConnectionError(
+            f"no `data` given; the default, {title}, is on the hub, which cannot be reached: name "
+            f"{others}"
+        ) from error
 
 
 def read_texts(data: str, split: str | None, column: str, limit: int | None) -> Iterable[str]:
     """At most ``limit`` `texts`, or those of `pg19` by that name, with a progress bar."""
-    if limit is not None and limit < 1:
-        raise ShortGPTError(f"`max_texts` expects at least 1, got {limit}")
+    at_least(1, optional=True, max_texts=limit)
     every = (
         pg19(split or "validation") if data == "pg19" else texts(data, split=split, column=column)
     )

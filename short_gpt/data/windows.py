@@ -119,6 +119,7 @@ def windows(
     at_least(2, size=size)
     at_least(1, stride=stride)
     at_least(1, optional=True, limit=limit)
+    at_least(0, optional=True, seed=seed)  # Python's generator takes -1 for 1
     start = _start(encode, size) if bos == "every" else []
     room = size - len(start)
     encoded = (_without(start, tokens_of(text, encode)) for text in texts)

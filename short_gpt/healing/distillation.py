@@ -36,6 +36,7 @@ from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.runtime.state import StateFile, damaged, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -283,8 +284,7 @@ Teacher = LiveTeacher | CachedTeacher
 
 
 def check_targets(k: int, temperature: float) -> None:
-    if k < 1:
-        raise ShortGPTError(f"top_k = {k}: expected at least 1")
+    at_least(1, top_k=k)
     if not 0 < temperature < float("inf"):
         raise ShortGPTError(f"temperature = {temperature}: expected a number above 0, such as 1")
 

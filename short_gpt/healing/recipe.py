@@ -53,8 +53,7 @@ class Recipe:
         at_least(1, **{name: getattr(self, name) for name in counts})
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ShortGPTError(
-                f"alpha = {self.alpha}: expected above 0, or None for the rank; changes of this "
-                "scale learn nothing"
+                f"alpha = {self.alpha}: expected above 0; changes of this scale learn nothing"
             )
         if self.batch % self.micro_batch:
             raise ShortGPTError(
@@ -65,6 +64,7 @@ class Recipe:
         if not 0 <= self.dropout < 1:
             raise ShortGPTError(f"dropout = {self.dropout}: expected at least 0 and below 1")
         at_least(0, optional=True, warmup=self.warmup)
+        at_least(1, optional=True, patience=self.patience)
 
     @property
     def warmup_steps(self) -> int:

@@ -408,12 +408,15 @@ def calibrate_checkpoint(
         refits = (len(sources) + 1) * choosing.REFIT_PASSES * (REFIT in healings)
         ranks = len(sources) * len(readings.numbers) + refits
         count = models * len(sources) * readings.eval_windows + ranks * readings.max_windows
-        end_dry_run(short, work, readings.numbers[0], count)
-    write = own_text_writer(short, size, seed=readings.seed, beside=state)
+        end = partial(end_dry_run, short, work, readings.numbers[0], count)
+    own = own_text_writer(short, size, seed=readings.seed, beside=state)
+    write = (lambda *_: end()) if dry_run else own
     half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
     filled = with_own_text([*kinds.values()], write, 2 * half * len(kinds))
     documents = {name: list(kind) for name, kind in zip(kinds, filled, strict=True)}
     texts, ways = windows_apart(short, documents, readings)
+    if dry_run:
+        end()
     run = partial(calibrate, short, texts, ranked.n, ways=ways, state=state)
     return run(method=ranked.method, healings=listed(ranked.healing))
 

@@ -198,7 +198,7 @@ class Shares:
         name_texts(self, "eval_data")
 
     def check(self) -> None:
-        Cut(self.size, bos=self.bos).check()
+        Cut(self.size, seed=self.seed, bos=self.bos).check()
         at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
 
     def held(self, column: str) -> list[list[str]]:

@@ -109,12 +109,15 @@ def compare_checkpoint(
         work += "more"
         refits = sum(healing != RAW for healing in closed) * choosing.REFIT_PASSES * sets
         count = models * shares.eval_windows + (1 + refits) * shares.max_windows
-        end_dry_run(short, work, shares.size, count)
-    write = own_text_writer(short, size, seed=shares.seed, beside=saving.state)
+        end = partial(end_dry_run, short, work, shares.size, count)
+    own = own_text_writer(short, size, seed=shares.seed, beside=saving.state)
+    write = (lambda *_: end()) if dry_run else own
     limits = (shares.max_windows, shares.seed)
     calibration, evaluation = split_own_text(kinds, held, write, *limits)
     held_out = shares.cut(short, evaluation, shares.eval_windows)
     fit_on = shares.cut(short, calibration, shares.max_windows)
+    if dry_run:
+        end()
     every, bos = [text for kind in calibration for text in kind], shares.bos or short.bos
     options = (source, every, short.encode, held_out, lora, opening, shares.seed, bos)
     # made before anything is measured, because they check settings

@@ -18,6 +18,7 @@ BY_AUTO = Needs(
     "`method` auto", lambda v: v["method"] == "auto" or not (v["method"] or v.get("stream"))
 )
 RATIO = 0.25
+MOST_MINUTES = 365 * 24 * 60
 PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -99,7 +100,12 @@ class Dial:
         from short_gpt.models.numbering import check_count
 
         total, most = len(layers), len(layers) - 2
-        n = self.n or max(1, math.floor((self.ratio or RATIO) * total + 0.5))
+        n = self.n or math.floor((self.ratio or RATIO) * total + 0.5)
+        if self.ratio is not None and most > 0 and not 1 <= n <= most:
+            raise ShortGPTError(
+                f"`ratio` {self.ratio} of {total} layers is {n}, but 1 to {most} may go: expected "
+                f"{1 / total:.2g} to {most / total:.2g}"
+            )
         if self.target is not None:
             removed = accumulate(sorted(layers), initial=0)  # the smallest may be the removed ones
             sizes = [sum(layers) + rest - size for size in removed]
@@ -111,8 +117,7 @@ class Dial:
                     f"{self.name}: with 2 of its {total} layers this model still has "
                     f"{self._format_size(sizes[most])}; name that or more"
                 )
-        # by what was set, as in "--ratio 0.9: n = 27"
-        return check_count(n, total, most=most, name="n" if self.n else f"{self.name}: n")
+        return check_count(n, total, most=most)
 
 
 @dataclass(frozen=True)
@@ -145,5 +150,6 @@ class Shrinking:
 
         if self.method is not None:
             check_method(self.method)
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise ShortGPTError(f"`minutes` {self.minutes}: expected above 0")
+        if self.minutes is not None and not 0 < self.minutes <= MOST_MINUTES:
+            most = f"at most {MOST_MINUTES:,}, a year"
+            raise ShortGPTError(f"`minutes` {self.minutes}: expected above 0 and {most}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_output, new_file
-from short_gpt.data.texts import check_named_once, read_texts, source_names
+from short_gpt.data.texts import check_named_once, default_text, read_texts, source_names
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -88,8 +88,8 @@ def evaluate(
         read = [one for one in (reading.data, tasks.tasks) if one not in ("none", None)]
         work = f"evaluate {' and '.join(names)} on {' and '.join(map(str, read))}"
         work += "; tasks take more" if tasks.tasks else ""
-        texts, limit = len(own) or 1, reading.max_windows
-        total = limit and limit // texts * texts * len(names)  # of every model
+        windows = {} if reading.data == "none" else reading.windows(short, own)
+        total = sum(map(len, windows.values())) * len(names) or None  # of every model
         end_dry_run(short, work, reading.size, total)
     first, rows = None, dict[str, dict[str, float]]()
     try:
@@ -204,7 +204,8 @@ def perplexity_of(
     check_model(model)
     cut.check()
     check_named_once(names := source_names(texts.data))
-    kinds = [read_texts(name, texts.split, texts.column, texts.max_texts) for name in names]
+    with default_text(texts.data):
+        kinds = [read_texts(name, texts.split, texts.column, texts.max_texts) for name in names]
     short = running.open(model, opening, cut.size)
     windows = cut.mixed(kinds, short.encode, short.bos)
     for remark in (about_bos(cut.bos or short.bos), short.plan_text(running.batch_size)):

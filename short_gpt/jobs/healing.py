@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +191,15 @@ def _heal(
     few_bits = trains and is_gguf(out) and in_few_bits(model)
     recipe = settings.recipe(short, windows.seed, few_bits=few_bits) if trains else None
     size, bos = windows.size or (recipe.size if recipe else SIZE), windows.bos or short.bos
+    limit = None if trains else CLOSED_WINDOWS
+    read = partial(windows.read, texts, short, size, limit, validate=trains, beside=out)
     if dry_run:
         work = f"remove layers {removal.layers} of {model}, heal by {','.join(methods)} on "
-        count = recipe.steps * recipe.batch if recipe else windows.max_windows or CLOSED_WINDOWS
+        count = windows.max_windows or CLOSED_WINDOWS if texts.own else len(read().training)
+        count = recipe.steps * recipe.batch if recipe else count
         work += f"{count:,} windows of {texts.data}, and write {out}; each is read twice or more"
         end_dry_run(short, work, size, count)
-    limit = None if trains else CLOSED_WINDOWS
-    parts = windows.read(texts, short, size, limit, validate=trains, beside=out)
+    parts = read()
     few = CLOSED_WINDOWS if trains or windows.max_windows is None else None
     ridges = RIDGES if settings.ridge is None else (settings.ridge,)
     known: dict[str, Step] = {

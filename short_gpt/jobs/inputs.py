@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from short_gpt.data.texts import (
     OWN,
+    Default,
     TextsInMemory,
     check_named_once,
+    default_text,
     evaluation_texts,
     has_columns,
     has_split,
@@ -124,7 +126,7 @@ class TextSource:
     """
 
     HEADING: ClassVar = READ
-    data: str = setting("pg19", value="TEXTS")
+    data: str = setting(Default("pg19"), value="TEXTS")
     split: str = setting("validation", needs=SPLITS)
     column: str = setting("text", needs=COLUMNS)
     max_texts: int | None = None
@@ -134,6 +136,11 @@ class TextSource:
         name_texts(self, "data")
         if self.chat and self.column == TextSource.column:
             object.__setattr__(self, "column", "messages")
+
+    @property
+    def own(self) -> list[str]:
+        """The sources that the model itself writes."""
+        return [name for name in source_names(self.data) if name in OWN]
 
     def kinds(self) -> list[Iterable[Text]]:
         """The texts of each source, as `data.texts.read_kinds`."""
@@ -194,6 +201,7 @@ class Cut:
         if self.bos is not None and self.bos not in BOS:
             raise ShortGPTError(f"bos = {self.bos!r}: expected {' or '.join(BOS)}")
         at_least(1, optional=True, max_windows=self.max_windows)
+        at_least(0, optional=True, seed=self.seed)
         windows([], lambda _: [], size=self.size, stride=self.step)
 
     def windows(
@@ -229,7 +237,7 @@ class Reading:
     """
 
     HEADING: ClassVar = READ
-    data: str = setting("wikitext-2", value="TEXTS")
+    data: str = setting(Default("wikitext-2"), value="TEXTS")
     source: str | None = setting(None, value="TEXTS")
     column: str = setting("text", needs=COLUMNS)
     chat: bool = setting(False, needs=COLUMNS)
@@ -242,7 +250,7 @@ class Reading:
         name_texts(self, "data")
 
     def check(self) -> None:
-        from short_gpt.evaluation.protocols import PROTOCOLS, check_copy, rows_of
+        from short_gpt.evaluation.protocols import PROTOCOLS, check_copy
 
         if self.source is not None and self.data not in PROTOCOLS:
             known = " or ".join(PROTOCOLS)
@@ -260,13 +268,14 @@ class Reading:
                 f"`max_windows` = {self.max_windows}: expected at least one for each of "
                 f"{len(names)} texts"
             )
-        if self.source is not None:
-            rows_of(self.data, self.source)
 
     def own_texts(self) -> dict[str, list[str]]:
-        """The texts of each local file or folder; none of a published protocol."""
-        from short_gpt.evaluation.protocols import PROTOCOLS
+        """The texts of each local file or folder; none of a protocol, whose first is read."""
+        from short_gpt.evaluation.protocols import PROTOCOLS, rows_of
 
+        if self.data in PROTOCOLS:
+            with default_text(self.data):
+                rows_of(self.data, self.source)
         if self.data in ("none", *PROTOCOLS):
             return {}
         column = TextSource(self.data, column=self.column, chat=self.chat).column

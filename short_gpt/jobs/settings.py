@@ -245,7 +245,8 @@ class HealingWindows:
 
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
-        Cut(SIZE if self.size is None else self.size, self.max_windows, bos=self.bos).check()
+        size = SIZE if self.size is None else self.size
+        Cut(size, self.max_windows, self.seed, bos=self.bos).check()
         at_least(1, eval_windows=self.eval_windows)
 
     def read(

@@ -20,7 +20,7 @@ from llama.io.sources import Source as Weights
 from short_gpt.checkpoints.gguf import check_architecture
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
-from short_gpt.data.texts import OWN, source_names
+from short_gpt.data.texts import source_names
 from short_gpt.healing import RefitSettings, choosing, require_packages
 from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS, expect_budget
 from short_gpt.healing.texts import Learning
@@ -95,11 +95,6 @@ class ShrinkRequest:
         return Path(f"{self.out}.shrinking")
 
     @property
-    def own(self) -> list[str]:
-        """The texts that the model itself writes."""
-        return [name for name in source_names(self.texts.data) if name in OWN]
-
-    @property
     def command(self) -> str:
         """The same as a command line."""
         name = "MODEL" if self.source is None else str(self.model)
@@ -158,7 +153,7 @@ class ShrinkRequest:
     def _check_streamed(self) -> None:
         if self.source is None:
             raise ShortGPTError("`stream` reads a checkpoint: give its name, not a loaded model")
-        if self.own:
+        if self.texts.own:
             raise ShortGPTError(STREAMED)
         asked: dict[str, object] = {"method": self.method in (AUTO, *BY_LOSS, "angular_all")}
         asked |= {"tasks": self.tasks.tasks}
@@ -210,7 +205,7 @@ class ShrinkContext:
     def of(cls, asked: ShrinkRequest, opened: Opened) -> ShrinkContext:
         short, dial, minutes = opened.short, asked.dial, asked.settings.minutes
         size = asked.cut.size or min(WINDOW, short.decoder.max_seq_len)
-        many = 3 * CLOSED_WINDOWS if asked.own else None
+        many = 3 * CLOSED_WINDOWS if asked.texts.own else None
         limit = asked.cut.max_windows or (CLOSED_WINDOWS if minutes is None else many)
         parameters, stored = opened.sizes()
         itemsize = 2 if opened.to == "gguf" else opened.dtype.itemsize  # llama.cpp's is float16
@@ -264,11 +259,11 @@ def _seconds(asked: ShrinkRequest, known: ShrinkContext) -> dict[str, float]:
     searched = few * most_layers_run(count, rounds)
     chosen = auto if method == AUTO else searched if method in SEARCHED else scored
     parts: dict[str, float] = {}
-    if asked.own:
+    if own := asked.texts.own:
         sources = source_names(asked.texts.data)
-        extra = asked.cut.eval_data is None and asked.own == sources
+        extra = asked.cut.eval_data is None and own == sources
         each = count_of_own(known.limit, len(sources), extra=extra)
-        steps = len(asked.own) * math.ceil(each / AT_ONCE) * known.size
+        steps = len(own) * math.ceil(each / AT_ONCE) * known.size
         parts["writing its own text"] = steps * _seconds_a_token(known, min(AT_ONCE, each))
     if n is None:
         tries = math.ceil(math.log2(count)) * (REFIT_PASSES * 3 + 1) * MAX_WINDOWS / 4 * a_pass

@@ -29,6 +29,7 @@ from short_gpt.healing.job import holds_a_run
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.refit import RefitSettings
+from short_gpt.healing.texts import Learning
 from short_gpt.jobs.comparing import Comparison
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.inputs import (
@@ -137,6 +138,8 @@ def shrink(
         known = ShrinkContext.of(asked, _opened(replace(asked, opening=begun), tokenizer))
         words = plan(asked, known)
         if settings.dry_run:
+            if not asked.texts.own:
+                _windows(asked, known)  # raises for too little text
             return ShrinkResult(asked.out, words)
         notify(words)
         result = _shrunk(asked, known, words)
@@ -242,15 +245,18 @@ def _by_file(looks: Mapping[str, StateReport], built: Path) -> dict[str, StateRe
     }
 
 
+def _windows(asked: ShrinkRequest, known: ShrinkContext) -> Learning:
+    validate, beside = asked.settings.minutes is not None, asked.folder / REPORT
+    given = (asked.texts, known.opened.short, known.size, known.limit)
+    return asked.cut.read(*given, validate=validate, beside=beside)
+
+
 class _Run:
     """The windows, and what is measured and chosen on them, each once: a state file keeps it."""
 
     def __init__(self, asked: ShrinkRequest, known: ShrinkContext) -> None:
         self.asked, self.known, short, settings = asked, known, known.opened.short, asked.settings
-        validate, beside = settings.minutes is not None, asked.folder / REPORT
-        given = (asked.texts, short, known.size, known.limit)
-        windows = asked.cut.read(*given, validate=validate, beside=beside)
-        self.windows = windows
+        self.windows = windows = _windows(asked, known)
         self.calibration = windows.training[:MAX_WINDOWS]  # that choose the layers
         # the prompt and the tasks choose no layers, and may be others when a run goes on
         chosen_by = {**asdict(asked.dial), **asdict(replace(settings, prompt=None))}

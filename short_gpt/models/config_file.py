@@ -15,7 +15,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.formats.names import ffn_keys
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.io.json_files import read_json
-from llama.io.sources import find_source, hub_failure
+from llama.io.sources import find_source, hub_failure, reach
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, required
 
@@ -54,6 +54,8 @@ def read_config(source: str, options: Mapping[str, object] | None = None) -> Any
     directory = Path(source) / str(options.get("subfolder") or "")
     if "gguf_file" not in options and (directory / "config.json").is_file():
         check_config(directory)
+    elif not Path(source).exists():
+        reach(source, options)
     return AutoConfig.from_pretrained(source, **options)
 
 

@@ -20,12 +20,13 @@ from llama.args import ModelArgs
 from llama.checkpoint.sharding import full_shapes
 from llama.ranks import is_distributed
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import whole
 
 BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
 # Most windows of a round, and on the CPU tokens too: by then reading a layer takes less time
 # than running it, a rule to stop can look again, and a run be saved.
 MOST_WINDOWS, MOST_ON_DEVICE, MOST_TOKENS = 32, 256, 8192
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -153,9 +154,13 @@ def block_rows(args: ModelArgs, stored: torch.dtype) -> int:
 
 def bytes_of(text: str | int, name: str = "max_memory") -> int:
     """A number of bytes, or of a text like "3GB", "2.5 GiB" or "800MB"; else a ShortGPTError."""
+    if type(size := whole(text)) is int and size > 0:
+        return size
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
-    if match is None or match[2] not in UNITS or isinstance(text, bool):
-        raise ShortGPTError(f"`{name}` {text!r}: expected a size such as 3GB, 800MB or 2.5GiB")
+    if match is None or match[2] not in UNITS:
+        raise ShortGPTError(
+            f"`{name}` {text}: expected a size with its unit, such as 12GB, 800MB or 2.5GiB"
+        )
     return int(float(match[1]) * UNITS[match[2]])
 
 

@@ -38,6 +38,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from llama.args import MAX_INTEGER
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import whole
 from short_gpt.scoring.importance import Importance
@@ -157,7 +158,7 @@ def enough(rare: float, error: float, population: int | None) -> int:
         (59, 57)
     """
     if population is None:
-        return math.ceil(math.log(error) / math.log1p(-rare))
+        return math.ceil(min(math.log(error) / math.log1p(-rare), MAX_INTEGER))
     # hypergeometric, drawn one window at a time: missed so far times missed again
     kind, read, missed = math.ceil(rare * population), 0, 1.0
     while missed > error:

@@ -114,9 +114,9 @@ def open_hf(
     check_tokenizer(options.tokenizer_path, source)
     if options.model_parallel_size not in (None, 1):
         raise ShortGPTError(
-            f"model_parallel_size {options.model_parallel_size}: only Meta's format is split over "
-            "ranks; convert the model, or leave it out, so that every rank reads its share of the "
-            "windows"
+            f"`model_parallel_size` {options.model_parallel_size}: only Meta's format is split "
+            "over ranks; convert the model, or leave it out, so that every rank reads its share "
+            "of the windows"
         )
     device = choose_device(options.device)
     # before the model is loaded: the group decides this rank's device

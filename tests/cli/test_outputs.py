@@ -19,6 +19,7 @@ from short_gpt.cli.flags import flags_of
 from short_gpt.cli.options import LONG
 from short_gpt.jobs import Saving, reproduction
 from short_gpt.runtime import progress
+from short_gpt.runtime.errors import ShortGPTError
 
 RANK = ("rank", "ckpt", *DATA, "--max_windows", 2)
 
@@ -242,6 +243,37 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(ckpt, capsys):
     assert "prune has no flag --dry_run" in fails(capsys, "prune", "ckpt", "x", "--dry_run")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rank", "--size", 16),
+        ("perplexity", "--size", 16),
+        ("evaluate", "--size", 16),
+        ("compare", "--size", 16),
+        ("calibrate", "--sizes", 16, "--n", 1),
+        ("heal", "x", "--layers", 1, "--size", 16),
+        ("heal", "x", "--layers", 1, "--size", 16, "--method", "lora"),
+        ("shrink", "x", "--size", 16),
+    ],
+    ids=lambda words: " ".join(map(str, words)),
+)
+def test_a_dry_run_refuses_a_text_that_is_too_short(ckpt, capsys, words):
+    Path("short.txt").write_text("It was.")
+    data = "short.txt,book.txt" if words[0] == "calibrate" else "short.txt"
+    line = fails(capsys, words[0], "ckpt", *words[1:], "--data", data, "--dry_run")
+    assert "no windows: the text has" in line and "a window needs 16" in line
+
+
+@pytest.mark.parametrize("command", ["compare", "calibrate", "heal"])
+def test_a_dry_run_has_the_model_write_no_text(ckpt, capsys, monkeypatch, command):
+    monkeypatch.setattr("short_gpt.wrappers.own_text.own_samples", lambda *_, **__: pytest.fail())
+    words = {"calibrate": ("--sizes", 16, "--n", 1), "heal": ("--size", 16, "--layers", 1)}
+    out = ["x"] if command == "heal" else []
+    data = "self,book.txt"
+    run(command, "ckpt", *out, *words.get(command, ("--size", 16)), "--data", data, "--dry_run")
+    assert capsys.readouterr().out.startswith("dry run: it would ")
+
+
 def test_the_completion_script_completes_commands_and_flags(tmp_path):
     """In bash itself, as a user sources it."""
     command = [sys.executable, "-m", "short_gpt", "--", "--completion"]
@@ -260,6 +292,27 @@ def test_the_completion_script_completes_commands_and_flags(tmp_path):
         assert done.stdout.split() == expected.split(), words
     fish = subprocess.run([*command, "fish"], capture_output=True, text=True, check=True).stdout
     assert "complete -c short-gpt" in fish and "max-windows" in fish
+
+
+@pytest.mark.parametrize(
+    ("words", "failing"),
+    [
+        ((*RANK, "--json", "new/inside/r.json"), "short_gpt.scoring.run.ScoringRun.read"),
+        (("perplexity", "ckpt", *DATA[:4], "--json", "new/inside/r.json"), "follow_umask"),
+        (("prune", "ckpt", "new/inside/out", "--layers", 1), "follow_umask"),
+        (("prune", "ckpt", "new/inside/out.gguf", "--layers", 1), "follow_umask"),
+    ],
+)
+def test_a_run_that_fails_leaves_no_folder_of_its_result(ckpt, capsys, monkeypatch, words, failing):
+    def fail(*_: object, **__: object) -> None:
+        raise ShortGPTError("it fails")
+
+    before = [*Path().rglob("*")]
+    monkeypatch.setattr(failing if "." in failing else f"llama.io.files.{failing}", fail)
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert "it fails" in capsys.readouterr().err
+    assert [*Path().rglob("*")] == before
 
 
 def test_what_could_not_be_written_or_read_is_refused_in_a_line(ckpt, capsys):

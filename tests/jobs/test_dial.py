@@ -16,7 +16,7 @@ from short_gpt.jobs import Dial
     ("dial", "count"),
     [
         (Dial(), 8),  # 7.5 of 30, to the nearest whole
-        (Dial(ratio=0.01), 1),
+        (Dial(ratio=0.02), 1),
         (Dial(n=3), 3),
         (Dial(params=3000), 5),
         (Dial(params="3.0k"), 5),
@@ -47,11 +47,16 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"ratio": 1.0}, "`ratio` 1.0: expected above 0 and below 1"),
         ({"n": 0}, "n = 0"),
         ({"n": 29}, "^n = 29; the model has 30 layers: expected 1 to 28"),
-        ({"ratio": 0.99}, "^--ratio 0.99: n = 30; the model has 30 layers: expected 1 to 28"),
+        (
+            {"ratio": 0.99},
+            "^`ratio` 0.99 of 30 layers is 30, but 1 to 28 may go: expected 0.033",
+        ),
+        ({"ratio": 1e-320}, "`ratio` 1e-320 of 30 layers is 0, but 1 to 28 may go: expected 0.033"),
         ({"params": "6 GB"}, "`params` 6 GB: expected a number as in 6B"),
         ({"params": "1B"}, "--params 1B: the model is no larger"),
         ({"params": 600}, "still has 700 parameters; name that or more"),
-        ({"memory": "much"}, "`memory` 'much': expected a size such as 3GB"),
+        ({"memory": "much"}, "`memory` much: expected a size with its unit, such as 12GB"),
+        ({"memory": "12"}, "`memory` 12: expected a size with its unit, such as 12GB"),
         ({"max_perplexity_ratio": 0.9}, "`max_perplexity_ratio` 0.9: expected above 1"),
         ({"memory": "1kB", "batch": 0}, "batch = 0"),
     ],

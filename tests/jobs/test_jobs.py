@@ -499,6 +499,7 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
         (lambda: reproduce("ckpt", siz=3), "reproduce has no setting 'siz': did you mean size"),
         (lambda: evaluate(["ckpt"], "book.txt"), "`reading` = 'book.txt': expected Reading, or"),
         (lambda: perplexity_of("ckpt", sise=3), "_of has no setting 'sise': did you mean size"),
+        (lambda: rank("ckpt", {"a", "b"}), "expected texts in an order, got a set, which has ano"),
     ],
 )  # fmt: skip
 def test_an_unknown_setting_is_named_with_the_nearest(call, said):

@@ -294,7 +294,7 @@ def test_resharding_refuses_what_cannot_be(tmp_path):
     write_byte_tokenizer(folder)
     for shards, message in (
         (3, "n_heads 8 does not divide among 3"),
-        (0, "expected 1 to 100 shards, got 0"),
+        (0, "`shards` 0: expected 1 to 100"),
     ):
         with pytest.raises(ValueError, match=message):
             reshard(folder, tmp_path / "out", shards=shards)
