@@ -11,13 +11,20 @@ import os
 import sys
 from contextlib import redirect_stdout
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
+from llama.args import short_repr
 from llama.errors import InputError
+from llama.io.json_files import JsonObject
 from llama.ranks import environment, is_distributed
+
+# what weights are computed and stored in, by the names that users and configs have for them
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FLOATS |= {"float16": torch.float16, "float64": torch.float64}
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -60,14 +67,24 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         with torch.cuda.device(device):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bf16 else torch.float16
-    known = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16)}
-    known |= {"float16": torch.float16, "float64": torch.float64}
     name = str(dtype).removeprefix("torch.")
-    if name not in known:
-        raise InputError(f"expected a `dtype` of {', '.join(known)}, got {dtype!r}")
+    if name not in FLOATS:
+        raise InputError(f"expected a `dtype` of {', '.join(FLOATS)}, got {dtype!r}")
     if name == "float64" and not has_float64(device):
         raise InputError(f"{device} has no float64; pass float32, bfloat16 or float16")
-    return known[name]
+    return FLOATS[name]
+
+
+def config_dtype(config: JsonObject, directory: Path) -> torch.dtype | None:
+    """The dtype in a ``config.json``, None without one; InputError if no model computes in it."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    found = getattr(torch, str(name), None)  # which knows "half", too
+    if name is not None and found not in FLOATS.values():
+        raise InputError(
+            f"config.json in {directory} has the dtype {short_repr(name)}, expected one of "
+            f"{', '.join(FLOATS)}: correct it, or fetch it again"
+        )
+    return found
 
 
 @lru_cache

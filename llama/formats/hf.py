@@ -17,7 +17,7 @@ from llama.formats.safetensors import DTYPES, SafetensorsFile, open_weights
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import JsonObject, read_json, write_json
 from llama.model import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
-from llama.parallel import choose_dtype
+from llama.parallel import choose_dtype, config_dtype
 from llama.tokenizer import Tokenizer
 
 LLAMA3_SCALING = {
@@ -109,6 +109,7 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
             raise InputError(
                 f"{directory} is not a plain Llama: its {key} is {actual!r}, expected {value!r}"
             )
+    config_dtype(config, directory)  # raises for one of whole numbers or 8 bits
 
 
 def _rope(config: JsonObject, directory: Path) -> JsonObject:

@@ -26,6 +26,7 @@ from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
 from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
 from short_gpt.checkpoints.target import StrPath, Target
+from short_gpt.models.config_file import read_config
 from short_gpt.models.numbering import grouped
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import read_record
@@ -167,14 +168,12 @@ def recipe_dtype(source: str | PathLike[str]) -> str:
     """
     if find_source(source).kind in ("meta", "gguf"):
         raise ShortGPTError("`recipe`: mergekit reads Hugging Face's format; convert it first")
-    from transformers import AutoConfig
-
     directory = resolve(source)
     config = read_record(directory / "config.json")
     kinds = None
     with suppress(ValueError):  # of no known family, which pruning itself will say
-        read = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        kinds = getattr(read.get_text_config(decoder=True), "layer_types", None)
+        text = read_config(str(directory)).get_text_config(decoder=True)
+        kinds = getattr(text, "layer_types", None)
     if kinds:
         raise ShortGPTError(
             "`recipe`: this model's config lists the kinds of its layers (layer_types), of which "

@@ -17,6 +17,7 @@ from llama.formats.gguf_read import GGUFParts, part_paths
 from llama.io.json_files import read_json
 from llama.io.sources import Source as Weights
 from llama.io.sources import resolve
+from llama.parallel import config_dtype
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.gguf import in_few_bits
 from short_gpt.checkpoints.gguf_layers import LAYER
@@ -86,9 +87,8 @@ class InMemory:
             infos = Checkpoint(self.source).infos.values()
             stored = max(infos, key=lambda info: math.prod(info.shape)).dtype
         else:
-            config = read_json(resolve(self.source) / "config.json")
-            name = str(config.get("dtype") or config.get("torch_dtype"))
-            stored = getattr(torch, name, loaded)
+            folder = resolve(self.source)
+            stored = config_dtype(read_json(folder / "config.json"), folder) or loaded
         return min(stored, loaded, key=lambda dtype: dtype.itemsize)
 
     def sizes(self) -> tuple[Sizes, Sizes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from llama.formats.names import ffn_keys
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.io.json_files import read_json
 from llama.io.sources import find_source, hub_failure, reach
+from llama.parallel import config_dtype
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, required
 
@@ -69,7 +69,7 @@ def layers_in_config(directory: Path) -> int | None:
 
 
 def check_config(directory: Path) -> None:
-    """Raises ShortGPTError for damaged safetensors, or numbers that cannot be those of weights."""
+    """Raises ShortGPTError for damaged safetensors, or entries that weights cannot have."""
     config = read_json(directory / "config.json")
     for path in sorted(directory.glob("model*.safetensors")):  # what transformers reads
         SafetensorsFile(path)  # raises if the file is damaged
@@ -78,6 +78,9 @@ def check_config(directory: Path) -> None:
     _check_ids(directory / "config.json", config)
     if (generation := directory / "generation_config.json").is_file():
         _check_ids(generation, read_json(generation))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            config_dtype(part, directory)  # raises for one that no model computes in
     # of a directory with a config alone nothing can be said
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     # a multimodal model has a config inside for each tower
@@ -182,8 +185,6 @@ def explained(error: BaseException) -> str:
         return "its weights are cut off or damaged; fetch it again"
     if isinstance(error, KeyError):
         return f"its config names {error}, which is not known here; try a newer transformers"
-    if (named := re.match(r"module 'torch' has no attribute ('\w+')", str(error))) is not None:
-        return f"its config names {named[1]} as a dtype, expected one such as 'bfloat16'"
     # anything else: its own words, or its class where it has none
     text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

@@ -139,6 +139,30 @@ def test_a_weight_that_the_logits_do_not_show_is_named(here, capsys, model, valu
     assert "verified" not in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bool", "float8_e4m3fn", "Tensor", "float17", 5])
+def test_a_dtype_that_no_model_computes_in_is_told_before_the_work(here, capsys, dtype):
+    meta_to_hf("ckpt", "hf")
+    path = Path("hf/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch_dtype": dtype}))
+    before, text = sorted(here.iterdir()), ("--data", "book.txt", "--size", 16)
+    for command in (
+        ("rank", "hf", *text),
+        ("prune", "hf", "out", *CUT),
+        ("prune", "hf", "out", *CUT, "--recipe", "out.yaml"),
+        ("heal", "hf", "out", *CUT, *HEAL),
+        ("heal", "hf", "out", *CUT, *HEAL, "--stream"),
+        ("shrink", "hf", "out", *HEAL),
+        ("shrink", "hf", "out", *HEAL, "--stream"),
+        ("convert", "hf", "out"),
+        ("convert", "hf", "out.gguf"),
+        ("evaluate", "hf", *text),
+        ("compare", "hf", *text),
+    ):
+        line = fails(capsys, *command)
+        assert f"config.json in hf has the dtype {dtype!r}, expected one of float32, bf" in line
+        assert sorted(here.iterdir()) == before
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_damaged_layer_may_be_cut(here, capsys, layers):
     stored(lambda weight: weight.fill_(float("nan")))
