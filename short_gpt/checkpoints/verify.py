@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.decoder import Decoder, in_own_dtype, is_finite
+from short_gpt.models.decoder import Decoder, damaged_weight, in_own_dtype
 from short_gpt.runtime.devices import full_float32
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
@@ -80,15 +80,12 @@ def fingerprint_aligned(
 
     ``dtype`` is what the weights are rounded to first; None leaves them exact.
     """
-    damaged = copy_weights(short.decoder.module)
+    copy_weights(short.decoder.module)
+    damaged = damaged_weight(short.decoder, short.kept)
     if dtype is not None:
         for weight in short.decoder.module.parameters():
             weight.data.copy_(weight.data.to(dtype))
-    if damaged is not None:
-        for number, layer in zip(short.kept, short.decoder.layers, strict=True):
-            own = [name for name, weight in layer.named_parameters() if weight is damaged[1]]
-            damaged = (f"layer {number} in {own[0]}", damaged[1]) if own else damaged
-    return replace(fingerprint(short, count), damaged=damaged and damaged[0])
+    return replace(fingerprint(short, count), damaged=damaged)
 
 
 def one_by_one(*models: Callable[[], Fingerprint]) -> list[Fingerprint]:
@@ -152,19 +149,15 @@ def check_same_logits(
         raise RuntimeError(f"{names[1]} is not {names[0]}: logits differ by up to {difference:.3g}")
 
 
-def copy_weights(model: nn.Module) -> tuple[str, nn.Parameter] | None:
+def copy_weights(model: nn.Module) -> None:
     """Copies all weights in place: mapped from a file they may be unaligned and round otherwise.
 
-    Weights that share memory still do. Returns the first with NaN or infinite values, and its name.
+    Weights that share memory still do.
     """
-    damaged: tuple[str, nn.Parameter] | None = None
     copies: dict[tuple[int, torch.Size], Tensor] = {}
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         if pointer := weight.data_ptr():  # none: on the meta device, or without an entry
             key = (pointer, weight.shape)
             if key not in copies:
                 copies[key] = weight.data.clone()
-                if not (damaged or is_finite(copies[key])):
-                    damaged = name, weight
             weight.data = copies[key]
-    return damaged

@@ -172,8 +172,10 @@ class HealingJob:
 
         Raises:
             ShortGPTError: another process heals in ``work_dir``; or as those of the steps.
+            NotFiniteError: a weight, a state or a loss is NaN or infinite.
             FileExistsError: ``work_dir`` holds an earlier run, and ``resume`` was not asked for.
         """
+        self.short.check_weights()
         parts: dict[str, list[Perplexity]] = {}
         with self._folder() as folder:
             kept = (folder, self.work_dir is not None)

@@ -183,6 +183,7 @@ def _heal(
     if not streaming.stream:  # each of several ranks has the whole model, and its own windows
         streaming = replace(streaming, model_parallel_size=1)
     short = open_trainable(model, own) if trains else streaming.open(model, own, context)
+    short.check_weights()
     if removal.layers:
         check_layers(removal.layers, short.kept)
     opening = replace(opening, precision=short.precision)  # for all models opened later

@@ -204,6 +204,7 @@ class ShrinkContext:
     @classmethod
     def of(cls, asked: ShrinkRequest, opened: Opened) -> ShrinkContext:
         short, dial, minutes = opened.short, asked.dial, asked.settings.minutes
+        short.check_weights()
         size = asked.cut.size or min(WINDOW, short.decoder.max_seq_len)
         many = 3 * CLOSED_WINDOWS if asked.texts.own else None
         limit = asked.cut.max_windows or (CLOSED_WINDOWS if minutes is None else many)

@@ -20,7 +20,7 @@ from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.models.config_file import config_digest
-from short_gpt.models.decoder import Decoder, is_finite, padded, remove_layers, without_layers
+from short_gpt.models.decoder import Decoder, damaged_weight, padded, remove_layers, without_layers
 from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest
@@ -123,7 +123,7 @@ class ScoredModel(ModelRecord, ABC):
             NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
         """
         self.check_whole()
-        self._check_weights()
+        self.check_weights()
         total = count_of(windows) if total is None else total
         population = getattr(windows, "population", None)
         # scores of the model as it was before a healing are not added to
@@ -364,11 +364,17 @@ class ScoredModel(ModelRecord, ABC):
         # scores of a model with other layers
         return self.importance.layers != self.kept
 
-    def _check_weights(self) -> None:
-        # once: attention kernels may turn NaN weights into finite states that look harmless
-        layers = () if self._weights_checked else zip(self.kept, self.decoder.layers, strict=True)
-        for number, layer in layers:
-            for name, weight in layer.named_parameters():
-                if not is_finite(weight):
-                    raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")
+    def check_weights(self) -> None:
+        """Raises NotFiniteError for NaN or infinite weights; looks at them once.
+
+        Attention may turn them into finite states, and no text may read them, until it is saved.
+        """
+        if not self._weights_checked and (damaged := self._damaged_weight()):
+            raise NotFiniteError(
+                f"the model has NaN or infinite weights, {damaged}; fetch them again, or take a "
+                "dtype that holds them"
+            )
         self._weights_checked = True
+
+    def _damaged_weight(self) -> str | None:
+        return damaged_weight(self.decoder, self.kept)

@@ -30,7 +30,7 @@ from short_gpt.data.windows import Prefixed, common_start, starts_texts, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
-from short_gpt.models.decoder import check_token_ids, evaluating
+from short_gpt.models.decoder import check_token_ids, damaged_weight, evaluating
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import (
     generation_explained,
@@ -377,15 +377,17 @@ class ShortHFModel(ShortModel):
             if attention_of(again.config) != attention:  # which may round otherwise
                 del again
                 again = open_again(attn_implementation=attention)
-            if damaged := copy_weights(again):
+            copy_weights(again)
+            if not getattr(again, "is_quantized", False):  # those are where they belong
+                again.to(device)
+            short = ShortHFModel(again, self._layers_path)
+            if damaged := damaged_weight(short.decoder, short.kept):
                 raise NotFiniteError(
-                    f"{self.source} has NaN or infinite weights, {damaged[0]} of what was written, "
+                    f"{self.source} has NaN or infinite weights, {damaged} of what was written, "
                     "and its logits cannot verify the copy; fetch the weights again, or skip "
                     "verification (`verify` no)"
                 )
-            if not getattr(again, "is_quantized", False):  # those are where they belong
-                again.to(device)
-            return ShortHFModel(again, self._layers_path)
+            return short
 
         if release and device.type == "cpu":  # mapped from a file they may round otherwise
             copy_weights(self.model)
@@ -397,11 +399,6 @@ class ShortHFModel(ShortModel):
                 raise
             copy_weights(self.model)  # only now, because a copy takes memory
             check_same(fingerprint(self), theirs)
-
-    def _check_weights(self) -> None:
-        # offloaded weights cannot be looked at; their states are, whenever they are read
-        if not any(weight.is_meta for weight in self.decoder.layers.parameters()):
-            super()._check_weights()
 
 
 def attention_of(config: Any) -> dict[str, object]:

@@ -106,7 +106,7 @@ class ShortModel(ScoredModel):
             max_memory: of stored states, in bytes.
         """
         self.check_whole()
-        self._check_weights()
+        self.check_weights()
         few = None
         if candidates is not None:
             candidates = layer_numbers(candidates)

@@ -412,8 +412,8 @@ class StreamedLlama(ScoredModel):
 
         return undo
 
-    def _check_weights(self) -> None:
-        pass  # weights are checked as they are read
+    def _damaged_weight(self) -> str | None:
+        return self.stream.damaged_weight()
 
 
 def _hf_tokenizer(directory: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

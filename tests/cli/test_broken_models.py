@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +138,19 @@ def test_a_weight_that_the_logits_do_not_show_is_named(here, capsys, model, valu
         assert "or skip verification (--verify no)" in line and not Path("out").exists()
     run(*prune, "--verify", "no")
     assert "verified" not in "".join(capsys.readouterr())
+    before = sorted(here.iterdir())
+    streams = [()] if model == "m.gguf" else [(), ("--stream",)]
+    for command in (
+        ("rank", model, "--data", "book.txt", "--size", 16),
+        ("heal", model, "healed", *CUT, *HEAL),
+        ("heal", model, "healed", *CUT, *HEAL, "--dry_run"),
+        ("shrink", model, "shrunk", *HEAL),
+    ):
+        for stream in streams:
+            line = told(capsys, *command, *stream)
+            assert re.search(r"the model has NaN or .* weights, .*embed\w*\.weight; fetch", line)
+            assert sorted(here.iterdir()) == before
+    run("evaluate", model, "--data", "book.txt", "--size", 16)  # whose tokens are others
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bool", "float8_e4m3fn", "Tensor", "float17", 5])

@@ -80,6 +80,17 @@ def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
     )
 
 
+def test_a_weight_that_no_window_reads_is_looked_at_before_the_healing():
+    short, said = meta(), []
+    with torch.no_grad():
+        short.llama.model.tok_embeddings.weight[-1, 0] = torch.inf  # windows have tokens 0 to 7
+    with pytest.raises(
+        FloatingPointError, match=r"NaN or infinite weights, tok_embeddings\.weight"
+    ):
+        HealingJob(short, WINDOWS, [2], progress=False, notify=said.append).run()
+    assert said == []
+
+
 def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
     short = ShortHFModel(make("llama"))
     options = {"settings": LoraSettings(QUICK), "work_dir": tmp_path / "training"}

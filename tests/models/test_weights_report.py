@@ -290,4 +290,6 @@ def test_weights_of_every_dtype_are_checked():
         assert is_finite(weight)
         weight[1] = torch.nan
         assert not is_finite(weight)
+        assert is_finite(torch.full((9,), torch.finfo(dtype).max).to(dtype))  # whose sum is not
+    assert not is_finite(torch.tensor([torch.inf, -torch.inf]))
     assert is_finite(torch.ones(3, dtype=torch.uint8))  # of a quantization

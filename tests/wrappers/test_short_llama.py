@@ -252,7 +252,7 @@ def test_a_changed_model_is_not_saved_inside_a_trial(short, tmp_path):
 def test_nan_weights_are_found_before_attention_hides_them(short):
     with torch.no_grad():
         short.llama.model.layers[2].attention.wq.weight[0] = math.nan
-    with pytest.raises(FloatingPointError, match=r"layer 2 has NaN .* in attention\.wq\.weight"):
+    with pytest.raises(FloatingPointError, match=r"has NaN .* layer 2 in attention\.wq\.weight"):
         short.eval_importance(WINDOWS[:1])
 
 
