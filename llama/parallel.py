@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,31 +30,30 @@ FLOATS |= {"float16": torch.float16, "float64": torch.float64}
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The given device, or CUDA, Apple's MPS, CPU in this order; InputError if it is not there.
 
-    Under torchrun a bare ``"cuda"`` means the card of the process's ``LOCAL_RANK``.
+    It is any that PyTorch has memory on here, such as ``"xpu"``. Under torchrun a bare ``"cuda"``
+    means the card of the process's ``LOCAL_RANK``.
     """
     if device is None:
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
+    count = torch.cuda.device_count()
+    with suppress(Exception):  # each kind of device has errors of its own
         chosen = torch.device(device)
-    except RuntimeError:
-        chosen = torch.device("meta")
-    if chosen.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"expected a device such as cpu, cuda, cuda:1 or mps, got {device!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if chosen.type == "cuda" and chosen.index is None:
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:  # a launcher shows each its own
-            rank = 0
-        chosen = torch.device("cuda", rank)
-    if (chosen.type == "cuda" and (chosen.index or 0) >= count) or (
-        chosen.type == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise InputError(
-            f"`device` {device!r} is not available here: pass cpu, or leave it out for the best "
-            "there is"
-        )
-    return chosen
+        if chosen.type == "cuda" and chosen.index is None:
+            rank = int(os.environ.get("LOCAL_RANK", "0"))
+            if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:  # a launcher shows each its own
+                rank = 0
+            chosen = torch.device("cuda", rank)
+        torch.empty(1, device=chosen)
+        if chosen.type != "meta":
+            return chosen
+    there = ["cpu", *(f"cuda:{i}" for i in range(count))]
+    there += ["mps"] * torch.backends.mps.is_available()
+    there += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
+    raise InputError(
+        f"`device` {device!r} is not available here, expected one of {', '.join(there)}: name one, "
+        "or leave it out for the best there is"
+    )
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -46,7 +46,7 @@ class OpenOptions:
     Args:
         tokenizer_path: tokenizer of a Meta checkpoint, looked for beside it if not given; other
             models bring their own, and refuse one.
-        device: cpu, cuda or mps; the best there is if not given.
+        device: cpu, cuda, mps or another that PyTorch has here; the best there is if not given.
         dtype: float32, bfloat16 or float16; if not given, float32 on cpu, bfloat16 on cuda that
             has it, else float16.
         precision: of reading windows, to score, search, evaluate, refit and train: float32 keeps

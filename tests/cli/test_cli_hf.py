@@ -358,7 +358,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["rank", "no/where", *DATA], "no/where is not a directory here, and the hub cannot be"),
         (["rank", "strange", *DATA], "strange cannot be loaded: The checkpoint you are trying"),
         (["rank", "hf", *DATA, "--dtype", "int4"], "expected a --dtype of float32"),
-        (["rank", "hf", *DATA, "--device", "tpu9"], "expected a device such as cpu"),
+        (["rank", "hf", *DATA, "--device", "tpu9"], "is not available here, expected one of cpu"),
         (["rank", "hf", *DATA, "-n", "5"], "expected 1 to 4"),
         (["rank", "no.gguf", *DATA], "no.gguf does not exist"),
         (["rank", "broken.gguf", *DATA], "broken.gguf is not a complete GGUF file"),

@@ -52,14 +52,23 @@ def test_two_ranks_with_two_shards_equal_one(tmp_path, vocab_parallel):
 def test_devices():
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device().type in ("cpu", "cuda", "mps")
-    with pytest.raises(ValueError, match="expected a device such as cpu"):
-        choose_device("gpu")
-    for name in ("meta", "xpu"):
-        with pytest.raises(ValueError, match="expected a device such as cpu"):
+    for name in ("gpu", "meta", "xla", "xpu:99", "cuda:99", "privateuseone", "", 1.5):
+        with pytest.raises(ValueError, match=rf"{name!r} is not available here, expected .* cpu"):
             choose_device(name)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="'cuda' is not available here"):
-            choose_device("cuda")
+
+
+def allocate(_: int, *, device: torch.device) -> None:
+    """Stands in for `torch.empty` where there are cards."""
+    if device.index >= getattr(torch, device.type).device_count():
+        raise RuntimeError("invalid device ordinal")
+
+
+def test_any_device_that_has_memory_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", allocate)
+    assert choose_device("xpu:1") == torch.device("xpu", 1)
+    with pytest.raises(ValueError, match=r"'xpu:2' is not .* one of cpu.*, xpu:0, xpu:1: name one"):
+        choose_device("xpu:2")
 
 
 def test_dtypes():
@@ -103,6 +112,7 @@ def test_a_traceback_of_a_single_process_names_no_rank():
 
 def test_a_card_is_chosen_by_rank_and_bfloat16_by_its_own_products(monkeypatch):
     asked = []
+    monkeypatch.setattr(torch, "empty", allocate)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda card: asked.append(card) or nullcontext())
     monkeypatch.setattr(
