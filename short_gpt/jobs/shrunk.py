@@ -218,10 +218,10 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
     """Commands that use a model in a format; without transformers if it misreads the file."""
     if to == "gguf":
         folder, name = out.parent, out.name
-        named = f"**dict(pretrained_model_name_or_path={str(folder)!r}, gguf_file={name!r})"
-        read = f"M.from_pretrained({named}), tokenizer=T.from_pretrained({named})"
-        by = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, pipeline"
-        run = f"{by}; print(pipeline('text-generation', {read})('{PROMPT}'))"
+        read = f".from_pretrained({str(folder)!r}, gguf_file={name!r})"
+        run = "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline; "
+        run += f"model = AutoModelForCausalLM{read}; tokenizer = AutoTokenizer{read}; "
+        run += f"print(pipeline('text-generation', model, tokenizer=tokenizer)('{PROMPT}'))"
         others = [_python(run), _lm_eval(f"{folder},gguf_file={name}")]
         return [*_llama_cpp(out), *([] if misread else others)]
     if to == "meta":

@@ -768,7 +768,8 @@ def test_what_to_type_next_installs_what_is_not_there(monkeypatch):
     monkeypatch.setattr(shrunk_module, "which", lambda name: None)
     monkeypatch.setattr(shrunk_module, "find_spec", lambda name: None)
     llama_cpp, transformers, tasks = next_steps(Path("out.gguf"), "gguf")
-    assert "tokenizer=T.from_pretrained(" in transformers and "gguf_file='out.gguf'" in transformers
+    for kind in ("AutoModelForCausalLM", "AutoTokenizer"):
+        assert f"{kind}.from_pretrained('.', gguf_file='out.gguf')" in transformers
     assert llama_cpp.startswith("pip install xllamacpp && python -c ") and "'out.gguf'" in llama_cpp
     assert tasks.startswith("pip install lm-eval && lm_eval --model hf ")
     converting = next_steps(Path("out"), "hf", is_llama=False)[1]
