@@ -59,6 +59,11 @@ def find_source(name: str | PathLike[str]) -> Source:
     """
     if isinstance(name, Source):
         return name
+    if not isinstance(name, str | PathLike):
+        raise InputError(
+            f"expected a directory, a GGUF file or a hub id, got {type(name).__name__}; for a "
+            "loaded model take open_model(model, tokenizer=...) and its methods, or shrink"
+        )
     path = Path(name)
     if str(name) in NAMED and (isinstance(name, Named) or not path.exists()):
         return find_source(NAMED[str(name)]())

@@ -77,6 +77,7 @@ class RefitSettings(ClosedForm):
     name: ClassVar[str] = "refit"
 
     def __post_init__(self) -> None:
+        at_least(1, batch_size=self.batch_size)
         parts, ridges = self.parts, self.ridges
         at_least(1, optional=True, max_windows=self.max_windows)
         if not parts or isinstance(parts, str) or not set(parts) <= set(PARTS):

@@ -74,10 +74,12 @@ def evaluate(
     if reading.data == "none" and tasks.tasks is None:
         raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     reading.check()
-    each = [models] if isinstance(models, str | PathLike) else models
+    many = isinstance(models, Iterable) and not isinstance(models, str | PathLike)
+    each: list[Any] = [*models] if many else [models]
+    for name in each:
+        check_model(name)
     names = [os.fspath(name) for name in each]
     for number, name in enumerate(names):
-        check_model(name)
         if name in names[:number]:
             raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     tasks.check()

@@ -405,7 +405,9 @@ class Tasks:
 # What jobs share
 
 
-def check_model(source: str, n: int | None = None, *, name: str = "n") -> int | None:
+def check_model(
+    source: str | PathLike[str], n: int | None = None, *, name: str = "n"
+) -> int | None:
     """Raises errors of a source before it is loaded, and of removing n layers.
 
     Returns how many layers it has, if files here say so.

@@ -11,12 +11,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from llama.args import some
 from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.gguf_read import part_paths
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import read_json
 from llama.io.sources import find_source, hub_failure, is_gguf, resolve
+from llama.parallel import FLOATS
 from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.gguf_loading import (
@@ -107,6 +111,30 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         vars(model.config).pop("quantization_config", None)  # version 4 has none here
         vars(model).update(hf_quantizer=None, is_quantized=False)
     return model, tokenizer
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raises ShortGPTError for a loaded model whose weights cannot be changed or saved.
+
+    A saved model is opened in one dtype, except for modules that its class keeps in float32.
+    """
+    kind, dtypes = type(model).__name__, dict[torch.dtype, str]()
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    kept = [part for name in names for part in getattr(model, name, None) or ()]
+    for name, weight in model.named_parameters():
+        if weight.is_inference():
+            raise ShortGPTError(
+                f"{kind} was made in torch.inference_mode(), and PyTorch refuses to change its "
+                "weights: make it outside, or in torch.no_grad()"
+            )
+        if weight.dtype in FLOATS.values() and not any(part in name for part in kept):
+            dtypes.setdefault(weight.dtype, name)
+    if len(dtypes) > 1 and not getattr(model, "is_quantized", False):
+        found = " and ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
+        raise ShortGPTError(
+            f"{kind} has weights in {found}, and transformers opens what is saved in one dtype: "
+            "make it one, as in model.to(torch.bfloat16)"
+        )
 
 
 def weight_files(source: str | PathLike[str]) -> list[Path]:

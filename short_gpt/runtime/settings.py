@@ -89,6 +89,13 @@ def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         every = {name: one.default for name, one in signature.parameters.items()}
         groups: dict[str, Any] = {n: value for n, value in every.items() if is_dataclass(value)}
         known = _places(groups, command)
+        # annotations are text; a float's bounds are its own settings' to check
+        numbers = {
+            (group, field.name)
+            for group, own in groups.items()
+            for field in fields(own)
+            if str(field.type).startswith("float")
+        }
 
         @wraps(run)
         def with_fields(*args: Any, **named: Any) -> T:
@@ -99,6 +106,9 @@ def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
                     near = get_close_matches(name, [*known, *every], n=1)
                     hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
                     raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
+                value = singles[name]
+                if known[name] in numbers and not (value is None or hasattr(value, "__float__")):
+                    raise ShortGPTError(f"`{name}` = {short_repr(value)}: expected a number")
             for group, default in groups.items():
                 value = default if arguments.get(group) is None else arguments[group]
                 if not isinstance(value, type(default)):  # of the field of this name, as of data

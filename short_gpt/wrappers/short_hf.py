@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llama.args import short_repr
 from llama.formats.convert import meta_to_hf
 from llama.generation import COLDEST, check_logits, check_numbers
 from llama.io.sources import is_gguf
@@ -33,6 +34,7 @@ from short_gpt.models.config_file import config_entries
 from short_gpt.models.decoder import check_token_ids, damaged_weight, evaluating
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import (
+    check_loaded,
     generation_explained,
     load,
     restore_frequencies,
@@ -79,6 +81,11 @@ class ShortHFModel(ShortModel):
         **options: object,
     ) -> None:
         check_layers_path(layers_path)
+        if tokenizer is not None and not callable(tokenizer):
+            raise ShortGPTError(
+                f"`tokenizer` = {short_repr(tokenizer)}: expected a tokenizer of transformers, "
+                "such as AutoTokenizer.from_pretrained(...) returns"
+            )
         if device is not None and "device_map" in options:
             raise ShortGPTError("give device for one place or device_map for several, not both")
         to_device = None if device is None else choose_device(device)
@@ -88,6 +95,11 @@ class ShortHFModel(ShortModel):
             model, tokenizer = load(source, options, tokenizer)
         elif options:
             raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
+        elif not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise ShortGPTError(
+                "expected a path, a hub id or a loaded model of transformers, got "
+                f"{' '.join(short_repr(model).split())}"
+            )
         else:
             source = model.config.name_or_path or "a model"
             restore_frequencies(model)
@@ -96,9 +108,16 @@ class ShortHFModel(ShortModel):
                 f"{type(model).__name__} has an adapter at {adapted[0]}, expected a model of plain "
                 "layers: merge it, as in model = peft_model.merge_and_unload()"
             )
+        if model is model_name:
+            check_loaded(model)
+        decoder = HFDecoder(model.eval(), layers_path)
+        if decoder.device.type == "meta":
+            raise ShortGPTError(
+                f"{type(model).__name__} is on the device meta, where tensors have no values: load "
+                "it with its weights"
+            )
         if to_device is not None and not getattr(model, "is_quantized", False):
             model.to(to_device)
-        decoder = HFDecoder(model.eval(), layers_path)
         if decoder.device.type in MASKED and "sdpa" in attention_of(model.config).values():
             model.set_attn_implementation("eager")  # which takes a mask
         super().__init__(decoder, n_prune_layers)

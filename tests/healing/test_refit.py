@@ -412,6 +412,9 @@ def test_what_cannot_be_is_refused_in_one_line():
     for count in (0, -3, 1.5):
         with pytest.raises(ValueError, match=f"max_windows = {count}: expected a whole number of"):
             heal(short, [3], WINDOWS, max_windows=count)
+    for batch_size in (0, -1, 1.5, "2"):
+        with pytest.raises(ValueError, match=r"batch_size = .*: expected a whole number of at lea"):
+            fit(short, [3], WINDOWS, batch_size=batch_size)
     with pytest.raises(ValueError, match="9"):
         fit(short, [9], WINDOWS, progress=False)
     refit = fit(short, [3], WINDOWS, progress=False)

@@ -20,7 +20,7 @@ from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, interrupted, make_transformer, save_byte_llama, zero_layer
 
 import short_gpt
-from short_gpt import ShortGPTError, Stop, convert, jobs, open_model, prune, rank, windows
+from short_gpt import ShortGPTError, Stop, convert, jobs, open_model, prune, rank, shrink, windows
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import RefitSettings, lora
@@ -505,6 +505,33 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
 def test_an_unknown_setting_is_named_with_the_nearest(call, said):
     with pytest.raises(ShortGPTError, match=said):
         call()
+
+
+@pytest.mark.parametrize("value", ["3", [0.5], {}])
+def test_a_setting_that_is_a_number_takes_no_text(value):
+    for name, call in (
+        ("ratio", lambda **own: shrink("ckpt", "o", **own)),
+        ("minutes", lambda **own: shrink("ckpt", "o", **own)),
+        ("ridge", lambda **own: heal("ckpt", "o", layers=[1], **own)),
+        ("confidence", lambda **own: rank("ckpt", "book.txt", n=1, **own)),
+    ):
+        with pytest.raises(ShortGPTError, match=rf"`{name}` = {re.escape(repr(value))}: expected"):
+            call(**{name: value})
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), 5, None])
+def test_a_job_that_reads_files_says_where_a_loaded_model_goes(model):
+    for call in (
+        lambda: rank(model, "book.txt", n=1),
+        lambda: prune(model, "out", layers=[1]),
+        lambda: heal(model, "out", layers=[1]),
+        lambda: evaluate([model]),
+        lambda: evaluate(model),
+        lambda: convert(model, "out"),
+    ):
+        said = rf"a hub id, got {type(model).__name__}; for a loaded model take open_model\("
+        with pytest.raises(ShortGPTError, match=said):
+            call()
 
 
 def test_a_job_shows_its_signature_in_help():

@@ -14,9 +14,15 @@ from conftest import BYTE_VOCAB, random_windows, write_byte_tokenizer
 from families import DROP, FAMILIES, KEPT, LAYERS, PLAIN, STEPS, TOKENS, check, make
 from processes import alone
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from short_gpt import ShortHFModel, heal_refit
+from short_gpt import ShortHFModel, heal_refit, open_model, shrink
 from short_gpt.checkpoints import Provenance
 from short_gpt.models import hf as hf_decoder
 from short_gpt.models.decoder import remove_layers, without_layers
@@ -675,6 +681,65 @@ def test_a_model_with_an_adapter_is_refused(tmp_path):
         with pytest.raises(ShortGPTError, match="has an adapter at .*q_proj, .* merge it"):
             ShortHFModel(model)
     assert ShortHFModel(adapted.merge_and_unload()).kept
+
+
+def in_inference_mode(model):
+    with torch.inference_mode():
+        return model.double().float()
+
+
+def some_in_bfloat16(model, *paths):
+    for path in paths:
+        model.get_submodule(path).bfloat16()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model: 5, "a path, a hub id or a loaded model of transformers, got 5"),
+        (lambda model: model.lm_head, r"a loaded model of transformers, got Linear\("),
+        (lambda model: type(model), "a loaded model of transformers, got <class"),
+        (lambda model: model.to("meta"), "is on the device meta, where tensors have no values"),
+        (in_inference_mode, r"was made in torch\.inference_mode\(\), .* make it outside"),
+        (
+            lambda model: some_in_bfloat16(model, "model.layers.2", "model.layers.3"),
+            r"float32 \(model\.embed.*\) and torch\.bfloat16 \(model\.layers\.2\..*one dtype",
+        ),
+        (lambda model: some_in_bfloat16(model, "lm_head"), r"bfloat16 \(lm_head\.weight\)"),
+    ],
+    ids=["number", "module", "class", "meta", "inference", "layers", "head"],
+)
+def test_a_loaded_model_that_cannot_be_changed_or_saved_is_refused_at_once(change, said, tmp_path):
+    for call in (
+        lambda model: open_model(model, device="cpu"),
+        lambda model: shrink(model, tmp_path / "out", n=1),
+    ):
+        with pytest.raises(ShortGPTError, match=said):
+            call(change(make("llama")))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_model_whose_class_keeps_some_weights_in_float32_is_opened(tmp_path):
+    make("deepseek_v3").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16, torch.float32}
+    short = open_model(model)
+    assert short.measure(random_windows(2, 9), progress=False).n_windows == 2
+    short.remove_layers(DROP)
+    short.save(tmp_path / "out")  # opened again and compared
+
+
+@pytest.mark.parametrize("tokenizer", ["hf", 5])
+def test_what_is_no_tokenizer_is_refused(tokenizer, tmp_path):
+    said = f"`tokenizer` = {tokenizer!r}: expected a tokenizer of transformers, such as"
+    for call in (
+        lambda: open_model(make("llama"), tokenizer=tokenizer),
+        lambda: open_model("owner/name", tokenizer=tokenizer),
+        lambda: shrink(make("llama"), tmp_path / "out", tokenizer=tokenizer),
+    ):
+        with pytest.raises(ShortGPTError, match=said):
+            call()
 
 
 def test_files_that_change_are_told_from_files_that_are_replaced(tmp_path):
