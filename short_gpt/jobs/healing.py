@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_new
-from llama.io.sources import is_gguf
+from llama.io.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf, in_few_bits
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
@@ -144,6 +144,7 @@ def heal(
     windows.check()
     settings.check(methods)
     streaming.check_healing(methods)
+    model = str(find_source(model))  # of a name such as demo, the file that it stands for
     teacher, stream = settings.teacher or model, streaming.stream or settings.stream_teacher
     check_tokenizer(opening.tokenizer_path, model, teacher, stream=stream)
     _check_target(model, out, overwrite=overwrite)

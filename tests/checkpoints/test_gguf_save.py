@@ -22,6 +22,7 @@ from llama.formats.gguf_write import writable
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.gguf import MAPPED, about_types
+from short_gpt.data import demo
 from short_gpt.evaluation import Difference
 from short_gpt.healing import HealingEvidence, HealingJob, Learning
 from short_gpt.jobs import HealingResult, OpenOptions
@@ -150,8 +151,10 @@ def check_rounding(found: dict, said: str) -> None:
     assert "writing it in the file's own types changes the loss by" in said
 
 
-def test_heal_writes_what_it_changed_into_a_copy_of_the_file(here, capsys):
-    run("heal", "model.gguf", "out.gguf", *HEALED)
+@pytest.mark.parametrize("source", ["model.gguf", "demo"])
+def test_heal_writes_what_it_changed_into_a_copy_of_the_file(source, here, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "gguf_file", lambda: here / "model.gguf")
+    run("heal", source, "out.gguf", *HEALED)
     check_rounding(json.loads(Path("healed.json").read_text())["result"], capsys.readouterr().out)
     record = Provenance.of_checkpoint("out.gguf")
     assert record.removed_layers == [2, 3] and record.steps[0]["method"] == "patch"
