@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from llama.io.sources import find_source, is_gguf
@@ -9,15 +10,18 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import Needs, Values, setting
 
 
+def _kind(model: object) -> str | None:
+    """A source's kind; None of one that does not exist, which is refused later."""
+    with suppress(FileNotFoundError):
+        return find_source(str(model)).kind
+    return None
+
+
 def _tokenizer_is_read(values: Values) -> bool:
-    """Whether a model's tokenizer is looked for; a path that does not exist is refused later."""
     if values.get("stream") or values.get("stream_teacher"):
         return True
     models = [values.get(name) for name in ("model", "pruned", "teacher")]
-    try:
-        return any(find_source(str(model)).kind == "meta" for model in models if model is not None)
-    except FileNotFoundError:
-        return True
+    return any(_kind(model) in ("meta", None) for model in models if model is not None)
 
 
 TOKENIZER = Needs("a model in Meta's format (others bring their own tokenizer)", _tokenizer_is_read)
@@ -33,7 +37,7 @@ READS = Needs(
 def _is_opened(values: Values) -> bool:
     model, out, to = (values.get(name) for name in ("model", "out", "to"))
     to_hf = to == "hf" or (to is None and not is_gguf(str(out)))
-    return READS.met(values) or (is_gguf(str(model)) and to_hf)
+    return READS.met(values) or (to_hf and (is_gguf(str(model)) or _kind(model) == "gguf"))
 
 
 OPENED = Needs("`max_perplexity_ratio`, or a GGUF file written as a directory", _is_opened)

@@ -9,6 +9,7 @@ from commands import fails
 
 from short_gpt.cli import COMMANDS
 from short_gpt.cli.flags import flags_of, refuse_unused
+from short_gpt.data import demo
 
 TWO = ("model", "out")
 UNUSED = [
@@ -51,7 +52,7 @@ def test_what_has_no_effect_is_refused_by_what_it_needs(argv, needs, capsys):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch) -> Path:
     """Texts of all kinds, a directory in either format, and a GGUF file."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.jsonl", "train/a.txt", "plain/a.txt", "rows/b.jsonl"):
@@ -61,6 +62,7 @@ def here(tmp_path, monkeypatch):
         Path(folder).mkdir()
         Path(folder, file).write_text("{}")
     Path("m.gguf").write_bytes(b"GGUF")
+    return tmp_path
 
 
 SPLITS, COLUMNS, META = "data with splits", "data with columns", "a model in Meta's format"
@@ -102,6 +104,7 @@ def test_what_a_source_has_no_use_for_is_refused(here, capsys, argv, needs):
         ("heal", {"model": "hf", "teacher": "meta", "tokenizer_path": "t"}),
         ("rank", {"split": "train"}),
         ("prune", {"model": "m.gguf", "out": "b", "dtype": "float32", "device": "cpu"}),
+        ("prune", {"model": "demo", "out": "b", "dtype": "float32", "device": "cpu"}),
         ("rank", {"split": "train", "data": "allenai/c4:en"}),
         ("rank", {"split": "train", "data": "."}),
         ("rank", {"split": "train", "data": "missing.txt"}),
@@ -112,7 +115,8 @@ def test_what_a_source_has_no_use_for_is_refused(here, capsys, argv, needs):
         ("heal", {"column": "n", "data": "a.txt", "eval_data": "b.jsonl"}),
     ],
 )
-def test_what_a_source_reads_passes(here, command, given):
+def test_what_a_source_reads_passes(here, command, given, monkeypatch):
+    monkeypatch.setattr(demo, "gguf_file", lambda: here / "m.gguf")
     refuse_unused(flags_of(COMMANDS[command]), given)
 
 
