@@ -51,6 +51,7 @@ class ClosedForm(ABC):
     max_windows: int | None  # of the training windows, from the first; None reads all
     name: ClassVar[str]
     trains: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ()  # flags of `heal` for it; the others are refused
 
     @abstractmethod
     def fit(self, context: HealingContext) -> Heal:

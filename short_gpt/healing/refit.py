@@ -75,6 +75,7 @@ class RefitSettings(ClosedForm):
     # 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; at least 1, None is for nowhere
     lost: float | None = 2.0
     name: ClassVar[str] = "refit"
+    options: ClassVar[tuple[str, ...]] = ("ridge", "parts", "aim")
 
     def __post_init__(self) -> None:
         at_least(1, batch_size=self.batch_size)
@@ -121,6 +122,7 @@ class PatchSettings(RefitSettings):
     step_size: float = 1.0
     where: str = WHERE[1]
     name: ClassVar[str] = "patch"
+    options: ClassVar[tuple[str, ...]] = ("ridge",)
 
 
 @dataclass(frozen=True, repr=False)

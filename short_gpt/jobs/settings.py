@@ -283,6 +283,7 @@ class HealingWindows:
 # the settings of a recipe, and all of distillation alone
 RECIPE = ["rank", "alpha", "learning_rate", "steps", "warmup", "batch", "micro_batch"]
 RECIPE += ["eval_every", "patience", "four_bit", "gradient_checkpointing", "report_to"]
+FITTED = ("ridge", "parts", "aim")  # of closed forms
 DISTILLING = ("teacher", "stream_teacher", "live_teacher", "top_k", "temperature", "kl_share")
 
 
@@ -361,15 +362,16 @@ class Settings:
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
         from short_gpt.healing import lora
+        from short_gpt.healing.closed_form import ClosedForm
         from short_gpt.healing.distillation import check_share, check_targets
-        from short_gpt.healing.job import CLOSED, TRAINING
+        from short_gpt.healing.job import KINDS, TRAINING
         from short_gpt.healing.recipe import PRESETS, Recipe
 
+        closed = [kind for kind in KINDS if issubclass(kind, ClosedForm)]
         for names, users in (
             ((*RECIPE, "resume", "preset"), TRAINING),
-            (("ridge",), CLOSED),
-            (("parts", "aim"), ("refit",)),
             (DISTILLING, ("distill",)),
+            *(((name,), [kind.name for kind in closed if name in kind.options]) for name in FITTED),
         ):
             if (changed := self._changed(names)) and not {*users} & {*methods}:
                 raise ShortGPTError(f"`{next(iter(changed))}` is for `method` {' or '.join(users)}")

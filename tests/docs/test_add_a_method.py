@@ -59,5 +59,9 @@ save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB))
 write_byte_tokenizer(Path("ckpt"))
 Path("book.txt").write_text(TEXT)
 Path("other.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 8)
+from short_gpt.jobs import heal
+for name, value in (("ridge", 0.3), ("aim", 0.3), ("parts", "mlp")):
+    with pytest.raises(ValueError, match=f"`{{name}}` is for `method` refit"):
+        heal("ckpt", "out", "rescale", layers=[2], data="book.txt", **{{name: value}})
 run(*{heal!r})
 """
