@@ -47,7 +47,7 @@ class Stack:
         matches = {name: LAYER.fullmatch(name) for name in parts.tensors}
         of_layers = [match for match in matches.values() if match]
         numbers = {int(match[1]) for match in of_layers}
-        if numbers != set(range(blocks)):
+        if len(numbers) != blocks or max(numbers, default=-1) != blocks - 1:
             raise ShortGPTError(
                 f"{parts.path} says that it has {blocks} layers; its tensors blk.N are of "
                 f"{len(numbers)}: is the file complete?"

@@ -32,6 +32,7 @@ from llama.generation import load_model
 from llama.io.json_files import write_json
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
+from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.cli.tables import ranking
 from short_gpt.jobs import SavedScores
 from short_gpt.models.loading import load_tokenizer
@@ -99,6 +100,10 @@ def read_gguf(folder: Path) -> None:
     file.tokenizer()
     for name in file.tensors:
         file.read(name)
+
+
+def read_blocks(folder: Path) -> None:
+    Stack.open(folder / "model.gguf")
 
 
 def read_words(name: str) -> Callable[[Path], None]:
@@ -265,18 +270,18 @@ def test_a_number_of_layers_that_the_files_cannot_hold_costs_no_time(here, layer
             read(here)
 
 
-def test_a_gguf_file_of_two_million_layers_and_one_with_a_key_twice(here):
+def test_a_gguf_file_of_twenty_million_layers_and_one_with_a_key_twice(here):
     path = here / "model.gguf"
     whole = path.read_bytes()
     key = b"llama.block_count"
     at = whole.index(key) + len(key) + 4
-    more = whole[:at] + struct.pack("<I", 2_000_000) + whole[at + 4 :]
+    more = whole[:at] + struct.pack("<I", 20_000_000) + whole[at + 4 :]
     double = struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 2)
     count = struct.unpack_from("<Q", whole, 16)[0]
     double = whole[:16] + struct.pack("<Q", count + 1) + double + whole[24:]
-    for damaged, said in ((more, "2000000 layers"), (double, "the key llama.block_count twice")):
+    for damaged, said in ((more, "20000000 layers"), (double, "the key llama.block_count twice")):
         path.write_bytes(damaged)
-        for read in (read_gguf, read_transformers_gguf):
+        for read in (read_gguf, read_transformers_gguf, read_blocks):
             with within_bounds(), pytest.raises(ShortGPTError, match=said):
                 read(here)
 
