@@ -31,12 +31,12 @@ from llama.checkpoint.sharding import (
 from llama.errors import InputError
 from llama.io.files import check_new, new_directory, read_marker
 from llama.io.json_files import JsonObject, read_json, write_json
+from llama.io.sources import TEMPLATES, check_inside
 from llama.parallel import choose_dtype
 from llama.tokenizer import Tokenizer, find_tokenizer, holds_json
 
 LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 CONVERSION = "conversion.json"  # what a converted checkpoint was made from
-TEMPLATES = "additional_chat_templates"  # a folder of those with a name
 
 
 class Checkpoint:
@@ -229,11 +229,13 @@ def check_vocabulary(
 def read_conversion(directory: Path) -> JsonObject:
     """What a directory's ``conversion.json`` says it was made from; empty where there is none."""
     path = directory / CONVERSION
+    check_inside(directory, [path])
     return read_marker(path) if path.is_file() else {}
 
 
 def copy_records(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copies those JSON files that exist, without their list of files, which is the source's."""
+    check_inside(source, [source / name for name in names])
     for name in names:
         if (source / name).is_file():
             write_json(target / name, read_marker(source / name))
@@ -241,13 +243,15 @@ def copy_records(source: Path, target: Path, names: Iterable[str]) -> None:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer file, under its usual name, with its configuration and chat templates."""
-    Tokenizer(source)
-    kind = "json" if holds_json(source) else "model"
+    Tokenizer(source)  # a link to one of another folder, as Llama's, is no other file
+    kind, named = "json" if holds_json(source) else "model", source.with_name(TEMPLATES)
+    others = [source.with_name(n) for n in ("tokenizer_config.json", "chat_template.jinja")]
+    check_inside(source.parent, [*others, named, *named.rglob("*")])
     shutil.copyfile(source, target / f"tokenizer.{kind}")
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        if (other := source.with_name(name)).is_file():
-            shutil.copyfile(other, target / name)
-    if (named := source.with_name(TEMPLATES)).is_dir():
+    for other in others:
+        if other.is_file():
+            shutil.copyfile(other, target / other.name)
+    if named.is_dir():
         shutil.copytree(named, target / TEMPLATES, dirs_exist_ok=True)
 
 

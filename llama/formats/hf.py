@@ -16,6 +16,7 @@ from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, perm
 from llama.formats.safetensors import DTYPES, SafetensorsFile, open_weights
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import JsonObject, read_json, write_json
+from llama.io.sources import check_links
 from llama.model import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
 from llama.parallel import choose_dtype, config_dtype
 from llama.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ class HFWeights:
     """
 
     def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
+        check_links(directory)
         config = self.config = read_json(directory / "config.json")
         self.directory = directory
         self.args, self._files = args_of(config, directory), open_weights(directory)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from llama.errors import InputError, required
 Kind = Literal["meta", "hf", "gguf", "hub"]
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 FETCHED += ["tokenizer*", "*.model", "*.tiktoken", "*.bpe", "*.txt"]  # of tokenizers
+TEMPLATES = "additional_chat_templates"  # a folder of those with a name
 # Models known by a name alone, where nothing of that name is here, and what fetches each.
 NAMED: dict[str, Callable[[], str]] = {}
 
@@ -136,6 +138,31 @@ def reach(name: str, options: Mapping[str, Any]) -> None:
     cached = try_to_load_from_cache(name, file, options.get("cache_dir"), revision)
     if cached is None and not options.get("local_files_only"):
         HfApi().model_info(name, revision=revision, token=options.get("token"), timeout=4)
+
+
+def check_links(folder: Path) -> None:
+    """`check_inside` for what goes along with a model in Hugging Face's format, except weights."""
+    named = folder / TEMPLATES
+    patterns = {*FETCHED, TEMPLATES, "*.py"} - {"*.safetensors"}
+    own = [path for path in folder.iterdir() if any(fnmatch(path.name, p) for p in patterns)]
+    check_inside(folder, [*own, *named.rglob("*")])
+
+
+def check_inside(folder: Path, paths: Iterable[Path]) -> None:
+    """Raises InputError where a link in a model's folder leads to a file elsewhere.
+
+    Such a file, of whoever wrote the model's files, would be copied and uploaded with the model.
+    The hub's cache has the files of its snapshots in folders ``blobs``.
+    """
+    home = folder.resolve()
+    cached = home.parents[1:3] if home.parent.name == "snapshots" else ()
+    homes = [home, *(around / "blobs" for around in cached)]
+    for path in paths:
+        if not any(path.resolve().is_relative_to(own) for own in homes):
+            raise InputError(
+                f"{path} is a link to {path.resolve()}, which would be copied with the model "
+                f"although it is not in {folder}: put the file itself there, or remove the link"
+            )
 
 
 def hub_failure(name: str, error: BaseException) -> Exception | None:

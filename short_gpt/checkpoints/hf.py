@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from llama.checkpoint.meta import CONVERSION, TEMPLATES, copy_tokenizer
+from llama.checkpoint.meta import CONVERSION, copy_tokenizer
 from llama.checkpoint.pth import rounded
 from llama.formats.convert import hf_to_meta
 from llama.formats.hf import for_older_readers
@@ -25,7 +25,7 @@ from llama.formats.safetensors import (
 )
 from llama.io.files import read_marker
 from llama.io.json_files import read_json, write_json
-from llama.io.sources import resolve
+from llama.io.sources import TEMPLATES, check_links, resolve
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
@@ -94,6 +94,7 @@ def _write(
     replaced: Replaced,
     progress: Callable[[str], object],
 ) -> Path:
+    check_links(directory)
     weights = _own_weights(weights, decoder)
     prefix = _prefix(weights, decoder.layers_path, len(decoder.layers))
     stored = stored_names(weights, prefix, keep)

@@ -19,7 +19,7 @@ from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.gguf_read import part_paths
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.io.json_files import read_json
-from llama.io.sources import find_source, hub_failure, is_gguf, resolve
+from llama.io.sources import check_links, find_source, hub_failure, is_gguf, resolve
 from llama.parallel import FLOATS
 from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import TRUST, explained, read_config
@@ -86,6 +86,8 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
                 options["config"] = config
             loader = auto_class(config)
             names = [p.name for p in path.iterdir()] if path.is_dir() and not gguf else None
+            if names is not None:
+                check_links(path)
             # a directory may hold weights alone
             if tokenizer is None and (names is None or any(map(TOKENIZER.match, names))):
                 tokenizer = load_tokenizer(where, both)

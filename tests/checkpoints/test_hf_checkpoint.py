@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from fnmatch import fnmatch
+from pathlib import Path
 
 import children
 import pytest
@@ -16,8 +19,9 @@ from processes import alone
 from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
-from llama.io.sources import FETCHED, find_source
-from short_gpt.checkpoints import Provenance, Target, mergekit_recipe, prune_hf
+from llama.io.sources import FETCHED, TEMPLATES, find_source
+from short_gpt import ShortHFModel, convert, open_model
+from short_gpt.checkpoints import Provenance, Target, mergekit_recipe, prune_checkpoint, prune_hf
 from short_gpt.checkpoints.prune import recipe_dtype
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.errors import ShortGPTError
@@ -43,6 +47,74 @@ def test_the_files_hold_the_model_pruned_in_memory(family, tmp_path):
 def whole(tmp_path):
     make("llama").save_pretrained(tmp_path / "whole")
     return tmp_path / "whole"
+
+
+def prunes(name: str) -> None:
+    prune_checkpoint(name, "out", [1])
+
+
+def streams(name: str) -> None:
+    open_model(name, stream=True, device="cpu")
+
+
+def converts(name: str) -> None:
+    convert(name, "out")
+
+
+def opens(name: str) -> None:
+    ShortHFModel(name)
+
+
+LINKS = ["LICENSE", "tokenizer_secret", "vocab.txt", "generation_config.json", "chat_template.jinja"]
+LINKS += ["additional_chat_templates", "additional_chat_templates/a.jinja"]
+
+
+@pytest.mark.parametrize("work", [prunes, streams, converts, opens])
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_out_of_the_folder_is_not_followed(llama_folders, tmp_path, monkeypatch, work, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama_folders / "hf", "hf")
+    Path("secret").mkdir()
+    Path("secret/key.jinja").write_text('{"password": "secret"}')
+    link = Path("hf", name)
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path("secret" if name == TEMPLATES else "secret/key.jinja").resolve())
+    with pytest.raises(ShortGPTError, match=f"{name} is a link to .*, which would be copied with"):
+        work("hf")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "conversion.json"])
+def test_a_link_out_of_metas_format_is_not_followed_except_of_a_tokenizer(
+    llama_folders, tmp_path, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama_folders / "meta", "meta")
+    Path("meta/tokenizer.json").rename("tokenizer.json")
+    Path("meta/tokenizer.json").symlink_to("../tokenizer.json")
+    prunes("meta")
+    Path("key").write_text('{"password": "secret"}')
+    Path("meta", name).unlink(missing_ok=True)
+    Path("meta", name).symlink_to("../key")
+    with pytest.raises(ShortGPTError, match=f"{name} is a link to "):
+        prune_checkpoint("meta", "other", [1])
+    assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("store", ["blobs", "../blobs/ab"])
+def test_links_of_the_hubs_cache_are_followed(llama_folders, tmp_path, monkeypatch, store):
+    repo = tmp_path / "hub" / "models--a--b"
+    snapshot, blobs = repo / "snapshots" / ("0" * 40), repo / store
+    shutil.copytree(llama_folders / "hf", snapshot)
+    blobs.mkdir(parents=True)
+    for path in [p for p in snapshot.iterdir() if p.is_file()]:
+        path.rename(blobs / path.name)
+        path.symlink_to(os.path.relpath(blobs / path.name, snapshot))
+    monkeypatch.chdir(tmp_path)
+    for work in (prunes, streams, opens):
+        work(str(snapshot))
+    assert Path("out/tokenizer.json").is_file()
 
 
 def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
