@@ -290,6 +290,23 @@ def healing(folder: Path, argv: list[str], ready: Path) -> None:
     app.main(argv)
 
 
+# A run of `shrink` that is killed once its output is in place, for `test_shrinking`
+
+
+def shrinking(folder: Path, model: str, out: str, how: dict[str, object]) -> None:
+    from short_gpt.jobs import shrinking as job
+
+    place = job._move_into_place
+
+    def placed(*args: object) -> None:
+        place(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.chdir(folder)
+    job._move_into_place = placed
+    job.shrink(model, out, **how)
+
+
 # Healing that replicas share, for `test_ranks`
 
 

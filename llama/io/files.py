@@ -69,7 +69,7 @@ def _check_replaceable(path: Path, marker: str | None, *, overwrite: bool) -> No
             f"{path} exists, and its {marker} does not list what was written with it, so it "
             "is not overwritten; delete it or choose another directory"
         )
-    others = [name for name in _contents(path) if name not in listed]
+    others = [name for name in contents(path) if name not in listed]
     if others:
         raise FileExistsError(
             f"{path} exists and holds {others[0]}, which its {marker} does not list, so it is not "
@@ -77,7 +77,7 @@ def _check_replaceable(path: Path, marker: str | None, *, overwrite: bool) -> No
         )
 
 
-def _contents(directory: Path) -> list[str]:
+def contents(directory: Path) -> list[str]:
     """Relative names of all files below, sorted; also of links to folders and of empty folders."""
     below: list[str] = []
     for folder, folders, files in os.walk(directory):  # does not follow links
@@ -137,7 +137,7 @@ def new_directory(
         yield partial
         if marker is not None:
             content = read_json(partial / marker)
-            write_json(partial / marker, {**content, FILES: _contents(partial)})
+            write_json(partial / marker, {**content, FILES: contents(partial)})
         follow_umask(partial)
         _check_replaceable(path, marker, overwrite=overwrite)  # it may have appeared meanwhile
         if not path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,12 @@ from typing import Any
 from short_gpt.evaluation.paired import Difference, combined, difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Step
-from short_gpt.healing.distillation import CONTENT
+from short_gpt.healing.distillation import CONTENT, IDENTITY
 from short_gpt.healing.lora import TEACHER, DistillSettings, LoraSettings
 from short_gpt.healing.refit import PatchSettings, RefitSettings
-from short_gpt.healing.refit_state import STATE
+from short_gpt.healing.refit_state import STATE, is_name
 from short_gpt.healing.texts import Learning
-from short_gpt.healing.trainer import LOGS
+from short_gpt.healing.trainer import LOGS, RECIPE
 from short_gpt.models.numbering import layer_numbers, span
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import (
@@ -37,6 +38,7 @@ KINDS: tuple[type[Step], ...] = (RefitSettings, PatchSettings, LoraSettings, Dis
 STEPS = {kind.name: kind for kind in KINDS}
 CLOSED = tuple(kind.name for kind in KINDS if not kind.trains)  # closed forms
 TRAINING = tuple(kind.name for kind in KINDS if kind.trains)
+CHECKPOINT = re.compile(r"checkpoint-\d+(/|$)")  # of the Trainer, in a step's folder
 
 
 def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
@@ -44,6 +46,13 @@ def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
     files = [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
     own = any(LOGS not in path.relative_to(folder or path).parts for path in files)
     return replicas.current(short.decoder.device).gather(own)[0]
+
+
+def keeps(name: str) -> bool:
+    """Whether a step keeps a file, or a folder, by this name relative to that of the healing."""
+    step, _, rest = name.partition("/")
+    own = rest in ("", IDENTITY, CONTENT, RECIPE) or is_name(rest) or CHECKPOINT.match(rest)
+    return step in (*STEPS, TEACHER) and bool(own)
 
 
 def check_order(steps: Sequence[Step | type[Step]]) -> None:

@@ -268,10 +268,11 @@ class RefitState:
 
 
 def is_own(path: Path) -> bool:
-    return path.is_file() and _is_name(path.name)
+    return path.is_file() and is_name(path.name)
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
+    """Whether a refit gives a file this name."""
     return name.startswith((STATE, VALUES, *(f"{model}." for model in MODELS), *OF_A_LAYER))
 
 
@@ -279,7 +280,7 @@ def _sweep(folder: Path) -> None:
     """Removes the hidden folders of files that a killed refit was writing."""
     for path in folder.glob(".*.writing-*"):
         name = path.name[1:].rpartition(".writing-")[0]
-        if _is_name(name):
+        if is_name(name):
             tidy(folder / name)
 
 

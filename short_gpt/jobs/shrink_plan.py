@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
+import os
 import re
+import secrets
 import shlex
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from os import PathLike
@@ -14,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from llama.io.files import check_new, check_output
+from llama.io.files import FILES, check_new, check_output, contents, read_marker
+from llama.io.json_files import read_json
 from llama.io.sources import Named, find_source, is_gguf
 from llama.io.sources import Source as Weights
 from short_gpt.checkpoints.gguf import check_architecture
@@ -23,6 +29,7 @@ from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one
 from short_gpt.data.texts import source_names
 from short_gpt.healing import RefitSettings, choosing, require_packages
 from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS, expect_budget
+from short_gpt.healing.job import keeps
 from short_gpt.healing.texts import Learning
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.healing import CLOSED_WINDOWS
@@ -52,8 +59,9 @@ LONG_PLAN = 1800  # seconds after which a plan says what takes less
 REFITTED = RefitSettings(max_windows=CLOSED_WINDOWS)
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"  # in the folder
 # files of a run in the folder: these, parts of the state, own texts, locks, unfinished files
-OWN_TEXTS, HIDDEN = r"self-[0-9a-f]+\.json", r"\..+\.(lock|writing-[0-9a-f]{8})"
-LEFT = re.compile(rf"{re.escape(STATE)}(\..+)?|{HEALING}|{WRITTEN}|{OWN_TEXTS}|{HIDDEN}")
+OWN_TEXTS = r"self-[0-9a-f]+\.json"
+LEFT = re.compile(rf"{re.escape(STATE)}(\.[^/]+)?|{HEALING}|{WRITTEN}|{OWN_TEXTS}")
+HIDDEN = re.compile(r"(.+/)?\.[^/]+\.(lock|writing-[0-9a-f]{8})(/.+)?")
 
 
 @dataclass(frozen=True)
@@ -142,9 +150,49 @@ class ShrinkRequest:
             expect_budget(self.settings.budget, most)
         self.texts.check(self.cut.eval_data)
 
+    @property
+    def built(self) -> Path:
+        """The model while it is written."""
+        return self.folder / WRITTEN / self.out.name
+
+    def is_placed(self) -> bool:
+        """Whether a run was killed after ``out`` was complete: what was written says the same."""
+        if is_gguf(self.out):
+            there = self.out.is_file() and self.built.is_file()
+            return there and filecmp.cmp(self.out, self.built, shallow=False)
+        ours, theirs = self.built / PROVENANCE, self.out / PROVENANCE
+        return ours.is_file() and theirs.is_file() and read_marker(ours) == read_marker(theirs)
+
+    def clear(self) -> None:
+        """Deletes what runs keep in the folder, and nothing else."""
+        names = contents(self.folder)
+        own = [name for name in names if self._is_own(name)]
+        if own == names:  # in one step: a kill leaves what the next writer of ``out`` removes
+            hidden = self.folder.with_name(f".{self.out.name}.writing-{secrets.token_hex(4)}")
+            shutil.rmtree(self.folder.rename(hidden), ignore_errors=True)
+            return
+        for path in [self.folder / name for name in own]:
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+        for folder, _, _ in os.walk(self.folder, topdown=False):
+            with suppress(OSError):  # it holds a file of the user's
+                os.rmdir(folder)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a run wrote what has this name in the folder."""
+        first, _, rest = name.partition("/")
+        if HIDDEN.fullmatch(name) or not rest:
+            return bool(HIDDEN.fullmatch(name) or LEFT.fullmatch(name))
+        model, _, inside = rest.partition("/")
+        marker = self.folder / WRITTEN / model / PROVENANCE
+        if first != WRITTEN or not inside or not marker.is_file():
+            of_model = first == WRITTEN and model in (self.out.name, f"{self.out.stem}-hf")
+            return of_model or (first == HEALING and keeps(rest))
+        return inside in (*read_json(marker).get(FILES, ()), PROVENANCE)
+
     def _check_folder(self) -> None:
-        names = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
-        if others := [name for name in names if not LEFT.fullmatch(name)]:
+        names = contents(self.folder)
+        if others := [name for name in names if not self._is_own(name)]:
             raise ShortGPTError(
                 f"{self.folder} holds {others[0]}, which is not from a run of shrink and would be "
                 "deleted with the folder: move it away, or choose another output"

@@ -51,7 +51,6 @@ from short_gpt.jobs.shrink_plan import (
     REFITTED,
     STATE,
     WINDOW,
-    WRITTEN,
     Model,
     ShrinkContext,
     ShrinkRequest,
@@ -130,6 +129,8 @@ def shrink(
     check_alone("shrink")
     how = (dial, settings, source_of(data), windows, tasks, opening, streaming)
     asked = ShrinkRequest(model, Path(out), *how, overwrite, notify)
+    if asked.is_placed() and not settings.dry_run:
+        return _completed(asked, hub)
     asked.check()
     hub.check(asked.out, asked.to)
     lock = None if settings.dry_run else hold(asked.folder)
@@ -143,7 +144,7 @@ def shrink(
             return ShrinkResult(asked.out, words)
         notify(words)
         result = _shrunk(asked, known, words)
-        shutil.rmtree(asked.folder, ignore_errors=True)
+        asked.clear()
     except KeyboardInterrupt:
         if next(asked.folder.glob("[!.]*"), None) is not None:
             notify(f"what was done is kept in {asked.folder}: the same command continues")
@@ -153,6 +154,16 @@ def shrink(
             asked.folder.rmdir()
         del lock
     return replace(result, address=hub.push(asked.out))  # a refusal leaves the result in place
+
+
+def _completed(asked: ShrinkRequest, hub: Hub) -> ShrinkResult:
+    """Ends a run that was killed after its output was in place."""
+    with hold(asked.folder):
+        asked.clear()
+    words = f"{asked.out} is complete: the run that wrote it was killed at its end"
+    if asked.source is None:
+        raise FileExistsError(f"{words}; open that, this model still has all of its layers")
+    return ShrinkResult(asked.out, words, address=hub.push(asked.out))
 
 
 def _opened(asked: ShrinkRequest, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
@@ -197,10 +208,9 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
             speed = median(turn[state] for turn in turns)
             looks[state] = looks[state]._replace(tokens_per_second=speed)
         remarks = about + run.remarks(evidence)
-        written = asked.folder / WRITTEN  # separate: OUT may have the name of a file of the folder
-        shutil.rmtree(written, ignore_errors=True)
-        written.mkdir()
-        built = written / asked.out.name
+        built = asked.built  # in a folder of its own: OUT may have the name of a file of the run
+        shutil.rmtree(built.parent, ignore_errors=True)
+        built.parent.mkdir()
         facts = {"facts": {"data": asked.texts.data}, "measured": evidence.perplexity}
         opened.write(built, facts, asked.notify)  # afterwards only the written model remains
         if is_gguf(built):
@@ -450,6 +460,7 @@ def _move_into_place(asked: ShrinkRequest, built: Path, result: ShrinkResult) ->
                 shutil.copyfile(built, model)
         return
     with new_directory(out, marker=PROVENANCE, overwrite=asked.overwrite) as partial:
-        for path in built.iterdir():
+        for path in [path for path in built.iterdir() if path.name != PROVENANCE]:
             shutil.move(path, partial / path.name)  # OUT may be a link to another file system
+        shutil.copyfile(built / PROVENANCE, partial / PROVENANCE)  # by it `is_placed` knows OUT
         (partial / REPORT).write_text(shrunk_page(result), encoding="utf-8")

@@ -65,7 +65,13 @@ def opens(name: str) -> None:
     ShortHFModel(name)
 
 
-LINKS = ["LICENSE", "tokenizer_secret", "vocab.txt", "generation_config.json", "chat_template.jinja"]
+LINKS = [
+    "LICENSE",
+    "tokenizer_secret",
+    "vocab.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+]
 LINKS += ["additional_chat_templates", "additional_chat_templates/a.jinja"]
 
 
@@ -85,7 +91,9 @@ def test_a_link_out_of_the_folder_is_not_followed(llama_folders, tmp_path, monke
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "conversion.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "chat_template.jinja", "conversion.json"]
+)
 def test_a_link_out_of_metas_format_is_not_followed_except_of_a_tokenizer(
     llama_folders, tmp_path, monkeypatch, name
 ):

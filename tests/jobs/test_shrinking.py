@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from functools import partial
@@ -17,11 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import children
 import pytest
 import torch
 from commands import fails, run
 from conftest import interrupted, random_windows, save_chat_llama
 from gguf_files import in_types
+from processes import alone
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from llama.formats.gguf_read import GGUFParts
@@ -237,15 +240,48 @@ def test_a_kill_that_left_empty_folders_is_continued(here):
     assert shrink("hf", "out", **KILLED).out == Path("out")
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "healing.md", "state", ".env"])
+STRANGE = ["notes.txt", "healing.md", "state", ".env", "healing/notes", "healing/distill/mine"]
+STRANGE += ["written/mine", "written/out/mine"]
+
+
+@pytest.mark.parametrize("name", STRANGE)
 def test_a_folder_with_something_else_in_it_is_refused_and_kept(here, name):
     for left in ("healing", "written", "state.json.look", "self-0a.json", ".state.json.lock", name):
-        Path("out.shrinking", left).mkdir(parents=True)
+        Path("out.shrinking", left).mkdir(parents=True, exist_ok=True)
+    if name == "written/out/mine":  # whose marker lists all that a run wrote there
+        Path("out.shrinking/written/out/pruning.json").write_text('{"files": ["pruning.json"]}')
     with pytest.raises(
         ValueError, match=f"out.shrinking holds {re.escape(name)}, which is not from a run"
     ):
         shrink("hf", "out", **KILLED)
     assert Path("out.shrinking", name).is_dir() and not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["mine", "healing/mine", "healing/refit/mine", "written/mine"])
+def test_a_file_that_somebody_puts_beside_those_of_a_run_stays(here, monkeypatch, name):
+    place = shrinking._move_into_place
+
+    def late(*args: Any) -> None:
+        Path("out.shrinking", name).write_text("mine")
+        place(*args)
+
+    monkeypatch.setattr(shrinking, "_move_into_place", late)
+    shrink("hf", "out", **KILLED)
+    left = [p for p in Path("out.shrinking").rglob("*") if p.is_file()]
+    assert left == [Path("out.shrinking", name)] and left[0].read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", ["out", "out.gguf"])
+def test_a_run_that_was_killed_when_its_output_was_in_place_is_complete(here, tmp_path, out):
+    work = partial(children.shrinking, here, "hf", out, KILLED)
+    assert alone(tmp_path / "printed", work).end().codes == [-signal.SIGKILL]
+    assert Path(f"{out}.shrinking/state.json").is_file()
+    before = Path(out).stat().st_ino
+    done = shrink("hf", out, **KILLED)
+    assert f"{out} is complete: the run that wrote it was killed" in str(done)
+    assert Path(out).stat().st_ino == before and not [*here.glob("*shrinking*")]
+    with pytest.raises(FileExistsError, match=f"{out} exists; choose another"):
+        shrink("hf", out, **KILLED)
 
 
 def test_a_model_that_cannot_take_its_place_stays_where_it_was_built(here, monkeypatch):
