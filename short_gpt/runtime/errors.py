@@ -37,7 +37,10 @@ NO_MEMORY = (
     "Cannot allocate",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+# the last three are torch's, which names no reason where a write fails
 NO_SPACE = ("No space left on device", "Disk quota exceeded")
+NO_SPACE += ("PytorchStreamWriter", ". unexpected pos ", "iostream error")
+NO_FOLDER = re.compile(r"Parent directory .* does not exist|I/O error: No such file or directory")
 
 
 def one_line(text: str) -> str:
@@ -53,7 +56,7 @@ def one_line(text: str) -> str:
 
 
 def shortage(error: BaseException, *, elsewhere: bool = True) -> str | None:
-    """What to do where memory or disk ran short, in one line; None if neither did.
+    """What to do where memory, disk or a folder is missing, in one line; None if none is.
 
     Causes of the error count too; ``elsewhere``: whether another disk would do.
     """
@@ -61,6 +64,8 @@ def shortage(error: BaseException, *, elsewhere: bool = True) -> str | None:
     if any(part in reason for part in NO_SPACE):
         other = ", or write to another disk" if elsewhere else ""
         return f"the disk is full ({reason}); free some space{other}"
+    if NO_FOLDER.search(reason):  # torch and safetensors have no class of their own for it
+        return f"a folder was deleted while files were written to it ({reason}); start again"
     known = isinstance(error, RuntimeError | OSError) and any(part in reason for part in NO_MEMORY)
     if known or isinstance(error, MemoryError):
         return (

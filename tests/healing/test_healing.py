@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
 import signal
+import sys
 import tempfile
 from dataclasses import replace
 from itertools import combinations
@@ -823,6 +825,50 @@ def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
 
 
 LORA = ("--method", "lora", "--steps", 2, "--batch", 2, "--rank", 2, "--warmup", 0)
+
+
+WRITES = (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),)
+WRITES += (
+    RuntimeError("basic_ios::clear: iostream error"),
+    OSError(errno.ENOSPC, "No space left on device"),
+)
+
+
+@pytest.mark.parametrize("error", WRITES, ids=str)
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(books, capsys, monkeypatch, error):
+    train = ("heal", "dense", "out", *SMALL, *LORA, "--layers", "2", "--eval_every", 1)
+    real, left = torch.save, [5]  # in the second checkpoint
+
+    def full(*args: object, **options: object) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise error
+        real(*args, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit):
+        run(*train)
+    assert "the disk is full (" in capsys.readouterr().err.splitlines()[-1]
+    assert [p.name for p in Path("out.training/lora").glob("checkpoint-*")] == ["checkpoint-1"]
+    run(*train)
+    assert Path("out/params.json").is_file() and not Path("out.training").exists()
+
+
+@pytest.mark.parametrize("owner", ["torch.save", "peft.peft_model.safe_save_file"])
+def test_a_folder_that_is_deleted_in_the_training_is_one_line(books, capsys, monkeypatch, owner):
+    module, _, name = owner.rpartition(".")
+    write = getattr(sys.modules[module], name)
+
+    def deleted(*args: object, **options: object) -> None:
+        shutil.rmtree("out.training")
+        write(*args, **options)
+
+    monkeypatch.setattr(owner, deleted)
+    with pytest.raises(SystemExit):
+        run("heal", "dense", "out", *SMALL, *LORA, "--layers", "2")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "short-gpt: a folder was deleted while files were written to it (" in line
+    assert not Path("out.training").exists()
 
 
 def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):
