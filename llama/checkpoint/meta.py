@@ -31,7 +31,7 @@ from llama.checkpoint.sharding import (
 from llama.errors import InputError
 from llama.io.files import check_new, new_directory, read_marker
 from llama.io.json_files import JsonObject, read_json, write_json
-from llama.io.sources import TEMPLATES, check_inside
+from llama.io.sources import TEMPLATES, check_inside, public_name
 from llama.parallel import choose_dtype
 from llama.tokenizer import Tokenizer, find_tokenizer, holds_json
 
@@ -337,6 +337,8 @@ def reshard(
         copy_tokenizer(tokenizer, partial)
         copy_records(source.directory, partial, also)
         earlier = read_conversion(source.directory)
-        write_json(partial / CONVERSION, {**earlier, "source": str(ckpt_dir), "shards": shards})
+        write_json(
+            partial / CONVERSION, {**earlier, "source": public_name(ckpt_dir), "shards": shards}
+        )
         verify(partial)
     return out

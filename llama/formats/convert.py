@@ -31,7 +31,7 @@ from llama.formats.safetensors import Entry, grouped, tensor_bytes, write_weight
 from llama.formats.tokenizers import write_tokenizer
 from llama.io.files import check_new, new_directory
 from llama.io.json_files import JsonObject, read_json, write_json
-from llama.io.sources import resolve
+from llama.io.sources import public_name, resolve
 from llama.parallel import choose_dtype
 from llama.tokenizer import Tokenizer, find_tokenizer
 
@@ -106,7 +106,10 @@ def hf_to_meta(
 
     # what Meta's format cannot say, for the way back
     kept = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    record: JsonObject = {"source": str(source), "dtype": None if dtype is None else str(dtype)}
+    record: JsonObject = {
+        "source": public_name(source),
+        "dtype": None if dtype is None else str(dtype),
+    }
     record |= {key: opened.config[key] for key in kept if key in opened.config}
     generation = directory / "generation_config.json"
     if generation.is_file():
@@ -158,6 +161,6 @@ def meta_to_hf(
         write_json(partial / "config.json", config)
         for_older_readers(partial)
         write_json(partial / "generation_config.json", generation)
-        write_json(partial / CONVERSION, {"source": str(ckpt_dir)})
+        write_json(partial / CONVERSION, {"source": public_name(ckpt_dir)})
         verify(partial)
     return out

@@ -38,7 +38,7 @@ from llama.formats.hf import HFCheckpoint, config_of
 from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in
 from llama.io.files import check_output, new_file
 from llama.io.json_files import JsonObject, read_json
-from llama.io.sources import find_source, resolve
+from llama.io.sources import find_source, public_name, resolve
 from llama.model import rope_frequencies
 from llama.tokenizer import Tokenizer, find_tokenizer
 
@@ -192,7 +192,7 @@ def llama_to_gguf(
     matrices = [tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1]
     file_type = FILE_TYPES[max(FILE_TYPES, key=matrices.count)]  # of most matrices
     records["general.file_type"] = record("general.file_type", file_type, UINT32)
-    for key, value in {SOURCE_KEY: str(source), **(also or {})}.items():
+    for key, value in {SOURCE_KEY: public_name(source), **(also or {})}.items():
         records[key] = record(key, value, STRING)
     with new_file(path, overwrite=overwrite, replaces=replaces) as file:
         write_new(file, records, tensors, progress=progress)

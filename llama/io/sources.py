@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,21 @@ def find_source(name: str | PathLike[str]) -> Source:
         owner = "" if "/" in name else "; a hub id has an owner, as in openai-community/gpt2"
         raise FileNotFoundError(f"checkpoint directory {name} does not exist{owner}")
     return Source(name, "hub")
+
+
+def public_name(source: object) -> str:
+    """A source's or text's name for files that may be published: an absolute path's last part.
+
+    Its folders may name a user. Of several names with commas between, each is looked at.
+
+    Example:
+        >>> public_name("/home/ada/models/7b"), public_name("models/7b")
+        ('7b', 'models/7b')
+        >>> public_name("self,/home/ada/books")
+        'self,books'
+    """
+    parts = str(source).split(",")
+    return ",".join(Path(part).name if os.path.isabs(part) else part for part in parts)
 
 
 def is_gguf(source: str | PathLike[str]) -> bool:

@@ -25,7 +25,7 @@ from llama.formats.safetensors import (
 )
 from llama.io.files import read_marker
 from llama.io.json_files import read_json, write_json
-from llama.io.sources import TEMPLATES, check_links, resolve
+from llama.io.sources import TEMPLATES, check_links, public_name, resolve
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
@@ -127,7 +127,9 @@ def save_hf(
     with target.new_directory(record, card=True, marker=marker) as partial:
         _save(model, tokenizer, partial)
         if source is not None:
-            write_json(partial / CONVERSION, {"source": str(source), "dtype": str(model.dtype)})
+            write_json(
+                partial / CONVERSION, {"source": public_name(source), "dtype": str(model.dtype)}
+            )
     return target.path
 
 

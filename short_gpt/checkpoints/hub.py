@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llama.io.sources import find_source, is_gguf
 from short_gpt.checkpoints.target import StrPath
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, without_password
 
 # the names that transformers gives the files of a model's weights, and their index
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
@@ -66,7 +66,7 @@ def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
             commit_message=message,
             delete_patterns=[name for name in stale if name not in names],
         )
-    return str(url)
+    return without_password(str(url))
 
 
 @contextmanager
@@ -83,5 +83,5 @@ def _explained(repo_id: str) -> Iterator[None]:
             f"{repo_id} cannot be uploaded: log in with hf auth login, or set HF_TOKEN"
         ) from None
     except Exception as error:  # of the hub, or of the package that its version connects by
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = " ".join(without_password(str(error)).split()) or type(error).__name__
         raise ConnectionError(f"{repo_id} cannot be uploaded: {why}") from error

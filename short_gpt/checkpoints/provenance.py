@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from llama.io.json_files import write_json
+from llama.io.sources import public_name
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.records import (
     EVIDENCE,
@@ -94,6 +96,8 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
+        for own in ("source", "evidence", "facts", "healing"):
+            object.__setattr__(self, own, _without_folders(getattr(self, own)))
         if reserved := sorted(set(self.facts) & set(KEYS)):
             raise ShortGPTError(
                 f"facts name {', '.join(reserved)}, which the library records from the model "
@@ -165,8 +169,8 @@ class Provenance:
             return None
         except Exception as error:  # of the hub, or of the package that its version connects by
             warnings.warn(
-                f"{name} cannot be asked for its {PROVENANCE} ({error}): if layers were removed "
-                "from it before, the new record does not tell",
+                f"{name} cannot be asked for its {PROVENANCE} ({one_line(str(error))}): if layers "
+                "were removed from it before, the new record does not tell",
                 stacklevel=4,
             )
             return None
@@ -319,6 +323,15 @@ class Provenance:
         )
 
 
+def _without_folders(value: Any) -> Any:
+    """A value of a record whose texts have no absolute paths; see `public_name`."""
+    if isinstance(value, str | os.PathLike):
+        return public_name(value)
+    if isinstance(value, Mapping):
+        return {key: _without_folders(each) for key, each in value.items()}
+    return [*map(_without_folders, value)] if isinstance(value, list | tuple) else value
+
+
 def _read(entries: Entries) -> Provenance:
     content, source_pruning = entries.content, entries.mapping("source_pruning")
     earlier = _read(Entries(source_pruning, entries.where)) if source_pruning else None
@@ -370,7 +383,7 @@ def model_card(record: Provenance) -> str:
     return TEMPLATE.format(
         head=yaml_lines(record.source_card),
         tags=", ".join(tags),
-        name=one_line(source if on_hub else Path(source).name),
+        name=_in_markdown(source if on_hub else Path(source).name),
         count=len(removed),
         total=len(removed) + len(record.kept_layers),
         healed=", healed" if record.steps else "",
@@ -382,6 +395,11 @@ def model_card(record: Provenance) -> str:
     )
 
 
+def _in_markdown(name: str) -> str:
+    """A name of the user's as a card shows it: no HTML, link or cell of a table."""
+    return re.sub(r"[&<>\[\]|`]", lambda match: f"&#{ord(match[0])};", one_line(name))
+
+
 def _scores(record: Provenance) -> str:
     method = record.evidence.get("method")
     if not record.scored:  # a search by loss keeps no scores
@@ -389,7 +407,7 @@ def _scores(record: Provenance) -> str:
     by = record.evidence.get("scored_by")
     # a healing's data need not be the scores'
     name = (by.get("data") if isinstance(by, Mapping) else None) or record.facts.get("data")
-    data = f" of {one_line(str(name))}" if name else ""
+    data = f" of {_in_markdown(str(name))}" if name else ""
     method = method or "Block Influence and angular distance"
     windows, tokens = record.scored["windows"], record.scored["tokens"]
     return f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
@@ -405,7 +423,7 @@ def _table(quality: Mapping[str, Measured]) -> str:
         ends = ends if isinstance(ends, list) and all(isinstance(e, float) for e in ends) else []
         interval = " to ".join(f"{end:.3f}" for end in ends)
         tokens = "" if measured.tokens is None else f"{measured.tokens:,}"
-        rows.append(f"| {one_line(name)} | {measured.value:.3f} | {interval} | {tokens} |")
+        rows.append(f"| {_in_markdown(name)} | {measured.value:.3f} | {interval} | {tokens} |")
         if measured.error:
             windows, texts = (measured.error.get(key) for key in ("windows", "texts"))
             known = texts if isinstance(texts, int) else None

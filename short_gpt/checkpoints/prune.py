@@ -19,7 +19,7 @@ from llama.formats.hf import HFCheckpoint
 from llama.formats.safetensors import open_weights
 from llama.io.files import read_marker
 from llama.io.json_files import json_text, write_json
-from llama.io.sources import Source, find_source, resolve
+from llama.io.sources import Source, find_source, public_name, resolve
 from short_gpt.checkpoints.gguf import prune_gguf
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
@@ -114,7 +114,7 @@ def _write_converted(
             pruned = write(Target(file.with_name("pruned")))
             done = Provenance.read(pruned / PROVENANCE)
             also = {RECORD: json_text(done.to_dict()), NAME: done.named(source.path.name)}
-            also |= {SOURCE_KEY: str(source)}
+            also |= {SOURCE_KEY: public_name(source)}
             llama_to_gguf(pruned, file, also=also, progress=progress)
         return target.path
     converters: dict[str, Callable[..., Path]] = {"meta": meta_to_hf, "gguf": gguf_to_meta}
@@ -127,7 +127,7 @@ def _write_converted(
         assert record is not None  # a pruned checkpoint has one
         write_provenance(folder, record, card=source.kind == "meta")
         marker = read_marker(folder / CONVERSION)  # names the pruned model, which is not kept
-        write_json(folder / CONVERSION, {**marker, "source": str(source)})
+        write_json(folder / CONVERSION, {**marker, "source": public_name(source)})
     return target.path
 
 

@@ -15,7 +15,7 @@ from llama.io.sources import Named
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, without_password
 from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.progress import bar
 
@@ -349,8 +349,8 @@ def _reach(name: str) -> None:
         raise FileNotFoundError(f"{message}; expected {EXPECTED}") from error
     except (OSError, HTTPError) as error:
         raise ConnectionError(
-            f"no such file or folder: {name!r}, and the hub cannot be reached ({error}); "
-            f"name a local copy, a folder of {KINDS}"
+            f"no such file or folder: {name!r}, and the hub cannot be reached "
+            f"({without_password(str(error))}); name a local copy, a folder of {KINDS}"
         ) from error
 
 
@@ -373,7 +373,7 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
         ) from error
     except ValueError as error:
         hint = f"; a configuration is given as {name}:NAME" if "onfig" in str(error) else ""
-        raise ShortGPTError(f"{name}: {error}{hint}") from error
+        raise ShortGPTError(f"{name}: {without_password(str(error))}{hint}") from error
 
 
 def source_names(data: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from short_gpt.evaluation.harness import harness
 from short_gpt.runtime.digest import Stamps, files_digest, stamps
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, without_password
 
 Results = dict[str, dict[str, float]]
 Documents = dict[str, dict[str, list[float]]]  # by task and metric, one value a document
@@ -199,8 +199,9 @@ class TaskSuite:
             if type(error) in (BrokenPipeError, ConnectionResetError):
                 raise
             raise ConnectionError(
-                f"the tasks' documents are on the hub, which cannot be reached ({error}): connect "
-                "to the network, or use tasks with local files (`include_path`)"
+                "the tasks' documents are on the hub, which cannot be reached "
+                f"({without_password(str(error))}): connect to the network, or use tasks with "
+                "local files (`include_path`)"
             ) from error
         metrics = {task: _metrics(values) for task, values in run["results"].items()}
         return TaskRun(metrics, documents_of(run["samples"]))

@@ -6,7 +6,9 @@ Pictures are SVG in the page; those drawn here take the page's colours, which fo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -103,6 +105,18 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
         ],
         commands=shrunk.next_steps,
     )
+
+
+def without_folders(text: str, names: Iterable[str]) -> str:
+    """A page without the folders of those names that are absolute paths: they may name a user."""
+    from markupsafe import escape
+
+    for path in [Path(name) for name in names if os.path.isabs(name)]:
+        for whole, short in ((path, path.name), (path.parent, ".")):
+            if whole.name:  # not of an ending tag
+                short = str(escape(short))
+                text = re.sub(rf"(?<!<){re.escape(escape(whole))}\b", lambda _, s=short: s, text)
+    return text
 
 
 def is_page(path: Path) -> bool:

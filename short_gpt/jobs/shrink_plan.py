@@ -12,6 +12,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
@@ -149,6 +150,13 @@ class ShrinkRequest:
             most = min(MAX_WINDOWS, self.cut.max_windows or MAX_WINDOWS)
             expect_budget(self.settings.budget, most)
         self.texts.check(self.cut.eval_data)
+
+    @property
+    def names(self) -> list[str]:
+        """Of output, source, texts and other files."""
+        texts = [source_names(own) for own in (self.texts.data, self.cut.eval_data) if own]
+        others = (self.source, self.opening.tokenizer_path, self.tasks.include_path)
+        return [str(self.out), *chain(*texts), *(str(other) for other in others if other)]
 
     @property
     def built(self) -> Path:

@@ -42,7 +42,7 @@ from short_gpt.jobs.inputs import (
     ignore,
     source_of,
 )
-from short_gpt.jobs.page import is_page, shrunk_page
+from short_gpt.jobs.page import is_page, shrunk_page, without_folders
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.settings import HealingWindows
 from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, file_bytes
@@ -449,11 +449,15 @@ class _Run:
 def _move_into_place(asked: ShrinkRequest, built: Path, result: ShrinkResult) -> None:
     """Puts model and page where they belong, whole or not at all."""
     out = asked.out
+
+    def text() -> str:
+        return without_folders(shrunk_page(result), asked.names)
+
     if asked.to == "gguf":
         how: Any = {"overwrite": asked.overwrite, "replaces": is_pruned_gguf}
         with new_file(out, **how) as model:  # raises if a file has appeared there
             with new_file(report_of(out), overwrite=True, replaces=is_page) as page:
-                page.write_text(shrunk_page(result), encoding="utf-8")
+                page.write_text(text(), encoding="utf-8")
             try:  # a refusal at the end of this block leaves the model where it was built
                 os.link(built, model)
             except OSError:  # another file system
@@ -463,4 +467,4 @@ def _move_into_place(asked: ShrinkRequest, built: Path, result: ShrinkResult) ->
         for path in [path for path in built.iterdir() if path.name != PROVENANCE]:
             shutil.move(path, partial / path.name)  # OUT may be a link to another file system
         shutil.copyfile(built / PROVENANCE, partial / PROVENANCE)  # by it `is_placed` knows OUT
-        (partial / REPORT).write_text(shrunk_page(result), encoding="utf-8")
+        (partial / REPORT).write_text(text(), encoding="utf-8")

@@ -17,7 +17,7 @@ from llama.io.json_files import read_json
 from llama.io.sources import find_source, hub_failure, reach
 from llama.parallel import config_dtype
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError, required
+from short_gpt.runtime.errors import ShortGPTError, required, without_password
 
 TRUST = "trust_remote_code"  # an option, and in errors: a model comes with Python code
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -186,5 +186,6 @@ def explained(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"its config names {error}, which is not known here; try a newer transformers"
     # anything else: its own words, or its class where it has none
-    text = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+    first = without_password(str(error)).strip().split("\n\n")[0]
+    text = " ".join(first.split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

@@ -7,7 +7,7 @@ import re
 from llama.errors import InputError, MissingPackageError, required
 
 __all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "NotSavedError", "ShortGPTError"]
-__all__ += ["one_line", "required", "shortage"]
+__all__ += ["one_line", "required", "shortage", "without_password"]
 
 # A ``ValueError``; both packages raise this one class.
 ShortGPTError = InputError
@@ -37,10 +37,22 @@ NO_MEMORY = (
     "Cannot allocate",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-# the last three are torch's, which names no reason where a write fails
-NO_SPACE = ("No space left on device", "Disk quota exceeded")
-NO_SPACE += ("PytorchStreamWriter", ". unexpected pos ", "iostream error")
+NO_SPACE = (
+    "No space left on device",
+    "Disk quota exceeded",
+    *("PytorchStreamWriter", ". unexpected pos ", "iostream error"),  # torch's: it has no reason
+)
 NO_FOLDER = re.compile(r"Parent directory .* does not exist|I/O error: No such file or directory")
+
+
+def without_password(text: str) -> str:
+    """A text whose addresses name no user and password, as HF_ENDPOINT may.
+
+    Example:
+        >>> without_password("no answer from https://ada:secret@hub.example/api")
+        'no answer from https://hub.example/api'
+    """
+    return re.sub(r"(\w://)[^\s/@]+@", r"\1", text)
 
 
 def one_line(text: str) -> str:
@@ -50,7 +62,7 @@ def one_line(text: str) -> str:
         >>> one_line("a\\nmodel")
         'a\\\\nmodel'
     """
-    text = CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+    text = CONTROL.sub(lambda match: ascii(match[0])[1:-1], without_password(text))
     text = re.sub(rf"\S{{{WORD},}}", lambda match: f"{match[0][:150]} ... {match[0][-50:]}", text)
     return text if len(text) <= LINE else f"{text[: LINE - 300]} ... {text[-295:]}"
 

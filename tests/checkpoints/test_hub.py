@@ -134,6 +134,32 @@ def test_what_prune_wrote_is_what_the_hub_gets(here, hub, capsys):
     assert "    [2]\n" in check_uploaded(hub, "me/small", "other")
 
 
+@pytest.mark.parametrize("command", ["prune", "heal", "shrink"])
+def test_no_absolute_path_is_uploaded(here, hub, command):
+    """Folders may name a user: of the model, of the texts and of the output."""
+    (here / "books").mkdir()
+    for number, text in enumerate(TEXTS):
+        (here / f"books/{number}.txt").write_text(text)
+    line = [command, here / "hf", here / "small", "--push_to_hub", "me/small"]
+    if command == "prune":
+        line += ["--layers", 1]
+    else:
+        line += ["--data", here / "books", "--size", 16, "--max_windows", 4, "--eval_windows", 2]
+        line += ["--layers", 1] if command == "heal" else ["--n", 1, "--method", "bi"]
+    run(*line)
+    check_uploaded(hub, "me/small", "small")
+    texts = {path: text for (_, path), text in hub.files.items() if path[-3:] not in ("bin", "ors")}
+    assert [path for path, text in texts.items() if bytes(here.parent) in text] == []
+    assert json.loads(texts["pruning.json"])["source"] == "hf"
+
+
+def test_a_hub_with_a_password_in_its_address_is_named_without_it(here, hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://ada:s3cret@127.0.0.1:{hub.server_port}")
+    with pytest.raises(ConnectionError, match=f"http://127.0.0.1:{hub.server_port}/api/") as told:
+        push("hf", "me/small")  # the password takes the token's place, which this hub asks for
+    assert "s3cret" not in str(told.value)
+
+
 def test_weights_in_other_files_go(here, hub):
     """transformers would read the one file in place of several."""
     run("prune", "hf", "small", "--layers", 1, "--push_to_hub", "me/small")

@@ -163,6 +163,16 @@ def test_names_with_line_breaks_leave_the_card_whole():
     assert sum(line.startswith("#") for line in lines) == 1 and lines.count("---") == 2
 
 
+def test_a_name_in_the_card_is_neither_html_nor_a_link():
+    record = Provenance.of_scores(facts={"data": "[x](javascript:y)"}).pruned(
+        "models/<img src=x onerror=alert(1)>", removed=[1], kept=[0, 2]
+    )
+    quality = {"a | b": Measured(2.0)}
+    card = model_card(replace(record, scored={"windows": 1, "tokens": 2}, quality=quality))
+    assert "# &#60;img src=x onerror=alert(1)&#62; without 1 of its 3 layers" in card
+    assert "<img" not in card and "[x]" not in card and "| a &#124; b |" in card
+
+
 def test_the_cards_table_begins_a_paragraph():
     lines = model_card(Provenance([1], [0, 2], quality={"2 layers": Measured(9.5)})).splitlines()
     assert lines[lines.index("| model | perplexity | 95% | tokens |") - 1] == ""
@@ -314,7 +324,7 @@ def test_healing_a_pruned_model_continues_its_record(tmp_path):
     short.note_change(WeightChange({"method": "a test"}, frozenset()))
     record = Provenance.of(short, cut, facts={"data": "eight words"})
     assert (record.removed_layers, record.kept_layers) == ([1], [0, 2, 3, 4, 5])
-    assert record.source == str(tmp_path / "whole") and record.earlier is None
+    assert record.source == "whole" and record.earlier is None
     assert record.removed_sublayers == {"attention": [], "mlp": [4]}
     assert [step["method"] for step in record.steps] == ["a test"]
     assert record.facts == {"by": "me", "data": "eight words"}

@@ -13,7 +13,7 @@ import signal
 import subprocess
 from dataclasses import replace
 from functools import partial
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,7 @@ from short_gpt.jobs import (
     shrinking,
 )
 from short_gpt.jobs import shrunk as shrunk_module
+from short_gpt.jobs.page import without_folders
 from short_gpt.jobs.shrink_models import Streamed
 from short_gpt.jobs.shrunk import StateReport, next_steps
 from short_gpt.models.caches import LayerCache
@@ -763,6 +764,15 @@ def test_a_model_may_be_called_as_what_a_run_keeps(here, out):
     run("shrink", "hf", out, "--n", 2, *FLAGS, *STREAM)
     assert AutoConfig.from_pretrained(out).num_hidden_layers == 4
     assert not [*here.glob("*shrinking*")]
+
+
+def test_the_page_names_no_folders():
+    out, books = "/home/ada/R&D models/out.gguf", "/body"
+    steps = [escape(step) for step in next_steps(Path(out), "gguf")]
+    page = f"<body>{' '.join(steps)} perplexity, {books}: {out.replace('&', '&amp;')}</body>"
+    named = without_folders(page, [out, books, "self", "texts/a"])
+    assert "ada" not in named and "gguf_file=" in named and "perplexity, body: out.gguf" in named
+    assert named.startswith("<body>") and named.endswith("</body>")
 
 
 def test_what_to_type_next_is_quoted(monkeypatch):

@@ -92,7 +92,7 @@ def test_what_the_file_says(tmp_path):
         "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{{ messages }}",
-        "conversion.source": str(source),
+        "conversion.source": "meta",
         "a.b": "c",
     }
     assert {key: fields.get(key) for key in expected} == expected
