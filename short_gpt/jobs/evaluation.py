@@ -74,8 +74,9 @@ def evaluate(
     if reading.data == "none" and tasks.tasks is None:
         raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     reading.check()
-    many = isinstance(models, Iterable) and not isinstance(models, str | PathLike)
-    each: list[Any] = [*models] if many else [models]
+    if isinstance(models, str | PathLike) or not isinstance(models, Iterable):
+        models = [models]
+    each = [*models]
     for name in each:
         check_model(name)
     names = [os.fspath(name) for name in each]

@@ -114,8 +114,8 @@ def without_folders(text: str, names: Iterable[str]) -> str:
     for path in [Path(name) for name in names if os.path.isabs(name)]:
         for whole, short in ((path, path.name), (path.parent, ".")):
             if whole.name:  # not of an ending tag
-                short = str(escape(short))
-                text = re.sub(rf"(?<!<){re.escape(escape(whole))}\b", lambda _, s=short: s, text)
+                named = str(escape(short)).replace("\\", r"\\")
+                text = re.sub(rf"(?<!<){re.escape(escape(whole))}\b", named, text)
     return text
 
 

@@ -90,12 +90,13 @@ class ShortHFModel(ShortModel):
             raise ShortGPTError("give device for one place or device_map for several, not both")
         to_device = None if device is None else choose_device(device)
         model: Any = model_name
+        is_model = isinstance(model, nn.Module) and hasattr(model, "config")
         if isinstance(model_name, str | os.PathLike):
             source = str(model_name)
             model, tokenizer = load(source, options, tokenizer)
         elif options:
             raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
-        elif not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        elif not is_model:
             raise ShortGPTError(
                 "expected a path, a hub id or a loaded model of transformers, got "
                 f"{' '.join(short_repr(model).split())}"
@@ -108,7 +109,7 @@ class ShortHFModel(ShortModel):
                 f"{type(model).__name__} has an adapter at {adapted[0]}, expected a model of plain "
                 "layers: merge it, as in model = peft_model.merge_and_unload()"
             )
-        if model is model_name:
+        if is_model:
             check_loaded(model)
         decoder = HFDecoder(model.eval(), layers_path)
         if decoder.device.type == "meta":
