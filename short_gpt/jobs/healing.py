@@ -255,8 +255,6 @@ def _removal(
     model: str, choice: Choice, methods: Sequence[str], settings: Settings, opening: OpenOptions
 ) -> ChosenLayers:
     """The layers to remove; none where the methods heal a model that was pruned before."""
-    if choice.max_perplexity_ratio is not None:
-        raise ShortGPTError("`max_perplexity_ratio` is for prune: heal takes `layers`, or `n`")
     if choice.layers is not None or choice.scores is not None:
         return chosen(model, choice, opening=opening)
     ask = "give `layers`, as in 21,22,23, or `scores` and `n`"

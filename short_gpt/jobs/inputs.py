@@ -90,8 +90,8 @@ COLUMNS = Needs(
     lambda v: any(map(has_columns, _sources(v) + [str(v[k]) for k in ["eval_data"] if v.get(k)])),
 )
 TASKS = needs_one_of("`tasks`", "tasks")
-# of heal alone: rank bounds the states of a search by it too
-STREAM = Needs("`stream`", lambda v: bool(v["stream"]) or "teacher" not in v)
+# rank bounds the states of a search by it too
+STREAM = Needs("`stream`", lambda v: bool(v["stream"]), commands=("heal",))
 SEARCH_MEMORY = {
     "rank": "Without stream, of the states that the searches by loss store; 2GB if not given."
 }
@@ -305,7 +305,7 @@ class Running:
             not given. The others are replicas, which share the windows.
     """
 
-    batch_size: int = setting(1, commands=(*SCORED, "perplexity"))
+    batch_size: int = setting(1, commands=SCORED)
     stream: bool = False
     max_memory: str | None = setting(None, value="SIZE", needs=STREAM, more=SEARCH_MEMORY)
     model_parallel_size: int | None = setting(None, commands=SCORED)
@@ -419,13 +419,12 @@ def about_own(
     data: str,
     eval_data: str | None = None,
     *,
-    each: bool = False,
     advice: str = "name a text to evaluate on",
 ) -> str | None:
-    """The remark where a model is evaluated on its own text only, or as one of ``each``."""
+    """The remark where a model is evaluated on its own text only."""
     names = source_names(data)
     own = [name for name in names if name in OWN]
-    if eval_data is not None or not own or (not each and own != names):
+    if eval_data is not None or not own or own != names:
         return None
     why = "text that the model itself wrote, and perplexity on own samples is not quality"
     return f"evaluated on {', '.join(own)}: {why}; {advice}"

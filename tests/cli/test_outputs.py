@@ -41,7 +41,7 @@ def contents() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["params.json", "tokenizer.json"])
 def test_a_models_own_files_are_not_written_over(ckpt, capsys, name):
     before = contents()
-    line = fails(capsys, *RANK, "--out", f"ckpt/{name}", "--overwrite")
+    line = fails(capsys, *RANK, "--json", f"ckpt/{name}", "--overwrite")
     assert f"ckpt/{name} exists and is not what this would write there" in line
     assert contents() == before
 
@@ -58,7 +58,7 @@ def test_a_result_has_a_file_of_its_own(ckpt, capsys, command, overwrite):
 
 
 def test_what_a_command_reads_is_not_written_over(ckpt, capsys):
-    run(*RANK, "--out", "a.json")
+    run(*RANK, "--json", "a.json")
     capsys.readouterr()
     before = contents()
     line = fails(capsys, "heal", "ckpt", "x", "--scores", "a.json", "--n", 1, "--json", "a.json",
@@ -97,7 +97,7 @@ def test_results_go_into_a_pipe(ckpt):
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(Path("pipe").read_text()), daemon=True)
     thread.start()
-    run(*RANK, "--out", "pipe", "--overwrite")
+    run(*RANK, "--json", "pipe", "--overwrite")
     thread.join(10)
     assert json.loads(found[0])["command"] == "rank" and Path("pipe").is_fifo()
     # the state of a run that writes beside a device would be a file in the devices' folder
@@ -189,12 +189,9 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monk
     table["paper"]["models"]["tiny"] = shape
     monkeypatch.setattr(reproduction, "published", lambda: table)
     write_docs("docs")
-    write_docs("others")
     more = {"compare": ("--counts", "1,2"), "reproduce": ("--model", "tiny")}
     more |= {"heal": ("out", "--layers", 1), "rank": ("--n", 1), "evaluate": ("--max_windows", 5)}
-    more["calibrate"] = ("--data", "docs,others", "--n", 1, "--sizes", 16, "--state", "s")
-    if command != "calibrate":
-        more[command] = (*more.get(command, ()), "--data", "docs", "--size", 16)
+    more[command] = (*more.get(command, ()), "--data", "docs", "--size", 16)
     before = contents()
     run(command, "ckpt", *more[command], "--json", "r.json", "--dry-run", "--device", "cpu")
     first, time, last = capsys.readouterr().out.splitlines()

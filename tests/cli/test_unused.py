@@ -74,11 +74,10 @@ SPLITS, COLUMNS, META = "data with splits", "data with columns", "a model in Met
         (("prune", "hf", "out", "--layers", "1", "--tokenizer_path", "t"), META),
         (("convert", "owner/name", "out", "--tokenizer_path", "t"), META),
         (("evaluate", "hf", "m.gguf", "--tokenizer_path", "t"), META),
-        (("perplexity", "hf", "--data", "a.txt", "--split", "test"), SPLITS),
+        (("rank", "hf", "--data", "a.txt", "--split", "test"), SPLITS),
         (("rank", "meta", "--data", "plain", "--split", "train"), SPLITS),
         (("rank", "meta", "--data", ".", "--split", "validation"), SPLITS),
-        (("calibrate", "hf", "--data", "a.txt,plain", "--split", "train"), SPLITS),
-        (("perplexity", "hf", "--data", "a.txt", "--column", "n"), COLUMNS),
+        (("evaluate", "hf", "--data", "a.txt", "--column", "n"), COLUMNS),
         (("rank", "meta", "--data", "plain", "--column", "n"), COLUMNS),
         (("rank", "meta", "--column", "n"), COLUMNS),
         (

@@ -781,7 +781,7 @@ SMALL = ("--data", "books", "--size", 32, "--eval_windows", 4)
 
 def test_heal_by_patch(books, capsys):
     patch = ("--layers", "3,1", "--method", "patch")
-    run("heal", "dense", "out", *SMALL, *patch, "--out", "e.json")
+    run("heal", "dense", "out", *SMALL, *patch, "--json", "e.json")
     out = capsys.readouterr().out
     evidence = json.loads(Path("e.json").read_text())["result"]
     assert list(evidence["perplexity"]) == ["original, 5 layers", "pruned, 3 layers", "healed"]

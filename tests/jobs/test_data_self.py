@@ -187,19 +187,9 @@ def test_a_card_takes_any_text_for_the_name_of_data():
         assert ("itself wrote" in model_card(record)) == said
 
 
-def test_calibrate_takes_own_text_as_a_kind_and_says_what_its_column_is_worth(here, capsys):
-    run("calibrate", "ckpt", "--data", "books,self", "--n", 1, "--sizes", 32, "--max_windows", 3,
-        "--eval_windows", 2, "--healing", "raw", "--json", "c.json")  # fmt: skip
-    assert JUDGED in capsys.readouterr().out
-    cells = json.loads(Path("c.json").read_text())["cells"]
-    assert {cell["choice"] for cell in cells} == {"books", "self", "mix"}
-    assert len([*here.glob("self-*.json")]) == 1
-
-
 def test_the_remark_depends_on_what_judges(here):
     assert about_own("self,self:chat").startswith("evaluated on self, self:chat: ")
     assert about_own("self", "book.txt") is None and about_own("book.txt,self") is None
-    assert about_own("book.txt,self", each=True).startswith("evaluated on self: ")
 
 
 def test_no_model_is_judged_by_a_text_named_self(here, capsys):
@@ -208,7 +198,7 @@ def test_no_model_is_judged_by_a_text_named_self(here, capsys):
     ):
         texts("self")
     for command in (
-        ("perplexity", "ckpt", "--data", "self"),
+        ("evaluate", "ckpt", "--data", "self"),
         ("evaluate", "ckpt", "--data", "self:chat"),
         ("heal", "ckpt", "out", "--layers", 2, "--data", "books", "--eval_data", "self", *SMALL),
     ):

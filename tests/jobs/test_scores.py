@@ -281,7 +281,7 @@ def test_scores_in_a_folder_whose_marker_lists_its_files_are_read(here):
         shutil.copy("r.json", partial / "layers.json")
     assert "files" in json.loads(Path("demo/layers.json").read_text())
     assert SavedScores.read("demo/layers.json").layers(2) == SavedScores.read("r.json").layers(2)
-    run("plot", "demo/layers.json", "pictures")
+    assert read_scores("demo/layers.json").layers == read_scores("r.json").layers
 
 
 @pytest.mark.parametrize("spoil", [halved, swapped, another_seed, another_model])
@@ -294,7 +294,6 @@ def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
     for command in (
         ("prune", "ckpt", "out", "--scores", "r.json", "--n", 1),
         ("heal", "ckpt", "out", "--scores", "r.json", "--n", 1, *LEARNED),
-        ("plot", "r.json", "pictures"),
     ):
         line = fails(capsys, *command)
         assert "r.json does not hold the scores that were written: it was edited or is dam" in line
@@ -373,12 +372,8 @@ def test_scores_that_no_model_gives_are_refused(here, capsys, spoil):
     spoil(record["importance"])
     unsigned(record, "bad.json")
     capsys.readouterr()
-    for command in (
-        ("prune", "ckpt", "out", "--scores", "bad.json", "--n", 1),
-        ("plot", "bad.json", "pictures"),
-    ):
-        line = fails(capsys, *command)
-        assert "bad.json: these are not saved scores: " in line and "rank" in line
+    line = fails(capsys, "prune", "ckpt", "out", "--scores", "bad.json", "--n", 1)
+    assert "bad.json: these are not saved scores: " in line and "rank" in line
 
 
 @pytest.mark.parametrize("layers", [[True, 2], [-1], [2, 2], "12", None, [1.0]])
