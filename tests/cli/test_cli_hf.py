@@ -94,10 +94,10 @@ def test_rank_gives_the_scores_of_metas_format(here, capsys):
         assert (ours.angular - expected.angular).abs().max() < 1e-5
 
 
-def test_prune_by_scores_verified_and_with_a_recipe(here, capsys):
+def test_prune_by_scores_verified(here, capsys):
     run("rank", "hf", *DATA, "--max_windows", 4, "--json", "r.json")
     scores = ("--scores", "r.json", "--n", 2)
-    run("prune", "hf", "small", *scores, "--recipe", "recipe.yaml")
+    run("prune", "hf", "small", *scores)
     out = capsys.readouterr().out
     found = record("small/pruning.json")
     assert f"removed layers {found['removed_layers']}" in out
@@ -111,8 +111,6 @@ def test_prune_by_scores_verified_and_with_a_recipe(here, capsys):
     decoder = HFDecoder(model)
     decoder.keep_layers(found["kept_layers"])
     assert torch.equal(logits("small"), decoder.logits(TOKENS))
-    recipe = Path("recipe.yaml").read_text()
-    assert f'model: "{here}/hf"' in recipe and recipe.endswith("dtype: float32\n")
 
     run("prune", "hf", "block", *scores, "--angular", "--verify", "no")
     block = record("block/pruning.json")["removed_layers"]
@@ -123,9 +121,8 @@ def test_prune_by_scores_verified_and_with_a_recipe(here, capsys):
 def test_prune_proves_weights_without_a_tokenizer_too(here, capsys):
     for path in Path("hf").glob("tokenizer*"):
         path.unlink()
-    run("prune", "hf", "small", *CUT, "--recipe", "new/recipe.yaml")
+    run("prune", "hf", "small", *CUT)
     assert "verified: the logits are those of the source" in capsys.readouterr().out
-    assert Path("new/recipe.yaml").is_file()
     assert "hf came without a tokenizer" in fails(capsys, "rank", "hf", *DATA)
 
 
@@ -171,8 +168,8 @@ def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind
 
     monkeypatch.setattr("short_gpt.jobs.conversion.same_model", differ)
     with pytest.raises((kind, SystemExit)):
-        run("prune", "hf", "x", *CUT, "--recipe", "r.yaml")
-    assert not Path("x").exists() and not Path("r.yaml").exists()
+        run("prune", "hf", "x", *CUT)
+    assert not Path("x").exists()
     assert "written" not in capsys.readouterr().out
 
 
@@ -336,18 +333,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         ),
         (["prune", "model.gguf", "x.gguf", "--layers", "7"], "layers [7] do not exist"),
         (["prune", "model.gguf", "model.gguf", *CUT, "--overwrite"], "model.gguf exists and is"),
-        (["prune", "hf", "x.gguf", *CUT, "--recipe", "r.yaml"], "mergekit writes no GGUF"),
         (["prune", "no/where", "x", "--scores", "other.json", "-n", 1], "the hub cannot be"),
-        (
-            ["prune", "meta", "x", *CUT, "--recipe", "r.yaml"],
-            "mergekit reads Hugging Face's",
-        ),
-        (["prune", "hf", "x", *CUT, "--recipe", "book.txt"], "book.txt exists"),
-        (["prune", "hf", "x", *CUT, "--recipe", "x/r.yaml"], "--recipe x/r.yaml lies in x, which"),
-        (["prune", "hf", "x", *CUT, "--recipe", "hf/../x/r.yaml"], "lies in x, which holds"),
-        (["prune", "hf", "x", *CUT, "--recipe", "./x"], "--recipe x is a file, and the checkpoint"),
-        (["prune", "hf", "x/y", *CUT, "--recipe", "x"], "x/y has that name or lies in it; name"),
-        (["prune", "hf", "x", *CUT, "--recipe", "book.txt/r.yaml"], "r.yaml cannot be written"),
         (["prune", "hf", "hf", *CUT, "--overwrite"], "hf exists and holds"),
         (["prune", "hf", "hf", *CUT, "--overwrite", "--to", "meta"], "hf exists and holds"),
         (["prune", "hf", "x", "--scores", "other.json", "-n", 1], "scores 4 layers, hf has 5"),

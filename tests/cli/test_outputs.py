@@ -78,20 +78,6 @@ def test_somebodys_picture_is_not_replaced(ckpt, capsys):
     assert sorted(os.listdir("plots")) == ["angular.png", "block_influence.png"]
 
 
-def test_a_recipe_takes_the_place_of_recipes_only(ckpt, capsys):
-    pytest.importorskip("transformers")
-    run("convert", "ckpt", "hf")
-    capsys.readouterr()
-    before = contents()
-    cut = ("prune", "hf", "x", "--layers", 1, "--verify", "no")
-    line = fails(capsys, *cut, "--recipe", "hf/config.json", "--overwrite")
-    assert "hf/config.json exists and is not what this would write there" in line
-    assert contents() == before
-    for _ in range(2):
-        run(*cut, "--recipe", "r.yaml", "--overwrite")
-    assert Path("r.yaml").read_text().startswith("slices:")
-
-
 def test_results_go_into_a_pipe(ckpt):
     os.mkfifo("pipe")
     found: list[str] = []
@@ -189,7 +175,7 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monk
     table["paper"]["models"]["tiny"] = shape
     monkeypatch.setattr(reproduction, "published", lambda: table)
     write_docs("docs")
-    more = {"compare": ("--counts", "1,2"), "reproduce": ("--model", "tiny")}
+    more = {"compare": ("--counts", "1,2"), "reproduce": ("--paper_model", "tiny")}
     more |= {"heal": ("out", "--layers", 1), "rank": ("--n", 1), "evaluate": ("--max_windows", 5)}
     more[command] = (*more.get(command, ()), "--data", "docs", "--size", 16)
     before = contents()

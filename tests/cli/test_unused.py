@@ -12,14 +12,10 @@ from short_gpt.cli.flags import flags_of, refuse_unused
 
 TWO = ("model", "out")
 UNUSED = [
-    (("prune", *TWO, "--layers", "1", "--eval_data", "a.txt"), "--max_perplexity_ratio"),
-    (("prune", *TWO, "--layers", "1", "--device", "cpu"), "or a GGUF file written as a directory"),
-    (("prune", *TWO, "--layers", "1", "--dtype", "float32"), "--max_perplexity_ratio, or a GGUF"),
-    (("prune", "a.gguf", "b.gguf", "--layers", "1", "--device", "cpu"), "--max_perplexity_ratio"),
+    (("prune", *TWO, "--layers", "1", "--device", "cpu"), "a GGUF file written as a directory"),
+    (("prune", *TWO, "--layers", "1", "--dtype", "float32"), "a GGUF file written as a directory"),
+    (("prune", "a.gguf", "b.gguf", "--layers", "1", "--device", "cpu"), "a GGUF file written as"),
     (("prune", "a.gguf", "b", "--to", "meta", "--layers", "1", "--dtype", "float32"), "a GGUF"),
-    (("prune", "a.gguf", "b", "--layers", "1", "--precision", "mixed"), "--max_perplexity_ratio"),
-    (("prune", *TWO, "--layers", "1", "--confidence", 0.9), "--max_perplexity_ratio"),
-    (("prune", *TWO, "--layers", "1", "--bos", "every"), "--max_perplexity_ratio"),
     (("rank", "model", "--n", 2, "--candidates", 3), "--method sleb"),
     (("rank", "model", "--n", 2, "--method", "sleb", "--budget", 3), "--method auto"),
     (("rank", "model", "--confidence", 0.9), "--n, a --seed"),

@@ -250,28 +250,3 @@ def test_texts_that_will_not_be_read_are_told_before_the_model_writes(here, monk
     with pytest.raises(FileNotFoundError, match=r"no such file or folder: 'no\.txt'"):
         rank("ckpt", "self,no.txt", cut=Cut(32))
     assert TextSource("self,self:chat").kinds() == ["self", "self:chat"]
-
-
-def test_scores_of_own_text_choose_what_is_pruned(here):
-    run("rank", "ckpt", "--data", "self,book.txt", *SMALL, "--max_windows", 4, "--json", "r.json")
-    limit = ("--max_perplexity_ratio", 1e6, *SMALL, "--confidence", 0.6)
-    run("prune", "ckpt", "out", "--scores", "r.json", "--eval_data", "books", *limit)
-    record = json.loads(Path("out/pruning.json").read_text())
-    assert record["data"] == "self,book.txt" and record["quality_gate"]["not_compared"] is None
-    rows = (
-        json.dumps({"prose": text.read_text()}) + "\n" for text in sorted(Path("books").iterdir())
-    )
-    Path("rows.jsonl").write_text("".join(rows))
-    of_column = ("--eval_data", "rows.jsonl", "--column", "prose")
-    run("prune", "ckpt", "out1", "--scores", "r.json", *of_column, *limit)
-    assert (
-        json.loads(Path("out1/pruning.json").read_text())["quality_gate"]["tried"]
-        == (record["quality_gate"]["tried"])
-    )
-    Path("copy.txt").write_text(TEXT)
-    with pytest.raises(SystemExit):  # the real part of the mix is compared
-        run("prune", "ckpt", "out2", "--scores", "r.json", "--eval_data", "copy.txt", *limit)
-    run("rank", "ckpt", "--data", "self", *SMALL, "--max_windows", 4, "--json", "own.json")
-    run("prune", "ckpt", "out3", "--scores", "own.json", "--eval_data", "copy.txt", *limit)
-    gate = json.loads(Path("out3/pruning.json").read_text())["quality_gate"]
-    assert gate["not_compared"].endswith("measured on: a model wrote it")

@@ -559,9 +559,6 @@ def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
     assert [row.n for row in jobs.compare_checkpoint("ckpt", TEXTS, **few).rows] == [0, 2]
     with pytest.raises(ShortGPTError, match="`counts` = 4; .* 5 layers: expected 1 to 3"):
         jobs.compare_checkpoint("ckpt", TEXTS, counts=4, **few)
-    kinds = {"a": TEXTS, "b": [text[::-1] for text in TEXTS]}
-    how = {"n": 1, "sizes": 16, "healing": "raw", "max_windows": 3, "eval_windows": 2}
-    assert [*jobs.calibrate_checkpoint("ckpt", kinds, **how).choices] == ["a", "b", "mix"]
 
 
 def test_rows_in_memory_without_the_column_are_told(here, dataset):
