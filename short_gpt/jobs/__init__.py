@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         reproduce,
     )
     from short_gpt.jobs.saving import Conversion, Hub, Saving
-    from short_gpt.jobs.scores import ChosenLayers, SavedScores, chosen, read_scores
+    from short_gpt.jobs.scores import ChosenLayers, SavedScores, chosen
     from short_gpt.jobs.settings import Answer, Choice, HealingWindows, PruneOutput, Settings
     from short_gpt.jobs.shrinking import ShrinkResult, StateReport, shrink
     from short_gpt.wrappers.options import OpenOptions
@@ -53,5 +53,5 @@ __all__ += ["PaperComparison", "PaperOrder", "PruneOutput", "PruneResult", "Rank
 __all__ += ["ReproductionResult", "Row", "Running", "SavedScores", "Saving", "Settings", "Shares"]
 __all__ += ["ShrinkResult", "Shrinking", "StateReport", "Tasks", "TextSource", "chosen", "compare"]
 __all__ += ["compare_checkpoint", "compare_with_paper", "convert", "evaluate", "heal", "identify"]
-__all__ += ["paper_order", "prune", "published_scores", "rank", "read_scores", "reproduce"]
+__all__ += ["paper_order", "prune", "published_scores", "rank", "reproduce"]
 __all__ += ["shrink", "write_samples"]

@@ -69,9 +69,9 @@ def whole_numbers(
     return list(several)  # type: ignore[call-overload]
 
 
-def layer_list(layers: object, name: str = "layers") -> list[int]:
+def layer_list(layers: object) -> list[int]:
     """Layer numbers as a list: one, several, or none; ShortGPTError for anything else."""
-    return whole_numbers(layers, name, "21,22,23", what="layer numbers", empty=True)
+    return whole_numbers(layers, "layers", "21,22,23", what="layer numbers", empty=True)
 
 
 # What flags need
@@ -208,7 +208,7 @@ class Cut:
         """The same of several kinds of text, in equal parts; see `data.windows.mix`."""
         cutting = {"size": self.size, "stride": self.step, "bos": self.bos or bos}
         limit, seed = self.max_windows, self.seed
-        return mix(kinds, encode, seed=seed, limit=limit, equal=True, **cutting)
+        return mix(kinds, encode, seed=seed, limit=limit, **cutting)
 
 
 @dataclass(frozen=True)
@@ -416,18 +416,14 @@ def about_bos(bos: str) -> str | None:
 
 
 def about_own(
-    data: str,
-    eval_data: str | None = None,
-    *,
-    advice: str = "name a text to evaluate on",
+    data: str, eval_data: str | None = None, *, advice: str = "name a text to evaluate on"
 ) -> str | None:
     """The remark where a model is evaluated on its own text only."""
     names = source_names(data)
-    own = [name for name in names if name in OWN]
-    if eval_data is not None or not own or own != names:
+    if eval_data is not None or not {*names} <= {*OWN}:
         return None
     why = "text that the model itself wrote, and perplexity on own samples is not quality"
-    return f"evaluated on {', '.join(own)}: {why}; {advice}"
+    return f"evaluated on {', '.join(names)}: {why}; {advice}"
 
 
 def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:

@@ -154,9 +154,9 @@ class SavedScores:
             )
         return self.searched[:n]
 
-    def record(self, **evidence: object) -> Provenance:
-        """How the layers were chosen, with the evidence, to be kept with the result."""
-        how = {"method": METHODS[self.method], "scored_by": self.arguments, **evidence}
+    def record(self) -> Provenance:
+        """How the layers were chosen, to be kept with the result."""
+        how = {"method": METHODS[self.method], "scored_by": self.arguments}
         data = self.arguments.get("data")
         facts = {"data": data} if data else None
         return Provenance.of_scores(self.importance, evidence=how, facts=facts)
@@ -177,21 +177,11 @@ def _read(file: str) -> JsonObject:
 def _importance(record: Mapping[str, object], source: str) -> Importance:
     content = record.get("importance")
     if not isinstance(content, dict):
-        if "chosen" in record:
-            raise ShortGPTError(
-                f"{source} holds layers that a search chose, and no scores: rank by another "
-                "method, such as bi"
-            )
         raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
     try:
         return Importance.from_dict(content)
     except ShortGPTError as error:
         raise ShortGPTError(f"{source}: {error}; write it again by short-gpt rank") from None
-
-
-def read_scores(file: str) -> Importance:
-    """The scores of one pass in a file that `rank` wrote."""
-    return _importance(_read(file), file)
 
 
 def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:

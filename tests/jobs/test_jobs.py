@@ -44,7 +44,6 @@ from short_gpt.jobs import (
     evaluate,
     heal,
     ranking,
-    read_scores,
     reproduce,
 )
 from short_gpt.runtime.progress import DryRun
@@ -153,7 +152,8 @@ def test_a_healed_model_keeps_the_scores_that_chose_its_layers(here):
     run("rank", "ckpt", *DATA, "--max_windows", 6, "--json", "r.json")
     windows, choice = HealingWindows("other.txt", 32, 8, 4), Choice(scores="r.json", n=1)
     heal("ckpt", "out", choice=choice, data="book.txt", windows=windows)
-    found, scores = json.loads(Path("out/pruning.json").read_text()), read_scores("r.json")
+    found = json.loads(Path("out/pruning.json").read_text())
+    scores = SavedScores.read("r.json").importance
     assert found["block_influence"] == scores.block_influence.tolist()
     assert found["scored"] == {"windows": scores.n_windows, "tokens": scores.n_tokens}
 
@@ -640,7 +640,7 @@ def test_conversations_are_read_as_the_template_renders_them(chatty):
     assert [*ours.values()] == [*plain.values()]
     run("rank", "hf", "--data", "chats.jsonl", "--chat", "--size", 16, "--stride", 16, "--json",
         "r.json", "--device", "cpu")  # fmt: skip
-    assert read_scores("r.json").to_dict() == expected
+    assert SavedScores.read("r.json").importance.to_dict() == expected
 
 
 @pytest.mark.filterwarnings("default")
