@@ -312,8 +312,6 @@ def test_cases_are_read_with_or_without_spaces():
 def test_settings_that_would_be_passed_over_are_refused(here):
     with pytest.raises(ShortGPTError, match="the rest is the paper's protocol"):
         reproduce("ckpt", paper=Answer(3))
-    with pytest.raises(ShortGPTError, match="`max_perplexity_ratio` is for prune"):
-        heal("ckpt", "x", choice=Choice(scores="s.json", max_perplexity_ratio=1.2, eval_data="t"))
     with pytest.raises(ShortGPTError, match="max_windows = None: expected a whole number"):
         Shares(max_windows=None).check()
     with pytest.raises(ShortGPTError, match="num_fewshot = 1.5: expected a whole number"):
