@@ -183,15 +183,13 @@ def healed(result: HealingResult) -> str:
 
 
 def perplexities(models: Mapping[str, Perplexity]) -> str:
-    """A row for every named perplexity, its ratio to the first of several, and 95% intervals."""
+    """A row for every named perplexity, its ratio to the first, and 95% intervals."""
     width = max(len(name) for name in models)
     first = next(iter(models.values()))
-    ratio = f"  {'ratio':>7}" if len(models) > 1 else ""
-    rows = [f"{'':<{width}}  {'perplexity':>12}{ratio}  {'tokens':>9}  {'windows':>7}"]
+    rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
     for name, p in models.items():
-        ratio = f"  {p.value / first.value:>7.2f}" if len(models) > 1 else ""
-        counts = f"{p.tokens:>9,}  {p.windows:>7,}"
-        rows.append(f"{name:<{width}}  {p.value:>12.3f}{ratio}  {counts}")
+        ratio, counts = p.value / first.value, f"{p.tokens:>9,}  {p.windows:>7,}"
+        rows.append(f"{name:<{width}}  {p.value:>12.3f}  {ratio:>7.2f}  {counts}")
     if (error := first.error) is not None and error.no_interval:
         rows.append(f"no interval: {error.no_interval}")
     elif error is not None:

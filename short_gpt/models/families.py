@@ -76,7 +76,15 @@ JAMBA = Family(
     mlp_output=("feed_forward.down_proj",),
 )
 # The mixer is a layer's only sublayer, and solved as an MLP is.
-MAMBA = Family(("backbone.layers",), (), (), (), (), (), ("mixer.out_proj",), ())
+MAMBA = Family(
+    layers=("backbone.layers",),
+    attention=(),
+    attention_output=(),
+    mlp=(),
+    mlp_norm=(),
+    mlp_output=("mixer.out_proj",),
+    lora=(),
+)
 # Attention or a convolution, then an MLP or experts.
 LFM2 = Family(
     attention_output=("self_attn.out_proj", "conv.out_proj"),
