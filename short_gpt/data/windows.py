@@ -6,7 +6,7 @@ import random
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice, takewhile
+from itertools import islice, takewhile, zip_longest
 from typing import Any, NamedTuple, TypeVar, overload
 
 from short_gpt.runtime.errors import ShortGPTError
@@ -125,11 +125,13 @@ def mix(
     *,
     seed: int | None = None,
     limit: int | None = None,
+    equal: bool = False,
     **cutting: Any,
 ) -> Iterable[Window]:
     """`windows` of several kinds of text: as many of each, by turns or, with a seed, shuffled.
 
-    Of each kind as many are taken as there are of the smallest. Texts are numbered through all.
+    Without a limit all are taken; if ``equal``, of each as many as there are of the smallest.
+    Texts are numbered through all kinds.
     """
     if len(kinds) == 1:
         return windows(kinds[0], encode, seed=seed, limit=limit, **cutting)
@@ -139,7 +141,9 @@ def mix(
         cuts = windows(texts, encode, seed=seed, limit=each, **cutting)
         by_kind.append([Window(w, w.text + before, w.start, w.origin) for w in cuts])
         before += len(texts)
-    mixed = [w for turn in zip(*by_kind, strict=False) for w in turn][:limit]
+    least = min(map(len, by_kind)) if equal else None
+    turns = zip_longest(*(own[:least] for own in by_kind))
+    mixed = [w for turn in turns for w in turn if w is not None][:limit]
     if seed is not None:  # who takes every eighth, or the last, must not take one kind alone
         random.Random(seed).shuffle(mixed)
     return mixed

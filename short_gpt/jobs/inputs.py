@@ -208,7 +208,7 @@ class Cut:
         """The same of several kinds of text, in equal parts; see `data.windows.mix`."""
         cutting = {"size": self.size, "stride": self.step, "bos": self.bos or bos}
         limit, seed = self.max_windows, self.seed
-        return mix(kinds, encode, seed=seed, limit=limit, **cutting)
+        return mix(kinds, encode, seed=seed, limit=limit, equal=True, **cutting)
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,8 @@ class ShortLlama(ShortModel):
         """Writes the checkpoint in Meta's format; `ScoredModel.save` has most arguments.
 
         Bytes are copied tensor by tensor: the dtype and sharding stay, and `Llama.build` on the
-        result gives the logits of the model in memory bit for bit. Weights that a patch
-        changed are written in the source's dtype, if it is one file on one rank.
+        result gives the logits of the model in memory bit for bit. Weights that a patch changed are
+        written in the source's dtype, if it is one file on one rank.
         ``ckpt_dir`` is the source, if it is not what ``Llama.build`` loaded.
         """
         if (source := ckpt_dir or getattr(self.llama, "ckpt_dir", None)) is None:

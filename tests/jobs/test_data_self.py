@@ -86,7 +86,7 @@ def test_a_mix_is_read_in_equal_parts(here):
     few = mix(kinds, lambda text: [ord(c) for c in text], limit=4, **cut)
     assert sorted(w[0] < 10 for w in few) == [False, False, True, True]
     assert {w.text for w in few if w[0] >= 10} == {0}
-    every = mix(kinds, lambda text: [ord(c) for c in text], **cut)
+    every = mix(kinds, lambda text: [ord(c) for c in text], equal=True, **cut)
     assert sorted(w[0] < 10 for w in every) == [False] * 4 + [True] * 4  # the smallest has four
     result = rank("ckpt", "book.txt,self", cut=Cut(32, 6, 0, 16))
     assert result.importance.n_windows == 6
