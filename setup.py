@@ -68,8 +68,6 @@ setup(
         "notebooks": NOTEBOOKS,
         "docs": DOCS,
         "dev": DEV,
-        # old names: what they named is always installed now, and command lines keep working
-        **{name: [] for name in ("plots", "demo", "hf", "heal")},
         "all": [*NOTEBOOKS, *DEV],
     },
     entry_points={"console_scripts": ["short-gpt = short_gpt.cli.app:main"]},

@@ -26,8 +26,8 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 wanted() { [ -z "${only// /}" ] || [[ "$only" == *" $1 "* ]]; }
 
-# measure NAME COMMAND...: unless NAME.json is there or other names are given; NAME.missed says that
-# a limit was missed
+# measure NAME COMMAND... FLAG, which takes NAME.json: unless that is there or other names are given;
+# NAME.missed says that a limit was missed
 now=""
 commit=$(git -C "$root" describe --always --abbrev=40 --dirty --exclude='*' 2>/dev/null || echo unknown)
 note() { [ -z "$now" ] || echo "$now $((SECONDS - begun)) $commit" >>seconds.txt; }
@@ -45,12 +45,12 @@ measure() {
     echo "=== $name: $*"
     now=$name begun=$SECONDS
     rm -f "$name.missed"
-    "$@" --out "$name.json" || touch "$name.missed"
+    "$@" "$name.json" || touch "$name.missed"
     [ -s "$name.json" ] || exit 1
     note
     now=""
 }
-script() { measure "$1" python "benchmarks/$2.py" "${@:3}"; }
+script() { measure "$1" python "benchmarks/$2.py" "${@:3}" --out; }
 
 ln -sfn "$root/benchmarks" benchmarks
 ln -sf "$wikitext" wikitext2_test.txt
@@ -132,7 +132,8 @@ script kept kept --source tasks --also wikitext2_test.txt --others lambada_passa
     --documents 295,600 --sets auto,greedy,bi --auto 10,12,13,14,15,16,17,18 \
     --greedy 3,12,13,14,15,16,17,18 --bi 12,13,14,15,16,17,25,26
 measure compare python -m short_gpt compare --methods bi,angular,relative_magnitude,sleb \
-    --counts 4,8 --healing raw,patched,refit --search_windows 2 --plots pictures --device cpu
+    --counts 4,8 --healing raw,patched,refit --search_windows 2 --plots pictures --device cpu \
+    --json
 
 if [ -n "${unknown// /}" ]; then
     echo "no result is called$unknown" >&2

@@ -15,20 +15,26 @@ import json
 import re
 import sysconfig
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import fire
 import numpy as np
+from agreement import (
+    WindowScores,
+    agreement,
+    calibrate,
+    calibrated,
+    correlations,
+    windows_apart,
+)
 from outcome import begin, finish
 from passages import passages
 from scoring import build
 
-from short_gpt import ShortLlama, calibrate
-from short_gpt.cli.tables import calibrated
 from short_gpt.data import demo
-from short_gpt.jobs import Readings, WindowScores, agreement
-from short_gpt.jobs.calibration import correlations, windows_apart
 
 CODE = 60  # files of the standard library
 
@@ -48,9 +54,10 @@ def main(
     """Runs the benchmark, prints the tables, and writes the JSON file if ``out`` is given."""
     begin(out, overwrite=overwrite)
     short, found = build(), documents(wikitext, tasks)
-    readings = Readings((size, *others), "first,every", count, judged)
-    texts, ways = windows_apart(WithBos(short), found, readings)
-    ways = {way: own for way, own in ways.items() if "first" in way or f"{size} tokens" in way}
+    # with bos before a text, where the tokenizer puts none
+    encode = partial(short.llama.tokenizer.encode, bos=True, eos=False)
+    how: dict[str, Any] = {"size": size, "others": others, "count": count, "judged": judged}
+    texts, ways = windows_apart(encode, found, **how)
     result = calibrate(short, texts, n, ways=ways, state=state)
     print(calibrated(result))
     content = {
@@ -62,18 +69,6 @@ def main(
     if result.state is not None and out is not None:
         result.state.clear()
     finish("calibration", [], content, out=out, overwrite=overwrite)
-
-
-class WithBos:
-    """The model's encoding with bos in front of a text, where the tokenizer puts none."""
-
-    bos = "first"
-
-    def __init__(self, short: ShortLlama) -> None:
-        self._short = short
-
-    def encode(self, text: str) -> list[int]:
-        return self._short.llama.tokenizer.encode(text, bos=True, eos=False)
 
 
 def documents(wikitext: str, tasks: str) -> dict[str, list[str]]:

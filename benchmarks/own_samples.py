@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fire
+from agreement import WindowScores, agreement, score_windows
 from calibration import joined
 from healing import Windows, both_held_out, cut, halves, judge, row
 from outcome import begin, finish
@@ -36,8 +37,6 @@ from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
 from short_gpt.evaluation.paired import difference
 from short_gpt.healing import RefitSettings
-from short_gpt.jobs import WindowScores, agreement
-from short_gpt.jobs.calibration import score_windows
 from short_gpt.jobs.comparing import Cells, pruned_losses
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile

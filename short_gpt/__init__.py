@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from short_gpt.healing.refit import heal as heal_refit
     from short_gpt.healing.refit import heal_patch
     from short_gpt.jobs import convert, prune, rank, shrink
-    from short_gpt.jobs.calibration import calibrate
     from short_gpt.jobs.comparing import compare
     from short_gpt.runtime.errors import ShortGPTError
     from short_gpt.scoring.importance import Importance
@@ -55,6 +54,6 @@ else:
 
 
 __all__ = ["Importance", "Recipe", "ShortGPTError", "ShortHFModel", "ShortLlama", "ShortModel"]
-__all__ += ["Stop", "batches", "calibrate", "choose", "choose_healed", "compare", "convert"]
+__all__ += ["Stop", "batches", "choose", "choose_healed", "compare", "convert"]
 __all__ += ["heal_lora", "heal_patch", "heal_refit", "measure", "open_model", "own_samples"]
 __all__ += ["perplexity", "pg19", "prune", "rank", "run_tasks", "shrink", "texts", "windows"]

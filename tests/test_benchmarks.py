@@ -307,7 +307,8 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     python.write_text(
         f'#!/bin/bash\necho "$@" >> {said}\ncase "$*" in\n'
         f"*greedy*) [ -e {tmp_path}/again ] || exit 130 ;;\nesac\nasked=$*\n"
-        'while [ $# -gt 1 ]; do [ "$1" = --out ] && echo "{}" > "$2"; shift; done\n'
+        "case $asked in *short_gpt\\ compare*) flag=--json ;; *) flag=--out ;; esac\n"
+        'while [ $# -gt 1 ]; do [ "$1" = $flag ] && echo "{}" > "$2"; shift; done\n'
         "[[ $asked != *scoring.py* ]]\n"  # which misses a limit
     )
     python.chmod(0o755)

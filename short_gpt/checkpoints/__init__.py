@@ -7,7 +7,7 @@ from short_gpt.checkpoints.gguf import prune_gguf, write_gguf
 from short_gpt.checkpoints.hf import prune_hf, save_as_meta, save_hf
 from short_gpt.checkpoints.meta import prune_meta, save_meta
 from short_gpt.checkpoints.provenance import Provenance, model_card, write_provenance
-from short_gpt.checkpoints.prune import mergekit_recipe, prune_checkpoint, recipe_dtype
+from short_gpt.checkpoints.prune import prune_checkpoint
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Target, format_of
 from short_gpt.checkpoints.verify import (
@@ -19,6 +19,6 @@ from short_gpt.checkpoints.verify import (
 )
 
 __all__ = ["PROVENANCE", "ROUNDING", "Fingerprint", "Provenance", "Target", "check_same"]
-__all__ += ["copy_weights", "fingerprint", "format_of", "mergekit_recipe", "model_card"]
-__all__ += ["prune_checkpoint", "prune_gguf", "prune_hf", "prune_meta", "recipe_dtype"]
+__all__ += ["copy_weights", "fingerprint", "format_of", "model_card"]
+__all__ += ["prune_checkpoint", "prune_gguf", "prune_hf", "prune_meta"]
 __all__ += ["save_as_meta", "save_hf", "save_meta", "write_gguf", "write_provenance"]

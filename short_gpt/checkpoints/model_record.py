@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from short_gpt.models.decoder import Decoder
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.numbering import span
 from short_gpt.models.weight_changes import (
-    REMOVED_SUBLAYERS,
     Parameter,
     WeightChange,
     restored_on_error,
@@ -117,24 +116,6 @@ class ModelRecord:
         """The parameters of the kept layers that have other values than the source's."""
         every = set().union(*(change.parameters for change in self.changes))
         return {(number, name) for number, name in every if number in self.kept}
-
-    @property
-    def removed_sublayers(self) -> dict[str, list[int]]:
-        """The kept layers that lost their "attention", and those that lost their "mlp".
-
-        One whose output projection a later change gave new values is back.
-        """
-        removed: dict[str, list[int]] = {"attention": [], "mlp": []}
-        again: set[Parameter] = set()
-        for change in reversed(self.changes):
-            if change.how["method"] != REMOVED_SUBLAYERS:
-                again |= change.parameters
-                continue
-            back = {number for number, _ in change.parameters & again}
-            for kind, layers in removed.items():
-                named = cast("Sequence[int]", change.how.get(kind, ()))
-                layers[:0] = [i for i in named if i in self.kept and i not in back]
-        return removed
 
     def note_change(self, change: WeightChange) -> None:
         """Records a change of weights; what was measured of this model before is dropped."""

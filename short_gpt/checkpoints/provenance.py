@@ -32,7 +32,6 @@ from short_gpt.checkpoints.records import (
 from short_gpt.data.texts import OWN
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import SamplingError
-from short_gpt.models.weight_changes import REMOVED_SUBLAYERS
 from short_gpt.runtime.errors import ShortGPTError, one_line
 from short_gpt.runtime.state import read_record, versions
 from short_gpt.scoring.importance import Importance
@@ -70,7 +69,6 @@ class Provenance:
         scored: numbers of "windows" and "tokens" that the scores come from.
         quality: perplexities, by the name of the model's state.
         healing: what changed weights since ``earlier``, oldest first.
-        removed_sublayers: the source's numbers of kept layers whose "attention" or "mlp" is zero.
         evidence: how the layers were chosen and what a healing brought, by the keys `EVIDENCE`.
         source_card: the source's licence and base model, of `records.source_card`.
         facts: what the caller adds, such as ``{"data": "PG-19"}``.
@@ -89,7 +87,6 @@ class Provenance:
     scored: Mapping[str, int] = field(default_factory=dict)
     quality: Mapping[str, Measured] = field(default_factory=dict)
     healing: Sequence[Step] = ()
-    removed_sublayers: Mapping[str, Sequence[int]] = field(default_factory=dict)
     evidence: Mapping[str, object] = field(default_factory=dict)
     source_card: Mapping[str, object] = field(default_factory=dict)
     facts: Mapping[str, object] = field(default_factory=dict)
@@ -130,7 +127,6 @@ class Provenance:
             states = (tuple(range(short.n_layers)), tuple(short.kept))
             known = {f"{len(layers)} layers": short.quality_of(layers) for layers in states}
             measured = {name: found for name, found in known.items() if found is not None}
-        sublayers = short.removed_sublayers
         scores = short.importance
         if short.removed and short.chosen_by is not None and short.chosen_by.n_windows:
             scores = short.chosen_by  # the model may have been scored again since
@@ -147,8 +143,7 @@ class Provenance:
             block_influence=influence,
             scored=_counts(scores),
             quality={name: _measured(perplexity) for name, perplexity in measured.items()},
-            healing=[c.how for c in short.changes if c.how["method"] != REMOVED_SUBLAYERS],
-            removed_sublayers=sublayers if any(sublayers.values()) else {},
+            healing=[change.how for change in short.changes],
             evidence=dict(short.evidence),
             source_card=card,
             facts=dict(facts or {}),
@@ -242,16 +237,6 @@ class Provenance:
         return [*(self.earlier.steps if self.earlier else ()), *self.healing]
 
     @property
-    def all_sublayers(self) -> dict[str, list[int]]:
-        """The first model's numbers of layers that stayed without "attention" or "mlp"."""
-        before = self.earlier.all_sublayers if self.earlier else {}
-        removed: dict[str, list[int]] = {}
-        for kind in ("attention", "mlp"):
-            layers = {*before.get(kind, ()), *self._original(self.removed_sublayers.get(kind, ()))}
-            removed[kind] = sorted(layers & {*self.original_layers})
-        return removed
-
-    @property
     def first_source(self) -> str | None:
         """The first model, as far back as its records name it."""
         return (self.earlier.first_source if self.earlier else None) or self.source
@@ -277,7 +262,6 @@ class Provenance:
             "perplexity_tokens": tokens,
             "perplexity_error": {n: m.error for n, m in self.quality.items() if m.error},
             "healing": [dict(step) for step in self.healing],
-            "removed_sublayers": dict(self.removed_sublayers),
             "source_pruning": self.earlier.to_dict() if self.earlier else None,
             "source_card": dict(self.source_card),
         }
@@ -301,10 +285,6 @@ class Provenance:
             of_kept = dict(zip(before.kept_layers, self.block_influence, strict=True))
             count = len(before.removed_layers) + len(before.kept_layers)
             influence = [of_kept.get(layer, math.nan) for layer in range(count)]
-        sublayers = {kind: list(layers) for kind, layers in before.removed_sublayers.items()}
-        for kind, layers in self.removed_sublayers.items():
-            sublayers[kind] = sublayers.get(kind, []) + [before.kept_layers[i] for i in layers]
-        changed = bool(self.healing or self.removed_sublayers)
         inherited = dict(before.evidence)
         if self.quality:  # which another text may have judged
             inherited.pop("eval_data", None)
@@ -313,9 +293,8 @@ class Provenance:
             block_influence=influence,
             scored=self.scored or before.scored,
             # what was measured before weights changed was another model
-            quality=self.quality or ({} if changed else before.quality),
+            quality=self.quality or ({} if self.healing else before.quality),
             healing=[*before.healing, *self.healing],
-            removed_sublayers=sublayers,
             evidence={**inherited, **self.evidence},
             source_card={**before.source_card, **self.source_card},
             facts={**before.facts, **self.facts},
@@ -335,7 +314,7 @@ def _without_folders(value: Any) -> Any:
 def _read(entries: Entries) -> Provenance:
     content, source_pruning = entries.content, entries.mapping("source_pruning")
     earlier = _read(Entries(source_pruning, entries.where)) if source_pruning else None
-    removed, kept, sublayers = entries.layers(len(earlier.kept_layers) if earlier else None)
+    removed, kept = entries.layers(len(earlier.kept_layers) if earlier else None)
     source = content.get("source")
     return Provenance(
         removed_layers=removed,
@@ -346,7 +325,6 @@ def _read(entries: Entries) -> Provenance:
         scored=entries.scored(),
         quality=entries.quality(),
         healing=entries.steps(content.get("healing")),
-        removed_sublayers=sublayers,
         evidence={key: content[key] for key in EVIDENCE if key in content},
         source_card=entries.mapping("source_card"),
         facts={key: value for key, value in content.items() if key not in KEYS},
@@ -444,12 +422,8 @@ def _own(record: Provenance) -> str:
 
 def _changed(record: Provenance) -> str:
     """What was done to the weights of the layers that stayed, in order."""
-    by_kind = {"attention": "attention", "MLP": "mlp"}
-    removed = {kind: record.all_sublayers[key] for kind, key in by_kind.items()}
-    parts = [f"the {kind} of layers {layers}" for kind, layers in removed.items() if layers]
-    sublayers = f"Taken out by a zero output projection: {' and '.join(parts)}. " if parts else ""
     if record.steps:
         names = [str(step["method"]) for step in record.steps]
         how = ", then ".join(IN_WORDS.get(name, name) for name in names)
-        return f"{sublayers}Weights of the kept layers were changed by {how}."
-    return f"{sublayers}No {'other ' if sublayers else ''}weight of the kept layers was changed."
+        return f"Weights of the kept layers were changed by {how}."
+    return "No weight of the kept layers was changed."

@@ -1,14 +1,10 @@
-"""A checkpoint with some layers removed: from any format in any format, or as mergekit's recipe."""
+"""A checkpoint with some layers removed, from any format in any format."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from os import PathLike
 from pathlib import Path
 
 from llama.checkpoint.meta import CONVERSION, Checkpoint
@@ -26,10 +22,7 @@ from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
 from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
 from short_gpt.checkpoints.target import StrPath, Target
-from short_gpt.models.config_file import read_config
-from short_gpt.models.numbering import grouped
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.state import read_record
 
 
 def prune_checkpoint(
@@ -129,62 +122,3 @@ def _write_converted(
         marker = read_marker(folder / CONVERSION)  # names the pruned model, which is not kept
         write_json(folder / CONVERSION, {**marker, "source": public_name(source)})
     return target.path
-
-
-def mergekit_recipe(source: str, keep: Sequence[int], dtype: str = "bfloat16") -> str:
-    """A passthrough recipe for mergekit that makes a model of the layers ``keep``, in YAML.
-
-    A directory gets its absolute path: mergekit takes a relative one for a hub id.
-
-    Example:
-        >>> print(mergekit_recipe("llama-2-7b", [0, 1, 3]))
-        slices:
-          - sources:
-              - model: "llama-2-7b"
-                layer_range: [0, 2]
-          - sources:
-              - model: "llama-2-7b"
-                layer_range: [3, 4]
-        merge_method: passthrough
-        dtype: bfloat16
-        <BLANKLINE>
-    """
-    keep = list(keep)
-    if not keep or keep[0] < 0 or keep != sorted(set(keep)):
-        raise ShortGPTError(f"expected ascending numbers of the layers that stay, got {keep}")
-    name = os.path.abspath(source) if Path(source).is_dir() else str(source)
-    lines = ["slices:"]
-    for run in grouped(keep):
-        lines += ["  - sources:", f"      - model: {json.dumps(name, ensure_ascii=False)}"]
-        lines += [f"        layer_range: [{run.start}, {run.stop}]"]
-    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}", ""])
-
-
-def recipe_dtype(source: str | PathLike[str]) -> str:
-    """The dtype that the config of a Hugging Face directory or hub id has for its weights.
-
-    ShortGPTError for another format, which mergekit does not read, and for a config that lists its
-    layers' kinds, of which mergekit (0.1.5) changes only the number.
-    """
-    if find_source(source).kind in ("meta", "gguf"):
-        raise ShortGPTError("`recipe`: mergekit reads Hugging Face's format; convert it first")
-    directory = resolve(source)
-    config = read_record(directory / "config.json")
-    kinds = None
-    with suppress(ValueError):  # of no known family, which pruning itself will say
-        text = read_config(str(directory)).get_text_config(decoder=True)
-        kinds = getattr(text, "layer_types", None)
-    if kinds:
-        raise ShortGPTError(
-            "`recipe`: this model's config lists the kinds of its layers (layer_types), of which "
-            "mergekit changes only the number: its result has no config.json. Leave `recipe` out "
-            "and use the pruned checkpoint, which is complete"
-        )
-    config = {**config, **(config.get("text_config") or {})}
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-
-
-def is_recipe(path: Path) -> bool:
-    """Whether a file is a recipe that `mergekit_recipe` made."""
-    content = path.read_bytes()
-    return content.startswith(b"slices:") and b"\nmerge_method: passthrough\n" in content

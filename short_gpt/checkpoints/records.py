@@ -24,13 +24,13 @@ PROVENANCE = "pruning.json"
 RECORD = "short_gpt.pruning"  # a key of GGUF, whose value is the text of that file
 NAME = "general.name"  # another, the model's name
 # What jobs record of a choice and of a healing, as it comes; the model's own record holds it.
-EVIDENCE = ("method", "scored_by", "quality_gate", "change", "eval_data", "size", "precision")
+EVIDENCE = ("method", "scored_by", "change", "eval_data", "size", "precision")
 # The library's own keys. They are made from the model; no caller may contradict them.
 KEYS = (
     *EVIDENCE,
     *("removed_layers", "kept_layers", "original_layers", "source", "source_pruning"),
     *("block_influence", "scored", "perplexity", "perplexity_tokens", "perplexity_error"),
-    *("healing", "removed_sublayers", "versions", "source_card"),
+    *("healing", "versions", "source_card"),
     "files",  # what the directory holds, listed by its writer: not part of the history
 )
 LICENSE = ("license", "license_name", "license_link")
@@ -90,8 +90,8 @@ class Entries:
             raise self.refused(key, expected, value)
         return default if value is None else value
 
-    def layers(self, earlier: int | None) -> tuple[list[int], list[int], dict[str, list[int]]]:
-        """The removed layers, those kept, and of these the ones without "attention" or "mlp".
+    def layers(self, earlier: int | None) -> tuple[list[int], list[int]]:
+        """The removed layers and those kept.
 
         ``earlier`` is how many layers the source's own record kept; None where it has none.
         """
@@ -101,12 +101,7 @@ class Entries:
         if sorted([*removed, *kept]) != list(range(count)):
             expected = f"with removed_layers {removed} all numbers of 0 to {count - 1}, each once,"
             raise self.refused("kept_layers", expected, kept)
-        by_kind = self.mapping("removed_sublayers").items()
-        sublayers = {kind: self._numbers(kind, layers) for kind, layers in by_kind}
-        for kind, layers in sublayers.items():
-            if not {*layers} <= {*kept}:
-                raise self.refused(kind, f"some of the kept_layers {kept}", layers)
-        return removed, kept, sublayers
+        return removed, kept
 
     def _numbers(self, key: str, value: object) -> list[int]:
         if not isinstance(value, list) or not all(type(i) is int for i in value):

@@ -16,13 +16,13 @@ from llama.io.sources import Named
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
 from short_gpt.cli.options import Output, print_done, print_note, print_progress, print_result
-from short_gpt.jobs.inputs import STRIDE, about_own, layer_list
+from short_gpt.jobs.inputs import STRIDE, about_own
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import WRITE, Needs, as_flags, needs_one_of, setting
 
 # of several ranks, only the first runs these
-ALONE = ("demo", "shrink", "prune", "convert", "plot")
+ALONE = ("demo", "shrink", "prune", "convert")
 MAX_NEW_TOKENS = 2**20  # more than Llamas are trained for; their cache is allocated in advance
 MORE_TEXT = "read another text too, as in --data novels/,self"
 SAMPLES = Needs("a --temperature above 0", lambda values: values["temperature"] != 0)
@@ -134,33 +134,6 @@ def heal(
     print_done("uploaded", hub.push(result.out))
 
 
-def calibrate(
-    model: str,
-    *,
-    data: jobs.TextKinds = jobs.TextKinds(),
-    ranked: jobs.TextChoice = jobs.TextChoice(),
-    readings: jobs.Readings = jobs.Readings(),
-    opening: jobs.OpenOptions = jobs.OpenOptions(),
-    saving: jobs.Saving = jobs.Saving(),
-    output: Output = Output(picture_names=("calibration.png",)),
-) -> None:
-    """Ranks on several kinds of text, and evaluates each choice on all.
-
-    Says how far rankings agree, and what one text's layers cost on the others, pruned and refitted.
-    If interrupted, rerun it: with --json or --state it continues.
-
-    Example: short-gpt calibrate llama-2-7b --data novels/,questions.txt,code.txt --n 8
-    """
-    record, given = output.checked(calibrate, locals())
-    result = jobs.calibrate_checkpoint(**given)
-    print_result(tables.calibrated(result))
-    if (remark := about_own(data.data, each=True)) is not None:
-        print_result(remark)
-    output.finish({**record, **result.to_dict()}, lambda: [plots.cross_map(result.cells)])
-    if result.state is not None:
-        result.state.clear()
-
-
 def compare(
     model: str | None = None,
     *,
@@ -209,8 +182,6 @@ class Sampling:
         seed: of the sampling.
         samples: without a PROMPT, write this many texts of the model's own to out, as --data self.
         out: new .jsonl file of these texts, which --data reads.
-        skip_prefill: layers to skip while the prompt is read, as in 21,22,23; they run while text
-            is added (ShortGPT-gen).
     """
 
     max_gen_len: int = 64
@@ -219,7 +190,6 @@ class Sampling:
     seed: int = setting(1, needs=SAMPLES)
     samples: int | None = setting(None, needs=Needs("`out`", lambda v: v["out"] is not None))
     out: str | None = setting(None, heading=WRITE, value="FILE", needs=WRITES)
-    skip_prefill: object = setting(None, value="N,N", needs=PROMPT)
 
     def __post_init__(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
@@ -268,33 +238,8 @@ def generate(
             f"`max_gen_len` {size} after a prompt of {read} tokens is more than the {most} that "
             f"this model takes: give {most - read} or less"
         )
-    skip = sampling.skip_prefill
-    skipped = [] if skip is None else layer_list(skip, "skip_prefill")
-    how = (size, sampling.temperature, sampling.top_p)
-    with short.skipped_in_prefill(skipped):
-        text = short.generate([prompt], *how)[0]
+    text = short.generate([prompt], size, sampling.temperature, sampling.top_p)[0]
     print_result(f"{prompt}{text}")
-
-
-def perplexity(
-    model: str,
-    *,
-    data: jobs.TextSource = jobs.TextSource(split="test"),
-    cut: jobs.Cut = jobs.Cut(),
-    opening: jobs.OpenOptions = jobs.OpenOptions(),
-    running: jobs.Running = jobs.Running(),
-    output: Output = Output(),
-) -> None:
-    """Measures the perplexity of a checkpoint on a text.
-
-    Windows do not overlap; each is read on its own, its first token is not predicted.
-
-    Example: short-gpt perplexity llama-2-7b --data novels/ --max_windows 100
-    """
-    record, given = output.checked(perplexity, locals())
-    value = jobs.perplexity_of(**given, notify=print_progress)
-    print_result(tables.perplexities({model: value}))
-    output.finish({**record, "result": value.to_dict()})
 
 
 def evaluate(
@@ -319,23 +264,6 @@ def evaluate(
     result = jobs.evaluate(models, reading, **given, notify=print_progress)
     print_result(tables.comparison(result))
     output.finish({**record, "result": result})
-
-
-def plot(scores: str, out: str, *, n: int | None = None, overwrite: bool = False) -> None:
-    """Draws the scores that rank wrote: bars and a heat map.
-
-    Example: short-gpt plot ranking.json pictures --n 9
-
-    Args:
-        scores: JSON file that rank wrote.
-        out: folder for block_influence.png and angular.png.
-        n: mark what each method would remove.
-        overwrite: replace existing pictures.
-    """
-    importance = jobs.read_scores(scores)
-    output = Output(plots=out, overwrite=overwrite, picture_names=SCORE_PICTURES)
-    output.check({})
-    output.finish({}, partial(plots.score_figures, importance, n))
 
 
 def reproduce(
@@ -456,5 +384,5 @@ def demo(
 
 
 # in the order of use
-EVERY = (demo, shrink, rank, prune, heal, calibrate, compare, generate, perplexity, evaluate, plot)
-COMMANDS: dict[str, Callable[..., None]] = {c.__name__: c for c in (*EVERY, reproduce, convert)}
+EVERY = (demo, shrink, rank, prune, heal, compare, generate, evaluate, reproduce, convert)
+COMMANDS: dict[str, Callable[..., None]] = {command.__name__: command for command in EVERY}

@@ -28,17 +28,6 @@ EXPECTED: dict[object, str] = {int: "a whole number", float: "a number", bool: "
 DASHED = r"--?[A-Za-z]"
 WIDTH, INDENT = 80, 26  # of the help
 
-# Other names of flags, so that earlier command lines still run: in one command, then in all.
-TRAINING_FLAGS = ("steps", "rank", "learning_rate", "batch")
-ALSO = {
-    "heal": {"out": "json"},
-    "reproduce": {"model": "paper_model"},
-    "evaluate": {"text": "data", "dense": "model"},
-    "compare": {f"lora_{name}": name for name in TRAINING_FLAGS},
-    "convert": {"source": "model"},
-}
-ALSO_EVERYWHERE = {"n_prune_layers": "n", "ckpt_dir": "model", "model_dir": "model"}
-ALSO_EVERYWHERE |= {"out_dir": "out", "out": "json"}
 USUAL = {  # what arguments mean where a command does not say otherwise
     "model": "Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.",
     "out": "new directory, or GGUF file if it ends with .gguf; must not exist.",
@@ -141,7 +130,9 @@ def _fields(command: str, parameter: str, group: Any) -> list[Flag]:
             kinds, default = get_args(hints[own]) or (hints[own],), getattr(group, own)
             heading = str(about.get("heading") or getattr(kind, "HEADING", RUN))
             text = f"{texts.get(own, '')} {about.get('more', {}).get(command, '')}".strip()
-            more = (about.get("value") or "NAME", about.get("needs", ()))
+            every = about.get("needs", ())
+            needs = tuple(n for n in every if n.commands is None or command in n.commands)
+            more = (about.get("value") or "NAME", needs)
             flags.append(Flag(name, kinds, default, heading, text, parameter, own, *more))
     return flags
 
@@ -204,16 +195,14 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
 def named(
     command: str, written: str, flags: Mapping[str, Flag], commands: Mapping[str, Command]
 ) -> str:
-    """The flag that a user means by --batch-size, by its older name, or by -n."""
+    """The flag that a user means by --batch-size or by -n."""
     flag = written.lstrip("-").replace("-", "_")
     if not written.startswith("--") and len(flag) == 1:  # short for the only flag that begins so
         matches = [f for f in flags if f == flag] or [f for f in flags if f.startswith(flag)]
         if len(matches) == 1:
             return matches[0]
-    older = ALSO.get(command, {}).get(flag)
-    for name in [older] if older else [flag, ALSO_EVERYWHERE.get(flag, "")]:
-        if name in flags and written.startswith("--"):
-            return name
+    if flag in flags and written.startswith("--"):
+        return flag
     others = [name for name, other in commands.items() if flag in flags_of(other)]
     if "n" in flags and re.fullmatch(r"(n|num|number)_\w+", flag):
         hint = "; did you mean --n?"

@@ -20,8 +20,8 @@ from short_gpt.runtime.settings import RUN, WRITE, Needs, setting
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILE_FLAGS, DRAWING = ("json", "report", "plots"), ("rank", "calibrate", "compare", "reproduce")
-LONG = ("rank", "heal", "calibrate", "compare", "perplexity", "evaluate", "reproduce")
+FILE_FLAGS, DRAWING = ("json", "report", "plots"), ("rank", "compare", "reproduce")
+LONG = ("rank", "heal", "compare", "evaluate", "reproduce")
 STDOUT = "-"  # in place of a file
 _alone: list[TextIO] = []  # the stdout that a result has for itself
 WRITTEN = Needs(  # of heal, the model

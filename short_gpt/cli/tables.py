@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.io.sources import is_gguf
-from short_gpt.jobs.cases import RAW
 from short_gpt.jobs.inputs import about_bos, about_own
 from short_gpt.runtime.frames import aligned
 from short_gpt.runtime.settings import as_flags
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity
     from short_gpt.evaluation.sampling import SamplingError
     from short_gpt.jobs import HealingResult, PruneResult, Ranking, ReproductionResult, TextSource
-    from short_gpt.jobs.calibration import CalibrationResult, CrossResult, TextAgreement
     from short_gpt.jobs.cases import MethodAgreement, Row
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.search import Search
@@ -157,15 +155,7 @@ def next_command(model: str, texts: TextSource, result: Ranking, scores: str | N
 def pruned(result: PruneResult) -> str:
     chosen = result.chosen
     lines = [chosen.unchecked] if chosen.unchecked else []
-    if (budget := chosen.budget) is not None:
-        for n, tried in budget.tried.items():
-            verdict = f", {budget.verdict(n)}" if n else ""
-            rise = f"ratio {tried.value / budget.tried[0].value:.4f}{verdict}"
-            gone = f"{n:>3} layer{'s' * (n != 1)} removed"
-            lines.append(f"{gone}: perplexity {tried.value:.3f}, {rise}")
-    lines += [f"--eval_data was {chosen.unsure}"] if chosen.unsure else []
     lines += [f"removed layers {result.layers}", f"written: {result.out}"]
-    lines += [f"written: {result.recipe}"] if result.recipe is not None else []
     remark = as_flags(result.remark or "")
     return "\n".join([*lines, *(line for line in (result.proof, remark) if line)])
 
@@ -193,15 +183,13 @@ def healed(result: HealingResult) -> str:
 
 
 def perplexities(models: Mapping[str, Perplexity]) -> str:
-    """A row for every named perplexity, its ratio to the first of several, and 95% intervals."""
+    """A row for every named perplexity, its ratio to the first, and 95% intervals."""
     width = max(len(name) for name in models)
     first = next(iter(models.values()))
-    ratio = f"  {'ratio':>7}" if len(models) > 1 else ""
-    rows = [f"{'':<{width}}  {'perplexity':>12}{ratio}  {'tokens':>9}  {'windows':>7}"]
+    rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
     for name, p in models.items():
-        ratio = f"  {p.value / first.value:>7.2f}" if len(models) > 1 else ""
-        counts = f"{p.tokens:>9,}  {p.windows:>7,}"
-        rows.append(f"{name:<{width}}  {p.value:>12.3f}{ratio}  {counts}")
+        ratio, counts = p.value / first.value, f"{p.tokens:>9,}  {p.windows:>7,}"
+        rows.append(f"{name:<{width}}  {p.value:>12.3f}  {ratio:>7.2f}  {counts}")
     if (error := first.error) is not None and error.no_interval:
         rows.append(f"no interval: {error.no_interval}")
     elif error is not None:
@@ -366,47 +354,3 @@ def _gain(rows: Sequence[Row]) -> str:
     if len(values) > 1:
         return f"{min(values):+.2f} to {max(values):+.2f}"
     return f"{values[0]:+.3f} ({known(rows[0].gain_error, '.3f')})"
-
-
-def calibrated(result: CalibrationResult) -> str:
-    """What each text chooses, how far rankings agree, and what each choice costs."""
-    lines = [f"layers that each text would remove, by {result.method}"]
-    lines += [f"  {name:<22}{layers}" for name, layers in result.choices.items()]
-    lines += ["", *_rankings("rankings", result.agreement)]
-    for way, agreed in result.ways.items():
-        lines += ["", *_rankings(f"with windows of {way}", agreed)]
-    for healing in dict.fromkeys(cell.healing for cell in result.cells):
-        lines += ["", *_crossed([cell for cell in result.cells if cell.healing == healing])]
-    cell = result.cells[0]
-    over = _error(cell.windows, cell.texts).over
-    return "\n".join([*lines, "", f"standard errors over {over} (of {cell.text})"])
-
-
-def _rankings(head: str, agreed: Sequence[TextAgreement]) -> list[str]:
-    lines = [f"{head:<40}{'layers in common':>22}{'rank correlation (95%)':>30}"]
-    for a in agreed:
-        pair = f"{a.first}, {'its halves' if a.first == a.second else a.second}"
-        pair = a.first if a.first == a.second and head != "rankings" else pair
-        low, high = a.shared_interval
-        shared = f"{a.shared} of {a.n} ({low:.0f} to {high:.0f})"
-        value = f"{a.correlation:.3f} ({a.interval[0]:.3f} to {a.interval[1]:.3f})"
-        lines.append(f"  {pair:<38}{shared:>22}{value:>30}")
-    return lines
-
-
-def _crossed(cells: Sequence[CrossResult]) -> list[str]:
-    name = "pruned" if cells[0].healing == RAW else cells[0].healing
-    texts = "".join(f"{text:>22}" for text in dict.fromkeys(c.text for c in cells))
-    lines, more = [f"{'chosen on':<24}{texts}"], "nats a token more than by the text's own choice"
-    columns: dict[str, Callable[[CrossResult], str]] = {
-        "perplexity": lambda c: _short(c.perplexity),
-        f"{more} (standard error)": lambda c: (
-            "own" if c.choice == c.text else f"{c.excess:+.3f} ({c.excess_error:.3f})"
-        ),
-    }
-    for title, cell in columns.items():
-        lines.append(f"{name}: {title}")
-        for choice in dict.fromkeys(c.choice for c in cells):
-            row = "".join(f"{cell(c):>22}" for c in cells if c.choice == choice)
-            lines.append(f"  {choice:<22}{row}")
-    return lines

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from llama.io.sources import Named
 from llama.tokenizer import check_text
@@ -53,7 +52,7 @@ class TextsInMemory(str):
     """Texts that are in memory; as a string it is a name with a digest of them, for records.
 
     Attributes:
-        rows: strings, or rows with columns: a list, a ``datasets.Dataset``, or by names several.
+        rows: strings, or rows with columns: a list or a ``datasets.Dataset``.
     """
 
     rows: Iterable[object]
@@ -61,25 +60,20 @@ class TextsInMemory(str):
     def __new__(cls, rows: Iterable[object]) -> TextsInMemory:
         digest = getattr(rows, "_fingerprint", None)  # a Dataset's, of all that made it
         if isinstance(rows, Mapping):
-            rows = {name: cls._named(own) for name, own in rows.items()}
-        elif hasattr(rows, "iterrows"):
+            names = ", ".join(map(str, rows))
+            raise ShortGPTError(f"expected one source of texts, got {names}: pass one of them")
+        if hasattr(rows, "iterrows"):
             raise ShortGPTError("expected texts, got a table: pass one of its columns")
-        elif isinstance(rows, set | frozenset):
+        if isinstance(rows, set | frozenset):
             raise ShortGPTError(
                 "expected texts in an order, got a set, which has another in every run: pass a list"
             )
-        elif digest is None:
+        if digest is None:
             rows = list(rows)
         name = f"{type(rows).__name__} {digest or json_digest(str(rows))}"
         given = super().__new__(cls, name[:30])
         given.rows = rows
         return given
-
-    @classmethod
-    def _named(cls, own: Any) -> Any:
-        # a name stays one, and what has no length may be too long to be read for a digest
-        read = isinstance(own, Sized) and isinstance(own, Iterable) and not isinstance(own, str)
-        return cls(own) if read else own
 
 
 def texts(
@@ -111,9 +105,6 @@ def texts(
     if not isinstance(source, str | Path):
         source = TextsInMemory(source)
     if isinstance(source, TextsInMemory):
-        if isinstance(source.rows, Mapping):
-            names = ", ".join(map(str, source.rows))
-            raise ShortGPTError(f"expected one source of texts, got {names}: pass one of them")
         rows = ({column: row} if isinstance(row, str) else row for row in source.rows)
         return _started((_cell(row, column) for row in rows), source)
     path = _path(source)

@@ -34,13 +34,12 @@ class SamplingError:
     # of freedom, see `moments.degrees_of_freedom`: of texts, or of windows if there is one text
     degrees: float = 0.0
 
-    def margin(self, confidence: float = 0.95, *, sides: int = 2) -> float:
+    def margin(self, confidence: float = 0.95) -> float:
         """How far from the mean the truth may be, in nats a token, by Student's t.
 
-        NaN if the samples are too few or too unequal, see `no_interval`. ``sides`` is 1 if only one
-        direction counts.
+        NaN if the samples are too few or too unequal, see `no_interval`.
         """
-        return t_quantile(1 - (1 - confidence) / sides, self.degrees) * self.standard_error
+        return t_quantile(1 - (1 - confidence) / 2, self.degrees) * self.standard_error
 
     @property
     def known(self) -> bool:

@@ -1,15 +1,14 @@
-"""Settings of `compare` and `calibrate`, and the rows of a comparison."""
+"""Settings of `compare`, and the rows of a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from short_gpt.data.texts import evaluation_texts
 from short_gpt.data.windows import Text
-from short_gpt.jobs.inputs import Cut, TextSource, listed, name_texts, whole_numbers
+from short_gpt.jobs.inputs import Cut, listed, name_texts, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 Windows = Sequence[Sequence[int]]
 RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
 HEALINGS = (RAW, PATCHED, REFIT, LORA, DISTILL)
-CALIBRATED, RANKED = (RAW, REFIT), ("bi", "relative_magnitude", "angular")  # by `calibrate`
 TRAINED = (LORA, DISTILL)  # these take far longer than all others
 DEFAULT_METHODS: tuple[str, ...] = ("bi", "angular", "deepest", "relative_magnitude")
 DEFAULT_METHODS += ("perplexity", "sleb", "reverse", "random")
@@ -72,14 +70,6 @@ NEEDS_TRAINING = Needs(
 )
 RANDOM = Needs("random in `methods`", lambda v: "random" in _names(v["methods"]))
 NEEDS_SEARCH = Needs("perplexity or sleb in `methods`", _searches)
-
-
-def check_healings(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ShortGPTError unless each name is that of a known healing, and stands there once."""
-    if odd := [name for name in names if name not in known]:
-        raise ShortGPTError(f"no healing {odd[0]!r}; expected some of {', '.join(known)}")
-    if not names or len({*names}) < len(names):
-        raise ShortGPTError(f"healing = {list(names)}: expected at least one, and each once")
 
 
 @dataclass(frozen=True)
@@ -158,13 +148,15 @@ class Cases:
         return replace(self, counts=counts)
 
     def __post_init__(self) -> None:
-        check_healings(self.heals, HEALINGS)
+        if odd := [name for name in self.heals if name not in HEALINGS]:
+            raise ShortGPTError(f"no healing {odd[0]!r}; expected some of {', '.join(HEALINGS)}")
         if self.methods is not DEFAULT_METHODS:  # these are known to be valid, without an import
             from short_gpt.selection.methods import check_method
 
             for name in self.names:
                 check_method(name)
         lists: dict[str, Sequence[object]] = {"methods": self.names, "counts": self.numbers}
+        lists["healing"] = self.heals
         for name, values in lists.items():
             if not values or len({*values}) < len(values):
                 raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
@@ -249,97 +241,3 @@ class LoraOptions:
         if self.rank is not None:
             changes["alpha"] = self.rank
         return changes
-
-
-# What calibrate reads and chooses
-
-
-@dataclass(frozen=True)
-class TextKinds(TextSource):
-    """Texts of several kinds.
-
-    Args:
-        data: two texts or more with commas between, of different kinds, such as books, questions
-            and code: local files or folders, data sets of the hub, pg19, or self.
-    """
-
-    data: str = setting(None, value="TEXTS")
-
-    def each(self) -> dict[str, TextSource]:
-        """Every text's source by its name: that of the file or folder, without its ending."""
-        if isinstance(held := getattr(self.data, "rows", None), Mapping):
-            return {name: replace(self, data=texts) for name, texts in held.items()}
-        names = listed(self.data or "")
-        sources: dict[str, TextSource] = {
-            Path(name).stem or name: replace(self, data=name) for name in names
-        }
-        if len(sources) < max(2, len(names)):
-            raise ShortGPTError(
-                f"`data` {self.data or 'is missing'}: expected two texts or more with commas "
-                "between, of different names, such as novels/,questions.txt,code.txt"
-            )
-        return sources
-
-
-@dataclass(frozen=True)
-class Readings:
-    """How the texts are cut into windows.
-
-    Args:
-        sizes: tokens in a window; of several, as in 512,1024, the first chooses and evaluates, and
-            the rankings at the others are compared with it.
-        bos: first, every, or both with a comma: the first of them chooses and evaluates; if not
-            given, every for Gemma, else first.
-        max_windows: windows of each text to rank on, and to fit a refit on.
-        eval_windows: evaluation windows of each text, which share nothing with those.
-        seed: of the choice of texts and windows.
-    """
-
-    HEADING: ClassVar = READ
-    sizes: object = setting((1024,), value="N,N")
-    bos: str | None = None
-    max_windows: int = 12
-    eval_windows: int = 12
-    seed: int = 0
-
-    @property
-    def numbers(self) -> list[int]:
-        return whole_numbers(self.sizes, "sizes", "512,1024")
-
-    def cuts(self, bos: str = "first") -> dict[str, Cut]:
-        """Every way of cutting by its name, the one that chooses and judges first."""
-        return {
-            f"{size} tokens, bos {where}": Cut(size, seed=self.seed, bos=where)
-            for where in listed(bos if self.bos is None else self.bos)
-            for size in self.numbers
-        }
-
-    def check(self) -> None:
-        for size in self.numbers:
-            at_least(2, sizes=size)
-        for cut in self.cuts().values():
-            cut.check()
-        at_least(2, max_windows=self.max_windows, eval_windows=self.eval_windows)
-
-
-@dataclass(frozen=True)
-class TextChoice:
-    """What is chosen on each text.
-
-    Args:
-        n: how many layers to remove.
-        method: bi, relative_magnitude or angular.
-        healing: raw, refit or both with a comma.
-    """
-
-    HEADING: ClassVar = CHOOSE
-    n: int | None = None
-    method: str = "bi"
-    healing: str = setting("raw,refit", value="A,B")
-
-    def __post_init__(self) -> None:
-        if self.method not in RANKED:
-            raise ShortGPTError(
-                f"no calibration by {self.method!r}; expected one of {', '.join(RANKED)}"
-            )
-        check_healings(listed(self.healing), CALIBRATED)

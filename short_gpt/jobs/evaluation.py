@@ -11,24 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_output, new_file
-from short_gpt.data.texts import check_named_once, default_text, read_texts, source_names
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
-from short_gpt.jobs.inputs import (
-    Cut,
-    Data,
-    Notify,
-    Reading,
-    Running,
-    Tasks,
-    TextSource,
-    about_bos,
-    check_model,
-    ignore,
-    known_total,
-    source_of,
-)
+from short_gpt.jobs.inputs import Notify, Reading, Tasks, check_model, ignore
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.digest import windows_digest
@@ -178,43 +164,3 @@ def write_samples(
         lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
         partial.write_text("".join(lines), encoding="utf-8")
     return target
-
-
-@takes_fields("perplexity")
-def perplexity_of(
-    model: str,
-    data: Data = TextSource(),
-    *,
-    cut: Cut = Cut(),
-    opening: OpenOptions = OpenOptions(),
-    running: Running = Running(),
-    notify: Notify = ignore,
-    dry_run: bool = False,
-    **fields: Any,
-) -> Perplexity:
-    """The perplexity of a checkpoint on a text, in windows that do not overlap.
-
-    Each window is read on its own, its first token is not predicted. ``notify`` is called with the
-    memory that a streamed run will take, before it starts. ``dry_run`` is as of `evaluate`;
-    ``fields`` are single settings by their names: ``size=512``, ``max_windows=24``.
-
-    Example:
-        >>> perplexity_of("llama-2-7b", "novels/").value  # doctest: +SKIP
-        5.47
-    """
-    texts = source_of(data)
-    running.check_bounds()
-    check_model(model)
-    cut.check()
-    check_named_once(names := source_names(texts.data))
-    with default_text(texts.data):
-        kinds = [read_texts(name, texts.split, texts.column, texts.max_texts) for name in names]
-    short = running.open(model, opening, cut.size)
-    windows = cut.mixed(kinds, short.encode, short.bos)
-    for remark in (about_bos(cut.bos or short.bos), short.plan_text(running.batch_size)):
-        if remark is not None:
-            notify(remark)
-    total = known_total(windows, cut.max_windows)
-    if dry_run:
-        end_dry_run(short, f"read {texts.data} with {model}", cut.size, total)
-    return short.perplexity(windows, batch_size=running.batch_size, total=total)

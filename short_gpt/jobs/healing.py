@@ -149,7 +149,7 @@ def heal(
     check_tokenizer(opening.tokenizer_path, model, teacher, stream=stream)
     _check_target(model, out, overwrite=overwrite)
     hub.check(out, format_of(model, out))
-    removal = _removal(model, choice, methods, settings, opening)
+    removal = _removal(model, choice, methods, settings)
     if is_gguf(out):
         check_writable_gguf(model, removal.layers)
     how = (texts, windows, settings, opening, streaming)
@@ -257,13 +257,11 @@ def _teacher(
 
 
 def _removal(
-    model: str, choice: Choice, methods: Sequence[str], settings: Settings, opening: OpenOptions
+    model: str, choice: Choice, methods: Sequence[str], settings: Settings
 ) -> ChosenLayers:
     """The layers to remove; none where the methods heal a model that was pruned before."""
-    if choice.max_perplexity_ratio is not None:
-        raise ShortGPTError("`max_perplexity_ratio` is for prune: heal takes `layers`, or `n`")
     if choice.layers is not None or choice.scores is not None:
-        return chosen(model, choice, opening=opening)
+        return chosen(model, choice)
     ask = "give `layers`, as in 21,22,23, or `scores` and `n`"
     if methods[0] in CLOSED:
         raise ShortGPTError(

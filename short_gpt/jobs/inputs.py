@@ -71,9 +71,9 @@ def whole_numbers(
     return list(several)  # type: ignore[call-overload]
 
 
-def layer_list(layers: object, name: str = "layers") -> list[int]:
+def layer_list(layers: object) -> list[int]:
     """Layer numbers as a list: one, several, or none; ShortGPTError for anything else."""
-    return whole_numbers(layers, name, "21,22,23", what="layer numbers", empty=True)
+    return whole_numbers(layers, "layers", "21,22,23", what="layer numbers", empty=True)
 
 
 # What flags need
@@ -92,8 +92,8 @@ COLUMNS = Needs(
     lambda v: any(map(has_columns, _sources(v) + [str(v[k]) for k in ["eval_data"] if v.get(k)])),
 )
 TASKS = needs_one_of("`tasks`", "tasks")
-# of heal alone: rank bounds the states of a search by it too
-STREAM = Needs("`stream`", lambda v: bool(v["stream"]) or "teacher" not in v)
+# rank bounds the states of a search by it too
+STREAM = Needs("`stream`", lambda v: bool(v["stream"]), commands=("heal",))
 SEARCH_MEMORY = {
     "rank": "Without stream, of the states that the searches by loss store; 2GB if not given."
 }
@@ -314,7 +314,7 @@ class Running:
             not given. The others are replicas, which share the windows.
     """
 
-    batch_size: int = setting(1, commands=(*SCORED, "perplexity"))
+    batch_size: int = setting(1, commands=SCORED)
     stream: bool = False
     max_memory: str | None = setting(None, value="SIZE", needs=STREAM, more=SEARCH_MEMORY)
     model_parallel_size: int | None = setting(None, commands=SCORED)
@@ -427,19 +427,14 @@ def about_bos(bos: str) -> str | None:
 
 
 def about_own(
-    data: str,
-    eval_data: str | None = None,
-    *,
-    each: bool = False,
-    advice: str = "name a text to evaluate on",
+    data: str, eval_data: str | None = None, *, advice: str = "name a text to evaluate on"
 ) -> str | None:
-    """The remark where a model is evaluated on its own text only, or as one of ``each``."""
+    """The remark where a model is evaluated on its own text only."""
     names = source_names(data)
-    own = [name for name in names if name in OWN]
-    if eval_data is not None or not own or (not each and own != names):
+    if eval_data is not None or not {*names} <= {*OWN}:
         return None
     why = "text that the model itself wrote, and perplexity on own samples is not quality"
-    return f"evaluated on {', '.join(own)}: {why}; {advice}"
+    return f"evaluated on {', '.join(names)}: {why}; {advice}"
 
 
 def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:

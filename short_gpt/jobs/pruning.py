@@ -1,4 +1,4 @@
-"""A checkpoint with layers removed: named ones, by saved scores, or within a limit of quality."""
+"""A checkpoint with layers removed: named ones, or by saved scores."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama.io.files import check_output, new_file, resolved
 from llama.io.sources import Source, find_source
 from short_gpt.checkpoints.gguf import about_kinds
-from short_gpt.checkpoints.prune import (
-    is_recipe,
-    kept_tensors,
-    mergekit_recipe,
-    prune_checkpoint,
-    recipe_dtype,
-)
-from short_gpt.checkpoints.records import PROVENANCE
+from short_gpt.checkpoints.prune import kept_tensors, prune_checkpoint
 from short_gpt.checkpoints.target import Target, check_one_file
 from short_gpt.jobs.conversion import prove, read_again
 from short_gpt.jobs.saving import Hub, interruptible
@@ -25,7 +17,6 @@ from short_gpt.jobs.settings import Choice, PruneOutput
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.settings import takes_fields
-from short_gpt.runtime.state import read_record
 from short_gpt.wrappers.opening import check_tokenizer, open_model
 from short_gpt.wrappers.options import FLOAT32, OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -37,7 +28,6 @@ class PruneResult:
 
     out: Path  # the new directory or file
     chosen: ChosenLayers  # the layers removed, how they were chosen, and what was tried
-    recipe: Path | None  # the mergekit recipe's file, if one was asked for
     proof: str | None  # what was verified, in a sentence, if anything
     remark: str | None = None  # what other programs may get wrong, or what is still missing
     address: str | None = None  # of the model on the hub, if it was uploaded
@@ -72,8 +62,8 @@ def prune(
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file of any architecture.
         out: new directory, or file if it ends with .gguf; appears whole or not at all.
-        choice: which layers, or how far the perplexity may rise.
-        written: format, proof, recipe, and whether an earlier checkpoint is replaced.
+        choice: which layers.
+        written: format, proof, and whether an earlier checkpoint is replaced.
         hub: where it is uploaded.
         fields: single settings by their names, in place of objects: ``layers=[21, 22]``.
 
@@ -91,7 +81,6 @@ def prune(
     choice.check()
     target.check()
     hub.check(out, target.format)
-    dtype = None if written.recipe is None else _recipe_dtype(source, target, written)
     if target.format == "gguf" and source.kind != "gguf":
         check_one_file(out)
     if target.format == "gguf" and written.verify and len(target.paths) > 1:
@@ -99,15 +88,14 @@ def prune(
             f"`verify` loads {out}, which transformers does not read in several files; name "
             "one file, or leave it to be read again and compared"
         )
-    removal = chosen(model, choice, opening=opening)
+    removal = chosen(model, choice)
     copied = source.kind == target.format == "gguf"
     write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
     proof = write(source, target, removal, written.verify, opening)
     if proof is None and copied:  # into several files
         proof = read_again(source)
-    recipe = _recipe(source, out, written, dtype) if dtype else None
     remark = about_kinds(source, removal.layers) if copied else None
-    return PruneResult(target.path, removal, recipe, proof, remark, hub.push(target.path))
+    return PruneResult(target.path, removal, proof, remark, hub.push(target.path))
 
 
 def _write_opened(
@@ -146,31 +134,3 @@ def _write(
             progress=lambda _: shown.update(),
         )
     return proofs[0] if proofs else None
-
-
-def _recipe(source: Source, out: str, written: PruneOutput, dtype: str) -> Path:
-    path = Path(str(written.recipe))
-    keep = read_record(f"{out}/{PROVENANCE}")["kept_layers"]
-    with new_file(path, overwrite=written.overwrite, replaces=is_recipe) as partial:
-        partial.write_text(mergekit_recipe(str(source), keep, dtype), encoding="utf-8")
-    return path
-
-
-def _recipe_dtype(source: Source, target: Target, written: PruneOutput) -> str:
-    """The dtype for the recipe; checks that mergekit reads the model, and the recipe's path."""
-    if target.format == "gguf":
-        raise ShortGPTError("`recipe`: mergekit writes no GGUF; leave one of them out")
-    dtype, path = recipe_dtype(source), Path(str(written.recipe))
-    check_output(path, overwrite=written.overwrite, replaces=is_recipe)
-    own, out = resolved(path), resolved(target.path)
-    if own == out or own in out.parents:
-        raise ShortGPTError(
-            f"`recipe` {path} is a file, and the checkpoint {target.out} has that name or lies in "
-            "it; name another file"
-        )
-    if out in own.parents:
-        raise ShortGPTError(
-            f"`recipe` {path} lies in {target.out}, which holds the checkpoint alone: else it "
-            "could not be replaced later; name a file beside it"
-        )
-    return dtype

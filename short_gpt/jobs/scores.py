@@ -1,13 +1,11 @@
-"""Saved scores, and the layers that a job removes: named, by scores, or as quality allows."""
+"""Saved scores, and the layers that a job removes: named, or by scores."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llama.args import ModelArgs
 from llama.checkpoint.meta import read_params
@@ -17,23 +15,16 @@ from llama.io.sources import Source, find_source, resolve
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.data.disjoint import overlapping
-from short_gpt.data.texts import source_names, texts
-from short_gpt.jobs.inputs import Cut, TextSource
 from short_gpt.jobs.settings import Choice
 from short_gpt.models.config_file import config_digest, params_entries
 from short_gpt.models.loading import TOKENIZER
 from short_gpt.models.numbering import span
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
 from short_gpt.scoring.importance import Importance, saved_layer_numbers
 from short_gpt.selection.methods import AUTO, METHODS, WITHOUT_TEXT, check_method, choose
-from short_gpt.selection.perplexity_budget import Budget
-from short_gpt.wrappers.opening import layers_of, open_model, weights_of
-from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.short_model import ShortModel
+from short_gpt.wrappers.opening import layers_of, weights_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 Digests = Mapping[str, str | None]
@@ -163,9 +154,9 @@ class SavedScores:
             )
         return self.searched[:n]
 
-    def record(self, **evidence: object) -> Provenance:
-        """How the layers were chosen, with the evidence, to be kept with the result."""
-        how = {"method": METHODS[self.method], "scored_by": self.arguments, **evidence}
+    def record(self) -> Provenance:
+        """How the layers were chosen, to be kept with the result."""
+        how = {"method": METHODS[self.method], "scored_by": self.arguments}
         data = self.arguments.get("data")
         facts = {"data": data} if data else None
         return Provenance.of_scores(self.importance, evidence=how, facts=facts)
@@ -186,21 +177,11 @@ def _read(file: str) -> JsonObject:
 def _importance(record: Mapping[str, object], source: str) -> Importance:
     content = record.get("importance")
     if not isinstance(content, dict):
-        if "chosen" in record:
-            raise ShortGPTError(
-                f"{source} holds layers that a search chose, and no scores: rank by another "
-                "method, such as bi"
-            )
         raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
     try:
         return Importance.from_dict(content)
     except ShortGPTError as error:
         raise ShortGPTError(f"{source}: {error}; write it again by short-gpt rank") from None
-
-
-def read_scores(file: str) -> Importance:
-    """The scores of one pass in a file that `rank` wrote."""
-    return _importance(_read(file), file)
 
 
 def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
@@ -264,30 +245,22 @@ class ChosenLayers:
 
     layers: list[int]  # original numbers, in order of removal
     record: Provenance  # of the choice, to be kept with the pruned model
-    budget: Budget | None = None  # what was tried, where the perplexity decided
     importance: Importance | None = None  # the scores of one pass that chose them, if any
-    unsure: str | None = None  # why the budget's text may be that of the scores, if so
     unchecked: str | None = None  # what of the scores was not checked or not settled
 
 
-def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) -> ChosenLayers:
-    """The layers of a choice, with the evidence where the perplexity on held-out text decides.
+def chosen(model: str, choice: Choice) -> ChosenLayers:
+    """The layers of a choice.
 
     Raises:
-        ShortGPTError: the choice contradicts itself, or the scores are of another model; not even
-            one layer may go; or the text that decides is not held out.
+        ShortGPTError: the choice contradicts itself, or the scores are of another model.
     """
-    n, data, ratio = choice.check().n, choice.eval_data, choice.max_perplexity_ratio
+    n = choice.check().n
     if choice.scores is None:
-        for name in ("max_perplexity_ratio", "n"):
-            if getattr(choice, name) is not None:
-                raise ShortGPTError(f"`{name}` chooses from `scores`, not from `layers`")
+        if n is not None:
+            raise ShortGPTError("`n` chooses from `scores`, not from `layers`")
         return ChosenLayers(choice.named or [], Provenance())
     scores = SavedScores.read(choice.scores, choice.by)
-    if ratio is not None:
-        if data is None or n is not None:
-            raise ShortGPTError("`max_perplexity_ratio` needs `eval_data`, and no `n`")
-        return _chosen_within(model, scores, choice, data, ratio, opening or OpenOptions())
     if n is None:
         raise ShortGPTError("with `scores`, say how many layers to remove: `n`")
     unchecked = scores.check_model(model)
@@ -295,77 +268,5 @@ def chosen(model: str, choice: Choice, *, opening: OpenOptions | None = None) ->
     return ChosenLayers(layers, scores.record(), importance=scores.importance, unchecked=remarks)
 
 
-def _chosen_within(
-    model: str, scores: SavedScores, choice: Choice, data: str, ratio: float, opening: OpenOptions
-) -> ChosenLayers:
-    if scores.method == AUTO:
-        raise ShortGPTError(
-            f"`max_perplexity_ratio` needs layers in an order, and {AUTO} chooses a set: name `n`, "
-            "or rank by another method"
-        )
-    _check_names(data, scores.arguments.get("data"))
-    unchecked = scores.check_model(model)
-    at_least(1, eval_windows=choice.eval_windows)
-    cut = Cut(choice.size, choice.eval_windows, bos=choice.bos)
-    cut.check()
-    column = TextSource(data, column=choice.column, chat=choice.chat).column
-    texts(data, column=column)  # raises for none, before the model is opened
-    short = open_model(model, opening, max_seq_len=choice.size)
-    held = list(cut.windows(texts(data, column=column), short.encode, short.bos))
-    unsure = _check_apart(held, data, scores.arguments, short)
-    most = len(scores.searched) or None  # a search chose no more than these
-    budget = short.layers_within(
-        held, ratio, choose=scores.layers, most=most, confidence=choice.confidence
-    )
-    if not budget.layers:
-        rise = budget.tried[1].value / budget.tried[0].value
-        raise ShortGPTError(
-            f"not even one layer may go: without {scores.layers(1)} the perplexity on {data} rises "
-            f"by a factor of {rise:.4f}, {budget.verdict(1)}; more `eval_windows` or texts may "
-            "settle it"
-        )
-    gate: dict[str, object] = {"eval_data": data, "not_compared": unsure, **budget.to_dict()}
-    gate = {"quality_gate": {**gate, **short.about_precision}}
-    remarks = _lines(unchecked, scores.about(len(budget.layers)))
-    record = scores.record(**gate)
-    return ChosenLayers(budget.layers, record, budget, scores.importance, unsure, remarks)
-
-
 def _lines(*remarks: str | None) -> str | None:
     return "\n".join(remark for remark in remarks if remark) or None
-
-
-def _check_names(eval_data: str, data: object) -> None:
-    """Raises where two texts are one, or part of each other, by their names."""
-    names = [] if data is None else source_names(str(data))
-    pairs = [
-        (Path(a).resolve(), Path(b).resolve())
-        for a in source_names(eval_data)
-        for b in names
-        if os.path.exists(a) and os.path.exists(b)  # which accepts a name of any length
-    ]
-    if eval_data == data or any(a.is_relative_to(b) or b.is_relative_to(a) for a, b in pairs):
-        raise ShortGPTError(f"`eval_data` {eval_data} is what the scores were measured on")
-
-
-def _check_apart(
-    held: Sequence[Sequence[int]], eval_data: str, scored_by: Mapping[str, Any], short: ShortModel
-) -> str | None:
-    """Raises where held-out text overlaps that of the scores; returns why none was compared."""
-    try:
-        source = TextSource(*(scored_by[name] for name in ("data", "split", "column", "max_texts")))
-        names = ("size", "max_windows", "seed", "stride")
-        cut = Cut(**{name: scored_by[name] for name in names}, bos=scored_by.get("bos"))
-        kinds = [kind for kind in source.kinds() if not isinstance(kind, str)]
-        if not kinds:
-            return "not compared with the text that the scores were measured on: a model wrote it"
-        scored = [w for kind in kinds for w in cut.windows(kind, short.encode, short.bos)]
-    except (OSError, KeyError, ShortGPTError) as error:
-        return f"not compared with the text that the scores were measured on: {error}"
-    if shared := overlapping(held, scored):
-        raise ShortGPTError(
-            f"`eval_data` {eval_data} holds text that the scores were measured on, "
-            f"{scored_by['data']}: {len(shared)} of its {len(held)} windows share a run of tokens "
-            "with that; give another text"
-        )
-    return None

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from short_gpt.wrappers.scored_model import ScoredModel
 
 RANK, PRUNE = ("rank",), ("prune",)
-# fields of `Choice` for a limit of perplexity
-LIMITS = ("max_perplexity_ratio", "eval_data", "eval_windows", "size", "confidence", "bos")
-LIMIT = needs_one_of("`max_perplexity_ratio`", "max_perplexity_ratio")
 SEED, CONFIDENCE = needs_one_of("a `seed`", "seed"), needs_one_of("a `confidence`", "confidence")
 
 
@@ -121,7 +118,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers to remove: named, or chosen by saved scores, so many or as quality allows.
+    """Layers to remove: named, or chosen by saved scores.
 
     Args:
         layers: numbers of the layers to remove, as in 21,22,23; or choose them by scores.
@@ -129,17 +126,6 @@ class Choice:
         n: how many layers to remove by the scores.
         angular: remove the best block of consecutive layers, short for the method angular.
         method: by which method of rank; the one that the scores were ranked by if not given.
-        max_perplexity_ratio: remove as many layers as the perplexity on eval_data allows, which
-            may rise by this factor, as in 1.1; the model is loaded for that.
-        eval_data: text for max_perplexity_ratio, which the scores were not measured on: a file or
-            folder.
-        column: column of the text of eval_data in .jsonl and .parquet.
-        chat: eval_data is conversations, in the column messages if no other is named.
-        eval_windows: windows of eval_data to read at most.
-        size: tokens in a window of eval_data.
-        confidence: that the perplexity of text like eval_data rises by no more; texts are the
-            samples, or windows where eval_data is one text.
-        bos: as rank's; which windows of eval_data begin with it.
 
     Example:
         >>> Choice([21, 22]).check().named
@@ -152,19 +138,10 @@ class Choice:
     n: int | None = None
     angular: bool = False
     method: str | None = setting(None, commands=PRUNE)
-    max_perplexity_ratio: float | None = setting(None, commands=PRUNE)
-    eval_data: str | None = setting(None, heading=READ, value="TEXTS", commands=PRUNE, needs=LIMIT)
-    column: str = setting("text", heading=READ, commands=PRUNE, needs=LIMIT)
-    chat: bool = setting(False, heading=READ, commands=PRUNE, needs=LIMIT)
-    eval_windows: int = setting(32, heading=READ, commands=PRUNE, needs=LIMIT)
-    size: int = setting(SIZE, heading=READ, commands=PRUNE, needs=LIMIT)
-    confidence: float = setting(0.95, commands=PRUNE, needs=LIMIT)
-    bos: str | None = setting(None, commands=PRUNE, needs=LIMIT)
 
     def check(self) -> Choice:
         """Itself; ShortGPTError unless it names either layers or scores to choose them by."""
         from short_gpt.selection.methods import check_method
-        from short_gpt.selection.perplexity_budget import check_limit
 
         if (self.layers is None) == (self.scores is None):
             raise ShortGPTError("expected either `layers`, as in 21,22,23, or `scores` and `n`")
@@ -173,8 +150,6 @@ class Choice:
         if self.layers is not None and self.by is not None:
             name = "angular" if self.angular else "method"
             raise ShortGPTError(f"`{name}` chooses from `scores`, not from `layers`")
-        if self.max_perplexity_ratio is not None:
-            check_limit(self.max_perplexity_ratio, self.confidence)
         return self
 
     @property
@@ -194,7 +169,6 @@ class PruneOutput:
     """How a pruned checkpoint is written.
 
     Args:
-        recipe: also write a mergekit passthrough recipe to this file.
         to: the format to write: meta or gguf (a Llama only, except from GGUF to GGUF) or hf. If not
             given, gguf where OUT ends with .gguf, else the source's, or hf from GGUF. From GGUF,
             Meta's is in float32, which holds what quantized weights stand for exactly.
@@ -206,7 +180,6 @@ class PruneOutput:
     """
 
     HEADING: ClassVar = WRITE
-    recipe: str | None = setting(None, value="FILE")
     to: str | None = None
     verify: bool | None = None
     overwrite: bool = False

@@ -5,7 +5,6 @@ from short_gpt.models.families import FAMILIES, Family, family_of
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.numbering import check_count, check_exist, check_layers, span
-from short_gpt.models.prefill import skipped_in_prefill
 from short_gpt.models.weight_changes import (
     Parameter,
     WeightChange,
@@ -15,5 +14,5 @@ from short_gpt.models.weight_changes import (
 
 __all__ = ["FAMILIES", "Decoder", "Family", "HFDecoder", "MetaDecoder", "Parameter", "WeightChange"]
 __all__ += ["check_count", "check_exist", "check_layers", "family_of", "find_layers", "pad"]
-__all__ += ["parameters_of", "remove_layers", "restored_on_error", "skipped_in_prefill", "span"]
+__all__ += ["parameters_of", "remove_layers", "restored_on_error", "span"]
 __all__ += ["without_layers"]

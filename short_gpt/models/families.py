@@ -22,8 +22,6 @@ class Family:
 
     layers: Names = ("model.layers",)  # paths of the list inside the causal language model
     attention: Names = ("self_attn",)  # the sublayer
-    # the norm before it, where the attention takes the keyword arguments of its layer
-    attention_norm: Names = ("input_layernorm",)
     attention_output: Names = ("self_attn.o_proj",)  # its output projection
     mlp: Names = ("mlp",)  # the sublayer
     mlp_norm: Names = ("post_attention_layernorm",)  # reads the stream after the attention
@@ -49,7 +47,6 @@ PARALLEL = Family(mlp_norm=())
 BLOOM = Family(
     layers=("transformer.h",),
     attention=("self_attention",),
-    attention_norm=(),
     attention_output=("self_attention.dense",),
     mlp_output=("mlp.dense_4h_to_h",),
     lora=("dense_h_to_4h", "dense_4h_to_h"),
@@ -57,7 +54,6 @@ BLOOM = Family(
 GPT2 = Family(
     layers=("transformer.h",),
     attention=("attn",),
-    attention_norm=(),
     attention_output=("attn.c_proj",),
     mlp_norm=("ln_2",),
     mlp_output=("mlp.c_proj",),
@@ -80,10 +76,17 @@ JAMBA = Family(
     mlp_output=("feed_forward.down_proj",),
 )
 # The mixer is a layer's only sublayer, and solved as an MLP is.
-MAMBA = Family(("backbone.layers",), (), (), (), (), (), ("mixer.out_proj",), ())
+MAMBA = Family(
+    layers=("backbone.layers",),
+    attention=(),
+    attention_output=(),
+    mlp=(),
+    mlp_norm=(),
+    mlp_output=("mixer.out_proj",),
+    lora=(),
+)
 # Attention or a convolution, then an MLP or experts.
 LFM2 = Family(
-    attention_norm=(),
     attention_output=("self_attn.out_proj", "conv.out_proj"),
     mlp=("feed_forward",),
     mlp_norm=("ffn_norm",),
@@ -97,7 +100,6 @@ FAMILIES: dict[str, Family] = {
     "meta": Family(
         layers=("layers",),
         attention=("attention",),
-        attention_norm=(),  # Meta's layers take a position and tables: `models.prefill`
         attention_output=("attention.wo",),
         mlp=("feed_forward",),
         mlp_norm=("ffn_norm",),
@@ -112,7 +114,6 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(needs_bos=True),
     "recurrent_gemma": Family(
         attention=("temporal_block",),
-        attention_norm=(),
         attention_output=("temporal_block.o_proj", "temporal_block.linear_out"),
         mlp=("mlp_block",),
         mlp_norm=("channel_pre_norm",),
@@ -154,7 +155,7 @@ FAMILIES: dict[str, Family] = {
         mlp_norm_after=("post_mlp_layernorm",),
         lora=("gate_up_proj", "down_proj"),
     ),
-    "olmo2": replace(POST_NORM, attention_norm=()),  # norms after both sublayers only
+    "olmo2": POST_NORM,  # norms after both sublayers only
     "phi3": Family(lora=("gate_up_proj", "down_proj")),
     "starcoder2": Family(mlp_output=("mlp.c_proj",), lora=("mlp.c_fc", "mlp.c_proj")),
     "cohere": PARALLEL,
@@ -167,7 +168,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "opt": Family(
         layers=("model.decoder.layers",),
-        attention_norm=(),
         attention_output=("self_attn.out_proj",),
         mlp=(),  # two maps of the layer itself
         mlp_norm=(),
@@ -210,7 +210,6 @@ FAMILIES: dict[str, Family] = {
     "rwkv": Family(
         layers=("rwkv.blocks",),
         attention=("attention",),
-        attention_norm=(),
         attention_output=("attention.output",),
         mlp=("feed_forward",),  # a gate ends it, and no map
         mlp_norm=("ln2",),
@@ -220,7 +219,6 @@ FAMILIES: dict[str, Family] = {
     "xlstm": Family(
         layers=("backbone.blocks",),
         attention=("mlstm_layer",),
-        attention_norm=(),
         attention_output=("mlstm_layer.out_proj",),
         mlp=("ffn",),
         mlp_norm=("norm_ffn",),
@@ -267,13 +265,3 @@ def only_part(layer: nn.Module, names: Names) -> nn.Module | None:
 def _parts(layer: nn.Module, names: Names) -> list[nn.Module]:
     modules = dict(layer.named_modules())
     return [modules[name] for name in names if name in modules]
-
-
-def attention_with_norm(layer: nn.Module, family: Family) -> tuple[nn.Module, nn.Module] | None:
-    """The norm before a layer's attention, and the attention; None if others cannot call it."""
-    # of `ANY`, both names must be of one row
-    for row in FAMILIES.values() if family is ANY else (family,):
-        norm, attention = part(layer, row.attention_norm), part(layer, row.attention)
-        if norm is not None and attention is not None:
-            return norm, attention
-    return None

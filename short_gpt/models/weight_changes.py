@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 # The original number of a layer, and a parameter's name inside it: (11, "mlp.down_proj.weight").
 Parameter = tuple[int, str]
-REMOVED_SUBLAYERS = "removed sublayers"  # the method of a `WeightChange`
 
 
 @dataclass(frozen=True)

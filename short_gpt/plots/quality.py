@@ -1,4 +1,4 @@
-"""Pictures of what removal costs: over the number of layers, and of each text's choice."""
+"""Pictures of what removal costs, over the number of layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from short_gpt.jobs.calibration import CrossResult
 from short_gpt.jobs.cases import TRAINED, Row
 from short_gpt.plots.figures import empty, logarithmic
 from short_gpt.runtime.errors import ShortGPTError
@@ -141,39 +140,3 @@ def _draw_method(
         mark: dict[str, Any] = {"linestyle": "none", "marker": 6, "markersize": 9, "zorder": 4}
         axes.plot(off, [top] * len(off), clip_on=False, color=look["color"], **mark)
         axes.plot([], [], color="black", label=f"worse than {top:,.0f}, off the axis", **mark)
-
-
-def cross_map(cells: Sequence[CrossResult]) -> Figure:
-    """A part for each healing: a row for every choice, a column for the text it is judged on.
-
-    A cell has the nats a token that the choice costs beyond the text's own: blue where it is
-    the better one, red where it is the worse.
-    """
-    if not cells:
-        raise ShortGPTError("expected the cells of a calibration, got none")
-    healings = list(dict.fromkeys(cell.healing for cell in cells))
-    largest = max(abs(cell.excess) for cell in cells) or 1.0
-    figure = empty(1.5 + 4.5 * len(healings), 4.2)
-    parts = figure.subplots(1, len(healings), squeeze=False)[0]
-    for axes, healing in zip(parts, healings, strict=True):
-        _draw_map(axes, [cell for cell in cells if cell.healing == healing], largest)
-        axes.set_title(TITLES.get(healing, f"healed by {healing}"), fontsize="medium")
-    parts[0].set_ylabel("chosen on")
-    figure.suptitle("nats a token beyond the text's own choice")
-    return figure
-
-
-def _draw_map(axes: Axes, cells: Sequence[CrossResult], largest: float) -> None:
-    choices, texts = (
-        list(dict.fromkeys(names)) for names in zip(*(c[:2] for c in cells), strict=True)
-    )
-    excess = {(c.choice, c.text): c.excess for c in cells}
-    rows = [[excess[choice, text] for text in texts] for choice in choices]
-    axes.imshow(rows, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
-    for y, row in enumerate(rows):
-        for x, value in enumerate(row):
-            colour = "white" if abs(value) > 0.6 * largest else "black"
-            axes.text(x, y, f"{value:+.3f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(texts)), texts, rotation=30, ha="right")
-    axes.set_yticks(range(len(choices)), choices)
-    axes.set_xlabel("judged on")

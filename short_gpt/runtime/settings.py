@@ -31,6 +31,7 @@ class Needs(NamedTuple):
 
     what: str  # in words
     met: Callable[[Values], bool]  # whether a command's values have it, or it knows no such flag
+    commands: tuple[str, ...] | None = None  # that have this need; None is all
 
 
 def needs_one_of(what: str, *names: str) -> Needs:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from short_gpt.wrappers.scored_model import ScoredModel
     from short_gpt.wrappers.short_hf import ShortHFModel
     from short_gpt.wrappers.short_llama import ShortLlama
-    from short_gpt.wrappers.short_model import ShortModel, remove_sublayers, sublayer_parameters
+    from short_gpt.wrappers.short_model import ShortModel
     from short_gpt.wrappers.streamed_llama import StreamedDecoder, StreamedLlama, open_stream
     from short_gpt.wrappers.streamed_transformer import Batch, StreamedTransformer
 else:
@@ -19,4 +19,4 @@ else:
 
 __all__ = ["Batch", "OpenOptions", "ScoredModel", "ShortHFModel", "ShortLlama", "ShortModel"]
 __all__ += ["StreamedDecoder", "StreamedLlama", "StreamedTransformer", "open_model", "open_stream"]
-__all__ += ["own_samples", "own_text_writer", "remove_sublayers", "sublayer_parameters"]
+__all__ += ["own_samples", "own_text_writer"]

@@ -26,21 +26,15 @@ def _tokenizer_is_read(values: Values) -> bool:
 
 TOKENIZER = Needs("a model in Meta's format (others bring their own tokenizer)", _tokenizer_is_read)
 PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
-READING: tuple[str, ...] = ("shrink", "rank", "prune", "heal", "calibrate", "compare")
-READING += ("perplexity", "evaluate", "reproduce")
-# prune, the only command with a recipe, loads the model for these alone
-READS = Needs(
-    "`max_perplexity_ratio`", lambda v: "recipe" not in v or v["max_perplexity_ratio"] is not None
-)
+READING = ("shrink", "rank", "heal", "compare", "evaluate", "reproduce")
 
 
-def _is_opened(values: Values) -> bool:
-    model, out, to = (values.get(name) for name in ("model", "out", "to"))
-    to_hf = to == "hf" or (to is None and not is_gguf(str(out)))
-    return READS.met(values) or (to_hf and (is_gguf(str(model)) or _kind(model) == "gguf"))
+def _becomes_hf(values: Values) -> bool:
+    to_hf = values["to"] == "hf" or (values["to"] is None and not is_gguf(str(values["out"])))
+    return to_hf and (is_gguf(str(values["model"])) or _kind(values["model"]) == "gguf")
 
 
-OPENED = Needs("`max_perplexity_ratio`, or a GGUF file written as a directory", _is_opened)
+OPENED = Needs("a GGUF file written as a directory", _becomes_hf, commands=("prune",))
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class OpenOptions:
     tokenizer_path: str | None = setting(None, value="FILE", needs=TOKENIZER)
     device: str | None = setting(None, needs=OPENED)
     dtype: str | None = setting(None, needs=OPENED)
-    precision: str = setting(FLOAT32, commands=READING, needs=READS)
+    precision: str = setting(FLOAT32, commands=READING)
     trust_remote_code: bool = False
     # what the jobs derive from their own settings
     max_seq_len: int = setting(2048, commands=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,15 +24,12 @@ from short_gpt.models.config_file import TRUST, params_entries
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.models.loading import weight_stamps
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.models.prefill import skips_prompts
 from short_gpt.runtime.digest import check_unchanged
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.precision import in_precision
 from short_gpt.wrappers.short_model import Prompts, ShortModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
-
-T = TypeVar("T")
 
 
 class ShortLlama(ShortModel):
@@ -117,9 +114,9 @@ class ShortLlama(ShortModel):
     ) -> None:
         """Scores a batch of token ids, each with ``max_gen_len`` new ones; ignores ``angular``."""
         if max_gen_len > 0:
-            generate = partial(self.llama.generate, echo=True)
-            how, parts = (max_gen_len, temperature, top_p), self._read_together(prompt_tokens)
-            prompt_tokens = [ids for part in parts for ids in generate(part, *how)[0]]
+            prompt_tokens = self.llama.generate(
+                prompt_tokens, max_gen_len, temperature, top_p, echo=True
+            )[0]
         self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
 
     @torch.no_grad()
@@ -170,16 +167,8 @@ class ShortLlama(ShortModel):
     def generate(
         self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
     ) -> list[str]:
-        how = (temperature, top_p, max_gen_len)
-        parts = self._read_together(prompts)
-        predictions = [p for part in parts for p in self.llama.text_completion(part, *how)]
+        predictions = self.llama.text_completion(prompts, temperature, top_p, max_gen_len)
         return [str(prediction["generation"]) for prediction in predictions]
-
-    def _read_together(self, prompts: Sequence[T]) -> Sequence[Sequence[T]]:
-        """Prompts in batches: all in one, but alone while `skipped_in_prefill` skips layers."""
-        if not skips_prompts(self.decoder) or isinstance(prompts, str):
-            return [prompts]
-        return [[prompt] for prompt in prompts] or [[]]
 
     def harness_model(self, *, batch_size: int = 1) -> object:
         return llama_lm(self, batch_size=batch_size)
@@ -196,8 +185,8 @@ class ShortLlama(ShortModel):
         """Writes the checkpoint in Meta's format; `ScoredModel.save` has most arguments.
 
         Bytes are copied tensor by tensor: the dtype and sharding stay, and `Llama.build` on the
-        result gives the logits of the model in memory bit for bit. Weights that a patch or
-        `remove_sublayers` changed are written in the source's dtype, if it is one file on one rank.
+        result gives the logits of the model in memory bit for bit. Weights that a patch changed are
+        written in the source's dtype, if it is one file on one rank.
         ``ckpt_dir`` is the source, if it is not what ``Llama.build`` loaded.
         """
         if (source := ckpt_dir or getattr(self.llama, "ckpt_dir", None)) is None:

@@ -163,7 +163,6 @@ def test_heal_writes_what_it_changed_into_a_copy_of_the_file(source, here, capsy
     assert [n for n in after if after[n] != before[old[n]]] == ["blk.1.ffn_down.weight"]
     kinds = GGUFParts(Path("out.gguf")).tensors
     assert kinds["blk.1.ffn_down.weight"].kind == KINDS.Q8_0
-    run("perplexity", "out.gguf", "--data", "books", "--size", 32, "--out", "p.json")
     capsys.readouterr()
     run("prune", "model.gguf", "cut.gguf", "--layers", "2,3")
     cut, healed = (opened(Path(f"{name}.gguf")) for name in ("cut", "out"))

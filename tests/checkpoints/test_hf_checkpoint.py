@@ -20,11 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
 from llama.io.sources import FETCHED, TEMPLATES, find_source
-from short_gpt import ShortHFModel, convert, open_model
-from short_gpt.checkpoints import Provenance, Target, mergekit_recipe, prune_checkpoint, prune_hf
-from short_gpt.checkpoints.prune import recipe_dtype
+from short_gpt import ShortGPTError, ShortHFModel, convert, open_model
+from short_gpt.checkpoints import Provenance, Target, prune_checkpoint, prune_hf
 from short_gpt.models.hf import HFDecoder
-from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import versions
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -234,51 +232,6 @@ def test_refusals(whole, tmp_path):
     with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
         prune_hf(whole, out, [1])
     assert not out.exists()
-
-
-@pytest.mark.parametrize("family", ["gemma3", "qwen2", "qwen2, sliding", "qwen3", "gpt_oss"])
-def test_no_recipe_where_mergekit_cannot_write_the_config(family, tmp_path):
-    model = make(family)
-    model.config.save_pretrained(tmp_path)
-    # what mergekit does to the config, and what transformers says to it
-    again = transformers.AutoConfig.from_pretrained(tmp_path)
-    again.num_hidden_layers = 4
-    try:
-        again.save_pretrained(tmp_path / "merged")
-    except Exception as error:
-        assert "layer_types" in str(error)
-    else:  # transformers 4 writes it, with the kinds of layers that are gone
-        assert transformers.__version__ < "5" and len(again.layer_types) == 6
-    with pytest.raises(ShortGPTError, match="mergekit changes only the number: its result has no"):
-        recipe_dtype(tmp_path)
-    make("llama").config.save_pretrained(tmp_path / "llama")
-    assert recipe_dtype(tmp_path / "llama") == "bfloat16"
-
-
-def test_mergekit_recipe():
-    yaml = pytest.importorskip("yaml")
-    recipe = yaml.safe_load(mergekit_recipe("a: b", [0, 1, 2, 5, 7, 8], dtype="float16"))
-    ranges = [s["sources"][0]["layer_range"] for s in recipe["slices"]]
-    assert ranges == [[0, 3], [5, 6], [7, 9]]
-    assert {s["sources"][0]["model"] for s in recipe["slices"]} == {"a: b"}
-    assert (recipe["merge_method"], recipe["dtype"]) == ("passthrough", "float16")
-    with pytest.raises(ValueError, match=r"expected ascending .* got \[2, 1\]"):
-        mergekit_recipe("a", [2, 1])
-
-
-def test_a_recipe_names_a_directory_from_the_root_and_a_hub_id_as_it_is(tmp_path, monkeypatch):
-    """As mergekit takes "owner/model" for a hub id, and looks for it where it runs."""
-    yaml = pytest.importorskip("yaml")
-    (tmp_path / "owner/model").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-
-    def named(source: str) -> str:
-        (only,) = yaml.safe_load(mergekit_recipe(source, [0]))["slices"]
-        return only["sources"][0]["model"]
-
-    sources = ("owner/model", "./owner/model", str(tmp_path / "owner/model"))
-    assert {named(source) for source in sources} == {str(tmp_path / "owner/model")}
-    assert named("owner/other") == "owner/other"
 
 
 def hollow_llama(directory, **changes):

@@ -133,7 +133,7 @@ def test_what_is_not_in_the_changed_set_comes_from_the_file(tmp_path, monkeypatc
     assert torch.equal(left["layers.2.feed_forward.w2.weight"], patched)
 
 
-RECORD = {  # after two patches, a training and the removal of a sublayer
+RECORD = {  # after two patches and a training
     "removed_layers": [3, 1],
     "kept_layers": [0, 2, 4],
     "source": "dense",
@@ -143,7 +143,6 @@ RECORD = {  # after two patches, a training and the removal of a sublayer
         {"method": "linear patch", "layers": [1]},
         {"method": "LoRA", "steps": 6},
     ],
-    "removed_sublayers": {"attention": [2], "mlp": []},
     "perplexity": {"whole, 5 layers": 3.5, "healed": None},
     "scored": {"windows": 4, "tokens": 128},
     "block_influence": [0.5, 0.1, None, 0.2, 0.3],
@@ -264,7 +263,6 @@ def test_a_record_is_read_and_written_as_it_was(tmp_path):
     card = model_card(record)
     assert "# dense without 2 of its 5 layers, healed" in card
     assert "a linear patch, then a linear patch, then LoRA." in card
-    assert "the attention of layers [2]. Weights" in card
     assert "Scores: Block Influence, on 128 tokens of a book in 4 windows." in card
     path.write_text(json.dumps(record.to_dict()))
     assert Provenance.read(path).to_dict() == record.to_dict()
@@ -301,12 +299,9 @@ def test_a_record_beside_another_model_is_refused(tmp_path):
 
 
 def test_numbers_go_through_all_removals_to_the_first_model():
-    first = Provenance(
-        [1], [0, 2, 3, 4, 5], "whole", removed_sublayers={"mlp": [3], "attention": [2]}
-    )
+    first = Provenance([1], [0, 2, 3, 4, 5], "whole")
     second = Provenance([1, 4], [0, 2, 3], "first", earlier=first)
     assert second.original_layers == [0, 3, 4] and second.all_removed == [1, 2, 5]
-    assert second.all_sublayers == {"attention": [], "mlp": [3]}  # 2 went
     assert second.first_source == "whole"
     record = second.to_dict()
     assert record["source_pruning"] == first.to_dict() and record["original_layers"] == [0, 3, 4]
@@ -320,12 +315,10 @@ def test_healing_a_pruned_model_continues_its_record(tmp_path):
     assert Provenance.of(short, cut).quality == {"5 layers": Measured(9.5)}  # still the same model
     short.measure(WINDOWS, progress=False)
     short.perplexity(WINDOWS, progress=False)
-    short.remove_sublayers(mlp=[3])  # layer 4 of the whole model
     short.note_change(WeightChange({"method": "a test"}, frozenset()))
     record = Provenance.of(short, cut, facts={"data": "eight words"})
     assert (record.removed_layers, record.kept_layers) == ([1], [0, 2, 3, 4, 5])
     assert record.source == "whole" and record.earlier is None
-    assert record.removed_sublayers == {"attention": [], "mlp": [4]}
     assert [step["method"] for step in record.steps] == ["a test"]
     assert record.facts == {"by": "me", "data": "eight words"}
     assert record.quality == {}  # what was measured before is another model's

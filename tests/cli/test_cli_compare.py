@@ -44,7 +44,7 @@ COMMON += ["--eval_windows", "4", "--counts", "1,3", "--device", "cpu"]
 
 def test_compare_writes_table_picture_and_json(here, capsys):
     methods = ["--methods", "bi,sleb,random", "--eval_data", "others", "--search_windows", "2"]
-    main([*COMMON, *methods, "--out", "c.json", "--plots", "pictures"])
+    main([*COMMON, *methods, "--json", "c.json", "--plots", "pictures"])
     out = capsys.readouterr().out
     record = json.loads(Path("c.json").read_text())
     rows = record["rows"]
@@ -82,9 +82,9 @@ def test_without_eval_data_texts_are_held_out(here, capsys):
 def test_lora_heals_in_the_comparison(here, capsys):
     options = ["--methods", "bi", "--healing", "lora", "--eval_data", "others"]
     options += ["--lora_only", "bi:1"]
-    options += ["--lora_steps", "2", "--lora_rank", "2", "--lora_learning_rate", "0.01"]
-    options += ["--lora_size", "48", "--lora_batch", "2"]
-    main([*COMMON, *options, "--out", "c.json"])
+    options += ["--steps", "2", "--rank", "2", "--learning_rate", "0.01"]
+    options += ["--lora_size", "48", "--batch", "2"]
+    main([*COMMON, *options, "--json", "c.json"])
     rows = json.loads(Path("c.json").read_text())["rows"]
     assert [r["healing"] for r in rows] == ["raw", "lora"]
     assert "lora: perplexity" in capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_raw_patched_refit_and_distilled_stand_in_one_table_and_picture(here, ca
     options = ["--methods", "bi", "--healing", ",".join(kinds), "--eval_data", "others"]
     options += ["--lora_only", "bi:1", "--steps", "2", "--rank", "2", "--learning_rate", "0.01"]
     options += ["--lora_size", "56", "--batch", "2"]  # more tokens than an evaluated window has
-    main([*COMMON, *options, "--out", "c.json", "--plots", "pictures"])
+    main([*COMMON, *options, "--json", "c.json", "--plots", "pictures"])
     rows = json.loads(Path("c.json").read_text())["rows"][1:]
     assert [r["healing"] for r in rows] == ["raw"] * 2 + ["patched"] * 2 + ["refit"] * 2 + [
         "distill"
@@ -113,7 +113,7 @@ def test_distillation_in_a_comparison_starts_from_the_refit_beside_it(here, sour
     assert layers_of(source) == 5  # which the default of --counts asks
     options = ["--methods", "bi", "--counts", "1", "--healing", "refit,distill"]
     options += ["--eval_data", "others", "--steps", "2", "--rank", "2", "--learning_rate", "1e-12"]
-    options += ["--lora_size", "48", "--batch", "2", "--out", "c.json"]
+    options += ["--lora_size", "48", "--batch", "2", "--json", "c.json"]
     main([COMMON[0], source, *COMMON[2:], *options])
     refitted, distilled = json.loads(Path("c.json").read_text())["rows"][1:]
     assert distilled["perplexity"] == pytest.approx(refitted["perplexity"], rel=1e-5)
@@ -122,7 +122,7 @@ def test_distillation_in_a_comparison_starts_from_the_refit_beside_it(here, sour
 
 def test_interrupted_in_training_it_continues_there(here, monkeypatch):
     options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
-    options += ["--lora_steps", "2", "--lora_size", "48", "--lora_batch", "2", "--lora_rank", "2"]
+    options += ["--steps", "2", "--lora_size", "48", "--batch", "2", "--rank", "2"]
     resumed, plain = [], healing.heal
 
     def interrupted(*args, work_dir, resume, **given):
@@ -133,9 +133,9 @@ def test_interrupted_in_training_it_continues_there(here, monkeypatch):
 
     monkeypatch.setattr("short_gpt.healing.lora.heal", interrupted)
     with pytest.raises(SystemExit):
-        main([*COMMON, *options, "--out", "c.json"])
+        main([*COMMON, *options, "--json", "c.json"])
     assert any(Path().glob("c.json.state.lora-*/checkpoint-*"))
-    main([*COMMON, *options, "--out", "c.json"])
+    main([*COMMON, *options, "--json", "c.json"])
     assert resumed == [False, True]
     assert not [*Path().glob("c.json.*")]
 
@@ -147,7 +147,7 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
     for path in Path("books").iterdir():
         path.write_text(text(1000)[:400] + path.read_text() + text(1000)[:400])
     options = ["--methods", "bi", "--counts", "1", "--healing", "lora", "--eval_data", "others"]
-    options += ["--lora_steps", "1", "--lora_size", "100", "--lora_batch", "1", "--lora_rank", "2"]
+    options += ["--steps", "1", "--lora_size", "100", "--batch", "1", "--rank", "2"]
     main([*COMMON, *options, "--tokenizer_path", "elsewhere/tokenizer.json"])
     assert "lora: perplexity" in capsys.readouterr().out
 
@@ -187,7 +187,7 @@ def test_lora_with_a_tokenizer_elsewhere_and_texts_that_repeat_themselves(here, 
         (["--seeds", "0"], "--seeds = 0: expected a whole number of at least 1"),
         (["--size", "0"], "--size = 0: expected a whole number of at least 2"),
         (["--eval_windows", "0"], "--eval_windows = 0: expected a whole number of at least 1"),
-        (["--healing", "lora", "--lora_steps", "0"], "steps = 0"),
+        (["--healing", "lora", "--steps", "0"], "steps = 0"),
         (["--counts", "2,5"], "--counts = 5; the model has 5 layers"),
         (["--eval_data", "books"], "share text with the windows to evaluate on"),
     ],

@@ -82,7 +82,7 @@ def test_a_gguf_model_can_be_trained(here):
 def test_rank_gives_the_scores_of_metas_format(here, capsys):
     found = {}
     for name in ("hf", "model.gguf", "meta"):
-        run("rank", name, *DATA, "--n_prune_layers", 2, "--out", f"{name}.json")
+        run("rank", name, *DATA, "--n", 2, "--json", f"{name}.json")
         out = capsys.readouterr().out
         found[name] = Importance.from_dict(record(f"{name}.json")["importance"])
         assert f"{found[name].least_important(2)}" in out and "written" in out
@@ -94,10 +94,10 @@ def test_rank_gives_the_scores_of_metas_format(here, capsys):
         assert (ours.angular - expected.angular).abs().max() < 1e-5
 
 
-def test_prune_by_scores_verified_and_with_a_recipe(here, capsys):
-    run("rank", "hf", *DATA, "--max_windows", 4, "--out", "r.json")
-    scores = ("--scores", "r.json", "--n_prune_layers", 2)
-    run("prune", "hf", "small", *scores, "--recipe", "recipe.yaml")
+def test_prune_by_scores_verified(here, capsys):
+    run("rank", "hf", *DATA, "--max_windows", 4, "--json", "r.json")
+    scores = ("--scores", "r.json", "--n", 2)
+    run("prune", "hf", "small", *scores)
     out = capsys.readouterr().out
     found = record("small/pruning.json")
     assert f"removed layers {found['removed_layers']}" in out
@@ -111,8 +111,6 @@ def test_prune_by_scores_verified_and_with_a_recipe(here, capsys):
     decoder = HFDecoder(model)
     decoder.keep_layers(found["kept_layers"])
     assert torch.equal(logits("small"), decoder.logits(TOKENS))
-    recipe = Path("recipe.yaml").read_text()
-    assert f'model: "{here}/hf"' in recipe and recipe.endswith("dtype: float32\n")
 
     run("prune", "hf", "block", *scores, "--angular", "--verify", "no")
     block = record("block/pruning.json")["removed_layers"]
@@ -123,9 +121,8 @@ def test_prune_by_scores_verified_and_with_a_recipe(here, capsys):
 def test_prune_proves_weights_without_a_tokenizer_too(here, capsys):
     for path in Path("hf").glob("tokenizer*"):
         path.unlink()
-    run("prune", "hf", "small", *CUT, "--recipe", "new/recipe.yaml")
+    run("prune", "hf", "small", *CUT)
     assert "verified: the logits are those of the source" in capsys.readouterr().out
-    assert Path("new/recipe.yaml").is_file()
     assert "hf came without a tokenizer" in fails(capsys, "rank", "hf", *DATA)
 
 
@@ -171,8 +168,8 @@ def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind
 
     monkeypatch.setattr("short_gpt.jobs.conversion.same_model", differ)
     with pytest.raises((kind, SystemExit)):
-        run("prune", "hf", "x", *CUT, "--recipe", "r.yaml")
-    assert not Path("x").exists() and not Path("r.yaml").exists()
+        run("prune", "hf", "x", *CUT)
+    assert not Path("x").exists()
     assert "written" not in capsys.readouterr().out
 
 
@@ -255,12 +252,10 @@ def test_generate(here, capsys, source):
 
 def test_perplexity_is_that_of_metas_format(here, capsys):
     for name in ("hf", "meta"):
-        run("perplexity", name, *DATA[:4], "--out", f"{name}.json")
+        run("evaluate", name, *DATA[:4], "--json", f"{name}.json")
     assert "hf" in capsys.readouterr().out
-    ours, theirs = (record(f"{n}.json")["result"] for n in ("hf", "meta"))
-    assert ours["tokens"] == theirs["tokens"]
-    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
-    assert 1 < ours["perplexity"] < math.inf
+    ours, theirs = (record(f"{n}.json")["result"][n] for n in ("hf", "meta"))
+    assert ours == pytest.approx(theirs, rel=1e-5) and 1 < ours["book.txt perplexity"] < math.inf
 
 
 def test_convert_in_every_direction_comes_back_bit_exact(here, capsys):
@@ -293,12 +288,12 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
     """Perplexity of a folder and a local task, for either format, in one table and one file."""
     Path("texts").mkdir()
     shutil.copy("book.txt", "texts")
-    options = ("--text", "texts", "--size", 64, "--tasks", "tiny_choice", "--include_path", tasks)
+    options = ("--data", "texts", "--size", 64, "--tasks", "tiny_choice", "--include_path", tasks)
     found = {}
     for name in ("hf", "meta"):
         run("prune", name, f"{name}-cut", *CUT, "--verify", "no")
         capsys.readouterr()
-        run("evaluate", name, f"{name}-cut", *options, "--out", f"{name}.json")
+        run("evaluate", name, f"{name}-cut", *options, "--json", f"{name}.json")
         out = capsys.readouterr().out
         found[name] = [*record(f"{name}.json")["result"].values()]
         assert f"{name}-cut" in out and "texts perplexity" in out and "tiny_choice acc" in out
@@ -338,18 +333,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         ),
         (["prune", "model.gguf", "x.gguf", "--layers", "7"], "layers [7] do not exist"),
         (["prune", "model.gguf", "model.gguf", *CUT, "--overwrite"], "model.gguf exists and is"),
-        (["prune", "hf", "x.gguf", *CUT, "--recipe", "r.yaml"], "mergekit writes no GGUF"),
         (["prune", "no/where", "x", "--scores", "other.json", "-n", 1], "the hub cannot be"),
-        (
-            ["prune", "meta", "x", *CUT, "--recipe", "r.yaml"],
-            "mergekit reads Hugging Face's",
-        ),
-        (["prune", "hf", "x", *CUT, "--recipe", "book.txt"], "book.txt exists"),
-        (["prune", "hf", "x", *CUT, "--recipe", "x/r.yaml"], "--recipe x/r.yaml lies in x, which"),
-        (["prune", "hf", "x", *CUT, "--recipe", "hf/../x/r.yaml"], "lies in x, which holds"),
-        (["prune", "hf", "x", *CUT, "--recipe", "./x"], "--recipe x is a file, and the checkpoint"),
-        (["prune", "hf", "x/y", *CUT, "--recipe", "x"], "x/y has that name or lies in it; name"),
-        (["prune", "hf", "x", *CUT, "--recipe", "book.txt/r.yaml"], "r.yaml cannot be written"),
         (["prune", "hf", "hf", *CUT, "--overwrite"], "hf exists and holds"),
         (["prune", "hf", "hf", *CUT, "--overwrite", "--to", "meta"], "hf exists and holds"),
         (["prune", "hf", "x", "--scores", "other.json", "-n", 1], "scores 4 layers, hf has 5"),
@@ -386,17 +370,17 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["convert", "broken.gguf", "x"], "broken.gguf is not a complete GGUF file"),
         (["convert", "damaged", "x"], "model.safetensors is not a complete safetensors file"),
         (["convert", "meta", "x", "--dtype", "bfloat16"], "is for writing Meta's format"),
-        (["evaluate", "hf", "--text", "none"], "nothing to evaluate: give --data or --tasks"),
-        (["evaluate", "hf", "nowhere", "--text", "book.txt"], "nowhere does not exist"),
-        (["evaluate", "hf", "--text", "book.txt", "--source", "x"], "--source is a copy of wiki"),
+        (["evaluate", "hf", "--data", "none"], "nothing to evaluate: give --data or --tasks"),
+        (["evaluate", "hf", "nowhere", "--data", "book.txt"], "nowhere does not exist"),
+        (["evaluate", "hf", "--data", "book.txt", "--source", "x"], "--source is a copy of wiki"),
         (["evaluate", "hf", "--data", "ptb"], "ptb needs a local copy: pass --source, such as ptb"),
-        (["evaluate", "hf", "--text", "no.txt"], "no such file or folder: 'no.txt'"),
+        (["evaluate", "hf", "--data", "no.txt"], "no such file or folder: 'no.txt'"),
         (["evaluate", "hf", "--size", "1"], "size = 1: expected"),
-        (["evaluate", "hf", "--out", "book.txt"], "book.txt exists"),
+        (["evaluate", "hf", "--json", "book.txt"], "book.txt exists"),
         (["evaluate", "hf"], "the hub cannot be reached"),
-        (["evaluate", "hf", "--text", "none", "--tasks", "nothing"], "lm-eval has no tasks"),
+        (["evaluate", "hf", "--data", "none", "--tasks", "nothing"], "lm-eval has no tasks"),
         (
-            ["evaluate", "hf", "--text", "none", "--tasks", "a", "--include_path", "no"],
+            ["evaluate", "hf", "--data", "none", "--tasks", "a", "--include_path", "no"],
             "no is not a folder",
         ),
     ],
@@ -415,7 +399,7 @@ def test_mistakes_cost_one_line(here, capsys, lm_eval, argv, message):
         LlamaForCausalLM(config).save_pretrained("other")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(f"hf/{name}", "other")
-        run("rank", "other", *DATA, "--max_windows", 1, "--out", "other.json")
+        run("rank", "other", *DATA, "--max_windows", 1, "--json", "other.json")
         capsys.readouterr()
     before = sorted(p.name for p in Path().iterdir())
     assert message in fails(capsys, *argv)

@@ -50,7 +50,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch, umask)
     run("convert", "qwen.gguf", "qwen")
     run("rank", "hf", *DATA, "--n", 1, "--json", "r.json", "--plots", "pictures")
     run("prune", "ckpt", "cut", "--layers", 1)
-    run("prune", "hf", "mixed", "--scores", "r.json", "--n", 1, "--recipe", "mixed.yml")
+    run("prune", "hf", "mixed", "--scores", "r.json", "--n", 1)
     run("prune", "model.gguf", "cut.gguf", "--layers", 1)
     run("heal", "hf", "healed", "--layers", 1, *HEAL, "--json", "heal.json")
     run("heal", "hf", "trained", "--layers", 1, *HEAL, "--method", "patch,distill", *TRAIN)
@@ -58,5 +58,5 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch, umask)
     modes = {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in written}
     assert {mode: path for path, mode in modes.items()}.keys() == {oct(0o666 & ~umask)}, modes
     expected = {"r.json.state", "model.safetensors", "adapter_model.safetensors", "values.1"}
-    expected |= {"teacher.bin", "block_influence.png", "mixed.yml"}
+    expected |= {"teacher.bin", "block_influence.png"}
     assert expected <= {path.name for path in written}

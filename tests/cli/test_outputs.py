@@ -42,7 +42,7 @@ def contents() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["params.json", "tokenizer.json"])
 def test_a_models_own_files_are_not_written_over(ckpt, capsys, name):
     before = contents()
-    line = fails(capsys, *RANK, "--out", f"ckpt/{name}", "--overwrite")
+    line = fails(capsys, *RANK, "--json", f"ckpt/{name}", "--overwrite")
     assert f"ckpt/{name} exists and is not what this would write there" in line
     assert contents() == before
 
@@ -59,7 +59,7 @@ def test_a_result_has_a_file_of_its_own(ckpt, capsys, command, overwrite):
 
 
 def test_what_a_command_reads_is_not_written_over(ckpt, capsys):
-    run(*RANK, "--out", "a.json")
+    run(*RANK, "--json", "a.json")
     capsys.readouterr()
     before = contents()
     line = fails(capsys, "heal", "ckpt", "x", "--scores", "a.json", "--n", 1, "--json", "a.json",
@@ -79,26 +79,12 @@ def test_somebodys_picture_is_not_replaced(ckpt, capsys):
     assert sorted(os.listdir("plots")) == ["angular.png", "block_influence.png"]
 
 
-def test_a_recipe_takes_the_place_of_recipes_only(ckpt, capsys):
-    pytest.importorskip("transformers")
-    run("convert", "ckpt", "hf")
-    capsys.readouterr()
-    before = contents()
-    cut = ("prune", "hf", "x", "--layers", 1, "--verify", "no")
-    line = fails(capsys, *cut, "--recipe", "hf/config.json", "--overwrite")
-    assert "hf/config.json exists and is not what this would write there" in line
-    assert contents() == before
-    for _ in range(2):
-        run(*cut, "--recipe", "r.yaml", "--overwrite")
-    assert Path("r.yaml").read_text().startswith("slices:")
-
-
 def test_results_go_into_a_pipe(ckpt):
     os.mkfifo("pipe")
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(Path("pipe").read_text()), daemon=True)
     thread.start()
-    run(*RANK, "--out", "pipe", "--overwrite")
+    run(*RANK, "--json", "pipe", "--overwrite")
     thread.join(10)
     assert json.loads(found[0])["command"] == "rank" and Path("pipe").is_fifo()
     # the state of a run that writes beside a device would be a file in the devices' folder
@@ -190,12 +176,9 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monk
     table["paper"]["models"]["tiny"] = shape
     monkeypatch.setattr(reproduction, "published", lambda: table)
     write_docs("docs")
-    write_docs("others")
-    more = {"compare": ("--counts", "1,2"), "reproduce": ("--model", "tiny")}
+    more = {"compare": ("--counts", "1,2"), "reproduce": ("--paper_model", "tiny")}
     more |= {"heal": ("out", "--layers", 1), "rank": ("--n", 1), "evaluate": ("--max_windows", 5)}
-    more["calibrate"] = ("--data", "docs,others", "--n", 1, "--sizes", 16, "--state", "s")
-    if command != "calibrate":
-        more[command] = (*more.get(command, ()), "--data", "docs", "--size", 16)
+    more[command] = (*more.get(command, ()), "--data", "docs", "--size", 16)
     before = contents()
     run(command, "ckpt", *more[command], "--json", "r.json", "--dry-run", "--device", "cpu")
     first, time, last = capsys.readouterr().out.splitlines()

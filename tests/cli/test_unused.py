@@ -13,14 +13,10 @@ from short_gpt.data import demo
 
 TWO = ("model", "out")
 UNUSED = [
-    (("prune", *TWO, "--layers", "1", "--eval_data", "a.txt"), "--max_perplexity_ratio"),
-    (("prune", *TWO, "--layers", "1", "--device", "cpu"), "or a GGUF file written as a directory"),
-    (("prune", *TWO, "--layers", "1", "--dtype", "float32"), "--max_perplexity_ratio, or a GGUF"),
-    (("prune", "a.gguf", "b.gguf", "--layers", "1", "--device", "cpu"), "--max_perplexity_ratio"),
+    (("prune", *TWO, "--layers", "1", "--device", "cpu"), "a GGUF file written as a directory"),
+    (("prune", *TWO, "--layers", "1", "--dtype", "float32"), "a GGUF file written as a directory"),
+    (("prune", "a.gguf", "b.gguf", "--layers", "1", "--device", "cpu"), "a GGUF file written as"),
     (("prune", "a.gguf", "b", "--to", "meta", "--layers", "1", "--dtype", "float32"), "a GGUF"),
-    (("prune", "a.gguf", "b", "--layers", "1", "--precision", "mixed"), "--max_perplexity_ratio"),
-    (("prune", *TWO, "--layers", "1", "--confidence", 0.9), "--max_perplexity_ratio"),
-    (("prune", *TWO, "--layers", "1", "--bos", "every"), "--max_perplexity_ratio"),
     (("rank", "model", "--n", 2, "--candidates", 3), "--method sleb"),
     (("rank", "model", "--n", 2, "--method", "sleb", "--budget", 3), "--method auto"),
     (("rank", "model", "--confidence", 0.9), "--n, a --seed"),
@@ -76,11 +72,10 @@ SPLITS, COLUMNS, META = "data with splits", "data with columns", "a model in Met
         (("prune", "hf", "out", "--layers", "1", "--tokenizer_path", "t"), META),
         (("convert", "owner/name", "out", "--tokenizer_path", "t"), META),
         (("evaluate", "hf", "m.gguf", "--tokenizer_path", "t"), META),
-        (("perplexity", "hf", "--data", "a.txt", "--split", "test"), SPLITS),
+        (("rank", "hf", "--data", "a.txt", "--split", "test"), SPLITS),
         (("rank", "meta", "--data", "plain", "--split", "train"), SPLITS),
         (("rank", "meta", "--data", ".", "--split", "validation"), SPLITS),
-        (("calibrate", "hf", "--data", "a.txt,plain", "--split", "train"), SPLITS),
-        (("perplexity", "hf", "--data", "a.txt", "--column", "n"), COLUMNS),
+        (("evaluate", "hf", "--data", "a.txt", "--column", "n"), COLUMNS),
         (("rank", "meta", "--data", "plain", "--column", "n"), COLUMNS),
         (("rank", "meta", "--column", "n"), COLUMNS),
         (

@@ -138,12 +138,11 @@ def test_commands_say_which_and_keep_it(here, capsys):
         ("llama", (), "first"),
         ("llama", ("--bos", "every"), "every"),
     ):
-        where = ("--out", "r.json", "--overwrite")
+        where = ("--json", "r.json", "--overwrite")
         run("rank", model, *data, *flags, "--stride", 32, *where)
-        run("perplexity", model, *data, *flags, "--max_windows", 3)
-        out, err = capsys.readouterr()
-        assert ("bos at the start of every window" in out) == (bos == "every")
-        assert ("bos at the start of every window" in err) == (bos == "every")
+        assert ("bos at the start of every window" in capsys.readouterr().out) == (bos == "every")
+        run("evaluate", model, *data, *flags, "--max_windows", 3)
+        assert ("perplexity, bos in every window" in capsys.readouterr().out) == (bos == "every")
         record = json.loads(Path("r.json").read_text())
         assert record["bos"] == bos
         assert record["arguments"]["bos"] == (flags[1] if flags else None)
@@ -170,22 +169,10 @@ def test_heal_and_compare_cut_as_they_are_told(here, capsys, monkeypatch):
         assert "expected first or every" in fails(capsys, *command, "--bos", "all")
 
 
-def test_the_limit_of_perplexity_cuts_as_the_scores_did(here, capsys):
-    run("rank", "gemma2", "--data", "book.txt", "--size", 32, "--stride", 32, "--out", "r.json")
-    capsys.readouterr()
-    gate = ("--scores", "r.json", "--max_perplexity_ratio", 9, "--size", 32, "--device", "cpu")
-    Path("copy.txt").write_text("Another word. " + TEXT[100:200])
-    message = fails(capsys, "prune", "gemma2", "x", *gate, "--eval_data", "copy.txt")
-    assert "copy.txt holds text that the scores were measured on" in message
-    run("prune", "gemma2", "cut", *gate, "--eval_data", "other.txt", "--verify", "no")
-    tried = json.loads(Path("cut/pruning.json").read_text())["quality_gate"]["tried"]
-    assert tried[0]["tokens"] == 200 // 31 * 31  # all but bos
-
-
 def test_a_saved_run_is_of_one_way(here, capsys, monkeypatch):
     monkeypatch.setattr("short_gpt.jobs.ranking.Ranking.finish", lambda _: None)  # keeps the state
     data = ("--data", "book.txt", "--size", 32, "--method", "sleb", "--n", 1, "--max_windows", 2)
-    run("rank", "llama", *data, "--state", "s.json", "--bos", "every", "--out", "r.json")
+    run("rank", "llama", *data, "--state", "s.json", "--bos", "every", "--json", "r.json")
     assert json.loads(Path("r.json").read_text())["bos"] == "every"
     capsys.readouterr()
     message = fails(capsys, "rank", "llama", *data, "--state", "s.json")

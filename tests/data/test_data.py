@@ -19,12 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from short_gpt.data.texts import (
-    TextsInMemory,
     check_named_once,
     count_texts,
     pg19,
@@ -541,16 +539,6 @@ def test_batches_keep_the_order(count: int, size: int) -> None:
 def test_a_batch_has_at_least_one_window() -> None:
     with pytest.raises(ValueError, match="size = 0: expected a whole number of at least 1"):
         batches([], 0)
-
-
-def test_texts_by_names_are_told_apart_by_their_content() -> None:
-    first, second = (
-        TextsInMemory({"a": Dataset.from_dict({"text": [t]}), "b": ["x"]}) for t in "yz"
-    )
-    assert first != second and first == TextsInMemory(
-        {"a": Dataset.from_dict({"text": ["y"]}), "b": ("x",)}
-    )
-    assert [*texts(first.rows["b"])] == ["x"]
 
 
 def test_several_texts_are_not_read_as_their_names() -> None:

@@ -20,7 +20,6 @@ EXTRAS = {"eval", "four-bit", "notebooks", "docs", "dev"}
 # What an installation lacks: pip itself, pandas, and services that a training reports to.
 RAISING = {"llama/errors.py", "short_gpt/data/demo.py"}
 RAISING |= {"short_gpt/healing/lora.py"}
-OLD = {"plots", "demo", "hf", "heal"}  # what they named is always installed
 # Imported where an extra or a user brings them, or only while types are checked.
 OTHERS = {"lm_eval", "bitsandbytes", "google", "_typeshed", "pandas", "llama", "short_gpt"}
 
@@ -64,17 +63,13 @@ def test_all_that_the_library_imports_is_installed_without_an_extra(packaging):
     assert installed - needed == {"accelerate"}
 
 
-def test_every_older_extra_still_exists_and_installs_what_it_meant(packaging):
+def test_extras_bring_what_is_not_installed_without_them(packaging):
     extras, installed = packaging["extras_require"], packaging["install_requires"]
     assert not any("_" in extra for extra in extras)  # pip before 23.3 would not find it
-    assert set(extras) == EXTRAS | OLD | {"all"}
-    assert all(extras[old] == [] for old in OLD)
+    assert set(extras) == EXTRAS | {"all"}
     assert set(extras["all"]) == {*extras["notebooks"], *extras["dev"]}
     assert {*extras["docs"], *extras["eval"]} <= {*extras["dev"]}
-    always = {*map(name, installed)}
-    assert not always & {name(r) for own in extras.values() for r in own}
-    meant = {"demo": "gguf", "plots": "matplotlib", "hf": "transformers", "heal": "peft"}
-    assert set(meant) == OLD and always >= {*meant.values()}
+    assert not {*map(name, installed)} & {name(r) for own in extras.values() for r in own}
 
 
 def test_readme_says_what_each_extra_is_for(packaging):

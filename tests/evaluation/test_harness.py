@@ -163,18 +163,6 @@ def test_a_llama_of_metas_own_which_cannot_be_asked_generates_the_same(both):
 
 
 @needs_lm_eval
-def test_layers_skipped_in_prompts_run_for_every_generated_token(both):
-    settings = {"until": ["zq"], "max_gen_toks": 50}
-    asked = requests("generate_until", *((p, settings) for p in ("Once", "A long")))
-    ours, theirs = both
-    whole = ours.harness_model().generate_until(asked, disable_tqdm=True)
-    with ours.skipped_in_prefill([0]), theirs.skipped_in_prefill([0]):
-        found, expected = (m.harness_model().generate_until(asked, disable_tqdm=True) for m in both)
-    assert found == expected
-    assert found != whole and max(map(len, found)) > 40  # longer than the first look
-
-
-@needs_lm_eval
 def test_metrics_of_local_tasks_agree(both, tasks):
     names = ["tiny_choice", "tiny_generate", "tiny_rolling"]
     ours, theirs = (run_tasks(model, names, include_path=tasks) for model in both)

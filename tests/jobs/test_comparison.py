@@ -262,33 +262,6 @@ def test_default_counts_are_those_that_the_model_allows():
     assert [found["n"] for found in result.agreement] == [2, 4]
 
 
-def test_layers_go_while_the_ratio_holds():
-    model = short()
-    order = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
-    values, dense = [], losses(model.decoder, EVALUATION)
-    for layers in order:
-        with model.without_layers(layers):
-            change = difference(dense, losses(model.decoder, EVALUATION))
-        values.append(math.exp(change.nats + change.error.margin(sides=1)))
-    allowed = max(values[0] * 1.0001, 1.0)
-    budget = model.layers_within([*EVALUATION], allowed, choose=lambda n: order[n - 1])
-    expected = next((i for i, v in enumerate(values) if v > allowed), 5)
-    assert budget.layers == ([] if expected == 0 else order[expected - 1])
-    assert list(budget.tried) == list(range(min(expected + 1, 5) + 1))
-    assert budget.to_dict()["tried"][1]["at_most"] == pytest.approx(values[0], rel=1e-4)
-    with pytest.raises(ValueError, match="max_perplexity_ratio = 0.5"):
-        model.layers_within(EVALUATION, 0.5, choose=lambda n: order[n - 1])
-
-
-def test_identity_layers_are_within_every_ratio():
-    model = Tiny()
-    for i in (2, 3):
-        zero_layer(model.model, i)
-    wrapped = ShortLlama(model)
-    wrapped.measure(CALIBRATION, progress=False)
-    assert set(wrapped.layers_within(EVALUATION, 1.0001).layers[:2]) == {2, 3}
-
-
 def test_what_a_cut_model_costs_counts_its_own_layers():
     model = short()
     model.remove_layers([0])

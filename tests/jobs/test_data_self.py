@@ -195,19 +195,9 @@ def test_a_card_takes_any_text_for_the_name_of_data():
         assert ("itself wrote" in model_card(record)) == said
 
 
-def test_calibrate_takes_own_text_as_a_kind_and_says_what_its_column_is_worth(here, capsys):
-    run("calibrate", "ckpt", "--data", "books,self", "--n", 1, "--sizes", 32, "--max_windows", 3,
-        "--eval_windows", 2, "--healing", "raw", "--json", "c.json")  # fmt: skip
-    assert JUDGED in capsys.readouterr().out
-    cells = json.loads(Path("c.json").read_text())["cells"]
-    assert {cell["choice"] for cell in cells} == {"books", "self", "mix"}
-    assert len([*here.glob("self-*.json")]) == 1
-
-
 def test_the_remark_depends_on_what_judges(here):
     assert about_own("self,self:chat").startswith("evaluated on self, self:chat: ")
     assert about_own("self", "book.txt") is None and about_own("book.txt,self") is None
-    assert about_own("book.txt,self", each=True).startswith("evaluated on self: ")
 
 
 SYSTEM = "".join(random.Random(0).choices("ABCDEFGHIJ", k=90))
@@ -281,7 +271,7 @@ def test_no_model_is_judged_by_a_text_named_self(here, capsys):
     ):
         texts("self")
     for command in (
-        ("perplexity", "ckpt", "--data", "self"),
+        ("evaluate", "ckpt", "--data", "self"),
         ("evaluate", "ckpt", "--data", "self:chat"),
         ("heal", "ckpt", "out", "--layers", 2, "--data", "books", "--eval_data", "self", *SMALL),
     ):
@@ -333,28 +323,3 @@ def test_texts_that_will_not_be_read_are_told_before_the_model_writes(here, monk
     with pytest.raises(FileNotFoundError, match=r"no such file or folder: 'no\.txt'"):
         rank("ckpt", "self,no.txt", cut=Cut(32))
     assert TextSource("self,self:chat").kinds() == ["self", "self:chat"]
-
-
-def test_scores_of_own_text_choose_what_is_pruned(here):
-    run("rank", "ckpt", "--data", "self,book.txt", *SMALL, "--max_windows", 4, "--json", "r.json")
-    limit = ("--max_perplexity_ratio", 1e6, *SMALL, "--confidence", 0.6)
-    run("prune", "ckpt", "out", "--scores", "r.json", "--eval_data", "books", *limit)
-    record = json.loads(Path("out/pruning.json").read_text())
-    assert record["data"] == "self,book.txt" and record["quality_gate"]["not_compared"] is None
-    rows = (
-        json.dumps({"prose": text.read_text()}) + "\n" for text in sorted(Path("books").iterdir())
-    )
-    Path("rows.jsonl").write_text("".join(rows))
-    of_column = ("--eval_data", "rows.jsonl", "--column", "prose")
-    run("prune", "ckpt", "out1", "--scores", "r.json", *of_column, *limit)
-    assert (
-        json.loads(Path("out1/pruning.json").read_text())["quality_gate"]["tried"]
-        == (record["quality_gate"]["tried"])
-    )
-    Path("copy.txt").write_text(TEXT)
-    with pytest.raises(SystemExit):  # the real part of the mix is compared
-        run("prune", "ckpt", "out2", "--scores", "r.json", "--eval_data", "copy.txt", *limit)
-    run("rank", "ckpt", "--data", "self", *SMALL, "--max_windows", 4, "--json", "own.json")
-    run("prune", "ckpt", "out3", "--scores", "own.json", "--eval_data", "copy.txt", *limit)
-    gate = json.loads(Path("out3/pruning.json").read_text())["quality_gate"]
-    assert gate["not_compared"].endswith("measured on: a model wrote it")

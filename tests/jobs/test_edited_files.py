@@ -17,7 +17,7 @@ from short_gpt.checkpoints.provenance import model_card
 from short_gpt.cli.tables import ranking
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
-from short_gpt.jobs import SavedScores, read_scores
+from short_gpt.jobs import SavedScores
 from short_gpt.jobs.comparing import Cells
 from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
@@ -83,7 +83,7 @@ def test_edited_scores(tmp_path, scored, method):
         scores = SavedScores.read(str(path))
         scores.layers(2)
         json.dumps(scores.record().to_dict())
-        ranking(read_scores(str(path)), 2)
+        ranking(scores.importance, 2)
 
     assert check(tmp_path, content, use) > 100
 

@@ -34,20 +34,16 @@ from short_gpt.jobs import (
     OpenOptions,
     PruneOutput,
     Reading,
-    Readings,
     Running,
     SavedScores,
     Saving,
     Settings,
     Shares,
     Tasks,
-    TextKinds,
     TextSource,
     evaluate,
     heal,
-    perplexity_of,
     ranking,
-    read_scores,
     reproduce,
 )
 from short_gpt.runtime.progress import DryRun
@@ -78,8 +74,8 @@ def test_a_layer_that_does_nothing_is_ranked_first_and_pruned(here, capsys):
     done = prune("ckpt", "small", layers=result.layers)
     assert done.layers == [2] and done.out == Path("small") and done.proof is None
     assert repr(done) == "PruneResult(small, layers removed [2])"
-    whole = perplexity_of("ckpt", "book.txt", cut=Cut(32))
-    assert perplexity_of("small", "book.txt", cut=Cut(32)) == whole
+    rows = evaluate(["ckpt", "small"], data="book.txt", size=32)
+    assert rows["small"]["book.txt perplexity"] == rows["ckpt"]["book.txt perplexity"]
     assert capsys.readouterr().out == ""
 
 
@@ -156,7 +152,8 @@ def test_a_healed_model_keeps_the_scores_that_chose_its_layers(here):
     run("rank", "ckpt", *DATA, "--max_windows", 6, "--json", "r.json")
     windows, choice = HealingWindows("other.txt", 32, 8, 4), Choice(scores="r.json", n=1)
     heal("ckpt", "out", choice=choice, data="book.txt", windows=windows)
-    found, scores = json.loads(Path("out/pruning.json").read_text()), read_scores("r.json")
+    found = json.loads(Path("out/pruning.json").read_text())
+    scores = SavedScores.read("r.json").importance
     assert found["block_influence"] == scores.block_influence.tolist()
     assert found["scored"] == {"windows": scores.n_windows, "tokens": scores.n_tokens}
 
@@ -202,7 +199,8 @@ def test_evaluate_and_convert(here):
     prune("ckpt", "small", layers=[2])
     told = []
     found = evaluate(["ckpt", "small"], Reading("book.txt", size=32), notify=told.append)
-    value = perplexity_of("ckpt", "book.txt", cut=Cut(32, None, None))
+    short = open_model("ckpt")
+    value = short.perplexity(windows([TEXT], short.encode, size=32, stride=32))
     low, high = value.interval()
     expected = {"book.txt perplexity": value.value}
     expected |= {"book.txt perplexity_low": low, "book.txt perplexity_high": high}
@@ -314,10 +312,8 @@ def test_cases_are_read_with_or_without_spaces():
 def test_settings_that_would_be_passed_over_are_refused(here):
     with pytest.raises(ShortGPTError, match="the rest is the paper's protocol"):
         reproduce("ckpt", paper=Answer(3))
-    with pytest.raises(ShortGPTError, match="`max_perplexity_ratio` is for prune"):
-        heal("ckpt", "x", choice=Choice(scores="s.json", max_perplexity_ratio=1.2, eval_data="t"))
     with pytest.raises(ShortGPTError, match="max_windows = None: expected a whole number"):
-        Readings(max_windows=None).check()
+        Shares(max_windows=None).check()
     with pytest.raises(ShortGPTError, match="num_fewshot = 1.5: expected a whole number"):
         Tasks(num_fewshot=1.5).check()
     Tasks(limit=None, num_fewshot=None).check()
@@ -449,18 +445,17 @@ def test_settings_are_taken_as_single_arguments(here):
     assert angular.importance.n_windows == 3 and angular.importance.n_tokens == 3 * 32
     seen = rank("ckpt", "book.txt", size=300, max_windows=1)
     assert seen.importance.n_tokens == 300
-    value = perplexity_of("ckpt", "book.txt", size=32)
-    assert value == perplexity_of("ckpt", "book.txt", cut=Cut(32))
     rows = evaluate(["ckpt"], data="book.txt", size=32, max_windows=2)
     assert rows == evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=2))
     few = TextSource([{"body": TEXT}] * 3, column="body")
-    assert perplexity_of("ckpt", few, max_texts=2, size=32).windows == 2 * value.windows
+    seen = [rank("ckpt", few, max_texts=n, size=32, stride=32).importance for n in (1, 2)]
+    assert seen[1].n_windows == 2 * seen[0].n_windows
     done = prune("ckpt", "x", Choice([1]), layers=[2], to="hf", written=PruneOutput(verify=False))
     assert done.layers == [2] and done.proof is None and Path("x/config.json").is_file()
 
 
 def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
-    defaults = {"cut": Cut(stride=7), "data": TextSource(), "kinds": TextKinds()}
+    defaults = {"cut": Cut(stride=7), "data": TextSource()}
     defaults |= {"shares": Shares(), "lora": LoraOptions(), "tasks": Tasks()}
 
     @takes_fields("rank")
@@ -469,12 +464,6 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
 
     assert job("m", size=5, column="c") == (Cut(5, stride=7), TextSource(column="c"), {})
     assert job("m", cut=None, data="b") == (Cut(stride=7), TextSource("b"), {})
-
-    @takes_fields("calibrate")
-    def calibrated(data=defaults["kinds"], **fields):
-        return data
-
-    assert calibrated("a,b", column="c") == TextKinds("a,b", column="c")
 
     @takes_fields("evaluate")
     def evaluated(*, tasks=defaults["tasks"], **fields):
@@ -498,8 +487,8 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
         (lambda: heal("ckpt", "o", stride=3), "heal has no setting 'stride'"),
         (lambda: reproduce("ckpt", siz=3), "reproduce has no setting 'siz': did you mean size"),
         (lambda: evaluate(["ckpt"], "book.txt"), "`reading` = 'book.txt': expected Reading, or"),
-        (lambda: perplexity_of("ckpt", sise=3), "_of has no setting 'sise': did you mean size"),
         (lambda: rank("ckpt", {"a", "b"}), "expected texts in an order, got a set, which has ano"),
+        (lambda: evaluate(["ckpt"], sise=3), "evaluate has no setting 'sise': did you mean size"),
     ],
 )  # fmt: skip
 def test_an_unknown_setting_is_named_with_the_nearest(call, said):
@@ -562,14 +551,10 @@ def test_texts_in_memory_are_read_as_those_of_files(here, dataset):
     ]
     assert all(one.importance.to_dict() == scores[0].importance.to_dict() for one in scores)
     assert rank("ckpt", TEXTS, max_texts=2, size=16).importance.n_texts == 2
-    perplexities = [perplexity_of("ckpt", data, size=16) for data in ("docs", TEXTS)]
-    assert perplexities[0] == perplexities[1]
-    both = perplexity_of("ckpt", "docs/0.txt,docs/1.txt", size=16)
-    assert both.windows > perplexity_of("ckpt", "docs/0.txt", size=16).windows
     with pytest.raises(ShortGPTError, match="`data` names docs twice: name it once"):
         rank("ckpt", "docs,docs", size=16)
     with pytest.raises(ShortGPTError, match="`data` names docs twice: name it once"):
-        perplexity_of("ckpt", "docs,docs", size=16)
+        evaluate(["ckpt"], data="docs,docs", size=16)
     rows = [evaluate(["ckpt"], data=data, size=16) for data in ("docs", TEXTS)]
     assert [*rows[0]["ckpt"].values()] == [*rows[1]["ckpt"].values()]
 
@@ -600,9 +585,6 @@ def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
     assert [row.n for row in jobs.compare_checkpoint("ckpt", TEXTS, **few).rows] == [0, 2]
     with pytest.raises(ShortGPTError, match="`counts` = 4; .* 5 layers: expected 1 to 3"):
         jobs.compare_checkpoint("ckpt", TEXTS, counts=4, **few)
-    kinds = {"a": TEXTS, "b": [text[::-1] for text in TEXTS]}
-    how = {"n": 1, "sizes": 16, "healing": "raw", "max_windows": 3, "eval_windows": 2}
-    assert [*jobs.calibrate_checkpoint("ckpt", kinds, **how).choices] == ["a", "b", "mix"]
 
 
 def test_rows_in_memory_without_the_column_are_told(here, dataset):
@@ -679,12 +661,12 @@ def test_conversations_are_read_as_the_template_renders_them(chatty):
     for data, how in (("chats.jsonl", {"chat": True}), (rendered, {})):
         gguf = rank("model.gguf", data, size=16, stride=16, device="cpu", **how)
         assert torch.allclose(gguf.importance.influence, read.influence, rtol=1e-4)
-    ours, plain = (perplexity_of("hf", data, size=16, column=column) for data, column in
-                   (("chats.jsonl", "messages"), (rendered, "text")))  # fmt: skip
-    assert ours == plain
+    ours = evaluate(["hf"], data="chats.jsonl", chat=True, size=16)["hf"]
+    plain = evaluate(["hf"], data=rendered, size=16)["hf"]
+    assert [*ours.values()] == [*plain.values()]
     run("rank", "hf", "--data", "chats.jsonl", "--chat", "--size", 16, "--stride", 16, "--json",
         "r.json", "--device", "cpu")  # fmt: skip
-    assert read_scores("r.json").to_dict() == expected
+    assert SavedScores.read("r.json").importance.to_dict() == expected
 
 
 @pytest.mark.filterwarnings("default")

@@ -15,8 +15,8 @@ from gguf_files import stack_file
 from llama.formats.convert import meta_to_hf
 from llama.io.files import new_directory
 from short_gpt import ShortGPTError, ShortLlama, prune, rank
-from short_gpt.jobs import Choice, Cut, SavedScores, heal, ranking, read_scores
-from short_gpt.jobs.scores import _check_names, configuration_of, tokenizer_of
+from short_gpt.jobs import Choice, Cut, SavedScores, heal, ranking
+from short_gpt.jobs.scores import configuration_of, tokenizer_of
 from short_gpt.runtime import write_record
 from short_gpt.wrappers.opening import weights_of
 
@@ -281,7 +281,6 @@ def test_scores_in_a_folder_whose_marker_lists_its_files_are_read(here):
         shutil.copy("r.json", partial / "layers.json")
     assert "files" in json.loads(Path("demo/layers.json").read_text())
     assert SavedScores.read("demo/layers.json").layers(2) == SavedScores.read("r.json").layers(2)
-    run("plot", "demo/layers.json", "pictures")
 
 
 @pytest.mark.parametrize("spoil", [halved, swapped, another_seed, another_model])
@@ -294,7 +293,6 @@ def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
     for command in (
         ("prune", "ckpt", "out", "--scores", "r.json", "--n", 1),
         ("heal", "ckpt", "out", "--scores", "r.json", "--n", 1, *LEARNED),
-        ("plot", "r.json", "pictures"),
     ):
         line = fails(capsys, *command)
         assert "r.json does not hold the scores that were written: it was edited or is dam" in line
@@ -313,14 +311,14 @@ def test_layers_of_a_search_that_are_not_those_written_are_refused(here, capsys)
 def test_scores_added_up_and_written_have_a_digest_too(here):
     ranked("ckpt", "r.json")
     ranked("ckpt", "s.json", "--seed", 1)
-    both = read_scores("r.json") + read_scores("s.json")
+    both = SavedScores.read("r.json").importance + SavedScores.read("s.json").importance
     write_record("both.json", {"command": "rank", "importance": both.to_dict()})
-    assert read_scores("both.json").n_windows == both.n_windows
+    assert SavedScores.read("both.json").importance.n_windows == both.n_windows
     record = json.loads(Path("both.json").read_text())
     swapped(record)
     Path("both.json").write_text(json.dumps(record))
     with pytest.raises(ShortGPTError, match="does not hold the scores that were written"):
-        read_scores("both.json")
+        SavedScores.read("both.json")
 
 
 def negative_windows(sums):
@@ -373,12 +371,8 @@ def test_scores_that_no_model_gives_are_refused(here, capsys, spoil):
     spoil(record["importance"])
     unsigned(record, "bad.json")
     capsys.readouterr()
-    for command in (
-        ("prune", "ckpt", "out", "--scores", "bad.json", "--n", 1),
-        ("plot", "bad.json", "pictures"),
-    ):
-        line = fails(capsys, *command)
-        assert "bad.json: these are not saved scores: " in line and "rank" in line
+    line = fails(capsys, "prune", "ckpt", "out", "--scores", "bad.json", "--n", 1)
+    assert "bad.json: these are not saved scores: " in line and "rank" in line
 
 
 @pytest.mark.parametrize("layers", [[True, 2], [-1], [2, 2], "12", None, [1.0]])
@@ -403,17 +397,6 @@ def test_every_real_score_passes(here):
         assert SavedScores.read(file).importance is not None
     with pytest.raises(ShortGPTError, match="holds scores of the weights"):
         heal("ckpt", "out", choice=Choice(scores="r.json", n=1), data="book.txt")
-
-
-def test_scores_of_many_texts_are_held_apart_by_each_of_their_names(here):
-    Path("a.txt").write_text("a")
-    names = ",".join([f"owner/text-{i}" for i in range(60)])  # longer than a file's name may be
-    _check_names("a.txt", names)
-    with pytest.raises(ShortGPTError, match="`eval_data` b.txt,./a.txt is what the scores were"):
-        _check_names("b.txt,./a.txt", f"{names},a.txt")
-    for pair in ((".", "a.txt"), ("a.txt", ".")):  # a folder that holds the other
-        with pytest.raises(ShortGPTError, match="is what the scores were"):
-            _check_names(*pair)
 
 
 def test_prune_says_what_the_scores_do_not_settle(here, capsys):

@@ -11,7 +11,6 @@ from short_gpt.models.families import (
     ANY,
     FAMILIES,
     META,
-    attention_with_norm,
     family_of,
     only_part,
     part,
@@ -19,7 +18,7 @@ from short_gpt.models.families import (
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_hooks import attention_output, mlp_output
 
-FIELDS = ("attention", "attention_norm", "mlp", "mlp_norm", "attention_output", "mlp_output")
+FIELDS = ("attention", "mlp", "mlp_norm", "attention_output", "mlp_output")
 # what a row names for other members of the family: layers without experts
 ELSEWHERE = {("qwen3_next", "mlp_output")}
 
@@ -61,13 +60,6 @@ def test_of_parallel_names_the_norm_in_front_of_the_mlp_is_taken():
     """Gemma 2 has a post_attention_layernorm too, behind the attention."""
     layer = HFDecoder(make("gemma2")).layers[0]
     assert part(layer, ANY.mlp_norm) is layer.pre_feedforward_layernorm
-
-
-def test_attention_that_takes_other_arguments_is_not_called():
-    bloom, llama = (HFDecoder(make(kind)).layers[0] for kind in ("bloom", "llama"))
-    assert attention_with_norm(bloom, family_of("bloom")) is None
-    assert attention_with_norm(bloom, ANY) is None  # its norm is named as Llama's is
-    assert attention_with_norm(llama, ANY) == (llama.input_layernorm, llama.self_attn)
 
 
 def test_a_map_named_twice_ends_nothing():

@@ -100,7 +100,7 @@ def test_it_is_refused_in_one_line_and_not_run(here, capfd):
 
 
 def test_with_the_flag_it_runs(here, capsys):
-    run("perplexity", "own", *DATA[:4], "--trust_remote_code")
+    run("evaluate", "own", *DATA[:4], "--trust_remote_code")
     assert "perplexity" in capsys.readouterr().out
     assert (here / "marker").read_text() == "run"
     assert type(open_model("own", trust_remote_code=True).model).__name__ == "OwnModel"

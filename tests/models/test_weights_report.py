@@ -96,7 +96,7 @@ def test_its_other_readers(here, case):
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("command", ["rank", "perplexity", "prune"])
+@pytest.mark.parametrize("command", ["rank", "evaluate", "prune"])
 def test_commands_end_with_one_line(here, capfd, command):
     damaged_hf(here, "head")
     rest = {"prune": ("out", "--layers", "1"), "rank": DATA}.get(command, DATA[:4])
@@ -199,7 +199,7 @@ def test_a_meta_checkpoint(here):
 
 
 def test_a_whole_model_still_runs(here, capsys):
-    run("perplexity", "hf", *DATA[:4])
+    run("evaluate", "hf", *DATA[:4])
     assert "perplexity" in capsys.readouterr().out
 
 

@@ -21,12 +21,11 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from short_gpt.jobs import CrossResult, Row, compare_with_paper, published_scores
+from short_gpt.jobs import Row, compare_with_paper, published_scores
 from short_gpt.jobs.comparing import ComparisonResult
 from short_gpt.plots import (
     angular_heatmap,
     beside_published,
-    cross_map,
     importance_bars,
     quality_curves,
 )
@@ -476,25 +475,3 @@ def test_without_matplotlib_the_package_is_named(monkeypatch: pytest.MonkeyPatch
     for draw in (lambda: importance_bars(LEVEL), lambda: angular_heatmap(distances())):
         with pytest.raises(ImportError, match=r"drawing needs matplotlib .*pip install matplotlib"):
             draw()
-
-
-def crossed(choice: str, text: str, healing: str, excess: float) -> CrossResult:
-    return CrossResult(choice, text, healing, [1], 9.0, 1.0, 0.1, excess, 0.1, 0.0, 3, None)
-
-
-def test_a_map_of_choices_shows_what_each_costs_on_every_text() -> None:
-    costs = {("a", "a"): 0.0, ("a", "b"): 0.25, ("b", "a"): -0.5, ("b", "b"): 0.0}
-    cells = [
-        crossed(*pair, h, v * k) for h, k in (("raw", 1), ("refit", 2)) for pair, v in costs.items()
-    ]
-    figure = cross_map(cells)
-    raw, refit = figure.axes
-    assert (raw.get_title(), refit.get_title()) == ("pruned, not healed", "healed by a refit")
-    assert raw.images[0].get_array().tolist() == [[0.0, 0.25], [-0.5, 0.0]]
-    assert refit.images[0].get_array().tolist() == [[0.0, 0.5], [-1.0, 0.0]]
-    assert raw.images[0].get_clim() == refit.images[0].get_clim() == (-1.0, 1.0)
-    assert [t.get_text() for t in raw.texts] == ["+0.000", "+0.250", "-0.500", "+0.000"]
-    assert [t.get_text() for t in raw.get_xticklabels()] == ["a", "b"]
-    png(figure)
-    with pytest.raises(ValueError, match="expected the cells of a calibration"):
-        cross_map([])

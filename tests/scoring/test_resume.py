@@ -207,7 +207,7 @@ def test_the_command_saves_when_asked_to_end_and_continues(tmp_path, capsys):
     (tmp_path / "book.txt").write_text(text)
     arguments = ["rank", str(directory), "--data", str(tmp_path / "book.txt"), "--size", "32"]
     arguments += ["--stride", "32", "--device", "cpu", "--seed", "3"]
-    out = ["--out", str(tmp_path / "scores.json")]
+    out = ["--json", str(tmp_path / "scores.json")]
     command = [*arguments, *out, "--save_every", "0"]
     running, state = alone(tmp_path / "printed", main, command), tmp_path / "scores.json.state"
     (process,) = running.processes
@@ -222,7 +222,7 @@ def test_the_command_saves_when_asked_to_end_and_continues(tmp_path, capsys):
         main([*arguments[:-1], "4", *out])
     assert "is the state of a run with another seed: 3, now 4" in capsys.readouterr().err
     main([*arguments, *out])
-    main([*arguments, "--out", str(tmp_path / "whole.json")])
+    main([*arguments, "--json", str(tmp_path / "whole.json")])
     found = read_record(tmp_path / "scores.json")["importance"]
     assert found == read_record(tmp_path / "whole.json")["importance"]
     assert sum(found["windows"]) > 230 and not state.exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
 from short_gpt import ShortHFModel, ShortLlama, ShortModel
-from short_gpt.evaluation import difference
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
@@ -62,7 +60,7 @@ def test_a_streamed_model_offers_only_what_it_can_do(wrappers):
     assert streamed.tokenizer.encode("ab", bos=True, eos=False) == streamed.encode("ab")
     more = public(StreamedLlama) - public(ScoredModel)
     assert more == {"eval_importance", "plan"}
-    for name in ("generate", "greedy", "search", "harness_model", "skipped_in_prefill", "llama"):
+    for name in ("generate", "greedy", "search", "harness_model", "llama"):
         assert not hasattr(streamed, name)
 
 
@@ -145,24 +143,3 @@ def test_entries_that_compute_nothing_belong_to_no_identity():
     before = llama.identity()
     llama.decoder.model.params.max_batch_size = 7  # a limit of the run
     assert llama.identity() == before
-
-
-def test_layers_within_a_ratio_are_those_that_the_scores_give(wrappers):
-    short = wrappers["llama"]
-    short.measure(WINDOWS, progress=False)
-    order = [[4], [4, 0]]
-    values = [short.perplexity(WINDOWS, progress=False)]
-    for layers in order:
-        with short.without_layers(layers):
-            values.append(short.perplexity(WINDOWS, progress=False))
-    changes = [difference(values[:1], [v]) for v in values]
-    bound = max(c.nats + c.error.margin(sides=1) for c in changes)
-    result = short.layers_within(
-        WINDOWS, max(math.exp(bound) * 1.001, 1), choose=lambda n: order[n - 1], most=2
-    )
-    assert result.layers == [4, 0] and list(result.tried.values()) == values
-    by_score = short.layers_within(iter(WINDOWS), 1e9, most=3)
-    assert by_score.layers == short.layers_to_remove(n=3)
-    with pytest.raises(ValueError, match="most = 5; the model has 5 layers: expected 1 to 4"):
-        short.layers_within([], 1e9, most=5)  # before a window is read
-    assert short.kept == list(range(5))

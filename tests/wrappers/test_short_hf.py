@@ -60,9 +60,6 @@ CALLS = {
     "losses": lambda short, read: [p.nats for p in short.window_losses(read, progress=False)],
     "logits": lambda short, read: [row.tolist() for row in short.window_logits(read)],
     "search": lambda short, read: short.search(read, 2, progress=False).losses,
-    "within": lambda short, read: short.layers_within(
-        read, 9.0, choose=lambda n: [1, 2, 3][:n], most=1
-    ).to_dict(),
     "refit": lambda short, read: weights_digest(
         (heal_refit(short, [2], read, progress=False), short.model)[1]
     ),

@@ -27,7 +27,6 @@ from llama import Llama
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.models.prefill import skipped_in_prefill
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.run import measure
 
@@ -243,7 +242,7 @@ def test_a_model_cut_before_it_was_wrapped_is_not_saved(short, tmp_path):
 
 def test_a_changed_model_is_not_saved_inside_a_trial(short, tmp_path):
     save_checkpoint(tmp_path / "source", make_transformer())
-    short.remove_sublayers(mlp=[3])
+    short.change_weights({"method": "by hand"}, {(3, "feed_forward.w2.weight"): torch.ones(32, 96)})
     with short.without_layers([1]), pytest.raises(ShortGPTError, match="has 4 layers, expected 5"):
         short.save(tmp_path / "out", ckpt_dir=tmp_path / "source")
     assert not (tmp_path / "out").exists()
@@ -405,10 +404,8 @@ def test_numbers_of_numpy_and_torch_name_layers_everywhere(short):
         assert short.search(windows, 1, candidates=one, progress=False).removed == [3]
         with short.without_layers(two):
             assert short.present == [0, 2, 4]
-        with short.without_layers(make([0])), short.skipped_in_prefill(make([2])):
+        with short.without_layers(make([0])):
             assert short.present == [1, 2, 3, 4]
-    short.remove_sublayers(attention=np.array([2]))
-    assert short.changes[-1].how["attention"] == [2]
     heal_refit(short, np.array([1, 3]), random_windows(9, 12), progress=False)
     assert short.removed == [1, 3] and type(short.removed[0]) is int
 
@@ -417,56 +414,6 @@ def test_a_model_of_one_layer_prints_its_scores(short):
     short.remove_layers([1, 2, 3, 4])
     short.measure(WINDOWS, progress=False)
     assert repr(short.importance) == "Importance(1 layers, 6 windows, 120 tokens)"
-
-
-def test_prompts_pass_by_original_layers(short):
-    short.remove_layers([0])
-    ids = random_windows(1, 9)[0]
-    whole = short.greedy(ids, 4)
-    with short.skipped_in_prefill([1, 3]):
-        found = short.greedy(ids, 4)
-    with skipped_in_prefill(short.decoder, [0, 2]):  # where they are now
-        assert short.greedy(ids, 4) == found != whole
-    assert short.greedy(ids, 4) == whole
-    with (
-        pytest.raises(ValueError, match=r"layers \[0\] do not exist"),
-        short.skipped_in_prefill([0]),
-    ):
-        pass
-
-
-def test_prompts_of_unequal_length_pass_by_to_their_ends(short):
-    short.llama.tokenizer.stop_tokens = frozenset({95})
-    texts = ["It", "A longer text", "Of"]
-    whole = short.generate(texts, 8, 0)
-    ids = [short.encode(text) for text in texts]
-    with short.skipped_in_prefill([1, 3]):
-        alone = [short.generate([text], 8, 0)[0] for text in texts]
-        assert short.generate(texts, 8, 0) == alone != whole
-        assert short.generate(iter(texts), 8, 0) == alone
-        passed = [short.llama.generate([one], 8, 0, echo=True)[0][0] for one in ids]
-        short.eval_importance(ids, max_gen_len=8, temperature=0)
-        with pytest.raises(ValueError, match="expected a list of prompts, got one string"):
-            short.generate("It", 8)
-        with pytest.raises(ValueError, match="expected 1 to max_batch_size = 4 prompts, got 0"):
-            short.generate([], 8)
-    other = ShortLlama(short.llama)
-    other.eval_importance(passed)
-    assert torch.equal(short.importances, other.importances)
-    assert short.generate(texts, 8, 0) == whole
-
-
-def test_halves_of_original_layers_go(short):
-    short.remove_layers([0])
-    short.measure(random_windows(2, 12), progress=False)
-    short.remove_sublayers(attention=[2], mlp=[4])
-    assert short.removed_sublayers == {"attention": [2], "mlp": [4]}
-    assert short.n_windows == 0  # those scores were of the whole model
-    short.measure(random_windows(2, 12), progress=False, sublayers=True)
-    halves = short.importance.sublayer_influence
-    assert halves[0, 1].abs() < 1e-6 and halves[1, 3].abs() < 1e-6
-    with pytest.raises(ValueError, match=r"layers \[0\] do not exist"):
-        short.remove_sublayers(mlp=[0])
 
 
 def test_caches_of_many_texts_go_after_an_error_too(short):

@@ -483,28 +483,20 @@ STREAM = ("--stream", "--max_memory", "900GB")
 
 @pytest.mark.parametrize("kind", ["meta", "hf"])
 def test_commands_stream_and_say_first_what_it_takes(kind, folder, capsys):
-    options = ("rank", kind, *DATA, "--stride", 16, "--n_prune_layers", 2, "--batch_size", 3)
+    options = ("rank", kind, *DATA, "--stride", 16, "--n", 2, "--batch_size", 3)
     options += ("--max_windows", 40)
     for name, more in (("streamed", STREAM), ("memory", ())):
-        run(*options, "--sublayers", "--out", f"{name}.json", *more)
+        run(*options, "--sublayers", "--json", f"{name}.json", *more)
         said = capsys.readouterr()
         assert said.err.count("one layer at a time, ") == (name == "streamed")
         assert "the process itself" not in said.out and "settled" in said.out
-        few = ("--max_windows", 20)
-        run("perplexity", kind, *DATA, *few, "--out", f"{name}-p.json", *more)
-        assert capsys.readouterr().err.count("one layer at a time, ") == (name == "streamed")
-    run(*options, *STREAM, "--confidence", "none", "--plots", "pictures", "--out", "all.json")
-    run(*options, "--confidence", "none", "--out", "all-memory.json")
+    run(*options, *STREAM, "--confidence", "none", "--plots", "pictures", "--json", "all.json")
+    run(*options, "--confidence", "none", "--json", "all-memory.json")
     found, expected = scores("all"), scores("all-memory")
     assert found.n_windows == expected.n_windows == 40
     for name in ("block_influence", "standard_error", "angular", "metrics"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7), name
-    values = (
-        json.loads(Path(f"{n}-p.json").read_text())["result"]["perplexity"]
-        for n in ("streamed", "memory")
-    )
-    assert next(values) == pytest.approx(next(values), rel=1e-6)
     assert len(list(Path("pictures").iterdir())) == 2
 
 
@@ -528,15 +520,15 @@ def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkey
         run(*options[:-3])
     assert "is the state of a run with another stream: True, now False" in capsys.readouterr().err
     monkeypatch.setattr(memory_plan, "MOST_WINDOWS", 32)
-    run(*options, "--out", "continued.json")
+    run(*options, "--json", "continued.json")
     assert rounds == [8, 8, 8, 32, 32, 20] and not Path("s.json").exists()
-    run(*options, "--out", "whole.json")
+    run(*options, "--json", "whole.json")
     assert torch.allclose(scores("continued").influence, scores("whole").influence, rtol=1e-13)
 
 
 REFUSED = [
     (
-        ("rank", "hf", "--method", "sleb", "--n_prune_layers", 1),
+        ("rank", "hf", "--method", "sleb", "--n", 1),
         "--method sleb needs the model in memory",
     ),
     (
@@ -546,9 +538,9 @@ REFUSED = [
     (("rank", "hf", "--method", "angular_all"), "--method angular_all needs all states"),
     (("rank", "hf", "--model_parallel_size", 2), "--model_parallel_size 2: --stream holds one"),
     (("rank", "hf", "--max_memory", "1MB"), "--max_memory 1MB is too little: .* at least"),
-    (("perplexity", "hf", "--max_memory", "much"), "--max_memory much: expected a size"),
+    (("rank", "hf", "--max_memory", "much"), "--max_memory much: expected a size"),
     (("rank", "model.gguf"), "model.gguf is not a local directory; to be streamed"),
-    (("perplexity", "some/model"), "some/model is not a directory here, and the hub cannot"),
+    (("rank", "some/model"), "some/model is not a directory here, and the hub cannot"),
     (("rank", "other"), "other is not a plain Llama: its model_type is 'gpt2'"),
 ]
 
@@ -566,16 +558,9 @@ def test_commands_refuse_what_cannot_be_streamed(arguments, message, folder, cap
 
 
 def test_a_limit_of_memory_that_nothing_would_keep_is_refused(folder, capsys):
-    for command, message in (
-        (
-            "rank",
-            "bounds --stream and the methods perplexity, sleb; add",
-        ),
-        ("perplexity", "bounds --stream; add --stream, or leave it out"),
-    ):
-        with pytest.raises(SystemExit):
-            run(command, "meta", *DATA, "--max_memory", "3GB")
-        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("rank", "meta", *DATA, "--max_memory", "3GB")
+    assert "bounds --stream and the methods perplexity, sleb; add" in capsys.readouterr().err
 
 
 def test_of_several_ranks_none_streams(folder, monkeypatch):

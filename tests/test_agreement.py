@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 import scipy.stats
-import torch
+from agreement import (
+    SplitWindows,
+    WindowScores,
+    agreement,
+    calibrate,
+    correlations,
+    mixed,
+    score_windows,
+    stretched_interval,
+)
 from conftest import CharTokenizer, make_transformer, random_windows
 
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
 from short_gpt.evaluation import combined, difference, losses
-from short_gpt.healing import RefitSettings, choosing
-from short_gpt.jobs import SplitWindows, calibrate
-from short_gpt.jobs import calibration as module
-from short_gpt.jobs.calibration import (
-    WindowScores,
-    agreement,
-    correlations,
-    score_windows,
-    stretched_interval,
-)
+from short_gpt.healing import choosing
 from short_gpt.selection.methods import choose
 
 TEXTS = {
@@ -71,7 +70,7 @@ def test_all_texts_together_choose_with_the_same_weight():
         )
     }
     # means 1, 2, 30 and 9, 1, 3: together 10, 3, 33, where tokens as weights would give 9, 1, 3.3
-    assert module.mixed(scores) == [7]
+    assert mixed(scores) == [7]
 
 
 def test_a_block_is_chosen_by_its_start():
@@ -104,14 +103,6 @@ def test_a_cell_is_the_model_without_the_choice_of_one_text_judged_on_another(fo
     upper = excess.nats + scipy.stats.t.ppf(0.95, 2) * excess.standard_error
     assert cell.excess_most == pytest.approx(upper, abs=1e-5)
     assert cells["high", "high"].excess == cells["high", "high"].excess_most == 0
-
-
-def test_the_model_is_left_as_it_was():
-    model = short()
-    before = [p.clone() for p in model.decoder.module.parameters()]
-    calibrate(model, TEXTS, 2, progress=False)
-    assert all(map(torch.equal, before, model.decoder.module.parameters()))
-    assert model.kept == [0, 1, 2, 3, 4, 5] and not model.importance.n_windows
 
 
 def test_the_mix_is_refitted_on_windows_of_all_texts_in_turn(monkeypatch):
@@ -255,40 +246,6 @@ def test_an_interval_is_not_below_what_noise_takes_away():
     assert stretched_interval(0.5, np.array([0.5]), 0) == (-1, 1)
 
 
-def test_interrupted_it_continues_and_measures_nothing_twice(tmp_path, monkeypatch):
-    calls, plain = [], choosing.losses
-
-    def counted(decoder, windows, **options):
-        calls.append(len(decoder.layers))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return plain(decoder, windows, **options)
-
-    monkeypatch.setattr(choosing, "losses", counted)
-    state = tmp_path / "state"
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(short(), TEXTS, 2, state=state, progress=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "score_windows", None)  # they are in the file
-        done = calibrate(short(), TEXTS, 2, state=state, progress=False)
-    sets = {tuple(layers) for layers in done.choices.values()}
-    assert len(calls) == 1 + 1 + len(sets) + len(done.choices)
-    plainly = calibrate(short(), TEXTS, 2, state=state, progress=False)
-    assert done.to_dict() == plainly.to_dict()
-    done.state.clear()
-    assert not state.exists()
-    other = {**TEXTS, "low": TEXTS["low"]._replace(judged=TEXTS["low"].judged[:2])}
-    calibrate(short(), other, 2, healings=["raw"], state=state, progress=False)
-    with pytest.raises(ValueError, match="another texts"):
-        calibrate(short(), TEXTS, 2, state=state, progress=False)
-    turned = {name: other[name] for name in reversed(other)}  # whose losses stand in that order
-    with pytest.raises(ValueError, match="another texts"):
-        calibrate(short(), turned, 2, healings=["raw"], state=state, progress=False)
-    monkeypatch.setattr(module, "RefitSettings", partial(RefitSettings, lost=None))
-    with pytest.raises(ValueError, match="a run with another refit: .*'lost': 2.0"):
-        calibrate(short(), other, 2, healings=["raw"], state=state, progress=False)
-
-
 def test_other_ways_of_cutting_are_compared_with_the_first():
     ways = {"12 tokens": {name: [w[:12] for w in p.ranking] for name, p in TEXTS.items()}}
     done = calibrate(short(), TEXTS, 2, healings=["raw"], ways=ways, progress=False)
@@ -301,34 +258,6 @@ def test_other_ways_of_cutting_are_compared_with_the_first():
     ]
     assert found[2].correlation == pytest.approx(scipy.stats.spearmanr(*both).statistic)
     assert json.dumps(done.to_dict(), allow_nan=False)
-
-
-@pytest.mark.parametrize(
-    ("texts", "options", "message"),
-    [
-        ({"a": TEXTS["low"]}, {}, "expected two texts or more, of different kinds, got a"),
-        ({**TEXTS, "mix": TEXTS["low"]}, {}, "mix is the name of all texts together"),
-        (TEXTS, {"healings": ["lora"]}, "no healing 'lora'; expected some of raw, refit"),
-        (TEXTS, {"healings": ["raw,refit"]}, "no healing 'raw,refit'; expected some of raw, refit"),
-        (TEXTS, {"healings": []}, r"healing = \[\]: expected at least one, and each once"),
-        (TEXTS, {"healings": ["raw", "raw"]}, "expected at least one, and each once"),
-        (TEXTS, {"n": 6}, "n = 6; the model has 6 layers"),
-        (TEXTS, {"method": "sleb"}, "no calibration by sleb|no calibration by 'sleb'"),
-        (
-            {**TEXTS, "a": SplitWindows([], [[1, 2]])},
-            {},
-            "a: expected windows to rank on and others",
-        ),
-        (
-            {**TEXTS, "a": SplitWindows(TEXTS["low"].judged, [[1, 2, 3]])},
-            {},
-            "training windows share text with the windows to evaluate on",
-        ),
-    ],
-)
-def test_mistakes_are_told(texts, options, message):
-    with pytest.raises(ValueError, match=message):
-        calibrate(short(), texts, **{"n": 2, "progress": False, **options})
 
 
 def test_windows_of_documents_are_known_by_their_text():

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations, zip_longest
 from typing import Any, NamedTuple
@@ -16,42 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from llama.io.json_files import JsonObject
-from short_gpt.data import check_disjoint, hold_out, without_overlap
-from short_gpt.data.texts import OWN
+from short_gpt import ShortModel
+from short_gpt.data import hold_out, windows, without_overlap
 from short_gpt.data.windows import Text, text_of
 from short_gpt.evaluation import Perplexity, combined, difference
 from short_gpt.evaluation.cells import Cells
-from short_gpt.healing import choosing
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import (
-    CALIBRATED,
-    RAW,
-    REFIT,
-    Readings,
-    TextChoice,
-    TextKinds,
-    Windows,
-    check_healings,
-)
-from short_gpt.jobs.inputs import Cut, check_model, listed
-from short_gpt.jobs.ranking import end_dry_run
-from short_gpt.jobs.saving import Saving, as_begun, interruptible
-from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import windows_digest
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import bar, check_alone
-from short_gpt.runtime.settings import takes_fields
+from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.metrics import LEAST_DEGREES, student_t
 from short_gpt.scoring.moments import degrees_of_freedom
-from short_gpt.wrappers.opening import open_model
-from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import own_text_writer, with_own_text
-from short_gpt.wrappers.scored_model import ScoredModel
-from short_gpt.wrappers.short_model import ShortModel
 
+Windows = Sequence[Sequence[int]]
+RAW, REFIT = "raw", "refit"
 MIX = "mix"  # the name of the choice by all texts
 RESAMPLES = 1000
 SPARE = 4  # windows cut for each one to judge by, as some may share text with those that rank
@@ -120,10 +98,9 @@ class WindowScores(NamedTuple):
 
 
 def score_windows(
-    short: ScoredModel, windows: Windows, n: int, *, method: str = "bi", progress: bool = True
+    short: ShortModel, windows: Windows, n: int, *, method: str = "bi", progress: bool = True
 ) -> WindowScores:
-    """Scores of every window of one text by itself; raises ShortGPTError as `hooks.score`."""
-    TextChoice(n, method)  # refuses what it does not know
+    """Scores of every window of one text by itself; ``method`` as in `WindowScores`."""
     scores, angular = WindowScores([*short.kept], method, n, [], [], []), method == "angular"
     with bar("scoring", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
@@ -211,7 +188,6 @@ class CalibrationResult(NamedTuple):
     ways: Mapping[str, list[TextAgreement]]  # of each text with itself cut another way, by its name
     cells: list[CrossResult]  # every choice on every text
     state: StateFile | None = None  # what was measured, to be cleared once the result is safe
-    precision: Mapping[str, str] = {}  # `ScoredModel.about_precision`
 
     def to_dict(self) -> dict[str, object]:
         """All except the state, ready for JSON, which has no number for an error of one window."""
@@ -221,8 +197,8 @@ class CalibrationResult(NamedTuple):
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row}
             for row in (cell._asdict().items() for cell in self.cells)
         ]
-        del content["state"], content["precision"]
-        return content | dict(self.precision)
+        del content["state"]
+        return content
 
 
 def calibrate(
@@ -231,7 +207,7 @@ def calibrate(
     n: int,
     *,
     method: str = "bi",
-    healings: Sequence[str] = CALIBRATED,
+    healings: Sequence[str] = (RAW, REFIT),
     ways: Mapping[str, Mapping[str, Windows]] | None = None,
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -247,16 +223,7 @@ def calibrate(
         method: bi, relative_magnitude or angular.
         ways: windows to rank on that were cut in other ways, by the way's name and the text's.
         state: file that the run is saved in, to be continued, until ``result.state.clear()``.
-
-    Raises:
-        ShortGPTError: a setting is refused, texts to rank on and to judge by overlap, or the state
-            is of another run.
-
-    Example:
-        >>> texts = {"novels": SplitWindows(a, b), "code": SplitWindows(c, d)}  # doctest: +SKIP
-        >>> calibrate(short, texts, 8).cells  # doctest: +SKIP
     """
-    n = _check(short, texts, n, healings)
     # in the order of the texts, which is that of the losses
     read = [[name, *map(windows_digest, parts)] for name, parts in texts.items()]
     identity = joined(short.identity(), {"texts": read, "refit": vars(RefitSettings())})
@@ -272,26 +239,7 @@ def calibrate(
         for way, own in (ways or {}).items()
     }
     cells = [cell for healing in healings for cell in run.crossed(choices, healing)]
-    about = short.about_precision
-    return CalibrationResult(n, method, choices, pairs, by_way, cells, saved, about)
-
-
-def _check(
-    short: ShortModel, texts: Mapping[str, SplitWindows], n: int, healings: Sequence[str]
-) -> int:
-    if len(texts) < 2:
-        names = ", ".join(texts) or "none"
-        raise ShortGPTError(f"expected two texts or more, of different kinds, got {names}")
-    if MIX in texts:
-        raise ShortGPTError(f"{MIX} is the name of all texts together: give the text another name")
-    check_healings(healings, CALIBRATED)
-    n = check_count(n, len(short.kept))
-    short.check_whole()
-    for name, parts in texts.items():
-        if not parts.ranking or not parts.judged:
-            raise ShortGPTError(f"{name}: expected windows to rank on and others to judge by")
-    check_disjoint(*([w for parts in texts.values() for w in parts[i]] for i in (0, 1)))
-    return n
+    return CalibrationResult(n, method, choices, pairs, by_way, cells, saved)
 
 
 def mixed(scores: Mapping[str, WindowScores]) -> list[int]:
@@ -316,7 +264,7 @@ class _Run(NamedTuple):
         scores = {}
         for name, own in windows.items():
 
-            def measure(own: Windows = own, show: bool = self.progress) -> JsonObject:
+            def measure(own: Windows = own, show: bool = self.progress) -> dict[str, Any]:
                 return score_windows(self.short, own, n, method=method, progress=show)._asdict()
 
             cell = f"{prefix} {name}" + (f" {way} {windows_digest(own)}" if way else "")
@@ -341,7 +289,7 @@ class _Run(NamedTuple):
             for text, pruned in by_text.items():
                 cost = difference(original[text], pruned)
                 excess = difference(healed[text][text], pruned)
-                most = excess.nats + excess.error.margin(0.95, sides=1)
+                most = excess.nats + excess.error.margin(0.9)  # one-sided 95%
                 own = choice == text
                 row = CrossResult(
                     choice=choice,
@@ -369,90 +317,69 @@ class _Run(NamedTuple):
         return {text: [next(losses) for _ in own.judged] for text, own in self.texts.items()}
 
 
-@takes_fields("calibrate")
-@interruptible()
-def calibrate_checkpoint(
-    model: str,
-    data: str | Mapping[str, Iterable[object]] | TextKinds = TextKinds(),
-    *,
-    ranked: TextChoice = TextChoice(),
-    readings: Readings = Readings(),
-    opening: OpenOptions = OpenOptions(),
-    saving: Saving = Saving(),
-    dry_run: bool = False,
-    **fields: Any,
-) -> CalibrationResult:
-    """What `calibrate` does, for a checkpoint and texts by their names with commas between.
-
-    A text of several documents is ranked on one half of them and judged by the other. ``dry_run``
-    raises `DryRun`, which says what would be done, in place of the work. ``fields`` are single
-    settings by their names, in place of objects: ``n=8``, ``sizes=512``, ``max_windows=24``.
-    """
-    state = saving.state
-    check_alone("calibrate")
-    if ranked.n is None:
-        raise ShortGPTError("say how many layers to remove: `n`")
-    readings.check()
-    saving.check()
-    sources = (data if isinstance(data, TextKinds) else TextKinds(data)).each()  # type: ignore[arg-type]
-    check_model(model, ranked.n)
-    kinds = {name: kind for name, source in sources.items() for kind in source.kinds()}
-    short = open_model(model, as_begun(opening, state), max_seq_len=max(readings.numbers))
-    if (size := max(readings.numbers)) > (most := short.decoder.max_seq_len):
-        raise ShortGPTError(f"`sizes` {size}: this model takes {most} tokens, give no more")
-    if dry_run:
-        healings, names = listed(ranked.healing), ", ".join(sources)
-        models = (len(sources) + 1) * len(healings) + 1
-        work = f"judge {models} models of {model}, chosen by {ranked.method} on {names}, on all"
-        work += "; writing own text takes more" if {*sources} & {*OWN} else ""
-        refits = (len(sources) + 1) * choosing.REFIT_PASSES * (REFIT in healings)
-        ranks = len(sources) * len(readings.numbers) + refits
-        count = models * len(sources) * readings.eval_windows + ranks * readings.max_windows
-        end = partial(end_dry_run, short, work, readings.numbers[0], count)
-    own = own_text_writer(short, size, seed=readings.seed, beside=state)
-    write = (lambda *_: end()) if dry_run else own
-    half = max(readings.max_windows, readings.eval_windows)  # one half ranks, the other judges
-    filled = with_own_text([*kinds.values()], write, 2 * half * len(kinds))
-    documents = {name: list(kind) for name, kind in zip(kinds, filled, strict=True)}
-    texts, ways = windows_apart(short, documents, readings)
-    if dry_run:
-        end()
-    run = partial(calibrate, short, texts, ranked.n, ways=ways, state=state)
-    return run(method=ranked.method, healings=listed(ranked.healing))
-
-
 def windows_apart(
-    short: ShortModel, documents: Mapping[str, Sequence[Text]], readings: Readings
+    encode: Callable[[str], list[int]],
+    documents: Mapping[str, Sequence[Text]],
+    *,
+    size: int,
+    others: Sequence[int],
+    count: int,
+    judged: int,
 ) -> tuple[dict[str, SplitWindows], dict[str, dict[str, Windows]]]:
-    """Windows of each text to rank on and to judge by, and those cut in other ways."""
+    """Windows of each text, ``count`` to rank on and others to judge by; and those cut otherwise.
 
-    def windows(texts: Sequence[Text], cut: Cut, limit: int) -> Windows:
-        try:
-            return list(replace(cut, max_windows=limit).windows(texts, short.encode, short.bos))
-        except ShortGPTError as error:
-            raise ShortGPTError(str(error).replace("`size`", "`sizes`")) from None
+    The other ways are those of ``others`` tokens, and of ``size`` with bos before every window.
+    """
 
-    # documents to rank on and others to judge by; a single one is both
-    parts = {
-        name: (own, own) if len(own) < 2 else hold_out(own, share=0.5, seed=readings.seed)
-        for name, own in documents.items()
-    }
-    (_, cut), *others = readings.cuts(short.bos).items()
-    few, held = readings.max_windows, readings.eval_windows
-    ranking = {name: windows(own, cut, few) for name, (own, _) in parts.items()}
+    def cut(texts: Sequence[Text], limit: int, tokens: int = size, bos: str = "first") -> Windows:
+        return list(
+            windows(texts, encode, size=tokens, stride=tokens, seed=0, limit=limit, bos=bos)
+        )
+
+    parts = {name: hold_out(own, share=0.5, seed=0) for name, own in documents.items()}
+    ranking = {name: cut(own, count) for name, (own, _) in parts.items()}
     ranked_on = [window for own in ranking.values() for window in own]
     texts = {}
-    for name, (own, other) in parts.items():
-        limit = SPARE * held + (few if other is own else 0)
-        judged, _ = without_overlap(windows(other, cut, limit), ranked_on)
-        if not judged:
-            raise ShortGPTError(
-                f"{name}: every other window shares text with those that rank, so none is left "
-                "to judge by; give more text, or a smaller size"
-            )
-        texts[name] = SplitWindows(ranking[name], judged[:held])
+    for name, (_, other) in parts.items():
+        free, _ = without_overlap(cut(other, SPARE * judged), ranked_on)
+        texts[name] = SplitWindows(ranking[name], free[:judged])
     ways = {}
-    for way, other_cut in others:
-        limit = max(2, few * cut.size // other_cut.size)
-        ways[way] = {name: windows(own, other_cut, limit) for name, (own, _) in parts.items()}
+    for tokens, bos in [*((tokens, "first") for tokens in others), (size, "every")]:
+        limit = max(2, count * size // tokens)
+        cuts = {name: cut(own, limit, tokens, bos) for name, (own, _) in parts.items()}
+        ways[f"{tokens} tokens, bos {bos}"] = cuts
     return texts, ways
+
+
+def calibrated(result: CalibrationResult) -> str:
+    """What each text chooses, how far rankings agree, and what each choice costs."""
+    lines = [f"layers that each text would remove, by {result.method}"]
+    lines += [f"  {name:<22}{layers}" for name, layers in result.choices.items()]
+    lines += ["", *_rankings("rankings", result.agreement)]
+    for way, agreed in result.ways.items():
+        lines += ["", *_rankings(f"with windows of {way}", agreed)]
+    for healing in dict.fromkeys(cell.healing for cell in result.cells):
+        lines += ["", *_crossed([cell for cell in result.cells if cell.healing == healing])]
+    return "\n".join(lines)
+
+
+def _rankings(head: str, agreed: Sequence[TextAgreement]) -> list[str]:
+    lines = [f"{head:<40}{'layers in common':>22}{'rank correlation (95%)':>30}"]
+    for a in agreed:
+        pair = f"{a.first}, {'its halves' if a.first == a.second else a.second}"
+        low, high = a.shared_interval
+        shared = f"{a.shared} of {a.n} ({low:.0f} to {high:.0f})"
+        value = f"{a.correlation:.3f} ({a.interval[0]:.3f} to {a.interval[1]:.3f})"
+        lines.append(f"  {pair:<38}{shared:>22}{value:>30}")
+    return lines
+
+
+def _crossed(cells: Sequence[CrossResult]) -> list[str]:
+    texts = "".join(f"{text:>22}" for text in dict.fromkeys(c.text for c in cells))
+    lines = [f"{cells[0].healing}: nats a token beyond the text's own choice (standard error)"]
+    lines.append(f"{'chosen on':<24}{texts}")
+    for choice in dict.fromkeys(c.choice for c in cells):
+        own = [c for c in cells if c.choice == choice]
+        row = [f"{c.excess:+.3f} ({c.excess_error:.3f})" for c in own]
+        lines.append(f"  {choice:<22}" + "".join(f"{cell:>22}" for cell in row))
+    return lines
