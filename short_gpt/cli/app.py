@@ -54,7 +54,7 @@ def run(argv: list[str]) -> None:
         texts = prepared(argv, COMMANDS)
         single = argv[0] in ALONE  # it waits for no other rank: these have ended
         if is_first_rank() or not single:
-            alone = "-" in (texts.get("json"), texts.get("report"))
+            alone = texts.get("json") == "-"
             ranks = environment("WORLD_SIZE", None) if single else nullcontext()
             with result_alone() if alone else nullcontext(), ranks:
                 try:

@@ -140,7 +140,6 @@ def compare(
     cases: jobs.Cases = jobs.Cases(healings="raw,patched"),
     data: jobs.TextSource = jobs.TextSource(),
     shares: jobs.Shares = jobs.Shares(),
-    lora: jobs.LoraOptions = jobs.LoraOptions(),
     tasks: jobs.Tasks = jobs.Tasks(),
     opening: jobs.OpenOptions = jobs.OpenOptions(),
     saving: jobs.Saving = jobs.Saving(),
@@ -164,8 +163,6 @@ def compare(
     remark = about_own(data.data, shares.eval_data)
     if remark is not None:
         print_result(remark)
-    if output.report is not None:
-        output.write_page(plots.compared_page(model or "demo", result, remark))
     output.finish({**record, **result.to_dict()}, lambda: [plots.quality_curves(result.rows)])
     if result.state is not None:
         result.state.clear()

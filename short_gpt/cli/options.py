@@ -20,7 +20,7 @@ from short_gpt.runtime.settings import RUN, WRITE, Needs, setting
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILE_FLAGS, DRAWING = ("json", "report", "plots"), ("rank", "compare", "reproduce")
+FILE_FLAGS, DRAWING = ("json", "plots"), ("rank", "compare", "reproduce")
 LONG = ("rank", "heal", "compare", "evaluate", "reproduce")
 STDOUT = "-"  # in place of a file
 _alone: list[TextIO] = []  # the stdout that a result has for itself
@@ -37,7 +37,6 @@ class Output:
     Args:
         json: JSON file for the result, with all arguments, versions and the seed; - is stdout,
             where nothing else is printed then.
-        report: HTML file with the tables and the picture; - is stdout, as for json.
         overwrite: replace what an earlier run has written.
         plots: folder for the pictures.
         picture_names: of the files in plots.
@@ -47,7 +46,6 @@ class Output:
 
     HEADING: ClassVar = WRITE
     json: str | None = setting(None, value="FILE")
-    report: str | None = setting(None, value="FILE", commands=("compare",))
     overwrite: bool = setting(False, needs=WRITTEN)
     plots: str | None = setting(None, value="FOLDER", commands=DRAWING, needs=SCORES)
     picture_names: tuple[str, ...] = setting((), commands=())
@@ -60,18 +58,12 @@ class Output:
 
     @property
     def targets(self) -> list[Path]:
-        named = [path for path in (self.file, self.page) if path is not None]
-        return [*named, *self.pictures]
+        return [*([] if self.file is None else [self.file]), *self.pictures]
 
     @property
     def file(self) -> Path | None:
         """The file of the result; None where it has none."""
         return None if self.json in (None, STDOUT) else Path(str(self.json))
-
-    @property
-    def page(self) -> Path | None:
-        """The file of the report; None where it has none."""
-        return None if self.report in (None, STDOUT) else Path(str(self.report))
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raises what would keep a file from being written, before the work."""
@@ -85,12 +77,6 @@ class Output:
             from short_gpt.runtime.state import is_record
 
             check_output(self.file, overwrite=self.overwrite, replaces=is_record)
-        if self.page is not None:
-            from short_gpt.jobs.page import is_page
-
-            check_output(self.page, overwrite=self.overwrite, replaces=is_page)
-        if self.json == self.report == STDOUT:
-            raise ShortGPTError("--json - and --report - both write to stdout: name a file for one")
         out = arguments.get("out")
         named = {k: v for k, v in arguments.items() if k not in FILE_FLAGS}
         places = [target.resolve() for target in self.targets]
@@ -133,22 +119,15 @@ class Output:
         """Writes the result, if it has a name; of several ranks, only the first does."""
         from short_gpt.runtime.state import is_record, record_text
 
-        if self.json is not None:
-            self._write(record_text(record), self.json, is_record)
-
-    def write_page(self, text: str) -> None:
-        """Writes the report, if one was asked for."""
-        from short_gpt.jobs.page import is_page
-
-        if self.report is not None:
-            self._write(text, self.report, is_page)
-
-    def _write(self, text: str, name: str, replaces: Callable[[Path], bool]) -> None:
-        if name == STDOUT and is_first_rank():
+        if self.json is None or not is_first_rank():
+            return
+        text = record_text(record)
+        if self.json == STDOUT:
             print(text, end="", flush=True, file=_alone[-1] if _alone else None)
-        elif is_first_rank():
-            with new_file(Path(name), overwrite=self.overwrite, replaces=replaces) as partial:
-                partial.write_text(text, encoding="utf-8")
+            return
+        file = Path(self.json)
+        with new_file(file, overwrite=self.overwrite, replaces=is_record) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     def finish(
         self, record: Mapping[str, object], draw: Callable[[], Sequence[Figure]] | None = None

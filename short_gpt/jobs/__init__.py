@@ -12,13 +12,12 @@ from llama.lazy import lazy
 if TYPE_CHECKING:
     from short_gpt.jobs.cases import (
         Cases,
-        LoraOptions,
         MethodAgreement,
         Row,
         Shares,
     )
     from short_gpt.jobs.comparing import Comparison, ComparisonResult, compare
-    from short_gpt.jobs.comparison import DistillHealing, LoraHealing, compare_checkpoint
+    from short_gpt.jobs.comparison import compare_checkpoint
     from short_gpt.jobs.conversion import convert
     from short_gpt.jobs.dial import Dial, Shrinking
     from short_gpt.jobs.evaluation import evaluate, write_samples
@@ -47,8 +46,8 @@ else:
 
 
 __all__ = ["Answer", "Cases", "Choice", "ChosenLayers", "Comparison", "ComparisonResult"]
-__all__ += ["Conversion", "Cut", "Dial", "DistillHealing", "HealingResult", "HealingWindows", "Hub"]
-__all__ += ["LoraHealing", "LoraOptions", "MethodAgreement", "OpenOptions", "Pair"]
+__all__ += ["Conversion", "Cut", "Dial", "HealingResult", "HealingWindows", "Hub"]
+__all__ += ["MethodAgreement", "OpenOptions", "Pair"]
 __all__ += ["PaperComparison", "PaperOrder", "PruneOutput", "PruneResult", "Ranking", "Reading"]
 __all__ += ["ReproductionResult", "Row", "Running", "SavedScores", "Saving", "Settings", "Shares"]
 __all__ += ["ShrinkResult", "Shrinking", "StateReport", "Tasks", "TextSource", "chosen", "compare"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from short_gpt.data.texts import evaluation_texts
@@ -14,13 +14,10 @@ from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
 if TYPE_CHECKING:
-    from short_gpt.healing.recipe import ModelConfig, Recipe
     from short_gpt.wrappers.scored_model import ScoredModel
 
 Windows = Sequence[Sequence[int]]
-RAW, PATCHED, REFIT, LORA, DISTILL = "raw", "patched", "refit", "lora", "distill"
-HEALINGS = (RAW, PATCHED, REFIT, LORA, DISTILL)
-TRAINED = (LORA, DISTILL)  # these take far longer than all others
+HEALINGS = RAW, PATCHED, REFIT = ("raw", "patched", "refit")
 DEFAULT_METHODS: tuple[str, ...] = ("bi", "angular", "deepest", "relative_magnitude")
 DEFAULT_METHODS += ("perplexity", "sleb", "reverse", "random")
 
@@ -32,7 +29,7 @@ class Row:
     method: str  # that chose the layers
     seed: int | None  # of the random method; None for all others
     n: int  # layers removed
-    healing: str  # raw, patched, refit, lora or distill
+    healing: str  # raw, patched or refit
     layers: list[int]  # removed, original numbers
     perplexity: float  # on the evaluation text
     nats: float  # mean loss minus that of the original model, paired over the windows
@@ -65,9 +62,6 @@ def _searches(values: Values) -> bool:
     return not {*_names(values["methods"])} <= {*METHODS} - {*BY_LOSS}
 
 
-NEEDS_TRAINING = Needs(
-    "lora or distill in `healing`", lambda v: bool({*TRAINED} & {*_names(v["healing"])})
-)
 RANDOM = Needs("random in `methods`", lambda v: "random" in _names(v["methods"]))
 NEEDS_SEARCH = Needs("perplexity or sleb in `methods`", _searches)
 
@@ -79,11 +73,9 @@ class Cases:
     Args:
         methods: names as of the method of rank, with commas between.
         counts: numbers of layers to remove, as in 2,4,8; by default those that the model allows.
-        healings: of raw, patched, refit, lora and distill, with commas between.
+        healings: of raw, patched and refit, with commas between.
         seeds: random sets for every number of layers.
         search_windows: of the windows of data, how many the searches by loss read.
-        lora_only: what to heal by lora or distill, which take far longer than the others, as in
-            bi:8,angular:8; all if not given.
 
     Example:
         >>> Cases("bi, sleb", 2).names
@@ -96,7 +88,6 @@ class Cases:
     healings: str | Sequence[str] = setting((RAW,), flag="healing", value="A,B")
     seeds: int = setting(3, needs=RANDOM)
     search_windows: int = setting(4, heading=READ, needs=NEEDS_SEARCH)
-    lora_only: str | Collection[tuple[str, int]] | None = setting(None, value="A:N")
 
     @property
     def names(self) -> list[str]:
@@ -113,23 +104,6 @@ class Cases:
     def heals(self) -> list[str]:
         return _names(self.healings)
 
-    @property
-    def pairs(self) -> list[tuple[str, int]] | None:
-        """Methods and numbers to heal by lora or distill; None is all."""
-        if self.lora_only is None:
-            return None
-        if not {*TRAINED} & {*self.heals}:
-            raise ShortGPTError("`lora_only` is for `healing` lora or distill")
-        named = self.lora_only
-        parts = listed(named) if isinstance(named, str) else [f"{m}:{n}" for m, n in named]
-        cases = {f"{m}:{n}": (m, n) for m in self.names for n in self.numbers}
-        if odd := [part for part in parts if part not in cases]:
-            raise ShortGPTError(
-                f"`lora_only` {odd[0]}: expected METHOD:NUMBER of `methods` and `counts`, as in "
-                f"{next(iter(cases))}"
-            )
-        return [cases[part] for part in parts]
-
     def within(self, n_layers: int) -> Cases:
         """These cases for a model of so many layers: of the default counts, those that it allows.
 
@@ -142,9 +116,8 @@ class Cases:
         most, counts = n_layers - (2 if {*self.names} & {*BY_LOSS} else 1), self.numbers
         if self.counts is Cases.counts:
             counts = [n for n in counts if n <= most] or [1]
-        for name, asked in (("counts", counts), ("lora_only", [n for _, n in self.pairs or ()])):
-            for n in asked:
-                check_count(n, n_layers, most=most, name=f"`{name}`")
+        for n in counts:
+            check_count(n, n_layers, most=most, name="`counts`")
         return replace(self, counts=counts)
 
     def __post_init__(self) -> None:
@@ -161,7 +134,6 @@ class Cases:
             if not values or len({*values}) < len(values):
                 raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
         at_least(1, seeds=self.seeds, search_windows=self.search_windows)
-        _ = self.pairs  # raises for what it cannot read
 
 
 @dataclass(frozen=True)
@@ -203,41 +175,3 @@ class Shares:
         """Windows of kinds of text in random order."""
         cut = Cut(self.size, limit, self.seed, bos=self.bos)
         return list(cut.mixed(kinds, short.encode, short.bos))
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """How lora and distill heal in a comparison, the latter after a refit.
-
-    Args:
-        steps: steps of training, a tenth of them warm-up but at most 100; the recipe's 5000 if not
-            given.
-        rank: of the changes, and their scale; the recipe's if not given.
-        learning_rate: its peak; the recipe's if not given.
-        batch: windows a step; the recipe's 16 if not given.
-        size: tokens in a window of training; the recipe's if not given.
-    """
-
-    steps: int | None = setting(None, needs=NEEDS_TRAINING)
-    rank: int | None = setting(None, needs=NEEDS_TRAINING)
-    learning_rate: float | None = setting(None, needs=NEEDS_TRAINING)
-    batch: int | None = setting(None, needs=NEEDS_TRAINING)
-    size: int | None = setting(None, flag="lora_size", needs=NEEDS_TRAINING)
-
-    def check(self) -> None:
-        from short_gpt.healing.recipe import Recipe
-
-        Recipe(**self._changes)  # type: ignore[arg-type]
-
-    def recipe(self, config: ModelConfig) -> Recipe:
-        """The recipe for a model of this config of transformers."""
-        from short_gpt.healing.recipe import recipe_for
-
-        return recipe_for(config, "paper", **self._changes)
-
-    @property
-    def _changes(self) -> dict[str, object]:
-        changes = {name: value for name, value in asdict(self).items() if value is not None}
-        if self.rank is not None:
-            changes["alpha"] = self.rank
-        return changes

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,10 +24,9 @@ from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import PATCHED, RAW, REFIT, TRAINED, Cases, MethodAgreement, Row, Windows
+from short_gpt.jobs.cases import PATCHED, RAW, REFIT, Cases, MethodAgreement, Row, Windows
 from short_gpt.runtime.devices import wait
 from short_gpt.runtime.digest import json_digest, windows_digest
-from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring import Importance, spearman
@@ -106,27 +104,12 @@ class ComparisonResult:
         return {**own, **(self.precision or {}), "rows": [asdict(row) for row in self.rows]}
 
 
-class Healing(Protocol):
-    """A healing that `compare` calls for each set of layers, such as `LoraHealing`.
-
-    A call gives the losses of the evaluation windows without these layers, healed. ``work_dir`` may
-    keep what it continues from after an interruption.
-    """
-
-    def __call__(self, layers: list[int], work_dir: Path | None = None) -> list[Perplexity]: ...
-
-    def identity(self) -> Mapping[str, object]:
-        """What its results depend on, ready for JSON."""
-
-
 def compare(
     short: ShortModel,
     calibration: Windows,
     evaluation: Windows,
     *,
     cases: Cases = Cases(),
-    lora: Healing | None = None,
-    distill: Healing | None = None,
     tasks: TaskSuite | None = None,
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
@@ -138,8 +121,6 @@ def compare(
         calibration: windows of token ids that choose layers and that refits are fitted on.
         evaluation: windows of other text.
         cases: what is compared.
-        lora: such as `LoraHealing`; needed where a case is healed by lora.
-        distill: such as `DistillHealing`.
         tasks: also run on the models without healing.
         state: file that the run is saved in, to be continued, until ``result.state.clear()``.
 
@@ -153,7 +134,6 @@ def compare(
         >>> print(tables.compared(result.rows))  # doctest: +SKIP
     """
     cases = cases.within(len(short.kept))
-    heals = {k: heal for k, heal in zip(TRAINED, (lora, distill), strict=True) if heal is not None}
     if tasks is not None:
         tasks.check()
     saved = None
@@ -164,13 +144,11 @@ def compare(
             {name: windows_digest(own) for name, own in windows.items()},
             {"search_windows": cases.search_windows},
             {"refit": vars(RefitSettings()), "patch": vars(PatchSettings())},
-            {name: dict(heals[name].identity()) if name in heals else None for name in TRAINED},
         )
         saved = StateFile(state, identity)
     few = cases.search_windows
     comparison = Comparison(short, calibration, evaluation, few=few, state=saved, progress=progress)
-    trained = {name: _with_folder(name, heal, saved) for name, heal in heals.items()}
-    rows = comparison.rows(cases, trained)
+    rows = comparison.rows(cases)
     searched = cases.numbers if "sleb" in cases.names else ()
     agreement = [comparison.agreement(n, max(cases.numbers)) for n in searched]
     metrics = {}
@@ -179,14 +157,6 @@ def compare(
         metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
     chosen = {n: comparison.choice(n) for n in (cases.numbers if AUTO in cases.names else ())}
     return ComparisonResult(rows, agreement, metrics, cases.numbers, saved, choices=chosen)
-
-
-def _with_folder(name: str, healing: Healing, state: StateFile | None) -> Heal:
-    """The healing, with a folder next to the state for each set of layers."""
-    if state is None:
-        return healing
-    path = state.path.with_name(f"{state.path.name}.{name}")
-    return lambda layers: healing(layers, Path(f"{path}-{'-'.join(map(str, sorted(layers)))}"))
 
 
 class Comparison:
@@ -210,24 +180,17 @@ class Comparison:
         self._raw = partial(pruned_losses, short, evaluation=evaluation)
         self._refitted = partial(self._raw, fit_on=calibration, progress=progress)
 
-    def rows(self, cases: Cases, trained: Mapping[str, Heal] | None = None) -> list[Row]:
+    def rows(self, cases: Cases) -> list[Row]:
         """Measures every method x number of layers x healing, and the original model first.
 
         A set has no row for a way in which it cannot be healed.
-
-        Args:
-            trained: the healings lora and distill, which give losses of the evaluation windows.
         """
         counts = cases.within(len(self.short.kept)).numbers
         heals: dict[str, Heal] = {
             RAW: self._raw,
             PATCHED: partial(self._refitted, settings=PatchSettings()),
             REFIT: self._refitted,
-            **(trained or {}),
         }
-        if missing := [name for name in cases.heals if name not in heals]:
-            argument = f"{missing[0]}={missing[0].capitalize()}Healing(...)"
-            raise ShortGPTError(f"healing by {missing[0]} trains a model: pass {argument}")
         every: list[Case] = [
             (method, seed, n)
             for method in cases.names
@@ -235,15 +198,12 @@ class Comparison:
             for n in counts
         ]
         sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in every]
-        few = {(m, n) for m, _, n in every} if cases.pairs is None else {*cases.pairs}
         rows = [self._row(("dense", None, 0), [], RAW, self._raw)]
         count = len(every) * len(cases.heals)
         with bar("comparing", total=count, unit="model", show=self._progress) as shown:
             for healing in cases.heals:
                 for case, layers in zip(every, sets, strict=True):
                     shown.update()
-                    if healing in TRAINED and (case[0], case[2]) not in few:
-                        continue
                     if healing != PATCHED or 0 not in layers:  # a patch needs a layer before it
                         rows.append(self._row(case, layers, healing, heals[healing]))
         return rows

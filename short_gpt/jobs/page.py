@@ -36,7 +36,6 @@ class Picture(NamedTuple):
     heading: str
     svg: str
     caption: str
-    own_paper: bool = False  # whether its colours are made for a white background
 
 
 def page(

@@ -5,11 +5,15 @@ from typing import TYPE_CHECKING
 from llama.lazy import lazy
 
 if TYPE_CHECKING:
-    from short_gpt.plots.layers import angular_heatmap, beside_published, importance_bars
-    from short_gpt.plots.pictures import compared_page, score_figures
+    from short_gpt.plots.layers import (
+        angular_heatmap,
+        beside_published,
+        importance_bars,
+        score_figures,
+    )
     from short_gpt.plots.quality import quality_curves
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["angular_heatmap", "beside_published", "compared_page"]
+__all__ = ["angular_heatmap", "beside_published"]
 __all__ += ["importance_bars", "quality_curves", "score_figures"]

@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 BLOCK = 9  # layers of the blocks whose distances others published
 
 
+def score_figures(importance: Importance, n: int | None = None) -> list[Figure]:
+    """Block Influence as bars, and angular distances as a map.
+
+    Args:
+        importance: at least one window.
+        n: marks the layers that each of both measures would remove; None marks none.
+    """
+    removed = [] if n is None else importance.least_important(n)
+    block = None if n is None else (importance.least_important(n, angular=True)[0], n)
+    scores, margin, layers = importance.block_influence, importance.margin, importance.layers
+    bars = importance_bars(scores, margin=margin, removed=removed, layers=layers)
+    return [bars, angular_heatmap(importance.angular, block=block, layers=layers)]
+
+
 def importance_bars(
     importance: Tensor,
     *,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from short_gpt.jobs.cases import TRAINED, Row
+from short_gpt.jobs.cases import Row
 from short_gpt.plots.figures import empty, logarithmic
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.selection.methods import LABELS
@@ -24,8 +24,6 @@ TITLES = {  # of parts, by healing, in their order
     "raw": "pruned, not healed",
     "patched": "healed by a patch",
     "refit": "healed by a refit",
-    "lora": "healed by LoRA",
-    "distill": "healed by distillation",
 }
 
 
@@ -112,27 +110,25 @@ def _draw_method(
 ) -> None:
     """One method, healed one way: a line, or a band where a number has several rows.
 
-    It begins at the original model, unless it was trained; `shift` keeps lines apart.
+    It begins at the original model; `shift` keeps lines apart.
     """
     if not rows:
         return
     label = LABELS.get(rows[0].method, rows[0].method)
     groups = {n: [r for r in rows if r.n == n] for n in sorted({r.n for r in rows})}
     values = {n: [r.perplexity for r in own] for n, own in groups.items()}
-    start = [] if rows[0].healing in TRAINED else [dense.perplexity]
-    zero = [0.0] * len(start)
     if most := max(map(len, values.values())) - 1:
-        low, high = ([*start, *map(end, values.values())] for end in (min, max))
+        low, high = ([dense.perplexity, *map(end, values.values())] for end in (min, max))
         label, shift, look = f"{label}, best to worst of {most + 1}", 0.0, {"color": "0.6"}
-        axes.fill_between([*zero, *groups], low, high, color="0.87", label=label)
+        axes.fill_between([0, *groups], low, high, color="0.87", label=label)
     else:
-        y = [*start, *(own[0] for own in values.values())]
-        errors = [*zero, *(_error(own[0]) for own in groups.values())]
+        y = [dense.perplexity, *(own[0] for own in values.values())]
+        errors = [0.0, *(_error(own[0]) for own in groups.values())]
         margin = [
             [v * (1 - math.exp(-e)) for v, e in zip(y, errors, strict=True)],
             [v * (math.exp(e) - 1) for v, e in zip(y, errors, strict=True)],
         ]
-        x = [*zero, *(n + shift for n in groups)]
+        x = [0.0, *(n + shift for n in groups)]
         style: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "label": label, **look}
         axes.errorbar(x, y, yerr=margin, elinewidth=1, **style)
     off = [n + shift for n, own in values.items() if not all(v <= top for v in own)]  # NaN too
