@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llama.args import ModelArgs
 from llama.checkpoint.meta import read_params
@@ -22,7 +23,7 @@ from short_gpt.models.numbering import span
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
-from short_gpt.scoring.importance import Importance, saved_layer_numbers
+from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO, METHODS, WITHOUT_TEXT, check_method, choose
 from short_gpt.wrappers.opening import layers_of, weights_of
 
@@ -54,30 +55,20 @@ class SavedScores:
     def read(cls, file: str, method: str | None = None) -> SavedScores:
         """The scores of a file; ``method`` replaces the one that ranked."""
         record = _read(file)
-        arguments, scored = _part(record, "arguments", file), _part(record, "scored", file)
+        arguments, scored = record.get("arguments", {}), record.get("scored", {})
         if "precision" in arguments:  # the one that auto chose
             arguments = {**arguments, "precision": record.get("precision", "float32")}
         digests = {name: str(scored[name]) for name in MENDS if scored.get(name)}
         if "chosen" not in record:
-            if type(arguments.get("seed") or 0) is not int:
-                raise ShortGPTError(f"{file}: expected a whole number as seed; rank again")
             method = str(method or arguments.get("method") or "bi")
             check_method(method)
-            importance, settled = _importance(record, file), _part(record, "settled", file)
+            importance, settled = _importance(record, file), record.get("settled") or {}
             return cls(file, method, arguments, importance, [], digests, settled)
-        search = _part(record, "chosen", file)
-        by = str(search.get("method"))
+        search = record["chosen"]
+        by = str(search["method"])
         if method not in (None, by):
             raise ShortGPTError(f"{file} holds the layers of {by}, not of {method}")
-        check_method(by)
-        try:
-            layers = saved_layer_numbers(search.get("layers"))
-        except TypeError as error:
-            raise ShortGPTError(
-                f"{file} holds no layers that a search chose: {error}; write it again by short-gpt "
-                "rank"
-            ) from None
-        return cls(file, by, arguments, None, layers, digests)
+        return cls(file, by, arguments, None, search["layers"], digests)
 
     def check_model(self, model: str) -> str | None:
         """Raises ShortGPTError unless the scores are the model's; returns what was not checked."""
@@ -163,32 +154,20 @@ class SavedScores:
 
 
 def _read(file: str) -> JsonObject:
-    """What a file of `rank` holds; one without a digest is taken as it is."""
+    """What a file of `rank` holds, as its digest says."""
     record = read_record(file)
     own = {name: record[name] for name in record if name != FILES}  # the demo's folder lists them
-    if CHECKED in record and record[CHECKED] != content_digest(own):
-        raise ShortGPTError(
-            f"{file} does not hold the scores that were written: it was edited or is damaged; "
-            "write it again by short-gpt rank, or copy it again from an undamaged file"
-        )
+    if CHECKED not in record:
+        raise ShortGPTError(f"{file} holds no scores; expected a file written by short-gpt rank")
+    if record[CHECKED] != content_digest(own):
+        raise ShortGPTError(f"{file} is damaged, or was edited: write it again by short-gpt rank")
     return record
 
 
-def _importance(record: Mapping[str, object], source: str) -> Importance:
-    content = record.get("importance")
-    if not isinstance(content, dict):
+def _importance(record: Mapping[str, Any], source: str) -> Importance:
+    if "importance" not in record:
         raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
-    try:
-        return Importance.from_dict(content)
-    except ShortGPTError as error:
-        raise ShortGPTError(f"{source}: {error}; write it again by short-gpt rank") from None
-
-
-def _part(record: Mapping[str, object], name: str, file: str) -> Mapping[str, object]:
-    part = record.get(name) or {}
-    if not isinstance(part, dict):
-        raise ShortGPTError(f"{file}: {name} is {part!r}, expected an object; rank again")
-    return part
+    return Importance.from_dict(record["importance"])
 
 
 # What scores are of

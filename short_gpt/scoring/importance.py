@@ -21,8 +21,6 @@ from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
 from short_gpt.scoring.moments import Texts
 from short_gpt.scoring.order import best_block, lowest
 
-COUNTS = ("windows", "tokens")
-PARTLY = ("sublayers", "token_angles", *LAYER_METRICS)  # NaN where a window was not scored so
 Nested = float | None | list["Nested"]  # numbers in lists in lists
 
 
@@ -285,19 +283,19 @@ class Importance(Table):
         return own | dict(zip(LAYER_METRICS, self.metrics, strict=True))
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, object]) -> Importance:
+    def from_dict(cls, content: Mapping[str, Any]) -> Importance:
         """What `to_dict` wrote; ShortGPTError if it did not. A metric that is missing is NaN."""
         try:
-            empty = cls.empty(saved_layer_numbers(content["layers"]))
-        except (KeyError, TypeError) as error:
-            why = error if isinstance(error, TypeError) else "they lack layers"
-            raise ShortGPTError(f"these are not saved scores: {why}") from None
-        named = {k: saved_sums(content, k, zero) for k, zero in empty._named().items()}
-        check_sums(named)  # before anything is computed: files come from anywhere
-        metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
-        sums = {"metrics": metrics, **named}
-        total = torch.cat((sums["influence"].sum(0), sums["tokens"].sum()[None]))  # (L + 1,)
-        return cls(empty.layers, **sums, texts=texts_from_json(content.get("texts"), total))
+            empty = cls.empty(content["layers"])
+            own = {name: from_lists(content[name]) for name in content if name in empty._named()}
+            named = {
+                n: own[n] if n not in LAYER_METRICS else own.get(n, zero * math.nan)
+                for n, zero in empty._named().items()
+            }
+            metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
+            return cls(empty.layers, **named, metrics=metrics, texts=texts_of(content["texts"]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ShortGPTError("these are not saved scores: score again") from error
 
 
 SUMS = [f.name for f in fields(Importance) if f.name not in ("layers", "texts")]
@@ -328,63 +326,14 @@ def _without_nan(values: Nested) -> Nested:
 
 
 def from_lists(content: object) -> Tensor:
-    """The tensor in float64 that `to_lists` wrote; TypeError or ValueError if it did not."""
+    """The tensor in float64 that `to_lists` wrote."""
     return torch.tensor(_with_nan(content), dtype=torch.float64)
 
 
 def _with_nan(content: object) -> object:
     if isinstance(content, list):
         return [_with_nan(v) for v in content]
-    if isinstance(content, bool):  # which is a number to torch
-        raise TypeError(f"expected numbers, got {content}")
     return math.nan if content is None else content
-
-
-def saved_layer_numbers(content: object) -> list[int]:
-    """The layers of saved scores; TypeError if they are not a list of numbers, each once."""
-    if not isinstance(content, list) or not all(type(i) is int and i >= 0 for i in content):
-        raise TypeError(f"layers = {content!r}, expected whole numbers from 0")
-    if len(set(content)) < len(content):
-        raise TypeError(f"layers = {content!r}, expected each once")
-    return content
-
-
-def saved_sums(content: Mapping[str, object], name: str, empty: Tensor) -> Tensor:
-    """Sums of a saved file, of the shape of ``empty``; NaN for a metric that it lacks."""
-    if name not in content:
-        if name in LAYER_METRICS:
-            return torch.full_like(empty, math.nan)
-        raise ShortGPTError(f"these are not saved scores: they lack {name}")
-    try:
-        sums = from_lists(content[name])
-    except (TypeError, ValueError, OverflowError):
-        raise ShortGPTError(
-            f"these are not saved scores: {name} is not made of numbers in rows of one length"
-        ) from None
-    if sums.shape != empty.shape:
-        raise ShortGPTError(f"{name} is {list(sums.shape)}, expected {list(empty.shape)}")
-    return sums
-
-
-def check_sums(sums: Mapping[str, Tensor]) -> None:
-    """Raises ShortGPTError for sums of `Importance`, by their names, that no model can give."""
-    tokens, windows = sums["tokens"], sums["windows"].sum()
-    most = {
-        "influence": 2 * tokens[:, None],  # 1 - cos of every token, Eq. 1
-        "angles": windows,  # arccos / pi of every window, Eq. 6
-        "sublayers": 2 * tokens.sum(),
-        "token_angles": tokens.sum(),
-    }
-    for name, values in sums.items():
-        known = values.where(~values.isnan(), 0) if name in PARTLY else values
-        fits = known.isfinite() & (known >= 0)
-        if name in COUNTS:
-            fits &= (known == known.round()) & (known < 2**53)  # which float64 counts to
-        if name in most:
-            fits &= known <= most[name] * (1 + 1e-9)
-        if not fits.all():
-            odd = float(known[~fits][0])
-            raise ShortGPTError(f"these are not saved scores: {name} has {odd:g}, out of range")
 
 
 def texts_to_json(texts: Texts | None) -> dict[str, object] | None:
@@ -394,24 +343,8 @@ def texts_to_json(texts: Texts | None) -> dict[str, object] | None:
     return {"numbers": list(texts), "sums": [to_lists(own) for own in texts.values()]}
 
 
-def texts_from_json(content: object, total: Tensor) -> Texts | None:
-    """What `texts_to_json` wrote, whose sums must add up to ``total``, (L + 1); None: not known."""
+def texts_of(content: Mapping[str, Any] | None) -> Texts | None:
+    """What `texts_to_json` wrote; None where the texts are not known."""
     if content is None:
         return None
-    try:
-        if not isinstance(content, dict):
-            raise TypeError
-        # the same rule as of layers: whole, from 0, each once
-        numbers = saved_layer_numbers(content["numbers"])
-        sums = from_lists(content["sums"])  # (G, L + 1)
-        if not numbers:  # of nothing read yet: an empty list has one dimension
-            sums = sums.reshape(0, len(total))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        numbers, sums = [], total[None, None]  # of a shape that is refused below
-    fits = sums.shape == (len(numbers), len(total)) and bool((sums >= 0).all())
-    if not fits or not torch.allclose(sums.sum(0), total, rtol=1e-6, atol=1e-9):
-        raise ShortGPTError(
-            "these are not saved scores: texts has no different numbers of texts with sums of "
-            "each that make up those of all windows"
-        )
-    return dict(zip(numbers, sums, strict=True))
+    return dict(zip(content["numbers"], map(from_lists, content["sums"]), strict=True))

@@ -9,18 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import make_transformer, random_windows
-from hypothesis import given
-from hypothesis import strategies as st
 
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.provenance import model_card
-from short_gpt.cli.tables import ranking
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.sampling import Sample
-from short_gpt.jobs import SavedScores
 from short_gpt.jobs.comparing import Cells
 from short_gpt.models.meta import MetaDecoder
-from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
+from short_gpt.runtime.errors import USER_ERRORS
 from short_gpt.runtime.state import ABOUT, StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import measure
@@ -74,30 +70,6 @@ def check(folder: Path, content: dict, use) -> int:
     return refused
 
 
-@pytest.mark.parametrize("method", ["bi", "random"])
-def test_edited_scores(tmp_path, scored, method):
-    arguments = {"method": method, "seed": 0, "data": "novels"}
-    content = {"arguments": arguments, "importance": scored.to_dict(), "versions": {"a": "1"}}
-
-    def use(path: Path) -> None:
-        scores = SavedScores.read(str(path))
-        scores.layers(2)
-        json.dumps(scores.record().to_dict())
-        ranking(scores.importance, 2)
-
-    assert check(tmp_path, content, use) > 100
-
-
-def test_an_edited_search(tmp_path):
-    content = {"arguments": {"seed": 0}, "chosen": {"method": "sleb", "layers": [3, 1]}}
-
-    def use(path: Path) -> None:
-        scores = SavedScores.read(str(path))
-        scores.layers(1)
-
-    assert check(tmp_path, content, use) > 20
-
-
 def test_an_edited_record_of_a_model_pruned_twice(tmp_path, scored):
     first = Provenance.of_scores(scored, facts={"data": "novels"})
     first = first.pruned("first", removed=[3], kept=[0, 1, 2, 4])
@@ -128,11 +100,3 @@ def test_no_edit_of_a_state_is_taken_for_what_was_saved(tmp_path):
     same = sum(edit == saved for edit in edits(saved))
     assert refused == len(VALUES) * len(list(places(saved))) - same
     assert written["cells"]["bi raw"] == [[1.5, 3, 1, 0, "float32"]]
-
-
-@given(st.sampled_from(["windows", "tokens"]), st.sampled_from([-1.0, 0.5, None]))
-def test_what_is_counted_is_a_whole_number(scored, name, value):
-    content = scored.to_dict()
-    content[name] = [value, *content[name][1:]]
-    with pytest.raises(ShortGPTError, match=f"these are not saved scores: {name} has"):
-        Importance.from_dict(content)
