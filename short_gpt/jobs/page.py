@@ -113,8 +113,8 @@ def without_folders(text: str, names: Iterable[str]) -> str:
     for path in [Path(name) for name in names if os.path.isabs(name)]:
         for whole, short in ((path, path.name), (path.parent, ".")):
             if whole.name:  # not of an ending tag
-                named = str(escape(short)).replace("\\", r"\\")
-                text = re.sub(rf"(?<!<){re.escape(escape(whole))}\b", named, text)
+                name = str(escape(short)).replace("\\", r"\\")
+                text = re.sub(rf"(?<!<){re.escape(escape(whole))}", name, text)
     return text
 
 

@@ -406,7 +406,6 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
             "--candidates = 0; the model has 5 layers: expected 1 to 4",
         ),
         (["rank", "ckpt", *DATA, "--json", "a", "--plots", "a/b"], "into the file a"),
-        (["compare", "ckpt", "--json", "a", "--report", "./a"], "a is named for two results; name"),
         (["rank", "ckpt", *DATA, "--state", "ckpt"], "ckpt is not a file"),
         (["rank", "ckpt", "--data=a--b"], "no such file or folder: 'a--b', and no data set"),
         (["prune", "ckpt", "x", "--scores", "ckpt", "-n", "1"], "ckpt is not a file"),

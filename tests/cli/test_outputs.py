@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -117,26 +116,6 @@ def test_a_result_on_stdout_is_alone_there(ckpt, capfd):
     assert not {p.name for p in Path().iterdir()} & {"-", "-.state"}
     run(*RANK)
     assert "Block Influence" in capfd.readouterr().out  # only that run's was moved
-
-
-def test_a_report_of_a_comparison_is_one_page(ckpt, capfd):
-    write_docs("docs")
-    how = ("compare", "ckpt", "--data", "docs", "--methods", "bi,random", "--counts", 1, "--size",
-           16, "--max_windows", 4, "--eval_windows", 2, "--healing", "raw")  # fmt: skip
-    run(*how, "--report", "-", "--json", "r.json")
-    page, err = capfd.readouterr()
-    assert page.startswith("<!-- a page of ShortGPT -->") and page.endswith("</html>\n")
-    rows = json.loads(Path("r.json").read_text())["rows"]
-    for row in rows:
-        assert f"<td>{row['perplexity']:.3f}</td>" in page, row
-    assert "<th>random layers, seed 2</th>" in page and page.count("<svg") == 1
-    assert not re.search(r"(src|href)=.http|@import|url\(http", page) and "original model" in err
-    run(*how, "--report", "page.html")
-    assert "written: page.html" in capfd.readouterr().out
-    assert Path("page.html").read_text().count("<svg") == 1
-    Path("page.html").write_text("mine")
-    assert "page.html" in fails(capfd, *how, "--report", "page.html", "--overwrite")
-    assert "name a file for one" in fails(capfd, *how, "--report", "-", "--json", "-")
 
 
 def write_docs(folder: str) -> None:

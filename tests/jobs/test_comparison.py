@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -181,30 +180,6 @@ def test_what_healing_brings_is_paired_with_the_same_layers_raw():
     assert f"{expected.nats:+.3f} ({expected.standard_error:.3f})" in compared(rows)
 
 
-def test_lora_is_called_once_for_every_set():
-    asked = []
-
-    def lora(layers):
-        asked.append(layers)
-        return [perplexity(short().decoder, [[w]]) for w in EVALUATION]
-
-    comparison = Comparison(short(), CALIBRATION, EVALUATION)
-    rows = comparison.rows(Cases(["bi", "deepest"], [1, 2], ["lora"]), {"lora": lora})
-    assert len(asked) == len({tuple(sorted(a)) for a in asked})
-    assert [r.healing for r in rows] == ["raw"] + ["lora"] * 4
-    assert rows[1].perplexity == pytest.approx(rows[0].perplexity)
-
-
-def test_lora_may_be_for_some_sets_only():
-    def lora(layers):
-        return [perplexity(short().decoder, [[w]]) for w in EVALUATION]
-
-    cases = Cases(["bi", "deepest"], [1, 2], ["raw", "lora"], lora_only=[("bi", 2)])
-    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(cases, {"lora": lora})
-    assert [(r.method, r.n) for r in rows if r.healing == "lora"] == [("bi", 2)]
-    assert len(rows) == 1 + 4 + 1
-
-
 def test_agreement_of_the_methods():
     model = Tiny()
     for i in (2, 3):
@@ -289,23 +264,7 @@ def test_speed_is_the_fastest_of_three_runs_after_a_warm_up(monkeypatch):
     assert tokens_per_second(short(), EVALUATION[0], count=2) == pytest.approx(2 / 1)
 
 
-class Halved:
-    """Stands in for a healing: the whole model's losses, halved."""
-
-    def __init__(self, steps: int = 1) -> None:
-        self.steps, self.asked, self.folders = steps, [], []
-
-    def __call__(self, layers, work_dir=None):
-        self.asked.append(sorted(layers))
-        self.folders.append(work_dir)
-        parts = losses(short().decoder, EVALUATION, progress=False)
-        return [replace(part, nats=part.nats / 2) for part in parts]
-
-    def identity(self):
-        return {"steps": self.steps}
-
-
-CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "patched", "lora"], search_windows=2)
+CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "patched"], search_windows=2)
 
 
 def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monkeypatch):
@@ -315,16 +274,11 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
 
     monkeypatch.setattr(TaskSuite, "documents", documents)
     monkeypatch.setattr(TaskSuite, "check", lambda self: None)
-    heal, path = Halved(), tmp_path / "state"
-    result = compare(
-        short(), CALIBRATION, EVALUATION, cases=CASES, lora=heal, tasks=TaskSuite("t"), state=path
-    )
+    seen = dict(cases=CASES, tasks=TaskSuite("t"), state=tmp_path / "state")
+    result = compare(short(), CALIBRATION, EVALUATION, **seen)
     by_hand = Comparison(short(), CALIBRATION, EVALUATION, few=2)
-    expected = by_hand.rows(Cases(["bi", "sleb"], [1, 2], ["raw", "patched"]))
-    shown = [(r.method, r.n, r.healing, r.layers) for r in result.rows if r.healing != "lora"]
-    assert shown == [(r.method, r.n, r.healing, r.layers) for r in expected]
-    healed = [r for r in result.rows if r.healing == "lora"]
-    assert all(r.perplexity == pytest.approx(result.rows[0].perplexity ** 0.5) for r in healed)
+    shown = [(r.method, r.n, r.healing, r.layers) for r in result.rows]
+    assert shown == [(r.method, r.n, r.healing, r.layers) for r in by_hand.rows(CASES)]
     assert [a["n"] for a in result.agreement] == [1, 2]
     assert result.agreement == [by_hand.agreement(n, 2) for n in (1, 2)]
     assert {k: v["t acc"] for k, v in result.tasks.items()} == {
@@ -339,13 +293,11 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
             assert values["t acc change_stderr"] == pytest.approx(spread**0.5)
             said = f"change from the original {-gone / 10:+.4f} ({spread**0.5:.4f})"
             assert said in compared(result.rows, result.agreement, result.tasks)
-    names = {f"state.lora-{'-'.join(map(str, layers))}" for layers in heal.asked}
-    assert {folder.name for folder in heal.folders} == names
     assert json.loads(json.dumps(result.to_dict()))["rows"][0]["method"] == "dense"
 
-    again, seen = Halved(), dict(cases=CASES, tasks=TaskSuite("t"), state=path)
-    repeated = compare(short(), CALIBRATION, EVALUATION, lora=again, **seen)
-    assert repeated.rows == result.rows and not again.asked  # all of it from the file
+    monkeypatch.setattr(module, "pruned_losses", None)  # all of it from the file
+    repeated = compare(short(), CALIBRATION, EVALUATION, **seen)
+    assert repeated.rows == result.rows
     for found in (result, repeated):  # both hold it
         found.state.clear()
     assert [*tmp_path.iterdir()] == []
@@ -416,13 +368,10 @@ def test_a_state_is_told_by_what_it_was_computed_from(tmp_path, monkeypatch):
     for what, model, windows, chosen in (
         ("weights", changed, EVALUATION, cases),
         ("evaluation", short(), EVALUATION[:4], cases),
-        ("lora", short(), EVALUATION, cases),
-        ("distill", short(), EVALUATION, cases),
         ("search_windows", short(), EVALUATION, other),
     ):
-        options = {what: Halved()} if what in ("lora", "distill") else {}
         with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
-            compare(model, CALIBRATION, windows, cases=chosen, state=state, **options)
+            compare(model, CALIBRATION, windows, cases=chosen, state=state)
         assert state.read_bytes() == kept
     for healing, of in (("refit", "RefitSettings"), ("patch", "PatchSettings")):
         with monkeypatch.context() as other:
@@ -432,18 +381,5 @@ def test_a_state_is_told_by_what_it_was_computed_from(tmp_path, monkeypatch):
 
 
 def test_cases_name_what_there_is():
-    with pytest.raises(
-        ValueError, match="no healing 'glue'; expected some of raw, patched, refit, lora"
-    ):
+    with pytest.raises(ValueError, match="no healing 'glue'; expected some of raw, patched, refit"):
         Cases(healings=["glue"])
-    with pytest.raises(ValueError, match="`lora_only` is for `healing` lora or distill"):
-        Cases(["bi"], [1], lora_only=[("bi", 1)])
-    with pytest.raises(ValueError, match="`lora_only` bi:2: expected .* as in bi:1"):
-        Cases(["bi"], [1], ["lora"], lora_only=[("bi", 2)])
-    with pytest.raises(ValueError, match="healing by lora trains a model: pass lora=LoraHealing"):
-        compare(short(), CALIBRATION, EVALUATION, cases=Cases(["bi"], [1], ["lora"]))
-    with pytest.raises(ValueError, match="healing by lora trains a model"):
-        Comparison(short(), CALIBRATION, EVALUATION).rows(Cases(["bi"], [1], ["lora"]))
-    with pytest.raises(ValueError, match="healing by distill trains a model: pass distill=Distill"):
-        given = {"cases": Cases(["bi"], [1], ["distill"]), "lora": Halved()}
-        compare(short(), CALIBRATION, EVALUATION, **given)

@@ -30,7 +30,6 @@ from short_gpt.jobs import (
     Choice,
     Cut,
     HealingWindows,
-    LoraOptions,
     OpenOptions,
     PruneOutput,
     Reading,
@@ -304,9 +303,9 @@ def test_a_choice_names_layers_or_scores(here):
 
 
 def test_cases_are_read_with_or_without_spaces():
-    cases = Cases("bi, sleb", 2, "raw,lora", lora_only="sleb:2, bi:2")
+    cases = Cases("bi, sleb", 2, "raw, refit")
     assert cases.names == ["bi", "sleb"] and cases.numbers == [2]
-    assert cases.pairs == [("sleb", 2), ("bi", 2)]
+    assert cases.heals == ["raw", "refit"]
 
 
 def test_settings_that_would_be_passed_over_are_refused(here):
@@ -456,7 +455,7 @@ def test_settings_are_taken_as_single_arguments(here):
 
 def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
     defaults = {"cut": Cut(stride=7), "data": TextSource()}
-    defaults |= {"shares": Shares(), "lora": LoraOptions(), "tasks": Tasks()}
+    defaults |= {"shares": Shares(), "tasks": Tasks()}
 
     @takes_fields("rank")
     def job(model, *, cut=defaults["cut"], data=defaults["data"], **fields):
@@ -473,10 +472,10 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
     assert evaluated(tasks="piqa", limit=3) == Tasks("piqa", limit=3)
 
     @takes_fields("compare")
-    def compared(*, shares=defaults["shares"], lora=defaults["lora"], **fields):
-        return shares, lora
+    def compared(*, shares=defaults["shares"], **fields):
+        return shares
 
-    assert compared(size=5, lora_size=6, rank=2) == (Shares(size=5), LoraOptions(rank=2, size=6))
+    assert compared(size=5) == Shares(size=5)
 
 
 @pytest.mark.parametrize(
