@@ -25,6 +25,7 @@ from short_gpt.healing.solver import (
 )
 from short_gpt.models.families import part as part_of
 from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.layer_hooks import Output, first, patched_forward
 from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attention
 from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
@@ -154,6 +155,10 @@ class LayerRefit:
         self.restored = ExitStack()  # after this block the parameters have their old values again
         self._between = HiddenStates([], 0, sample.dtype)
         self._inputs: dict[str, HiddenStates] = {}  # of a projection, by sublayer
+        self._known: KnownAttention | None = None
+        if len(names) > 1:  # else the attention runs once anyway
+            known = KnownAttention(calls, index, self.projections["attention"], sample)
+            self._known = known if known.proved else None
 
     def run_original(self) -> None:
         """The original model's states leaving the layer, and between its sublayers if a target."""
@@ -234,7 +239,7 @@ class LayerRefit:
 
     def _read_attention(self, projection: OutputProjection, tokens: TokensOf) -> Iterator[Tokens]:
         """The tokens to fit the attention's projection on; keeps inputs that are needed again."""
-        batches, all_again = self._batches, projection.norm is not None
+        batches, all_again = self._batches, projection.norm is not None or self._known is not None
         for batch in batches:
             state = self._entering[batch].to(batches.device(self._index))  # (B, S, D)
             inputs = batches.calls.until(self._index, state, projection.matrix)  # (B, S, F)
@@ -245,8 +250,16 @@ class LayerRefit:
     def _read_mlp(self, projection: OutputProjection, tokens: TokensOf) -> Iterator[Tokens]:
         """The same for the MLP's; from here on ``_leaving`` is the state before its output."""
         batches = self._batches
+        if self._known is not None:  # nothing else of the attention is needed now
+            layer, attention = batches.calls.layer(self._index), self._known.attention
+            others = [child for child in layer.children() if child is not attention]
+            batches.calls.keep_only(self._index, [*self._output_modules, *others])
         for batch in batches:
-            with seen_at(projection.matrix) as seen:
+            with seen_at(projection.matrix) as seen, ExitStack() as stack:
+                if self._known is not None:  # the attention's heads need not run again
+                    known = self._inputs["attention"][batch]  # (B, S, F)
+                    reads = self._known.reads(known.to(batches.device(self._index)))
+                    stack.enter_context(reads)
                 state = batches.run(self._index, self._entering[batch])  # (B, S, D)
             inputs, outputs = seen[-1]
             outputs = outputs.reshape(-1, outputs.shape[-1]).float()  # (N, D)
@@ -288,6 +301,38 @@ class LayerRefit:
         inputs = inputs.to(projection.device).flatten(0, 1).float()  # (N, F)
         added = projection.factor * projection.normed(projection.outputs(inputs)).cpu()  # (N, D)
         return (before + added.view_as(before)).to(before.dtype)  # (B, S, D)
+
+
+class KnownAttention:
+    """Runs a layer with known inputs of its attention's output projection, without the heads."""
+
+    def __init__(
+        self, calls: LayerCalls, index: int, projection: OutputProjection, state: Tensor
+    ) -> None:
+        self._matrix = projection.matrix
+        self.attention = module = part_of(calls.layer(index), calls.family.attention)
+        self.proved = False  # that the layer then returns the same bits, tried on this state
+        if module is None:
+            return
+        outputs: list[Output] = []
+        with module.register_forward_hook(lambda _, __, output: outputs.append(output)):
+            expected = calls.run(index, state)  # (B, S, D)
+        # how many values, such as attention weights, it returns after its output
+        self._others = None if isinstance(outputs[0], Tensor) else len(outputs[0]) - 1
+        with self.reads(calls.until(index, state, projection.matrix).view(*state.shape[:2], -1)):
+            self.proved = torch.equal(calls.run(index, state), expected)
+
+    @contextmanager
+    def reads(self, inputs: Tensor) -> Iterator[None]:
+        """Inside the block the attention returns its projection of these inputs, (B, S, F)."""
+
+        def forward(*_: object, **__: object) -> object:
+            out = first(self._matrix(inputs))  # (B, S, D)
+            return out if self._others is None else (out, *[None] * self._others)
+
+        assert self.attention is not None
+        with patched_forward(self.attention, forward):
+            yield
 
 
 @contextmanager

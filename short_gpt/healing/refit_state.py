@@ -355,9 +355,9 @@ def _peak_memory(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
     width, inputs, itemsize = calls.widths()
     attention, mlp = width**2 * itemsize, inputs * width * itemsize  # of their matrices
     read, sums = calls.memory(), 8 * inputs * (inputs + width)
-    # rows of a product are in memory twice, in float32 and while they are added; of the attention's
-    # matrix that was solved before, two copies are there, as it was and as solved
-    summed = {"layer": read.get("layer", 0), "sums": sums, "copies of matrices": 2 * attention}
+    # rows of a product are in memory twice, in float32 and while they are added; an attention that
+    # was solved before has freed more than the copies of its matrix take
+    summed = {"layer": read.get("layer", 0), "sums": sums}
     summed["working memory"] = 4 * tokens * (4 * inputs + 10 * width) + 12 * ROWS * inputs
     # only the output projections of the layer are loaded: both and a copy of each as it was, one of
     # the attention's as solved, and for the MLP's the solver's copy and the best so far
