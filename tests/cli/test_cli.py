@@ -551,7 +551,6 @@ def test_a_mistyped_flag_is_told_before_anything_runs(ckpt, capsys, monkeypatch)
     [
         (("rank", "ckpt"), "PG-19, is on the hub, which cannot be reached: name a file, demo or s"),
         (("heal", "ckpt", "x", "--layers", 1), "PG-19, is on the hub, which cannot be reached: na"),
-        (("perplexity", "ckpt"), "PG-19, is on the hub, which cannot be reached: name a file or d"),
         (("evaluate", "ckpt", "--dry_run"), "wikitext-2, is on the hub, which cannot be reached"),
     ],
 )

@@ -209,10 +209,8 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(ckpt, capsys):
     "words",
     [
         ("rank", "--size", 16),
-        ("perplexity", "--size", 16),
         ("evaluate", "--size", 16),
         ("compare", "--size", 16),
-        ("calibrate", "--sizes", 16, "--n", 1),
         ("heal", "x", "--layers", 1, "--size", 16),
         ("heal", "x", "--layers", 1, "--size", 16, "--method", "lora"),
         ("shrink", "x", "--size", 16),
@@ -221,18 +219,15 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(ckpt, capsys):
 )
 def test_a_dry_run_refuses_a_text_that_is_too_short(ckpt, capsys, words):
     Path("short.txt").write_text("It was.")
-    data = "short.txt,book.txt" if words[0] == "calibrate" else "short.txt"
-    line = fails(capsys, words[0], "ckpt", *words[1:], "--data", data, "--dry_run")
+    line = fails(capsys, words[0], "ckpt", *words[1:], "--data", "short.txt", "--dry_run")
     assert "no windows: the text has" in line and "a window needs 16" in line
 
 
-@pytest.mark.parametrize("command", ["compare", "calibrate", "heal"])
+@pytest.mark.parametrize("command", ["compare", "heal"])
 def test_a_dry_run_has_the_model_write_no_text(ckpt, capsys, monkeypatch, command):
     monkeypatch.setattr("short_gpt.wrappers.own_text.own_samples", lambda *_, **__: pytest.fail())
-    words = {"calibrate": ("--sizes", 16, "--n", 1), "heal": ("--size", 16, "--layers", 1)}
-    out = ["x"] if command == "heal" else []
-    data = "self,book.txt"
-    run(command, "ckpt", *out, *words.get(command, ("--size", 16)), "--data", data, "--dry_run")
+    words = ["x", "--layers", 1] if command == "heal" else []
+    run(command, "ckpt", *words, "--size", 16, "--data", "self,book.txt", "--dry_run")
     assert capsys.readouterr().out.startswith("dry run: it would ")
 
 
@@ -260,7 +255,7 @@ def test_the_completion_script_completes_commands_and_flags(tmp_path):
     ("words", "failing"),
     [
         ((*RANK, "--json", "new/inside/r.json"), "short_gpt.scoring.run.ScoringRun.read"),
-        (("perplexity", "ckpt", *DATA[:4], "--json", "new/inside/r.json"), "follow_umask"),
+        (("evaluate", "ckpt", *DATA[:4], "--json", "new/inside/r.json"), "follow_umask"),
         (("prune", "ckpt", "new/inside/out", "--layers", 1), "follow_umask"),
         (("prune", "ckpt", "new/inside/out.gguf", "--layers", 1), "follow_umask"),
     ],
