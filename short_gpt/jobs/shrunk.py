@@ -95,7 +95,7 @@ class ShrinkResult(Table):
         if self.turns:
             speeds = [look.tokens_per_second for look in looks]
             others.append(["tokens a second", *(f"{s:.1f}" if s else "" for s in speeds)])
-            ratio = "{1:.2f} ({0:.2f} to {2:.2f})".format(*self.times_as_fast)
+            ratio = "{1:.2f}, {0:.2f} to {2:.2f}".format(*self.times_as_fast)
             others.append([f"times as fast, {len(self.turns)} turns", "", "", ratio])
         for name, *cells in others + self._task_rows():
             known = dict(zip(self.looks, cells, strict=True))

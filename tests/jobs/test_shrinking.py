@@ -397,7 +397,7 @@ def test_speeds_are_taken_by_turns_and_the_healed_models_is_the_pruned_ones(here
     assert speeds == {"original": 5.0, "pruned": None, "healed": 8.0}  # the medians
     assert done.times_as_fast == (1.5, 1.6, 2.5)  # of both in the same turn
     assert done.verdict.endswith("; 1.60 times as fast in PyTorch (1.50 to 2.50)")
-    assert ["times as fast, 7 turns", "", "", "1.60 (1.50 to 2.50)"] in done.rows()
+    assert ["times as fast, 7 turns", "", "", "1.60, 1.50 to 2.50"] in done.rows()
     page = unescape(Path("out/report.html").read_text())
     assert "1.60 times as fast in PyTorch (1.50 to 2.50)" in page
     slower = {"original": 5.0, "healed": 5.0}
