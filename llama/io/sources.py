@@ -174,9 +174,10 @@ def check_inside(folder: Path, paths: Iterable[Path]) -> None:
     cached = home.parents[1:3] if home.parent.name == "snapshots" else ()
     homes = [home, *(around / "blobs" for around in cached)]
     for path in paths:
-        if not any(path.resolve().is_relative_to(own) for own in homes):
+        target = Path(os.path.realpath(path))  # which takes a link to itself, too
+        if not any(target.is_relative_to(own) for own in homes):
             raise InputError(
-                f"{path} is a link to {path.resolve()}, which would be copied with the model "
+                f"{path} is a link to {target}, which would be copied with the model "
                 f"although it is not in {folder}: put the file itself there, or remove the link"
             )
 

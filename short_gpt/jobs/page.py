@@ -108,13 +108,15 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
 
 def without_folders(text: str, names: Iterable[str]) -> str:
     """A page without the folders of those names that are absolute paths: they may name a user."""
-    from markupsafe import escape
+
+    def shown(name: str | Path) -> str:  # as the template writes it
+        return escape(str(name), quote=False).replace("'", "&#39;").replace('"', "&#34;")
 
     for path in [Path(name) for name in names if os.path.isabs(name)]:
         for whole, short in ((path, path.name), (path.parent, ".")):
             if whole.name:  # not of an ending tag
-                name = str(escape(short)).replace("\\", r"\\")
-                text = re.sub(rf"(?<!<){re.escape(escape(whole))}", name, text)
+                name = shown(short).replace("\\", r"\\")
+                text = re.sub(rf"(?<!<){re.escape(shown(whole))}", name, text)
     return text
 
 

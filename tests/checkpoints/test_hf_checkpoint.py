@@ -126,6 +126,7 @@ def test_links_of_the_hubs_cache_are_followed(llama_folders, tmp_path, monkeypat
 def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "merges.txt"):
         (whole / name).write_text("{}")
+    (whole / "NOTICE").symlink_to("NOTICE")  # to itself: nothing to copy
     for name in ("modeling.py", "pytorch_model.bin", "consolidated.safetensors"):
         (whole / name).write_text("")
     (whole / "params.json").write_text('{"dim": 64}')  # as Mistral has it beside these files

@@ -944,7 +944,7 @@ def test_heal_refuses_before_it_works(books, capsys):
         ("lora", ("--top_k", 3), "--top_k is for --method distill"),
         ("patch", ("--teacher", "dense"), "--teacher is for --method distill"),
         ("distill", ("--kl_share", 0), "--kl_share = 0.0: expected above 0 and at most 1"),
-        ("distill", ("--top_k", 0), "--top_k = 0: expected at least 1"),
+        ("distill", ("--top_k", 0), "--top_k = 0: expected a whole number of at least 1"),
         ("lora", ("--alpha", 0), "--alpha = 0: expected above 0"),
         ("lora", ("--alpha", -8), "--alpha = -8: expected above 0"),
         ("distill", ("--live_teacher", "--stream_teacher"), "leave out --live_teacher"),
