@@ -70,8 +70,8 @@ def evaluate(
         if name in names[:number]:
             raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     tasks.check()
-    own = reading.own_texts()
     check_tokenizer(opening.tokenizer_path, *names)
+    own = reading.own_texts()
     if dry_run:
         short = open_model(names[0], of_source(opening, names[0]), max_seq_len=reading.size)
         read = [one for one in (reading.data, tasks.tasks) if one not in ("none", None)]

@@ -45,10 +45,13 @@ def rendered(
         inside = frame.f_code.co_filename == "<template>"
         if inside and event == "return" and isinstance(value, str):  # a part of the text
             longest -= len(value)
-        if longest < 0:
-            raise _Stopped(f"it writes over {LONGEST:,} characters of its own")
-        if thread_time() > end:
-            raise _Stopped(f"it takes over {SECONDS} seconds")
+        # elsewhere an error may be lost, as in a callback of the garbage collection, and with it
+        # the trace
+        if inside or str(frame.f_globals.get("__name__")).startswith("jinja2."):
+            if longest < 0:
+                raise _Stopped(f"it writes over {LONGEST:,} characters of its own")
+            if thread_time() > end:
+                raise _Stopped(f"it takes over {SECONDS} seconds")
         return watch if inside else None  # of all else, each call and no line
 
     sys.settrace(watch)  # of this thread alone

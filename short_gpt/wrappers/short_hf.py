@@ -83,7 +83,7 @@ class ShortHFModel(ShortModel):
         check_layers_path(layers_path)
         if tokenizer is not None and not callable(tokenizer):
             raise ShortGPTError(
-                f"`tokenizer` = {short_repr(tokenizer)}: expected a tokenizer of transformers, "
+                f"tokenizer = {short_repr(tokenizer)}: expected a tokenizer of transformers, "
                 "such as AutoTokenizer.from_pretrained(...) returns"
             )
         if device is not None and "device_map" in options:

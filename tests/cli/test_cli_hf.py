@@ -377,7 +377,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["evaluate", "hf", "--data", "no.txt"], "no such file or folder: 'no.txt'"),
         (["evaluate", "hf", "--size", "1"], "size = 1: expected"),
         (["evaluate", "hf", "--json", "book.txt"], "book.txt exists"),
-        (["evaluate", "hf"], "the hub cannot be reached"),
+        (["evaluate", "hf"], "is on the hub, which cannot be reached"),
         (["evaluate", "hf", "--data", "none", "--tasks", "nothing"], "lm-eval has no tasks"),
         (
             ["evaluate", "hf", "--data", "none", "--tasks", "a", "--include_path", "no"],

@@ -43,7 +43,7 @@ def cut(text: str, size: int, **options: object) -> list[list[int]]:
     return list(windows([text], lambda t: [*t.encode()], size=size, stride=size, **options))
 
 
-@given(st.integers(2, 64), st.integers(0, 200), st.integers(0, 2**32), st.booleans())
+@given(st.integers(2, 64), st.integers(0, 200), st.integers(0, 2**31 - 1), st.booleans())
 @example(size=24, shift=2, seed=0, shuffled=False)
 def test_a_copy_that_is_cut_elsewhere_shares_its_text_at_every_size(size, shift, seed, shuffled):
     text, other = letters(500, seed), letters(500, seed + 1)
@@ -57,7 +57,7 @@ def test_a_copy_that_is_cut_elsewhere_shares_its_text_at_every_size(size, shift,
 
 
 @settings(max_examples=30)
-@given(st.integers(15, 64), st.integers(0, 63), st.integers(0, 2**32))
+@given(st.integers(15, 64), st.integers(0, 63), st.integers(0, 2**31 - 1))
 def test_single_windows_of_a_copy_share_at_least_half(size, shift, seed):
     text = letters(300, seed)
     alone = [list(w) for w in cut(text, size)]  # of which nothing tells that they meet

@@ -923,7 +923,11 @@ def test_the_cache_is_of_all_texts_at_the_context(here, monkeypatch, out, itemsi
     assert original.memory - original.size == 2 * window + 4 * full
     assert healed.memory - healed.size == 4 * full
     # it may be a layer with a window that goes
-    enough = original.memory - (original.size - healed.size) // 2 - window
+    header = 0  # of a file that is not yet written: it is not counted
+    if out.endswith(".gguf"):
+        header = Path(out).stat().st_size
+        header -= sum(tensor.nbytes for tensor in GGUFParts(Path(out)).tensors.values())
+    enough = original.memory - header - (original.size - healed.size) // 2 - window
     for memory, n in ((enough, 1), (enough - 1, 2)):
         assert str(shrink("hf", f"2{out}", memory=memory, dry_run=True, **how))[0] == str(n)
 

@@ -37,7 +37,7 @@ from short_gpt.cli.tables import ranking
 from short_gpt.jobs import SavedScores
 from short_gpt.models.loading import load_tokenizer
 from short_gpt.runtime.errors import USER_ERRORS, MissingPackageError, ShortGPTError
-from short_gpt.runtime.state import StateFile
+from short_gpt.runtime.state import StateFile, write_record
 from short_gpt.scoring.run import RunState
 from short_gpt.wrappers.streamed_transformer import HFSource
 
@@ -69,7 +69,7 @@ def made(tmp_path_factory, one_rank) -> Path:
     short = short_llama()
     short.measure(WINDOWS, progress=False)
     arguments, sums = {"method": "bi", "seed": 0}, short.importance.to_dict()
-    (path / "scores.json").write_text(json.dumps({"arguments": arguments, "importance": sums}))
+    write_record(path / "scores.json", {"arguments": arguments, "importance": sums})
     return path
 
 

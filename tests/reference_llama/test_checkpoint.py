@@ -253,7 +253,7 @@ def test_pruned_checkpoint_equals_the_model_pruned_in_memory(tmp_path, checkpoin
         "removed_layers": [3, 1],
         "kept_layers": [0, 2, 4],
         "original_layers": [0, 2, 4],
-        "source": str(checkpoint_dir),
+        "source": checkpoint_dir.name,
         "why": "test",
         "versions": versions(),
     }
@@ -269,7 +269,7 @@ def test_pruning_twice_keeps_the_history(tmp_path, checkpoint_dir):
     record = json.loads((tmp_path / "twice/pruning.json").read_text())
     earlier = record["source_pruning"]
     assert (earlier["removed_layers"], earlier["kept_layers"]) == ([4], [0, 1, 2, 3])
-    assert record["original_layers"] == [1, 2, 3] and earlier["source"] == str(checkpoint_dir)
+    assert record["original_layers"] == [1, 2, 3] and earlier["source"] == checkpoint_dir.name
     assert Checkpoint(tmp_path / "twice").args.n_layers == 3
 
 

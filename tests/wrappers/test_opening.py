@@ -115,7 +115,7 @@ def test_options_that_do_not_go_together(folder):
         open_model(meta, max_memory="3GB")
     with pytest.raises(ValueError, match="_parallel_size. 2: .stream. holds one layer on"):
         open_model(meta, stream=True, model_parallel_size=2)
-    with pytest.raises(ValueError, match="model_parallel_size 2: only Meta's format is split"):
+    with pytest.raises(ValueError, match="`model_parallel_size` 2: only Meta's format is split"):
         open_model(str(folder / "hf"), model_parallel_size=2)
     with pytest.raises(ValueError, match="`max_memory` 1MB is too little"):
         open_model(meta, stream=True, max_memory="1MB")

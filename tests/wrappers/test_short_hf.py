@@ -729,7 +729,7 @@ def test_a_model_whose_class_keeps_some_weights_in_float32_is_opened(tmp_path):
 
 @pytest.mark.parametrize("tokenizer", ["hf", 5])
 def test_what_is_no_tokenizer_is_refused(tokenizer, tmp_path):
-    said = f"`tokenizer` = {tokenizer!r}: expected a tokenizer of transformers, such as"
+    said = f"tokenizer = {tokenizer!r}: expected a tokenizer of transformers, such as"
     for call in (
         lambda: open_model(make("llama"), tokenizer=tokenizer),
         lambda: open_model("owner/name", tokenizer=tokenizer),
