@@ -174,7 +174,8 @@ def _with_older_entries(config: JsonObject) -> JsonObject:
 
 
 def _older_scaling(config: JsonObject, rotary: JsonObject) -> JsonObject | None:
-    if (kind := rotary.get("rope_type", "default")) == "default":
+    kind = rotary.get("rope_type", "default")
+    if kind == "default" and "mrope_section" not in rotary:  # of images and videos, too
         return None
     if (config.get("model_type"), kind) == ("phi3", "longrope"):  # which takes no other entries
         return {"type": kind, **{k: rotary[k] for k in ("short_factor", "long_factor")}}

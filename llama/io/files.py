@@ -286,6 +286,8 @@ def tidy(path: Path) -> None:
     if not (path.parent.is_dir() and os.access(path.parent, os.R_OK | os.W_OK)):
         return
     for work in [p for p in path.parent.iterdir() if pattern.fullmatch(p.name)]:
+        if work.is_symlink():  # no writer makes one
+            continue
         try:
             lock = lock_file(work / LOCK)
         except OSError:  # a living writer holds it, it is gone, or there are no locks here

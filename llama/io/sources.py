@@ -102,11 +102,11 @@ def public_name(source: object) -> str:
     Example:
         >>> public_name("/home/ada/models/7b"), public_name("models/7b")
         ('7b', 'models/7b')
-        >>> public_name("self,/home/ada/books")
+        >>> public_name("self, /home/ada/books")
         'self,books'
     """
     parts = str(source).split(",")
-    return ",".join(Path(part).name if os.path.isabs(part) else part for part in parts)
+    return ",".join(Path(p).name if os.path.isabs(p.strip()) else p for p in parts)
 
 
 def is_gguf(source: str | PathLike[str]) -> bool:
@@ -172,7 +172,7 @@ def check_inside(folder: Path, paths: Iterable[Path]) -> None:
     """
     home = folder.resolve()
     cached = home.parents[1:3] if home.parent.name == "snapshots" else ()
-    homes = [home, *(around / "blobs" for around in cached)]
+    homes = [home, *((around / "blobs").resolve() for around in cached)]
     for path in paths:
         target = Path(os.path.realpath(path))  # which takes a link to itself, too
         if not any(target.is_relative_to(own) for own in homes):

@@ -38,7 +38,11 @@ KINDS: tuple[type[Step], ...] = (RefitSettings, PatchSettings, LoraSettings, Dis
 STEPS = {kind.name: kind for kind in KINDS}
 CLOSED = tuple(kind.name for kind in KINDS if not kind.trains)  # closed forms
 TRAINING = tuple(kind.name for kind in KINDS if kind.trains)
-CHECKPOINT = re.compile(r"checkpoint-\d+(/|$)")  # of the Trainer, in a step's folder
+# of the Trainer, in a step's folder
+CHECKPOINT = re.compile(
+    r"checkpoint-\d+(/((adapter_model|adapter_config|trainer_state|digests)\.(json|safetensors|bin)"
+    r"|README\.md|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin))?"
+)
 
 
 def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
@@ -51,7 +55,7 @@ def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
 def keeps(name: str) -> bool:
     """Whether a step keeps a file, or a folder, by this name relative to that of the healing."""
     step, _, rest = name.partition("/")
-    own = rest in ("", IDENTITY, CONTENT, RECIPE) or is_name(rest) or CHECKPOINT.match(rest)
+    own = rest in ("", IDENTITY, CONTENT, RECIPE) or is_name(rest) or CHECKPOINT.fullmatch(rest)
     return step in (*STEPS, TEACHER) and bool(own)
 
 

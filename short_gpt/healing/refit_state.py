@@ -9,6 +9,7 @@ width of a hidden state (D or F).
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections import ChainMap
@@ -40,8 +41,13 @@ from short_gpt.wrappers.scored_model import ScoredModel
 
 ORIGINAL, PRUNED = "original", "pruned"  # the models whose hidden states are kept
 MODELS = (ORIGINAL, PRUNED)
-OF_A_LAYER = ("between", "inputs of ")  # states that one layer alone needs
+OF_A_LAYER = ("between", "inputs of attention", "inputs of mlp")  # one layer alone needs them
 STATE, VALUES = "refit.json", "values."  # the first is written after all that it names
+# with the number of a layer, of one of two turns or of a process
+FILE = re.compile(
+    rf"{re.escape(STATE)}|{re.escape(VALUES)}\d+|({'|'.join(MODELS)})\.[01](\.\d+)?"
+    rf"|({'|'.join(OF_A_LAYER)})(\.\d+)?"
+)
 UNUSED = 200 * 10**6  # bytes that libraries take at their first use, and that lie between pieces
 
 
@@ -273,7 +279,7 @@ def is_own(path: Path) -> bool:
 
 def is_name(name: str) -> bool:
     """Whether a refit gives a file this name."""
-    return name.startswith((STATE, VALUES, *(f"{model}." for model in MODELS), *OF_A_LAYER))
+    return FILE.fullmatch(name) is not None
 
 
 def _sweep(folder: Path) -> None:

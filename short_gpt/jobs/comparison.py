@@ -27,8 +27,6 @@ from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, split_own_text
 
-MOST_VALIDATION = 8  # windows by which the best checkpoint is kept
-
 
 @takes_fields("compare")
 @interruptible()

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import ClassVar
 
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.numbers import at_least, check_numbers
 from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Needs, setting
 
 DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")
@@ -56,6 +56,7 @@ class Dial:
             raise ShortGPTError(
                 f"`{both[0]}` and `{both[1]}` both say how small the model becomes: give one"
             )
+        check_numbers(ratio=self.ratio, max_perplexity_ratio=self.max_perplexity_ratio)
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ShortGPTError(f"`ratio` {self.ratio}: expected above 0 and below 1, as in 0.25")
         rise = self.max_perplexity_ratio
@@ -104,7 +105,7 @@ class Dial:
         if self.ratio is not None and most > 0 and not 1 <= n <= most:
             raise ShortGPTError(
                 f"`ratio` {self.ratio} of {total} layers is {n}, but 1 to {most} may go: expected "
-                f"{1 / total:.2g} to {most / total:.2g}"
+                f"{0.5 / total:.2g} to {most / total:.2g}"
             )
         if self.target is not None:
             removed = accumulate(sorted(layers), initial=0)  # the smallest may be the removed ones
@@ -150,6 +151,7 @@ class Shrinking:
 
         if self.method is not None:
             check_method(self.method)
+        check_numbers(minutes=self.minutes)
         if self.minutes is not None and not 0 < self.minutes <= MOST_MINUTES:
             most = f"at most {MOST_MINUTES:,}, a year"
             raise ShortGPTError(f"`minutes` {self.minutes}: expected above 0 and {most}")

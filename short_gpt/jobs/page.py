@@ -116,7 +116,7 @@ def without_folders(text: str, names: Iterable[str]) -> str:
         for whole, short in ((path, path.name), (path.parent, ".")):
             if whole.name:  # not of an ending tag
                 name = shown(short).replace("\\", r"\\")
-                text = re.sub(rf"(?<!<){re.escape(shown(whole))}", name, text)
+                text = re.sub(rf"(?<![\w<]){re.escape(shown(whole))}", name, text)
     return text
 
 

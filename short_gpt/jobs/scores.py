@@ -158,7 +158,7 @@ def _read(file: str) -> JsonObject:
     record = read_record(file)
     own = {name: record[name] for name in record if name != FILES}  # the demo's folder lists them
     if CHECKED not in record:
-        raise ShortGPTError(f"{file} holds no scores; expected a file written by short-gpt rank")
+        raise ShortGPTError(f"{file} has no digest of scores: write it again by short-gpt rank")
     if record[CHECKED] != content_digest(own):
         raise ShortGPTError(f"{file} is damaged, or was edited: write it again by short-gpt rank")
     return record

@@ -11,6 +11,7 @@ import shlex
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from fnmatch import fnmatch
 from functools import cached_property
 from itertools import chain
 from os import PathLike
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from llama.checkpoint.meta import CONVERSION
 from llama.io.files import FILES, check_new, check_output, contents, read_marker
 from llama.io.json_files import read_json
-from llama.io.sources import Named, find_source, is_gguf
+from llama.io.sources import FETCHED, Named, find_source, is_gguf
 from llama.io.sources import Source as Weights
 from short_gpt.checkpoints.gguf import check_architecture
 from short_gpt.checkpoints.records import PROVENANCE
@@ -44,6 +46,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.settings import flag_of
+from short_gpt.runtime.state import is_state
 from short_gpt.selection.methods import AUTO, BY_LOSS, SEARCHED
 from short_gpt.selection.search import most_layers_run
 from short_gpt.wrappers.opening import layers_of
@@ -59,10 +62,11 @@ WINDOW = 512  # tokens
 LONG_PLAN = 1800  # seconds after which a plan says what takes less
 REFITTED = RefitSettings(max_windows=CLOSED_WINDOWS)
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"  # in the folder
+COMMAND = f"{WRITTEN}/command.txt"  # by which `is_placed` knows the run
 # files of a run in the folder: these, parts of the state, own texts, locks, unfinished files
 OWN_TEXTS = r"self-[0-9a-f]+\.json"
-LEFT = re.compile(rf"{re.escape(STATE)}(\.[^/]+)?|{HEALING}|{WRITTEN}|{OWN_TEXTS}")
-HIDDEN = re.compile(r"(.+/)?\.[^/]+\.(lock|writing-[0-9a-f]{8})(/.+)?")
+LEFT = re.compile(rf"{re.escape(STATE)}(\.[^/]+)?|{OWN_TEXTS}")
+HIDDEN = re.compile(r"(.+/)?\.[^/]+\.(lock|writing-[0-9a-f]{8}(/.+)?)")
 
 
 @dataclass(frozen=True)
@@ -164,39 +168,51 @@ class ShrinkRequest:
         return self.folder / WRITTEN / self.out.name
 
     def is_placed(self) -> bool:
-        """Whether a run was killed after ``out`` was complete: what was written says the same."""
+        """Whether this run was killed after ``out`` was complete: what it wrote says the same."""
+        command = self.folder / COMMAND
+        if not command.is_file() or command.read_text(encoding="utf-8") != self.command:
+            return False
         if is_gguf(self.out):
             there = self.out.is_file() and self.built.is_file()
             return there and filecmp.cmp(self.out, self.built, shallow=False)
         ours, theirs = self.built / PROVENANCE, self.out / PROVENANCE
         return ours.is_file() and theirs.is_file() and read_marker(ours) == read_marker(theirs)
 
-    def clear(self) -> None:
-        """Deletes what runs keep in the folder, and nothing else."""
-        names = contents(self.folder)
+    def clear(self, below: str = "") -> None:
+        """Deletes what runs keep in the folder, or in a folder ``below``, and nothing else."""
+        names = [name for name in contents(self.folder) if name.startswith(below)]
         own = [name for name in names if self._is_own(name)]
-        if own == names:  # in one step: a kill leaves what the next writer of ``out`` removes
+        if own == names and not below and not self.folder.is_symlink():
+            # in one step: a kill leaves what the next writer of ``out`` removes
             hidden = self.folder.with_name(f".{self.out.name}.writing-{secrets.token_hex(4)}")
-            shutil.rmtree(self.folder.rename(hidden), ignore_errors=True)
-            return
+            with suppress(OSError):  # such as another file system mounted there
+                shutil.rmtree(self.folder.rename(hidden), ignore_errors=True)
+                return
         for path in [self.folder / name for name in own]:
             if path.is_symlink() or path.is_file():
                 path.unlink()
-        for folder, _, _ in os.walk(self.folder, topdown=False):
+        for folder, _, _ in os.walk(self.folder / below, topdown=False):
             with suppress(OSError):  # it holds a file of the user's
                 os.rmdir(folder)
 
     def _is_own(self, name: str) -> bool:
         """Whether a run wrote what has this name in the folder."""
         first, _, rest = name.partition("/")
-        if HIDDEN.fullmatch(name) or not rest:
-            return bool(HIDDEN.fullmatch(name) or LEFT.fullmatch(name))
+        if HIDDEN.fullmatch(name) or name in (HEALING, WRITTEN, COMMAND):
+            return True
+        if not rest:
+            path = self.folder / name
+            return bool(LEFT.fullmatch(name)) and path.is_file() and is_state(path)
+        if first == HEALING:
+            return keeps(rest)
         model, _, inside = rest.partition("/")
-        marker = self.folder / WRITTEN / model / PROVENANCE
-        if first != WRITTEN or not inside or not marker.is_file():
-            of_model = first == WRITTEN and model in (self.out.name, f"{self.out.stem}-hf")
-            return of_model or (first == HEALING and keeps(rest))
-        return inside in (*read_json(marker).get(FILES, ()), PROVENANCE)
+        if first != WRITTEN or model not in (self.out.name, f"{self.out.stem}-hf"):
+            return False
+        if model != self.out.name and any(fnmatch(inside, pattern) for pattern in FETCHED):
+            return True  # of a tokenizer alone, which has no marker
+        markers = [self.folder / WRITTEN / model / name for name in (PROVENANCE, CONVERSION)]
+        known = [read_json(marker).get(FILES, []) for marker in markers if marker.is_file()]
+        return not inside or inside in (*chain(*known), PROVENANCE, CONVERSION)
 
     def _check_folder(self) -> None:
         names = contents(self.folder)

@@ -47,10 +47,12 @@ from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.settings import HealingWindows
 from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, file_bytes
 from short_gpt.jobs.shrink_plan import (
+    COMMAND,
     HEALING,
     REFITTED,
     STATE,
     WINDOW,
+    WRITTEN,
     Model,
     ShrinkContext,
     ShrinkRequest,
@@ -130,6 +132,7 @@ def shrink(
     how = (dial, settings, source_of(data), windows, tasks, opening, streaming)
     asked = ShrinkRequest(model, Path(out), *how, overwrite, notify)
     if asked.is_placed() and not settings.dry_run:
+        hub.check(asked.out, asked.to)
         return _completed(asked, hub)
     asked.check()
     hub.check(asked.out, asked.to)
@@ -159,7 +162,8 @@ def shrink(
 def _completed(asked: ShrinkRequest, hub: Hub) -> ShrinkResult:
     """Ends a run that was killed after its output was in place."""
     with hold(asked.folder):
-        asked.clear()
+        if asked.is_placed():  # else the run that placed it has just ended by itself
+            asked.clear()
     words = f"{asked.out} is complete: the run that wrote it was killed at its end"
     if asked.source is None:
         raise FileExistsError(f"{words}; open that, this model still has all of its layers")
@@ -209,8 +213,9 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
             looks[state] = looks[state]._replace(tokens_per_second=speed)
         remarks = about + run.remarks(evidence)
         built = asked.built  # in a folder of its own: OUT may have the name of a file of the run
-        shutil.rmtree(built.parent, ignore_errors=True)
-        built.parent.mkdir()
+        asked.clear(below=WRITTEN)
+        built.parent.mkdir(exist_ok=True)
+        (asked.folder / COMMAND).write_text(asked.command, encoding="utf-8")
         facts = {"facts": {"data": asked.texts.data}, "measured": evidence.perplexity}
         opened.write(built, facts, asked.notify)  # afterwards only the written model remains
         if is_gguf(built):

@@ -52,7 +52,7 @@ def without_password(text: str) -> str:
         >>> without_password("no answer from https://ada:secret@hub.example/api")
         'no answer from https://hub.example/api'
     """
-    return re.sub(r"(\w://)[^\s/@]+@", r"\1", text)
+    return re.sub(r"(\w://)[^\s/]+@", r"\1", text)
 
 
 def one_line(text: str) -> str:
@@ -75,7 +75,7 @@ def shortage(error: BaseException, *, elsewhere: bool = True) -> str | None:
     reason = str(error).split("\n")[0]
     if any(part in reason for part in NO_SPACE):
         other = ", or write to another disk" if elsewhere else ""
-        return f"the disk is full ({reason}); free some space{other}"
+        return f"the disk is full, or cannot be written to ({reason}); free some space{other}"
     if NO_FOLDER.search(reason):  # torch and safetensors have no class of their own for it
         return f"a folder was deleted while files were written to it ({reason}); start again"
     known = isinstance(error, RuntimeError | OSError) and any(part in reason for part in NO_MEMORY)

@@ -6,7 +6,7 @@ import operator
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
-from llama.args import MAX_INTEGER
+from llama.args import MAX_INTEGER, short_repr
 from short_gpt.runtime.errors import ShortGPTError
 
 T = TypeVar("T")
@@ -39,3 +39,10 @@ def at_least(least: int, *, optional: bool = False, **numbers: object) -> None:
             raise ShortGPTError(f"{name} = {value!r}: expected a whole number of at least {least}")
         if number > MAX_INTEGER:
             raise ShortGPTError(f"{name} = {value}: expected at most {MAX_INTEGER}")
+
+
+def check_numbers(**values: object) -> None:
+    """Raises ShortGPTError unless these are numbers, or None."""
+    for name, value in values.items():
+        if not (value is None or hasattr(value, "__float__")):
+            raise ShortGPTError(f"`{name}` = {short_repr(value)}: expected a number")

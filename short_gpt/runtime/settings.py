@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from llama.args import short_repr
 from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.numbers import check_numbers
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -108,8 +109,8 @@ def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
                     hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
                     raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
                 value = singles[name]
-                if known[name] in numbers and not (value is None or hasattr(value, "__float__")):
-                    raise ShortGPTError(f"`{name}` = {short_repr(value)}: expected a number")
+                if known[name] in numbers:
+                    check_numbers(**{name: value})
             for group, default in groups.items():
                 value = default if arguments.get(group) is None else arguments[group]
                 if not isinstance(value, type(default)):  # of the field of this name, as of data

@@ -100,6 +100,13 @@ def is_record(path: Path) -> bool:
     return "versions" in content and "machine" in content
 
 
+def is_state(path: Path) -> bool:
+    """Whether a state was written here: a truncated one begins with `START` or zeros."""
+    with path.open("rb") as file:
+        start = file.read(len(START))
+    return START.startswith(start) or start.startswith(b"\0")
+
+
 def read_record(path: str | os.PathLike[str]) -> JsonObject:
     """What `write_record` wrote."""
     source = Path(str(path))
@@ -264,7 +271,7 @@ class StateFile:
         try:
             content = read_record(self.path)
         except ShortGPTError:
-            if self._is_foreign():
+            if not is_state(self.path):
                 raise ShortGPTError(f"{self.path} {NO_STATE}") from None
             raise damaged(self.path, self._folder) from None
         theirs = content.get("run")
@@ -307,12 +314,6 @@ class StateFile:
                 f"{self._folder} to start again",
                 stacklevel=5,
             )
-
-    def _is_foreign(self) -> bool:
-        """Whether another program wrote this: a truncated state begins with `START` or zeros."""
-        with self.path.open("rb") as file:
-            start = file.read(len(START))
-        return not START.startswith(start) and not start.startswith(b"\0")
 
     def part(self, name: str) -> StateFile:
         """The state, in a file of its own, of a run inside this one."""

@@ -18,6 +18,7 @@ from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama.formats.convert import meta_to_hf
+from llama.formats.hf import for_older_readers
 from short_gpt import ShortHFModel
 from short_gpt.jobs import HealingWindows, convert, heal, prune, shrink
 
@@ -104,6 +105,17 @@ def test_the_entries_of_transformers_4_come_back(family, tmp_path, monkeypatch):
     entries = OLDER[family] | {"torch_dtype": "float32", "dtype": "float32"}
     text = {**config.get("text_config", {}), **config}
     assert {key: text.get(key) for key in entries} == entries
+
+
+def test_sections_of_images_are_in_the_scaling_that_older_programs_ask_for(tmp_path):
+    rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    text = {"model_type": "qwen2_vl_text", "rope_parameters": rotary}
+    whole = {"model_type": "qwen2_vl", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    for_older_readers(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert found["rope_scaling"] == {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    assert found["rope_theta"] == 1e6 and found["rope_parameters"] == rotary
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -49,9 +49,10 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"n": 29}, "^n = 29; the model has 30 layers: expected 1 to 28"),
         (
             {"ratio": 0.99},
-            "^`ratio` 0.99 of 30 layers is 30, but 1 to 28 may go: expected 0.033",
+            "^`ratio` 0.99 of 30 layers is 30, but 1 to 28 may go: expected 0.017",
         ),
-        ({"ratio": 1e-320}, "`ratio` 1e-320 of 30 layers is 0, but 1 to 28 may go: expected 0.033"),
+        ({"ratio": 1e-320}, "`ratio` 1e-320 of 30 layers is 0, but 1 to 28 may go: expected 0.017"),
+        ({"ratio": "3"}, "`ratio` = '3': expected a number"),
         ({"params": "6 GB"}, "`params` 6 GB: expected a number as in 6B"),
         ({"params": "1B"}, "--params 1B: the model is no larger"),
         ({"params": 600}, "still has 700 parameters; name that or more"),

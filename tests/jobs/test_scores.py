@@ -330,7 +330,7 @@ def test_what_holds_no_scores_is_refused_in_one_line(here, capsys, damage):
     assert "these are not saved scores: score again" in line
     Path("bad.json").write_text(json.dumps({"versions": {}, "machine": {}}))
     line = fails(capsys, "prune", "ckpt", "out", "--scores", "bad.json", "--n", 1)
-    assert "bad.json holds no scores; expected a file written by short-gpt rank" in line
+    assert "bad.json has no digest of scores: write it again by short-gpt rank" in line
 
 
 def test_every_real_score_passes(here):

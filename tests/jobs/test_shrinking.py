@@ -242,20 +242,22 @@ def test_a_kill_that_left_empty_folders_is_continued(here):
 
 
 STRANGE = ["notes.txt", "healing.md", "state", ".env", "healing/notes", "healing/distill/mine"]
-STRANGE += ["written/mine", "written/out/mine"]
+STRANGE += ["written/mine", "written/out/mine", "written/mine/pruning.json", "state.json.bak"]
+STRANGE += ["healing/distill/checkpoint-3/notes.txt", "healing/refit/values.mine", "a/.b.lock/c"]
 
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_folder_with_something_else_in_it_is_refused_and_kept(here, name):
-    for left in ("healing", "written", "state.json.look", "self-0a.json", ".state.json.lock", name):
-        Path("out.shrinking", left).mkdir(parents=True, exist_ok=True)
-    if name == "written/out/mine":  # whose marker lists all that a run wrote there
-        Path("out.shrinking/written/out/pruning.json").write_text('{"files": ["pruning.json"]}')
+    own = {"written/out/pruning.json": '{"files": ["pruning.json"]}', ".state.json.lock": ""}
+    own |= dict.fromkeys(("state.json.look", "self-0a.json"), '{\n "run": {}}')
+    for left, text in {**own, name: "mine"}.items():
+        Path("out.shrinking", left).parent.mkdir(parents=True, exist_ok=True)
+        Path("out.shrinking", left).write_text(text)
     with pytest.raises(
         ValueError, match=f"out.shrinking holds {re.escape(name)}, which is not from a run"
     ):
         shrink("hf", "out", **KILLED)
-    assert Path("out.shrinking", name).is_dir() and not Path("out").exists()
+    assert Path("out.shrinking", name).read_text() == "mine" and not Path("out").exists()
 
 
 @pytest.mark.parametrize("name", ["mine", "healing/mine", "healing/refit/mine", "written/mine"])
@@ -278,11 +280,25 @@ def test_a_run_that_was_killed_when_its_output_was_in_place_is_complete(here, tm
     assert alone(tmp_path / "printed", work).end().codes == [-signal.SIGKILL]
     assert Path(f"{out}.shrinking/state.json").is_file()
     before = Path(out).stat().st_ino
+    with pytest.raises(FileExistsError, match=f"{out} exists"):  # another run's is no answer
+        shrink("hf", out, **{**KILLED, "n": 1, "ratio": None})
     done = shrink("hf", out, **KILLED)
     assert f"{out} is complete: the run that wrote it was killed" in str(done)
     assert Path(out).stat().st_ino == before and not [*here.glob("*shrinking*")]
     with pytest.raises(FileExistsError, match=f"{out} exists; choose another"):
         shrink("hf", out, **KILLED)
+
+
+def test_a_folder_that_is_a_link_is_emptied_where_it_leads(here):
+    Path("elsewhere").mkdir()
+    Path("out.shrinking").symlink_to("elsewhere")
+    shrink("hf", "out", **KILLED)
+    assert not [*Path("elsewhere").iterdir()] and not [*here.glob(".out.writing-*")]
+    Path("thesis").mkdir()
+    Path("thesis/text").write_text("mine")
+    Path(".out.writing-0123abcd").symlink_to("thesis")
+    shrink("hf", "out", overwrite=True, **KILLED)
+    assert Path("thesis/text").read_text() == "mine"
 
 
 def test_a_model_that_cannot_take_its_place_stays_where_it_was_built(here, monkeypatch):
@@ -769,10 +785,10 @@ def test_a_model_may_be_called_as_what_a_run_keeps(here, out):
 def test_the_page_names_no_folders():
     out, books = "/home/ada/R&D models/out.gguf", "/body"
     steps = [escape(step) for step in next_steps(Path(out), "gguf")]
-    page = f"<body>{' '.join(steps)} perplexity, {books}: {out.replace('&', '&amp;')}</body>"
+    page = f"<body>any/body {' '.join(steps)} perplexity, {books}: {escape(out)}</body>"
     named = without_folders(page, [out, books, "self", "texts/a"])
     assert "ada" not in named and "gguf_file=" in named and "perplexity, body: out.gguf" in named
-    assert named.startswith("<body>") and named.endswith("</body>")
+    assert named.startswith("<body>any/body ") and named.endswith("</body>")
 
 
 def test_what_to_type_next_is_quoted(monkeypatch):

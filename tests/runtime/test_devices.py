@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import random_windows
 from families import make
-from torch.backends import cuda, mkldnn
+from torch.backends import cuda, cudnn, mkldnn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.parallel import choose_dtype, has_float64
@@ -28,8 +28,13 @@ NEWER = hasattr(cuda.matmul, "fp32_precision")  # torch 2.9: a switch of each ba
 HIGHEST = "highest"
 
 
-def read() -> list[str]:
-    own = [backend.matmul.fp32_precision for backend in (cuda, mkldnn)] if NEWER else []
+KINDS = (cuda.matmul, mkldnn.matmul, mkldnn.conv, cudnn.conv) if NEWER else ()
+HALF = [f"allow_{name}_reduced_precision_reduction" for name in ("fp16", "bf16")]
+
+
+def read() -> list[object]:
+    own: list[object] = [kind.fp32_precision for kind in KINDS]
+    own += [getattr(cuda.matmul, name) for name in HALF]
     with suppress(RuntimeError):  # which torch raises where the common one is not that of a backend
         own.append(torch.get_float32_matmul_precision())
     return own
@@ -44,6 +49,7 @@ if NEWER:
     SWITCHES |= {
         "tf32 anew": lambda: setattr(cuda.matmul, "fp32_precision", "tf32"),
         "bf16 on the CPU": lambda: setattr(mkldnn.matmul, "fp32_precision", "bf16"),
+        "convolutions": lambda: setattr(cudnn.conv, "fp32_precision", "tf32"),
         "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
         "both kinds": lambda: [
             torch.set_float32_matmul_precision("high"),
@@ -58,15 +64,16 @@ def defaults():
     torch.set_float32_matmul_precision(HIGHEST)
     if NEWER:
         torch.backends.fp32_precision = "none"
-        cuda.matmul.fp32_precision = mkldnn.matmul.fp32_precision = "none"
+        for kind in KINDS:
+            kind.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_are_off_in_the_block_and_back_after_it(switch, defaults):
-    off = [*["ieee"] * 2 * NEWER, HIGHEST]
+    off = [*["ieee"] * len(KINDS), False, False, HIGHEST]
     SWITCHES[switch]()
     before = read()
-    assert before != off
+    assert before != off and all(before[len(KINDS) : len(KINDS) + 2])
     for error in (None, KeyError):
         with suppress(KeyError), full_float32():
             assert read() == off and not cuda.matmul.allow_tf32

@@ -14,6 +14,7 @@ from short_gpt.runtime.errors import LINE, NotSavedError, ShortGPTError, one_lin
         ("a plain one, also in Bokmål: 模型", "a plain one, also in Bokmål: 模型"),
         ("a\nmodel\r\x1b[31m\u2028x", r"a\nmodel\r\x1b[31m\u2028x"),
         ("no answer from https://ada:secret@hub/api", "no answer from https://hub/api"),
+        ("no answer from https://ada:se@cret@hub/api", "no answer from https://hub/api"),
         (f"no {'x' * 299} here", f"no {'x' * 299} here"),
         (f"no '{'x' * 1500}' here", f"no '{'x' * 149} ... {'x' * 49}' here"),
     ],
