@@ -16,12 +16,12 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 29553,
+    "lines": 29556,
     "modules": 148,
     "dataclasses": 78,
     "raises": 647,
     "functions over 60 lines": 11,
-    "lines of jobs": 5142,
+    "lines of jobs": 5146,
     "flags of shrink": 42,
     "flags of rank": 33,
     "flags of heal": 54,

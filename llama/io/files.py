@@ -248,10 +248,9 @@ def is_stream(path: Path) -> bool:
 def _work_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside ``path`` (a rename needs one file system), gone afterwards."""
     lock, made = None, missing(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
-        work.mkdir()
+        work.mkdir(parents=True)  # around it another writer may just have removed an empty folder
         try:
             lock = lock_file(work / LOCK)
         except (BlockingIOError, FileNotFoundError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama.io.files import tidy
 from short_gpt.evaluation.paired import Difference, combined, difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Step
@@ -20,7 +20,7 @@ from short_gpt.healing.lora import TEACHER, DistillSettings, LoraSettings
 from short_gpt.healing.refit import PatchSettings, RefitSettings
 from short_gpt.healing.refit_state import STATE, is_name
 from short_gpt.healing.texts import Learning
-from short_gpt.healing.trainer import LOGS, RECIPE
+from short_gpt.healing.trainer import LAST, LOGS, RECIPE
 from short_gpt.models.numbering import layer_numbers, span
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import (
@@ -290,21 +290,21 @@ class HealingJob:
         return out
 
     def _clear(self, folder: Path) -> None:
-        """Removes what the steps keep, except logs, and the folder if nothing else is in it."""
+        """Removes what the steps keep; logs and files of others stay, and the folders of these."""
         for own in (folder / TEACHER, *(folder / step.name for step in self.steps)):
+            for work in own.glob(".*.writing-*"):  # of a kill
+                tidy(own / work.name[1:].rpartition(".writing-")[0])
             # in this order nothing that a kill here leaves blocks a later run: a state before
             # the weights that it names, a recipe after the checkpoints that it belongs to
-            for path in own.rglob(STATE):
-                path.unlink()
-            for path in own.glob("checkpoint-*"):
-                shutil.rmtree(path, ignore_errors=True)
-            (own / CONTENT).unlink(missing_ok=True)
-            if not (own / LOGS).is_dir():
-                shutil.rmtree(own, ignore_errors=True)
-                continue
-            for path in (path for path in own.iterdir() if path.is_file()):
-                path.unlink()
-        with suppress(OSError):  # a folder with other files stays
+            first = [*own.rglob(STATE), *own.glob(f"checkpoint-*/{LAST}")]
+            first += [*own.glob("checkpoint-*/*"), own / CONTENT]
+            for path in [*first, *own.rglob("*")]:
+                if path.is_file() and keeps(path.relative_to(folder).as_posix()):
+                    path.unlink()
+            for place, _, _ in os.walk(own, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(place)
+        with suppress(OSError):
             folder.rmdir()
         self._lock = None
 

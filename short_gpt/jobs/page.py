@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -109,12 +110,15 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
 def without_folders(text: str, names: Iterable[str]) -> str:
     """A page without the folders of those names that are absolute paths: they may name a user."""
 
-    def shown(name: str | Path) -> str:  # as the template writes it
-        return escape(str(name), quote=False).replace("'", "&#39;").replace('"', "&#34;")
+    def shown(name: str) -> str:  # as the template writes it
+        return escape(name, quote=False).replace("'", "&#39;").replace('"', "&#34;")
 
     for path in [Path(name) for name in names if os.path.isabs(name)]:
-        for whole, short in ((path, path.name), (path.parent, ".")):
-            if whole.name:  # not of an ending tag
+        forms = [(str(path), path.name), (str(path.parent), ".")]
+        quoted = [(shlex.quote(whole), short) for whole, short in forms]
+        forms += [(word[1:-1], short) for word, short in quoted if word[0] == "'"]
+        for whole, short in forms:
+            if whole.strip("/"):  # not of an ending tag
                 name = shown(short).replace("\\", r"\\")
                 text = re.sub(rf"(?<![\w<]){re.escape(shown(whole))}", name, text)
     return text

@@ -254,6 +254,13 @@ def test_what_a_kill_leaves_of_a_finished_run_stands_in_no_ones_way(closed, tmp_
     def cleared() -> None:
         job(whole(), steps, work_dir=work, resume=True)._clear(work)
 
+    kept = next(done.glob("distill/checkpoint-*")).relative_to(done)
+    for name in ("mine", kept / "mine", "distill/mine"):  # of the user's
+        shutil.copytree(done, work)
+        (work / name).write_text("mine")
+        cleared()
+        assert [p for p in work.rglob("*") if p.is_file()] == [work / name]
+        shutil.rmtree(work)
     shutil.copytree(done, work)
     calls = killed_at(0, cleared)
     assert calls > 20 and not work.exists()

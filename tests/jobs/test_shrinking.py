@@ -783,9 +783,9 @@ def test_a_model_may_be_called_as_what_a_run_keeps(here, out):
 
 
 def test_the_page_names_no_folders():
-    out, books = "/home/ada/R&D models/out.gguf", "/body"
-    steps = [escape(step) for step in next_steps(Path(out), "gguf")]
-    page = f"<body>any/body {' '.join(steps)} perplexity, {books}: {escape(out)}</body>"
+    out, books = "/home/ada/R&D 'models/out.gguf", "/body"
+    text = f"any/body {' '.join(next_steps(Path(out), 'gguf'))} perplexity, {books}: {out}"
+    page = f"<body>{escape(text).replace('&#x27;', '&#39;').replace('&quot;', '&#34;')}</body>"
     named = without_folders(page, [out, books, "self", "texts/a"])
     assert "ada" not in named and "gguf_file=" in named and "perplexity, body: out.gguf" in named
     assert named.startswith("<body>any/body ") and named.endswith("</body>")
