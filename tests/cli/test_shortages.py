@@ -62,7 +62,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(ckpt, capsys, monkeypatch, c
             run(*RANK)
         line = capsys.readouterr().err
         assert stop.value.code == 1
-    assert "the disk is full ([Errno 28] No space left" in line and "free some space" in line
+    assert (
+        "the disk is full, or cannot be written to ([Errno 28] No space left" in line
+        and "free some space" in line
+    )
     assert sorted(os.listdir()) == ["book.txt", "ckpt"]
 
 
