@@ -718,7 +718,10 @@ def test_a_loaded_model_that_cannot_be_changed_or_saved_is_refused_at_once(chang
 
 
 def test_a_model_whose_class_keeps_some_weights_in_float32_is_opened(tmp_path):
-    make("deepseek_v3").save_pretrained(tmp_path)
+    made = make("deepseek_v3")
+    if not getattr(made, "_keep_in_fp32_modules_strict", None):
+        pytest.skip("transformers 4 keeps none of this family's weights in float32")
+    made.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16, torch.float32}
     short = open_model(model)
