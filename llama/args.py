@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
-from llama.errors import InputError
+from llama.errors import InputError, short_repr
 from llama.io.json_files import JsonObject
 
 # Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
@@ -104,12 +104,6 @@ def check_positive(expected: str = "a positive integer", **numbers: object) -> N
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_INTEGER:
             raise InputError(f"{name} must be {expected}, got {short_repr(value)}")
-
-
-def short_repr(value: object) -> str:
-    """A value for a message; of a long one the beginning."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
 def some(names: Collection[object]) -> str:

@@ -19,6 +19,38 @@ class InputError(ValueError):
     """
 
 
+def refused(name: str, value: object, expected: str) -> InputError:
+    """The error of a setting's value.
+
+    Example:
+        >>> print(refused("tail", "cut", "'drop' or 'keep'"))
+        tail = 'cut': expected 'drop' or 'keep'
+    """
+    return InputError(f"{name} = {short_repr(value)}: expected {expected}")
+
+
+def check(ok: object, name: str, value: object, expected: str) -> None:
+    """Raises `refused` unless a setting's value is ok."""
+    if not ok:
+        raise refused(name, value, expected)
+
+
+def damaged(file: object, reason: object = "", *, mend: str = "write it again") -> InputError:
+    """The error of a file that does not hold what was once written there.
+
+    Example:
+        >>> print(damaged("scores.json"))
+        scores.json is damaged: write it again
+    """
+    return InputError(f"{file} is damaged{reason and f' ({reason})'}: {mend}")
+
+
+def short_repr(value: object) -> str:
+    """A value for a message; of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
 class MissingPackageError(InputError, ImportError):
     """A package cannot be imported; the message names the command that installs it."""
 

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
-from llama.args import short_repr
-from llama.errors import InputError
+from llama.errors import InputError, short_repr
 from llama.io.json_files import JsonObject
 from llama.ranks import environment, is_distributed
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, check_positive, short_repr
+from llama.args import ModelArgs, check_positive
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
-from llama.errors import InputError
+from llama.errors import InputError, short_repr
 from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, permute
 from llama.formats.safetensors import DTYPES, SafetensorsFile, open_weights
 from llama.formats.tokenizers import find_hf_tokenizer

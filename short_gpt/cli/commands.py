@@ -17,8 +17,7 @@ from short_gpt import jobs, plots
 from short_gpt.cli import tables
 from short_gpt.cli.options import Output, print_done, print_note, print_progress, print_result
 from short_gpt.jobs.inputs import STRIDE, about_own
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least
 from short_gpt.runtime.settings import WRITE, Needs, as_flags, needs_one_of, setting
 
 # of several ranks, only the first runs these

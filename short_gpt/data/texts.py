@@ -14,8 +14,7 @@ from llama.io.sources import Named
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError, without_password
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least, without_password
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")

@@ -10,8 +10,7 @@ from itertools import islice, takewhile, zip_longest
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, overload
 
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least, whole
+from short_gpt.runtime.errors import ShortGPTError, at_least, whole
 
 T = TypeVar("T")
 BOS = ("first", "every")  # windows that begin with the text's bos

@@ -35,8 +35,7 @@ from short_gpt.healing.texts import IGNORED, Example, collate, examples
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, windows_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, at_least
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.runtime.state import StateFile, damaged, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from short_gpt.models.families import FAMILIES
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least
 
 
 class ModelConfig(Protocol):

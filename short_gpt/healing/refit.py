@@ -44,8 +44,7 @@ from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import full_float32
 from short_gpt.runtime.digest import windows_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, at_least
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict
 from short_gpt.data.texts import evaluation_texts
 from short_gpt.data.windows import Text
 from short_gpt.jobs.inputs import Cut, listed, name_texts, whole_numbers
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least
 from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least, check_numbers
+from short_gpt.runtime.errors import ShortGPTError, at_least, check_numbers
 from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Needs, setting
 
 DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")

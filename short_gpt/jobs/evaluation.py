@@ -18,8 +18,7 @@ from short_gpt.jobs.inputs import Notify, Reading, Tasks, check_model, ignore
 from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.digest import windows_digest
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.settings import takes_fields
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model

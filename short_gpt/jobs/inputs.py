@@ -27,8 +27,7 @@ from short_gpt.data.texts import (
     source_names,
 )
 from short_gpt.data.windows import BOS, Text, count_of, mix, windows
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least
 from short_gpt.runtime.settings import READ, RUN, Needs, Values, needs_one_of, setting
 
 if TYPE_CHECKING:

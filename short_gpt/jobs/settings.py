@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from short_gpt.jobs.inputs import SIZE, Cut, TextSource, layer_list, listed, name_texts
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least
 from short_gpt.runtime.settings import (
     CHOOSE,
     READ,

@@ -9,8 +9,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from llama.args import MAX_INTEGER, ModelArgs, check_positive, short_repr
+from llama.args import MAX_INTEGER, ModelArgs, check_positive
 from llama.checkpoint.meta import Checkpoint
+from llama.errors import short_repr
 from llama.formats.names import ffn_keys
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.io.json_files import read_json

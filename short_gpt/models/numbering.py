@@ -5,8 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Sequence
 
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import whole
+from short_gpt.runtime.errors import ShortGPTError, whole
 
 
 def check_exist(layers: Sequence[int], present: Sequence[int]) -> None:

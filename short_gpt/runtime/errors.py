@@ -1,13 +1,23 @@
-"""Errors that a user causes and can fix. Anything else is a defect and keeps its traceback."""
+"""Errors that a user causes and can fix, and the checks of settings that raise them.
+
+Anything else is a defect and keeps its traceback.
+"""
 
 from __future__ import annotations
 
+import operator
 import re
+from contextlib import suppress
+from typing import Any, TypeVar, cast
 
-from llama.errors import InputError, MissingPackageError, required
+from llama.args import MAX_INTEGER
+from llama.errors import InputError, MissingPackageError, check, damaged, refused, required
 
 __all__ = ["USER_ERRORS", "MissingPackageError", "NotFiniteError", "NotSavedError", "ShortGPTError"]
-__all__ += ["one_line", "required", "shortage", "without_password"]
+__all__ += ["at_least", "check", "check_numbers", "damaged", "one_line", "refused", "required"]
+__all__ += ["shortage", "whole", "without_password"]
+
+T = TypeVar("T")
 
 # A ``ValueError``; both packages raise this one class.
 ShortGPTError = InputError
@@ -43,6 +53,40 @@ NO_SPACE = (
     *("PytorchStreamWriter", ". unexpected pos ", "iostream error"),  # torch's: it has no reason
 )
 NO_FOLDER = re.compile(r"Parent directory .* does not exist|I/O error: No such file or directory")
+
+
+def whole(number: T) -> T:
+    """A whole number of any kind as an int; anything else, True and False as they are.
+
+    Example:
+        >>> import torch
+        >>> whole(torch.tensor(3)), whole(True), whole(2.5), whole(None)
+        (3, True, 2.5, None)
+    """
+    if not isinstance(number, bool):
+        with suppress(TypeError):
+            return cast("T", operator.index(cast("Any", number)))
+    return number
+
+
+def at_least(least: int, *, optional: bool = False, **numbers: object) -> None:
+    """Raises ShortGPTError unless these are whole numbers from ``least`` to `MAX_INTEGER`.
+
+    ``optional`` lets None pass.
+    """
+    for name, value in numbers.items():
+        number = whole(value)
+        ok = isinstance(number, int) and not isinstance(number, bool) and number >= least
+        check(
+            ok or (value is None and optional), name, value, f"a whole number of at least {least}"
+        )
+        check(not ok or cast("int", number) <= MAX_INTEGER, name, value, f"at most {MAX_INTEGER}")
+
+
+def check_numbers(**values: object) -> None:
+    """Raises ShortGPTError unless these are numbers, or None."""
+    for name, value in values.items():
+        check(value is None or hasattr(value, "__float__"), f"`{name}`", value, "a number")
 
 
 def without_password(text: str) -> str:

@@ -19,8 +19,7 @@ import torch
 from llama.args import ModelArgs
 from llama.checkpoint.sharding import full_shapes
 from llama.ranks import is_distributed
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import whole
+from short_gpt.runtime.errors import ShortGPTError, whole
 
 BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
 # Most windows of a round, and on the CPU tokens too: by then reading a layer takes less time

@@ -15,9 +15,8 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from llama.args import short_repr
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import check_numbers
+from llama.errors import short_repr
+from short_gpt.runtime.errors import ShortGPTError, check_numbers
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -39,8 +39,7 @@ import torch
 from torch import Tensor
 
 from llama.args import MAX_INTEGER
-from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.numbers import whole
+from short_gpt.runtime.errors import ShortGPTError, whole
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import student_t
 from short_gpt.scoring.moments import pair_spread

@@ -20,9 +20,8 @@ from short_gpt.data.texts import OWN
 from short_gpt.data.windows import Text, Window, batches, starts_texts
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, at_least
 from short_gpt.runtime.memory import free_memory
-from short_gpt.runtime.numbers import at_least
 from short_gpt.runtime.progress import bar, duration, print_above_bars
 from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers.scored_model import ScoredModel

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llama.args import short_repr
+from llama.errors import short_repr
 from llama.formats.convert import meta_to_hf
 from llama.generation import COLDEST, check_logits, check_numbers
 from llama.io.sources import is_gguf
