@@ -3,9 +3,8 @@
 Calibration windows are half of the book and half of another text, drawn anew for each draw. The
 first of them choose. Every set is then refitted on more of them, and judged on held-out chapters,
 on the half of the second text that nothing was fitted on, and on novels. Differences are paired
-over windows. Means over draws say how far each candidate's set is from auto's, what the swaps
-bring, and what auto would lose without the candidate: the loss of the best of the others, less that
-of the best.
+over windows. Means over draws say how far each candidate's set is from auto's, and what
+auto would lose without the candidate: the loss of the best of the others, less that of the best.
 
     python benchmarks/choices.py --also FILE --others FILE --out benchmarks/results/choices.json
 
@@ -110,8 +109,7 @@ def over_draws(draws: Sequence[Nats]) -> dict[str, Any]:
     found: dict[str, Any] = {"from auto": {}, "without it": {}}
     for name in names:
         own = [nats for nats in draws if name in nats]
-        base = "auto without swaps" if name.startswith(WITHOUT) else "auto"
-        change = compared(mean([n[name] for n in own]), mean([n[base] for n in own]))
+        change = compared(mean([n[name] for n in own]), mean([n["auto"] for n in own]))
         kind = "without it" if name.startswith(WITHOUT) else "from auto"
         found[kind][name.removeprefix(WITHOUT)] = {"draws": len(own), **change}
     return found
@@ -152,12 +150,11 @@ class Trial:
             f"{self._name}, auto {n}", partial(self._auto, n=n, budget=budget, mixed=mixed)
         )
         sets = {name: one["layers"] for one in chosen["candidates"] for name in one["methods"]}
-        sets["auto without swaps"] = before_swaps(chosen)
         sets["auto"] = chosen["layers"]
         nats = {name: self._nats(layers) for name, layers in sets.items()}
         found = {name: compared(own, nats["auto"]) for name, own in nats.items()}
         found["original"] = compared(self._nats([]), nats["auto"])
-        kept = {name: chosen[name] for name in ("swaps", "passes", "fitted", "judged")}
+        kept = {name: chosen[name] for name in ("passes", "fitted", "judged")}
         for name in sets.keys() & {*CANDIDATES}:
             others = (one for one in chosen["candidates"] if one["methods"] != [name])
             nats[f"{WITHOUT}{name}"] = self._nats(next(others)["layers"])
@@ -187,18 +184,9 @@ class Trial:
         return self._cells.value(f"{name}losses {sorted(layers)}", measured)
 
 
-def before_swaps(chosen: Mapping[str, Any]) -> list[int]:
-    """The best candidate: what was chosen, with the kept swaps undone."""
-    layers = {*chosen["layers"]}
-    for swap in reversed(chosen["swaps"]):
-        if swap["kept"]:
-            layers = layers - {swap["removed"]} | {swap["back"]}
-    return sorted(layers)
-
-
 def table(row: Mapping[str, Any]) -> str:
     """A line for every set: perplexities by kind, and nats more than auto's with the error."""
-    lines = [f"{row['passes']:.1f} bare passes; {len(row['swaps'])} swaps"]
+    lines = [f"{row['passes']:.1f} bare passes"]
     for name, found in row["from auto"].items():
         texts = [
             f"{kind} {own['perplexity']:.2f} {own['nats']:+.4f} ({own['standard_error']:.4f})"

@@ -2,7 +2,7 @@
 
 Which set is removed matters more than how the rest is refitted, and the best set before a refit
 need not be the best after it. So the sets of several methods are refitted and judged on other
-windows, and then swaps of one removed layer for a kept one, within a budget.
+windows, within a budget.
 
 Costs count layers that a window runs through. A bare pass is all layers, L, on the first windows.
 """
@@ -10,12 +10,11 @@ Costs count layers that a window runs through. A bare pass is all layers, L, on 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
@@ -37,14 +36,13 @@ STEPWISE = "stepwise_bi"  # Prune&Comp (arXiv:2507.18212), with the refit in pla
 SEARCHES = ("sleb", STEPWISE)
 CANDIDATES = ("bi", "angular", "relative_magnitude", *SEARCHES)
 BARE_PASS, MIN_WINDOWS = 16, 4  # windows of a bare pass, half of them to fit on; and the fewest
-JUDGES = 40  # most windows that judge, before more are added for sets not told apart
+JUDGES = 40  # most windows that judge
 EARLIEST, STEP = 16, 8  # windows before the first check of a set's loss, and between checks
 MAX_WINDOWS = 48  # that `rank` cuts where the user names no number
 TRIAL_WINDOWS = 4  # that trials without a refit read
 REFIT_PASSES = 3  # passes of a refit over its windows (measured: 2.4 to 2.6)
 BUDGET = 60  # bare passes
 Layers = tuple[int, ...]  # original numbers, ascending
-T = TypeVar("T")
 
 
 def pruned_losses(
@@ -93,25 +91,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Swap:
-    """A trial of one removed layer for a kept one."""
-
-    back: int  # put back
-    removed: int  # in its place
-    difference: Difference  # of the loss, after minus before
-    kept: bool  # the loss fell by more than one standard error
-
-
-@dataclass(frozen=True)
 class HealedChoice:
     """What `choose_healed` chose, and why."""
 
     layers: list[int]  # to remove, original numbers, ascending
     loss: float  # refitted, on the windows that judged it, in nats a token; the least of many
     candidates: list[Candidate]  # the best first
-    swaps: list[Swap]  # all trials, in their order
     fitted: int  # windows that the refits read
-    judged: int  # windows that judged in the end; fewer where a set was told apart before that
+    judged: int  # windows that judge; fewer where a set was told apart before that
     passes: float  # bare passes spent
     budget: int
     notes: list[str]  # what was left out, and why
@@ -124,11 +111,13 @@ class HealedChoice:
     def from_dict(cls, content: Mapping[str, Any]) -> HealedChoice:
         """The inverse of `to_dict`."""
 
-        def read(kind: Callable[..., T], rows: Iterable[Mapping[str, Any]]) -> list[T]:
-            return [kind(**{**row, "difference": Difference(**row["difference"])}) for row in rows]
-
-        sets, swaps = read(Candidate, content["candidates"]), read(Swap, content["swaps"])
-        return cls(**{**content, "candidates": sets, "swaps": swaps})
+        # former versions also tried swaps of single layers
+        fields = {name: value for name, value in content.items() if name != "swaps"}
+        rows = [
+            Candidate(**{**row, "difference": Difference(**row["difference"])})
+            for row in content["candidates"]
+        ]
+        return cls(**{**fields, "candidates": rows})
 
     def __str__(self) -> str:
         rows = [f"{'loss, nats':>10}  {'from the chosen (95%)':<36}layers of"]
@@ -136,12 +125,8 @@ class HealedChoice:
             off = _in_nats(one.difference) + ("" if one.told_apart else ", not told apart")
             off = "chosen" if one.layers == self.layers else off
             rows.append(f"{one.loss:>10.4f}  {off:<36}{', '.join(one.methods)} {one.layers}")
-        kept = [swap for swap in self.swaps if swap.kept]
-        rows.append(f"swaps: {len(self.swaps)} tried, {len(kept)} kept")
-        rows += [f"  {s.back} back, {s.removed} removed: {_in_nats(s.difference)}" for s in kept]
         rows.append(f"{self.loss:.4f} chosen; the least of many is lower than on new text")
-        counts = [one.difference.windows for one in self.candidates]
-        least = min(counts + [swap.difference.windows for swap in self.swaps])
+        least = min(one.difference.windows for one in self.candidates)
         judged = f"{least} to {self.judged}" if least < self.judged else self.judged
         windows = f"refitted on {self.fitted} windows, judged on {judged}"
         spent = f"{self.passes:.1f} of {self.budget} bare passes"
@@ -170,14 +155,8 @@ def choose_healed(
     refit; the others judge, and propose nothing. How many judge a set depends on the noise: 16,
     then 8 more at a time, until it is found worse than the best (95%, paired), and at most 40.
 
-    While sets are not told apart from the best, 40 more windows judge them, as far as windows and
-    budget last. The rest goes to swaps of one removed layer for a kept one. They are ordered once,
-    by the sum of two losses without a refit: with the one put back, and with the other removed
-    too. A swap is kept if the loss falls by more than one standard error; less may be luck.
-
-    A candidate or swap takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2.5
-    to 4 at first. For 8 of 30 layers the greedy search takes 23 and the order of swaps 5, on 4
-    windows, and the stepwise choice 14, on 8; it is left out where it would leave none for a swap.
+    A candidate takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2.5 to 4. For
+    8 of 30 layers the greedy search takes 23, on 4 windows, and the stepwise choice 14, on 8.
 
     Args:
         windows: token ids of calibration text in random order, at least 4.
@@ -231,7 +210,7 @@ class _Choosing:
         half, self._count = min(BARE_PASS, len(windows)) // 2, len(short.kept)
         self._fit = windows[:half]
         others, shared = without_overlap(windows[half:], self._fit)
-        self._judging, self._more = others[:JUDGES], others[JUDGES:]
+        self._judging = others[:JUDGES]
         if min(half, len(self._judging)) < MIN_WINDOWS // 2:
             raise ShortGPTError(
                 f"expected at least {MIN_WINDOWS} windows, half to refit on and half to judge by, "
@@ -248,9 +227,9 @@ class _Choosing:
         check_budget(budget, half, len(self._judging))
 
     def run(self, shown: Bar) -> HealedChoice:
-        self._shown, swaps = shown, list[Swap]()
+        self._shown = shown
         best, methods = self._candidates()
-        best = self._swapped(self._grown(best, [*methods]), swaps)
+        best = self._judged_further(best, [*methods])
         candidates, loss = [], _loss(self._losses[best])
         for layers, names in methods.items():
             change = self._change(best, layers)
@@ -260,7 +239,6 @@ class _Choosing:
             layers=[*best],
             loss=loss,
             candidates=sorted(candidates, key=lambda one: one.loss),
-            swaps=swaps,
             fitted=len(self._fit),
             judged=len(self._judging),
             passes=self._spent / self.a_pass,
@@ -299,36 +277,39 @@ class _Choosing:
 
     def _searched(self, name: str, scores: Importance) -> list[int]:
         """The layers that a search would remove; none where the budget does not allow it."""
-        short, n, few = self._short, self._n, self._fit[:TRIAL_WINDOWS]
-        steps, price, spare = 1, most_layers_run(self._count, n) * len(few), 0
-        if name == STEPWISE:  # swaps help more
+        n, steps, price = self._n, 1, most_layers_run(self._count, self._n) * TRIAL_WINDOWS
+        if name == STEPWISE:
             steps, price = n - 1, self._count * (REFIT_PASSES + 1) * len(self._fit)
-            spare = (self._price_of_order() + self._price()) if steps else 0
         total = steps * price + self._price()
-        takes = f"{name} takes up to {total / self.a_pass:.1f} bare passes"
-        if not self._affords(total + spare):
-            why = "more than were left" if not self._affords(total) else "and swaps need them"
-            self._notes.append(f"{takes}, {why}: left out")
+        cost = f"{name} takes up to {total / self.a_pass:.1f} bare passes"
+        if not self._affords(total):
+            self._notes.append(f"{cost}, more than were left: left out")
             return []
-        self._shown.set_postfix_str(takes)
+        self._shown.set_postfix_str(cost)
         try:
-            if name != STEPWISE:
-                show = not self._shown.disable
-                search = partial(short.search, few, n, method=name, progress=show)
-                try:
-                    return self._cells.resumed(name, lambda state: search(state=state).removed)
-                finally:  # also where the layers turn out not to be removable
-                    self._spend(price)
-            layers = choose(scores, 1)
-            while len(layers) < n:
-                lowest = partial(self._lowest, layers)
-                try:
-                    layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
-                finally:
-                    self._spend(price)
-            return layers
+            if name == STEPWISE:
+                return self._stepwise(scores, price)
+            return self._greedy(name, price)
         finally:
             self._shown.set_postfix_str("")
+
+    def _greedy(self, name: str, price: int) -> list[int]:
+        few, show = self._fit[:TRIAL_WINDOWS], not self._shown.disable
+        search = partial(self._short.search, few, self._n, method=name, progress=show)
+        try:
+            return self._cells.resumed(name, lambda state: search(state=state).removed)
+        finally:  # also where the layers turn out not to be removable
+            self._spend(price)
+
+    def _stepwise(self, scores: Importance, price: int) -> list[int]:
+        layers = choose(scores, 1)
+        while len(layers) < self._n:
+            lowest = partial(self._lowest, layers)
+            try:
+                layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
+            finally:
+                self._spend(price)
+        return layers
 
     def _lowest(self, removed: list[int]) -> int:
         """The layer of lowest Block Influence in the model refitted without those removed."""
@@ -337,57 +318,21 @@ class _Choosing:
             into = Importance.empty([i for i in short.kept if i not in removed])
             return choose(measure(short.decoder, [[w] for w in self._fit], into=into), 1)[0]
 
-    def _grown(self, best: Layers, sets: Sequence[Layers]) -> Layers:
-        """The best set, after more windows have judged those that are not told apart from it."""
+    def _judged_further(self, best: Layers, sets: Sequence[Layers]) -> Layers:
+        """The best set once every other is judged on all windows, or is worse than this one."""
         while True:
-            level = [s for s in sets if s != best and not _is_worse(self._change(best, s))]
-            # first those that were told apart from a set that is no longer the best
-            stopped = [s for s in level if len(self._losses[s]) < len(self._judging)]
-            more = [] if stopped else self._more[:JUDGES]
-            again = stopped or [best, *level]
-            judging = len(self._judging) + len(more)
-            price = sum(self._price(judging - len(self._losses[s])) for s in again)
-            if not level or not (stopped or more) or not self._affords(price):
+            stopped = [
+                layers
+                for layers in sets
+                if len(self._losses[layers]) < len(self._judging)
+                and not _is_worse(self._change(best, layers))
+            ]
+            left = sum(len(self._judging) - len(self._losses[layers]) for layers in stopped)
+            price = self._count * (REFIT_PASSES * len(self._fit) * len(stopped) + left)
+            if not stopped or not self._affords(price):
                 return best
-            self._judging, self._more = [*self._judging, *more], self._more[len(more) :]
-            for layers in again:
+            for layers in stopped:
                 best = self._better(best, layers)
-
-    def _swapped(self, best: Layers, swaps: list[Swap]) -> Layers:
-        """The set after the swaps that are kept, within the budget; notes all trials."""
-        kept, price = [i for i in self._short.kept if i not in best], self._price_of_order()
-        if not self._affords(price + self._price()):
-            return best
-        order = self._cells.value(f"swaps of {[*best]}", partial(self._ordered, best, kept))
-        self._spend(price)
-        for back, removed in order:
-            layers = tuple(sorted({*best, removed} - {back}))
-            if len(layers) != len(best) or layers in self._losses:  # no longer a swap, or known
-                continue
-            if not self._affords(self._price()):
-                break
-            try:
-                self._judge(layers, best)
-            except NotRemovableError:
-                continue
-            change = self._change(best, layers)
-            swaps.append(Swap(back, removed, change, change.nats < -change.standard_error))
-            best = layers if swaps[-1].kept else best
-        return best
-
-    def _ordered(self, best: Layers, kept: list[int]) -> list[tuple[int, int]]:
-        """Pairs of a removed layer and a kept one, the most promising first."""
-        # in nats a token, with the one put back, or with the other removed too
-        short, few = self._short, self._fit[:TRIAL_WINDOWS]
-
-        def without(layers: list[int]) -> float:
-            try:
-                return _loss(pruned_losses(short, layers, few))
-            except NotRemovableError:
-                return math.inf
-
-        changed = {i: without(sorted({*best} ^ {i})) for i in short.kept}
-        return sorted(product(best, kept), key=lambda pair: changed[pair[0]] + changed[pair[1]])
 
     def _better(self, best: Layers | None, layers: Layers) -> Layers:
         """The set of lower loss, after judging the second."""
@@ -398,7 +343,7 @@ class _Choosing:
         """Measures the losses without these layers, refitted, of as many windows as are needed."""
         before, best = self._losses.get(layers, []), None if best == layers else best
         windows = f"windows {len(before)} to {len(self._judging)}"
-        name = f"{[*layers]} on {windows} beside {best and [*best]}"
+        name = f"{[*layers]} on {windows} beside {best and [*best]}"  # of the cell in the state
         new = self._cells.losses(name, partial(self._refitted, layers, best, before))
         self._losses[layers] = [*before, *new]
         self._spend(self._price(len(new)))
@@ -406,16 +351,16 @@ class _Choosing:
     def _refitted(
         self, layers: Layers, best: Layers | None, before: Sequence[Perplexity]
     ) -> list[Perplexity]:
-        """Losses of the windows after those known, until the set is told apart as worse."""
+        """Losses of the windows after those ``before``, until the set is worse than the best."""
         new: list[Perplexity] = []
         with _pruned(self._short, layers, self._fit):
             for start in range(len(before), len(self._judging), STEP):
                 some = self._judging[start : start + STEP]
                 new += losses(self._short.decoder, some, progress=False)
-                found = [*before, *new]
-                if best is None or len(found) < EARLIEST:
+                judged = [*before, *new]
+                if best is None or len(judged) < EARLIEST:
                     continue
-                if _is_worse(difference(self._losses[best][: len(found)], found)):
+                if _is_worse(difference(self._losses[best][: len(judged)], judged)):
                     break
         return new
 
@@ -428,12 +373,6 @@ class _Choosing:
         """The price of a refit and its losses, in layers run."""
         judging = len(self._judging) if judging is None else judging
         return self._count * (REFIT_PASSES * len(self._fit) + judging)
-
-    def _price_of_order(self) -> int:
-        """The price of ordering the swaps, in layers run."""
-        kept = self._count - self._n
-        trials = self._n * (kept + 1) + kept * (kept - 1)  # layers that a window runs through
-        return trials * len(self._fit[:TRIAL_WINDOWS])
 
     def _affords(self, price: int) -> bool:
         return self._spent + price <= self._budget * self.a_pass

@@ -28,7 +28,7 @@ WIDTH, HEIGHT, LEFT, ROW = 360, 150, 34, 34  # of pictures: a phone's, to keep l
 REMOVED = "Block Influence of every layer, 1 - cos of the hidden states before and after it. "
 REMOVED += "Removed layers are orange; lines are 95% intervals."
 TRIED = "Each set was refitted, and compared by held-out loss: nats a token more than the chosen "
-TRIED += "set's (orange, or a swap of it), with two standard errors, paired over the windows."
+TRIED += "set's (orange), with two standard errors, paired over the windows."
 
 
 class Picture(NamedTuple):

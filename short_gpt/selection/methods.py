@@ -77,7 +77,7 @@ REGISTRY = (
     ),
     Method(
         AUTO,
-        "refitted candidates and swaps, lowest held-out loss",
+        "refitted candidates, lowest held-out loss",
         label="lowest loss once refitted",
     ),
 )

@@ -417,7 +417,7 @@ def choice_sentences() -> list[str]:
         f"by {nearest:.2f} to {furthest:.2f} nats over the three kinds",
         f"`stepwise_bi` brings auto {with_error(four['without it']['stepwise_bi'])}",
         f"{swaps['nats']:.3f} nats ({swaps['standard_error']:.3f}) with 8 layers",
-        f"Swaps changed {names[kept]} sets of {names[len(tried)]}",
+        f"changed {names[kept]} sets of {names[len(tried)]}",
         f"by {span} over the three kinds",
         f"The block brings auto {with_error(eight['without it']['angular'])}",
         f"greedy search {with_error(eight['without it']['sleb'])}",
