@@ -45,7 +45,7 @@ def one_rank() -> None:
 @pytest.fixture(scope="module")
 def few_timed_tokens() -> Iterator[None]:
     """Comparisons measure the speed of generation on few tokens: no test checks it."""
-    from short_gpt.jobs.comparing import tokens_per_second
+    from short_gpt.jobs.costs import tokens_per_second
 
     with pytest.MonkeyPatch.context() as patch:
         few = {"prompt": 8, "count": 3, "runs": 3, "warm_up": 1}

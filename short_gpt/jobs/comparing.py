@@ -7,7 +7,6 @@ all smaller numbers, and a set of layers that several methods choose is healed a
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,7 +24,7 @@ from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.cases import PATCHED, RAW, REFIT, Cases, MethodAgreement, Row, Windows
-from short_gpt.runtime.devices import wait
+from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
@@ -40,38 +39,6 @@ PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
 Heal = Callable[[list[int]], list[Perplexity]]
 Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
-
-
-def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
-    """Parameters and bytes of the model without some layers; tied ones count once."""
-    removed = [short.decoder.layers[short.kept.index(number)] for number in layers]
-    excluded = {id(p) for layer in removed for p in layer.parameters()}
-    kept = {id(p): p for p in short.decoder.module.parameters() if id(p) not in excluded}.values()
-    return sum(p.numel() for p in kept), sum(p.numel() * p.element_size() for p in kept)
-
-
-def tokens_per_second(
-    short: ShortModel,
-    window: Sequence[int],
-    *,
-    prompt: int = 64,
-    count: int = 32,
-    runs: int = 3,
-    warm_up: int = 1,
-) -> float:
-    """Greedy generation with the cache after the start of the window; the fastest of some runs.
-
-    No token ends a text, and so every model writes as many.
-    """
-    half_context = short.decoder.max_seq_len // 2
-    ids, count = list(window[: min(prompt, half_context)]), min(count, half_context)
-    seconds = []
-    for _ in range(warm_up + runs):
-        started = time.perf_counter()
-        short.continued([ids], count, lambda logits: logits.argmax(-1))
-        wait(short.decoder.module)
-        seconds.append((time.perf_counter() - started) / count)
-    return 1 / min(seconds[warm_up:])  # other programs can only slow it down
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from short_gpt.jobs.cases import (
     Shares,
 )
 from short_gpt.jobs.comparing import ComparisonResult, compare
+from short_gpt.jobs.costs import end_dry_run
 from short_gpt.jobs.inputs import Data, Tasks, TextSource, check_model, source_of
-from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import check_alone

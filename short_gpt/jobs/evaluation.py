@@ -14,8 +14,8 @@ from llama.io.files import check_output, new_file
 from short_gpt.evaluation.paired import difference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
+from short_gpt.jobs.costs import end_dry_run
 from short_gpt.jobs.inputs import Notify, Reading, Tasks, check_model, ignore
-from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError, at_least

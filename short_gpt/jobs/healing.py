@@ -28,6 +28,7 @@ from short_gpt.healing.job import CLOSED, STEPS, TRAINING, holds_a_run
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.solver import RIDGES
 from short_gpt.healing.trainer import RECIPE
+from short_gpt.jobs.costs import end_dry_run
 from short_gpt.jobs.inputs import (
     SIZE,
     Data,
@@ -38,7 +39,6 @@ from short_gpt.jobs.inputs import (
     ignore,
     source_of,
 )
-from short_gpt.jobs.ranking import end_dry_run
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.scores import ChosenLayers, chosen
 from short_gpt.jobs.settings import Choice, HealingWindows, Settings, methods_of

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from llama.io.sources import find_source
 from llama.ranks import is_distributed
@@ -22,6 +22,7 @@ from short_gpt.healing.choosing import (
     expect_budget,
 )
 from short_gpt.healing.refit import RefitSettings
+from short_gpt.jobs.costs import end_dry_run, forecast
 from short_gpt.jobs.inputs import (
     STRIDE,
     Cut,
@@ -38,12 +39,11 @@ from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.jobs.scores import Digests, digests_of
 from short_gpt.jobs.settings import Answer
 from short_gpt.models.numbering import check_count
-from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
 from short_gpt.runtime.memory import bytes_of
-from short_gpt.runtime.progress import DryRun, check_alone, duration, is_first_rank
+from short_gpt.runtime.progress import check_alone, is_first_rank
 from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
@@ -320,42 +320,6 @@ def first_of(windows: Iterable[W]) -> tuple[W | None, Iterable[W]]:
     rest = iter(windows)
     first = next(rest, None)
     return first, rest if first is None else chain([first], rest)
-
-
-def forecast(
-    short: ScoredModel,
-    window: list[int],
-    *,
-    batch_size: int = 1,
-    rule: Stop | None = None,
-    total: int | None = None,
-    population: int | None = None,
-    read: int = 0,
-) -> str:
-    """How long a run will take, from one window that is timed. All ranks must call it.
-
-    Of ``total`` windows, a sample of ``population``, ``read`` were read before; None is unknown.
-    """
-    one = short.seconds_a_window(window, batch_size) / replicas.current(short.decoder.device).count
-    line = f"a window of {len(window):,} tokens takes {duration(one)}"
-    if total is None:
-        return f"{line}; how many there are shows as they are read"
-    parts, first = [], total if rule is None else rule.first_look(population)
-    if read < first < total:
-        time = duration((first - read) * one)
-        parts.append(f"{first:,} windows, where the answer may be settled, take {time}")
-    parts.append(f"all {total:,} take {duration((total - read) * one)}")
-    before = f"; {read:,} were read before" if read else ""
-    return f"{line}: {'; '.join(parts)}{before}"
-
-
-def end_dry_run(
-    short: ScoredModel, work: str, size: int, total: int | None = None, **how: Any
-) -> NoReturn:
-    """Raises DryRun with the work and its `forecast`, from a window of ``size`` that is timed."""
-    window = [0] * min(size, short.decoder.max_seq_len)  # its tokens do not change the time
-    time = forecast(short, window, total=total, **how)
-    raise DryRun(f"dry run: it would {work}\n{time}\nnothing was written")
 
 
 def _search(

@@ -24,8 +24,8 @@ from short_gpt.checkpoints.gguf_layers import LAYER
 from short_gpt.checkpoints.hf import save_as_meta
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import Target
-from short_gpt.jobs.comparing import size_without, tokens_per_second
 from short_gpt.jobs.conversion import convert
+from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.jobs.inputs import Notify
 from short_gpt.jobs.shrunk import PROMPT
 from short_gpt.models.caches import LayerCache, layer_caches

@@ -17,7 +17,7 @@ from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplex
 from short_gpt.healing import choosing
 from short_gpt.jobs import Cases, Comparison, compare
 from short_gpt.jobs import comparing as module
-from short_gpt.jobs.comparing import size_without, tokens_per_second
+from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS, choose
 from short_gpt.selection.search import PartialRun

@@ -32,8 +32,10 @@ from short_gpt.jobs import (
     reproduce,
 )
 from short_gpt.jobs import reproduction as module
-from short_gpt.jobs.ranking import duration, first_of, forecast
+from short_gpt.jobs.costs import forecast
+from short_gpt.jobs.ranking import first_of
 from short_gpt.jobs.reproduction import _changed, _in_memory
+from short_gpt.runtime.progress import duration
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.streamed_llama import StreamedDecoder
