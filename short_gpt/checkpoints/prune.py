@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from llama.checkpoint.meta import CONVERSION, Checkpoint
+from llama.checkpoint.meta import CONVERSION, Checkpoint, args_of_params, read_params
 from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
 from llama.formats.gguf import SOURCE_KEY, GGUFFile, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
@@ -17,11 +18,13 @@ from llama.io.files import read_marker
 from llama.io.json_files import json_text, write_json
 from llama.io.sources import Source, find_source, public_name, resolve
 from short_gpt.checkpoints.gguf import prune_gguf
+from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
 from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
 from short_gpt.checkpoints.target import StrPath, Target
+from short_gpt.models.config_file import explained, layers_in_config, read_config
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -122,3 +125,22 @@ def _write_converted(
         marker = read_marker(folder / CONVERSION)  # names the pruned model, which is not kept
         write_json(folder / CONVERSION, {**marker, "source": public_name(source)})
     return target.path
+
+
+def layers_of(source: StrPath | Source) -> int | None:
+    """How many layers a checkpoint here has, by its files; None if they do not say."""
+    source = find_source(source)
+    if source.kind == "meta":
+        return args_of_params(source.path, read_params(source.path)).n_layers
+    if source.kind == "gguf":
+        with suppress(ShortGPTError):  # raised when it is opened, if it matters then
+            return Stack.open(source).layers
+    if source.kind != "hf":
+        return None
+    try:
+        if (count := layers_in_config(source.path)) is not None:
+            return count
+        config = read_config(str(source))
+    except Exception as error:
+        raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
+    return config.get_text_config(decoder=True).num_hidden_layers

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llama.lazy import lazy
 
 if TYPE_CHECKING:
+    from short_gpt.checkpoints.scores import ChosenLayers, SavedScores, chosen
     from short_gpt.jobs.cases import (
         Cases,
         MethodAgreement,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         reproduce,
     )
     from short_gpt.jobs.saving import Conversion, Hub, Saving
-    from short_gpt.jobs.scores import ChosenLayers, SavedScores, chosen
     from short_gpt.jobs.settings import Answer, Choice, HealingWindows, PruneOutput, Settings
     from short_gpt.jobs.shrinking import ShrinkResult, StateReport, shrink
     from short_gpt.wrappers.options import OpenOptions

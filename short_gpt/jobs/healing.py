@@ -13,6 +13,7 @@ from llama.io.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf, in_few_bits
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
+from short_gpt.checkpoints.scores import ChosenLayers, chosen
 from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
 from short_gpt.evaluation import Difference, Perplexity, combined, difference, losses
 from short_gpt.healing import (
@@ -40,7 +41,6 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
-from short_gpt.jobs.scores import ChosenLayers, chosen
 from short_gpt.jobs.settings import Choice, HealingWindows, Settings, methods_of
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
@@ -261,7 +261,9 @@ def _removal(
 ) -> ChosenLayers:
     """The layers to remove; none where the methods heal a model that was pruned before."""
     if choice.layers is not None or choice.scores is not None:
-        return chosen(model, choice)
+        return chosen(
+            model, choice.check().named, scores=choice.scores, n=choice.n, method=choice.by
+        )
     ask = "give `layers`, as in 21,22,23, or `scores` and `n`"
     if methods[0] in CLOSED:
         raise ShortGPTError(

@@ -411,8 +411,8 @@ def check_model(
 
     Returns how many layers it has, if files here say so.
     """
+    from short_gpt.checkpoints.prune import layers_of
     from short_gpt.models.numbering import check_count
-    from short_gpt.wrappers.opening import layers_of
 
     n_layers = layers_of(source)
     if n_layers and n is not None:

@@ -9,10 +9,10 @@ from typing import Any
 from llama.io.sources import Source, find_source
 from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.prune import kept_tensors, prune_checkpoint
+from short_gpt.checkpoints.scores import ChosenLayers, chosen
 from short_gpt.checkpoints.target import Target, check_one_file
 from short_gpt.jobs.conversion import prove, read_again
 from short_gpt.jobs.saving import Hub, interruptible
-from short_gpt.jobs.scores import ChosenLayers, chosen
 from short_gpt.jobs.settings import Choice, PruneOutput
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -88,7 +88,9 @@ def prune(
             f"`verify` loads {out}, which transformers does not read in several files; name "
             "one file, or leave it to be read again and compared"
         )
-    removal = chosen(model, choice)
+    removal = chosen(
+        model, choice.check().named, scores=choice.scores, n=choice.n, method=choice.by
+    )
     copied = source.kind == target.format == "gguf"
     write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
     proof = write(source, target, removal, written.verify, opening)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from llama.io.sources import find_source
 from llama.ranks import is_distributed
 from llama.tokenizer import Tokenizer, find_tokenizer
+from short_gpt.checkpoints.scores import Digests, digests_of
 from short_gpt.data.windows import count_of
 from short_gpt.healing.choosing import (
     BARE_PASS,
@@ -36,7 +37,6 @@ from short_gpt.jobs.inputs import (
     source_of,
 )
 from short_gpt.jobs.saving import Saving, as_begun, interruptible
-from short_gpt.jobs.scores import Digests, digests_of
 from short_gpt.jobs.settings import Answer
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest

@@ -27,6 +27,7 @@ from llama.io.json_files import read_json
 from llama.io.sources import FETCHED, Named, find_source, is_gguf
 from llama.io.sources import Source as Weights
 from short_gpt.checkpoints.gguf import check_architecture
+from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
 from short_gpt.data.texts import source_names
@@ -49,7 +50,6 @@ from short_gpt.runtime.settings import flag_of
 from short_gpt.runtime.state import is_state
 from short_gpt.selection.methods import AUTO, BY_LOSS, SEARCHED
 from short_gpt.selection.search import most_layers_run
-from short_gpt.wrappers.opening import layers_of
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import AT_ONCE, STREAMED, TIMED, count_of_own
 from short_gpt.wrappers.short_hf import ShortHFModel

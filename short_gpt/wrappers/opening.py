@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -10,10 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 import torch.distributed as dist
 
-from llama.checkpoint.meta import args_of_params, read_params
 from llama.io.sources import Source, find_source
 from llama.parallel import choose_device, choose_dtype, initialize, is_distributed
-from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.verify import (
     ROUNDING,
     Fingerprint,
@@ -21,9 +18,6 @@ from short_gpt.checkpoints.verify import (
     fingerprint_aligned,
     one_by_one,
 )
-from short_gpt.models.config_file import explained, layers_in_config, read_config
-from short_gpt.models.loading import weight_files
-from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.precision import in_precision
@@ -164,30 +158,6 @@ def open_trainable(source: str | Source, options: OpenOptions = DEFAULTS) -> Sho
     path, device, dtype = options.tokenizer_path, options.device, options.dtype
     short = ShortHFModel.from_meta(source, tokenizer_path=path, device=device, dtype=dtype)
     return in_precision(short, options)
-
-
-def layers_of(source: str | PathLike[str]) -> int | None:
-    """How many layers a checkpoint here has, by its files; None if they do not say."""
-    source = find_source(source)
-    if source.kind == "meta":
-        return args_of_params(source.path, read_params(source.path)).n_layers
-    if source.kind == "gguf":
-        with suppress(ShortGPTError):  # raised when it is opened, if it matters then
-            return Stack.open(source).layers
-    if source.kind != "hf":
-        return None
-    try:
-        if (count := layers_in_config(source.path)) is not None:
-            return count
-        config = read_config(str(source))
-    except Exception as error:
-        raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
-    return config.get_text_config(decoder=True).num_hidden_layers
-
-
-def weights_of(source: str | Source) -> str | None:
-    """A digest of a checkpoint's files of weights, which depends on format and shards; or None."""
-    return files_digest(files) if (files := weight_files(source)) else None
 
 
 def same_model(

@@ -24,9 +24,9 @@ from processes import ranks
 from transformers import AutoConfig
 
 from short_gpt import cli
+from short_gpt.checkpoints.scores import digests_of
 from short_gpt.cli.app import in_shell, main
 from short_gpt.cli.flags import flags_of
-from short_gpt.jobs.scores import digests_of
 from short_gpt.runtime.settings import HEADINGS, flag_of
 from short_gpt.selection.methods import METHODS
 from short_gpt.wrappers.opening import open_model
@@ -171,7 +171,7 @@ def test_prune_takes_what_auto_chose_together(ckpt, capsys):
     capsys.readouterr()
     one = ("ckpt", "x", "--scores", "a.json", "--n", 1)
     for command in (("prune", *one), ("heal", *one, "--data", "book.txt")):
-        assert "2 layers that auto chose together: take 2" in fails(capsys, *command)
+        assert "2 layers that auto chose together: rank again" in fails(capsys, *command)
 
 
 def test_prune_by_the_method_that_ranked_or_another(ckpt):

@@ -11,7 +11,8 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 
 from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel
-from short_gpt.wrappers.opening import layers_of, open_model
+from short_gpt.checkpoints.prune import layers_of
+from short_gpt.wrappers.opening import open_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 CODE = """

@@ -14,13 +14,13 @@ from conftest import (
 
 from llama.formats.convert import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
+from short_gpt.checkpoints.prune import layers_of
+from short_gpt.checkpoints.scores import tokenizer_of
 from short_gpt.jobs import convert, evaluate
-from short_gpt.jobs.scores import tokenizer_of
 from short_gpt.wrappers import opening
 from short_gpt.wrappers.opening import (
     OpenOptions,
     check_tokenizer,
-    layers_of,
     of_source,
     open_model,
     open_trainable,

@@ -1,41 +1,32 @@
-"""Saved scores, and the layers that a job removes: named, or by scores."""
+"""Saved scores: the layers that a file of `rank` chooses, and of which model the scores are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llama.args import ModelArgs
 from llama.checkpoint.meta import read_params
 from llama.io.files import FILES
-from llama.io.json_files import JsonObject, read_json
+from llama.io.json_files import read_json
 from llama.io.sources import Source, find_source, resolve
 from llama.tokenizer import find_tokenizer
-from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.jobs.settings import Choice
+from short_gpt.checkpoints.prune import layers_of
 from short_gpt.models.config_file import config_digest, params_entries
-from short_gpt.models.loading import TOKENIZER
+from short_gpt.models.loading import TOKENIZER, weight_files
 from short_gpt.models.numbering import span
 from short_gpt.runtime.digest import files_digest, json_digest
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, damaged
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO, METHODS, WITHOUT_TEXT, check_method, choose
-from short_gpt.wrappers.opening import layers_of, weights_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-Digests = Mapping[str, str | None]
-
-# what scores belong to, and what helps where a model's differ
-MENDS = {
-    "weights": ("the weights", "name the model that was scored"),
-    "configuration": ("the configuration", "put the former config.json (params.json) back"),
-    "tokenizer": ("texts read with the tokenizer", "put the former tokenizer back"),
-}
+PARTS = ("weights", "configuration", "tokenizer")  # of a model, which scores depend on
+Digests = Mapping[str, str | None]  # by these names
 
 
 @dataclass(frozen=True)
@@ -47,72 +38,70 @@ class SavedScores:
     arguments: Mapping[str, object]  # of the ranking
     importance: Importance | None = None  # the scores; None where a search by loss chose the layers
     searched: list[int] = field(default_factory=list)  # these layers, in order of removal
-    scored: Digests = field(default_factory=dict)  # of `digests_of` the model, if known
+    scored: Digests = field(default_factory=dict)  # of the model that was scored, if recorded
     # the verdict of the stop that ended the scoring, if one did
     settled: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: str, method: str | None = None) -> SavedScores:
         """The scores of a file; ``method`` replaces the one that ranked."""
-        record = _read(file)
+        record = read_record(file)
+        content = {name: record[name] for name in record if name != FILES}  # a folder's list
+        if record.get(CHECKED) != content_digest(content):
+            raise damaged(file, mend="write it again by short-gpt rank")
         arguments, scored = record.get("arguments", {}), record.get("scored", {})
         if "precision" in arguments:  # the one that auto chose
             arguments = {**arguments, "precision": record.get("precision", "float32")}
-        digests = {name: str(scored[name]) for name in MENDS if scored.get(name)}
-        if "chosen" not in record:
-            method = str(method or arguments.get("method") or "bi")
-            check_method(method)
-            importance, settled = _importance(record, file), record.get("settled") or {}
-            return cls(file, method, arguments, importance, [], digests, settled)
-        search = record["chosen"]
-        by = str(search["method"])
-        if method not in (None, by):
-            raise ShortGPTError(f"{file} holds the layers of {by}, not of {method}")
-        return cls(file, by, arguments, None, search["layers"], digests)
+        digests = {name: str(scored[name]) for name in PARTS if scored.get(name)}
+        if search := record.get("chosen"):
+            if method not in (None, search["method"]):
+                raise ShortGPTError(
+                    f"{file} holds the layers of {search['method']}, not of {method}"
+                )
+            return cls(file, search["method"], arguments, None, search["layers"], digests)
+        method = str(method or arguments.get("method") or "bi")
+        check_method(method)
+        if "importance" not in record:
+            raise ShortGPTError(f"{file} holds no scores; expected a file of short-gpt rank")
+        importance = Importance.from_dict(record["importance"])
+        return cls(file, method, arguments, importance, [], digests, record.get("settled") or {})
 
     def check_model(self, model: str) -> str | None:
         """Raises ShortGPTError unless the scores are the model's; returns what was not checked."""
         self._check_layers(model)
-        if not self.scored.get("weights"):
-            return (
-                f"not checked: {self.file} does not say of which weights its scores are, so they "
-                f"may be of another model than {model}; short-gpt rank writes it"
-            )
         path = self.arguments.get("tokenizer_path")
         digests = digests_of(model, str(path) if path else None)
-        for name, (what, mend) in MENDS.items():
-            ours, theirs = self.scored.get(name), digests[name]
-            if ours and theirs not in (None, ours):
+        for name in PARTS if self.scored.get("weights") else ():
+            scored, present = self.scored.get(name), digests[name]
+            if scored and present not in (None, scored):
                 raise ShortGPTError(
-                    f"{self.file} holds scores of {what} {ours}, {model} has {theirs}: score it "
-                    f"by short-gpt rank {model}, or {mend}"
+                    f"{self.file} holds scores of the {name} {scored}, {model} has {present}: "
+                    f"score it by short-gpt rank {model}, or name the model that was scored"
                 )
-        if digests["configuration"] and not self.scored.get("configuration"):
-            return (
-                f"not checked: {self.file} does not say of which configuration its scores are, so "
-                f"that of {model} may have changed since; short-gpt rank writes it"
-            )
+        for name in ("weights", "configuration"):
+            if not self.scored.get(name) and (name == "weights" or digests[name]):
+                return (
+                    f"not checked: {self.file} does not say of which {name} its scores are, so "
+                    f"they may be of another model than {model}; short-gpt rank writes it"
+                )
         return None
 
     def _check_layers(self, model: str) -> None:
-        source = find_source(model)
-        if source.kind == "gguf":
-            count: int | None = Stack.open(source).layers
-        else:  # a hub's is fetched
-            count = layers_of(source if source.kind == "meta" else resolve(source))
+        source = find_source(model)  # of the hub, it is fetched
+        count = layers_of(resolve(source) if source.kind == "hub" else source)
         if count is None:
             return
         if self.importance is None:
-            what, fits = f"the layers {span(self.searched)}", max(self.searched, default=0) < count
+            scored, fits = f"the layers {span(self.searched)}", {*self.searched} <= {*range(count)}
         else:
-            scored = self.importance.layers
-            what, fits = f"{len(scored)} layers", scored == list(range(count))
+            layers = self.importance.layers
+            scored, fits = f"{len(layers)} layers", layers == list(range(count))
         if not fits:
             raise ShortGPTError(
-                f"{self.file} scores {what}, {model} has {count}; they do not belong together"
+                f"{self.file} scores {scored}, {model} has {count}; they do not belong together"
             )
 
-    def about(self, n: int) -> str | None:
+    def unsettled(self, n: int) -> str | None:
         """Why the n chosen layers are not settled: a stop settles only one answer."""
         stop, verdict = self.settled.get("stop"), self.settled
         if self.method in WITHOUT_TEXT:  # whatever the windows are
@@ -135,13 +124,11 @@ class SavedScores:
         if self.importance is not None:
             seed = self.arguments.get("seed")
             return choose(self.importance, n, method=self.method, seed=int(str(seed or 0)))
-        if not 1 <= n <= (most := len(self.searched)):
-            layers = f"{most} layer{'s' * (most != 1)}"
-            raise ShortGPTError(f"n = {n}; {self.file} holds {layers} that {self.method} chose")
-        if self.method == AUTO and n < len(self.searched):  # they have no order
+        most = len(self.searched)
+        if not 1 <= n <= most or (self.method == AUTO and n < most):  # auto's have no order
             raise ShortGPTError(
-                f"n = {n}; {self.file} holds {len(self.searched)} layers that {AUTO} chose "
-                f"together: take {len(self.searched)}, or rank again with `n` {n}"
+                f"n = {n}; {self.file} holds {most} layer{'s' * (most != 1)} that {self.method} "
+                f"chose{' together' * (self.method == AUTO)}: rank again with `n` {n}"
             )
         return self.searched[:n]
 
@@ -153,21 +140,39 @@ class SavedScores:
         return Provenance.of_scores(self.importance, evidence=how, facts=facts)
 
 
-def _read(file: str) -> JsonObject:
-    """What a file of `rank` holds, as its digest says."""
-    record = read_record(file)
-    own = {name: record[name] for name in record if name != FILES}  # the demo's folder lists them
-    if CHECKED not in record:
-        raise ShortGPTError(f"{file} has no digest of scores: write it again by short-gpt rank")
-    if record[CHECKED] != content_digest(own):
-        raise ShortGPTError(f"{file} is damaged, or was edited: write it again by short-gpt rank")
-    return record
+@dataclass(frozen=True)
+class ChosenLayers:
+    """Layers to remove, and the record of the choice."""
+
+    layers: list[int]  # original numbers, in order of removal
+    record: Provenance  # of the choice, to be kept with the pruned model
+    importance: Importance | None = None  # the scores of one pass that chose them, if any
+    unchecked: str | None = None  # what of the scores was not checked or not settled
 
 
-def _importance(record: Mapping[str, Any], source: str) -> Importance:
-    if "importance" not in record:
-        raise ShortGPTError(f"{source} holds no scores; expected a file written by short-gpt rank")
-    return Importance.from_dict(record["importance"])
+def chosen(
+    model: str,
+    layers: Sequence[int] | None = None,
+    *,
+    scores: str | None = None,
+    n: int | None = None,
+    method: str | None = None,
+) -> ChosenLayers:
+    """The layers named, or the ``n`` that a method chooses by the saved ``scores`` of a model.
+
+    Raises:
+        ShortGPTError: there is no ``n``, or the scores are of another model.
+    """
+    if scores is None:
+        if n is not None:
+            raise ShortGPTError("`n` chooses from `scores`, not from `layers`")
+        return ChosenLayers([*(layers or ())], Provenance())
+    if n is None:
+        raise ShortGPTError("with `scores`, say how many layers to remove: `n`")
+    saved = SavedScores.read(scores, method)
+    remarks = saved.check_model(model), saved.unsettled(n)
+    unchecked = "\n".join(filter(None, remarks)) or None
+    return ChosenLayers(saved.layers(n), saved.record(), saved.importance, unchecked)
 
 
 # What scores are of
@@ -181,6 +186,11 @@ def digests_of(model: str, tokenizer_path: str | None = None) -> dict[str, str |
         "tokenizer": tokenizer_of(source, tokenizer_path),
         "configuration": configuration_of(source),
     }
+
+
+def weights_of(source: str | Source) -> str | None:
+    """A digest of a checkpoint's files of weights, which depends on format and shards; or None."""
+    return files_digest(files) if (files := weight_files(source)) else None
 
 
 def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
@@ -213,39 +223,3 @@ def _tokenizer_part(path: Path) -> str:
         return files_digest([path])
     config = read_json(path)
     return json_digest({name: config[name] for name in sorted(config) if name != "chat_template"})
-
-
-# Layers to remove
-
-
-@dataclass(frozen=True)
-class ChosenLayers:
-    """Layers to remove, and the record of the choice."""
-
-    layers: list[int]  # original numbers, in order of removal
-    record: Provenance  # of the choice, to be kept with the pruned model
-    importance: Importance | None = None  # the scores of one pass that chose them, if any
-    unchecked: str | None = None  # what of the scores was not checked or not settled
-
-
-def chosen(model: str, choice: Choice) -> ChosenLayers:
-    """The layers of a choice.
-
-    Raises:
-        ShortGPTError: the choice contradicts itself, or the scores are of another model.
-    """
-    n = choice.check().n
-    if choice.scores is None:
-        if n is not None:
-            raise ShortGPTError("`n` chooses from `scores`, not from `layers`")
-        return ChosenLayers(choice.named or [], Provenance())
-    scores = SavedScores.read(choice.scores, choice.by)
-    if n is None:
-        raise ShortGPTError("with `scores`, say how many layers to remove: `n`")
-    unchecked = scores.check_model(model)
-    layers, remarks = scores.layers(n), _lines(unchecked, scores.about(n))
-    return ChosenLayers(layers, scores.record(), importance=scores.importance, unchecked=remarks)
-
-
-def _lines(*remarks: str | None) -> str | None:
-    return "\n".join(remark for remark in remarks if remark) or None

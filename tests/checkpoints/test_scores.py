@@ -15,10 +15,9 @@ from gguf_files import stack_file
 from llama.formats.convert import meta_to_hf
 from llama.io.files import new_directory
 from short_gpt import ShortGPTError, ShortLlama, prune, rank
+from short_gpt.checkpoints.scores import configuration_of, tokenizer_of, weights_of
 from short_gpt.jobs import Choice, Cut, SavedScores, heal, ranking
-from short_gpt.jobs.scores import configuration_of, tokenizer_of
 from short_gpt.runtime import write_record
-from short_gpt.wrappers.opening import weights_of
 
 LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
 
@@ -134,7 +133,7 @@ def test_scores_of_another_tokenizer_are_refused_and_told(here, capsys, model):
     for command in ("prune", "heal"):
         more = LEARNED if command == "heal" else ()
         line = fails(capsys, command, model, "out", "--scores", "r.json", "--n", 1, *more)
-        assert f"read with the tokenizer {ours}, {model} has {theirs}: score it by" in line
+        assert f"scores of the tokenizer {ours}, {model} has {theirs}: score it by" in line
     record["scored"].pop("tokenizer")  # of an earlier version
     rewritten(record, "r.json")
     run("prune", model, "out", "--scores", "r.json", "--n", 1)
@@ -204,7 +203,7 @@ def test_scores_of_another_configuration_are_refused_and_told(here, capsys, mode
         line = fails(capsys, "prune", model, "out", "--scores", file, "--n", 1)
         assert f"{file} holds scores of the configuration {ours}, {model} has {theirs}" in line
     line = fails(capsys, "heal", model, "out", "--scores", "r.json", "--n", 1, *LEARNED)
-    assert f"short-gpt rank {model}, or put the former config.json (params.json) back" in line
+    assert f"short-gpt rank {model}, or name the model that was scored" in line
     assert not Path("out").exists()
     config.write_text(before)
     run("prune", model, "out", "--scores", "r.json", "--n", 1)
@@ -296,7 +295,7 @@ def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
         ("heal", "ckpt", "out", "--scores", "r.json", "--n", 1, *LEARNED),
     ):
         line = fails(capsys, *command)
-        assert "r.json is damaged, or was edited: write it again by" in line
+        assert "r.json is damaged: write it again by" in line
     rewritten(record, "r.json")
     assert SavedScores.read("r.json").layers(1)
 
@@ -305,7 +304,7 @@ def test_layers_of_a_search_that_are_not_those_written_are_refused(here, capsys)
     record = ranked("ckpt", "r.json", "--method", "sleb", "--n", 2)
     record["chosen"]["layers"].reverse()
     Path("r.json").write_text(json.dumps(record))
-    with pytest.raises(ShortGPTError, match="is damaged, or was edited"):
+    with pytest.raises(ShortGPTError, match="is damaged: write it again"):
         SavedScores.read("r.json")
 
 
@@ -318,7 +317,7 @@ def test_scores_added_up_and_written_have_a_digest_too(here):
     record = json.loads(Path("both.json").read_text())
     swapped(record)
     Path("both.json").write_text(json.dumps(record))
-    with pytest.raises(ShortGPTError, match="is damaged, or was edited"):
+    with pytest.raises(ShortGPTError, match="is damaged: write it again"):
         SavedScores.read("both.json")
 
 
@@ -330,7 +329,7 @@ def test_what_holds_no_scores_is_refused_in_one_line(here, capsys, damage):
     assert "these are not saved scores: score again" in line
     Path("bad.json").write_text(json.dumps({"versions": {}, "machine": {}}))
     line = fails(capsys, "prune", "ckpt", "out", "--scores", "bad.json", "--n", 1)
-    assert "bad.json has no digest of scores: write it again by short-gpt rank" in line
+    assert "bad.json is damaged: write it again by short-gpt rank" in line
 
 
 def test_every_real_score_passes(here):
