@@ -17,9 +17,9 @@ import torch
 
 from short_gpt import ShortModel
 from short_gpt.data import hold_out, windows, without_overlap
-from short_gpt.data.windows import Text, text_of
-from short_gpt.evaluation import Perplexity, combined, difference
+from short_gpt.data.windows import Text, text_number
 from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.perplexity import Perplexity, combined, difference
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.runtime.digest import windows_digest
@@ -104,14 +104,14 @@ def score_windows(
     scores, angular = WindowScores([*short.kept], method, n, [], [], []), method == "angular"
     with bar("scoring", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
-            one = short.score([window])
+            one = short.score_batch([window])
             if angular:
                 own = one.angles[0].diagonal(n)  # of blocks of n layers, (K,)
             else:
                 own = (one.influence if method == "bi" else one.metric("magnitude"))[0]  # (L,)
             scores.sums.append(own.cpu().double().tolist())
             scores.weights.append(1.0 if angular else float(one.tokens[0]))
-            scores.texts.append(text_of(window))
+            scores.texts.append(text_number(window))
             shown.update()
     return scores
 
@@ -313,7 +313,9 @@ class _Run(NamedTuple):
     ) -> dict[str, list[Perplexity]]:
         judged = [window for parts in self.texts.values() for window in parts.judged]
         measure = partial(pruned_losses, self.short, layers, judged, fit_on=fit_on)
-        losses = iter(self.cells.losses(cell, measure))  # of all texts' windows, in their order
+        losses = iter(
+            self.cells.perplexities(cell, measure)
+        )  # of all texts' windows, in their order
         return {text: [next(losses) for _ in own.judged] for text, own in self.texts.items()}
 
 

@@ -24,17 +24,21 @@ from scoring import SIZE, build
 
 from short_gpt import Importance, ShortLlama
 from short_gpt.data import demo
-from short_gpt.data.windows import text_of
-from short_gpt.evaluation.paired import combined, difference, losses
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.data.windows import text_number
+from short_gpt.evaluation.perplexity import (
+    Perplexity,
+    Sample,
+    combined,
+    difference,
+    window_perplexities,
+)
 from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import pad
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.run import measure
-from short_gpt.selection import choose
+from short_gpt.selection.methods import choose
 
 METHODS = ("bi", "relative_magnitude", "angular")
 COUNTS = (4, 8)  # layers to remove
@@ -139,12 +143,12 @@ def judge(
     pruned: dict[Layers, list[Perplexity]] = {layers: [] for layers in sets}
     with bar("judging", total=len(held_out), unit="window", delay=0) as shown:
         for number, window in enumerate(held_out):
-            dense += cells.losses(
+            dense += cells.perplexities(
                 f"dense {number}",
-                lambda window=window: losses(short.decoder, [window], progress=False),
+                lambda window=window: window_perplexities(short.decoder, [window], progress=False),
             )
             for layers, value in cells.value(f"{number}", lambda window=window: nats(window)):
-                part = Perplexity.of([Sample(text_of(window), value, len(window) - 1)])
+                part = Perplexity.of([Sample(text_number(window), value, len(window) - 1)])
                 pruned[tuple(layers)].append(part)
             shown.update()
     rows = []

@@ -10,8 +10,7 @@ from typing import Protocol
 
 import torch
 
-from short_gpt.evaluation.perplexity import Perplexity, check_loss
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.perplexity import Perplexity, Sample, check_loss
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime.errors import ShortGPTError
 

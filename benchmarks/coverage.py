@@ -27,7 +27,7 @@ from evidence_tables import covering
 from outcome import begin, finish
 from scipy.stats import t
 
-from short_gpt.evaluation.sampling import Sample, sampling_error
+from short_gpt.evaluation.perplexity import Sample, sampling_error
 from short_gpt.runtime.progress import bar
 from short_gpt.scoring.metrics import LEAST_DEGREES
 

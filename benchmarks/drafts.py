@@ -24,8 +24,8 @@ import torch
 from outcome import begin, finish
 
 from short_gpt import open_model, texts, windows
-from short_gpt.data.windows import at_least, text_of
-from short_gpt.evaluation.sampling import Sample, SamplingError, sampling_error
+from short_gpt.data.windows import at_least, text_number
+from short_gpt.evaluation.perplexity import Sample, SamplingError, sampling_error
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -204,7 +204,7 @@ def draft_agreement(
             pairs = zip(*(likeliest(m, text, len(prompt)) for m in (whole, draft)), strict=True)
             agreed.append(tuple(ours == theirs for ours, theirs in pairs))
             shown.update()
-    return Agreement(tuple(agreed), tuple(text_of(prompt) for prompt in prompts))
+    return Agreement(tuple(agreed), tuple(text_number(prompt) for prompt in prompts))
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], tokens: int, most: int) -> None:

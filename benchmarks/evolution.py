@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder, padded
-from short_gpt.selection import Search
-from short_gpt.selection.search import PartialRun
+from short_gpt.selection.search import PartialRun, Search
 
 Layers = tuple[int, ...]  # places to remove, ascending
 IDLE = 64  # generations in a row that measure nothing new, after which nothing more is expected

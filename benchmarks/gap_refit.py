@@ -30,10 +30,9 @@ from short_gpt.healing.solver import (
     Tokens,
     equations_of,
 )
-from short_gpt.models.decoder import Decoder
+from short_gpt.models.decoder import Decoder, restored_on_error
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.sublayers import OutputProjection, Sublayers
-from short_gpt.models.weight_changes import restored_on_error
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 
 Gap = tuple[int, int]  # places of the first and the last of removed layers that follow each other

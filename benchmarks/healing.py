@@ -25,8 +25,7 @@ from scoring import SIZE, bare, build
 
 from short_gpt import ShortLlama, own_samples, windows
 from short_gpt.data import demo, without_overlap
-from short_gpt.evaluation.paired import combined, difference, losses
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Perplexity, combined, difference, window_perplexities
 from short_gpt.healing import PatchSettings, RefitSettings, refit
 
 LAYERS = (2, 3, 12, 13, 14, 15, 17, 25)  # the lowest 8 by Block Influence on the book
@@ -167,7 +166,7 @@ def bare_pass(short: ShortLlama, learned: Windows) -> float:
 
 
 def judge(short: ShortLlama, kinds: Mapping[str, Windows]) -> dict[str, list[Perplexity]]:
-    return {kind: losses(short.decoder, read) for kind, read in kinds.items()}
+    return {kind: window_perplexities(short.decoder, read) for kind, read in kinds.items()}
 
 
 def row(

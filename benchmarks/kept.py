@@ -61,7 +61,8 @@ from tasks import CLOSE, Documents, Windows, against_theirs, metrics, text_chang
 
 from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
-from short_gpt.evaluation import TaskSuite, losses
+from short_gpt.evaluation.perplexity import window_perplexities
+from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.healing import CachedTeacher, Distillation, choose_healed, recipe_for
 from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
@@ -295,7 +296,9 @@ class Run:
             answer = partial(word_problems.asked, problems=asked)
             plan[f"{name}: {self.problems} of {kind}"] = lambda s, a=answer, k=kind: {k: a(s)}
         for kind, windows in self.kinds.items():
-            plan[f"{name}: {kind}"] = lambda s, w=windows: losses(s.decoder, w, progress=False)
+            plan[f"{name}: {kind}"] = lambda s, w=windows: window_perplexities(
+                s.decoder, w, progress=False
+            )
         return plan
 
     def _kinds_of_problems(self, row: str) -> list[str]:
@@ -328,8 +331,8 @@ class Run:
         for kind, windows in self.kinds.items():
             if (cell := f"{name}: {kind}") not in self.cells:
                 continue
-            (now,) = losses(short.decoder, windows[:1], progress=False)
-            before = self.cells.losses(cell, list)[0]
+            (now,) = window_perplexities(short.decoder, windows[:1], progress=False)
+            before = self.cells.perplexities(cell, list)[0]
             if abs(now.nats - before.nats) / now.tokens > CLOSE:
                 raise ValueError(
                     f"{name}: healed again, it has {now.nats:.4f} nats on a window of {kind}, "
@@ -410,7 +413,7 @@ class Run:
         for cell in self._plan(row, layers):
             kind = cell.split(": ")[-1]
             if kind in self.kinds:
-                parts[kind] = self.cells.losses(cell, list)
+                parts[kind] = self.cells.perplexities(cell, list)
             else:
                 for task, own in self.cells.value(cell, dict).items():
                     known = documents.setdefault(task, {metric: [] for metric in own})

@@ -43,13 +43,13 @@ from real_models import MODELS
 
 from short_gpt import shrink, windows
 from short_gpt.data import demo, texts
-from short_gpt.evaluation import Perplexity, difference
 from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.perplexity import Perplexity, difference
 from short_gpt.jobs import HealingWindows, OpenOptions, ShrinkResult, TextSource
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.run import measure
-from short_gpt.selection import choose
+from short_gpt.selection.methods import choose
 from short_gpt.wrappers.opening import open_trainable
 
 KINDS = "prose,code,chat"

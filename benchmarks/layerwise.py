@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.layer_hooks import first
+from short_gpt.models.layer_calls import LayerCalls, first
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.short_model import ShortModel
 

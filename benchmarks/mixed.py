@@ -28,8 +28,7 @@ from real_models import MODELS
 
 from short_gpt import open_model, shrink
 from short_gpt.data import demo
-from short_gpt.evaluation import difference, losses
-from short_gpt.evaluation.paired import combined
+from short_gpt.evaluation.perplexity import combined, difference, window_perplexities
 from short_gpt.jobs import HealingWindows, OpenOptions
 
 PRECISIONS = ("float32", "mixed")
@@ -83,7 +82,7 @@ def main(
         shorts |= {p: open_model(str(here / p), device="cpu") for p in PRECISIONS}
     kinds = judged_by(shorts["original"], also, others, judged, size)
     parts = {
-        name: {kind: losses(short.decoder, read) for kind, read in kinds.items()}
+        name: {kind: window_perplexities(short.decoder, read) for kind, read in kinds.items()}
         for name, short in shorts.items()
     }
     rows = {}

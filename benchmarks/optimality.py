@@ -29,10 +29,14 @@ from scoring import build
 
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
-from short_gpt.data.windows import text_of
-from short_gpt.evaluation.paired import combined, difference, losses
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.data.windows import text_number
+from short_gpt.evaluation.perplexity import (
+    Perplexity,
+    Sample,
+    combined,
+    difference,
+    window_perplexities,
+)
 from short_gpt.healing import refit
 from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import pad
@@ -41,7 +45,7 @@ from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.metrics import spearman
-from short_gpt.selection import choose
+from short_gpt.selection.methods import choose
 
 Layers = tuple[int, ...]
 Windows = list[Any]
@@ -145,7 +149,7 @@ def judge(
                     name, lambda many=many, window=window: in_order(many, window, sets, short)
                 )
                 for layers, value in zip(sets, nats, strict=True):
-                    part = Perplexity.of([Sample(text_of(window), value, len(window) - 1)])
+                    part = Perplexity.of([Sample(text_number(window), value, len(window) - 1)])
                     found[kind].setdefault(layers, []).append(part)
                 shown.update()
     return found
@@ -251,11 +255,11 @@ def refitted(
         with short.without_layers(layers):
             undo = refit.fold(short, made)
             try:
-                return losses(short.decoder, held, progress=False)
+                return window_perplexities(short.decoder, held, progress=False)
             finally:
                 undo()
 
-    return cells.losses(f"refit {list(layers)} {len(held)}", run)
+    return cells.perplexities(f"refit {list(layers)} {len(held)}", run)
 
 
 def mean(parts: Sequence[Perplexity]) -> float:

@@ -35,7 +35,7 @@ from refits import Losses, by_kind
 
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
-from short_gpt.evaluation.paired import difference
+from short_gpt.evaluation.perplexity import difference
 from short_gpt.healing import RefitSettings
 from short_gpt.jobs.comparing import Cells, pruned_losses
 from short_gpt.runtime.digest import json_digest

@@ -26,7 +26,7 @@ from replaceme import least_squares
 from torch import Tensor
 
 from short_gpt.models.decoder import pad
-from short_gpt.models.layer_hooks import Output, first, replaced_output
+from short_gpt.models.layer_calls import Output, first, replaced_output
 from short_gpt.models.numbering import check_layers, runs
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar

@@ -40,10 +40,8 @@ from llama.tokenizer import Tokenizer
 from short_gpt import windows
 from short_gpt.checkpoints import prune_hf
 from short_gpt.data import demo
-from short_gpt.evaluation import difference
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.perplexity import Perplexity, Sample, difference
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 

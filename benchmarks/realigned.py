@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED
 from short_gpt.healing.solver import NormalEquations
-from short_gpt.models.layer_hooks import replaced_output
-from short_gpt.models.weight_changes import keep_values, parameters_of
+from short_gpt.models.decoder import keep_values, parameters_of
+from short_gpt.models.layer_calls import replaced_output
 
 
 class ReadNorm:

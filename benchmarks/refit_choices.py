@@ -38,9 +38,7 @@ from torch import Tensor
 
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
-from short_gpt.evaluation.paired import combined, difference
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.perplexity import Perplexity, Sample, combined, difference
 from short_gpt.healing import refit
 from short_gpt.healing.refit_layer import Batches, LayerRefit
 from short_gpt.healing.refit_state import HiddenStates

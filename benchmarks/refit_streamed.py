@@ -128,7 +128,7 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         argv: of the command.
     """
     found: dict[str, Any] = {"code": 0, "matrices": 0, "evaluation_seconds": []}
-    plan, solve, judge = refit.plan_of, refit._solve, StreamedLlama.window_losses
+    plan, solve, judge = refit.plan_of, refit._solve, StreamedLlama.window_perplexities
 
     def planned(*given: Any, **more: Any) -> object:
         made = plan(*given, **more)
@@ -152,7 +152,7 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
     with (
         patch.object(refit, "plan_of", planned),
         patch.object(refit, "_solve", clocked),
-        patch.object(StreamedLlama, "window_losses", judged),
+        patch.object(StreamedLlama, "window_perplexities", judged),
     ):
         try:
             short_gpt(list(argv))

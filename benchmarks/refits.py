@@ -162,7 +162,9 @@ def by_kind(
     cells: Cells, name: str, kinds: Mapping[str, Windows], measure: Callable[[], Losses]
 ) -> Losses:
     """Losses of every kind, kept in one cell."""
-    every = cells.losses(name, lambda: [loss for found in measure().values() for loss in found])
+    every = cells.perplexities(
+        name, lambda: [loss for found in measure().values() for loss in found]
+    )
     taken = iter(every)
     return {kind: list(islice(taken, len(read))) for kind, read in kinds.items()}
 

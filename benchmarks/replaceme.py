@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.models.decoder import pad
-from short_gpt.models.layer_hooks import Output, first, mlp_output
+from short_gpt.models.layer_calls import Output, first, mlp_output
 from short_gpt.models.numbering import runs
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.short_model import ShortModel

@@ -196,7 +196,7 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         argv: of the command; "stop" in front has SIGTERM sent to it as its second round begins.
     """
     stops, rounds, guesses = argv[0] == "stop", list[dict[str, float]](), list[float]()
-    score, guess = StreamedDecoder.score, StreamedLlama.seconds_a_window
+    score, guess = StreamedDecoder.score_batch, StreamedLlama.seconds_a_window
 
     def clocked(self: StreamedDecoder, windows: Sequence[Any], **more: Any) -> object:
         if stops and len(rounds) == 1:
@@ -211,13 +211,13 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         return guesses[-1]
 
     began, code = time.perf_counter(), 0
-    StreamedDecoder.score, StreamedLlama.seconds_a_window = clocked, noted  # type: ignore
+    StreamedDecoder.score_batch, StreamedLlama.seconds_a_window = clocked, noted  # type: ignore
     try:
         short_gpt(list(argv[stops:]))
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
-        StreamedDecoder.score, StreamedLlama.seconds_a_window = score, guess  # type: ignore
+        StreamedDecoder.score_batch, StreamedLlama.seconds_a_window = score, guess  # type: ignore
     found = {"code": code, "seconds": time.perf_counter() - began, "rounds": rounds}
     found |= {"seconds_a_window_foretold": guesses, "peak_bytes": peak()}
     facts.write_text(json.dumps(found))

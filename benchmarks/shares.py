@@ -13,7 +13,7 @@ from typing import Any
 
 from scipy.stats import kendalltau
 
-from short_gpt.evaluation import task_difference
+from short_gpt.evaluation.tasks import task_difference
 
 ERROR = 0.01  # standard error of the mean's change that is wanted
 Documents = Mapping[str, Mapping[str, list[float]]]  # values by task and metric

@@ -36,7 +36,7 @@ from torch import Tensor
 from short_gpt import windows
 from short_gpt.data import demo
 from short_gpt.runtime.progress import bar
-from short_gpt.scoring.hooks import Scores, score
+from short_gpt.scoring.hooks import Scores, score_batch
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.stopping import Stop, next_look
 
@@ -102,7 +102,7 @@ def read_scores(count: int, file: str | None) -> tuple[Tensor, Tensor, float | N
     parts, started = [], time.perf_counter()
     with bar("scoring", total=len(chosen), unit="window") as shown:
         for window in chosen:
-            parts.append(score(short.decoder, [window], layers=short.kept))
+            parts.append(score_batch(short.decoder, [window], layers=short.kept))
             shown.update()
     seconds = time.perf_counter() - started
     found = Scores.cat(parts)

@@ -142,7 +142,7 @@ def score(directory: str, windows: int) -> None:
     into = Importance.empty(range(len(model.layers)))
     tokens = torch.randint(32000, (windows, SIZE), generator=torch.Generator().manual_seed(1))
     assert windows <= planned.windows
-    into.add(decoder.score(tokens.tolist(), layers=into.layers))
+    into.add(decoder.score_batch(tokens.tolist(), layers=into.layers))
     seconds = time.perf_counter() - start
     assert into.block_influence.isfinite().all() and into.n_windows == windows
     found: dict[str, Any] = {"seconds": seconds, "seconds_to_open": opened, "peak_bytes": peak()}

@@ -31,15 +31,8 @@ from scoring import build
 
 from short_gpt import ShortHFModel, ShortLlama, choose
 from short_gpt.data import demo
-from short_gpt.evaluation import (
-    Perplexity,
-    TaskRun,
-    TaskSuite,
-    combined,
-    difference,
-    losses,
-    task_difference,
-)
+from short_gpt.evaluation.perplexity import Perplexity, combined, difference, window_perplexities
+from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_difference
 from short_gpt.healing import RefitSettings, recipe_for, refit
 from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
@@ -147,12 +140,14 @@ class Run:
         )
         run = self.cells.value(f"tasks {name}", lambda: asdict(self.suite.documents(short)))
         parts = {
-            kind: self.cells.losses(
-                f"{kind} {name}", partial(losses, short.decoder, read, progress=False)
+            kind: self.cells.perplexities(
+                f"{kind} {name}", partial(window_perplexities, short.decoder, read, progress=False)
             )
             for kind, read in self.kinds.items()
         }
-        turns = self.cells.losses(f"turns {name}", lambda: turn_losses(short.decoder, self.turns))
+        turns = self.cells.perplexities(
+            f"turns {name}", lambda: turn_losses(short.decoder, self.turns)
+        )
         return {
             "run": TaskRun.from_dict(run),
             "parts": {**parts, "turns": turns},

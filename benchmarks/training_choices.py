@@ -34,7 +34,7 @@ from torch import nn
 
 from short_gpt import ShortHFModel, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
-from short_gpt.evaluation.paired import combined, difference
+from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.healing import Recipe, RefitSettings
 from short_gpt.healing.distillation import Targets, divergence
 from short_gpt.healing.lora import adapt

@@ -30,8 +30,7 @@ from real_models import MODELS
 from short_gpt import choose, windows
 from short_gpt.data import without_overlap
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.paired import difference, losses
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Perplexity, difference, window_perplexities
 from short_gpt.healing import (
     CachedTeacher,
     Distillation,
@@ -131,14 +130,16 @@ def _measure(
         teacher = CachedTeacher(Path(kept), short, read)
         teacher.fill()
         heal_refit(short, layers, fitted)
-        cells.losses("refit", lambda: losses(short.decoder, learning.validation))
+        cells.perplexities("refit", lambda: window_perplexities(short.decoder, learning.validation))
         for rate, name in names.items():
             if name in cells:
                 continue
             recipe = _recipe(short, steps, len(read[0]), rate)
             run = TrainingRun(learning.training, learning.validation, recipe)
             healed, undo = heal_run(short, run._replace(distillation=Distillation(teacher)))
-            cells.losses(f"{name}: losses", lambda: losses(short.decoder, learning.validation))
+            cells.perplexities(
+                f"{name}: losses", lambda: window_perplexities(short.decoder, learning.validation)
+            )
             undo()
             assert healed.divergence is not None
             found = {f"{step}": value for step, value in healed.divergence.items()}
@@ -159,7 +160,7 @@ def _row(cells: Cells, name: str) -> dict[str, Any]:
 
 
 def _losses(cells: Cells, name: str) -> list[Perplexity]:
-    return cells.losses(name, list)
+    return cells.perplexities(name, list)
 
 
 if __name__ == "__main__":

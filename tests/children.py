@@ -30,7 +30,7 @@ from short_gpt.data.windows import Window, batches
 from short_gpt.jobs import reproduction as protocol
 from short_gpt.runtime import replicas
 from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.hooks import score
+from short_gpt.scoring.hooks import score_batch
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState, sums_of_all
 from short_gpt.wrappers.streamed_llama import StreamedLlama
@@ -113,7 +113,7 @@ def shared(decoder, windows: list[list[int]], size: int) -> dict[str, object]:
     for step in batches(windows, team.step(size)):
         for batch in team.share(step, size):
             if batch:
-                own.add(score(decoder, batch, layers=own.layers))
+                own.add(score_batch(decoder, batch, layers=own.layers))
     before = own.to_dict()
     total = sums_of_all(team, own)
     assert own.to_dict() == before
@@ -126,7 +126,7 @@ def resumed(llama: Llama, windows: list[list[int]], path: Path) -> dict[str, obj
     whole.measure(windows, batch_size=2, progress=False)
     for calls in (11, 6, None):  # behind the looks at 32 and 54 windows, within the next steps
         short = ShortLlama(llama)
-        plain, left = short.score, [calls]
+        plain, left = short.score_batch, [calls]
 
         def fails(*args, plain=plain, left=left, **kwargs):
             if left[0] is not None:
@@ -135,7 +135,7 @@ def resumed(llama: Llama, windows: list[list[int]], path: Path) -> dict[str, obj
                     raise KeyboardInterrupt
             return plain(*args, **kwargs)
 
-        short.score = fails
+        short.score_batch = fails
         state = RunState(StateFile(path, {"seed": 0}))
         dist.barrier()  # both have read the file before one of them writes it
         try:
@@ -172,7 +172,7 @@ def of_transformers(windows: list[list[int]]) -> dict[str, object]:
     short.measure(windows, progress=False)
     alone = Importance.empty(range(3))
     for window in windows:
-        alone.add(score(short.decoder, [window], layers=alone.layers))
+        alone.add(score_batch(short.decoder, [window], layers=alone.layers))
     return {"measured": short.importance.to_dict(), "alone": alone.to_dict()}
 
 

@@ -21,7 +21,7 @@ from conftest import CharTokenizer, make_transformer, random_windows
 
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
-from short_gpt.evaluation import combined, difference, losses
+from short_gpt.evaluation.perplexity import combined, difference, window_perplexities
 from short_gpt.healing import choosing
 from short_gpt.selection.methods import choose
 
@@ -92,9 +92,13 @@ def test_a_cell_is_the_model_without_the_choice_of_one_text_judged_on_another(fo
             heal_refit(model, found.choices[choice], TEXTS[choice].ranking, progress=False)
         else:
             model.remove_layers(found.choices[choice])
-        return losses(model.decoder, judged, progress=False)
+        return window_perplexities(model.decoder, judged, progress=False)
 
-    whole, theirs, own = losses(short().decoder, judged, progress=False), cut("low"), cut("high")
+    whole, theirs, own = (
+        window_perplexities(short().decoder, judged, progress=False),
+        cut("low"),
+        cut("high"),
+    )
     assert cell.perplexity == pytest.approx(combined(theirs).value, rel=1e-5)
     for name, change in (("nats", difference(whole, theirs)), ("excess", difference(own, theirs))):
         assert getattr(cell, name) == pytest.approx(change.nats, abs=1e-5)

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama, open_model
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.models.decoder import pad, without_layers
+from short_gpt.models.decoder import MetaDecoder, pad, without_layers
 from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.meta import MetaDecoder
 from short_gpt.models.numbering import runs
 
 WINDOWS = random_windows(2, 16)

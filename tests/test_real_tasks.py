@@ -17,8 +17,8 @@ import torch
 from llama import Llama
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.data import demo
-from short_gpt.evaluation import TaskSuite, task_changes
 from short_gpt.evaluation.harness import harness
+from short_gpt.evaluation.tasks import TaskSuite, task_changes
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]
 QUESTIONS = [

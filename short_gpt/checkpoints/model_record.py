@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from short_gpt.evaluation.paired import losses
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.decoder import Decoder
-from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.numbering import span
-from short_gpt.models.weight_changes import (
+from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
+from short_gpt.models.decoder import (
+    Decoder,
     Parameter,
     WeightChange,
     restored_on_error,
 )
+from short_gpt.models.layer_calls import LayerCalls
+from short_gpt.models.numbering import span
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import html_table
@@ -160,7 +159,7 @@ class ModelRecord:
         self.note_change(change)
         return undo
 
-    def window_losses(
+    def window_perplexities(
         self, windows: Sequence[Sequence[int]], *, progress: bool = True
     ) -> list[Perplexity]:
         """The loss of every window on its own, of the model as it is now, for `paired`.
@@ -168,7 +167,9 @@ class ModelRecord:
         Replicas share the windows; all ranks must call it.
         """
         team = replicas.current(self.decoder.device)
-        return team.merged(losses(self.decoder, team.own_items(windows), progress=progress))
+        return team.merged(
+            window_perplexities(self.decoder, team.own_items(windows), progress=progress)
+        )
 
     def note_quality(self, result: Perplexity) -> None:
         """Records a perplexity of the model as it is, unless layers were removed unrecorded."""

@@ -30,8 +30,7 @@ from short_gpt.checkpoints.records import (
     yaml_lines,
 )
 from short_gpt.data.texts import OWN
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.sampling import SamplingError
+from short_gpt.evaluation.perplexity import Perplexity, SamplingError
 from short_gpt.runtime.errors import ShortGPTError, one_line
 from short_gpt.runtime.state import read_record, versions
 from short_gpt.scoring.importance import Importance

@@ -15,8 +15,7 @@ from short_gpt.runtime.frames import aligned
 from short_gpt.runtime.settings import as_flags
 
 if TYPE_CHECKING:
-    from short_gpt.evaluation.perplexity import Perplexity
-    from short_gpt.evaluation.sampling import SamplingError
+    from short_gpt.evaluation.perplexity import Perplexity, SamplingError
     from short_gpt.jobs import HealingResult, PruneResult, Ranking, ReproductionResult, TextSource
     from short_gpt.jobs.cases import MethodAgreement, Row
     from short_gpt.scoring.importance import Importance
@@ -107,7 +106,7 @@ def sublayers(importance: Importance) -> str:
 
 def _error(windows: int, texts: int | None, degrees: float = 0.0) -> SamplingError:
     """What an error is over; how large it is stands elsewhere."""
-    from short_gpt.evaluation.sampling import SamplingError
+    from short_gpt.evaluation.perplexity import SamplingError
 
     return SamplingError(math.nan, windows, texts, degrees)
 

@@ -62,7 +62,7 @@ class Window(Prefixed):
         return Window, (list(self), self.text, self.start)
 
 
-def text_of(window: Sequence[int]) -> int | None:
+def text_number(window: Sequence[int]) -> int | None:
     """The number of a window's text; None for a plain list, whose text is not known."""
     return window.text if isinstance(window, Window) else None
 

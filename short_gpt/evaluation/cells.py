@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from llama.io.json_files import JsonObject
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.perplexity import Perplexity, Sample
 from short_gpt.runtime.state import StateFile
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ class Cells:
                 self._state.save({"cells": self._values})
         return self._values[name]
 
-    def losses(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
+    def perplexities(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
         """Losses of windows, each as ``[nats, tokens, windows, text, precision]`` in the file."""
 
         def rows() -> list[tuple[Any, ...]]:

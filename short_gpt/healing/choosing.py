@@ -18,8 +18,13 @@ from typing import Any
 
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.paired import Difference, combined, difference, losses
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import (
+    Difference,
+    Perplexity,
+    combined,
+    difference,
+    window_perplexities,
+)
 from short_gpt.healing import refit
 from short_gpt.healing.refit import RefitSettings, Windows
 from short_gpt.models.numbering import check_count
@@ -56,7 +61,7 @@ def pruned_losses(
 ) -> list[Perplexity]:
     """Losses of windows without some layers; ``fit_on``, if given, has the windows of a refit."""
     with _pruned(short, layers, fit_on, settings, progress=progress):
-        return losses(short.decoder, evaluation, progress=False)
+        return window_perplexities(short.decoder, evaluation, progress=False)
 
 
 @contextmanager
@@ -344,7 +349,7 @@ class _Choosing:
         before, best = self._losses.get(layers, []), None if best == layers else best
         windows = f"windows {len(before)} to {len(self._judging)}"
         name = f"{[*layers]} on {windows} beside {best and [*best]}"  # of the cell in the state
-        new = self._cells.losses(name, partial(self._refitted, layers, best, before))
+        new = self._cells.perplexities(name, partial(self._refitted, layers, best, before))
         self._losses[layers] = [*before, *new]
         self._spend(self._price(len(new)))
 

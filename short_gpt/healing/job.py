@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import tidy
-from short_gpt.evaluation.paired import Difference, combined, difference
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Difference, Perplexity, combined, difference
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Step
 from short_gpt.healing.distillation import CONTENT, IDENTITY
 from short_gpt.healing.lora import TEACHER, DistillSettings, LoraSettings
@@ -338,6 +337,8 @@ class HealingJob:
                 folder.rmdir()
 
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
-        parts[state] = self.short.window_losses(self.windows.evaluation, progress=self.progress)
+        parts[state] = self.short.window_perplexities(
+            self.windows.evaluation, progress=self.progress
+        )
         if self.notify is not None:
             self.notify(f"{state}: perplexity {combined(parts[state]).value:.3f}")

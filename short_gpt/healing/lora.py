@@ -31,10 +31,9 @@ from short_gpt.healing.distillation import (
 )
 from short_gpt.healing.recipe import ALL, OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, begun, quiet, train
-from short_gpt.models.decoder import mixed_precision
+from short_gpt.models.decoder import WeightChange, mixed_precision, parameters_of, restored_on_error
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
-from short_gpt.models.weight_changes import WeightChange, parameters_of, restored_on_error
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import wait
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required

@@ -38,9 +38,8 @@ from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
 from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitPlan, RefitState, plan_of
 from short_gpt.healing.solver import PARTS, RIDGES, Fit, Unsolved
 from short_gpt.healing.texts import Learning
-from short_gpt.models.decoder import pad
+from short_gpt.models.decoder import Parameter, pad
 from short_gpt.models.numbering import check_layers, layer_numbers, span
-from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import full_float32
 from short_gpt.runtime.digest import windows_digest

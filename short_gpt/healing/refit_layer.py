@@ -23,11 +23,10 @@ from short_gpt.healing.solver import (
     equations_of,
     sink_weights,
 )
+from short_gpt.models.decoder import Parameter, keep_values, parameters_of
 from short_gpt.models.families import part as part_of
-from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.layer_hooks import Output, first, patched_forward
+from short_gpt.models.layer_calls import LayerCalls, Output, first, patched_forward
 from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attention
-from short_gpt.models.weight_changes import Parameter, keep_values, parameters_of
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 
 # of a batch: inputs of a projection, and its outputs where they are known

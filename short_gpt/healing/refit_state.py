@@ -29,8 +29,8 @@ from llama.formats.safetensors import SafetensorsFile
 from llama.io.files import new_file, tidy
 from llama.io.json_files import JsonObject
 from short_gpt.healing.solver import ALONE, COLUMNS, ROWS, Fit, Unsolved
+from short_gpt.models.decoder import Parameter
 from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.weight_changes import Parameter
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from short_gpt.models.layer_hooks import transposed
+from short_gpt.models.decoder import keep_values, restored_on_error
+from short_gpt.models.layer_calls import transposed
 from short_gpt.models.sublayers import OutputProjection, effective_weight
-from short_gpt.models.weight_changes import keep_values, restored_on_error
 from short_gpt.runtime.replicas import Replicas
 
 PARTS = ("attention", "mlp")

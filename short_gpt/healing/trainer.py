@@ -328,12 +328,12 @@ def finished_checkpoints(folder: Path) -> bool:
 def _drop_unfinished(folder: Path) -> bool:
     """Deletes checkpoints that a kill left unfinished; whether another one exists."""
     for path in folder.glob("checkpoint-*"):
-        if not _is_finished(path):
+        if not _is_complete(path):
             shutil.rmtree(path)
     return any(folder.glob("checkpoint-*"))
 
 
-def _is_finished(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     """Whether all files exist; damage, which no kill does, raises ShortGPTError."""
     try:
         read_record(checkpoint / LAST)

@@ -17,9 +17,9 @@ import torch
 
 from llama.io.json_files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation import Perplexity, TaskSuite, combined, difference
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.tasks import TaskRun, task_changes
+from short_gpt.evaluation.perplexity import Perplexity, combined, difference
+from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
 from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
@@ -28,7 +28,8 @@ from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, joined
-from short_gpt.scoring import Importance, spearman
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.metrics import spearman
 from short_gpt.scoring.run import RunState
 from short_gpt.selection.methods import AUTO, BY_LOSS, choose
 from short_gpt.selection.search import Search
@@ -281,7 +282,7 @@ class Comparison:
         )
 
     def _losses(self, healing: str, layers: list[int], heal: Heal) -> list[Perplexity]:
-        return self.cells.losses(f"{healing} {sorted(layers)}", partial(heal, layers))
+        return self.cells.perplexities(f"{healing} {sorted(layers)}", partial(heal, layers))
 
     def _speed(self, n: int, layers: list[int]) -> float:
         def measure() -> float:

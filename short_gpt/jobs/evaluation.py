@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.io.files import check_output, new_file
-from short_gpt.evaluation.paired import difference
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Perplexity, difference
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.jobs.costs import end_dry_run
 from short_gpt.jobs.inputs import Notify, Reading, Tasks, check_model, ignore

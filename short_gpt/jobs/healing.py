@@ -15,7 +15,13 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.scores import ChosenLayers, chosen
 from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
-from short_gpt.evaluation import Difference, Perplexity, combined, difference, losses
+from short_gpt.evaluation.perplexity import (
+    Difference,
+    Perplexity,
+    combined,
+    difference,
+    window_perplexities,
+)
 from short_gpt.healing import (
     HealingEvidence,
     HealingJob,
@@ -285,6 +291,6 @@ def reread(done: HealingResult, parts: Learning, opening: OpenOptions, size: int
         return done
     own = of_source(opening, str(done.out))
     short = open_model(str(done.out), own, max_seq_len=size)
-    written = combined(losses(short.decoder, parts.evaluation))
+    written = combined(window_perplexities(short.decoder, parts.evaluation))
     change = difference([done.evidence.perplexity["healed"]], [written])
     return replace(done, written=written, quantization=change)

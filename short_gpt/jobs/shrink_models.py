@@ -28,7 +28,7 @@ from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.jobs.inputs import Notify
 from short_gpt.jobs.shrunk import PROMPT
-from short_gpt.models.caches import LayerCache, layer_caches
+from short_gpt.models.hf import LayerCache, layer_caches
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel

@@ -21,8 +21,7 @@ from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.paired import combined, difference, losses
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Perplexity, combined, difference, window_perplexities
 from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
 from short_gpt.healing.choosing import MAX_WINDOWS, MIN_WINDOWS, TRIAL_WINDOWS, pruned_losses
 from short_gpt.healing.job import holds_a_run
@@ -322,12 +321,14 @@ class _Run:
                 f"text with the {len(fit)} others: give more text"
             )
         order = sets.layers("sleb", count - 2)
-        original = combined(self.cells.losses("original", lambda: losses(short.decoder, judging)))
+        original = combined(
+            self.cells.perplexities("original", lambda: window_perplexities(short.decoder, judging))
+        )
 
         def rise(n: int) -> float:
             run = partial(pruned_losses, short, order[:n], judging, fit_on=fit)
             try:
-                return combined(self.cells.losses(f"without {n}", run)).value / original.value
+                return combined(self.cells.perplexities(f"without {n}", run)).value / original.value
             except NotRemovableError:  # such as all layers with attention of a hybrid
                 if n == 1:
                     raise
@@ -445,7 +446,7 @@ class _Run:
         """The cost of rounding the changed tensors to the types of a GGUF file."""
         precision = self.known.opened.short.precision  # a pair is read in one
         again = open_trainable(str(built), replace(self.asked.opening, precision=precision))
-        written = combined(losses(again.decoder, self.windows.evaluation))
+        written = combined(window_perplexities(again.decoder, self.windows.evaluation))
         change = difference([evidence.perplexity["healed"]], [written])
         said = [f"writing it in the file's own types changes the loss by {change}"]
         return [*said, *filter(None, [about_types(str(self.asked.source), built)])]

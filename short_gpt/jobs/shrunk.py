@@ -16,8 +16,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from llama.io.sources import is_gguf
-from short_gpt.evaluation.paired import difference
-from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import Perplexity, difference
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice
 from short_gpt.runtime.errors import one_line

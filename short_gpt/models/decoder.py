@@ -1,16 +1,20 @@
-"""What the method needs to know of a model; B sequences, S tokens, V vocabulary."""
+"""What the method needs to know of a model, Meta's Llama seen so, and changes that can be undone.
+
+Shapes: B sequences, S tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llama.formats.safetensors import DTYPES
-from short_gpt.models.families import Family
+from short_gpt.models.families import META, Family
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -211,3 +215,106 @@ def is_finite(weight: Tensor) -> bool:
     wide = weight if weight.dtype in DTYPES.values() else weight.float()  # float8 has no isfinite
     # the sum is 40 times as fast; it is infinite also where finite values exceed the dtype's range
     return bool(wide.sum().isfinite() or wide.isfinite().all())
+
+
+class MetaDecoder:
+    """A `Decoder` over ``llama.Transformer``, or over the model of Meta's reference package."""
+
+    family = META
+    rotary_limits: Sequence[int] = ()
+    mixed = False
+
+    def __init__(self, model: Any) -> None:
+        self.model = self.module = model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.model.params.max_seq_len
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor) -> None:
+        # ours has a way around the output head, the reference's model has none
+        with mixed_precision(self.mixed, self.device):
+            if hasattr(self.model, "hidden"):
+                self.model.hidden(tokens)
+            else:
+                self.model(tokens, 0)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        # ours takes tokens alone, the reference's a start, too
+        ours = hasattr(self.model, "hidden")
+        with mixed_precision(self.mixed, self.device):
+            return self.model(tokens) if ours else self.model(tokens, 0).float()  # (B, S, V)
+
+    def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
+        before = self.layers
+
+        def put(layers: nn.ModuleList) -> None:
+            self.model.layers = layers
+            # in both places where the model counts them
+            self.model.n_layers = self.model.params.n_layers = len(layers)
+            for i, layer in enumerate(layers):
+                layer.layer_id = i  # type: ignore[assignment]
+
+        try:
+            put(nn.ModuleList(before[i] for i in keep))
+        except BaseException:
+            put(before)
+            raise
+        return lambda: put(before)
+
+
+# The original number of a layer, and a parameter's name inside it: (11, "mlp.down_proj.weight").
+Parameter = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """One change of a model's weights."""
+
+    how: Mapping[str, object]  # its "method" and the settings, ready for JSON
+    parameters: frozenset[Parameter]  # all that have other values than before, and no others
+
+
+def parameters_of(number: int, layer: nn.Module, modules: Iterable[nn.Module]) -> set[Parameter]:
+    """The parameters of some modules inside a layer, by the layer's original number."""
+    # by identity: a tensor may equal another
+    inside = {id(p) for module in modules for p in module.parameters()}
+    return {(number, name) for name, p in layer.named_parameters() if id(p) in inside}
+
+
+def keep_values(parameters: Iterable[Tensor]) -> Callable[[], None]:
+    """Copies values to the CPU; what is returned puts them back."""
+    # on the CPU: an accelerator may have no room for them
+    before = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, value in before:
+            parameter.copy_(value)
+
+    return restore
+
+
+@contextmanager
+def restored_on_error(parameters: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
+    """Parameters that have their values again after an error in the block; yields what does it."""
+    restore = keep_values(parameters)
+    try:
+        yield restore
+    except BaseException:  # Ctrl-C too
+        restore()
+        raise

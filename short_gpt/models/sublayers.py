@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from short_gpt.models.families import Family, Names, only_part, part
-from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.layer_hooks import (
+from short_gpt.models.layer_calls import (
+    LayerCalls,
     Output,
     attention_output,
     first,

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.families import Family, part
-from short_gpt.models.layer_hooks import Arguments, Output, first, state_in
+from short_gpt.models.layer_calls import Arguments, Output, first, state_in
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.scoring.metrics import (
     LAYER_METRICS,
@@ -79,7 +79,7 @@ class Scores:
         return Scores(**{f.name: getattr(self, f.name)[order] for f in fields(self)})
 
 
-def score(
+def score_batch(
     decoder: Decoder,
     windows: Sequence[Sequence[int]],
     *,

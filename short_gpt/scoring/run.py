@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from short_gpt.data.windows import TokenIds, batches, text_of
+from short_gpt.data.windows import TokenIds, batches, text_number
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import wait
@@ -26,7 +26,7 @@ from short_gpt.scoring.moments import merge_texts, next_number
 from short_gpt.scoring.stopping import Stop, Verdict, next_look
 
 Follow = Callable[[Importance, int | None], object]
-ScoreWindows = Callable[..., Scores]  # as `hooks.score`, of a decoder and its layers
+ScoreBatch = Callable[..., Scores]  # as `hooks.score_batch`, of a decoder and its layers
 NO_WINDOW = "expected at least one window of tokens, got none"
 WARM_UP = 16  # tokens of a first pass, in which libraries make ready what they use
 
@@ -40,7 +40,7 @@ def measure(
     progress: bool = False,
     sublayers: bool = False,
     all_tokens: bool = False,
-    score: ScoreWindows | None = None,
+    score_batch: ScoreBatch | None = None,
     first_text: int | None = None,
     after: Callable[[Importance], bool] = lambda _: False,
 ) -> Importance:
@@ -52,9 +52,9 @@ def measure(
         into: sums to add to and return, which name the layers; None starts new ones from layer 0.
             After an error or an interruption they have all of a batch or none of it.
         total: number of windows to come, for the progress bar; or what tells it after a batch.
-        sublayers: also scores attention and MLP, as in `hooks.score`.
-        all_tokens: angular distances at all tokens, as in `hooks.score`.
-        score: scores the windows of a batch; None is `hooks.score`.
+        sublayers: also scores attention and MLP, as in `hooks.score_batch`.
+        all_tokens: angular distances at all tokens, as in `hooks.score_batch`.
+        score_batch: scores the windows of a batch; None is `hooks.score_batch`.
         first_text: number in ``into`` of the windows' text 0; None is the first free one, with
             which a text that is read again counts as one more, and the error is too small.
         after: called with the sums after every batch; True ends the run.
@@ -67,7 +67,7 @@ def measure(
         >>> scores = measure(short.decoder, batches(windows, 4))  # doctest: +SKIP
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
-    score = score or partial(hooks.score, decoder, layers=into.layers)
+    score_batch = score_batch or partial(hooks.score_batch, decoder, layers=into.layers)
     first_text = next_number(into.texts) if first_text is None else first_text
     before, begun = into.n_tokens, False
     count = total if callable(total) else lambda: total
@@ -75,8 +75,8 @@ def measure(
         for batch in batches:
             begun = True
             if batch:  # of several replicas, one may have nothing left
-                scores = score(batch, sublayers=sublayers, all_tokens=all_tokens)
-                texts = (text_of(window) for window in batch)
+                scores = score_batch(batch, sublayers=sublayers, all_tokens=all_tokens)
+                texts = (text_number(window) for window in batch)
                 into.add(scores, [None if text is None else first_text + text for text in texts])
             set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
@@ -171,7 +171,7 @@ class ScoringRun:
         population: windows in all, of which those read are a random sample; None if unknown.
         stop: when to stop; None reads everything.
         state: where to save and continue; ``into`` is then its sums, as in `RunState.unread`.
-        score: as in `measure`.
+        score_batch: as in `measure`.
         follow: called with the sums of all replicas, and the population, as they grow.
     """
 
@@ -184,13 +184,13 @@ class ScoringRun:
         population: int | None = None,
         stop: Stop | None = None,
         state: RunState | None = None,
-        score: ScoreWindows | None = None,
+        score_batch: ScoreBatch | None = None,
         follow: Follow | None = None,
     ) -> None:
         self.into = into
         self.verdict: Verdict | None = None
         self._decoder, self._batch_size, self._population = decoder, batch_size, population
-        self._stop, self._state, self._score, self._follow = stop, state, score, follow
+        self._stop, self._state, self._score_batch, self._follow = stop, state, score_batch, follow
         self._team = replicas.current(decoder.device)
         self._read = into.n_windows
         # a run that continues reads the texts that its state has begun with
@@ -233,7 +233,7 @@ class ScoringRun:
                 progress=progress,
                 sublayers=sublayers,
                 all_tokens=all_tokens,
-                score=self._score,
+                score_batch=self._score_batch,
                 first_text=self._first_text,
                 after=self._after,
             )

@@ -1,8 +1,1 @@
 """Which layers go: by scores, or by the loss without them."""
-
-from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reverse, sequential
-from short_gpt.selection.methods import BY_LOSS, METHODS, check_method, choose
-from short_gpt.selection.search import Options, Search, by_loss, sleb_rounds
-
-__all__ = ["BY_LOSS", "METHODS", "Options", "Search", "at_random", "best_block", "by_loss"]
-__all__ += ["check_method", "choose", "deepest", "lowest", "reverse", "sequential", "sleb_rounds"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import check_predicted, window_nats
 from short_gpt.models.decoder import Decoder, padded
-from short_gpt.models.layer_hooks import (
+from short_gpt.models.layer_calls import (
     Arguments,
     Call,
     first,

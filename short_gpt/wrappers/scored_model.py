@@ -25,7 +25,7 @@ from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.scoring.hooks import Scores, score
+from short_gpt.scoring.hooks import Scores, score_batch
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Follow, RunState, ScoringRun, seconds_a_pass
 from short_gpt.scoring.stopping import Stop, Verdict, check_sample
@@ -146,7 +146,7 @@ class ScoredModel(ModelRecord, ABC):
             population=population,
             stop=stop,
             state=state,
-            score=self.score,
+            score_batch=self.score_batch,
             follow=follow,
         )
         try:
@@ -180,7 +180,7 @@ class ScoredModel(ModelRecord, ABC):
 
     def _has_sublayers(self) -> bool:
         window = [i % self.decoder.vocab_size for i in range(8)]
-        return not self.score([window], sublayers=True).sublayers.isnan().all()
+        return not self.score_batch([window], sublayers=True).sublayers.isnan().all()
 
     def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
         """How many windows a run hands to `score` at once."""
@@ -302,12 +302,12 @@ class ScoredModel(ModelRecord, ABC):
         """The dtype and the device of the layers."""
         return next(self.decoder.layers.parameters()).dtype, self.decoder.device
 
-    def score(
+    def score_batch(
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
     ) -> Scores:
-        """Scores of single windows from one pass, without adding them; see `hooks.score`."""
+        """Scores of single windows from one pass, without adding them; see `hooks.score_batch`."""
         kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
-        return score(self.decoder, windows, layers=self.kept, **kinds)
+        return score_batch(self.decoder, windows, layers=self.kept, **kinds)
 
     @property
     def standard_errors(self) -> Tensor:

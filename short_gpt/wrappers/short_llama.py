@@ -21,9 +21,8 @@ from short_gpt.data.windows import starts_texts
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import TRUST, params_entries
-from short_gpt.models.decoder import in_own_dtype
+from short_gpt.models.decoder import MetaDecoder, in_own_dtype
 from short_gpt.models.loading import weight_stamps
-from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.digest import check_unchanged
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions

@@ -24,16 +24,18 @@ from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same_logits
 from short_gpt.data.texts import check_plain
 from short_gpt.data.windows import batches
-from short_gpt.evaluation.perplexity import Perplexity, check_loss, check_predicted, samples_of
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.perplexity import (
+    Perplexity,
+    Sample,
+    check_loss,
+    check_predicted,
+    samples_of,
+)
 from short_gpt.models.config_file import params_entries
-from short_gpt.models.decoder import mixed_precision, pad
+from short_gpt.models.decoder import MetaDecoder, Parameter, WeightChange, mixed_precision, pad
 from short_gpt.models.families import META
-from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.layer_hooks import Call
+from short_gpt.models.layer_calls import Call, LayerCalls
 from short_gpt.models.loading import load_tokenizer
-from short_gpt.models.meta import MetaDecoder
-from short_gpt.models.weight_changes import Parameter, WeightChange
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import BLOCK_BYTES, Plan
@@ -78,7 +80,7 @@ class StreamedDecoder(MetaDecoder):
         super().__init__(model)
         self.batch_size, self.progress = 1, False  # a bar for every round
 
-    def score(
+    def score_batch(
         self,
         windows: Sequence[Sequence[int]],
         *,
@@ -86,7 +88,7 @@ class StreamedDecoder(MetaDecoder):
         sublayers: bool = False,
         all_tokens: bool = False,
     ) -> Scores:
-        """Scores the windows of one round; see `hooks.score`."""
+        """Scores the windows of one round; see `hooks.score_batch`."""
         if all_tokens:
             raise ShortGPTError(
                 "angles at all tokens need the states of all layers at once; open the model "
@@ -308,7 +310,7 @@ class StreamedLlama(ScoredModel):
         check_predicted(sum(s.tokens for s in samples))
         return Perplexity.of(samples)
 
-    def window_losses(
+    def window_perplexities(
         self, windows: Sequence[Sequence[int]], *, progress: bool = True
     ) -> list[Perplexity]:
         samples = self._perplexity(windows, 1, len(windows), progress).samples
@@ -321,11 +323,11 @@ class StreamedLlama(ScoredModel):
         for part in batches(windows, self.plan(batch_size, logits=True).windows):
             yield from self.decoder.window_logits(part)
 
-    def score(
+    def score_batch(
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
     ) -> Scores:
         kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
-        return self.decoder.score(windows, layers=self.kept, **kinds)
+        return self.decoder.score_batch(windows, layers=self.kept, **kinds)
 
     def plan_text(self, batch_size: int = 1) -> str:
         return self.plan(batch_size).describe()

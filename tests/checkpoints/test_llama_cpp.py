@@ -24,8 +24,8 @@ from short_gpt.checkpoints.gguf import MAPPED
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.target import stored_names
 from short_gpt.data import demo
+from short_gpt.models.decoder import WeightChange
 from short_gpt.models.hf import HFDecoder
-from short_gpt.models.weight_changes import WeightChange
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]
 

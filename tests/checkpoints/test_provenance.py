@@ -38,8 +38,7 @@ from short_gpt.checkpoints.records import KEYS, Measured, source_card
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
-from short_gpt.models.decoder import Decoder
-from short_gpt.models.weight_changes import WeightChange
+from short_gpt.models.decoder import Decoder, WeightChange
 from short_gpt.scoring.importance import Importance
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama

@@ -44,7 +44,7 @@ def refuse(error: BaseException):
               "memory. Tried to allocate 2.00 GiB."))]
 )  # fmt: skip
 def test_out_of_memory_is_one_line_that_says_what_to_change(ckpt, capsys, monkeypatch, short):
-    monkeypatch.setattr("short_gpt.models.meta.MetaDecoder.run", short)
+    monkeypatch.setattr("short_gpt.models.decoder.MetaDecoder.run", short)
     line = fails(capsys, *RANK)
     assert "not enough memory (" in line and "smaller --batch_size" in line and "--stream" in line
     assert sorted(os.listdir()) == ["book.txt", "ckpt"]

@@ -14,7 +14,7 @@ from short_gpt.cli.tables import compared, comparison, perplexities, ranking, se
 from short_gpt.data.windows import Window
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.jobs.cases import Row
-from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.decoder import MetaDecoder
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import measure
 from short_gpt.selection.search import Search

@@ -10,8 +10,13 @@ import scipy.stats
 from test_harness import pair as made
 
 from short_gpt.cli.tables import comparison
-from short_gpt.evaluation import TaskRun, TaskSuite, task_changes, task_difference
-from short_gpt.evaluation.tasks import documents_of
+from short_gpt.evaluation.tasks import (
+    TaskRun,
+    TaskSuite,
+    documents_of,
+    task_changes,
+    task_difference,
+)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_transformer, random_windows
 
-from short_gpt.evaluation.paired import Difference, difference
-from short_gpt.evaluation.perplexity import Perplexity, perplexity
-from short_gpt.evaluation.sampling import Sample
-from short_gpt.models.meta import MetaDecoder
+from short_gpt.evaluation.perplexity import Difference, Perplexity, Sample, difference, perplexity
+from short_gpt.models.decoder import MetaDecoder
 
 
 def test_ragged_windows_weigh_by_their_tokens():

@@ -12,12 +12,18 @@ import scipy.stats
 from conftest import make_transformer, random_windows
 
 from short_gpt.cli.tables import perplexities
-from short_gpt.data.windows import Window, batches, text_of, windows
-from short_gpt.evaluation.paired import combined, difference, losses
-from short_gpt.evaluation.perplexity import Perplexity, perplexity
-from short_gpt.evaluation.sampling import Sample, sampling_error
+from short_gpt.data.windows import Window, batches, text_number, windows
+from short_gpt.evaluation.perplexity import (
+    Perplexity,
+    Sample,
+    combined,
+    difference,
+    perplexity,
+    sampling_error,
+    window_perplexities,
+)
 from short_gpt.jobs.comparing import Cells
-from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.decoder import MetaDecoder
 from short_gpt.runtime.state import StateFile
 
 WINDOWS = [(0, 30.5, 10), (0, 41.25, 15), (1, 12.0, 6), (2, 70.0, 20), (2, 33.5, 11)]
@@ -150,10 +156,10 @@ def test_windows_know_their_text(seed):
         2: [0, 8, 16, 24],
     }
     (kept,) = batches(found, 100)
-    assert [text_of(w) for w in kept] == [w.text for w in found]
+    assert [text_number(w) for w in kept] == [w.text for w in found]
     for again in (pickle.loads(pickle.dumps(found[0])), copy.deepcopy(found[0])):
         assert again == found[0] and again.text == found[0].text
-    assert text_of([1, 2]) is None
+    assert text_number([1, 2]) is None
 
 
 def test_perplexity_and_its_changes_count_texts():
@@ -161,7 +167,7 @@ def test_perplexity_and_its_changes_count_texts():
     cut = [
         Window(w, text) for w, text in zip(random_windows(6, 20), [0, 0, 1, 1, 2, 2], strict=True)
     ]
-    parts = losses(decoder, cut, progress=False)
+    parts = window_perplexities(decoder, cut, progress=False)
     whole = perplexity(decoder, [cut[:4], cut[4:]])
     assert whole.error.texts == combined(parts).error.texts == 3
     assert whole.error.margin() == pytest.approx(combined(parts).error.margin(), rel=1e-4)
@@ -220,10 +226,10 @@ def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path, monkeyp
 def test_cells_keep_texts_and_read_rows_without_a_precision(tmp_path):
     state = StateFile(tmp_path / "c.json", {"a": 1})
     parts = [Perplexity(n, t, 1, (Sample(i, n, t),)) for i, n, t in WINDOWS]
-    Cells(state).losses("new", lambda: parts)
-    again = Cells(StateFile(tmp_path / "c.json", {"a": 1})).losses("new", list)
+    Cells(state).perplexities("new", lambda: parts)
+    again = Cells(StateFile(tmp_path / "c.json", {"a": 1})).perplexities("new", list)
     assert sampling_error([p.samples[0] for p in again]) == sampling_error(SAMPLES)
     state.save({"cells": {"old": [[n, t, 1, None] for _, n, t in WINDOWS]}})
-    old = Cells(StateFile(tmp_path / "c.json", {"a": 1})).losses("old", list)
+    old = Cells(StateFile(tmp_path / "c.json", {"a": 1})).perplexities("old", list)
     assert old == parts and old[0].samples[0].text is None
     assert difference(old, parts).texts is None

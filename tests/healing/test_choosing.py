@@ -13,9 +13,8 @@ from conftest import CharTokenizer, interrupted, make_transformer, random_window
 
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama, choose_healed, heal_refit
-from short_gpt.evaluation import Difference, Perplexity, difference
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.perplexity import Difference, Perplexity, Sample, difference
 from short_gpt.healing import choosing, refit
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.runtime.errors import NotRemovableError
@@ -255,7 +254,7 @@ def stubbed(monkeypatch, candidates):
             return [Perplexity.of([Sample(None, 11 * nats, 11)]) for nats in own]
 
         monkeypatch.setattr(choosing, "_pruned", pruned)
-        monkeypatch.setattr(choosing, "losses", losses)
+        monkeypatch.setattr(choosing, "window_perplexities", losses)
         return choose_healed(model(), windows, 1, budget=60, **QUIET)
 
     return choice

@@ -32,8 +32,13 @@ from transformers import LlamaConfig, integrations
 from short_gpt.checkpoints import Provenance
 from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
 from short_gpt.data.texts import Conversation
-from short_gpt.evaluation.paired import combined, difference, losses
-from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.evaluation.perplexity import (
+    Perplexity,
+    combined,
+    difference,
+    perplexity,
+    window_perplexities,
+)
 from short_gpt.healing import heal_patch as patch
 from short_gpt.healing import lora as healing
 from short_gpt.healing import trainer
@@ -176,7 +181,7 @@ def test_all_maps_are_the_attentions_too_where_they_have_llamas_names(family, mo
 def test_the_loss_falls_and_what_is_merged_is_what_was_trained(monkeypatch):
     short = ShortHFModel(make("llama"))
     short.remove_layers([2, 4])
-    before = losses(short.decoder, TRAINING)
+    before = window_perplexities(short.decoder, TRAINING)
     seen = {}
     merge = healing._merge
 
@@ -188,7 +193,7 @@ def test_the_loss_falls_and_what_is_merged_is_what_was_trained(monkeypatch):
     healed = heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
     assert healed.kept_step
     assert torch.allclose(short.decoder.logits(TOKENS), seen["adapter"], atol=1e-5)
-    assert difference(before, losses(short.decoder, TRAINING)).nats < -0.02
+    assert difference(before, window_perplexities(short.decoder, TRAINING)).nats < -0.02
     assert healed.trainable == 4 * 4 * 3 * (32 + 48)
     assert not any("lora" in name for name, _ in short.model.named_parameters())
     assert all(p.requires_grad and p.grad is None for p in short.model.parameters())
@@ -527,7 +532,10 @@ def test_windows_of_different_lengths_and_gpt2s_transposed_maps():
     )
     # the first step reads two windows by the weights so far; transformers divides the loss of
     # what is predicted by all tokens, by the version with or without those that are only read
-    each = [losses(ShortHFModel(make("gpt2")).decoder, [w], progress=False)[0] for w in windows]
+    each = [
+        window_perplexities(ShortHFModel(make("gpt2")).decoder, [w], progress=False)[0]
+        for w in windows
+    ]
     pairs = [combined(pair) for pair in combinations(each, 2)]
     expected = [p.nats / (p.tokens + more) for p in pairs for more in (0, 2)]
     assert any(healed.losses[1] == pytest.approx(loss, rel=1e-4) for loss in expected)

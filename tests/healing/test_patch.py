@@ -12,8 +12,7 @@ from families import FAMILIES, make
 from short_gpt.healing import PatchSettings, heal_patch, refit
 from short_gpt.healing.refit import Refit, fold
 from short_gpt.healing.solver import RIDGES
-from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.layer_hooks import mlp_output
+from short_gpt.models.layer_calls import LayerCalls, mlp_output
 from short_gpt.models.numbering import runs
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama

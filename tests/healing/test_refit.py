@@ -23,8 +23,7 @@ from short_gpt.healing.refit import (
 )
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs.settings import Settings
-from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.layer_hooks import attention_output, mlp_output, transposed
+from short_gpt.models.layer_calls import LayerCalls, attention_output, mlp_output, transposed
 from short_gpt.models.sublayers import Sublayers, after_attention
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama

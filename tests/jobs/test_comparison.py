@@ -13,7 +13,8 @@ from conftest import CharTokenizer, interrupted, make_transformer, random_window
 
 from short_gpt import ShortHFModel, ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
-from short_gpt.evaluation import TaskRun, TaskSuite, difference, losses, perplexity
+from short_gpt.evaluation.perplexity import difference, perplexity, window_perplexities
+from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import choosing
 from short_gpt.jobs import Cases, Comparison, compare
 from short_gpt.jobs import comparing as module
@@ -94,7 +95,7 @@ def test_the_difference_from_the_whole_model_has_its_error(rows):
 
 
 def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
-    calls, plain = [], choosing.losses
+    calls, plain = [], choosing.window_perplexities
 
     def counted(decoder, windows, **options):
         calls.append(len(decoder.layers))
@@ -102,7 +103,7 @@ def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(decoder, windows, **options)
 
-    monkeypatch.setattr(choosing, "losses", counted)
+    monkeypatch.setattr(choosing, "window_perplexities", counted)
 
     def run():
         state = StateFile(tmp_path / "state", {"model": "tiny"})
@@ -170,10 +171,10 @@ def test_what_healing_brings_is_paired_with_the_same_layers_raw():
     rows = Comparison(short(), CALIBRATION, EVALUATION).rows(Cases(["bi"], [2], ["patched"]))
     model = short()
     model.remove_layers(rows[1].layers)
-    raw = losses(model.decoder, EVALUATION, progress=False)
+    raw = window_perplexities(model.decoder, EVALUATION, progress=False)
     model = short()
     heal_patch(model, rows[1].layers, CALIBRATION, progress=False)
-    expected = difference(raw, losses(model.decoder, EVALUATION, progress=False))
+    expected = difference(raw, window_perplexities(model.decoder, EVALUATION, progress=False))
     assert rows[1].gain == pytest.approx(expected.nats, abs=1e-6)
     assert rows[1].gain_error == pytest.approx(expected.standard_error, rel=1e-3)
     assert rows[0].gain is None

@@ -71,7 +71,7 @@ def test_the_layers_are_ranked_on_what_the_model_wrote(here):
 def test_a_repeated_and_a_resumed_command_write_nothing_again(here, monkeypatch, capsys):
     command = ("rank", "ckpt", "--data", "self", *SMALL, "--max_windows", 5, "--json", "r.json")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ShortLlama, "score", interrupt)
+        patch.setattr(ShortLlama, "score_batch", interrupt)
         rank("ckpt", "self", cut=Cut(32, 5, 0, 256), saving=Saving("r.json.state"))
     (kept,) = here.glob("self-*.json")
     monkeypatch.setattr(ShortLlama, "continued", None)  # nothing more is written

@@ -12,10 +12,9 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.provenance import model_card
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.perplexity import Perplexity, Sample
 from short_gpt.jobs.comparing import Cells
-from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.decoder import MetaDecoder
 from short_gpt.runtime.errors import USER_ERRORS
 from short_gpt.runtime.state import ABOUT, StateFile
 from short_gpt.scoring.importance import Importance
@@ -91,7 +90,7 @@ def test_no_edit_of_a_state_is_taken_for_what_was_saved(tmp_path):
     """Any value of a search's or comparison's would run on, or fail far from the file."""
     path, identity = tmp_path / "edited.json", {"seed": 0, "windows": ["a", 1.5]}
     cells = Cells(StateFile(path, identity))
-    cells.losses("bi raw", lambda: [Perplexity(1.5, 3, 1, (Sample(0, 1.5, 3),))])
+    cells.perplexities("bi raw", lambda: [Perplexity(1.5, 3, 1, (Sample(0, 1.5, 3),))])
     cells.value("sleb 2", lambda: {"removed": [3, 1], "losses": [{0: 1.25, 3: 2.5}]})
     written = json.loads(path.read_text())
     assert set(StateFile(path, identity).content["cells"]) == {"bi raw", "sleb 2"}

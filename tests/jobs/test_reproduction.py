@@ -131,7 +131,7 @@ def test_stopped_and_continued_the_file_has_the_same_bytes(here, monkeypatch, st
     whole = Path("r.json").read_bytes()
     Path("r.json").unlink()
     owner = StreamedDecoder if stream else type(open_model("ckpt", device="cpu"))
-    plain, left = owner.score, [3]
+    plain, left = owner.score_batch, [3]
 
     def fails(*args: object, **more: object) -> object:
         left[0] -= 1
@@ -139,13 +139,13 @@ def test_stopped_and_continued_the_file_has_the_same_bytes(here, monkeypatch, st
             raise KeyboardInterrupt
         return plain(*args, **more)
 
-    monkeypatch.setattr(owner, "score", fails)
+    monkeypatch.setattr(owner, "score_batch", fails)
     with pytest.raises(SystemExit) as stop:
         run(*command)
     assert stop.value.code == 130 and not Path("r.json").exists()
     saved = json.loads(Path("r.json.state").read_text())
     assert sum(saved["importance"]["windows"]) == (12 if stream else 3)
-    monkeypatch.setattr(owner, "score", plain)
+    monkeypatch.setattr(owner, "score_batch", plain)
     run(*command)
     assert Path("r.json").read_bytes() == whole and not Path("r.json.state").exists()
 

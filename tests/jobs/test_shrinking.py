@@ -32,8 +32,7 @@ from short_gpt import heal_refit, shrink
 from short_gpt.cli import COMMANDS
 from short_gpt.cli.flags import flags_of
 from short_gpt.data import demo
-from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.evaluation.sampling import Sample
+from short_gpt.evaluation.perplexity import Perplexity, Sample
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import HealedChoice, HealingTexts, Recipe, RefitSettings
 from short_gpt.healing.refit_layer import LayerRefit
@@ -52,7 +51,7 @@ from short_gpt.jobs import shrunk as shrunk_module
 from short_gpt.jobs.page import without_folders
 from short_gpt.jobs.shrink_models import Streamed
 from short_gpt.jobs.shrunk import StateReport, next_steps
-from short_gpt.models.caches import LayerCache
+from short_gpt.models.hf import LayerCache
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.runtime.memory import format_bytes
 from short_gpt.wrappers import precision
@@ -633,7 +632,7 @@ def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
         return [Perplexity(2.0 + 0.1 * len(layers), 1, 1)]
 
     monkeypatch.setattr(shrinking, "pruned_losses", measured)
-    monkeypatch.setattr(shrinking, "losses", lambda *_: [Perplexity(2.0, 1, 1)])
+    monkeypatch.setattr(shrinking, "window_perplexities", lambda *_: [Perplexity(2.0, 1, 1)])
     settings = {"windows": CUT, "data": "other", "method": "bi"}
     done = shrink("hf", "out", max_perplexity_ratio=1.3, **settings)  # exp(0.2) is 1.22
     assert len(done.layers) == 2 and tried == [2, 3]
@@ -980,16 +979,16 @@ def test_scores_that_were_interrupted_are_continued(here, monkeypatch, stream):
     owner = StreamedLlama if stream else ShortHFModel
     monkeypatch.setattr(StreamedLlama, "windows_at_once", lambda *_: 2)
     whole, told, counts = shrink("hf", "whole-3", **how), [], []
-    with interrupted(owner, "score", 3):
+    with interrupted(owner, "score_batch", 3):
         shrink("hf", "out", **how, notify=told.append)
     assert told[-1] == "what was done is kept in out.shrinking: the same command continues"
-    plain = owner.score
+    plain = owner.score_batch
 
     def counted(short: object, read: list[list[int]], **options: Any) -> object:
         counts.append(len(read))
         return plain(short, read, **options)
 
-    monkeypatch.setattr(owner, "score", counted)
+    monkeypatch.setattr(owner, "score_batch", counted)
     done = shrink("hf", "out", **how)
     assert sum(counts) == (2 if stream else 5)  # of eight
     assert done.layers == whole.layers

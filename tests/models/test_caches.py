@@ -7,8 +7,7 @@ import torch
 from families import FAMILIES, HEAD, LAYERS, PLAIN, make
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from short_gpt.models.caches import CACHES, layer_caches
-from short_gpt.models.hf import HFDecoder
+from short_gpt.models.hf import CACHES, HFDecoder, layer_caches
 
 CONTEXT, WINDOW = 24, 8  # tokens; most of a text is outside of the window
 STATES = ("keys", "values", "conv_states", "recurrent_states")

@@ -16,7 +16,7 @@ from short_gpt.models.families import (
     part,
 )
 from short_gpt.models.hf import HFDecoder, find_layers
-from short_gpt.models.layer_hooks import attention_output, mlp_output
+from short_gpt.models.layer_calls import attention_output, mlp_output
 
 FIELDS = ("attention", "mlp", "mlp_norm", "attention_output", "mlp_output")
 # what a row names for other members of the family: layers without experts

@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import make_transformer, zero_layer
 
-from short_gpt.models.decoder import remove_layers, without_layers
-from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.decoder import MetaDecoder, remove_layers, without_layers
 from short_gpt.models.numbering import span
 
 TOKENS = torch.arange(3, 15)[None]

@@ -36,9 +36,9 @@ def phi3() -> ShortHFModel:
 
 def test_scores_of_a_mixed_batch_are_those_alone(phi3):
     windows = [SHORT, LONG, SHORT[:9], LONG[::-1]]
-    mixed = phi3.score(windows, sublayers=True, all_tokens=True)
+    mixed = phi3.score_batch(windows, sublayers=True, all_tokens=True)
     for place, window in enumerate(windows):
-        alone = phi3.score([window], sublayers=True, all_tokens=True)
+        alone = phi3.score_batch([window], sublayers=True, all_tokens=True)
         for name, values in vars(alone).items():
             assert torch.allclose(getattr(mixed, name)[place], values[0], atol=1e-5), name
 
@@ -81,7 +81,7 @@ def test_which_models_have_a_limit(phi3):
 def test_dynamic_factors_change_beyond_the_longest_window_alone():
     short = short_hf("llama", {"rope_type": "dynamic", "factor": 2.0})
     edge = random_windows(1, 64, seed=2)[0]  # as long as is allowed
-    alone = short.score([SHORT]).influence[0]
-    assert torch.allclose(short.score([SHORT, edge]).influence[0], alone, atol=1e-5)
+    alone = short.score_batch([SHORT]).influence[0]
+    assert torch.allclose(short.score_batch([SHORT, edge]).influence[0], alone, atol=1e-5)
     with pytest.raises(ValueError, match="this model takes 1 to 64"):
-        short.score([SHORT, [*edge, 1]])
+        short.score_batch([SHORT, [*edge, 1]])

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from short_gpt import ShortLlama
 from short_gpt.data.windows import Window
-from short_gpt.evaluation.sampling import Sample, sampling_error
-from short_gpt.models.decoder import pad
+from short_gpt.evaluation.perplexity import Sample, sampling_error
+from short_gpt.models.decoder import MetaDecoder, pad
 from short_gpt.models.hf import HFDecoder
-from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring import hooks as scoring_hooks
-from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score
+from short_gpt.scoring.hooks import LayerHooks, Scores, hooked, score_batch
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import (
     angle,
@@ -522,9 +521,9 @@ def test_a_model_may_score_in_a_way_of_its_own():
 
     def own(windows, *, sublayers=False, all_tokens=False):
         asked.append((len(windows), sublayers, all_tokens))
-        return score(decoder, windows, layers=range(5))
+        return score_batch(decoder, windows, layers=range(5))
 
-    found = measure(decoder, [windows[:3], windows[3:]], all_tokens=True, score=own)
+    found = measure(decoder, [windows[:3], windows[3:]], all_tokens=True, score_batch=own)
     assert asked == [(3, False, True), (1, False, True)] and found.n_windows == 4
     assert found.angular_all_tokens.isnan().all()  # its own way took none
 

@@ -13,9 +13,8 @@ from families import FAMILIES, make
 
 from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.models.decoder import Decoder, without_layers
+from short_gpt.models.decoder import Decoder, MetaDecoder, without_layers
 from short_gpt.models.hf import HFDecoder
-from short_gpt.models.meta import MetaDecoder
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection import search as search_module

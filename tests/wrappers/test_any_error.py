@@ -12,7 +12,7 @@ from families import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from short_gpt.healing import heal_patch
-from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.decoder import MetaDecoder
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 from short_gpt.wrappers.short_model import ShortModel

@@ -25,8 +25,7 @@ from short_gpt import Recipe, ShortGPTError, ShortHFModel, heal_lora, heal_refit
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.harness import llama_lm
-from short_gpt.evaluation.paired import combined, losses
-from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.evaluation.perplexity import combined, perplexity, window_perplexities
 from short_gpt.healing import trainer
 from short_gpt.healing.distillation import Distillation, LiveTeacher
 from short_gpt.healing.lora import seconds_a_step
@@ -104,9 +103,12 @@ def test_products_are_in_bfloat16_and_the_stream_in_float32(family):
 def test_every_kind_of_model_scores_and_evaluates_in_mixed(name, stream, here):
     short = open_model(name, CPU, stream=stream, precision="mixed")
     plain = open_model(name, CPU, stream=stream)
-    found = dtypes(short.decoder.layers, lambda: short.score(WINDOWS)), short.score(WINDOWS)
+    found = (
+        dtypes(short.decoder.layers, lambda: short.score_batch(WINDOWS)),
+        short.score_batch(WINDOWS),
+    )
     assert found[0][0] == {torch.bfloat16} and found[0][1] <= {torch.float32}
-    exact = plain.score(WINDOWS).influence
+    exact = plain.score_batch(WINDOWS).influence
     assert found[1].influence.dtype == torch.float32
     assert not torch.equal(found[1].influence, exact)
     assert torch.allclose(found[1].influence, exact, rtol=3e-2)
@@ -264,7 +266,7 @@ def test_a_model_that_is_not_in_float32_stays_as_it_is_and_says_so(asked, here, 
     expected = f"precision: that of torch.bfloat16, which `{asked}` does not change\n"
     assert capsys.readouterr().err == expected
     bf16 = open_model("meta", CPU, dtype="bfloat16")
-    assert torch.equal(short.score(WINDOWS).influence, bf16.score(WINDOWS).influence)
+    assert torch.equal(short.score_batch(WINDOWS).influence, bf16.score_batch(WINDOWS).influence)
 
 
 @pytest.mark.parametrize(
@@ -356,11 +358,15 @@ def test_losses_of_windows_say_in_which_precision_they_were_read(here, tmp_path)
     for stream in (False, True):
         short = open_model("meta", CPU, precision="mixed", stream=stream)
         cells = Cells(StateFile(tmp_path / f"{stream}", {}, every=0.0))
-        cells.losses("mixed", lambda short=short: short.window_losses(WINDOWS, progress=False))
-        again = Cells(StateFile(tmp_path / f"{stream}", {})).losses("mixed", list)
+        cells.perplexities(
+            "mixed", lambda short=short: short.window_perplexities(WINDOWS, progress=False)
+        )
+        again = Cells(StateFile(tmp_path / f"{stream}", {})).perplexities("mixed", list)
         assert combined(again).to_dict()["precision"] == "mixed"
-        cells.losses("float32", lambda: losses(open_model("meta", CPU).decoder, WINDOWS))
-        assert "precision" not in combined(cells.losses("float32", list)).to_dict()
+        cells.perplexities(
+            "float32", lambda: window_perplexities(open_model("meta", CPU).decoder, WINDOWS)
+        )
+        assert "precision" not in combined(cells.perplexities("float32", list)).to_dict()
 
 
 def test_results_say_that_they_are_mixed(here, capsys, monkeypatch):

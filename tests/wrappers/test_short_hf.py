@@ -55,9 +55,9 @@ def test_a_fresh_process_gives_the_same_logits(tmp_path):
 
 CALLS = {
     "measure": lambda short, read: short.measure(read, progress=False).to_dict(),
-    "score": lambda short, read: short.score(read).influence.tolist(),
+    "score": lambda short, read: short.score_batch(read).influence.tolist(),
     "perplexity": lambda short, read: short.perplexity(read, progress=False).nats,
-    "losses": lambda short, read: [p.nats for p in short.window_losses(read, progress=False)],
+    "losses": lambda short, read: [p.nats for p in short.window_perplexities(read, progress=False)],
     "logits": lambda short, read: [row.tolist() for row in short.window_logits(read)],
     "search": lambda short, read: short.search(read, 2, progress=False).losses,
     "refit": lambda short, read: weights_digest(

@@ -25,8 +25,7 @@ from torch import nn
 
 from llama import Llama
 from short_gpt import ShortLlama, heal_refit
-from short_gpt.models.decoder import remove_layers, without_layers
-from short_gpt.models.meta import MetaDecoder
+from short_gpt.models.decoder import MetaDecoder, remove_layers, without_layers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.run import measure
 
@@ -205,12 +204,14 @@ def test_nothing_to_score_is_refused(short):
 def test_one_window_is_no_list_of_windows(short):
     for window in ([1, 2, 3], np.array([1, 2, 3]), torch.tensor([1, 2, 3])):
         with pytest.raises(ValueError, match="expected a list of windows, each a list of token"):
-            short.score(window)
+            short.score_batch(window)
         with pytest.raises(ValueError, match="expected a list of windows, each a list of token"):
             short.measure(window, progress=False)
     windows = torch.tensor(WINDOWS)
-    assert torch.equal(short.score(windows).influence, short.score(WINDOWS).influence)
-    assert torch.equal(short.score(windows.numpy()).influence, short.score(WINDOWS).influence)
+    assert torch.equal(short.score_batch(windows).influence, short.score_batch(WINDOWS).influence)
+    assert torch.equal(
+        short.score_batch(windows.numpy()).influence, short.score_batch(WINDOWS).influence
+    )
 
 
 def test_inside_a_trial_nothing_is_scored_or_removed(short):

@@ -262,7 +262,7 @@ def test_a_run_in_rounds_continues(streamed, tmp_path, monkeypatch):
     many, identity = random_windows(18, 12), {"model": "tiny"}
     streamed.measure(many, progress=False)
     expected = streamed.importance.to_dict()
-    plain, rounds = streamed.decoder.score, []
+    plain, rounds = streamed.decoder.score_batch, []
 
     def fails(part, **options):
         rounds.append(len(part))
@@ -270,7 +270,7 @@ def test_a_run_in_rounds_continues(streamed, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(part, **options)
 
-    monkeypatch.setattr(streamed.decoder, "score", fails)
+    monkeypatch.setattr(streamed.decoder, "score_batch", fails)
     with pytest.raises(KeyboardInterrupt):
         state = RunState(StateFile(tmp_path / "state", identity))
         streamed.measure(many, progress=False, state=state)
@@ -503,7 +503,7 @@ def test_commands_stream_and_say_first_what_it_takes(kind, folder, capsys):
 def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkeypatch):
     """States are of the streamed model alone, and told apart by their name."""
     options = ("rank", "meta", *DATA, "--stride", 16, "--state", "s.json", *STREAM)
-    read, rounds = StreamedDecoder.score, []
+    read, rounds = StreamedDecoder.score_batch, []
 
     def fails(self, part, **more):
         rounds.append(len(part))
@@ -512,7 +512,7 @@ def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkey
         return read(self, part, **more)
 
     monkeypatch.setattr(memory_plan, "MOST_WINDOWS", 8)
-    monkeypatch.setattr(StreamedDecoder, "score", fails)
+    monkeypatch.setattr(StreamedDecoder, "score_batch", fails)
     with pytest.raises(SystemExit) as stop:
         run(*options)
     assert stop.value.code == 130 and Path("s.json").exists()
