@@ -351,7 +351,7 @@ def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
 
 def test_an_unknown_task_is_refused_before_anything_is_measured(lm_eval, tmp_path):
     measured = short()
-    measured.score = None  # whatever is measured would fail by a TypeError
+    measured.score_batch = None  # whatever is measured would fail by a TypeError
     state = tmp_path / "state"
     with pytest.raises(ValueError, match=r"lm-eval has no tasks \['pika'\]"):
         compare(measured, CALIBRATION, EVALUATION, tasks=TaskSuite(["pika"]), state=state)

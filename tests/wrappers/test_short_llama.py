@@ -453,4 +453,4 @@ def test_a_model_whose_files_are_gone_is_wrapped(tmp_path):
     source = save_byte_llama(tmp_path / "ckpt")
     llama = Llama.build(source, source / "tokenizer.json", 16, 1, device="cpu")
     shutil.rmtree(source)
-    assert ShortLlama(llama).score([[3, 4, 5]]).influence.isfinite().all()
+    assert ShortLlama(llama).score_batch([[3, 4, 5]]).influence.isfinite().all()

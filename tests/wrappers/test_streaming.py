@@ -360,7 +360,7 @@ def test_halves_of_layers_are_scored_and_all_angles_refused(streamed, tmp_path):
     found, expected = (s.importance.sublayer_influence for s in (streamed, memory))
     assert found.isfinite().all() and torch.allclose(found, expected, rtol=1e-13)
     with pytest.raises(ValueError, match="all tokens need the states of all layers"):
-        streamed.score(WINDOWS, all_tokens=True)
+        streamed.score_batch(WINDOWS, all_tokens=True)
 
 
 @pytest.mark.parametrize(
