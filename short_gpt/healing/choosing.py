@@ -361,7 +361,7 @@ class _Choosing:
         with _pruned(self._short, layers, self._fit):
             for start in range(len(before), len(self._judging), STEP):
                 some = self._judging[start : start + STEP]
-                new += losses(self._short.decoder, some, progress=False)
+                new += window_perplexities(self._short.decoder, some, progress=False)
                 judged = [*before, *new]
                 if best is None or len(judged) < EARLIEST:
                     continue
