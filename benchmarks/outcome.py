@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama.io.files import check_output
+from llama.files import check_output
 from short_gpt.runtime.state import is_record, write_record
 
 

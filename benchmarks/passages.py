@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fire
 
-from llama.io.files import new_file
+from llama.files import new_file
 
 
 def main(source: str, out: str) -> None:

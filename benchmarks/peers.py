@@ -35,7 +35,7 @@ from outcome import begin, finish
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from llama.tokenizer import Tokenizer
 from short_gpt import windows
 from short_gpt.checkpoints import prune_hf

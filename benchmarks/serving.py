@@ -25,9 +25,9 @@ import fire
 from outcome import begin, finish
 from scoring import spread
 
-from llama.formats.convert import meta_to_hf
 from llama.formats.gguf import llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
+from llama.formats.hf import meta_to_hf
 from llama.formats.safetensors import open_weights
 from llama.tokenizer import Tokenizer
 from short_gpt.checkpoints import prune_checkpoint, prune_gguf

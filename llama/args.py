@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from llama.errors import InputError, short_repr
-from llama.io.json_files import JsonObject
+from llama.files import JsonObject
 
 # Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
 # models, known by their width (https://github.com/meta-llama/llama-models/issues/166 and /241).

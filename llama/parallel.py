@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
 from llama.errors import InputError, short_repr
-from llama.io.json_files import JsonObject
+from llama.files import JsonObject
 from llama.ranks import environment, is_distributed
 
 # what weights are computed and stored in, by the names that users and configs have for them

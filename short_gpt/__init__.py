@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama.io.sources import NAMED
 from llama.lazy import lazy
+from llama.sources import NAMED
 
 
 def _demo() -> str:

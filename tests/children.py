@@ -19,8 +19,8 @@ from fairscale.nn.model_parallel import initialize as groups
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint.meta import Checkpoint
-from llama.formats import convert
-from llama.formats.convert import hf_to_meta, meta_to_hf
+from llama.formats import hf as hf_format
+from llama.formats.hf import hf_to_meta, meta_to_hf
 from llama.generation import load_model
 from llama.parallel import initialize
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
@@ -253,7 +253,7 @@ def streaming(folder: str, max_memory: str, windows: list[list[int]]) -> None:
 
 def conversions(small: Path, large: Path, drop: list[int]) -> None:
     """Prints by how much pruning and two conversions of a model raise the peak of memory."""
-    convert.check_vocabulary = lambda *_, **__: None  # the large one has few words
+    hf_format.check_vocabulary = lambda *_, **__: None  # the large one has few words
     for folder in (small, large):  # the small one has all the code loaded that there is to load
         base, peaks = peak(), []
         for work, source, out, given in (

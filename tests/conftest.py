@@ -154,8 +154,8 @@ def save_byte_llama(directory: Path, model: Transformer | None = None) -> Path:
 
 def save_chat_llama(path: Path, n_layers: int, template: str) -> None:
     """Writes a random Llama with a chat template as "meta", as "hf" and as "model.gguf"."""
-    from llama.formats.convert import meta_to_hf
     from llama.formats.gguf import llama_to_gguf
+    from llama.formats.hf import meta_to_hf
 
     save_byte_llama(path / "meta", make_transformer(vocab_size=BYTE_VOCAB, n_layers=n_layers))
     words = path / "meta/tokenizer.json"
@@ -170,7 +170,7 @@ def save_chat_llama(path: Path, n_layers: int, template: str) -> None:
 @pytest.fixture(scope="module")
 def llama_folders(tmp_path_factory, one_rank) -> Path:
     """A folder with a random Llama in Meta's format, "meta", and Hugging Face's, "hf"."""
-    from llama.formats.convert import meta_to_hf
+    from llama.formats.hf import meta_to_hf
 
     path = tmp_path_factory.mktemp("llama")
     meta_to_hf(save_byte_llama(path / "meta"), path / "hf")

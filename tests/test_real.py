@@ -219,7 +219,7 @@ def test_both_wrappers_are_one_on_the_same_weights(llama, book, tmp_path):
     """The same scores, lists and perplexities; what either saves, the other's loader loads."""
     from transformers import AutoModelForCausalLM
 
-    from llama.formats.convert import hf_to_meta, meta_to_hf
+    from llama.formats.hf import hf_to_meta, meta_to_hf
     from short_gpt import ShortHFModel
 
     ours = ShortLlama(build(), n_prune_layers=8)

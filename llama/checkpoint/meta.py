@@ -29,10 +29,9 @@ from llama.checkpoint.sharding import (
     split_dim,
 )
 from llama.errors import InputError
-from llama.io.files import check_new, new_directory, read_marker
-from llama.io.json_files import JsonObject, read_json, write_json
-from llama.io.sources import TEMPLATES, check_inside, public_name
+from llama.files import JsonObject, check_new, new_directory, read_json, read_marker, write_json
 from llama.parallel import choose_dtype
+from llama.sources import TEMPLATES, check_inside, public_name
 from llama.tokenizer import Tokenizer, find_tokenizer, holds_json
 
 LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")

@@ -13,11 +13,27 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs, check_positive
-from llama.checkpoint.meta import CONVERSION, Checkpoint, read_conversion
+from llama.checkpoint.meta import (
+    CONVERSION,
+    Checkpoint,
+    check_shards,
+    check_vocabulary,
+    read_conversion,
+    write_model,
+)
+from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
 from llama.errors import InputError
+from llama.files import (
+    JsonObject,
+    check_new,
+    check_output,
+    new_directory,
+    new_file,
+    read_json,
+    write_json,
+)
 from llama.formats.gguf_read import STRING, GGUFParts, Record, has_key, nbytes_of
-from llama.formats.gguf_vocabulary import gguf_tokenizer, vocabulary
 from llama.formats.gguf_write import (
     BF16,
     F16,
@@ -35,11 +51,11 @@ from llama.formats.gguf_write import (
     write_new,
 )
 from llama.formats.hf import HFCheckpoint, config_of
-from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in
-from llama.io.files import check_output, new_file
-from llama.io.json_files import JsonObject, read_json
-from llama.io.sources import find_source, public_name, resolve
+from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in, params_json
+from llama.formats.tokenizers import gguf_tokenizer, vocabulary
 from llama.model import rope_frequencies
+from llama.parallel import choose_dtype
+from llama.sources import find_source, public_name, resolve
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -292,3 +308,45 @@ def _tensors(opened: _Llama, kind: str | None) -> dict[str, Stored]:
         divisors = plain / rope_frequencies(args.head_dim, args.rope_theta, args.rope_factor)
         tensors[ROPE_FACTORS] = stored(ROPE_FACTORS, divisors, F32)
     return tensors
+
+
+def gguf_to_meta(
+    path: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "float32",
+    shards: int = 1,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = str,
+    verify: Callable[[Path], object] = str,
+) -> Path:
+    """Writes a GGUF file of a Llama model as a Meta checkpoint directory; see `reshard`.
+
+    Quantized weights become what they stand for; in float32, exactly. Tied embeddings are
+    stored once. The tokenizer is written as ``tokenizer.json`` or, if it is SentencePiece's, as
+    ``tokenizer.model``.
+    """
+    source = GGUFFile(Path(str(path)))
+    args, kind = source.args(), choose_dtype(dtype, torch.device("cpu"))
+    check_shards(args, shards)
+    tokenizer, content, config = source.tokenizer()
+    infos = {n: TensorInfo(s, kind, source.name_of(n)) for n, s in full_shapes(args).items()}
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return source.read(source.name_of(name))
+
+    out = Path(str(out_dir))
+    check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
+    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
+        (partial / tokenizer).write_bytes(content)
+        own = Tokenizer(partial / tokenizer)
+        other = "write Hugging Face's format"
+        check_vocabulary(own, tokenizer, args.vocab_size, source.path, advice=other)
+        write_model(partial, args, infos, read, shards=shards)
+        write_json(partial / "params.json", params_json(args))
+        write_json(partial / "tokenizer_config.json", config)
+        record = {"source": source.path.name, "dtype": str(kind), **source.context()}
+        write_json(partial / CONVERSION, record)
+        verify(partial)
+    return out

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llama.errors import InputError, MissingPackageError, required
-from llama.io.files import file_chunks
+from llama.files import file_chunks
 
 # The types of a value, by number: those of one size as struct names them, then two of any size.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama.errors import InputError
+from llama.files import file_chunks
 from llama.formats.gguf_quantize import LAYOUTS, Q4_K, quantized
 from llama.formats.gguf_read import (
     ARRAY,
@@ -31,7 +32,6 @@ from llama.formats.gguf_read import (
     nbytes_of,
     read_header,
 )
-from llama.io.files import file_chunks
 
 UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by number
 VERSION, ALIGNMENT = 3, 32  # of new files

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.errors import InputError
-from llama.io.json_files import JsonObject
+from llama.files import JsonObject
 
 # The names of a weight in Meta's, Hugging Face's and GGUF's format; {} is the layer.
 META, HF, GGUF = range(3)

@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.errors import InputError
-from llama.io.files import file_chunks
-from llama.io.json_files import JsonObject, read_json
+from llama.files import JsonObject, file_chunks, read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

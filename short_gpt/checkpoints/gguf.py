@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llama.files import json_text
 from llama.formats.gguf_read import STRING, GGUFParts, Record
 from llama.formats.gguf_write import (
     Stored,
@@ -25,8 +26,7 @@ from llama.formats.gguf_write import (
     write_again,
 )
 from llama.formats.names import permute_rows
-from llama.io.json_files import json_text
-from llama.io.sources import is_gguf
+from llama.sources import is_gguf
 from short_gpt.checkpoints.gguf_kinds import PATTERN
 from short_gpt.checkpoints.gguf_layers import LAYER, Stack
 from short_gpt.checkpoints.model_record import ModelRecord

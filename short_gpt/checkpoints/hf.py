@@ -13,8 +13,8 @@ import torch
 
 from llama.checkpoint.meta import CONVERSION, copy_tokenizer
 from llama.checkpoint.pth import rounded
-from llama.formats.convert import hf_to_meta
-from llama.formats.hf import for_older_readers
+from llama.files import read_json, read_marker, write_json
+from llama.formats.hf import for_older_readers, hf_to_meta
 from llama.formats.safetensors import (
     DTYPES,
     Entry,
@@ -23,9 +23,7 @@ from llama.formats.safetensors import (
     tensor_bytes,
     write_weights,
 )
-from llama.io.files import read_marker
-from llama.io.json_files import read_json, write_json
-from llama.io.sources import TEMPLATES, check_links, public_name, resolve
+from llama.sources import TEMPLATES, check_links, public_name, resolve
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama.io.sources import find_source, is_gguf
+from llama.sources import find_source, is_gguf
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.runtime.errors import ShortGPTError, without_password
 

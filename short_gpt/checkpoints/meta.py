@@ -18,7 +18,7 @@ from llama.checkpoint.meta import (
 )
 from llama.checkpoint.pth import write_shard
 from llama.checkpoint.sharding import part_of
-from llama.io.json_files import write_json
+from llama.files import write_json
 from llama.parallel import model_parallel_size
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.model_record import ModelRecord

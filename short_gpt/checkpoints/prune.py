@@ -9,14 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from llama.checkpoint.meta import CONVERSION, Checkpoint, args_of_params, read_params
-from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.formats.gguf import SOURCE_KEY, GGUFFile, llama_to_gguf
+from llama.files import json_text, read_marker, write_json
+from llama.formats.gguf import SOURCE_KEY, GGUFFile, gguf_to_meta, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
-from llama.formats.hf import HFCheckpoint
+from llama.formats.hf import HFCheckpoint, hf_to_meta, meta_to_hf
 from llama.formats.safetensors import open_weights
-from llama.io.files import read_marker
-from llama.io.json_files import json_text, write_json
-from llama.io.sources import Source, find_source, public_name, resolve
+from llama.sources import Source, find_source, public_name, resolve
 from short_gpt.checkpoints.gguf import prune_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import prune_hf

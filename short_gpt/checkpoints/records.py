@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from llama.files import json_object, read_json
 from llama.formats.gguf_read import part_paths, read_header
-from llama.io.json_files import json_object, read_json
-from llama.io.sources import is_gguf, is_hub_id
+from llama.sources import is_gguf, is_hub_id
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import read_record
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from llama.args import ModelArgs
 from llama.checkpoint.meta import read_params
-from llama.io.files import FILES
-from llama.io.json_files import read_json
-from llama.io.sources import Source, find_source, resolve
+from llama.files import FILES, read_json
+from llama.sources import Source, find_source, resolve
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.prune import layers_of

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llama.files import check_new, check_outputs, new_directory, new_file, new_files
 from llama.formats.gguf_read import PART, has_key, named_parts, part_paths
 from llama.formats.gguf_write import renamed_to_gguf
-from llama.io.files import check_new, check_outputs, new_directory, new_file, new_files
-from llama.io.sources import Source, find_source, is_gguf
+from llama.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.provenance import Provenance, write_provenance
 from short_gpt.checkpoints.records import PROVENANCE, RECORD
 from short_gpt.runtime.errors import ShortGPTError

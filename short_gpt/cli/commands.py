@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import short_gpt
-from llama.io.sources import Named
+from llama.sources import Named
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
 from short_gpt.cli.options import Output, print_done, print_note, print_progress, print_result

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
-from llama.io.files import check_output, new_file
+from llama.files import check_output, new_file
 from short_gpt.cli.flags import Command, flags_of
 from short_gpt.jobs.settings import SCORES
 from short_gpt.runtime.errors import ShortGPTError

@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from llama.formats.convert import gguf_to_meta
-from llama.io.files import new_file
+from llama.files import new_file
+from llama.formats.gguf import gguf_to_meta
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required
 from short_gpt.runtime.progress import bar
 

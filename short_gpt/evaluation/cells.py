@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from llama.io.json_files import JsonObject
+from llama.files import JsonObject
 from short_gpt.evaluation.perplexity import Perplexity, Sample
 from short_gpt.runtime.state import StateFile
 

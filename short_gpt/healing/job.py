@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama.io.files import tidy
+from llama.files import tidy
 from short_gpt.evaluation.perplexity import Difference, Perplexity, combined, difference
 from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Step
 from short_gpt.healing.distillation import CONTENT, IDENTITY

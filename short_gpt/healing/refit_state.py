@@ -25,9 +25,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llama.files import JsonObject, new_file, tidy
 from llama.formats.safetensors import SafetensorsFile
-from llama.io.files import new_file, tidy
-from llama.io.json_files import JsonObject
 from short_gpt.healing.solver import ALONE, COLUMNS, ROWS, Fit, Unsolved
 from short_gpt.models.decoder import Parameter
 from short_gpt.models.layer_calls import LayerCalls

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
-from llama.io.files import follow_umask
+from llama.files import follow_umask
 from llama.ranks import environment
 from short_gpt.data.windows import TokenIds, batches
 from short_gpt.evaluation.perplexity import perplexity

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llama.io.json_files import JsonObject
+from llama.files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import Perplexity, combined, difference

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoint.meta import reshard
-from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
-from llama.formats.gguf import llama_to_gguf
+from llama.files import json_text
+from llama.formats.gguf import gguf_to_meta, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
-from llama.io.json_files import json_text
-from llama.io.sources import Source, find_source, is_gguf, resolve
+from llama.formats.hf import hf_to_meta, meta_to_hf
 from llama.ranks import is_distributed
+from llama.sources import Source, find_source, is_gguf, resolve
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import save_hf

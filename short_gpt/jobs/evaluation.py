@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from llama.io.files import check_output, new_file
+from llama.files import check_output, new_file
 from short_gpt.evaluation.perplexity import Perplexity, difference
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.jobs.costs import end_dry_run

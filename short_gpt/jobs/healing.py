@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llama.io.files import check_new
-from llama.io.sources import find_source, is_gguf
+from llama.files import check_new
+from llama.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf, in_few_bits
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE

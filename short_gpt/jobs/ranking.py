@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama.io.sources import find_source
 from llama.ranks import is_distributed
+from llama.sources import find_source
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.scores import Digests, digests_of
 from short_gpt.data.windows import count_of

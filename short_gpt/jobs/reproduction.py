@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.checkpoint.sharding import full_shapes
-from llama.io.json_files import JsonObject
+from llama.files import JsonObject
 from llama.parallel import choose_device, choose_dtype
 from short_gpt.data.texts import PG19, is_local, source_names
 from short_gpt.jobs.inputs import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llama.io.files import check_writable, is_stream
+from llama.files import check_writable, is_stream
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.settings import WRITE, needs_one_of, setting

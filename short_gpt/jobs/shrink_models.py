@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from llama.checkpoint.meta import Checkpoint
+from llama.files import read_json
 from llama.formats.gguf_read import GGUFParts, part_paths
-from llama.io.json_files import read_json
-from llama.io.sources import Source as Weights
-from llama.io.sources import resolve
 from llama.parallel import config_dtype
+from llama.sources import Source as Weights
+from llama.sources import resolve
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.gguf import in_few_bits
 from short_gpt.checkpoints.gguf_layers import LAYER

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from llama.checkpoint.meta import CONVERSION
-from llama.io.files import FILES, check_new, check_output, contents, read_marker
-from llama.io.json_files import read_json
-from llama.io.sources import FETCHED, Named, find_source, is_gguf
-from llama.io.sources import Source as Weights
+from llama.files import FILES, check_new, check_output, contents, read_json, read_marker
+from llama.sources import FETCHED, Named, find_source, is_gguf
+from llama.sources import Source as Weights
 from short_gpt.checkpoints.gguf import check_architecture
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.records import PROVENANCE

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
-from llama.io.files import new_directory, new_file
-from llama.io.sources import is_gguf
+from llama.files import new_directory, new_file
+from llama.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf
 from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf

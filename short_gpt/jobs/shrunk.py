@@ -15,7 +15,7 @@ from shutil import which
 from statistics import median
 from typing import Any, NamedTuple
 
-from llama.io.sources import is_gguf
+from llama.sources import is_gguf
 from short_gpt.evaluation.perplexity import Perplexity, difference
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice

@@ -12,11 +12,11 @@ from typing import Any
 from llama.args import MAX_INTEGER, ModelArgs, check_positive
 from llama.checkpoint.meta import Checkpoint
 from llama.errors import short_repr
+from llama.files import read_json
 from llama.formats.names import ffn_keys
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
-from llama.io.json_files import read_json
-from llama.io.sources import find_source, hub_failure, reach
 from llama.parallel import config_dtype
+from llama.sources import find_source, hub_failure, reach
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, required, without_password
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from llama.args import some
+from llama.files import read_json
 from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.gguf_read import part_paths
 from llama.formats.tokenizers import find_hf_tokenizer
-from llama.io.json_files import read_json
-from llama.io.sources import check_links, find_source, hub_failure, is_gguf, resolve
 from llama.parallel import FLOATS
+from llama.sources import check_links, find_source, hub_failure, is_gguf, resolve
 from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.gguf_loading import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.io.files import new_file
+from llama.files import new_file
 from short_gpt.runtime.errors import required
 
 if TYPE_CHECKING:

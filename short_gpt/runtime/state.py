@@ -18,8 +18,16 @@ from weakref import WeakValueDictionary, finalize
 
 import torch
 
-from llama.io.files import lock_file, missing, new_file, remove_empty, tidy
-from llama.io.json_files import JsonObject, json_text, read_json
+from llama.files import (
+    JsonObject,
+    json_text,
+    lock_file,
+    missing,
+    new_file,
+    read_json,
+    remove_empty,
+    tidy,
+)
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 import torch.distributed as dist
 
-from llama.io.sources import Source, find_source
 from llama.parallel import choose_device, choose_dtype, initialize, is_distributed
+from llama.sources import Source, find_source
 from short_gpt.checkpoints.verify import (
     ROUNDING,
     Fingerprint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from llama.io.sources import find_source, is_gguf
+from llama.sources import find_source, is_gguf
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import Needs, Values, setting
 

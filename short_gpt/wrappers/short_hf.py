@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from llama.errors import short_repr
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from llama.generation import COLDEST, check_logits, check_numbers
-from llama.io.sources import is_gguf
 from llama.model import MASKED
 from llama.parallel import choose_device, choose_dtype
+from llama.sources import is_gguf
 from llama.tokenizer import check_text, find_tokenizer
 from short_gpt.checkpoints.gguf import save_gguf
 from short_gpt.checkpoints.hf import save_as_meta, save_hf

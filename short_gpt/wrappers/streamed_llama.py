@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from llama.checkpoint.meta import Checkpoint, check_vocabulary
 from llama.checkpoint.sharding import EMBEDDING
-from llama.io.sources import find_source, is_hub_id, resolve
 from llama.parallel import choose_device, choose_dtype
+from llama.sources import find_source, is_hub_id, resolve
 from llama.tokenizer import Tokenizer, check_text, find_tokenizer
 from short_gpt.checkpoints.hf import write_hf
 from short_gpt.checkpoints.meta import write_meta

@@ -139,7 +139,7 @@ def in_pieces(tmp_path, monkeypatch) -> tuple[GGUFParts, dict[str, torch.Tensor]
         values[f"blk.{i}.ffn_down.weight"] = torch.from_numpy(unpacked)
         values[f"blk.{i}.attn_norm.weight"] = torch.from_numpy(rows[0, :7].copy())
     parts, asked = GGUFParts(tmp_path / "m-00001-of-00003.gguf"), []
-    monkeypatch.setattr("llama.io.files.CHUNK_BYTES", 10)
+    monkeypatch.setattr("llama.files.CHUNK_BYTES", 10)
     monkeypatch.setattr("llama.formats.gguf_read.CHUNK_VALUES", 31)
     plain = np.fromfile
 
@@ -153,7 +153,7 @@ def in_pieces(tmp_path, monkeypatch) -> tuple[GGUFParts, dict[str, torch.Tensor]
             return super().read(size)
 
     monkeypatch.setattr("numpy.fromfile", fromfile)
-    monkeypatch.setattr("llama.io.files.open", Asked, raising=False)
+    monkeypatch.setattr("llama.files.open", Asked, raising=False)
     return parts, values, asked
 
 

@@ -19,7 +19,7 @@ from processes import alone
 from safetensors.torch import load_file, save_file
 
 from llama.formats.safetensors import Entry
-from llama.io.sources import FETCHED, TEMPLATES, find_source
+from llama.sources import FETCHED, TEMPLATES, find_source
 from short_gpt import ShortGPTError, ShortHFModel, convert, open_model
 from short_gpt.checkpoints import Provenance, Target, prune_checkpoint, prune_hf
 from short_gpt.models.hf import HFDecoder

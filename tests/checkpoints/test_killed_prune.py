@@ -15,7 +15,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_t
 from tqdm import tqdm
 
 from llama.checkpoint.meta import Checkpoint
-from llama.io.json_files import read_json
+from llama.files import read_json
 
 KILLS = 3
 

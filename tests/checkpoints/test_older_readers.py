@@ -17,8 +17,7 @@ from families import DROP, FAMILIES, TOKENS, make
 from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama.formats.convert import meta_to_hf
-from llama.formats.hf import for_older_readers
+from llama.formats.hf import for_older_readers, meta_to_hf
 from short_gpt import ShortHFModel
 from short_gpt.jobs import HealingWindows, convert, heal, prune, shrink
 

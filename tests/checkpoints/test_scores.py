@@ -12,8 +12,8 @@ from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_byte_llama, write_byte_tokenizer
 from gguf_files import stack_file
 
-from llama.formats.convert import meta_to_hf
-from llama.io.files import new_directory
+from llama.files import new_directory
+from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortLlama, prune, rank
 from short_gpt.checkpoints.scores import configuration_of, tokenizer_of, weights_of
 from short_gpt.jobs import Choice, Cut, SavedScores, heal, ranking

@@ -8,7 +8,7 @@ import pytest
 from conftest import BYTE_VOCAB, make_transformer
 from gguf_files import write_gguf as write_model
 
-from llama.io.sources import find_source
+from llama.sources import find_source
 from short_gpt.checkpoints import Provenance, Target, format_of, prune_checkpoint
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.prune import kept_tensors

@@ -15,7 +15,7 @@ from conftest import BYTE_VOCAB, make_transformer, save_byte_llama
 from safetensors.torch import load_file, save_file
 
 from llama.checkpoint.pth import Shard
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortLlama, convert
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own

@@ -20,8 +20,8 @@ from tokenizer_files import ODD, meta
 from llama.checkpoint import pth
 from llama.formats import gguf_write
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts
-from llama.formats.gguf_vocabulary import vocabulary
 from llama.formats.gguf_write import UINT32, copied, record, write_again
+from llama.formats.tokenizers import vocabulary
 from short_gpt import ShortHFModel, open_model
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.records import source_card

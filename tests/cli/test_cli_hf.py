@@ -16,7 +16,7 @@ from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama.checkpoint.meta import write_model
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from llama.formats.safetensors import tensor_bytes
 from llama.formats.tokenizers import with_bos
 from short_gpt.models.hf import HFDecoder
@@ -220,9 +220,9 @@ def test_a_conversion_that_is_another_model_leaves_the_earlier_one(here, capsys,
     source, *flags = how
     run("convert", source, "kept", *flags)
     before = {p: p.read_bytes() for p in Path("kept").iterdir()}
-    for module in ("llama.formats.convert", "llama.checkpoint.meta"):
+    for module in ("llama.formats.gguf", "llama.formats.hf", "llama.checkpoint.meta"):
         monkeypatch.setattr(import_module(module), "write_model", spoilt(write_model))
-    monkeypatch.setattr("llama.formats.convert.tensor_bytes", lambda t: tensor_bytes(t.flip(0)))
+    monkeypatch.setattr("llama.formats.hf.tensor_bytes", lambda t: tensor_bytes(t.flip(0)))
     with pytest.raises(RuntimeError, match=f"kept is not {source}: logits differ by up to"):
         run("convert", source, "kept", *flags, "--overwrite")
     assert {p: p.read_bytes() for p in Path("kept").iterdir()} == before

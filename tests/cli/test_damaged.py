@@ -12,7 +12,7 @@ from commands import DATA, TEXT, fails
 from conftest import make_transformer, save_byte_llama, save_checkpoint
 from tokenizer_files import sentencepiece_model
 
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 INDEX = "model.safetensors.index.json"

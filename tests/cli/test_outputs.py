@@ -265,7 +265,7 @@ def test_a_run_that_fails_leaves_no_folder_of_its_result(ckpt, capsys, monkeypat
         raise ShortGPTError("it fails")
 
     before = [*Path().rglob("*")]
-    monkeypatch.setattr(failing if "." in failing else f"llama.io.files.{failing}", fail)
+    monkeypatch.setattr(failing if "." in failing else f"llama.files.{failing}", fail)
     with pytest.raises(SystemExit):
         run(*words)
     assert "it fails" in capsys.readouterr().err

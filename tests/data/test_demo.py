@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import short_gpt
-from llama.io.sources import NAMED, Named, find_source
+from llama.sources import NAMED, Named, find_source
 from short_gpt.data import demo
 from short_gpt.data.texts import count_texts, has_columns, read_texts, source_names, texts
 

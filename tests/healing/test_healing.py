@@ -695,7 +695,7 @@ def test_a_patched_meta_model_loads_bit_for_bit_in_its_dtype(dense, tmp_path, dt
 def test_a_healed_hugging_face_model_is_an_ordinary_checkpoint(dense, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from llama.formats.convert import meta_to_hf
+    from llama.formats.hf import meta_to_hf
 
     meta_to_hf(dense, tmp_path / "hf")
     short = opened(tmp_path / "hf")

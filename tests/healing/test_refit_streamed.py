@@ -30,7 +30,7 @@ from processes import killed_at, started
 from tqdm import tqdm
 
 from llama.checkpoint.meta import Checkpoint
-from llama.formats.convert import hf_to_meta, meta_to_hf
+from llama.formats.hf import hf_to_meta, meta_to_hf
 from short_gpt import ShortLlama
 from short_gpt.healing import refit_layer, refit_state
 from short_gpt.healing.job import unchanged

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from llama.io.files import lock_file
+from llama.files import lock_file
 from short_gpt import ShortGPTError
 from short_gpt.healing.trainer import finished_checkpoints, note_files, run_folder
 

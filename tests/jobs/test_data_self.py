@@ -17,7 +17,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, open_model, own_samples, rank, shrink, texts
 from short_gpt.checkpoints.provenance import Provenance, model_card
 from short_gpt.checkpoints.records import Measured

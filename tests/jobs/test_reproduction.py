@@ -21,7 +21,7 @@ from conftest import (
 from processes import ranks
 
 from llama.args import ModelArgs
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, rank
 from short_gpt.jobs import (
     Answer,

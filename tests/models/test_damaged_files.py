@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from tokenizer_files import sentencepiece_model
 
 from llama.checkpoint.meta import Checkpoint
-from llama.formats.convert import meta_to_hf
+from llama.files import write_json
 from llama.formats.gguf import GGUFFile
+from llama.formats.hf import meta_to_hf
 from llama.formats.safetensors import SafetensorsFile
 from llama.formats.tokenizers import LLAMA2_CONFIG
 from llama.generation import load_model
-from llama.io.json_files import write_json
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.checkpoints.gguf_layers import Stack

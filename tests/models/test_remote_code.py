@@ -9,7 +9,7 @@ import pytest
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.wrappers.opening import open_model

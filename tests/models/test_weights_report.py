@@ -17,7 +17,8 @@ from gguf_families import make, write_model
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
-from llama.formats.convert import gguf_to_meta, hf_to_meta
+from llama.formats.gguf import gguf_to_meta
+from llama.formats.hf import hf_to_meta
 from short_gpt import ShortGPTError, ShortHFModel
 from short_gpt.models.decoder import is_finite
 from short_gpt.wrappers.opening import open_model

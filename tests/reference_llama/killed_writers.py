@@ -16,9 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from llama.io import files
-from llama.io.files import check_new, new_directory
-from llama.io.json_files import read_json, write_json
+from llama import files
+from llama.files import check_new, new_directory, read_json, write_json
 
 EVENTS = ("open", "os.", "shutil.", "ctypes.")
 

@@ -26,9 +26,8 @@ from conftest import (
 from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, _check_end, write_shard
 from llama.errors import InputError
+from llama.files import check_new, check_outputs, new_directory, new_file, new_files, write_json
 from llama.generation import load_model
-from llama.io.files import check_new, check_outputs, new_directory, new_file, new_files
-from llama.io.json_files import write_json
 from short_gpt.checkpoints import Provenance, Target
 from short_gpt.checkpoints.meta import prune_meta as prune
 from short_gpt.runtime import versions
@@ -404,7 +403,7 @@ def test_a_link_is_followed_and_a_failed_swap_leaves_the_old(tmp_path, checkpoin
     prune(checkpoint_dir, Target(tmp_path / "link", overwrite=True), [1, 2])
     assert (tmp_path / "link").is_symlink()
     assert Checkpoint(tmp_path / "real").args.n_layers == 3
-    monkeypatch.setattr("llama.io.files.exchange", lambda *_: False)
+    monkeypatch.setattr("llama.files.exchange", lambda *_: False)
     plain = Path.rename
 
     def rename(self, target):

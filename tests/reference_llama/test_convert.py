@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from llama import Tokenizer
 from llama.checkpoint.meta import Checkpoint, reshard
 from llama.errors import InputError
-from llama.formats.convert import gguf_to_meta, hf_to_meta, meta_to_hf
+from llama.formats.gguf import gguf_to_meta
+from llama.formats.hf import hf_to_meta, meta_to_hf
 from llama.formats.names import HF, META, name_in, permute
 from llama.formats.safetensors import (
     DTYPES,
@@ -28,7 +29,7 @@ from llama.formats.safetensors import (
 )
 from llama.formats.tokenizers import write_tokenizer
 from llama.generation import load_model
-from llama.io.sources import hub_failure, resolve
+from llama.sources import hub_failure, resolve
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 VOCAB = 258

@@ -14,11 +14,10 @@ from tokenizer_files import KINDS, ODD, meta, write_tokenizer
 
 from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
-from llama.formats.convert import gguf_to_meta, meta_to_hf
-from llama.formats.gguf import GGUFFile, llama_to_gguf
+from llama.formats.gguf import GGUFFile, gguf_to_meta, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts, read_header
-from llama.formats.gguf_vocabulary import vocabulary
-from llama.formats.tokenizers import Pieces
+from llama.formats.hf import meta_to_hf
+from llama.formats.tokenizers import Pieces, vocabulary
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}

@@ -9,9 +9,8 @@ import killed_writers
 import pytest
 from processes import alone
 
-from llama.io import files
-from llama.io.files import check_new, new_directory
-from llama.io.json_files import read_json, write_json
+from llama import files
+from llama.files import check_new, new_directory, read_json, write_json
 
 
 @pytest.mark.parametrize("how", ["calls", "renames", "random"])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import llama
-from llama.io import find_source, is_gguf, read_json
+from llama.files import read_json
+from llama.sources import find_source, is_gguf
 
 
 @pytest.fixture

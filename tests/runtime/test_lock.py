@@ -19,7 +19,7 @@ from conftest import (
 from families import make
 from processes import started
 
-from llama.io import files
+from llama import files
 from short_gpt import ShortGPTError, jobs
 from short_gpt.healing import (
     CachedTeacher,

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama.io.files import is_stream
-from llama.io.json_files import write_json
+from llama.files import is_stream, write_json
 from short_gpt.runtime import StateFile, read_record, write_record
 from short_gpt.runtime.state import is_record
 

@@ -12,7 +12,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.scores import tokenizer_of

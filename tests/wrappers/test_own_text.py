@@ -12,7 +12,7 @@ from gguf_files import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama, open_model, own_samples
 from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers import own_text as module

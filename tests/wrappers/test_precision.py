@@ -20,7 +20,7 @@ from conftest import (
 )
 from families import FAMILIES, make
 
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from short_gpt import Recipe, ShortGPTError, ShortHFModel, heal_lora, heal_refit
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.evaluation.cells import Cells

@@ -27,7 +27,7 @@ from llama import Llama
 from llama.args import ModelArgs
 from llama.checkpoint.pth import TensorInfo, write_shard
 from llama.checkpoint.sharding import full_shapes
-from llama.formats.convert import meta_to_hf
+from llama.formats.hf import meta_to_hf
 from llama.formats.names import params_json
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
