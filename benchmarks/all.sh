@@ -6,7 +6,7 @@
 #
 #     benchmarks/all.sh WIKITEXT TASKS [OUT [NAME...]]
 #
-# WIKITEXT: WikiText-2's test text. TASKS: folder with the files that benchmarks/task_files.py and
+# WIKITEXT: WikiText-2's test text. TASKS: folder with the files that benchmarks/lib/task_files.py and
 # word_problems.py name, such as piqa.jsonl. OUT: benchmarks/new_results. With NAMEs of results, such
 # as "kept choices", only these are measured, and nothing is copied from OUT: so two processes can
 # share the work, each on cores of its own (taskset).
@@ -50,13 +50,13 @@ measure() {
     note
     now=""
 }
-script() { measure "$1" python "benchmarks/$2.py" "${@:3}" --out; }
+script() { measure "$1" python benchmarks/*/"$2".py "${@:3}" --out; }
 
 ln -sfn "$root/benchmarks" benchmarks
 ln -sf "$wikitext" wikitext2_test.txt
 ln -sfn "$tasks" tasks
 [ -s lambada_passages.txt ] ||
-    python benchmarks/passages.py tasks/lambada_openai.jsonl lambada_passages.txt
+    python benchmarks/lib/passages.py tasks/lambada_openai.jsonl lambada_passages.txt
 
 # the demo's file, cut of the layers of least Block Influence, and a text a book to draft on
 [ -s less-8.gguf ] || {
@@ -88,7 +88,7 @@ script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 5 --precisio
 script reasoning reasoning --source tasks --model 0.5b --files larger-0.5b
 # the 1.5B without 3 layers, to ask: `larger` goes on with this row
 [ -s larger-1.5b/bi-3.gguf ] || ! wanted reasoning_15b ||
-    python benchmarks/larger.py $few --counts 3 --minutes 15 --precision mixed --keep || true
+    python benchmarks/studies/larger.py $few --counts 3 --minutes 15 --precision mixed --keep || true
 script reasoning_15b reasoning --source tasks --model 1.5b --files larger-1.5b --problems 25
 script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed
 script gemma_kinds gemma_kinds
@@ -142,7 +142,7 @@ fi
 [ -z "${only// /}" ] || exit 0
 cp "${results[@]}" "$root/benchmarks/results/"
 [ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"
-python "$root/benchmarks/healing_tables.py"
+python "$root/benchmarks/tables/healing_tables.py"
 if missed=$(ls ./*.missed 2>/dev/null); then
     echo "limits were missed:" $missed >&2
     exit 1

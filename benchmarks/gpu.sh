@@ -33,7 +33,7 @@ N=${N:-7} SIZE=${SIZE:-2048} WINDOWS=${WINDOWS:-128} HELD=${HELD:-16} AUTO=${AUT
 TASKS=${TASKS:-arc_challenge,arc_easy,boolq,hellaswag,piqa,winogrande,wsc273,race,copa}
 TASK_FOLDER=${TASK_FOLDER:-}       # YAML files of more tasks
 WIKITEXT=${WIKITEXT:-} C4=${C4:-} PTB=${PTB:-}  # local copies; C4=none leaves it out
-published=$(realpath "$(dirname "$0")/published.py")
+published=$(realpath -m "$(dirname "$0")/studies/published.py")
 out=$(realpath -m "${1:-gpu_results}")
 for name in MODEL TASK_FOLDER WIKITEXT C4 PTB; do  # "none" and names at the hub stay
     [ ! -e "${!name}" ] || printf -v "$name" %s "$(realpath "${!name}")"

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import passed_by
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.studies.architectures import passed_by
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.models.decoder import without_layers

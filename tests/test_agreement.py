@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
-from agreement import (
+from conftest import CharTokenizer, make_transformer, random_windows
+
+from benchmarks.lib.agreement import (
     SplitWindows,
     WindowScores,
     agreement,
@@ -17,8 +19,6 @@ from agreement import (
     score_windows,
     stretched_interval,
 )
-from conftest import CharTokenizer, make_transformer, random_windows
-
 from short_gpt import ShortLlama, heal_refit
 from short_gpt.data.windows import Window
 from short_gpt.evaluation.perplexity import combined, difference, window_perplexities

@@ -6,20 +6,18 @@ import itertools
 import json
 from types import SimpleNamespace
 
-import layerwise
-import peer_maps
 import pytest
-import replaceme
 import torch
-import word_problems
-from completions import leading, repetition, turn_losses
 from conftest import CharTokenizer, make_transformer, random_windows, save_chat_llama
-from drafts import Agreement
-from evolution import Account, evolution, evolve
-from gap_refit import GapRefits
-from many_sets import ManySets, greedy_healed
 from torch import Tensor, nn
 
+from benchmarks.baselines import layerwise, peer_maps, replaceme
+from benchmarks.baselines.evolution import Account, evolution, evolve
+from benchmarks.baselines.gap_refit import GapRefits
+from benchmarks.baselines.many_sets import ManySets, greedy_healed
+from benchmarks.lib import word_problems
+from benchmarks.lib.completions import leading, repetition, turn_losses
+from benchmarks.studies.drafts import Agreement
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama, open_model
 from short_gpt.evaluation.perplexity import perplexity

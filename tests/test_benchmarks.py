@@ -12,18 +12,7 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
-import choice_variance
-import choices
-import coverage
-import distilled
-import healing
-import mixed
-import outcome
-import passages
 import pytest
-import refit_choices
-import scoring
-import serving
 import torch
 from conftest import (
     BYTE_VOCAB,
@@ -35,6 +24,17 @@ from conftest import (
 )
 from gguf_files import stack_file
 
+from benchmarks.lib import distilled, outcome, passages
+from benchmarks.studies import (
+    choice_variance,
+    choices,
+    coverage,
+    healing,
+    mixed,
+    refit_choices,
+    scoring,
+    serving,
+)
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import prune_gguf
 from short_gpt.data import check_disjoint, demo
@@ -77,7 +77,8 @@ from short_gpt.jobs.comparing import Cells
 def test_a_result_that_could_not_be_written_is_told_before_the_work(
     script, first, arguments, tmp_path, monkeypatch
 ):
-    module, out = import_module(script), tmp_path / "result.json"
+    folder = "baselines" if script in ("gemma_kinds", "peers") else "studies"
+    module, out = import_module(f"benchmarks.{folder}.{script}"), tmp_path / "result.json"
     monkeypatch.setattr(module, first, lambda *_: pytest.fail("it began"))
     out.write_text("{}")
     with pytest.raises(FileExistsError, match="exists; choose another name or pass `overwrite`"):
@@ -127,7 +128,7 @@ ASKED = {
 
 @pytest.mark.filterwarnings("default")
 def test_local_documents_are_asked_for_as_lm_eval_asks_for_its_own(lm_eval, tmp_path):
-    task_files = import_module("task_files")
+    task_files = import_module("benchmarks.lib.task_files")
     for task, row in ROWS.items():
         tmp_path.joinpath(f"{task}.jsonl").write_text(json.dumps(row) + "\n")
     (folder := tmp_path / "made").mkdir()
@@ -155,7 +156,7 @@ def test_local_documents_are_asked_for_as_lm_eval_asks_for_its_own(lm_eval, tmp_
 
 
 def test_documents_that_cannot_be_taken_back_are_refused(lm_eval):
-    task_files = import_module("task_files")
+    task_files = import_module("benchmarks.lib.task_files")
     with pytest.raises(ValueError, match="does not begin with"):
         task_files.piqa({**ROWS["piqa"], "query": "What?"})
     with pytest.raises(ValueError, match="has a gap already"):
@@ -288,7 +289,7 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     )
     own = re.findall(r"^script \w+ (.+)$", every, flags=re.MULTILINE)
     documented = re.findall(
-        r"`python benchmarks/(\w+)\.py ?([^`]*)`",
+        r"`python benchmarks/\w+/(\w+)\.py ?([^`]*)`",
         (root / "benchmarks/README.md").read_text().split("The scripts check these limits")[0],
     )
     scripts = {(name, *shlex.split(rest)) for name, _, rest in (o.partition(" ") for o in own)}
@@ -300,6 +301,8 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     (copy / "docs/images").mkdir(parents=True)
     bin_.mkdir()
     (copy / "benchmarks/all.sh").write_text(text)
+    (copy / "benchmarks/studies").mkdir()
+    (copy / "benchmarks/studies/kept.py").touch()
     said = tmp_path / "said"
     python = bin_ / "python"
     python.write_text(
@@ -326,12 +329,12 @@ def test_one_script_measures_all_results_and_goes_on_where_it_was(tmp_path):
     assert sum("scoring.py" in line for line in lines) == 1
     assert sum("greedy.py" in line for line in lines) == 2
     assert any("pip install" in line for line in lines)  # by this program, not from the network
-    assert lines[-1].endswith("benchmarks/healing_tables.py")
+    assert lines[-1].endswith("benchmarks/tables/healing_tables.py")
     assert {path.stem for path in (copy / "benchmarks/results").iterdir()} == names
     named = [*command[:-1], tmp_path / "apart", "kept", "choices"]
     subprocess.run(named, env=environment, capture_output=True, check=True)
     assert {path.stem for path in (tmp_path / "apart").glob("*.json")} == {"kept", "choices"}
-    assert "benchmarks/kept.py" in said.read_text().splitlines()[-1]  # nothing comes after it
+    assert "studies/kept.py" in said.read_text().splitlines()[-1]  # nothing comes after it
     assert said.read_text().count(f"larger.py {few} --counts 3 ") == 1  # by the whole run alone
     named = subprocess.run([*named[:-1], "kepd"], env=environment, capture_output=True, check=False)
     assert named.returncode == 2 and b"no result is called kepd" in named.stderr

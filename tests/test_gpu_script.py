@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import fire
-import published
 import pytest
 import torch
 from commands import run
 from conftest import random_windows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.studies import published
 from llama.formats.tokenizers import tokenizer_json, with_bos
 from short_gpt import open_model
 

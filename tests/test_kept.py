@@ -8,13 +8,13 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-import kept
 import pytest
-import shares
 import torch
 from conftest import BYTE_VOCAB, write_byte_tokenizer
-from shared_contexts import SharedContexts
 
+from benchmarks.lib import shares
+from benchmarks.lib.shared_contexts import SharedContexts
+from benchmarks.studies import kept
 from short_gpt import ShortHFModel
 from short_gpt.data import demo
 from short_gpt.evaluation.cells import Cells

@@ -7,14 +7,12 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
-import larger
 import pytest
-import real_models
-import reasoning
 import torch
-import training_rates
 from conftest import random_windows, save_chat_llama
 
+from benchmarks.lib import real_models
+from benchmarks.studies import larger, reasoning, training_rates
 from short_gpt import open_model, shrink
 from short_gpt.checkpoints import prune_gguf
 from short_gpt.runtime.errors import ShortGPTError
@@ -219,7 +217,7 @@ def test_every_rate_begins_at_the_same_refit(model, here, monkeypatch):
     monkeypatch.setattr(training_rates, "MODELS", {"tiny": lambda: model})
     monkeypatch.setattr(training_rates, "FITTED", 4)
     monkeypatch.setattr(training_rates, "CHOOSE", 2)
-    monkeypatch.setattr("distilled.VALIDATED", 2)
+    monkeypatch.setattr("benchmarks.lib.distilled.VALIDATED", 2)
     text = "".join(chr(97 + t) for t in random_windows(1, 900, vocab=26, seed=6)[0])
     Path("wiki.txt").write_text("\n".join(text[i : i + 90] for i in range(0, 900, 90)))
     for part in ("calibration", "held_out"):

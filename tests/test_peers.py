@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import peers
 import pytest
 import torch
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from transformers import AutoModelForCausalLM
 
+from benchmarks.baselines import peers
 from short_gpt import ShortHFModel, heal_refit
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_rank")]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from llama_cpp import LlamaCpp
-from real_models import MODELS
 
+from benchmarks.lib.real_models import MODELS
 from llama.formats.gguf_read import GGUFParts
 from short_gpt import open_model, shrink
 from short_gpt.checkpoints import Provenance, prune_gguf

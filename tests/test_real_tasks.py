@@ -1,8 +1,8 @@
 """Tasks on the real small model: ours and lm-eval's own class for transformers, by document.
 
 The documents are a few of each task's kind; with a folder of more in SHORT_GPT_TASKS (piqa.jsonl,
-arc_easy.jsonl, winogrande.jsonl and lambada_openai.jsonl as `benchmarks/task_files.py` reads them)
-the first 100 of each are asked as well.
+arc_easy.jsonl, winogrande.jsonl and lambada_openai.jsonl as `benchmarks/lib/task_files.py` reads
+them) the first 100 of each are asked as well.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def models():
 
 @pytest.fixture(params=["a few", "SHORT_GPT_TASKS"])
 def suite(request, tmp_path) -> TaskSuite:
-    import task_files
+    from benchmarks.lib import task_files
 
     source = tmp_path
     if request.param == "a few":

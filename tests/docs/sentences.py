@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evidence_tables import adapter, lost_in_lambada, share, swept, swept_beside
-from healing_tables import above, group, minutes, novels, passes
-from made_tables import (
+from pages import flowing, result
+
+from benchmarks.tables.evidence_tables import adapter, lost_in_lambada, share, swept, swept_beside
+from benchmarks.tables.healing_tables import above, group, minutes, novels, passes
+from benchmarks.tables.made_tables import (
     default_cut,
     greedy,
     healed,
@@ -21,8 +23,6 @@ from made_tables import (
     solved,
     spread,
 )
-from pages import flowing, result
-
 from short_gpt.healing.choosing import CANDIDATES
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
-import evidence_tables
 import pytest
-import site_tables
-from made_tables import TABLES
 from mkdocs.exceptions import PluginError
 from pages import PAGES, ROOT
-from site_tables import PLACEHOLDER, with_tables
+
+from benchmarks.tables import evidence_tables, site_tables
+from benchmarks.tables.made_tables import TABLES
+from benchmarks.tables.site_tables import PLACEHOLDER, with_tables
 
 DOCS = [page for page in PAGES if page.startswith("docs/")]
 LAYERS = r"\d+(?:, \d+)+(?= \|)"
@@ -40,7 +40,7 @@ SETS = {
 def test_every_table_stands_in_one_page():
     names = [name for page in DOCS for name in PLACEHOLDER.findall(PAGES[page])]
     assert sorted(names) == sorted(TABLES)
-    assert "hooks: [benchmarks/site_tables.py]" in (ROOT / "mkdocs.yml").read_text()
+    assert "hooks: [benchmarks/tables/site_tables.py]" in (ROOT / "mkdocs.yml").read_text()
 
 
 @pytest.mark.parametrize("page", DOCS)
@@ -74,7 +74,7 @@ def test_what_cannot_be_rendered_ends_the_build_with_one_line(monkeypatch):
     for other in (f"A {line.format('refit')}", "[Table: refit](refit.json)", "[Table: refit]"):
         with pytest.raises(PluginError, match=r"^page.md: .*: expected \[Table: NAME\]"):
             with_tables(f"\n{other}\n", "page.md")
-    monkeypatch.setattr("made_tables.result", lambda name: {"ratios": {}})
+    monkeypatch.setattr("benchmarks.tables.made_tables.result", lambda name: {"ratios": {}})
     with pytest.raises(
         PluginError, match="^page.md: table 'cost of scoring': .*lack the key 'peak"
     ):

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import refit_streamed
-import reproduce_7b
 import torch
-from reproduce_7b import Case, rehearse, scale, table, tensors, timed
 
+from benchmarks.studies import refit_streamed, reproduce_7b
+from benchmarks.studies.reproduce_7b import Case, rehearse, scale, table, tensors, timed
 from llama.args import ModelArgs
 from short_gpt.jobs import reproduction
 

@@ -1,4 +1,4 @@
-"""Kinds of models beside those of the contract: what `benchmarks/architectures.py` found."""
+"""Kinds of models beside those of the contract: from `benchmarks/studies/architectures.py`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from copy import deepcopy
 import pytest
 import torch
 import transformers
-from architectures import STAGES, main, outcome, passed_by, random_model
 from conftest import random_windows
 from families import STEPS, TOKENS, make
 from safetensors.torch import load_file, save_file
-from tiny_configs import OWN, VARIANTS, config_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.lib.tiny_configs import OWN, VARIANTS, config_of
+from benchmarks.studies.architectures import STAGES, main, outcome, passed_by, random_model
 from short_gpt import ShortHFModel, heal_refit
 from short_gpt.checkpoints import Target
 from short_gpt.checkpoints.hf import prune_hf

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from adversarial import HEAVY, KINDS, TIES, WINDOWS, attack, least_median, normal
-from adversarial import scores as simulated
 from conftest import CharTokenizer, make_transformer, random_windows
 from scipy.stats import skew
 from torch import Tensor
 
+from benchmarks.lib.adversarial import HEAVY, KINDS, TIES, WINDOWS, attack, least_median, normal
+from benchmarks.lib.adversarial import scores as simulated
 from short_gpt import ShortLlama, windows
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
@@ -307,7 +307,7 @@ MISLEADING = [kind for kind in KINDS if "one layer" in kind and "0.5" not in kin
 
 @pytest.mark.parametrize("kind", MISLEADING)
 def test_few_runs_end_early_and_wrong_on_populations_made_to_mislead(kind):
-    """The full simulation is ``benchmarks/stopping.py --adversarial``."""
+    """The full simulation is ``benchmarks/studies/stopping.py --adversarial``."""
     found = attack(Stop(3), KINDS[kind], 600, seed=5)
     assert found["early_stops"] > 60
     assert found["wrong_of_runs"] <= 0.01

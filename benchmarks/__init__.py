@@ -1,0 +1,1 @@
+"""Scripts that measure what the library promises; no part of what is installed."""

@@ -1,0 +1,239 @@
+"""Others' maps of the residual stream at a gap, as baselines: what stands in for removed layers.
+
+With x the hidden state entering a gap and y that leaving it, of the original model and as rows:
+
+- LinearPatch (Chen et al. 2025, arXiv:2505.24680) takes W = H diag(d) H^T, H a Hadamard matrix,
+  which spreads what single tokens and channels have in excess, and d the mean over windows of
+  mean |y H| / mean |x H| by channel, the means over the tokens of a window;
+- Ghosted Layers (Yun et al. 2026, arXiv:2605.15491) takes W = 1 + M, where M = argmin ||X M - (Y -
+  X)||^2 by least squares.
+
+Their authors' code has one map for a block, or one for every removed layer where they lie apart;
+here every run of removed layers has one. A map is one more matrix in the model, for which a plain
+checkpoint has no place: it is applied to a model in memory and measured (`kept.py`).
+
+Shapes: B windows, S tokens, N tokens in all, D width of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines.replaceme import least_squares
+from short_gpt.models.decoder import pad
+from short_gpt.models.layer_calls import Output, first, replaced_output
+from short_gpt.models.numbering import check_layers, runs
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.progress import bar
+from short_gpt.wrappers.short_model import ShortModel
+
+LINEARPATCH, GHOSTED = "linearpatch", "ghosted"
+Gap = tuple[int, int]  # places of the first and the last of removed layers that follow each other
+
+
+class _LinearPatch:
+    """Sums of ratios by channel, behind a rotation."""
+
+    def __init__(self, width: int) -> None:
+        self._rotation = hadamard(width)
+        self._ratios, self._windows = torch.zeros(width, dtype=torch.float64), 0
+
+    def add(self, before: Tensor, behind: Tensor) -> None:
+        least = torch.finfo(torch.float32).tiny
+        sizes = [(x.double() @ self._rotation).abs().mean(0) for x in (before, behind)]  # (D,)
+        self._ratios += sizes[1] / sizes[0].clamp_min(least)
+        self._windows += 1
+
+    def map(self) -> Tensor:
+        scale = self._ratios / self._windows
+        return self._rotation * scale @ self._rotation.T
+
+
+class _Ghosted:
+    """Sums of the least squares."""
+
+    def __init__(self, width: int) -> None:
+        self._gram, self._cross = torch.zeros(2, width, width, dtype=torch.float64)
+
+    def add(self, before: Tensor, behind: Tensor) -> None:
+        x, added = before.double(), (behind.float() - before.float()).double()  # (S, D) each
+        self._gram += x.T @ x
+        self._cross += x.T @ added
+
+    def map(self) -> Tensor:
+        change = least_squares(self._gram, self._cross)
+        return torch.eye(len(self._gram), dtype=torch.float64) + change
+
+
+KINDS: dict[str, type[_LinearPatch] | type[_Ghosted]] = {
+    LINEARPATCH: _LinearPatch,
+    GHOSTED: _Ghosted,
+}
+
+
+@dataclass(frozen=True)
+class StreamMaps:
+    """Maps of the residual stream behind layers in front of gaps.
+
+    Attributes:
+        layers: removed, original numbers.
+        maps: for the layer in front of every run of them, by its original number, W: (D, D)
+            float64, by which a state x becomes x W.
+    """
+
+    layers: list[int]
+    maps: Mapping[int, Tensor]
+
+
+@torch.no_grad()
+def fit_many(
+    short: ShortModel,
+    kind: str,
+    sets: Sequence[Sequence[int]],
+    windows: Sequence[Sequence[int]],
+    *,
+    progress: bool = True,
+) -> list[StreamMaps]:
+    """Maps for several sets of layers from one pass over calibration windows.
+
+    Args:
+        short: the model with all the layers; it is only read.
+        kind: "linearpatch" or "ghosted".
+        sets: each with original layer numbers, none of them 0, in any order.
+        windows: token ids.
+        progress: whether to show a bar.
+
+    Raises:
+        ShortGPTError: a layer does not exist or begins the model; no window; no Hadamard matrix
+            of the stream's width is known.
+        NotFiniteError: a state is NaN or infinite.
+    """
+    short.check_whole()
+    for layers in sets:
+        check_layers(layers, short.kept)
+    every = sorted({gap for layers in sets for gap in runs(layers, short.kept)})
+    if not windows or any(start == 0 for start, _ in every):
+        raise ShortGPTError("expected windows, and sets without the first layer")
+    sums: dict[Gap, _LinearPatch | _Ghosted] = {}
+    with bar("fitting", total=len(windows), unit="window", show=progress) as shown:
+        for window in windows:
+            _read(short, kind, every, window, sums)
+            shown.update()
+    solved = {gap: found.map() for gap, found in sums.items()}
+    return [
+        StreamMaps(
+            list(layers),
+            {short.kept[gap[0] - 1]: solved[gap] for gap in runs(layers, short.kept)},
+        )
+        for layers in sets
+    ]
+
+
+def _read(
+    short: ShortModel,
+    kind: str,
+    gaps: Sequence[Gap],
+    window: Sequence[int],
+    sums: dict[Gap, _LinearPatch | _Ghosted],
+) -> None:
+    """Adds a window's states in front of gaps and behind them."""
+    tokens, _ = pad([window], short.decoder)
+    places = {p for start, end in gaps for p in (start - 1, end)}
+    leaving: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for place in places:
+
+            def keep(_: object, __: object, output: Output, place: int = place) -> None:
+                leaving[place] = first(output).clone()  # layers may write over it later
+
+            hooks.callback(short.decoder.layers[place].register_forward_hook(keep).remove)
+        short.decoder.run(tokens)
+    for gap in gaps:
+        before, behind = (leaving[place][0].cpu() for place in (gap[0] - 1, gap[1]))  # (S, D)
+        if not (before.isfinite().all() and behind.isfinite().all()):
+            raise NotFiniteError(f"a state around layers {gap[0]} to {gap[1]} is NaN or infinite")
+        if gap not in sums:
+            sums[gap] = KINDS[kind](before.shape[-1])
+        sums[gap].add(before, behind)
+
+
+def apply(short: ShortModel, maps: StreamMaps) -> Callable[[], None]:
+    """Applies maps to a model without their layers; returns what takes them away again."""
+    present, hooks = short.present, ExitStack()
+    for front, linear_map in maps.maps.items():
+        layer = short.decoder.layers[present.index(front)]
+        hooks.enter_context(replaced_output(layer, _mapped_by(linear_map)))
+    return hooks.close
+
+
+def _mapped_by(linear_map: Tensor) -> Callable[[Tensor], Tensor]:
+    def mapped(state: Tensor) -> Tensor:
+        # in float32 whatever the model runs in, as their authors do
+        return (state.float() @ linear_map.to(state.device, torch.float32)).to(state.dtype)
+
+    return mapped
+
+
+def hadamard(order: int) -> Tensor:
+    """An orthogonal matrix (order, order) float64 whose entries are all of one size.
+
+    Made by doubling (Sylvester 1867) from one of order 1, or of Paley's (1933): q + 1 for a prime
+    q of the form 4 k + 3, and 2 (q + 1) for a prime q of the form 4 k + 1. Those are the widths of
+    most models: 576 is 8 times 72.
+
+    Raises:
+        ShortGPTError: none of these gives the order.
+
+    Example:
+        >>> hadamard(2)
+        tensor([[ 0.7071,  0.7071],
+                [ 0.7071, -0.7071]], dtype=torch.float64)
+    """
+    signs = _signs(order)
+    if signs is None:
+        raise ShortGPTError(
+            f"no Hadamard matrix of order {order} is known here: a rotation by one suits other "
+            "widths alone"
+        )
+    return signs / order**0.5
+
+
+def _signs(order: int) -> Tensor | None:
+    """The same with entries 1 and -1."""
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if _prime(order - 1) and order % 4 == 0:
+        core = _residues(order - 1)
+        core[0, 1:], core[1:, 0] = 1, -1
+        return core + torch.eye(order, dtype=torch.float64)
+    if order % 4 == 0 and _prime(order // 2 - 1) and order // 2 % 4 == 2:
+        core = _residues(order // 2 - 1)
+        core[0, 1:], core[1:, 0] = 1, 1
+        one, other = (
+            torch.tensor(m, dtype=torch.float64) for m in ([[1, 1], [1, -1]], [[1, -1], [-1, -1]])
+        )
+        return torch.kron(core, one) + torch.kron(torch.eye(order // 2).double(), other)
+    half = _signs(order // 2) if order % 2 == 0 else None
+    if half is None:
+        return None
+    return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
+
+
+def _residues(q: int) -> Tensor:
+    """(q + 1, q + 1): zeros, and behind the first row and column whether i - j is a square."""
+    character = torch.full((q,), -1, dtype=torch.float64)
+    character[torch.arange(1, q) ** 2 % q] = 1
+    character[0] = 0
+    places = torch.arange(q)
+    core = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    core[1:, 1:] = character[(places[:, None] - places) % q]
+    return core
+
+
+def _prime(number: int) -> bool:
+    return number > 1 and all(number % i for i in range(2, int(number**0.5) + 1))
