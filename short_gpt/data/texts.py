@@ -1,25 +1,32 @@
-"""Calibration texts: local files and data sets of the hub. A text is one string, such as a book."""
+"""Calibration texts: local files and data sets of the hub. A text is one string, such as a book.
+
+The name of a source may end with a split and a number of texts, the first ones: ``pg19:train``,
+``novels/:test``, ``allenai/c4:en:validation[:100]``.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from llama.sources import Named
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError, at_least, without_password
+from short_gpt.runtime.errors import ShortGPTError, check, damaged, without_password
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = (*SPLITS, "valid", "dev")  # of files
+SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})[\w.-]*")  # in the name of a data set of the hub
 KINDS = ".txt, .jsonl or .parquet"
+COLUMNS = ("text", "messages")  # the first of these that there is, where none is named
 OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
 DEMO = "demo"  # the demo's book, where no file has that name
 PG19 = ("pg19", "emozilla/pg19")  # names of PG-19: its own, and that of the data set it stands for
@@ -27,7 +34,7 @@ EXPECTED = f"a file or folder of {KINDS}, demo, or a data set at the hub such as
 
 
 class Default(str):
-    """The name of a text that nobody wrote: a setting has it by default."""
+    """The name of a text that a setting has by default."""
 
 
 class Conversation(str):
@@ -58,25 +65,50 @@ class TextsInMemory(str):
 
     def __new__(cls, rows: Iterable[object]) -> TextsInMemory:
         digest = getattr(rows, "_fingerprint", None)  # a Dataset's, of all that made it
-        if isinstance(rows, Mapping):
-            names = ", ".join(map(str, rows))
-            raise ShortGPTError(f"expected one source of texts, got {names}: pass one of them")
-        if hasattr(rows, "iterrows"):
-            raise ShortGPTError("expected texts, got a table: pass one of its columns")
-        if isinstance(rows, set | frozenset):
+        # a set has another order in every run, the others hold several sources
+        if isinstance(rows, dict | set | frozenset) or hasattr(rows, "iterrows"):
             raise ShortGPTError(
-                "expected texts in an order, got a set, which has another in every run: pass a list"
+                f"expected a list of texts or a datasets.Dataset, got a {type(rows).__name__}: "
+                "pass one split or column, as a list"
             )
         if digest is None:
             rows = list(rows)
         name = f"{type(rows).__name__} {digest or json_digest(str(rows))}"
-        given = super().__new__(cls, name[:30])
-        given.rows = rows
-        return given
+        texts = super().__new__(cls, name[:30])
+        texts.rows = rows
+        return texts
+
+
+class TextName(NamedTuple):
+    """The parts of a source's name."""
+
+    source: str  # without the others; a name at the hub may have a configuration: allenai/c4:en
+    split: str | None = None
+    limit: int | None = None  # number of texts, the first ones
+
+    @classmethod
+    def of(cls, name: str) -> TextName:
+        """The parts of a name; a path that exists as it is written has no others.
+
+        Example:
+            >>> TextName.of("pg19:train[:100]")
+            TextName(source='pg19', split='train', limit=100)
+            >>> TextName.of("allenai/c4:en")
+            TextName(source='allenai/c4:en', split=None, limit=None)
+        """
+        if isinstance(name, TextsInMemory) or _exists(name):
+            return cls(name)
+        match = re.fullmatch(r"(.+)\[:([1-9]\d{0,8})\]", name)
+        limit = None if match is None else int(match[2])
+        rest = name if match is None else match[1]
+        source, _, split = rest.rpartition(":")
+        if source and not _exists(rest) and (SPLIT.fullmatch(split) or _exists(source)):
+            return cls(source, split, limit)
+        return cls(rest, None, limit)
 
 
 def texts(
-    source: str | Path | Iterable[object], *, split: str | None = None, column: str = "text"
+    source: str | Path | Iterable[object], *, split: str | None = None, column: str | None = None
 ) -> Iterator[str]:
     """Iterates once over the texts of a local file or folder, or of a data set at the HF hub.
 
@@ -84,14 +116,15 @@ def texts(
     The first text is read before this returns, so that most errors come from the call itself.
 
     Args:
-        source: a path, else a name at the hub: "allenai/c4:en" has a configuration. "demo" is the
+        source: A path, else a name at the hub; "allenai/c4:en" has a configuration. "demo" is the
             demo's book: its held-out chapters, or with another split than "test" the others. Or
-            texts in memory, a list of strings or a ``datasets.Dataset``.
-        split: of a folder, only sub-folders of this name and files whose names begin with it, if
-            there are any, or have it inside, as wiki.test.txt, where all in a folder name one; else
-            all files, sorted by name. A data set with several splits needs it.
-        column: of the text, in .jsonl, .parquet and data sets; or of messages with role and
-            content, which are a `Conversation`.
+            texts in memory, a list of strings or a ``datasets.Dataset``. A name may end with a
+            split and a number of texts, as in "novels/:train" and "pg19:validation[:100]".
+        split: Split of a data set, where the name has none. Of a folder, only sub-folders of this
+            name and files whose names begin with it, if there are any, or have it inside, as
+            wiki.test.txt, where all in a folder name one; else all files, sorted by name.
+        column: Column of the text in .jsonl, .parquet and data sets. Rows that are lists of
+            messages with role and content are a `Conversation`. Default: "text", else "messages".
 
     Raises:
         FileNotFoundError: source looks like a path that does not exist, or the hub lacks it.
@@ -99,29 +132,39 @@ def texts(
         ShortGPTError: an unknown kind of file, a bad line, a missing column or split, no text.
 
     Example:
-        >>> chapters = texts("novels/")  # doctest: +SKIP
+        >>> chapters = texts("novels/:train")  # doctest: +SKIP
     """
     if not isinstance(source, str | Path):
         source = TextsInMemory(source)
     if isinstance(source, TextsInMemory):
-        rows = ({column: row} if isinstance(row, str) else row for row in source.rows)
+        rows = ({column or COLUMNS[0]: r} if isinstance(r, str) else r for r in source.rows)
         return _started((_cell(row, column) for row in rows), source)
-    path = _path(source)
-    if source in OWN:
+    name = TextName(str(source)) if isinstance(source, Path) else TextName.of(source)
+    every = _texts(name, source, name.split or split, column)
+    return islice(every, name.limit)
+
+
+def _texts(
+    name: TextName, source: str | Path, split: str | None, column: str | None
+) -> Iterator[str]:
+    path = _path(name.source)
+    if name.source in OWN:
         raise ShortGPTError(
             f"{source} is the model's own text, which no model is judged by (perplexity on own "
             f"samples is not quality): expected {EXPECTED}"
         )
-    if source == DEMO and (isinstance(source, Named) or not path.exists()):
+    if name.source == DEMO and (isinstance(source, Named) or not path.exists()):
         from short_gpt.data.demo import bible
 
         return iter(bible("held_out" if split in (None, "test") else "calibration"))
-    if str(source) and path.exists():
-        files = _files(path, split)
+    if name.source and path.exists():
+        files = _files(path, split, strict=name.split is not None)
         return _started(chain.from_iterable(_read(file, column) for file in files), source)
-    if isinstance(source, Path) or _is_like_path(str(source)):
+    if isinstance(source, Path) or _is_like_path(name.source):
         raise FileNotFoundError(f"no such file or folder: {str(source)!r}; expected {EXPECTED}")
-    return _started(_hub_texts(str(source), split, column), source)
+    if name.source == PG19[0]:
+        return pg19(split or "validation")
+    return _started(_hub_texts(name.source, split, column), source)
 
 
 def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterator[str]:
@@ -131,23 +174,23 @@ def pg19(split: str = "validation", *, path: str | Path | None = None) -> Iterat
 
     Args:
         split: "train" (28,602 books), "validation" (50) or "test" (100).
-        path: a local copy, such as validation/*.txt of Google's bucket, as `texts` reads it; a
+        path: Local copy, such as validation/*.txt of Google's bucket, as `texts` reads it; a
             folder of other splits alone is refused.
 
     Example:
         >>> books = pg19("validation", path="pg19/")  # doctest: +SKIP
     """
-    if split not in SPLITS:
-        raise ShortGPTError(f"split = {split!r}: PG-19 has {', '.join(SPLITS)}")
+    check(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}, which PG-19 has")
     if path is not None:
         check_has_split(path, split)
         return texts(Path(str(path)), split=split)
-    return _started(_hub_texts("emozilla/pg19", split, "text"), "emozilla/pg19")
+    return _started(_hub_texts(PG19[1], split, COLUMNS[0]), PG19[1])
 
 
 def is_local(source: str) -> bool:
     """Whether a source is a file or folder here, and not pg19."""
-    return source != "pg19" and not isinstance(source, TextsInMemory) and _path(source).exists()
+    name = TextName.of(source).source
+    return name != PG19[0] and not isinstance(source, TextsInMemory) and _exists(name)
 
 
 def has_split(source: str, split: str) -> bool:
@@ -162,9 +205,9 @@ def check_has_split(source: str | Path, split: str) -> None:
     """Raises ShortGPTError for a folder whose names have other splits, and not this one."""
     path = _path(source)
     names = _names(path) if path.is_dir() else []
-    found = {other: _of_split(names, other) for other in SPLIT_NAMES}
-    others = [other for other, own in found.items() if own]
-    if others and not _of_split(names, split) and {*names} == {*chain(*found.values())}:
+    files = {other: _of_split(names, other) for other in SPLIT_NAMES}
+    others = [other for other, own in files.items() if own]
+    if others and not _of_split(names, split) and {*names} == {*chain(*files.values())}:
         raise ShortGPTError(
             f"{str(source)!r} has files of {', '.join(others)}, and none of {split}: name the file "
             "or folder to read"
@@ -173,8 +216,9 @@ def check_has_split(source: str | Path, split: str) -> None:
 
 def has_columns(source: str) -> bool:
     """Whether the texts of a source, a path or pg19, are in columns."""
-    path = _path(source)
-    if source in ("pg19", DEMO, *OWN):
+    name = TextName.of(source).source
+    path = _path(name)
+    if name in (PG19[0], DEMO, *OWN):
         return False
     if not path.is_dir():
         return path.suffix.lower() != ".txt"
@@ -185,7 +229,14 @@ def _path(source: str | Path) -> Path:
     return Path(os.path.expanduser(str(source)))
 
 
+def _exists(name: str) -> bool:
+    with suppress(OSError, ValueError):  # such as a name that is too long for a file
+        return bool(name) and _path(name).exists()
+    return False
+
+
 def _started(texts: Iterator[str], source: str | Path) -> Iterator[str]:
+    """The same texts, after the first that is not empty was read."""
     first: list[str] = []
     for text in texts:
         first.append(text)
@@ -199,21 +250,21 @@ def _is_like_path(source: str) -> bool:
     return not name or source.startswith(".") or source.lower().endswith(tuple(_READERS))
 
 
-def _files(path: Path, split: str | None) -> list[Path]:
+def _files(path: Path, split: str | None, *, strict: bool = False) -> list[Path]:
+    """A file itself, or those of a folder; ``strict`` refuses one without files of the split."""
     if path.is_file():
-        return [path]
-    if not path.is_dir():  # a pipe, which would be waited for
-        raise ShortGPTError(f"{str(path)!r} is neither a file nor a folder: expected {KINDS}")
-    names = _names(path)
-    if split is not None:
-        names = _of_split(names, split) or names
-    for name in names:
-        if not (path / name).is_file():
-            raise ShortGPTError(
-                f"{str(path / name)!r} is a broken link or a pipe, expected a regular file; "
-                "repair or remove it"
-            )
-    return [path / name for name in names]
+        names = [""]
+    else:
+        names = _names(path) if path.is_dir() else [""]
+        of_split = [] if split is None else _of_split(names, split)
+        if strict and not of_split:
+            raise ShortGPTError(f"{str(path)!r} has no files of the split {split}")
+        names = of_split or names
+    files = [path / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise ShortGPTError(f"{str(file)!r} is a broken link or a pipe, expected a file")
+    return files
 
 
 def _names(path: Path) -> list[str]:
@@ -254,19 +305,20 @@ def _of_split(names: list[str], split: str) -> list[str]:
     return [name for name in chain(*named) if inside(name, split)]
 
 
-def _read(file: Path, column: str) -> Iterator[str]:
+def _read(file: Path, column: str | None) -> Iterator[str]:
     if file.suffix.lower() not in _READERS:
         raise ShortGPTError(f"{file} is of an unknown kind: expected {KINDS}")
     try:
         yield from _READERS[file.suffix.lower()](file, column)
     except UnicodeDecodeError as error:
-        reason = f"{file}: expected text in UTF-8, got another encoding ({error})"
-        raise ShortGPTError(f"{reason}; save it as UTF-8") from None
+        raise ShortGPTError(
+            f"{file}: expected text in UTF-8, got another encoding ({error}); save it as UTF-8"
+        ) from None
     except ShortGPTError as error:
         raise ShortGPTError(f"{file}: {error}") from error
 
 
-def _read_jsonl(file: Path, column: str) -> Iterator[str]:
+def _read_jsonl(file: Path, column: str | None) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -276,31 +328,28 @@ def _read_jsonl(file: Path, column: str) -> Iterator[str]:
             except ShortGPTError as error:
                 raise ShortGPTError(f"line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
-                expected = "expected an object with named values: correct the line, or leave it out"
-                raise ShortGPTError(f"line {number} is not JSON ({error}); {expected}") from None
+                raise ShortGPTError(f"line {number} is not JSON ({error})") from None
             yield text
 
 
-def _read_parquet(file: Path, column: str) -> Iterator[str]:
+def _read_parquet(file: Path, column: str | None) -> Iterator[str]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    if not file.stat().st_size:
-        raise ShortGPTError("the file is empty, expected a Parquet file: fetch or write it again")
     try:
         with ParquetFile(file) as opened:
             names = opened.schema_arrow.names
-            for batch in opened.iter_batches(16, columns=[column] if column in names else names):
+            read = [name for name in ([column] if column else COLUMNS) if name in names][:1]
+            for batch in opened.iter_batches(16, columns=read or names):
                 yield from (_cell(row, column) for row in batch.to_pylist())
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise  # what the system says names the file
         reason = " ".join(str(error).split())
-        message = f"expected a whole Parquet file, got a damaged one ({reason})"
-        raise ShortGPTError(f"{message}: fetch or write it again") from None
+        raise damaged("the Parquet file", reason, mend="fetch or write it again") from None
 
 
-Reader = Callable[[Path, str], Iterator[str]]  # of a file and a column
+Reader = Callable[[Path, str | None], Iterator[str]]  # of a file and a column
 _READERS: dict[str, Reader] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 _READERS[".txt"] = lambda file, _: iter([file.read_text(encoding="utf-8-sig")])
 
@@ -309,21 +358,23 @@ def _is_message(turn: object) -> bool:
     return isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
 
 
-def _cell(row: object, column: str) -> str:
+def _cell(row: object, column: str | None) -> str:
+    """The text of a row: that of its column, or messages as a `Conversation`."""
     if not isinstance(row, dict):
         raise ShortGPTError(f"expected an object with named values, got {row!r:.60}")
-    if column not in row:
+    name = column or next((name for name in COLUMNS if name in row), COLUMNS[0])
+    if name not in row:
         raise ShortGPTError(
-            f"no column {column!r}, only {', '.join(map(str, row))}: name one by `column`"
+            f"no column {name!r}, only {', '.join(map(str, row))}: name one by `column`"
         )
-    if isinstance(turns := row[column], list) and turns and all(map(_is_message, turns)):
+    if isinstance(turns := row[name], list) and turns and all(map(_is_message, turns)):
         for turn in turns:
             check_text(turn["content"])
         return Conversation(json.dumps([{k: t[k] for k in ("role", "content")} for t in turns]))
-    if not isinstance(row[column], str):
-        raise ShortGPTError(f"column {column!r} holds {row[column]!r:.60}, expected text")
-    check_text(row[column])
-    return row[column]
+    if not isinstance(row[name], str):
+        raise ShortGPTError(f"column {name!r} holds {row[name]!r:.60}, expected text")
+    check_text(row[name])
+    return row[name]
 
 
 def _reach(name: str) -> None:
@@ -344,7 +395,7 @@ def _reach(name: str) -> None:
         ) from error
 
 
-def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
+def _hub_texts(source: str, split: str | None, column: str | None) -> Iterator[str]:
     from datasets import load_dataset
 
     name, _, config = source.partition(":")
@@ -352,7 +403,7 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
     try:
         data = load_dataset(name, config or None, split=split, streaming=True)
         if split is None and len(data) > 1:
-            raise ShortGPTError(f"several splits, {', '.join(data)}: name one by `split`")
+            raise ShortGPTError(f"several splits, {', '.join(data)}: name one, as in {source}:test")
         yield from (_cell(row, column) for row in (data if split else data.popitem()[1]))
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
@@ -368,35 +419,32 @@ def _hub_texts(source: str, split: str | None, column: str) -> Iterator[str]:
 
 def source_names(data: str) -> list[str]:
     """The sources that a name stands for: one, if it is that of a file, or several by commas."""
-    try:
-        one = isinstance(data, TextsInMemory | Default) or _path(data).exists()
-    except OSError:  # a name of many files may be longer than that of a file
-        one = False
+    one = isinstance(data, TextsInMemory | Default) or _exists(data)
     return [data] if one else [name.strip() for name in data.split(",")]
 
 
 def check_named_once(names: Sequence[str], *, setting: str = "data") -> None:
     """Raises ShortGPTError if a text, which would count twice, is named twice in a setting."""
-    known = set[object]()
+    seen = set[object]()
     for name in names:
-        key: object = name
-        if not isinstance(name, TextsInMemory) and name not in (*OWN, "pg19"):
-            # such as a name that is too long for a file, or a link to itself
-            with suppress(OSError, RuntimeError, ValueError):
-                key = path if (path := _path(name).resolve()).exists() else name
-        if key in known:
+        source, split, _ = TextName.of(name)
+        local = source not in (*OWN, *PG19) and not isinstance(name, TextsInMemory)
+        key = (_path(source).resolve() if local and _exists(source) else source, split)
+        if key in seen:
             raise ShortGPTError(f"`{setting}` names {name} twice: name it once")
-        known.add(key)
+        seen.add(key)
 
 
-def evaluation_texts(eval_data: str | None, column: str) -> dict[str, Iterator[str]]:
+def evaluation_texts(eval_data: str | None, column: str | None = None) -> dict[str, Iterator[str]]:
     """The `texts` of each source to evaluate on; the first of each is read at once."""
     names = [] if eval_data is None else source_names(eval_data)
     check_named_once(names, setting="eval_data")
     return {name: texts(name, column=column) for name in names}
 
 
-def read_kinds(data: str, split: str, column: str, limit: int | None) -> list[Iterable[Text]]:
+def read_kinds(
+    data: str, split: str | None = "validation", column: str | None = None, limit: int | None = None
+) -> list[Iterable[Text]]:
     """Each source's `read_texts`; its name alone (of `OWN`) where the model is to write them."""
     names = source_names(data)
     with default_text(data, "a file, demo or self"):
@@ -418,43 +466,30 @@ def default_text(name: str, others: str = "a file or demo") -> Iterator[None]:
         ) from error
 
 
-def read_texts(data: str, split: str | None, column: str, limit: int | None) -> Iterable[str]:
-    """At most ``limit`` `texts`, or those of `pg19` by that name, with a progress bar."""
-    at_least(1, optional=True, max_texts=limit)
+def read_texts(
+    data: str, split: str | None = "validation", column: str | None = None, limit: int | None = None
+) -> Iterable[str]:
+    """The `texts` of a source, with a progress bar; "pg19" is PG-19 even where a folder is too.
+
+    Args:
+        data: Name of a source, which may end with a split and a number of texts.
+        split: Split to read where the name has none.
+        column: Column of the text. Default: "text", else "messages".
+        limit: Number of texts, the first ones, where the name has none. Default: all.
+    """
+    name = TextName.of(data)
+    split, limit = name.split or split, name.limit or limit
     every = (
-        pg19(split or "validation") if data == "pg19" else texts(data, split=split, column=column)
+        pg19(split or "validation")
+        if name.source == PG19[0]
+        else texts(data, split=split, column=column)
     )
-    return _with_bar(islice(every, limit), lambda: limit or count_texts(data, split))
+    return _with_bar(islice(every, limit), limit)
 
 
-def count_texts(source: str, split: str | None = None) -> int | None:
-    """How many texts a file or folder has; None of other sources, and if a file is damaged."""
-    if isinstance(source, TextsInMemory):
-        return len(source.rows) if isinstance(source.rows, Sized) else None
-    if isinstance(source, Named):
-        return None
-    path = _path(source)
-    try:
-        return sum(map(_count, _files(path, split))) if path.exists() else None
-    except (ShortGPTError, OSError, ValueError):
-        return None
-
-
-def _count(file: Path) -> int:
-    kind = file.suffix.lower()
-    if kind == ".jsonl":
-        with file.open("rb") as lines:
-            return sum(1 for line in lines if line.strip())
-    if kind == ".parquet":
-        from pyarrow.parquet import read_metadata
-
-        return int(read_metadata(file).num_rows)
-    return 1
-
-
-def _with_bar(texts: Iterable[str], total: Callable[[], int | None]) -> Iterator[str]:
-    """The same texts, with a progress bar while they are read, before which they are counted."""
-    with bar("reading", total=total(), unit="text") as progress:
+def _with_bar(texts: Iterable[str], total: int | None) -> Iterator[str]:
+    """The same texts, with a progress bar while they are read."""
+    with bar("reading", total=total, unit="text") as progress:
         for text in texts:
             yield text
             progress.update()
