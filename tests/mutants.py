@@ -5,14 +5,16 @@
 
 `mutant_table.py` lists them. Each is put into a copy of the tree, never into the checkout, and the
 test that guards its line runs there. Survivors are listed, and the exit code is 1: a test is
-missing. So it is where a line is not found, or where a test fails on the tree as it is.
+missing. The exit code is 1, too, if a line is not found or a test fails on the tree as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import compileall
 import importlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from py_compile import PycInvalidationMode
@@ -44,16 +46,60 @@ class Mutant(NamedTuple):
     """One wrong program.
 
     Attributes:
-        old, new: a part of the library that stands there once, and what stands there instead.
+        function: a function, with its classes and without its module, such as `Importance.add`.
+        old: a part of its source; line breaks and spaces do not count.
+        new: what replaces it.
         test: the name of the test that must fail.
     """
 
+    function: str
     old: str
     new: str
     test: str
 
     def __str__(self) -> str:
-        return f"{' '.join(self.old.split())}  ->  {' '.join(self.new.split())}"
+        return f"{self.function}: {self.old}  ->  {self.new}"
+
+
+def sources(root: Path) -> dict[Path, str]:
+    """The modules of the library and their text."""
+    files = [path for name in LIBRARY for path in (root / name).rglob("*.py")]
+    return {path: path.read_text(encoding="utf-8") for path in files}
+
+
+def scopes(node: ast.AST, outer: str = "") -> Iterator[tuple[str, ast.stmt]]:
+    """The functions and classes of a module, by their qualified names."""
+    for child in ast.iter_child_nodes(node):
+        name = outer
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            name = f"{outer}.{child.name}".lstrip(".")
+            yield name, child
+        yield from scopes(child, name)
+
+
+def spans(name: str, path: Path, text: str) -> Iterator[tuple[int, int]]:
+    """First and last character of all that has this name: functions, classes, the module."""
+    if name == path.stem:
+        yield 0, len(text)
+    elif re.search(rf"(def|class) {name.rpartition('.')[2]}\b", text):
+        starts = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
+        for found, node in scopes(ast.parse(text)):
+            if found == name:
+                yield starts[node.lineno - 1], starts[node.end_lineno or -1]
+
+
+def places(mutant: Mutant, texts: Mapping[Path, str]) -> list[tuple[Path, int, int]]:
+    """The files and the characters, from start to end, where a mutant's old text stands."""
+    # a formatter breaks lines between any two tokens, and adds a comma before a closing bracket
+    tokens = re.findall(r"\w+|\S", mutant.old)
+    each = [rf",?\s*\{token}" if token in ")]}" else re.escape(token) for token in tokens]
+    pattern = re.compile(r"\s*".join(each))
+    return [
+        (path, match.start(), match.end())
+        for path, text in texts.items()
+        for span in spans(mutant.function, path, text)
+        for match in pattern.finditer(text, *span)
+    ]
 
 
 class Outcome(NamedTuple):
@@ -83,13 +129,13 @@ class Tree:
     def judge(self, mutant: Mutant) -> Outcome:
         """Puts the mutant in, runs its test, and takes it out again."""
         begun = time.monotonic()
-        files = [path for name in LIBRARY for path in (self.folder / name).rglob("*.py")]
-        texts = {path: path.read_text(encoding="utf-8") for path in files}
-        count = sum(text.count(mutant.old) for text in texts.values())
-        if count != 1:
-            return Outcome(mutant, NOT_FOUND, 0.0, f"the library has it {count} times")
-        path, whole = next((p, text) for p, text in texts.items() if mutant.old in text)
-        path.write_text(whole.replace(mutant.old, mutant.new), encoding="utf-8")
+        texts = sources(self.folder)
+        found = places(mutant, texts)
+        if len(found) != 1:
+            return Outcome(mutant, NOT_FOUND, 0.0, f"the library has it {len(found)} times")
+        path, start, end = found[0]
+        whole = texts[path]
+        path.write_text(whole[:start] + mutant.new + whole[end:], encoding="utf-8")
         try:
             state, log = self.run([mutant.test])
         finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mutants
 from mutant_table import MUTANTS
-from mutants import KILLED, LIBRARY, NOT_FOUND, SURVIVED, Mutant, Outcome
+from mutants import KILLED, NOT_FOUND, SURVIVED, Mutant, Outcome
 
 PROGRAM = """def lowest(scores):
     return min(scores)
@@ -36,7 +36,7 @@ print(json.dumps([tree.judge(Mutant(*one)).state for one in json.loads(sys.argv[
 
 
 def mutant(new: str, test: str = GUARD, *, old: str = "min(scores)") -> Mutant:
-    return Mutant(old, new, test)
+    return Mutant("lowest", old, new, test)
 
 
 def test_a_mutant_is_killed_by_the_test_that_guards_its_line_alone(tmp_path):
@@ -70,17 +70,32 @@ def test_survivors_are_listed_and_fail(monkeypatch, capsys):
     monkeypatch.setattr(mutants, "judge", lambda run: outcomes[: len(run)])
     assert mutants.main([]) == 1
     out = capsys.readouterr().out
-    assert "SURVIVED: min(scores)  ->  sorted(scores)[0]" in out and "1 of 2 killed" in out
+    assert "SURVIVED: lowest: min(scores)  ->  sorted(scores)[0]" in out and "1 of 2 killed" in out
     assert mutants.main(["--only", "max(scores)"]) == 0
 
 
 def test_every_row_is_one_place_of_the_library_and_one_test():
-    files = [path for name in LIBRARY for path in (mutants.ROOT / name).rglob("*.py")]
-    library = "\n".join(path.read_text() for path in files)
+    library = mutants.sources(mutants.ROOT)
     tests = "\n".join(path.read_text() for path in (mutants.ROOT / "tests").rglob("test_*.py"))
-    for old, new, test in MUTANTS:
-        assert library.count(old) == 1 and old != new, old
-        assert tests.count(f"def {test.split('[')[0]}(") == 1, test
+    for row in (Mutant(*row) for row in MUTANTS):
+        assert len(mutants.places(row, library)) == 1 and row.old != row.new, row
+        assert tests.count(f"def {row.test.split('[')[0]}(") == 1, row.test
+
+
+def test_a_row_outlives_a_new_format_and_a_change_elsewhere():
+    text = """
+class Sums:
+    def add(self):
+        return self.total(
+            self.first,
+            [self.second],
+        )
+    def other(self):
+        return self.total(self.first, [self.second])
+"""
+    row = Mutant("Sums.add", "total(self.first, [self.second])", "0", GUARD)
+    ((_, start, end),) = mutants.places(row, {Path(): text})
+    assert "".join(text[start:end].split()) == "total(self.first,[self.second],)"
 
 
 def test_the_table_is_for_what_no_generator_writes():
