@@ -38,6 +38,7 @@ from benchmarks.studies import (
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import prune_gguf
 from short_gpt.data import check_disjoint, demo
+from short_gpt.evaluation.cells import Cells
 from short_gpt.healing import (
     CachedTeacher,
     Distillation,
@@ -47,7 +48,6 @@ from short_gpt.healing import (
     heal_refit,
 )
 from short_gpt.healing.refit import PatchSettings, RefitSettings, split_held_out
-from short_gpt.jobs.comparing import Cells
 
 
 @pytest.mark.parametrize(

@@ -336,13 +336,13 @@ def test_one_layer_at_a_time_is_the_model_in_memory(llama, book):
 
 
 def test_the_patch_recovers_quality_on_held_out_text(llama, book):
-    from short_gpt.jobs import Cases, Comparison
+    from short_gpt.jobs import compare
 
     short = ShortLlama(llama)
     sample = {"size": 256, "stride": 256, "seed": 0, "limit": 4}
     held_out = list(windows(demo.bible("held_out"), short.encode, **sample))
-    comparison = Comparison(short, [w[:256] for w in book[:4]], held_out)
-    rows = comparison.rows(Cases(["bi"], [8], ["raw", "patched"]))
-    raw, patched = (next(r for r in rows if r.n and r.healing == h) for h in ("raw", "patched"))
+    calibration = [w[:256] for w in book[:4]]
+    rows = compare(short, calibration, held_out, method="bi", n=8, heal_by="raw,patch").rows
+    raw, patched = (next(r for r in rows if r.n and r.healing == h) for h in ("raw", "patch"))
     assert raw.layers == patched.layers
     assert raw.nats - patched.nats > 0.5

@@ -29,6 +29,7 @@ from benchmarks.studies.scoring import SIZE, build
 from short_gpt import Importance, ShortLlama
 from short_gpt.data import demo
 from short_gpt.data.windows import text_number
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     Sample,
@@ -36,7 +37,6 @@ from short_gpt.evaluation.perplexity import (
     difference,
     window_perplexities,
 )
-from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import pad
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.progress import bar

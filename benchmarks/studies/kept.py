@@ -67,10 +67,10 @@ from benchmarks.studies.tasks import (
 )
 from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import window_perplexities
 from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.healing import CachedTeacher, Distillation, choose_healed, recipe_for
-from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 

@@ -35,6 +35,7 @@ from benchmarks.studies.scoring import build
 from short_gpt import ShortLlama, windows
 from short_gpt.data import demo
 from short_gpt.data.windows import text_number
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     Sample,
@@ -43,7 +44,6 @@ from short_gpt.evaluation.perplexity import (
     window_perplexities,
 )
 from short_gpt.healing import refit
-from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import pad
 from short_gpt.models.numbering import runs
 from short_gpt.runtime.digest import json_digest

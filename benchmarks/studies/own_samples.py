@@ -38,9 +38,10 @@ from benchmarks.studies.healing import Windows, both_held_out, cut, halves, judg
 from benchmarks.studies.refits import Losses, by_kind
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import difference
 from short_gpt.healing import RefitSettings
-from short_gpt.jobs.comparing import Cells, pruned_losses
+from short_gpt.healing.choosing import pruned_losses
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 

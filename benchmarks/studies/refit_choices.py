@@ -42,12 +42,12 @@ from benchmarks.studies.healing import Windows, both_held_out, chosen_by, fitted
 from benchmarks.studies.scoring import build
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import Perplexity, Sample, combined, difference
 from short_gpt.healing import refit
 from short_gpt.healing.refit_layer import Batches, LayerRefit
 from short_gpt.healing.refit_state import HiddenStates
 from short_gpt.healing.solver import NormalEquations
-from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import pad
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile

@@ -41,9 +41,9 @@ from benchmarks.studies.healing import (
 )
 from benchmarks.studies.scoring import SIZE, build
 from short_gpt import ShortLlama
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import PatchSettings, refit
-from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 

@@ -33,10 +33,10 @@ from benchmarks.studies.healing import Windows, both_held_out, cut, halves
 from benchmarks.studies.scoring import build
 from short_gpt import ShortHFModel, ShortLlama, choose
 from short_gpt.data import demo
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import Perplexity, combined, difference, window_perplexities
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_difference
 from short_gpt.healing import RefitSettings, recipe_for, refit
-from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile, joined
 

@@ -37,11 +37,11 @@ from benchmarks.studies.healing import Windows, cut, halves, judge
 from benchmarks.studies.refits import Losses, by_kind
 from short_gpt import ShortHFModel, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.healing import Recipe, RefitSettings
 from short_gpt.healing.distillation import Targets, divergence
 from short_gpt.healing.lora import adapt
-from short_gpt.jobs.comparing import Cells
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 

@@ -281,7 +281,9 @@ METHODS = {
 
 
 def rows() -> dict[tuple[str, int, str], dict]:
-    return {(r["method"], r["n"], r["healing"]): r for r in result("compare")["rows"]}
+    former = {"patched": "patch"}
+    rows = result("compare")["rows"]
+    return {(r["method"], r["n"], former.get(r["healing"], r["healing"])): r for r in rows}
 
 
 def cell(method: str, n: int, healing: str) -> str:
@@ -345,7 +347,7 @@ def healed() -> str:
     """What patch and refit restore with 8 layers removed, as sentences."""
     parts = []
     for method, where in (("bi", "With 8 layers removed by Block Influence"), ("sleb", "")):
-        raw, patch, refit = (rows()[method, 8, h] for h in ("raw", "patched", "refit"))
+        raw, patch, refit = (rows()[method, 8, h] for h in ("raw", "patch", "refit"))
         start = where or "With greedy search's 8 removed"
         loss, nats = ("the loss", " nats per token") if where else ("it", "")
         error, ppl = ("standard error ", "perplexity ") if where else ("", "")
@@ -368,7 +370,7 @@ KEPT_TASKS += "| svamp, right | svamp, a number |"
 NEAREST = "| method | removes | rank, pruned | nats above the best (95%) | rank, refitted "
 NEAREST += "| nats above the best (95%) | full refit, nats above sleb's (95%) |"
 SHORT = "| method | 4 layers removed | pruned | refitted | 8 layers removed | pruned | refitted |"
-HEALINGS = ("raw", "patched", "refit")
+HEALINGS = ("raw", "patch", "refit")
 COMPARED = "| removed | pruned | patched | refitted |"
 CHOSEN = (
     "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"

@@ -136,7 +136,7 @@ def heal(
 def compare(
     model: str | None = None,
     *,
-    cases: jobs.Cases = jobs.Cases(healings="raw,patched"),
+    cases: jobs.Cases = jobs.Cases(),
     data: jobs.TextSource = jobs.TextSource(),
     shares: jobs.Shares = jobs.Shares(),
     tasks: jobs.Tasks = jobs.Tasks(),
@@ -155,8 +155,8 @@ def compare(
     if model is None:  # which reads the demo's book
         record["arguments"] |= {"data": "demo", "eval_data": "demo"}
     result = jobs.compare_checkpoint(**given)
-    record["arguments"]["counts"] = [*result.counts]  # of the default, those that there could be
-    print_result(tables.compared(result.rows, result.agreement, result.tasks, bos=result.bos))
+    record["arguments"]["n"] = [*result.counts]  # of the default, those that there could be
+    print_result(tables.compared(result.rows, result.tasks, bos=result.bos))
     for text in result.chosen:
         print_result(f"\n{text}")
     remark = about_own(data.data, shares.eval_data)

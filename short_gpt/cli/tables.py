@@ -17,7 +17,7 @@ from short_gpt.runtime.settings import as_flags
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity, SamplingError
     from short_gpt.jobs import HealingResult, PruneResult, Ranking, ReproductionResult, TextSource
-    from short_gpt.jobs.cases import MethodAgreement, Row
+    from short_gpt.jobs.cases import Row
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.search import Search
 
@@ -242,7 +242,6 @@ def _rounded(value: float, error: float) -> str:
 
 def compared(
     rows: Sequence[Row],
-    agreed: Sequence[MethodAgreement] = (),
     tasks: Mapping[str, Mapping[str, float]] = {},
     *,
     bos: str = "first",
@@ -256,7 +255,7 @@ def compared(
     for healing in dict.fromkeys(r.healing for r in pruned):
         lines += _healed(healing, [r for r in pruned if r.healing == healing], counts)
     lines += _removed(pruned, counts)
-    lines += _sizes(dense, {r.n: r for r in pruned}, counts) + _agreed(agreed)
+    lines += _sizes(dense, {r.n: r for r in pruned}, counts)
     if dense.windows:
         lines.append(f"standard errors over {_error(dense.windows, dense.texts).over}")
     return "\n".join(lines + _tasks(tasks))
@@ -315,18 +314,6 @@ def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[
         f"{name:<28}" + "".join(f"{cell(sizes[n]):>22}" for n in counts)
         for name, cell in cells.items()
     ]
-
-
-def _agreed(agreed: Sequence[MethodAgreement]) -> list[str]:
-    lines = []
-    for one in agreed:
-        shares = "; ".join(f"{pair} {share:.0%}" for pair, share in one["overlap"].items())
-        lines.append(f"{one['n']} layers in common: {shares}")
-    if agreed:
-        value = agreed[0]["rank_correlation_of_bi_with_loss"]
-        what = "rank correlation of Block Influence with the loss without a layer"
-        lines.append(f"{what} {value:.3f}")
-    return lines
 
 
 def _perplexity(rows: Sequence[Row]) -> str:

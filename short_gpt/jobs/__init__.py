@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     from short_gpt.checkpoints.scores import ChosenLayers, SavedScores, chosen
     from short_gpt.jobs.cases import (
         Cases,
-        MethodAgreement,
         Row,
         Shares,
     )
-    from short_gpt.jobs.comparing import Comparison, ComparisonResult, compare
-    from short_gpt.jobs.comparison import compare_checkpoint
+    from short_gpt.jobs.comparing import ComparisonResult, compare, compare_checkpoint
     from short_gpt.jobs.conversion import convert
     from short_gpt.jobs.dial import Dial, Shrinking
     from short_gpt.jobs.evaluation import evaluate, write_samples
@@ -45,9 +43,9 @@ else:
     __getattr__, __dir__ = lazy(__name__)
 
 
-__all__ = ["Answer", "Cases", "Choice", "ChosenLayers", "Comparison", "ComparisonResult"]
+__all__ = ["Answer", "Cases", "Choice", "ChosenLayers", "ComparisonResult"]
 __all__ += ["Conversion", "Cut", "Dial", "HealingResult", "HealingWindows", "Hub"]
-__all__ += ["MethodAgreement", "OpenOptions", "Pair"]
+__all__ += ["OpenOptions", "Pair"]
 __all__ += ["PaperComparison", "PaperOrder", "PruneOutput", "PruneResult", "Ranking", "Reading"]
 __all__ += ["ReproductionResult", "Row", "Running", "SavedScores", "Saving", "Settings", "Shares"]
 __all__ += ["ShrinkResult", "Shrinking", "StateReport", "Tasks", "TextSource", "chosen", "compare"]

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import TYPE_CHECKING, ClassVar
 
 from short_gpt.data.texts import evaluation_texts
 from short_gpt.data.windows import Text
 from short_gpt.jobs.inputs import Cut, listed, name_texts, whole_numbers
-from short_gpt.runtime.errors import ShortGPTError, at_least
-from short_gpt.runtime.settings import CHOOSE, READ, Needs, Values, setting
+from short_gpt.runtime.errors import at_least, check
+from short_gpt.runtime.settings import CHOOSE, READ, setting
 
 if TYPE_CHECKING:
     from short_gpt.wrappers.scored_model import ScoredModel
 
-Windows = Sequence[Sequence[int]]
-HEALINGS = RAW, PATCHED, REFIT = ("raw", "patched", "refit")
-DEFAULT_METHODS: tuple[str, ...] = ("bi", "angular", "deepest", "relative_magnitude")
-DEFAULT_METHODS += ("perplexity", "sleb", "reverse", "random")
+METHODS = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
+SEEDS = 3  # random sets for every number of layers
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Row:
     method: str  # that chose the layers
     seed: int | None  # of the random method; None for all others
     n: int  # layers removed
-    healing: str  # raw, patched or refit
+    healing: str  # raw, patch or refit
     layers: list[int]  # removed, original numbers
     perplexity: float  # on the evaluation text
     nats: float  # mean loss minus that of the original model, paired over the windows
@@ -42,97 +40,71 @@ class Row:
     texts: int | None = None  # of the windows; see `evaluation.Difference`
 
 
-class MethodAgreement(TypedDict):
-    """How far cheap rankings agree with the greedy search, on the same windows."""
-
-    n: int  # layers that each method removes
-    overlap: dict[str, float]  # share of the n layers in common, by pair, as in "bi, sleb"
-    # Spearman's, with the loss without each layer that the search tries first, in [-1, 1]
-    rank_correlation_of_bi_with_loss: float
-
-
-def _names(names: object) -> list[str]:
-    return listed(names) if isinstance(names, str) else list(names)  # type: ignore[call-overload]
-
-
-def _searches(values: Values) -> bool:
-    from short_gpt.selection.methods import BY_LOSS, METHODS
-
-    return not {*_names(values["methods"])} <= {*METHODS} - {*BY_LOSS}
-
-
-RANDOM = Needs("random in `methods`", lambda v: "random" in _names(v["methods"]))
-NEEDS_SEARCH = Needs("perplexity or sleb in `methods`", _searches)
-
-
 @dataclass(frozen=True)
 class Cases:
     """What is compared: every method x number of layers x healing.
 
     Args:
-        methods: names as of the method of rank, with commas between.
-        counts: numbers of layers to remove, as in 2,4,8; by default those that the model allows.
-        healings: of raw, patched and refit, with commas between.
-        seeds: random sets for every number of layers.
-        search_windows: of the windows of data, how many the searches by loss read.
+        method: names as of the method of rank, with commas between.
+        n: numbers of layers to remove, as in 2,4,8; by default those of 2, 4, 8 and 12 that the
+            model allows.
+        heal_by: of raw, patch and refit, with commas between.
 
     Example:
-        >>> Cases("bi, sleb", 2).names
+        >>> Cases("bi, sleb", 2).methods
         ['bi', 'sleb']
     """
 
     HEADING: ClassVar = CHOOSE
-    methods: str | Sequence[str] = setting(DEFAULT_METHODS, value="A,B")
-    counts: object = setting((2, 4, 8, 12), value="N,N")
-    healings: str | Sequence[str] = setting((RAW,), flag="healing", value="A,B")
-    seeds: int = setting(3, needs=RANDOM)
-    search_windows: int = setting(4, heading=READ, needs=NEEDS_SEARCH)
+    method: str | Sequence[str] = setting(METHODS, value="A,B")
+    n: object = setting((2, 4, 8, 12), value="N,N")
+    heal_by: str | Sequence[str] = setting("raw,patch", value="A,B")
 
     @property
-    def names(self) -> list[str]:
-        return _names(self.methods)
+    def methods(self) -> list[str]:
+        return _names(self.method)
 
     @property
-    def numbers(self) -> list[int]:
-        numbers = whole_numbers(self.counts, "counts", "2,4,8")
-        if min(numbers) < 1:
-            raise ShortGPTError(f"expected whole numbers as in `counts` 2,4,8, got {self.counts!r}")
-        return numbers
+    def counts(self) -> list[int]:
+        counts = whole_numbers(self.n, "n", "2,4,8")
+        at_least(1, n=min(counts))
+        return counts
 
     @property
-    def heals(self) -> list[str]:
-        return _names(self.healings)
+    def healings(self) -> list[str]:
+        return _names(self.heal_by)
 
     def within(self, n_layers: int) -> Cases:
-        """These cases for a model of so many layers: of the default counts, those that it allows.
+        """These cases for a model of so many layers: of the default numbers, those it allows.
 
-        Raises ShortGPTError if it has too few for the counts that were asked for.
+        Raises ShortGPTError if it has too few for the numbers that the user set.
         """
         from short_gpt.models.numbering import check_count
         from short_gpt.selection.methods import BY_LOSS
 
         # searches keep the first and the last layer
-        most, counts = n_layers - (2 if {*self.names} & {*BY_LOSS} else 1), self.numbers
-        if self.counts is Cases.counts:
+        most, counts = n_layers - (2 if {*self.methods} & {*BY_LOSS} else 1), self.counts
+        if self.n is Cases.n:
             counts = [n for n in counts if n <= most] or [1]
         for n in counts:
-            check_count(n, n_layers, most=most, name="`counts`")
-        return replace(self, counts=counts)
+            check_count(n, n_layers, most=most, name="`n`")
+        return replace(self, n=counts)
 
-    def __post_init__(self) -> None:
-        if odd := [name for name in self.heals if name not in HEALINGS]:
-            raise ShortGPTError(f"no healing {odd[0]!r}; expected some of {', '.join(HEALINGS)}")
-        if self.methods is not DEFAULT_METHODS:  # these are known to be valid, without an import
-            from short_gpt.selection.methods import check_method
+    def check(self) -> None:
+        """Raises ShortGPTError for an unknown name, or one that stands there twice."""
+        from short_gpt.healing.sets import HEALINGS
+        from short_gpt.selection.methods import check_method
 
-            for name in self.names:
-                check_method(name)
-        lists: dict[str, Sequence[object]] = {"methods": self.names, "counts": self.numbers}
-        lists["healing"] = self.heals
-        for name, values in lists.items():
-            if not values or len({*values}) < len(values):
-                raise ShortGPTError(f"{name} = {values}: expected at least one, and each once")
-        at_least(1, seeds=self.seeds, search_windows=self.search_windows)
+        for name in self.methods:
+            check_method(name)
+        for name in self.healings:
+            check(name in HEALINGS, "`heal_by`", name, f"some of {', '.join(HEALINGS)}")
+        for name, values in (("method", self.methods), ("n", self.counts)):
+            check(len({*values}) == len(values), f"`{name}`", values, "each once")
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    return listed(names) if isinstance(names, str) else list(names)
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,42 @@
-"""Methods compared on one model: what each removal costs, and what healing restores.
-
-Everything is measured once: scores come from one pass, the list of a search begins with those of
-all smaller numbers, and a set of layers that several methods choose is healed and evaluated once.
-"""
+"""Methods compared on one model: what each removal costs, and what healing restores."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import combinations
-from typing import Any
-
-import torch
+from typing import Any, NoReturn
 
 from llama.files import JsonObject
-from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.perplexity import Perplexity, combined, difference
+from short_gpt.data import demo
+from short_gpt.data.windows import Text
+from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
-from short_gpt.healing import HealedChoice, PatchSettings, choose_healed
-from short_gpt.healing.choosing import pruned_losses
+from short_gpt.healing import HealedChoice, PatchSettings
+from short_gpt.healing.choosing import REFIT_PASSES, TRIAL_WINDOWS
+from short_gpt.healing.closed_form import Windows
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.cases import PATCHED, RAW, REFIT, Cases, MethodAgreement, Row, Windows
-from short_gpt.jobs.costs import size_without, tokens_per_second
+from short_gpt.healing.sets import RAW, LayerSets
+from short_gpt.jobs.cases import METHODS, SEEDS, Cases, Row, Shares
+from short_gpt.jobs.costs import end_dry_run, size_without, tokens_per_second
+from short_gpt.jobs.inputs import Data, Tasks, TextSource, check_model, source_of
+from short_gpt.jobs.saving import Saving, as_begun, interruptible
 from short_gpt.runtime.digest import json_digest, windows_digest
-from short_gpt.runtime.progress import bar
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import bar, check_alone
+from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import StateFile, joined
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.metrics import spearman
-from short_gpt.scoring.run import RunState
-from short_gpt.selection.methods import AUTO, BY_LOSS, choose
-from short_gpt.selection.search import Search
+from short_gpt.selection.methods import AUTO
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import own_text_writer, split_own_text
+from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
 # identifies a tokenizer by its ids: letters of several scripts, digits, signs and spaces
 PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)]))
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
-Heal = Callable[[list[int]], list[Perplexity]]
-Case = tuple[str, int | None, int]  # method, seed of a random one, number of layers
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,6 @@ class ComparisonResult:
     """What `compare` gives."""
 
     rows: list[Row]  # the original model first, then a row for every case
-    agreement: list[MethodAgreement]  # of bi, angular and sleb, by number of layers, with sleb
     # metrics without healing, by the layers removed, and their changes from the original model with
     # errors, as "piqa acc change" and "piqa acc change_stderr"
     tasks: dict[str, dict[str, float]]
@@ -65,11 +61,14 @@ class ComparisonResult:
         ]
 
     def to_dict(self) -> dict[str, object]:
-        """All except the state, ready for JSON."""
-        left_out = ("state", "precision", "counts")  # counts are an argument of the command
-        own = {k: value for k, value in vars(self).items() if k not in left_out}
-        own |= {"choices": {n: choice.to_dict() for n, choice in self.choices.items()}}
-        return {**own, **(self.precision or {}), "rows": [asdict(row) for row in self.rows]}
+        """The result, ready for JSON."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "tasks": self.tasks,
+            "bos": self.bos,
+            "choices": {n: choice.to_dict() for n, choice in self.choices.items()},
+            **(self.precision or {}),
+        }
 
 
 def compare(
@@ -77,7 +76,10 @@ def compare(
     calibration: Windows,
     evaluation: Windows,
     *,
-    cases: Cases = Cases(),
+    method: str | Sequence[str] = METHODS,
+    n: object = Cases.n,
+    heal_by: str | Sequence[str] = RAW,
+    search_windows: int = TRIAL_WINDOWS,
     tasks: TaskSuite | None = None,
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
@@ -85,208 +87,194 @@ def compare(
     """Compares methods on one model: perplexity, size and speed without the layers, healed or not.
 
     Args:
-        short: the original model, which stays unchanged.
-        calibration: windows of token ids that choose layers and that refits are fitted on.
-        evaluation: windows of other text.
-        cases: what is compared.
-        tasks: also run on the models without healing.
-        state: file that the run is saved in, to be continued, until ``result.state.clear()``.
+        short: The original model, which stays unchanged.
+        calibration: Windows of token ids that choose layers and that closed forms are fitted on.
+        evaluation: Windows of other text.
+        method: Names of methods. Default: all that need no refit.
+        n: Numbers of layers to remove. Default: those of 2, 4, 8 and 12 that the model allows.
+        heal_by: Some of raw, patch and refit. Default: raw.
+        search_windows: Calibration windows that the searches by loss read. Default: 4.
+        tasks: Tasks that also run on the models without healing. Default: none.
+        progress: Show bars. Default: True.
+        state: File that the run is saved in and continued from, until ``result.state.clear()``.
 
     Raises:
         ShortGPTError: a setting is refused, calibration and evaluation share text, or the state is
             of another run.
 
     Example:
-        >>> cases = Cases(["bi", "angular"], [4, 8], healings=["raw", "refit"])
-        >>> result = compare(short, calibration, held_out, cases=cases)  # doctest: +SKIP
+        >>> result = compare(short, calibration, held_out, method="bi", n=4)  # doctest: +SKIP
         >>> print(tables.compared(result.rows))  # doctest: +SKIP
     """
+    cases = Cases(method, n, heal_by)
+    cases.check()
     cases = cases.within(len(short.kept))
     if tasks is not None:
         tasks.check()
     saved = None
     if state is not None:
-        windows = {"calibration": calibration, "evaluation": evaluation}
         identity = joined(
             short.identity(),
-            {name: windows_digest(own) for name, own in windows.items()},
-            {"search_windows": cases.search_windows},
+            {"calibration": windows_digest(calibration), "evaluation": windows_digest(evaluation)},
+            {"search_windows": search_windows},
             {"refit": vars(RefitSettings()), "patch": vars(PatchSettings())},
         )
         saved = StateFile(state, identity)
-    few = cases.search_windows
-    comparison = Comparison(short, calibration, evaluation, few=few, state=saved, progress=progress)
-    rows = comparison.rows(cases)
-    searched = cases.numbers if "sleb" in cases.names else ()
-    agreement = [comparison.agreement(n, max(cases.numbers)) for n in searched]
-    metrics = {}
-    if tasks is not None:  # which depend on the tokenizer too
-        suite = json_digest([tasks.identity(), short.encode(PROBE)])
-        metrics = comparison.tasks(rows, partial(tasks.documents, short), suite)
-    chosen = {n: comparison.choice(n) for n in (cases.numbers if AUTO in cases.names else ())}
-    return ComparisonResult(rows, agreement, metrics, cases.numbers, saved, choices=chosen)
+    how: dict[str, Any] = {"search_windows": search_windows, "state": saved, "progress": progress}
+    sets = LayerSets(short, calibration, evaluation, **how)
+    rows = _rows(sets, cases, progress=progress)
+    metrics = {} if tasks is None else _tasks(sets, rows, tasks)
+    choices = {n: sets.choice(n) for n in (cases.counts if AUTO in cases.methods else ())}
+    return ComparisonResult(rows, metrics, cases.counts, saved, choices=choices)
 
 
-class Comparison:
-    """What `compare` does, step by step; searches by loss read ``few`` calibration windows."""
+def _rows(sets: LayerSets, cases: Cases, *, progress: bool) -> list[Row]:
+    """Every method x number of layers x healing, and the original model first.
 
-    def __init__(
-        self,
-        short: ShortModel,
-        calibration: Windows,
-        evaluation: Windows,
-        *,
-        few: int = 4,
-        budget: int | None = None,
-        state: StateFile | None = None,
-        progress: bool = True,
-    ) -> None:
-        check_disjoint(calibration, evaluation)
-        self.short, self._calibration, self._evaluation = short, calibration, evaluation
-        self._few, self.cells, self._progress = calibration[:few], Cells(state), progress
-        self._budget = budget  # of auto, in bare passes
-        self._raw = partial(pruned_losses, short, evaluation=evaluation)
-        self._refitted = partial(self._raw, fit_on=calibration, progress=progress)
+    A set has no row for a way in which it cannot be healed.
+    """
+    every = [
+        (method, seed, n)
+        for method in cases.methods
+        for seed in (range(SEEDS) if method == "random" else [None])
+        for n in cases.counts
+    ]
+    most = max(cases.counts)
+    chosen = [sets.layers(method, n, seed or 0, most=most) for method, seed, n in every]
+    rows = [_row(sets, "dense", None, [], RAW)]
+    total = len(every) * len(cases.healings)
+    with bar("comparing", total=total, unit="model", show=progress) as shown:
+        for healing in cases.healings:
+            for (method, seed, _), layers in zip(every, chosen, strict=True):
+                shown.update()
+                if healing != PatchSettings.name or 0 not in layers:  # it needs a layer before it
+                    rows.append(_row(sets, method, seed, layers, healing))
+    return rows
 
-    def rows(self, cases: Cases) -> list[Row]:
-        """Measures every method x number of layers x healing, and the original model first.
 
-        A set has no row for a way in which it cannot be healed.
-        """
-        counts = cases.within(len(self.short.kept)).numbers
-        heals: dict[str, Heal] = {
-            RAW: self._raw,
-            PATCHED: partial(self._refitted, settings=PatchSettings()),
-            REFIT: self._refitted,
-        }
-        every: list[Case] = [
-            (method, seed, n)
-            for method in cases.names
-            for seed in (range(cases.seeds) if method == "random" else [None])
-            for n in counts
-        ]
-        sets = [self.layers(method, n, seed or 0, most=max(counts)) for method, seed, n in every]
-        rows = [self._row(("dense", None, 0), [], RAW, self._raw)]
-        count = len(every) * len(cases.heals)
-        with bar("comparing", total=count, unit="model", show=self._progress) as shown:
-            for healing in cases.heals:
-                for case, layers in zip(every, sets, strict=True):
-                    shown.update()
-                    if healing != PATCHED or 0 not in layers:  # a patch needs a layer before it
-                        rows.append(self._row(case, layers, healing, heals[healing]))
-        return rows
+def _row(sets: LayerSets, method: str, seed: int | None, layers: list[int], healing: str) -> Row:
+    short, n = sets.short, len(layers)
 
-    def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
-        """The n layers that a method removes; searches go on to ``most`` right away."""
-        if method == AUTO:
-            return self.choice(n).layers
-        if method in BY_LOSS:
-            return self._search(method, most or n).removed[:n]
-        return choose(self.importance, n, method=method, seed=seed)
+    def speed() -> float:
+        with short.without_layers(layers):
+            return tokens_per_second(short, sets.evaluation[0])
 
-    @property
-    def importance(self) -> Importance:
-        """Scores of the calibration windows."""
-        return self._scored("importance", self._calibration)
+    dense, raw, healed = (
+        sets.perplexities([]),
+        sets.perplexities(layers),
+        sets.perplexities(layers, healing),
+    )
+    change, gain = difference(dense, healed), difference(raw, healed)
+    parameters, size = size_without(short, layers)
+    return Row(
+        method=method,
+        seed=seed,
+        n=n,
+        healing=healing,
+        layers=layers,
+        perplexity=combined(healed).value,
+        nats=change.nats,
+        standard_error=change.standard_error if n else 0.0,
+        gain=None if healing == RAW else gain.nats,
+        gain_error=None if healing == RAW else gain.standard_error,
+        parameters=parameters,
+        megabytes=size / 1e6,
+        tokens_per_second=float(sets.cells.value(f"speed {n}", speed)),
+        windows=change.windows,
+        texts=change.texts,
+    )
 
-    def _scored(self, name: str, windows: Windows) -> Importance:
-        """Scores of some windows; the model keeps its own scores."""
 
-        def measure(part: StateFile | None) -> dict[str, object]:
-            before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
-            state = None if part is None else RunState(part)
-            try:
-                show = self._progress
-                self.short.measure(windows, state=state, all_tokens=True, progress=show)
-                return self.short.importance.to_dict()
-            finally:
-                self.short.importance = before
+def _tasks(sets: LayerSets, rows: Sequence[Row], suite: TaskSuite) -> dict[str, dict[str, float]]:
+    """Metrics of the models without healing, by the layers removed, as in ``"[3, 4]"``."""
+    # they depend on the tokenizer too
+    digest = json_digest([suite.identity(), sets.short.encode(PROBE)])
 
-        return Importance.from_dict(self.cells.resumed(name, measure))
+    def documents(layers: list[int]) -> TaskRun:
+        def measure() -> JsonObject:
+            with sets.short.without_layers(layers):
+                return vars(suite.documents(sets.short))
 
-    def _search(self, method: str, n: int) -> Search:
-        def measure(part: StateFile | None) -> JsonObject:
-            show = self._progress
-            result = self.short.search(self._few, n, method=method, state=part, progress=show)
-            return {"removed": result.removed, "losses": result.losses}
+        return TaskRun.from_dict(sets.cells.value(f"documents {digest} {layers}", measure))
 
-        content = self.cells.resumed(f"{method} {n}", measure)
-        # JSON's keys are strings
-        trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
-        return Search(content["removed"], trials)
+    original = documents([])
+    pruned = [sorted(row.layers) for row in rows if row.healing == RAW]
+    runs = {str(layers): documents(layers) for layers in pruned}
+    changes = {name: task_changes(original, run) for name, run in runs.items() if name != "[]"}
+    return {name: run.named() | changes.get(name, {}) for name, run in runs.items()}
 
-    def choice(self, n: int) -> HealedChoice:
-        """What auto chose, and how."""
 
-        def measure(part: StateFile | None) -> JsonObject:
-            options: dict[str, Any] = {"state": part, "progress": self._progress}
-            options["budget"] = self._budget
-            return choose_healed(self.short, self._calibration, n, **options).to_dict()
+@takes_fields("compare")
+@interruptible()
+def compare_checkpoint(
+    model: str | None,
+    data: Data = TextSource(),
+    *,
+    cases: Cases = Cases(),
+    shares: Shares = Shares(),
+    tasks: Tasks = Tasks(),
+    opening: OpenOptions = OpenOptions(),
+    saving: Saving = Saving(),
+    dry_run: bool = False,
+    **fields: Any,
+) -> ComparisonResult:
+    """What `compare` does, for a checkpoint and texts by their names.
 
-        return HealedChoice.from_dict(self.cells.resumed(f"{AUTO} {n}", measure))
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file; None
+            compares on the demo's small model and book.
+        data: texts to choose layers and to heal by.
+        tasks: also run on the models without healing.
+        dry_run: raise `DryRun`, which says what would be done, in place of the work.
+        fields: single settings by their names, in place of objects: ``n=[4, 8]``.
 
-    def agreement(self, n: int, most: int) -> MethodAgreement:
-        """How far bi, angular and sleb, which searches to ``most`` layers, agree on n layers."""
-        few = self._scored("importance of few", self._few)
-        sets = {method: {*choose(few, n, method=method)} for method in ("bi", "angular")}
-        sets["sleb"] = {*self.layers("sleb", n, most=most)}
-        shared = {f"{a}, {b}": len(sets[a] & sets[b]) / n for a, b in combinations(sets, 2)}
-        alone = self._search("sleb", most).losses[0]
-        scores = few.block_influence[[few.layers.index(i) for i in alone]]
-        correlation = spearman(scores, torch.tensor(list(alone.values())).double())
-        return {"n": n, "overlap": shared, "rank_correlation_of_bi_with_loss": correlation}
-
-    def tasks(
-        self, rows: Sequence[Row], run: Callable[[], TaskRun], suite: str = ""
-    ) -> dict[str, dict[str, float]]:
-        """What ``run`` gives for the models without healing, by the layers, as in ``"[3, 4]"``.
-
-        ``suite`` tells the tasks from others, whose results a state holds too.
-        """
-
-        def documents(layers: list[int]) -> TaskRun:
-            def measure() -> JsonObject:
-                with self.short.without_layers(layers):
-                    return vars(run())
-
-            return TaskRun.from_dict(self.cells.value(f"documents {suite} {layers}", measure))
-
-        original = documents([])
-        sets = [sorted(row.layers) for row in rows if row.healing == RAW]
-        runs = {str(layers): documents(layers) for layers in sets}
-        changes = {name: task_changes(original, own) for name, own in runs.items() if name != "[]"}
-        return {name: own.named() | changes.get(name, {}) for name, own in runs.items()}
-
-    def _row(self, case: Case, layers: list[int], healing: str, heal: Heal) -> Row:
-        method, seed, n = case
-        dense, raw = self._losses(RAW, [], self._raw), self._losses(RAW, layers, self._raw)
-        healed = self._losses(healing, layers, heal)
-        change, gain = difference(dense, healed), difference(raw, healed)
-        parameters, size = size_without(self.short, layers)
-        return Row(
-            method=method,
-            seed=seed,
-            n=n,
-            healing=healing,
-            layers=layers,
-            perplexity=combined(healed).value,
-            nats=change.nats,
-            standard_error=change.standard_error if n else 0.0,
-            gain=None if healing == RAW else gain.nats,
-            gain_error=None if healing == RAW else gain.standard_error,
-            parameters=parameters,
-            megabytes=size / 1e6,
-            tokens_per_second=self._speed(n, layers),
-            windows=change.windows,
-            texts=change.texts,
+    Example:
+        >>> compare_checkpoint("llama-2-7b", method="bi", n=9).rows[1].n  # doctest: +SKIP
+        9
+    """
+    check_alone("compare")
+    tasks.check()
+    saving.check()
+    if model is None and (source_of(data) != TextSource() or shares.eval_data is not None):
+        raise ShortGPTError(
+            "without a MODEL, the demo's model reads its own book: name a MODEL, or leave out "
+            "`data` and `eval_data`"
         )
+    shares.check()
+    cases.check()
+    source = str(demo.checkpoint()) if model is None else model
+    if (n_layers := check_model(source)) is not None:
+        cases = cases.within(n_layers)
+    kinds: Sequence[Iterable[Text]]
+    held: Sequence[Sequence[Text]]
+    if model is None:
+        kinds, held = [demo.bible()], [demo.bible("held_out")]
+    else:
+        kinds, held = source_of(data).kinds(), shares.held(source_of(data).column)
+    size = shares.size
+    short = open_model(source, as_begun(opening, saving.state), max_seq_len=size)
+    cases = cases.within(len(short.kept))
+    end = partial(_end_dry_run, short, source, cases, shares)
+    own = own_text_writer(short, size, seed=shares.seed, beside=saving.state)
+    write = (lambda *_: end()) if dry_run else own
+    limits = (shares.max_windows, shares.seed)
+    calibration, evaluation = split_own_text(kinds, held, write, *limits)
+    held_out = shares.cut(short, evaluation, shares.eval_windows)
+    fit_on = shares.cut(short, calibration, shares.max_windows)
+    if dry_run:
+        end()
+    suite = tasks.suite()
+    result = compare(short, fit_on, held_out, **vars(cases), tasks=suite, state=saving.state)
+    return replace(result, bos=shares.bos or short.bos, precision=short.about_precision)
 
-    def _losses(self, healing: str, layers: list[int], heal: Heal) -> list[Perplexity]:
-        return self.cells.perplexities(f"{healing} {sorted(layers)}", partial(heal, layers))
 
-    def _speed(self, n: int, layers: list[int]) -> float:
-        def measure() -> float:
-            with self.short.without_layers(layers):
-                return tokens_per_second(self.short, self._evaluation[0])
-
-        return float(self.cells.value(f"speed {n}", measure))
+def _end_dry_run(short: ScoredModel, source: str, cases: Cases, shares: Shares) -> NoReturn:
+    """Raises DryRun with the number of models and of the windows that they read."""
+    healings = cases.healings
+    sets = len(cases.counts) * sum(SEEDS if name == "random" else 1 for name in cases.methods)
+    models = 1 + sets * len(healings)
+    work = f"compare {models} models of {source}: {', '.join(cases.methods)} x {cases.counts} "
+    work += f"layers x {', '.join(healings)}; searches and writing own text take more"
+    refits = sum(healing != RAW for healing in healings) * REFIT_PASSES * sets
+    count = models * shares.eval_windows + (1 + refits) * shares.max_windows
+    end_dry_run(short, work, shares.size, count)

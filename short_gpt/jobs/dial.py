@@ -10,12 +10,9 @@ from itertools import accumulate
 from typing import ClassVar
 
 from short_gpt.runtime.errors import ShortGPTError, at_least, check_numbers
-from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Needs, setting
+from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, setting
 
 DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")
-BY_AUTO = Needs(
-    "`method` auto", lambda v: v["method"] == "auto" or not (v["method"] or v.get("stream"))
-)
 RATIO = 0.25
 MOST_MINUTES = 365 * 24 * 60
 PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -127,7 +124,6 @@ class Shrinking:
     Args:
         method: that chooses the layers: auto, which refits the sets of several methods and takes
             the one of lowest held-out loss, or another of rank; auto if not given, bi with stream.
-        budget: what auto may take, as rank's.
         minutes: distill after the refit, for this many minutes; not at all if not given.
         prompt: what the original, the pruned and the healed model answer, or continue where they
             have no chat template; one of ours if not given.
@@ -138,7 +134,6 @@ class Shrinking:
 
     HEADING: ClassVar = RUN
     method: str | None = setting(None, heading=CHOOSE)
-    budget: int | None = setting(None, heading=CHOOSE, needs=BY_AUTO)
     minutes: float | None = None
     prompt: str | None = setting(None, value="TEXT")
     to: str | None = setting(None, heading=WRITE)

@@ -31,7 +31,7 @@ from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
 from short_gpt.data.texts import source_names
 from short_gpt.healing import RefitSettings, choosing, require_packages
-from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS, expect_budget
+from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS
 from short_gpt.healing.job import keeps
 from short_gpt.healing.texts import Learning
 from short_gpt.jobs.dial import Dial, Shrinking
@@ -149,9 +149,6 @@ class ShrinkRequest:
         if self.streaming.stream:
             self._check_streamed()
         check_format(self.out, self.to)
-        if self.method == AUTO:
-            most = min(MAX_WINDOWS, self.cut.max_windows or MAX_WINDOWS)
-            expect_budget(self.settings.budget, most)
         self.texts.check(self.cut.eval_data)
 
     @property
@@ -326,7 +323,7 @@ def plan(asked: ShrinkRequest, known: ShrinkContext) -> str:
 def _seconds(asked: ShrinkRequest, known: ShrinkContext) -> dict[str, float]:
     a_pass, count, method, n = known.a_pass, known.count, asked.method, known.n
     few, rounds = TRIAL_WINDOWS * a_pass / count, 1 if method == "perplexity" else n or count // 2
-    auto = (asked.settings.budget or choosing.BUDGET) * choosing.BARE_PASS * a_pass
+    auto = choosing.BUDGET * choosing.BARE_PASS * a_pass
     scored = min(known.limit or MAX_WINDOWS, MAX_WINDOWS) * a_pass
     searched = few * most_layers_run(count, rounds)
     chosen = auto if method == AUTO else searched if method in SEARCHED else scored

@@ -28,8 +28,8 @@ from short_gpt.healing.job import holds_a_run
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.recipe import OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.refit import RefitSettings
+from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.texts import Learning
-from short_gpt.jobs.comparing import Comparison
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.inputs import (
     Data,
@@ -279,10 +279,11 @@ class _Run:
         refit = {"refit": vars(RefitSettings())}  # with which the choice and the healing begin
         identity = joined(short.identity(), digests, chosen_by, refit)
         saved = StateFile(asked.folder / STATE, identity, folder=asked.folder)
-        self.sets: Comparison | None = None  # of a streamed model
+        self.sets: LayerSets | None = None  # of a streamed model
         if not short.streamed:
-            how: Any = {"few": TRIAL_WINDOWS, "state": saved, "budget": settings.budget}
-            self.sets = Comparison(known.in_memory, self.calibration, windows.evaluation, **how)
+            self.sets = LayerSets(
+                known.in_memory, self.calibration, windows.evaluation, state=saved
+            )
         self.cells = Cells(saved) if self.sets is None else self.sets.cells
 
     def chosen(self) -> tuple[list[int], Mapping[str, Any]]:
@@ -304,7 +305,7 @@ class _Run:
         state = None if part is None else RunState(part)
         return self.known.opened.short.measure(self.calibration, state=state).to_dict()
 
-    def _within(self, sets: Comparison) -> int:
+    def _within(self, sets: LayerSets) -> int:
         """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
         every, short, count = self.calibration, self.known.in_memory, self.known.count
         if len(every) < MIN_WINDOWS:

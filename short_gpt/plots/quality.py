@@ -22,7 +22,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS = "osD^vPX*"  # one shape a method: where lines coincide, the colour alone hides one
 TITLES = {  # of parts, by healing, in their order
     "raw": "pruned, not healed",
-    "patched": "healed by a patch",
+    "patch": "healed by a patch",
     "refit": "healed by a refit",
 }
 
@@ -37,7 +37,7 @@ def quality_curves(rows: Sequence[Row]) -> Figure:
     the models that are worse, and the legend says so.
 
     Args:
-        rows: of `jobs.Comparison.rows`, the original model first.
+        rows: Rows of `compare`, the original model first.
     """
     if not rows:
         raise ShortGPTError("expected the rows of a comparison, the original model first; got none")

@@ -363,10 +363,10 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         ),
         (["generate", "ckpt", "a", f"--seed={10**20}"], "--seed = 10000000000"),
         (["prune", "ckpt", "x", "--layers=[]"], "number of layers to remove = 0"),
-        (["compare", "ckpt", "--counts=[]"], "whole numbers as in --counts 2,4,8, got []"),
+        (["compare", "ckpt", "--n=[]"], "whole numbers as in --n 2,4,8, got []"),
         (
-            ["compare", "ckpt", "--counts=99", "--data", "book.txt", "--eval_data", "book.txt"],
-            "--counts = 99; the model has 5 layers: expected 1 to 3",
+            ["compare", "ckpt", "--n=99", "--data", "book.txt", "--eval_data", "book.txt"],
+            "--n = 99; the model has 5 layers: expected 1 to 3",
         ),
         (["rank", "ckpt", "more"], "rank takes MODEL; what is 'more'?"),
         (["prune", "ckpt", "x", "--layers", "4", "5"], "'5'? Quote texts with spaces, and write l"),

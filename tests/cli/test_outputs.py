@@ -155,7 +155,7 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monk
     table["paper"]["models"]["tiny"] = shape
     monkeypatch.setattr(reproduction, "published", lambda: table)
     write_docs("docs")
-    more = {"compare": ("--counts", "1,2"), "reproduce": ("--paper_model", "tiny")}
+    more = {"compare": ("--n", "1,2"), "reproduce": ("--paper_model", "tiny")}
     more |= {"heal": ("out", "--layers", 1), "rank": ("--n", 1), "evaluate": ("--max_windows", 5)}
     more[command] = (*more.get(command, ()), "--data", "docs", "--size", 16)
     before = contents()
@@ -178,7 +178,7 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monk
         (("evaluate", "--max_windows", 5), 5),
         (("evaluate", "other", "--max_windows", 5), 10),
         # 4 sets, each pruned and patched, of which 3 are random; a patch reads as a refit at most
-        (("compare", "--methods", "random,bi", "--counts", 1, "--max_windows", 6,
+        (("compare", "--method", "random,bi", "--n", 1, "--max_windows", 6,
           "--eval_windows", 8), 6 + 9 * 8 + 4 * 3 * 6),
     ],
 )  # fmt: skip

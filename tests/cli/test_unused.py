@@ -30,8 +30,6 @@ UNUSED = [
     (("rank", "model", "--overwrite"), "a file to write, such as --json FILE"),
     (("reproduce", "model", "--seed", "none", "--rare", 0.1), "a --seed"),
     (("reproduce", "model", "--confidence", "none", "--rare", 0.1), "a --confidence"),
-    (("compare", "model", "--seeds", 5, "--methods", "bi"), "random in --methods"),
-    (("compare", "model", "--search_windows", 5, "--methods", "bi"), "sleb in --methods"),
     (("compare", "model", "--limit", 5), "--tasks"),
     (("evaluate", "model", "--num_fewshot", 5), "--tasks"),
     (("evaluate", "model", "--data", "none", "--tasks", "piqa", "--size", 5), "--data"),

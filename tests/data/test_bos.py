@@ -154,7 +154,7 @@ def test_heal_and_compare_cut_as_they_are_told(here, capsys, monkeypatch):
     monkeypatch.setitem(windows.__globals__, "_start", lambda *a: seen.append(1) or cut(*a))
     Path("far.txt").write_text("".join(random.Random(2).choices(LETTERS, k=300)))
     data = ("--data", "book.txt", "--eval_data", "far.txt", "--size", 32, "--max_windows", 8)
-    more = ("--methods", "bi", "--counts", 1, "--healing", "raw,patched", "--eval_windows", 4)
+    more = ("--method", "bi", "--n", 1, "--heal_by", "raw,patch", "--eval_windows", 4)
     for model, flags, bos in (("llama", ("--bos", "every"), "every"), ("llama", (), "first")):
         run("heal", model, f"healed-{bos}", "--layers", 1, *data, *flags, "--json", f"h-{bos}.json")
         assert ("bos at the start of every window" in capsys.readouterr().out) == (bos == "every")

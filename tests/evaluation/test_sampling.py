@@ -13,6 +13,7 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.cli.tables import perplexities
 from short_gpt.data.windows import Window, batches, text_number, windows
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     Sample,
@@ -22,7 +23,6 @@ from short_gpt.evaluation.perplexity import (
     sampling_error,
     window_perplexities,
 )
-from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import MetaDecoder
 from short_gpt.runtime.state import StateFile
 

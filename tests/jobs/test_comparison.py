@@ -7,20 +7,21 @@ import math
 from functools import partial
 
 import pytest
-import scipy.stats
 import torch
-from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
+from conftest import CharTokenizer, interrupted, make_transformer, random_windows
 
 from short_gpt import ShortHFModel, ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.evaluation.perplexity import difference, perplexity, window_perplexities
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
-from short_gpt.healing import choosing
-from short_gpt.jobs import Cases, Comparison, compare
+from short_gpt.healing import sets
+from short_gpt.healing.sets import LayerSets
+from short_gpt.jobs import Cases, compare
 from short_gpt.jobs import comparing as module
+from short_gpt.jobs.cases import Row
 from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.methods import METHODS, choose
+from short_gpt.selection.methods import METHODS
 from short_gpt.selection.search import PartialRun
 
 pytestmark = pytest.mark.usefixtures("few_timed_tokens")
@@ -37,16 +38,19 @@ def short(layers: int = 6) -> ShortLlama:
     return ShortLlama(Tiny(layers))
 
 
+def rows_of(model: ShortLlama, **how: object) -> list[Row]:
+    return compare(model, CALIBRATION, EVALUATION, progress=False, **how).rows
+
+
 @pytest.fixture(scope="module")
 def rows():
-    comparison = Comparison(short(), CALIBRATION, EVALUATION)
-    return comparison.rows(Cases(list(METHODS), [1, 3], ["raw", "patched"]))
+    return rows_of(short(), method=list(METHODS), n=[1, 3], heal_by=["raw", "patch"])
 
 
 def test_a_refitted_row_is_the_refitted_model_and_leaves_it_as_it_was():
     model, by_hand = short(), short()
     before = [p.clone() for p in model.decoder.module.parameters()]
-    rows = Comparison(model, CALIBRATION, EVALUATION).rows(Cases(["bi"], [2], ["raw", "refit"]))
+    rows = rows_of(model, method="bi", n=2, heal_by="raw,refit")
     refitted = rows[-1]
     heal_refit(by_hand, refitted.layers, CALIBRATION, progress=False)
     found = perplexity(by_hand.decoder, [[w] for w in EVALUATION])
@@ -60,7 +64,7 @@ def test_there_is_a_row_for_every_method_number_and_healing(rows):
     raw = [(r.method, r.seed, r.n) for r in rows if r.healing == "raw"]
     seeds = [(m, s) for m in METHODS for s in (range(3) if m == "random" else [None])]
     assert raw == [("dense", None, 0), *((m, s, n) for m, s in seeds for n in (1, 3))]
-    patched = [r for r in rows if r.healing == "patched"]
+    patched = [r for r in rows if r.healing == "patch"]
     assert patched and all(0 not in r.layers for r in patched)
     assert len(patched) == len([r for r in rows[1:] if r.healing == "raw" and 0 not in r.layers])
 
@@ -68,7 +72,7 @@ def test_there_is_a_row_for_every_method_number_and_healing(rows):
 def test_every_row_is_what_is_measured_by_hand(rows):
     for row in rows[::3]:
         model = short()
-        if row.healing == "patched":
+        if row.healing == "patch":
             heal_patch(model, row.layers, CALIBRATION, progress=False)
         elif row.n:
             model.remove_layers(row.layers)
@@ -95,7 +99,7 @@ def test_the_difference_from_the_whole_model_has_its_error(rows):
 
 
 def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
-    calls, plain = [], choosing.window_perplexities
+    calls, plain = [], sets.window_perplexities
 
     def counted(decoder, windows, **options):
         calls.append(len(decoder.layers))
@@ -103,12 +107,11 @@ def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(decoder, windows, **options)
 
-    monkeypatch.setattr(choosing, "window_perplexities", counted)
+    monkeypatch.setattr(sets, "window_perplexities", counted)
 
     def run():
-        state = StateFile(tmp_path / "state", {"model": "tiny"})
-        comparison = Comparison(short(), CALIBRATION, EVALUATION, state=state)
-        return comparison.rows(Cases(["bi", "angular", "deepest", "sequential"], [1, 2, 4]))
+        methods = ["bi", "angular", "deepest", "sequential"]
+        return rows_of(short(), method=methods, n=[1, 2, 4], state=tmp_path / "state")
 
     with pytest.raises(KeyboardInterrupt):
         run()
@@ -131,7 +134,7 @@ def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
 
     def layers():
         state = StateFile(tmp_path / "state", {"model": "tiny"})
-        return Comparison(short(), CALIBRATION, EVALUATION, state=state).layers("sleb", 2)
+        return LayerSets(short(), CALIBRATION, EVALUATION, state=state).layers("sleb", 2)
 
     with pytest.raises(KeyboardInterrupt):
         layers()
@@ -139,14 +142,14 @@ def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
     found, needed = layers(), len(calls)
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
     calls[:] = range(100)
-    assert Comparison(short(), CALIBRATION, EVALUATION).layers("sleb", 2) == found
+    assert LayerSets(short(), CALIBRATION, EVALUATION).layers("sleb", 2) == found
     assert needed == len(calls) - 100 + 1  # and the interrupted window
 
 
 def test_auto_is_measured_once_by_the_calibration_windows_and_continues(tmp_path):
     def layers():
         state = StateFile(tmp_path / "state", {"model": "tiny"})
-        return Comparison(short(), CALIBRATION, EVALUATION, state=state).layers("auto", 2)
+        return LayerSets(short(), CALIBRATION, EVALUATION, state=state).layers("auto", 2)
 
     with interrupted(PartialRun, "nats", 9):  # in the greedy search, a run inside a run inside
         layers()
@@ -162,13 +165,13 @@ def test_auto_is_measured_once_by_the_calibration_windows_and_continues(tmp_path
 def test_the_model_is_left_as_it_was():
     model = short()
     before = perplexity(model.decoder, [EVALUATION])
-    Comparison(model, CALIBRATION, EVALUATION).rows(Cases(["bi"], [2], ["raw", "refit"]))
+    rows_of(model, method="bi", n=2, heal_by="raw,refit")
     assert perplexity(model.decoder, [EVALUATION]) == before
     assert model.removed == []
 
 
 def test_what_healing_brings_is_paired_with_the_same_layers_raw():
-    rows = Comparison(short(), CALIBRATION, EVALUATION).rows(Cases(["bi"], [2], ["patched"]))
+    rows = rows_of(short(), method="bi", n=2, heal_by="patch")
     model = short()
     model.remove_layers(rows[1].layers)
     raw = window_perplexities(model.decoder, EVALUATION, progress=False)
@@ -181,46 +184,10 @@ def test_what_healing_brings_is_paired_with_the_same_layers_raw():
     assert f"{expected.nats:+.3f} ({expected.standard_error:.3f})" in compared(rows)
 
 
-def test_agreement_of_the_methods():
-    model = Tiny()
-    for i in (2, 3):
-        zero_layer(model.model, i)
-    comparison = Comparison(ShortLlama(model), CALIBRATION, EVALUATION)
-    found = comparison.agreement(2, 2)
-    assert found["overlap"]["bi, angular"] == 1.0
-
-
-def test_agreement_is_that_of_the_scores_with_each_other_and_with_the_losses():
-    model, few = short(), CALIBRATION[:4]
-    found = Comparison(short(), CALIBRATION, EVALUATION, few=4).agreement(2, 2)
-    loss = []
-    for layer in range(1, 5):  # the search never takes the first or the last
-        with model.without_layers([layer]):
-            loss.append(perplexity(model.decoder, [few]).nats)
-    model.measure(few, progress=False)
-    expected = scipy.stats.spearmanr(model.importances[1:5], loss).statistic
-    assert found["rank_correlation_of_bi_with_loss"] == pytest.approx(expected)
-    assert abs(expected) > 0.1
-    sets = {m: set(choose(model.importance, 2, method=m)) for m in ("bi", "angular")}
-    sets["sleb"] = set(model.search(few, 2, progress=False).removed)
-    for pair, share in found["overlap"].items():
-        first, second = (sets[name] for name in pair.split(", "))
-        assert share == len(first & second) / 2
-    assert len(found["overlap"]) == 3 and min(found["overlap"].values()) < 1
-    # of a model that lost its first layers, scores and losses are of the same layers
-    cut = short()
-    cut.remove_layers([0, 1])
-    found = Comparison(cut, CALIBRATION, EVALUATION, few=4).agreement(1, 1)
-    cut.measure(few, progress=False)
-    loss = [cut.search(few, 1, progress=False).losses[0][i] for i in (3, 4)]
-    expected = scipy.stats.spearmanr(cut.importance.block_influence[1:-1], loss).statistic
-    assert found["rank_correlation_of_bi_with_loss"] == pytest.approx(expected)
-
-
 def test_texts_that_overlap_are_refused():
     long = random_windows(1, 200)
     with pytest.raises(ValueError, match="share text with the windows to evaluate on"):
-        Comparison(short(), [long[0][:100]], [long[0][20:]])
+        LayerSets(short(), [long[0][:100]], [long[0][20:]])
 
 
 @pytest.mark.parametrize(
@@ -229,13 +196,12 @@ def test_texts_that_overlap_are_refused():
 )
 def test_cases_are_checked_first(methods, counts, message):
     with pytest.raises(ValueError, match=message):
-        Comparison(short(), CALIBRATION, EVALUATION).rows(Cases(methods, counts))
+        rows_of(short(), method=methods, n=counts)
 
 
 def test_default_counts_are_those_that_the_model_allows():
-    result = compare(short(), CALIBRATION, EVALUATION, cases=Cases("bi,sleb"), progress=False)
+    result = compare(short(), CALIBRATION, EVALUATION, method="bi,sleb", progress=False)
     assert {row.n for row in result.rows} == {0, 2, 4} and result.counts == [2, 4]
-    assert [found["n"] for found in result.agreement] == [2, 4]
 
 
 def test_what_a_cut_model_costs_counts_its_own_layers():
@@ -265,7 +231,7 @@ def test_speed_is_the_fastest_of_three_runs_after_a_warm_up(monkeypatch):
     assert tokens_per_second(short(), EVALUATION[0], count=2) == pytest.approx(2 / 1)
 
 
-CASES = Cases(["bi", "sleb"], [1, 2], ["raw", "patched"], search_windows=2)
+CASES = dict(method="bi,sleb", n=[1, 2], heal_by="raw,patch", search_windows=2)
 
 
 def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monkeypatch):
@@ -275,13 +241,11 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
 
     monkeypatch.setattr(TaskSuite, "documents", documents)
     monkeypatch.setattr(TaskSuite, "check", lambda self: None)
-    seen = dict(cases=CASES, tasks=TaskSuite("t"), state=tmp_path / "state")
+    seen = dict(**CASES, tasks=TaskSuite("t"), state=tmp_path / "state")
     result = compare(short(), CALIBRATION, EVALUATION, **seen)
-    by_hand = Comparison(short(), CALIBRATION, EVALUATION, few=2)
-    shown = [(r.method, r.n, r.healing, r.layers) for r in result.rows]
-    assert shown == [(r.method, r.n, r.healing, r.layers) for r in by_hand.rows(CASES)]
-    assert [a["n"] for a in result.agreement] == [1, 2]
-    assert result.agreement == [by_hand.agreement(n, 2) for n in (1, 2)]
+    by_hand = LayerSets(short(), CALIBRATION, EVALUATION, search_windows=2)
+    searched = [row.layers for row in result.rows if row.method == "sleb" and row.healing == "raw"]
+    assert searched == [by_hand.layers("sleb", n) for n in (1, 2)]
     assert {k: v["t acc"] for k, v in result.tasks.items()} == {
         str(sorted(r.layers)): 6 - r.n for r in result.rows if r.healing == "raw"
     }
@@ -293,10 +257,10 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
             spread = gone / 10 * (1 - gone / 10) / 9
             assert values["t acc change_stderr"] == pytest.approx(spread**0.5)
             said = f"change from the original {-gone / 10:+.4f} ({spread**0.5:.4f})"
-            assert said in compared(result.rows, result.agreement, result.tasks)
+            assert said in compared(result.rows, result.tasks)
     assert json.loads(json.dumps(result.to_dict()))["rows"][0]["method"] == "dense"
 
-    monkeypatch.setattr(module, "pruned_losses", lambda *_, **__: 1 / 0)  # all is in the file
+    monkeypatch.setattr(sets, "window_perplexities", lambda *_, **__: 1 / 0)  # all is in the file
     repeated = compare(short(), CALIBRATION, EVALUATION, **seen)
     assert repeated.rows == result.rows
     for found in (result, repeated):  # both hold it
@@ -312,7 +276,7 @@ def test_values_that_are_no_numbers_are_the_same_from_a_state(tmp_path, monkeypa
 
     monkeypatch.setattr(TaskSuite, "documents", documents)
     monkeypatch.setattr(TaskSuite, "check", lambda self: None)
-    given = {"cases": Cases(["bi"], [1]), "tasks": TaskSuite("t"), "state": tmp_path / "state"}
+    given = {"method": "bi", "n": 1, "tasks": TaskSuite("t"), "state": tmp_path / "state"}
     first, again = (compare(short(), CALIBRATION, EVALUATION, **given) for _ in range(2))
     for result in (first, again):
         pruned = next(values for name, values in result.tasks.items() if name != "[]")
@@ -322,7 +286,7 @@ def test_values_that_are_no_numbers_are_the_same_from_a_state(tmp_path, monkeypa
 
 
 def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
-    ran, given = [], {"cases": Cases(["bi"], [1]), "state": tmp_path / "state"}
+    ran, given = [], {"method": "bi", "n": 1, "state": tmp_path / "state"}
 
     def run(self, model):
         ran.append((self.tasks, len(model.present)))
@@ -334,8 +298,8 @@ def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
     monkeypatch.setattr(TaskSuite, "documents", run)
     monkeypatch.setattr(TaskSuite, "check", lambda self: None)
     plain = compare(short(), CALIBRATION, EVALUATION, **given)
-    monkeypatch.setattr(module, "pruned_losses", never)
-    monkeypatch.setattr(Comparison, "_speed", lambda *_: 1.0)
+    monkeypatch.setattr(sets, "window_perplexities", never)
+    monkeypatch.setattr(module, "tokens_per_second", lambda *_: 1.0)
     one, two, other = short(), short(), short()
     first = compare(one, CALIBRATION, EVALUATION, tasks=TaskSuite("a"), **given)
     second = compare(two, CALIBRATION, EVALUATION, tasks=TaskSuite("b"), **given)
@@ -360,8 +324,8 @@ def test_an_unknown_task_is_refused_before_anything_is_measured(lm_eval, tmp_pat
 
 def test_a_state_is_told_by_what_it_was_computed_from(tmp_path, monkeypatch):
     state = tmp_path / "state"
-    cases, other = (Cases(["bi"], [1], search_windows=n) for n in (2, 3))
-    compare(short(), CALIBRATION, EVALUATION, cases=cases, state=state)
+    cases, other = ({"method": "bi", "n": 1, "search_windows": n} for n in (2, 3))
+    compare(short(), CALIBRATION, EVALUATION, **cases, state=state)
     kept = state.read_bytes()
     changed = short()
     with torch.no_grad():
@@ -372,15 +336,15 @@ def test_a_state_is_told_by_what_it_was_computed_from(tmp_path, monkeypatch):
         ("search_windows", short(), EVALUATION, other),
     ):
         with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
-            compare(model, CALIBRATION, windows, cases=chosen, state=state)
+            compare(model, CALIBRATION, windows, **chosen, state=state)
         assert state.read_bytes() == kept
     for healing, of in (("refit", "RefitSettings"), ("patch", "PatchSettings")):
         with monkeypatch.context() as other:
             other.setattr(module, of, partial(getattr(module, of), lost=None))
             with pytest.raises(ValueError, match=f"a run with another {healing}: .*'lost': 2.0"):
-                compare(short(), CALIBRATION, EVALUATION, cases=cases, state=state)
+                compare(short(), CALIBRATION, EVALUATION, **cases, state=state)
 
 
 def test_cases_name_what_there_is():
-    with pytest.raises(ValueError, match="no healing 'glue'; expected some of raw, patched, refit"):
-        Cases(healings=["glue"])
+    with pytest.raises(ValueError, match="`heal_by` = 'glue': expected some of raw, refit, patch"):
+        Cases(heal_by="raw,glue").check()

@@ -160,7 +160,7 @@ def test_where_own_text_alone_judges_it_is_said(here, capsys, data, more, said):
     read = ("--data", data, *SMALL, "--max_windows", 6, "--eval_windows", 2, *more)
     run("heal", "ckpt", "out", "--layers", "2,3", *read)
     assert (JUDGED in capsys.readouterr().out) == said
-    cases = ("--methods", "bi", "--counts", 1, "--healing", "raw")
+    cases = ("--method", "bi", "--n", 1, "--heal_by", "raw")
     run("compare", "ckpt", *read, *cases)
     assert (JUDGED in capsys.readouterr().out) == said
 

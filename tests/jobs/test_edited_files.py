@@ -12,8 +12,8 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.provenance import model_card
+from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import Perplexity, Sample
-from short_gpt.jobs.comparing import Cells
 from short_gpt.models.decoder import MetaDecoder
 from short_gpt.runtime.errors import USER_ERRORS
 from short_gpt.runtime.state import ABOUT, StateFile

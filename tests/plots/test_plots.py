@@ -272,7 +272,7 @@ def row(method: str, n: int, healing: str, perplexity: float) -> Row:
 DENSE = row("dense", 0, "raw", 10.0)
 CUT = [row("bi", 2, "raw", 20.0), row("bi", 4, "raw", 90.0)]
 RANDOM = [row("random", 2, "raw", value) for value in (30.0, 80.0, 50.0)]
-HEALED = [row("bi", 2, "patched", 12.0)]
+HEALED = [row("bi", 2, "patch", 12.0)]
 
 
 def curves(axes: Axes) -> dict[str, list[tuple[int, float]]]:
@@ -322,7 +322,7 @@ def test_every_healing_has_a_part_whose_title_names_it() -> None:
     png(figure)
 
 
-@pytest.mark.parametrize("healings", [["raw"], ["raw", "patched"], ["raw", "patched", "refit"]])
+@pytest.mark.parametrize("healings", [["raw"], ["raw", "patch"], ["raw", "patch", "refit"]])
 def test_legend_titles_and_axes_of_any_number_of_parts_do_not_overlap(healings) -> None:
     every = [row(m, n, h, 10.0 + 9 * n) for m in LABELS for n in (2, 4, 8) for h in healings]
     figure = quality_curves([DENSE, *every])

@@ -382,7 +382,7 @@ def test_results_say_that_they_are_mixed(here, capsys, monkeypatch):
     assert "precision: mixed (matrix products in bfloat16)\n" in shown.err
     assert result(*rank, "--method", "sleb", *MIXED, name="s.json")["precision"] == "mixed"
     compared = ("compare", "meta", "--data", "book.txt", "--eval_data", "other.txt", "--size", 32)
-    compared += ("--methods", "bi", "--counts", 1, "--healing", "raw")
+    compared += ("--method", "bi", "--n", 1, "--heal_by", "raw")
     assert result(*compared, *MIXED)["precision"] == "mixed"
     assert "precision" not in result(*compared)
     # a choice by scores names the precision that auto took

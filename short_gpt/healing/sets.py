@@ -1,0 +1,131 @@
+"""Sets of layers to remove: what methods choose, and the perplexities without them.
+
+Everything is measured once: scores come from one pass, the list of a search begins with those of
+all smaller numbers, and a set that several methods choose is healed and evaluated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llama.files import JsonObject
+from short_gpt.data.disjoint import check_disjoint
+from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
+from short_gpt.healing.choosing import TRIAL_WINDOWS, HealedChoice, choose_healed
+from short_gpt.healing.closed_form import Heal, HealingContext, Windows
+from short_gpt.healing.job import CLOSED, STEPS
+from short_gpt.healing.texts import Learning
+from short_gpt.runtime.state import StateFile
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.run import RunState
+from short_gpt.selection.methods import AUTO, BY_LOSS, choose
+from short_gpt.selection.search import Search
+from short_gpt.wrappers.short_model import ShortModel
+
+RAW = "raw"  # pruned and not healed
+HEALINGS = (RAW, *CLOSED)  # the values of ``heal_by``
+
+
+class LayerSets:
+    """The sets of layers that methods choose, and the perplexities without them.
+
+    Args:
+        short: the original model, which is left as it was.
+        calibration: windows that choose the layers and that closed forms are fitted on.
+        evaluation: windows whose perplexities are measured; they share no text with the others.
+        search_windows: how many calibration windows the searches by loss read.
+        state: keeps what was measured; the same calls continue from it.
+        progress: show bars.
+    """
+
+    def __init__(
+        self,
+        short: ShortModel,
+        calibration: Windows,
+        evaluation: Windows,
+        *,
+        search_windows: int = TRIAL_WINDOWS,
+        state: StateFile | None = None,
+        progress: bool = True,
+    ) -> None:
+        check_disjoint(calibration, evaluation)
+        self.short, self.calibration, self.evaluation = short, calibration, evaluation
+        self.cells = Cells(state)
+        self._searched_on, self._progress = calibration[:search_windows], progress
+
+    @property
+    def importance(self) -> Importance:
+        """Scores of the calibration windows; the model keeps its own scores."""
+
+        def measure(part: StateFile | None) -> dict[str, object]:
+            before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
+            state = None if part is None else RunState(part)
+            try:
+                self.short.measure(
+                    self.calibration, state=state, all_tokens=True, progress=self._progress
+                )
+                return self.short.importance.to_dict()
+            finally:
+                self.short.importance = before
+
+        return Importance.from_dict(self.cells.resumed("importance", measure))
+
+    def layers(self, method: str, n: int, seed: int = 0, *, most: int | None = None) -> list[int]:
+        """The n layers that a method removes; searches go on to ``most`` right away."""
+        if method == AUTO:
+            return self.choice(n).layers
+        if method in BY_LOSS:
+            return self._search(method, most or n).removed[:n]
+        return choose(self.importance, n, method=method, seed=seed)
+
+    def _search(self, method: str, n: int) -> Search:
+        def measure(part: StateFile | None) -> JsonObject:
+            result = self.short.search(
+                self._searched_on, n, method=method, state=part, progress=self._progress
+            )
+            return {"removed": result.removed, "losses": result.losses}
+
+        content = self.cells.resumed(f"{method} {n}", measure)
+        # JSON's keys are strings
+        trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
+        return Search(content["removed"], trials)
+
+    def choice(self, n: int) -> HealedChoice:
+        """What auto chose, and how."""
+
+        def measure(part: StateFile | None) -> JsonObject:
+            choice = choose_healed(
+                self.short, self.calibration, n, state=part, progress=self._progress
+            )
+            return choice.to_dict()
+
+        return HealedChoice.from_dict(self.cells.resumed(f"{AUTO} {n}", measure))
+
+    def perplexities(self, layers: Sequence[int], heal_by: str = RAW) -> list[Perplexity]:
+        """Of each evaluation window without these layers: raw, or healed in closed form."""
+
+        def measure() -> list[Perplexity]:
+            with self._healed(layers, heal_by):
+                return window_perplexities(self.short.decoder, self.evaluation, progress=False)
+
+        return self.cells.perplexities(f"{heal_by} {sorted(layers)}", measure)
+
+    @contextmanager
+    def _healed(self, layers: Sequence[int], heal_by: str) -> Iterator[None]:
+        """The model without these layers, healed, inside a ``with`` block."""
+        with ExitStack() as undos:
+            heal: Heal | None = None
+            if heal_by != RAW:  # fitted on the original model
+                windows = Learning(self.calibration, [], self.evaluation)
+                folder = Path(undos.enter_context(TemporaryDirectory()))
+                shared = (self.short, windows, layers, folder)
+                heal = STEPS[heal_by]().prepare(HealingContext(*shared, progress=self._progress))
+            undos.enter_context(self.short.without_layers(layers))
+            if heal is not None:
+                _, undo = heal()
+                undos.callback(undo)
+            yield
