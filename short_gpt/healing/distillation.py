@@ -37,7 +37,7 @@ from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, at_least
 from short_gpt.runtime.progress import bar, set_rate
-from short_gpt.runtime.state import StateFile, damaged, hold, joined
+from short_gpt.runtime.state import StateFile, damaged_run, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
 TOP_K = 64
@@ -275,7 +275,7 @@ class CachedTeacher:
                 for start, end in pairwise(self._ends[: finished + 1]):
                     content = file.read(end - start)
                     if sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
-                        raise damaged(self._file, self._file.parent)
+                        raise damaged_run(self._file, self._file.parent)
         return finished
 
 

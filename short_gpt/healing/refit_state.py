@@ -35,7 +35,7 @@ from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of, check_room, format_bytes, free_memory, resident
 from short_gpt.runtime.replicas import Replicas
-from short_gpt.runtime.state import StateFile, check_saved, damaged, hold
+from short_gpt.runtime.state import StateFile, check_saved, damaged_run, hold
 from short_gpt.wrappers.scored_model import ScoredModel
 
 ORIGINAL, PRUNED = "original", "pruned"  # the models whose hidden states are kept
@@ -196,10 +196,10 @@ class RefitState:
             paths = [folder / f"{model}.{turn}{self._own}" for turn in range(2)]
             path, digest = paths[self.done % 2], self._digests.get(model + self._own)
             if digest and not path.is_file():
-                raise damaged(path, folder)
+                raise damaged_run(path, folder)
             turns = [HiddenStates(shapes, width, dtype, path, hashed=hashed) for path in paths]
             if digest and turns[self.done % 2].read_digest() != digest:
-                raise damaged(path, folder)
+                raise damaged_run(path, folder)
             self._turns[model] = turns
 
     def entering(self, model: str) -> HiddenStates:

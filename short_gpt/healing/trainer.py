@@ -34,7 +34,7 @@ from short_gpt.runtime.state import (
     StateFile,
     check_saved,
     content_digest,
-    damaged,
+    damaged_run,
     hold,
     joined,
     read_record,
@@ -146,7 +146,7 @@ def _find_best(state: transformers.TrainerState, folder: Path) -> None:
         return
     best = folder / Path(state.best_model_checkpoint).name
     if not best.is_dir():
-        raise damaged(best, folder)
+        raise damaged_run(best, folder)
     state.best_model_checkpoint = str(best)
 
 
@@ -357,7 +357,7 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     except ValueError:
         record = {}
     if record.get(CHECKED) != content_digest(record):
-        raise damaged(path, checkpoint.parent)
+        raise damaged_run(path, checkpoint.parent)
     return cast("dict[str, str]", record["files"])
 
 

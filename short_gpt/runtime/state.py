@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import threading
 import time
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary, finalize
 
 import torch
+from filelock import BaseFileLock, Timeout
 
 from llama.files import (
     JsonObject,
@@ -29,7 +29,7 @@ from llama.files import (
     tidy,
 )
 from short_gpt.runtime.digest import files_digest
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, damaged
 from short_gpt.runtime.progress import is_first_rank
 
 ABOUT = ("versions", "machine")  # entries of every record
@@ -39,8 +39,6 @@ COMPUTING = ("short-gpt", "torch", "transformers")  # of these, that compute wha
 # entries of a run's identity that it has only where they are others
 USUAL = {"precision": "float32", "kept step": None}
 START = b'{\n "run"'  # of a state
-NO_STATE = "is not the state of a run; choose another name"
-LONGEST = 300  # characters of a process's description that are shown
 
 
 def versions() -> dict[str, str]:
@@ -127,26 +125,27 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
 class Lock:
     """A lock on a state, held for as long as something refers to this object.
 
-    It is flock's, on a hidden file next to the state; without flock nothing is locked. Of several
-    ranks the first holds it for all.
+    It is filelock's, on a hidden file next to the state; where the file system has no locks,
+    nothing is locked. Of several ranks the first holds it for all.
     """
 
     def __init__(self, path: Path) -> None:
         self.process = os.getpid()
         target = path.resolve()
         file = target.with_name(f".{target.name}.lock")
-        made = missing(file.parent)  # for this file
-        handle = _locked(path, file) if is_first_rank() else None
-        if handle is not None:
-            with suppress(OSError):  # a full disk
-                os.ftruncate(handle, 0)
-                since = time.strftime("%Y-%m-%d %H:%M:%S")
-                holder = f"process {self.process} on {platform.node()} since {since}: "
-                file_name, *arguments = sys.argv or [""]
-                program = Path(file_name)  # of python -m the file __main__.py in the package
-                name = program.parent.name if program.stem == "__main__" else program.name
-                os.write(handle, (holder + " ".join([name, *arguments])).encode(errors="replace"))
-            finalize(self, _release, handle, file, self.process, made)
+        created = missing(file.parent)
+        if not is_first_rank():
+            return
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = lock_file(file)
+        except Timeout:
+            raise ShortGPTError(
+                f"{path} is in use by another process; wait until that has ended, or end it"
+            ) from None
+        except (OSError, NotImplementedError):  # no locks here
+            return
+        finalize(self, _release, lock, self.process, created)
 
     def __enter__(self) -> Lock:
         return self  # the with statement keeps the object to its end
@@ -173,38 +172,13 @@ def hold(path: str | os.PathLike[str]) -> Lock:
     return lock
 
 
-def _locked(path: Path, file: Path) -> int | None:
-    """The open and locked file; None where there are no locks."""
-    for _ in range(100):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            return lock_file(file)
-        except BlockingIOError:
-            raise ShortGPTError(
-                f"{path} is in use by {_holder(file)}; wait until that has ended, or end it"
-            ) from None
-        except FileNotFoundError:
-            continue  # its last holder has just removed it
-        except OSError:
-            break
-    return None
-
-
-def _release(handle: int, file: Path, process: int, made: Sequence[Path]) -> None:
-    """Removes the file while it is still locked; a fork's copy only closes its own."""
+def _release(lock: BaseFileLock, process: int, created: Sequence[Path]) -> None:
+    """Removes the file while it is still locked; a fork's copy removes nothing."""
     if os.getpid() == process:
         with suppress(OSError):
-            file.unlink()
-            remove_empty(made)
-    os.close(handle)
-
-
-def _holder(file: Path) -> str:
-    """The process that holds a lock, as it described itself there, in one line."""
-    with suppress(OSError):
-        if words := file.read_text(encoding="utf-8", errors="replace").split():
-            return " ".join(words)[:LONGEST]
-    return "another process"
+            Path(lock.lock_file).unlink()
+            remove_empty(created)
+        lock.release()
 
 
 def joined(*parts: Mapping[str, object]) -> dict[str, object]:
@@ -218,17 +192,15 @@ def joined(*parts: Mapping[str, object]) -> dict[str, object]:
 
 
 def check_saved(path: Path, digest: str, *, folder: Path) -> None:
-    """Raises `damaged` unless a file of a run has the `files_digest` that it was saved with."""
+    """Raises `damaged_run` unless a file of a run has the `files_digest` that it was saved with."""
     if not path.is_file() or files_digest([path]) != digest:
-        raise damaged(path, folder)
+        raise damaged_run(path, folder)
 
 
-def damaged(path: Path, folder: Path) -> ShortGPTError:
+def damaged_run(path: Path, folder: Path) -> ShortGPTError:
     """The error of a missing or changed file of a run; to start again ``folder`` must go."""
-    why = "does not hold what was saved there: it was edited or is damaged"
-    if not path.is_file():
-        why = "is missing, from which the run would go on"
-    return ShortGPTError(f"{path} {why}; delete {folder} to start again")
+    reason = "" if path.is_file() else "it is missing"
+    return damaged(path, reason, mend=f"delete {folder} to start again")
 
 
 class StateFile:
@@ -274,49 +246,35 @@ class StateFile:
         return self._content
 
     def _load(self) -> JsonObject:
-        if not self.path.stat().st_size:  # as a power failure may leave it
-            raise damaged(self.path, self._folder)
         try:
             content = read_record(self.path)
         except ShortGPTError:
-            if not is_state(self.path):
-                raise ShortGPTError(f"{self.path} {NO_STATE}") from None
-            raise damaged(self.path, self._folder) from None
-        theirs = content.get("run")
-        if not isinstance(theirs, dict):
-            raise ShortGPTError(f"{self.path} {NO_STATE}")
-        fix = f"delete {self._folder} or name another state"
-        theirs, own = {**USUAL, **theirs}, {**USUAL, **self._identity}
-        # a run keeps the same entries from one save to the next, so other ones are another format
-        if theirs.keys() != own.keys():
-            other = ", ".join(sorted(theirs.keys() ^ own.keys()))
+            content = {}
+        if not isinstance(run := content.get("run"), dict):
             raise ShortGPTError(
-                f"{self.path} is the state of another version of this library, or of another "
-                f"command (it differs in the entries {other}); {fix}"
+                f"{self.path} is not the state of a run, or is damaged; choose another name, or "
+                f"delete {self._folder} to start again"
             )
-        for name, value in own.items():
-            if theirs.get(name) != value:
+        saved, current = {**USUAL, **run}, {**USUAL, **self._identity}
+        for name in {**current, **saved}:
+            if saved.get(name) != current.get(name):
                 raise ShortGPTError(
                     f"{self.path} is the state of a run with another {name}: "
-                    f"{theirs.get(name)!r}, now {value!r}; go on with the former {name}, or delete "
-                    f"{self._folder} to start again"
+                    f"{saved.get(name)!r}, now {current.get(name)!r}; go on with the former "
+                    f"{name}, or delete {self._folder} to start again"
                 )
-        if CHECKED not in content:
-            older = "is the state of another version of this library"
-            raise ShortGPTError(f"{self.path} {older}; {fix}")
-        with suppress(RecursionError):  # nested deeper than anything that is saved
-            if content[CHECKED] == content_digest(content):
-                self._warn_of_versions(content)
-                return content
-        raise damaged(self.path, self._folder)
+        if content.get(CHECKED) != content_digest(content):
+            raise damaged_run(self.path, self._folder)
+        self._warn_of_versions(content)
+        return content
 
     def _warn_of_versions(self, content: JsonObject) -> None:
-        theirs, own = content.get("versions"), versions()
-        if not isinstance(theirs, dict):
-            return
-        names = [name for name in COMPUTING if theirs.get(name) != own.get(name)]
+        saved, current = content.get("versions", {}), versions()
+        names = [name for name in COMPUTING if saved.get(name) != current.get(name)]
         if names:
-            began = ", ".join(f"{name} {theirs.get(name)}, now {own.get(name)}" for name in names)
+            began = ", ".join(
+                f"{name} {saved.get(name)}, now {current.get(name)}" for name in names
+            )
             warnings.warn(
                 f"{self.path} was begun with {began}: what continues may differ from it; delete "
                 f"{self._folder} to start again",
