@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from llama.args import MAX_INTEGER, ModelArgs, check_positive
+from llama.args import ModelArgs, check_positive
 from llama.checkpoint.meta import Checkpoint
-from llama.errors import short_repr
 from llama.files import read_json
 from llama.formats.names import ffn_keys
 from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
 from llama.parallel import config_dtype
 from llama.sources import find_source, hub_failure, reach
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError, required, without_password
+from short_gpt.runtime.errors import ShortGPTError, check, damaged, required, without_password
 
 TRUST = "trust_remote_code"  # an option, and in errors: a model comes with Python code
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head")
-OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "n_inner")
-# Sizes that a model has if its config has these numbers; a weight takes a bit at least.
-MATRICES: list[tuple[str, ...]] = [("vocab_size", width) for width in WIDTHS[:3]]
-MATRICES += [("hidden_size", "intermediate_size"), ("n_embd", "n_embd"), ("d_model", "d_model")]
-MATRICES += [("hidden_size", heads, "head_dim") for heads in ("num_attention_heads", OPTIONAL[1])]
-MATRICES += [("hidden_size", "hidden_size"), ("num_attention_heads",), ("num_key_value_heads",)]
-BITS = 8
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+# Sides of matrices whose other side is a width.
+SIDES = ("vocab_size", "intermediate_size", "num_attention_heads", "n_head")
+WEIGHTS_A_BYTE = 8  # at most: a weight takes a bit
 LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in settings of generation
 # The entries that a Llama's shape is made of.
 SHAPE = ["hidden_size", "num_hidden_layers", "vocab_size"]
 SHAPE += ["num_attention_heads", "intermediate_size"]
@@ -70,15 +63,13 @@ def layers_in_config(directory: Path) -> int | None:
 
 
 def check_config(directory: Path) -> None:
-    """Raises ShortGPTError for damaged safetensors, or entries that weights cannot have."""
-    config = read_json(directory / "config.json")
+    """Raises ShortGPTError for damaged safetensors, or a config of more than the files hold."""
+    file = directory / "config.json"
+    config = read_json(file)
     for path in sorted(directory.glob("model*.safetensors")):  # what transformers reads
         SafetensorsFile(path)  # raises if the file is damaged
     if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file():
         open_weights(directory)  # raises if the index is damaged
-    _check_ids(directory / "config.json", config)
-    if (generation := directory / "generation_config.json").is_file():
-        _check_ids(generation, read_json(generation))
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             config_dtype(part, directory)  # raises for one that no model computes in
@@ -86,46 +77,28 @@ def check_config(directory: Path) -> None:
     size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
     # a multimodal model has a config inside for each tower
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-        # of a width for each layer (Gemma 3n) the least
-        lists = {k: part[k] for k in OPTIONAL if isinstance(part.get(k), list) and part[k]}
-        counts = {k: min(v) for k, v in lists.items() if all(type(i) is int for i in v)}
-        part = {**part, **counts}
+        sizes = {k: part[k] for k in (*LAYERS, *WIDTHS) if k in part}
+        # of an entry with a width for each layer (Gemma 3n) nothing is said
+        sizes |= {k: part[k] for k in SIDES if isinstance(part.get(k), int)}
         try:
-            check_positive(**{k: part[k] for k in (*LAYERS, *WIDTHS) if k in part})
-            check_positive(**{k: part[k] for k in OPTIONAL if part.get(k) is not None})
+            check_positive(**sizes)
         except ShortGPTError as error:
-            raise ShortGPTError(f"config.json in {directory} is damaged: {error}") from None
-        # the least bytes that files of a model with these numbers have
-        needed = [part[k] * LAYER_BYTES for k in LAYERS if k in part]
-        for names in MATRICES:
-            sides = [part.get(k) for k in names]
-            needed += [prod(n for n in sides if n) // BITS] if all(sides) else []
+            raise damaged(file, error, mend="correct it") from None
+        # the fewest bytes of a model with these numbers: transformers would first make it whole
+        needed = [sizes[k] * LAYER_BYTES for k in LAYERS if k in sizes]
+        sides = [sizes[k] for k in SIDES if k in sizes]
+        for width in (sizes[k] for k in WIDTHS if k in sizes):
+            needed.append(width * max(width, *sides, 1) // WEIGHTS_A_BYTE)
         if size and max(needed, default=0) > size:
-            numbers = {k: part[k] for k in (*LAYERS, *WIDTHS, *OPTIONAL) if part.get(k)}
-            raise ShortGPTError(
-                f"config.json in {directory} does not fit its files, which have {size} bytes; it "
-                f"has {numbers}: correct it, or fetch the model again"
-            )
-
-
-def _check_ids(path: Path, settings: Mapping[str, object]) -> None:
-    for key in IDS:
-        ids = settings.get(key)
-        each = ids if isinstance(ids, list) and ids else [ids]
-        if ids is not None and not all(type(i) is int and -1 <= i <= MAX_INTEGER for i in each):
-            raise ShortGPTError(
-                f"{path} is damaged: {key} must be a token's number, or a list of them, got "
-                f"{short_repr(ids)}; correct it, or fetch it again"
+            raise damaged(
+                file, f"it has {sizes}, and its files have {size} bytes", mend="correct it"
             )
 
 
 def shape_of(source: str, *, trust_remote_code: bool = False) -> ModelArgs:
     """The shape of a Meta or Hugging Face directory, or of a model on the hub by its config."""
     kind = find_source(source).kind
-    if kind == "gguf":
-        raise ShortGPTError(
-            f"{source} is a GGUF file; expected a model in Meta's or Hugging Face's format"
-        )
+    check(kind != "gguf", "format of the model", kind, "Meta's or Hugging Face's")
     if kind == "meta":
         # a Meta checkpoint's vocabulary is in its weights, not in params.json
         return Checkpoint(source).args
@@ -137,13 +110,9 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> ModelArgs:
             raise failure from None
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error
     # a family may have other names for them, and then is not a Llama
-    said = {name: getattr(text, name, None) for name in SHAPE}
-    if missing := [name for name, value in said.items() if value is None]:
-        raise ShortGPTError(
-            f"{source} is a {text.model_type}, whose config does not say {', '.join(missing)}; "
-            "expected a Llama"
-        )
-    dim, layers, words, heads, wide = (int(value) for value in said.values() if value is not None)
+    sizes = [getattr(text, name, None) for name in SHAPE]
+    check(None not in sizes, "model_type", text.model_type, f"a Llama, with {SHAPE}")
+    dim, layers, words, heads, wide = (int(size) for size in sizes if size is not None)
     # without an entry every query has keys of its own
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     return ModelArgs(dim, layers, heads, kv_heads, words, **ffn_keys(dim, wide))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llama.formats.safetensors import DTYPES
 from short_gpt.models.families import META, Family
 from short_gpt.models.numbering import check_layers
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 
 
 class Decoder(Protocol):
@@ -138,24 +138,17 @@ def pad(windows: Sequence[Sequence[int]], decoder: Decoder) -> tuple[Tensor, Ten
     Padding is token 0 on the right, S the longest window. Under a causal mask no real token sees
     it; the mask only weights the sums. Windows of different rotary factors need `padded`.
     """
-    if len(windows) == 0:  # an array has no truth value
-        raise ShortGPTError("expected at least one window of tokens, got none")
-    if not _is_window(windows[0]):
+    if len(windows) == 0 or not _is_window(windows[0]):  # an array has no truth value
         raise ShortGPTError(
-            "expected a list of windows, each a list of token ids, got one: pass [it]"
+            "expected at least one window of tokens, got none: pass a list of lists"
         )
     lengths = [len(w) for w in windows]
+    sizes = f"windows have {min(lengths)} to {max(lengths)} tokens"
     if min(lengths) < 1 or max(lengths) > decoder.max_seq_len:
-        raise ShortGPTError(
-            f"windows have {min(lengths)} to {max(lengths)} tokens; this model takes 1 to "
-            f"{decoder.max_seq_len} (max_seq_len): give a `size` in that range"
-        )
+        raise ShortGPTError(f"{sizes}; this model takes 1 to {decoder.max_seq_len}: set `size`")
     if len(same_rotary_groups(windows, decoder)) > 1:
-        raise ShortGPTError(
-            f"windows have {min(lengths)} to {max(lengths)} tokens; this model's rotary factors "
-            f"change beyond {list(decoder.rotary_limits)}: read those on either side apart, as "
-            "with batch_size 1"
-        )
+        limits = list(decoder.rotary_limits)
+        raise ShortGPTError(f"{sizes}; rotary factors change beyond {limits}: set `batch_size` 1")
     # token 0 stands for padding, whatever it means: no real token sees it
     tokens = torch.zeros(len(windows), max(lengths), dtype=torch.long)  # (B, S)
     for row, window in enumerate(windows):
@@ -176,10 +169,7 @@ def _ids(window: Sequence[int]) -> Tensor:
         ids = torch.as_tensor(window)  # (S,)
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0, 0)
-    if ids.dim() != 1 or ids.is_floating_point():
-        raise ShortGPTError(
-            f"expected token ids, whole numbers below 2**63, got a window of {str(window)[:60]}"
-        )
+    check(ids.dim() == 1 and not ids.is_floating_point(), "window", window, "a list of token ids")
     return ids
 
 

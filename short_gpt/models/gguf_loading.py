@@ -19,9 +19,8 @@ from llama.checkpoint.sharding import check_layer_count
 from llama.formats.gguf import ROPE_FACTORS, llama3_factor
 from llama.formats.gguf_read import PART, STRING, GGUFParts, Header
 from llama.formats.hf import LLAMA3_SCALING
-from llama.formats.names import GGUF, NAMES
 from llama.formats.tokenizers import DIGITS
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, damaged
 
 LOADS = "load_gguf_checkpoint"  # transformers' own: configuration, tokenizer and weights of a file
 # Modules of transformers 5 that hold its function for the metadata; version 4 has none of them.
@@ -44,35 +43,21 @@ READ_ROTARY = ("gpt-oss", "gemma4")  # whose rotary positions transformers knows
 
 
 def check_gguf(path: Path) -> GGUFParts:
-    """A GGUF file for transformers; ShortGPTError unless its layers and tensors fit.
-
-    Of a plain Llama every tensor must be known: transformers drops others, such as biases.
-    """
+    """A GGUF file for transformers; ShortGPTError unless it is whole."""
     # a large model comes in files named 00001-of-00003
     match = PART.fullmatch(path.name)
     if match and int(match[3]) > 1:
         raise ShortGPTError(
-            f"{path} is one of {int(match[3])} files of its model, which transformers does not "
-            f"read; join them: short-gpt convert {path} {match[1]}.gguf"
+            f"{path} is one of {int(match[3])} files, which transformers does not read; join them: "
+            f"short-gpt convert {path} {match[1]}.gguf"
         )
     parts = GGUFParts(path)
     kind = parts.fields.get("general.architecture")
-    layers, width = (parts.fields.get(f"{kind}.{n}") for n in ("block_count", "embedding_length"))
-    if not isinstance(kind, str) or not isinstance(layers, int) or not layers:
-        raise ShortGPTError(
-            f"{path} holds architecture {kind!r} of {layers!r} layers, expected a language model; "
-            "is it a whole one?"
-        )
-    if not isinstance(width, int) or not width:  # transformers would take that of another model
-        raise ShortGPTError(f"{path} has {kind}.embedding_length = {width!r}; is it a whole one?")
-    check_layer_count(path, layers, parts.tensors)
-    if kind == "llama" and not parts.fields.get("llama.expert_count"):
-        known = {row[GGUF].format(i) for row in NAMES for i in range(layers)} | {ROPE_FACTORS}
-        if others := sorted(parts.tensors.keys() - known):
-            raise ShortGPTError(
-                f"{path} cannot be loaded: it holds {', '.join(others[:3])}, which transformers' "
-                "Llama lacks and would leave out; open the model that it was made from"
-            )
+    sizes = [parts.fields.get(f"{kind}.{name}") for name in ("block_count", "embedding_length")]
+    # without a size transformers would take that of another model
+    if not all(isinstance(size, int) and size for size in sizes):
+        raise damaged(path, f"{kind} of {sizes[0]} layers of width {sizes[1]}", mend="fetch it")
+    check_layer_count(path, cast("int", sizes[0]), parts.tensors)
     return parts
 
 
@@ -218,10 +203,7 @@ def _load(
     expected = sum(weight.numel() for weight in model_to_load.state_dict().values())
     stored = sum(prod(tensor.shape) for tensor in parts.tensors.values())
     if expected > 2 * stored:
-        raise ShortGPTError(
-            f"its metadata are those of a model of {expected:,} weights, and its tensors have "
-            f"{stored:,}"
-        )
+        raise damaged("it", f"{stored:,} of {expected:,} weights", mend="fetch it")
     kinds, architecture = reading.TENSOR_PROCESSORS, str(parts.fields["general.architecture"])
     processor = kinds.get(architecture, reading.TensorProcessor)(config=result["config"])
     named: Any = reading.get_gguf_hf_weights_map

@@ -27,7 +27,7 @@ from short_gpt.models.layer_config import (
     pruned_entries,
     twin_outline,
 )
-from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,17 +67,18 @@ class HFDecoder:
                 f"{kind} is not a causal language model: it has an encoder and a decoder"
             )
         self.model = self.module = model
-        if not hasattr(self.config, "num_hidden_layers"):
-            raise ShortGPTError(f"the config of {kind} has no num_hidden_layers")
         self.layers_path = find_layers(model) if layers_path is None else layers_path
         owner, _, self._name = self.layers_path.rpartition(".")
         try:
             self._owner = model.get_submodule(owner)
             layers = self.layers
         except AttributeError:
-            layers = None
-        if not isinstance(layers, nn.ModuleList):
-            raise ShortGPTError(f"{self.layers_path} is not a list of layers of {kind}")
+            layers = nn.ModuleList()
+        count = getattr(self.config, "num_hidden_layers", None)
+        if not isinstance(layers, nn.ModuleList) or len(layers) != count:
+            raise ShortGPTError(
+                f"{self.layers_path} is not a list of layers of {kind}, {count} long"
+            )
         if any(getattr(layer, "is_decoder", True) is False for layer in layers):  # such as BERT's
             raise ShortGPTError(
                 f"{kind} is an encoder, whose tokens see those after them; if it was trained as a "
@@ -88,12 +89,6 @@ class HFDecoder:
         while body and "input_ids" not in signature(model.get_submodule(body).forward).parameters:
             body = body.rpartition(".")[0]
         self._body = model.get_submodule(body)
-        if len(layers) != self.config.num_hidden_layers:
-            raise ShortGPTError(
-                f"{self.layers_path} of {kind} has {len(layers)} layers, its "
-                f"config says {self.config.num_hidden_layers}: it is another list, or was cut "
-                "elsewhere"
-            )
         self._twins: dict[str, Outline] = {}  # by the config's JSON
 
     @property
@@ -300,17 +295,17 @@ def _uncached(module: nn.Module) -> dict[str, bool]:
 
 def check_layers_path(layers_path: object) -> None:
     """Raises ShortGPTError for anything but a name: a number of layers is another argument."""
-    if layers_path is not None and not isinstance(layers_path, str):
-        raise ShortGPTError(
-            f"layers_path = {layers_path!r}: expected where the layers are, as in 'model.layers', "
-            "or None to find them; how many to remove is n_prune_layers=..."
-        )
+    ok = layers_path is None or isinstance(layers_path, str)
+    expected = (
+        "where the layers are, as in 'model.layers'; how many to remove is n_prune_layers=..."
+    )
+    check(ok, "layers_path", layers_path, expected)
 
 
 def find_layers(model: PreTrainedModel) -> str:
     """The path of the list of layers: the family's, or the only one as long as the config says."""
     config = model.config.get_text_config(decoder=True)
-    count = config.num_hidden_layers
+    count = getattr(config, "num_hidden_layers", None)
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     row = FAMILIES.get(config.model_type)
     for path in row.layers if row else ():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from short_gpt.models.decoder import Decoder, evaluating, mixed_precision
-from short_gpt.models.families import ANY, Family, only_part
+from short_gpt.models.families import ANY, Family, Names, only_part
 from short_gpt.runtime.errors import ShortGPTError
 
 # What a layer returns: its state (B, S, D), by itself or before others in a tuple.
@@ -25,45 +25,29 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def mlp_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
     """The output projection of a layer's MLP; ShortGPTError unless a plain matrix in memory."""
-    linear, kind = only_part(layer, family.mlp_output), type(layer).__name__
-    if linear is None:
-        raise ShortGPTError(
-            f"{kind} has no single linear map at the end of its MLP (looked for "
-            f"{', '.join(family.mlp_output or ANY.mlp_output)}; mixtures of experts have many)"
-        )
-    weight = getattr(linear, "weight", None)
-    _check_in_memory(weight)
-    # an adapter has the matrix inside, a quantized matrix another dtype or shape
-    wrapped = any(True for _ in linear.children())
-    plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS
-    if wrapped or not plain:
-        have = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
-        raise ShortGPTError(
-            f"the map at the end of {kind}'s MLP is {have}; expected one plain matrix: load the "
-            "model unquantized and without adapters"
-        )
-    return linear
+    return _plain_matrix(layer, family.mlp_output, "MLP")
 
 
 def attention_output(layer: nn.Module, family: Family = ANY) -> nn.Module:
     """The output projection of a layer's attention; arguments and errors as in `mlp_output`."""
-    linear = only_part(layer, family.attention_output)
+    return _plain_matrix(layer, family.attention_output, "attention")
+
+
+def _plain_matrix(layer: nn.Module, names: Names, sublayer: str) -> nn.Module:
+    linear = only_part(layer, names)
     weight = getattr(linear, "weight", None)
-    _check_in_memory(weight)
-    if linear is None or not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise ShortGPTError(
-            f"{type(layer).__name__} has no plain matrix at the end of its attention (looked for "
-            f"{', '.join(family.attention_output or ANY.attention_output)})"
-        )
-    return linear
-
-
-def _check_in_memory(weight: object) -> None:
     # a streamed model has weights only while their layer runs
     if isinstance(weight, Tensor) and weight.is_meta:
+        raise ShortGPTError("the weights are not in memory: open the model without stream")
+    # experts have many; an adapter has it inside, a quantized one another dtype or shape
+    plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS
+    if linear is None or any(True for _ in linear.children()) or not plain:
         raise ShortGPTError(
-            "the weights are not in memory: open the model without stream or offloading"
+            f"{type(layer).__name__} has no plain matrix at the end of its {sublayer}, but "
+            f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}: load the model "
+            "unquantized and without adapters; experts are not supported"
         )
+    return linear
 
 
 def transposed(linear: nn.Module) -> bool:

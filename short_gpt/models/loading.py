@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ import torch
 from torch import nn
 
 from llama.args import some
-from llama.files import read_json
 from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.gguf_read import part_paths
-from llama.formats.tokenizers import find_hf_tokenizer
 from llama.parallel import FLOATS
 from llama.sources import check_links, find_source, hub_failure, is_gguf, resolve
-from llama.tokenizer import Tokenizer, is_panic
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.gguf_loading import (
     check_gguf,
@@ -30,7 +26,7 @@ from short_gpt.models.gguf_loading import (
     reading_gguf,
 )
 from short_gpt.runtime.digest import Stamps, stamps
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required, shortage
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, damaged, required
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
@@ -116,27 +112,19 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raises ShortGPTError for a loaded model whose weights cannot be changed or saved.
+    """Raises ShortGPTError for a model of several dtypes: a saved one is opened in one.
 
-    A saved model is opened in one dtype, except for modules that its class keeps in float32.
+    Modules that its class keeps in float32 do not count.
     """
     kind, dtypes = type(model).__name__, dict[torch.dtype, str]()
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     kept = [part for name in names for part in getattr(model, name, None) or ()]
     for name, weight in model.named_parameters():
-        if weight.is_inference():
-            raise ShortGPTError(
-                f"{kind} was made in torch.inference_mode(), and PyTorch refuses to change its "
-                "weights: make it outside, or in torch.no_grad()"
-            )
         if weight.dtype in FLOATS.values() and not any(part in name for part in kept):
             dtypes.setdefault(weight.dtype, name)
     if len(dtypes) > 1 and not getattr(model, "is_quantized", False):
-        found = " and ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-        raise ShortGPTError(
-            f"{kind} has weights in {found}, and transformers opens what is saved in one dtype: "
-            "make it one, as in model.to(torch.bfloat16)"
-        )
+        both = " and ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
+        raise ShortGPTError(f"{kind} has weights in {both}: make it one dtype, as in model.float()")
 
 
 def weight_files(source: str | PathLike[str]) -> list[Path]:
@@ -166,43 +154,15 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
         with without_report():
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
             tokenizer("a", verbose=False)  # the package tokenizers sees some damages only here
-    except BaseException as error:
-        if not local or not (isinstance(error, Exception) or is_panic(error)):
+    except Exception as error:
+        if not local:
             raise
         if TRUST in str(error):
             raise ShortGPTError(explained(error)) from error
-        _check_tokenizer(directory)
-        raise ShortGPTError(
-            f"the tokenizer's files in {directory} are not those of one that transformers knows: "
-            f"{type(error).__name__}, {explained(error)}; fetch them again"
-        ) from error
+        raise damaged(f"the tokenizer in {directory}", explained(error), mend="fetch it") from error
     if local and len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ShortGPTError(
-            f"{directory} lacks its tokenizer's vocabulary, such as tokenizer.json or "
-            "tokenizer.model: fetch that file too"
-        )
-    chat = tokenizer.chat_template
-    try:
-        "".join(chat.values() if isinstance(chat, dict) else [chat or ""]).encode()
-    except (TypeError, UnicodeEncodeError):  # no text: transformers neither renders nor saves it
-        tokenizer.chat_template = None
+        raise damaged(f"the tokenizer in {directory}", "no vocabulary", mend="fetch its files")
     return tokenizer
-
-
-def _check_tokenizer(directory: Path) -> None:
-    # raises ShortGPTError that names the file for which transformers reads no tokenizer;
-    # what can be read as JSON is looked at first: most damages are missing ends
-    for path in sorted(directory.glob("*.json")):
-        if TOKENIZER.match(path.name):
-            read_json(path)
-    try:
-        path = find_hf_tokenizer(directory)
-    except FileNotFoundError:  # a tokenizer of other files
-        return
-    Tokenizer(path)
-    if path.suffix == ".model":
-        with required("protobuf", by=f"{path.name}, as transformers reads it,"):
-            import_module("google.protobuf")
 
 
 def check_stored(directory: Path, config: Any) -> None:
@@ -219,31 +179,6 @@ def check_stored(directory: Path, config: Any) -> None:
     except Exception as error:
         raise ShortGPTError(f"{directory} cannot be loaded: {explained(error)}") from error
     check_weights(str(directory), info)
-
-
-@contextmanager
-def generation_explained(model: Any, source: str, generate: Callable[[], object]) -> Iterator[None]:
-    """Explains a failure in the block if ``generate`` works with an empty generation config."""
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        from transformers import GenerationConfig
-
-        if shortage(error) is not None:
-            raise
-        # is it the config? tried again without it
-        own = model.generation_config
-        try:
-            model.generation_config = GenerationConfig()
-            generate()
-        except Exception:
-            raise error from None
-        finally:
-            model.generation_config = own
-        raise ShortGPTError(
-            f"{source} cannot generate by its generation_config.json: {explained(error)}; correct "
-            "the file, or remove it"
-        ) from error
 
 
 @contextmanager

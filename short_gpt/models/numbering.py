@@ -11,13 +11,11 @@ from short_gpt.runtime.errors import ShortGPTError, whole
 def check_exist(layers: Sequence[int], present: Sequence[int]) -> None:
     """Raises ShortGPTError unless ``layers`` are different numbers of those ``present``."""
     # True is an int, and would be layer 1
-    numbers = [i for i in layers if not isinstance(i, bool) and isinstance(i, int)]
-    if len(numbers) != len(layers):
-        raise ShortGPTError(f"expected layer numbers, got {list(layers)}")
-    if unknown := sorted({i for i in layers if i not in present}):
+    unknown = [i for i in layers if type(i) is not int or i not in present]
+    if unknown:
         raise ShortGPTError(f"layers {unknown} do not exist; the model has {span(present)}")
     if len(set(layers)) != len(layers):
-        raise ShortGPTError(f"layers {list(layers)} name a layer twice")
+        raise ShortGPTError(f"layers {[*layers]} name a layer twice")
 
 
 def check_layers(drop: Sequence[int], present: Sequence[int]) -> list[int]:
@@ -29,10 +27,7 @@ def check_layers(drop: Sequence[int], present: Sequence[int]) -> list[int]:
 
 def check_count(n: object, n_layers: int, *, most: int | None = None, name: str = "n") -> int:
     """n as an int; ShortGPTError, which calls it ``name``, unless 1 <= n <= ``most`` (L - 1)."""
-    most = n_layers - 1 if most is None else most
-    if most < 1:
-        raise ShortGPTError(f"{name} = {n!r}; no layer of the model's {n_layers} may be removed")
-    number = whole(n)
+    most, number = n_layers - 1 if most is None else most, whole(n)
     if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= most:
         raise ShortGPTError(
             f"{name} = {n!r}; the model has {n_layers} layers: expected 1 to {most}"
@@ -67,8 +62,6 @@ def runs(layers: Iterable[int], present: Sequence[int]) -> list[tuple[int, int]]
 
 def layer_numbers(layers: Iterable[int] | None) -> list[int]:
     """Layers as plain numbers, also those of numpy and torch; ShortGPTError for anything else."""
-    if isinstance(layers, int):
-        raise ShortGPTError(f"expected a list of layers, got {layers}: pass it in a list")
     if layers is None:
         return []
     try:

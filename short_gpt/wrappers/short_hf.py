@@ -35,7 +35,6 @@ from short_gpt.models.decoder import check_token_ids, damaged_weight, evaluating
 from short_gpt.models.hf import HFDecoder, check_layers_path
 from short_gpt.models.loading import (
     check_loaded,
-    generation_explained,
     load,
     restore_frequencies,
     weight_stamps,
@@ -302,7 +301,7 @@ class ShortHFModel(ShortModel):
             return_dict_in_generate=False,  # whatever the model's own settings say
             **options,
         )
-        with evaluating(self.model), generation_explained(self.model, self.source, generate):
+        with evaluating(self.model):
             return generate()[0].tolist()
 
     def harness_model(self, *, batch_size: int = 1) -> object:

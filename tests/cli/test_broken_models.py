@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llama.checkpoint.pth import Shard
 from llama.formats.hf import meta_to_hf
-from short_gpt import ShortGPTError, ShortLlama, convert
+from short_gpt import ShortLlama, convert
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 CUT = ("--layers", 1)
@@ -194,43 +194,3 @@ def test_no_token_is_chosen_of_logits_that_are_no_numbers(here, capsys, model, t
     convert("ckpt", "hf", verify=False)
     line = told(capsys, "generate", model, "a text", "--temperature", temperature)
     assert "gives NaN or infinite logits, from which no token can be chosen" in line
-
-
-UNUSABLE = "hf cannot generate by its generation_config.json: "
-NO_TOKEN = "hf/generation_config.json is damaged: "
-
-
-@pytest.mark.parametrize(
-    ("entry", "said", "way_out"),
-    [
-        ({"eos_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it again"),
-        ({"pad_token_id": 1e30}, NO_TOKEN, "correct it, or fetch it again"),
-        ({"min_length": 1e30}, UNUSABLE, "correct the file, or remove it"),
-        ({"top_k": "x"}, UNUSABLE, "correct the file, or remove it"),
-    ],
-)
-def test_a_generation_config_that_cannot_be_used_is_told(here, capsys, entry, said, way_out):
-    meta_to_hf("ckpt", "hf")
-    path = Path("hf/generation_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
-    line = told(capsys, "prune", "hf", "out", *CUT)
-    assert said in line and way_out in line and not Path("out").exists()
-    path.unlink()
-    run("prune", "hf", "out", *CUT)
-
-
-def test_other_failures_are_not_laid_on_the_generation_config(here):
-    from short_gpt import ShortHFModel
-
-    meta_to_hf("ckpt", "hf")
-    short = ShortHFModel("hf")
-    own = short.model.generation_config
-
-    def broken(*_: object, **__: object) -> None:
-        raise ValueError("of another cause")
-
-    short.model.generate = broken
-    with pytest.raises(ValueError, match="of another cause") as error:
-        short.greedy([3, 4], 2)
-    assert not isinstance(error.value, ShortGPTError)
-    assert short.model.generation_config is own

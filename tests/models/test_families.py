@@ -66,12 +66,12 @@ def test_a_map_named_twice_ends_nothing():
     layer = nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": nn.Linear(2, 2)})})
     assert mlp_output(layer) is layer.mlp.down_proj
     layer.fc2 = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="no single linear map at the end of its MLP"):
+    with pytest.raises(ValueError, match="no plain matrix at the end of its MLP"):
         mlp_output(layer)
     assert mlp_output(layer, family_of("llama")) is layer.mlp.down_proj
-    with pytest.raises(ValueError, match=r"looked for feed_forward.w2;"):
+    with pytest.raises(ValueError, match="no plain matrix at the end of its MLP"):
         mlp_output(layer, META)
-    with pytest.raises(ValueError, match=r"no plain matrix .* \(looked for attention.wo\)"):
+    with pytest.raises(ValueError, match="no plain matrix at the end of its attention"):
         attention_output(layer, META)
 
 

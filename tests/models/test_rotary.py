@@ -64,7 +64,7 @@ def test_transformers_own_batch_is_what_differs(phi3):
 
 def test_windows_on_both_sides_of_the_limit_are_no_batch(phi3):
     assert same_rotary_groups([SHORT, LONG, SHORT], phi3.decoder) == [[0, 2], [1]]
-    with pytest.raises(ValueError, match=r"12 to 30 tokens; .* change beyond \[16\]: read those"):
+    with pytest.raises(ValueError, match=r"12 to 30 tokens; .* change beyond \[16\]: set"):
         pad([SHORT, LONG], phi3.decoder)
     assert pad([SHORT, SHORT[:16]], phi3.decoder)[0].shape == (2, 12)
 

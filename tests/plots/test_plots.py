@@ -170,7 +170,7 @@ def test_layer_numbers_do_not_overlap(n_layers: int, step: int) -> None:
         ({"importance": torch.zeros(2, 3)}, r"importance: .*\(L,\), got \(2, 3\)"),
         ({"importance": torch.zeros(0)}, r"importance: .*got \(0,\)"),
         ({"margin": torch.zeros(3)}, r"margin: expected \(5,\), got \(3,\)"),
-        ({"removed": [1, 5, -1]}, r"layers \[-1, 5\] do not exist; the model has 0\.\.4"),
+        ({"removed": [1, 5, -1]}, r"layers \[5, -1\] do not exist; the model has 0\.\.4"),
     ],
 )
 def test_wrong_shapes_are_named(arguments: dict, message: str) -> None:

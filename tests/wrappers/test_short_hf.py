@@ -377,7 +377,7 @@ def test_replaced_weights_as_of_a_quantized_model_can_be_cut():
     assert torch.equal(HFDecoder(model).logits(TOKENS), HFDecoder(whole).logits(TOKENS))
     model.model.layers[1].mlp = torch.nn.Identity()  # but a layer cut by hand stays a stranger
     remove_layers(HFDecoder(model), [0])
-    with pytest.raises(ValueError, match="has 3 layers, its config says 2"):
+    with pytest.raises(ValueError, match="is not a list of layers of LlamaForCausalLM, 2 long"):
         model.config.num_hidden_layers = 2
         HFDecoder(model, "model.layers")
 
@@ -680,11 +680,6 @@ def test_a_model_with_an_adapter_is_refused(tmp_path):
     assert ShortHFModel(adapted.merge_and_unload()).kept
 
 
-def in_inference_mode(model):
-    with torch.inference_mode():
-        return model.double().float()
-
-
 def some_in_bfloat16(model, *paths):
     for path in paths:
         model.get_submodule(path).bfloat16()
@@ -698,14 +693,13 @@ def some_in_bfloat16(model, *paths):
         (lambda model: model.lm_head, r"a loaded model of transformers, got Linear\("),
         (lambda model: type(model), "a loaded model of transformers, got <class"),
         (lambda model: model.to("meta"), "is on the device meta, where tensors have no values"),
-        (in_inference_mode, r"was made in torch\.inference_mode\(\), .* make it outside"),
         (
             lambda model: some_in_bfloat16(model, "model.layers.2", "model.layers.3"),
             r"float32 \(model\.embed.*\) and torch\.bfloat16 \(model\.layers\.2\..*one dtype",
         ),
         (lambda model: some_in_bfloat16(model, "lm_head"), r"bfloat16 \(lm_head\.weight\)"),
     ],
-    ids=["number", "module", "class", "meta", "inference", "layers", "head"],
+    ids=["number", "module", "class", "meta", "layers", "head"],
 )
 def test_a_loaded_model_that_cannot_be_changed_or_saved_is_refused_at_once(change, said, tmp_path):
     for call in (
