@@ -1,7 +1,5 @@
 """The command line. Only this package prints."""
 
-from short_gpt.cli.commands import ALONE, COMMANDS
+from short_gpt.cli.commands import COMMANDS
 
-__all__ = ["ALONE", "COMMANDS"]
-
-globals().update(COMMANDS)  # every command by its name
+__all__ = ["COMMANDS"]

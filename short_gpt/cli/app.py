@@ -12,8 +12,16 @@ from traceback import clear_frames
 from typing import TextIO
 
 from llama.ranks import environment, is_distributed
-from short_gpt.cli.commands import ALONE, COMMANDS
-from short_gpt.cli.flags import call, flags_of, for_completion, help_of, overview, prepared, similar
+from short_gpt.cli.commands import COMMANDS, call
+from short_gpt.cli.flags import (
+    flags_of,
+    for_completion,
+    help_of,
+    overview,
+    prepared,
+    similar,
+    values_of,
+)
 from short_gpt.cli.options import print_result, result_alone
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
 from short_gpt.runtime.progress import DryRun, be_quiet, is_first_rank
@@ -52,13 +60,13 @@ def run(argv: list[str]) -> None:
         raise ShortGPTError(f"--quiet takes no value, got {valued[0]}")
     if (text := answer(argv)) is None:
         texts = prepared(argv, COMMANDS)
-        single = argv[0] in ALONE  # it waits for no other rank: these have ended
+        single = COMMANDS[argv[0]].alone  # it waits for no other rank: these have ended
         if is_first_rank() or not single:
             alone = texts.get("json") == "-"
             ranks = environment("WORLD_SIZE", None) if single else nullcontext()
             with result_alone() if alone else nullcontext(), ranks:
                 try:
-                    call(COMMANDS[argv[0]], texts)
+                    call(argv[0], values_of(COMMANDS[argv[0]], texts))
                 except DryRun as plan:
                     print_result(str(plan))
     elif is_first_rank():
@@ -90,7 +98,10 @@ def answer(argv: list[str]) -> str | None:
     if name not in COMMANDS:
         known = f"; there are {', '.join(COMMANDS)}"
         raise ShortGPTError(f"no command {name!r}{similar(name, COMMANDS) or known}")
-    return help_of(name, COMMANDS[name]) if {"--help", "-h"} & {*argv} else None
+    for word in {"--help", "-h"} & {*argv}:
+        whole = argv[argv.index(word) + 1 :][:1] == ["all"]
+        return help_of(name, COMMANDS[name], whole=whole)
+    return None
 
 
 def message_of(error: BaseException, argv: Sequence[str] = ()) -> str | None:

@@ -1,8 +1,4 @@
-"""What a command takes, read from its signature: flags, their types, defaults and help.
-
-A parameter that is a dataclass is a group, and each of its fields a flag of its own; what a field
-says of its flag stands in its metadata, as `short_gpt.runtime.settings` describes.
-"""
+"""What a command takes: the parameters of its job as flags, with their types, defaults and help."""
 
 from __future__ import annotations
 
@@ -12,26 +8,44 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from types import NoneType
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args
 
 from llama.args import some
+from short_gpt.cli.options import Output
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.settings import CHOOSE, HEADINGS, READ, RUN, WRITE, Needs, flag_of
+from short_gpt.runtime.settings import (
+    CHOOSE,
+    HEADINGS,
+    READ,
+    RUN,
+    WRITE,
+    Settings,
+    as_flags,
+    described,
+)
 
-Command = Callable[..., None]
 BOOLEANS = {"true": True, "false": False, "yes": True, "no": False}
 EXPECTED: dict[object, str] = {int: "a whole number", float: "a number", bool: "True or False"}
 DASHED = r"--?[A-Za-z]"
 WIDTH, INDENT = 80, 26  # of the help
+IN_PYTHON = ("notify", "state", "tokenizer")  # parameters of jobs that are no flags
+# of parameters of a job that are no fields of settings: part of the help, and whether it is rare
+PLACES = {"dry_run": (RUN, True), "overwrite": (WRITE, False), "out": (WRITE, False)}
+PLACES |= {"to": (WRITE, False), "verify": (WRITE, True), "source": (READ, True)}
 
-USUAL = {  # what arguments mean where a command does not say otherwise
-    "model": "Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.",
-    "out": "new directory, or GGUF file if it ends with .gguf; must not exist.",
-}
+
+class Command(NamedTuple):
+    """A command of the shell."""
+
+    job: Callable[..., Any]  # whose parameters are its flags
+    example: str
+    show: Callable[..., object]  # prints a result; gets it and a `cli.options.Run`
+    output: Output | None = None  # the files that it writes of the result, beside the job's
+    pictures: tuple[str, ...] = ()  # their names in the folder ``plots``
+    alone: bool = False  # of several ranks, only the first runs it
 
 
 class Flag(NamedTuple):
@@ -42,10 +56,8 @@ class Flag(NamedTuple):
     default: object  # None where there is none too
     heading: str  # of the part of the help that it stands in
     text: str  # what it means
-    parameter: str  # of the command
-    field: str = ""  # of the parameter, where that is a group
     value: str = "NAME"  # what stands for its value in the help
-    needs: tuple[Needs, ...] = ()  # what it does nothing without
+    rare: bool = False  # whether only the whole help shows it
     positional: bool = False  # whether its value may stand without its name
     required: bool = False
 
@@ -104,50 +116,32 @@ def _python(text: str) -> object:
 
 
 def flags_of(command: Command) -> dict[str, Flag]:
-    """All arguments of a command by their names, in the order of its signature."""
-    hints, texts = get_type_hints(command), USUAL | described(command)
-    flags: list[Flag] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        default = parameter.default
-        if is_dataclass(default):
-            flags += _fields(command.__name__, name, default)
+    """All arguments of a command by their names, in the order of its job's signature."""
+    job: Any = command.job
+    groups: list[Settings] = [*job.settings.values()]
+    groups += [] if command.output is None else [command.output]
+    fields = {one.name: (group, one) for group in groups for one in group.taken()}
+    parameters = dict(inspect.signature(job).parameters)
+    if command.output is not None:
+        parameters |= {p.name: p for p in command.output.parameters() if p.name not in parameters}
+    words, flags = described(job), dict[str, Flag]()
+    for name, parameter in parameters.items():
+        if name in IN_PYTHON:
+            continue
+        kinds = get_args(parameter.annotation) or (parameter.annotation,)
+        required = parameter.default is parameter.empty
+        default = None if required else parameter.default
+        if name in fields:
+            group, one = fields[name]
+            told, heading = one.metadata, one.metadata["heading"] or group.HEADING
+            more = (told["words"], told["value"] or "NAME", told["rare"])
+            flags[name] = Flag(name, kinds, default, heading, *more)
             continue
         positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        required = default is parameter.empty
-        heading = WRITE if name in ("out", "overwrite") else READ if positional else CHOOSE
-        about = (None if required else default, heading, texts.get(name, ""), name)
-        kinds = get_args(hint := hints.get(name, object)) or (hint,)
-        flags.append(Flag(name, kinds, *about, positional=positional, required=required))
-    return {flag.name: flag for flag in flags}
-
-
-def _fields(command: str, parameter: str, group: Any) -> list[Flag]:
-    kind, flags = type(group), []
-    hints, texts = get_type_hints(kind), described(kind)
-    for field in fields(kind):
-        if (name := flag_of(field, command)) is not None:
-            about, own = field.metadata, field.name
-            kinds, default = get_args(hints[own]) or (hints[own],), getattr(group, own)
-            heading = str(about.get("heading") or getattr(kind, "HEADING", RUN))
-            text = f"{texts.get(own, '')} {about.get('more', {}).get(command, '')}".strip()
-            every = about.get("needs", ())
-            needs = tuple(n for n in every if n.commands is None or command in n.commands)
-            more = (about.get("value") or "NAME", needs)
-            flags.append(Flag(name, kinds, default, heading, text, parameter, own, *more))
+        heading, rare = PLACES.get(name, (READ if positional else CHOOSE, False))
+        about = (heading, as_flags(words.get(name, "")), "NAME", rare, positional, required)
+        flags[name] = Flag(name, kinds, default, *about)
     return flags
-
-
-def described(thing: object) -> dict[str, str]:
-    """The entries of a docstring's ``Args``, each in one line; a class adds those of its bases."""
-    bases = reversed(thing.__mro__[1:-1]) if isinstance(thing, type) else ()
-    texts: dict[str, str] = {}
-    for each in (*bases, thing):
-        _, _, args = (inspect.getdoc(each) or "").partition("\nArgs:\n")
-        entries = re.split(r"^    (?=\w)", args.partition("\n\n")[0], flags=re.MULTILINE)
-        for entry in entries[1:]:
-            name, _, text = entry.partition(":")
-            texts[name] = " ".join(text.split())
-    return texts
 
 
 def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]:
@@ -213,23 +207,13 @@ def named(
     raise ShortGPTError(f"{command} has no flag {written}{hint}")
 
 
-def call(command: Command, texts: Mapping[str, str]) -> None:
-    """Calls a command with what the texts of its flags stand for.
-
-    Raises:
-        ShortGPTError: a value is of another type, or a flag lacks what it needs.
-    """
-    flags, parameters = flags_of(command), inspect.signature(command).parameters
-    values: dict[str, Any] = {name: flags[name].read(text) for name, text in texts.items()}
-    refuse_unused(flags, values)
-    arguments = {name: v for name, v in values.items() if not flags[name].field}
-    for group in {flags[name].parameter for name in values} - {*arguments}:
-        own = {f.field: values[n] for n in values if (f := flags[n]).parameter == group}
-        arguments[group] = replace(parameters[group].default, **own)
-    command(**arguments)
+def values_of(command: Command, texts: Mapping[str, str]) -> dict[str, Any]:
+    """What the texts of flags stand for; ShortGPTError for a value of another type."""
+    flags = flags_of(command)
+    return {name: flags[name].read(text) for name, text in texts.items()}
 
 
-def for_completion(command: Command) -> Command:
+def for_completion(command: Command) -> Callable[..., None]:
     """A function whose keyword arguments are the command's flags, which fire completes."""
     names = [*flags_of(command), "quiet", "help"]
     flag = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -238,17 +222,6 @@ def for_completion(command: Command) -> Command:
 
     named.__signature__ = inspect.Signature([flag(name) for name in names])  # type: ignore[attr-defined]
     return named
-
-
-def refuse_unused(flags: Mapping[str, Flag], values: Mapping[str, object]) -> None:
-    """Raises ShortGPTError for a flag that has a value but does nothing without another."""
-    every = {name: flag.default for name, flag in flags.items()} | {**values}
-    for name, value in values.items():
-        unmet = [need.what for need in flags[name].needs if not need.met(every)]
-        if unmet and value is not None and value is not False:  # these ask for nothing
-            raise ShortGPTError(
-                f"--{name} has no effect without {unmet[0]}: add that, or leave --{name} out"
-            )
 
 
 def similar(word: str, words: Iterable[str]) -> str:
@@ -260,27 +233,34 @@ def similar(word: str, words: Iterable[str]) -> str:
 def overview(commands: Mapping[str, Command]) -> str:
     """The help of all commands, in the order of use, a line each."""
     wide = max(map(len, commands)) + 2
-    about = {name: inspect.getdoc(command) or "" for name, command in commands.items()}
-    lines = [f"  {name:<{wide}}{text.partition(chr(10))[0]}" for name, text in about.items()]
+    about = {name: inspect.getdoc(command.job) or "" for name, command in commands.items()}
+    lines = [
+        f"  {name:<{wide}}{as_flags(text.partition(chr(10))[0])}" for name, text in about.items()
+    ]
     head = ["short-gpt COMMAND ...: the commands, in the order of use", ""]
     ends = [
-        "short-gpt COMMAND --help says what a command takes.",
+        "short-gpt COMMAND --help says what a command takes, --help all every flag.",
         "Each takes --quiet (no bars and no notes); --max-windows is --max_windows.",
         "short-gpt -- --completion prints a script by which bash (or: fish) completes.",
     ]
     return "\n".join([*head, *lines, "", *ends])
 
 
-def help_of(name: str, command: Command) -> str:
-    """The help of one command: an example, what it does, and its flags in groups."""
-    text, _, _ = (inspect.getdoc(command) or "").partition("\n\nArgs:")
-    text, _, example = text.partition("\n\nExample: ")
+def help_of(name: str, command: Command, *, whole: bool = False) -> str:
+    """The help of one command: an example, what it does, and its flags in groups.
+
+    The ``whole`` help has its rare flags too.
+    """
+    text = as_flags((inspect.getdoc(command.job) or "").partition("\n\nArgs:")[0])
     flags = flags_of(command).values()
     names = [f.name.upper() if f.required else f"[{f.name.upper()}]" for f in flags if f.positional]
-    parts = [f"Example:\n  {example}"]
+    parts = [f"Example:\n  {command.example}"]
     parts += [textwrap.fill(part, WIDTH) for part in text.split("\n\n")]
     parts += [f"Usage: short-gpt {name} {' '.join(names)} [flags]"]
     for heading in HEADINGS:
-        if rows := [flag.row() for flag in flags if flag.heading == heading]:
-            parts.append("\n".join([f"{heading.capitalize()}:", *rows]))
+        shown = [flag for flag in flags if flag.heading == heading and (whole or not flag.rare)]
+        if shown:
+            parts.append("\n".join([f"{heading.capitalize()}:", *(flag.row() for flag in shown)]))
+    if rare := sum(flag.rare for flag in flags):
+        parts += [] if whole else [f"{rare} more flags: short-gpt {name} --help all"]
     return "\n\n".join(parts)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.sources import is_gguf
+from short_gpt.data.texts import Default
 from short_gpt.jobs.inputs import about_bos, about_own
 from short_gpt.runtime.frames import aligned
 from short_gpt.runtime.settings import as_flags
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity, SamplingError
-    from short_gpt.jobs import HealingResult, PruneResult, Ranking, ReproductionResult, TextSource
+    from short_gpt.jobs import HealingResult, PruneResult, Ranking, ReproductionResult
     from short_gpt.jobs.cases import Row
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.search import Search
@@ -39,7 +40,6 @@ def ranked(result: Ranking) -> str:
         return "\n".join([*parts, f"{result.choice}\n", chosen])
     assert result.importance is not None
     parts += [ranking(result.importance, answer.n, method=answer.method, seed=result.seed or 0)]
-    parts += ["\n" + sublayers(result.importance)] if answer.sublayers else []
     parts += [as_flags(str(result.verdict))] if result.verdict else []
     return "\n".join(parts)
 
@@ -93,17 +93,6 @@ def search(result: Search, method: str) -> str:
     return "\n".join([*rows, "", f"loss with {which}", f"{METHODS[method]}: {result.removed}"])
 
 
-def sublayers(importance: Importance) -> str:
-    """A row for every layer: Block Influence of its attention and of its MLP."""
-    attention, mlp = importance.sublayer_influence.tolist()
-    rows = [f"{'layer':>5}  {'attention':>10}  {'MLP':>10}"]
-    for layer, a, m in zip(importance.layers, attention, mlp, strict=True):
-        rows.append(f"{layer:>5}  {a:>10.6f}  {m:>10.6f}")
-    if importance.sublayers.isnan().any():
-        rows.append("nan: the layer is not x + attention, then + MLP")
-    return "\n".join(rows)
-
-
 def _error(windows: int, texts: int | None, degrees: float = 0.0) -> SamplingError:
     """What an error is over; how large it is stands elsewhere."""
     from short_gpt.evaluation.perplexity import SamplingError
@@ -131,24 +120,23 @@ def reproduced(result: ReproductionResult) -> str:
     return "\n".join([*parts, "", result.order.table()])
 
 
-def next_command(model: str, texts: TextSource, result: Ranking, scores: str | None) -> str | None:
-    """The command that acts on a ranking, written to ``scores`` if anywhere; None without one."""
+def next_command(values: Mapping[str, object], result: Ranking) -> str | None:
+    """The command that acts on a ranking by these flags, from its file if it has one; or None."""
     from short_gpt.selection.methods import AUTO
 
-    n, out = result.answer.n, "OUT.gguf" if is_gguf(model) else "OUT"
-    if scores is not None:
-        choice = ["--scores", scores, "--n", "N" if n is None else str(n)]
+    model, n, scores = str(values["model"]), result.answer.n, values["json"]
+    out = "OUT.gguf" if is_gguf(model) else "OUT"
+    if scores not in (None, "-"):
+        choice = ["--scores", str(scores), "--n", "N" if n is None else str(n)]
     elif n is not None:
         choice = ["--layers", ",".join(map(str, result.layers))]
     else:
         return None
-    does = "prune"
-    if result.answer.method == AUTO:  # which chose for a healed model
-        does = "heal"
-        for name, value in vars(texts).items():
-            if value != getattr(type(texts)(), name):
-                choice += [f"--{name}", *([] if value is True else [str(value)])]
-    return "next: " + shlex.join(["short-gpt", does, model, out, *choice])
+    if result.answer.method != AUTO:
+        return "next: " + shlex.join(["short-gpt", "prune", model, out, *choice])
+    data = values["data"]  # auto chose for a healed model
+    choice += [] if isinstance(data, Default) else ["--data", str(data)]
+    return "next: " + shlex.join(["short-gpt", "heal", model, out, *choice])
 
 
 def pruned(result: PruneResult) -> str:

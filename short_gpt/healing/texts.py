@@ -49,7 +49,7 @@ class HealingTexts:
     # to evaluate on, one or several as in ``data``; None holds a tenth of ``data`` out
     eval_data: str | None = None
     split: str = "validation"  # of ``data``, see `data.read_texts`
-    column: str = "text"  # of ``data``
+    column: str | None = None  # of ``data``; None is text, else messages
     max_texts: int | None = None  # of ``data``
     seed: int = 0  # of the choice of texts and windows
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from short_gpt.data.texts import evaluation_texts
 from short_gpt.data.windows import Text
-from short_gpt.jobs.inputs import Cut, listed, name_texts, whole_numbers
+from short_gpt.jobs.former import Cut, name_texts
+from short_gpt.jobs.inputs import listed, whole_numbers
 from short_gpt.runtime.errors import at_least, check
-from short_gpt.runtime.settings import CHOOSE, READ, setting
+from short_gpt.runtime.settings import CHOOSE, READ, Settings, setting
 
 if TYPE_CHECKING:
     from short_gpt.wrappers.scored_model import ScoredModel
@@ -41,14 +42,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Cases:
+class Cases(Settings):
     """What is compared: every method x number of layers x healing.
-
-    Args:
-        method: names as of the method of rank, with commas between.
-        n: numbers of layers to remove, as in 2,4,8; by default those of 2, 4, 8 and 12 that the
-            model allows.
-        heal_by: of raw, patch and refit, with commas between.
 
     Example:
         >>> Cases("bi, sleb", 2).methods
@@ -56,9 +51,18 @@ class Cases:
     """
 
     HEADING: ClassVar = CHOOSE
-    method: str | Sequence[str] = setting(METHODS, value="A,B")
-    n: object = setting((2, 4, 8, 12), value="N,N")
-    heal_by: str | Sequence[str] = setting("raw,patch", value="A,B")
+    method: str | Sequence[str] = setting(
+        METHODS, "Names as of the method of rank, with commas between.", value="A,B"
+    )
+    n: object = setting(
+        (2, 4, 8, 12),
+        "Numbers of layers to remove, as in 2,4,8; by default those of 2, 4, 8 and 12 that the "
+        "model allows.",
+        value="N,N",
+    )
+    heal_by: str | Sequence[str] = setting(
+        "raw,patch", "Of raw, patch and refit, with commas between.", value="A,B"
+    )
 
     @property
     def methods(self) -> list[str]:
@@ -108,26 +112,21 @@ def _names(names: str | Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """How many windows are read, of which size, for each purpose.
-
-    Args:
-        eval_data: texts to evaluate on; if not given, a tenth of the texts of data is held out,
-            or the end of a lone text.
-        size: tokens in a window.
-        max_windows: windows of data for scores and closed forms.
-        eval_windows: windows to evaluate on.
-        seed: of the choice of windows.
-        bos: which windows begin with BOS; see rank.
-    """
+class Shares(Settings):
+    """How many windows are read, of which size, for each purpose."""
 
     HEADING: ClassVar = READ
-    eval_data: str | None = setting(None, value="TEXTS")
-    size: int = 1024
-    max_windows: int = 24
-    eval_windows: int = 16
-    seed: int = 0
-    bos: str | None = None
+    eval_data: str | None = setting(
+        None,
+        "Texts to evaluate on; if not given, a tenth of the texts of data is held out, or the "
+        "end of a lone text.",
+        value="TEXTS",
+    )
+    size: int = setting(1024, "Tokens in a window.")
+    max_windows: int = setting(24, "Windows of data for scores and closed forms.")
+    eval_windows: int = setting(16, "Windows to evaluate on.")
+    seed: int = setting(0, "Of the choice of windows.")
+    bos: str | None = setting(None, "Which windows begin with BOS; see rank.")
 
     def __post_init__(self) -> None:
         name_texts(self, "eval_data")

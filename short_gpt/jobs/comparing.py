@@ -20,12 +20,12 @@ from short_gpt.healing.refit import RefitSettings
 from short_gpt.healing.sets import RAW, LayerSets
 from short_gpt.jobs.cases import METHODS, SEEDS, Cases, Row, Shares
 from short_gpt.jobs.costs import end_dry_run, size_without, tokens_per_second
-from short_gpt.jobs.inputs import Data, Tasks, TextSource, check_model, source_of
-from short_gpt.jobs.saving import Saving, as_begun, interruptible
+from short_gpt.jobs.former import TextSource, source_of
+from short_gpt.jobs.inputs import Tasks, check_model
+from short_gpt.jobs.saving import as_begun, check_state, interruptible
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, check_alone
-from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.selection.methods import AUTO
 from short_gpt.wrappers.opening import open_model
@@ -204,19 +204,17 @@ def _tasks(sets: LayerSets, rows: Sequence[Row], suite: TaskSuite) -> dict[str, 
     return {name: run.named() | changes.get(name, {}) for name, run in runs.items()}
 
 
-@takes_fields("compare")
 @interruptible()
 def compare_checkpoint(
     model: str | None,
-    data: Data = TextSource(),
+    data: TextSource = TextSource(),
     *,
     cases: Cases = Cases(),
     shares: Shares = Shares(),
     tasks: Tasks = Tasks(),
     opening: OpenOptions = OpenOptions(),
-    saving: Saving = Saving(),
+    state: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
-    **fields: Any,
 ) -> ComparisonResult:
     """What `compare` does, for a checkpoint and texts by their names.
 
@@ -226,7 +224,6 @@ def compare_checkpoint(
         data: texts to choose layers and to heal by.
         tasks: also run on the models without healing.
         dry_run: raise `DryRun`, which says what would be done, in place of the work.
-        fields: single settings by their names, in place of objects: ``n=[4, 8]``.
 
     Example:
         >>> compare_checkpoint("llama-2-7b", method="bi", n=9).rows[1].n  # doctest: +SKIP
@@ -234,7 +231,6 @@ def compare_checkpoint(
     """
     check_alone("compare")
     tasks.check()
-    saving.check()
     if model is None and (source_of(data) != TextSource() or shares.eval_data is not None):
         raise ShortGPTError(
             "without a MODEL, the demo's model reads its own book: name a MODEL, or leave out "
@@ -252,10 +248,10 @@ def compare_checkpoint(
     else:
         kinds, held = source_of(data).kinds(), shares.held(source_of(data).column)
     size = shares.size
-    short = open_model(source, as_begun(opening, saving.state), max_seq_len=size)
+    short = open_model(source, as_begun(opening, check_state(state)), max_seq_len=size)
     cases = cases.within(len(short.kept))
     end = partial(_end_dry_run, short, source, cases, shares)
-    own = own_text_writer(short, size, seed=shares.seed, beside=saving.state)
+    own = own_text_writer(short, size, seed=shares.seed, beside=state)
     write = (lambda *_: end()) if dry_run else own
     limits = (shares.max_windows, shares.seed)
     calibration, evaluation = split_own_text(kinds, held, write, *limits)
@@ -264,7 +260,7 @@ def compare_checkpoint(
     if dry_run:
         end()
     suite = tasks.suite()
-    result = compare(short, fit_on, held_out, **vars(cases), tasks=suite, state=saving.state)
+    result = compare(short, fit_on, held_out, **vars(cases), tasks=suite, state=state)
     return replace(result, bos=shares.bos or short.bos, precision=short.about_precision)
 
 

@@ -21,82 +21,68 @@ from short_gpt.checkpoints.prune import tensor_names
 from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
 from short_gpt.checkpoints.target import Target, check_format, check_one_file
 from short_gpt.jobs.inputs import Notify, ignore
-from short_gpt.jobs.saving import Conversion, interruptible
+from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.settings import takes_fields
 from short_gpt.wrappers.opening import check_tokenizer, open_hf, same_model
 from short_gpt.wrappers.options import OpenOptions
 
 NOT_VERIFIED = "not verified: verification loads the model on one rank; run without torchrun"
 
 
-@takes_fields("convert")
 @interruptible()
 def convert(
     model: str,
     out: str,
+    opening: OpenOptions,
     *,
-    conversion: Conversion = Conversion(),
+    to: str | None = None,
+    type: str | None = None,
+    shards: int | None = None,
+    verify: bool | None = None,
+    overwrite: bool = False,
     notify: Notify = ignore,
-    **fields: Any,
 ) -> Path:
-    """Writes a Llama in another format, or any GGUF file that transformers reads.
-
-    Args:
-        model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
-        out: new directory, or GGUF file if it ends with .gguf.
-        conversion: the format, its types and shards, and whether it is proved.
-        notify: called with what was proved, in a sentence.
-        fields: single settings by their names, in place of an object: ``to="hf"``.
-
-    Raises:
-        FileNotFoundError: there is no such source.
-        FileExistsError: ``out`` exists.
-        RuntimeError: the result is not the source. It is deleted, and an earlier one stays.
-
-    Example:
-        >>> convert("model.gguf", "model-meta")  # doctest: +SKIP
-        PosixPath('model-meta')
-    """
-    how = conversion
-    check_format(out, how.to)
-    source = find_source(model)
-    to = how.to or _format(source, out, how.shards)
-    _check_options(source, to, how)
+    """What `jobs.convert` does."""
+    check_format(out, to)
+    source, dtype, path = find_source(model), opening.dtype, opening.tokenizer_path
+    to = to or _format(source, out, shards)
+    _check_options(source, to, type, dtype, shards)
     if to == "gguf" and source.kind != "gguf":
         check_one_file(out)
-    opening = OpenOptions(how.tokenizer_path, trust_remote_code=how.trust_remote_code)
-    check_tokenizer(how.tokenizer_path, model)
+    check_tokenizer(path, model)
     proofs: list[str | None] = []
 
     def check(directory: Path) -> None:
-        proofs.append(prove(directory, source, out, opening, how.verify, dtype=how.dtype))
+        proofs.append(prove(directory, source, out, opening, verify))
 
     known = source.kind != "hub" and (source.kind, to) != ("gguf", "hf")
     total = len({*tensor_names(source)}) if known else None
     with bar("converting", total=total, unit="tensor") as shown:
         writing: dict[str, Any] = {"progress": lambda _: shown.update(), "verify": check}
-        writing |= {"overwrite": how.overwrite}
+        writing |= {"overwrite": overwrite}
         if to == "gguf":
-            _to_gguf(source, out, how, writing)
+            _to_gguf(source, out, type, path, {**writing, "exact": bool(verify)})
         elif to == "hf" and source.kind == "gguf":  # as transformers reads it
-            short = open_hf(source, OpenOptions(device="cpu", dtype=how.dtype or "float32"))
-            verify = None if how.verify is False else short.check_saved
-            target, tokenizer = Target(out, "hf", how.overwrite, verify), short.tokenizer
+            short = open_hf(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
+            target = Target(out, "hf", overwrite, None if verify is False else short.check_saved)
             record = Provenance.of_checkpoint(source)
-            save_hf(short.trainable(), target, tokenizer=tokenizer, record=record, source=source)
+            how: dict[str, Any] = {"tokenizer": short.tokenizer, "record": record}
+            save_hf(short.trainable(), target, **how, source=source)
         else:
-            _to_directory(source, out, how, writing)
+            _to_directory(source, out, dtype, path, shards, writing)
     if proofs and proofs[0] is not None:
         notify(proofs[0])
     return Path(out)
 
 
-def _to_gguf(source: Source, out: str, how: Conversion, writing: dict[str, Any]) -> None:
+def _to_gguf(
+    source: Source, out: str, type: str | None, path: str | None, writing: dict[str, Any]
+) -> None:
     """Writes GGUF: of its own tensors as they are, in as many files as ``out`` says, or a Llama."""
     if source.kind == "gguf":
-        stack, target = Stack.open(source), Target(out, "gguf", how.overwrite, writing["verify"])
+        stack = Stack.open(source)
+        target = Target(out, "gguf", writing["overwrite"], writing["verify"])
         write_gguf(stack.parts, target, range(stack.blocks), progress=writing["progress"])
         return
     # the same model in another format has the same history
@@ -104,19 +90,23 @@ def _to_gguf(source: Source, out: str, how: Conversion, writing: dict[str, Any])
     also = {} if before is None else {RECORD: json_text(before.to_dict())}
     if before is not None and before.all_removed and before.first_source is not None:
         also[NAME] = before.named(Path(before.first_source).name)
-    path = how.tokenizer_path
-    writing |= {"tokenizer_path": path, "also": also, "exact": bool(how.verify)}
-    llama_to_gguf(source, out, kind=how.type, **writing)
+    llama_to_gguf(source, out, kind=type, tokenizer_path=path, also=also, **writing)
 
 
-def _to_directory(source: Source, out: str, how: Conversion, writing: dict[str, Any]) -> None:
-    dtype, path = how.dtype, how.tokenizer_path
-    shards = 1 if how.shards is None else how.shards
+def _to_directory(
+    source: Source,
+    out: str,
+    dtype: str | None,
+    path: str | None,
+    shards: int | None,
+    writing: dict[str, Any],
+) -> None:
+    count = 1 if shards is None else shards
     if source.kind == "gguf":
-        gguf_to_meta(source, out, dtype=dtype or "float32", shards=shards, **writing)
+        gguf_to_meta(source, out, dtype=dtype or "float32", shards=count, **writing)
     elif source.kind != "meta":
-        hf_to_meta(source, out, dtype=dtype, shards=shards, **writing)
-    elif how.shards is None:
+        hf_to_meta(source, out, dtype=dtype, shards=count, **writing)
+    elif shards is None:
         meta_to_hf(source, out, tokenizer_path=path, **writing)
     else:
         also = (PROVENANCE,)  # the same model in other files has the same history
@@ -133,8 +123,10 @@ def _format(source: Source, out: str, shards: int | None) -> str:
     return "hf" if source.kind == "meta" and shards is None else "meta"
 
 
-def _check_options(source: Source, to: str, how: Conversion) -> None:
-    kind, type, dtype, shards = source.kind, how.type, how.dtype, how.shards
+def _check_options(
+    source: Source, to: str, type: str | None, dtype: str | None, shards: int | None
+) -> None:
+    kind = source.kind
     if type is not None and (to != "gguf" or kind == "gguf"):
         raise ShortGPTError(
             f"`type` {type} is for writing GGUF from another format; tensors of a GGUF file stay "
@@ -166,12 +158,11 @@ def prove(
     verify: bool | None,
     *,
     drop: Sequence[int] = (),
-    dtype: str | None = None,
 ) -> str | None:
     """Compares a new directory, which will be called ``out``, with its source without ``drop``.
 
     Without a ``verify``, where Hugging Face's format is read or written, or GGUF is read, and the
-    packages for it are there. ``dtype`` is what the source's weights were rounded to, if they were.
+    packages for it are there. Weights were rounded to the dtype of the opening, if it has one.
     Returns what was proved, or why nothing was; None if no proof was asked for.
     """
     written = find_source(directory)
@@ -184,7 +175,7 @@ def prove(
     try:
         path, trust = opening.tokenizer_path, opening.trust_remote_code
         how: dict[str, Any] = {"tokenizer_path": path, "trust_remote_code": trust}
-        return same_model(source, written, list(drop), name=out, dtype=dtype, **how)
+        return same_model(source, written, list(drop), name=out, dtype=opening.dtype, **how)
     except MissingPackageError as error:
         if verify:
             raise

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import ClassVar
 
 from short_gpt.runtime.errors import ShortGPTError, at_least, check_numbers
-from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, setting
+from short_gpt.runtime.settings import CHOOSE, RUN, WRITE, Settings, setting
 
 DIALS = ("ratio", "n", "params", "memory", "max_perplexity_ratio")
 RATIO = 0.25
@@ -19,19 +19,8 @@ PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 @dataclass(frozen=True)
-class Dial:
+class Dial(Settings):
     """How small a model becomes: one of the first five, a ratio of 0.25 if none is set.
-
-    Args:
-        ratio: share of the layers to remove; 0.25 if none of the five is given.
-        n: how many layers to remove; two at least stay.
-        params: maximum parameter count, as in 6B or 750M.
-        memory: maximum memory, as in 12GB, for the weights and a KV cache.
-        max_perplexity_ratio: remove as many layers as the perplexity allows, which may rise by this
-            factor once the model is refitted, as in 1.2. Windows of data that nothing is fitted on
-            tell how many.
-        context: tokens of each text in the KV cache, of memory and of the printed table.
-        batch: texts in that KV cache.
 
     Example:
         >>> Dial(n=8).count([100] * 30, 500), Dial(params="3k").count([100] * 30, 500)
@@ -39,13 +28,25 @@ class Dial:
     """
 
     HEADING: ClassVar = CHOOSE
-    ratio: float | None = None
-    n: int | None = None
-    params: str | int | None = setting(None, value="SIZE")
-    memory: str | int | None = setting(None, value="SIZE")
-    max_perplexity_ratio: float | None = None
-    context: int = 4096
-    batch: int = 1
+    ratio: float | None = setting(
+        None, "Share of the layers to remove; 0.25 if none of the five is given."
+    )
+    n: int | None = setting(None, "How many layers to remove; two at least stay.")
+    params: str | int | None = setting(
+        None, "Maximum parameter count, as in 6B or 750M.", value="SIZE"
+    )
+    memory: str | int | None = setting(
+        None, "Maximum memory, as in 12GB, for the weights and a KV cache.", value="SIZE"
+    )
+    max_perplexity_ratio: float | None = setting(
+        None,
+        "Remove as many layers as the perplexity allows, which may rise by this factor once the "
+        "model is refitted, as in 1.2. Windows of data that nothing is fitted on tell how many.",
+    )
+    context: int = setting(
+        4096, "Tokens of each text in the KV cache, of memory and of the printed table."
+    )
+    batch: int = setting(1, "Texts in that KV cache.")
 
     def __post_init__(self) -> None:
         if len(both := [name for name in DIALS if getattr(self, name) is not None]) > 1:
@@ -118,26 +119,32 @@ class Dial:
 
 
 @dataclass(frozen=True)
-class Shrinking:
-    """How a model is shrunk.
-
-    Args:
-        method: that chooses the layers: auto, which refits the sets of several methods and takes
-            the one of lowest held-out loss, or another of rank; auto if not given, bi with stream.
-        minutes: distill after the refit, for this many minutes; not at all if not given.
-        prompt: what the original, the pruned and the healed model answer, or continue where they
-            have no chat template; one of ours if not given.
-        to: the format to write: hf, meta or gguf (a Llama only, except from GGUF to GGUF). If not
-            given, gguf where OUT ends with .gguf, else hf.
-        dry_run: only say what would be done, in time and memory.
-    """
+class Shrinking(Settings):
+    """How a model is shrunk."""
 
     HEADING: ClassVar = RUN
-    method: str | None = setting(None, heading=CHOOSE)
-    minutes: float | None = None
-    prompt: str | None = setting(None, value="TEXT")
-    to: str | None = setting(None, heading=WRITE)
-    dry_run: bool = False
+    method: str | None = setting(
+        None,
+        "That chooses the layers: auto, which refits the sets of several methods and takes the "
+        "one of lowest held-out loss, or another of rank; auto if not given, bi with stream.",
+        heading=CHOOSE,
+    )
+    minutes: float | None = setting(
+        None, "Distill after the refit, for this many minutes; not at all if not given."
+    )
+    prompt: str | None = setting(
+        None,
+        "What the original, the pruned and the healed model answer, or continue where they have "
+        "no chat template; one of ours if not given.",
+        value="TEXT",
+    )
+    to: str | None = setting(
+        None,
+        "The format to write: hf, meta or gguf (a Llama only, except from GGUF to GGUF). If not "
+        "given, gguf where OUT ends with .gguf, else hf.",
+        heading=WRITE,
+    )
+    dry_run: bool = setting(False, "Only say what would be done, in time and memory.")
 
     def check(self) -> None:
         """Raises ShortGPTError for an unknown method, or minutes that are none."""

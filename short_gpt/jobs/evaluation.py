@@ -2,87 +2,55 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-from llama.files import check_output, new_file
+from short_gpt.data.texts import check_named_once, default_text, read_texts, source_names
 from short_gpt.evaluation.perplexity import Perplexity, difference
+from short_gpt.evaluation.protocols import PROTOCOLS, check_copy, protocol, rows_of
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.jobs.costs import end_dry_run
-from short_gpt.jobs.inputs import Notify, Reading, Tasks, check_model, ignore
+from short_gpt.jobs.inputs import Notify, Tasks, Windows, check_model, ignore
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.digest import windows_digest
-from short_gpt.runtime.errors import ShortGPTError, at_least
-from short_gpt.runtime.progress import is_first_rank
-from short_gpt.runtime.settings import takes_fields
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import own_samples
+from short_gpt.wrappers.short_model import ShortModel
+
+NONE = "none"  # the name of no text
 
 
-@takes_fields("evaluate")
 @interruptible()
 def evaluate(
-    models: str | PathLike[str] | Iterable[str | PathLike[str]],
-    reading: Reading = Reading(),
+    models: str | PathLike[str] | Sequence[str | PathLike[str]],
+    windows: Windows,
+    tasks: Tasks,
+    opening: OpenOptions,
     *,
-    tasks: Tasks = Tasks(),
-    opening: OpenOptions = OpenOptions(),
+    source: str | None = None,
     notify: Notify = ignore,
     dry_run: bool = False,
-    **fields: Any,
 ) -> dict[str, dict[str, float]]:
-    """Perplexity and tasks of several checkpoints, one loaded at a time.
-
-    ``notify`` is called with what intervals are over and, before an error is raised, with what was
-    measured. ``dry_run`` raises `DryRun`, which says what would be done, in place of the work.
-    ``fields`` are single settings by their names, in place of objects: ``data="novels/"``,
-    ``tasks="piqa"``.
-
-    Returns:
-        By model: its number of layers, the perplexity of each text with the ends of its 95%
-        interval ("perplexity_low" and "perplexity_high"), and metrics of the tasks. Of every model
-        except the first also how much the loss of a token and each metric changed, with the
-        standard error paired over windows and documents, as in "piqa acc change" and
-        "piqa acc change_stderr".
-
-    Example:
-        >>> evaluate(["llama-2-7b", "llama-2-5b"])["llama-2-5b"]["layers"]  # doctest: +SKIP
-        23.0
-    """
-    if reading.data == "none" and tasks.tasks is None:
-        raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
-    reading.check()
-    if isinstance(models, str | PathLike) or not isinstance(models, Iterable):
-        models = [models]
-    each = [*models]
-    for name in each:
+    """What `jobs.evaluate` does."""
+    names = [os.fspath(m) for m in ([models] if isinstance(models, str | PathLike) else models)]
+    for name in names:
         check_model(name)
-    names = [os.fspath(name) for name in each]
-    for number, name in enumerate(names):
-        if name in names[:number]:
+        if names.count(name) > 1:
             raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
-    tasks.check()
+    _check(windows, source, tasks)
     check_tokenizer(opening.tokenizer_path, *names)
-    own = reading.own_texts()
+    texts = Texts(windows, source, _local_texts(windows, source))
     if dry_run:
-        short = open_model(names[0], of_source(opening, names[0]), max_seq_len=reading.size)
-        read = [one for one in (reading.data, tasks.tasks) if one not in ("none", None)]
-        work = f"evaluate {' and '.join(names)} on {' and '.join(map(str, read))}"
-        work += "; tasks take more" if tasks.tasks else ""
-        windows = {} if reading.data == "none" else reading.windows(short, own)
-        total = sum(map(len, windows.values())) * len(names) or None  # of every model
-        end_dry_run(short, work, reading.size, total)
+        _end_dry_run(names, texts, tasks, opening)
     first, rows = None, dict[str, dict[str, float]]()
     try:
         for name in names:
             row = rows[name] = {}
-            measured = _evaluated(name, row, reading, own, tasks, opening, first, notify)
+            measured = _evaluated(name, row, texts, tasks, opening, first, notify)
             first = first or measured
             if measured[0]:  # a pair is read in one precision
                 opening = replace(opening, precision=next(iter(measured[0].values()))[0].precision)
@@ -95,6 +63,66 @@ def evaluate(
     return rows
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Texts to evaluate on."""
+
+    windows: Windows
+    source: str | None  # a local copy of a protocol's text
+    local: Mapping[str, Sequence[str]]  # of files and folders, by name; empty for a protocol
+
+    def cut(self, short: ShortModel) -> dict[str, list[list[int]]]:
+        """Windows of each text by its name, in their order: as published, or without overlap."""
+        cut, name = replace(self.windows, seed=None), self.windows.name
+        if name == NONE:
+            return {}
+        if not self.local:
+            how: Any = {"size": cut.size, "limit": cut.max_windows, "source": self.source}
+            return {name: list(protocol(name, short.encode, **how, bos=short.bos))}
+        each = None if cut.max_windows is None else cut.max_windows // len(self.local)
+        return {name: list(cut.cut([own], short, each)) for name, own in self.local.items()}
+
+
+def _check(windows: Windows, source: str | None, tasks: Tasks) -> None:
+    """Raises ShortGPTError for settings that do not go together."""
+    name = windows.name
+    if name == NONE and tasks.tasks is None:
+        raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
+    if source is not None and name not in PROTOCOLS:
+        raise ShortGPTError(f"`source` is a copy of {' or '.join(PROTOCOLS)}; `data` is {name}")
+    if name == "ptb":
+        check_copy(name, source)
+    windows.check()
+    check_named_once(names := source_names(name))
+    if windows.max_windows is not None and windows.max_windows < len(names):
+        raise ShortGPTError(
+            f"`max_windows` = {windows.max_windows}: expected at least one for each of "
+            f"{len(names)} texts"
+        )
+    tasks.check()
+
+
+def _local_texts(windows: Windows, source: str | None) -> dict[str, list[str]]:
+    """The texts of each local file or folder; none of a protocol, whose first is read."""
+    if windows.name in PROTOCOLS:
+        with default_text(windows.name):
+            rows_of(windows.name, source)
+    if windows.name in (NONE, *PROTOCOLS):
+        return {}
+    names, column = source_names(windows.name), windows.column
+    return {name: [*read_texts(name, None, column, None)] for name in names}
+
+
+def _end_dry_run(names: Sequence[str], texts: Texts, tasks: Tasks, opening: OpenOptions) -> None:
+    size = texts.windows.size or 0
+    short = open_model(names[0], of_source(opening, names[0]), max_seq_len=size)
+    read = [one for one in (texts.windows.name, tasks.tasks) if one not in (NONE, None)]
+    work = f"evaluate {' and '.join(names)} on {' and '.join(map(str, read))}"
+    work += "; tasks take more" if tasks.tasks else ""
+    total = sum(map(len, texts.cut(short).values())) * len(names) or None  # of every model
+    end_dry_run(short, work, size, total)
+
+
 # by text, a model's perplexity and a digest of the windows' tokens; and its tasks
 Measured = tuple[dict[str, tuple[Perplexity, str]], TaskRun]
 
@@ -102,63 +130,35 @@ Measured = tuple[dict[str, tuple[Perplexity, str]], TaskRun]
 def _evaluated(
     name: str,
     row: dict[str, float],
-    reading: Reading,
-    own: Mapping[str, Sequence[str]],
+    texts: Texts,
     tasks: Tasks,
     opening: OpenOptions,
     first: Measured | None,
     notify: Notify,
 ) -> Measured:
     """Fills the row of a model."""
-    size, batch_size = reading.size, reading.batch_size
-    short = open_model(name, of_source(opening, name), max_seq_len=size, max_batch_size=batch_size)
-    bos = ", bos in every window" if (reading.bos or short.bos) == "every" else ""
-    bos += ", precision mixed" if short.about_precision else ""
+    short = open_model(name, of_source(opening, name), max_seq_len=texts.windows.size or 0)
+    how = ", bos in every window" if short.bos == "every" else ""
+    how += ", precision mixed" if short.about_precision else ""
     row["layers"] = float(len(short.kept))
     measured: dict[str, tuple[Perplexity, str]] = {}
-    for text, windows in ({} if reading.data == "none" else reading.windows(short, own)).items():
+    for text, windows in texts.cut(short).items():
         digest = windows_digest(windows)
-        value = short.perplexity(windows, batch_size=batch_size)
+        value = short.perplexity(windows, batch_size=opening.batch_size)
         measured[text] = value, digest
-        row[f"{text} perplexity{bos}"] = value.value
+        row[f"{text} perplexity{how}"] = value.value
         if value.error is not None and not value.error.no_interval:
             ends = zip(("low", "high"), value.interval(), strict=True)  # of 95%
-            row |= {f"{text} perplexity_{name}{bos}": end for name, end in ends}
+            row |= {f"{text} perplexity_{name}{how}": end for name, end in ends}
             if first is None or digest != first[0][text][1]:
                 notify(f"{text}: 95% intervals of perplexities over {value.error.over}")
-    run = tasks.run(short, batch_size=batch_size)
+    run = tasks.run(short, batch_size=opening.batch_size)
     row |= run.named()
     for text, (before, digest) in ({} if first is None else first[0]).items():
         if digest == measured[text][1]:  # windows of two tokenizers are not paired
             change = difference([before], [measured[text][0]])
             nats = {"nats change": change.nats, "nats change_stderr": change.standard_error}
-            row |= {f"{text} {k}{bos}": v for k, v in nats.items() if v == v}
+            row |= {f"{text} {k}{how}": v for k, v in nats.items() if v == v}
     if first is not None:
         row |= task_changes(first[1], run)
     return measured, run
-
-
-@interruptible()
-def write_samples(
-    model: str, out: str, count: int, size: int, *, seed: int, opening: OpenOptions
-) -> Path:
-    """Writes `own_samples` of a checkpoint as texts to a .jsonl file, which ``data`` reads."""
-    at_least(1, samples=count)
-    at_least(2, max_gen_len=size)
-    at_least(0, seed=seed)
-    target = Path(out)
-    if target.suffix != ".jsonl":
-        raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
-    if target.is_file():
-        raise FileExistsError(f"{target} exists; choose another name")
-    check_output(target, overwrite=False, replaces=lambda _: False)
-    short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
-    if size > (most := short.decoder.max_seq_len):
-        raise ShortGPTError(f"`max_gen_len` {size}: this model takes {most} tokens, give no more")
-    texts = own_samples(short, count, size, seed=seed, beside=target)
-    if not is_first_rank():
-        return target
-    with new_file(target, overwrite=False, replaces=lambda _: False) as partial:
-        lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
-        partial.write_text("".join(lines), encoding="utf-8")
-    return target

@@ -13,7 +13,7 @@ from llama.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf, in_few_bits
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.records import PROVENANCE
-from short_gpt.checkpoints.scores import ChosenLayers, chosen
+from short_gpt.checkpoints.scores import ChosenLayers
 from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
 from short_gpt.evaluation.perplexity import (
     Difference,
@@ -36,22 +36,12 @@ from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.solver import RIDGES
 from short_gpt.healing.trainer import RECIPE
 from short_gpt.jobs.costs import end_dry_run
-from short_gpt.jobs.inputs import (
-    SIZE,
-    Data,
-    Notify,
-    Running,
-    TextSource,
-    check_model,
-    ignore,
-    source_of,
-)
+from short_gpt.jobs.inputs import SIZE, Notify, Windows, check_model, ignore
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
-from short_gpt.jobs.settings import Choice, HealingWindows, Settings, methods_of
+from short_gpt.jobs.settings import Choice, Healing, methods_of
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank
-from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
@@ -95,72 +85,40 @@ class HealingResult:
         return {**self.evidence.to_dict(), "perplexity": values, **self.texts, **rounded}
 
 
-@takes_fields("heal")
 def heal(
     model: str,
     out: str,
-    method: str = "refit",
+    choice: Choice,
+    windows: Windows,
+    healing: Healing,
+    opening: OpenOptions,
+    hub: Hub,
     *,
-    choice: Choice = Choice(),
-    data: Data = TextSource(),
-    windows: HealingWindows = HealingWindows(),
-    settings: Settings = Settings(),
-    opening: OpenOptions = OpenOptions(),
-    streaming: Running = Running(),
-    hub: Hub = Hub(),
     overwrite: bool = False,
     notify: Notify = ignore,
     dry_run: bool = False,
-    **fields: Any,
 ) -> HealingResult:
-    """Removes layers of a checkpoint and brings quality back.
-
-    Refit and patch are closed forms and take minutes. LoRA learns the text, distillation what the
-    original model predicts; LoRA, and distillation with a teacher, also heal a model that was
-    pruned before. All except the patch continue when interrupted. No text is both learned and
-    evaluated on.
-
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
-        out: new directory, or from a GGUF file another; appears whole or not at all.
-        method: refit, patch, lora or distill, or several by commas, which follow each other.
-        choice: which layers to remove; lora may do without, and distill with a teacher.
-        data: texts to learn from.
-        windows: how the texts are cut, and which are held out.
-        settings: of the methods.
-        opening: how the model is opened.
-        streaming: how a refit holds one layer at a time.
-        hub: where the healed model is uploaded.
-        overwrite: replace an earlier output.
-        notify: called with what a refit will take, and with every perplexity.
-        dry_run: raise `DryRun`, which says what would be done, in place of the work.
-        fields: single settings by their names, in place of objects: ``layers=[21, 22]``.
-
-    Raises:
-        ShortGPTError: a setting, the model or the texts are refused, before anything is written.
-        FileExistsError: ``out`` exists.
-        NotSavedError: the healed model could not be written; the same call continues.
-
-    Example:
-        >>> done = heal("llama-2-7b", "llama-2-5b", choice=Choice([21, 22]))  # doctest: +SKIP
-        >>> done.evidence.perplexity["healed"].value  # doctest: +SKIP
-        6.1
-    """
-    texts, methods = source_of(data), methods_of(method)
+    """What `jobs.heal` does."""
+    methods = methods_of(healing.heal_by)
     windows.check()
-    settings.check(methods)
-    streaming.check_healing(methods)
+    healing.check(methods)
+    opening.check()
+    if opening.stream and methods != ["refit"] and "distill" not in methods:
+        raise ShortGPTError(
+            "`stream` holds one layer at a time, of a model that refit alone heals, or of the "
+            f"teacher of distill; got `heal_by` {healing.heal_by}"
+        )
     model = str(find_source(model))  # of a name such as demo, the file that it stands for
-    teacher, stream = settings.teacher or model, streaming.stream or settings.stream_teacher
-    check_tokenizer(opening.tokenizer_path, model, teacher, stream=stream)
+    teacher = healing.teacher or model
+    check_tokenizer(opening.tokenizer_path, model, teacher, stream=opening.stream)
     _check_target(model, out, overwrite=overwrite)
     hub.check(out, format_of(model, out))
-    removal = _removal(model, choice, methods, settings)
+    removal = _removal(model, choice, methods, healing)
     if is_gguf(out):
         check_writable_gguf(model, removal.layers)
-    how = (texts, windows, settings, opening, streaming)
+    how = (windows, healing, opening)
     done = _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
-    return replace(done, address=hub.push(done.out))
+    return replace(done, address=hub.push(done.out, done))
 
 
 @interruptible()
@@ -169,11 +127,9 @@ def _heal(
     out: Path,
     methods: Sequence[str],
     removal: ChosenLayers,
-    texts: TextSource,
-    windows: HealingWindows,
-    settings: Settings,
+    windows: Windows,
+    healing: Healing,
     opening: OpenOptions,
-    streaming: Running,
     overwrite: bool,
     notify: Notify,
     dry_run: bool,
@@ -183,13 +139,10 @@ def _heal(
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
-    texts.check(windows.eval_data)
+    windows.check_texts()
     states = [path for name in STATES for path in folder.rglob(name)] if folder else []
     opening = as_begun(opening, *states)
-    own, context = of_source(opening, model, stream=streaming.stream), windows.size or SIZE
-    if not streaming.stream:  # each of several ranks has the whole model, and its own windows
-        streaming = replace(streaming, model_parallel_size=1)
-    short = open_trainable(model, own) if trains else streaming.open(model, own, context)
+    short = _opened(model, opening, windows.size or SIZE, trains=trains)
     short.check_weights()
     if removal.layers:
         check_layers(removal.layers, short.kept)
@@ -197,37 +150,42 @@ def _heal(
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = removal.importance
     few_bits = trains and is_gguf(out) and in_few_bits(model)
-    recipe = settings.recipe(short, windows.seed, few_bits=few_bits) if trains else None
-    size, bos = windows.size or (recipe.size if recipe else SIZE), windows.bos or short.bos
+    recipe = healing.recipe(short, windows.seed or 0, few_bits=few_bits) if trains else None
+    size = windows.size or (recipe.size if recipe else SIZE)
     limit = None if trains else CLOSED_WINDOWS
-    read = partial(windows.read, texts, short, size, limit, validate=trains, beside=out)
+    read = partial(windows.learning, short, size, limit, validate=trains, beside=out)
     if dry_run:
         work = f"remove layers {removal.layers} of {model}, heal by {','.join(methods)} on "
-        count = windows.max_windows or CLOSED_WINDOWS if texts.own else len(read().training)
+        count = windows.max_windows or CLOSED_WINDOWS if windows.own else len(read().training)
         count = recipe.steps * recipe.batch if recipe else count
-        work += f"{count:,} windows of {texts.data}, and write {out}; each is read twice or more"
+        work += f"{count:,} windows of {windows.name}, and write {out}; each is read twice or more"
         end_dry_run(short, work, size, count)
     parts = read()
     few = CLOSED_WINDOWS if trains or windows.max_windows is None else None
-    ridges = RIDGES if settings.ridge is None else (settings.ridge,)
+    ridges = RIDGES if healing.ridge is None else (healing.ridge,)
     known: dict[str, Step] = {
-        "refit": settings.refit(max_windows=few),
+        "refit": healing.refit(max_windows=few),
         "patch": PatchSettings(ridges=ridges, max_windows=few),
         "lora": LoraSettings(recipe),
-        "distill": settings.distill(recipe, _teacher(model, settings, opening, size)),
+        "distill": healing.distill(recipe, _teacher(model, healing, opening, size)),
     }
     steps = [known.get(name) or STEPS[name]() for name in methods]
-    resume, layers = holds_a_run(short, folder) or settings.resume, removal.layers
     job = HealingJob(
-        short, parts, layers, settings=steps, work_dir=folder, resume=resume, notify=notify
+        short,
+        parts,
+        removal.layers,
+        settings=steps,
+        work_dir=folder,
+        resume=holds_a_run(short, folder),
+        notify=notify,
     )
     if plan := job.plan_text():
         notify(plan)
-    names = {"data": texts.data, "eval_data": windows.eval_data, "size": size, "bos": bos}
-    names |= short.about_precision
-    done = HealingResult(out, job.run(), parts.left_out, removal.unchecked, names)
-    short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_data, "size": size}
-    facts = {**removal.record.facts, "data": texts.data}
+    texts: dict[str, Any] = {"data": windows.name, "eval_data": windows.eval_name}
+    texts |= {"size": size, "bos": short.bos, **short.about_precision}
+    done = HealingResult(out, job.run(), parts.left_out, removal.unchecked, texts)
+    short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_name, "size": size}
+    facts = {**removal.record.facts, "data": windows.name}
     job.save(out, facts=facts, overwrite=overwrite, release=isinstance(short, ShortHFModel))
     del short, job, known, steps, lock  # makes room for the model that is read again
     if not is_first_rank():
@@ -236,7 +194,17 @@ def _heal(
         kinds = about_kinds(model, removal.layers)
         remarks = [line for line in (about_types(model, str(out)), kinds) if line]
         done = replace(done, remark="\n".join(remarks) or None)
-    return reread(done, parts, opening, size)
+    return reread(done, parts, replace(opening, stream=False, max_memory=None), size)
+
+
+def _opened(model: str, opening: OpenOptions, size: int, *, trains: bool) -> ScoredModel:
+    """The model to heal; where one trains, ``stream`` is its teacher's."""
+    own = of_source(opening, model, stream=opening.stream and not trains)
+    if trains:
+        return open_trainable(model, own)
+    if not opening.stream:  # each of several ranks has the whole model, and its own windows
+        own = replace(own, model_parallel_size=1)
+    return open_model(model, own, max_seq_len=size)
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
@@ -253,35 +221,31 @@ def _check_target(model: str, out: str, *, overwrite: bool) -> None:
 
 
 def _teacher(
-    model: str, settings: Settings, opening: OpenOptions, size: int
+    model: str, healing: Healing, opening: OpenOptions, size: int
 ) -> Callable[[], ScoredModel] | None:
-    if settings.teacher is None and not settings.live_teacher and not settings.stream_teacher:
+    if healing.teacher is None and not healing.live_teacher and not opening.stream:
         return None
-    source, stream = settings.teacher or model, settings.stream_teacher
-    own = of_source(opening, source, stream=stream)
-    return lambda: open_model(source, own, stream=stream, max_seq_len=size)
+    source = healing.teacher or model
+    own = of_source(opening, source, stream=opening.stream)
+    return lambda: open_model(source, own, max_seq_len=size)
 
 
-def _removal(
-    model: str, choice: Choice, methods: Sequence[str], settings: Settings
-) -> ChosenLayers:
+def _removal(model: str, choice: Choice, methods: Sequence[str], healing: Healing) -> ChosenLayers:
     """The layers to remove; none where the methods heal a model that was pruned before."""
     if choice.layers is not None or choice.scores is not None:
-        return chosen(
-            model, choice.check().named, scores=choice.scores, n=choice.n, method=choice.by
-        )
+        return choice.check().chosen(model)
     ask = "give `layers`, as in 21,22,23, or `scores` and `n`"
     if methods[0] in CLOSED:
         raise ShortGPTError(
             f"the {methods[0]} reads the original model and removes layers itself: {ask}"
         )
-    if "distill" in methods and settings.teacher is None:
+    if "distill" in methods and healing.teacher is None:
         raise ShortGPTError(
             f"distill learns from the model with all its layers: {ask}, or a `teacher` that "
             "still has them"
         )
-    if choice.n is not None or choice.by is not None:
-        raise ShortGPTError("`n` and `angular` choose from `scores`")
+    if choice.n is not None or choice.method is not None:
+        raise ShortGPTError("`n` and `method` choose from `scores`")
     return ChosenLayers([], Provenance())
 
 

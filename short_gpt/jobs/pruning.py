@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llama.sources import Source, find_source
 from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.prune import kept_tensors, prune_checkpoint
-from short_gpt.checkpoints.scores import ChosenLayers, chosen
+from short_gpt.checkpoints.scores import ChosenLayers
 from short_gpt.checkpoints.target import Target, check_one_file
 from short_gpt.jobs.conversion import prove, read_again
 from short_gpt.jobs.saving import Hub, interruptible
-from short_gpt.jobs.settings import Choice, PruneOutput
+from short_gpt.jobs.settings import Choice
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.settings import takes_fields
 from short_gpt.wrappers.opening import check_tokenizer, open_model
 from short_gpt.wrappers.options import FLOAT32, OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -41,63 +39,43 @@ class PruneResult:
         return self.chosen.layers
 
 
-@takes_fields("prune")
 @interruptible()
 def prune(
     model: str,
     out: str,
-    choice: Choice = Choice(),
+    choice: Choice,
+    opening: OpenOptions,
+    hub: Hub,
     *,
-    written: PruneOutput = PruneOutput(),
-    opening: OpenOptions = OpenOptions(),
-    hub: Hub = Hub(),
-    **fields: Any,
+    to: str | None = None,
+    verify: bool | None = None,
+    overwrite: bool = False,
 ) -> PruneResult:
-    """Writes a checkpoint without some layers, tensor by tensor, in any format.
-
-    The model is not loaded for that: memory is bounded by the largest tensor. To verify, source
-    and result are then loaded, one after the other, and compared.
-
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
-            file of any architecture.
-        out: new directory, or file if it ends with .gguf; appears whole or not at all.
-        choice: which layers.
-        written: format, proof, and whether an earlier checkpoint is replaced.
-        hub: where it is uploaded.
-        fields: single settings by their names, in place of objects: ``layers=[21, 22]``.
-
-    Raises:
-        RuntimeError: the result is not the source without the layers. It is deleted, and an
-            earlier checkpoint at ``out`` stays.
-
-    Example:
-        >>> prune("llama-2-7b", "llama-2-5b", layers=[21, 22, 25]).layers  # doctest: +SKIP
-        [21, 22, 25]
-    """
+    """What `jobs.prune` does."""
     check_tokenizer(opening.tokenizer_path, model)
     source = find_source(model)
-    target = Target(out, written.to, written.overwrite).resolved(source)
+    target = Target(out, to, overwrite).resolved(source)
     choice.check()
     target.check()
     hub.check(out, target.format)
     if target.format == "gguf" and source.kind != "gguf":
         check_one_file(out)
-    if target.format == "gguf" and written.verify and len(target.paths) > 1:
+    if target.format == "gguf" and verify and len(target.paths) > 1:
         raise ShortGPTError(
             f"`verify` loads {out}, which transformers does not read in several files; name "
             "one file, or leave it to be read again and compared"
         )
-    removal = chosen(
-        model, choice.check().named, scores=choice.scores, n=choice.n, method=choice.by
-    )
+    opened = source.kind == "gguf" and target.format == "hf"
+    if opening.dtype is not None and not opened:
+        raise ShortGPTError("`dtype` is of a GGUF file written as a directory: leave it out")
+    removal = choice.chosen(model)
     copied = source.kind == target.format == "gguf"
-    write = _write_opened if source.kind == "gguf" and target.format == "hf" else _write
-    proof = write(source, target, removal, written.verify, opening)
+    proof = (_write_opened if opened else _write)(source, target, removal, verify, opening)
     if proof is None and copied:  # into several files
         proof = read_again(source)
     remark = about_kinds(source, removal.layers) if copied else None
-    return PruneResult(target.path, removal, proof, remark, hub.push(target.path))
+    result = PruneResult(target.path, removal, proof, remark)
+    return replace(result, address=hub.push(target.path, result))
 
 
 def _write_opened(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
-from typing import Any, TypeVar
+from os import PathLike
+from typing import Any, NoReturn, TypeVar
 
 from llama.ranks import is_distributed
 from llama.sources import find_source
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.scores import Digests, digests_of
-from short_gpt.data.windows import count_of
+from short_gpt.data.windows import Text, count_of
 from short_gpt.healing.choosing import (
     BARE_PASS,
     BUDGET,
@@ -25,18 +25,14 @@ from short_gpt.healing.choosing import (
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.costs import end_dry_run, forecast
 from short_gpt.jobs.inputs import (
-    STRIDE,
-    Cut,
-    Data,
+    SIZE,
     Notify,
-    Running,
-    TextSource,
+    Windows,
     check_model,
     ignore,
     known_total,
-    source_of,
 )
-from short_gpt.jobs.saving import Saving, as_begun, interruptible
+from short_gpt.jobs.saving import as_begun, check_state, interruptible
 from short_gpt.jobs.settings import Answer
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
@@ -44,14 +40,13 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
 from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.progress import check_alone, is_first_rank
-from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
 from short_gpt.scoring.stopping import Stop, Verdict
 from short_gpt.selection.methods import AUTO, SEARCHED, choose
 from short_gpt.selection.search import Search, most_layers_run
-from short_gpt.wrappers.opening import check_tokenizer
+from short_gpt.wrappers.opening import check_tokenizer, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, with_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -132,139 +127,117 @@ class Ranking(Table):
             self.state.clear()
 
 
-@takes_fields("rank")
 @interruptible()
 def rank(
     model: str,
-    data: Data = TextSource(),
+    windows: Windows,
+    answer: Answer,
+    opening: OpenOptions,
     *,
-    answer: Answer = Answer(),
-    cut: Cut = Cut(stride=STRIDE),
-    opening: OpenOptions = OpenOptions(),
-    running: Running = Running(),
-    saving: Saving = Saving(),
+    state: str | PathLike[str] | None = None,
     notify: Notify = ignore,
     detailed: bool = False,
     dry_run: bool = False,
-    **fields: Any,
 ) -> Ranking:
-    """Scores every layer of a checkpoint: Block Influence and angular distances, in one pass.
-
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
-        data: texts to score on.
-        answer: what is asked: the method, the number of layers, when to stop.
-        cut: how the texts are cut into windows.
-        opening: how the model is opened.
-        running: how it runs: batch size, one layer at a time.
-        saving: the file that the run is saved in, to be continued.
-        notify: called with what a streamed run will take in memory, before it starts.
-        detailed: whether it is also called with the time that one pass will take, from a window
-            that is timed, and how the answer stands while it goes on.
-        dry_run: raise `DryRun`, which says what would be done, in place of the work.
-        fields: single settings by their names, in place of objects: ``method="angular"``.
-
-    Raises:
-        ShortGPTError: a setting, the model, the texts or the state of another run are refused.
-        NotFiniteError: a weight or a hidden state is NaN or infinite.
-
-    Example:
-        >>> rank("llama-2-7b", "novels/", n=9).layers  # doctest: +SKIP
-        [27, 26, 25, 28, 24, 29, 23, 21, 22]
-        >>> quick = rank("llama-2-7b", "novels/", n=9, size=512, max_windows=24)  # doctest: +SKIP
-    """
-    texts = source_of(data)
+    """What `jobs.rank` does; ``detailed`` also notifies of the time and of the answer's state."""
     if answer.method == AUTO:  # windows to judge by must not overlap those to fit on
-        most = cut.max_windows or MAX_WINDOWS
-        cut = replace(cut, stride=max(cut.step, cut.size), max_windows=most)
-        expect_budget(answer.budget, most)
-    opening = as_begun(opening, saving.state)
-    saving.check()
-    check_ranking(model, answer, cut, running, opening)
-    kinds = texts.kinds()
+        limit, size = windows.max_windows or MAX_WINDOWS, windows.size or SIZE
+        windows = replace(windows, stride=max(windows.step, size), max_windows=limit)
+        expect_budget(None, limit)
+    opening = as_begun(opening, check_state(state))
+    check_ranking(model, answer, windows, opening)
+    kinds = windows.kinds()
     # of the files as they are now; ranks would wait for the first one, and not for long
     digests = {} if is_distributed() else digests_of(model, opening.tokenizer_path)
-    short = running.open(model, opening, cut.size)
-    for name in ("n", "candidates"):  # of a file or a model at the hub, known only now
-        if (asked := getattr(answer, name)) is not None:
-            check_count(asked, len(short.kept), name=name)
+    searches = answer.method in SEARCHED  # whose states keep within max_memory in any case
+    bound = None if searches else opening.max_memory
+    short = open_model(model, opening, max_seq_len=windows.size or SIZE, max_memory=bound)
+    if answer.n is not None:  # of a file or a model at the hub, known only now
+        check_count(answer.n, len(short.kept))
     if dry_run:
-        known = all(not isinstance(kind, str) for kind in kinds)  # else the model writes it first
-        cuts = cut.mixed(kinds, short.encode, short.bos) if known else []
-        total = known_total(cuts, cut.max_windows) if known else cut.max_windows
-        how = {"rule": answer.rule(cut.seed), "population": getattr(cuts, "population", None)}
-        work = f"score {len(short.kept)} layers of {model} by {answer.method} on {texts.data}"
-        if answer.by_loss:
-            total = _passes(answer, len(short.kept), total)
-            work += "; it takes at most as long as reading so many windows"
-        work += "" if known else "; writing that takes more"
-        end_dry_run(short, work, cut.size, total, batch_size=running.batch_size, **how)
-    write = own_text_writer(short, cut.size, seed=cut.seed, beside=saving.state)
-    documents = with_own_text(kinds, write, cut.max_windows)
-    windows, bos = cut.mixed(documents, short.encode, short.bos), cut.bos or short.bos
-    windows = list(windows) if answer.by_loss else windows
-    state = None
-    if saving.state is not None:  # a digest of all weights takes seconds
-        text = {"text": json_digest(windows)} if answer.by_loss else {}
-        identity = _identity(texts, answer, cut, running, bos)
-        identity = joined(identity, short.identity(), text)
-        state = StateFile(Path(saving.state), identity, every=saving.save_every)
-    precision = short.about_precision
-    result = Ranking(answer, cut.seed, state=state, scored=digests, bos=bos, precision=precision)
+        _end_dry_run(model, short, windows, kinds, answer, opening.batch_size)
+    write = own_text_writer(short, windows.size or SIZE, seed=windows.seed, beside=state)
+    cut = windows.cut(with_own_text(kinds, write, windows.max_windows), short)
+    file = None
     if answer.by_loss:
-        return _search(short, windows, result, running)
-    result = _measure(short, windows, result, cut, running, notify, detailed=detailed)
+        cut = list(cut)
+    if state is not None:  # a digest of all weights takes seconds
+        text = {"text": json_digest(cut)} if answer.by_loss else {}
+        identity = joined(_identity(windows, answer, opening, short.bos), short.identity(), text)
+        file = StateFile(state, identity)
+    how: Any = {"bos": short.bos, "precision": short.about_precision}
+    result = Ranking(answer, windows.seed, state=file, scored=digests, **how)
+    if answer.by_loss:
+        return _search(short, cut, result, opening)
+    size = opening.batch_size
+    result = _measure(short, cut, result, windows, size, notify, detailed=detailed)
     if is_distributed() and is_first_rank():
         return replace(result, scored=digests_of(model, opening.tokenizer_path))
     return result
 
 
+def _end_dry_run(
+    model: str,
+    short: ScoredModel,
+    windows: Windows,
+    kinds: Sequence[Iterable[Text]],
+    answer: Answer,
+    batch_size: int,
+) -> NoReturn:
+    known = all(not isinstance(kind, str) for kind in kinds)  # else the model writes it first
+    cut = windows.cut(kinds, short) if known else []
+    total = known_total(cut, windows.max_windows) if known else windows.max_windows
+    work = f"score {len(short.kept)} layers of {model} by {answer.method} on {windows.name}"
+    if answer.by_loss:
+        total = _passes(answer, len(short.kept), total)
+        work += "; it takes at most as long as reading so many windows"
+    work += "" if known else "; writing that takes more"
+    how: Any = {"rule": answer.rule(windows.seed), "population": getattr(cut, "population", None)}
+    end_dry_run(short, work, windows.size or SIZE, total, batch_size=batch_size, **how)
+
+
 def _passes(answer: Answer, count: int, windows: int | None) -> int | None:
     """The most windows that a choice by loss reads, each through all of so many layers."""
     if answer.method == AUTO:
-        return BARE_PASS * (answer.budget or BUDGET)
+        return BARE_PASS * BUDGET
     rounds = answer.n or 1 if answer.method == "sleb" else 1
     return None if windows is None else math.ceil(windows * most_layers_run(count, rounds) / count)
 
 
 def _identity(
-    texts: TextSource, answer: Answer, cut: Cut, running: Running, bos: str
+    windows: Windows, answer: Answer, opening: OpenOptions, bos: str
 ) -> dict[str, object]:
     """The settings that a saved run depends on, by the names that an error shows."""
-    parts: list[Mapping[str, object]] = [vars(texts), {"bos": bos}]
-    parts += [{"size": cut.size, "seed": cut.seed, "stride": cut.step}]
-    parts += [{"sublayers": answer.sublayers, "batch_size": running.batch_size}]
+    parts: list[Mapping[str, object]] = [{"data": windows.name, "column": windows.column}]
+    parts += [{"bos": bos, "size": windows.size, "seed": windows.seed, "stride": windows.step}]
+    parts += [{"batch_size": opening.batch_size}]
     if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
-        parts += [{"method": answer.method, "n": answer.n, "candidates": answer.candidates}]
-        parts += [{"max_windows": cut.max_windows, "max_memory": running.max_memory}]
+        parts += [{"method": answer.method, "n": answer.n}]
+        parts += [{"max_windows": windows.max_windows, "max_memory": opening.max_memory}]
     if answer.method == AUTO:
-        parts += [{"budget": answer.budget, "refit": vars(RefitSettings())}]
+        parts += [{"refit": vars(RefitSettings())}]
     parts += [{"method of all tokens": answer.method == "angular_all"}]
     return joined(*parts)
 
 
-def check_ranking(
-    model: str, answer: Answer, cut: Cut, running: Running, opening: OpenOptions
-) -> None:
+def check_ranking(model: str, answer: Answer, windows: Windows, opening: OpenOptions) -> None:
     """Raises errors that would otherwise come after the model is loaded or the texts are opened."""
     check_model(model, answer.n)
-    if answer.candidates is not None:
-        check_model(model, answer.candidates, name="candidates")
-    cut.check()
-    answer.rule(cut.seed)  # raises for a confidence out of range
-    if running.stream and (answer.by_loss or answer.method == "angular_all"):
+    windows.check()
+    answer.rule(windows.seed)  # raises for a confidence out of range
+    if opening.stream and (answer.by_loss or answer.method == "angular_all"):
         why = "the model in memory for every candidate" if answer.by_loss else "all states"
         raise ShortGPTError(
             f"`method` {answer.method} needs {why}; choose another, or leave out `stream`"
         )
-    running.check_bounds(SEARCHED, searches=answer.method in SEARCHED)
-    if answer.method == AUTO and running.batch_size != 1:
+    opening.check(searches=answer.method in SEARCHED)
+    if answer.method == AUTO and opening.batch_size != 1:
         raise ShortGPTError(
-            f"`batch_size` {running.batch_size} has no effect on the method auto; leave it out"
+            f"`batch_size` {opening.batch_size} has no effect on the method auto; leave it out"
         )
     if answer.by_loss:
         check_alone(f"`method` {answer.method}")
-    check_tokenizer(opening.tokenizer_path, model, stream=running.stream)
+    check_tokenizer(opening.tokenizer_path, model, stream=opening.stream)
     if find_source(model).kind == "meta":  # a damaged one is refused before the texts are opened
         Tokenizer(opening.tokenizer_path or find_tokenizer(model))
 
@@ -273,13 +246,13 @@ def _measure(
     short: ScoredModel,
     windows: Iterable[list[int]],
     result: Ranking,
-    cut: Cut,
-    running: Running,
+    cut: Windows,
+    size: int,
     notify: Notify,
     *,
     detailed: bool,
 ) -> Ranking:
-    answer, size = result.answer, running.batch_size
+    answer = result.answer
     state = None if result.state is None else RunState(result.state)
     rule, total, follow = answer.rule(cut.seed), known_total(windows, cut.max_windows), None
     if (plan := short.plan_text(size)) is not None:
@@ -306,7 +279,6 @@ def _measure(
         stop=rule,
         state=state,
         random_order=cut.seed is not None,
-        sublayers=answer.sublayers,
         all_tokens=answer.method == "angular_all",
         follow=follow,
     )
@@ -323,24 +295,18 @@ def first_of(windows: Iterable[W]) -> tuple[W | None, Iterable[W]]:
 
 
 def _search(
-    short: ScoredModel, windows: Iterable[list[int]], result: Ranking, running: Running
+    short: ScoredModel, windows: Iterable[list[int]], result: Ranking, opening: OpenOptions
 ) -> Ranking:
     assert isinstance(short, ShortModel) and isinstance(windows, list)  # it is not streamed
-    answer, few = result.answer, None
-    n = answer.n or 0  # checked: it is given
+    answer, n = result.answer, result.answer.n or 0  # by loss it is set
     if answer.method == AUTO:
-        choice = choose_healed(short, windows, n, budget=answer.budget, state=result.state)
-        return replace(result, choice=choice)
-    if answer.candidates is not None:
-        short.measure(windows, batch_size=running.batch_size)
-        few = short.layers_to_remove(n=answer.candidates)
+        return replace(result, choice=choose_healed(short, windows, n, state=result.state))
     search = short.search(
         windows,
         n,
         method=answer.method,
-        candidates=few,
-        batch_size=running.batch_size,
-        max_memory=bytes_of(running.max_memory or "2GB"),
+        batch_size=opening.batch_size,
+        max_memory=bytes_of(opening.max_memory or "2GB"),
         state=result.state,
     )
     return replace(result, search=search)

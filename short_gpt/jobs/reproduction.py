@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import combinations, pairwise
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -17,30 +18,17 @@ from llama.checkpoint.sharding import full_shapes
 from llama.files import JsonObject
 from llama.parallel import choose_device, choose_dtype
 from short_gpt.data.texts import PG19, is_local, source_names
-from short_gpt.jobs.inputs import (
-    STRIDE,
-    Cut,
-    Data,
-    Notify,
-    Running,
-    TextSource,
-    about_bos,
-    ignore,
-    source_of,
-)
+from short_gpt.jobs.inputs import SIZE, STRIDE, Notify, Windows, about_bos, ignore
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
-from short_gpt.jobs.saving import Saving
 from short_gpt.jobs.settings import Answer
 from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import format_bytes, free_memory
-from short_gpt.runtime.settings import takes_fields
 from short_gpt.scoring.importance import Importance, difference_margins
 from short_gpt.scoring.metrics import kendall, spearman
 from short_gpt.wrappers.options import OpenOptions
 
-PROTOCOL = Cut(stride=STRIDE, bos="first")
 BORNE_OUT, REVERSED, WITHIN = "as in the paper", "the other way", "within the error"
 
 
@@ -263,81 +251,41 @@ class ReproductionResult(NamedTuple):
         return {**compared, **about, **self.ranking.to_dict()}
 
 
-@takes_fields("reproduce")
 def reproduce(
-    model: str | None,
-    data: Data = TextSource(),
+    model: str,
+    windows: Windows,
+    opening: OpenOptions,
     *,
-    paper: Answer = Answer(),
-    cut: Cut = PROTOCOL,
-    opening: OpenOptions = OpenOptions(),
-    running: Running = Running(),
-    saving: Saving = Saving(),
+    confidence: float | None = 0.99,
+    state: str | PathLike[str] | None = None,
     notify: Notify = ignore,
     dry_run: bool = False,
-    **fields: Any,
 ) -> ReproductionResult:
-    """Ranks a checkpoint by the ShortGPT paper's protocol (arXiv:2403.03853), and compares lists.
-
-    It is `rank` on PG-19 validation in windows of 1024 tokens, 256 apart, by Block Influence, for
-    as many layers as the paper's Table 9 removes.
-
-    Args:
-        model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
-        data: PG-19, streamed from the hub, or a local copy of it.
-        paper: which model it is, and the confidence of the answer.
-        notify: called with the time the run will take and with its progress.
-        dry_run: raise `DryRun`, which says what would be done, in place of the work.
-        fields: single settings by their names, in place of objects: ``stream=True``.
-
-    Example:
-        >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP
-        [27, 26, 25, 28, 24, 29, 23, 21, 22]
-    """
-    if model is None:
-        raise ShortGPTError(
-            "reproduce needs a checkpoint of one of the paper's models, Llama-2-7B or Llama-2-13B "
-            "(a directory, or meta-llama/Llama-2-7b-hf on the hub), and PG-19 (streamed, or a "
-            "folder as `data`): short-gpt reproduce llama-2-7b"
-        )
-    if paper != Answer(paper_model=paper.paper_model, confidence=paper.confidence, rare=paper.rare):
-        raise ShortGPTError(
-            "reproduce takes `paper_model`, `confidence` and `rare` of an Answer: the rest is the "
-            "paper's protocol"
-        )
+    """What `jobs.reproduce` does."""
     shape = shape_of(model, trust_remote_code=opening.trust_remote_code)
-    name = _name(model, shape, paper.paper_model)
-    n = len(_paper_model(name)["removed"])
-    answer = Answer(n, confidence=paper.confidence, rare=paper.rare)
-    check_ranking(model, answer, cut, running, opening)  # before any message
-    if not running.stream:
+    name = _name(model, shape)
+    answer = Answer(len(_paper_model(name)["removed"]), confidence=confidence)
+    check_ranking(model, answer, windows, opening)  # before any message
+    if not opening.stream:
         notify(_in_memory(shape, opening))
-    how: Any = {"opening": opening, "running": running, "saving": saving, "notify": notify}
-    how["dry_run"] = dry_run
-    result = rank(model, data, answer=answer, cut=cut, **how, detailed=True)
+    how: Any = {"state": state, "notify": notify, "dry_run": dry_run}
+    result = rank(model, windows, answer, opening, **how, detailed=True)
     ours = compare_with_paper(name, result.layers)
     assert result.importance is not None  # of Block Influence, which is not a search
     order = paper_order(ours.paper, result.importance)
-    texts = source_of(data)
-    local = tuple(filter(is_local, source_names(texts.data)))
-    return ReproductionResult(ours, order, result, _changed(cut, texts, result.bos), local)
+    local = tuple(filter(is_local, source_names(windows.name)))
+    return ReproductionResult(ours, order, result, _changed(windows, result.bos), local)
 
 
-def _name(model: str, shape: ModelArgs, name: str | None) -> str:
-    if name is None:
-        try:
-            name = identify(shape.dim, shape.n_layers, shape.vocab_size)
-        except ShortGPTError as error:
-            raise ShortGPTError(f"{model} is none of the paper's models: {error}") from None
-        if shape.kv_heads != shape.n_heads:
-            raise ShortGPTError(
-                f"{model} has the size of {name} but groups its keys and values, so it is another "
-                f"model; compare anyway with `paper_model` {name}"
-            )
-    if shape.n_layers != (layers := _paper_model(name)["n_layers"]):
+def _name(model: str, shape: ModelArgs) -> str:
+    """The paper's name of a model, by its shape."""
+    try:
+        name = identify(shape.dim, shape.n_layers, shape.vocab_size)
+    except ShortGPTError as error:
+        raise ShortGPTError(f"{model} is none of the paper's models: {error}") from None
+    if shape.kv_heads != shape.n_heads:
         raise ShortGPTError(
-            f"{model} has {shape.n_layers} layers, {name} has {layers}: their numbers do not "
-            "compare; use the model with all its layers"
+            f"{model} has the size of {name} but groups its keys and values, so it is another model"
         )
     return name
 
@@ -355,12 +303,11 @@ def _in_memory(shape: ModelArgs, opening: OpenOptions) -> str:
     return f"{line}, of {format_bytes(free)} that are free{way}"
 
 
-def _changed(cut: Cut, texts: TextSource, bos: str) -> tuple[str, ...]:
-    numbers = (("size", cut.size, PROTOCOL.size), ("stride", cut.step, PROTOCOL.step))
+def _changed(windows: Windows, bos: str) -> tuple[str, ...]:
+    numbers = (("size", windows.size, SIZE), ("stride", windows.step, STRIDE))
     changed = [f"{name} {ours:,}, not {paper:,}" for name, ours, paper in numbers if ours != paper]
-    changed += [f"at most {cut.max_windows:,} windows"] if cut.max_windows is not None else []
-    others = [n for n in source_names(texts.data) if n not in PG19 and not is_local(n)]
+    limit = windows.max_windows
+    changed += [f"at most {limit:,} windows"] if limit is not None else []
+    others = [n for n in source_names(windows.name) if n not in PG19 and not is_local(n)]
     changed += [f"the text {', '.join(others)}, not PG-19"] if others else []
-    changed += [f"at most {texts.max_texts:,} texts"] if texts.max_texts is not None else []
-    changed += [f"the split {texts.split}"] if texts.split != "validation" else []
     return (*changed, *filter(None, [about_bos(bos)]))

@@ -163,7 +163,8 @@ class InMemory:
         shutil.rmtree(scratch, ignore_errors=True)
         if self.to == "gguf":
             short.save_pretrained(scratch, **how, release=last)
-            return convert(str(scratch), str(built), to="gguf", overwrite=True, notify=notify)
+            how = {"to": "gguf", "overwrite": True, "notify": notify}
+            return convert(str(scratch), str(built), OpenOptions(), **how)
         record = Provenance.of(short, short.source, **how)
         if self.source is not None and self.source.kind == "meta":
             tokenizer = Path(self.opening.tokenizer_path or find_tokenizer(self.source))

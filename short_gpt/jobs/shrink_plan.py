@@ -10,7 +10,7 @@ import secrets
 import shlex
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from itertools import chain
@@ -35,17 +35,16 @@ from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS
 from short_gpt.healing.job import keeps
 from short_gpt.healing.texts import Learning
 from short_gpt.jobs.dial import Dial, Shrinking
+from short_gpt.jobs.former import HealingWindows, Running, TextSource
 from short_gpt.jobs.healing import CLOSED_WINDOWS
-from short_gpt.jobs.inputs import Notify, Running, Tasks, TextSource
+from short_gpt.jobs.inputs import Notify, Tasks
 from short_gpt.jobs.page import is_page
-from short_gpt.jobs.settings import HealingWindows
 from short_gpt.jobs.shrink_models import ANSWER, TIMED_TOKENS, TURNS, InMemory, Opened, Sizes
 from short_gpt.jobs.shrunk import report_of
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
-from short_gpt.runtime.settings import flag_of
 from short_gpt.runtime.state import is_state
 from short_gpt.selection.methods import AUTO, BY_LOSS, SEARCHED
 from short_gpt.selection.search import most_layers_run
@@ -115,12 +114,10 @@ class ShrinkRequest:
         groups = (self.dial, self.settings, self.texts, self.cut, self.tasks, self.opening)
         for group in (*groups, self.streaming):
             usual = TextSource("self") if group is self.texts else type(group)()
-            for field in fields(group):
-                value, flag = getattr(group, field.name), flag_of(field, "shrink")
-                if isinstance(value, Named):
-                    continue
-                if flag is not None and value != getattr(usual, field.name):
-                    words += [f"--{flag}", *([] if value is True else [str(value)])]
+            for field in group.taken():
+                value = getattr(group, field.name)
+                if not isinstance(value, Named) and value != getattr(usual, field.name):
+                    words += [f"--{field.name}", *([] if value is True else [str(value)])]
         return shlex.join(words)
 
     def check(self) -> None:
@@ -155,7 +152,7 @@ class ShrinkRequest:
     def names(self) -> list[str]:
         """Of output, source, texts and other files."""
         texts = [source_names(own) for own in (self.texts.data, self.cut.eval_data) if own]
-        others = (self.source, self.opening.tokenizer_path, self.tasks.include_path)
+        others = (self.source, self.opening.tokenizer_path)
         return [str(self.out), *chain(*texts), *(str(other) for other in others if other)]
 
     @property

@@ -31,19 +31,10 @@ from short_gpt.healing.refit import RefitSettings
 from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.texts import Learning
 from short_gpt.jobs.dial import Dial, Shrinking
-from short_gpt.jobs.inputs import (
-    Data,
-    Notify,
-    Running,
-    Tasks,
-    TextSource,
-    about_own,
-    ignore,
-    source_of,
-)
+from short_gpt.jobs.former import HealingWindows, Running, TextSource, source_of
+from short_gpt.jobs.inputs import Notify, Tasks, about_own, ignore
 from short_gpt.jobs.page import is_page, shrunk_page, without_folders
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
-from short_gpt.jobs.settings import HealingWindows
 from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, file_bytes
 from short_gpt.jobs.shrink_plan import (
     COMMAND,
@@ -61,7 +52,6 @@ from short_gpt.jobs.shrunk import REPORT, ShrinkResult, StateReport, next_steps,
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
-from short_gpt.runtime.settings import takes_fields
 from short_gpt.runtime.state import StateFile, hold, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState
@@ -77,7 +67,6 @@ if TYPE_CHECKING:
 CHECKS = 8  # evaluations during a training
 
 
-@takes_fields("shrink")
 @interruptible()
 def shrink(
     model: Model,
@@ -85,7 +74,7 @@ def shrink(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dial: Dial = Dial(),
-    data: Data = TextSource("self"),
+    data: TextSource = TextSource("self"),
     windows: HealingWindows = HealingWindows(),
     settings: Shrinking = Shrinking(),
     tasks: Tasks = Tasks(),
@@ -94,7 +83,6 @@ def shrink(
     hub: Hub = Hub(),
     overwrite: bool = False,
     notify: Notify = ignore,
-    **fields: Any,
 ) -> ShrinkResult:
     """Writes a smaller model that works: layers chosen and removed, the rest healed and evaluated.
 
@@ -118,7 +106,6 @@ def shrink(
         hub: where the result is uploaded.
         overwrite: replace an earlier output.
         notify: called with what will be done and how long it takes, before it starts.
-        fields: single settings by their names, in place of objects: ``ratio=0.5``.
 
     Raises:
         ShortGPTError: a setting, the model or the texts are refused.
@@ -155,7 +142,7 @@ def shrink(
         with suppress(OSError):  # files to continue from stay
             asked.folder.rmdir()
         del lock
-    return replace(result, address=hub.push(asked.out))  # a refusal leaves the result in place
+    return replace(result, address=hub.push(asked.out, result))
 
 
 def _completed(asked: ShrinkRequest, hub: Hub) -> ShrinkResult:
@@ -166,7 +153,8 @@ def _completed(asked: ShrinkRequest, hub: Hub) -> ShrinkResult:
     words = f"{asked.out} is complete: the run that wrote it was killed at its end"
     if asked.source is None:
         raise FileExistsError(f"{words}; open that, this model still has all of its layers")
-    return ShrinkResult(asked.out, words, address=hub.push(asked.out))
+    result = ShrinkResult(asked.out, words)
+    return replace(result, address=hub.push(asked.out, result))
 
 
 def _opened(asked: ShrinkRequest, tokenizer: PreTrainedTokenizerBase | None) -> Opened:

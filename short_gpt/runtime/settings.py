@@ -1,143 +1,177 @@
-"""Settings: frozen dataclasses, whose fields are flags in the shell and arguments in Python.
+"""Settings: frozen dataclasses, whose fields are arguments in Python and flags in the shell.
 
-A class names its part of the help as ``HEADING``. What differs is in a field's metadata, which
-`short_gpt.cli.flags` reads: heading, placeholder, and what the flag needs. `takes_fields` lets a
-function take the fields as arguments.
+A class of settings stands beside the work it sets and imports no torch, so that a help appears at
+once. `setting` says what a field means; `flat` lets a job take the fields by their names.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import Field, field, fields, is_dataclass, replace
+from copy import copy
+from dataclasses import Field, field, fields, replace
 from difflib import get_close_matches
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
-from llama.errors import short_repr
 from short_gpt.runtime.errors import ShortGPTError, check_numbers
 
-P = ParamSpec("P")
 T = TypeVar("T")
+S = TypeVar("S", bound="Settings")
 
 READ, CHOOSE, RUN, WRITE = "what to read", "how to choose", "how to run", "what to write"
 HEADINGS = (READ, CHOOSE, RUN, WRITE)
-Values = Mapping[str, object]  # of all flags of a command, defaults included
-
-
-class Needs(NamedTuple):
-    """What a flag needs to have an effect."""
-
-    what: str  # in words
-    met: Callable[[Values], bool]  # whether a command's values have it, or it knows no such flag
-    commands: tuple[str, ...] | None = None  # that have this need; None is all
-
-
-def needs_one_of(what: str, *names: str) -> Needs:
-    """A need of one of several flags."""
-
-    def met(values: Values) -> bool:
-        known = [values[name] for name in names if name in values]
-        return not known or any(value is not None for value in known)
-
-    return Needs(what, met)
 
 
 def setting(
     default: object,
+    words: str,
     *,
     heading: str | None = None,
     value: str | None = None,
-    flag: str | None = None,
-    commands: tuple[str, ...] | None = None,
-    needs: Needs | tuple[Needs, ...] = (),
-    more: Mapping[str, str] | None = None,
+    rare: bool = False,
+    needs: str | None = None,
 ) -> Any:
-    """A field of a settings class.
+    """A field of a class of settings.
 
     Args:
-        heading: of `HEADINGS`; None is the class's.
-        value: what stands for its value in the help, as in FILE; None is N for a number, else NAME.
-        flag: its name as a flag; None is the field's.
-        commands: that have it as a flag; None is all that take the class, none hides it.
-        needs: what it needs to have an effect; the first unmet one is named.
-        more: what else it means in some commands.
+        default: Value of the field.
+        words: Meaning, for the help in the shell and in Python.
+        heading: Part of the help, one of `HEADINGS`. Default: the class's.
+        value: Placeholder in the help, as in FILE. Default: N for a number, else NAME.
+        rare: Show the flag under ``--help all`` alone.
+        needs: Name of another setting of the call, without which this one has no effect.
     """
-    parts: dict[str, object] = {"heading": heading, "value": value, "flag": flag}
-    parts |= {"commands": commands, "more": more or {}}
-    needs = (needs,) if isinstance(needs, Needs) else needs
-    return field(default=default, metadata={**parts, "needs": needs})
+    metadata = {"words": words, "heading": heading, "value": value, "rare": rare, "needs": needs}
+    return field(default=default, metadata=metadata)
 
 
-def flag_of(one: Field[Any], command: str) -> str | None:
-    """The name of a field's flag in a command; None where it has none."""
-    commands = one.metadata.get("commands")
-    hidden = commands is not None and command not in commands
-    return None if hidden else one.metadata.get("flag") or one.name
+class Settings:
+    """Base of the classes of settings."""
+
+    HEADING: ClassVar[str] = RUN
+    _left_out: frozenset[str] = frozenset()  # fields that a job does not take
+
+    def without(self: S, *names: str) -> S:
+        """The same settings for a job that does not take some fields: these keep their values."""
+        every = {field.name for field in fields(self)}  # type: ignore[arg-type]
+        assert {*names} <= every, names
+        other = copy(self)
+        object.__setattr__(other, "_left_out", self._left_out | {*names})
+        return other
+
+    def only(self: S, *names: str) -> S:
+        """The same settings for a job that takes these fields alone."""
+        every = {field.name for field in fields(self)}  # type: ignore[arg-type]
+        return self.without(*every - {*names})
+
+    def taken(self) -> list[Field[Any]]:
+        """The fields that a job takes."""
+        return [one for one in fields(self) if one.name not in self._left_out]  # type: ignore[arg-type]
 
 
-def takes_fields(command: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Lets a job take fields of its settings by their names: ``rank(model, data, size=512)``.
+def flat(*positional: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Lets a job take the fields of its settings by their names: ``rank(model, data, size=512)``.
 
-    Settings are the parameters whose defaults are dataclasses; None stands for the default. The job
-    has a parameter ``**fields``, which it finds empty: they replace fields of the settings, which
-    the ``command`` may know by other names, those of its flags.
+    Settings are the parameters whose defaults are of a class of settings. The job's signature and
+    the Args of its docstring show the fields in their place, typed, keyword-only except for the
+    ``positional`` ones.
     """
 
-    def wrap(run: Callable[P, T]) -> Callable[P, T]:
-        signature = inspect.signature(run)
-        every = {name: one.default for name, one in signature.parameters.items()}
-        groups: dict[str, Any] = {n: value for n, value in every.items() if is_dataclass(value)}
-        known = _places(groups, command)
-        # annotations are text; a float's bounds are its own settings' to check
-        numbers = {
-            (group, field.name)
-            for group, own in groups.items()
-            for field in fields(own)
-            if str(field.type).startswith("float")
-        }
+    def wrap(job: Callable[..., T]) -> Callable[..., T]:
+        groups, signature = _groups(job), _flattened(job, positional)
+        homes = {one.name: name for name, own in groups.items() for one in own.taken()}
 
-        @wraps(run)
-        def with_fields(*args: Any, **named: Any) -> T:
+        @wraps(job)
+        def call(*args: Any, **named: Any) -> T:
+            for name in named.keys() - signature.parameters.keys():
+                near = get_close_matches(name, signature.parameters, n=1)
+                hint = f": did you mean {near[0]}?" if near else f"; see help({job.__name__})"
+                raise ShortGPTError(f"{job.__name__} has no setting {name!r}{hint}")
             arguments = signature.bind(*args, **named).arguments
-            singles = arguments.pop("fields", {})
-            for name in singles:
-                if name not in known:
-                    near = get_close_matches(name, [*known, *every], n=1)
-                    hint = f": did you mean {near[0]}?" if near else f"; see help({run.__name__})"
-                    raise ShortGPTError(f"{run.__name__} has no setting {name!r}{hint}")
-                value = singles[name]
-                if known[name] in numbers:
+            single = {name: arguments.pop(name) for name in [*arguments] if name in homes}
+            for name, value in single.items():
+                if float in get_args(signature.parameters[name].annotation):
                     check_numbers(**{name: value})
             for group, default in groups.items():
-                value = default if arguments.get(group) is None else arguments[group]
-                if not isinstance(value, type(default)):  # of the field of this name, as of data
-                    if group not in {field.name for field in fields(default)}:
-                        name = next(name for name, (own, _) in known.items() if own == group)
-                        raise ShortGPTError(
-                            f"`{group}` = {short_repr(value)}: expected {type(default).__name__}, "
-                            f"or its fields by their names, such as {name}=..."
-                        )
-                    value = replace(default, **{group: value})
-                own = {known[n][1]: single for n, single in singles.items() if known[n][0] == group}
-                arguments[group] = replace(value, **own)
-            return run(**arguments)  # type: ignore[call-arg]
+                own = {name: value for name, value in single.items() if homes[name] == group}
+                arguments[group] = _changed(default, own)
+            _check_needs(single, {n: arguments[group] for n, group in homes.items()}, arguments)
+            return job(**arguments)
 
-        return with_fields
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__doc__ = _documented(job, groups)
+        call.settings = groups  # type: ignore[attr-defined]
+        return call
 
     return wrap
 
 
-def _places(groups: dict[str, Any], command: str) -> dict[str, tuple[str, str]]:
-    """The parameter and field that a name stands for: of a flag, else of a field."""
-    every = [(group, field) for group, value in groups.items() for field in fields(value)]
-    flags = [(flag_of(field, command), group, field.name) for group, field in every]
-    known = {flag: (group, name) for flag, group, name in flags if flag is not None}
-    for flag, group, name in flags:  # a name that is another's flag is that one
-        if flag is not None:
-            known.setdefault(name, (group, name))
-    return known
+def _changed(default: S, changes: Mapping[str, Any]) -> S:
+    """The settings with changes, for the same job."""
+    other = replace(default, **changes)  # type: ignore[type-var]
+    object.__setattr__(other, "_left_out", default._left_out)
+    return other
+
+
+def _check_needs(
+    single: Mapping[str, object], homes: Mapping[str, Any], arguments: Mapping[str, object]
+) -> None:
+    """Raises ShortGPTError for a setting that does nothing without another, which is not set."""
+    for name, value in single.items():
+        (need,) = (one.metadata["needs"] for one in fields(homes[name]) if one.name == name)
+        if need is None or value is None or value is False:  # these ask for nothing
+            continue
+        other = getattr(homes[need], need) if need in homes else arguments.get(need)
+        if other is None:
+            raise ShortGPTError(
+                f"`{name}` has no effect without `{need}`: add that, or leave `{name}` out"
+            )
+
+
+def _groups(job: Callable[..., object]) -> dict[str, Settings]:
+    parameters = inspect.signature(job).parameters
+    return {n: p.default for n, p in parameters.items() if isinstance(p.default, Settings)}
+
+
+def _flattened(job: Callable[..., object], positional: Collection[str]) -> inspect.Signature:
+    own, groups = inspect.signature(job), _groups(job)
+    annotations = {name: p.annotation for name, p in own.parameters.items()}  # not of the result
+    hints = get_type_hints(SimpleNamespace(__annotations__=annotations), job.__globals__)
+    every: list[inspect.Parameter] = []
+    for name, parameter in own.parameters.items():
+        if name not in groups:
+            every.append(parameter.replace(annotation=hints[name]))
+            continue
+        types = get_type_hints(type(groups[name]))
+        for one in groups[name].taken():
+            kind = parameter.POSITIONAL_OR_KEYWORD if one.name in positional else parameter.kind
+            how: Any = {"default": getattr(groups[name], one.name), "annotation": types[one.name]}
+            every.append(inspect.Parameter(one.name, kind, **how))
+    return own.replace(parameters=sorted(every, key=lambda p: p.kind))
+
+
+def _documented(job: Callable[..., object], groups: Mapping[str, Settings]) -> str:
+    """The docstring of a job, whose Args end with the fields of its settings."""
+    text, args, rest = inspect.cleandoc(job.__doc__ or "").partition("\nArgs:\n")
+    own, _, rest = rest.partition("\n\n")
+    every = [
+        (one.name, one.metadata["words"]) for group in groups.values() for one in group.taken()
+    ]
+    wrapper = textwrap.TextWrapper(96, initial_indent="    ", subsequent_indent=" " * 8)
+    entries = [wrapper.fill(f"{name}: {words}") for name, words in every]
+    return f"{text}\nArgs:\n" + "\n".join([*([own] if args else []), *entries]) + f"\n\n{rest}"
+
+
+def described(thing: object) -> dict[str, str]:
+    """The entries of a docstring's ``Args``, each in one line."""
+    _, _, args = (inspect.getdoc(thing) or "").partition("\nArgs:\n")
+    entries = re.split(r"^    (?=\w)", args.partition("\n\n")[0], flags=re.MULTILINE)
+    pairs = (entry.partition(":") for entry in entries[1:])
+    return {name: " ".join(text.split()) for name, _, text in pairs}
 
 
 def as_flags(text: str, known: Collection[str] | None = None) -> str:

@@ -45,7 +45,7 @@ def open_model(
 
 @overload
 def open_model(
-    source: str | Source, options: OpenOptions = ..., *, stream: bool, **changes: Any
+    source: str | Source, options: OpenOptions = ..., *, stream: bool | None, **changes: Any
 ) -> ScoredModel: ...
 
 
@@ -53,7 +53,7 @@ def open_model(
     source: str | Source | PreTrainedModel,
     options: OpenOptions = DEFAULTS,
     *,
-    stream: bool = False,
+    stream: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **changes: Any,
 ) -> ScoredModel:
@@ -64,27 +64,26 @@ def open_model(
             model of transformers that is loaded.
         tokenizer: of transformers, in place of the one beside a Hugging Face model; a loaded model
             has none of its own.
-        stream: one layer at a time in memory, of a Llama in Meta's format or in safetensors.
+        stream: One layer at a time in memory, of a Llama in Meta's format or in safetensors.
+            Default: the options'.
         changes: single options by their names, as in ``max_seq_len=1024``.
 
     Example:
         >>> short = open_model("llama-2-7b", max_seq_len=1024)  # doctest: +SKIP
         >>> short = open_model("llama-2-70b", stream=True, max_memory="12GB")  # doctest: +SKIP
     """
-    options = replace(options, **changes)
-    options.check(stream=stream)
+    options = replace(options, **changes, stream=options.stream if stream is None else stream)
+    options.check()
     if not isinstance(source, str | PathLike | Source):
-        if stream:
-            raise ShortGPTError("`stream` is for loading, and this is loaded: leave it out")
         return open_loaded(source, options, tokenizer)
-    if not stream:
+    if not options.stream:
         source = find_source(source)
         if source.kind != "meta":
             return open_hf(source, options, tokenizer)
     if tokenizer is not None:
         raise ShortGPTError(f"{source} is read with `tokenizer_path`, a file: pass its path")
     entries = {field.name: getattr(options, field.name) for field in fields(OpenOptions)}
-    return ShortLlama.from_checkpoint(source, stream=stream, **entries)
+    return ShortLlama.from_checkpoint(source, **entries)
 
 
 def open_loaded(

@@ -76,16 +76,16 @@ class ShortLlama(ShortModel):
 
         With ``stream`` one layer at a time is in memory, also of a Hugging Face Llama.
         """
-        chosen = OpenOptions(n_prune_layers=n_prune_layers, **options)
-        chosen.check(stream=stream)
+        chosen = OpenOptions(n_prune_layers=n_prune_layers, stream=stream, **options)
+        chosen.check()
         if stream:
-            names = ("tokenizer_path", "max_seq_len", "device", "dtype", "max_memory", TRUST)
-            entries = {name: getattr(chosen, name) for name in names}
-            entries["batch_size"] = chosen.max_batch_size
+            names = ["tokenizer_path", "max_seq_len", "device", "dtype", "max_memory", TRUST]
+            entries = {name: getattr(chosen, name) for name in [*names, "batch_size"]}
             return in_precision(StreamedLlama(ckpt_dir, n_prune_layers, **entries), chosen)
         tokenizer = chosen.tokenizer_path or find_tokenizer(ckpt_dir)
-        names = ("max_seq_len", "max_batch_size", "seed", "device", "dtype", "model_parallel_size")
+        names = ["max_seq_len", "seed", "device", "dtype", "model_parallel_size"]
         entries = {name: getattr(chosen, name) for name in names}
+        entries["max_batch_size"] = chosen.batch_size
         short = cls(Llama.build(ckpt_dir, tokenizer, **entries), n_prune_layers)
         return in_precision(short, chosen)
 

@@ -9,48 +9,38 @@ import re
 import signal
 import string
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from commands import DATA, TEXT, fails, run
+from commands import DATA, TEXT, run
 from conftest import BYTE_VOCAB, interrupted, make_transformer, save_byte_llama, zero_layer
 
 import short_gpt
-from short_gpt import ShortGPTError, Stop, convert, jobs, open_model, prune, rank, shrink, windows
+from short_gpt import ShortGPTError, convert, jobs, open_model, prune, rank, shrink, windows
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import RefitSettings, lora
 from short_gpt.jobs import (
-    Answer,
     Cases,
-    Choice,
-    Cut,
-    HealingWindows,
-    OpenOptions,
-    PruneOutput,
-    Reading,
-    Running,
     SavedScores,
-    Saving,
-    Settings,
     Shares,
-    Tasks,
-    TextSource,
     evaluate,
     heal,
     ranking,
     reproduce,
 )
+from short_gpt.jobs.inputs import Tasks
+from short_gpt.jobs.settings import Answer, Choice, Healing
 from short_gpt.runtime.progress import DryRun
-from short_gpt.runtime.settings import takes_fields
 from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
-CUT = Cut(32, 6, 0, 16)
+LEARNING = {"eval_data": "other.txt", "size": 32, "max_windows": 8, "eval_windows": 4}
+CUT: dict[str, Any] = {"size": 32, "max_windows": 6, "stride": 16}
 
 
 @pytest.fixture
@@ -65,7 +55,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_layer_that_does_nothing_is_ranked_first_and_pruned(here, capsys):
-    result = rank("ckpt", "book.txt", n=1, cut=CUT)
+    result = rank("ckpt", "book.txt", n=1, **CUT)
     assert result.layers == [2] and result.importance.block_influence[2] < 1e-6
     # six windows of 38: too few for the rule's first look
     assert (result.verdict.windows, result.verdict.population) == (6, 38)
@@ -81,7 +71,7 @@ def test_a_layer_that_does_nothing_is_ranked_first_and_pruned(here, capsys):
 def test_what_a_job_finds_is_what_the_command_writes(here, capsys):
     run("rank", "ckpt", "--data", "book.txt", "--size", 32, "--stride", 16, "--max_windows", 6,
         "--n", 2, "--method", "reverse", "--json", "r.json")  # fmt: skip
-    result = rank("ckpt", "book.txt", answer=Answer(2, "reverse"), cut=CUT)
+    result = rank("ckpt", "book.txt", n=2, method="reverse", **CUT)
     written = json.loads(Path("r.json").read_text())
     assert written["importance"] == json.loads(json.dumps(result.to_dict()["importance"]))
     scores = SavedScores.read("r.json")
@@ -91,30 +81,18 @@ def test_what_a_job_finds_is_what_the_command_writes(here, capsys):
     assert json.loads(Path("small/pruning.json").read_text())["data"] == "book.txt"
 
 
-def test_a_search_is_saved_and_forgotten(here):
-    saving = Saving().beside("s.json")
-    assert saving.state == "s.json.state" and Saving("mine").beside("s.json").state == "mine"
-    answer = Answer(1, "sleb", candidates=2)
-    result = rank("ckpt", "book.txt", answer=answer, cut=CUT)
-    assert result.layers == [2]
-    result.finish()  # without a state there is nothing to delete
-
-
 def test_states_of_searches_that_differ_are_told_apart(here):
-    saving = Saving("state")
-    given = {"cut": replace(CUT, max_windows=8), "saving": saving}
+    how = {**CUT, "max_windows": 8, "state": "state", "n": 2}
     with interrupted(PartialRun, "nats", 3):
-        rank("ckpt", "book.txt", answer=Answer(2, "perplexity"), **given)
+        rank("ckpt", "book.txt", method="perplexity", **how)
     with pytest.raises(ShortGPTError, match="another method: 'perplexity', now 'sleb'"):
-        rank("ckpt", "book.txt", answer=Answer(2, "sleb"), **given)
+        rank("ckpt", "book.txt", method="sleb", **how)
 
 
 def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
     told: list[str] = []
-    streamed = Running(stream=True, max_memory="900GB")
-    opening = OpenOptions(device="cpu")
-    given = {"cut": CUT, "opening": opening, "notify": told.append}
-    result = rank("ckpt", "book.txt", running=streamed, **given)
+    given = {**CUT, "device": "cpu", "notify": told.append}
+    result = rank("ckpt", "book.txt", stream=True, max_memory="900GB", **given)
     assert len(told) == 1 and told[0].startswith("one layer at a time, ")
     again = rank("ckpt", "book.txt", **given)
     assert len(told) == 1
@@ -126,9 +104,9 @@ def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
 
 def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
-    windows, told = HealingWindows("other.txt", 32, 8, 4), []
-    given = {"data": "book.txt", "windows": windows, "notify": told.append}
-    done = heal("ckpt", "out", "patch", choice=Choice([1]), **given)
+    told: list[str] = []
+    given = {"data": "book.txt", **LEARNING, "notify": told.append}
+    done = heal("ckpt", "out", heal_by="patch", layers=[1], **given)
     values = r"original, 5 layers \d+\.\d{3}; pruned, 4 layers \S+; healed \S+"
     assert re.fullmatch(rf"HealingResult\(out, perplexity: {values}\)", repr(done))
     assert told[0].startswith("original, 5 layers: perplexity ")  # the table's word
@@ -149,8 +127,7 @@ def test_heal_gives_the_evidence_and_prints_nothing(here, capsys):
 def test_a_healed_model_keeps_the_scores_that_chose_its_layers(here):
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
     run("rank", "ckpt", *DATA, "--max_windows", 6, "--json", "r.json")
-    windows, choice = HealingWindows("other.txt", 32, 8, 4), Choice(scores="r.json", n=1)
-    heal("ckpt", "out", choice=choice, data="book.txt", windows=windows)
+    heal("ckpt", "out", scores="r.json", n=1, data="book.txt", **LEARNING)
     found = json.loads(Path("out/pruning.json").read_text())
     scores = SavedScores.read("r.json").importance
     assert found["block_influence"] == scores.block_influence.tolist()
@@ -161,8 +138,9 @@ def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch)
     letters = random.Random(0).choices(string.ascii_lowercase, k=1800)  # no run of them comes twice
     Path("book.txt").write_text("".join(letters[:900]))
     Path("other.txt").write_text("".join(letters[900:]))
-    windows, resumed, plain = HealingWindows("book.txt", 32, 8, 2), [], lora.heal_run
-    settings = Settings(steps=2, warmup=0, eval_every=1, rank=2, batch=2, micro_batch=2)
+    resumed, plain = [], lora.heal_run
+    windows = {**LEARNING, "eval_data": "book.txt", "eval_windows": 2}
+    settings = {"steps": 2, "warmup": 0, "eval_every": 1, "rank": 2, "batch": 2, "micro_batch": 2}
 
     def interrupted(short, run, evaluation):
         resumed.append(run.resume)
@@ -172,14 +150,14 @@ def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch)
         return done
 
     def healed(settings):
-        given = {"data": "other.txt", "windows": windows, "settings": settings}
-        return heal("ckpt", "out", "lora", choice=Choice([1]), **given)
+        how = {"data": "other.txt", **windows, **settings}
+        return heal("ckpt", "out", heal_by="lora", layers=[1], **how)
 
     monkeypatch.setattr(lora, "heal_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         healed(settings)
     with pytest.raises(ShortGPTError, match="another rank: 2, now 1; go on with"):
-        healed(replace(settings, rank=1))
+        healed({**settings, "rank": 1})
     assert healed(settings).evidence.how["steps"] == 2
     assert resumed == [False, True, True] and Path("out").is_dir()
     assert not Path("out.training").exists()
@@ -197,7 +175,7 @@ def test_evaluate_and_convert(here):
     assert convert("ckpt", "hf") == Path("hf") and Path("hf/model.safetensors").is_file()
     prune("ckpt", "small", layers=[2])
     told = []
-    found = evaluate(["ckpt", "small"], Reading("book.txt", size=32), notify=told.append)
+    found = evaluate(["ckpt", "small"], data="book.txt", size=32, notify=told.append)
     short = open_model("ckpt")
     value = short.perplexity(windows([TEXT], short.encode, size=32, stride=32))
     low, high = value.interval()
@@ -227,7 +205,7 @@ def test_what_was_measured_before_an_error_is_told(here, monkeypatch, error):
     monkeypatch.setattr(Tasks, "run", next_run)
     models = (Path(name) for name in ("ckpt", "small"))
     with pytest.raises(error):
-        evaluate(models, Reading(Path("book.txt"), size=32), notify=told.append)
+        evaluate(models, data=Path("book.txt"), size=32, notify=told.append)
     named = [line.split(", ")[0] for line in told if "measured" in line]
     assert named == [
         "measured of ckpt before this ended: layers 5",
@@ -239,8 +217,8 @@ def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
     prune("ckpt", "small", layers=[1])
     book = Path("book.txt").read_text()
     Path("rows.jsonl").write_text(json.dumps({"prose": book[::-1]}))
-    reading = Reading("book.txt,rows.jsonl", column="prose", size=32, max_windows=5)
-    found = evaluate(["ckpt", "small"], reading)
+    reading = {"data": "book.txt,rows.jsonl", "column": "prose", "size": 32, "max_windows": 5}
+    found = evaluate(["ckpt", "small"], **reading)
     for name, text in (("book.txt", book), ("rows.jsonl", book[::-1])):
         losses = []
         for model in ("ckpt", "small"):
@@ -252,19 +230,14 @@ def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
         change = found["small"][f"{name} nats change"]
         assert change == pytest.approx(losses[1] - losses[0], abs=1e-6) and change
     with pytest.raises(ShortGPTError, match="`max_windows` = 1: expected at least one for each of"):
-        evaluate(["ckpt"], replace(reading, max_windows=1))
+        evaluate("ckpt", **{**reading, "max_windows": 1})
     with pytest.raises(ShortGPTError, match="max_windows = 0: expected a whole number"):
-        evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=0))
+        evaluate("ckpt", data="book.txt", size=32, max_windows=0)
     with pytest.raises(DryRun, match="all 4 "):  # two of each
-        evaluate(["ckpt"], reading, dry_run=True)
+        evaluate("ckpt", **reading, dry_run=True)
     for again in ("book.txt", "./book.txt"):
         with pytest.raises(ShortGPTError, match=f"`data` names {again} twice: name it once"):
-            evaluate(["ckpt"], Reading(f"book.txt,{again}", size=32))
-
-
-def test_evaluate_takes_one_model_by_its_name(here):
-    reading = Reading("book.txt", size=32)
-    assert evaluate("ckpt", reading=reading) == evaluate(["ckpt"], reading=reading)
+            evaluate("ckpt", data=f"book.txt,{again}", size=32)
 
 
 def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
@@ -281,8 +254,7 @@ def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
     monkeypatch.setattr(ShortLlama, "perplexity", perplexity)
     monkeypatch.setattr(TaskSuite, "documents", lambda self, short: suite(self))
     monkeypatch.setattr(Tasks, "check", lambda self: None)
-    reading = Reading("book.txt", size=32, batch_size=4)
-    evaluate(["ckpt"], reading, tasks=Tasks("piqa"))
+    evaluate("ckpt", data="book.txt", size=32, batch_size=4, tasks="piqa")
     assert asked == [(4, 4), 4]
 
 
@@ -290,9 +262,7 @@ def test_a_choice_names_layers_or_scores(here):
     for choice, message in (
         (Choice(), "expected either `layers`, as in 21,22,23, or `scores` and `n`"),
         (Choice([1], "r.json"), "expected either `layers`"),
-        (Choice([1], angular=True), "`angular` chooses from `scores`"),
         (Choice([1], method="bi"), "`method` chooses from `scores`"),
-        (Choice(scores="r", angular=True, method="bi"), "contradict each other"),
         (Choice(scores="r", method="best"), "no method 'best'"),
     ):
         with pytest.raises(ShortGPTError, match=message):
@@ -304,13 +274,15 @@ def test_a_choice_names_layers_or_scores(here):
 
 def test_cases_are_read_with_or_without_spaces():
     cases = Cases("bi, sleb", 2, "raw, refit")
-    assert cases.methods == ["bi", "sleb"] and cases.counts == [2]
-    assert cases.healings == ["raw", "refit"]
+    assert cases.names == ["bi", "sleb"] and cases.numbers == [2]
+    assert cases.heals == ["raw", "refit"]
 
 
 def test_settings_that_would_be_passed_over_are_refused(here):
-    with pytest.raises(ShortGPTError, match="the rest is the paper's protocol"):
-        reproduce("ckpt", paper=Answer(3))
+    with pytest.raises(ShortGPTError, match="`confidence` has no effect without `n`: add that"):
+        rank("ckpt", confidence=0.9)
+    with pytest.raises(ShortGPTError, match="`limit` has no effect without `tasks`"):
+        evaluate("ckpt", limit=3)
     with pytest.raises(ShortGPTError, match="max_windows = None: expected a whole number"):
         Shares(max_windows=None).check()
     with pytest.raises(ShortGPTError, match="num_fewshot = 1.5: expected a whole number"):
@@ -322,7 +294,7 @@ def test_a_text_to_evaluate_on_that_is_named_twice_is_refused(here):
     Path("b.txt").write_text(TEXT[::-1])
     how = {"data": "book.txt", "eval_data": "b.txt, b.txt", "size": 16}
     for command in (
-        lambda: jobs.compare_checkpoint("ckpt", method="bi", n=1, **how),
+        lambda: jobs.compare_checkpoint("ckpt", methods="bi", counts=1, **how),
         lambda: heal("ckpt", "out", layers=[2], **how),
         lambda: jobs.shrink("ckpt", "out", n=1, **how),
     ):
@@ -343,7 +315,7 @@ def test_settings_are_refused_before_a_model_is_loaded(here):
     with pytest.raises(ShortGPTError, match="`method` sleb needs `n`"):
         Answer(method="sleb")
     with pytest.raises(ShortGPTError, match="n, or use choose"):
-        _ = rank("ckpt", "book.txt", cut=CUT).layers
+        _ = rank("ckpt", "book.txt", **CUT).layers
     assert Shares("book.txt").held("text") == [[TEXT]] and Shares().held("text") == []
     Path("same.txt").write_text(TEXT)
     assert Shares("book.txt, same.txt").held("text") == [[TEXT], [TEXT]]
@@ -370,27 +342,26 @@ def test_the_readmes_names_are_public():
 
 def test_training_over_split_layers_is_refused_before_a_refit(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    Settings().check(["refit"])
+    Healing().check(["refit"])
     with pytest.raises(ShortGPTError, match="start it by torchrun, without FSDP"):
-        Settings().check(["refit", "distill"])
+        Healing().check(["refit", "distill"])
 
 
 def test_zero_is_a_setting_and_not_the_lack_of_one():
-    assert Settings(warmup=0, steps=3).changes == {"warmup": 0, "steps": 3}
-    assert Settings(four_bit=False).changes == {}
+    assert Healing(warmup=0, steps=3).changes == {"warmup": 0, "steps": 3}
+    assert Healing(four_bit=False).changes == {}
     for given in ({"steps": 0}, {"learning_rate": 0.0}):
         with pytest.raises(ShortGPTError, match="expected"):
-            Settings(**given).check(["lora"])
+            Healing(**given).check(["lora"])
 
 
 @pytest.mark.parametrize("method", ["sleb", "perplexity"])
 @pytest.mark.parametrize("change", ["book.txt", "ckpt/tokenizer.json"])
 def test_a_search_on_text_that_changed_in_its_place_is_refused(here, method, change):
     """Also by another tokenizer: what counts is the token ids that were read."""
-    saving = Saving("state")
 
     def search():
-        return rank("ckpt", "book.txt", answer=Answer(2, method), cut=CUT, saving=saving)
+        return rank("ckpt", "book.txt", n=2, method=method, **CUT, state="state")
 
     with interrupted(PartialRun, "nats", 3):
         search()
@@ -410,8 +381,7 @@ def test_a_search_on_text_that_changed_in_its_place_is_refused(here, method, cha
 
 def test_an_automatic_choice_does_not_go_on_with_another_refit(here, monkeypatch):
     def search():
-        cut = Cut(size=16, seed=0, max_windows=16)
-        rank("ckpt", TEXTS, answer=Answer(2, "auto"), cut=cut, saving=Saving("state"))
+        rank("ckpt", TEXTS, n=2, method="auto", size=16, max_windows=16, state="state")
 
     with interrupted(PartialRun, "nats", 3):
         search()
@@ -426,58 +396,6 @@ def test_names_of_tasks_may_have_blanks_between():
     assert suite is not None and list(suite.tasks) == ["piqa", "arc_easy"]
 
 
-def test_an_answer_says_which_kinds_of_windows_it_guards_against():
-    assert Answer(2, rare=0.05).rule(seed=0) == Stop(2, rare=0.05) != Answer(2).rule(seed=0)
-
-
-def test_settings_are_taken_as_single_arguments(here):
-    """The same result as with the objects, defaults that are the job's own included."""
-    both = [
-        rank("ckpt", "book.txt", n=2, size=32, max_windows=6, stride=16, device="cpu"),
-        rank("ckpt", "book.txt", n=2, cut=CUT, opening=OpenOptions(device="cpu")),
-    ]
-    assert both[0].layers == both[1].layers
-    assert both[0].importance.to_dict() == both[1].importance.to_dict()
-    # n goes where the method goes; what is given as an object keeps its other fields
-    angular = rank("ckpt", "book.txt", n=2, method="angular", cut=CUT, max_windows=3)
-    assert (angular.answer.n, angular.answer.method) == (2, "angular")
-    assert angular.importance.n_windows == 3 and angular.importance.n_tokens == 3 * 32
-    seen = rank("ckpt", "book.txt", size=300, max_windows=1)
-    assert seen.importance.n_tokens == 300
-    rows = evaluate(["ckpt"], data="book.txt", size=32, max_windows=2)
-    assert rows == evaluate(["ckpt"], Reading("book.txt", size=32, max_windows=2))
-    few = TextSource([{"body": TEXT}] * 3, column="body")
-    seen = [rank("ckpt", few, max_texts=n, size=32, stride=32).importance for n in (1, 2)]
-    assert seen[1].n_windows == 2 * seen[0].n_windows
-    done = prune("ckpt", "x", Choice([1]), layers=[2], to="hf", written=PruneOutput(verify=False))
-    assert done.layers == [2] and done.proof is None and Path("x/config.json").is_file()
-
-
-def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
-    defaults = {"cut": Cut(stride=7), "data": TextSource()}
-    defaults |= {"shares": Shares(), "tasks": Tasks()}
-
-    @takes_fields("rank")
-    def job(model, *, cut=defaults["cut"], data=defaults["data"], **fields):
-        return cut, data, fields
-
-    assert job("m", size=5, column="c") == (Cut(5, stride=7), TextSource(column="c"), {})
-    assert job("m", cut=None, data="b") == (Cut(stride=7), TextSource("b"), {})
-
-    @takes_fields("evaluate")
-    def evaluated(*, tasks=defaults["tasks"], **fields):
-        return tasks
-
-    assert evaluated(tasks="piqa") == Tasks("piqa")
-    assert evaluated(tasks="piqa", limit=3) == Tasks("piqa", limit=3)
-
-    @takes_fields("compare")
-    def compared(*, shares=defaults["shares"], **fields):
-        return shares
-
-    assert compared(size=5) == Shares(size=5)
-
-
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -485,7 +403,6 @@ def test_a_jobs_own_defaults_stay_and_a_flags_name_is_its_own():
         (lambda: rank("ckpt", nothing_at_all=3), r"no setting 'nothing_at_all'; see help\(rank\)"),
         (lambda: heal("ckpt", "o", stride=3), "heal has no setting 'stride'"),
         (lambda: reproduce("ckpt", siz=3), "reproduce has no setting 'siz': did you mean size"),
-        (lambda: evaluate(["ckpt"], "book.txt"), "`reading` = 'book.txt': expected Reading, or"),
         (lambda: rank("ckpt", {"a", "b"}), "expected texts in an order, got a set, which has ano"),
         (lambda: evaluate(["ckpt"], sise=3), "evaluate has no setting 'sise': did you mean size"),
     ],
@@ -523,8 +440,11 @@ def test_a_job_that_reads_files_says_where_a_loaded_model_goes(model):
 
 
 def test_a_job_shows_its_signature_in_help():
-    shown = str(inspect.signature(rank))
-    assert "cut: 'Cut' = Cut(size=1024" in shown and shown.count("**fields") == 1
+    shown, parameters = str(inspect.signature(rank)), inspect.signature(rank).parameters
+    assert "size: int | None = 1024" in shown and "**" not in shown
+    assert [*parameters][:2] == ["model", "data"] and "stride: int | None = 256" in shown
+    assert "\n    size: Tokens in a window.\n" in inspect.getdoc(rank)
+    assert "eval_data" not in parameters
 
 
 TEXTS = [" ".join(f"{(n + 3) * (i + 7) % 997} {n}" for i in range(40)) for n in range(8)]
@@ -545,11 +465,10 @@ def test_texts_in_memory_are_read_as_those_of_files(here, dataset):
         rank("ckpt", "docs", **how),
         rank("ckpt", TEXTS, **how),
         rank("ckpt", dataset, column="body", **how),
-        rank("ckpt", TextSource(rows, column="body"), **how),
+        rank("ckpt", rows, column="body", **how),
         rank("ckpt", (text for text in TEXTS), **how),
     ]
     assert all(one.importance.to_dict() == scores[0].importance.to_dict() for one in scores)
-    assert rank("ckpt", TEXTS, max_texts=2, size=16).importance.n_texts == 2
     with pytest.raises(ShortGPTError, match="`data` names docs twice: name it once"):
         rank("ckpt", "docs,docs", size=16)
     with pytest.raises(ShortGPTError, match="`data` names docs twice: name it once"):
@@ -559,7 +478,7 @@ def test_texts_in_memory_are_read_as_those_of_files(here, dataset):
 
 
 def test_a_saved_run_on_other_texts_in_memory_is_another(here, dataset):
-    how = {"size": 16, "column": "body", "saving": Saving("state")}
+    how = {"size": 16, "column": "body", "state": "state"}
     rank("ckpt", dataset, **how)
     assert rank("ckpt", dataset, **how).importance.n_texts == 8  # continued
     with pytest.raises(ShortGPTError, match="data"):
@@ -574,16 +493,16 @@ def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
     assert done.evidence.perplexity["healed"].windows == 2
     name = json.loads(Path("out/pruning.json").read_text())["data"]
     assert name.startswith("Dataset ") and done.texts["eval_data"].startswith("list ")
-    few = {"method": "bi", "n": 1, "heal_by": "raw", "size": 16, "device": "cpu"}
+    few = {"methods": "bi", "counts": 1, "healings": "raw", "size": 16, "device": "cpu"}
     result = jobs.compare_checkpoint("ckpt", TEXTS, **few)
     assert [row.n for row in result.rows] == [0, 1]
-    del few["n"]  # by default, as many of 2, 4, 8 and 12 as the 5 layers allow
+    del few["counts"]  # by default, as many of 2, 4, 8 and 12 as the 5 layers allow
     result = jobs.compare_checkpoint("ckpt", TEXTS, **few)
     assert [row.n for row in result.rows] == [0, 2, 4]
-    few |= {"method": "sleb"}  # which keeps the first and the last layer
+    few |= {"methods": "sleb"}  # which keeps the first and the last layer
     assert [row.n for row in jobs.compare_checkpoint("ckpt", TEXTS, **few).rows] == [0, 2]
-    with pytest.raises(ShortGPTError, match="`n` = 4; .* 5 layers: expected 1 to 3"):
-        jobs.compare_checkpoint("ckpt", TEXTS, n=4, **few)
+    with pytest.raises(ShortGPTError, match="`counts` = 4; .* 5 layers: expected 1 to 3"):
+        jobs.compare_checkpoint("ckpt", TEXTS, counts=4, **few)
 
 
 def test_rows_in_memory_without_the_column_are_told(here, dataset):
@@ -655,16 +574,16 @@ def test_conversations_are_read_as_the_template_renders_them(chatty):
     read = rank("hf", rendered, **how).importance
     expected = read.to_dict()
     for data in ("chats.jsonl", [{"messages": turns} for turns in CHATS]):
-        assert rank("hf", data, chat=True, **how).importance.to_dict() == expected
+        assert rank("hf", data, column="messages", **how).importance.to_dict() == expected
     convert("hf", "model.gguf")
-    for data, how in (("chats.jsonl", {"chat": True}), (rendered, {})):
+    for data, how in (("chats.jsonl", {"column": "messages"}), (rendered, {})):
         gguf = rank("model.gguf", data, size=16, stride=16, device="cpu", **how)
         assert torch.allclose(gguf.importance.influence, read.influence, rtol=1e-4)
-    ours = evaluate(["hf"], data="chats.jsonl", chat=True, size=16)["hf"]
+    ours = evaluate(["hf"], data="chats.jsonl", column="messages", size=16)["hf"]
     plain = evaluate(["hf"], data=rendered, size=16)["hf"]
     assert [*ours.values()] == [*plain.values()]
-    run("rank", "hf", "--data", "chats.jsonl", "--chat", "--size", 16, "--stride", 16, "--json",
-        "r.json", "--device", "cpu")  # fmt: skip
+    chats = ("--data", "chats.jsonl", "--column", "messages", "--size", 16, "--stride", 16)
+    run("rank", "hf", *chats, "--json", "r.json", "--device", "cpu")
     assert SavedScores.read("r.json").importance.to_dict() == expected
 
 
@@ -673,18 +592,16 @@ def test_conversations_are_refused_without_a_template(chatty, capsys):
     needs = "a conversation needs a model with a chat template"
     for model, more in (("ckpt", {}), ("ckpt", {"stream": True}), ("hf", {"stream": True})):
         with pytest.raises(ShortGPTError, match=needs):
-            rank(model, "chats.jsonl", chat=True, size=16, **more)
+            rank(model, "chats.jsonl", column="messages", size=16, **more)
     with pytest.raises(ShortGPTError, match="chat template of hf refuses .*: no tools"):
-        rank("hf", [{"messages": [{"role": "tool", "content": "x"}]}], chat=True)
+        rank("hf", [{"messages": [{"role": "tool", "content": "x"}]}], column="messages")
     config = json.loads(Path("hf/tokenizer_config.json").read_text())
     del config["chat_template"]
     Path("hf/tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ShortGPTError, match=needs):
-        rank("hf", "chats.jsonl", chat=True, size=16)
+        rank("hf", "chats.jsonl", column="messages", size=16)
     with pytest.raises(ShortGPTError, match="column 'messages' holds .*, expected text"):
-        rank("hf", [{"messages": [{"role": "user"}]}], chat=True)
-    line = fails(capsys, "rank", "hf", "--data", "book.txt", "--chat")
-    assert "--chat has no effect without data with columns" in line
+        rank("hf", [{"messages": [{"role": "user"}]}], column="messages")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
@@ -693,10 +610,10 @@ def test_before_the_model_is_opened_its_state_is_checked_and_a_request_to_end_co
 ):
     number = getattr(signal, name)
 
-    def opened(*_):
+    def opened(*_, **__):
         signal.raise_signal(number)
 
-    monkeypatch.setattr(Running, "open", opened)
+    monkeypatch.setattr(ranking, "open_model", opened)
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         rank("ckpt", Path("book.txt"), size=32)
@@ -708,7 +625,7 @@ def test_before_the_model_is_opened_its_state_is_checked_and_a_request_to_end_co
     finally:
         signal.signal(number, before)
     with pytest.raises(PermissionError, match="book.txt is not a writable directory"):
-        rank("ckpt", "book.txt", size=32, saving=Saving("book.txt/state"))
+        rank("ckpt", "book.txt", size=32, state="book.txt/state")
 
 
 def test_a_job_in_a_thread_raises_its_own_error_alone(here):

