@@ -16,7 +16,7 @@ from llama.formats.gguf_read import GGUFParts
 from short_gpt import open_model, shrink
 from short_gpt.checkpoints import Provenance, prune_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
-from short_gpt.jobs import HealingWindows, ShrinkResult
+from short_gpt.jobs import ShrinkResult
 
 pytestmark = [pytest.mark.real_large, pytest.mark.filterwarnings("default")]
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "In the year 1492, Columbus"]
@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
 def done(folder) -> ShrinkResult:
     """Three layers less: ``cut.gguf``, and refitted ``refitted.gguf``."""
     torch.set_num_threads(2)
-    read = HealingWindows("demo", size=128, max_windows=24, eval_windows=4)
+    read = {"eval_data": "demo", "size": 128, "max_windows": 24, "eval_windows": 4}
     settings = {"n": 3, "method": "bi", "data": "demo", "windows": read}
     found = shrink(MODELS["0.5b"](), folder / "refitted.gguf", **settings)
     prune_gguf(MODELS["0.5b"](), folder / "cut.gguf", found.layers)

@@ -186,9 +186,7 @@ class Windows(Settings):
         from short_gpt.wrappers.own_text import own_text_writer
 
         seed = self.seed or 0
-        texts = HealingTexts(
-            self.name, self.eval_name, "validation", self.column or "text", None, seed
-        )
+        texts = HealingTexts(self.name, self.eval_name, "validation", self.column, None, seed)
         return texts.windows(
             short.encode,
             size,

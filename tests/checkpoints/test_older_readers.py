@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama.formats.hf import for_older_readers, meta_to_hf
 from short_gpt import ShortHFModel
-from short_gpt.jobs import HealingWindows, convert, heal, prune, shrink
+from short_gpt.jobs import convert, heal, prune, shrink
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # transformers' own
@@ -39,15 +39,15 @@ OLDER: dict[str, dict] = {
     "qwen3_moe": THETA | {"num_experts": 4},
     "gemma3, wrapped": THETA | {"rope_local_base_freq": 50.0},
 }
-WINDOWS = HealingWindows("book.txt", 16, 8, 4)
+WINDOWS = {"eval_data": "book.txt", "size": 16, "max_windows": 8, "eval_windows": 4}
 HOW = {"data": "book.txt", "drop_overlap": True}
 ROUTES = {
     "convert-meta": lambda out: convert("meta", out),
     "convert-gguf": lambda out: convert("model.gguf", out, to="hf"),
     "prune-files": lambda out: prune("new", out, layers=[1]),
     "prune-gguf": lambda out: prune("model.gguf", out, layers=[1], to="hf"),
-    "heal": lambda out: heal("new", out, layers=[1], windows=WINDOWS, **HOW),
-    "shrink": lambda out: shrink("model.gguf", out, n=1, method="bi", windows=WINDOWS, **HOW),
+    "heal": lambda out: heal("new", out, layers=[1], **WINDOWS, **HOW),
+    "shrink": lambda out: shrink("model.gguf", out, n=1, method="bi", **WINDOWS, **HOW),
 }
 
 

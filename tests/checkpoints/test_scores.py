@@ -16,7 +16,7 @@ from llama.files import new_directory
 from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortLlama, prune, rank
 from short_gpt.checkpoints.scores import configuration_of, tokenizer_of, weights_of
-from short_gpt.jobs import Choice, Cut, SavedScores, heal, ranking
+from short_gpt.jobs import SavedScores, heal, ranking
 from short_gpt.runtime import write_record
 
 LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
@@ -156,7 +156,7 @@ def test_weights_are_those_of_the_files_in_every_format(here):
     meta_to_hf("ckpt", "hf")
     found = weights_of("hf")
     assert found is not None and found != whole == weights_of("ckpt")
-    result = rank("hf", "book.txt", n=1, cut=Cut(32, 6, 0, 16))
+    result = rank("hf", "book.txt", n=1, size=32, max_windows=6, stride=16)
     assert result.to_dict()["scored"] == scored("hf")
     Path("hf/model.safetensors").unlink()
     assert weights_of("hf") is None
@@ -173,7 +173,7 @@ def test_ranks_do_not_wait_while_the_first_one_reads_all_files(here, monkeypatch
     monkeypatch.setattr(ShortLlama, "measure", told("scores", measure))
     for several in (False, True):
         monkeypatch.setattr(ranking, "is_distributed", lambda several=several: several)
-        result = rank("ckpt", "book.txt", n=1, cut=Cut(32, 6, 0, 16))
+        result = rank("ckpt", "book.txt", n=1, size=32, max_windows=6, stride=16)
         assert result.to_dict()["scored"] == scored("ckpt")
     assert order == ["files", "scores", "scores", "files"]
 
@@ -345,7 +345,7 @@ def test_every_real_score_passes(here):
     for file in ("r.json", "all.json", "odd.json"):
         assert SavedScores.read(file).importance is not None
     with pytest.raises(ShortGPTError, match="holds scores of the weights"):
-        heal("ckpt", "out", choice=Choice(scores="r.json", n=1), data="book.txt")
+        heal("ckpt", "out", scores="r.json", n=1, data="book.txt")
 
 
 def test_prune_says_what_the_scores_do_not_settle(here, capsys):

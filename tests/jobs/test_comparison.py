@@ -16,9 +16,9 @@ from short_gpt.evaluation.perplexity import difference, perplexity, window_perpl
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import sets
 from short_gpt.healing.sets import LayerSets
-from short_gpt.jobs import Cases, compare
+from short_gpt.jobs import compare
 from short_gpt.jobs import comparing as module
-from short_gpt.jobs.cases import Row
+from short_gpt.jobs.cases import Cases, Row
 from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS

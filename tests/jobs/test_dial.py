@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from short_gpt import ShortGPTError
-from short_gpt.jobs import Dial
+from short_gpt.jobs.dial import Dial
 
 
 @pytest.mark.parametrize(

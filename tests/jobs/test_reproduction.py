@@ -24,24 +24,21 @@ from llama.args import ModelArgs
 from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, rank
 from short_gpt.jobs import (
-    Answer,
-    Cut,
-    OpenOptions,
-    Running,
-    TextSource,
     reproduce,
 )
 from short_gpt.jobs import reproduction as module
 from short_gpt.jobs.costs import forecast
+from short_gpt.jobs.inputs import Windows
 from short_gpt.jobs.ranking import first_of
 from short_gpt.jobs.reproduction import _changed, _in_memory
 from short_gpt.runtime.progress import duration
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers.opening import open_model
+from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.streamed_llama import StreamedDecoder
 
-CUT = Cut(32, 20, 0, 32)
-CPU = OpenOptions(device="cpu")
+CUT = {"size": 32, "max_windows": 20, "stride": 32}
+CPU = {"device": "cpu"}
 SHAPE = {"dim": 32, "n_layers": 5, "vocab_size": BYTE_VOCAB, "removed": [3, 2, 1]}
 LINE = ("--data", "books", "--size", 32, "--stride", 32, "--max_windows", 20, "--device", "cpu")
 
@@ -81,11 +78,11 @@ def hub(here, monkeypatch) -> str:
 @pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
 @pytest.mark.parametrize("source", ["ckpt", "hf", "hub"])
 def test_every_kind_of_source_gives_the_scores_of_rank(here, source, stream, request):
-    expected = rank("ckpt", "books", answer=Answer(3), cut=CUT, opening=CPU).importance
+    expected = rank("ckpt", "books", n=3, **CUT, **CPU).importance
     model = request.getfixturevalue("hub") if source == "hub" else source
     told: list[str] = []
-    running = Running(stream=stream)
-    result = reproduce(model, "books", cut=CUT, opening=CPU, running=running, notify=told.append)
+    running = {"stream": stream}
+    result = reproduce(model, "books", **CUT, **CPU, **running, notify=told.append)
     assert result.comparison.model == "tiny" and result.comparison.paper == [3, 2, 1]
     assert result.comparison.ours[:2] == [2, 3] and result.n == 3
     assert torch.allclose(
@@ -98,7 +95,7 @@ def test_every_kind_of_source_gives_the_scores_of_rank(here, source, stream, req
 
 def test_the_papers_own_order_is_set_against_the_scores(here):
     Path("books/validation-3.txt").write_text(TEXT[3:])  # of two texts nothing is sure
-    result = reproduce("ckpt", "books", cut=CUT, opening=CPU)
+    result = reproduce("ckpt", "books", **CUT, **CPU)
     verdicts = {(p.first, p.second): p.verdict for p in result.order.pairs}
     assert verdicts[3, 2] == "within the error"  # both are exactly 0
     assert verdicts[2, 1] == verdicts[3, 1] == "as in the paper"
@@ -110,12 +107,11 @@ def test_the_papers_own_order_is_set_against_the_scores(here):
 
 
 def test_it_ends_when_the_papers_number_of_layers_is_settled(here):
-    paper, cut = Answer(rare=0.4), Cut(16, None, 0, 8)
-    found = reproduce("ckpt", "books", paper=paper, cut=cut, opening=CPU)
+    how = {"size": 16, "stride": 8, **CPU}
+    found = reproduce("ckpt", "books", **how, confidence=0.5)
     verdict = found.ranking.verdict
     assert verdict.settled and verdict.stop.n == 3 and verdict.windows < verdict.population
-    everything = Answer(confidence=None)
-    whole = reproduce("ckpt", "books", paper=everything, cut=cut, opening=CPU)
+    whole = reproduce("ckpt", "books", confidence=None, **how)
     assert whole.ranking.verdict is None
     assert whole.importance.n_windows == verdict.population
     assert whole.comparison.ours == found.comparison.ours
@@ -126,7 +122,7 @@ def test_stopped_and_continued_the_file_has_the_same_bytes(here, monkeypatch, st
     from short_gpt.runtime import memory
 
     monkeypatch.setattr(memory, "MOST_WINDOWS", 4)
-    command = ["reproduce", "ckpt", *LINE, *stream, "--json", "r.json", "--save_every", 0]
+    command = ["reproduce", "ckpt", *LINE, *stream, "--json", "r.json"]
     run(*command)
     whole = Path("r.json").read_bytes()
     Path("r.json").unlink()
@@ -197,42 +193,35 @@ def test_other_models_are_refused_by_name_before_they_are_loaded(
         reproduce(kind, "books")
 
 
-def test_a_named_model_needs_as_many_layers(here):
-    with pytest.raises(ShortGPTError, match="ckpt has 5 layers, Llama-2-7B has 32: their numbers"):
-        reproduce("ckpt", "books", paper=Answer(paper_model="Llama-2-7B"))
-    with pytest.raises(ShortGPTError, match="the paper has no list for 'Llama-3', only for"):
-        reproduce("ckpt", "books", paper=Answer(paper_model="Llama-3"))
-
-
 def test_mistakes_of_the_command_cost_one_line(here, capsys):
     for flags, message in (
-        (("--seed", "none", "--confidence", 0.9), "--confidence has no effect without a --seed"),
-        (("--confidence", "none", "--rare", 0.1), "--rare has no effect without a --confidence"),
-        (("--save_every", 5), "--save_every has no effect without --state or --json"),
         (("--confidence", 2), "confidence = 2.0: expected at least 0.5, below 1"),
         (("--stream", "--model_parallel_size", 2), "--stream holds one layer on one rank"),
+        (("--n", 2), "reproduce has no flag --n; "),
     ):
         assert message in fails(capsys, "reproduce", "ckpt", "--data", "books", *flags)
 
 
-def test_what_was_changed_of_the_protocol_is_named():
-    assert _changed(Cut(stride=256), TextSource(), "first") == ()
-    changed = _changed(Cut(stride=256, bos="every"), TextSource(split="test", max_texts=3), "every")
-    assert changed == ("at most 3 texts", "the split test", "bos at the start of every window")
+def test_what_was_changed_of_the_protocol_is_named(here):
+    def changed(data: object = "pg19", bos: str = "first", **how: int) -> tuple[str, ...]:
+        return _changed(Windows(data, **{"stride": 256, **how}), bos)
 
-
-def test_another_text_is_a_change_and_a_local_one_is_taken_for_pg19(here):
-    others = {"emozilla/pg19": (), "books": (), "self,books": ("the text self, not PG-19",)}
-    others["self,allenai/c4:en"] = ("the text self, allenai/c4:en, not PG-19",)
-    for name, changed in others.items():
-        assert _changed(Cut(stride=256), TextSource(name), "first") == changed
-    assert _changed(Cut(stride=256), TextSource(["a text"]), "first")[0].startswith("the text list")
+    assert changed() == changed("emozilla/pg19") == changed("books") == ()
+    assert changed("pg19:test", bos="every") == (
+        "the text pg19:test, not PG-19",
+        "bos at the start of every window",
+    )
+    assert changed("self,books", max_windows=3) == (
+        "at most 3 windows",
+        "the text self, not PG-19",
+    )
+    assert changed(["a text"])[0].startswith("the text list")
 
 
 def test_the_memory_of_a_whole_model_is_told_by_its_shape(monkeypatch):
     seven = ModelArgs(vocab_size=32000)
     monkeypatch.setattr("short_gpt.jobs.reproduction.free_memory", lambda: 20 * 10**9)
-    said = _in_memory(seven, CPU)
+    said = _in_memory(seven, OpenOptions(**CPU))
     assert said.startswith("the model in memory: 27 GB of weights in float32, of 20 GB that")
     assert "stream holds one layer at a time" in said
     half = _in_memory(seven, OpenOptions(device="cpu", dtype="bfloat16"))

@@ -37,11 +37,7 @@ from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import HealedChoice, HealingTexts, Recipe, RefitSettings
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
-    HealingWindows,
-    OpenOptions,
-    Running,
     ShrinkResult,
-    Tasks,
     convert,
     shrink_models,
     shrink_plan,
@@ -63,7 +59,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # transformers' own
     pytest.mark.usefixtures("few_timed_tokens"),
 ]
-CUT = HealingWindows("books", 24, 8, 6)
+CUT = {"eval_data": "books", "size": 24, "max_windows": 8, "eval_windows": 6}
 FLAGS = ("--size", 24, "--max_windows", 8, "--eval_windows", 6, "--method", "bi")
 TEXTS = ("--data", "other", "--eval_data", "books")
 STREAM = ("--stream", "--data", "books")
@@ -112,7 +108,7 @@ def by_hand(made) -> tuple[list[int], torch.Tensor]:
 
 
 # four layers are refitted
-KILLED = {"n": 2, "method": "sequential", "windows": HealingWindows(None, 24, 8, 6)}
+KILLED = {"n": 2, "method": "sequential", "size": 24, "max_windows": 8, "eval_windows": 6}
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +118,8 @@ def uninterrupted(made, few_timed_tokens) -> ShrinkResult:
 
 def test_it_needs_nothing_but_a_model(here):
     said = []
-    cut = HealingWindows(None, 24, 12, 6)
-    done = shrink("hf", "out", ratio=0.3, windows=cut, notify=said.append)
+    cut = {"size": 24, "max_windows": 12, "eval_windows": 6}
+    done = shrink("hf", "out", ratio=0.3, **cut, notify=said.append)
     assert len(done.layers) == 2 and done.method == "auto" and done.total == 6
     record = json.loads(Path("out/pruning.json").read_text())
     assert record["removed_layers"] == done.layers and "report.html" in record["files"]
@@ -375,8 +371,8 @@ def test_the_demo_shrinks_its_model_on_its_book(here, monkeypatch, capsys):
 
 
 def test_a_streamed_run_continues_what_was_killed(here):
-    how = {"n": 2, "windows": CUT, "data": "other", "method": "sequential"}
-    how["streaming"] = Running(stream=True)
+    how = {"n": 2, **CUT, "data": "other", "method": "sequential"}
+    how["stream"] = True
     whole = shrink("hf", "whole-2", **how)
     with interrupted(LayerRefit, "solve", 1):
         shrink("hf", "out", **how)
@@ -387,10 +383,10 @@ def test_a_streamed_run_continues_what_was_killed(here):
 
 @pytest.mark.parametrize(("began", "now"), [("mixed", "float32"), ("float32", "mixed")])
 def test_auto_continues_in_the_precision_that_it_began_with(here, monkeypatch, began, now):
-    precise = {"n": 1, "windows": CUT, "data": "other", "method": "bi"}
+    precise = {"n": 1, **CUT, "data": "other", "method": "bi"}
     chosen = iter([began == "mixed", now == "mixed"])
     monkeypatch.setattr(precision, "_is_faster", lambda *_: next(chosen))
-    how = {**precise, "opening": OpenOptions(precision="auto", device="cpu")}
+    how = {**precise, "precision": "auto", "device": "cpu"}
     with interrupted(ShortHFModel, "save_pretrained", 0):
         shrink("hf", "out", **how)
     assert shrink("hf", "out", **how).out == Path("out")
@@ -442,7 +438,7 @@ def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
     model = AutoModelForCausalLM.from_pretrained("hf")
     tokenizer = AutoTokenizer.from_pretrained("hf")
     done = shrink(
-        model, "out", tokenizer=tokenizer, n=2, minutes=0.03, windows=CUT, data="other", method="bi"
+        model, "out", tokenizer=tokenizer, n=2, minutes=0.03, **CUT, data="other", method="bi"
     )
     assert model.config.num_hidden_layers == 4
     assert [step["method"] for step in done.healing] == ["refit", "distillation"]
@@ -466,7 +462,7 @@ def test_a_loaded_model_is_whole_after_an_error_and_the_same_call_continues(
     monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)  # few
     model, tokenizer = (c.from_pretrained("hf") for c in (AutoModelForCausalLM, AutoTokenizer))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    how = {"tokenizer": tokenizer, "n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    how = {"tokenizer": tokenizer, "n": 2, **CUT, "data": "other", "method": "bi"}
     how["minutes"] = minutes
     with interrupted(shrinking, "_move_into_place", 0):
         shrink(model, "out", **how)
@@ -487,7 +483,7 @@ def test_a_loaded_model_whose_dtype_was_changed_is_shrunk(here, dtype):
     model = AutoModelForCausalLM.from_pretrained("hf").to(dtype)
     assert model.model.rotary_emb.inv_freq.dtype == dtype
     tokenizer = AutoTokenizer.from_pretrained("hf")
-    shrink(model, "out", tokenizer=tokenizer, n=2, windows=CUT, data="other", method="bi")
+    shrink(model, "out", tokenizer=tokenizer, n=2, **CUT, data="other", method="bi")
     frequencies = AutoModelForCausalLM.from_pretrained("hf").model.rotary_emb.inv_freq
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
     assert AutoModelForCausalLM.from_pretrained("out").dtype == dtype
@@ -497,13 +493,13 @@ def test_a_loaded_model_whose_dtype_was_changed_is_shrunk(here, dtype):
 def test_options_of_loading_are_refused_for_a_loaded_model(here, option):
     model = AutoModelForCausalLM.from_pretrained("hf")
     with pytest.raises(ValueError, match="is for loading, and this is loaded: leave it out"):
-        shrink(model, "out", n=2, data="other", opening=OpenOptions(**option))
+        shrink(model, "out", n=2, data="other", **option)
 
 
 def test_a_loaded_model_is_read_in_the_precision_that_is_asked_for(here):
     model, tokenizer = (c.from_pretrained("hf") for c in (AutoModelForCausalLM, AutoTokenizer))
-    how = {"tokenizer": tokenizer, "n": 2, "windows": CUT, "data": "other", "method": "bi"}
-    shrink(model, "out", **how, opening=OpenOptions(precision="mixed", device="cpu"))
+    how = {"tokenizer": tokenizer, "n": 2, **CUT, "data": "other", "method": "bi"}
+    shrink(model, "out", **how, precision="mixed", device="cpu")
     assert json.loads(Path("out/pruning.json").read_text())["precision"] == "mixed"
 
 
@@ -526,7 +522,7 @@ def test_a_link_to_another_file_system_is_an_output(here, monkeypatch, out):
 
 
 def test_a_prompt_that_is_too_long_is_refused_first_and_another_continues(here):
-    how = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    how = {"n": 2, **CUT, "data": "other", "method": "bi"}
     with pytest.raises(ValueError, match=r"`prompt`: \d+ tokens, and \d+ are the most that"):
         shrink("hf", "out", **how, prompt="many " * 1000)
     assert not Path("out.shrinking").exists()
@@ -544,7 +540,7 @@ def test_a_template_that_writes_no_turn_of_a_user_is_not_asked(here, template):
     config = Path("strict/tokenizer_config.json")
     words = {**json.loads(config.read_text()), "chat_template": template}
     config.write_text(json.dumps(words))
-    done = shrink("strict", "out", n=2, windows=CUT, data="other", method="bi")
+    done = shrink("strict", "out", n=2, **CUT, data="other", method="bi")
     assert done.prompt == shrink_models.PROMPT and done.looks["healed"].completion
 
 
@@ -558,7 +554,7 @@ def test_a_training_that_changed_nothing_is_reported(here, monkeypatch):
     real = shrinking.recipe_for
     still = lambda *a, **how: replace(real(*a, **how), learning_rate=1e-30)  # noqa: E731
     monkeypatch.setattr(shrinking, "recipe_for", still)
-    done = shrink("hf", "out", n=2, minutes=0.03, windows=CUT, data="other", method="bi")
+    done = shrink("hf", "out", n=2, minutes=0.03, **CUT, data="other", method="bi")
     assert done.healing[1]["kept_step"] == 0
     (said,) = (remark for remark in done.remarks if remark.startswith("distillation changed"))
     assert "no step lowered the loss" in said and said in (here / "out/report.html").read_text()
@@ -577,7 +573,7 @@ def test_of_a_quantized_file_only_output_projections_are_trained(here, monkeypat
     names = ("attn_q", "attn_output", "ffn_up", "ffn_down", "ffn_gate")
     in_types(Path("model.gguf"), Path("few.gguf"), dict.fromkeys(names, 2))  # Q4_0
     monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)
-    how = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    how = {"n": 2, **CUT, "data": "other", "method": "bi"}
     done = shrink("few.gguf", "out.gguf", minutes=0.03, **how)
     assert done.healing[1]["recipe"]["modules"] == ("outputs",)
     before, after = GGUFParts(Path("few.gguf")), GGUFParts(Path("out.gguf"))
@@ -593,7 +589,7 @@ def test_of_a_quantized_file_only_output_projections_are_trained(here, monkeypat
 
 def test_a_gguf_file_is_trained_with_its_attention(here, monkeypatch):
     monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)  # few: the text is noise
-    how = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
+    how = {"n": 2, **CUT, "data": "other", "method": "bi"}
     kept = shrink("model.gguf", "refitted.gguf", **how)
     done = shrink("model.gguf", "out.gguf", minutes=0.03, **how)
     assert [step["method"] for step in done.healing] == ["refit", "distillation"]
@@ -615,8 +611,8 @@ def test_the_weights_are_written_as_the_source_has_them(here, monkeypatch, used)
     AutoTokenizer.from_pretrained("hf").save_pretrained("half")
     (here / "third").mkdir()
     (here / "third/0.txt").write_text("0123456789" * 20)
-    settings = {"n": 2, "windows": replace(CUT, eval_data="books,third"), "data": "other"}
-    done = shrink("half", "out", **settings, method="bi", opening=OpenOptions(device="cpu"))
+    settings = {"n": 2, **CUT, "eval_data": "books,third", "data": "other"}
+    done = shrink("half", "out", **settings, method="bi", device="cpu")
     assert {"books", "third"} == {*done.quality}
     assert [row[0] for row in done.rows()].count("nats from the original, 95%") == 2
     assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16
@@ -633,7 +629,7 @@ def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
 
     monkeypatch.setattr(shrinking, "pruned_losses", measured)
     monkeypatch.setattr(shrinking, "window_perplexities", lambda *_: [Perplexity(2.0, 1, 1)])
-    settings = {"windows": CUT, "data": "other", "method": "bi"}
+    settings = {**CUT, "data": "other", "method": "bi"}
     done = shrink("hf", "out", max_perplexity_ratio=1.3, **settings)  # exp(0.2) is 1.22
     assert len(done.layers) == 2 and tried == [2, 3]
     with pytest.raises(ValueError, match="the perplexity rises by 1.105 already"):
@@ -643,7 +639,7 @@ def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
         patch.setattr(shrinking, "without_overlap", lambda windows, _: ([], len(windows)))
         shrink("hf", "alike", max_perplexity_ratio=1.3, **settings)
 
-    few = {**settings, "windows": HealingWindows("books", 24, 3, 6)}
+    few = {**settings, "max_windows": 3}
     with pytest.raises(ValueError, match="expected at least 4 windows, of which a quarter says"):
         shrink("hf", "few", max_perplexity_ratio=1.3, **few)
 
@@ -734,7 +730,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
 
 def test_a_long_plan_says_what_takes_less(here, monkeypatch):
     monkeypatch.setattr(shrink_plan, "LONG_PLAN", 0)
-    how = {"n": 2, "windows": CUT, "data": "other", "dry_run": True}
+    how = {"n": 2, **CUT, "data": "other", "dry_run": True}
     assert "written: method bi, size 128, max_windows 16" in str(shrink("hf", "out", **how))
     planned = shrink("hf", "out", method="bi", **how)
     assert "written: size 128, max_windows 16" in str(planned) and planned.verdict == planned.plan
@@ -743,7 +739,7 @@ def test_a_long_plan_says_what_takes_less(here, monkeypatch):
 
 @pytest.mark.parametrize("model", ["model.gguf", "hf"])
 def test_the_size_of_a_gguf_file_is_that_on_disk(here, model):
-    done = shrink(model, "out.gguf", n=2, method="bi", data="other", windows=CUT)
+    done = shrink(model, "out.gguf", n=2, method="bi", data="other", **CUT)
     original, pruned, healed = done.looks.values()
     whole = {"hf": convert("hf", "whole.gguf")}.get(model, Path(model)).stat().st_size
     record = 5000  # the pruning record, which only the written file has
@@ -847,14 +843,14 @@ def test_too_many_layers_are_refused_before_a_weight_is_read(here, monkeypatch, 
 
 def test_one_window_tells_no_interval(here):
     cut = replace(CUT, eval_windows=1)
-    done = shrink("hf", "out", n=2, method="sequential", windows=cut, data="other")
+    done = shrink("hf", "out", n=2, method="sequential", **cut, data="other")
     assert done.rows()[2][1] == "unknown"
     why = "books: 95% unknown, because one window tells nothing of others; evaluate on more text"
     assert f"{why} (`eval_data`)" in done.remarks
 
 
 def test_few_windows_are_said_to_choose_unsurely(here, monkeypatch):
-    how = {"n": 2, "data": "other", "windows": CUT}
+    how = {"n": 2, "data": "other", **CUT}
     told = "{.n_windows} windows, {} layers, angular {angular}".format
     monkeypatch.setattr(shrinking, "unsure", told)
     said = shrink("hf", "block", method="angular", **how).remarks
@@ -885,7 +881,7 @@ def test_the_copy_that_proves_is_opened_after_the_weights_are_gone(here, monkeyp
 
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", open_it)
     monkeypatch.setattr(ShortHFModel, "release", release)
-    how = {"n": 2, "method": "sequential", "windows": CUT, "data": "other"}
+    how = {"n": 2, "method": "sequential", **CUT, "data": "other"}
     shrink("hf", "out", **how)
     assert events == ["opened", "meta", "opened"]
     model, words = open_it("hf"), AutoTokenizer.from_pretrained("hf")
@@ -900,11 +896,11 @@ def test_a_first_run_holds_its_folder_before_there_is_any(here):
     def notify(text):
         seen.append(Path("new/.out.shrinking.lock").is_file())
 
-    how = {"n": 2, "method": "sequential", "windows": CUT, "data": "other", "notify": notify}
+    how = {"n": 2, "method": "sequential", **CUT, "data": "other", "notify": notify}
     shrink("hf", "new/out", **how)
     assert seen and all(seen) and Path("new/out/config.json").is_file()
     with pytest.raises(ValueError, match="the model is no larger"):
-        shrink("hf", "never/out", params="1B", windows=CUT, data="other")
+        shrink("hf", "never/out", params="1B", **CUT, data="other")
     assert not Path("never").exists() and [p.name for p in Path("new").iterdir()] == ["out"]
 
 
@@ -928,7 +924,7 @@ def test_the_cache_is_of_all_texts_at_the_context(here, monkeypatch, out, itemsi
     """Layers with a window hold no more than that."""
     kinds = [LayerCache(10, 7, 5)] * 2 + [LayerCache(10)] * 4
     monkeypatch.setattr(shrink_models, "layer_caches", lambda *_: kinds)
-    how = {"windows": CUT, "data": "other", "method": "sequential", "context": 100, "batch": 3}
+    how = {**CUT, "data": "other", "method": "sequential", "context": 100, "batch": 3}
     done = shrink("hf", out, n=2, **how)
     assert {0, 1} == {*done.layers}
     original, healed = done.looks["original"], done.looks["healed"]
@@ -954,7 +950,7 @@ def test_numbers_of_layers_that_cannot_go_are_too_many(here, monkeypatch):
         return real(short, layers, *args, **options)
 
     monkeypatch.setattr(shrinking, "pruned_losses", refused)
-    how = {"method": "sequential", "windows": CUT, "data": "other"}
+    how = {"method": "sequential", **CUT, "data": "other"}
     assert len(shrink("hf", "out", max_perplexity_ratio=100.0, **how).layers) == 1
 
 
@@ -972,8 +968,8 @@ def test_a_tied_weight_of_a_streamed_model_counts_once(here, tied):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_scores_that_were_interrupted_are_continued(here, monkeypatch, stream):
-    how = {"n": 2, "windows": CUT, "data": "other", "method": "bi"}
-    how["streaming"] = Running(stream=stream)
+    how = {"n": 2, **CUT, "data": "other", "method": "bi"}
+    how["stream"] = stream
     owner = StreamedLlama if stream else ShortHFModel
     monkeypatch.setattr(StreamedLlama, "windows_at_once", lambda *_: 2)
     whole, told, counts = shrink("hf", "whole-3", **how), [], []
@@ -1002,12 +998,12 @@ def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, 
     (tasks / "documents").write_text("1")
 
     def documents(suite: TaskSuite, _: object) -> TaskRun:
-        answered.append(float(Path(suite.include_path, "documents").read_text()))
+        answered.append(float(Path("tasks/documents").read_text()))
         return TaskRun({"t": {"acc": answered[-1]}})
 
-    monkeypatch.setattr(Tasks, "check", lambda _: None)
+    monkeypatch.setattr("short_gpt.jobs.inputs.Tasks.check", lambda _: None)
     monkeypatch.setattr(TaskSuite, "documents", documents)
-    how = {**KILLED, "tasks": Tasks("t", include_path=str(tasks))}
+    how = {**KILLED, "tasks": "t"}
     with interrupted(LayerRefit, "solve", 1):
         shrink("own", "out", **how)
     assert answered == [1.0, 1.0]  # of the original and the pruned model

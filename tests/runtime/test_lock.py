@@ -72,7 +72,7 @@ def test_a_second_healing_is_told_before_it_opens_the_model(tmp_path, monkeypatc
         monkeypatch.setattr(f"short_gpt.jobs.healing.{name}", opened)
     (tmp_path / "book.txt").write_text("In the beginning")
     arguments = (str(tmp_path / "meta"), str(tmp_path / "out"), method)
-    how = {"choice": jobs.Choice([2]), "data": str(tmp_path / "book.txt")}
+    how = {"layers": [2], "data": str(tmp_path / "book.txt")}
     said = f"out.{kind} is in use by another process"
     with pytest.raises(ShortGPTError, match=said):
         jobs.heal(*arguments, **how)

@@ -16,9 +16,8 @@ PAGE = (ROOT / "docs" / "add-a-metric.md").read_text(encoding="utf-8")
 BY_HAND = """
 import torch
 from short_gpt import open_model
-from short_gpt.jobs import Answer, Cut, rank
-cut = Cut(32, max_windows=2, stride=256)
-result = rank("ckpt", "book.txt", answer=Answer(2, "{name}"), cut=cut)
+from short_gpt.jobs import rank
+result = rank("ckpt", "book.txt", n=2, method="{name}", size=32, max_windows=2, stride=256)
 short = open_model("ckpt", max_seq_len=32)
 windows = [list(w) for w in cut.windows([open("book.txt").read()], short.encode)]
 states, sums = [], torch.zeros(5).double()
