@@ -30,8 +30,7 @@ from llama.sources import is_gguf
 from short_gpt.checkpoints.gguf_kinds import PATTERN
 from short_gpt.checkpoints.gguf_layers import LAYER, Stack
 from short_gpt.checkpoints.model_record import ModelRecord
-from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.records import NAME, RECORD
+from short_gpt.checkpoints.provenance import NAME, RECORD, Provenance
 from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, stored_names
 from short_gpt.models.gguf_loading import is_scaled
 from short_gpt.runtime.errors import ShortGPTError

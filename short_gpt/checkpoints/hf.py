@@ -24,8 +24,7 @@ from llama.formats.safetensors import (
     write_weights,
 )
 from llama.sources import TEMPLATES, check_links, public_name, resolve
-from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.records import PROVENANCE
+from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.hf import HFDecoder

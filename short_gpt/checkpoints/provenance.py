@@ -1,4 +1,4 @@
-"""What was done to a pruned model, as one record with its weights: ``pruning.json`` and the card.
+"""What was done to a pruned model, as one record with its weights: ``pruning.json``.
 
 ``removed_layers`` and ``kept_layers`` are numbers of the source that was pruned. If that was itself
 pruned it has a record of its own, ``earlier``; ``original_layers`` goes back to the first one.
@@ -15,44 +15,43 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llama.files import write_json
-from llama.sources import public_name
+from llama.files import JsonObject, json_object, read_json
+from llama.formats.gguf_read import part_paths, read_header
+from llama.sources import is_gguf, is_hub_id, public_name
 from short_gpt.checkpoints.model_record import ModelRecord
-from short_gpt.checkpoints.records import (
-    EVIDENCE,
-    KEYS,
-    PROVENANCE,
-    Entries,
-    Measured,
-    Step,
-    record_of,
-    source_card,
-    yaml_lines,
-)
-from short_gpt.data.texts import OWN
-from short_gpt.evaluation.perplexity import Perplexity, SamplingError
-from short_gpt.runtime.errors import ShortGPTError, one_line
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.runtime.errors import ShortGPTError, damaged, one_line
 from short_gpt.runtime.state import read_record, versions
 from short_gpt.scoring.importance import Importance
 
-TEMPLATE = """---
-{head}library_name: transformers
-pipeline_tag: text-generation
-tags: [{tags}]
----
+PROVENANCE = "pruning.json"
+RECORD = "short_gpt.pruning"  # a key of GGUF, whose value is the text of that file
+NAME = "general.name"  # another, the model's name
+# What jobs record of a choice and of a healing, as it comes; the model's own record holds it.
+EVIDENCE = ("method", "scored_by", "change", "eval_data", "size", "precision")
+# The library's own keys. They are made from the model; no caller may contradict them.
+KEYS = (
+    *EVIDENCE,
+    *("removed_layers", "kept_layers", "original_layers", "source", "source_pruning"),
+    *("block_influence", "scored", "perplexity", "perplexity_tokens", "perplexity_error"),
+    *("healing", "versions", "source_card"),
+    "files",  # what the directory holds, listed by its writer: not part of the history
+)
+LICENSE = ("license", "license_name", "license_link")
+BASE = "base_model"
+BASE_URL = re.compile(r"general\.base_model\.\d+\.repo_url")
+HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
+Step = Mapping[str, object]  # one change of weights: "method" and its settings, ready for JSON
 
-# {name} without {count} of its {total} layers{healed}
 
-Removed layers, in the original model's numbering from 0 and in the order of removal:
+@dataclass(frozen=True)
+class Measured:
+    """A perplexity as it is kept."""
 
-    {removed}
-
-{scores}
-{quality}
-Made with ShortGPT ({versions}). {changed} `pruning.json` holds
-this in numbers, with the original number of every layer that stayed.
-"""
-IN_WORDS = {"linear patch": "a linear patch"}  # methods of healing in a sentence, if not as named
+    value: float
+    tokens: int | None = None  # predicted; None where the record does not say
+    # "interval_95", and the numbers of "windows" and "texts", None where unknown; may be empty
+    error: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Provenance:
         quality: perplexities, by the name of the model's state.
         healing: what changed weights since ``earlier``, oldest first.
         evidence: how the layers were chosen and what a healing brought, by the keys `EVIDENCE`.
-        source_card: the source's licence and base model, of `records.source_card`.
+        source_card: the source's licence and base model, of `source_card`.
         facts: what the caller adds, such as ``{"data": "PG-19"}``.
         versions: of the packages that made it.
 
@@ -211,13 +210,28 @@ class Provenance:
     @classmethod
     def of_checkpoint(cls, directory: str | os.PathLike[str]) -> Provenance | None:
         """The record in a checkpoint directory or a GGUF file; None if there is none."""
-        entries = record_of(directory)
-        return None if entries is None else _read(entries)
+        path = Path(str(directory))
+        if not is_gguf(path):
+            return cls.read(path / PROVENANCE) if (path / PROVENANCE).is_file() else None
+        text = read_header(part_paths(path)[0]).fields.get(RECORD) if path.is_file() else None
+        where = f"{RECORD} in {path}"
+        return None if text is None else cls._of_json(json_object(str(text), where), where)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Provenance:
         """The record in a ``pruning.json``; ShortGPTError if there is none in it."""
-        return _read(Entries(read_record(path), str(path)))
+        return cls._of_json(read_record(path), str(path))
+
+    @classmethod
+    def _of_json(cls, content: JsonObject, where: str) -> Provenance:
+        try:
+            return _parsed(content)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise damaged(
+                f"{where}, the record of a pruned model,",
+                f"{type(error).__name__}: {error}",
+                mend="correct it, or delete it and with it the history of the layers",
+            ) from error
 
     @property
     def original_layers(self) -> list[int]:
@@ -310,25 +324,40 @@ def _without_folders(value: Any) -> Any:
     return [*map(_without_folders, value)] if isinstance(value, list | tuple) else value
 
 
-def _read(entries: Entries) -> Provenance:
-    content, source_pruning = entries.content, entries.mapping("source_pruning")
-    earlier = _read(Entries(source_pruning, entries.where)) if source_pruning else None
-    removed, kept = entries.layers(len(earlier.kept_layers) if earlier else None)
-    source = content.get("source")
+def _parsed(content: Any) -> Provenance:
+    """A record from what a file holds; TypeError, KeyError and the like if it is none."""
+    source_pruning, source = content.get("source_pruning"), content.get("source")
+    earlier = _parsed(source_pruning) if source_pruning else None
+    removed, kept = content["removed_layers"], content["kept_layers"]
+    count = len(earlier.kept_layers) if earlier else len(removed) + len(kept)
+    if sorted([*removed, *kept]) != list(range(count)):
+        raise ValueError(f"kept_layers {kept} with removed_layers {removed}")
+    scored = content.get("scored") or {}
+    values, tokens, errors = (
+        content.get(key) or {} for key in ("perplexity", "perplexity_tokens", "perplexity_error")
+    )
     return Provenance(
         removed_layers=removed,
         kept_layers=kept,
         source=None if source is None else str(source),
         earlier=earlier,
-        block_influence=entries.entry("block_influence", "a list of numbers", []),
-        scored=entries.scored(),
-        quality=entries.quality(),
-        healing=entries.steps(content.get("healing")),
+        block_influence=[*(content.get("block_influence") or ())],
+        scored={key: int(scored[key]) for key in ("windows", "tokens")} if scored else {},
+        quality={
+            name: _read_measured(value, tokens.get(name), errors.get(name))
+            for name, value in values.items()
+        },
+        healing=[{"method": step["method"], **step} for step in content.get("healing") or []],
         evidence={key: content[key] for key in EVIDENCE if key in content},
-        source_card=entries.mapping("source_card"),
+        source_card={**(content.get("source_card") or {})},
         facts={key: value for key, value in content.items() if key not in KEYS},
-        versions={name: str(version) for name, version in entries.mapping("versions").items()},
+        versions={name: str(v) for name, v in (content.get("versions") or {}).items()},
     )
+
+
+def _read_measured(value: Any, tokens: Any, error: Any) -> Measured:
+    value = math.inf if value is None else float(value)  # JSON has no infinity
+    return Measured(value, None if tokens is None else int(tokens), {**(error or {})})
 
 
 def _counts(importance: Importance) -> dict[str, int]:
@@ -344,85 +373,61 @@ def _measured(perplexity: Perplexity) -> Measured:
     return Measured(perplexity.value, perplexity.tokens, {**kept, "texts": error.texts})
 
 
-def write_provenance(directory: Path, record: Provenance, *, card: bool) -> None:
-    """Writes ``pruning.json``, and with ``card`` the ``README.md`` of Hugging Face's format."""
-    write_json(directory / PROVENANCE, record.to_dict())
-    if card:
-        (directory / "README.md").write_text(model_card(record), encoding="utf-8")
+def source_card(source: str | os.PathLike[str], directory: Path | None = None) -> dict[str, object]:
+    """The licence, by the keys `LICENSE`, and `BASE` of a checkpoint, as far as its files tell.
+
+    The base model is the source itself if that is on the hub, else the name that its config
+    remembers, else its card's own. ``directory`` is where its files are, if not ``source``.
+    """
+    if is_gguf(source):
+        entries = _card_in_metadata(Path(str(source)))
+    else:
+        entries = _front_matter(directory or source)
+    licence = {key: entries[key] for key in LICENSE if key in entries}
+    base = _hub_name(source) or entries.get(BASE)
+    return {**licence, BASE: base} if base else licence
 
 
-def model_card(record: Provenance) -> str:
-    """The text of a ``README.md`` for a pruned or healed model, all of it from its record."""
-    removed = record.all_removed
-    source = record.first_source or "a model"
-    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not Path(source).exists()
-    tags = ["pruned", "depth-pruning", *(["healed"] if record.steps else []), "short-gpt"]
-    return TEMPLATE.format(
-        head=yaml_lines(record.source_card),
-        tags=", ".join(tags),
-        name=_in_markdown(source if on_hub else Path(source).name),
-        count=len(removed),
-        total=len(removed) + len(record.kept_layers),
-        healed=", healed" if record.steps else "",
-        removed=removed,
-        scores=_scores(record),
-        quality=_table(record.quality) + _own(record) + "\n",
-        versions=", ".join(f"{package} {version}" for package, version in record.versions.items()),
-        changed=_changed(record),
-    )
+def _card_in_metadata(path: Path) -> dict[str, object]:
+    """The same of a GGUF file's metadata; a base model that is not on the hub has no name there."""
+    try:
+        fields = read_header(part_paths(path)[0]).fields
+    except (OSError, ShortGPTError):
+        return {}
+    entries = {key: fields.get(f"general.{key.replace('_', '.')}") for key in LICENSE}
+    urls = [value for key, value in fields.items() if BASE_URL.fullmatch(key)]
+    names = [match[1] for url in urls if (match := HUB.fullmatch(str(url)))]
+    entries[BASE] = names[0] if len(names) == 1 else names
+    return {key: value for key, value in entries.items() if _is_names(value)}
 
 
-def _in_markdown(name: str) -> str:
-    """A name of the user's as a card shows it: no HTML, link or cell of a table."""
-    return re.sub(r"[&<>\[\]|`]", lambda match: f"&#{ord(match[0])};", one_line(name))
+def _is_names(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(v, str) for v in value)
+    return isinstance(value, str) and bool(value)
 
 
-def _scores(record: Provenance) -> str:
-    method = record.evidence.get("method")
-    if not record.scored:  # a search by loss keeps no scores
-        return "They were chosen by hand." if method is None else f"Method: {method}."
-    by = record.evidence.get("scored_by")
-    # a healing's data need not be the scores'
-    name = (by.get("data") if isinstance(by, Mapping) else None) or record.facts.get("data")
-    data = f" of {_in_markdown(str(name))}" if name else ""
-    method = method or "Block Influence and angular distance"
-    windows, tokens = record.scored["windows"], record.scored["tokens"]
-    return f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
+def _hub_name(source: str | os.PathLike[str]) -> str | None:
+    """The hub's name of a model, with its owner: its own, or what its config remembers."""
+    name: object = str(source)
+    if Path(source).exists():
+        try:
+            name = read_json(Path(source) / "config.json").get("_name_or_path")
+        except (OSError, ShortGPTError):
+            return None
+    # without an owner it may be a directory's
+    return name if isinstance(name, str) and "/" in name and is_hub_id(name) else None
 
 
-def _table(quality: Mapping[str, Measured]) -> str:
-    if not quality:
-        return "Its quality was not measured."
-    rows = ["", "| model | perplexity | 95% | tokens |", "| --- | --- | --- | --- |"]
-    samples: list[str] = []  # of the intervals, and what these do not cover
-    for name, measured in quality.items():
-        ends = measured.error.get("interval_95")
-        ends = ends if isinstance(ends, list) and all(isinstance(e, float) for e in ends) else []
-        interval = " to ".join(f"{end:.3f}" for end in ends)
-        tokens = "" if measured.tokens is None else f"{measured.tokens:,}"
-        rows.append(f"| {_in_markdown(name)} | {measured.value:.3f} | {interval} | {tokens} |")
-        if measured.error:
-            windows, texts = (measured.error.get(key) for key in ("windows", "texts"))
-            known = texts if isinstance(texts, int) else None
-            samples.append(SamplingError(math.nan, int(str(windows or 0)), known).over)
-    over = ["", f"Over {'; '.join(dict.fromkeys(samples))}."] if samples else []
-    return "\n".join([*rows, *over])
+def _front_matter(source: str | os.PathLike[str]) -> dict[str, object]:
+    """Names and lists of names at the head of a card; what is damaged counts as missing."""
+    from huggingface_hub import metadata_load, try_to_load_from_cache
 
-
-def _own(record: Provenance) -> str:
-    """The remark where text that the model itself wrote was all that judged it."""
-    data, judge = record.facts.get("data"), record.evidence.get("eval_data", "")
-    if not record.quality or judge is not None or not isinstance(data, str):
-        return ""
-    if not {name.strip() for name in data.split(",")} <= {*OWN}:
-        return ""
-    return "\nThe model itself wrote the text that judged it: this perplexity is not quality."
-
-
-def _changed(record: Provenance) -> str:
-    """What was done to the weights of the layers that stayed, in order."""
-    if record.steps:
-        names = [str(step["method"]) for step in record.steps]
-        how = ", then ".join(IN_WORDS.get(name, name) for name in names)
-        return f"Weights of the kept layers were changed by {how}."
-    return "No weight of the kept layers was changed."
+    path = Path(source) / "README.md"
+    if not Path(source).exists() and is_hub_id(str(source)):
+        path = Path(str(try_to_load_from_cache(str(source), path.name)))
+    try:
+        entries = metadata_load(path) or {}
+    except Exception:  # of the file system, of its encoding, or of YAML
+        return {}
+    return {str(key): value for key, value in entries.items() if _is_names(value)}

@@ -15,12 +15,12 @@ from llama.formats.gguf_read import GGUFParts
 from llama.formats.hf import HFCheckpoint, hf_to_meta, meta_to_hf
 from llama.formats.safetensors import open_weights
 from llama.sources import Source, find_source, public_name, resolve
+from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.gguf import prune_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
-from short_gpt.checkpoints.provenance import Provenance, write_provenance
-from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
+from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.models.config_file import explained, layers_in_config, read_config
 from short_gpt.runtime.errors import ShortGPTError

@@ -17,8 +17,8 @@ from llama.files import check_new, check_outputs, new_directory, new_file, new_f
 from llama.formats.gguf_read import PART, has_key, named_parts, part_paths
 from llama.formats.gguf_write import renamed_to_gguf
 from llama.sources import Source, find_source, is_gguf
-from short_gpt.checkpoints.provenance import Provenance, write_provenance
-from short_gpt.checkpoints.records import PROVENANCE, RECORD
+from short_gpt.checkpoints.card import write_provenance
+from short_gpt.checkpoints.provenance import PROVENANCE, RECORD, Provenance
 from short_gpt.runtime.errors import ShortGPTError
 
 StrPath = str | os.PathLike[str]

@@ -16,9 +16,8 @@ from llama.sources import Source, find_source, is_gguf, resolve
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import save_hf
-from short_gpt.checkpoints.provenance import Provenance
+from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
 from short_gpt.checkpoints.prune import tensor_names
-from short_gpt.checkpoints.records import NAME, PROVENANCE, RECORD
 from short_gpt.checkpoints.target import Target, check_format, check_one_file
 from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.saving import interruptible

@@ -11,8 +11,7 @@ from typing import Any
 from llama.files import check_new
 from llama.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf, in_few_bits
-from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.records import PROVENANCE
+from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.scores import ChosenLayers
 from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
 from short_gpt.evaluation.perplexity import (

@@ -26,8 +26,8 @@ from llama.files import FILES, check_new, check_output, contents, read_json, rea
 from llama.sources import FETCHED, Named, find_source, is_gguf
 from llama.sources import Source as Weights
 from short_gpt.checkpoints.gguf import check_architecture
+from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
-from short_gpt.checkpoints.records import PROVENANCE
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
 from short_gpt.data.texts import source_names
 from short_gpt.healing import RefitSettings, choosing, require_packages

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from llama.files import new_directory, new_file
 from llama.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf
-from short_gpt.checkpoints.records import PROVENANCE
+from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells

@@ -269,7 +269,8 @@ class StateFile:
         return content
 
     def _warn_of_versions(self, content: JsonObject) -> None:
-        saved, current = content.get("versions", {}), versions()
+        current = versions()
+        saved = content.get("versions", current)
         names = [name for name in COMPUTING if saved.get(name) != current.get(name)]
         if names:
             began = ", ".join(

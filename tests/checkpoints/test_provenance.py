@@ -34,7 +34,7 @@ from short_gpt.checkpoints import (
     prune_checkpoint,
     prune_hf,
 )
-from short_gpt.checkpoints.records import KEYS, Measured, source_card
+from short_gpt.checkpoints.provenance import KEYS, Measured, source_card
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
@@ -57,10 +57,10 @@ def record_of(directory: Path) -> dict[str, object]:
     return json.loads((directory / "pruning.json").read_text())
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_a_fact_by_the_name_of_the_librarys_own_record_is_refused(key):
-    with pytest.raises(ValueError, match=f"facts name {key}, which the library records"):
-        Provenance(facts={key: "mine", "data": "a book"})
+def test_a_fact_by_the_name_of_the_librarys_own_record_is_refused():
+    for key in KEYS:
+        with pytest.raises(ValueError, match=f"facts name {key}, which the library records"):
+            Provenance(facts={key: "mine", "data": "a book"})
 
 
 def test_a_colliding_fact_is_refused_by_every_way_to_save(tmp_path):
@@ -269,24 +269,25 @@ def test_a_record_is_read_and_written_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"removed_layers": "3"}, "expected a list of layer numbers as removed_layers, got 3"),
-        ({"kept_layers": None}, "expected a list of layer numbers as kept_layers, got None"),
-        ({"healing": "LoRA"}, "expected steps that name their method as healing"),
-        ({"healing": [{"steps": 6}]}, "expected steps that name their method as healing"),
-        ({"perplexity": {"healed": "low"}}, "expected numbers by name as perplexity, got low"),
-        ({"scored": {"windows": 4}}, "expected numbers of windows and tokens as scored"),
-        ({"source_pruning": [1]}, "expected an object as source_pruning"),
-        ({"source_pruning": {"removed_layers": [1]}}, "as kept_layers, got None"),
+        {"removed_layers": "3"},
+        {"kept_layers": None},
+        {"kept_layers": [0, 2, 5]},
+        {"healing": "LoRA"},
+        {"healing": [{"steps": 6}]},
+        {"perplexity": {"healed": "low"}},
+        {"scored": {"windows": 4}},
+        {"source_pruning": [1]},
+        {"source_pruning": {"removed_layers": [1]}},
     ],
 )
-def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, changes, message):
+def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, changes):
     path = tmp_path / "pruning.json"
     path.write_text(json.dumps({**RECORD, **changes}))
-    with pytest.raises(ValueError, match=message) as raised:
+    said = f"{path}, the record of a pruned model, is damaged .*: correct it, or delete it"
+    with pytest.raises(ValueError, match=said):
         Provenance.read(path)
-    assert str(path) in str(raised.value)
 
 
 def test_a_record_beside_another_model_is_refused(tmp_path):

@@ -24,7 +24,7 @@ from llama.formats.gguf_write import UINT32, copied, record, write_again
 from llama.formats.tokenizers import vocabulary
 from short_gpt import ShortHFModel, open_model
 from short_gpt.checkpoints import Provenance
-from short_gpt.checkpoints.records import source_card
+from short_gpt.checkpoints.provenance import source_card
 from short_gpt.jobs import ranking
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own

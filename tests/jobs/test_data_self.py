@@ -19,8 +19,8 @@ from conftest import (
 
 from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, open_model, own_samples, rank, shrink, texts
-from short_gpt.checkpoints.provenance import Provenance, model_card
-from short_gpt.checkpoints.records import Measured
+from short_gpt.checkpoints.card import model_card
+from short_gpt.checkpoints.provenance import Measured, Provenance
 from short_gpt.data.texts import TextsInMemory
 from short_gpt.data.windows import mix
 from short_gpt.healing import HealingTexts

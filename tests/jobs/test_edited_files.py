@@ -11,7 +11,7 @@ import pytest
 from conftest import make_transformer, random_windows
 
 from short_gpt.checkpoints import Provenance
-from short_gpt.checkpoints.provenance import model_card
+from short_gpt.checkpoints.card import model_card
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import Perplexity, Sample
 from short_gpt.models.decoder import MetaDecoder
