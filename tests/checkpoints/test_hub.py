@@ -129,7 +129,7 @@ def test_what_prune_wrote_is_what_the_hub_gets(here, hub, capsys):
     assert hub.private == {"me/small": True}
     head = card.split("---")[1]
     assert "license: mit" in head and "base_model: them/big" in head
-    assert "tags: [pruned, depth-pruning, short-gpt]" in head and "    [1]\n" in card
+    assert "- depth-pruning\n- short-gpt" in head and "    [1]\n" in card
     run("prune", "hf", "other", "--layers", 2, "--push-to-hub", "me/small")  # it is there already
     assert "    [2]\n" in check_uploaded(hub, "me/small", "other")
 
