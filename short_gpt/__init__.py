@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from short_gpt.evaluation.tasks import run_tasks
     from short_gpt.healing.choosing import choose_healed
     from short_gpt.healing.lora import heal as heal_lora
-    from short_gpt.healing.recipe import Recipe
     from short_gpt.healing.refit import heal as heal_refit
     from short_gpt.healing.refit import heal_patch
+    from short_gpt.healing.settings import Recipe
     from short_gpt.jobs import convert, prune, rank, shrink
     from short_gpt.jobs.comparing import compare
     from short_gpt.runtime.errors import ShortGPTError

@@ -348,8 +348,8 @@ def trained(short: ShortHFModel, windows: object, options: dict, work: Path) -> 
     from short_gpt.healing import HealingJob
     from short_gpt.healing.trainer import TrainingRun
 
-    def run(resume: bool) -> HealingJob:
-        job = HealingJob(short, windows, [4, 2], work_dir=work, resume=resume, **options)
+    def run() -> HealingJob:
+        job = HealingJob(short, windows, [4, 2], work_dir=work, **options)
         job.run()
         return job
 
@@ -363,11 +363,11 @@ def trained(short: ShortHFModel, windows: object, options: dict, work: Path) -> 
 
     TrainingRun.measure = measure
     try:
-        run(False)
+        run()
     except KeyboardInterrupt:
         TrainingRun.measure = plain
     assert [path.name for path in work.rglob("checkpoint-*")] == ["checkpoint-2"]
-    evidence = run(True).evidence
+    evidence = run().evidence
     weights = [p.detach().clone() for p in short.decoder.module.parameters()]
     return {"evidence": evidence.to_dict(), "weights": weights}
 

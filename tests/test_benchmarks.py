@@ -397,7 +397,7 @@ def test_a_model_is_refitted_then_distilled_and_opened_again(tmp_path, monkeypat
     write_byte_tokenizer(folder)
     monkeypatch.setattr(distilled.demo, "checkpoint", lambda: folder)
     fitted, *parts = (random_windows(6, 24, vocab=8, seed=seed) for seed in (1, 2, 3, 4))
-    recipe = Recipe(rank=4, steps=4, warmup=0, batch=2, eval_every=2, learning_rate=1e-2)
+    recipe = Recipe(rank=4, steps=4, warmup=0, batch_size=2, eval_every=2, learning_rate=1e-2)
     whole = scoring.build()
     distiller = distilled.Distiller(whole, fitted, Learning(*parts), recipe, tmp_path / "asked")
     short, how = distiller.made([1, 3])

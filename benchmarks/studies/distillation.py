@@ -84,7 +84,7 @@ def main(
     read = [cut(meta, text, count + wanted(steps), size) for text in texts]
     refitted_on, learning = divided([*read, samples], [count, count, 2 * count], steps, evaluation)
     short = ShortHFModel.from_meta(str(demo.checkpoint()), device="cpu", dtype="float32")
-    changes = {"steps": steps, "size": size, "batch": 1, "eval_every": steps}
+    changes = {"steps": steps, "size": size, "batch_size": 1, "eval_every": steps}
     recipe = recipe_for(short.trainable().config, "small", **changes)
     found = {"whole": judge(short, kinds)}
     with tempfile.TemporaryDirectory() as folder:

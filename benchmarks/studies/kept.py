@@ -217,7 +217,7 @@ class Run:
         text = [*book[: count // 2], *wiki[: count // 2]]
         random.Random(0).shuffle(text)  # the refit holds out every eighth
         self.texts: dict[str, Windows] = {"text": text, "own": samples[:count], "mix": mix}
-        changes = {"steps": steps, "size": size, "batch": 1, "eval_every": steps}
+        changes = {"steps": steps, "size": size, "batch_size": 1, "eval_every": steps}
         self.recipe = recipe_for(self.short.trainable().config, "small", **changes)
         self.tasks, self.folder = self.task_files()
         every = {**self.texts, **self.kinds, "learning": self.learning.training}

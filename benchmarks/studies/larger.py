@@ -328,7 +328,6 @@ def row(
             reading.size,
             reading.max_windows,
             reading.eval_windows,
-            drop_overlap=True,
         ),
         overwrite=True,  # of a run that was stopped between this and its row
         notify=clock.tell,

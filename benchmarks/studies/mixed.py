@@ -71,7 +71,7 @@ def main(
             (here / f"{file}.txt").write_text(text, encoding="utf-8")
         (here / "held_out.txt").write_text("\n".join(demo.bible("held_out")), encoding="utf-8")
         held_out = str(here / "held_out.txt")
-        windows = HealingWindows(held_out, size, count, judged, drop_overlap=True)
+        windows = HealingWindows(held_out, size, count, judged)
         data = ",".join(str(here / f"{file}.txt") for file in ("book", "also"))
         for turn in range(2 * repeats):
             precision = PRECISIONS[(turn + turn // 2) % 2]

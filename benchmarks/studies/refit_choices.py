@@ -206,7 +206,7 @@ class Trial:
         return row | {"than": than.name, "kinds": compared(found["nats"], other["nats"])}
 
     def _refitted(self, case: Case) -> Any:
-        options = {"step_size": case.step_size, "ridges": case.ridges, "where": case.where}
+        options = {"step_size": case.step_size, "ridge": case.ridges, "where": case.where}
         options |= {"lost": case.lost, "held": self._held, "progress": False}
         with original_once(self._originals[case.where]), ExitStack() as stack:
             rule = property(lambda sums: case.times * len(sums._gram) / sums.tokens)

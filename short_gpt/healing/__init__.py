@@ -7,22 +7,32 @@ measures before, between and after. `choose_healed` chooses layers by the loss a
 architecture changes: the result loads wherever the model does.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from short_gpt.healing.choosing import HealedChoice, choose_healed
-from short_gpt.healing.closed_form import Step
-from short_gpt.healing.distillation import TOP_K, CachedTeacher, Distillation, LiveTeacher
-from short_gpt.healing.job import STEPS, HealingEvidence, HealingJob
-from short_gpt.healing.lora import DistillSettings, LoraResult, LoraSettings, require_packages
-from short_gpt.healing.lora import heal as heal_lora
-from short_gpt.healing.recipe import PRESETS, Recipe, recipe_for
-from short_gpt.healing.refit import PatchSettings, Refit, RefitSettings, heal_patch
-from short_gpt.healing.refit import heal as heal_refit
-from short_gpt.healing.solver import Fit
-from short_gpt.healing.texts import HealingTexts, Learning
+from llama.lazy import lazy
 
-__all__ = ["PRESETS", "STEPS", "TOP_K", "CachedTeacher", "DistillSettings", "Distillation", "Fit"]
-__all__ += ["HealedChoice", "HealingEvidence", "HealingJob", "HealingTexts", "Learning"]
-__all__ += ["LiveTeacher", "LoraResult", "LoraSettings", "PatchSettings", "Recipe", "Refit"]
-__all__ += ["RefitSettings", "Step", "choose_healed", "heal_lora", "heal_patch", "heal_refit"]
+if TYPE_CHECKING:
+    from short_gpt.healing.choosing import HealedChoice, choose_healed
+    from short_gpt.healing.context import HealingContext, Learning, Step, healing_windows
+    from short_gpt.healing.distillation import TOP_K, CachedTeacher, Distillation, LiveTeacher
+    from short_gpt.healing.job import STEPS, HealingEvidence, HealingJob
+    from short_gpt.healing.lora import LoraResult, require_packages
+    from short_gpt.healing.lora import heal as heal_lora
+    from short_gpt.healing.refit import Refit, heal_patch
+    from short_gpt.healing.refit import heal as heal_refit
+    from short_gpt.healing.settings import (
+        PRESETS,
+        PatchSettings,
+        Recipe,
+        RefitSettings,
+        recipe_for,
+    )
+    from short_gpt.healing.solver import Fit
+else:
+    __getattr__, __dir__ = lazy(__name__)
+
+__all__ = ["PRESETS", "STEPS", "TOP_K", "CachedTeacher", "Distillation", "Fit", "HealedChoice"]
+__all__ += ["HealingContext", "HealingEvidence", "HealingJob", "Learning", "LiveTeacher"]
+__all__ += ["LoraResult", "PatchSettings", "Recipe", "Refit", "RefitSettings", "Step"]
+__all__ += ["choose_healed", "heal_lora", "heal_patch", "heal_refit", "healing_windows"]
 __all__ += ["recipe_for", "require_packages"]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -31,18 +31,41 @@ from torch.nn.utils.rnn import pad_sequence
 
 from short_gpt.data.windows import TokenIds, batches
 from short_gpt.evaluation.perplexity import AT_ONCE, Perplexity, check_loss
-from short_gpt.healing.texts import IGNORED, Example, collate, examples
+from short_gpt.healing.settings import Recipe, check_above_0
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, windows_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, at_least
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar, set_rate
 from short_gpt.runtime.state import StateFile, damaged_run, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
-TOP_K = 64
+TOP_K = Recipe.top_k
+IGNORED = -100  # a label that cross entropy passes over
 DIGEST = sha256().digest_size  # bytes
 IDENTITY, CONTENT = "teacher.json", "teacher.bin"
+
+
+class Example(TypedDict):
+    """One window, as the Trainer takes it."""
+
+    input_ids: list[int]
+    index: int  # among all windows of the run
+
+
+def examples(windows: Sequence[Sequence[int]], *, first: int = 0) -> list[Example]:
+    return [Example(input_ids=[*w], index=i) for i, w in enumerate(windows, start=first)]
+
+
+def collate(batch: Sequence[Example]) -> dict[str, Tensor]:
+    """Windows as one batch (B, S), padded on the right; padding is not a target."""
+    longest = max(len(e["input_ids"]) for e in batch)
+    tokens = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, S)
+    labels = torch.full_like(tokens, IGNORED)
+    for row, example in enumerate(batch):
+        ids = torch.tensor(example["input_ids"])
+        tokens[row, : len(ids)] = labels[row, : len(ids)] = ids
+    return {"input_ids": tokens, "labels": labels}
 
 
 class Targets(NamedTuple):
@@ -138,7 +161,7 @@ class LiveTeacher:
     """
 
     def __init__(self, model: ScoredModel, *, k: int = TOP_K, temperature: float = 1.0) -> None:
-        check_targets(k, temperature)
+        check_above_0(top_k=k, temperature=temperature)
         self.model, self.k, self.temperature = model, min(k, model.decoder.vocab_size), temperature
 
     def identity(self) -> dict[str, object]:
@@ -177,7 +200,7 @@ class CachedTeacher:
         k: int = TOP_K,
         temperature: float = 1.0,
     ) -> None:
-        check_targets(k, temperature)
+        check_above_0(top_k=k, temperature=temperature)
         self._model: ScoredModel | None = model
         self._windows, known = windows, model.identity()
         self._teacher = json_digest(known)
@@ -282,12 +305,6 @@ class CachedTeacher:
 Teacher = LiveTeacher | CachedTeacher
 
 
-def check_targets(k: int, temperature: float) -> None:
-    at_least(1, top_k=k)
-    if not 0 < temperature < float("inf"):
-        raise ShortGPTError(f"temperature = {temperature}: expected a number above 0, such as 1")
-
-
 def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
     targets = Targets.of(logits[:-1], k, temperature)
     if targets.logs.isnan().any():
@@ -305,7 +322,7 @@ class Distillation:
     kl_share: float = 1.0  # a, of the divergence in the loss, above 0; the rest is the text's
 
     def __post_init__(self) -> None:
-        check_share(self.kl_share)
+        check_above_0(1, kl_share=self.kl_share)
 
     def identity(self) -> dict[str, object]:
         return joined(self.teacher.identity(), {"kl_share": self.kl_share})
@@ -364,8 +381,3 @@ class Distillation:
 
     def _divergence(self, logits: Tensor, targets: Targets) -> Tensor:
         return divergence(logits, targets, temperature=self.teacher.temperature)
-
-
-def check_share(kl_share: float) -> None:
-    if not 0 < kl_share <= 1:
-        raise ShortGPTError(f"kl_share = {kl_share}: expected above 0 and at most 1")

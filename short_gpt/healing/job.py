@@ -13,13 +13,13 @@ from typing import Any
 
 from llama.files import tidy
 from short_gpt.evaluation.perplexity import Difference, Perplexity, combined, difference
-from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Step
+from short_gpt.healing.context import Heal, HealingContext, Learning, Step
 from short_gpt.healing.distillation import CONTENT, IDENTITY
-from short_gpt.healing.lora import TEACHER, DistillSettings, LoraSettings
-from short_gpt.healing.refit import PatchSettings, RefitSettings
-from short_gpt.healing.refit_state import STATE, is_name
-from short_gpt.healing.texts import Learning
-from short_gpt.healing.trainer import LAST, LOGS, RECIPE
+from short_gpt.healing.lora import TEACHER, prepare_distill, prepare_lora
+from short_gpt.healing.refit import prepare_patch, prepare_refit
+from short_gpt.healing.refit_state import STATE, is_name, plan_of
+from short_gpt.healing.settings import PatchSettings, Recipe, RefitSettings
+from short_gpt.healing.trainer import LAST, RECIPE
 from short_gpt.models.numbering import layer_numbers, span
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import (
@@ -32,23 +32,20 @@ from short_gpt.runtime.errors import (
 from short_gpt.runtime.state import Lock, hold
 from short_gpt.wrappers.scored_model import ScoredModel
 
-# All steps by the names that ``heal --method`` knows. A new closed form is a line here.
-KINDS: tuple[type[Step], ...] = (RefitSettings, PatchSettings, LoraSettings, DistillSettings)
-STEPS = {kind.name: kind for kind in KINDS}
-CLOSED = tuple(kind.name for kind in KINDS if not kind.trains)  # closed forms
-TRAINING = tuple(kind.name for kind in KINDS if kind.trains)
+# All ways to heal by the names that ``heal --heal_by`` knows. A new closed form is a line here.
+STEPS = {
+    "refit": Step(RefitSettings, prepare_refit),
+    "patch": Step(PatchSettings, prepare_patch),
+    "lora": Step(Recipe, prepare_lora, trains=True),
+    "distill": Step(Recipe, prepare_distill, trains=True),
+}
+CLOSED = tuple(name for name, step in STEPS.items() if not step.trains)  # closed forms
+TRAINING = tuple(name for name, step in STEPS.items() if step.trains)
 # of the Trainer, in a step's folder
 CHECKPOINT = re.compile(
     r"checkpoint-\d+(/((adapter_model|adapter_config|trainer_state|digests)\.(json|safetensors|bin)"
     r"|README\.md|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin))?"
 )
-
-
-def holds_a_run(short: ScoredModel, folder: Path | None) -> bool:
-    """Whether a folder held more than logs when all ranks had arrived here; all must call it."""
-    files = [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
-    own = any(LOGS not in path.relative_to(folder or path).parts for path in files)
-    return replicas.current(short.decoder.device).gather(own)[0]
 
 
 def keeps(name: str) -> bool:
@@ -58,14 +55,14 @@ def keeps(name: str) -> bool:
     return step in (*STEPS, TEACHER) and bool(own)
 
 
-def check_order(steps: Sequence[Step | type[Step]]) -> None:
-    """Raises ShortGPTError unless steps can follow each other."""
-    names = [step.name for step in steps]
+def check_order(names: Sequence[str]) -> None:
+    """Raises ShortGPTError unless these are steps that can follow each other."""
     chain = ",".join(names)
-    if not names or len(set(names)) != len(names):
-        raise ShortGPTError(f"expected different methods of healing, got {chain or 'none'}")
-    late = [step.name for step in steps[1:] if not step.trains]
-    if late:
+    if not names or len({*names}) != len(names) or not {*names} <= {*STEPS}:
+        raise ShortGPTError(
+            f"ways to heal = {chain or 'none'}: expected different ones of {', '.join(STEPS)}"
+        )
+    if late := [name for name in names[1:] if name in CLOSED]:
         raise ShortGPTError(
             f"{chain}: {late[0]} is fitted on the original model, so nothing may heal before it; "
             "put one closed form first, and training after it"
@@ -132,18 +129,21 @@ class HealingJob:
         short: the opened model, changed in place; training needs a `ShortHFModel` (``from_meta``).
         windows: to learn from, validate by and evaluate on.
         layers: to remove first, original numbers; training may also heal without removing any.
-        settings: one step or several: one closed form at most, before training.
-        work_dir: keeps what an interrupted healing continues from, until the model is saved; None
-            keeps nothing.
-        resume: whether to continue what is in ``work_dir``; if not, it must hold no earlier run.
+        steps: Settings of each step by its name in `STEPS`, in their order; None takes a step's
+            defaults. One closed form at most, before training. Default: the refit.
+        max_windows: Training windows, from the first, that the closed form reads; training begins
+            with others. Default: all.
+        teacher: Opens the model that distillation learns from. Default: the model with all layers.
+        work_dir: Folder of what an interrupted healing continues from, until the model is saved.
+            Default: none, and nothing is kept.
         progress: whether to show bars.
         notify: called with every perplexity when it is measured, in words.
 
     Example:
         >>> short = ShortHFModel("llama-2-7b-hf")  # doctest: +SKIP
-        >>> data = HealingTexts("pg19").windows(short.encode, 1024, validate=True)  # doctest: +SKIP
-        >>> steps = [PatchSettings(max_windows=64), DistillSettings()]  # doctest: +SKIP
-        >>> job = HealingJob(short, data, [21, 22, 25], settings=steps)  # doctest: +SKIP
+        >>> data = healing_windows("pg19", short.encode, 1024, validate=True)  # doctest: +SKIP
+        >>> steps = {"refit": None, "distill": Recipe(steps=400)}  # doctest: +SKIP
+        >>> job = HealingJob(short, data, [21, 22], steps=steps, max_windows=64)  # doctest: +SKIP
         >>> print(job.run().change)  # doctest: +SKIP
         >>> job.save("llama-2-6b", facts={"data": "PG-19"})  # doctest: +SKIP
     """
@@ -154,28 +154,30 @@ class HealingJob:
         windows: Learning,
         layers: Sequence[int] = (),
         *,
-        settings: Step | Sequence[Step] | None = None,
+        steps: Mapping[str, Any] | None = None,
+        max_windows: int | None = None,
+        teacher: Callable[[], ScoredModel] | None = None,
         work_dir: str | Path | None = None,
-        resume: bool = False,
         progress: bool = True,
         notify: Callable[[str], object] | None = None,
     ) -> None:
         self.short, self.windows, self.layers = short, windows, layer_numbers(layers)
-        chosen = RefitSettings() if settings is None else settings
-        self.steps: list[Step] = list(chosen) if isinstance(chosen, Sequence) else [chosen]
-        check_order(self.steps)
+        self.steps = {"refit": None} if steps is None else dict(steps)
+        self.max_windows, self.teacher = max_windows, teacher
+        check_order([*self.steps])
         self.work_dir = None if work_dir is None else Path(str(work_dir))
-        self.resume, self.progress, self.notify = resume, progress, notify
+        self.progress, self.notify = progress, notify
         self.evidence: HealingEvidence | None = None  # of `run`
         self._team = replicas.current(short.decoder.device)
         self._lock: Lock | None = None  # of the folder, from the start of `run` until it is removed
 
     def plan_text(self) -> str | None:
         """What a refit among the steps takes in memory and on disk, if there is one."""
-        for step in self.steps:
-            if isinstance(step, RefitSettings) and step.where == "all":
-                return step.plan(self.short, self.windows, self.work_dir).describe()
-        return None
+        if "refit" not in self.steps:
+            return None
+        every = [*self.windows.training[: self.max_windows], *self.windows.validation]
+        size = (self.steps["refit"] or RefitSettings()).batch_size
+        return plan_of(self.short, every, batch_size=size, folder=self.work_dir).describe()
 
     def run(self, undos: ExitStack | None = None) -> HealingEvidence:
         """Runs everything except saving; after any error the model is as it was, with all layers.
@@ -185,22 +187,16 @@ class HealingJob:
         Raises:
             ShortGPTError: another process heals in ``work_dir``; or as those of the steps.
             NotFiniteError: a weight, a state or a loss is NaN or infinite.
-            FileExistsError: ``work_dir`` holds an earlier run, and ``resume`` was not asked for.
         """
         self.short.check_weights()
         parts: dict[str, list[Perplexity]] = {}
         with self._folder() as folder:
-            kept = (folder, self.work_dir is not None)
-            shared = (self.short, self.windows, self.layers, *kept, self.progress)
-            first = self.steps[0]  # the only one that may be a closed form
-            most = first.max_windows if isinstance(first, ClosedForm) else 0
-            context = HealingContext(*shared, fitted=len(self.windows.training[:most]))
-            ready = [step.prepare(context) for step in self.steps]
+            ready = self._prepared(folder)
             if self.layers:
                 self._measure(f"original, {len(self.short.kept)} layers", parts)
             done = self._heal(ready, parts, undos)
         pruned, *healed = [*parts.values()][-len(done) - 1 :]
-        names, before = [step.name for step in self.steps], [pruned, *healed[:-1]]
+        names, before = [*self.steps], [pruned, *healed[:-1]]
         kinds = self.windows.kinds  # of the windows to evaluate on
         self.evidence = HealingEvidence(
             done,
@@ -218,11 +214,28 @@ class HealingJob:
         self.short.evidence["change"] = asdict(self.evidence.change)
         return self.evidence
 
+    def _prepared(self, folder: Path) -> list[Heal]:
+        """The steps, which read the model with all its layers; the first may be a closed form."""
+        closed = [name for name in self.steps if not STEPS[name].trains]
+        if closed and not self.layers:
+            raise ShortGPTError(f"{closed[0]} reads the original model: name the layers to remove")
+        context = HealingContext(
+            self.short,
+            self.windows,
+            self.layers,
+            folder,
+            lasting=self.work_dir is not None,
+            calibration=self.windows.training[: self.max_windows] if closed else (),
+            teacher=self.teacher,
+            progress=self.progress,
+        )
+        return [STEPS[name].prepare(context, own) for name, own in self.steps.items()]
+
     def _heal(
         self, ready: Sequence[Heal], parts: dict[str, list[Perplexity]], later: ExitStack | None
     ) -> list[dict[str, object]]:
         """Removes layers, heals and measures; returns how. All is undone after an error."""
-        names, count = [step.name for step in self.steps], len(self.short.kept)
+        names, count = [*self.steps], len(self.short.kept)
         done: list[dict[str, object]] = []
         # a trial: whatever happens in it, all layers are back after it
         with self.short.without_layers(self.layers), ExitStack() as undos:
@@ -290,7 +303,7 @@ class HealingJob:
 
     def _clear(self, folder: Path) -> None:
         """Removes what the steps keep; logs and files of others stay, and the folders of these."""
-        for own in (folder / TEACHER, *(folder / step.name for step in self.steps)):
+        for own in (folder / TEACHER, *(folder / name for name in self.steps)):
             for work in own.glob(".*.writing-*"):  # of a kill
                 tidy(own / work.name[1:].rpartition(".writing-")[0])
             # in this order nothing that a kill here leaves blocks a later run: a state before
@@ -311,23 +324,16 @@ class HealingJob:
     def _folder(self) -> Iterator[Path]:
         """The folder that steps continue from; a temporary one where nothing is kept."""
         if self.work_dir is None:
-            if self.resume:
-                raise ShortGPTError("to resume, name the work_dir that holds what was done")
             with tempfile.TemporaryDirectory() as name:
                 yield Path(self._team.gather(name)[0])
             return
         folder = self.work_dir
         self._lock = hold(folder)
         try:
-            any_there = holds_a_run(self.short, folder)
-            if any_there and not self.resume:
-                raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
-            if self.resume and not any_there:
-                raise ShortGPTError(f"{folder} holds nothing to resume; start without resume")
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
         except BaseException as error:
-            again = any(step.trains for step in self.steps) or self._team.rank > 0
+            again = any(STEPS[name].trains for name in self.steps) or self._team.rank > 0
             if isinstance(error, NotFiniteError) and not again:
                 self._clear(folder)  # the same call would fail again
             self._lock = None  # else it is needed until the model is saved

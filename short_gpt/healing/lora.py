@@ -14,23 +14,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from llama.ranks import is_distributed
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.data.windows import TokenIds
-from short_gpt.healing.closed_form import Heal, HealingContext
-from short_gpt.healing.distillation import (
-    TOP_K,
-    CachedTeacher,
-    Distillation,
-    LiveTeacher,
-    Teacher,
-)
-from short_gpt.healing.recipe import ALL, OUTPUTS, Recipe, recipe_for
-from short_gpt.healing.trainer import TrainingRun, begun, quiet, train
+from short_gpt.healing.context import Heal, HealingContext
+from short_gpt.healing.distillation import CachedTeacher, Distillation, LiveTeacher, Teacher
+from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
+from short_gpt.healing.trainer import TrainingRun, begun, of_lora, quiet, train
 from short_gpt.models.decoder import WeightChange, mixed_precision, parameters_of, restored_on_error
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
@@ -61,10 +55,11 @@ class LoraResult:
     distillation: dict[str, object] | None = None  # its settings; None where text was learned
 
     def to_dict(self) -> dict[str, object]:
+        content = {**asdict(self), "recipe": of_lora(self.recipe)}
         if self.distillation is not None:
-            return {"method": "distillation", **asdict(self)}
-        own = ("divergence", "distillation")
-        return {"method": "LoRA", **{k: v for k, v in asdict(self).items() if k not in own}}
+            return {"method": "distillation", **content}
+        del content["divergence"], content["distillation"]
+        return {"method": "LoRA", **content}
 
 
 Merged = tuple[LoraResult, Callable[[], None]]  # and what undoes it
@@ -231,7 +226,7 @@ def seconds_a_step(short: ScoredModel, window: TokenIds, recipe: Recipe) -> floa
                     loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
                 loss.backward()
                 wait(model)
-            return recipe.batch * (time.perf_counter() - started)
+            return recipe.batch_size * (time.perf_counter() - started)
         finally:
             adapted.unload()
             _clean(model, recipe)
@@ -270,8 +265,8 @@ def _check(run: TrainingRun, evaluation: Sequence[TokenIds]) -> None:
         require_four_bit()
 
 
-def check_trainable(model: torch.nn.Module) -> None:
-    """Raises ShortGPTError for weights that cannot be trained as they are."""
+def check_trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """The model; ShortGPTError for weights that cannot be trained as they are."""
     parameters = [*model.parameters()]
     small = not all(p.is_floating_point() for p in parameters)
     if small or getattr(model, "is_quantized", False):
@@ -286,6 +281,7 @@ def check_trainable(model: torch.nn.Module) -> None:
             "`dtype` float32 or bfloat16"
         )
     _check_card(device)
+    return model
 
 
 def _check_card(device: torch.device) -> None:
@@ -299,10 +295,10 @@ def _check_card(device: torch.device) -> None:
 
 def _check_processes(count: int, recipe: Recipe) -> None:
     replicas.require_whole_model("training")
-    if recipe.batch % (at_once := recipe.micro_batch * count):
+    if recipe.batch_size % (at_once := recipe.micro_batch * count):
         raise ShortGPTError(
-            f"`batch` {recipe.batch} is not a multiple of {at_once}, the windows that {count} "
-            "processes read at once: give another batch, or start fewer"
+            f"batch_size = {recipe.batch_size}: expected a multiple of {at_once}, the windows that "
+            f"{count} processes read at once"
         )
 
 
@@ -409,73 +405,56 @@ def require_four_bit() -> None:
         raise ShortGPTError("training in 4 bits needs CUDA, which torch does not find here")
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """Settings of LoRA on text; without a ``recipe``, the paper's for the model."""
-
-    recipe: Recipe | None = None
-    name: ClassVar[str] = "lora"
-    trains: ClassVar[bool] = True
-
-    def prepare(self, context: HealingContext) -> Heal:
-        check_trainable(context.short.trainable())
-        return lambda: self._train(context, None)
-
-    def _recipe(self, context: HealingContext) -> Recipe:
-        return self.recipe or recipe_for(context.short.trainable().config)
-
-    def _training(self, context: HealingContext) -> Sequence[TokenIds]:
-        recipe = self._recipe(context)
-        return context.fresh_first()[: recipe.steps * recipe.batch]
-
-    def _train(
-        self, context: HealingContext, distillation: Distillation | None
-    ) -> tuple[dict[str, object], Callable[[], object]]:
-        folder = context.folder / self.name
-        read = (self._training(context), context.windows.validation, self._recipe(context))
-        run = TrainingRun(*read, folder, begun(folder), context.progress, distillation)
-        healed, undo = heal_run(context.short, run, context.windows.evaluation)
-        return healed.to_dict(), undo
+def prepare_lora(context: HealingContext, recipe: Recipe | None) -> Heal:
+    """LoRA on text, as a step; without a recipe, by the paper's for the model."""
+    config = check_trainable(context.short.trainable()).config
+    recipe = recipe or recipe_for(config)
+    return lambda: _train_step("lora", context, recipe, None)
 
 
-@dataclass(frozen=True)
-class DistillSettings(LoraSettings):
-    """Settings of LoRA on what the original model predicts."""
+def prepare_distill(context: HealingContext, recipe: Recipe | None) -> Heal:
+    """LoRA on what the original model predicts, as a step."""
+    config = check_trainable(context.short.trainable()).config
+    recipe = recipe or recipe_for(config)
+    distillation = Distillation(_teacher(context, recipe), recipe.kl_share)
+    return lambda: _train_step("distill", context, recipe, distillation)
 
-    teacher: Callable[[], ScoredModel] | None = None  # opens it; None: the model with all layers
-    live: bool = False  # ask that other model in every step, and keep nothing on disk
-    top_k: int = TOP_K  # tokens kept of each prediction
-    temperature: float = 1.0  # by which both models' logits are divided
-    kl_share: float = 1.0  # of the divergence in the loss; the rest is the text's own
-    name: ClassVar[str] = "distill"
 
-    def prepare(self, context: HealingContext) -> Heal:
-        check_trainable(context.short.trainable())
-        distillation = Distillation(self._teacher(context), self.kl_share)
-        return lambda: self._train(context, distillation)
+def _training(context: HealingContext, recipe: Recipe) -> Sequence[TokenIds]:
+    return context.fresh_first()[: recipe.steps * recipe.batch_size]
 
-    def _teacher(self, context: HealingContext) -> Teacher:
-        if self.teacher is None and not context.layers:
-            raise ShortGPTError(
-                "distillation learns from the model with all its layers: name the layers to "
-                "remove, or a teacher that still has them"
-            )
-        if self.teacher is None and self.live:
-            raise ShortGPTError(
-                "a live teacher is asked while the model is trained: open it a second time, or "
-                "leave live out, which keeps its predictions on disk"
-            )
-        model = context.short if self.teacher is None else self.teacher()
-        ours, theirs = context.short.decoder.vocab_size, model.decoder.vocab_size
-        if ours != theirs:
-            raise ShortGPTError(
-                f"the teacher knows {theirs} tokens, the model {ours}: give the model that it was "
-                "pruned from"
-            )
-        k, temperature, folder = self.top_k, self.temperature, context.folder / TEACHER
-        if self.live:
-            return LiveTeacher(model, k=k, temperature=temperature)
-        windows = [*self._training(context), *context.windows.validation]
-        cache = CachedTeacher(folder, model, windows, k=k, temperature=temperature)
-        cache.fill(batch_size=self._recipe(context).micro_batch, progress=context.progress)
-        return cache
+
+def _train_step(
+    name: str, context: HealingContext, recipe: Recipe, distillation: Distillation | None
+) -> tuple[dict[str, object], Callable[[], object]]:
+    folder = None if context.folder is None else context.folder / name
+    read = (_training(context, recipe), context.windows.validation, recipe)
+    resume = folder is not None and begun(folder)
+    run = TrainingRun(*read, folder, resume, context.progress, distillation)
+    healed, undo = heal_run(context.short, run, context.windows.evaluation)
+    return healed.to_dict(), undo
+
+
+def _teacher(context: HealingContext, recipe: Recipe) -> Teacher:
+    if context.teacher is None and not context.layers:
+        raise ShortGPTError(
+            "distillation learns from the model with all its layers: name the layers to "
+            "remove, or a teacher that still has them"
+        )
+    if context.teacher is None and recipe.live_teacher:
+        raise ShortGPTError("a live teacher is a second model: open it as the teacher")
+    model = context.short if context.teacher is None else context.teacher()
+    ours, theirs = context.short.decoder.vocab_size, model.decoder.vocab_size
+    if ours != theirs:
+        raise ShortGPTError(
+            f"the teacher knows {theirs} tokens, the model {ours}: give the model that it was "
+            "pruned from"
+        )
+    k, temperature = recipe.top_k, recipe.temperature
+    if recipe.live_teacher:
+        return LiveTeacher(model, k=k, temperature=temperature)
+    windows = [*_training(context, recipe), *context.windows.validation]
+    assert context.folder is not None
+    cache = CachedTeacher(context.folder / TEACHER, model, windows, k=k, temperature=temperature)
+    cache.fill(batch_size=recipe.micro_batch, progress=context.progress)
+    return cache

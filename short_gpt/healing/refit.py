@@ -28,99 +28,27 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from short_gpt.healing.closed_form import ClosedForm, Heal, HealingContext, Windows
+from short_gpt.healing.context import Heal, HealingContext, Windows
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
-from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitPlan, RefitState, plan_of
-from short_gpt.healing.solver import PARTS, RIDGES, Fit, Unsolved
-from short_gpt.healing.texts import Learning
+from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitState, plan_of
+from short_gpt.healing.settings import PatchSettings, RefitSettings
+from short_gpt.healing.solver import Fit, Unsolved
 from short_gpt.models.decoder import Parameter, pad
 from short_gpt.models.numbering import check_layers, layer_numbers, span
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import full_float32
 from short_gpt.runtime.digest import windows_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, at_least
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
 HELD_EVERY = 8  # every eighth window is held out
-WEIGHTS, WHERE = ("inverse", "equal"), ("all", "gaps")
-
-
-@dataclass(frozen=True)
-class RefitSettings(ClosedForm):
-    """Settings of the refit."""
-
-    parts: tuple[str, ...] = PARTS  # sublayers to solve
-    # relative to the weighted inputs' mean square; of several, each matrix takes the one of least
-    # error on held-out windows. None is 2 F / N, twice the inputs divided by the tokens
-    ridges: Sequence[float] | None = None
-    weights: str = WEIGHTS[0]  # w of a token: "inverse" is 1 / ||T||^2, "equal" all alike
-    # a factor of every solved change, above 0 and at most 1. C is best for the inputs of the pruned
-    # model; the layers that follow were trained on others, and half of it has the lower loss
-    step_size: float = 0.5
-    # "all": every kept layer from the first gap on; "gaps": the last projection of the layers
-    # before gaps alone, on the original model's hidden states
-    where: str = WHERE[0]
-    batch_size: int = 1  # windows of one length read at once
-    max_windows: int | None = None  # of the training windows, from the first; None reads all
-    # where T is more than so many times as long as h + W m, the present state, "inverse" is
-    # 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; at least 1, None is for nowhere
-    lost: float | None = 2.0
-    name: ClassVar[str] = "refit"
-    options: ClassVar[tuple[str, ...]] = ("ridge", "parts", "aim")
-
-    def __post_init__(self) -> None:
-        at_least(1, batch_size=self.batch_size)
-        parts, ridges = self.parts, self.ridges
-        at_least(1, optional=True, max_windows=self.max_windows)
-        if not parts or isinstance(parts, str) or not set(parts) <= set(PARTS):
-            raise ShortGPTError(f"parts = {parts!r}: expected some of {', '.join(PARTS)}")
-        if ridges is not None and not (
-            ridges and all(0 < ridge < float("inf") for ridge in ridges)
-        ):
-            raise ShortGPTError(
-                f"ridges = {ridges!r}: expected numbers above 0, such as {RIDGES[0]}"
-            )
-        for name, known in (("weights", WEIGHTS), ("where", WHERE)):
-            if (got := getattr(self, name)) not in known:
-                raise ShortGPTError(f"{name} = {got!r}: expected one of {', '.join(known)}")
-        if self.lost is not None and not 1 <= self.lost < float("inf"):
-            raise ShortGPTError(f"lost = {self.lost}: expected 1 or more, or None")
-        if not 0 < self.step_size <= 1:
-            raise ShortGPTError(f"step_size = {self.step_size}: expected above 0 and at most 1")
-
-    def plan(self, short: ScoredModel, windows: Learning, folder: Path | None) -> RefitPlan:
-        every = [*windows.training[: self.max_windows], *windows.validation]
-        return plan_of(short, every, batch_size=self.batch_size, folder=folder)
-
-    def fit(self, context: HealingContext) -> Heal:
-        refit = fit(
-            context.short,
-            context.layers,
-            context.windows.training,
-            held=context.windows.validation or None,
-            settings=self,
-            work_dir=context.folder / self.name if context.lasting else None,
-            progress=context.progress,
-        )
-        return lambda: (refit.to_dict(), fold(context.short, refit))
-
-
-@dataclass(frozen=True)
-class PatchSettings(RefitSettings):
-    """Settings of the patch: those of the refit, of the layers before gaps alone."""
-
-    ridges: Sequence[float] = RIDGES
-    step_size: float = 1.0
-    where: str = WHERE[1]
-    name: ClassVar[str] = "patch"
-    options: ClassVar[tuple[str, ...]] = ("ridge",)
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,7 +79,7 @@ class Refit:
             "parts": list(self.settings.parts),
             "weights": self.settings.weights,
             "lost": self.settings.lost if self.settings.weights == "inverse" else None,
-            "aim": self.settings.step_size,
+            "step_size": self.settings.step_size,
             "fits": [asdict(fit) for fit in self.fits],
             **({"unsolved": groups} if (groups := self._unsolved_groups()) else {}),
             "windows": self.windows,
@@ -197,7 +125,7 @@ def heal_patch(
     Example:
         >>> patch = heal_patch(short, [21, 22, 25], windows)  # doctest: +SKIP
     """
-    settings = PatchSettings() if ridge is None else PatchSettings(ridges=(ridge,))
+    settings = PatchSettings() if ridge is None else PatchSettings(ridge=ridge)
     return heal(short, layers, windows, settings=settings, **options)
 
 
@@ -242,7 +170,6 @@ def fit(
     settings, layers = replace(settings or RefitSettings(), **changes), layer_numbers(layers)
     team = replicas.current(short.decoder.device)
     _check(short, layers, settings)
-    windows = list(windows)[: settings.max_windows]
     windows, held = split_held_out(windows) if held is None else (windows, held)
     if not windows or not held:
         raise ShortGPTError("expected at least two windows of calibration tokens")
@@ -370,13 +297,32 @@ def _identity(
 ) -> dict[str, object]:
     """All that a refit depends on, by the names that an error shows."""
     # by names that differ from those in a model's identity
-    names = {"weights": "weights of tokens", "step_size": "aim"}
-    own = {names.get(name, name): value for name, value in vars(settings).items()}
-    del own["max_windows"]  # the windows themselves are in it
+    own = {**vars(settings), "weights of tokens": settings.weights}
+    del own["weights"]
     read = {"windows": windows, "held-out windows": held}
     digests = {name: windows_digest(part) for name, part in read.items()}
     changes = {"kept": list(short.kept), "layers": list(layers)}
     return joined(short.identity(), changes, own, digests)
+
+
+def prepare_refit(context: HealingContext, settings: RefitSettings | None) -> Heal:
+    """The refit as a step; one that streams, which takes hours, continues from its folder."""
+    name = "patch" if settings is not None and settings.where == "gaps" else "refit"
+    lasting = context.folder if context.lasting and context.short.streamed else None
+    refit = fit(
+        context.short,
+        context.layers,
+        context.calibration,
+        held=context.windows.validation or None,
+        settings=settings,
+        work_dir=None if lasting is None else lasting / name,
+        progress=context.progress,
+    )
+    return lambda: (refit.to_dict(), fold(context.short, refit))
+
+
+def prepare_patch(context: HealingContext, settings: RefitSettings | None) -> Heal:
+    return prepare_refit(context, settings or PatchSettings())
 
 
 @torch.no_grad()
@@ -404,7 +350,7 @@ def split_held_out(windows: Windows) -> tuple[Windows, Windows]:
 
 
 def _check(short: ScoredModel, layers: Sequence[int], settings: RefitSettings) -> None:
-    replicas.require_whole_model(f"the {settings.name}")
+    replicas.require_whole_model("a refit")
     short.check_whole()
     check_layers(layers, short.kept)
     removed = {short.kept.index(layer) for layer in layers}

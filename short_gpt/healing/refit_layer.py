@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, HiddenStates, RefitState
+from short_gpt.healing.settings import PARTS
 from short_gpt.healing.solver import (
-    PARTS,
     Fit,
     SublayerSolver,
     Tokens,

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from llama.files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
 from short_gpt.healing.choosing import TRIAL_WINDOWS, HealedChoice, choose_healed
-from short_gpt.healing.closed_form import Heal, HealingContext, Windows
+from short_gpt.healing.context import Heal, HealingContext, Learning, Windows
 from short_gpt.healing.job import CLOSED, STEPS
-from short_gpt.healing.texts import Learning
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState
@@ -120,10 +117,14 @@ class LayerSets:
         with ExitStack() as undos:
             heal: Heal | None = None
             if heal_by != RAW:  # fitted on the original model
-                windows = Learning(self.calibration, [], self.evaluation)
-                folder = Path(undos.enter_context(TemporaryDirectory()))
-                shared = (self.short, windows, layers, folder)
-                heal = STEPS[heal_by]().prepare(HealingContext(*shared, progress=self._progress))
+                context = HealingContext(
+                    self.short,
+                    Learning(self.calibration, [], self.evaluation),
+                    layers,
+                    calibration=self.calibration,
+                    progress=self._progress,
+                )
+                heal = STEPS[heal_by].prepare(context, None)
             undos.enter_context(self.short.without_layers(layers))
             if heal is not None:
                 _, undo = heal()

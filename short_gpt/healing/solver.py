@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from short_gpt.healing.settings import RIDGES
 from short_gpt.models.decoder import keep_values, restored_on_error
 from short_gpt.models.layer_calls import transposed
 from short_gpt.models.sublayers import OutputProjection, effective_weight
 from short_gpt.runtime.replicas import Replicas
 
-PARTS = ("attention", "mlp")
-RIDGES = (1e-2, 1e-1, 1.0)
 TINY = torch.finfo(torch.float32).tiny
 LONGEST = 1000.0  # times as long as the state: a target beyond that weighs no more
 ROWS = 256  # of X^T W X that are added together

@@ -20,9 +20,8 @@ from llama.files import follow_umask
 from llama.ranks import environment
 from short_gpt.data.windows import TokenIds, batches
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.healing.distillation import Distillation
-from short_gpt.healing.recipe import Recipe
-from short_gpt.healing.texts import collate, examples
+from short_gpt.healing.distillation import Distillation, collate, examples
+from short_gpt.healing.settings import Recipe
 from short_gpt.models.config_file import config_digest, config_entries
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime import replicas
@@ -52,6 +51,12 @@ PRECISION = "ACCELERATE_MIXED_PRECISION"
 DIGESTS = "digests.json"  # of a checkpoint's files, written after them
 
 
+def of_lora(recipe: Recipe) -> dict[str, Any]:
+    """The settings without those of distillation, which its teacher knows."""
+    others = ("top_k", "temperature", "kl_share", "live_teacher")
+    return {name: value for name, value in asdict(recipe).items() if name not in others}
+
+
 class TrainingRun(NamedTuple):
     """What one run of training reads, writes and learns."""
 
@@ -75,7 +80,7 @@ class TrainingRun(NamedTuple):
         }
         taught = dict.fromkeys(("teacher", "top_k", "temperature", "cached", "kl_share"))
         taught |= {} if self.distillation is None else self.distillation.identity()
-        recipe = asdict(self.recipe) | {"warmup": self.recipe.warmup_steps}
+        recipe = of_lora(self.recipe) | {"warmup": self.recipe.warmup_steps}
         del recipe["report_to"]
         precision = {"precision": "mixed"} if self.mixed else {}
         plain = taught["kl_share"] in (None, 1) and taught["temperature"] in (None, 1)
@@ -204,6 +209,7 @@ def _arguments(
     from transformers import TrainingArguments
 
     recipe, weight = run.recipe, next(adapted.parameters())
+    at_once = recipe.micro_batch * replicas.current().count
     on_card, dtype = weight.device.type == "cuda", run.dtype or weight.dtype
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -212,7 +218,7 @@ def _arguments(
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup_steps,
         per_device_train_batch_size=recipe.micro_batch,
-        gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * replicas.current().count),
+        gradient_accumulation_steps=recipe.batch_size // at_once,
         eval_strategy="steps",
         eval_steps=min(recipe.eval_every, recipe.steps),
         save_strategy="steps",

@@ -13,10 +13,9 @@ from short_gpt.data import demo
 from short_gpt.data.windows import Text
 from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
-from short_gpt.healing import HealedChoice, PatchSettings
+from short_gpt.healing import HealedChoice, PatchSettings, RefitSettings
 from short_gpt.healing.choosing import REFIT_PASSES, TRIAL_WINDOWS
-from short_gpt.healing.closed_form import Windows
-from short_gpt.healing.refit import RefitSettings
+from short_gpt.healing.context import Windows
 from short_gpt.healing.sets import RAW, LayerSets
 from short_gpt.jobs.cases import METHODS, SEEDS, Cases, Row, Shares
 from short_gpt.jobs.costs import end_dry_run, size_without, tokens_per_second
@@ -147,7 +146,7 @@ def _rows(sets: LayerSets, cases: Cases, *, progress: bool) -> list[Row]:
         for healing in cases.healings:
             for (method, seed, _), layers in zip(every, chosen, strict=True):
                 shown.update()
-                if healing != PatchSettings.name or 0 not in layers:  # it needs a layer before it
+                if healing != "patch" or 0 not in layers:  # it needs a layer before it
                     rows.append(_row(sets, method, seed, layers, healing))
     return rows
 

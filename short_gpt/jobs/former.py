@@ -26,7 +26,7 @@ from short_gpt.runtime.settings import READ, Settings, setting
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from short_gpt.healing.texts import Learning
+    from short_gpt.healing.context import Learning
     from short_gpt.wrappers.options import OpenOptions
     from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -176,11 +176,6 @@ class HealingWindows(Settings):
         "most, and the training begins with others.",
     )
     eval_windows: int = setting(32, "Windows to evaluate on.")
-    drop_overlap: bool | None = setting(
-        None,
-        "Leave out windows that share text with those to evaluate on, instead of refusing them; "
-        "on if no eval_data is given.",
-    )
     seed: int = setting(0, "Of the choice of texts and windows, and of training.")
     bos: str | None = setting(None, "Which windows begin with BOS; see rank.")
 
@@ -203,22 +198,26 @@ class HealingWindows(Settings):
         validate: bool,
         beside: str | Path,
     ) -> Learning:
-        """The windows of ``size``, ``limit`` of them to learn from, as `HealingTexts.windows`.
+        """The windows of ``size``, ``limit`` of them to learn from, as `healing_windows`.
 
         Text that the model writes is kept ``beside`` a file.
         """
-        from short_gpt.healing.texts import HealingTexts
+        from short_gpt.healing.context import healing_windows
         from short_gpt.wrappers.own_text import own_text_writer
 
         write = own_text_writer(short, size, seed=self.seed, beside=beside)
-        place = (texts.split, texts.column, texts.max_texts, self.seed)
-        return HealingTexts(texts.data, self.eval_data, *place).windows(
+        return healing_windows(
+            texts.data,
             short.encode,
             size,
+            eval_data=self.eval_data,
+            split=texts.split,
+            column=texts.column,
+            max_texts=texts.max_texts,
+            seed=self.seed,
             bos=self.bos or short.bos,
             limit=self.max_windows or limit,
             eval_windows=self.eval_windows,
-            drop_overlap=self.drop_overlap,
             validate=validate,
             write=write,
         )

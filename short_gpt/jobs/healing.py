@@ -21,18 +21,10 @@ from short_gpt.evaluation.perplexity import (
     difference,
     window_perplexities,
 )
-from short_gpt.healing import (
-    HealingEvidence,
-    HealingJob,
-    Learning,
-    LoraSettings,
-    PatchSettings,
-    Step,
-)
+from short_gpt.healing import HealingEvidence, HealingJob, Learning
 from short_gpt.healing.distillation import IDENTITY
-from short_gpt.healing.job import CLOSED, STEPS, TRAINING, holds_a_run
+from short_gpt.healing.job import CLOSED, TRAINING
 from short_gpt.healing.refit_state import STATE
-from short_gpt.healing.solver import RIDGES
 from short_gpt.healing.trainer import RECIPE
 from short_gpt.jobs.costs import end_dry_run
 from short_gpt.jobs.inputs import SIZE, Notify, Windows, check_model, ignore
@@ -134,7 +126,7 @@ def _heal(
     dry_run: bool,
 ) -> HealingResult:
     trains, folder = methods[-1] in TRAINING, None
-    if trains or "refit" in methods:  # these continue from files beside the new directory
+    if trains or opening.stream:  # hours, which continue from files beside the new directory
         folder = Path(f"{out}.{'training' if trains else 'refit'}")
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
@@ -156,26 +148,20 @@ def _heal(
     if dry_run:
         work = f"remove layers {removal.layers} of {model}, heal by {','.join(methods)} on "
         count = windows.max_windows or CLOSED_WINDOWS if windows.own else len(read().training)
-        count = recipe.steps * recipe.batch if recipe else count
+        count = recipe.steps * recipe.batch_size if recipe else count
         work += f"{count:,} windows of {windows.name}, and write {out}; each is read twice or more"
         end_dry_run(short, work, size, count)
     parts = read()
     few = CLOSED_WINDOWS if trains or windows.max_windows is None else None
-    ridges = RIDGES if healing.ridge is None else (healing.ridge,)
-    known: dict[str, Step] = {
-        "refit": healing.refit(max_windows=few),
-        "patch": PatchSettings(ridges=ridges, max_windows=few),
-        "lora": LoraSettings(recipe),
-        "distill": healing.distill(recipe, _teacher(model, healing, opening, size)),
-    }
-    steps = [known.get(name) or STEPS[name]() for name in methods]
+    steps = {name: healing.closed(name) if name in CLOSED else recipe for name in methods}
     job = HealingJob(
         short,
         parts,
         removal.layers,
-        settings=steps,
+        steps=steps,
+        max_windows=few,
+        teacher=_teacher(model, healing, opening, size),
         work_dir=folder,
-        resume=holds_a_run(short, folder),
         notify=notify,
     )
     if plan := job.plan_text():
@@ -186,7 +172,7 @@ def _heal(
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_name, "size": size}
     facts = {**removal.record.facts, "data": windows.name}
     job.save(out, facts=facts, overwrite=overwrite, release=isinstance(short, ShortHFModel))
-    del short, job, known, steps, lock  # makes room for the model that is read again
+    del short, job, steps, lock  # makes room for the model that is read again
     if not is_first_rank():
         return done
     if is_gguf(out):

@@ -26,7 +26,7 @@ from short_gpt.runtime.settings import READ, Settings, setting
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.tasks import TaskRun, TaskSuite
-    from short_gpt.healing.texts import Learning
+    from short_gpt.healing.context import Learning
     from short_gpt.wrappers.scored_model import ScoredModel
     from short_gpt.wrappers.short_model import ShortModel
 
@@ -177,23 +177,25 @@ class Windows(Settings):
         validate: bool,
         beside: str | Path,
     ) -> Learning:
-        """Windows to learn from, ``limit`` of them, and others to evaluate on, as `HealingTexts`.
+        """Windows to learn from, ``limit`` of them, and others, as `healing_windows`.
 
         Text that the model writes is kept ``beside`` a file. To ``validate``, some are held out for
         the choice of a training step.
         """
-        from short_gpt.healing.texts import HealingTexts
+        from short_gpt.healing.context import healing_windows
         from short_gpt.wrappers.own_text import own_text_writer
 
         seed = self.seed or 0
-        texts = HealingTexts(self.name, self.eval_name, "validation", self.column, None, seed)
-        return texts.windows(
+        return healing_windows(
+            self.name,
             short.encode,
             size,
+            eval_data=self.eval_name,
+            column=self.column,
+            seed=seed,
             bos=short.bos,
             limit=self.max_windows or limit,
             eval_windows=self.eval_windows,
-            drop_overlap=True,
             validate=validate,
             write=own_text_writer(short, size, seed=seed, beside=beside),
         )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from short_gpt.jobs.inputs import layer_list, listed
@@ -13,8 +12,7 @@ from short_gpt.runtime.settings import CHOOSE, Settings, setting
 
 if TYPE_CHECKING:
     from short_gpt.checkpoints.scores import ChosenLayers
-    from short_gpt.healing import DistillSettings, Recipe
-    from short_gpt.healing.refit import RefitSettings
+    from short_gpt.healing.settings import Recipe
     from short_gpt.scoring.stopping import Stop
     from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -144,8 +142,9 @@ class Choice(Settings):
 
 
 # the settings of a recipe, and all of distillation alone
-RECIPE = ["rank", "alpha", "learning_rate", "steps", "warmup", "batch", "micro_batch"]
+RECIPE = ["rank", "alpha", "learning_rate", "steps", "warmup", "batch_size", "micro_batch"]
 RECIPE += ["eval_every", "patience", "four_bit", "gradient_checkpointing", "report_to"]
+RECIPE += ["live_teacher", "top_k", "temperature", "kl_share"]
 FITTED = ("ridge", "step_size")  # of closed forms
 DISTILLING = ("teacher", "live_teacher", "top_k", "temperature", "kl_share")
 
@@ -185,7 +184,7 @@ class Healing(Settings):
     warmup: int | None = setting(
         None, "Steps until the peak; if not given, a tenth of all steps, at most 100 (paper)."
     )
-    batch: int | None = setting(None, "Windows a step.")
+    batch_size: int | None = setting(None, "Windows a step.")
     micro_batch: int | None = setting(None, "Windows read at once.")
     eval_every: int | None = setting(None, "Steps between evaluations and checkpoints.")
     patience: int | None = setting(None, "Stop after this many evaluations without a better one.")
@@ -229,25 +228,21 @@ class Healing(Settings):
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
         from short_gpt.healing import lora
-        from short_gpt.healing.closed_form import ClosedForm
-        from short_gpt.healing.distillation import check_share, check_targets
-        from short_gpt.healing.job import KINDS, TRAINING
-        from short_gpt.healing.recipe import PRESETS, Recipe
+        from short_gpt.healing.job import CLOSED, STEPS, TRAINING
+        from short_gpt.healing.settings import PRESETS, Recipe
 
-        closed = [kind for kind in KINDS if issubclass(kind, ClosedForm)]
+        closed = {name: {one.name for one in fields(STEPS[name].settings)} for name in CLOSED}
         for names, users in (
-            ((*RECIPE, "preset"), TRAINING),
             (DISTILLING, ("distill",)),
-            *(((name,), [kind.name for kind in closed if name in kind.options]) for name in FITTED),
+            ((*RECIPE, "preset"), TRAINING),
+            *(((name,), [kind for kind in closed if name in closed[kind]]) for name in FITTED),
         ):
             if (changed := self._changed(names)) and not {*users} & {*methods}:
                 raise ShortGPTError(
                     f"`{next(iter(changed))}` is for `heal_by` {' or '.join(users)}"
                 )
-        if self.ridge is not None and not 0 < self.ridge < math.inf:  # by the name of the flag
-            raise ShortGPTError(f"ridge = {self.ridge}: expected above 0, such as 0.1")
-        if "refit" in methods:
-            self.refit()
+        for name in closed.keys() & {*methods}:
+            self.closed(name)
         if self.preset not in PRESETS:
             raise ShortGPTError(f"`preset` {self.preset}: expected one of {', '.join(PRESETS)}")
         if not {*TRAINING} & {*methods}:
@@ -257,39 +252,24 @@ class Healing(Settings):
         lora.check_reports(self.report_to)
         if self.four_bit:
             lora.require_four_bit()
-        if "distill" in methods:
-            step = self.distill(None, None)
-            check_targets(step.top_k, step.temperature)
-            check_share(step.kl_share)
 
-    def refit(self, max_windows: int | None = None) -> RefitSettings:
-        """The refit's settings; ShortGPTError for one out of range."""
-        from short_gpt.healing.refit import RefitSettings
+    def closed(self, name: str) -> object:
+        """The settings of a closed form; ShortGPTError for one out of range."""
+        from short_gpt.healing.job import STEPS
 
-        ridges = None if self.ridge is None else (self.ridge,)
-        step_size = RefitSettings.step_size if self.step_size is None else self.step_size
-        if not 0 < step_size <= 1:  # by the name of the flag
-            raise ShortGPTError(f"step_size = {step_size}: expected above 0 and at most 1")
-        return RefitSettings(ridges=ridges, step_size=step_size, max_windows=max_windows)
+        changes = {n: value for n in FITTED if (value := getattr(self, n)) is not None}
+        return STEPS[name].settings(**changes)
 
     def recipe(self, short: ScoredModel, seed: int, *, few_bits: bool = False) -> Recipe:
         """The recipe for a model of transformers, with the changes.
 
         ``few_bits``: what it changes is rounded again, and so preset small changes little.
         """
-        from short_gpt.healing.recipe import OUTPUTS, recipe_for
+        from short_gpt.healing.settings import OUTPUTS, recipe_for
 
         own = {"modules": OUTPUTS} if few_bits and self.preset == "small" else {}
         changes = {**own, **self.changes, "seed": seed}
         return recipe_for(short.trainable().config, self.preset, **changes)
-
-    def distill(
-        self, recipe: Recipe | None, teacher: Callable[[], ScoredModel] | None
-    ) -> DistillSettings:
-        from short_gpt.healing import DistillSettings
-
-        changed = self._changed(("top_k", "temperature", "kl_share"))
-        return DistillSettings(recipe, teacher=teacher, live=self.live_teacher, **changed)
 
 
 def methods_of(text: str) -> list[str]:
@@ -303,5 +283,5 @@ def methods_of(text: str) -> list[str]:
                 f"`heal_by` {text}: expected one of {', '.join(STEPS)}, or several by commas, got "
                 f"{name!r}"
             )
-    check_order([STEPS[name] for name in methods])
+    check_order(methods)
     return methods

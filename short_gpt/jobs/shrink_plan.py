@@ -30,10 +30,10 @@ from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import check_format, check_new_gguf, check_one_file
 from short_gpt.data.texts import source_names
-from short_gpt.healing import RefitSettings, choosing, require_packages
+from short_gpt.healing import choosing, require_packages
 from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS
 from short_gpt.healing.job import keeps
-from short_gpt.healing.texts import Learning
+from short_gpt.healing.refit_state import plan_of
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.former import HealingWindows, Running, TextSource
 from short_gpt.jobs.healing import CLOSED_WINDOWS
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
 WINDOW = 512  # tokens
 LONG_PLAN = 1800  # seconds after which a plan says what takes less
-REFITTED = RefitSettings(max_windows=CLOSED_WINDOWS)
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"  # in the folder
 COMMAND = f"{WRITTEN}/command.txt"  # by which `is_placed` knows the run
 # files of a run in the folder: these, parts of the state, own texts, locks, unfinished files
@@ -293,8 +292,8 @@ def plan(asked: ShrinkRequest, known: ShrinkContext) -> str:
     parts = _seconds(asked, known)
     total, (sizes, rest), n = sum(parts.values()), known.parameters, known.n
     fitted = min(known.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
-    windows, folder = Learning([known.probe] * fitted, [], []), asked.folder / "healing"
-    refit = REFITTED.plan(known.opened.short, windows, folder)
+    windows, folder = [known.probe] * fitted, asked.folder / HEALING
+    refit = plan_of(known.opened.short, windows, folder=folder)
     before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
     kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M" if n else ""
     times = ", ".join(f"{name} {duration(time)}" for name, time in parts.items() if time)

@@ -22,16 +22,15 @@ from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import Perplexity, combined, difference, window_perplexities
-from short_gpt.healing import DistillSettings, HealingEvidence, HealingJob, Step
+from short_gpt.healing import HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MAX_WINDOWS, MIN_WINDOWS, TRIAL_WINDOWS, pruned_losses
-from short_gpt.healing.job import holds_a_run
+from short_gpt.healing.context import Learning
 from short_gpt.healing.lora import seconds_a_step
-from short_gpt.healing.recipe import OUTPUTS, Recipe, recipe_for
-from short_gpt.healing.refit import RefitSettings
 from short_gpt.healing.sets import LayerSets
-from short_gpt.healing.texts import Learning
+from short_gpt.healing.settings import OUTPUTS, Recipe, RefitSettings, recipe_for
 from short_gpt.jobs.dial import Dial, Shrinking
 from short_gpt.jobs.former import HealingWindows, Running, TextSource, source_of
+from short_gpt.jobs.healing import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import Notify, Tasks, about_own, ignore
 from short_gpt.jobs.page import is_page, shrunk_page, without_folders
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
@@ -39,7 +38,6 @@ from short_gpt.jobs.shrink_models import TURNS, InMemory, Opened, Streamed, file
 from short_gpt.jobs.shrink_plan import (
     COMMAND,
     HEALING,
-    REFITTED,
     STATE,
     WINDOW,
     WRITTEN,
@@ -188,8 +186,8 @@ def _shrunk(asked: ShrinkRequest, known: ShrinkContext, words: str) -> ShrinkRes
         steps = run.steps()
     turns = run.turns(layers)
     work = asked.folder / HEALING
-    kept: Any = {"work_dir": work, "resume": holds_a_run(short, work)}
-    job = HealingJob(short, windows, layers, settings=steps, notify=asked.notify, **kept)
+    kept: Any = {"work_dir": work, "max_windows": CLOSED_WINDOWS}
+    job = HealingJob(short, windows, layers, steps=steps, notify=asked.notify, **kept)
     importance, about = short.importance, run.about_layers(layers, choice)
     with ExitStack() as undos:
         # a loaded model is the caller's: after an error it is complete, and the same call continues
@@ -334,10 +332,10 @@ class _Run:
             )
         return low
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> dict[str, Recipe | None]:
         """The refit, and a distillation of as many steps as the minutes allow."""
         if (minutes := self.asked.settings.minutes) is None:
-            return [REFITTED]
+            return {"refit": None}
         config, seed = self.known.in_memory.model.config, self.asked.cut.seed
         own = {"modules": OUTPUTS} if self.known.opened.in_few_bits else {}
         recipe = recipe_for(config, "small", seed=seed, **own)
@@ -345,12 +343,13 @@ class _Run:
         every = -(-steps // CHECKS)
         warmup = min(recipe.warmup_steps, steps // 8)
         recipe = replace(recipe, steps=steps, warmup=warmup, eval_every=every)
-        return [REFITTED, DistillSettings(recipe)]
+        return {"refit": None, "distill": recipe}
 
     def _steps_in(self, seconds: float, recipe: Recipe) -> int:
         """Training steps that fit, by one that is timed; the teacher reads each window before."""
         known = self.known
-        a_step = seconds_a_step(known.in_memory, known.probe, recipe) + recipe.batch * known.a_pass
+        a_step = seconds_a_step(known.in_memory, known.probe, recipe)
+        a_step += recipe.batch_size * known.a_pass
         # the validation windows are also read once before it, and once by the teacher
         checking = (CHECKS + 2) * len(self.windows.validation) * known.a_pass
         return max(1, int((seconds - checking) / a_step))

@@ -40,7 +40,7 @@ OLDER: dict[str, dict] = {
     "gemma3, wrapped": THETA | {"rope_local_base_freq": 50.0},
 }
 WINDOWS = {"eval_data": "book.txt", "size": 16, "max_windows": 8, "eval_windows": 4}
-HOW = {"data": "book.txt", "drop_overlap": True}
+HOW = {"data": "book.txt"}
 ROUTES = {
     "convert-meta": lambda out: convert("meta", out),
     "convert-gguf": lambda out: convert("model.gguf", out, to="hf"),

@@ -50,7 +50,7 @@ TRAINING, VALIDATION = (
     random_windows(6, 16, vocab=8, seed=1),
     random_windows(3, 16, vocab=8, seed=5),
 )
-QUICK = Recipe(rank=4, steps=2, warmup=0, batch=2, eval_every=2, learning_rate=1e-2)
+QUICK = Recipe(rank=4, steps=2, warmup=0, batch_size=2, eval_every=2, learning_rate=1e-2)
 
 
 def record_of(directory: Path) -> dict[str, object]:

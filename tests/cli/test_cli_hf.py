@@ -71,10 +71,10 @@ def logits(directory: str) -> torch.Tensor:
 
 def test_a_gguf_model_can_be_trained(here):
     from short_gpt.healing.lora import heal
-    from short_gpt.healing.recipe import Recipe
+    from short_gpt.healing.settings import Recipe
 
     short = ShortHFModel("model.gguf", device="cpu", dtype="float32")
-    recipe = Recipe(rank=2, steps=1, warmup=0, batch=1, eval_every=1, learning_rate=0.01)
+    recipe = Recipe(rank=2, steps=1, warmup=0, batch_size=1, eval_every=1, learning_rate=0.01)
     apart = [random_windows(2, 16, vocab=90, seed=seed) for seed in (1, 2, 3)]
     assert heal(short, *apart, recipe=recipe).to_dict()["recipe"]["rank"] == 2
 

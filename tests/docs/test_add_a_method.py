@@ -60,8 +60,16 @@ write_byte_tokenizer(Path("ckpt"))
 Path("book.txt").write_text(TEXT)
 Path("other.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 8)
 from short_gpt.jobs import heal
-for name, value in (("ridge", 0.3), ("aim", 0.3), ("parts", "mlp")):
+for name, value in (("ridge", 0.3), ("parts", "mlp")):
     with pytest.raises(ValueError, match=f"`{{name}}` is for `method` refit"):
         heal("ckpt", "out", "rescale", layers=[2], data="book.txt", **{{name: value}})
 run(*{heal!r})
+how = {{"size": 16, "eval_windows": 2, "eval_data": "other.txt", "device": "cpu", "aim": 0.5}}
+half = heal("ckpt", "half", "rescale", layers=[2], data="book.txt", **how).evidence.how
+import json
+whole = json.loads(Path("out/pruning.json").read_text())["healing"][0]
+assert abs(2 * (half["factors"][1] - 1) - (whole["factors"]["1"] - 1)) < 1e-6
+how |= {{"steps": 1, "batch_size": 1, "rank": 2, "warmup": 0}}
+chain = heal("ckpt", "chain", "rescale,lora", layers=[2], data="book.txt", **how).evidence
+assert chain.steps[0]["windows"] <= 64
 """

@@ -11,10 +11,9 @@ from conftest import random_windows
 from families import make
 
 from short_gpt.healing import CachedTeacher, Distillation, LiveTeacher, lora
-from short_gpt.healing.distillation import Targets, divergence
+from short_gpt.healing.distillation import Targets, collate, divergence, examples
 from short_gpt.healing.lora import heal
-from short_gpt.healing.recipe import Recipe
-from short_gpt.healing.texts import collate, examples
+from short_gpt.healing.settings import Recipe
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -23,7 +22,9 @@ pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 TRAINING = [w[: 16 - i] for i, w in enumerate(random_windows(6, 16, vocab=8, seed=1))]
 VALIDATION = random_windows(3, 16, vocab=8, seed=5)
 EVERY = [*TRAINING, *VALIDATION]
-QUICK = Recipe(rank=4, steps=6, warmup=1, batch=2, eval_every=2, learning_rate=2e-2, dropout=0.0)
+QUICK = Recipe(
+    rank=4, steps=6, warmup=1, batch_size=2, eval_every=2, learning_rate=2e-2, dropout=0.0
+)
 K = 8
 
 
@@ -220,5 +221,5 @@ def test_an_error_in_a_step_leaves_the_model_as_it_was(teacher, monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 1.5])
 def test_a_share_that_cannot_be_is_refused(teacher, share):
-    with pytest.raises(ValueError, match=r"kl_share = .*: expected above 0 and at most 1"):
+    with pytest.raises(ValueError, match=r"kl_share = .*: expected a number above 0 and at most 1"):
         Distillation(teacher, share)

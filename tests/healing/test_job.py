@@ -24,12 +24,11 @@ from peft.tuners.lora import Linear
 from short_gpt.checkpoints import meta as meta_checkpoint
 from short_gpt.healing import (
     HealingJob,
-    HealingTexts,
     Learning,
-    LoraSettings,
     PatchSettings,
     Recipe,
     heal_patch,
+    healing_windows,
     lora,
     solver,
 )
@@ -45,7 +44,8 @@ WINDOWS = Learning(
     random_windows(4, 16, vocab=8, seed=7),
 )
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
-QUICK = Recipe(rank=4, steps=2, warmup=0, batch=2, eval_every=2, learning_rate=1e-2)
+QUICK = Recipe(rank=4, steps=2, warmup=0, batch_size=2, eval_every=2, learning_rate=1e-2)
+LORA, PATCH = {"lora": QUICK}, {"patch": None}
 
 
 def meta() -> ShortLlama:
@@ -58,7 +58,9 @@ def weights(short) -> list[torch.Tensor]:
 
 def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
     short, by_hand = ShortHFModel(make("llama")), ShortHFModel(make("llama"))
-    job = HealingJob(short, WINDOWS, [4, 2], settings=PatchSettings(ridges=(1e-3,)), progress=False)
+    job = HealingJob(
+        short, WINDOWS, [4, 2], steps={"patch": PatchSettings(ridge=1e-3)}, progress=False
+    )
     with pytest.raises(RuntimeError, match="call run first"):
         job.save(tmp_path / "out")
     evidence = job.run()
@@ -93,7 +95,7 @@ def test_a_weight_that_no_window_reads_is_looked_at_before_the_healing():
 
 def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
     short = ShortHFModel(make("llama"))
-    options = {"settings": LoraSettings(QUICK), "work_dir": tmp_path / "training"}
+    options = {"steps": LORA, "work_dir": tmp_path / "training"}
     job = HealingJob(short, WINDOWS, [2], **options, progress=False)
     evidence = job.run()
     assert short.kept == [0, 1, 3, 4, 5] and {number for number, _ in short.changed} == {
@@ -114,7 +116,7 @@ def test_logs_of_a_training_stay(tmp_path):
     short, work = ShortHFModel(make("llama")), tmp_path / "work"
     (work / "lora/runs").mkdir(parents=True)
     (work / "lora/runs/events").write_text("logged")
-    job = HealingJob(short, WINDOWS, [2], settings=LoraSettings(QUICK), work_dir=work)
+    job = HealingJob(short, WINDOWS, [2], steps=LORA, work_dir=work)
     job.run()
     assert (work / "lora/recipe.json").is_file()
     job.save(tmp_path / "out")
@@ -130,7 +132,7 @@ def test_after_an_interruption_all_layers_are_there_as_they_were(layers, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lora, "_merge", interrupted)
-    job = HealingJob(short, WINDOWS, layers, settings=LoraSettings(QUICK), progress=False)
+    job = HealingJob(short, WINDOWS, layers, steps=LORA, progress=False)
     with pytest.raises(KeyboardInterrupt):
         job.run()
     assert short.kept == kept and not short.removed and not short.changes
@@ -144,7 +146,7 @@ def test_a_patch_that_fails_leaves_layers_and_weights():
     measured = short.perplexity(WINDOWS.evaluation, progress=False)
     for attempt in (
         lambda: heal_patch(short, [1, 3], WINDOWS.training, progress=False),
-        lambda: HealingJob(short, WINDOWS, [1, 3], settings=PatchSettings(), progress=False).run(),
+        lambda: HealingJob(short, WINDOWS, [1, 3], steps=PATCH, progress=False).run(),
     ):
         with interrupted(solver, "_add", 4):  # three ridges of the first gap are tried before
             attempt()
@@ -153,12 +155,12 @@ def test_a_patch_that_fails_leaves_layers_and_weights():
     assert short.quality[0, 1, 2, 3, 4] == measured  # of the original model, and still true
 
 
-@pytest.mark.parametrize("settings", [LoraSettings(QUICK), PatchSettings()])
+@pytest.mark.parametrize("steps", [LORA, PATCH])
 @pytest.mark.parametrize("step", ["the last measurement", "the removal"])
-def test_an_error_behind_the_healing_takes_it_back(monkeypatch, settings, step):
+def test_an_error_behind_the_healing_takes_it_back(monkeypatch, steps, step):
     short, measured = ShortHFModel(make("llama")), []
     before, config = weights(short), short.model.config.to_dict()
-    job = HealingJob(short, WINDOWS, [2, 4], settings=settings, progress=False)
+    job = HealingJob(short, WINDOWS, [2, 4], steps=steps, progress=False)
 
     def fails(*_):
         changed = [not torch.equal(w, old) for w, old in zip(weights(short), before, strict=False)]
@@ -194,7 +196,7 @@ def test_a_removal_that_fails_takes_the_patch_back(monkeypatch):
     monkeypatch.setattr(short, "remove_for_now", fails)
     for attempt in (
         lambda: heal_patch(short, [2], WINDOWS.training, progress=False),
-        lambda: HealingJob(short, WINDOWS, [2], settings=PatchSettings(), progress=False).run(),
+        lambda: HealingJob(short, WINDOWS, [2], steps=PATCH, progress=False).run(),
     ):
         with pytest.raises(KeyboardInterrupt):
             attempt()
@@ -215,7 +217,7 @@ def test_a_merge_that_ends_in_the_middle_is_taken_back(layers, monkeypatch):
         merged.append(plain(self, *args, **kwargs))
 
     monkeypatch.setattr(Linear, "merge", merge)
-    job = HealingJob(short, WINDOWS, layers, settings=LoraSettings(QUICK), progress=False)
+    job = HealingJob(short, WINDOWS, layers, steps=LORA, progress=False)
     with pytest.raises(KeyboardInterrupt):
         job.run()
     assert short.kept == [0, 1, 2, 3, 4, 5] and not short.removed and not short.changes
@@ -228,8 +230,7 @@ def test_a_meta_model_goes_through_transformers_and_comes_back_in_its_format(tmp
     directory = save_checkpoint(tmp_path / "dense", make_transformer(vocab_size=BYTE_VOCAB))
     write_byte_tokenizer(directory)
     short = ShortHFModel.from_meta(directory, device="cpu")
-    settings = LoraSettings(QUICK)
-    job = HealingJob(short, WINDOWS, [2], settings=settings, progress=False)
+    job = HealingJob(short, WINDOWS, [2], steps=LORA, progress=False)
     assert job.run().how["kept_step"]
     out = job.save(tmp_path / "out")
     ours = ShortLlama.from_checkpoint(out, max_seq_len=64, device="cpu")
@@ -246,7 +247,7 @@ def heals_meta(tmp_path: Path, dtype: torch.dtype) -> HealingJob:
     model = make_transformer(vocab_size=BYTE_VOCAB).to(dtype)
     save_byte_llama(tmp_path / "meta", model)
     short = open_model(str(tmp_path / "meta"), max_seq_len=32, device="cpu", dtype="float32")
-    job = HealingJob(short, WINDOWS, [2], settings=PatchSettings(), progress=False)
+    job = HealingJob(short, WINDOWS, [2], steps=PATCH, progress=False)
     job.run()
     return job
 
@@ -284,12 +285,12 @@ def test_every_kind_of_text_is_judged_by_itself(tmp_path):
     def encode(text: str) -> list[int]:
         return [ord(letter) - 96 for letter in text]
 
-    read = HealingTexts(f"{low},{high}", seed=3).windows(encode, 16, eval_windows=4)
+    read = healing_windows(f"{low},{high}", encode, 16, seed=3, eval_windows=4)
     assert read.kinds == [low if max(window) < 5 else high for window in read.evaluation]
     assert sorted(read.kinds) == sorted([low, high] * 2)
-    evidence = HealingJob(short, read, [2], settings=PatchSettings(), progress=False).run()
+    evidence = HealingJob(short, read, [2], steps=PATCH, progress=False).run()
     own = [w for w in read.evaluation if max(w) < 5]
     by_hand = short.perplexity(own, progress=False)
     assert evidence.by_kind[low]["healed"].value == pytest.approx(by_hand.value)
     assert list(evidence.by_kind[high]) == list(evidence.perplexity)
-    assert [*HealingTexts(low, f"{low},{high}").windows(encode, 16, drop_overlap=True).kinds]
+    assert [*healing_windows(low, encode, 16, eval_data=f"{low},{high}").kinds]

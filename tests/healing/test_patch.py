@@ -11,7 +11,7 @@ from families import FAMILIES, make
 
 from short_gpt.healing import PatchSettings, heal_patch, refit
 from short_gpt.healing.refit import Refit, fold
-from short_gpt.healing.solver import RIDGES
+from short_gpt.healing.settings import RIDGES
 from short_gpt.models.layer_calls import LayerCalls, mlp_output
 from short_gpt.models.numbering import runs
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -98,7 +98,7 @@ def test_of_every_gap_the_layer_before_is_solved_on_the_original_models_states()
 
 def test_before_the_first_gap_it_is_the_refit():
     ours = fit(meta(), [2])
-    options = {"parts": ("mlp",), "ridges": RIDGES, "step_size": 1.0}
+    options = {"parts": ("mlp",), "ridge": RIDGES, "step_size": 1.0}
     theirs = refit.fit(meta(), [2], WINDOWS, held=HELD, **options, progress=False)
     assert ours.fits == theirs.fits[:1]
     assert all(torch.equal(value, theirs.values[key]) for key, value in ours.values.items())

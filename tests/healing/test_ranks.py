@@ -25,7 +25,7 @@ from processes import ranks
 from llama import Llama
 from short_gpt import ShortLlama, open_model, own_samples
 from short_gpt.cli.app import main
-from short_gpt.healing import DistillSettings, HealingJob, Learning, LoraSettings, Recipe
+from short_gpt.healing import HealingJob, Learning, Recipe
 from short_gpt.healing.refit import fit
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -38,14 +38,14 @@ HEAL += ["--max_windows", "8", "--eval_windows", "3", "--device", "cpu"]
 WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(9, 16))]
 CASES: dict[str, tuple[str, dict]] = {
     "refit": ("llama", {}),
-    "ridges": ("llama", {"ridges": (0.01, 1.0), "weights": "equal", "batch_size": 2}),
-    "norms": ("gemma2", {"ridges": (0.1,)}),
-    "patch": ("llama", {"where": "gaps", "ridges": (30.0,)}),
+    "ridges": ("llama", {"ridge": (0.01, 1.0), "weights": "equal", "batch_size": 2}),
+    "norms": ("gemma2", {"ridge": 0.1}),
+    "patch": ("llama", {"where": "gaps", "ridge": 30.0}),
 }
-QUICK = Recipe(4, steps=4, warmup=0, batch=4, eval_every=2, learning_rate=1e-2, dropout=0.0)
+QUICK = Recipe(4, steps=4, warmup=0, batch_size=4, eval_every=2, learning_rate=1e-2, dropout=0.0)
 TRAINED = {
-    "lora": [LoraSettings(QUICK)],
-    "distill": [DistillSettings(replace(QUICK, micro_batch=2), top_k=8, kl_share=0.5)],
+    "lora": QUICK,
+    "distill": replace(QUICK, micro_batch=2, top_k=8, kl_share=0.5),
 }
 LEARNING = Learning(
     random_windows(8, 16, vocab=8, seed=1),
@@ -55,8 +55,8 @@ LEARNING = Learning(
 WORLDS = {2: [*CASES], 4: ["refit", "ridges"]}
 
 
-def job(*steps) -> tuple:
-    return make("llama"), LEARNING, {"settings": steps, "progress": False}
+def job(name: str) -> tuple:
+    return make("llama"), LEARNING, {"steps": {name: TRAINED[name]}, "progress": False}
 
 
 def llama() -> Llama:
@@ -77,7 +77,7 @@ def found(tmp_path_factory) -> dict[tuple[int, int], dict]:
         cases = {name: (make(CASES[name][0]), CASES[name][1]) for name in names}
         given = {"cases": cases, "windows": WINDOWS, "llama": llama(), "trained": {}}
         if world == 2:
-            given["trained"] = {name: job(*steps) for name, steps in TRAINED.items()}
+            given["trained"] = {name: job(name) for name in TRAINED}
         torch.save(given, folder / "given.pt")
         done = ranks(world, folder / f"world{world}", children.shared_healing, folder).end()
         assert not any(done.codes), done.err
@@ -133,7 +133,7 @@ def test_processes_share_the_texts_that_a_model_writes(found, size, monkeypatch)
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_processes_train_as_one_with_the_whole_batch(found, name, tmp_path):
-    model, windows, options = job(*TRAINED[name])
+    model, windows, options = job(name)
     short = ShortHFModel(model)
     evidence = HealingJob(short, windows, [4, 2], work_dir=tmp_path / "work", **options).run()
     how = evidence.how

@@ -340,7 +340,7 @@ def test_what_a_kill_left_of_a_file_is_swept(name, tmp_path):
     [
         ({"windows": WINDOWS[1:]}, "another windows"),
         ({"held": WINDOWS[:1]}, "another held-out windows"),
-        ({"ridges": (0.5,)}, "another ridges"),
+        ({"ridge": 0.5}, "another ridge"),
         ({"parts": ("mlp",)}, "another parts"),
         ({"layers": [2]}, "another layers"),
         ({"batch_size": 2}, "another batch_size"),

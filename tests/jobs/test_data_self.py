@@ -23,7 +23,7 @@ from short_gpt.checkpoints.card import model_card
 from short_gpt.checkpoints.provenance import Measured, Provenance
 from short_gpt.data.texts import TextsInMemory
 from short_gpt.data.windows import mix
-from short_gpt.healing import HealingTexts
+from short_gpt.healing import healing_windows
 from short_gpt.jobs import generation, heal
 from short_gpt.jobs.inputs import Windows, about_own
 from short_gpt.wrappers import own_text as module
@@ -118,7 +118,7 @@ def test_the_share_of_a_mix_is_asked_for(here):
     asked_in_turn = [(False, 4), (True, 4), (False, 96), (True, 96), (False, 13), (False, 9)]
     assert asked == [*asked_in_turn, (False, 72)]
     with pytest.raises(ShortGPTError, match="expected what writes it"):
-        HealingTexts("self").windows(lambda text: [1, 2], 2)
+        healing_windows("self", lambda text: [1, 2], 2)
 
 
 def test_own_text_is_held_out_only_where_there_is_no_other(here):

@@ -140,7 +140,8 @@ def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch)
     Path("other.txt").write_text("".join(letters[900:]))
     resumed, plain = [], lora.heal_run
     windows = {**LEARNING, "eval_data": "book.txt", "eval_windows": 2}
-    settings = {"steps": 2, "warmup": 0, "eval_every": 1, "rank": 2, "batch": 2, "micro_batch": 2}
+    settings = {"steps": 2, "warmup": 0, "eval_every": 1, "rank": 2, "micro_batch": 2}
+    settings["batch_size"] = 2
 
     def interrupted(short, run, evaluation):
         resumed.append(run.resume)

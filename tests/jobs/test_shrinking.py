@@ -34,7 +34,7 @@ from short_gpt.cli.flags import flags_of
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Perplexity, Sample
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
-from short_gpt.healing import HealedChoice, HealingTexts, Recipe, RefitSettings
+from short_gpt.healing import HealedChoice, Recipe, RefitSettings, healing_windows
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
     ShrinkResult,
@@ -99,8 +99,8 @@ def logits(path: str) -> torch.Tensor:
 def by_hand(made) -> tuple[list[int], torch.Tensor]:
     """The layers and the logits of what `FLAGS` and `TEXTS` ask for, without 2 layers."""
     short = open_model(str(made / "hf"), device="cpu")
-    source = HealingTexts(str(made / "other"), str(made / "books"))
-    read = source.windows(short.encode, 24, limit=8, eval_windows=6)
+    texts = {"data": str(made / "other"), "eval_data": str(made / "books")}
+    read = healing_windows(encode=short.encode, size=24, limit=8, eval_windows=6, **texts)
     short.measure(read.training, progress=False)
     layers = short.layers_to_remove(n=2)
     heal_refit(short, layers, read.training, progress=False)
@@ -565,7 +565,7 @@ def test_training_takes_the_minutes_that_checking_leaves(monkeypatch):
     known = SimpleNamespace(in_memory=None, probe=None, a_pass=0.25)
     for held, steps in ((0, 30), (4, 24), (400, 1)):  # read ten times
         run: Any = SimpleNamespace(known=known, windows=SimpleNamespace(validation=[[0]] * held))
-        assert shrinking._Run._steps_in(run, 52.5, Recipe(batch=1)) == steps
+        assert shrinking._Run._steps_in(run, 52.5, Recipe(batch_size=1)) == steps
 
 
 def test_of_a_quantized_file_only_output_projections_are_trained(here, monkeypatch):

@@ -25,7 +25,6 @@ from short_gpt.healing import (
     CachedTeacher,
     HealingJob,
     Learning,
-    PatchSettings,
     Recipe,
     heal_lora,
     heal_refit,
@@ -87,14 +86,14 @@ def test_every_kind_of_state_is_one_processs_alone(tmp_path):
     windows = random_windows(4, 16)
     running = started(tmp_path / "first", children.holding, path)
     recipe, parts = (
-        Recipe(rank=4, steps=1, batch=1),
+        Recipe(rank=4, steps=1, batch_size=1),
         Learning(windows[:2], windows[2:3], windows[3:]),
     )
     for work in (
         lambda: heal_refit(short, [2], windows, work_dir=path, progress=False),
         lambda: heal_lora(short, windows[:3], windows[3:], recipe=recipe, work_dir=path),
         lambda: CachedTeacher(path, short, windows),
-        lambda: HealingJob(short, parts, [2], settings=PatchSettings(), work_dir=path).run(),
+        lambda: HealingJob(short, parts, [2], steps={"patch": None}, work_dir=path).run(),
     ):
         with pytest.raises(ShortGPTError, match="work is in use by another process"):
             work()

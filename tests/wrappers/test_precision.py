@@ -200,7 +200,7 @@ def test_generation_tasks_and_proofs_are_those_of_float32_bit_for_bit(here):
 def test_training_multiplies_in_bfloat16_and_learns_in_float32(distilled, here, monkeypatch):
     """As in float32 within what bfloat16 rounds: losses, and the direction of every change."""
     monkeypatch.setenv(trainer.PRECISION, "bf16")  # as an earlier training may have left it
-    recipe = Recipe(rank=2, steps=4, warmup=1, batch=2, eval_every=4, learning_rate=1e-2)
+    recipe = Recipe(rank=2, steps=4, warmup=1, batch_size=2, eval_every=4, learning_rate=1e-2)
     before, seen, real = {}, [], trainer.TrainingRun.measure
     changes, losses = {}, {}
 
@@ -231,7 +231,7 @@ def test_training_multiplies_in_bfloat16_and_learns_in_float32(distilled, here, 
 
 
 def test_training_goes_on_in_the_precision_that_it_began_with(here):
-    recipe = Recipe(rank=2, steps=2, warmup=1, batch=2, eval_every=1)
+    recipe = Recipe(rank=2, steps=2, warmup=1, batch_size=2, eval_every=1)
     parts = [random_windows(4, 16, seed=seed) for seed in (4, 5, 6)]
     heal_lora(
         open_trainable("hf", replace(CPU, precision="mixed")),
@@ -254,7 +254,8 @@ def test_training_goes_on_in_the_precision_that_it_began_with(here):
 def test_the_step_that_minutes_are_planned_with_is_timed_in_mixed(here, monkeypatch):
     short = open_trainable("hf", replace(CPU, precision="mixed"))
     found = dtypes(
-        short.decoder.layers, lambda: seconds_a_step(short, WINDOWS[0], Recipe(rank=2, batch=1))
+        short.decoder.layers,
+        lambda: seconds_a_step(short, WINDOWS[0], Recipe(rank=2, batch_size=1)),
     )
     assert torch.bfloat16 in found[0]
 

@@ -9,7 +9,7 @@ import pytest
 
 from short_gpt import ShortGPTError
 from short_gpt.data import overlapping
-from short_gpt.healing import HealingTexts
+from short_gpt.healing import healing_windows
 
 
 def characters(text: str) -> list[int]:
@@ -38,7 +38,7 @@ def share(windows) -> float:
 
 
 def test_of_a_mix_as_many_windows_are_read_of_every_kind(kinds):
-    found = HealingTexts(",".join(kinds)).windows(characters, 40, limit=8, eval_windows=2)
+    found = healing_windows(",".join(kinds), characters, 40, limit=8, eval_windows=2)
     assert len(found.training) == 8 and share(found.training) == 0.5
     kinds_read = [chr(w[0]) in "yz" for w in found.training]
     assert kinds_read not in ([False, True] * 4, [False] * 4 + [True] * 4)  # in random order
@@ -47,7 +47,7 @@ def test_of_a_mix_as_many_windows_are_read_of_every_kind(kinds):
 
 def test_texts_are_numbered_through_all_kinds(kinds):
     """Text 0 of one kind and text 0 of another are two samples."""
-    found = HealingTexts(",".join(kinds)).windows(characters, 40)
+    found = healing_windows(",".join(kinds), characters, 40)
     for read in (found.training, found.evaluation):
         large, small = ({w.text for w in read if chr(w[0]) in kind} for kind in ("ab", "yz"))
         assert large and small and not large & small
@@ -56,25 +56,25 @@ def test_texts_are_numbered_through_all_kinds(kinds):
 def test_a_text_to_evaluate_on_that_is_named_twice_is_refused(kinds):
     large, small = kinds
     with pytest.raises(ShortGPTError, match="`eval_data` names .*small.jsonl twice: name it once"):
-        HealingTexts(large, f"{small},{small}").windows(characters, 40)
+        healing_windows(large, characters, 40, eval_data=f"{small},{small}")
 
 
 def test_without_a_limit_all_of_a_mix_is_read(kinds):
-    found = HealingTexts(",".join(kinds)).windows(characters, 40)
+    found = healing_windows(",".join(kinds), characters, 40)
     every = len(found.training) + len(found.evaluation)
     assert every == 100 and 0.15 < share(found.training) < 0.25
 
 
 def test_a_file_whose_name_has_a_comma_is_one_source(tmp_path):
     path = written(tmp_path / "a,b.jsonl", pieces("ab", 5))
-    assert HealingTexts(path).windows(characters, 40).training
+    assert healing_windows(path, characters, 40).training
 
 
 def test_every_source_of_a_mix_must_exist(kinds):
     with pytest.raises(FileNotFoundError, match="no such file or folder: 'no.txt'"):
-        HealingTexts(f"{kinds[0]},no.txt").windows(characters, 40)
+        healing_windows(f"{kinds[0]},no.txt", characters, 40)
     with pytest.raises(FileNotFoundError, match="no such file or folder: ''"):
-        HealingTexts(f"{kinds[0]},").windows(characters, 40)
+        healing_windows(f"{kinds[0]},", characters, 40)
 
 
 @pytest.mark.parametrize(
@@ -84,30 +84,31 @@ def test_a_copy_is_no_text_to_evaluate_on_at_any_size(tmp_path, size, limit):
     text = "".join(random.Random(0).choices("etaoinshr ", k=800))
     (tmp_path / "book.txt").write_text(text)
     (tmp_path / "copy.txt").write_text(text[2:])
-    source = HealingTexts(str(tmp_path / "book.txt"), str(tmp_path / "copy.txt"))
-    with pytest.raises(ShortGPTError, match="training windows share text with the windows to eval"):
-        source.windows(characters, size, limit=limit, eval_windows=limit or 400)
+    texts = {"data": str(tmp_path / "book.txt"), "eval_data": str(tmp_path / "copy.txt")}
+    many = {"limit": limit, "eval_windows": limit or 400}
+    with pytest.raises(ShortGPTError, match="windows to learn from share text with held-out ones"):
+        healing_windows(encode=characters, size=size, **texts, **many)
 
 
 def test_one_window_cannot_both_teach_and_choose_the_step(tmp_path):
     texts = written(tmp_path / "few.jsonl", pieces("ab", 2))
     with pytest.raises(ShortGPTError, match="expected at least 2 windows, one to learn from and"):
-        HealingTexts(texts).windows(characters, 40, limit=1, validate=True)
-    assert len(HealingTexts(texts).windows(characters, 40, limit=1).training) == 1
+        healing_windows(texts, characters, 40, limit=1, validate=True)
+    assert len(healing_windows(texts, characters, 40, limit=1).training) == 1
 
 
 @pytest.mark.parametrize(("windows", "chosen"), [(9, 1), (59, 5), (159, 15), (160, 16), (200, 16)])
 def test_a_tenth_of_the_windows_and_at_most_16_choose_the_step(tmp_path, windows, chosen):
     texts = written(tmp_path / "texts.jsonl", pieces("ab", 100))
     judge = written(tmp_path / "judge.jsonl", pieces("yz", 1))
-    found = HealingTexts(texts, judge).windows(characters, 40, limit=windows, validate=True)
+    found = healing_windows(texts, characters, 40, eval_data=judge, limit=windows, validate=True)
     assert (len(found.training), len(found.validation)) == (windows - chosen, chosen)
 
 
 def test_windows_that_choose_the_step_share_no_text_with_those_to_learn_from(tmp_path):
     texts = written(tmp_path / "twice.jsonl", pieces("ab", 20) * 2)
     judge = written(tmp_path / "judge.jsonl", pieces("yz", 1))
-    found = HealingTexts(texts, judge).windows(characters, 80, validate=True)
+    found = healing_windows(texts, characters, 80, eval_data=judge, validate=True)
     assert len(found.validation) == 4 and len(found.training) < 36
     assert not overlapping(found.training, found.validation)
     gone = 36 - len(found.training)
