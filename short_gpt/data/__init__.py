@@ -4,16 +4,9 @@
 from what it is evaluated on; `demo` fetches a small model and a book.
 """
 
-from typing import TYPE_CHECKING
-
-from llama.lazy import lazy
+from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping, without_overlap
 from short_gpt.data.texts import pg19, read_texts, texts
 from short_gpt.data.windows import Window, Windows, batches, windows
-
-if TYPE_CHECKING:
-    from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping, without_overlap
-else:
-    __getattr__, _ = lazy(__name__)  # these need numpy
 
 __all__ = ["Window", "Windows", "batches", "check_disjoint", "hold_out", "overlapping", "pg19"]
 __all__ += ["read_texts", "texts", "windows", "without_overlap"]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-
 from short_gpt.data.texts import Conversation
 from short_gpt.data.windows import Origin, Prefixed, Text, TokenIds, Window
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
 SHORTEST = 8  # tokens of a run; fewer stand in many texts that are not copies
 NONE = -1  # stands for no window
-BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2^64
-INVERSE = np.uint64(pow(int(BASE), -1, 2**64))
 W = TypeVar("W", bound=Sequence[int])
 T = TypeVar("T", bound=Text)
 
@@ -29,8 +27,7 @@ def hold_out(texts: Sequence[T], *, share: float = 0.1, seed: int = 0) -> tuple[
         texts: of one alone, its end is held out.
         share: of all characters that is held out, about; at least one text is.
     """
-    if not 0 < share < 1:
-        raise ShortGPTError(f"share = {share}: expected a number between 0 and 1")
+    check(0 < share < 1, "share", share, "a number between 0 and 1")
     if len(texts) < 2:
         return _end_held_out(texts, share)
     order = list(range(len(texts)))
@@ -146,68 +143,52 @@ def _pieces(windows: Sequence[TokenIds], span: int) -> list[_Piece]:
     return pieces
 
 
+def _runs(tokens: Sequence[int], run: int) -> Iterator[bytes]:
+    """All runs of so many tokens, in order, as bytes that can be looked up."""
+    data = array("i", tokens)
+    width, data_bytes = data.itemsize, data.tobytes()
+    ends = range(run * width, len(data_bytes) + 1, width)
+    return (data_bytes[end - run * width : end] for end in ends)
+
+
 def _shared(ours: Sequence[_Piece], theirs: Sequence[_Piece], run: int) -> dict[int, int]:
     """Windows in pieces that share a run of so many tokens, and one of the others' for each."""
-    starts_of: dict[int, list[tuple[_Piece, int]]] = {}  # their pieces and starts, by a run's hash
+    evaluation: dict[bytes, list[tuple[_Piece, int]]] = {}  # pieces and starts of a run
     for piece in theirs:
-        for start, value in enumerate(_hashes(piece.tokens, run).tolist()):
-            starts_of.setdefault(value, []).append((piece, start))
-    known = np.fromiter(starts_of, dtype=np.uint64, count=len(starts_of))
+        for start, tokens in enumerate(_runs(piece.tokens, run)):
+            evaluation.setdefault(tokens, []).append((piece, start))
     shared: dict[int, int] = {}
-    for piece in ours if starts_of else ():
-        hashes = _hashes(piece.tokens, run)
-        starts = np.flatnonzero(np.isin(hashes, known))
-        for number, first, end in piece.windows if len(starts) else ():
-            low, high = np.searchsorted(starts, (first - run + 1, end))
-            for start in starts[low:high].tolist():
-                tokens = piece.tokens[start : start + run]
-                part = max(first - start, 0), min(end - start, run)
-                if (other := _window_at(starts_of[int(hashes[start])], tokens, part)) is not None:
+    for piece in ours if evaluation else ():
+        runs = enumerate(_runs(piece.tokens, run))
+        matches = [(start, evaluation[r]) for start, r in runs if r in evaluation]
+        for number, first, end in piece.windows if matches else ():
+            low = bisect_left(matches, first - run + 1, key=itemgetter(0))
+            high = bisect_left(matches, end, key=itemgetter(0))
+            for start, others in matches[low:high]:
+                # the part of the run that is in the window
+                other = _window_at(others, max(first - start, 0), min(end - start, run))
+                if other is not None:
                     shared[number] = other
                     break
     return shared
 
 
-def _window_at(
-    candidates: Sequence[tuple[_Piece, int]], run: list[int], part: tuple[int, int]
-) -> int | None:
-    """A window that holds a token of this part of a run; equal hashes are compared."""
-    for piece, start in candidates:
-        number = max(piece.holders[start + part[0] : start + part[1]], default=NONE)
-        if number != NONE and piece.tokens[start : start + len(run)] == run:  # not hashes alone
+def _window_at(runs: Sequence[tuple[_Piece, int]], begin: int, end: int) -> int | None:
+    """A window that holds a token between these offsets in one of equal runs."""
+    for piece, start in runs:
+        number = max(piece.holders[start + begin : start + end], default=NONE)
+        if number != NONE:
             return number
     return None
 
 
-def check_disjoint(
-    training: Sequence[TokenIds], evaluation: Sequence[TokenIds], *, setting: str = ""
-) -> None:
-    """Raises ShortGPTError if windows are `overlapping`; the arguments are as there.
-
-    ``setting`` is one that leaves them out.
-    """
+def check_disjoint(training: Sequence[TokenIds], evaluation: Sequence[TokenIds]) -> None:
+    """Raises ShortGPTError if windows are `overlapping`; the arguments are as there."""
     if shared := overlapping(training, evaluation):
         number, other = next(iter(shared.items()))
         raise ShortGPTError(
             f"{len(shared)} of {len(training)} training windows share text with the windows to "
             f"evaluate on ({SPAN} tokens in a row, or half of a shorter text; number {number} "
-            f"with evaluation window {other}, for one): healing must not see that text; train on "
-            f"another, or leave those windows out{setting and f' by `{setting}`'}"
+            f"with evaluation window {other}, for one): healing must not see that text; leave "
+            "those out by `short_gpt.data.without_overlap`, or train on another"
         )
-
-
-def _hashes(tokens: TokenIds, span: int) -> np.ndarray:
-    """A number for every run of ``span`` tokens: sum of x[k] BASE^k over the run, modulo 2^64."""
-    if len(tokens) < span:
-        return np.empty(0, dtype=np.uint64)
-    # prefix sums give every run by one subtraction; all in uint64, which wraps around as it should
-    with np.errstate(over="ignore"):
-        mixed = (np.asarray(tokens, dtype=np.uint64) + np.uint64(1)) * BASE
-        mixed ^= mixed >> np.uint64(29)  # so that near token numbers do not cancel
-        powers = np.full(len(mixed), BASE, dtype=np.uint64)
-        powers[:1] = 1
-        powers = np.cumprod(powers, dtype=np.uint64)
-        sums = np.concatenate(([np.uint64(0)], np.cumsum(mixed * powers, dtype=np.uint64)))
-        back = np.full(len(mixed) - span + 1, INVERSE, dtype=np.uint64)
-        back[:1] = 1
-        return (sums[span:] - sums[: len(back)]) * np.cumprod(back, dtype=np.uint64)

@@ -193,14 +193,6 @@ def is_local(source: str) -> bool:
     return name != PG19[0] and not isinstance(source, TextsInMemory) and _exists(name)
 
 
-def has_split(source: str, split: str) -> bool:
-    """Whether a split takes less than all of a source: a path, existing or not, or pg19."""
-    path = _path(source)
-    if source == "pg19" or not path.exists():
-        return source not in OWN
-    return path.is_dir() and bool(_of_split(_names(path), split))
-
-
 def check_has_split(source: str | Path, split: str) -> None:
     """Raises ShortGPTError for a folder whose names have other splits, and not this one."""
     path = _path(source)
@@ -212,17 +204,6 @@ def check_has_split(source: str | Path, split: str) -> None:
             f"{str(source)!r} has files of {', '.join(others)}, and none of {split}: name the file "
             "or folder to read"
         )
-
-
-def has_columns(source: str) -> bool:
-    """Whether the texts of a source, a path or pg19, are in columns."""
-    name = TextName.of(source).source
-    path = _path(name)
-    if name in (PG19[0], DEMO, *OWN):
-        return False
-    if not path.is_dir():
-        return path.suffix.lower() != ".txt"
-    return any(not name.lower().endswith(".txt") for name in _names(path))
 
 
 def _path(source: str | Path) -> Path:

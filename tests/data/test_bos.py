@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TEXT, fails, run
+from commands import TEXT, run
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -130,54 +130,16 @@ def test_what_cannot_be_is_refused(options, message):
         windows(["abc"], lambda text: [ord(c) for c in text], size=2, stride=1, **options)
 
 
-def test_commands_say_which_and_keep_it(here, capsys):
+@pytest.mark.parametrize(("model", "bos"), [("gemma2", "every"), ("llama", "first")])
+def test_commands_say_which_and_keep_it(here, capsys, model, bos):
     data = ("--data", "book.txt", "--size", 32)
-    for model, flags, bos in (
-        ("gemma2", (), "every"),
-        ("gemma2", ("--bos", "first"), "first"),
-        ("llama", (), "first"),
-        ("llama", ("--bos", "every"), "every"),
-    ):
-        where = ("--json", "r.json", "--overwrite")
-        run("rank", model, *data, *flags, "--stride", 32, *where)
-        assert ("bos at the start of every window" in capsys.readouterr().out) == (bos == "every")
-        run("evaluate", model, *data, *flags, "--max_windows", 3)
-        assert ("perplexity, bos in every window" in capsys.readouterr().out) == (bos == "every")
-        record = json.loads(Path("r.json").read_text())
-        assert record["bos"] == bos
-        assert record["arguments"]["bos"] == (flags[1] if flags else None)
-        assert sum(record["importance"]["windows"]) == len(TEXT) // (31 if bos == "every" else 32)
-
-
-def test_heal_and_compare_cut_as_they_are_told(here, capsys, monkeypatch):
-    cut, seen = windows.__globals__["_start"], []
-    monkeypatch.setitem(windows.__globals__, "_start", lambda *a: seen.append(1) or cut(*a))
-    Path("far.txt").write_text("".join(random.Random(2).choices(LETTERS, k=300)))
-    data = ("--data", "book.txt", "--eval_data", "far.txt", "--size", 32, "--max_windows", 8)
-    more = ("--method", "bi", "--n", 1, "--heal_by", "raw,patch", "--eval_windows", 4)
-    for model, flags, bos in (("llama", ("--bos", "every"), "every"), ("llama", (), "first")):
-        run("heal", model, f"healed-{bos}", "--layers", 1, *data, *flags, "--json", f"h-{bos}.json")
-        assert ("bos at the start of every window" in capsys.readouterr().out) == (bos == "every")
-        assert len(seen) == 2 * (bos == "every")  # to learn from, and to evaluate on
-        run("compare", model, *data, *flags, *more, "--json", f"c-{bos}.json")
-        assert ("bos at the start of every window" in capsys.readouterr().out) == (bos == "every")
-        assert len(seen) == 4 * (bos == "every")
-        seen.clear()
-        assert json.loads(Path(f"h-{bos}.json").read_text())["result"]["bos"] == bos
-        assert json.loads(Path(f"c-{bos}.json").read_text())["bos"] == bos
-    for command in (("heal", "llama", "x", "--layers", 1), ("compare", "llama", *data)):
-        assert "expected first or every" in fails(capsys, *command, "--bos", "all")
-
-
-def test_a_saved_run_is_of_one_way(here, capsys, monkeypatch):
-    monkeypatch.setattr("short_gpt.jobs.ranking.Ranking.finish", lambda _: None)  # keeps the state
-    data = ("--data", "book.txt", "--size", 32, "--method", "sleb", "--n", 1, "--max_windows", 2)
-    run("rank", "llama", *data, "--state", "s.json", "--bos", "every", "--json", "r.json")
-    assert json.loads(Path("r.json").read_text())["bos"] == "every"
-    capsys.readouterr()
-    message = fails(capsys, "rank", "llama", *data, "--state", "s.json")
-    assert "of a run with another bos: 'every', now 'first'" in message
-    assert "expected first or every" in fails(capsys, "rank", "llama", *data, "--bos", "all")
+    run("rank", model, *data, "--stride", 32, "--json", "r.json")
+    assert ("bos at the start of every window" in capsys.readouterr().out) == (bos == "every")
+    run("evaluate", model, *data, "--max_windows", 3)
+    assert ("perplexity, bos in every window" in capsys.readouterr().out) == (bos == "every")
+    record = json.loads(Path("r.json").read_text())
+    assert record["bos"] == bos
+    assert sum(record["importance"]["windows"]) == len(TEXT) // (31 if bos == "every" else 32)
 
 
 def test_published_protocols_take_it(gemma, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import short_gpt
 from llama.sources import NAMED, Named, find_source
 from short_gpt.data import demo
-from short_gpt.data.texts import has_columns, read_texts, source_names, texts
+from short_gpt.data.texts import read_texts, source_names, texts
 
 
 def test_demo_is_a_model_unless_a_directory_has_that_name(tmp_path, monkeypatch):
@@ -31,7 +31,6 @@ def test_demo_judges_by_the_held_out_chapters_and_learns_from_the_others(tmp_pat
     monkeypatch.setattr(demo, "bible", lambda part: [part, part])
     assert list(read_texts("demo", "validation", "text", 1)) == ["calibration"]
     assert list(texts("demo")) == list(texts("demo", split="test")) == ["held_out"] * 2
-    assert not has_columns("demo")
     Path("demo").mkdir()
     Path("demo/a.txt").write_text("own")
     assert list(texts("demo")) == ["own"]
