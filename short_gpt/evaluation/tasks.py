@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -15,6 +16,8 @@ from short_gpt.runtime.errors import ShortGPTError, without_password
 
 Results = dict[str, dict[str, float]]
 Documents = dict[str, dict[str, list[float]]]  # by task and metric, one value a document
+YAML = (".yaml", ".yml")
+NAME = re.compile(r"^(?:task|group):\s*['\"]?([^\s'\"#]+)", re.MULTILINE)  # in a task's file
 
 
 class Evaluated(Protocol):
@@ -148,10 +151,11 @@ def run_tasks(
     The harness seeds the generators of random, numpy and torch, so that a second run agrees.
 
     Args:
-        tasks: names of tasks, groups or tags, also with wildcards, as in ``"mmlu_*"``.
-        limit: only this many documents of each task, the first ones, for a trial.
-        num_fewshot: examples in each prompt; None for the tasks' own numbers.
-        include_path: a folder with YAML files of more tasks.
+        tasks: Names of tasks, groups or tags, also with wildcards, as in ``"mmlu_*"``, or paths of
+            their YAML files, whose folders are read too.
+        limit: Documents of each task, the first ones, for a trial. Default: all.
+        num_fewshot: Examples in each prompt. Default: the tasks' own numbers.
+        include_path: Folder with YAML files of more tasks.
 
     Returns:
         For every task and group, its metrics and their known standard errors, as in ``{"piqa":
@@ -174,13 +178,18 @@ class TaskSuite:
     include_path: str | None = None
     batch_size: int = 1
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folders with tasks beside lm-eval's own."""
+        return _folders(self.tasks, self.include_path)
+
     def check(self) -> None:
         """Raises what `run_tasks` would for tasks that are unknown, before a model is run."""
         task_names(self.tasks, self.include_path)
 
     def identity(self) -> dict[str, object]:
-        """The settings, with a digest of all files of ``include_path``, ready for JSON."""
-        return {**asdict(self), "files": files_digest(_files(self.include_path, "*"))}
+        """The settings, with a digest of all files of the tasks' folders, ready for JSON."""
+        return {**asdict(self), "files": files_digest(_files(self.folders, "*"))}
 
     def documents(self, short: Evaluated) -> TaskRun:
         """What `run_tasks` returns, and the values of documents, by which models are paired."""
@@ -191,7 +200,7 @@ class TaskSuite:
                 tasks=names,
                 limit=self.limit,
                 num_fewshot=self.num_fewshot,
-                task_manager=_task_manager(self.include_path),
+                task_manager=_task_manager(self.folders),
                 log_samples=True,
             )
         except ConnectionError as error:
@@ -201,7 +210,7 @@ class TaskSuite:
             raise ConnectionError(
                 "the tasks' documents are on the hub, which cannot be reached "
                 f"({without_password(str(error))}): connect to the network, or use tasks with "
-                "local files (`include_path`)"
+                "local files"
             ) from error
         metrics = {task: _metrics(values) for task, values in run["results"].items()}
         return TaskRun(metrics, documents_of(run["samples"]))
@@ -209,34 +218,52 @@ class TaskSuite:
 
 def task_names(tasks: str | Sequence[str], include_path: str | Path | None = None) -> list[str]:
     """The tasks that are meant, wildcards resolved; arguments and errors as for `run_tasks`."""
-    patterns = [tasks] if isinstance(tasks, str) else tasks
-    if not patterns:
-        raise ShortGPTError("expected at least one task, got none; `lm-eval ls tasks` lists them")
     harness("tasks")  # a manager of an earlier call may be there without the package
-    manager = _task_manager(None if include_path is None else str(include_path))
-    matches = {pattern: manager.match_tasks([pattern]) for pattern in patterns}
-    if unknown := [pattern for pattern, names in matches.items() if not names]:
+    manager = _task_manager(_folders(tasks, include_path))
+    matches = {name: manager.match_tasks([_name(name)]) for name in _listed(tasks)}
+    unknown = [name for name, names in matches.items() if not names]
+    if unknown or not matches:
         raise ShortGPTError(
-            f"lm-eval has no tasks {unknown}; `lm-eval ls tasks` lists those it has, and "
-            "`include_path` names a folder with more as YAML files"
+            f"lm-eval has no tasks {unknown}; `lm-eval ls tasks` lists those it has, and the path "
+            "of a YAML file names another one"
         )
     return list(dict.fromkeys(name for names in matches.values() for name in names))
 
 
-def _task_manager(folder: str | None) -> Any:
-    if folder is not None and not Path(folder).is_dir():
-        raise FileNotFoundError(f"`include_path` {folder} is not a folder of YAML files")
-    return _manager(folder, stamps(_files(folder, "*.y*ml")))
+def _listed(tasks: str | Sequence[str]) -> Sequence[str]:
+    return [tasks] if isinstance(tasks, str) else tasks
+
+
+def _name(task: str) -> str:
+    """The name of a task that may be given by its YAML file."""
+    path = Path(task)
+    if path.suffix not in YAML:
+        return task
+    match = NAME.search(path.read_text(encoding="utf-8"))
+    return match[1] if match else path.stem
+
+
+def _folders(tasks: str | Sequence[str], include_path: str | Path | None) -> tuple[str, ...]:
+    folders = [] if include_path is None else [str(include_path)]
+    folders += [str(Path(task).parent) for task in _listed(tasks) if Path(task).suffix in YAML]
+    return tuple(dict.fromkeys(folders))
+
+
+def _task_manager(folders: tuple[str, ...]) -> Any:
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder of YAML files")
+    return _manager(folders, stamps(_files(folders, "*.y*ml")))
 
 
 @cache  # reading all of lm-eval's own tasks takes seconds
-def _manager(folder: str | None, files: Stamps) -> Any:
-    return harness("tasks").TaskManager(include_path=folder)
+def _manager(folders: tuple[str, ...], files: Stamps) -> Any:
+    return harness("tasks").TaskManager(include_path=[*folders])
 
 
-def _files(folder: str | None, pattern: str) -> list[Path]:
-    """All files below a folder whose names fit."""
-    paths = () if folder is None else Path(folder).rglob(pattern)
+def _files(folders: Sequence[str], pattern: str) -> list[Path]:
+    """All files below the folders whose names fit."""
+    paths = {path for folder in folders for path in Path(folder).rglob(pattern)}
     return sorted(path for path in paths if path.is_file())
 
 

@@ -175,6 +175,15 @@ def test_metrics_of_local_tasks_agree(both, tasks):
 
 
 @needs_lm_eval
+def test_a_task_named_by_its_file_is_that_of_its_folder(both, tasks):
+    path = str(tasks / "tiny_choice.yaml")
+    expected = run_tasks(both[0], "tiny_choice", include_path=tasks)
+    assert run_tasks(both[0], path) == run_tasks(both[0], [path]) == expected
+    with pytest.raises(FileNotFoundError):
+        run_tasks(both[0], str(tasks / "none.yaml"))
+
+
+@needs_lm_eval
 def test_the_metric_is_that_of_the_model_after_removal(tmp_path, tasks):
     both = pair(tmp_path, bos=True)
     before = [run_tasks(m, "tiny_rolling", include_path=tasks, limit=2) for m in both]
@@ -198,7 +207,7 @@ def test_mistakes_get_one_line(both, tasks):
     ours, theirs = both
     with pytest.raises(ValueError, match=r"no tasks \['tiny_chioce'\]; `lm-eval ls tasks`.* YAML"):
         run_tasks(ours, ["tiny_choice", "tiny_chioce"], include_path=tasks)
-    with pytest.raises(ValueError, match="at least one task"):
+    with pytest.raises(ValueError, match="lm-eval has no tasks"):
         run_tasks(ours, [])
     with pytest.raises(ValueError, match="pass tokenizer="):
         ShortHFModel(theirs.model).harness_model()
