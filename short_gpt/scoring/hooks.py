@@ -32,12 +32,12 @@ from short_gpt.scoring.metrics import (
 )
 
 PROVED = 8  # tokens of each window on which the sublayers are seen to add up to the layer
-UNKNOWN = torch.empty(0)  # stands for scores that were not asked for
+UNKNOWN = torch.empty(0)  # stands for scores that were not taken
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of single windows, as `Importance.add` takes them; NaN where one was not asked for."""
+    """Scores of single windows, as `Importance.add` takes them; NaN where one was not taken."""
 
     tokens: Tensor  # real tokens of each window, (B,)
     influence: Tensor  # sums over tokens of 1 - cos(x, y), (B, L)
@@ -210,8 +210,9 @@ class LayerHooks:
         # the state entering is the one that left the previous layer, unless something came between
         # or wrote in it; a tensor without a version may have been written in
         version = version_of(state) if state is self._state else None
-        known = self._norms if version is not None and version == self._version else None
-        x_norm = norms(x) if known is None else known.to(x.device)  # (B, S)
+        same = version is not None and version == self._version
+        reused = self._norms if same else None
+        x_norm = norms(x) if reused is None else reused.to(x.device)  # (B, S)
         y_norm = norms(y)  # (B, S), which the next layer takes as those of its x
         products = [inner(x, y), x_norm, y_norm, norms(y - x)]  # (B, S) each
         if self._middle is not None:
@@ -221,16 +222,14 @@ class LayerHooks:
         self._state, self._version, self._norms = result, version_of(result), y_norm
 
     def _check_state(self, layer: nn.Module, state: Tensor) -> None:
-        if state.dim() != 3 or state.shape[:2] != self._mask.shape:
-            raise ShortGPTError(
-                f"{type(layer).__name__} takes a state of shape {list(state.shape)}, expected "
-                f"{list(self._mask.shape)} and the width: this model's layers cannot be scored"
-            )
         entered, self._entered = self._entered, None
-        if entered is not None and state is entered[0] and state._version != entered[1]:
+        written = entered is not None and state is entered[0] and state._version != entered[1]
+        # a state of another shape, or one that is written over, has nothing to be compared with
+        if state.dim() != 3 or state.shape[:2] != self._mask.shape or written:
+            shape = f"a state of shape {list(state.shape)}, expected {list(self._mask.shape)} and D"
             raise ShortGPTError(
-                f"{type(layer).__name__} writes over the state that it is given, which leaves "
-                "nothing to compare its output with: this model's layers cannot be scored"
+                f"{type(layer).__name__} {'writes over its state' if written else f'takes {shape}'}"
+                ": this model's layers cannot be scored"
             )
 
     def _reduce(self) -> None:

@@ -279,21 +279,21 @@ class Importance(Table):
 
     def _named(self) -> dict[str, Tensor]:
         """The sums by the names that they have in files, each metric by its own."""
-        own = {name: getattr(self, name) for name in SUMS if name != "metrics"}
-        return own | dict(zip(LAYER_METRICS, self.metrics, strict=True))
+        sums = {name: getattr(self, name) for name in SUMS if name != "metrics"}
+        return sums | dict(zip(LAYER_METRICS, self.metrics, strict=True))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Importance:
         """What `to_dict` wrote; ShortGPTError if it did not. A metric that is missing is NaN."""
         try:
             empty = cls.empty(content["layers"])
-            own = {name: from_lists(content[name]) for name in content if name in empty._named()}
-            named = {
-                n: own[n] if n not in LAYER_METRICS else own.get(n, zero * math.nan)
-                for n, zero in empty._named().items()
-            }
-            metrics = torch.stack([named.pop(name) for name in LAYER_METRICS])  # (M, L)
-            return cls(empty.layers, **named, metrics=metrics, texts=texts_of(content["texts"]))
+            sums = {name: zero * math.nan for name, zero in empty._named().items()}
+            for name in sums:
+                if name in content or name not in LAYER_METRICS:
+                    sums[name] = from_lists(content[name])
+            metrics = torch.stack([sums.pop(name) for name in LAYER_METRICS])  # (M, L)
+            texts = texts_from_json(content["texts"])
+            return cls(empty.layers, **sums, metrics=metrics, texts=texts)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ShortGPTError("these are not saved scores: score again") from error
 
@@ -316,34 +316,34 @@ def difference_margins(importance: Importance, confidence: float = 0.95) -> Tens
 
 def to_lists(values: Tensor) -> Nested:
     """A tensor as lists, every digit kept; None for NaN."""
-    return _without_nan(values.tolist())
 
+    def without_nan(part: Nested) -> Nested:
+        if isinstance(part, list):
+            return [without_nan(each) for each in part]
+        return None if part is None or math.isnan(part) else part
 
-def _without_nan(values: Nested) -> Nested:
-    if isinstance(values, list):
-        return [_without_nan(v) for v in values]
-    return None if values is None or math.isnan(values) else values
+    return without_nan(values.tolist())
 
 
 def from_lists(content: object) -> Tensor:
     """The tensor in float64 that `to_lists` wrote."""
-    return torch.tensor(_with_nan(content), dtype=torch.float64)
 
+    def with_nan(part: object) -> object:
+        if isinstance(part, list):
+            return [with_nan(each) for each in part]
+        return math.nan if part is None else part
 
-def _with_nan(content: object) -> object:
-    if isinstance(content, list):
-        return [_with_nan(v) for v in content]
-    return math.nan if content is None else content
+    return torch.tensor(with_nan(content), dtype=torch.float64)
 
 
 def texts_to_json(texts: Texts | None) -> dict[str, object] | None:
     """Numbers and sums of texts, every digit kept; None where the texts are not known."""
     if texts is None:
         return None
-    return {"numbers": list(texts), "sums": [to_lists(own) for own in texts.values()]}
+    return {"numbers": list(texts), "sums": [to_lists(sums) for sums in texts.values()]}
 
 
-def texts_of(content: Mapping[str, Any] | None) -> Texts | None:
+def texts_from_json(content: Mapping[str, Any] | None) -> Texts | None:
     """What `texts_to_json` wrote; None where the texts are not known."""
     if content is None:
         return None

@@ -26,7 +26,7 @@ from short_gpt.scoring.moments import merge_texts, next_number
 from short_gpt.scoring.stopping import Stop, Verdict, next_look
 
 Follow = Callable[[Importance, int | None], object]
-ScoreBatch = Callable[..., Scores]  # as `hooks.score_batch`, of a decoder and its layers
+ScoreBatch = Callable[[Sequence[TokenIds]], Scores]  # of the windows of a batch
 NO_WINDOW = "expected at least one window of tokens, got none"
 WARM_UP = 16  # tokens of a first pass, in which libraries make ready what they use
 
@@ -47,17 +47,17 @@ def measure(
     """Reads batches of windows and scores every layer: one pass, both papers' measures.
 
     Args:
-        decoder: the model.
-        batches: lists of windows of token ids, of any lengths.
-        into: sums to add to and return, which name the layers; None starts new ones from layer 0.
+        decoder: The model.
+        batches: Lists of windows of token ids, of any lengths.
+        into: Sums to add to and return, which name the layers. Default: new ones from layer 0.
             After an error or an interruption they have all of a batch or none of it.
-        total: number of windows to come, for the progress bar; or what tells it after a batch.
-        sublayers: also scores attention and MLP, as in `hooks.score_batch`.
-        all_tokens: angular distances at all tokens, as in `hooks.score_batch`.
-        score_batch: scores the windows of a batch; None is `hooks.score_batch`.
-        first_text: number in ``into`` of the windows' text 0; None is the first free one, with
+        total: Number of windows to come, for the progress bar; or what tells it after a batch.
+        sublayers: Score attention and MLP too, as `hooks.score_batch` does.
+        all_tokens: Take angular distances at all tokens, as `hooks.score_batch` does.
+        score_batch: Scores the windows of a batch. Default: `hooks.score_batch`.
+        first_text: Number in ``into`` of the windows' text 0. Default: the first free one, with
             which a text that is read again counts as one more, and the error is too small.
-        after: called with the sums after every batch; True ends the run.
+        after: Called with the sums after every batch; True ends the run.
 
     Raises:
         ShortGPTError: there is no window, or one is empty, too long or not in the vocabulary.
@@ -67,7 +67,10 @@ def measure(
         >>> scores = measure(short.decoder, batches(windows, 4))  # doctest: +SKIP
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
-    score_batch = score_batch or partial(hooks.score_batch, decoder, layers=into.layers)
+    layers = into.layers
+    score_batch = score_batch or partial(
+        hooks.score_batch, decoder, layers=layers, sublayers=sublayers, all_tokens=all_tokens
+    )
     first_text = next_number(into.texts) if first_text is None else first_text
     before, begun = into.n_tokens, False
     count = total if callable(total) else lambda: total
@@ -75,7 +78,7 @@ def measure(
         for batch in batches:
             begun = True
             if batch:  # of several replicas, one may have nothing left
-                scores = score_batch(batch, sublayers=sublayers, all_tokens=all_tokens)
+                scores = score_batch(batch)
                 texts = (text_number(window) for window in batch)
                 into.add(scores, [None if text is None else first_text + text for text in texts])
             set_rate(shown, into.n_tokens - before)
@@ -124,19 +127,15 @@ class RunState:
 
     def unread(self, windows: Iterable[TokenIds], read: int) -> Iterator[TokenIds]:
         """The windows that follow the first ``read``, which must be those of the file."""
-        rest, saved, count = iter(windows), self._saved, 0
+        rest, count = iter(windows), 0
         self._digest = sha256()  # also of a state that is used again
         for window in islice(rest, read):
-            self._read(window)
+            self._add_to_digest(window)
             count += 1
-        if count < read:
+        other = self._saved is not None and self._digest.hexdigest() != self._saved.get("texts")
+        if count < read or other:
             raise ShortGPTError(
-                f"{self.file.path} is the state of a run that has read {read} windows, now there "
-                f"are {count}; take as many, delete it or name another state"
-            )
-        if saved is not None and self._digest.hexdigest() != saved.get("texts"):
-            raise ShortGPTError(
-                f"{self.file.path} is the state of a run on other texts or windows; delete it or "
+                f"{self.file.path} is the state of a run on {read} other windows; delete it or "
                 "name another state"
             )
         self._texts = {read: self._digest.hexdigest()}
@@ -145,12 +144,12 @@ class RunState:
     def note(self, batch: Sequence[TokenIds]) -> None:
         """Notes windows that are read next, which the state then covers."""
         for window in batch:
-            self._read(window)
+            self._add_to_digest(window)
         before = max(self._texts, default=0)
         after = before + len(batch)
         self._texts = {before: self._texts.get(before, ""), after: self._digest.hexdigest()}
 
-    def _read(self, window: Sequence[int]) -> None:
+    def _add_to_digest(self, window: Sequence[int]) -> None:
         self._digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
 
     def save(self, sums: Importance) -> None:
@@ -166,13 +165,13 @@ class ScoringRun:
     Several replicas each read their batch of every step; their sums are added up at the looks.
 
     Args:
-        into: sums to add to; their texts are others than those of the windows that are read.
-        batch_size: windows that each replica reads at once.
-        population: windows in all, of which those read are a random sample; None if unknown.
-        stop: when to stop; None reads everything.
-        state: where to save and continue; ``into`` is then its sums, as in `RunState.unread`.
-        score_batch: as in `measure`.
-        follow: called with the sums of all replicas, and the population, as they grow.
+        into: Sums to add to; their texts are others than those of the windows that are read.
+        batch_size: Windows that each replica reads at once.
+        population: Windows in all, of which those read are a random sample; None if unknown.
+        stop: When to stop. Default: after all windows.
+        state: Where to save and continue; ``into`` is then its sums, as in `RunState.unread`.
+        score_batch: As in `measure`.
+        follow: Called with the sums of all replicas, and the population, as they grow.
     """
 
     def __init__(
@@ -201,13 +200,7 @@ class ScoringRun:
             self._next = next_look(self._next)
 
     def read(
-        self,
-        windows: Iterable[TokenIds],
-        *,
-        total: int | None = None,
-        progress: bool = False,
-        sublayers: bool = False,
-        all_tokens: bool = False,
+        self, windows: Iterable[TokenIds], *, total: int | None = None, progress: bool = False
     ) -> None:
         """Reads the windows; arguments and errors as in `measure`.
 
@@ -227,12 +220,10 @@ class ScoringRun:
         try:
             measure(
                 self._decoder,
-                self._mine(windows),
+                self._own_batches(windows),
                 into=local,
                 total=until_look if self._stop else total,
                 progress=progress,
-                sublayers=sublayers,
-                all_tokens=all_tokens,
                 score_batch=self._score_batch,
                 first_text=self._first_text,
                 after=self._after,
@@ -248,7 +239,7 @@ class ScoringRun:
         if self._state:
             self._state.save(self.into)
 
-    def _mine(self, windows: Iterable[TokenIds]) -> Iterator[list[TokenIds]]:
+    def _own_batches(self, windows: Iterable[TokenIds]) -> Iterator[list[TokenIds]]:
         """This replica's batches of every step; empty ones where nothing is left for it."""
         size = self._batch_size
         if self._state:
@@ -263,7 +254,7 @@ class ScoringRun:
 
     def _after(self, local: Importance) -> bool:
         if self._team.count == 1:
-            self._tell()
+            self._report()
             if self._state and self._state.file.due():
                 self._state.save(local)
         if self._read < self._next:
@@ -280,11 +271,11 @@ class ScoringRun:
             # in the same order of additions in a run that was interrupted at any look
             self.into = self.into.merge(sums_of_all(self._team, local))
             vars(local).update(vars(Importance.empty(local.layers)))  # counted in `into` now
-            self._tell()
+            self._report()
         if self._stop:
             self.verdict = self._stop.judge(self.into, self._population, final=final)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._follow is not None:
             self._follow(self.into, self._population)
 

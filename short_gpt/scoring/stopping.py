@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from llama.args import MAX_INTEGER
-from short_gpt.runtime.errors import ShortGPTError, whole
+from short_gpt.runtime.errors import ShortGPTError, check, whole
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import student_t
 from short_gpt.scoring.moments import pair_spread
@@ -72,12 +72,10 @@ class Stop:
     def __post_init__(self) -> None:
         object.__setattr__(self, "n", whole(self.n))
         object.__setattr__(self, "min_windows", whole(self.min_windows))
-        if not 0.5 <= self.confidence < 1:
-            raise ShortGPTError(f"confidence = {self.confidence!r}: expected at least 0.5, below 1")
-        if self.min_windows < 16:
-            raise ShortGPTError(f"min_windows = {self.min_windows!r}: expected at least 16")
-        if not 0 < self.rare < 1:
-            raise ShortGPTError(f"rare = {self.rare!r}: expected above 0, below 1")
+        sure, fewest, rare = self.confidence, self.min_windows, self.rare
+        check(0.5 <= sure < 1, "confidence", sure, "at least 0.5, below 1")
+        check(fewest >= 16, "min_windows", fewest, "at least 16")
+        check(0 < rare < 1, "rare", rare, "above 0, below 1")
 
     def first_look(self, population: int | None) -> int:
         """Windows at the first look, of so many in all (None: unknown)."""
@@ -135,15 +133,11 @@ def check_sample(random_order: bool, before: int) -> None:
     """Raises ShortGPTError unless a stop judges one random sample that was not scored before."""
     if not random_order:
         raise ShortGPTError(
-            "stop expects windows in random order, got some whose order is that of their texts or "
-            "unknown; pass windows(..., seed=0) itself, whose order a list does not tell, or "
-            "random_order=True"
+            "stop expects windows in random order: pass windows(..., seed=0) itself, whose order a "
+            "list does not tell, or random_order=True"
         )
     if before:
-        raise ShortGPTError(
-            f"stop judges one run, and {before} windows were scored before it, which would count "
-            "twice if they are read again; start from a new model, or leave out stop"
-        )
+        raise ShortGPTError(f"stop judges one run, and {before} windows were scored before it")
 
 
 @lru_cache
@@ -225,16 +219,16 @@ class Verdict:
             read = f"{self.windows:,} of {self.population:,} windows"
         first = self.stop.first_look(self.population)
         closest = f"{self.closest}: {self.apart(self.windows >= first)}"
+        sure = self.stop.confidence
         if self.settled:
-            sure = self.stop.confidence
             promise = (
                 f"of all runs at most {100 * (1 - sure):.4g}% end early and wrong, unless windows "
                 f"decide that make up less than {100 * self.stop.rare:.4g}% of all"
             )
             return f"{what} settled at {sure:.4g} after {read}; {closest}; {promise}"
         early = f" (tested from {first:,} on)" if self.windows < first else ""
-        not_yet = f"{what} NOT settled at {self.stop.confidence:.4g} by {read}{early}"
-        return f"{not_yet}; {closest}; more windows (`max_windows`) may settle it"
+        more = "more windows (`max_windows`) may settle it"
+        return f"{what} NOT settled at {sure:.4g} by {read}{early}; {closest}; {more}"
 
 
 def unsure(importance: Importance, n: int, *, angular: bool = False) -> str | None:

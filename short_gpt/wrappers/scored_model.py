@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -139,6 +140,7 @@ class ScoredModel(ModelRecord, ABC):
         self._check_kinds(sums, kinds, state)
         if state is not None:  # refused before anything is replaced: scores here, sums in the file
             windows = state.unread(windows, sums.n_windows)
+        score = partial(self.score_batch, sublayers=sublayers, all_tokens=all_tokens)
         run = ScoringRun(
             self.decoder,
             sums,
@@ -146,11 +148,11 @@ class ScoredModel(ModelRecord, ABC):
             population=population,
             stop=stop,
             state=state,
-            score_batch=self.score_batch,
+            score_batch=score,
             follow=follow,
         )
         try:
-            run.read(windows, total=total, progress=progress, **kinds)
+            run.read(windows, total=total, progress=progress)
         finally:  # also after Ctrl-C: what was read before counts
             if run.into.n_windows:
                 self.importance = run.into

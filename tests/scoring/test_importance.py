@@ -433,7 +433,7 @@ def test_angular_distances_are_a_metric_on_directions():
     ("windows", "message"),
     [
         ([], "at least one window"),
-        ([[1], []], "have 0 to 1 tokens; this model takes 1 to 64 .*give a `size` in"),
+        ([[1], []], "have 0 to 1 tokens; this model takes 1 to 64: set `size`"),
         ([[1] * 65], "windows have 65 to 65 tokens"),
         ([[1, 96]], r"token ids 1..96 are outside the vocabulary 0..95"),
         ([[-1, 3]], r"token ids -1..3 are outside"),
@@ -517,15 +517,14 @@ def test_a_run_can_be_ended_after_a_batch():
 
 
 def test_a_model_may_score_in_a_way_of_its_own():
-    decoder, windows, asked = MetaDecoder(make_transformer()), random_windows(4, 10), []
+    decoder, windows, sizes = MetaDecoder(make_transformer()), random_windows(4, 10), []
 
-    def own(windows, *, sublayers=False, all_tokens=False):
-        asked.append((len(windows), sublayers, all_tokens))
+    def own(windows):
+        sizes.append(len(windows))
         return score_batch(decoder, windows, layers=range(5))
 
-    found = measure(decoder, [windows[:3], windows[3:]], all_tokens=True, score_batch=own)
-    assert asked == [(3, False, True), (1, False, True)] and found.n_windows == 4
-    assert found.angular_all_tokens.isnan().all()  # its own way took none
+    scores = measure(decoder, [windows[:3], windows[3:]], score_batch=own)
+    assert sizes == [3, 1] and scores.n_windows == 4
 
 
 def test_experts_that_flatten_their_windows_leave_the_halves_unknown():
@@ -651,7 +650,7 @@ def test_halves_are_scored_where_the_layer_adds_in_their_place():
 def test_a_layer_that_writes_over_its_state_is_refused():
     model = make_transformer()
     model.layers[2] = Writing(into_input=True)
-    with pytest.raises(ShortGPTError, match="Writing writes over the state that it is given"):
+    with pytest.raises(ShortGPTError, match="Writing writes over its state"):
         measure(MetaDecoder(model), [random_windows(2, 12)])
 
 

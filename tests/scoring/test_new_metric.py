@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "add-a-metric.md").read_text(encoding="utf-8")
 # the toy metric by hand, on states that hooks of its own keep
 BY_HAND = """
-import torch
+import short_gpt, torch
 from short_gpt import open_model
 from short_gpt.jobs import rank
 result = rank("ckpt", "book.txt", n=2, method="{name}", size=32, max_windows=2, stride=256)
 short = open_model("ckpt", max_seq_len=32)
-windows = [list(w) for w in cut.windows([open("book.txt").read()], short.encode)]
+text = [open("book.txt").read()]
+windows = [list(w) for w in short_gpt.windows(text, short.encode, size=32, stride=256, limit=2)]
 states, sums = [], torch.zeros(5).double()
 for layer in short.decoder.layers:
     layer.register_forward_hook(lambda m, args, y: states.append((args[0], y)))
@@ -72,7 +73,7 @@ def test_a_toy_metric_that_follows_the_page_ranks_prunes_and_is_kept(tmp_path, m
     prune = ["prune", "ckpt", "small", "--scores", "s.json", "--n", "2"]
     code = BY_HAND.replace("{name}", name)
     code += f"from short_gpt.cli.app import main\nmain({rank})\nmain({prune})\n"
-    code += f"import short_gpt\nassert short_gpt.__file__.startswith({str(tmp_path)!r})\n"
+    code += f"assert short_gpt.__file__.startswith({str(tmp_path)!r})\n"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     done = alone(tmp_path / "printed", exec, code, {}).end()

@@ -443,7 +443,7 @@ def test_a_stop_judges_one_run_over_windows_in_random_order():
     assert short.n_windows == 0
     drawn = windows([text], short.encode, size=16, stride=16, seed=0)
     read = short.measure(drawn, progress=False, stop=rule).n_windows
-    with pytest.raises(ValueError, match=f"{read} windows were scored before it.*count twice"):
+    with pytest.raises(ValueError, match=f"{read} windows were scored before it"):
         short.measure(drawn, progress=False, stop=rule)
     assert short.n_windows == read
     again = ShortLlama(Tiny())
