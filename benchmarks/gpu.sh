@@ -82,7 +82,7 @@ evaluated() {
 }
 
 cut=(--data calibration.txt --size "$SIZE" --max_windows "$WINDOWS")
-refit=(--method refit --stream --eval_data held_out.txt --eval_windows "$HELD")
+refit=(--heal_by refit --stream --eval_data held_out.txt --eval_windows "$HELD")
 
 step held_out.txt texts
 step influence.json short-gpt rank "$MODEL" "${cut[@]}" --stride "$SIZE" --n "$N" \

@@ -1,4 +1,4 @@
-"""What `short-gpt heal --method refit --stream` takes on a model of Llama-2-7B's shapes.
+"""What `short-gpt heal --heal_by refit --stream` takes on a model of Llama-2-7B's shapes.
 
 Writes a checkpoint of random float16 weights in Hugging Face's format (13.5 GB, tensor by tensor),
 removes layers 28 to 30, and refits those that are left behind the first gap, 27 and 31, by the
@@ -118,7 +118,7 @@ def command(case: Case, checkpoint: Path, folder: Path) -> list[str]:
     texts = [f"--data={folder / 'learn.txt'}", f"--eval_data={folder / 'judge.txt'}"]
     numbers = {"size": case.size, "max_windows": case.windows, "eval_windows": 1}
     numbers |= {"layers": ",".join(map(str, case.layers))}
-    line = ["heal", str(checkpoint), str(folder / "out"), "--method=refit", "--stream", *texts]
+    line = ["heal", str(checkpoint), str(folder / "out"), "--heal_by=refit", "--stream", *texts]
     line += [f"--max_memory={case.max_memory}", "--device=cpu"]
     return [*line, *(f"--{name}={value}" for name, value in numbers.items())]
 

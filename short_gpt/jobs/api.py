@@ -6,7 +6,7 @@ appears at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -241,7 +241,8 @@ def evaluate(
     """
     from short_gpt.jobs import evaluation
 
-    models = [model] if isinstance(model, str | PathLike) else [*model]
+    one = isinstance(model, str | PathLike) or not isinstance(model, Iterable)
+    models: list[Any] = [model] if one else [*model]
     models += [] if pruned is None else [pruned]
     how = (windows, tasks, opening)
     return evaluation.evaluate(models, *how, source=source, notify=notify, dry_run=dry_run)

@@ -26,7 +26,7 @@ NONE = "none"  # the name of no text
 
 @interruptible()
 def evaluate(
-    models: str | PathLike[str] | Sequence[str | PathLike[str]],
+    models: Sequence[str | PathLike[str]],
     windows: Windows,
     tasks: Tasks,
     opening: OpenOptions,
@@ -36,9 +36,10 @@ def evaluate(
     dry_run: bool = False,
 ) -> dict[str, dict[str, float]]:
     """What `jobs.evaluate` does."""
-    names = [os.fspath(m) for m in ([models] if isinstance(models, str | PathLike) else models)]
+    for model in models:
+        check_model(model)
+    names = [os.fspath(model) for model in models]
     for name in names:
-        check_model(name)
         if names.count(name) > 1:
             raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     _check(windows, source, tasks)

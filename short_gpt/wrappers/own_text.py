@@ -35,7 +35,7 @@ Write = Callable[[bool, int], Sequence[Text]]  # from whether they are chats, an
 STREAMED = (
     "a streamed model writes no text of its own: let a copy that fits into memory, such as a GGUF "
     "file in few bits, write it to a file (on the command line: short-gpt generate COPY --samples "
-    "96 --max_gen_len 1152 --out own.jsonl), and give that as `data`"
+    "96 --max_new_tokens 1152 --out own.jsonl), and give that as `data`"
 )
 
 

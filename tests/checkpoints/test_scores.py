@@ -333,8 +333,8 @@ def test_what_holds_no_scores_is_refused_in_one_line(here, capsys, damage):
 
 
 def test_every_real_score_passes(here):
-    """Also of sublayers and of all tokens, and of layers that do nothing or turn a state around."""
-    ranked("ckpt", "r.json", "--sublayers")
+    """Also of all tokens, and of layers that do nothing or turn a state around."""
+    ranked("ckpt", "r.json")
     ranked("ckpt", "all.json", "--method", "angular_all", "--n", 1)
     weights = torch.load("ckpt/consolidated.00.pth")
     for name in ("attention.wo", "feed_forward.w2"):

@@ -12,7 +12,8 @@ from conftest import save_byte_llama
 from short_gpt.cli.app import main
 from short_gpt.data import demo
 from short_gpt.healing import HealedChoice
-from short_gpt.jobs import TextSource, comparing
+from short_gpt.jobs import comparing
+from short_gpt.jobs.former import TextSource
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 

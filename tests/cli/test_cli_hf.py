@@ -112,7 +112,7 @@ def test_prune_by_scores_verified(here, capsys):
     decoder.keep_layers(found["kept_layers"])
     assert torch.equal(logits("small"), decoder.logits(TOKENS))
 
-    run("prune", "hf", "block", *scores, "--angular", "--verify", "no")
+    run("prune", "hf", "block", *scores, "--method", "angular", "--verify", "no")
     block = record("block/pruning.json")["removed_layers"]
     assert block[1] == block[0] + 1
     assert "verified" not in capsys.readouterr().out
@@ -234,18 +234,18 @@ def test_a_conversion_that_is_another_model_leaves_the_earlier_one(here, capsys,
 
 @pytest.mark.parametrize("source", ["hf", "meta", "model.gguf"])
 def test_no_token_more_is_the_prompt_alone(here, capsys, source):
-    run("generate", source, "It was", "--max_gen_len", 0)
+    run("generate", source, "It was", "--max_new_tokens", 0)
     assert capsys.readouterr().out == "It was\n"
 
 
 @pytest.mark.parametrize("source", ["hf", "model.gguf"])
 def test_generate(here, capsys, source):
-    run("generate", source, "It was", "--temperature", 0, "--max_gen_len", 5)
+    run("generate", source, "It was", "--temperature", 0, "--max_new_tokens", 5)
     out = capsys.readouterr().out
-    run("generate", "meta", "It was", "--temperature", 0, "--max_gen_len", 5)
+    run("generate", "meta", "It was", "--temperature", 0, "--max_new_tokens", 5)
     assert out == capsys.readouterr().out and out.startswith("It was")
     for _ in range(2):
-        run("generate", source, "It was", "--seed", 3, "--max_gen_len", 5)
+        run("generate", source, "It was", "--seed", 3, "--max_new_tokens", 5)
     first, second = capsys.readouterr().out.split("It was")[1:]
     assert first == second
 
@@ -347,19 +347,22 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
         (["rank", "no.gguf", *DATA], "no.gguf does not exist"),
         (["rank", "broken.gguf", *DATA], "broken.gguf is not a complete GGUF file"),
         (
-            ["generate", "hf", "--samples", 1, "--out", "o.jsonl", "--max_gen_len", 5000],
-            "--max_gen_len 5000: this model takes 4096 tokens, give no more",
+            ["generate", "hf", "--samples", 1, "--out", "o.jsonl", "--max_new_tokens", 5000],
+            "--max_new_tokens 5000: this model takes 4096 tokens, give no more",
         ),
         (
-            ["generate", "meta", "a", "--max_gen_len", "200000000"],
-            "--max_gen_len 200000000: expected at most 1,048,576",
+            ["generate", "meta", "a", "--max_new_tokens", "200000000"],
+            "--max_new_tokens 200000000: expected at most 1,048,576",
         ),
-        (["generate", "hf", "a", "--max_gen_len", "-5"], "--max_gen_len = -5: expected a whole"),
+        (
+            ["generate", "hf", "a", "--max_new_tokens", "-5"],
+            "--max_new_tokens = -5: expected a whole",
+        ),
         (
             ["generate", "nowhere", "a", "--seed", "-1"],  # told before a model is loaded
             "--seed = -1: expected a whole number of at least 0",
         ),
-        (["generate", "hf", "It was", "--max_gen_len", "9999"], "tokens is more than the "),
+        (["generate", "hf", "It was", "--max_new_tokens", "9999"], "tokens is more than the "),
         (["generate", "hf", "a " * 4096], "tokens, this model takes 4096: shorten it"),
         (["generate", "hf", "a", "--temperature", "-1"], "--temperature -1.0: expected 0 or more"),
         (["generate", "hf", "a", "--top_p", "2"], "--top_p 2.0: expected 0 to 1"),

@@ -27,7 +27,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 RANK = ("rank", "model", *DATA, "--max_windows", 2)
 COMMANDS = [RANK, (*RANK, "--stream"), ("prune", "model", "out", "--layers", 1)]
-COMMANDS += [("convert", "model", "out"), ("generate", "model", "a", "--max_gen_len", 2)]
+COMMANDS += [("convert", "model", "out"), ("generate", "model", "a", "--max_new_tokens", 2)]
 HF_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 META_FILES = ["params.json", "tokenizer.json", "tokenizer_config.json", "consolidated.00.pth"]
 CASES = [("hf", name) for name in HF_FILES] + [("meta", name) for name in META_FILES]

@@ -99,7 +99,7 @@ def test_a_terminal_that_knows_ascii_alone_gets_the_text_all_the_same(ckpt):
         "generate",
         "ckpt",
         "caf\u00e9",
-        "--max_gen_len=2",
+        "--max_new_tokens=2",
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

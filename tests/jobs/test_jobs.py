@@ -25,14 +25,13 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import RefitSettings, lora
 from short_gpt.jobs import (
-    Cases,
     SavedScores,
-    Shares,
     evaluate,
     heal,
     ranking,
     reproduce,
 )
+from short_gpt.jobs.cases import Cases, Shares
 from short_gpt.jobs.inputs import Tasks
 from short_gpt.jobs.settings import Answer, Choice, Healing
 from short_gpt.runtime.progress import DryRun
@@ -275,8 +274,8 @@ def test_a_choice_names_layers_or_scores(here):
 
 def test_cases_are_read_with_or_without_spaces():
     cases = Cases("bi, sleb", 2, "raw, refit")
-    assert cases.names == ["bi", "sleb"] and cases.numbers == [2]
-    assert cases.heals == ["raw", "refit"]
+    assert cases.methods == ["bi", "sleb"] and cases.counts == [2]
+    assert cases.healings == ["raw", "refit"]
 
 
 def test_settings_that_would_be_passed_over_are_refused(here):
@@ -295,7 +294,7 @@ def test_a_text_to_evaluate_on_that_is_named_twice_is_refused(here):
     Path("b.txt").write_text(TEXT[::-1])
     how = {"data": "book.txt", "eval_data": "b.txt, b.txt", "size": 16}
     for command in (
-        lambda: jobs.compare_checkpoint("ckpt", methods="bi", counts=1, **how),
+        lambda: jobs.compare_checkpoint("ckpt", method="bi", n=1, **how),
         lambda: heal("ckpt", "out", layers=[2], **how),
         lambda: jobs.shrink("ckpt", "out", n=1, **how),
     ):
@@ -404,7 +403,7 @@ def test_names_of_tasks_may_have_blanks_between():
         (lambda: rank("ckpt", nothing_at_all=3), r"no setting 'nothing_at_all'; see help\(rank\)"),
         (lambda: heal("ckpt", "o", stride=3), "heal has no setting 'stride'"),
         (lambda: reproduce("ckpt", siz=3), "reproduce has no setting 'siz': did you mean size"),
-        (lambda: rank("ckpt", {"a", "b"}), "expected texts in an order, got a set, which has ano"),
+        (lambda: rank("ckpt", {"a", "b"}), "expected a list of texts or a datasets.Dataset, got a"),
         (lambda: evaluate(["ckpt"], sise=3), "evaluate has no setting 'sise': did you mean size"),
     ],
 )  # fmt: skip
@@ -494,16 +493,16 @@ def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
     assert done.evidence.perplexity["healed"].windows == 2
     name = json.loads(Path("out/pruning.json").read_text())["data"]
     assert name.startswith("Dataset ") and done.texts["eval_data"].startswith("list ")
-    few = {"methods": "bi", "counts": 1, "healings": "raw", "size": 16, "device": "cpu"}
+    few = {"method": "bi", "n": 1, "heal_by": "raw", "size": 16, "device": "cpu"}
     result = jobs.compare_checkpoint("ckpt", TEXTS, **few)
     assert [row.n for row in result.rows] == [0, 1]
-    del few["counts"]  # by default, as many of 2, 4, 8 and 12 as the 5 layers allow
+    del few["n"]  # by default, as many of 2, 4, 8 and 12 as the 5 layers allow
     result = jobs.compare_checkpoint("ckpt", TEXTS, **few)
     assert [row.n for row in result.rows] == [0, 2, 4]
-    few |= {"methods": "sleb"}  # which keeps the first and the last layer
+    few |= {"method": "sleb"}  # which keeps the first and the last layer
     assert [row.n for row in jobs.compare_checkpoint("ckpt", TEXTS, **few).rows] == [0, 2]
-    with pytest.raises(ShortGPTError, match="`counts` = 4; .* 5 layers: expected 1 to 3"):
-        jobs.compare_checkpoint("ckpt", TEXTS, counts=4, **few)
+    with pytest.raises(ShortGPTError, match="`n` = 4; .* 5 layers: expected 1 to 3"):
+        jobs.compare_checkpoint("ckpt", TEXTS, n=4, **few)
 
 
 def test_rows_in_memory_without_the_column_are_told(here, dataset):

@@ -264,7 +264,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 def test_streamed_models_and_model_parallel_ranks_are_refused(folder, monkeypatch):
     streamed = open_model(str(folder / "meta"), stream=True, max_seq_len=32)
-    with pytest.raises(ShortGPTError, match="--samples 96 --max_gen_len 1152 --out own.jsonl"):
+    with pytest.raises(ShortGPTError, match="--samples 96 --max_new_tokens 1152 --out own.jsonl"):
         own_samples(streamed, 2, 8)
     monkeypatch.setattr("short_gpt.runtime.replicas._sharing", lambda: 2)
     with pytest.raises(ShortGPTError, match="got 2 model-parallel ranks: open the model with"):

@@ -486,7 +486,7 @@ def test_commands_stream_and_say_first_what_it_takes(kind, folder, capsys):
     options = ("rank", kind, *DATA, "--stride", 16, "--n", 2, "--batch_size", 3)
     options += ("--max_windows", 40)
     for name, more in (("streamed", STREAM), ("memory", ())):
-        run(*options, "--sublayers", "--json", f"{name}.json", *more)
+        run(*options, "--json", f"{name}.json", *more)
         said = capsys.readouterr()
         assert said.err.count("one layer at a time, ") == (name == "streamed")
         assert "the process itself" not in said.out and "settled" in said.out
@@ -502,7 +502,7 @@ def test_commands_stream_and_say_first_what_it_takes(kind, folder, capsys):
 
 def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkeypatch):
     """States are of the streamed model alone, and told apart by their name."""
-    options = ("rank", "meta", *DATA, "--stride", 16, "--state", "s.json", *STREAM)
+    options = ("rank", "meta", *DATA, "--stride", 16, "--json", "r.json", *STREAM)
     read, rounds = StreamedDecoder.score_batch, []
 
     def fails(self, part, **more):
