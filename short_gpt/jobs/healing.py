@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from llama.files import check_new
 from llama.sources import find_source, is_gguf
@@ -21,7 +21,7 @@ from short_gpt.evaluation.perplexity import (
     difference,
     window_perplexities,
 )
-from short_gpt.healing import HealingEvidence, HealingJob, Learning
+from short_gpt.healing import HealingEvidence, HealingJob, Learning, Recipe
 from short_gpt.healing.distillation import IDENTITY
 from short_gpt.healing.job import CLOSED, TRAINING
 from short_gpt.healing.refit_state import STATE
@@ -76,6 +76,30 @@ class HealingResult:
         return {**self.evidence.to_dict(), "perplexity": values, **self.texts, **rounded}
 
 
+class Request(NamedTuple):
+    """What is asked of `heal`, checked."""
+
+    model: str
+    out: Path
+    methods: Sequence[str]
+    removal: ChosenLayers
+    windows: Windows
+    healing: Healing
+    opening: OpenOptions
+    overwrite: bool
+
+    @property
+    def trains(self) -> bool:
+        return self.methods[-1] in TRAINING
+
+    @property
+    def folder(self) -> Path | None:
+        """What takes hours continues from files beside the new directory."""
+        if self.trains:
+            return Path(f"{self.out}.training")
+        return Path(f"{self.out}.refit") if self.opening.stream else None
+
+
 def heal(
     model: str,
     out: str,
@@ -107,63 +131,36 @@ def heal(
     removal = _removal(model, choice, methods, healing)
     if is_gguf(out):
         check_writable_gguf(model, removal.layers)
-    how = (windows, healing, opening)
-    done = _heal(model, Path(out), methods, removal, *how, overwrite, notify, dry_run)
+    request = Request(model, Path(out), methods, removal, windows, healing, opening, overwrite)
+    done = _heal(request, notify, dry_run)
     return replace(done, address=hub.push(done.out, done))
 
 
 @interruptible()
-def _heal(
-    model: str,
-    out: Path,
-    methods: Sequence[str],
-    removal: ChosenLayers,
-    windows: Windows,
-    healing: Healing,
-    opening: OpenOptions,
-    overwrite: bool,
-    notify: Notify,
-    dry_run: bool,
-) -> HealingResult:
-    trains, folder = methods[-1] in TRAINING, None
-    if trains or opening.stream:  # hours, which continue from files beside the new directory
-        folder = Path(f"{out}.{'training' if trains else 'refit'}")
+def _heal(request: Request, notify: Notify, dry_run: bool) -> HealingResult:
+    model, out, _, removal, windows, healing, opening, overwrite = request
+    folder, trains = request.folder, request.trains
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
     windows.check_texts()
     states = [path for name in STATES for path in folder.rglob(name)] if folder else []
     opening = as_begun(opening, *states)
-    short = _opened(model, opening, windows.size or SIZE, trains=trains)
-    short.check_weights()
-    if removal.layers:
-        check_layers(removal.layers, short.kept)
+    short = _opened(request._replace(opening=opening))
     opening = replace(opening, precision=short.precision)  # for all models opened later
-    if removal.importance is not None:  # its record tells what it rests on, as that of prune does
-        short.importance = removal.importance
-    few_bits = trains and is_gguf(out) and in_few_bits(model)
-    recipe = healing.recipe(short, windows.seed or 0, few_bits=few_bits) if trains else None
+    recipe = None
+    if trains:
+        few_bits = is_gguf(out) and in_few_bits(model)
+        recipe = healing.trained(short, windows.seed or 0, few_bits=few_bits)
     size = windows.size or (recipe.size if recipe else SIZE)
     limit = None if trains else CLOSED_WINDOWS
     read = partial(windows.learning, short, size, limit, validate=trains, beside=out)
     if dry_run:
-        work = f"remove layers {removal.layers} of {model}, heal by {','.join(methods)} on "
         count = windows.max_windows or CLOSED_WINDOWS if windows.own else len(read().training)
         count = recipe.steps * recipe.batch_size if recipe else count
-        work += f"{count:,} windows of {windows.name}, and write {out}; each is read twice or more"
-        end_dry_run(short, work, size, count)
+        _end_dry_run(request, short, size, count)
     parts = read()
-    few = CLOSED_WINDOWS if trains or windows.max_windows is None else None
-    steps = {name: healing.closed(name) if name in CLOSED else recipe for name in methods}
-    job = HealingJob(
-        short,
-        parts,
-        removal.layers,
-        steps=steps,
-        max_windows=few,
-        teacher=_teacher(model, healing, opening, size),
-        work_dir=folder,
-        notify=notify,
-    )
+    teacher = _teacher(model, healing, recipe, opening, size)
+    job = _job(request, short, parts, recipe, teacher, notify)
     if plan := job.plan_text():
         notify(plan)
     texts: dict[str, Any] = {"data": windows.name, "eval_data": windows.eval_name}
@@ -172,7 +169,7 @@ def _heal(
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_name, "size": size}
     facts = {**removal.record.facts, "data": windows.name}
     job.save(out, facts=facts, overwrite=overwrite, release=isinstance(short, ShortHFModel))
-    del short, job, steps, lock  # makes room for the model that is read again
+    del short, job, teacher, read, lock  # makes room for the model that is read again
     if not is_first_rank():
         return done
     if is_gguf(out):
@@ -182,14 +179,49 @@ def _heal(
     return reread(done, parts, replace(opening, stream=False, max_memory=None), size)
 
 
-def _opened(model: str, opening: OpenOptions, size: int, *, trains: bool) -> ScoredModel:
-    """The model to heal; where one trains, ``stream`` is its teacher's."""
-    own = of_source(opening, model, stream=opening.stream and not trains)
-    if trains:
-        return open_trainable(model, own)
-    if not opening.stream:  # each of several ranks has the whole model, and its own windows
-        own = replace(own, model_parallel_size=1)
-    return open_model(model, own, max_seq_len=size)
+def _opened(request: Request) -> ScoredModel:
+    """The model to heal, its layers and weights checked; where it trains, the teacher streams."""
+    model, opening, removal = request.model, request.opening, request.removal
+    own = of_source(opening, model, stream=opening.stream and not request.trains)
+    if request.trains:
+        short: ScoredModel = open_trainable(model, own)
+    else:
+        if not opening.stream:  # each of several ranks has the whole model, and its own windows
+            own = replace(own, model_parallel_size=1)
+        short = open_model(model, own, max_seq_len=request.windows.size or SIZE)
+    short.check_weights()
+    if removal.layers:
+        check_layers(removal.layers, short.kept)
+    if removal.importance is not None:  # its record tells what it rests on, as that of prune does
+        short.importance = removal.importance
+    return short
+
+
+def _job(
+    request: Request,
+    short: ScoredModel,
+    parts: Learning,
+    recipe: Recipe | None,
+    teacher: Callable[[], ScoredModel] | None,
+    notify: Notify,
+) -> HealingJob:
+    healing, few = request.healing, request.trains or request.windows.max_windows is None
+    return HealingJob(
+        short,
+        parts,
+        request.removal.layers,
+        steps={n: healing.closed(n) if n in CLOSED else recipe for n in request.methods},
+        max_windows=CLOSED_WINDOWS if few else None,
+        teacher=teacher,
+        work_dir=request.folder,
+        notify=notify,
+    )
+
+
+def _end_dry_run(request: Request, short: ScoredModel, size: int, count: int) -> NoReturn:
+    work = f"remove layers {request.removal.layers} of {request.model}, heal by "
+    work += f"{','.join(request.methods)} on {count:,} windows of {request.windows.name}, and "
+    end_dry_run(short, f"{work}write {request.out}; each is read twice or more", size, count)
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
@@ -206,9 +238,11 @@ def _check_target(model: str, out: str, *, overwrite: bool) -> None:
 
 
 def _teacher(
-    model: str, healing: Healing, opening: OpenOptions, size: int
+    model: str, healing: Healing, recipe: Recipe | None, opening: OpenOptions, size: int
 ) -> Callable[[], ScoredModel] | None:
-    if healing.teacher is None and not healing.live_teacher and not opening.stream:
+    """What opens the teacher; None where that is the model itself, before its layers go."""
+    live = recipe is not None and recipe.live_teacher
+    if healing.teacher is None and not live and not opening.stream:
         return None
     source = healing.teacher or model
     own = of_source(opening, source, stream=opening.stream)

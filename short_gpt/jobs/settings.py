@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from short_gpt.jobs.inputs import layer_list, listed
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
@@ -87,12 +87,8 @@ class Sampling(Settings):
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         at_least(0, max_new_tokens=self.max_new_tokens, seed=self.seed)
-        check(
-            self.max_new_tokens <= MAX_NEW_TOKENS,
-            "max_new_tokens",
-            self.max_new_tokens,
-            f"at most {MAX_NEW_TOKENS:,}",
-        )
+        most, count = f"at most {MAX_NEW_TOKENS:,}", self.max_new_tokens
+        check(count <= MAX_NEW_TOKENS, "max_new_tokens", count, most)
         check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         check(0 <= self.top_p <= 1, "top_p", self.top_p, "0 to 1")
 
@@ -141,12 +137,7 @@ class Choice(Settings):
         return chosen(model, self.named, scores=self.scores, n=self.n, method=self.method)
 
 
-# the settings of a recipe, and all of distillation alone
-RECIPE = ["rank", "alpha", "learning_rate", "steps", "warmup", "batch_size", "micro_batch"]
-RECIPE += ["eval_every", "patience", "four_bit", "gradient_checkpointing", "report_to"]
-RECIPE += ["live_teacher", "top_k", "temperature", "kl_share"]
-FITTED = ("ridge", "step_size")  # of closed forms
-DISTILLING = ("teacher", "live_teacher", "top_k", "temperature", "kl_share")
+CLOSED_FORM = ("ridge", "step_size")  # settings of closed forms
 
 
 @dataclass(frozen=True)
@@ -156,120 +147,74 @@ class Healing(Settings):
     HEADING: ClassVar = CHOOSE
     heal_by: str = setting(
         "refit",
-        "How the model is healed: refit, patch, lora or distill; or several by commas, a closed "
-        "form first.",
+        "Way to heal: refit, patch, lora or distill; or several by commas, a closed form first.",
     )
     ridge: float | None = setting(
         None,
-        "Of a closed form, relative to the mean square of the inputs; if not given, in the "
-        "refit 2 F / N, twice the inputs of the matrix divided by the tokens, and in the patch "
-        "what held-out windows choose.",
+        "Ridge of a closed form, relative to the mean square of the inputs. Default: in the refit "
+        "2 F / N, twice the inputs of the matrix divided by the tokens; in the patch what held-out "
+        "windows choose.",
+        rare=True,
     )
     step_size: float | None = setting(
         None,
-        "Step size of the refit: the share of the solved change that is applied, above 0 and at "
-        "most 1; 0.5 if not given.",
+        "Share of the solved change that a closed form applies, above 0 and at most 1. Default: "
+        "0.5 in the refit, 1 in the patch.",
+        rare=True,
     )
-    preset: str = setting(
-        "paper",
-        "Of lora and distill, paper, demo or small; each of the following changes one of its "
-        "settings.",
-    )
-    rank: int | None = setting(None, "Of the LoRA changes that are trained.")
-    alpha: int | None = setting(
-        None, "Of LoRA, whose changes are scaled by alpha / rank; the rank if not given."
-    )
-    learning_rate: float | None = setting(None, "At its peak.")
-    steps: int | None = setting(None, "Optimizer steps.")
-    warmup: int | None = setting(
-        None, "Steps until the peak; if not given, a tenth of all steps, at most 100 (paper)."
-    )
-    batch_size: int | None = setting(None, "Windows a step.")
-    micro_batch: int | None = setting(None, "Windows read at once.")
-    eval_every: int | None = setting(None, "Steps between evaluations and checkpoints.")
-    patience: int | None = setting(None, "Stop after this many evaluations without a better one.")
-    four_bit: bool = setting(False, "Train over weights in 4 bits; needs bitsandbytes and CUDA.")
-    gradient_checkpointing: bool = setting(False, "Less memory, more time.")
-    report_to: str | None = setting(
+    recipe: str | Mapping[str, object] | None = setting(
         None,
-        "Services that the training reports to, such as wandb or tensorboard, whose logs stay "
-        "in OUT.training/METHOD/runs.",
-        value="A,B",
+        "Settings of lora and distill: a preset (paper, demo or small) and changes, such as "
+        "small,steps=400,rank=16,batch_size=4 or distill's top_k=64,live_teacher=yes; in Python "
+        "also a dict or a `Recipe`, which describes all. Default: paper.",
     )
     teacher: str | None = setting(
         None,
-        "The original model of which MODEL is a part; MODEL itself, before layers go, if not "
-        "given.",
+        "Original model of which MODEL is a part, for distill; with stream it is read by the "
+        "layer. Default: MODEL itself, before layers go.",
+        rare=True,
     )
-    live_teacher: bool = setting(
-        False,
-        "Ask the teacher in every step, as a second model in memory; otherwise it is asked once "
-        "and its predictions stay on disk, in OUT.training, until the model is saved.",
-    )
-    top_k: int | None = setting(
-        None, "Tokens kept of each prediction, beside the total of all others; 64 if not given."
-    )
-    temperature: float | None = setting(
-        None, "By which both models' logits are divided; 1 if not given."
-    )
-    kl_share: float | None = setting(
-        None,
-        "Of the divergence in the loss, above 0 and at most 1; 1 if not given. The rest is the "
-        "text's own.",
-    )
-
-    def _changed(self, names: Sequence[str]) -> dict[str, Any]:
-        return {n: v for n in names if (v := getattr(self, n)) != getattr(Healing, n)}
-
-    @property
-    def changes(self) -> dict[str, object]:
-        return self._changed(RECIPE)
 
     def check(self, methods: Sequence[str]) -> None:
         """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
-        from short_gpt.healing import lora
+        from short_gpt.healing import Recipe, lora
         from short_gpt.healing.job import CLOSED, STEPS, TRAINING
-        from short_gpt.healing.settings import PRESETS, Recipe
 
         closed = {name: {one.name for one in fields(STEPS[name].settings)} for name in CLOSED}
-        for names, users in (
-            (DISTILLING, ("distill",)),
-            ((*RECIPE, "preset"), TRAINING),
-            *(((name,), [kind for kind in closed if name in closed[kind]]) for name in FITTED),
-        ):
-            if (changed := self._changed(names)) and not {*users} & {*methods}:
-                raise ShortGPTError(
-                    f"`{next(iter(changed))}` is for `heal_by` {' or '.join(users)}"
-                )
+        users = {name: [form for form in closed if name in closed[form]] for name in CLOSED_FORM}
+        users |= {"recipe": [*TRAINING], "teacher": ["distill"]}
+        for name, ways in users.items():
+            if getattr(self, name) is not None and not {*ways} & {*methods}:
+                raise ShortGPTError(f"`{name}` is for `heal_by` {' or '.join(ways)}")
         for name in closed.keys() & {*methods}:
             self.closed(name)
-        if self.preset not in PRESETS:
-            raise ShortGPTError(f"`preset` {self.preset}: expected one of {', '.join(PRESETS)}")
-        if not {*TRAINING} & {*methods}:
-            return
-        Recipe(**{**PRESETS[self.preset], **self.changes})  # raises for values out of range
-        lora.require_packages()
-        lora.check_reports(self.report_to)
-        if self.four_bit:
-            lora.require_four_bit()
+        if {*TRAINING} & {*methods}:
+            recipe = Recipe.parse(self.recipe or "")  # raises for values out of range
+            lora.require_packages()
+            lora.check_reports(recipe.report_to)
+            if recipe.four_bit:
+                lora.require_four_bit()
 
     def closed(self, name: str) -> object:
         """The settings of a closed form; ShortGPTError for one out of range."""
         from short_gpt.healing.job import STEPS
 
-        changes = {n: value for n in FITTED if (value := getattr(self, n)) is not None}
-        return STEPS[name].settings(**changes)
+        known = {one.name for one in fields(STEPS[name].settings)}
+        changes = {n: getattr(self, n) for n in CLOSED_FORM if n in known}
+        return STEPS[name].settings(**{n: v for n, v in changes.items() if v is not None})
 
-    def recipe(self, short: ScoredModel, seed: int, *, few_bits: bool = False) -> Recipe:
-        """The recipe for a model of transformers, with the changes.
+    def trained(self, short: ScoredModel, seed: int, *, few_bits: bool = False) -> Recipe:
+        """The recipe for a model of transformers.
 
-        ``few_bits``: what it changes is rounded again, and so preset small changes little.
+        ``few_bits``: what it changes is rounded again, and so a preset that changes all maps
+        changes the output projections alone.
         """
-        from short_gpt.healing.settings import OUTPUTS, recipe_for
+        from short_gpt.healing.settings import ALL, OUTPUTS, Recipe
 
-        own = {"modules": OUTPUTS} if few_bits and self.preset == "small" else {}
-        changes = {**own, **self.changes, "seed": seed}
-        return recipe_for(short.trainable().config, self.preset, **changes)
+        recipe = Recipe.parse(self.recipe or "", short.trainable().config, seed=seed)
+        if few_bits and recipe is not self.recipe and recipe.modules == ALL:
+            return replace(recipe, modules=OUTPUTS)
+        return recipe
 
 
 def methods_of(text: str) -> list[str]:
@@ -278,10 +223,6 @@ def methods_of(text: str) -> list[str]:
 
     methods = listed(text)
     for name in methods:
-        if name not in STEPS:
-            raise ShortGPTError(
-                f"`heal_by` {text}: expected one of {', '.join(STEPS)}, or several by commas, got "
-                f"{name!r}"
-            )
+        check(name in STEPS, "heal_by", name, f"one of {', '.join(STEPS)}, or several by commas")
     check_order(methods)
     return methods

@@ -137,7 +137,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 HEAL = ("--data", "books", "--size", 32, "--max_windows", 20, "--eval_windows", 4)
-HEALED = ("--layers", "2,3", *HEAL, "--method", "patch", "--json", "healed.json")
+HEALED = ("--layers", "2,3", *HEAL, "--heal_by", "patch", "--json", "healed.json")
 
 
 def check_rounding(found: dict, said: str) -> None:
@@ -178,7 +178,7 @@ def test_preset_small_trains_output_projections_where_more_would_be_rounded(here
         letters = random_windows(1, 900, vocab=26, seed=seed)[0]
         Path(f"random/{seed}.txt").write_text("".join(chr(97 + i) for i in letters))
     data = ("--data", "random", *HEAL[2:])
-    how = ("--layers", "2,3", *data, "--method", "lora", "--preset", "small", "--steps", 1)
+    how = ("--layers", "2,3", *data, "--heal_by", "lora", "--recipe", "small,steps=1")
     for name, modules in (("plain", ["all"]), ("few", ["outputs"])):
         run("heal", f"{name}.gguf", f"{name}-out.gguf", *how, "--json", f"{name}.json")
         (step,) = json.loads(Path(f"{name}.json").read_text())["result"]["healing"]

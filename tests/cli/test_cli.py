@@ -302,6 +302,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         "removed": [3, 1],
     }
     monkeypatch.setattr(reproduce, "published", lambda: table)
+    save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB, n_kv_heads=4))
     Path("books").mkdir()
     Path("books/validation-1.txt").write_text(TEXT * 3)
     command = ("reproduce", "ckpt", "--data", "books", "--max_windows", 2, "--json", "r.json")
@@ -330,7 +331,7 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", "--num-layers=4"], "no flag --num-layers; did you mean --n?"),
         (["shrink", "ckpt", "x", "--layers", "4"], "no flag --layers; heal, prune have it"),
         (["rank", "ckpt", "-q", "1"], "rank has no flag -q"),
-        (["rank", "ckpt", "--size", "big"], "--size expects a whole number, got 'big'"),
+        (["rank", "ckpt", "--size", "big"], "--size expects a whole number or none, got 'big'"),
         (["rank", "ckpt", "--overwrite=3"], "--overwrite expects True or False, got 3"),
         (["rank", "ckpt", *DATA, f"--size={10**20}"], f"size = {10**20}: expected at most"),
         (["rank", "ckpt", *DATA, f"--size={2**40}"], "size = 1099511627776: expected at most"),
@@ -367,8 +368,8 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["prune", "ckpt", "x", "--layers", ","], "as in --layers 21,22,23, got ','"),
         (["prune", "ckpt", "x", "--layers", "1" * 5000], "as in --layers 21,22,23, got '1111"),
         (["heal", "ckpt", "x", "--heal_by", "lora", "--layers", ""], "--layers is empty"),
-        (["prune", "ckpt", "x", "--scores", "no.json"], "no.json does not exist"),
-        (["prune", "ckpt", "x", "--scores", "book.txt"], "book.txt is not JSON"),
+        (["prune", "ckpt", "x", "--scores", "no.json", "--n", "1"], "no.json does not exist"),
+        (["prune", "ckpt", "x", "--scores", "book.txt", "--n", "1"], "book.txt is not JSON"),
         (["prune", "ckpt", "ckpt", "--layers", "1"], "ckpt exists"),
         (["prune", "ckpt", "x", "--layers", "1", "--method", "bi"], "chooses from --scores"),
         (["prune", "ckpt", "x", "--layers", "1", "--tokenizer_path", "no"], "no does not exist"),
@@ -405,8 +406,8 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", *DATA, "--json", "book.txt/r.json"], "is not a writable directory"),
         (["rank", "ckpt", *DATA, "--n", "1", "--confidence", "1e400"], "--confidence expects a f"),
         (
-            ["heal", "ckpt", "x", "--heal_by", "lora", "--learning_rate", "1e400"],
-            "--learning_rate expects a finite number, got inf",
+            ["heal", "ckpt", "x", "--heal_by", "lora", "--recipe", "small,learning_rate=1e400"],
+            "learning_rate = inf: expected a number above 0",
         ),
         (
             ["generate", "ckpt", "a", f"--temperature={10**400}"],
@@ -421,15 +422,15 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["rank", "ckpt", "--stream", "--max_memory", "12"], "--max_memory 12: expected a size wi"),
         (["shrink", "gpt2", "x"], "not exist; a hub id has an owner, as in openai-community/gpt2"),
         (
-            ["heal", "ckpt", "x", "--layers", "1", "--heal_by", "lora", "--patience", "0"],
-            "--patience = 0: expected a whole number of at least 1",
+            ["heal", "ckpt", "x", "--heal_by", "lora", "--recipe", "patience=0"],
+            "patience = 0: expected a whole number of at least 1",
         ),
         (["shrink", "ckpt", "x", "--minutes", "1e18"], "--minutes 1e+18: expected above 0 and at"),
         (["rank", "ckpt", "--max_windows", "x"], "--max_windows expects a whole number, got 'x'"),
         (["rank", "ckpt", "--seed", "x"], "--seed expects a whole number or none, got 'x'"),
         (["convert", "ckpt", "x", "--shards", "0"], "--shards 0: expected 1 to 100"),
         (["rank", "ckpt", "--eval_data", "x"], "rank has no flag --eval_data; compare, demo, heal"),
-        (["prune", "ckpt", "x", "--patience", "1"], "prune has no flag --patience; heal has it"),
+        (["prune", "ckpt", "x", "--ridge", "1"], "prune has no flag --ridge; heal has it"),
         (["rank", "ckpt", "--zzz", "1"], "rank has no flag --zzz; see rank --help"),
     ],
 )
@@ -623,7 +624,7 @@ def test_rank_names_the_command_that_comes_next_and_it_runs(ckpt, capsys, method
 def test_after_an_automatic_choice_the_healing_comes_next(ckpt, capsys):
     """Because the layers were chosen for a healed model."""
     Path("numbers.txt").write_text(" ".join(str(i * i) for i in range(120)))
-    read = ("--data", "numbers.txt", "--max_texts", 1, "--size", 32, "--max_windows", 8)
+    read = ("--data", "numbers.txt", "--size", 32, "--max_windows", 8)
     how = ("--stride", 32, "--json", "a.json")
     run("rank", "ckpt", *read, "--method", "auto", "--n", 2, *how)
     said = capsys.readouterr().out.splitlines()[-1]

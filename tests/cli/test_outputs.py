@@ -153,6 +153,8 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monk
     table["paper"]["models"]["tiny"] = shape
     monkeypatch.setattr(reproduction, "published", lambda: table)
     write_docs("docs")
+    if command == "reproduce":
+        save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB, n_kv_heads=4))
     more = {"compare": ("--n", "1,2")}
     more |= {"heal": ("out", "--layers", 1), "rank": ("--n", 1), "evaluate": ("--max_windows", 5)}
     more[command] = (*more.get(command, ()), "--data", "docs", "--size", 16)

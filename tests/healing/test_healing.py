@@ -46,7 +46,7 @@ from short_gpt.healing.distillation import collate, examples
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, note_files
-from short_gpt.jobs import Settings
+from short_gpt.jobs.settings import Healing
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.replicas import Replicas
@@ -712,7 +712,7 @@ SMALL = ("--data", "books", "--size", 32, "--eval_windows", 4)
 
 
 def test_heal_by_patch(books, capsys):
-    patch = ("--layers", "3,1", "--method", "patch")
+    patch = ("--layers", "3,1", "--heal_by", "patch")
     run("heal", "dense", "out", *SMALL, *patch, "--json", "e.json")
     out = capsys.readouterr().out
     evidence = json.loads(Path("e.json").read_text())["result"]
@@ -726,35 +726,22 @@ def test_heal_by_patch(books, capsys):
 
 
 def test_heal_by_refit_a_checkpoint_of_the_same_shapes(books, capsys):
-    refit = ("--layers", "3,1", "--method", "refit", "--parts", "mlp", "--ridge", 0.1)
-    run("heal", "dense", "out", *SMALL, *refit, "--aim", 0.5, "--json", "e.json")
+    refit = ("--layers", "3,1", "--heal_by", "refit", "--ridge", 0.1, "--step_size", 0.25)
+    run("heal", "dense", "out", *SMALL, *refit, "--json", "e.json")
     assert "healing changes the loss by" in capsys.readouterr().out
     record = json.loads(Path("out/pruning.json").read_text())
     (step,) = record["healing"]
-    assert (step["method"], step["parts"], step["aim"]) == ("refit", ["mlp"], 0.5)
+    assert (step["method"], step["step_size"]) == ("refit", 0.25)
     assert {fit["ridge"] for fit in step["fits"]} <= {0.1, None} and step["held"] > 0
     cut = opened(Path("dense"))
     cut.remove_layers([3, 1])
     ours = opened(Path("out")).decoder.module.state_dict()
     differ = {k for k, v in cut.decoder.module.state_dict().items() if not torch.equal(v, ours[k])}
-    assert differ and all("feed_forward.w2" in name for name in differ)
-    line = fails(
-        capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--parts", "mlp", "--method", "patch"
-    )
-    assert "--parts is for --method refit" in line
-    line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--aim", 2)
-    assert "--aim = 2.0: expected a number above 0 and at most 1" in line
-    line = fails(
-        capsys, "heal", "dense", "b", *SMALL, "--layers", 1, "--aim", 1, "--method", "patch"
-    )
-    assert "--aim is for --method refit" in line
-    line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--parts", "norm")
-    assert "--parts = norm: expected attention, mlp or attention,mlp" in line
-    line = fails(capsys, "heal", "dense", "b", *SMALL, *refit[:4], "--ridge", -1)
-    assert "--ridge = -1.0: expected above 0, such as 0.1" in line
+    assert differ and all(re.search(r"feed_forward\.w2|attention\.wo", name) for name in differ)
 
 
-LORA = ("--method", "lora", "--steps", 2, "--batch_size", 2, "--rank", 2, "--warmup", 0)
+RECIPE = "paper,batch_size=2,rank=2,warmup=0,steps="
+LORA = ("--heal_by", "lora", "--recipe", f"{RECIPE}2")
 
 
 WRITES = (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),)
@@ -766,7 +753,8 @@ WRITES += (
 
 @pytest.mark.parametrize("error", WRITES, ids=str)
 def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(books, capsys, monkeypatch, error):
-    train = ("heal", "dense", "out", *SMALL, *LORA, "--layers", "2", "--eval_every", 1)
+    recipe = ("--heal_by", "lora", "--recipe", f"{RECIPE}2,eval_every=1")
+    train = ("heal", "dense", "out", *SMALL, *recipe, "--layers", "2")
     real, left = torch.save, [5]  # in the second checkpoint
 
     def full(*args: object, **options: object) -> None:
@@ -803,7 +791,8 @@ def test_a_folder_that_is_deleted_in_the_training_is_one_line(books, capsys, mon
 
 def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):
     run("prune", "dense", "small", "--layers", "2")
-    run("heal", "small", "out", *SMALL, *LORA, "--learning_rate", 0.02)
+    recipe = ("--recipe", f"{RECIPE}2,learning_rate=0.02")
+    run("heal", "small", "out", *SMALL, "--heal_by", "lora", *recipe)
     out = capsys.readouterr().out
     assert "before, 4 layers" in out and "healed" in out
     record = json.loads(Path("out/pruning.json").read_text())
@@ -817,8 +806,8 @@ def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):
 
 
 def test_heal_by_a_chain_a_meta_model_and_back(books, capsys):
-    more = ("--learning_rate", 0.02, "--top_k", 8, "--temperature", 2, "--kl_share", 0.5)
-    chain = ("--method", "patch,distill", *LORA[4:], "--steps", 8, *more)
+    recipe = f"{RECIPE}8,learning_rate=0.02,top_k=8,temperature=2,kl_share=0.5"
+    chain = ("--heal_by", "patch,distill", "--recipe", recipe)
     run("heal", "dense", "out", *SMALL, "--layers", "3,1", *chain, "--json", "e.json")
     out = capsys.readouterr().out
     assert "patch changes the loss by" in out and "distill changes the loss by" in out
@@ -840,22 +829,24 @@ def test_heal_by_a_chain_a_meta_model_and_back(books, capsys):
 )
 def test_heal_by_a_chain_leaves_windows_for_the_training(books, monkeypatch, method, expected):
     monkeypatch.setattr("short_gpt.jobs.healing.CLOSED_WINDOWS", 2)
-    options = ("--layers", 1, "--max_windows", 5, "--method", method)
-    trains = (*LORA[2:], "--learning_rate", 0.005) if "lora" in method else ()
+    options = ("--layers", 1, "--max_windows", 5, "--heal_by", method)
+    recipe = ("--recipe", f"{RECIPE}2,learning_rate=0.005")
+    trains = recipe if "lora" in method else ()
     run("heal", "dense", "out", *SMALL, *options, *trains)
     steps = json.loads(Path("out/pruning.json").read_text())["healing"]
     assert [step["windows"] for step in steps] == expected
 
 
-@pytest.mark.parametrize("how", ["--stream_teacher", "--live_teacher"])
+@pytest.mark.parametrize("how", [("--stream",), ()], ids=["streamed", "live"])
 def test_heal_a_pruned_model_by_what_the_whole_one_says(books, capsys, how):
     run("prune", "dense", "small", "--layers", "2")
-    distill = ("--method", "distill", *LORA[2:], "--learning_rate", 0.02)
-    run("heal", "small", "out", *SMALL, *distill, "--teacher", "dense", how)
+    recipe = f"{RECIPE}2,learning_rate=0.02,live_teacher={'no' if how else 'yes'}"
+    distill = ("--heal_by", "distill", "--recipe", recipe)
+    run("heal", "small", "out", *SMALL, *distill, "--teacher", "dense", *how)
     assert "before, 4 layers" in capsys.readouterr().out
     (step,) = json.loads(Path("out/pruning.json").read_text())["healing"]
     assert step["divergence"][str(step["kept_step"])] < step["divergence"]["0"]
-    assert step["distillation"]["cached"] is (how == "--stream_teacher")
+    assert step["distillation"]["cached"] is bool(how)
 
 
 def test_asked_to_end_it_leaves_no_copy_behind(books, capsys, monkeypatch):
@@ -874,44 +865,30 @@ def test_asked_to_end_it_leaves_no_copy_behind(books, capsys, monkeypatch):
 def test_heal_refuses_before_it_works(books, capsys):
     base = ("heal", "dense", "out", *SMALL)
     assert "the refit reads the original model" in fails(capsys, *base)
-    layers = ("--layers", "1")
-    assert "--rank is for --method lora or distill" in fails(capsys, *base, *layers, "--rank", 2)
-    assert "--ridge is for --method refit or patch" in fails(
-        capsys, *base, "--method", "lora", "--ridge", 1
-    )
-    for method in ("prayer", "patch,prayer"):
-        line = fails(capsys, *base, "--method", method)
-        assert (
-            "expected one of refit, patch, lora, distill, or several by commas, got 'prayer'"
-            in line
-        )
-    line = fails(capsys, *base, *layers, "--method", "lora,patch")
-    assert "lora,patch: patch is fitted on the original model, so nothing may heal" in line
     for method, flags, message in (
-        ("lora", ("--top_k", 3), "--top_k is for --method distill"),
-        ("patch", ("--teacher", "dense"), "--teacher is for --method distill"),
-        ("distill", ("--kl_share", 0), "--kl_share = 0.0: expected a number above 0 and at most 1"),
-        ("distill", ("--top_k", 0), "--top_k = 0: expected a whole number of at least 1"),
-        ("lora", ("--alpha", 0), "--alpha = 0: expected a number above 0"),
-        ("lora", ("--alpha", -8), "--alpha = -8: expected a number above 0"),
-        ("distill", ("--live_teacher", "--stream_teacher"), "leave out --live_teacher"),
+        ("refit", ("--recipe", "small"), "--recipe is for --heal_by lora or distill"),
+        ("lora", ("--ridge", 1), "--ridge is for --heal_by refit or patch"),
+        ("patch", ("--teacher", "dense"), "--teacher is for --heal_by distill"),
+        ("patch,prayer", (), "'prayer': expected one of refit, patch, lora, distill, or several"),
+        ("lora,patch", (), "patch is fitted on the original model, so nothing may heal"),
+        ("distill", ("--recipe", "kl_share=0"), "kl_share = 0.0: expected a number above 0"),
+        ("lora", ("--recipe", "micro_batch=3"), "batch_size = 16: expected a multiple of"),
+        ("lora", ("--recipe", "small,stepps=3"), "setting of a recipe = 'stepps': expected steps"),
+        ("refit", ("--ridge", -1), "ridge = -1.0: expected a number above 0"),
+        ("refit", ("--step_size", 2), "step_size = 2.0: expected a number above 0 and at most 1"),
+        ("lora", ("--stream",), "--stream holds one layer at a time"),
     ):
-        assert message in fails(capsys, *base, *layers, "--method", method, *flags)
-    line = fails(capsys, *base, "--method", "distill")
+        assert message in fails(capsys, *base, "--layers", "1", "--heal_by", method, *flags)
+    line = fails(capsys, *base, "--heal_by", "distill")
     assert "or a --teacher that still has them" in line
-    assert "begin the model" in fails(capsys, *base, "--layers", "0", "--method", "patch")
-    assert "batch_size = 16: expected a multiple of --micro_batch 3" in fails(
-        capsys, *base, "--method", "lora", "--micro_batch", 3
-    )
-    with pytest.raises(ShortGPTError, match="batch_size = 2: expected a multiple"):  # before the model is
-        Settings(preset="small", micro_batch=4).check(["lora"])  # opened
+    assert "begin the model" in fails(capsys, *base, "--layers", "0", "--heal_by", "patch")
     Path("out").mkdir()
     assert "out exists" in fails(capsys, *base, "--layers", "1")
 
 
 def test_a_healing_that_makes_it_worse_says_so(books, capsys):
     Path("odd.txt").write_text("zqzq qzzq " * 200)  # of which the evaluation has nothing
-    arguments = ("--layers", "2", "--method", "patch", "--data", "odd.txt", "--ridge", 1e-6)
+    arguments = ("--layers", "2", "--heal_by", "patch", "--data", "odd.txt", "--ridge", 1e-6)
     arguments += ("--eval_data", "books/3.txt")
     run("heal", "dense", "out", *SMALL, *arguments, "--json", "worse.json")
     assert "WORSE: on held-out text the healed model predicts worse" in capsys.readouterr().out
@@ -956,6 +933,4 @@ def test_the_training_reports_where_the_recipe_says(tmp_path, monkeypatch):
     with pytest.raises(
         ImportError, match="`report_to` mlflow: not installed .`pip install mlflow`.*wandb"
     ):
-        Settings(report_to="wandb,mlflow").check(["lora"])
-    with pytest.raises(ShortGPTError, match="`report_to` is for `method` lora or distill"):
-        Settings(report_to="wandb").check(["refit"])
+        Healing(recipe="report_to=wandb+mlflow").check(["lora"])

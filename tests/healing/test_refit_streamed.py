@@ -48,7 +48,7 @@ TOKENS = torch.tensor(random_windows(2, 16, vocab=BYTE_VOCAB, seed=9))
 PARTS = [("attention", 0.1), ("mlp", None)]
 QUIET = {"progress": False}
 KILLS = 8
-HEAL = ("--method", "refit", "--layers", "2,3", "--data", "book.txt", "--eval_data", "other.txt")
+HEAL = ("--heal_by", "refit", "--layers", "2,3", "--data", "book.txt", "--eval_data", "other.txt")
 HEAL += ("--size", 16, "--max_windows", 8, "--eval_windows", 2, "--device", "cpu")
 
 
@@ -543,7 +543,7 @@ def refused(capsys, *argv: object) -> str:
         ("meta", ("--stream",)),
         ("hf", ()),
         ("hf", ("--stream",)),
-        ("hf", ("--method", "refit,lora", "--steps", 2)),
+        ("hf", ("--heal_by", "refit,lora", "--recipe", "paper,steps=2")),
         ("gguf", ()),
     ],
 )
@@ -564,8 +564,8 @@ def test_no_command_goes_on_with_the_weights_of_another_model(
 @pytest.mark.parametrize("method", ["refit", "refit,lora"])
 def test_the_second_of_two_equal_commands_is_told_of_the_first(method, here, capsys, tmp_path):
     source("hf", here)
-    line = ("heal", "ckpt", "out", *HEAL, "--method", method)
-    line += ("--steps", 2) if "lora" in method else ()
+    line = ("heal", "ckpt", "out", *HEAL, "--heal_by", method)
+    line += ("--recipe", "paper,steps=2") if "lora" in method else ()
     folder = "out.training" if "lora" in method else "out.refit"
     first = started(tmp_path / "child", children.healing, here, [*map(str, line)])
     before = {path: path.read_bytes() for path in (here / folder).rglob("*") if path.is_file()}
@@ -641,10 +641,10 @@ def test_what_a_refit_leaves_as_it_was_is_said():
 def test_the_command_refuses_in_one_line_what_cannot_be(here, capsys):
     source("meta", here)
     stream = [*HEAL[2:], "--stream"]
-    line = fails(capsys, "heal", "ckpt", "out", "--method", "patch", *stream)
-    assert "one layer at a time, which the refit alone heals by" in line and "got" in line
+    line = fails(capsys, "heal", "ckpt", "out", "--heal_by", "patch", *stream)
+    assert "--stream holds one layer at a time, of a model that refit alone heals" in line
     line = fails(capsys, "heal", "ckpt", "out", *HEAL, "--max_memory", "1GB")
-    assert "--max_memory has no effect without --stream" in line
+    assert "--max_memory 1GB bounds --stream" in line
     line = fails(capsys, "heal", "ckpt", "out", *HEAL, "--stream", "--max_memory", "50MB")
     assert "50MB is too little" in line
     assert not (here / "out.refit").exists()
