@@ -294,6 +294,7 @@ def healing(folder: Path, argv: list[str], ready: Path) -> None:
 
 
 def shrinking(folder: Path, model: str, out: str, how: dict[str, object]) -> None:
+    from short_gpt import jobs
     from short_gpt.jobs import shrinking as job
 
     place = job._move_into_place
@@ -304,7 +305,7 @@ def shrinking(folder: Path, model: str, out: str, how: dict[str, object]) -> Non
 
     os.chdir(folder)
     job._move_into_place = placed
-    job.shrink(model, out, **how)
+    jobs.shrink(model, out, **how)
 
 
 # Healing that replicas share, for `test_ranks`

@@ -49,7 +49,7 @@ from short_gpt import shrink, windows
 from short_gpt.data import demo, texts
 from short_gpt.evaluation.cells import Cells
 from short_gpt.evaluation.perplexity import Perplexity, difference
-from short_gpt.jobs import HealingWindows, OpenOptions, ShrinkResult, TextSource
+from short_gpt.jobs import ShrinkResult
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.run import measure
@@ -321,14 +321,12 @@ def row(
         n=int(n),
         method=method,
         minutes=reading.minutes,
-        opening=OpenOptions(precision=reading.precision),
-        data=TextSource(named(places / "calibration", reading.kinds), chat=True),
-        windows=HealingWindows(
-            named(places / "held_out", judges),
-            reading.size,
-            reading.max_windows,
-            reading.eval_windows,
-        ),
+        precision=reading.precision,
+        data=named(places / "calibration", reading.kinds),
+        eval_data=named(places / "held_out", judges),
+        size=reading.size,
+        max_windows=reading.max_windows,
+        eval_windows=reading.eval_windows,
         overwrite=True,  # of a run that was stopped between this and its row
         notify=clock.tell,
     )
@@ -336,7 +334,7 @@ def row(
     print(done, flush=True)
     found: dict[str, Any] = {"layers": sorted(done.layers), "of": done.total}
     found |= {"windows": done.windows, "texts": quality(done), "remarks": list(done.remarks)}
-    found |= {"looks": {state: look._asdict() for state, look in done.looks.items()}}
+    found |= {"looks": {state: report._asdict() for state, report in done.states.items()}}
     found |= {"choice": done.choice, "healing": list(done.healing)}
     found["llama.cpp"] = beside(out, texts(places / "held_out/prose"), reading.size)
     clock.mark("llama.cpp")

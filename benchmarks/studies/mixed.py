@@ -33,7 +33,6 @@ from benchmarks.studies.healing import halves, judged_by
 from short_gpt import open_model, shrink
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import combined, difference, window_perplexities
-from short_gpt.jobs import HealingWindows, OpenOptions
 
 PRECISIONS = ("float32", "mixed")
 GOAL = 0.65  # of the time in float32
@@ -71,14 +70,14 @@ def main(
             (here / f"{file}.txt").write_text(text, encoding="utf-8")
         (here / "held_out.txt").write_text("\n".join(demo.bible("held_out")), encoding="utf-8")
         held_out = str(here / "held_out.txt")
-        windows = HealingWindows(held_out, size, count, judged)
+        reading = {"eval_data": held_out, "size": size, "max_windows": count}
         data = ",".join(str(here / f"{file}.txt") for file in ("book", "also"))
         for turn in range(2 * repeats):
             precision = PRECISIONS[(turn + turn // 2) % 2]
-            opening = OpenOptions(device="cpu", precision=precision)
-            how: dict[str, Any] = {"n": n, "method": "bi", "windows": windows, "data": data}
+            how: dict[str, Any] = {"n": n, "method": "bi", "data": data, **reading}
+            how |= {"eval_windows": judged, "device": "cpu", "precision": precision}
             started = time.perf_counter()
-            shrunk = shrink(path, here / precision, **how, opening=opening, overwrite=True)
+            shrunk = shrink(path, here / precision, **how, overwrite=True)
             seconds[precision].append(time.perf_counter() - started)
             layers[precision] = sorted(shrunk.layers)
             print(f"{precision}: {seconds[precision][-1]:.0f} s", flush=True)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         published_scores,
     )
     from short_gpt.jobs.saving import NotUploadedError
-    from short_gpt.jobs.shrinking import ShrinkResult, StateReport
+    from short_gpt.jobs.shrunk import ShrinkResult, StateReport
 else:
     __getattr__, __dir__ = lazy(__name__)
 

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llama.sources import Named
 from short_gpt.data.texts import Default
-from short_gpt.jobs.cases import Cases, Shares
-from short_gpt.jobs.dial import Dial, Shrinking
-from short_gpt.jobs.former import HealingWindows, Running, TextSource
+from short_gpt.jobs.cases import Cases
 from short_gpt.jobs.inputs import STRIDE, Notify, Tasks, Windows, ignore
 from short_gpt.jobs.saving import Hub
 from short_gpt.jobs.settings import Answer, Choice, Healing, Sampling
+from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.runtime.settings import flat
 from short_gpt.wrappers.options import LOADING, READING, STREAMING, OpenOptions
 
@@ -28,14 +27,21 @@ if TYPE_CHECKING:
     from short_gpt.jobs.pruning import PruneResult
     from short_gpt.jobs.ranking import Ranking
     from short_gpt.jobs.reproduction import ReproductionResult
-    from short_gpt.jobs.shrink_plan import Model
+    from short_gpt.jobs.shrink_run import Model
     from short_gpt.jobs.shrunk import ShrinkResult
 
 SCORED = Windows(stride=STRIDE).without("eval_data", "eval_windows")  # as the ShortGPT authors cut
 RANKING = OpenOptions().only(*STREAMING, "batch_size", "model_parallel_size")
 DEMO = Named("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two and a half minutes on two cores
-DEMO_WINDOWS = HealingWindows(DEMO, size=512, max_windows=12, eval_windows=8)
+DEMO_WINDOWS = Windows(DEMO, eval_data=DEMO, size=512, max_windows=12, eval_windows=8).without(
+    "data", "column", "eval_data", "stride"
+)
+OF_DEMO = Shrinking(n=4, method="bi", prompt="What is a king?").only(
+    "n", "method", "minutes", "prompt"
+)
+SHRINKING = ("device", "dtype", "precision", "trust_remote_code", "stream", "max_memory")
+COMPARED = Windows(max_windows=24, eval_windows=16).without("stride")
 PUBLISHED = Windows(Default("wikitext-2"), size=2048)  # as published perplexities are measured
 
 
@@ -173,9 +179,8 @@ def heal(
 def compare_checkpoint(
     model: str | None = None,
     *,
-    texts: TextSource = TextSource(),
+    windows: Windows = COMPARED,
     cases: Cases = Cases(),
-    shares: Shares = Shares(),
     tasks: Tasks = Tasks().without("num_fewshot"),
     opening: OpenOptions = OpenOptions().only(*READING),
     state: str | PathLike[str] | None = None,
@@ -198,8 +203,8 @@ def compare_checkpoint(
     """
     from short_gpt.jobs import comparing
 
-    how: Any = {"cases": cases, "shares": shares, "tasks": tasks, "opening": opening}
-    return comparing.compare_checkpoint(model, texts, **how, state=state, dry_run=dry_run)
+    groups = (windows, cases, tasks, opening)
+    return comparing.compare_checkpoint(model, *groups, state=state, dry_run=dry_run)
 
 
 @flat("data")
@@ -371,16 +376,14 @@ def shrink(
     out: str,
     *,
     tokenizer: object = None,
-    dial: Dial = Dial(),
-    texts: TextSource = TextSource("self"),
-    windows: HealingWindows = HealingWindows(),
     settings: Shrinking = Shrinking(),
-    tasks: Tasks = Tasks().without("num_fewshot"),
-    opening: OpenOptions = OpenOptions().only(*READING),
-    streaming: Running = Running().only("stream", "max_memory"),
-    hub: Hub = Hub(),
+    windows: Windows = SHRUNK,
+    tasks: Tasks = Tasks().only("tasks"),
+    opening: OpenOptions = OpenOptions().only(*SHRINKING),
+    hub: Hub = Hub().only("push_to_hub"),
     overwrite: bool = False,
     notify: Notify = ignore,
+    dry_run: bool = False,
 ) -> ShrinkResult:
     """Makes a smaller model that works, with all steps in one.
 
@@ -396,6 +399,7 @@ def shrink(
         tokenizer: Tokenizer of a loaded model.
         overwrite: Replace an earlier output.
         notify: Called with what will be done and how long it takes, before it starts.
+        dry_run: Only say what would be done, in time and memory.
 
     Raises:
         ShortGPTError: a setting, the model or the texts are refused.
@@ -406,22 +410,21 @@ def shrink(
     """
     from short_gpt.jobs import shrinking
 
-    how: Any = {"dial": dial, "data": texts, "windows": windows, "settings": settings}
-    how |= {"tasks": tasks, "opening": opening, "streaming": streaming, "hub": hub}
-    how |= {"tokenizer": tokenizer, "overwrite": overwrite, "notify": notify}
-    return shrinking.shrink(cast("Model", model), out, **how)
+    groups = (settings, windows, tasks, opening, hub)
+    how: Any = {"tokenizer": tokenizer, "overwrite": overwrite, "notify": notify}
+    return shrinking.shrink(cast("Model", model), Path(out), *groups, **how, dry_run=dry_run)
 
 
 @flat()
 def demo(
     out: str = "short_gpt_demo",
     *,
-    n: int = 4,
-    windows: HealingWindows = DEMO_WINDOWS,
-    settings: Shrinking = Shrinking(method="bi", prompt="What is a king?"),
+    settings: Shrinking = OF_DEMO,
+    windows: Windows = DEMO_WINDOWS,
     opening: OpenOptions = OpenOptions().only("device", "dtype", "precision"),
     overwrite: bool = False,
     notify: Notify = ignore,
+    dry_run: bool = False,
 ) -> ShrinkResult:
     """Shrinks a small real model on a few windows of text.
 
@@ -430,15 +433,14 @@ def demo(
 
     Args:
         out: New directory; appears whole or not at all.
-        n: Number of layers to remove.
         overwrite: Replace an earlier output.
         notify: Called with what will be done and how long it takes, before it starts.
+        dry_run: Only say what would be done, in time and memory.
 
     Example:
         >>> print(demo("small", n=2))  # doctest: +SKIP
     """
     from short_gpt.jobs import shrinking
 
-    how: Any = {"dial": Dial(n=n), "data": TextSource(DEMO), "windows": windows}
-    how |= {"settings": settings, "opening": opening, "overwrite": overwrite}
-    return shrinking.shrink(DEMO, out, **how, notify=notify)
+    how: Any = {"overwrite": overwrite, "notify": notify, "dry_run": dry_run}
+    return shrinking.shrink(DEMO, Path(out), settings, windows, Tasks(), opening, **how)

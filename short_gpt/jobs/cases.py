@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from short_gpt.data.texts import evaluation_texts
-from short_gpt.data.windows import Text
-from short_gpt.jobs.former import Cut, name_texts
 from short_gpt.jobs.inputs import listed, whole_numbers
 from short_gpt.runtime.errors import at_least, check
-from short_gpt.runtime.settings import CHOOSE, READ, Settings, setting
+from short_gpt.runtime.settings import CHOOSE, Settings, setting
 
 if TYPE_CHECKING:
-    from short_gpt.wrappers.scored_model import ScoredModel
+    pass
 
 METHODS = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
 SEEDS = 3  # random sets for every number of layers
@@ -61,7 +58,9 @@ class Cases(Settings):
         value="N,N",
     )
     heal_by: str | Sequence[str] = setting(
-        "raw,patch", "Of raw, patch and refit, with commas between.", value="A,B"
+        "raw,patch",
+        "Ways to heal: of raw (none), patch and refit, with commas between.",
+        value="A,B",
     )
 
     @property
@@ -109,39 +108,3 @@ class Cases(Settings):
 
 def _names(names: str | Sequence[str]) -> list[str]:
     return listed(names) if isinstance(names, str) else list(names)
-
-
-@dataclass(frozen=True)
-class Shares(Settings):
-    """How many windows are read, of which size, for each purpose."""
-
-    HEADING: ClassVar = READ
-    eval_data: str | None = setting(
-        None,
-        "Texts to evaluate on; if not given, a tenth of the texts of data is held out, or the "
-        "end of a lone text.",
-        value="TEXTS",
-    )
-    size: int = setting(1024, "Tokens in a window.")
-    max_windows: int = setting(24, "Windows of data for scores and closed forms.")
-    eval_windows: int = setting(16, "Windows to evaluate on.")
-    seed: int = setting(0, "Of the choice of windows.")
-    bos: str | None = setting(None, "Which windows begin with BOS; see rank.")
-
-    def __post_init__(self) -> None:
-        name_texts(self, "eval_data")
-
-    def check(self) -> None:
-        Cut(self.size, seed=self.seed, bos=self.bos).check()
-        at_least(1, max_windows=self.max_windows, eval_windows=self.eval_windows)
-
-    def held(self, column: str) -> list[list[str]]:
-        """The texts of each kind of eval_data, if given."""
-        return [list(kind) for kind in evaluation_texts(self.eval_data, column).values()]
-
-    def cut(
-        self, short: ScoredModel, kinds: Sequence[Sequence[Text]], limit: int
-    ) -> list[list[int]]:
-        """Windows of kinds of text in random order."""
-        cut = Cut(self.size, limit, self.seed, bos=self.bos)
-        return list(cut.mixed(kinds, short.encode, short.bos))

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
 
 from llama.files import JsonObject
+from llama.sources import Named
 from short_gpt.data import demo
-from short_gpt.data.windows import Text
+from short_gpt.data.texts import Default, evaluation_texts
 from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
 from short_gpt.healing import HealedChoice, PatchSettings, RefitSettings
 from short_gpt.healing.choosing import REFIT_PASSES, TRIAL_WINDOWS
-from short_gpt.healing.context import Windows
+from short_gpt.healing.context import Windows as TokenWindows
 from short_gpt.healing.sets import RAW, LayerSets
-from short_gpt.jobs.cases import METHODS, SEEDS, Cases, Row, Shares
+from short_gpt.jobs.cases import METHODS, SEEDS, Cases, Row
 from short_gpt.jobs.costs import end_dry_run, size_without, tokens_per_second
-from short_gpt.jobs.former import TextSource, source_of
-from short_gpt.jobs.inputs import Tasks, check_model
+from short_gpt.jobs.inputs import SIZE, Tasks, Windows, check_model
 from short_gpt.jobs.saving import as_begun, check_state, interruptible
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -72,8 +72,8 @@ class ComparisonResult:
 
 def compare(
     short: ShortModel,
-    calibration: Windows,
-    evaluation: Windows,
+    calibration: TokenWindows,
+    evaluation: TokenWindows,
     *,
     method: str | Sequence[str] = METHODS,
     n: object = Cases.n,
@@ -206,64 +206,47 @@ def _tasks(sets: LayerSets, rows: Sequence[Row], suite: TaskSuite) -> dict[str, 
 @interruptible()
 def compare_checkpoint(
     model: str | None,
-    data: TextSource = TextSource(),
+    reading: Windows,
+    cases: Cases,
+    tasks: Tasks,
+    opening: OpenOptions,
     *,
-    cases: Cases = Cases(),
-    shares: Shares = Shares(),
-    tasks: Tasks = Tasks(),
-    opening: OpenOptions = OpenOptions(),
     state: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
 ) -> ComparisonResult:
-    """What `compare` does, for a checkpoint and texts by their names.
-
-    Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file; None
-            compares on the demo's small model and book.
-        data: texts to choose layers and to heal by.
-        tasks: also run on the models without healing.
-        dry_run: raise `DryRun`, which says what would be done, in place of the work.
-
-    Example:
-        >>> compare_checkpoint("llama-2-7b", method="bi", n=9).rows[1].n  # doctest: +SKIP
-        9
-    """
+    """What `jobs.compare_checkpoint` does."""
     check_alone("compare")
-    tasks.check()
-    if model is None and (source_of(data) != TextSource() or shares.eval_data is not None):
-        raise ShortGPTError(
-            "without a MODEL, the demo's model reads its own book: name a MODEL, or leave out "
-            "`data` and `eval_data`"
-        )
-    shares.check()
-    cases.check()
+    if model is None:
+        if not isinstance(reading.data, Default) or reading.eval_data is not None:
+            raise ShortGPTError(
+                "without a MODEL, the demo's model reads its own book: name a MODEL, or leave out "
+                "`data` and `eval_data`"
+            )
+        reading = replace(reading, data=Named("demo"), eval_data=Named("demo"))
+    for group in (tasks, reading, cases):
+        group.check()
     source = str(demo.checkpoint()) if model is None else model
     if (n_layers := check_model(source)) is not None:
         cases = cases.within(n_layers)
-    kinds: Sequence[Iterable[Text]]
-    held: Sequence[Sequence[Text]]
-    if model is None:
-        kinds, held = [demo.bible()], [demo.bible("held_out")]
-    else:
-        kinds, held = source_of(data).kinds(), shares.held(source_of(data).column)
-    size = shares.size
+    held = evaluation_texts(reading.eval_name, reading.column).values()
+    size, kinds = reading.size or SIZE, reading.kinds()
     short = open_model(source, as_begun(opening, check_state(state)), max_seq_len=size)
     cases = cases.within(len(short.kept))
-    end = partial(_end_dry_run, short, source, cases, shares)
-    own = own_text_writer(short, size, seed=shares.seed, beside=state)
+    end = partial(_end_dry_run, short, source, cases, reading)
+    own = own_text_writer(short, size, seed=reading.seed or 0, beside=state)
     write = (lambda *_: end()) if dry_run else own
-    limits = (shares.max_windows, shares.seed)
-    calibration, evaluation = split_own_text(kinds, held, write, *limits)
-    held_out = shares.cut(short, evaluation, shares.eval_windows)
-    fit_on = shares.cut(short, calibration, shares.max_windows)
+    limits = (reading.max_windows, reading.seed or 0)
+    calibration, evaluation = split_own_text(kinds, [list(kind) for kind in held], write, *limits)
+    held_out = list(reading.cut(evaluation, short, reading.eval_windows))
+    fit_on = list(reading.cut(calibration, short))
     if dry_run:
         end()
-    suite = tasks.suite()
-    result = compare(short, fit_on, held_out, **vars(cases), tasks=suite, state=state)
-    return replace(result, bos=shares.bos or short.bos, precision=short.about_precision)
+    suite, how = tasks.suite(), asdict(cases)
+    result = compare(short, fit_on, held_out, **how, tasks=suite, state=state)
+    return replace(result, bos=short.bos, precision=short.about_precision)
 
 
-def _end_dry_run(short: ScoredModel, source: str, cases: Cases, shares: Shares) -> NoReturn:
+def _end_dry_run(short: ScoredModel, source: str, cases: Cases, reading: Windows) -> NoReturn:
     """Raises DryRun with the number of models and of the windows that they read."""
     healings = cases.healings
     sets = len(cases.counts) * sum(SEEDS if name == "random" else 1 for name in cases.methods)
@@ -271,5 +254,5 @@ def _end_dry_run(short: ScoredModel, source: str, cases: Cases, shares: Shares) 
     work = f"compare {models} models of {source}: {', '.join(cases.methods)} x {cases.counts} "
     work += f"layers x {', '.join(healings)}; searches and writing own text take more"
     refits = sum(healing != RAW for healing in healings) * REFIT_PASSES * sets
-    count = models * shares.eval_windows + (1 + refits) * shares.max_windows
-    end_dry_run(short, work, shares.size, count)
+    count = models * reading.eval_windows + (1 + refits) * (reading.max_windows or 0)
+    end_dry_run(short, work, reading.size or SIZE, count)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from torch import Tensor
+
+from short_gpt.healing.choosing import (
+    BARE_PASS,
+    BUDGET,
+    MAX_WINDOWS,
+    REFIT_PASSES,
+    TRIAL_WINDOWS,
+)
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import wait
 from short_gpt.runtime.progress import DryRun, duration
 from short_gpt.scoring.stopping import Stop
+from short_gpt.selection.methods import AUTO, SEARCHED
+from short_gpt.selection.search import most_layers_run
+from short_gpt.wrappers.own_text import TIMED
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
+
+CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with other windows
 
 
 def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
@@ -44,6 +59,41 @@ def tokens_per_second(
         wait(short.decoder.module)
         seconds.append((time.perf_counter() - started) / count)
     return 1 / min(seconds[warm_up:])  # other programs can only slow it down
+
+
+def seconds_a_token(short: ShortModel, texts: int) -> float:
+    """Seconds that it takes to write a token in so many texts together, timed on a few."""
+    times = list[float]()
+
+    def likeliest(logits: Tensor) -> Tensor:  # (B, V) to (B,)
+        tokens = logits.argmax(-1)
+        tokens[0].item()  # which a device may not have computed until it is read
+        times.append(time.perf_counter())
+        return tokens
+
+    short.continued([[0]] * texts, TIMED, likeliest)
+    return (times[-1] - times[0]) / (TIMED - 1)
+
+
+def windows_to_choose(method: str, n: int | None, n_layers: int, windows: int) -> float:
+    """Windows through the whole model, at most, that it takes to choose n layers.
+
+    Args:
+        method: Name of the method that chooses.
+        n: Layers to remove; None until a perplexity has told how many.
+        n_layers: Layers of the model.
+        windows: Calibration windows.
+    """
+    chosen, unknown = float(min(windows, MAX_WINDOWS)), 0.0
+    if n is None:  # a greedy search, and refits of halves of its list, on a quarter of the windows
+        trials = math.ceil(math.log2(n_layers)) * (3 * REFIT_PASSES + 1) * MAX_WINDOWS / 4
+        unknown = TRIAL_WINDOWS * most_layers_run(n_layers, n_layers - 2) / n_layers + trials
+    if method == AUTO:
+        chosen = BUDGET * BARE_PASS
+    elif method in SEARCHED:
+        rounds = 1 if method == "perplexity" else n or n_layers // 2
+        chosen = TRIAL_WINDOWS * most_layers_run(n_layers, rounds) / n_layers
+    return unknown + (0.0 if n is None and method == "sleb" else chosen)  # the same search
 
 
 def forecast(

@@ -26,7 +26,7 @@ from short_gpt.healing.distillation import IDENTITY
 from short_gpt.healing.job import CLOSED, TRAINING
 from short_gpt.healing.refit_state import STATE
 from short_gpt.healing.trainer import RECIPE
-from short_gpt.jobs.costs import end_dry_run
+from short_gpt.jobs.costs import CLOSED_WINDOWS, end_dry_run
 from short_gpt.jobs.inputs import SIZE, Notify, Windows, check_model, ignore
 from short_gpt.jobs.saving import Hub, as_begun, interruptible
 from short_gpt.jobs.settings import Choice, Healing, methods_of
@@ -40,7 +40,6 @@ from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 STATES = (STATE, IDENTITY, RECIPE)  # of the steps, which tell the precision of a run
-CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with other windows
 
 
 @dataclass(frozen=True, repr=False)

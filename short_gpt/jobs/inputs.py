@@ -141,14 +141,16 @@ class Windows(Settings):
     @property
     def step(self) -> int:
         """Tokens from the start of a window to that of the next."""
-        return (self.size or SIZE) if self.stride is None else self.stride
+        size = SIZE if self.size is None else self.size
+        return size if self.stride is None else self.stride
 
     def check(self) -> None:
         """Raises ShortGPTError for a number out of range, before a model is loaded."""
         at_least(1, optional=True, max_windows=self.max_windows)
         at_least(1, eval_windows=self.eval_windows)
         at_least(0, optional=True, seed=self.seed)
-        windows([], lambda _: [], size=self.size or SIZE, stride=self.step)
+        size = SIZE if self.size is None else self.size
+        windows([], lambda _: [], size=size, stride=self.step)
 
     def kinds(self) -> list[Iterable[Text]]:
         """The texts of each source, as `data.texts.read_kinds`."""

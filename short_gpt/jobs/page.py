@@ -94,7 +94,7 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
         shrunk.rows(),
         remarks=[*map(as_flags, shrunk.remarks)],
         prompt=shrunk.prompt,
-        completions={state: look.completion for state, look in shrunk.looks.items()},
+        completions={state: report.completion for state, report in shrunk.states.items()},
         pictures=pictures,
         how="\n\n".join(filter(None, [shrunk.command, shrunk.plan, shrunk.chosen])),
         steps=[

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,16 +16,9 @@ from llama.formats.gguf_read import GGUFParts, part_paths
 from llama.parallel import config_dtype
 from llama.sources import Source as Weights
 from llama.sources import resolve
-from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.gguf import in_few_bits
 from short_gpt.checkpoints.gguf_layers import LAYER
-from short_gpt.checkpoints.hf import save_as_meta
-from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.target import Target
-from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.costs import size_without, tokens_per_second
-from short_gpt.jobs.inputs import Notify
-from short_gpt.jobs.shrunk import PROMPT
 from short_gpt.models.hf import LayerCache, layer_caches
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
@@ -52,15 +43,13 @@ class InMemory:
 
     short: ShortHFModel
     source: Weights | None  # None of a loaded model
-    to: str  # hf, meta or gguf
+    to: str  # hf or gguf
     opening: OpenOptions
 
     def __post_init__(self) -> None:
-        if self.to != "hf" and not self.is_llama and not self.in_place:
+        if self.to == "gguf" and not self.is_llama and not self.in_place:
             kind = self.short.model.config.model_type
-            raise ShortGPTError(
-                f"`to` {self.to} is for a Llama, and this is a {kind}: leave it out"
-            )
+            raise ShortGPTError(f"only a Llama becomes a GGUF file, and this is a {kind}")
 
     @property
     def is_llama(self) -> bool:
@@ -79,7 +68,7 @@ class InMemory:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the weights as they are written: the source's own, unless one was asked for."""
+        """Of the weights as they are written: the source's, unless the caller set one."""
         loaded = self.short.model.dtype
         if self.source is None or self.opening.dtype is not None or self.source.kind == "gguf":
             return loaded
@@ -109,10 +98,6 @@ class InMemory:
         """The KV cache of each layer."""
         return layer_caches(self.short.model, len(self.short.kept), self.short.decoder.device)
 
-    def prompt(self, own: str | None) -> str:
-        """The question, unless the user gives another."""
-        return own or (CHAT if self.chats else PROMPT)
-
     @cached_property
     def chats(self) -> bool:
         """Whether it has a chat template that takes only a user's turn."""
@@ -124,19 +109,18 @@ class InMemory:
     def _turn(self, prompt: str) -> list[int]:
         return self.short.dialog([{"role": "user", "content": prompt}], answer=True)
 
-    def asked(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str) -> list[int]:
         """The tokens that it answers or continues; ShortGPTError if they fill its context."""
         ids = self._turn(prompt) if self.chats else self.short.encode(prompt)
         if len(ids) >= (most := self.short.decoder.max_seq_len):
             raise ShortGPTError(
-                f"`prompt`: {len(ids)} tokens, and {most} are the most that the model reads: give "
-                "a shorter one"
+                f"`prompt` has {len(ids):,} tokens, but the model's context is {most:,}; shorten it"
             )
         return ids
 
     def answer(self, prompt: str) -> str:
         """The greedy completion."""
-        tokenizer, ids = self.short.tokenizer, self.asked(prompt)
+        tokenizer, ids = self.short.tokenizer, self.encode(prompt)
         assert tokenizer is not None  # texts were encoded by it
         new = self.short.greedy(ids, min(ANSWER, self.short.decoder.max_seq_len - len(ids)))
         return str(tokenizer.decode(new, skip_special_tokens=True))
@@ -144,36 +128,6 @@ class InMemory:
     def speed(self, window: Sequence[int]) -> float:
         """Tokens a second."""
         return tokens_per_second(self.short, window, count=TIMED_TOKENS, runs=1, warm_up=0)
-
-    def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
-        """Writes the model, reads it again and compares it; only a loaded one stays in memory.
-
-        So there is never a second copy of the weights in memory.
-        """
-        short, last = self.short, self.source is not None
-        if self.in_place:
-            short.save(built, **how, overwrite=True)
-            short.release()
-            return built
-        for weight in short.model.parameters():  # not buffers, which loading leaves in float32
-            weight.data = weight.data.to(self.dtype)
-        if self.to == "hf":
-            return short.save_pretrained(built, **how, release=last)
-        scratch = built.with_name(f"{built.stem}-hf")
-        shutil.rmtree(scratch, ignore_errors=True)
-        if self.to == "gguf":
-            short.save_pretrained(scratch, **how, release=last)
-            how = {"to": "gguf", "overwrite": True, "notify": notify}
-            return convert(str(scratch), str(built), OpenOptions(), **how)
-        record = Provenance.of(short, short.source, **how)
-        if self.source is not None and self.source.kind == "meta":
-            tokenizer = Path(self.opening.tokenizer_path or find_tokenizer(self.source))
-        else:
-            assert short.tokenizer is not None
-            short.tokenizer.save_pretrained(scratch)
-            tokenizer = find_tokenizer(scratch)
-        target = Target(built, "meta", False, partial(short.check_saved, release=last))
-        return save_as_meta(short.model, target, record=record, tokenizer_path=tokenizer)
 
 
 @dataclass
@@ -184,7 +138,6 @@ class Streamed:
     """
 
     short: StreamedLlama
-    to: str
     in_place, in_few_bits, is_llama = False, False, True
 
     @property
@@ -208,9 +161,3 @@ class Streamed:
     def caches(self) -> list[LayerCache]:
         args = self.short.stream.params
         return [LayerCache(2 * args.kv_heads * args.head_dim)] * args.n_layers
-
-    def write(self, built: Path, how: Mapping[str, Any], notify: Notify) -> Path:
-        return self.short.save(built, **how)
-
-
-Opened = InMemory | Streamed

@@ -54,7 +54,7 @@ class ShrinkResult(Table):
     layers: Sequence[int] = ()  # removed, original numbers
     method: str = AUTO  # that chose them
     quality: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)  # kind and state
-    looks: Mapping[str, StateReport] = field(default_factory=dict)  # by state, except refit
+    states: Mapping[str, StateReport] = field(default_factory=dict)  # by name, except refit
     prompt: str = ""  # of the completions
     remarks: Sequence[str] = ()  # what a reader of the numbers must know
     healing: Sequence[Mapping[str, object]] = ()  # the steps, for JSON
@@ -74,8 +74,8 @@ class ShrinkResult(Table):
 
     def rows(self) -> list[list[str]]:
         """The table: names first, then a column for every state; the first row is the head."""
-        states = [*next(iter(self.quality.values()), {})]
-        rows = [["", *states]]
+        names = [*next(iter(self.quality.values()), {})]
+        rows = [["", *names]]
         for kind, own in self.quality.items():
             rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in own.values())])
             ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in own.values()]
@@ -86,24 +86,26 @@ class ShrinkResult(Table):
             rows.append(
                 ["nats from the original, 95%", "", *(c.replace("nan", "?") for c in cells)]
             )
-        looks = self.looks.values()
-        others = [["parameters, millions", *(f"{look.parameters / 1e6:.1f}" for look in looks)]]
+        reports = self.states.values()
+        others = [
+            ["parameters, millions", *(f"{report.parameters / 1e6:.1f}" for report in reports)]
+        ]
         size = "file (estimated if unwritten)" if is_gguf(self.out) else "weights as written"
-        others.append([size, *(format_bytes(look.size) for look in looks)])
-        others.append(["with the KV cache", *(format_bytes(look.memory) for look in looks)])
+        others.append([size, *(format_bytes(report.size) for report in reports)])
+        others.append(["with the KV cache", *(format_bytes(report.memory) for report in reports)])
         if self.turns:
-            speeds = [look.tokens_per_second for look in looks]
+            speeds = [report.tokens_per_second for report in reports]
             others.append(["tokens a second", *(f"{s:.1f}" if s else "" for s in speeds)])
             ratio = "{1:.2f}, {0:.2f} to {2:.2f}".format(*self.times_as_fast)
             others.append([f"times as fast, {len(self.turns)} turns", "", "", ratio])
         for name, *cells in others + self._task_rows():
-            known = dict(zip(self.looks, cells, strict=True))
-            rows.append([name, *(known.get(state, "") for state in states)])
+            by_state = dict(zip(self.states, cells, strict=True))
+            rows.append([name, *(by_state.get(state, "") for state in names)])
         return rows
 
     def _task_rows(self) -> list[list[str]]:
         """Rows of the states that have a report, in their order."""
-        runs = [TaskRun.from_dict(look.tasks) for look in self.looks.values() if look.tasks]
+        runs = [TaskRun.from_dict(r.tasks) for r in self.states.values() if r.tasks]
         named, rows = [run.named() for run in runs], list[list[str]]()
         changes = [task_changes(runs[0], run) for run in runs[1:]]
         for metric in named[0] if named else ():
@@ -127,7 +129,7 @@ class ShrinkResult(Table):
     @property
     def verdict(self) -> str:
         """What was lost and regained, in a sentence; or the plan, if only that was requested."""
-        if not self.looks:
+        if not self.states:
             return self.plan
         kind, states = next(iter(self.quality.items()))
         original, pruned, healed = (states[name] for name in ("original", "pruned", "healed"))
@@ -139,7 +141,7 @@ class ShrinkResult(Table):
             change = f"{healing.nats:+.3f} ± {healing.error.margin():.3f} nats (95%)"
             none = "" if healing.told_apart else ", not told apart from none"
             parts.append(f"healing changes the loss by {change}{none}")
-        first, last = self.looks["original"], self.looks["healed"]
+        first, last = self.states["original"], self.states["healed"]
         parts.append(f"{1 - last.size / first.size:.0%} smaller")
         if self.turns:
             low, middle, high = self.times_as_fast
@@ -163,24 +165,25 @@ class ShrinkResult(Table):
         return str(HealedChoice.from_dict(self.choice)) if self.choice else ""
 
     def __repr__(self) -> str:
-        return f"ShrinkResult({self.head if self.looks else self.plan!r})"
+        return f"ShrinkResult({self.head if self.states else self.plan!r})"
 
     def __str__(self) -> str:
-        if not self.looks:
+        if not self.states:
             return self.plan
         lines = [*_wrapped(self.head), *_wrapped(self.verdict), "", *aligned(self.rows())]
         lines += ["", self.chosen, ""] if self.chosen else []
         lines += [line for remark in self.remarks for line in _wrapped(remark)]
         lines += ["", self.prompt] if self.prompt else []
-        width = max(map(len, self.looks))
-        for state, look in self.looks.items() if self.prompt else ():
-            lines.append(f"  {state:<{width}}  {one_line(' '.join(look.completion.split()))}")
+        width = max(map(len, self.states))
+        for state, report in self.states.items() if self.prompt else ():
+            completion = one_line(" ".join(report.completion.split()))
+            lines.append(f"  {state:<{width}}  {completion}")
         lines += ["", f"written: {self.out}, read again and compared"]
         lines += [f"written: {self.report()}", "", "next:"]
         return "\n".join([*lines, *(f"  {step}" for step in self.next_steps)])
 
     def _repr_html_(self) -> str:
-        if not self.looks:
+        if not self.states:
             return f"<pre>{escape(self.plan)}</pre>"
         return html_table(self.columns, self.head)
 
@@ -197,7 +200,7 @@ class ShrinkResult(Table):
             for kind, states in self.quality.items()
         }
         content = {**vars(self), "out": str(self.out), "quality": quality}
-        content["looks"] = {state: look._asdict() for state, look in self.looks.items()}
+        content["states"] = {state: report._asdict() for state, report in self.states.items()}
         content["importance"] = None if self.importance is None else self.importance.to_dict()
         return content
 

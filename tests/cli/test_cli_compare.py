@@ -13,7 +13,7 @@ from short_gpt.cli.app import main
 from short_gpt.data import demo
 from short_gpt.healing import HealedChoice
 from short_gpt.jobs import comparing
-from short_gpt.jobs.former import TextSource
+from short_gpt.jobs.inputs import Windows
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
@@ -109,7 +109,7 @@ def test_without_eval_data_texts_are_held_out(here, capsys):
 def test_mistakes_are_one_line(here, capsys, monkeypatch, options, message):
     if "=" in message:  # a value out of range is told before a text is read or a model opened
         monkeypatch.setattr(comparing, "open_model", None)
-        monkeypatch.setattr(TextSource, "kinds", None)
+        monkeypatch.setattr(Windows, "kinds", None)
     with pytest.raises(SystemExit):
         main([*COMMON, *options])
     errors = capsys.readouterr().err.splitlines()
@@ -124,7 +124,7 @@ def test_the_demos_model_reads_its_own_book(here, capsys, flag):
 
 def test_the_record_of_the_demo_names_its_book(here, monkeypatch):
     monkeypatch.setattr(demo, "checkpoint", lambda: Path("ckpt"))
-    monkeypatch.setattr(demo, "bible", lambda part="learn": [text({"learn": 0}.get(part, 5000))])
+    monkeypatch.setattr(demo, "bible", lambda part="learn": [text({"calibration": 0}.get(part, 5000))])
     main([*COMMON[:1], *COMMON[4:], "--method", "bi", "--heal_by", "raw", "--json", "r.json"])
     arguments = json.loads(Path("r.json").read_text())["arguments"]
     assert arguments["data"] == arguments["eval_data"] == "demo" and arguments["model"] is None

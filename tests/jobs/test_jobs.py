@@ -283,8 +283,6 @@ def test_settings_that_would_be_passed_over_are_refused(here):
         rank("ckpt", confidence=0.9)
     with pytest.raises(ShortGPTError, match="`limit` has no effect without `tasks`"):
         evaluate("ckpt", limit=3)
-    with pytest.raises(ShortGPTError, match="max_windows = None: expected a whole number"):
-        Shares(max_windows=None).check()
     with pytest.raises(ShortGPTError, match="num_fewshot = 1.5: expected a whole number"):
         Tasks(num_fewshot=1.5).check()
     Tasks(limit=None, num_fewshot=None).check()
@@ -316,9 +314,6 @@ def test_settings_are_refused_before_a_model_is_loaded(here):
         Answer(method="sleb")
     with pytest.raises(ShortGPTError, match="n, or use choose"):
         _ = rank("ckpt", "book.txt", **CUT).layers
-    assert Shares("book.txt").held("text") == [[TEXT]] and Shares().held("text") == []
-    Path("same.txt").write_text(TEXT)
-    assert Shares("book.txt, same.txt").held("text") == [[TEXT], [TEXT]]
     with pytest.raises(ShortGPTError, match="`batch_size` 2 has no effect on the method auto"):
         rank("ckpt", "book.txt", n=2, method="auto", batch_size=2)
 

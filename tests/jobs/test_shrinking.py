@@ -40,7 +40,7 @@ from short_gpt.jobs import (
     ShrinkResult,
     convert,
     shrink_models,
-    shrink_plan,
+    shrink_run,
     shrinking,
 )
 from short_gpt.jobs import shrunk as shrunk_module
@@ -126,7 +126,7 @@ def test_it_needs_nothing_but_a_model(here):
     assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 4
     assert [*here.glob("*shrinking*")] == [*here.glob(".*shrinking*")] == []
     assert done.quality["self"]["healed"].windows == 4  # held out of text of its own
-    assert list(done.quality) == ["self"] and list(done.looks) == ["original", "pruned", "healed"]
+    assert list(done.quality) == ["self"] and list(done.states) == ["original", "pruned", "healed"]
     assert done.quality["self"]["healed"].tokens == done.quality["self"]["original"].tokens
     assert "2 of 6 layers go (--ratio 0.3)" in said[0] and "its own text" in said[0]
     assert said[1] == f"layers to remove: {sorted(done.layers)}"
@@ -139,8 +139,8 @@ def test_it_needs_nothing_but_a_model(here):
     assert choice.to_dict() == done.choice and choice.layers == sorted(done.layers)
     assert str(choice) in text and text.count("chosen on 12 windows, fewer than 16") == 1
     assert str(choice) in unescape(Path("out/report.html").read_text())
-    original, healed = done.looks["original"], done.looks["healed"]
-    assert original.size - healed.size == 2 * (original.size - done.looks["pruned"].size) / 2
+    original, healed = done.states["original"], done.states["healed"]
+    assert original.size - healed.size == 2 * (original.size - done.states["pruned"].size) / 2
     assert original.memory - original.size == 6 * 2 * 2 * 8 * 4096 * 4  # 2 KV heads of 8, float32
     assert healed.memory - healed.size == 4 * 2 * 2 * 8 * 4096 * 4
     assert sum(p.stat().st_size for p in Path("out").glob("*.safetensors")) == pytest.approx(
@@ -170,7 +170,6 @@ def test_it_needs_nothing_but_a_model(here):
     [
         ("hf", "out", ()),
         ("meta", "out", ()),
-        ("hf", "out", ("--to", "meta")),
         ("hf", "out.gguf", ()),
         ("model.gguf", "out.gguf", ()),
         ("model.gguf", "out", ()),
@@ -186,7 +185,7 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
     assert "read more (--max_windows" in " ".join(printed.split())
     assert "(--max_windows" in report.read_text()
     assert "perplexity, books" in printed
-    kind = {"out.gguf": None}.get(out, "params.json" if flags else "config.json")
+    kind = {"out.gguf": None}.get(out, "config.json")
     assert Path(out).is_file() if kind is None else (Path(out) / kind).is_file()
     assert (logits(out) - expected).abs().max() < 1e-3 * expected.abs().max()
     report = Path("out.gguf.report.html" if kind is None else "out/report.html")
@@ -220,42 +219,27 @@ def test_the_same_call_continues_what_was_killed(
         with pytest.raises(ValueError, match="with another method: 'sequential', now 'deepest'"):
             shrink("hf", "out", **{**KILLED, "method": "deepest"})
         with monkeypatch.context() as other:
-            other.setattr(shrinking, "RefitSettings", partial(RefitSettings, lost=None))
+            other.setattr(shrink_run, "RefitSettings", partial(RefitSettings, lost=None))
             with pytest.raises(ValueError, match="with another refit: .*'lost': 2.0"):
                 shrink("hf", "out", **KILLED)
         monkeypatch.setattr(ShortHFModel, "measure", None)  # nothing is measured again
     done = shrink("hf", "out", **KILLED)
     assert done.layers == uninterrupted.layers
     assert torch.equal(logits("out"), logits(str(uninterrupted.out)))
-    assert done.looks["healed"].completion == uninterrupted.looks["healed"].completion
+    assert done.states["healed"].completion == uninterrupted.states["healed"].completion
     assert not Path("out.shrinking").exists()
 
 
-def test_a_kill_that_left_empty_folders_is_continued(here):
-    Path("out.shrinking/healing/teacher").mkdir(parents=True)
-    assert shrink("hf", "out", **KILLED).out == Path("out")
-
-
-STRANGE = ["notes.txt", "healing.md", "state", ".env", "healing/notes", "healing/distill/mine"]
-STRANGE += ["written/mine", "written/out/mine", "written/mine/pruning.json", "state.json.bak"]
-STRANGE += ["healing/distill/checkpoint-3/notes.txt", "healing/refit/values.mine", "a/.b.lock/c"]
-
-
-@pytest.mark.parametrize("name", STRANGE)
-def test_a_folder_with_something_else_in_it_is_refused_and_kept(here, name):
-    own = {"written/out/pruning.json": '{"files": ["pruning.json"]}', ".state.json.lock": ""}
-    own |= dict.fromkeys(("state.json.look", "self-0a.json"), '{\n "run": {}}')
-    for left, text in {**own, name: "mine"}.items():
-        Path("out.shrinking", left).parent.mkdir(parents=True, exist_ok=True)
-        Path("out.shrinking", left).write_text(text)
-    with pytest.raises(
-        ValueError, match=f"out.shrinking holds {re.escape(name)}, which is not from a run"
-    ):
+@pytest.mark.parametrize("name", ["notes.txt", "state.json", "healing/notes", ".env"])
+def test_a_folder_that_is_not_from_a_run_is_refused_and_kept(here, name):
+    Path("out.shrinking/healing").mkdir(parents=True)
+    Path("out.shrinking", name).write_text("mine")
+    with pytest.raises(ValueError, match="out.shrinking holds .* is not from a run of shrink"):
         shrink("hf", "out", **KILLED)
     assert Path("out.shrinking", name).read_text() == "mine" and not Path("out").exists()
 
 
-@pytest.mark.parametrize("name", ["mine", "healing/mine", "healing/refit/mine", "written/mine"])
+@pytest.mark.parametrize("name", ["mine", "state.json.bak", "written/mine"])
 def test_a_file_that_somebody_puts_beside_those_of_a_run_stays(here, monkeypatch, name):
     place = shrinking._move_into_place
 
@@ -340,10 +324,10 @@ def test_a_streamed_llama_is_shrunk_as_one_in_memory(here, by_hand, capsys, mode
     kind = "config.json" if model == "hf" else "params.json"
     assert Path("out", kind).is_file() and Path("out/report.html").is_file()
     assert "tokens a second" not in printed and shrink_models.CHAT not in printed
-    run("shrink", model, "memory", *flags, "--method", "bi", "--to", model, "--json", "w.json")
+    run("shrink", model, "memory", *flags, "--method", "bi", "--json", "w.json")
     whole = json.loads(Path("w.json").read_text())["result"]
-    for state, look in whole["looks"].items():
-        own = result["looks"][state]
+    for state, look in whole["states"].items():
+        own = result["states"][state]
         assert [own[k] for k in ("parameters", "size", "memory")] == [
             look[k] for k in ("parameters", "size", "memory")
         ]
@@ -357,14 +341,12 @@ def test_the_demo_shrinks_its_model_on_its_book(here, monkeypatch, capsys):
         demo, "bible", lambda part: [p.read_text() for p in sorted(Path(folders[part]).iterdir())]
     )
     demo_run = ("demo", "--n", 2, "--size", 24, "--max_windows", 8, "--eval_windows", 6)
-    run(*demo_run, "--table", "--json", "r.json")
+    run(*demo_run, "--json", "r.json")
     printed = capsys.readouterr().out
     assert "removed 2 of 6 layers by Block Influence" in printed and "perplexity, demo" in printed
-    assert re.search(r"^ +5 +\d\.\d{6} ", printed, flags=re.MULTILINE)  # the last layer's score
     assert AutoModelForCausalLM.from_pretrained("short_gpt_demo").config.num_hidden_layers == 4
     record = json.loads(Path("r.json").read_text())
-    named = {name: record["arguments"][name] for name in ("model", "data", "eval_data")}
-    assert {*named.values()} == {"demo"} and "model.gguf" in record["result"]["source"]
+    assert "model.gguf" in record["result"]["source"]
     command = "short-gpt demo short_gpt_demo --n 2 --method bi --prompt 'What is a king?' --size 24"
     assert record["result"]["command"] == f"{command} --max_windows 8 --eval_windows 6"
     assert {*re.findall(r"--(\w+)", command)} <= {*flags_of(COMMANDS["demo"])}
@@ -404,7 +386,7 @@ def test_speeds_are_taken_by_turns_and_the_healed_models_is_the_pruned_ones(here
     monkeypatch.setattr(shrink_models.InMemory, "speed", speed)
     done = shrink("hf", "out", **KILLED)
     assert present == [4, 6, 6, 4] * 4
-    speeds = {state: look.tokens_per_second for state, look in done.looks.items()}
+    speeds = {state: look.tokens_per_second for state, look in done.states.items()}
     assert speeds == {"original": 5.0, "pruned": None, "healed": 8.0}  # the medians
     assert done.times_as_fast == (1.5, 1.6, 2.5)  # of both in the same turn
     assert done.verdict.endswith("; 1.60 times as fast in PyTorch (1.50 to 2.50)")
@@ -430,8 +412,6 @@ def test_a_dry_run_writes_nothing(here, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     line = fails(capsys, "shrink", "hf", "out", "--dry_run", *FLAGS)
     assert "has 1 kB free, the states of the refit need" in line
-    times = [part.split()[-2:] for part in out.splitlines()[1].split(": ")[1].split(", ")]
-    assert {unit for _, unit in times} <= {"second", "seconds", "minutes"}
 
 
 def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
@@ -489,7 +469,7 @@ def test_a_loaded_model_whose_dtype_was_changed_is_shrunk(here, dtype):
     assert AutoModelForCausalLM.from_pretrained("out").dtype == dtype
 
 
-@pytest.mark.parametrize("option", [{"dtype": "float32"}, {"tokenizer_path": "t"}])
+@pytest.mark.parametrize("option", [{"dtype": "float32"}, {"trust_remote_code": True}])
 def test_options_of_loading_are_refused_for_a_loaded_model(here, option):
     model = AutoModelForCausalLM.from_pretrained("hf")
     with pytest.raises(ValueError, match="is for loading, and this is loaded: leave it out"):
@@ -523,13 +503,13 @@ def test_a_link_to_another_file_system_is_an_output(here, monkeypatch, out):
 
 def test_a_prompt_that_is_too_long_is_refused_first_and_another_continues(here):
     how = {"n": 2, **CUT, "data": "other", "method": "bi"}
-    with pytest.raises(ValueError, match=r"`prompt`: \d+ tokens, and \d+ are the most that"):
+    with pytest.raises(ValueError, match=r"`prompt` has [\d,]+ tokens, but the model's context"):
         shrink("hf", "out", **how, prompt="many " * 1000)
     assert not Path("out.shrinking").exists()
     with interrupted(shrinking, "_move_into_place", 0):
         shrink("hf", "out", **how, prompt="one")
     done = shrink("hf", "out", **how, prompt="two")
-    assert done.prompt == "two" and done.looks["original"].completion
+    assert done.prompt == "two" and done.states["original"].completion
 
 
 @pytest.mark.parametrize(
@@ -541,7 +521,7 @@ def test_a_template_that_writes_no_turn_of_a_user_is_not_asked(here, template):
     words = {**json.loads(config.read_text()), "chat_template": template}
     config.write_text(json.dumps(words))
     done = shrink("strict", "out", n=2, **CUT, data="other", method="bi")
-    assert done.prompt == shrink_models.PROMPT and done.looks["healed"].completion
+    assert done.prompt == shrunk_module.PROMPT and done.states["healed"].completion
 
 
 def test_shrink_is_started_alone(here, monkeypatch):
@@ -562,10 +542,10 @@ def test_a_training_that_changed_nothing_is_reported(here, monkeypatch):
 
 def test_training_takes_the_minutes_that_checking_leaves(monkeypatch):
     monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 1.5)
-    known = SimpleNamespace(in_memory=None, probe=None, a_pass=0.25)
     for held, steps in ((0, 30), (4, 24), (400, 1)):  # read ten times
-        run: Any = SimpleNamespace(known=known, windows=SimpleNamespace(validation=[[0]] * held))
-        assert shrinking._Run._steps_in(run, 52.5, Recipe(batch_size=1)) == steps
+        windows = SimpleNamespace(validation=[[0]] * held)
+        run: Any = SimpleNamespace(in_memory=None, probe=None, a_pass=0.25, windows=windows)
+        assert shrinking._steps_in(run, 52.5, Recipe(batch_size=1)) == steps
 
 
 def test_of_a_quantized_file_only_output_projections_are_trained(here, monkeypatch):
@@ -617,7 +597,7 @@ def test_the_weights_are_written_as_the_source_has_them(here, monkeypatch, used)
     assert [row[0] for row in done.rows()].count("nats from the original, 95%") == 2
     assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16
     assert f"evaluated in {used}, written in torch.bfloat16" in done.remarks
-    assert done.looks["healed"].size == 2 * done.looks["healed"].parameters
+    assert done.states["healed"].size == 2 * done.states["healed"].parameters
 
 
 def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
@@ -656,30 +636,30 @@ def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
 
 
 def test_tasks_are_paired(here, lm_eval, tasks, capsys):
-    run("shrink", "hf", "out", "--n", 2, *FLAGS, *TEXTS, "--tasks", "tiny_choice", "--include_path",
-        tasks, "--json", "r.json")  # fmt: skip
+    run("shrink", "hf", "out", "--n", 2, *FLAGS, *TEXTS, "--tasks",
+        tasks / "tiny_choice.yaml", "--json", "r.json")  # fmt: skip
     out = capsys.readouterr().out
     assert "tiny_choice acc " in out and "tiny_choice acc change, paired" in out
     result = json.loads(Path("r.json").read_text())["result"]
-    assert len(result["looks"]["healed"]["tasks"]["documents"]["tiny_choice"]["acc"]) == 6
+    assert len(result["states"]["healed"]["tasks"]["documents"]["tiny_choice"]["acc"]) == 6
 
 
 def test_a_task_value_that_is_no_number_is_shown_from_a_state_too():
     quality = {"books": dict.fromkeys(("original", "healed"), Perplexity(2.0, 2, 1))}
     for odd in (math.nan, None):  # JSON has null for it
-        looks = {}
+        reports = {}
         for state, value in (("original", 1.0), ("healed", odd)):
             values = {"metrics": {"t": {"f1": value}}, "documents": {"t": {"f1": [0.0, value]}}}
-            looks[state] = StateReport("", None, 1, 1, 1, values)
+            reports[state] = StateReport("", None, 1, 1, 1, values)
         for first, *others in ("original", "healed"), ("healed", "original"):
-            ordered = {state: looks[state] for state in (first, *others)}
-            rows = ShrinkResult(Path("out"), "", quality=quality, looks=ordered).rows()
+            ordered = {state: reports[state] for state in (first, *others)}
+            rows = ShrinkResult(Path("out"), "", quality=quality, states=ordered).rows()
             assert ["t f1", "1.0000", "nan"] in rows
 
 
 def test_a_share_is_restored_only_where_the_windows_tell_loss_and_gain():
     states = ("original", "pruned", "healed")
-    looks = {state: StateReport("", None, 1, 1, 1, {}) for state in states}
+    reports = {state: StateReport("", None, 1, 1, 1, {}) for state in states}
 
     def said(pruned: list[int], healed: list[int]) -> str:
         nats = {"original": [20] * len(pruned), "pruned": pruned, "healed": healed}
@@ -687,7 +667,7 @@ def test_a_share_is_restored_only_where_the_windows_tell_loss_and_gain():
             state: Perplexity.of([Sample(i, float(value), 10) for i, value in enumerate(values)])
             for state, values in nats.items()
         }
-        return ShrinkResult(Path("out"), "", quality={"books": states}, looks=looks).verdict
+        return ShrinkResult(Path("out"), "", quality={"books": states}, states=reports).verdict
 
     assert "healing restores 90% of the lost nats" in said([29, 30, 31], [21, 21, 21])
     # the margins are Student's t of 2 degrees: 4.303 / sqrt(3) times the deviation of a text
@@ -706,16 +686,15 @@ def test_a_share_is_restored_only_where_the_windows_tell_loss_and_gain():
         (("hf", "out", "--n", 2, "--ratio", 0.5), "--ratio and --n both say how small"),
         (("hf", "out", "--n", 5), "n = 5; the model has 6 layers: expected 1 to 4"),
         (("hf", "hf", "--n", 2), "hf exists; choose another directory"),
-        (("hf", "out", "--to", "gguf"), "expected a name that ends with .gguf to write gguf"),
         (("hf", "out", "--method", "best"), "no method 'best'"),
-        (("hf", "out", "--minutes", 0), "--minutes 0.0: expected above 0"),
+        (("hf", "out", "--minutes", 0), "--minutes = 0.0: expected above 0"),
         (("none", "out", "--device", "cpu"), "checkpoint directory none does not exist"),
         (("hf", "out", "--eval_data", "self", "--size", 24), "self is the model's own text"),
         (("hf", "out", "--stream"), "a streamed model writes no text of its own"),
         (("hf", "out", *STREAM, "--method", "sleb"), "--method needs the model in memory"),
         (("hf", "out", *STREAM, "--method", "angular_all"), "--method needs the model in memory"),
         (("hf", "out", *STREAM, "--minutes", 1), "--minutes needs the model in memory"),
-        (("hf", "out", *STREAM, "--to", "meta"), "is written in its own format, hf"),
+        (("hf", "out.gguf", *STREAM), "is written in its own format: name a directory"),
         (("hf", "out-00001-of-00002.gguf"), "names one of 2 files, but a single file is written"),
         (
             ("model.gguf", "out-00002-of-00002.gguf"),
@@ -728,19 +707,10 @@ def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
     assert not [p for p in here.iterdir() if "out" in p.name]
 
 
-def test_a_long_plan_says_what_takes_less(here, monkeypatch):
-    monkeypatch.setattr(shrink_plan, "LONG_PLAN", 0)
-    how = {"n": 2, **CUT, "data": "other", "dry_run": True}
-    assert "written: method bi, size 128, max_windows 16" in str(shrink("hf", "out", **how))
-    planned = shrink("hf", "out", method="bi", **how)
-    assert "written: size 128, max_windows 16" in str(planned) and planned.verdict == planned.plan
-    assert [*planned.columns] == [""]  # no state was measured
-
-
 @pytest.mark.parametrize("model", ["model.gguf", "hf"])
 def test_the_size_of_a_gguf_file_is_that_on_disk(here, model):
     done = shrink(model, "out.gguf", n=2, method="bi", data="other", **CUT)
-    original, pruned, healed = done.looks.values()
+    original, pruned, healed = done.states.values()
     whole = {"hf": convert("hf", "whole.gguf")}.get(model, Path(model)).stat().st_size
     record = 5000  # the pruning record, which only the written file has
     assert healed.size == Path("out.gguf").stat().st_size
@@ -836,13 +806,13 @@ def test_what_to_type_next_installs_what_is_not_there(monkeypatch):
 
 @pytest.mark.parametrize("model", ["hf", "meta", "model.gguf"])
 def test_too_many_layers_are_refused_before_a_weight_is_read(here, monkeypatch, model):
-    monkeypatch.setattr(shrinking, "open_trainable", None)
+    monkeypatch.setattr(shrink_run, "open_trainable", None)
     with pytest.raises(ValueError, match="n = 5; the model has 6 layers: expected 1 to 4"):
         shrink(model, "out", n=5)
 
 
 def test_one_window_tells_no_interval(here):
-    cut = replace(CUT, eval_windows=1)
+    cut = {**CUT, "eval_windows": 1}
     done = shrink("hf", "out", n=2, method="sequential", **cut, data="other")
     assert done.rows()[2][1] == "unknown"
     why = "books: 95% unknown, because one window tells nothing of others; evaluate on more text"
@@ -920,15 +890,15 @@ def test_a_difference_after_the_weights_are_gone_is_said_as_itself(here, monkeyp
 
 
 @pytest.mark.parametrize(("out", "itemsize"), [("out", 4), ("out.gguf", 2)])
-def test_the_cache_is_of_all_texts_at_the_context(here, monkeypatch, out, itemsize):
+def test_the_cache_is_of_the_context(here, monkeypatch, out, itemsize):
     """Layers with a window hold no more than that."""
     kinds = [LayerCache(10, 7, 5)] * 2 + [LayerCache(10)] * 4
     monkeypatch.setattr(shrink_models, "layer_caches", lambda *_: kinds)
-    how = {**CUT, "data": "other", "method": "sequential", "context": 100, "batch": 3}
+    how = {**CUT, "data": "other", "method": "sequential", "context": 100}
     done = shrink("hf", out, n=2, **how)
     assert {0, 1} == {*done.layers}
-    original, healed = done.looks["original"], done.looks["healed"]
-    window, full = 3 * (70 * itemsize + 5), 3 * 1000 * itemsize
+    original, healed = done.states["original"], done.states["healed"]
+    window, full = 70 * itemsize + 5, 1000 * itemsize
     assert original.memory - original.size == 2 * window + 4 * full
     assert healed.memory - healed.size == 4 * full
     # it may be a layer with a window that goes
@@ -962,7 +932,7 @@ def test_a_tied_weight_of_a_streamed_model_counts_once(here, tied):
     AutoTokenizer.from_pretrained("hf").save_pretrained("own")
     count = sum(weight.numel() for weight in model.parameters())
     streamed = open_model("own", stream=True, device="cpu")
-    for (layers, rest), each in zip(Streamed(streamed, "hf").sizes(), (1, 4), strict=True):
+    for (layers, rest), each in zip(Streamed(streamed).sizes(), (1, 4), strict=True):
         assert sum(layers) + rest == each * count
 
 
@@ -1003,7 +973,7 @@ def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, 
 
     monkeypatch.setattr("short_gpt.jobs.inputs.Tasks.check", lambda _: None)
     monkeypatch.setattr(TaskSuite, "documents", documents)
-    how = {**KILLED, "tasks": "t"}
+    how = {**KILLED, "tasks": "tasks/t.yaml"}
     with interrupted(LayerRefit, "solve", 1):
         shrink("own", "out", **how)
     assert answered == [1.0, 1.0]  # of the original and the pruned model
@@ -1018,7 +988,7 @@ def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, 
     answered.clear()
     done = shrink("own", "out", **how)
     assert len(answered) == asked  # of the healed model alone, or of all three
-    values = {look.tasks["metrics"]["t"]["acc"] for look in done.looks.values()}
+    values = {look.tasks["metrics"]["t"]["acc"] for look in done.states.values()}
     assert values == {0.0 if changed == "tasks" else 1.0}
 
 

@@ -9,24 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from short_gpt import ShortGPTError
-from short_gpt.jobs.dial import Dial
+from short_gpt.jobs.shrink_settings import Shrinking
 
 
 @pytest.mark.parametrize(
-    ("dial", "count"),
+    ("settings", "count"),
     [
-        (Dial(), 8),  # 7.5 of 30, to the nearest whole
-        (Dial(ratio=0.02), 1),
-        (Dial(n=3), 3),
-        (Dial(params=3000), 5),
-        (Dial(params="3.0k"), 5),
-        (Dial(params="0.0029M"), 6),
-        (Dial(memory="3kB"), 5),
-        (Dial(memory=2999), 6),
+        (Shrinking(), 8),  # 7.5 of 30, to the nearest whole
+        (Shrinking(ratio=0.02), 1),
+        (Shrinking(n=3), 3),
+        (Shrinking(params=3000), 5),
+        (Shrinking(params="3.0k"), 5),
+        (Shrinking(params="0.0029M"), 6),
+        (Shrinking(memory="3kB"), 5),
+        (Shrinking(memory=2999), 6),
     ],
 )
-def test_known_answers(dial, count):
-    assert dial.count([100] * 30, 500) == count
+def test_known_answers(settings, count):
+    assert settings.count([100] * 30, 500) == count
 
 
 @given(st.lists(st.integers(1, 50), min_size=4, max_size=7), st.integers(0, 40), st.data())
@@ -34,7 +34,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
     total = sum(layers) + rest
     least = total - sum(sorted(layers)[:-2])
     target = data.draw(st.integers(least, total - 1))
-    n = Dial(params=target).count(layers, rest)
+    n = Shrinking(params=target).count(layers, rest)
     sets = [total - sum(chosen) for chosen in combinations(layers, n)]
     assert max(sets) <= target
     assert max(total - sum(chosen) for chosen in combinations(layers, n - 1)) > target
@@ -44,7 +44,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
     ("settings", "message"),
     [
         ({"ratio": 0.5, "n": 3}, "`ratio` and `n` both say how small"),
-        ({"ratio": 1.0}, "`ratio` 1.0: expected above 0 and below 1"),
+        ({"ratio": 1.0}, "`ratio` = 1.0: expected above 0 and below 1"),
         ({"n": 0}, "n = 0"),
         ({"n": 29}, "^n = 29; the model has 30 layers: expected 1 to 28"),
         (
@@ -58,12 +58,12 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"params": 600}, "still has 700 parameters; name that or more"),
         ({"memory": "much"}, "`memory` much: expected a size with its unit, such as 12GB"),
         ({"memory": "12"}, "`memory` 12: expected a size with its unit, such as 12GB"),
-        ({"max_perplexity_ratio": 0.9}, "`max_perplexity_ratio` 0.9: expected above 1"),
-        ({"memory": "1kB", "batch": 0}, "batch = 0"),
+        ({"max_perplexity_ratio": 0.9}, "`max_perplexity_ratio` = 0.9: expected above 1"),
+        ({"memory": "1kB", "context": 0}, "context = 0"),
     ],
 )
 def test_refusals(settings, message):
     with pytest.raises(ShortGPTError, match=message):
-        dial = Dial(**settings)
-        dial.check()
-        dial.count([100] * 30, 500)
+        how_small = Shrinking(**settings)
+        how_small.check()
+        how_small.count([100] * 30, 500)

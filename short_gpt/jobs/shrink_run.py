@@ -1,0 +1,288 @@
+"""One run of `shrink`: its settings, and what follows from the opened model and the texts."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+from llama.files import check_new, check_output
+from llama.sources import Named, Source, find_source, is_gguf
+from short_gpt.checkpoints.gguf import (
+    check_architecture,
+)
+from short_gpt.checkpoints.provenance import PROVENANCE
+from short_gpt.checkpoints.prune import layers_of
+from short_gpt.checkpoints.target import check_new_gguf, check_one_file
+from short_gpt.data.texts import source_names
+from short_gpt.evaluation.cells import Cells
+from short_gpt.healing import RefitSettings, require_packages
+from short_gpt.healing.choosing import (
+    MAX_WINDOWS,
+    REFIT_PASSES,
+)
+from short_gpt.healing.refit_state import plan_of
+from short_gpt.healing.sets import LayerSets
+from short_gpt.jobs.costs import CLOSED_WINDOWS, seconds_a_token, windows_to_choose
+from short_gpt.jobs.inputs import Notify, Tasks, Windows
+from short_gpt.jobs.page import is_page
+from short_gpt.jobs.saving import as_begun
+from short_gpt.jobs.shrink_folder import ShrinkFolder
+from short_gpt.jobs.shrink_models import (
+    ANSWER,
+    CHAT,
+    TIMED_TOKENS,
+    TURNS,
+    InMemory,
+    Streamed,
+)
+from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
+from short_gpt.jobs.shrunk import PROMPT, REPORT, report_of
+from short_gpt.models.numbering import check_count
+from short_gpt.runtime.digest import windows_digest
+from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.memory import format_bytes
+from short_gpt.runtime.progress import duration
+from short_gpt.runtime.state import StateFile, joined
+from short_gpt.selection.methods import AUTO, BY_LOSS
+from short_gpt.wrappers.opening import of_source, open_loaded, open_model, open_trainable
+from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.own_text import AT_ONCE, STREAMED, count_of_own
+from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.streamed_llama import StreamedLlama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
+WINDOW = 512  # tokens
+
+
+@dataclass
+class Shrink:
+    """One run: the settings; from `open` on the model; from `read` on windows and saved cells."""
+
+    model: Model
+    out: Path
+    settings: Shrinking
+    reading: Windows
+    tasks: Tasks
+    opening: OpenOptions
+    overwrite: bool
+    notify: Notify
+
+    # The request
+
+    @cached_property
+    def source(self) -> Source | None:
+        """The model's checkpoint; None of a loaded model."""
+        return find_source(self.model) if isinstance(self.model, str | PathLike) else None
+
+    @cached_property
+    def folder(self) -> ShrinkFolder:
+        """What a killed run continues from."""
+        return ShrinkFolder(self.out)
+
+    @property
+    def seed(self) -> int:
+        return self.reading.seed or 0
+
+    @property
+    def method(self) -> str:
+        """The method that chooses the layers."""
+        return self.settings.method or ("bi" if self.opening.stream else AUTO)
+
+    @property
+    def to(self) -> str:
+        """The format to write: hf, meta or gguf."""
+        if self.opening.stream and self.source is not None and self.source.kind == "meta":
+            return "meta"
+        return "gguf" if is_gguf(self.out) else "hf"
+
+    @property
+    def command(self) -> str:
+        """The same as a command line."""
+        name = "MODEL" if self.source is None else str(self.model)
+        demo = isinstance(self.model, Named)  # whose command names these by default
+        words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), str(self.out)]
+        defaults = (Shrinking(), SHRUNK, Tasks(), OpenOptions())
+        groups = (self.settings, self.reading, self.tasks, self.opening)
+        for group, usual in zip(groups, defaults, strict=True):
+            for field in group.taken():
+                value = getattr(group, field.name)
+                if not isinstance(value, Named) and value != getattr(usual, field.name):
+                    words += [f"--{field.name}", *([] if value is True else [str(value)])]
+        return shlex.join(words)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the output, the source, the texts and other files."""
+        texts = [self.reading.name, self.reading.eval_name or ""]
+        texts = [name for data in texts for name in source_names(data)]
+        return [str(self.out), *texts, *([] if self.source is None else [str(self.source)])]
+
+    def check(self) -> None:
+        """Raises errors that are known before a model is loaded, the cheapest first."""
+        self.settings.check()
+        self.reading.check()
+        self.tasks.check()
+        self.opening.check()
+        if self.settings.minutes is not None:
+            require_packages()
+        self.folder.check()
+        gguf, n, source = is_gguf(self.out), self.settings.n, self.source
+        path = None if source is None else source.path
+        if gguf:
+            check_one_file(self.out)
+            check_output(report_of(self.out), overwrite=True, replaces=is_page)
+            of_gguf = path if source is not None and source.kind == "gguf" else None
+            check_new_gguf(self.out, source=of_gguf, overwrite=self.overwrite)
+        else:
+            check_new(self.out, marker=PROVENANCE, overwrite=self.overwrite, source=path)
+        if gguf and source is not None and source.kind == "gguf":
+            check_architecture(str(source)).check()
+        if source is not None and n is not None and (count := layers_of(source)) is not None:
+            check_count(n, count, most=count - 2)
+        if self.opening.stream:
+            self._check_streamed()
+        self.reading.check_texts()
+
+    def _check_streamed(self) -> None:
+        if self.source is None:
+            raise ShortGPTError("`stream` reads a checkpoint: give its name, not a loaded model")
+        if self.reading.own:
+            raise ShortGPTError(STREAMED)
+        if is_gguf(self.out):
+            raise ShortGPTError("a streamed model is written in its own format: name a directory")
+        in_memory = {"method": self.method in (AUTO, *BY_LOSS, "angular_all")}
+        in_memory |= {"tasks": self.tasks.tasks is not None}
+        for name in ("max_perplexity_ratio", "minutes", "prompt"):
+            in_memory[name] = getattr(self.settings, name) is not None
+        if names := [name for name, needed in in_memory.items() if needed]:
+            raise ShortGPTError(
+                f"`{names[0]}` needs the model in memory, and `stream` holds one layer: leave one "
+                "of them out"
+            )
+
+    # The model, and what will be done with it
+
+    def open(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Opens the model; how many layers go, its sizes and its speed follow."""
+        self.opening = as_begun(self.opening, self.folder.state)
+        self.opened = self._opened(tokenizer)
+        self.short = short = self.opened.short
+        short.check_weights()
+        self.size = self.reading.size or min(WINDOW, short.decoder.max_seq_len)
+        many = 3 * CLOSED_WINDOWS if self.reading.own else None
+        usual = CLOSED_WINDOWS if self.settings.minutes is None else many
+        self.limit = self.reading.max_windows or usual  # windows to learn from; None is all
+        self.parameters, self.stored = self.opened.sizes()
+        itemsize = 2 if self.to == "gguf" else self.opened.dtype.itemsize  # llama.cpp's is float16
+        context = self.settings.context
+        self.caches = [cache.size(context, itemsize) for cache in self.opened.caches()]  # bytes
+        sizes, rest = self.parameters
+        if self.settings.memory is not None:
+            layers, rest = self.stored
+            sizes = [a + b for a, b in zip(layers, self.caches, strict=True)]
+        searched = self.settings.max_perplexity_ratio is not None
+        self.n = None if searched else self.settings.count(sizes, rest)
+        self.prompt = ""
+        if isinstance(self.opened, InMemory):
+            self.prompt = self.settings.prompt or (CHAT if self.opened.chats else PROMPT)
+            self.opened.encode(self.prompt)  # raises for one that is too long
+        # any tokens, which do not change the time
+        self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
+        self.a_pass = short.seconds_a_window(self.probe)
+
+    def _opened(self, tokenizer: PreTrainedTokenizerBase | None) -> InMemory | Streamed:
+        source, opening = self.source, self.opening
+        if source is None:
+            short = open_loaded(cast("PreTrainedModel", self.model), opening, tokenizer)
+            return InMemory(short, None, self.to, opening)
+        if not self.opening.stream:
+            return InMemory(open_trainable(source, opening), source, self.to, opening)
+        options = of_source(opening, source, stream=True)
+        streamed = open_model(source, options, max_seq_len=self.reading.size or WINDOW)
+        assert isinstance(streamed, StreamedLlama)
+        return Streamed(streamed)
+
+    @property
+    def count(self) -> int:
+        """Layers of the original model."""
+        return len(self.caches)
+
+    @property
+    def in_memory(self) -> ShortHFModel:
+        assert isinstance(self.short, ShortHFModel)  # whatever needs it has refused a streamed one
+        return self.short
+
+    def plan(self) -> str:
+        """What will be done, roughly how long it takes, and how much memory."""
+        (sizes, rest), n = self.parameters, self.n
+        fitted = min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
+        refit = plan_of(self.short, [self.probe] * fitted, folder=self.folder.healing)
+        before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
+        kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
+        disk = f" and {format_bytes(refit.disk)} on disk" if refit.disk else ""
+        more = "run the tasks, " if self.tasks.tasks else ""
+        own = ", its own text included" if self.reading.own else ""
+        go = "goes" if n == 1 else "go"
+        return "\n".join(
+            [
+                f"{n or 'some'} of {self.count} layers {go} ({self.settings.size})"
+                + (kept if n else ""),
+                f"a window of {self.size} tokens takes {duration(self.a_pass)}: in all about "
+                f"{duration(self._seconds())}{own}, and the time to {more}write the model and read "
+                "it again",
+                f"the refit takes up to {format_bytes(refit.total)} of the machine's memory{disk}",
+            ]
+        )
+
+    def _seconds(self) -> float:
+        limit, judged = self.limit or MAX_WINDOWS, 3 * self.reading.eval_windows
+        passes = windows_to_choose(self.method, self.n, self.count, limit) + judged
+        passes += REFIT_PASSES * min(limit, CLOSED_WINDOWS)
+        seconds = passes * self.a_pass + 60 * (self.settings.minutes or 0)
+        if sources := self.reading.own:
+            names = source_names(self.reading.name)
+            extra = self.reading.eval_name is None and sources == names
+            each = count_of_own(self.limit, len(names), extra=extra)
+            tokens = len(sources) * math.ceil(each / AT_ONCE) * self.size
+            seconds += tokens * seconds_a_token(self.in_memory, min(AT_ONCE, each))
+        if self.prompt:  # three completions, and the speeds
+            written = 3 * ANSWER + (1 + TURNS) * 2 * TIMED_TOKENS
+            seconds += written * seconds_a_token(self.in_memory, 1)
+        return seconds
+
+    # What it reads and keeps
+
+    def read(self) -> None:
+        """The windows, and the state that keeps what is measured on them."""
+        self.windows = windows = self.reading.learning(
+            self.short,
+            self.size,
+            self.limit,
+            validate=self.settings.minutes is not None,
+            beside=self.folder.path / REPORT,
+        )
+        self.calibration = windows.training[:MAX_WINDOWS]  # that choose the layers
+        identity = joined(
+            self.short.identity(),
+            {
+                "training": windows_digest(windows.training),
+                "evaluation": windows_digest(windows.evaluation),
+                "refit": vars(RefitSettings()),  # with which the choice and the healing begin
+            },
+            # the prompt and the tasks choose no layers, and may be others when a run goes on
+            asdict(replace(self.settings, prompt=None)),
+        )
+        saved = StateFile(self.folder.state, identity, folder=self.folder.path)
+        self.sets: LayerSets | None = None  # of a streamed model
+        if not self.short.streamed:
+            texts = (self.calibration, windows.evaluation)
+            self.sets = LayerSets(self.in_memory, *texts, state=saved)
+        self.cells = Cells(saved) if self.sets is None else self.sets.cells
