@@ -46,7 +46,7 @@ from short_gpt.healing import (
 )
 from short_gpt.healing.lora import heal_run
 from short_gpt.healing.trainer import TrainingRun
-from short_gpt.jobs.inputs import Windows as Reading
+from short_gpt.jobs import inputs
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers.opening import open_trainable
@@ -111,7 +111,7 @@ def _recipe(short: ShortHFModel, steps: int, size: int, rate: float) -> Recipe:
 
 
 def _cut(short: ShortHFModel, folder: Path, kind: str, size: int, limit: int) -> Windows:
-    (texts,) = Reading(named(folder / "texts/calibration", [kind])).kinds()
+    (texts,) = inputs.Windows(named(folder / "texts/calibration", [kind])).kinds()
     own = [*windows(texts, short.encode, size=size, stride=size, seed=0, limit=limit)]
     return without_overlap(own, [])[0]
 
