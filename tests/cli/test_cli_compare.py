@@ -124,7 +124,9 @@ def test_the_demos_model_reads_its_own_book(here, capsys, flag):
 
 def test_the_record_of_the_demo_names_its_book(here, monkeypatch):
     monkeypatch.setattr(demo, "checkpoint", lambda: Path("ckpt"))
-    monkeypatch.setattr(demo, "bible", lambda part="learn": [text({"calibration": 0}.get(part, 5000))])
+    monkeypatch.setattr(
+        demo, "bible", lambda part="learn": [text({"calibration": 0}.get(part, 5000))]
+    )
     main([*COMMON[:1], *COMMON[4:], "--method", "bi", "--heal_by", "raw", "--json", "r.json"])
     arguments = json.loads(Path("r.json").read_text())["arguments"]
     assert arguments["data"] == arguments["eval_data"] == "demo" and arguments["model"] is None

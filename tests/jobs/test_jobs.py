@@ -31,7 +31,7 @@ from short_gpt.jobs import (
     ranking,
     reproduce,
 )
-from short_gpt.jobs.cases import Cases, Shares
+from short_gpt.jobs.cases import Cases
 from short_gpt.jobs.inputs import Tasks
 from short_gpt.jobs.settings import Answer, Choice, Healing
 from short_gpt.runtime.progress import DryRun
