@@ -345,7 +345,7 @@ def lock_file(path: Path) -> FileLock:
     Timeout, an OSError, if it is held; OSError or NotImplementedError where the file cannot be
     written, or there are no locks. A missing folder is made.
     """
-    lock = FileLock(path, timeout=0, mode=0o666, thread_local=False)
+    lock = FileLock(path, timeout=0, thread_local=False)
     lock.acquire()
     return lock
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+import time
 from collections.abc import Container, Iterator
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +68,18 @@ def read_header(path: Path) -> Header:
     """The header of a GGUF file; InputError for a name that occurs twice or for lost bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file {path} does not exist")
+    status = path.stat()
+    if time.time_ns() - status.st_mtime_ns < 10**9:  # it may change again at the same time
+        return _header(path)
+    return _unchanged_header(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4)  # a command asks several times for the same model's
+def _unchanged_header(path: Path, *_: int) -> Header:
+    return _header(path)
+
+
+def _header(path: Path) -> Header:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()

@@ -56,12 +56,12 @@ def rank(
     notify: Notify = ignore,
     dry_run: bool = False,
 ) -> Ranking:
-    """Scores every layer by Block Influence and angular distance, or searches by loss.
+    """Scores every layer by Block Influence and angular distance.
 
-    One pass gives both scores. With `n` and a seed, the run ends as soon as the answer of `method`
-    (bi or angular) is settled: of all such runs at most 1% end early with an answer that differs
-    from the answer on all windows, except where fewer than 2% of the windows decide it. If
-    interrupted or killed, repeat it: it continues from its state file.
+    One pass gives both; other methods search by the loss. With `n` and a seed, the run ends as soon
+    as the answer of `method` (bi or angular) is settled: of all such runs at most 1% end early with
+    an answer that differs from the answer on all windows, except where fewer than 2% of the windows
+    decide it. If interrupted or killed, repeat it: it continues from its state file.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.

@@ -100,7 +100,7 @@ class Windows(Settings):
     )
     size: int | None = setting(SIZE, "Tokens in a window.")
     max_windows: int | None = setting(None, "Windows to read, in random order. Default: all.")
-    eval_windows: int = setting(32, "Windows to evaluate on.")
+    eval_windows: int = setting(32, "Windows to evaluate on.", rare=True)
     stride: int | None = setting(
         None,
         "Tokens between the starts of windows. Default: the size, so that none overlap.",

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from os import PathLike
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from llama.ranks import is_distributed
 from llama.sources import find_source
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.scores import Digests, digests_of
-from short_gpt.data.windows import Text, count_of
+from short_gpt.data.windows import Text
 from short_gpt.healing.choosing import (
-    BARE_PASS,
-    BUDGET,
     MAX_WINDOWS,
     HealedChoice,
     choose_healed,
@@ -45,14 +41,12 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
 from short_gpt.scoring.stopping import Stop, Verdict
 from short_gpt.selection.methods import AUTO, SEARCHED, choose
-from short_gpt.selection.search import Search, most_layers_run
+from short_gpt.selection.search import Search
 from short_gpt.wrappers.opening import check_tokenizer, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, with_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
-
-W = TypeVar("W", bound=list[int])
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,20 +182,10 @@ def _end_dry_run(
     cut = windows.cut(kinds, short) if known else []
     total = known_total(cut, windows.max_windows) if known else windows.max_windows
     work = f"score {len(short.kept)} layers of {model} by {answer.method} on {windows.name}"
-    if answer.by_loss:
-        total = _passes(answer, len(short.kept), total)
-        work += "; it takes at most as long as reading so many windows"
-    work += "" if known else "; writing that takes more"
+    work += "; a method by loss reads the windows many times" if answer.by_loss else ""
+    work += "" if known else "; writing the text takes more"
     how: Any = {"rule": answer.rule(windows.seed), "population": getattr(cut, "population", None)}
     end_dry_run(short, work, windows.size or SIZE, total, batch_size=batch_size, **how)
-
-
-def _passes(answer: Answer, count: int, windows: int | None) -> int | None:
-    """The most windows that a choice by loss reads, each through all of so many layers."""
-    if answer.method == AUTO:
-        return BARE_PASS * BUDGET
-    rounds = answer.n or 1 if answer.method == "sleb" else 1
-    return None if windows is None else math.ceil(windows * most_layers_run(count, rounds) / count)
 
 
 def _identity(
@@ -257,19 +241,10 @@ def _measure(
     rule, total, follow = answer.rule(cut.seed), known_total(windows, cut.max_windows), None
     if (plan := short.plan_text(size)) is not None:
         notify(plan)
-    population = getattr(windows, "population", None)
-    look = None if detailed or rule is None else rule.first_look(population)
-    if look is not None and total is not None and look < total:
-        notify(
-            f"it ends as soon as the answer is settled, after {look:,} windows at the earliest and "
-            f"{total:,} at most; the bar runs to the next test"
-        )
     if detailed:
-        first, windows = first_of(windows)
-        if first is not None:
-            counts = {"population": population, "total": total}
-            read = 0 if state is None else state.sums(short.kept).n_windows
-            notify(forecast(short, first, batch_size=size, rule=rule, read=read, **counts))
+        counts: Any = {"population": getattr(windows, "population", None), "total": total}
+        window = [0] * min(cut.size or SIZE, short.decoder.max_seq_len)  # its tokens do not matter
+        notify(forecast(short, window, batch_size=size, rule=rule, **counts))
         followed = rule or Stop(answer.n or 1, answer.method == "angular")
         follow = Following(notify, followed, stops=rule is not None)
     importance = short.measure(
@@ -283,15 +258,6 @@ def _measure(
         follow=follow,
     )
     return replace(result, importance=importance, verdict=short.verdict)
-
-
-def first_of(windows: Iterable[W]) -> tuple[W | None, Iterable[W]]:
-    """The first window, and all of them, it included; None where there is none."""
-    if count_of(windows) is not None:  # these can be iterated again
-        return next(iter(windows), None), windows
-    rest = iter(windows)
-    first = next(rest, None)
-    return first, rest if first is None else chain([first], rest)
 
 
 def _search(

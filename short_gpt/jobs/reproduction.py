@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.checkpoint.sharding import full_shapes
 from llama.files import JsonObject
-from llama.parallel import choose_device, choose_dtype
 from short_gpt.data.texts import PG19, is_local, source_names
 from short_gpt.jobs.inputs import SIZE, STRIDE, Notify, Windows, about_bos, ignore
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
@@ -24,7 +22,6 @@ from short_gpt.jobs.settings import Answer
 from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.memory import format_bytes, free_memory
 from short_gpt.scoring.importance import Importance, difference_margins
 from short_gpt.scoring.metrics import kendall, spearman
 from short_gpt.wrappers.options import OpenOptions
@@ -266,8 +263,6 @@ def reproduce(
     name = _name(model, shape)
     answer = Answer(len(_paper_model(name)["removed"]), confidence=confidence)
     check_ranking(model, answer, windows, opening)  # before any message
-    if not opening.stream:
-        notify(_in_memory(shape, opening))
     how: Any = {"state": state, "notify": notify, "dry_run": dry_run}
     result = rank(model, windows, answer, opening, **how, detailed=True)
     ours = compare_with_paper(name, result.layers)
@@ -288,19 +283,6 @@ def _name(model: str, shape: ModelArgs) -> str:
             f"{model} has the size of {name} but groups its keys and values, so it is another model"
         )
     return name
-
-
-def _in_memory(shape: ModelArgs, opening: OpenOptions) -> str:
-    device = choose_device(opening.device)
-    dtype = choose_dtype(opening.dtype, device)
-    size = sum(map(math.prod, full_shapes(shape).values())) * dtype.itemsize
-    kind = str(dtype).removeprefix("torch.")
-    line = f"the model in memory: {format_bytes(size)} of weights in {kind}"
-    if device.type == "cuda":
-        return f"{line}, on {device}"
-    free = free_memory()
-    way = "; stream holds one layer at a time, bfloat16 half as much" if size > free else ""
-    return f"{line}, of {format_bytes(free)} that are free{way}"
 
 
 def _changed(windows: Windows, bos: str) -> tuple[str, ...]:

@@ -111,7 +111,9 @@ class Choice(Settings):
     scores: str | None = setting(None, "JSON file that rank wrote.", value="FILE")
     n: int | None = setting(None, "Number of layers to remove by the scores.")
     method: str | None = setting(
-        None, "Method of rank to choose by. Default: the one that the scores were ranked by."
+        None,
+        "Method of rank to choose by. Default: the one that the scores were ranked by.",
+        rare=True,
     )
 
     def check(self) -> Choice:
@@ -166,7 +168,7 @@ class Healing(Settings):
         None,
         "Settings of lora and distill: a preset (paper, demo or small) and changes, such as "
         "small,steps=400,rank=16,batch_size=4 or distill's top_k=64,live_teacher=yes; in Python "
-        "also a dict or a `Recipe`, which describes all. Default: paper.",
+        "also a dict or a Recipe, which describes all. Default: paper.",
     )
     teacher: str | None = setting(
         None,

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from short_gpt import cli
 from short_gpt.checkpoints.scores import digests_of
 from short_gpt.cli.app import in_shell, main
 from short_gpt.cli.flags import flags_of
+from short_gpt.healing import Recipe
 from short_gpt.runtime.settings import HEADINGS
 from short_gpt.selection.methods import METHODS
 from short_gpt.wrappers.opening import open_model
@@ -468,6 +470,7 @@ SHELL = ("cli/", "jobs/shrunk.py", "runtime/errors.py", "checkpoints/meta.py", "
 
 def test_messages_speak_python_and_name_settings_in_backticks():
     every = {flag for command in cli.COMMANDS.values() for flag in flags_of(command)}
+    every |= {field.name for field in fields(Recipe)}
     root, documented = Path(cli.__file__).parents[1], (ast.Module, ast.ClassDef, ast.FunctionDef)
     for path in sorted(root.rglob("*.py")):
         tree = ast.parse(path.read_text())

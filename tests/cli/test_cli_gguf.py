@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from gguf_files import stack_file, write_gguf
 from tokenizer_files import ODD, meta
 
 from llama.checkpoint import pth
-from llama.formats import gguf_write
+from llama.formats import gguf_read, gguf_write
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts
 from llama.formats.gguf_write import UINT32, copied, record, write_again
 from llama.formats.tokenizers import vocabulary
@@ -322,3 +323,16 @@ def test_so_many_layers_are_refused_before_a_window_is_read(here, capsys, monkey
     Path("text.txt").write_text("so much " * 99)
     asked = ("--data", "text.txt", "--size", 16, "--method", "relative_magnitude", "--n", n)
     assert f"n = {n}; the model has" in fails(capsys, "rank", "qwen.gguf", *asked)
+
+
+def test_a_header_is_parsed_once_a_command(here, monkeypatch):
+    parsed = []
+    header = gguf_read._header
+    monkeypatch.setattr(gguf_read, "_header", lambda path: parsed.append(path.name) or header(path))
+    os.utime("qwen.gguf", (1, 1))  # of another second than this command's
+    Path("text.txt").write_text("so much " * 99)
+    rank = ("--data", "text.txt", "--size", 16, "--max_windows", 2, "--json", "r.json")
+    run("rank", "qwen.gguf", *rank)
+    assert parsed.count("qwen.gguf") == 1
+    run("prune", "qwen.gguf", "out.gguf", "--scores", "r.json", "--n", 1)
+    assert parsed.count("qwen.gguf") == 1

@@ -52,7 +52,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch, umask)
     run("prune", "ckpt", "cut", "--layers", 1)
     run("prune", "hf", "mixed", "--scores", "r.json", "--n", 1)
     run("prune", "model.gguf", "cut.gguf", "--layers", 1)
-    run("heal", "hf", "healed", "--layers", 1, *HEAL, "--json", "heal.json")
+    run("heal", "hf", "healed", "--layers", 1, *HEAL, "--stream", "--json", "heal.json")
     run("heal", "hf", "trained", "--layers", 1, *HEAL, "--heal_by", "patch,distill", *TRAIN)
     written = [p for p in Path().rglob("*") if p.is_file() and ".writing-" not in str(p)]
     modes = {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in written}

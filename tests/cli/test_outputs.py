@@ -170,10 +170,6 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monk
 @pytest.mark.parametrize(
     ("words", "windows"),
     [
-        # layers run: 3 + 2 + 1 and 3 to move on, then 2 + 1 and 2, of the model's 5, a window
-        (("rank", "--method", "sleb", "--n", 2, "--max_windows", 5), 14),
-        (("rank", "--method", "perplexity", "--n", 2, "--max_windows", 5), 9),
-        (("rank", "--method", "auto", "--n", 2), 60 * 16),
         (("evaluate", "--max_windows", 5), 5),
         (("evaluate", "other", "--max_windows", 5), 10),
         # 4 sets, each pruned and patched, of which 3 are random; a patch reads as a refit at most

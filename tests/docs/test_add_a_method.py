@@ -11,7 +11,7 @@ from processes import alone
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r'```python title="([^"]+)"\n(.*?)```', re.DOTALL)
-HEAL = ("heal", "ckpt", "out", "--method", "rescale", "--layers", 2, "--data", "book.txt")
+HEAL = ("heal", "ckpt", "out", "--heal_by", "rescale", "--layers", 2, "--data", "book.txt")
 HEAL += ("--eval_data", "other.txt", "--size", 16, "--eval_windows", 2, "--device", "cpu")
 
 
@@ -59,17 +59,27 @@ save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB))
 write_byte_tokenizer(Path("ckpt"))
 Path("book.txt").write_text(TEXT)
 Path("other.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 8)
-from short_gpt.jobs import heal
-for name, value in (("ridge", 0.3), ("parts", "mlp")):
-    with pytest.raises(ValueError, match=f"`{{name}}` is for `method` refit"):
-        heal("ckpt", "out", "rescale", layers=[2], data="book.txt", **{{name: value}})
+from short_gpt.jobs import compare_checkpoint, heal, shrink
+files = {{"data": "book.txt", "eval_data": "other.txt"}}
+how = {{"size": 16, "eval_windows": 2, "device": "cpu", **files}}
+rescale = {{"heal_by": "rescale", "layers": [2], **how}}
+for name, value in (("ridge", 0.3), ("recipe", "small")):  # no fields of its settings
+    with pytest.raises(ValueError, match=f"`{{name}}` is for `heal_by` "):
+        heal("ckpt", "out", **{{**rescale, name: value}})
 run(*{heal!r})
-how = {{"size": 16, "eval_windows": 2, "eval_data": "other.txt", "device": "cpu", "aim": 0.5}}
-half = heal("ckpt", "half", "rescale", layers=[2], data="book.txt", **how).evidence.how
+half = heal("ckpt", "half", **rescale, step_size=0.5).evidence.how
 import json
 whole = json.loads(Path("out/pruning.json").read_text())["healing"][0]
 assert abs(2 * (half["factors"][1] - 1) - (whole["factors"]["1"] - 1)) < 1e-6
-how |= {{"steps": 1, "batch_size": 1, "rank": 2, "warmup": 0}}
-chain = heal("ckpt", "chain", "rescale,lora", layers=[2], data="book.txt", **how).evidence
-assert chain.steps[0]["windows"] <= 64
+import random
+Path("long.txt").write_text("".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=2000)))
+chain = {{**rescale, "heal_by": "rescale,lora", "data": "long.txt"}}
+chain["recipe"] = "steps=1,batch_size=1,rank=2"
+steps = heal("ckpt", "chain", **chain).evidence.steps  # of 125 windows
+assert steps[0]["windows"] == 64
+compared = {{"method": "bi", "n": 1, "heal_by": "raw,rescale", "max_windows": 4}}
+rows = compare_checkpoint("ckpt", **compared, **how).rows
+assert [row.healing for row in rows[1:]] == ["raw", "rescale"]
+with pytest.raises(ValueError, match="shrink has no setting 'heal_by'"):  # it always refits
+    shrink("ckpt", "small", heal_by="rescale", n=1, **how)
 """
