@@ -71,7 +71,7 @@ class OpenOptions(Settings):
     batch_size: int = setting(1, "Windows read at once, by each replica.", rare=True)
     max_seq_len: int = setting(2048, "Longest window in tokens, of Meta's format or streamed.")
     n_prune_layers: int | None = setting(
-        None, "Layers that `remove_layers` takes out; may be set later."
+        None, "Layers that remove_layers takes out; may be set later."
     )
     seed: int = setting(1, "Seed of what a model samples.")
 
