@@ -132,14 +132,13 @@ def check_written(
     expected |= {key: new.raw for key, new in records.items() if new is not None}
     written = {key: own.raw for key, own in again.headers[0].records.items()}
     wrong = [k for k in expected | written if expected.get(k) != written.get(k)]
-    if wrong := [key for key in wrong if not key.startswith("split.")]:
-        raise RuntimeError(f"{path} does not say what it should of {', '.join(wrong[:3])}")
-    if list(again.tensors) != list(names):
-        raise RuntimeError(f"{path} holds other tensors than it should")
-    for new, old in names.items():
+    wrong = [key for key in wrong if not key.startswith("split.")]
+    wrong += ["the list of tensors"] if list(again.tensors) != list(names) else []
+    for new, old in names.items() if not wrong else ():
         digest = changed.get(new) or digest_of(source.chunks(old))
-        if digest != digest_of(again.chunks(new)):
-            raise RuntimeError(f"{path} holds another {new} than was to be written")
+        wrong += [new] if digest != digest_of(again.chunks(new)) else []
+    if wrong:
+        raise RuntimeError(f"{path} is not what was to be written: {', '.join(wrong[:3])} differ")
 
 
 def save_gguf(
@@ -157,14 +156,11 @@ def save_gguf(
             f"that: short-gpt convert DIRECTORY {target.out}"
         )
     stack = Stack.open(source)
-    if stack.layers != short.n_layers:
-        raise ShortGPTError(
-            f"{source} has {stack.layers} layers, this model began with {short.n_layers}: it is "
-            "not where the model came from"
-        )
-    short.check_whole()  # in a trial, numbers of layers are not those of `kept`
+    short.check_source(source, stack.layers)
     keep = [*short.kept, *range(stack.layers, stack.blocks)]
     changed: dict[str, Stored] = {}
+    if short.changed:
+        check_architecture(source)
     for number, own in sorted(short.changed):
         weight = short.decoder.layers[short.kept.index(number)].get_parameter(own)
         name = _name(stack, f"{layers_path}.{number}.{own}")
@@ -203,14 +199,12 @@ def _name(stack: Stack, full: str) -> str:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     arch_of = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
-    name = None
-    if stack.arch in MAPPED:
-        names = get_tensor_name_map(arch_of[stack.arch], stack.blocks)
-        name = names.get_name(full, try_suffixes=(".weight", ".bias"))
+    names = get_tensor_name_map(arch_of[stack.arch], stack.blocks)
+    name = names.get_name(full, try_suffixes=(".weight", ".bias"))
     if name not in stack.parts.tensors:
         raise ShortGPTError(
             f"{full} was changed, and where it belongs in a GGUF file of {stack.arch} is not "
-            f"known; known are weights of {', '.join(MAPPED)}: name a directory instead"
+            "known: name a directory instead"
         )
     return str(name)
 
@@ -227,8 +221,6 @@ def _stored(stack: Stack, name: str, weight: Tensor) -> Stored:
         weight = permute_rows(weight, count, to_neighbours=True)
     if stack.arch in PLUS_ONE and name.endswith("norm.weight"):
         weight = weight.float() + 1
-    if tuple(weight.shape) != before.shape:
-        raise ShortGPTError(f"{name} has shape {list(weight.shape)}, expected {list(before.shape)}")
     kind = writable(before.kind, before.shape)
     return stored(name, weight, kind, part=stack.parts.part_of(name))
 

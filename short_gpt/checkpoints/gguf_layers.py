@@ -18,7 +18,7 @@ from llama.formats.gguf_write import BOOL, record
 from short_gpt.checkpoints import gguf_kinds as kinds
 from short_gpt.checkpoints.gguf_kinds import PATTERN, ordinal
 from short_gpt.models.numbering import check_layers
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, damaged
 
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 # Tensors that hold something of every layer, or layers of another stack, without its number.
@@ -39,34 +39,35 @@ class Stack:
         """The layers of a model; ShortGPTError where they are not, all of them, numbered."""
         arch = parts.fields.get("general.architecture")
         blocks = parts.fields.get(f"{arch}.block_count")
-        if not isinstance(arch, str) or not isinstance(blocks, int) or isinstance(blocks, bool):
+        extra = parts.fields.get(f"{arch}.nextn_predict_layers") or 0
+        if not isinstance(arch, str) or type(blocks) is not int or type(extra) is not int:
             raise ShortGPTError(
                 f"{parts.path} holds architecture {arch!r} of {blocks!r} layers, expected a "
                 "language model"
             )
-        matches = {name: LAYER.fullmatch(name) for name in parts.tensors}
-        of_layers = [match for match in matches.values() if match]
-        numbers = {int(match[1]) for match in of_layers}
-        if len(numbers) != blocks or max(numbers, default=-1) != blocks - 1:
+        if missing := cls._missing(parts, arch, blocks):
+            raise damaged(parts.path, f"it lacks {missing}", mend="fetch or write it again")
+        others = [n for n in parts.tensors if not LAYER.fullmatch(n) and OTHER_LAYERS.fullmatch(n)]
+        if others or not 0 <= extra < blocks:
             raise ShortGPTError(
-                f"{parts.path} says that it has {blocks} layers; its tensors blk.N are of "
-                f"{len(numbers)}: is the file complete?"
+                f"layers of {parts.path} ({arch}) cannot be removed: "
+                f"{others[0] if others else 'nextn_predict_layers'} belongs to all of them, or to "
+                "other layers"
             )
-        if arch in kinds.ALIKE:
-            names = sorted({match[2] for match in of_layers})
-            expected = [*kinds.NEEDED, *(f"blk.{i}.{n}" for i in range(blocks) for n in names)]
-            if missing := [name for name in expected if name not in matches]:
-                raise ShortGPTError(f"{parts.path} lacks {missing[0]}: is the file complete?")
-        others = [name for name in matches if not matches[name] and OTHER_LAYERS.fullmatch(name)]
-        if others:
-            raise ShortGPTError(
-                f"layers of {parts.path} ({arch}) cannot be removed: {others[0]} belongs to all of "
-                "them, or to other layers"
-            )
-        extra = parts.fields.get(f"{arch}.nextn_predict_layers") or 0
-        if not isinstance(extra, int) or not 0 <= extra < blocks:
-            raise ShortGPTError(f"{parts.path} has nextn_predict_layers = {extra!r} of {blocks}")
         return cls(parts, arch, blocks, extra)
+
+    @staticmethod
+    def _missing(parts: GGUFParts, arch: str, blocks: int) -> str | None:
+        """What a file lacks of its layers; None if it is complete."""
+        matches = [match for name in parts.tensors if (match := LAYER.fullmatch(name))]
+        numbers = {int(match[1]) for match in matches}
+        if len(numbers) != blocks or max(numbers, default=-1) != blocks - 1:
+            return f"layers: it has {len(numbers)} of {blocks}"
+        if arch not in kinds.ALIKE:
+            return None
+        names = sorted({match[2] for match in matches})
+        expected = [*kinds.NEEDED, *(f"blk.{i}.{n}" for i in range(blocks) for n in names)]
+        return next((name for name in expected if name not in parts.tensors), None)
 
     @classmethod
     def open(cls, source: str | os.PathLike[str]) -> Stack:

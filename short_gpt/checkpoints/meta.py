@@ -66,14 +66,8 @@ def save_meta(
     """
     if not short.removed and not short.changed:
         raise ShortGPTError("nothing was removed yet; call remove_layers first")
-    short.check_whole()  # in a trial, numbers of layers are not those of `kept`
     checkpoint = Checkpoint(source)
-    if checkpoint.args.n_layers != short.n_layers:
-        raise ShortGPTError(
-            f"{checkpoint.directory} has {checkpoint.args.n_layers} layers, this model began with "
-            f"{short.n_layers}: it is not where the model came from, or layers were removed before "
-            "it was wrapped"
-        )
+    short.check_source(checkpoint.directory, checkpoint.args.n_layers)
     if not short.changed:
         target = replace(target, verify=None)  # the source's bytes are copied
         target.check(source=checkpoint.directory)
@@ -100,15 +94,11 @@ def save_meta(
 
 def _check_one_file(checkpoint: Checkpoint) -> None:
     source, shards, ranks = checkpoint.directory, len(checkpoint.shards), model_parallel_size()
-    if shards > 1:
+    if shards > 1 or ranks > 1:
         raise ShortGPTError(
-            f"{source} has {shards} shards; changed weights are written to one: "
-            f"short-gpt convert {source} DIRECTORY --shards 1, and change that"
-        )
-    if ranks > 1:
-        raise ShortGPTError(
-            "changed weights are written by one rank that holds all of them, got "
-            f"{ranks} model-parallel ranks; start it without torchrun"
+            "changed weights are written by one process to one file, got "
+            f"{ranks} model-parallel ranks and {shards} shards: start it without torchrun, and "
+            f"change what short-gpt convert {source} DIRECTORY --shards 1 writes"
         )
 
 

@@ -189,6 +189,15 @@ class ModelRecord:
     def _changes_of(self, layers: Sequence[int]) -> list[WeightChange]:
         return [c for c in self.changes if any(number in layers for number, _ in c.parameters)]
 
+    def check_source(self, source: object, count: int) -> None:
+        """Raises ShortGPTError unless the model began with all ``count`` layers of a source."""
+        self.check_whole()  # in a trial, numbers of layers are not those of `kept`
+        if count != self.n_layers:
+            raise ShortGPTError(
+                f"{source} has {count} layers, this model began with {self.n_layers}: it is not "
+                "where the model came from, or layers were removed before it was wrapped"
+            )
+
     def check_whole(self) -> None:
         """Raises ShortGPTError where the model lacks layers for a trial, or lost some elsewhere."""
         count = len(self.decoder.layers)

@@ -19,7 +19,7 @@ import torch
 from llama.args import ModelArgs
 from llama.checkpoint.sharding import full_shapes
 from llama.ranks import is_distributed
-from short_gpt.runtime.errors import ShortGPTError, whole
+from short_gpt.runtime.errors import ShortGPTError, refused, whole
 
 BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
 # Most windows of a round, and on the CPU tokens too: by then reading a layer takes less time
@@ -71,9 +71,9 @@ def plan(
         dtype: of the computation; ``stored`` is that of the weights in the files.
         max_memory: of the process, in bytes or like "3GB"; None takes half of what is free. The
             error for too little names the least.
-        logits: whether the logits of whole windows are asked for, as of a teacher.
-        on_host: whether the CPU computes.
-        process: bytes that the process already holds; None measures them.
+        logits: Logits of complete windows are computed, as a teacher's.
+        on_host: The CPU computes.
+        process: Bytes that the process already holds. Default: they are measured.
     """
     shapes = full_shapes(args)
     sizes = [math.prod(s) for n, s in shapes.items() if n.startswith("layers.0.")]
@@ -157,9 +157,7 @@ def bytes_of(text: str | int, name: str = "max_memory") -> int:
         return size
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if match is None or match[2] not in UNITS:
-        raise ShortGPTError(
-            f"`{name}` {text}: expected a size with its unit, such as 12GB, 800MB or 2.5GiB"
-        )
+        raise refused(f"`{name}`", text, "a size with its unit, such as 12GB, 800MB or 2.5GiB")
     return int(float(match[1]) * UNITS[match[2]])
 
 
@@ -192,32 +190,24 @@ def left_in_groups(
 ) -> list[int]:
     """Bytes that each limit on this process leaves, as a container or a batch system sets it.
 
-    ``own`` names the control groups of Linux that the process is in, ``mounted`` holds them. A
-    missing file limits nothing.
+    ``own`` names the control group of Linux (version 2) that the process is in, ``mounted`` holds
+    all of them. A missing file limits nothing.
     """
     left: list[int] = []
     with suppress(OSError):
         for line in own.read_text().splitlines():
-            _, kinds, name = line.split(":", 2)
-            if not kinds:  # version 2
-                root, files = mounted, ("memory.max", "memory.current")
-            elif "memory" in kinds.split(","):
-                root, files = mounted / kinds, ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            else:
-                continue
-            # a container sees its own group as the root, whatever the name is outside
-            parts = name.strip("/").split("/")
-            for count in range(len(parts) + 1):
-                left += _left(root.joinpath(*parts[:count]), *files)
+            if line.startswith("0::"):
+                # a container sees its own group as the root, whatever the name is outside
+                parts = line[3:].strip("/").split("/")
+                for count in range(len(parts) + 1):
+                    left += _left(mounted.joinpath(*parts[:count]))
     return left
 
 
-def _left(group: Path, limit: str, usage: str) -> list[int]:
+def _left(group: Path) -> list[int]:
     """What a group's limit leaves; nothing where it has none."""
     with suppress(OSError, ValueError):  # no such file, or "max"
-        most, used = (int((group / name).read_text()) for name in (limit, usage))
+        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # files that were read and can be dropped; version 1 counts groups inside on their own
-        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-        return [most - used + cached]
+        return [most - used + int(stat["inactive_file"])]  # files that were read can be dropped
     return []

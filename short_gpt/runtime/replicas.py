@@ -108,22 +108,17 @@ def of_model(value: T) -> list[T]:
 
 def require_whole_model(what: str) -> None:
     """Raises ShortGPTError unless each of several ranks is known to hold a whole model."""
-    if (ranks := _sharing()) > 1:
-        raise ShortGPTError(
-            f"{what} needs the whole model on every rank, got {ranks} model-parallel ranks: open "
-            "the model with `model_parallel_size` 1 before other groups are made, and the ranks "
-            "share the windows"
-        )
-
-
-def _sharing() -> int:
-    """How many ranks may share this one's model: all, where only torch's group was made."""
     from fairscale.nn.model_parallel import initialize as groups
 
-    if not _several():
-        return 1
-    made = groups.model_parallel_is_initialized()
-    return groups.get_model_parallel_world_size() if made else dist.get_world_size()
+    ranks = 1
+    if _several():  # where only torch's group was made, all may share the model
+        made = groups.model_parallel_is_initialized()
+        ranks = groups.get_model_parallel_world_size() if made else dist.get_world_size()
+    if ranks > 1:
+        raise ShortGPTError(
+            f"{what} needs the whole model on every rank, got {ranks} model-parallel ranks: open "
+            "the model with `model_parallel_size` 1, and the ranks share the windows"
+        )
 
 
 def _several() -> bool:

@@ -225,7 +225,7 @@ def test_a_number_of_tensors_that_is_not_the_files_is_refused(tmp_path, capsys, 
 )
 def test_a_model_that_lacks_a_tensor_is_refused(tmp_path, name):
     path = stack_file(tmp_path / "m.gguf", drop=[name])
-    with pytest.raises(ShortGPTError, match=f"m.gguf lacks {name}"):
+    with pytest.raises(ShortGPTError, match=f"m.gguf is damaged .it lacks {name}"):
         prune_gguf(path, tmp_path / "cut.gguf", [1])
 
 
@@ -341,7 +341,12 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
         ("llama", {"attention__head_count": [1, 2]}, [1], "head_count has 2 entries for 8 layers"),
         ("llama", {"names": ["enc.blk.0.attn_q.weight"]}, [1], "enc.blk.0.attn_q.weight belongs"),
         ("gemma3n", {"names": ["per_layer_token_embd.weight"]}, [1], "per_layer_token_embd"),
-        ("llama", {"names": ["blk.8.attn_q.weight"]}, [1], "says that it has 8 layers"),
+        (
+            "llama",
+            {"names": ["blk.8.attn_q.weight"]},
+            [1],
+            "m.gguf is damaged .it lacks layers: it has 9 of 8",
+        ),
         ("llama", {}, range(8), "expected 1 to 7"),
     ],
 )
@@ -502,9 +507,9 @@ def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
         return write
 
     for at, message in (
-        (lambda content: len(content) - 20, "holds another blk.6.attn_norm.weight"),
-        (lambda content: content.index(b"block_count") + 15, "of llama.block_count"),
-        (lambda content: content.index(b"ffn_down") + 2, "holds other tensors"),
+        (lambda content: len(content) - 20, "be written: blk.6.attn_norm.weight differ"),
+        (lambda content: content.index(b"block_count") + 15, "be written: llama.block_count"),
+        (lambda content: content.index(b"ffn_down") + 2, "the list of tensors differ"),
     ):
         monkeypatch.setattr(gguf, "write_again", spoil(at))
         with pytest.raises(RuntimeError, match=message):
@@ -520,7 +525,7 @@ def test_a_key_that_the_source_lacks_is_noticed(tmp_path, monkeypatch):
         plain(*args, records=records | {"more": key_record("more", 1, UINT32)}, **how)
 
     monkeypatch.setattr(gguf, "write_again", write)
-    with pytest.raises(RuntimeError, match="does not say what it should of more"):
+    with pytest.raises(RuntimeError, match="is not what was to be written: more"):
         prune_gguf(path, out, [1])
     assert not out.exists()
 

@@ -25,10 +25,11 @@ from short_gpt.checkpoints.gguf import MAPPED, about_types
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Difference
 from short_gpt.healing import HealingEvidence, HealingJob, Learning
-from short_gpt.jobs import HealingResult, OpenOptions
+from short_gpt.jobs import HealingResult
 from short_gpt.jobs.healing import reread
 from short_gpt.models.decoder import WeightChange
 from short_gpt.runtime.errors import NotSavedError, ShortGPTError
+from short_gpt.wrappers.options import OpenOptions
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
 KINDS = gguf.GGMLQuantizationType

@@ -394,7 +394,7 @@ def test_what_makes_two_models_the_same():
         (print_of([1.0, math.nan], [1, 2], [1, 2]), ROUNDING, "logits differ by up to nan"),
         (print_of([1.0, -2.0], [1, 2], [1, 4]), 0.0, "otherwise with its cache than without"),
         (print_of([1.0, -2.0], [1, 4], [1, 4]), 0.0, "generates otherwise than the model in"),
-        (print_of([1.0], [1, 2], [1, 2]), 0.0, r"logits of shape \[1, 1, 1\]"),
+        (print_of([1.0], [1, 2], [1, 2]), 0.0, "logits differ"),
     ):
         with pytest.raises(RuntimeError, match=message):
             check_same(ours, other, rounding=rounding)

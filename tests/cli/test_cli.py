@@ -420,8 +420,11 @@ def test_reproduce_runs_the_protocol_on_a_model_of_the_papers_shape(ckpt, capsys
         (["heal", "ckpt", "x", "--layers", "1", "--seed", "-1"], "--seed = -1: expected a whole"),
         (["compare", "ckpt", "--seed", "-1"], "--seed = -1: expected a whole number of at least 0"),
         (["shrink", "ckpt", "x", "--seed", "-1"], "--seed = -1: expected a whole number of at le"),
-        (["shrink", "ckpt", "x", "--memory", "12"], "--memory 12: expected a size with its unit"),
-        (["rank", "ckpt", "--stream", "--max_memory", "12"], "--max_memory 12: expected a size wi"),
+        (["shrink", "ckpt", "x", "--memory", "12"], "--memory = '12': expected a size"),
+        (
+            ["rank", "ckpt", "--stream", "--max_memory", "12"],
+            "--max_memory = '12': expected a size",
+        ),
         (["shrink", "gpt2", "x"], "not exist; a hub id has an owner, as in openai-community/gpt2"),
         (
             ["heal", "ckpt", "x", "--heal_by", "lora", "--recipe", "patience=0"],

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from short_gpt import ShortGPTError
-from short_gpt.jobs import OpenOptions
 from short_gpt.jobs.saving import as_begun
 from short_gpt.runtime import StateFile
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import joined
+from short_gpt.wrappers.options import OpenOptions
 
 IDENTITY = {"data": "novels", "seed": 0}
 
