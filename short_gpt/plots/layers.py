@@ -14,7 +14,7 @@ from torch import Tensor
 from short_gpt.jobs.reproduction import PaperComparison, published_scores
 from short_gpt.models.numbering import check_exist, span
 from short_gpt.plots.figures import KEPT, REMOVED, empty, logarithmic
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.scoring.importance import Importance
 
 if TYPE_CHECKING:
@@ -57,15 +57,12 @@ def importance_bars(
         layers: the numbers of the L layers in the original model; None counts from 0.
     """
     heights = _double(importance)
-    n_layers = len(heights) if heights.dim() == 1 else 0
-    if not n_layers:
-        expected = "expected one number a layer, (L,)"
-        raise ShortGPTError(f"importance: {expected}, got {tuple(heights.shape)}")
-    numbers = _numbers(layers, n_layers)
+    ok = heights.dim() == 1 and len(heights) > 0
+    check(ok, "importance", tuple(heights.shape), "one number a layer, (L,)")
+    n_layers = len(heights)
+    numbers = list(range(n_layers)) if layers is None else list(layers)
     check_exist(removed, numbers)
     errors = None if margin is None else _double(margin).nan_to_num(nan=0.0)
-    if errors is not None and errors.shape != heights.shape:
-        raise ShortGPTError(f"margin: expected ({n_layers},), got {tuple(errors.shape)}")
     figure = empty(min(max(2 + 0.22 * n_layers, 6.0), 14.0), 4.2)
     top, break_at = _limits(heights if errors is None else heights + errors)
     if break_at < top:
@@ -80,7 +77,7 @@ def importance_bars(
     parts[0].set_xlabel("layer")
     parts[0].set_xlim(-0.7, n_layers - 0.3)
     ticks = range(0, n_layers, 1 if n_layers <= 40 else 5)
-    parts[0].set_xticks(ticks, [f"{numbers[place]}" for place in ticks])
+    parts[0].set_xticks(ticks, [f"{numbers[position]}" for position in ticks])
     parts[0].tick_params(axis="x", labelsize=8)
     figure.supylabel("Block Influence, 1 - cos", fontsize="medium")
     handles, labels = parts[0].get_legend_handles_labels()
@@ -96,13 +93,6 @@ def importance_bars(
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle("Block Influence: how far each layer turns the hidden states")
     return figure
-
-
-def _numbers(layers: Sequence[int] | None, count: int) -> list[int]:
-    numbers = list(range(count)) if layers is None else list(layers)
-    if len(numbers) != count:
-        raise ShortGPTError(f"layers: expected {count} numbers, got {len(numbers)}")
-    return numbers
 
 
 def _double(x: Tensor) -> Tensor:
@@ -167,15 +157,14 @@ def angular_heatmap(
         layers: the numbers of the L layers in the original model; None counts from 0.
     """
     distances = _double(angular)
-    if distances.dim() != 2 or len(distances) != distances.shape[-1] or len(distances) < 2:
-        got = tuple(distances.shape)
-        raise ShortGPTError(f"angular: expected (L+1, L+1) distances, got {got}")
+    square = distances.dim() == 2 and len(distances) == distances.shape[-1] > 1
+    check(square, "angular", tuple(distances.shape), "(L+1, L+1) distances")
     n_layers = len(distances) - 1
-    numbers = _numbers(layers, n_layers)
+    numbers = list(range(n_layers)) if layers is None else list(layers)
     if block is not None:
         start, length = block
-        place = numbers.index(start) if start in numbers else n_layers
-        if not place < place + length <= n_layers:
+        position = numbers.index(start) if start in numbers else n_layers
+        if not position < position + length <= n_layers:
             raise ShortGPTError(
                 f"a block of {length} layers from layer {start} does not exist; the model has "
                 f"layers {span(numbers)}"
@@ -191,13 +180,13 @@ def angular_heatmap(
     figure.colorbar(image, label="angular distance, arccos(cos) / pi")
     _mark_minima(axes, values)
     if block is not None:
-        _outline(axes, place, numbers[place : place + length])
+        _outline(axes, position, numbers[position : position + length])
     axes.set_xlabel("first layer of the block")
     axes.set_ylabel("number of layers in the block")
     axes.locator_params(integer=True)
     if layers is not None:
         axes.xaxis.set_major_formatter(
-            lambda place, _: f"{numbers[round(place)]}" if 0 <= place < n_layers else ""
+            lambda position, _: f"{numbers[round(position)]}" if 0 <= position < n_layers else ""
         )
     axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -221,11 +210,11 @@ def _mark_minima(axes: Axes, values: Tensor) -> None:
     )
 
 
-def _outline(axes: Axes, place: int, block: Sequence[int]) -> None:
+def _outline(axes: Axes, position: int, block: Sequence[int]) -> None:
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
-    n, corner = len(block), (place - 0.5, len(block) - 0.5)
+    n, corner = len(block), (position - 0.5, len(block) - 0.5)
     frame = Rectangle(corner, 1, 1, fill=False, edgecolor=REMOVED, linewidth=2)
     layers = span(block).replace("..", " to ")
     frame.set_label(f"best of {n}: layers {layers}" if n > 1 else f"best layer: {layers}")

@@ -43,7 +43,7 @@ def quality_curves(rows: Sequence[Row]) -> Figure:
         raise ShortGPTError("expected the rows of a comparison, the original model first; got none")
     dense, pruned = rows[0], rows[1:]
     methods = list(dict.fromkeys(r.method for r in pruned))
-    healings = sorted({"raw", *(r.healing for r in pruned)}, key=_place)
+    healings = sorted({"raw", *(r.healing for r in pruned)}, key=_order)
     top, numbers = _top(rows), sorted({0, *(r.n for r in pruned)})
     gap = min((b - a for a, b in pairwise(numbers)), default=1)
     step = min(0.5 * gap / max(len(methods), 1), 0.02 * numbers[-1])  # between marks side by side
@@ -54,11 +54,11 @@ def quality_curves(rows: Sequence[Row]) -> Figure:
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, healing in zip(grid.flat, healings, strict=False):
         axes.axhline(dense.perplexity, color="0.5", linewidth=1, label="original model")
-        for place, method in enumerate(methods):
-            own = [r for r in pruned if (r.method, r.healing) == (method, healing)]
-            look = {"color": PALETTE[place % 8], "marker": MARKERS[place % 8]}
-            shift = step * (place - (len(methods) - 1) / 2)
-            _draw_method(axes, dense, own, shift, top, look)
+        for index, method in enumerate(methods):
+            chosen = [r for r in pruned if (r.method, r.healing) == (method, healing)]
+            style = {"color": PALETTE[index % 8], "marker": MARKERS[index % 8]}
+            shift = step * (index - (len(methods) - 1) / 2)
+            _draw_method(axes, dense, chosen, shift, top, style)
         axes.set_title(TITLES.get(healing, f"healed by {healing}"), fontsize="medium")
         axes.set_xticks(numbers)
         axes.grid(axis="y", color="0.9", linewidth=0.8)
@@ -73,6 +73,12 @@ def quality_curves(rows: Sequence[Row]) -> Figure:
         axes.set_xlabel("layers removed")
     for axes in grid[:, 0]:
         axes.set_ylabel("perplexity, lower is better")
+    _legend(figure, grid, columns)
+    return figure
+
+
+def _legend(figure: Figure, grid: Any, columns: int) -> None:
+    """One legend below all parts: the methods first, then what they are compared with."""
     named = {
         label: handle
         for axes in grid.flat
@@ -88,10 +94,9 @@ def quality_curves(rows: Sequence[Row]) -> Figure:
         title="layers chosen by (bars: one standard error)",
         fontsize=9,
     )
-    return figure
 
 
-def _place(healing: str) -> tuple[int, str]:
+def _order(healing: str) -> tuple[int, str]:
     return ([*TITLES].index(healing) if healing in TITLES else len(TITLES)), healing
 
 
@@ -106,7 +111,7 @@ def _error(row: Row) -> float:
 
 
 def _draw_method(
-    axes: Axes, dense: Row, rows: Sequence[Row], shift: float, top: float, look: dict[str, str]
+    axes: Axes, dense: Row, rows: Sequence[Row], shift: float, top: float, style: dict[str, str]
 ) -> None:
     """One method, healed one way: a line, or a band where a number has several rows.
 
@@ -116,23 +121,23 @@ def _draw_method(
         return
     label = LABELS.get(rows[0].method, rows[0].method)
     groups = {n: [r for r in rows if r.n == n] for n in sorted({r.n for r in rows})}
-    values = {n: [r.perplexity for r in own] for n, own in groups.items()}
+    values = {n: [r.perplexity for r in group] for n, group in groups.items()}
     if most := max(map(len, values.values())) - 1:
         low, high = ([dense.perplexity, *map(end, values.values())] for end in (min, max))
-        label, shift, look = f"{label}, best to worst of {most + 1}", 0.0, {"color": "0.6"}
+        label, shift, style = f"{label}, best to worst of {most + 1}", 0.0, {"color": "0.6"}
         axes.fill_between([0, *groups], low, high, color="0.87", label=label)
     else:
-        y = [dense.perplexity, *(own[0] for own in values.values())]
-        errors = [0.0, *(_error(own[0]) for own in groups.values())]
+        y = [dense.perplexity, *(value[0] for value in values.values())]
+        errors = [0.0, *(_error(group[0]) for group in groups.values())]
         margin = [
             [v * (1 - math.exp(-e)) for v, e in zip(y, errors, strict=True)],
             [v * (math.exp(e) - 1) for v, e in zip(y, errors, strict=True)],
         ]
         x = [0.0, *(n + shift for n in groups)]
-        style: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "label": label, **look}
-        axes.errorbar(x, y, yerr=margin, elinewidth=1, **style)
-    off = [n + shift for n, own in values.items() if not all(v <= top for v in own)]  # NaN too
+        line: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "label": label, **style}
+        axes.errorbar(x, y, yerr=margin, elinewidth=1, **line)
+    off = [n + shift for n, each in values.items() if not all(v <= top for v in each)]  # NaN too
     if off:
         mark: dict[str, Any] = {"linestyle": "none", "marker": 6, "markersize": 9, "zorder": 4}
-        axes.plot(off, [top] * len(off), clip_on=False, color=look["color"], **mark)
+        axes.plot(off, [top] * len(off), clip_on=False, color=style["color"], **mark)
         axes.plot([], [], color="black", label=f"worse than {top:,.0f}, off the axis", **mark)

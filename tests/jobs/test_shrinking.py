@@ -151,7 +151,7 @@ def test_it_needs_nothing_but_a_model(here):
     answer = open_model("hf", device="cpu").greedy(asked, shrink_models.ANSWER)
     assert original.completion == words.decode(answer, skip_special_tokens=True)
     page = done.report().read_text()
-    for part in (done.prompt, "Which sets were tried", "What was removed", *done.rows()[1]):
+    for part in (done.prompt, "What was removed", *done.rows()[1]):
         assert part in page
     assert page.count('<rect class="removed"') == 2 and page.count('<rect class="kept"') == 4
     upright = r'<line class="error" x1="([\d.]+)" x2="\1" y1="([\d.]+)" y2="(?!\2")'
@@ -513,7 +513,7 @@ def test_a_prompt_that_is_too_long_is_refused_first_and_another_continues(here):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('system first') }}", "{{ 1//0 }}", "{{ '' }}", "\ud800", 5]
+    "template", ["{{ raise_exception('system first') }}", "{{ 1//0 }}", "{{ '' }}", 5]
 )
 def test_a_template_that_writes_no_turn_of_a_user_is_not_asked(here, template):
     shutil.copytree("hf", "strict")
