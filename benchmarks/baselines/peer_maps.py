@@ -1,4 +1,4 @@
-"""Others' maps of the residual stream at a gap, as baselines: what stands in for removed layers.
+"""Baselines of others that replace removed layers by a linear map of the residual stream.
 
 With x the hidden state entering a gap and y that leaving it, of the original model and as rows:
 
@@ -6,7 +6,10 @@ With x the hidden state entering a gap and y that leaving it, of the original mo
   which spreads what single tokens and channels have in excess, and d the mean over windows of
   mean |y H| / mean |x H| by channel, the means over the tokens of a window;
 - Ghosted Layers (Yun et al. 2026, arXiv:2605.15491) takes W = 1 + M, where M = argmin ||X M - (Y -
-  X)||^2 by least squares.
+  X)||^2 by least squares;
+- ReplaceMe (Shopkhoev et al. 2025, arXiv:2505.02819), with M the MLP's outputs in the layer before
+  the gap, takes T = argmin ||X - M + M T - Y||^2. T goes into down_proj, and so adds no parameter.
+  The library's patch solves down_proj itself, which has more columns, and weighs tokens.
 
 Their authors' code has one map for a block, or one for every removed layer where they lie apart;
 here every run of removed layers has one. A map is one more matrix in the model, for which a plain
@@ -17,22 +20,20 @@ Shapes: B windows, S tokens, N tokens in all, D width of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.replaceme import least_squares
 from short_gpt.models.decoder import pad
-from short_gpt.models.layer_calls import Output, first, replaced_output
-from short_gpt.models.numbering import check_layers, runs
+from short_gpt.models.layer_calls import Output, first, mlp_output, replaced_output
+from short_gpt.models.numbering import runs
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.progress import bar
 from short_gpt.wrappers.short_model import ShortModel
 
 LINEARPATCH, GHOSTED = "linearpatch", "ghosted"
+RIDGE = 1e-9  # of the mean eigenvalue: no penalty, except where tokens are fewer than inputs
 Gap = tuple[int, int]  # places of the first and the last of removed layers that follow each other
 
 
@@ -76,62 +77,30 @@ KINDS: dict[str, type[_LinearPatch] | type[_Ghosted]] = {
 }
 
 
-@dataclass(frozen=True)
-class StreamMaps:
-    """Maps of the residual stream behind layers in front of gaps.
-
-    Attributes:
-        layers: removed, original numbers.
-        maps: for the layer in front of every run of them, by its original number, W: (D, D)
-            float64, by which a state x becomes x W.
-    """
-
-    layers: list[int]
-    maps: Mapping[int, Tensor]
+Maps = dict[int, Tensor]  # W: (D, D) float64 after a layer, by its original number; x becomes x W
 
 
 @torch.no_grad()
-def fit_many(
-    short: ShortModel,
-    kind: str,
-    sets: Sequence[Sequence[int]],
-    windows: Sequence[Sequence[int]],
-    *,
-    progress: bool = True,
-) -> list[StreamMaps]:
-    """Maps for several sets of layers from one pass over calibration windows.
+def fit(
+    short: ShortModel, kind: str, layers: Sequence[int], windows: Sequence[Sequence[int]]
+) -> Maps:
+    """Maps for the layers before gaps, from one pass over calibration windows.
 
     Args:
-        short: the model with all the layers; it is only read.
+        short: the original model, which is only read.
         kind: "linearpatch" or "ghosted".
-        sets: each with original layer numbers, none of them 0, in any order.
+        layers: removed, original numbers, not 0.
         windows: token ids.
-        progress: whether to show a bar.
 
     Raises:
-        ShortGPTError: a layer does not exist or begins the model; no window; no Hadamard matrix
-            of the stream's width is known.
-        NotFiniteError: a state is NaN or infinite.
+        ShortGPTError: no Hadamard matrix of the stream's width is known.
+        NotFiniteError: a hidden state is NaN or infinite.
     """
-    short.check_whole()
-    for layers in sets:
-        check_layers(layers, short.kept)
-    every = sorted({gap for layers in sets for gap in runs(layers, short.kept)})
-    if not windows or any(start == 0 for start, _ in every):
-        raise ShortGPTError("expected windows, and sets without the first layer")
+    gaps = runs(layers, short.kept)
     sums: dict[Gap, _LinearPatch | _Ghosted] = {}
-    with bar("fitting", total=len(windows), unit="window", show=progress) as shown:
-        for window in windows:
-            _read(short, kind, every, window, sums)
-            shown.update()
-    solved = {gap: found.map() for gap, found in sums.items()}
-    return [
-        StreamMaps(
-            list(layers),
-            {short.kept[gap[0] - 1]: solved[gap] for gap in runs(layers, short.kept)},
-        )
-        for layers in sets
-    ]
+    for window in windows:
+        _read(short, kind, gaps, window, sums)
+    return {short.kept[start - 1]: sums[start, end].map() for start, end in gaps}
 
 
 def _read(
@@ -141,7 +110,7 @@ def _read(
     window: Sequence[int],
     sums: dict[Gap, _LinearPatch | _Ghosted],
 ) -> None:
-    """Adds a window's states in front of gaps and behind them."""
+    """Adds a window's hidden states before and after gaps."""
     tokens, _ = pad([window], short.decoder)
     places = {p for start, end in gaps for p in (start - 1, end)}
     leaving: dict[int, Tensor] = {}
@@ -162,10 +131,10 @@ def _read(
         sums[gap].add(before, behind)
 
 
-def apply(short: ShortModel, maps: StreamMaps) -> Callable[[], None]:
-    """Applies maps to a model without their layers; returns what takes them away again."""
+def apply(short: ShortModel, maps: Maps) -> Callable[[], None]:
+    """Applies maps to a pruned model; returns what takes them away again."""
     present, hooks = short.present, ExitStack()
-    for front, linear_map in maps.maps.items():
+    for front, linear_map in maps.items():
         layer = short.decoder.layers[present.index(front)]
         hooks.enter_context(replaced_output(layer, _mapped_by(linear_map)))
     return hooks.close
@@ -177,6 +146,47 @@ def _mapped_by(linear_map: Tensor) -> Callable[[Tensor], Tensor]:
         return (state.float() @ linear_map.to(state.device, torch.float32)).to(state.dtype)
 
     return mapped
+
+
+@torch.no_grad()
+def replaceme(short: ShortModel, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> None:
+    """ReplaceMe: removes layers of a Llama-like model, and puts T into the layer before each gap.
+
+    Raises:
+        ShortGPTError: the first layer is to go, or as in `layer_hooks.mlp_output`.
+    """
+    gaps = runs(layers, short.kept)
+    if any(start == 0 for start, _ in gaps):
+        raise ShortGPTError("expected sets without the first layer")
+    places = short.decoder.layers
+    ends = {start: mlp_output(places[start - 1], short.decoder.family) for start, _ in gaps}
+    modules = {*ends.values(), *(places[p] for gap in gaps for p in (gap[0] - 1, gap[1]))}
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: dict[object, Tensor] = {}
+
+    def keep(module: object, _: object, output: Output) -> None:
+        seen[module] = first(output)[0].double()  # (S, D)
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    for window in windows:
+        short.decoder.run(pad([window], short.decoder)[0])
+        for start, end in gaps:
+            m, h, later = (seen[x] for x in (ends[start], places[start - 1], places[end]))
+            gram, cross = sums.get(start, (0, 0))
+            sums[start] = gram + m.T @ m, cross + m.T @ (later - h + m)
+    for hook in hooks:
+        hook.remove()
+    for start, (gram, cross) in sums.items():
+        solved = least_squares(gram, cross)  # T, (D, D)
+        for parameter in ends[start].parameters():  # weight (D, F) and, if there is one, bias (D,)
+            parameter.copy_(solved.T @ parameter.double())
+    short.remove_layers(list(layers))
+
+
+def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
+    """The solution (F, D) from X^T X (F, F) and X^T Y (F, D)."""
+    ridged = gram + RIDGE * gram.trace() / len(gram) * torch.eye(len(gram)).to(gram)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(ridged))
 
 
 def hadamard(order: int) -> Tensor:

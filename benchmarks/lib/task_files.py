@@ -5,6 +5,10 @@ are taken back into the fields of lm-eval's data sets from the files of MosaicML
 (``scripts/eval/local_data`` of llm-foundry), and what cannot be taken back exactly is refused.
 Prompts are lm-eval's, also where the files' own differ: boolq without the word Passage, copa
 without its comma, and two spaces before the answers of copa and of winograd_wsc (wsc273 there).
+
+    python benchmarks/lib/task_files.py tasks/lambada_openai.jsonl lambada_passages.txt
+
+writes the passages of LAMBADA, which are from novels, as a text file that benchmarks judge by.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import lm_eval
+import fire
+
+from llama.files import new_file
 
 Document = dict[str, object]
 OWN = {  # lm-eval's files, below its folder of tasks
@@ -149,6 +155,8 @@ def write(
         tasks: of `OWN` and `MORE`; those that have so many documents are written.
         start: documents of each that are left out, the first ones.
     """
+    import lm_eval  # not needed for the passages
+
     own, written = Path(lm_eval.__file__).parent / "tasks", []
     for task in tasks:
         lines = Path(source, f"{task}.jsonl").read_text(encoding="utf-8").splitlines()[start:]
@@ -172,3 +180,25 @@ def write(
         # JSON is YAML
         Path(folder, f"local_{task}.yaml").write_text(json.dumps(fields), encoding="utf-8")
     return written
+
+
+def main(source: str, out: str) -> None:
+    """Writes the passages in their order, with an empty line between two.
+
+    Args:
+        source: a JSON document a line, with context and continuation.
+        out: the text file; it must not exist.
+    """
+    with new_file(Path(out), overwrite=False, replaces=lambda _: False) as path:
+        path.write_text("\n\n".join(passages(Path(source))), encoding="utf-8", newline="\n")
+
+
+def passages(source: Path) -> list[str]:
+    """Every passage with its last word, which is the continuation."""
+    with source.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [f"{row['context']} {row['continuation']}" for row in rows]
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -36,7 +36,7 @@ from benchmarks.lib.agreement import (
     windows_apart,
 )
 from benchmarks.lib.outcome import begin, finish
-from benchmarks.lib.passages import passages
+from benchmarks.lib.task_files import passages
 from benchmarks.studies.scoring import build
 from short_gpt.data import demo
 

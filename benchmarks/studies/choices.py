@@ -27,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import fire
 
+from benchmarks.lib.judging import Windows, both_held_out, compared, halves, judged_by
 from benchmarks.lib.outcome import begin, finish
-from benchmarks.studies.healing import Windows, both_held_out, halves, judged_by
-from benchmarks.studies.refit_choices import compared
 from benchmarks.studies.scoring import build, in_mixed
 from short_gpt import ShortLlama, choose_healed, windows
 from short_gpt.data import demo

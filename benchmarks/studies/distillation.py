@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import fire
 
 from benchmarks.lib.distilled import apart, wanted
+from benchmarks.lib.judging import Windows, cut, halves, judge, judged_by, row
 from benchmarks.lib.outcome import begin, finish
-from benchmarks.studies.healing import Windows, cut, halves, judge, judged_by, row, table
+from benchmarks.studies.healing import table
 from benchmarks.studies.scoring import build
 from short_gpt import ShortHFModel, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap

@@ -25,18 +25,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import fire
 
+from benchmarks.lib.judging import Windows, both_held_out, cut, halves, judge, judged_by, row
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.studies.scoring import SIZE, bare, build
-from short_gpt import ShortLlama, own_samples, windows
-from short_gpt.data import demo, without_overlap
-from short_gpt.evaluation.perplexity import Perplexity, combined, difference, window_perplexities
+from short_gpt import ShortLlama, own_samples
+from short_gpt.data import demo
+from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing import PatchSettings, RefitSettings, refit
 
 LAYERS = (2, 3, 12, 13, 14, 15, 17, 25)  # the lowest 8 by Block Influence on the book
-FIRST_HALF = "first half of the second text"
-MOST_JUDGED = 24  # windows of a kind by which a script judges, at most
 PASSES = 4.0  # that a refit may take, the solving included
-Windows = list[list[int]]
 
 
 def main(
@@ -95,70 +93,12 @@ def main(
     )
 
 
-def fitted_on(
-    short: ShortLlama, first: int, second: int, also: str | None, size: int = SIZE
-) -> Windows:
+def fitted_on(short: ShortLlama, first: int, second: int, also: str | None) -> Windows:
     """So many windows of the book and of the second text, in turn."""
-    book = cut(short, demo.bible("calibration"), first, size)
-    other = cut(short, [halves(also)[0]], second, size) if also else []
+    book = cut(short, demo.bible("calibration"), first)
+    other = cut(short, [halves(also)[0]], second) if also else []
     pairs = [w for pair in zip(book, other, strict=False) for w in pair]
     return pairs + book[len(other) :] + other[len(book) :]
-
-
-def both_held_out(windows: Windows) -> Windows:
-    """Windows of two texts in turn, with the pairs of every second eight the other way round.
-
-    A refit holds every eighth window out, which would always be of the second text.
-    """
-    pairs = zip(windows[1::2], windows[::2], strict=False)
-    turned = [w for pair in pairs for w in pair] + windows[len(windows) // 2 * 2 :]
-    return [(turned if i // 8 % 2 else windows)[i] for i in range(len(windows))]
-
-
-def judged_by(
-    short: ShortLlama, also: str | None, others: str | None, judged: int, size: int = SIZE
-) -> dict[str, Windows]:
-    """Windows to judge by, by their kind."""
-    kinds = {"held-out chapters": cut(short, demo.bible("held_out"), judged, size)}
-    if also is not None:
-        kinds["other half of the second text"] = cut(short, [halves(also)[1]], judged, size)
-    for path in filter(None, (others or "").split(",")):
-        kinds[Path(path).stem] = cut(short, [Path(path).read_text("utf-8")], judged, size)
-    return kinds
-
-
-def chosen_by(
-    short: ShortLlama, also: str, others: str, learned: Windows, judged: int, size: int = SIZE
-) -> dict[str, Windows]:
-    """Windows to choose settings by, by their kind: nothing is fitted on them.
-
-    They are of the texts that are learned from, and of the last tenth of the novels without what
-    `judged_by` takes of it: what is chosen is not judged by the same text.
-    """
-    novels = Path(others).read_text("utf-8")
-    tail = novels[novels.rfind("\n", 0, len(novels) * 9 // 10) :]
-    texts = {"chapters": demo.bible("calibration"), FIRST_HALF: [halves(also)[0]]}
-    taken = [*learned]
-    for each in (size, SIZE):
-        taken += judged_by(short, None, others, MOST_JUDGED, each)[Path(others).stem]
-    found = {}
-    for kind, read in {**texts, "novels": [tail]}.items():
-        own = cut(short, read, len(learned) + 4 * judged, size)
-        found[kind] = without_overlap(own, taken)[0][:judged]
-    return found
-
-
-def cut(short: ShortLlama, texts: Sequence[str], limit: int, size: int = SIZE) -> Windows:
-    if limit == 0:
-        return []
-    return list(windows(texts, short.encode, size=size, stride=size, seed=0, limit=limit))
-
-
-def halves(path: str) -> tuple[str, str]:
-    """A text file's two halves, parted at the end of a line."""
-    text = Path(path).read_text(encoding="utf-8")
-    half = text.rfind("\n", 0, len(text) // 2)
-    return text[:half], text[half:]
 
 
 def bare_pass(short: ShortLlama, learned: Windows) -> float:
@@ -167,28 +107,6 @@ def bare_pass(short: ShortLlama, learned: Windows) -> float:
     for window in learned:
         bare(short, window)
     return time.perf_counter() - started
-
-
-def judge(short: ShortLlama, kinds: Mapping[str, Windows]) -> dict[str, list[Perplexity]]:
-    return {kind: window_perplexities(short.decoder, read) for kind, read in kinds.items()}
-
-
-def row(
-    parts: Mapping[str, list[Perplexity]],
-    whole: Mapping[str, list[Perplexity]],
-    cut: Mapping[str, list[Perplexity]],
-) -> dict[str, dict[str, float]]:
-    """Perplexity by kind, the nats that it is from the whole model, and the share brought back."""
-    result = {}
-    for kind, found in parts.items():
-        lost, left = (difference(whole[kind], other[kind]) for other in (cut, parts))
-        result[kind] = {
-            "perplexity": combined(found).value,
-            "nats": left.nats,
-            "standard_error": left.standard_error,
-            "restored": 1 - left.nats / lost.nats,
-        }
-    return result
 
 
 def table(

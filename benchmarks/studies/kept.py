@@ -38,33 +38,28 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import fire
 import torch
 
-from benchmarks.baselines import layerwise, peer_maps, replaceme
+from benchmarks.baselines import layerwise, peer_maps
 from benchmarks.lib import distilled, task_files, word_problems
+from benchmarks.lib.judging import Windows, cut, halves, judged_by
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.real_models import MODELS
 from benchmarks.lib.shared_contexts import SharedContexts
-from benchmarks.lib.shares import (
+from benchmarks.lib.task_results import (
+    CLOSE,
+    Documents,
     above_guesses,
+    against_theirs,
     change,
     judging,
     kept,
-    needed,
+    metrics,
     ranks,
     summed,
     table,
+    text_changes,
     unflattered,
-    variance,
 )
 from benchmarks.studies.distillation import divided
-from benchmarks.studies.healing import cut, halves, judged_by
-from benchmarks.studies.tasks import (
-    CLOSE,
-    Documents,
-    Windows,
-    against_theirs,
-    metrics,
-    text_changes,
-)
 from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
 from short_gpt.evaluation.cells import Cells
@@ -82,7 +77,6 @@ MIXED_ROWS = tuple(f"auto {row}" for row in MIXED)  # measured for one set alone
 TASKS = (*task_files.OWN, *task_files.MORE)
 Case = tuple[str, list[int]]  # a row and its layers
 Pieces = dict[tuple[int, ...], set[tuple[int, ...]]]  # by their first tokens
-PILOT = 50  # documents of a task that foretell the error, and the fewest of a row
 CHECKED = 5  # documents of a task on which two programs are compared
 FEW = 4  # windows that the greedy search reads
 RUN = 32  # tokens: where 63 in a row are a document's, one of its pieces of 32 is among them
@@ -99,7 +93,7 @@ def main(
     bi: Sequence[int] | None = None,
     greedy: Sequence[int] | None = None,
     auto: Sequence[int] | None = None,
-    documents: int | Sequence[int] | None = None,
+    documents: int | Sequence[int] = 295,
     problems: int = 100,
     count: int = 48,
     own: int = 96,
@@ -119,9 +113,8 @@ def main(
             refit".
         bi, greedy, auto: layers of a set, where they are known; else they are chosen.
         documents: of each task, from the first; a row of rising numbers asks those up to each
-            number after the other, so that a result can grow. None takes as many as bring the
-            standard error of the change of the mean under 0.01, foretold from the original and the
-            pruned model.
+            number after the other, so that a result can grow. With 295, a pilot foretold, the
+            standard error of the change of the mean is below 0.01.
         problems: word problems of each kind.
         count: windows that closed forms and layerwise learn from.
         own: samples that the model writes, once.
@@ -137,8 +130,7 @@ def main(
     run.problems = problems
     given = {"bi": bi, "greedy": greedy, "auto": auto}
     chosen = {name: sorted(given[name] or run.chosen(name)) for name in dict.fromkeys(sets)}
-    ends = documents or run.wanted(sorted(bi or run.chosen("bi")))
-    ends = [ends] if isinstance(ends, int) else list(ends)
+    ends = [documents] if isinstance(documents, int) else list(documents)
     if ends != sorted({*ends}):
         raise ValueError(f"documents {ends}: expected rising numbers")
     run.blocks = run.divided(ends)
@@ -276,21 +268,6 @@ class Run:
                 blocks[f"{which} of {task}"] = suite
         return blocks
 
-    def wanted(self, layers: Sequence[int]) -> int:
-        """Documents of each task, from a pilot on the original model and the pruned one."""
-
-        def pilot() -> dict[str, list[float]]:
-            suite, asked = self.suite(PILOT), SharedContexts(self.short)
-            first = judging(suite.documents(asked).documents)
-            with self.short.without_layers(layers):
-                second = judging(suite.documents(asked).documents)
-            return {t: [b - a for a, b in zip(first[t], second[t], strict=True)] for t in first}
-
-        changes = self.cells.value(f"pilot {layers}", pilot)
-        sizes = [len(Path(self.folder, f"{t}.jsonl").read_text().splitlines()) for t in TASKS]
-        ordered = [changes[f"local_{task}"] for task in TASKS]
-        return max(PILOT, needed([variance(own) for own in ordered], sizes))
-
     def _plan(self, row: str, layers: Sequence[int]) -> dict[str, Callable[[ShortHFModel], Any]]:
         """What is measured of a model, by the names of cells."""
         name = f"{row} {layers}"
@@ -363,11 +340,11 @@ class Run:
         begun, how = time.process_time(), None
         short.decoder.mixed, what = row in MIXED, MIXED.get(row, row)
         if row in peer_maps.KINDS:
-            (maps,) = peer_maps.fit_many(short, row, [layers], mix)
+            maps = peer_maps.fit(short, row, layers, mix)
             short.remove_layers(layers)
             self._undo = peer_maps.apply(short, maps)  # the maps would go with it
         elif row == "replaceme":
-            replaceme.heal(short, layers, mix)
+            peer_maps.replaceme(short, layers, mix)
         elif row == "layerwise":
             how = layerwise.heal(short, layers, mix, budget)
         elif what in REFITS:

@@ -42,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import fire
 import torch
 
+from benchmarks.lib.judging import halves
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.real_models import MODELS
-from benchmarks.studies.healing import halves
 from short_gpt import shrink, windows
 from short_gpt.data import demo, texts
 from short_gpt.evaluation.cells import Cells

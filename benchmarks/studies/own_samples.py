@@ -31,11 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import fire
 
 from benchmarks.lib.agreement import WindowScores, agreement, score_windows
+from benchmarks.lib.judging import Losses, Windows, both_held_out, by_kind, cut, halves, judge, row
 from benchmarks.lib.outcome import begin, finish
-from benchmarks.lib.passages import passages
+from benchmarks.lib.task_files import passages
 from benchmarks.studies.calibration import joined
-from benchmarks.studies.healing import Windows, both_held_out, cut, halves, judge, row
-from benchmarks.studies.refits import Losses, by_kind
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
 from short_gpt.evaluation.cells import Cells

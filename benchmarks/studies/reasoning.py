@@ -31,9 +31,9 @@ import fire
 from benchmarks.lib import word_problems
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.real_models import MODELS
+from benchmarks.lib.task_results import Documents, metrics
 from benchmarks.lib.word_problems import ABLE, HARD, Problem
 from benchmarks.studies.larger import client
-from benchmarks.studies.tasks import Documents, metrics
 from short_gpt.checkpoints import Provenance, prune_gguf
 from short_gpt.evaluation.cells import Cells
 from short_gpt.runtime.digest import files_digest, json_digest

@@ -21,29 +21,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import fire
+import torch
 
 from benchmarks.lib import distilled, task_files
-from benchmarks.lib.completions import leading, repetition, turn, turn_losses
+from benchmarks.lib.judging import Windows, both_held_out, cut, halves
 from benchmarks.lib.outcome import begin, finish
-from benchmarks.studies.healing import Windows, both_held_out, cut, halves
+from benchmarks.lib.task_results import CLOSE, against_theirs, metrics, text_changes
 from benchmarks.studies.scoring import build
 from short_gpt import ShortHFModel, ShortLlama, choose
 from short_gpt.data import demo
 from short_gpt.evaluation.cells import Cells
-from short_gpt.evaluation.perplexity import Perplexity, combined, difference, window_perplexities
-from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_difference
+from short_gpt.evaluation.perplexity import Perplexity, Sample, check_loss, window_perplexities
+from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import RefitSettings, recipe_for, refit
+from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile, joined
 
 PROMPT, LONG = 32, 32  # tokens of a prompt, and of what is completed
-CLOSE = 1e-3  # nats by which two programs may differ on a document
-Parts = Mapping[str, list[Perplexity]]  # losses of windows by their kind
-Documents = Mapping[str, Mapping[str, list[float]]]  # values by task and metric
+Turn = tuple[list[int], list[int]]  # token ids before an answer, and of the answer
 
 
 class Run:
@@ -114,8 +115,6 @@ class Run:
         """Right answers of ARC-Easy as an assistant's, of questions behind those of the task."""
         lines = (source / "arc_easy.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines[documents : documents + 32]]
-        words = self.short.llama.tokenizer
-        encode = self.theirs.tokenizer
         dialogs = [
             [
                 {"role": "user", "content": row["query"].removeprefix("Question: ")},
@@ -123,12 +122,7 @@ class Run:
             ]
             for row in rows
         ]
-        assert words.n_words == self.short.decoder.vocab_size
-
-        def ids(text: str) -> list[int]:
-            return encode(text, add_special_tokens=False)["input_ids"]
-
-        return [turn(self.theirs.tokenizer, ids, dialog) for dialog in dialogs]
+        return [turn(self.theirs.tokenizer, dialog) for dialog in dialogs]
 
     def prompts(self) -> list[list[int]]:
         """Beginnings of windows of both texts."""
@@ -221,25 +215,6 @@ def main(
     finish("tasks", missed, content, out=out, overwrite=overwrite)
 
 
-def against_theirs(ours: TaskRun, suite: TaskSuite, theirs: ShortHFModel) -> dict[str, object]:
-    """How far lm-eval's own class for transformers gives the same of every document."""
-    other = suite.documents(theirs)
-    pairs = [
-        (metric, a, b)
-        for task, metrics in ours.documents.items()
-        for metric, values in metrics.items()
-        for a, b in zip(values, other.documents[task][metric], strict=True)
-    ]
-    nats = [abs(a - b) for metric, a, b in pairs if metric == "perplexity"]
-    answers = [a == b for metric, a, b in pairs if metric != "perplexity"]
-    return {
-        "values": len(pairs),
-        "answers": len(answers),
-        "answers_equal": all(answers),
-        "nats": max(nats),
-    }
-
-
 def row(found: dict, whole: dict) -> dict[str, object]:
     """One model: metrics with their changes, paired, and what a reader notices."""
     pairs = list(zip(whole["texts"], found["texts"], strict=True))
@@ -251,26 +226,43 @@ def row(found: dict, whole: dict) -> dict[str, object]:
     }
 
 
-def metrics(found: Documents, whole: Documents) -> dict[str, dict[str, float | None]]:
-    """Every metric of every task, with its change from the whole model's, paired."""
-    each = {}
-    for task, own in found.items():
-        for metric, values in own.items():
-            change = asdict(task_difference(whole[task][metric], values))
-            change["p"] = None if change["p"] != change["p"] else change["p"]
-            name = f"{task.removeprefix('local_')} {metric}"
-            each[name] = {"value": sum(values) / len(values), **change}
-    return each
+def leading(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two completions share from their beginning on."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def text_changes(found: Parts, whole: Parts) -> dict[str, dict[str, float]]:
-    """Perplexity of every kind of text, with its change in nats, paired."""
-    texts = {}
-    for kind, parts in found.items():
-        change = difference(whole[kind], parts)
-        texts[kind] = {"perplexity": combined(parts).value, "nats": change.nats}
-        texts[kind]["standard_error"] = change.standard_error
-    return texts
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """The share of a text's n-grams that stood in it before: 0 for none, near 1 for a loop."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return (len(grams) - len({*grams})) / len(grams)
+
+
+def turn(tokenizer: Any, dialog: Sequence[Mapping[str, str]]) -> Turn:
+    """The last message of a dialog, the assistant's, as an answer under the chat template."""
+    whole = tokenizer.apply_chat_template(dialog, tokenize=False, add_generation_prompt=False)
+    before = tokenizer.apply_chat_template(dialog[:-1], tokenize=False, add_generation_prompt=True)
+    if not whole.startswith(before) or whole == before:
+        raise ValueError("this chat template writes a dialog otherwise once it is answered")
+    texts = (before, whole[len(before) :])
+    first, second = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts)
+    return first, second
+
+
+@torch.no_grad()
+def turn_losses(decoder: Decoder, turns: Sequence[Turn]) -> list[Perplexity]:
+    """The loss of every answer, given what stands before it."""
+    losses = []
+    for before, answer in turns:
+        tokens, _ = pad([[*before, *answer]], decoder)
+        logits = decoder.logits(tokens)[0, len(before) - 1 : -1]  # (S, V), S of the answer
+        each = torch.nn.functional.cross_entropy(
+            logits.float(), tokens[0, len(before) :], reduction="none"
+        )
+        nats = float(each.double().sum())
+        check_loss(nats)
+        losses.append(Perplexity.of([Sample(None, nats, len(answer))]))
+    return losses
 
 
 def table(rows: dict[str, dict]) -> str:

@@ -1,4 +1,4 @@
-"""Tables of the results that stand beside perplexity: which text chooses, tasks, completions."""
+"""Tables of choices, calibration text, tasks, answers and healing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from benchmarks.lib.tiny_configs import VARIANTS
 
 RESULTS = Path(__file__).parents[1] / "results"
 HEALINGS = ("", ", refitted", ", distilled")
@@ -344,12 +342,6 @@ def _added(change: dict) -> str:
     return f"{change['change']:+.3f} ({change['standard_error']:.3f})"
 
 
-def lost_in_lambada(own: dict, whole: dict) -> float:
-    """Of what a model lost of all tasks but boolq, the part that it lost in lambada."""
-    lost = {task: _judging(whole)[task] - value for task, value in _judging(own).items()}
-    return lost["lambada_openai"] / (sum(lost.values()) - lost["boolq"])
-
-
 def share(mean: dict) -> str:
     """Of the original's mean, what is kept, with its 95% interval."""
     return "{:.1%} ({:.1%} to {:.1%})".format(mean["share"], *mean["interval_95"])
@@ -361,16 +353,6 @@ def _text(cell: dict) -> str:
 
 def _means(values: list[float]) -> list[str]:
     return [f"{value:.1f}" for value in values[1:]]
-
-
-def adapter() -> str:
-    """How far ours and lm-eval's own class for transformers gave the same."""
-    found = result("tasks")["hf"]
-    assert found["answers_equal"]
-    return (
-        f"on the same documents: all {found['answers']} answers of the original model, and the "
-        f"log-likelihoods within {found['nats']:.1e} nats"
-    )
 
 
 def architectures() -> list[str]:
@@ -402,41 +384,26 @@ def reason(found: Mapping[str, Any]) -> str:
     return f"{stage}: {text}".replace("|", "\\|")
 
 
-def swept() -> str:
-    """What works of how many architectures, as sentences."""
-    found = result("architectures")
-    counts, rows = found["counts"], found["rows"]
-    assert "FAILS" not in counts
-    variants = len(VARIANTS.keys() & rows.keys())
-    return (
-        f"Of {len(rows) - variants} architectures of transformers "
-        f"{found['versions']['transformers']} and {variants} variants, {counts['works']} are "
-        f"scored, pruned, saved, reloaded and refitted; {counts['not refitted']} all except the "
-        f"refit; {counts['refused']} are refused with the reason; {counts['not built']} tiny ones "
-        f"could not be made. {len(_said('gguf', 'ok'))} GGUF files were compared in llama.cpp."
-    )
+def refitted() -> list[str]:
+    """Block Influence's layers and auto's: perplexities, and the share of the lost nats back."""
+    every = [distilled(name) for name in ("healing", "healing_own")]
+    return [*every[0], *every[1][1:]]  # the original once
 
 
-def swept_beside() -> str:
-    """What a stage says of architectures beside `swept`, as sentences."""
-    first, second = result("architectures")["removed"]
-    lacking = _said("build", "ImportError: TimmWrapperModel requires the timm")
-    installed = f"{_names(lacking)} needs timm, which was not installed. " if lacking else ""
-    return (
-        f"The sweep removes layers {first} and {second}. In {len(_said('remove', 'ok without'))} "
-        f"architectures, where that is refused, it removes another pair. {installed}With the cache "
-        f"of transformers, {len(_said('generate', 'theirs'))} generate another text than without "
-        f"it, or none; so do their original models. For {len(_said('gguf', 'theirs'))}, llama.cpp "
-        "or its converter cannot make, open or run a file of the original model; for "
-        f"{len(_said('gguf', 'refused'))}, we refuse to cut the file."
-    )
+def distilled(name: str) -> list[str]:
+    """The same of a model that is refitted and then distilled."""
+    found = result(name)
+    names = {"whole": "original", "cut": _pruned(found["layers"])}
+    return [healed(names.get(row, row), kinds) for row, kinds in found["rows"].items()]
 
 
-def _said(stage: str, start: str) -> list[str]:
-    """The architectures of which a stage says what begins so."""
-    rows = result("architectures")["rows"]
-    return [kind for kind, row in rows.items() if row["stages"].get(stage, "").startswith(start)]
+def healed(name: str, kinds: Mapping[str, Mapping[str, float]]) -> str:
+    """A row of a model: perplexities and, after the comma, the restored share of the lost nats."""
+    plain = name.startswith(("original", "pruned"))
+    share = [None if plain else found["restored"] for found in kinds.values()]
+    cells = zip([found["perplexity"] for found in kinds.values()], share, strict=True)
+    return row(name, *(f"{p:.2f}" + (f", {s:.0%}" if s is not None else "") for p, s in cells))
 
 
-def _names(kinds: Iterable[str]) -> str:
-    return " and ".join(f"`{kind}`" for kind in kinds)
+def _pruned(layers: Iterable[int]) -> str:
+    return f"pruned: {layer_set(layers)}"

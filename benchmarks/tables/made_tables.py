@@ -1,7 +1,7 @@
-"""The tables and sentences of README and docs, made from the benchmarks' JSON files.
+"""The tables of README and docs, made from the benchmarks' JSON files.
 
-`site_tables.py` puts the tables into the pages when the site is built. A test compares README's
-table, and the sentences of all pages, with the files.
+`site_tables.py` puts them into the pages when the site is built. A test compares README's table
+with the files. Tables of closed questions stand in the pages themselves.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from functools import partial
 
 from benchmarks.lib import adversarial as hostile
 from benchmarks.tables import evidence_tables as evidence
-from benchmarks.tables import healing_tables as healing
 from benchmarks.tables.evidence_tables import result
-from short_gpt.scoring.stopping import Stop
-from short_gpt.selection.search import most_layers_run
 
 
 def spread(values: dict[str, float], digits: int = 3) -> str:
@@ -49,13 +46,6 @@ def stopping() -> list[str]:
         shares = [*(f"{cell:.1%}" for cell in cells), *(f"{cell:.2%}" for cell in wrong)]
         lines.append(f"| {name} | {' | '.join(shares)} |")
     return lines
-
-
-def least() -> str:
-    """What every rule with the same promise has to read, as a sentence."""
-    found = result("stopping")
-    share = hostile.least_median(Stop(hostile.N, confidence=found["confidence"]), found["windows"])
-    return f"the median run cannot read less than {share:.1%} of {found['windows']} windows"
 
 
 def attacked(kinds: Iterable[str] = hostile.KINDS) -> list[str]:
@@ -128,17 +118,6 @@ def refit_streamed() -> list[str]:
     ]
 
 
-def drafted() -> list[str]:
-    """A row for every length of a draft, a column for every cut model."""
-    cut = [result(f"draft_{n}")["lengths"] for n in (4, 8)]
-    lines = []
-    for found in zip(*cut, strict=True):
-        cells = [f"{100 * f['share']:.1f}% ± {100 * f['reach_95']:.1f}" for f in found]
-        cells += [f"{f['tokens_per_pass']:.2f}" for f in found]
-        lines.append(f"| {found[0]['length']} | {' | '.join(cells)} |")
-    return lines
-
-
 def serving() -> list[str]:
     """A row for every model that was served: its size, memory and speeds, beside the expected."""
     lines = []
@@ -155,58 +134,6 @@ def serving() -> list[str]:
             ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def served_sets() -> str:
-    """Which layers are removed from the served models, as a sentence."""
-    order = ", ".join(map(str, result("serving")["removed"]))
-    return f"with the first 2, 4, 8 or 12 of the layers {order} removed"
-
-
-def slower() -> str:
-    """What drafts are worth in llama.cpp, as a sentence."""
-    few, more = result("serving")["drafts"]
-    ratios = [spread(d["speed_ratio"], 2) for d in (few, more)]
-    return (
-        f"With {few['length']} tokens per draft, the original model writes at {ratios[0]} of its "
-        f"own speed if the draft lacks {few['removed']} layers, and at {ratios[1]} if it lacks "
-        f"{more['removed']}"
-    )
-
-
-def operations(inputs: int, outputs: int) -> float:
-    """Floating-point operations to solve ``down_proj`` and ``o_proj``, of these widths."""
-    return sum(f**3 / 3 + 2 * f**2 * outputs for f in (inputs, outputs))
-
-
-def solved() -> str:
-    """How long a layer of Llama-3.1-8B is solved at most, from Llama-2-7B's, as sentences."""
-    found, (ours, theirs) = result("refit_streamed"), (operations(f, 4096) for f in (14336, 11008))
-    seconds, layers = found["refit_seconds"], found["matrices"] // 2
-    each, numbers = seconds / layers, [f"{n / 1e12:.2f}" for n in (ours, theirs)]
-    return (
-        f"of this model {numbers[0]} x 10¹² a layer, and {numbers[1]} x 10¹² with Llama-2-7B's "
-        f"shapes (F = 11,008). There, two layers took {seconds:.0f} s on one core, all reading and "
-        f"passes included (`benchmarks/results/refit_streamed.json`): {each:.0f} s a layer at "
-        f"most, and {each:.0f} x {numbers[0]} / {numbers[1]} = {each * ours / theirs:.0f} s."
-    )
-
-
-def searched() -> str:
-    """How many passes a greedy search for 8 of 32 layers takes, as a cell."""
-    found, layers = result("greedy"), most_layers_run(32, 8)
-    slower = found["time_ratio"]["median"] / found["layers_run_ratio"]
-    return (
-        f"{layers:,} layers a window on 4 windows: {4 * layers / 32:.0f} passes, in {slower:.1f} "
-        "times their bare time"
-    )
-
-
-def refit_passes() -> str:
-    """What a refit on 64 windows and three evaluations on 32 take, as a cell."""
-    passes = result("healing")["cost"]["refit"]["passes"]
-    total = 64 * passes + 3 * 32
-    return f"64 windows in {passes:.2f} passes each, 3 x 32 evaluation windows: {total:.0f} passes"
 
 
 def gemma() -> list[str]:
@@ -233,12 +160,6 @@ def peers() -> list[str]:
     return lines
 
 
-def default_cut() -> str:
-    """What the layers that OptiPFair removes by default cost, as a part of a sentence."""
-    found = result("peers")["rows"]["4"]["OptiPFair, its default"]["perplexity"]
-    return f"without its last layers this model's perplexity is {found:,.0f}"
-
-
 FAMILIES = {
     "llama": "Llama",
     "qwen3": "Qwen 3",
@@ -261,15 +182,6 @@ def kinds() -> list[str]:
     cells = [f"{cut[tool]['difference']:.2f}" for tool in ("ours", "theirs")]
     lines.append(evidence.row("Gemma 3, GGUF", cells[0], "-", cells[1]))
     return lines
-
-
-def greedy() -> str:
-    found = result("greedy")
-    time = found["time_ratio"]
-    return (
-        f"{found['layers_run_ratio']:.3f} of the layers run and {time['median']:.3f} of the time "
-        f"({time['min']:.3f} to {time['max']:.3f})"
-    )
 
 
 METHODS = {
@@ -315,51 +227,6 @@ def compared() -> list[str]:
     ]
 
 
-def choices() -> list[str]:
-    """Every set of a ranking: its perplexity, and how many samples of each kind chose it."""
-    found = result("choice_variance")
-    methods = {"bi": "Block Influence", "relative_magnitude": "magnitude", "angular": "angle"}
-    texts = {"wikitext2_test": "WikiText-2", "lambada_passages": "novels"}
-
-    def column(layers: list[int], text: str, windows: int) -> str:
-        own = [c for c in found["choices"] if (c["text"], c["windows"]) == (text, windows)]
-        own = [c for c in own if len(c["layers"]) == len(layers)]
-        parts = []
-        for method, name in methods.items():
-            sets = [c["layers"] for c in own if c["method"] == method]
-            if layers in sets:
-                parts.append(f"{name} {sets.count(layers)} of {len(sets)}")
-        return ", ".join(parts)
-
-    lines = []
-    for cut in found["sets"]:
-        layers, many = cut["layers"], found["windows_to_rank_on"]
-        cells = [column(layers, "chapters", n) for n in (many, found["windows_of_a_short_sample"])]
-        others = {text: column(layers, text, many) for text in texts}
-        cells.append("; ".join(f"{texts[text]}: {c}" for text, c in others.items() if c))
-        error = cut["perplexity"] * cut["standard_error"]
-        perplexity = f"{cut['perplexity']:.2f} ({error:.2f})"
-        lines.append(evidence.row(evidence.layer_set(layers), perplexity, *cells))
-    return [line.replace("|  |", "| |").replace("|  |", "| |") for line in lines]
-
-
-def healed() -> str:
-    """What patch and refit restore with 8 layers removed, as sentences."""
-    parts = []
-    for method, where in (("bi", "With 8 layers removed by Block Influence"), ("sleb", "")):
-        raw, patch, refit = (rows()[method, 8, h] for h in ("raw", "patch", "refit"))
-        start = where or "With greedy search's 8 removed"
-        loss, nats = ("the loss", " nats per token") if where else ("it", "")
-        error, ppl = ("standard error ", "perplexity ") if where else ("", "")
-        parts.append(
-            f"{start}, the patch lowers {loss} by {-patch['gain']:.3f}{nats} "
-            f"({error}{patch['gain_error']:.3f}; {ppl}{raw['perplexity']:.2f} to "
-            f"{patch['perplexity']:.2f}) and the refit by {-refit['gain']:.3f} "
-            f"({refit['gain_error']:.3f}; to {refit['perplexity']:.2f})."
-        )
-    return " ".join(parts)
-
-
 TASKS = "| {} of 30 layers removed | original | pruned | refitted | refitted and distilled |"
 KEPT = "| layers removed | healed by | mean of nine tasks | share kept (95%) | without boolq (95%) "
 KEPT += "| what 'refit, both' adds | without boolq "
@@ -367,23 +234,13 @@ KEPT += "| held-out chapters | WikiText-2, second half | novels | core-seconds |
 KEPT_TASKS = "| layers removed | healed by | piqa | arc-easy | winogrande | lambada "
 KEPT_TASKS += "| arc-challenge | boolq | openbook-qa | copa | wsc "
 KEPT_TASKS += "| svamp, right | svamp, a number |"
-NEAREST = "| method | removes | rank, pruned | nats above the best (95%) | rank, refitted "
-NEAREST += "| nats above the best (95%) | full refit, nats above sleb's (95%) |"
 SHORT = "| method | 4 layers removed | pruned | refitted | 8 layers removed | pruned | refitted |"
 HEALINGS = ("raw", "patch", "refit")
 COMPARED = "| removed | pruned | patched | refitted |"
-CHOSEN = (
-    "| layers removed | perplexity | chosen on 24 windows | on 4 windows | on 24 of other text |"
-)
-BY_SETTING = (
-    "| layers removed, and the refit | chapters | WikiText-2, first half | novels | all kinds |"
-)
 HEALED = "| {} | held-out chapters | WikiText-2, second half | novels |"
 CROSSED = "| {}, chosen on | bible | wikitext | novels | questions | code |"
 COVERED = "| texts | two-sided, Liang and Zeger | CR2 | used | one-sided, Liang and Zeger "
 COVERED += "| CR2 | used | times as wide | no interval |"
-DRAFTED = "| tokens per draft | 4 removed: accepted | 8 removed: accepted "
-DRAFTED += "| 4 removed: tokens per pass | 8 removed: tokens per pass |"
 GEMMA = "| removed | kinds of the kept layers | kinds by position "
 GEMMA += "| ShortGPT's cut: difference, divergence | llama.cpp's cut |"
 PEERS = "| tool | layers removed | perplexity | change in nats (error) | lines of code |"
@@ -426,7 +283,6 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "other tools": table(PEERS, peers),
     "cuts by other tools": table(KINDS, kinds),
-    "choices on other samples": table(CHOSEN, choices),
     "automatic choice, means": table(
         "| n | removed by | draws | held-out chapters | WikiText-2, second half | novels "
         "| all kinds | auto without it, all kinds |",
@@ -437,10 +293,8 @@ TABLES: dict[str, Callable[[], str]] = {
         "| novels | all kinds, against auto |",
         evidence.automatic,
     ),
-    "how near the best choice": table(NEAREST, healing.nearest),
     "the paper's list, rehearsed": table("| | Meta's format | Hugging Face's |", rehearsed),
     "speed and memory": table(SERVED, serving),
-    "drafts": table(DRAFTED, drafted),
     "layers that each text chooses": table(
         "| ranked on | layers it would remove |", evidence.chosen
     ),
@@ -471,23 +325,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "populations beyond the promise": table(BROKEN, partial(attacked, hostile.BEYOND)),
     "streamed scoring": table("| | |", streaming),
     "streamed refit": table("| the streamed refit | measured |", refit_streamed),
-    "refit": table(HEALED.format("8 of 30 layers removed"), healing.refitted),
+    "refit": table(HEALED.format("8 of 30 layers removed"), evidence.refitted),
     "distillation": table(
-        HEALED.format("8 of 30 layers removed"), partial(healing.distilled, "distillation")
+        HEALED.format("8 of 30 layers removed"), partial(evidence.distilled, "distillation")
     ),
-    "ways of training": table(
-        "| after the refit | held-out chapters | WikiText-2, second half | novels "
-        "| mean of the three | steps |",
-        healing.ways,
-    ),
-    "rates": table(
-        "| model, width | rate at the peak | divergence before | after all steps | step kept "
-        "| nats, from the refit |",
-        healing.rates,
-    ),
-    "parts of the refit": table(HEALED.format("healed by"), healing.parts),
-    "refit by windows": table(HEALED.format("windows"), healing.windows),
-    "attention sinks": table(HEALED.format("layers removed"), healing.sinks),
-    "steps and realigned inputs": table(BY_SETTING, partial(healing.choices, "refit_usual")),
-    "refit by step size and ridge": table(BY_SETTING, partial(healing.choices, "refit_choices")),
 }

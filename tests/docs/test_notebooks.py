@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 from pathlib import Path
 
@@ -125,33 +124,3 @@ def test_the_outputs_are_kept(name):
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     assert all(o.output_type != "error" for o in outputs)
     assert sum("image/png" in o.get("data", {}) for o in outputs) == PICTURES[name]
-
-
-def words_and_outputs(name: str) -> tuple[str, str]:
-    """A notebook's words, on one line, and what its cells print."""
-    cells = nbformat.read(NOTEBOOKS / name, as_version=4).cells
-    words = " ".join(" ".join(c.source for c in cells if c.cell_type == "markdown").split())
-    printed = "\n".join(o.text for c in cells for o in c.get("outputs", []) if "text" in o)
-    return words, printed
-
-
-def test_the_comparison_says_of_the_methods_what_its_table_has():
-    words, printed = words_and_outputs("compare_methods.ipynb")
-    block = printed.split("raw: perplexity (standard error)\n")[1].split("\n\n")[0]
-    rows = {line.split()[0]: re.findall(r"[\d.e+]+(?= \()", line) for line in block.splitlines()}
-    by_scores = ("bi", "angular", "relative_magnitude", "sleb")
-    raw = {method: [*map(float, rows[method])] for method in by_scores}
-    few = [value for own in raw.values() for value in own[:2]]
-    assert f"at {min(few):.0f} to {max(few):.0f} for two and four layers" in words
-    lowest = [min(raw, key=lambda method: raw[method][column]) for column in (2, 3)]
-    assert "`{}` (lowest at eight) and `{}` (lowest at twelve)".format(*lowest) in words
-
-
-def test_the_comparison_counts_the_attentions_as_its_table_has_them():
-    words, printed = words_and_outputs("compare_methods.ipynb")
-    rows = re.findall(r"^ +(\d+) +(0\.\d{6}) +(0\.\d{6})$", printed, flags=re.MULTILINE)
-    later = {int(layer): float(attention) / float(mlp) for layer, attention, mlp in rows[2:]}
-    less = sum(ratio < 0.5 for ratio in later.values())
-    further = " and ".join(str(layer) for layer, ratio in later.items() if ratio > 1)
-    assert f"less than half as far as the MLP in {less} of {len(later)} layers" in words
-    assert f"and further in two, {further}." in words

@@ -33,29 +33,6 @@ def test_the_readme_is_read_in_three_minutes():
     assert len(PAGES["README.md"].splitlines()) <= 250
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_no_command_is_wider_than_a_window(page):
-    for block in re.findall(r"^```\w*\n(.*?)^```", PAGES[page], flags=re.MULTILINE | re.DOTALL):
-        lines = block.splitlines()
-        for before, line in zip(["", *lines], lines, strict=False):
-            if re.match(r"(short-gpt|python|pip|torchrun) ", line) or before.endswith("\\"):
-                assert len(line) <= 100, line
-
-
-def test_long_pages_begin_with_what_they_answer():
-    for name in ("methods", "healing", "results", "calibration", "scaling", "formats"):
-        _, box, _ = PAGES[f"docs/{name}.md"].split("\n\n", 2)
-        lines = box.splitlines()
-        assert lines[0].startswith("> **What this page answers.** ") and 2 <= len(lines) <= 4
-        assert all(line.startswith("> ") for line in lines)
-
-
-def test_the_site_has_its_style():
-    css = (ROOT / "docs/stylesheets/site.css").read_text()
-    assert "td code { white-space: nowrap; }" in css
-    assert "extra_css: [stylesheets/site.css]" in (ROOT / "mkdocs.yml").read_text()
-
-
 @pytest.mark.parametrize(("page", "words"), SHOWN)
 def test_the_commands_and_their_flags_exist(page, words):
     prepared(words, COMMANDS)  # refuses what is unknown or missing

@@ -91,12 +91,3 @@ def test_a_missing_package_is_named_with_a_command_that_needs_no_checkout(monkey
         import peft  # noqa: F401
     with pytest.raises(ZeroDivisionError), required("peft", by="training"):
         _ = 1 / 0
-
-
-def test_no_message_names_an_extra_of_a_registry():
-    for path in (*(ROOT / "short_gpt").rglob("*.py"), *(ROOT / "llama").rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        assert "short-gpt[" not in text, path
-        raises = re.findall(r"raise MissingPackageError", text)
-        at = str(path.relative_to(ROOT))
-        assert len(raises) == (at in RAISING), path

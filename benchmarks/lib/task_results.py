@@ -1,48 +1,72 @@
-"""What a pruned model keeps of its mean over tasks: the share, its error, and the documents needed.
+"""What the values of tasks' documents say of a model: changes, the mean over tasks and its share.
 
-The tasks are fixed and their documents a sample, so that the variance of a mean over T tasks is the
-sum of the tasks' variances over T^2. Changes are paired over documents.
+The tasks are fixed and their documents a sample: the variance of a mean over T tasks is the sum of
+the tasks' variances over T^2. Changes are paired over documents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import count
+from dataclasses import asdict
 from math import sqrt
 from typing import Any
 
 from scipy.stats import kendalltau
 
-from short_gpt.evaluation.tasks import task_difference
+from short_gpt import ShortHFModel
+from short_gpt.evaluation.perplexity import Perplexity, combined, difference
+from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_difference
 
-ERROR = 0.01  # standard error of the mean's change that is wanted
+CLOSE = 1e-3  # nats by which two programs may differ on a document
+Parts = Mapping[str, list[Perplexity]]  # losses of windows by their kind
 Documents = Mapping[str, Mapping[str, list[float]]]  # values by task and metric
+
+
+def against_theirs(ours: TaskRun, suite: TaskSuite, theirs: ShortHFModel) -> dict[str, object]:
+    """How far lm-eval's own class for transformers gives the same of every document."""
+    other = suite.documents(theirs)
+    pairs = [
+        (metric, a, b)
+        for task, metrics in ours.documents.items()
+        for metric, values in metrics.items()
+        for a, b in zip(values, other.documents[task][metric], strict=True)
+    ]
+    nats = [abs(a - b) for metric, a, b in pairs if metric == "perplexity"]
+    answers = [a == b for metric, a, b in pairs if metric != "perplexity"]
+    return {
+        "values": len(pairs),
+        "answers": len(answers),
+        "answers_equal": all(answers),
+        "nats": max(nats),
+    }
+
+
+def metrics(found: Documents, whole: Documents) -> dict[str, dict[str, float | None]]:
+    """Every metric of every task, with its change from the whole model's, paired."""
+    each = {}
+    for task, own in found.items():
+        for metric, values in own.items():
+            change = asdict(task_difference(whole[task][metric], values))
+            change["p"] = None if change["p"] != change["p"] else change["p"]
+            name = f"{task.removeprefix('local_')} {metric}"
+            each[name] = {"value": sum(values) / len(values), **change}
+    return each
+
+
+def text_changes(found: Parts, whole: Parts) -> dict[str, dict[str, float]]:
+    """Perplexity of every kind of text, with its change in nats, paired."""
+    texts = {}
+    for kind, parts in found.items():
+        change = difference(whole[kind], parts)
+        texts[kind] = {"perplexity": combined(parts).value, "nats": change.nats}
+        texts[kind]["standard_error"] = change.standard_error
+    return texts
 
 
 def judging(documents: Documents) -> dict[str, list[float]]:
     """The values that count for the mean, by task: acc_norm where lm-eval has it, else acc."""
     tasks = {task: own for task, own in documents.items() if task.startswith("local_")}
     return {task: list(own.get("acc_norm", own.get("acc", []))) for task, own in tasks.items()}
-
-
-def variance(values: Sequence[float]) -> float:
-    """Of one document, from a sample."""
-    return task_difference([0.0] * len(values), values).standard_error ** 2 * len(values)
-
-
-def needed(variances: Sequence[float], sizes: Sequence[int], error: float = ERROR) -> int:
-    """The fewest documents of each of T tasks for a standard error of their mean of at most this.
-
-    Args:
-        variances: of a document's value, by task.
-        sizes: documents that there are, by task; all of them where even these are too few.
-    """
-    pairs = [*zip(variances, sizes, strict=True)]
-
-    def reached(n: int) -> float:
-        return sqrt(sum(v / min(n, size) for v, size in pairs)) / len(pairs)
-
-    return next(n for n in count(1) if n >= max(sizes) or reached(n) <= error)
 
 
 def kept(
