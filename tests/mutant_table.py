@@ -102,7 +102,7 @@ MUTANTS = [
     # Pairs: the same text, the same layers, the right one less the other.
     ("difference", "b.nats - a.nats", "a.nats - b.nats", "test_paired_difference_and_its_error"),
     (
-        "Comparison._row",
+        "_row",
         "gain = difference(dense, healed), difference(raw, healed)",
         "gain = difference(dense, healed), difference(dense, healed)",
         "test_what_healing_brings_is_paired_with_the_same_layers_raw",

@@ -1,105 +1,27 @@
-"""The baselines that are measured in benchmarks alone: one known answer each."""
+"""Known answers of the arithmetic that stands in `benchmarks` alone."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import CharTokenizer, make_transformer, random_windows, save_chat_llama
 from torch import Tensor, nn
 
-from benchmarks.baselines import layerwise, peer_maps, replaceme
-from benchmarks.baselines.evolution import Account, evolution, evolve
-from benchmarks.baselines.gap_refit import GapRefits
-from benchmarks.baselines.many_sets import ManySets, greedy_healed
-from benchmarks.lib import word_problems
-from benchmarks.lib.completions import leading, repetition, turn_losses
-from benchmarks.studies.drafts import Agreement
-from llama.model import TransformerBlock
+from benchmarks.baselines import layerwise, peer_maps, peers
+from benchmarks.lib import agreement, distilled, judging, task_files, task_results, word_problems
+from benchmarks.lib.shared_contexts import SharedContexts
+from benchmarks.studies import choices, kept, tasks
 from short_gpt import ShortLlama, open_model
-from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.models.decoder import MetaDecoder, pad, without_layers
-from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.models.numbering import runs
-
-WINDOWS = random_windows(2, 16)
-SETS = [*itertools.combinations((1, 2, 3, 5), 2), (1, 2, 3, 5)]
-WORTH = [9, 1, 7, 2, 8, 3, 6, 4, 5, 10]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_evolution_finds_the_best_set_behind_a_trap(seed):
-    """Single layers 1, 3, 5 look cheapest, but 2, 4, 8 together cost nothing."""
-
-    def trap(layers, batch):
-        return 0.0 if layers == (2, 4, 8) else sum(WORTH[i] for i in layers) + 0.1 * batch
-
-    account = Account(trap, costs=[1] * 4, budget=10**9)
-    assert evolve(account, range(10), 3, seed=seed) == (2, 4, 8)
-    spent = Account(trap, costs=[1] * 4, budget=30)
-    evolve(spent, range(10), 3, seed=seed)
-    assert spent.spent <= 30
-
-
-def test_evolution_runs_no_more_layers_than_the_greedy_search(monkeypatch):
-    ran, plain = [], TransformerBlock.forward
-
-    def counted(self, x, *args, **kwargs):
-        ran.append(len(x))
-        return plain(self, x, *args, **kwargs)
-
-    monkeypatch.setattr(TransformerBlock, "forward", counted)
-    decoder = MetaDecoder(make_transformer(n_layers=7))
-    greedy = ShortLlama(SimpleNamespace(model=decoder.module, tokenizer=CharTokenizer()))
-    greedy.search(WINDOWS, 2, progress=False)
-    most, ran[:] = sum(ran), []
-    found = evolution(decoder, WINDOWS, 2, [0, 2, 3, 4, 5, 6], budget=1.0)
-    assert 0 < sum(ran) <= most and {*found.removed} <= {2, 3, 4, 5}
-
-
-def test_many_sets_have_the_losses_of_each_alone_also_healed(monkeypatch):
-    decoder = MetaDecoder(make_transformer(n_layers=7))
-    mending = GapRefits(decoder, random_windows(8, 18, seed=3), random_windows(2, 18, seed=4))
-    mending.prepare({gap for layers in SETS for gap in runs(layers, range(7))})
-    healed = ManySets(decoder, SETS, mending).nats(*pad(WINDOWS, decoder))
-    ran, plain = [], TransformerBlock.forward
-    many = ManySets(decoder, SETS)
-    with monkeypatch.context() as patch:
-        patch.setattr(TransformerBlock, "forward", lambda *args: ran.append(0) or plain(*args))
-        raw = many.nats(*pad(WINDOWS, decoder))
-    assert len(ran) < 0.8 * sum(7 - len(layers) for layers in SETS)
-    for layers in SETS:
-        with without_layers(decoder, layers):
-            alone = perplexity(decoder, [WINDOWS]).nats
-        with mending.mended(runs(layers, range(7))), without_layers(decoder, layers):
-            mended = perplexity(decoder, [WINDOWS]).nats
-        assert raw[layers] == pytest.approx(alone, rel=1e-6)
-        assert healed[layers] == pytest.approx(mended, rel=1e-6) != raw[layers]
-    (first,) = greedy_healed(decoder, WINDOWS, 1, mending, [2, 3])
-    sets = {(i,): i for i in (2, 3)}
-    mending.prepare({(i, i) for i in (2, 3)})
-    losses = ManySets(decoder, [*sets], mending).nats(*pad(WINDOWS, decoder))
-    assert first == sets[min(losses, key=losses.get)]
-
-
-def test_drafts_are_accepted_up_to_the_first_disagreement():
-    """Drafts of 2: [yes no] then one by the original, so the next begins at the third."""
-    text = (True, False, True, True, False, True, True)
-    found = [Agreement((text,), (None,)).at(length) for length in (1, 2, 3)]
-    assert [(f.accepted, f.drafted, f.passes) for f in found] == [(3, 4, 4), (5, 6, 3), (5, 8, 3)]
-
-
-def test_completions_known_answers():
-    assert leading([1, 2, 3], [1, 2, 4]) == 2 and repetition([1, 2, 3, 1, 2, 3, 4], n=3) == 1 / 5
-    decoder = MetaDecoder(make_transformer())
-    (window,) = random_windows(1, 12)
-    (found,) = turn_losses(decoder, [(window[:8], window[8:])])
-    logs = decoder.logits(torch.tensor([window]))[0].log_softmax(-1)
-    expected = -sum(float(logs[i - 1, window[i]]) for i in range(8, 12))
-    assert found.nats == pytest.approx(expected, rel=1e-5) and found.tokens == 4
+from short_gpt.data import check_disjoint
+from short_gpt.healing.refit import split_held_out
 
 
 class LinearLayer(nn.Module):
@@ -113,102 +35,8 @@ class LinearLayer(nn.Module):
         return x @ self.weight
 
 
-def linear(kind: str, seed: int) -> Tensor:
-    """A map that the kind can express: channels of the rotated stream scaled, or any."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "ghosted":
-        return torch.eye(32).double() + 0.1 * torch.randn(32, 32, generator=generator).double()
-    rotation = peer_maps.hadamard(32)
-    return rotation @ (torch.rand(32, generator=generator).double() + 0.5).diag() @ rotation.T
-
-
-@pytest.mark.parametrize("kind", [peer_maps.LINEARPATCH, peer_maps.GHOSTED])
-def test_gaps_that_a_map_can_express_are_restored_exactly(kind):
-    """One of a single layer, and one of two, whose product the map is."""
-    model, held = make_transformer(n_layers=7), torch.tensor(random_windows(2, 20, seed=7))
-    for place, seed in ((1, 1), (3, 2), (4, 3)):
-        model.layers[place] = LinearLayer(linear(kind, seed), place)
-    short = ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
-    whole = short.decoder.logits(held)
-    (maps,) = peer_maps.fit_many(short, kind, [[4, 1, 3]], random_windows(6, 40), progress=False)
-    assert torch.allclose(maps.maps[2], linear(kind, 2) @ linear(kind, 3), atol=1e-4)
-    with short.without_layers([1, 3, 4]):
-        raw = short.decoder.logits(held)
-        undo = peer_maps.apply(short, maps)
-        assert torch.allclose(short.decoder.logits(held), whole, atol=2e-3)
-        undo()
-        assert torch.equal(short.decoder.logits(held), raw)
-    matrix = peer_maps.hadamard(60)
-    assert torch.allclose(matrix @ matrix.T, torch.eye(60).double(), atol=1e-12)
-
-
-def linear_model(*weights: tuple[int, Tensor]) -> ShortLlama:
-    model = make_transformer()
-    for place, weight in weights:
-        model.layers[place] = LinearLayer(weight, place)
-    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
-
-
-def test_layers_trained_one_by_one_learn_the_original_states():
-    """A linear layer before two linear ones learns their product with its own."""
-    first, second, third = (linear("ghosted", seed) for seed in (1, 2, 3))
-    short = linear_model((2, first), (3, second), (4, third))
-    held = torch.tensor(random_windows(2, 20, seed=7))
-    before = short.decoder.logits(held)
-    ticks = itertools.count()
-    windows = random_windows(3, 40)
-    found = layerwise.heal(short, [3, 4], windows, 3000, rate=1e-2, clock=lambda: next(ticks))
-    assert short.kept == [0, 1, 2] and [one.layer for one in found] == [2]
-    learned = short.decoder.layers[2].weight.double()
-    assert torch.allclose(learned, first @ second @ third, atol=0.01)
-    assert found[0].after < 1e-6 < 0.01 < found[0].before
-    assert torch.allclose(short.decoder.logits(held), before, atol=0.1)
-    assert next(ticks) == pytest.approx(3000, rel=0.02)
-
-
-def test_every_kept_layer_after_a_gap_comes_nearer_to_the_original():
-    model = make_transformer(n_layers=6)
-    short = ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
-    before = [{k: v.clone() for k, v in layer.named_parameters()} for layer in model.layers]
-    states = [short.layer_calls().embed(torch.tensor([w])) for w in WINDOWS]
-    original = states
-    for place in (0, 1, 2):
-        original = [short.layer_calls().run(place, state) for state in original]
-    ticks = itertools.count()
-    found = layerwise.heal(short, [2, 4], WINDOWS, 300, rate=1e-3, clock=lambda: next(ticks))
-    assert [one.layer for one in found] == [1, 3, 5]
-    assert all(one.after < one.before and one.steps > 50 for one in found)
-    layers = short.decoder.layers
-    for place, number in enumerate(short.kept):
-        own = dict(layers[place].named_parameters())
-        same = [torch.equal(own[name], value) for name, value in before[number].items()]
-        assert all(same) if number == 0 else not any(same)
-    for place in (0, 1):  # the state before the gap is to be the one after it
-        states = [short.layer_calls().run(place, state) for state in states]
-    assert layerwise.mean_loss(states, original) == pytest.approx(found[0].after, rel=1e-4)
-
-
-def test_passes_between_layers_take_nothing_of_the_layers_time(monkeypatch):
-    now, run = [0], LayerCalls.run
-
-    def clock() -> int:
-        now[0] += 1
-        return now[0]
-
-    def slow(*args):
-        now[0] += 100
-        return run(*args)
-
-    monkeypatch.setattr(LayerCalls, "run", slow)
-    model = make_transformer(n_layers=6)
-    short = ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
-    found = layerwise.heal(short, [2], WINDOWS, 200, clock=clock)
-    assert [one.layer for one in found] == [1, 3, 4, 5]
-    assert [one.steps for one in found] == [pytest.approx(50, abs=2)] * 4
-
-
 class Residual(nn.Module):
-    """A layer that is x + x W, W by the name of an MLP's last matrix."""
+    """A layer that is x + x W, W by the name of an MLP's output projection."""
 
     def __init__(self, weight: Tensor, layer_id: int) -> None:
         super().__init__()
@@ -220,36 +48,142 @@ class Residual(nn.Module):
         return x + self.feed_forward.w2(x)
 
 
+def linear(kind: str, seed: int) -> Tensor:
+    """A map that the kind can express: channels of the rotated stream scaled, or any."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "ghosted":
+        return torch.eye(32).double() + 0.1 * torch.randn(32, 32, generator=generator).double()
+    rotation = peer_maps.hadamard(32)
+    return rotation @ (torch.rand(32, generator=generator).double() + 0.5).diag() @ rotation.T
+
+
+def linear_model(*weights: tuple[int, Tensor], n_layers: int = 5) -> ShortLlama:
+    model = make_transformer(n_layers=n_layers)
+    for place, weight in weights:
+        model.layers[place] = LinearLayer(weight, place)
+    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+
+
+HELD = torch.tensor(random_windows(2, 20, seed=7))
+
+
+@pytest.mark.parametrize("kind", [peer_maps.LINEARPATCH, peer_maps.GHOSTED])
+def test_gaps_that_a_map_can_express_are_restored_exactly(kind):
+    """One of a single layer, and one of two, whose product the map is."""
+    places = ((1, 1), (3, 2), (4, 3))
+    short = linear_model(*((place, linear(kind, seed)) for place, seed in places), n_layers=7)
+    whole = short.decoder.logits(HELD)
+    maps = peer_maps.fit(short, kind, [4, 1, 3], random_windows(6, 40))
+    assert torch.allclose(maps[2], linear(kind, 2) @ linear(kind, 3), atol=1e-4)
+    with short.without_layers([1, 3, 4]):
+        raw = short.decoder.logits(HELD)
+        undo = peer_maps.apply(short, maps)
+        assert torch.allclose(short.decoder.logits(HELD), whole, atol=2e-3)
+        undo()
+        assert torch.equal(short.decoder.logits(HELD), raw)
+    matrix = peer_maps.hadamard(60)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(60).double(), atol=1e-12)
+
+
 def test_replaceme_restores_what_a_map_of_the_mlps_output_can_express():
     """x + x W and then A: with x = m W^-1, the state after it is x + m T for some T."""
     short = linear_model((3, linear("ghosted", 2)))
     short.llama.model.layers[2] = Residual(linear("ghosted", 1), 2)
-    held = torch.tensor(random_windows(2, 20, seed=7))
-    before = short.decoder.logits(held)
-    replaceme.heal(short, [3], random_windows(6, 40))
+    before = short.decoder.logits(HELD)
+    peer_maps.replaceme(short, [3], random_windows(6, 40))
     assert 3 not in short.kept
-    assert torch.allclose(short.decoder.logits(held), before, atol=2e-3)
+    assert torch.allclose(short.decoder.logits(HELD), before, atol=2e-3)
 
 
-def test_word_problems_known_answers(tmp_path, monkeypatch):
-    texts = ["It is 5.", "so $1,234.50.", "a -3 b", "none...", "7 eggs, 10-3", "18, or 9"]
-    numbers = [word_problems.last_number(text) for text in texts]
-    assert numbers == [5, 1234.5, -3, None, 3, 9]
-    rows = [{"context": f"{i}?", "answer": answer} for i, answer in enumerate(["1,200", "7", "7"])]
-    tmp_path.joinpath("svamp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = word_problems.read(tmp_path, "svamp", 3)
-    assert word_problems.read(tmp_path, "svamp", 1) == problems[:1]
-    answers = ["It is 1200.", "7 or 8", "who knows"]
-    monkeypatch.setattr(word_problems, "BATCH", 2)
-    monkeypatch.setattr(
-        word_problems, "answers", lambda _, batch: [answers[problems.index(p)] for p in batch]
-    )
-    found = word_problems.asked(SimpleNamespace(), problems)
-    assert found == {"exact_match": [1, 0, 0], "well_formed": [1, 1, 0]}
+def test_layers_trained_one_by_one_learn_the_original_states():
+    """A linear layer before two linear ones learns their product with its own."""
+    first, second, third = (linear("ghosted", seed) for seed in (1, 2, 3))
+    short = linear_model((2, first), (3, second), (4, third))
+    before, ticks = short.decoder.logits(HELD), itertools.count()
+    windows = random_windows(3, 40)
+    found = layerwise.heal(short, [3, 4], windows, 3000, rate=1e-2, clock=lambda: next(ticks))
+    assert short.kept == [0, 1, 2] and [one.layer for one in found] == [2]
+    learned = short.decoder.layers[2].weight.double()
+    assert torch.allclose(learned, first @ second @ third, atol=0.01)
+    assert found[0].after < 1e-6 < 0.01 < found[0].before
+    assert torch.allclose(short.decoder.logits(HELD), before, atol=0.1)
+    assert next(ticks) == pytest.approx(3000, rel=0.02)
+
+
+@pytest.mark.parametrize("family", peers.FAMILIES)
+def test_removed_layers_of_a_tiny_model_change_nothing(family):
+    model = peers.tiny(family, [1, 4])
+    expected = peers.predicted(model)
+    layers = [layer for i, layer in enumerate(model.model.layers) if i not in (1, 4)]
+    model.model.layers = nn.ModuleList(layers)
+    if family == "gemma3_text":  # the model tells its masks by the config's kinds
+        kinds = model.config.layer_types
+        model.config.layer_types = [k for i, k in enumerate(kinds) if i not in (1, 4)]
+    model.config.num_hidden_layers = 10
+    assert (peers.predicted(model) - expected).abs().max() < peers.EXACT
+    model.model.layers, model.config.num_hidden_layers = nn.ModuleList(layers[1:]), 9
+    assert (peers.predicted(model) - expected).abs().max() > 0.01
+
+
+def test_the_share_kept_and_its_interval_are_those_of_draws():
+    """The delta method against the spread of many samples of documents."""
+    draw = random.Random(0)
+
+    def sample(size: int) -> tuple[list[float], list[float]]:
+        right = [float(draw.random() < 0.6) for _ in range(size)]
+        return right, [r if draw.random() < 0.7 else float(draw.random() < 0.4) for r in right]
+
+    found = []
+    for _ in range(400):
+        pairs = {"a": sample(200), "b": sample(50)}
+        whole, own = ({t: pair[i] for t, pair in pairs.items()} for i in (0, 1))
+        found.append(task_results.kept(whole, own))
+    truth = (0.7 * 0.6 + 0.3 * 0.4) / 0.6
+    held = [low <= truth <= high for low, high in (one["interval_95"] for one in found)]
+    assert 0.92 < sum(held) / len(held) < 0.98
+    spread = np.std([one["change"] for one in found], ddof=1)
+    assert spread == pytest.approx(np.mean([one["standard_error"] for one in found]), rel=0.12)
+    assert task_results.kept(whole, whole)["interval_95"] == [1, 1]
+
+
+def test_means_leave_boolq_out_and_count_no_guess():
+    before = {"local_piqa": [1.0, 1.0, 1.0, 0.0], "local_boolq": [0.0] * 4}
+    after = {"local_piqa": [1.0, 1.0, 0.0, 0.0], "local_boolq": [1.0] * 4}
+    whole, own = (task_results.above_guesses(judged) for judged in (before, after))
+    assert whole == {"local_piqa": [0.5, 0.5, 0.5, -0.5]}
+    assert task_results.kept(whole, own)["share"] == 0  # half of two answers is a guess
+    change = task_results.change(*map(task_results.unflattered, (before, after)))
+    assert change["change"] == -0.25 and task_results.change(before, after)["change"] == 0.375
+    documents = {"local_a": {"acc": [0.0], "acc_norm": [1.0]}, "svamp": {"exact_match": [1.0]}}
+    assert task_results.judging(documents) == {"local_a": [1.0]}
+
+
+def test_text_that_holds_a_piece_of_a_question_is_known():
+    assert [*kept.pieces(range(7))] == [] and [*kept.pieces(range(8))] == [tuple(range(8))]
+    assert [*kept.pieces(range(100))] == [tuple(range(i, i + 32)) for i in (0, 32, 64)]
+    halves = [*kept.pieces(range(39))]
+    assert halves == [tuple(range(i, i + 20)) for i in range(20)]
+    asked = {piece[:8]: {piece} for piece in halves}
+    assert kept.holds([99, *range(5, 25)], asked) and not kept.holds([*range(5, 24), 99], asked)
+
+
+def test_completions_known_answers():
+    assert tasks.leading([1, 2, 3], [1, 2, 4]) == 2
+    assert tasks.repetition([1, 2, 3, 1, 2, 3, 4], n=3) == 1 / 5
+    decoder = linear_model().decoder
+    (window,) = random_windows(1, 12)
+    (found,) = tasks.turn_losses(decoder, [(window[:8], window[8:])])
+    logs = decoder.logits(torch.tensor([window]))[0].log_softmax(-1)
+    expected = -sum(float(logs[i - 1, window[i]]) for i in range(8, 12))
+    assert found.nats == pytest.approx(expected, rel=1e-5) and found.tokens == 4
 
 
 @pytest.mark.filterwarnings("default")  # transformers' own
-def test_word_problems_are_answered_together_as_alone(tmp_path, monkeypatch, one_rank):
+def test_many_are_answered_together_as_alone(tmp_path, monkeypatch, one_rank, lm_eval):
+    """Word problems in one batch, and the answers of a multiple choice in one sequence."""
+    texts = ["It is 5.", "so $1,234.50.", "a -3 b", "none...", "7 eggs, 10-3", "18, or 9"]
+    numbers = [word_problems.last_number(text) for text in texts]
+    assert numbers == [5, 1234.5, -3, None, 3, 9]
     save_chat_llama(tmp_path, 4, "{% for m in messages %}<s>{{ m.content }}>{% endfor %}")
     monkeypatch.setattr(word_problems, "TOKENS", 12)
     short = open_model(str(tmp_path / "hf"), device="cpu")
@@ -259,5 +193,130 @@ def test_word_problems_are_answered_together_as_alone(tmp_path, monkeypatch, one
     for problem in problems:
         ids = short.tokenizer(f"<s>{problem.question}>", add_special_tokens=False)["input_ids"]
         alone.append(short.decode(short.greedy(ids, 12)))
-    assert len(set(alone)) == 3
-    assert word_problems.answers(short, problems) == alone
+    assert word_problems.answers(short, problems) == alone and len({*alone}) == 3
+    draw, requests = random.Random(1), []
+    for size in (5, 1, 9, 3):
+        context = draw.choices(range(2, 90), k=size)
+        ends = [draw.choices(range(2, 90), k=k) for k in (1, 4, 7)]
+        ends += [short.greedy(context, 3), ends[1][:2]]  # the last begins as another does
+        requests += [(("", ""), context, end) for end in ends]
+    theirs = short.harness_model(batch_size=3)._loglikelihood_tokens(requests, disable_tqdm=True)
+    ours = SharedContexts(short).scores(3, requests, disable_tqdm=True)
+    assert [flag for _, flag in ours] == [flag for _, flag in theirs]
+    assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in theirs], abs=1e-4)
+
+
+DOCUMENTS = {
+    "piqa": {"query": "Question: A goal: \n\n", "choices": ["this", " that"], "gold": 1},
+    "arc_easy": {"query": "Question: Which?", "choices": ["a", "b", "c"], "gold": 2},
+    "winogrande": {
+        "context_options": ["Sarah met Sam so Sarah", "Sarah met Sam so Sam"],
+        "continuation": "left.",
+        "gold": 1,
+    },
+    "lambada_openai": {"context": "He said:\n\n \"I don't", "continuation": "care"},
+    "boolq": {
+        "query": "Passage: In\nQuestion: one.\nQuestion: is it?",
+        "choices": ["no", "yes"],
+        "gold": 1,
+    },
+    "copa": {"query": "He slept, or not, because", "choices": ["it", "a was"], "gold": 1},
+    "winograd_wsc": {
+        "context_options": ["Sarah met Sam. The Sarah", "Sarah met Sam. The Sad"],
+        "continuation": "left.",
+        "gold": 1,
+    },
+}
+# contexts and continuations that lm-eval's own templates then ask for
+ASKED = {
+    "piqa": [("Question: A goal: \n\nAnswer:", f" {c}") for c in ("this", " that")],
+    "arc_easy": [("Question: Which?\nAnswer:", f" {c}") for c in "abc"],
+    "winogrande": [(f"Sarah met Sam so {c}", " left.") for c in ("Sarah", "Sam")],
+    "lambada_openai": [("He said:\n\n \"I don't", " care")],
+    "boolq": [("In\nQuestion: one.\nQuestion: is it?\nAnswer:", f" {c}") for c in ("no", "yes")],
+    # two spaces, in wsc273 and in copa, as of lm-eval's own documents
+    "copa": [("He slept, or not because", f"  {c}") for c in ("it", "a was")],
+    "winograd_wsc": [(f"Sarah met Sam. The {c}", "  left.") for c in ("Sarah", "Sad")],
+}
+
+
+@pytest.mark.filterwarnings("default")
+def test_local_documents_are_asked_for_as_lm_eval_asks_for_its_own(lm_eval, tmp_path):
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    for task, row in DOCUMENTS.items():
+        tmp_path.joinpath(f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+    (folder := tmp_path / "made").mkdir()
+    names = task_files.write(tmp_path, folder, [*DOCUMENTS])
+    for name, task in get_task_dict(names, TaskManager(include_path=str(folder))).items():
+        task.build_all_requests()
+        asked, expected = [i.args for i in task.instances], ASKED[name.removeprefix("local_")]
+        # piqa: the goal's own end of line stays, the file's goes
+        assert asked[: len(expected)] == expected or [c for _, c in asked] == ["", ""]
+        assert task_files.passages(tmp_path / "lambada_openai.jsonl") == [
+            "He said:\n\n \"I don't care"
+        ]
+
+
+def test_means_over_draws_are_paired_over_windows():
+    """Of two draws, one without the search; each kind has two windows of 10 tokens."""
+
+    def nats(*values: float) -> dict:
+        return {kind: [(value, 10) for value in values] for kind in ("a", "b")}
+
+    first = {"bi": nats(30, 20), "sleb": nats(21, 11), "auto": nats(20, 10)}
+    second = {"bi": nats(20, 10), "auto": nats(20, 10), "without bi": nats(26, 16)}
+    found = choices.over_draws([first, second])
+    assert [*found["from auto"]] == ["bi", "sleb"]
+    for name, draws, more in (("bi", 2, 0.5), ("sleb", 1, 0.1)):
+        own = found["from auto"][name]
+        assert own["draws"] == draws and own["all three kinds"]["nats"] == pytest.approx(more)
+        assert own["a"]["perplexity"] == pytest.approx(math.exp(1.5 + more))
+        assert own["a"]["standard_error"] == pytest.approx(0, abs=1e-6)
+    assert found["without it"]["bi"]["a"]["nats"] == pytest.approx(0.6)
+
+
+def test_windows_to_learn_from_share_nothing_with_what_judges_and_are_of_both_texts():
+    cut = random_windows(distilled.wanted(6), 80)
+    judged = [cut[0][:70]]
+    free = [*cut[:-1], [*cut[2][:65], *cut[-1][65:]]]  # the last shares text with the third
+    learning = distilled.apart(free, judged, 6)
+    assert len(learning.training) == 6 and len(learning.validation) == distilled.VALIDATED
+    check_disjoint([*learning.training, *learning.validation], judged)
+    check_disjoint(learning.training, learning.validation)
+    ordered = judging.both_held_out(turns := [[i, i % 2] for i in range(37)])
+    assert sorted(ordered) == turns
+    assert [text for _, text in split_held_out(ordered)[1]] == [1, 0, 1, 0]
+
+
+def scores(windows: int, noise: float, draw: np.random.Generator, means: np.ndarray):
+    sums = means * np.exp(noise * draw.normal(size=(windows, len(means))))
+    ones, texts = [1.0] * windows, [None] * windows
+    return agreement.WindowScores([*range(len(means))], "bi", 4, sums.tolist(), ones, texts)
+
+
+def test_the_interval_of_a_rank_correlation_holds_it_as_often_as_it_says():
+    draw, held = np.random.default_rng(0), []
+    for _ in range(60):
+        first = np.exp(draw.normal(-3, 0.6, 24))
+        second = first * np.exp(draw.normal(0, 0.3, 24))
+        truth = scipy.stats.spearmanr(first, second).statistic
+        pair = [scores(12, 0.4, draw, own) for own in (first, second)]
+        found = agreement.agreement(("a", "b"), *pair)
+        expected = scipy.stats.spearmanr(*(own.means for own in pair)).statistic
+        assert found.correlation == pytest.approx(expected)
+        held.append(found.interval[0] <= truth <= found.interval[1])
+    assert np.mean(held) >= 0.95
+
+
+def test_all_texts_together_choose_with_the_same_weight_and_a_block_by_its_start():
+    texts = {
+        "short": agreement.WindowScores([4, 7, 9], "bi", 1, [[1.0, 2.0, 30.0]], [1.0], [None]),
+        "long": agreement.WindowScores(
+            [4, 7, 9], "bi", 1, [[900.0, 100.0, 300.0]] * 2, [100.0] * 2, [None] * 2
+        ),
+    }
+    # means 1, 2, 30 and 9, 1, 3: together 10, 3, 33, where tokens as weights would give 9, 1, 3.3
+    assert agreement.mixed(texts) == [7]
+    blocks = agreement.WindowScores([0, 1, 2, 3, 4], "angular", 3, [[0.3, 0.1, 0.2]], [1.0], [None])
+    assert blocks.chosen == [1, 2, 3]
