@@ -304,7 +304,7 @@ class Run:
         self._check_same(f"{row} {layers}", short)
         for cell in missing:
             is_text = cell.split(": ")[-1] in self.kinds
-            take = self.cells.losses if is_text else self.cells.value
+            take = self.cells.perplexities if is_text else self.cells.value
             take(cell, partial(plan[cell], short))
         self._file(row, layers).unlink(missing_ok=True)
         print(f"=== {row}: {time.perf_counter() - begun:.0f} s", flush=True)
