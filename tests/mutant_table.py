@@ -353,13 +353,13 @@ MUTANTS = [
         "RefitState.leaving",
         "return self._turns[model][(self.done + 1) % 2]",
         "return self._turns[model][self.done % 2]",
-        "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[1-True]",
+        "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[1]",
     ),
     (
         "RefitState.__init__",
         "self._stored.read(folder / name)",
         "pass",
-        "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[2-True]",
+        "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[2]",
     ),
     (
         "CachedTeacher.__init__",

@@ -43,7 +43,7 @@ from short_gpt.models.numbering import check_layers, layer_numbers, span
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import full_float32
 from short_gpt.runtime.digest import windows_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -146,41 +146,33 @@ def fit(
 
     All windows pass a layer before the next one, in the original model and in the pruned one. Held
     beside the model are three states (N, D), the inputs of a matrix (N, F) and one (F, F) float64
-    matrix; states for which there is no room go into temporary files. With a folder all are there,
-    and the same call continues from the last finished layer, bit for bit. Replicas (torchrun) share
+    matrix; states for which there is no room go into temporary files. Replicas (torchrun) share
     the windows, which changes the rounding of sums alone, and get the same values.
 
     Args:
-        short: the model with all the layers, in memory or streamed.
-        layers: to remove, original numbers in any order.
-        windows: token ids of calibration text for all kinds of use, never of evaluation text.
-        held: held-out windows, on which a change must lower the error; None takes every eighth of
+        short: Model with all the layers, in memory or streamed.
+        layers: Layers to remove, original numbers in any order.
+        windows: Token ids of calibration text for all kinds of use, never of evaluation text.
+        held: Held-out windows, on which a change must lower the error. Default: every eighth of
             ``windows``.
-        settings: None takes those of `RefitSettings`.
-        work_dir: for this refit alone; the new values are read from there until the model is saved.
-        changes: attributes of the settings, such as ``parts=("mlp",)`` or ``step_size=0.5``.
+        settings: Settings, of which ``changes`` replace some. Default: `RefitSettings()`.
+        work_dir: Folder that one process continues from, bit for bit from the last finished layer,
+            as a streamed refit does; the new values are read from there. Default: none.
 
     Raises:
-        ShortGPTError: a layer does not exist; fewer than two windows, or fewer to fit on than
-            replicas; nothing can be solved; for a patch, a gap begins the model; several
-            model-parallel ranks; too little memory or disk; ``work_dir`` is of another refit or
-            number of processes, damaged or in use.
+        ShortGPTError: a layer does not exist; too few windows; nothing can be solved; a patch of
+            layers that begin the model; several model-parallel ranks; too little memory or disk;
+            ``work_dir`` is of another refit, damaged or in use.
         NotFiniteError: a state is NaN or infinite.
     """
     settings, layers = replace(settings or RefitSettings(), **changes), layer_numbers(layers)
-    team = replicas.current(short.decoder.device)
     _check(short, layers, settings)
     windows, held = split_held_out(windows) if held is None else (windows, held)
-    if not windows or not held:
-        raise ShortGPTError("expected at least two windows of calibration tokens")
-    if len(windows) < team.count:
-        raise ShortGPTError(
-            f"expected a window to fit on for each of {team.count} processes, got {len(windows)}: "
-            "give more text, or start fewer"
-        )
+    least = max(1, replicas.current(short.decoder.device).count)
+    check(len(windows) >= least and held, "windows to fit on", len(windows), f"{least} or more")
     folder = None if work_dir is None else Path(os.fspath(work_dir))
-    known = {} if folder is None else _identity(short, layers, windows, held, settings)
-    state = RefitState(folder, known, team)
+    identity = {} if folder is None else _identity(short, layers, windows, held, settings)
+    state = RefitState(folder, identity)
     try:
         _solve(short, layers, windows, held, settings, state, progress)
     except BaseException as error:
@@ -205,7 +197,7 @@ def _solve(
     progress: bool,
 ) -> None:
     """Solves what the state lacks, in the planned memory."""
-    every = [*windows, *held]
+    every, team = [*windows, *held], replicas.current(short.decoder.device)
     for window in every:
         pad([window], short.decoder)  # refuses what the model cannot read, before any work
     plan = plan_of(short, every, batch_size=settings.batch_size, folder=state.folder)
@@ -215,19 +207,19 @@ def _solve(
     if state.done == len(visits):
         state.finish()  # which a killed run may not have reached
         return
-    team = state.team  # held-out windows go on where those to fit on end
-    own = (team.own_items(windows), team.own_items(held, first=len(windows)))
-    fitted, held_out = ([*batched(part, settings.batch_size)] for part in own)
+    # held-out windows go on where those to fit on end
+    shares = (team.own_items(windows), team.own_items(held, first=len(windows)))
+    fitted, held_out = ([*batched(part, settings.batch_size)] for part in shares)
     with ExitStack() as stack:
         if plan.disk and state.folder is None:  # the states do not fit
             state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rest = visits[state.done :]
         passes = visits[-1].next_kept - (rest[0].layer if state.done else 0)
         passes += sum(visit.solved for visit in rest)  # these the pruned model has, too
-        title, total = f"refitting {len(every)} windows", passes * sum(map(len, own))
+        title, total = f"refitting {len(every)} windows", passes * sum(map(len, shares))
         shown = stack.enter_context(bar(title, total=total, unit="layer", show=progress))
         stack.callback(calls.close)
-        batches = Batches(calls, state, fitted, held_out, plan.room, shown.update)
+        batches = Batches(calls, state, fitted, held_out, team, plan.room, shown.update)
         batches.embed(removed=range(visits[0].layer))
         _refit_layers(batches, visits, short.kept, settings)
     state.finish()

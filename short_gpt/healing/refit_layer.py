@@ -28,6 +28,7 @@ from short_gpt.models.families import part as part_of
 from short_gpt.models.layer_calls import LayerCalls, Output, first, patched_forward
 from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attention
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.replicas import Replicas
 
 # of a batch: inputs of a projection, and its outputs where they are known
 TokensOf = Callable[[int, Tensor, Tensor | None], Tokens]
@@ -52,11 +53,12 @@ class Batches:
         state: RefitState,
         fitted: Sequence[Tensor],
         held_out: Sequence[Tensor],
+        team: Replicas,  # each replica has batches of its own, to fit on at least one
         room: int,  # bytes of memory for the states of one layer; more go into a file
         passed: Callable[[int], object],  # called with B after every layer of either model
     ) -> None:
-        self.calls, self.state, self._room, self._passed = calls, state, room, passed
-        self.team = state.team  # each replica has batches of its own, to fit on at least one
+        self.calls, self.state, self.team = calls, state, team
+        self._room, self._passed = room, passed
         self.tokens = [*fitted, *held_out]  # (B, S) each
         self.shapes = [(tokens.shape[0], tokens.shape[1]) for tokens in self.tokens]
         self.fitted = range(len(fitted))

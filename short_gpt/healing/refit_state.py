@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -27,14 +26,13 @@ from torch import Tensor
 
 from llama.files import JsonObject, new_file, tidy
 from llama.formats.safetensors import SafetensorsFile
-from short_gpt.healing.solver import ALONE, COLUMNS, ROWS, Fit, Unsolved
+from short_gpt.healing.solver import COLUMNS, ROWS, Fit, Unsolved
 from short_gpt.models.decoder import Parameter
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of, check_room, format_bytes, free_memory, resident
-from short_gpt.runtime.replicas import Replicas
 from short_gpt.runtime.state import StateFile, check_saved, damaged_run, hold
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -42,10 +40,9 @@ ORIGINAL, PRUNED = "original", "pruned"  # the models whose hidden states are ke
 MODELS = (ORIGINAL, PRUNED)
 OF_A_LAYER = ("between", "inputs of attention", "inputs of mlp")  # one layer alone needs them
 STATE, VALUES = "refit.json", "values."  # the first is written after all that it names
-# with the number of a layer, of one of two turns or of a process
+# with the number of a layer, or of one of two turns
 FILE = re.compile(
-    rf"{re.escape(STATE)}|{re.escape(VALUES)}\d+|({'|'.join(MODELS)})\.[01](\.\d+)?"
-    rf"|({'|'.join(OF_A_LAYER)})(\.\d+)?"
+    rf"{re.escape(STATE)}|{re.escape(VALUES)}\d+|({'|'.join(MODELS)})\.[01]|{'|'.join(OF_A_LAYER)}"
 )
 UNUSED = 200 * 10**6  # bytes that libraries take at their first use, and that lie between pieces
 
@@ -138,19 +135,11 @@ class StoredValues(Mapping[Parameter, Tensor]):
 
 
 class RefitState:
-    """A refit under way, in memory or in a folder from which it can be continued.
+    """A refit under way: in memory, or in a folder from which one process can continue it."""
 
-    Each of several replicas has files of its states; the first writes all else. All share the
-    folder, and call `advance` together.
-    """
-
-    def __init__(
-        self, folder: Path | None, identity: Mapping[str, object], team: Replicas = ALONE
-    ) -> None:
+    def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
         self.folder, self.done, self.fits = folder, 0, list[Fit]()  # finished layers, their fits
         self.unsolved = list[Unsolved]()  # of these layers
-        self.team, self._begun_by = team, team.count  # replicas, and those of the run continued
-        self._own = f".{team.rank}" * (team.count > 1)  # of this one's files
         self.scratch: Path | None = None  # for states that are not to be continued from
         self._values: dict[Parameter, Tensor] = {}
         self._stored, self._files = StoredValues(), dict[str, str]()  # digests by their names
@@ -158,18 +147,13 @@ class RefitState:
         self._turns: dict[str, list[HiddenStates]] = {}
         if folder is not None:
             lock = hold(folder)
-            if team.rank == 0:
-                _sweep(folder)
-            team.gather(None)  # waits for that
-            # before other files are looked at, so that another run's state is refused by name
+            _sweep(folder)
             self._file = StateFile(folder / STATE, identity, lock=lock)
-            _check_own(folder)
             if self._file.content is not None:
                 content: JsonObject = self._file.content
                 self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
-                self.unsolved = [Unsolved(**one) for one in content.get("unsolved", ())]
+                self.unsolved = [Unsolved(**one) for one in content["unsolved"]]
                 self._files, self._digests = content["values"], content["states"]
-                self._begun_by = content["processes"]
             for name, digest in self._files.items():
                 check_saved(folder / name, digest, folder=folder)
                 self._stored.read(folder / name)
@@ -185,16 +169,11 @@ class RefitState:
         if folder is None:  # in memory what leaves a layer overwrites what entered it
             self._turns = {model: [HiddenStates(shapes, width, dtype)] * 2 for model in MODELS}
             return
-        if self._begun_by != self.team.count:
-            raise ShortGPTError(
-                f"{folder} holds a refit that {self._begun_by} processes share, now there are "
-                f"{self.team.count}: start {self._begun_by}, or delete {folder} to start again"
-            )
         folder.mkdir(parents=True, exist_ok=True)
         hashed = self.folder is not None  # else there is nothing to continue from
         for model in MODELS:
-            paths = [folder / f"{model}.{turn}{self._own}" for turn in range(2)]
-            path, digest = paths[self.done % 2], self._digests.get(model + self._own)
+            paths = [folder / f"{model}.{turn}" for turn in range(2)]
+            path, digest = paths[self.done % 2], self._digests.get(model)
             if digest and not path.is_file():
                 raise damaged_run(path, folder)
             turns = [HiddenStates(shapes, width, dtype, path, hashed=hashed) for path in paths]
@@ -212,7 +191,7 @@ class RefitState:
 
     def path(self, name: str) -> Path | None:
         folder = self._folder_of_states
-        return None if folder is None else folder / f"{name}{self._own}"
+        return None if folder is None else folder / name
 
     @property
     def _folder_of_states(self) -> Path | None:
@@ -232,20 +211,16 @@ class RefitState:
         if self.folder is None:
             self._values |= values
         else:
-            first, path = self.team.rank == 0, self.folder / f"{VALUES}{done}"
-            digests = {model + self._own: self.leaving(model).digest for model in models}
-            digests = dict(ChainMap(*self.team.gather(digests)))
-            if first and values:
+            path = self.folder / f"{VALUES}{done}"
+            if values:
                 tensors = {f"{n} {name}": v.contiguous() for (n, name), v in values.items()}
                 with new_file(path, overwrite=True, replaces=lambda _: True) as partial:
                     save_file(tensors, partial)
                 self._files = {**self._files, path.name: files_digest([path])}
-            content = {"done": done, "fits": [asdict(fit) for fit in fits], "states": digests}
-            content["unsolved"] = [asdict(one) for one in unsolved]
-            if first:
-                processes = self.team.count
-                self._file.save({**content, "values": self._files, "processes": processes})
-            self._files = self.team.gather(self._files)[0]  # and waits for that
+            content: dict[str, object] = {"done": done, "fits": [asdict(fit) for fit in fits]}
+            content |= {"unsolved": [asdict(one) for one in unsolved], "values": self._files}
+            content["states"] = {model: self.leaving(model).digest for model in models}
+            self._file.save(content)
             if values:
                 self._stored.read(path)
         self.done, self.fits, self.unsolved = done, fits, unsolved
@@ -253,19 +228,18 @@ class RefitState:
     def finish(self) -> None:
         """Removes the states, which are no longer needed; the solutions stay."""
         self._turns = {}
-        if self.folder is not None and self.team.rank == 0:
+        if self.folder is not None:
             for path in self.folder.glob("*"):
                 if is_own(path) and path.name != STATE and not path.name.startswith(VALUES):
                     path.unlink()
 
     def clear(self) -> None:
+        """Removes all that the folder holds of this refit."""
         self._turns = {}
-        if self.folder is not None and self.team.rank == 0:
+        if self.folder is not None:
             _sweep(self.folder)
             # before the others: nothing may continue from what a kill here leaves
-            state = self.folder / STATE
-            for path in (state.resolve(), state):  # which may be a link to it
-                path.unlink(missing_ok=True)
+            (self.folder / STATE).unlink(missing_ok=True)
             for path in filter(is_own, self.folder.glob("*")):
                 path.unlink()
             with suppress(OSError):  # the folder holds something else, or is missing
@@ -287,16 +261,6 @@ def _sweep(folder: Path) -> None:
         name = path.name[1:].rpartition(".writing-")[0]
         if is_name(name):
             tidy(folder / name)
-
-
-def _check_own(folder: Path) -> None:
-    """Raises ShortGPTError for a folder that a refit would share with other files."""
-    for path in folder.glob("*"):
-        if not is_own(path):
-            raise ShortGPTError(
-                f"{folder} holds {path.name}, which is none of this refit's files: name a new "
-                "folder, or delete that file"
-            )
 
 
 class RefitPlan(NamedTuple):

@@ -107,7 +107,7 @@ def test_processes_that_share_the_windows_solve_the_matrices_of_one(found, name)
 
 
 def test_windows_for_fewer_processes_than_there_are_are_refused(found):
-    assert "for each of 4 processes, got 1: give more text, or start fewer" in found[4, 3]["few"]
+    assert "windows to fit on = 1: expected 4 or more" in found[4, 3]["few"]
 
 
 def test_processes_without_groups_of_a_model_are_refused(found):
