@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, random_windows, save_byte_llama
 from gguf_files import write_gguf
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from llama.checkpoint.meta import write_model
 from llama.formats.hf import meta_to_hf
@@ -288,7 +289,8 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
     """Perplexity of a folder and a local task, for either format, in one table and one file."""
     Path("texts").mkdir()
     shutil.copy("book.txt", "texts")
-    options = ("--data", "texts", "--size", 64, "--tasks", "tiny_choice", "--include_path", tasks)
+    task = tasks / "tiny_choice.yaml"
+    options = ("--data", "texts", "--size", 64, "--tasks", task)
     found = {}
     for name in ("hf", "meta"):
         run("prune", name, f"{name}-cut", *CUT, "--verify", "no")
@@ -313,7 +315,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
     assert ratio == pytest.approx(cut["texts perplexity"] / dense["texts perplexity"])
     for ours, theirs in zip(found["hf"], found["meta"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
-    assert record("hf.json")["arguments"]["tasks"] == "tiny_choice"
+    assert record("hf.json")["arguments"]["tasks"] == str(task)
     short = open_model("hf", max_seq_len=64)
     ids = short.encode(TEXT)
     windows = [ids[i : i + 64] for i in range(0, len(ids) - 63, 64)]
@@ -321,91 +323,51 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
     assert dense["texts perplexity"] == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["prune", "hf", "x", "--layers", "9"], "layers [9] do not exist; the model has 0..4"),
-        (["prune", "hf", "x", *CUT, "--to", "onnx"], "a format of meta or hf or gguf, got 'onnx'"),
-        (["prune", "hf", "x", *CUT, "--to", "gguf"], "expected a name that ends with .gguf"),
-        (
-            ["prune", "model.gguf", "x.gguf", "--scores", "no.json", "-n", 1],
-            "no.json does not exist",
-        ),
-        (["prune", "model.gguf", "x.gguf", "--layers", "7"], "layers [7] do not exist"),
-        (["prune", "model.gguf", "model.gguf", *CUT, "--overwrite"], "model.gguf exists and is"),
-        (["prune", "no/where", "x", "--scores", "other.json", "-n", 1], "the hub cannot be"),
-        (["prune", "hf", "hf", *CUT, "--overwrite"], "hf exists and holds"),
-        (["prune", "hf", "hf", *CUT, "--overwrite", "--to", "meta"], "hf exists and holds"),
-        (["prune", "hf", "x", "--scores", "other.json", "-n", 1], "scores 4 layers, hf has 5"),
-        (["prune", "no/where", "x", *CUT], "no/where is not a directory here, and the hub"),
-        (["convert", "no/where", "x"], "no/where is not a directory here, and the hub cannot be"),
-        (["rank", "no/where", *DATA], "no/where is not a directory here, and the hub cannot be"),
-        (["rank", "strange", *DATA], "strange cannot be loaded: The checkpoint you are trying"),
-        (["rank", "hf", *DATA, "--dtype", "int4"], "expected a --dtype of float32"),
-        (["rank", "hf", *DATA, "--device", "tpu9"], "is not available here, expected one of cpu"),
-        (["rank", "hf", *DATA, "-n", "5"], "expected 1 to 4"),
-        (["rank", "no.gguf", *DATA], "no.gguf does not exist"),
-        (["rank", "broken.gguf", *DATA], "broken.gguf is not a complete GGUF file"),
-        (
-            ["generate", "hf", "--samples", 1, "--out", "o.jsonl", "--max_new_tokens", 5000],
-            "--max_new_tokens 5000: this model takes 4096 tokens, give no more",
-        ),
-        (
-            ["generate", "meta", "a", "--max_new_tokens", "200000000"],
-            "--max_new_tokens 200000000: expected at most 1,048,576",
-        ),
-        (
-            ["generate", "hf", "a", "--max_new_tokens", "-5"],
-            "--max_new_tokens = -5: expected a whole",
-        ),
-        (
-            ["generate", "nowhere", "a", "--seed", "-1"],  # told before a model is loaded
-            "--seed = -1: expected a whole number of at least 0",
-        ),
-        (["generate", "hf", "It was", "--max_new_tokens", "9999"], "tokens is more than the "),
-        (["generate", "hf", "a " * 4096], "tokens, this model takes 4096: shorten it"),
-        (["generate", "hf", "a", "--temperature", "-1"], "--temperature -1.0: expected 0 or more"),
-        (["generate", "hf", "a", "--top_p", "2"], "--top_p 2.0: expected 0 to 1"),
-        (["generate", "hf", "\udcff"], "holds '\\udcff' as character 0, half a surrogate pair"),
-        (["generate", "damaged", "a"], "damaged cannot be loaded: "),
-        (["generate", "empty", "a"], "empty has no params.json (Meta's format) and no config.json"),
-        (["convert", "empty", "x"], "empty has no params.json (Meta's format) and no config.json"),
-        (["convert", "broken.gguf", "x"], "broken.gguf is not a complete GGUF file"),
-        (["convert", "damaged", "x"], "model.safetensors is not a complete safetensors file"),
-        (["convert", "meta", "x", "--dtype", "bfloat16"], "is for writing Meta's format"),
-        (["evaluate", "hf", "--data", "none"], "nothing to evaluate: give --data or --tasks"),
-        (["evaluate", "hf", "nowhere", "--data", "book.txt"], "nowhere does not exist"),
-        (["evaluate", "hf", "--data", "book.txt", "--source", "x"], "--source is a copy of wiki"),
-        (["evaluate", "hf", "--data", "ptb"], "ptb needs a local copy: pass --source, such as ptb"),
-        (["evaluate", "hf", "--data", "no.txt"], "no such file or folder: 'no.txt'"),
-        (["evaluate", "hf", "--size", "1"], "size = 1: expected"),
-        (["evaluate", "hf", "--json", "book.txt"], "book.txt exists"),
-        (["evaluate", "hf"], "is on the hub, which cannot be reached"),
-        (["evaluate", "hf", "--data", "none", "--tasks", "nothing"], "lm-eval has no tasks"),
-        (
-            ["evaluate", "hf", "--data", "none", "--tasks", "a", "--include_path", "no"],
-            "no is not a folder",
-        ),
-    ],
-)
-def test_mistakes_cost_one_line(here, capsys, lm_eval, argv, message):
+READ = "--data book.txt --size 32 --stride 16"
+MISTAKES = [
+    ("prune hf x --layers 9", "layers [9] do not exist; the model has 0..4"),
+    ("prune hf x --layers 1 --to onnx", "a format of meta or hf or gguf, got 'onnx'"),
+    ("prune hf x --layers 1 --to gguf", "expected a name that ends with .gguf"),
+    ("prune model.gguf model.gguf --layers 1 --overwrite", "model.gguf exists and is"),
+    ("prune hf hf --layers 1 --overwrite", "hf exists and holds"),
+    ("prune hf x --layers 1 --dtype float32", "--dtype is of a GGUF file written as a directory"),
+    ("prune hf x --scores other.json -n 1", "scores 4 layers, hf has 5"),
+    ("prune no/where x --layers 1", "no/where is not a directory here, and the hub"),
+    (f"rank no/where {READ}", "no/where is not a directory here, and the hub cannot be"),
+    (f"rank strange {READ}", "strange cannot be loaded: The checkpoint you are trying"),
+    (f"rank broken.gguf {READ}", "broken.gguf is not a complete GGUF file"),
+    ("generate hf --samples 1 --out o.jsonl --max_new_tokens 5000", "takes 2 to 4,096"),
+    ("generate meta a --max_new_tokens 200000000", "expected at most 1,048,576"),
+    ("generate hf a --max_new_tokens -5", "--max_new_tokens = -5: expected a whole"),
+    ("generate hf 'It was' --max_new_tokens 9999", "but the model's context is 4,096: shorten"),
+    ("generate hf a --temperature -1", "--temperature = -1.0: expected 0 or more"),
+    ("generate hf \udcff", "holds '\\udcff' as character 0, half a surrogate pair"),
+    ("generate damaged a", "damaged cannot be loaded: "),
+    ("generate empty a", "empty has no params.json (Meta's format) and no config.json"),
+    ("convert damaged x", "model.safetensors is not a complete safetensors file"),
+    ("convert meta x --dtype bfloat16", "is for writing Meta's format"),
+    ("evaluate hf --data none", "nothing to evaluate: give --data or --tasks"),
+    ("evaluate hf --data book.txt --source x", "--source is a copy of wiki"),
+    ("evaluate hf --data ptb", "ptb needs a local copy: pass --source, such as ptb"),
+    ("evaluate hf", "is on the hub, which cannot be reached"),
+    ("evaluate hf --data none --tasks nothing", "lm-eval has no tasks"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=lambda part: ascii(part[:60]))
+def test_mistakes_cost_one_line(here, capsys, lm_eval, line, message):
     Path("empty").mkdir()
-    shutil.copytree("hf", "strange")
+    for name in ("strange", "damaged"):
+        shutil.copytree("hf", name)
     Path("strange/config.json").write_text('{"model_type": "nothing"}')
-    shutil.copytree("hf", "damaged")
     Path("damaged/model.safetensors").write_bytes(b"\x00" * 50)
     Path("broken.gguf").write_bytes(Path("model.gguf").read_bytes()[:3000])
-    if "other.json" in argv:
-        config = LlamaConfig(num_hidden_layers=4, hidden_size=32, intermediate_size=32)
-        config.update({"vocab_size": BYTE_VOCAB, "num_attention_heads": 4, "head_dim": 8})
-        config.num_key_value_heads = 4
-        LlamaForCausalLM(config).save_pretrained("other")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(f"hf/{name}", "other")
+    if "other.json" in line:
+        run("prune", "hf", "other", "--layers", 1, "--verify", "no")
         run("rank", "other", *DATA, "--max_windows", 1, "--json", "other.json")
         capsys.readouterr()
     before = sorted(p.name for p in Path().iterdir())
-    assert message in fails(capsys, *argv)
+    assert message in fails(capsys, *shlex.split(line))
     assert sorted(p.name for p in Path().iterdir()) == before
 
 
@@ -414,7 +376,7 @@ def test_what_was_measured_is_told_where_tasks_fail(here, capsys, lm_eval, tasks
         raise ConnectionError("Couldn't reach 'a/b' on the Hub")
 
     monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", offline)
-    toy = ("--tasks", "tiny_choice", "--include_path", tasks)
+    toy = ("--tasks", tasks / "tiny_choice.yaml")
     with pytest.raises(SystemExit):
         run("evaluate", "hf", *DATA[:4], "--max_windows", 2, *toy)
     lines = [line for line in capsys.readouterr().err.splitlines() if "/s]" not in line]
