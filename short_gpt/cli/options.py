@@ -34,7 +34,7 @@ class Output(Settings):
         "nothing else is printed then.",
         value="FILE",
     )
-    overwrite: bool = setting(False, "Replace what an earlier run has written.")
+    overwrite: bool = setting(False, "Replace what an earlier run has written.", rare=True)
     plots: str | None = setting(None, "Folder for the pictures.", value="FOLDER")
 
     def parameters(self) -> list[inspect.Parameter]:
