@@ -345,9 +345,9 @@ MUTANTS = [
     # What a run continues from: identities, digests, locks.
     (
         "RunState.unread",
-        '!= saved.get("texts")',
+        '!= self._saved.get("texts")',
         "is None",
-        "test_a_state_of_other_windows_is_refused",
+        "test_a_refused_state_is_left_as_it_is_and_refused_again",
     ),
     (
         "RefitState.leaving",

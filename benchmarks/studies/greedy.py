@@ -29,7 +29,7 @@ from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.models.decoder import without_layers
 from short_gpt.runtime.progress import bar
-from short_gpt.selection.search import Options, Search, sleb_rounds
+from short_gpt.selection.search import Search, SearchOptions, sleb_rounds
 
 
 def main(
@@ -65,7 +65,7 @@ def race(
     ran: dict[str, int] = {}
     with bar("searching", total=2 * repeats * n, unit="round") as shown:
         for repeat in range(repeats):
-            restart = sleb_rounds(short.decoder, read, n, Options())
+            restart = sleb_rounds(short.decoder, read, n, SearchOptions())
             ways = {"plain": plain(short, read, n), "restart": restart}
             spent, ran = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
             for turn in range(n):

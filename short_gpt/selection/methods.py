@@ -92,9 +92,10 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
     """The n layers that a method removes, by the scores of one pass.
 
     Args:
-        importance: the scores; those that need none only take the layers' numbers from it.
-        n: 1 to L - 1.
-        seed: of the method "random".
+        importance: The scores; methods that need none only take the layers' numbers from it.
+        n: Layers to remove, 1 to L - 1.
+        method: Name of the method, as in `METHODS`.
+        seed: Seed of the method "random".
 
     Returns:
         Original layer numbers: least important first, or a block in ascending order.
@@ -114,10 +115,7 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
     if method == "angular_all" and importance.token_angles.isnan().any():
         raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")
     if row.metric and importance.mean(row.metric).isnan().all():
-        raise ShortGPTError(
-            f"{method} needs the metric {row.metric}, which these scores lack: measure it by "
-            "`short-gpt rank`"
-        )
+        raise ShortGPTError(f"{method} needs the metric {row.metric}, which these scores lack")
     return [importance.layers[i] for i in row.choose(importance, n, seed)]
 
 

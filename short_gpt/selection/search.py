@@ -31,7 +31,7 @@ from short_gpt.models.layer_calls import (
 )
 from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import SEARCHED
@@ -41,16 +41,16 @@ Nats = dict[int, float]  # by candidate
 
 
 @dataclass(frozen=True)
-class Options:
+class SearchOptions:
     """How a search by loss runs.
 
     Attributes:
-        candidates: positions that may be removed; None takes all.
-        batch_size: windows read together.
-        max_memory: bytes for stored states. Windows that need more even for one state each are read
+        candidates: Positions that may be removed. Default: all except the first and the last.
+        batch_size: Windows read together.
+        max_memory: Bytes for stored states. Windows that need more even for one state each are read
             in groups, one after the other.
-        state: saves the search and continues it; that of another search is refused.
-        progress: whether to show a bar.
+        state: Saves the search and continues it; that of another search is refused.
+        progress: Show a bar.
     """
 
     candidates: Collection[int] | None = None
@@ -83,7 +83,12 @@ class Search:
 
 
 def by_loss(
-    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options, *, method: str
+    decoder: Decoder,
+    windows: Sequence[Sequence[int]],
+    n: int,
+    options: SearchOptions,
+    *,
+    method: str,
 ) -> Search:
     """The search of a name in `methods.SEARCHED`; ShortGPTError for another name.
 
@@ -93,16 +98,15 @@ def by_loss(
     Args:
         windows: token ids; all are read once for every candidate of every round.
     """
-    if method not in SEARCHED:
-        raise ShortGPTError(f"no search by {method!r}; expected one of {', '.join(SEARCHED)}")
+    check(method in SEARCHED, "method", method, f"one of {', '.join(SEARCHED)}")
     if method == "sleb":
         *_, result = sleb_rounds(decoder, windows, n, options)
         return result
-    if options.candidates is not None:
-        raise ShortGPTError(f"candidates: {method} tries every layer; leave them out, or take sleb")
+    # it tries every layer
+    check(options.candidates is None, "candidates", options.candidates, f"None with {method}")
     count = len(decoder.layers)
     n = check_count(n, count)
-    trials = Trials(decoder, windows, options, about={"method": method})
+    trials = Trials(decoder, windows, options, {"method": method})
     with trials.progress_bar(count * trials.groups, options.progress) as shown:
         if not trials.result.losses:  # of a saved search
             trials.round(range(count), shown.update)
@@ -112,7 +116,7 @@ def by_loss(
 
 
 def sleb_rounds(
-    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: Options
+    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: SearchOptions
 ) -> Iterator[Search]:
     """Removes greedily the layer whose absence costs least, n times (SLEB, arXiv:2402.09025).
 
@@ -125,11 +129,9 @@ def sleb_rounds(
     """
     count = len(decoder.layers)
     allowed = options.allowed(count)
-    if options.candidates is not None and not allowed:
-        raise ShortGPTError("candidates: expected other layers than the first and the last")
+    check(allowed or options.candidates is None, "candidates", options.candidates, "inner layers")
     n = check_count(n, count, most=len(allowed))
-    about = {"method": "sleb", "candidates": allowed}
-    trials = Trials(decoder, windows, options, about=about)
+    trials = Trials(decoder, windows, options, {"method": "sleb", "candidates": allowed})
     trials.keep(n)
     total = sum(len(allowed) - i for i in range(n)) * trials.groups
     with trials.progress_bar(total, options.progress) as shown:
@@ -225,16 +227,15 @@ def _entered_by(state: Tensor) -> Callable[..., Call]:
 class Trials:
     """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows.
 
-    ``about`` tells the search from others on the same model, layers and windows.
+    ``identity`` tells the search from others on the same model, layers and windows.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         windows: Sequence[Sequence[int]],
-        options: Options,
-        *,
-        about: Mapping[str, object],
+        options: SearchOptions,
+        identity: Mapping[str, object],
     ) -> None:
         self._layers, self._state = range(len(decoder.layers)), options.state
         self._run = PartialRun(decoder)
@@ -253,9 +254,9 @@ class Trials:
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
         # nats of an unfinished round are by group: with other groups they would count twice
         self._sizes = [sum(int(mask.sum()) for _, mask in group) for group in self._groups]
-        about = {**about, "layers": len(self._layers), "windows": windows_digest(windows)}
-        self._about = about
-        self.result, self._done = continued(options.state, self._sizes, self._about)
+        read_on = {"layers": len(self._layers), "windows": windows_digest(windows)}
+        self._identity = {**identity, **read_on}
+        self.result, self._done = continued(options.state, self._sizes, self._identity)
 
     def keep(self, n: int) -> None:
         """Drops the results of a saved search beyond n layers."""
@@ -347,28 +348,25 @@ class Trials:
 
     def _save(self) -> None:
         if self._state is not None:
-            now = {"done": self._done, "tokens": self._sizes, **self._about}
+            now = {"done": self._done, "tokens": self._sizes, **self._identity}
             self._state.save({"search": {**vars(self.result), **now}})
 
 
 def continued(
-    state: StateFile | None, tokens: Sequence[int], about: Mapping[str, object]
+    state: StateFile | None, tokens: Sequence[int], identity: Mapping[str, object]
 ) -> tuple[Search, list[Nats]]:
     """The search in a state, and by group the nats of its unfinished round; new ones if none.
 
     ``tokens`` are those of each group: a round with other groups starts again. ShortGPTError if the
-    state is not of a search, or of one that is not ``about`` the same.
+    state is not of a search with this identity.
     """
     if state is None or not state.content:
         return Search(), [{}]
-    fix = "delete it or name another state"
-    if "search" not in state.content:
-        raise ShortGPTError(f"{state.path} is the state of another run than a search; {fix}")
-    content = state.content["search"]
-    if other := [name for name, value in about.items() if content.get(name) != value]:
+    content = state.content.get("search", {})
+    if other := [name for name, value in identity.items() if content.get(name) != value]:
         raise ShortGPTError(
             f"{state.path} is the state of another search (it differs in {', '.join(other)}); go "
-            f"on with the former, {fix}"
+            "on with the former, delete it or name another state"
         )
     losses, done = (  # by layers, whose numbers JSON has turned into strings
         [{int(i): value for i, value in by_layer.items()} for by_layer in content[name]]

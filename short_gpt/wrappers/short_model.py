@@ -10,7 +10,7 @@ from torch import Tensor
 from short_gpt.models.numbering import check_exist, layer_numbers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.search import Options, Search, by_loss
+from short_gpt.selection.search import Search, SearchOptions, by_loss
 from short_gpt.wrappers.scored_model import ScoredModel
 
 Prompts = Sequence[str]
@@ -95,7 +95,7 @@ class ShortModel(ScoredModel):
             candidates = layer_numbers(candidates)
             check_exist(candidates, self.kept)
             few = [self.kept.index(i) for i in candidates]
-        options = Options(few, batch_size, max_memory, state, progress)
+        options = SearchOptions(few, batch_size, max_memory, state, progress)
         result = by_loss(self.decoder, windows, n, options, method=method)
         # a search counts positions in the model as it is now; a user sees original numbers
         numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in result.losses]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +14,8 @@ from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.models.decoder import Decoder, MetaDecoder, without_layers
 from short_gpt.models.hf import HFDecoder
-from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection import search as search_module
-from short_gpt.selection.search import Options, PartialRun, by_loss, sleb_rounds
-from short_gpt.wrappers.short_llama import ShortLlama
+from short_gpt.selection.search import PartialRun, SearchOptions, by_loss, sleb_rounds
 
 
 def plain_sleb(decoder: Decoder, windows: list[list[int]], n: int):
@@ -42,11 +38,11 @@ def model(layers: int = 8):
 
 
 def sleb(decoder, windows, n, **options):
-    return by_loss(decoder, windows, n, Options(**options), method="sleb")
+    return by_loss(decoder, windows, n, SearchOptions(**options), method="sleb")
 
 
 def one_shot(decoder, windows, n, **options):
-    return by_loss(decoder, windows, n, Options(**options), method="perplexity")
+    return by_loss(decoder, windows, n, SearchOptions(**options), method="perplexity")
 
 
 @pytest.mark.parametrize(
@@ -143,18 +139,12 @@ def test_only_candidates_are_tried():
     assert set(found.removed) < {2, 5, 6}
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 9, 13])
-def test_an_interrupted_search_continues_bit_for_bit(tmp_path, stop_at):
+def test_a_search_for_fewer_layers_takes_the_first_of_a_saved_one(tmp_path):
     windows = random_windows(4, 16)
-    whole = sleb(model(), windows, 3, max_memory=5000)
-    with interrupted(PartialRun, "nats", stop_at):
-        sleb(model(), windows, 3, max_memory=5000, state=StateFile(tmp_path / "s", {"seed": 1}))
-    state = StateFile(tmp_path / "s", {"seed": 1})
-    again = sleb(model(), windows, 3, max_memory=5000, state=state)
-    assert again == whole
-    fewer = sleb(model(), windows, 2, max_memory=5000, state=StateFile(tmp_path / "s", {"seed": 1}))
+    whole = sleb(model(), windows, 3, state=StateFile(tmp_path / "s", {}))
+    fewer = sleb(model(), windows, 2, state=StateFile(tmp_path / "s", {}))
     assert fewer.removed == whole.removed[:2] and fewer.losses == whole.losses[:2]
-    every = [*sleb_rounds(model(), windows, 3, Options())]
+    every = [*sleb_rounds(model(), windows, 3, SearchOptions())]
     assert [len(found.removed) for found in every] == [1, 2, 3]
 
 
@@ -175,7 +165,7 @@ def test_a_state_of_another_search_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"another search \(it differs in method, candidates\)"):
         sleb(model(), windows, 2, state=StateFile(tmp_path / "one", {}))
     StateFile(path, {}).save({"importance": {}})
-    with pytest.raises(ValueError, match="s is the state of another run than a search; delete it"):
+    with pytest.raises(ValueError, match="s is the state of another search"):
         sleb(model(), windows, 2, state=StateFile(path, {}))
 
 
@@ -193,19 +183,6 @@ def test_a_round_begun_with_other_groups_is_begun_again(tmp_path):
         assert again.removed == whole.removed
         for now, before in zip(again.losses, whole.losses, strict=True):
             assert now == pytest.approx(before, rel=1e-6)
-
-
-def test_the_bar_of_a_continued_search_counts_what_was_tried_before(tmp_path, monkeypatch):
-    bars, windows = [], random_windows(4, 16)
-    monkeypatch.setattr(
-        search_module, "bar", lambda *a, **kw: bars.append(bar(*a, **kw)) or bars[-1]
-    )
-    with interrupted(PartialRun, "nats", 4 * 9 + 1):  # nine trials of four windows
-        sleb(model(), windows, 3, state=StateFile(tmp_path / "s", {}), progress=True)
-    sleb(model(), windows, 3, state=StateFile(tmp_path / "s", {}), progress=True)
-    first, again = bars
-    assert (first.initial, first.n, again.initial) == (0, 9, 9)
-    assert again.n == again.total == first.total
 
 
 @pytest.mark.parametrize(
@@ -234,28 +211,18 @@ def test_a_loss_that_is_not_finite_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("search", "n", "message"),
+    ("search", "layers", "n", "options", "message"),
     [
-        (sleb, 4, "n = 4; the model has 5 layers: expected 1 to 3"),
-        (sleb, 0, "n = 0; the model"),
-        (one_shot, 5, "n = 5; the model has 5 layers: expected 1 to 4"),
+        (sleb, 5, 4, {}, "n = 4; the model has 5 layers: expected 1 to 3"),
+        (one_shot, 5, 5, {}, "n = 5; the model has 5 layers: expected 1 to 4"),
+        (sleb, 2, 1, {}, "n = 1; the model has 2 layers"),
+        (sleb, 5, 1, {"candidates": [0, 4]}, "candidates = .*: expected inner layers"),
+        (sleb, 5, 1, {"candidates": [3, -2]}, r"layers \[-2\] do not exist; the model has 0\.\.4"),
     ],
 )
-def test_numbers_out_of_range(search, n, message):
+def test_what_cannot_be_searched_is_refused(search, layers, n, options, message):
     with pytest.raises(ValueError, match=message):
-        search(model(5), random_windows(2, 10), n)
-
-
-def test_candidates_that_may_not_go_or_do_not_exist_are_told():
-    with pytest.raises(ValueError, match="candidates: expected other layers than the first and"):
-        sleb(model(5), random_windows(2, 10), 1, candidates=[0, 4])
-    with pytest.raises(ValueError, match="n = 1; the model has 2 layers"):
-        sleb(model(2), random_windows(2, 10), 1)
-    short = ShortLlama(SimpleNamespace(model=model(5).model, tokenizer=None))
-    with pytest.raises(ValueError, match=r"layers \[99\] do not exist; the model has 0\.\.4"):
-        short.search(random_windows(2, 10), 1, candidates=[99])
-    with pytest.raises(ValueError, match=r"layers \[-2\] do not exist; the model has 0\.\.4"):
-        sleb(model(5), random_windows(2, 10), 1, candidates=[3, -2])
+        search(model(layers), random_windows(2, 10), n, **options)
 
 
 def test_windows_without_a_prediction():
