@@ -423,13 +423,11 @@ def evaluation_texts(eval_data: str | None, column: str | None = None) -> dict[s
     return {name: texts(name, column=column) for name in names}
 
 
-def read_kinds(
-    data: str, split: str | None = "validation", column: str | None = None, limit: int | None = None
-) -> list[Iterable[Text]]:
+def read_kinds(data: str, column: str | None = None) -> list[Iterable[Text]]:
     """Each source's `read_texts`; its name alone (of `OWN`) where the model is to write them."""
     names = source_names(data)
     with default_text(data, "a file, demo or self"):
-        return [name if name in OWN else read_texts(name, split, column, limit) for name in names]
+        return [name if name in OWN else read_texts(name, column) for name in names]
 
 
 @contextmanager
@@ -448,24 +446,19 @@ def default_text(name: str, others: str = "a file or demo") -> Iterator[None]:
 
 
 def read_texts(
-    data: str, split: str | None = "validation", column: str | None = None, limit: int | None = None
-) -> Iterable[str]:
+    name: str, column: str | None = None, *, split: str | None = "validation"
+) -> Iterator[str]:
     """The `texts` of a source, with a progress bar; "pg19" is PG-19 even where a folder is too.
 
     Args:
-        data: Name of a source, which may end with a split and a number of texts.
-        split: Split to read where the name has none.
+        name: Name of a source, which may end with a split and a number of texts.
         column: Column of the text. Default: "text", else "messages".
-        limit: Number of texts, the first ones, where the name has none. Default: all.
+        split: Split to read where the name has none. Default: "validation".
     """
-    name = TextName.of(data)
-    split, limit = name.split or split, name.limit or limit
-    every = (
-        pg19(split or "validation")
-        if name.source == PG19[0]
-        else texts(data, split=split, column=column)
-    )
-    return _with_bar(islice(every, limit), limit)
+    source, named, limit = TextName.of(name)
+    if source == PG19[0]:
+        return _with_bar(islice(pg19(named or split or "validation"), limit), limit)
+    return _with_bar(texts(name, split=split, column=column), limit)
 
 
 def _with_bar(texts: Iterable[str], total: int | None) -> Iterator[str]:

@@ -71,9 +71,7 @@ def healing_windows(
     size: int,
     *,
     eval_data: str | None = None,
-    split: str = "validation",
     column: str | None = None,
-    max_texts: int | None = None,
     seed: int = 0,
     bos: str = "first",
     limit: int | None = None,
@@ -89,7 +87,7 @@ def healing_windows(
         encode: Makes token ids of a text.
         size: Tokens in a window.
         eval_data: Texts to evaluate on, as in ``data``. Default: a tenth of ``data`` is held out.
-        split: Split of ``data``, see `data.read_texts`; as ``column`` and ``max_texts``.
+        column: Column of the texts, see `data.read_texts`. Default: "text", else "messages".
         seed: Seed of the choice of texts and windows. Default: 0.
         bos: Windows that begin with it, see `data.windows`; such as ``short.bos``.
         limit: Most windows to learn from. Default: all.
@@ -98,7 +96,7 @@ def healing_windows(
         write: Writes the text of ``self``, as `own_text_writer(short, size)`.
     """
     cut = partial(mix, encode=encode, size=size, stride=size, seed=seed, bos=bos)
-    kinds, judges = read_kinds(data, split, column, max_texts), evaluation_texts(eval_data, column)
+    kinds, judges = read_kinds(data, column), evaluation_texts(eval_data, column)
     held = [[*kind] for kind in judges.values()]
     training_texts, held_out = split_own_text(kinds, held, write, limit, seed)
     cuts = list(cut(held_out, limit=eval_windows))

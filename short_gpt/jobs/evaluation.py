@@ -111,7 +111,7 @@ def _local_texts(windows: Windows, source: str | None) -> dict[str, list[str]]:
     if windows.name in (NONE, *PROTOCOLS):
         return {}
     names, column = source_names(windows.name), windows.column
-    return {name: [*read_texts(name, None, column, None)] for name in names}
+    return {name: [*read_texts(name, column, split=None)] for name in names}
 
 
 def _end_dry_run(names: Sequence[str], texts: Texts, tasks: Tasks, opening: OpenOptions) -> None:

@@ -155,7 +155,7 @@ class Windows(Settings):
     def kinds(self) -> list[Iterable[Text]]:
         """The texts of each source, as `data.texts.read_kinds`."""
         check_named_once(source_names(self.name))
-        return read_kinds(self.name, "validation", self.column)
+        return read_kinds(self.name, self.column)
 
     def check_texts(self) -> None:
         """Reads the first text of each source, and of each to evaluate on, or raises."""

@@ -29,14 +29,14 @@ def test_demo_is_a_model_unless_a_directory_has_that_name(tmp_path, monkeypatch)
 def test_demo_judges_by_the_held_out_chapters_and_learns_from_the_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "bible", lambda part: [part, part])
-    assert list(read_texts("demo", "validation", "text", 1)) == ["calibration"]
+    assert list(read_texts("demo[:1]")) == ["calibration"]
     assert list(texts("demo")) == list(texts("demo", split="test")) == ["held_out"] * 2
     Path("demo").mkdir()
     Path("demo/a.txt").write_text("own")
     assert list(texts("demo")) == ["own"]
     book = Named("demo")
     assert source_names(book) == [book] and list(texts(book)) == ["held_out"] * 2
-    assert list(read_texts(book, "validation", "text", None)) == ["calibration"] * 2
+    assert list(read_texts(book)) == ["calibration"] * 2
 
 
 def test_two_processes_may_convert_the_demo_at_once(tmp_path, monkeypatch):
