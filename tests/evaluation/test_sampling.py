@@ -102,12 +102,8 @@ def test_where_no_interval_is_honest_it_says_so(sizes, texts, said):
     assert f"no interval: {said}" in perplexities({"a": measured})
     assert "interval_95" not in measured.to_dict()
     assert f"no interval: {said}" in str(difference([measured], [measured]))
-
-
-@pytest.mark.parametrize("sizes", [[20, 2, 2], [85, 8, 7], [45, 45, 10]])
-def test_where_texts_are_unequal_there_still_is_one(sizes):
-    error = sampling_error([Sample(i, 2.0 * size + i, size) for i, size in enumerate(sizes)])
-    assert error.known and error.no_interval == "" and error.margin() > 0
+    unequal = [Sample(i, 2.0 * size + i, size) for i, size in enumerate([85, 8, 7])]
+    assert sampling_error(unequal).known and sampling_error(unequal).margin() > 0
 
 
 def test_intervals_hold_where_texts_differ_in_length():
@@ -119,22 +115,6 @@ def test_intervals_hold_where_texts_differ_in_length():
         covered += abs(mean) < error.margin()
         below += mean < error.margin(0.9)
     assert covered / 2000 > 0.93 and below / 2000 > 0.93
-
-
-def test_intervals_hold_where_windows_of_a_text_are_alike():
-    """12 texts of 8 windows, whose texts differ four times as much as windows of one text."""
-    generator, covered, naive = np.random.default_rng(0), 0, 0
-    for _ in range(1000):
-        text, within = generator.normal(0, 0.4, 12), generator.normal(0, 0.1, (12, 8))
-        tokens = generator.integers(50, 150, (12, 8))
-        nats = (3 + text[:, None] + within) * tokens
-        rows = [Sample(i, nats[i, j], int(tokens[i, j])) for i in range(12) for j in range(8)]
-        mean = nats.sum() / tokens.sum()
-        covered += abs(mean - 3) < sampling_error(rows).margin()
-        alike = [row._replace(text=None) for row in rows]
-        naive += abs(mean - 3) < sampling_error(alike).margin()
-    assert 0.93 < covered / 1000 < 0.97
-    assert naive / 1000 < 0.6  # as if 96 windows were independent
 
 
 def encode(text: str) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 
 import pytest
@@ -14,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.lib.tiny_configs import OWN, VARIANTS, config_of
-from benchmarks.studies.architectures import STAGES, main, outcome, passed_by, random_model
+from benchmarks.studies.architectures import passed_by, random_model
 from short_gpt import ShortHFModel, heal_refit
 from short_gpt.checkpoints import Target
 from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.models.decoder import remove_layers, without_layers
-from short_gpt.models.hf import HFDecoder, find_layers
+from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import auto_class
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.run import measure
@@ -168,12 +167,6 @@ def test_layers_that_run_several_times_in_a_pass_are_not_scored():
 
 
 @newest
-def test_layers_for_images_are_not_taken_for_those_of_the_text():
-    model = random_model("qwen3_5")  # with as many of both
-    assert find_layers(model) == "model.language_model.layers"
-
-
-@newest
 def test_a_config_may_list_a_width_for_each_layer(tmp_path):
     model = random_model("gemma3n_text")
     model.save_pretrained(tmp_path)
@@ -224,27 +217,6 @@ def test_hooks_around_layers_are_the_model_without_them(kind):
         passed_by(decoder.layers[layer])
     assert torch.equal(decoder.logits(TOKENS), expected)
     assert not torch.equal(whole, expected)
-
-
-def test_the_benchmarks_outcomes():
-    every = dict.fromkeys(STAGES, "ok")
-    assert outcome(every) == "works"
-    assert outcome({**every, "refit": "refused: no map"}) == "not refitted"
-    assert outcome({**every, "gguf": "theirs: no such architecture"}) == "works"
-    assert outcome({**every, "generate": "FAILS: AssertionError"}) == "FAILS"
-    assert outcome({**every, "gguf": "crashed"}) == "FAILS"
-    assert outcome({"build": "ok", "open": "refused: an encoder"}) == "refused"
-    assert outcome({"build": "ImportError: timm"}) == "not built"
-    assert outcome({"build": "crashed"}) == "not built"
-
-
-def test_an_architecture_is_tried_in_a_process_of_its_own(tmp_path, capsys):
-    state = tmp_path / "state.json"
-    with pytest.raises(SystemExit) as end:
-        main(only="llama", state=str(state))
-    assert end.value.code == 0
-    assert "llama                       works" in capsys.readouterr().out
-    assert json.loads(state.read_text())["llama"]["stages"]["gguf"] == "not run"
 
 
 @newest

@@ -36,24 +36,11 @@ def test_it_tells_windows_read_the_choice_and_the_closest_pair():
     assert lines[-1].startswith("20 windows: [2]; closest ") and lines[-1].endswith(" needed")
 
 
-def test_where_all_windows_are_read_nothing_is_needed():
-    lines = told(20, stops=False)
-    assert all("needed" not in line and "looked at" not in line for line in lines)
-    assert lines[-1].split(": ")[2].split()[1:] == ["standard", "errors", "apart"]
-
-
 def test_it_tells_at_the_beginning_and_then_only_after_a_while(monkeypatch):
     assert len(told(20, every=3600.0)) == 1
     seconds = iter(range(0, 10**6, 25))  # a clock that is looked at twice for every line
     monkeypatch.setattr(following.time, "monotonic", lambda: float(next(seconds)))
     assert 1 < len(told(20, every=60.0)) < 10
-
-
-def test_of_one_window_there_is_nothing_to_tell():
-    lines: list[str] = []
-    follow = Following(lines.append, Stop(1), every=0.0)
-    ShortLlama(Tiny()).measure(random_windows(1, 40), progress=False, follow=follow)
-    assert lines == []
 
 
 def test_the_population_is_told_where_it_is_known():
