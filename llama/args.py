@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
-from llama.errors import InputError, short_repr
+from llama.errors import InputError, check
 from llama.files import JsonObject
 
 # Llama 3.1's rotary scaling factor is not in params.json: it is 8, and 32 for the two small 3.2
@@ -68,11 +68,10 @@ class ModelArgs:
         """
         params = params.get("model", params)
         unknown = sorted(set(params) - {f.name for f in fields(cls)})
-        if unknown:
-            raise InputError(f"params.json has keys this Llama does not know: {unknown}")
         missing = sorted({"dim", "n_layers", "n_heads"} - set(params))
-        if missing:
-            raise InputError(f"params.json lacks {missing}")
+        if unknown or missing:
+            problem = f"has unknown keys {unknown}" if unknown else f"lacks {missing}"
+            raise InputError(f"params.json {problem}")
         args = cls(**{**params, **limits})
         args.check()
         return args
@@ -84,26 +83,25 @@ class ModelArgs:
         check_positive(**{name: getattr(self, name) for name in names})
         if self.vocab_size != -1 or isinstance(self.vocab_size, float):
             check_positive("a positive integer or -1", vocab_size=self.vocab_size)
-        if not isinstance(self.use_scaled_rope, bool):
-            raise InputError(f"use_scaled_rope must be true or false, got {self.use_scaled_rope!r}")
+        scaled = self.use_scaled_rope
+        check(isinstance(scaled, bool), "use_scaled_rope", scaled, "true or false")
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor"):
             value = getattr(self, name)
             optional = value is None and name not in ("norm_eps", "rope_theta")
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not optional and not (number and 0 < value <= MAX_INTEGER):
-                raise InputError(f"{name} must be a positive number, got {short_repr(value)}")
-        dim, heads, kv_heads = self.dim, self.n_heads, self.kv_heads
-        if dim % heads or self.head_dim % 2:
-            raise InputError(f"dim {dim} does not split into {heads} heads of even width")
-        if heads % kv_heads:
-            raise InputError(f"n_heads {heads} is not a multiple of n_kv_heads {kv_heads}")
+            ok = optional or (number and 0 < value <= MAX_INTEGER)
+            check(ok, name, value, "a positive number")
+        heads, kv_heads = self.n_heads, self.kv_heads
+        even = not self.dim % heads and not self.head_dim % 2
+        check(even, "dim", self.dim, f"{heads} heads (n_heads) of an even width")
+        check(not heads % kv_heads, "n_heads", heads, f"a multiple of n_kv_heads {kv_heads}")
 
 
 def check_positive(expected: str = "a positive integer", **numbers: object) -> None:
     """Raises InputError for the first value that is not an integer from 1 to `MAX_INTEGER`."""
     for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_INTEGER:
-            raise InputError(f"{name} must be {expected}, got {short_repr(value)}")
+        ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_INTEGER
+        check(ok, name, value, expected)
 
 
 def some(names: Collection[object]) -> str:
@@ -136,9 +134,4 @@ def check_split(params: ModelArgs, ranks: int) -> None:
         "vocab_size": params.vocab_size,
     }
     for name, value in shares.items():
-        if value % ranks:
-            fit = [n for n in range(1, 9) if not any(share % n for share in shares.values())]
-            raise InputError(
-                f"{name} {value} does not divide among {ranks} model-parallel ranks; use "
-                f"{' or '.join(map(str, fit))}"
-            )
+        check(not value % ranks, name, value, f"a multiple of the {ranks} model-parallel ranks")

@@ -45,6 +45,12 @@ def damaged(file: object, reason: object = "", *, mend: str = "write it again") 
     return InputError(f"{file} is damaged{reason and f' ({reason})'}: {mend}")
 
 
+def check_file(ok: object, file: object, reason: str) -> None:
+    """Raises `damaged` unless what a file holds is ok."""
+    if not ok:
+        raise damaged(file, reason)
+
+
 def short_repr(value: object) -> str:
     """A value for a message; of a long one the beginning."""
     text = repr(value)

@@ -24,7 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from llama.errors import InputError
+from llama.errors import InputError, check_file, damaged
 
 FILES = "files"  # the marker's key of the list
 LOCK, NEW, ASIDE = "lock", "new", "old"  # in a writer's folder
@@ -44,38 +44,38 @@ def check_new(
     ``source``, what the content is made from, must not lie in the directory replaced.
     """
     tidy(resolved(path))
-    _check_replaceable(path, marker, overwrite=overwrite)
-    within = [] if source is None else [source.resolve(), *source.resolve().parents]
-    if path.exists() and path.resolve() in within:
-        raise FileExistsError(f"{path} holds the source {source}; choose another directory")
+    _check_replaceable(path, marker, overwrite=overwrite, source=source)
     check_writable(path)
 
 
-def _check_replaceable(path: Path, marker: str | None, *, overwrite: bool) -> None:
+def _check_replaceable(
+    path: Path, marker: str | None, *, overwrite: bool, source: Path | None = None
+) -> None:
     """Raises FileExistsError for a directory, unless its marker lists all that is in it."""
     if not path.exists():
         return
+    others: list[str] = []
+    if path.is_dir() and overwrite and marker and (path / marker).is_file():
+        listed = read_json(path / marker).get(FILES) or []
+        others = [name for name in contents(path) if name not in listed]
     if not path.is_dir():
-        raise FileExistsError(f"{path} exists and is not a directory; choose another name")
-    if not (overwrite and marker):
-        raise FileExistsError(f"{path} exists; choose another directory or pass `overwrite`")
-    if not (path / marker).is_file():
-        raise FileExistsError(
-            f"{path} exists and holds no {marker}, so it is not overwritten; choose another "
-            "directory"
-        )
-    listed = read_json(path / marker).get(FILES)
-    if not isinstance(listed, list):
-        raise FileExistsError(
-            f"{path} exists, and its {marker} does not list what was written with it, so it "
-            "is not overwritten; delete it or choose another directory"
-        )
-    others = [name for name in contents(path) if name not in listed]
-    if others:
-        raise FileExistsError(
-            f"{path} exists and holds {others[0]}, which its {marker} does not list, so it is not "
-            "overwritten; choose another directory"
-        )
+        reason = " and is not a directory"
+    elif not (overwrite and marker):
+        reason = ""
+    elif not (path / marker).is_file():
+        reason = f" and holds no {marker}"
+    elif others:
+        reason = f" and holds {others[0]}, which its {marker} does not list"
+    elif source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
+        reason = f" and holds the source {source}"
+    else:
+        return
+    raise _exists(path, reason)
+
+
+def _exists(path: Path, reason: str = "") -> FileExistsError:
+    way = "" if reason else " or pass `overwrite`"
+    return FileExistsError(f"{path} exists{reason}; choose another name{way}")
 
 
 def contents(directory: Path) -> list[str]:
@@ -157,19 +157,15 @@ def check_output(path: Path, *, overwrite: bool, replaces: IsKind) -> None:
     """Raises FileExistsError or PermissionError where `new_file`, called so, could not write."""
     if is_stream(path):
         return
-    tidy(resolved(path))
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a directory; choose another name")
+    target = resolved(path)
+    tidy(target)
     if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is neither a file nor a pipe; choose another name")
+        raise _exists(path, " and is not a file")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or pass `overwrite`")
+        raise _exists(path)
     if path.exists() and path.stat().st_size and not replaces(path):
-        raise FileExistsError(
-            f"{path} exists and is not what this would write there, so it is not overwritten; "
-            "choose another name"
-        )
-    check_writable(resolved(path))
+        raise _exists(path, " and is not what this would write there")
+    check_writable(target)
 
 
 @contextmanager
@@ -201,12 +197,8 @@ def check_outputs(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -
     if len(paths) == 1:
         check_output(paths[0], overwrite=overwrite, replaces=replaces)
         return
-    for path in paths:
-        if path.exists():
-            raise FileExistsError(
-                f"{path} exists; files of a model in several are not overwritten: delete them or "
-                "choose another name"
-            )
+    if existing := [path for path in paths if path.exists()]:
+        raise _exists(existing[0], ", and a model in several files replaces none")
     tidy(resolved(paths[0]))
     check_writable(resolved(paths[0]))
 
@@ -248,7 +240,7 @@ def is_stream(path: Path) -> bool:
 @contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside ``path`` (a rename needs one file system), gone afterwards."""
-    lock, made = None, missing(path.parent)
+    lock, created = None, missing(path.parent)
     while True:
         work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
         work.mkdir(parents=True)  # around it another writer may just have removed an empty folder
@@ -263,7 +255,7 @@ def _work_folder(path: Path) -> Iterator[Path]:
         yield work
     finally:
         _clear(work, path)
-        remove_empty(made)
+        remove_empty(created)
         if lock is not None:
             lock.release()
 
@@ -285,15 +277,12 @@ def tidy(path: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.writing-[0-9a-f]{{8}}")
     if not (path.parent.is_dir() and os.access(path.parent, os.R_OK | os.W_OK)):
         return
-    for work in [p for p in path.parent.iterdir() if pattern.fullmatch(p.name)]:
-        if work.is_symlink():  # no writer makes one
+    for work in [*path.parent.iterdir()]:
+        if not pattern.fullmatch(work.name) or work.is_symlink():  # no writer makes a link
             continue
         try:
             lock = lock_file(work / LOCK)
-        except (
-            OSError,
-            NotImplementedError,
-        ):
+        except (OSError, NotImplementedError):
             continue  # a living writer holds it, or there are no locks here
         _clear(work, path)
         lock.release()
@@ -314,8 +303,7 @@ def file_chunks(path: Path, start: int, nbytes: int) -> Iterator[bytes]:
         file.seek(start)
         while nbytes:
             piece = file.read(min(nbytes, CHUNK_BYTES))
-            if not piece:
-                raise InputError(f"{path} was cut off while it was read")
+            check_file(piece, path, "it was cut off while it was read")
             nbytes -= len(piece)
             yield piece
 
@@ -365,12 +353,9 @@ def json_object(text: str | bytes, where: str) -> JsonObject:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {error}; fetch or write it again") from None
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{where} must hold one JSON object, got a {type(content).__name__}; fetch or write it "
-            "again"
-        )
+        raise damaged(where, f"it is not JSON: {error}") from None
+    kind = type(content).__name__
+    check_file(isinstance(content, dict), where, f"expected one JSON object, got a {kind}")
     return content
 
 

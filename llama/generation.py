@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llama.args import check_split
 from llama.checkpoint.meta import LAYER_NAME, Checkpoint, check_vocabulary
 from llama.checkpoint.sharding import split_dim
-from llama.errors import InputError
+from llama.errors import InputError, check
 from llama.model import Transformer
 from llama.parallel import (
     choose_device,
@@ -159,25 +159,15 @@ class Llama:
         return out_tokens, out_scores if logprobs else None
 
     def _check_prompts(self, prompt_tokens: Sequence[Sequence[int]]) -> None:
-        params = self.model.params
-        if not 0 < len(prompt_tokens) <= params.max_batch_size:
-            raise InputError(
-                f"expected 1 to max_batch_size = {params.max_batch_size} prompts, "
-                f"got {len(prompt_tokens)}"
-            )
+        params, count = self.model.params, len(prompt_tokens)
+        most = f"1 to max_batch_size = {params.max_batch_size}"
+        check(0 < count <= params.max_batch_size, "number of prompts", count, most)
         for i, prompt in enumerate(prompt_tokens):
-            if isinstance(prompt, int):
-                raise InputError("expected a list of prompts, each a list of token ids, got one")
-            if not 0 < len(prompt) <= params.max_seq_len:
-                raise InputError(
-                    f"prompt {i} has {len(prompt)} tokens; expected 1 to max_seq_len = "
-                    f"{params.max_seq_len}"
-                )
-            if min(prompt) < 0 or max(prompt) >= params.vocab_size:
-                raise InputError(
-                    f"prompt {i} has token ids outside 0..{params.vocab_size - 1}: "
-                    f"{min(prompt)}..{max(prompt)}"
-                )
+            check(not isinstance(prompt, int), f"prompt {i}", prompt, "a list of token ids")
+            most = f"1 to max_seq_len = {params.max_seq_len}"
+            check(0 < len(prompt) <= params.max_seq_len, f"tokens of prompt {i}", len(prompt), most)
+            ends, last = [min(prompt), max(prompt)], params.vocab_size - 1
+            check(ends[0] >= 0 and ends[1] <= last, f"ids in prompt {i}", ends, f"0 to {last}")
 
     def text_completion(
         self,
@@ -194,8 +184,7 @@ class Llama:
             >>> llama.text_completion(["I am an avid fan of "], max_gen_len=20)  # doctest: +SKIP
             [{'generation': 'the Harry Potter series...'}]
         """
-        if isinstance(prompts, str):
-            raise InputError("expected a list of prompts, got one string: pass [prompt]")
+        check(not isinstance(prompts, str), "prompts", prompts, "a list of texts")
         encoded = [self.tokenizer.encode(p, bos=self.tokenizer.add_bos, eos=False) for p in prompts]
         length = self._gen_len(max_gen_len)
         tokens, scores = self.generate(encoded, length, temperature, top_p, logprobs, echo)
@@ -280,22 +269,17 @@ def _mapped_groups(checkpoint: Checkpoint, own_file: bool) -> list[list[str]]:
 
 def check_numbers(max_gen_len: int, temperature: float, top_p: float) -> None:
     """Raises InputError for settings by which nothing can be generated."""
-    if max_gen_len < 0:
-        raise InputError(f"max_gen_len must be 0 or more, got {max_gen_len}")
-    if not 0 <= temperature < math.inf or not 0 <= top_p <= 1:
-        raise InputError(
-            f"expected a temperature of 0 or more and a top_p in 0..1, got {temperature} and "
-            f"{top_p}"
-        )
+    check(max_gen_len >= 0, "max_gen_len", max_gen_len, "0 or more")
+    check(0 <= temperature < math.inf, "temperature", temperature, "a finite number from 0 on")
+    check(0 <= top_p <= 1, "top_p", top_p, "0 to 1")
 
 
 def check_logits(logits: Tensor) -> None:
     """Raises InputError for logits from which no token can be chosen; -inf forbids a token."""
     if not (logits < torch.inf).all():  # NaN is not below it either
         raise InputError(
-            "the model gives NaN or infinite logits, from which no token can be chosen: a weight "
-            "is damaged, or its dtype cannot hold its values; fetch the weights again, or open "
-            "it in float32"
+            "the model gives NaN or infinite logits: a weight is damaged, or the dtype cannot hold "
+            "its values; open it in float32"
         )
 
 

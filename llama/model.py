@@ -19,7 +19,7 @@ from fairscale.nn.model_parallel.layers import (
 from torch import Tensor, nn
 
 from llama.args import ModelArgs, check_split, kv_heads_of_rank
-from llama.errors import InputError
+from llama.errors import check
 from llama.parallel import model_parallel_size
 
 # devices whose own causal kernel lets half-precision positions see later ones
@@ -126,12 +126,10 @@ class Attention(nn.Module):
         if start_pos == 0:
             self._allocate_cache(k)
             self.cache_ends = [0] * B
+        # every row of this batch holds the positions before start_pos
         whole = len(self.cache_ends) >= B and min(self.cache_ends[:B], default=0) >= start_pos
-        if self.cache_k is None or self.cache_v is None or not whole:
-            raise InputError(
-                f"start_pos {start_pos} continues a batch of {B} whose first {start_pos} positions "
-                "were not all run; call with start_pos=0 first"
-            )
+        check(whole, "start_pos", start_pos, f"0 first: {B} rows do not hold so many positions yet")
+        assert self.cache_k is not None and self.cache_v is not None
         # A smaller batch uses the first rows; further rows and positions are of an earlier text.
         self.cache_k[:B, start_pos:end] = k.detach()  # no gradient runs through the cache
         self.cache_v[:B, start_pos:end] = v.detach()
@@ -199,8 +197,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         params.check()
-        if params.vocab_size < 1:
-            raise InputError(f"vocab_size must be set, got {params.vocab_size}")
+        check(params.vocab_size > 0, "vocab_size", params.vocab_size, "the number of token ids")
         check_split(params, model_parallel_size())
         self.params = params
         self.vocab_size = params.vocab_size
@@ -232,11 +229,8 @@ class Transformer(nn.Module):
         """
         S, first = tokens.shape[1], start_pos or 0
         limit = len(self.freqs_cis) if start_pos is None else self.params.max_seq_len
-        if first + S > limit:
-            raise InputError(
-                f"{first + S} positions; the model was built for max_seq_len "
-                f"{self.params.max_seq_len} and takes up to {limit} here"
-            )
+        within = f"at most {limit}: the model was built for max_seq_len {self.params.max_seq_len}"
+        check(first + S <= limit, "positions", first + S, within)
         h = self.tok_embeddings(tokens)  # (B, S, D)
         freqs_cis = self.freqs_cis[first : first + S].to(h.device)
         mask = None

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
-from llama.errors import InputError, short_repr
+from llama.errors import check, check_file, refused, short_repr
 from llama.files import JsonObject
 from llama.ranks import environment, is_distributed
 
@@ -49,10 +49,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     there = ["cpu", *(f"cuda:{i}" for i in range(count))]
     there += ["mps"] * torch.backends.mps.is_available()
     there += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
-    raise InputError(
-        f"`device` {device!r} is not available here, expected one of {', '.join(there)}: name one, "
-        "or leave it out for the best there is"
-    )
+    raise refused("device", device, f"one of {', '.join(there)}, which are available here")
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -66,23 +63,18 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bf16 else torch.float16
     name = str(dtype).removeprefix("torch.")
-    if name not in FLOATS:
-        raise InputError(f"expected a `dtype` of {', '.join(FLOATS)}, got {dtype!r}")
-    if name == "float64" and not has_float64(device):
-        raise InputError(f"{device} has no float64; pass float32, bfloat16 or float16")
+    ok = name in FLOATS and (name != "float64" or has_float64(device))
+    check(ok, "dtype", name, f"one of {', '.join(FLOATS)} (the last where {device} has it)")
     return FLOATS[name]
 
 
 def config_dtype(config: JsonObject, directory: Path) -> torch.dtype | None:
     """The dtype in a ``config.json``, None without one; InputError if no model computes in it."""
     name = config.get("dtype") or config.get("torch_dtype")
-    found = getattr(torch, str(name), None)  # which knows "half", too
-    if name is not None and found not in FLOATS.values():
-        raise InputError(
-            f"config.json in {directory} has the dtype {short_repr(name)}, expected one of "
-            f"{', '.join(FLOATS)}: correct it, or fetch it again"
-        )
-    return found
+    dtype = getattr(torch, str(name), None)  # which knows "half", too
+    problem = f"it has the dtype {short_repr(name)}, expected one of {', '.join(FLOATS)}"
+    check_file(name is None or dtype in FLOATS.values(), directory / "config.json", problem)
+    return dtype
 
 
 @lru_cache
@@ -110,19 +102,13 @@ def initialize(model_parallel_size: int | None = None, *, device: torch.device) 
         _make_process_group(device)
     if groups.model_parallel_is_initialized():
         current = groups.get_model_parallel_world_size()
-        if model_parallel_size not in (None, current):
-            raise InputError(
-                f"model_parallel_size {model_parallel_size} was asked for, but this process is "
-                f"already set up for {current}; one process serves one size"
-            )
+        same = model_parallel_size in (None, current)
+        check(same, "model_parallel_size", model_parallel_size, f"{current}, as before here")
         return
     world = dist.get_world_size()
     size = world if model_parallel_size is None else model_parallel_size
-    if size < 1 or world % size:
-        raise InputError(
-            f"model_parallel_size {size} does not divide the {world} running rank(s); start "
-            f"torchrun --nproc_per_node {max(size, 1)}"
-        )
+    divides = size >= 1 and not world % size
+    check(divides, "model_parallel_size", size, f"a divisor of the {world} running rank(s)")
     # fairscale prints three lines about the sizes, but stdout belongs to the caller's own output
     with redirect_stdout(io.StringIO()):
         groups.initialize_model_parallel(size)

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from llama.errors import InputError, required
+from llama.errors import InputError, check
 
 Kind = Literal["meta", "hf", "gguf", "hub"]
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -62,18 +62,13 @@ def find_source(name: str | PathLike[str]) -> Source:
     """
     if isinstance(name, Source):
         return name
-    if not isinstance(name, str | PathLike):
-        raise InputError(
-            f"expected a directory, a GGUF file or a hub id, got {type(name).__name__}; for a "
-            "loaded model take open_model(model, tokenizer=...) and its methods, or shrink"
-        )
+    expected = "the name of a directory, of a GGUF file or of a model on the hub"
+    check(isinstance(name, str | PathLike), "source", type(name).__name__, expected)
     path = Path(name)
     if str(name) in NAMED and (isinstance(name, Named) or not path.exists()):
         return find_source(NAMED[str(name)]())
     name = str(name)
-    if is_gguf(name):
-        if not path.is_file():
-            raise FileNotFoundError(f"GGUF file {name} does not exist")
+    if is_gguf(name) and path.is_file():
         return Source(name, "gguf")
     is_hf = (path / "config.json").is_file()
     # Mistral's directories have a params.json of its own beside transformers' files
@@ -81,17 +76,22 @@ def find_source(name: str | PathLike[str]) -> Source:
         return Source(name, "meta")
     if is_hf:
         return Source(name, "hf")
+    is_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if is_hub_name and not is_gguf(name) and not path.exists():
+        return Source(name, "hub")
+    raise FileNotFoundError(_why_no_source(name))
+
+
+def _why_no_source(name: str) -> str:
+    path = Path(name)
+    if is_gguf(name):
+        return f"GGUF file {name} does not exist"
     if path.is_dir():
-        raise FileNotFoundError(
-            f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's); "
-            "is it a checkpoint?"
-        )
+        return f"{path} has no params.json (Meta's format) and no config.json (Hugging Face's)"
     if path.exists():
-        raise FileNotFoundError(f"{path} is a file; expected a checkpoint directory or .gguf")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        owner = "" if "/" in name else "; a hub id has an owner, as in openai-community/gpt2"
-        raise FileNotFoundError(f"checkpoint directory {name} does not exist{owner}")
-    return Source(name, "hub")
+        return f"{path} is a file; expected a checkpoint directory or .gguf"
+    owner = "" if "/" in name else "; a hub id has an owner, as in openai-community/gpt2"
+    return f"checkpoint directory {name} does not exist{owner}"
 
 
 def public_name(source: object) -> str:
@@ -133,8 +133,8 @@ def resolve(source: str | PathLike[str]) -> Path:
         return path
     if not is_hub_id(name):
         raise FileNotFoundError(f"{path} is neither a directory nor a hub id like 'owner/name'")
-    with required("huggingface_hub", by="fetching a model"):
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
+
     try:
         skipped = ["original/*", "consolidated*"]
         return Path(snapshot_download(name, allow_patterns=FETCHED, ignore_patterns=skipped))
@@ -160,8 +160,8 @@ def check_links(folder: Path) -> None:
     """`check_inside` for what goes along with a model in Hugging Face's format, except weights."""
     named = folder / TEMPLATES
     patterns = {*FETCHED, TEMPLATES, "*.py"} - {"*.safetensors"}
-    own = [path for path in folder.iterdir() if any(fnmatch(path.name, p) for p in patterns)]
-    check_inside(folder, [*own, *named.rglob("*")])
+    files = [path for path in folder.iterdir() if any(fnmatch(path.name, p) for p in patterns)]
+    check_inside(folder, [*files, *named.rglob("*")])
 
 
 def check_inside(folder: Path, paths: Iterable[Path]) -> None:
@@ -175,11 +175,8 @@ def check_inside(folder: Path, paths: Iterable[Path]) -> None:
     homes = [home, *((around / "blobs").resolve() for around in cached)]
     for path in paths:
         target = Path(os.path.realpath(path))  # which takes a link to itself, too
-        if not any(target.is_relative_to(own) for own in homes):
-            raise InputError(
-                f"{path} is a link to {target}, which would be copied with the model "
-                f"although it is not in {folder}: put the file itself there, or remove the link"
-            )
+        if not any(target.is_relative_to(allowed) for allowed in homes):
+            raise InputError(f"{path} is a link to {target}, outside of {folder}: remove the link")
 
 
 def hub_failure(name: str, error: BaseException) -> Exception | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from llama.errors import InputError
+from llama.errors import InputError, check, check_file, damaged
 from llama.files import JsonObject, read_json
 
 LLAMA3_PATTERN = (
@@ -67,17 +67,16 @@ class Tokenizer:
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """Token ids of a text of any length, between `bos_id` and `eos_id` where asked for."""
-        for asked, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
-            if asked and token_id < 0:
-                raise InputError(f"encode({key}=True) needs a {key}_token; {self._backend.lack}")
+        for added, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
+            check(not added or token_id >= 0, key, True, f"a {key}_token, but {self._backend.lack}")
         check_text(s)
         return [self.bos_id] * bos + self._backend.encode(s) + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; InputError if one is not in the vocabulary, like -1."""
         ids = [int(i) for i in ids]
-        if unknown := [i for i in ids if i not in self._backend.ids]:
-            raise InputError(f"no token has id {unknown[0]}, only 0..{self.n_words - 1}; drop it")
+        unknown = [i for i in ids if i not in self._backend.ids]
+        check(not unknown, "token ids", unknown[:1], f"0..{self.n_words - 1}")
         return self._backend.decode(ids)
 
 
@@ -90,9 +89,8 @@ class _SentencePiece:
         try:
             model = self.model = SentencePieceProcessor(model_proto=data)
         except RuntimeError:
-            raise InputError(f"{path} is a damaged SentencePiece model: fetch it again") from None
-        if not _has_settings(data):
-            raise InputError(f"{path} is a damaged SentencePiece model: it ends after the pieces")
+            raise damaged(path, "expected a SentencePiece model") from None
+        check_file(_has_settings(data), path, "it ends after the pieces")
         self.lack, self.add_bos = f"{path} defines none", True
         self.ids, self.special_tokens = range(model.vocab_size()), dict[str, int]()
         self.bos_eos_pad = model.bos_id(), model.eos_id(), model.pad_id()
@@ -131,9 +129,7 @@ class _TokenizerJson:
         except BaseException as error:
             if not isinstance(error, ValueError) and not is_panic(error):
                 raise
-            raise InputError(
-                f"{path} is not a tokenizer.json, or a damaged one: {error}; fetch it again"
-            ) from None
+            raise damaged(path, error) from None
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True  # in spite of its name: as ordinary text
@@ -145,15 +141,15 @@ class _TokenizerJson:
         keys = ("bos_token", "eos_token", "pad_token")
         names = [_name(config, key, special, config_path) for key in keys]
         for name in filter(None, names):
-            if name not in vocab:
-                raise InputError(f"{config_path} names a token {name!r}, which {path} lacks")
+            check_file(name in vocab, config_path, f"it names a token {name!r}, which {path} lacks")
             model.add_special_tokens([name])
             special[name] = vocab[name]
         self.ids, self.special_tokens = frozenset(vocab.values()), special
         self.bos_eos_pad = tuple(vocab.get(name, -1) for name in names)
-        own = model.encode("").ids[:1] == [self.bos_eos_pad[0]]  # the file's post-processor adds it
+        # of a config without that key, the file's post-processor tells
+        puts_bos = model.encode("").ids[:1] == [self.bos_eos_pad[0]]
         stated = config.get("add_bos_token")
-        self.add_bos = own if stated is None else bool(stated)
+        self.add_bos = puts_bos if stated is None else bool(stated)
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -172,11 +168,8 @@ def check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        character = ascii(text[error.start])
-        raise InputError(
-            f"the text holds {character} as character {error.start}, half a surrogate pair or a "
-            "byte that is not UTF-8; expected whole characters: remove it"
-        ) from None
+        character = f"{text[error.start]!a} as character {error.start}"
+        raise InputError(f"the text holds {character}, half a surrogate pair: remove it") from None
 
 
 def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
@@ -202,10 +195,9 @@ def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
 
 
 def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; give the tokenizer.model or tokenizer.json in it")
     if not path.is_file():
-        raise FileNotFoundError(f"tokenizer file {path} does not exist")
+        problem = "is a directory, not the file in it" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"tokenizer file {path} {problem}")
     data = path.read_bytes()
     if data[:64].lstrip().startswith(b"{"):
         return _TokenizerJson(path, data)
@@ -213,8 +205,8 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
         return _Tiktoken(path, data)
     if re.match(rb"\n[\x07-\xff]\x01?\n", data):  # a piece, its length, and its text likewise
         return _SentencePiece(path, data)
-    what = f"begins with {data[:20]!r}" if data else "is empty"
-    raise InputError(f"{path} {what}; expected SentencePiece, tiktoken ranks or tokenizer.json")
+    expected = "expected SentencePiece, tiktoken ranks or tokenizer.json"
+    raise damaged(path, f"{expected}, it begins with {data[:20]!r}")
 
 
 def holds_json(path: Path) -> bool:
@@ -240,13 +232,13 @@ def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
             word, rank = line.split()
             token = base64.b64decode(word, validate=True)
             if int(rank) != len(ranks) or token in ranks:
-                raise InputError
+                raise ValueError
         except ValueError:
             expected = f"expected a new token in base64 and the rank {len(ranks)}"
-            raise InputError(f"{path} is damaged: {expected}, got {line[:40]!r}") from None
+            raise damaged(path, f"{expected}, got {line[:40]!r}") from None
         ranks[token] = len(ranks)
-    if lacking := sum(bytes([i]) not in ranks for i in range(256)):
-        raise InputError(f"{path} is damaged: it lacks {lacking} of the 256 single bytes")
+    missing = sum(bytes([i]) not in ranks for i in range(256))
+    check_file(not missing, path, f"it lacks {missing} of the 256 single bytes")
     return ranks
 
 
@@ -266,8 +258,7 @@ def _name(config: JsonObject, key: str, special: dict[str, int], path: Path) -> 
     if key in config:
         token = config[key]
         name = token.get("content", token) if isinstance(token, dict) else token
-        if not isinstance(name, str | None):
-            raise InputError(f"{path} has {key} = {name!r:.60}, expected a token's text")
+        check_file(isinstance(name, str | None), path, f"{key} {name!r:.60} is no token's text")
         return name or ""
     usual = USUAL_NAMES.get(key, set()) & special.keys()
     return usual.pop() if len(usual) == 1 else ""
@@ -297,10 +288,7 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
         return _encode_llama2(tokenizer, dialog)
     if tokenizer.dialog_format == "llama3":
         return _encode_llama3(tokenizer, dialog)
-    raise InputError(
-        "this tokenizer has neither Llama 2's nor Llama 3's dialog format; write the model's own "
-        "chat template into a prompt and call text_completion"
-    )
+    raise InputError("this tokenizer has neither Llama 2's nor Llama 3's dialog format")
 
 
 def is_unsafe(tokenizer: Tokenizer, dialog: Dialog) -> bool:
@@ -318,10 +306,8 @@ def check_roles(dialog: Dialog) -> None:
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
-    if turns != expected or len(turns) % 2 == 0:
-        raise InputError(
-            f"expected roles [system,] user, assistant, user, ... ending with user, got {roles}"
-        )
+    ok = turns == expected and len(turns) % 2 == 1
+    check(ok, "roles", roles, "[system,] user, assistant, user, ... ending with user")
 
 
 def _encode_llama2(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:

@@ -28,7 +28,7 @@ from llama.checkpoint.sharding import (
     shapes_of_rank,
     split_dim,
 )
-from llama.errors import InputError
+from llama.errors import InputError, check, check_file, damaged
 from llama.files import JsonObject, check_new, new_directory, read_json, read_marker, write_json
 from llama.parallel import choose_dtype
 from llama.sources import TEMPLATES, check_inside, public_name
@@ -64,8 +64,7 @@ class Checkpoint:
         self.shards = [Shard(path) for path in paths]
         first = self.shards[0].infos
         if args.vocab_size == -1:
-            if OUTPUT not in first:
-                raise InputError(f"{self.shards[0].path} lacks output.weight")
+            check_file(OUTPUT in first, self.shards[0].path, f"it lacks {OUTPUT}")
             args.vocab_size = first[OUTPUT].shape[0] * len(self.shards)
         self.vocab_parallel = self._check()
         shapes = full_shapes(args)
@@ -80,14 +79,7 @@ class Checkpoint:
         """Compares names and shapes with params.json; returns ``vocab_parallel``."""
         first, ranks = self.shards[0].infos, len(self.shards)
         check_layer_count(self.directory, self.args.n_layers, first)
-        try:
-            check_split(self.args, ranks)  # else rows that no shard holds would not be missed
-        except InputError as error:
-            reason = str(error).split(";")[0]
-            raise InputError(
-                f"{self.directory} has {ranks} shards: {reason}; correct params.json or fetch all "
-                "files again"
-            ) from None
+        check_split(self.args, ranks)  # else rows that no shard holds would not be missed
         expected = {v: shapes_of_rank(self.args, ranks, vocab_parallel=v) for v in (False, True)}
         if ranks == 1:
             vocab_parallel = by_vocabulary(self.args, first)
@@ -97,11 +89,8 @@ class Checkpoint:
         for shard in self.shards:
             _check_shapes(shard, expected[vocab_parallel], ranks)
             for name, info in shard.infos.items():
-                if name not in self.ignored and info.dtype != (dtype := first[name].dtype):
-                    raise InputError(
-                        f"{name} is {info.dtype} in {shard.path} and {dtype} in "
-                        f"{self.shards[0].path}: expected one dtype; fetch both again"
-                    )
+                same = name in self.ignored or info.dtype == first[name].dtype
+                check_file(same, shard.path, f"its {name} is {info.dtype}, unlike other shards'")
         return vocab_parallel
 
     def read(self, name: str, *, rank: int = 0, ranks: int = 1) -> Tensor:
@@ -167,18 +156,12 @@ class Checkpoint:
 
 def _check_shapes(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:
     shapes = {n: info.shape for n, info in shard.infos.items() if n not in Checkpoint.ignored}
-    for problem, names in (
-        ("lacks", expected.keys() - shapes.keys()),
-        ("has, unknown to params.json,", shapes.keys() - expected.keys()),
-    ):
-        if names:
-            raise InputError(f"{shard.path} {problem} {some(names)}")
+    missing, unknown = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
+    check_file(not missing, shard.path, f"it lacks {some(missing)}")
+    check_file(not unknown, shard.path, f"it has {some(unknown)}, unknown to params.json")
     for name, shape in shapes.items():
-        if shape != expected[name]:
-            raise InputError(
-                f"{name} in {shard.path} has shape {list(shape)}; params.json and {ranks} "
-                f"shard(s) give {list(expected[name])}"
-            )
+        problem = f"{name} has shape {list(shape)}; params.json and {ranks} shard(s) give "
+        check_file(shape == expected[name], shard.path, f"{problem}{list(expected[name])}")
 
 
 def args_of_params(directory: Path, params: JsonObject, **limits: int) -> ModelArgs:
@@ -187,20 +170,16 @@ def args_of_params(directory: Path, params: JsonObject, **limits: int) -> ModelA
     try:
         return ModelArgs.from_params(params, **limits)
     except InputError as error:
-        path, reason = directory / "params.json", str(error).replace("params.json", "it")
-        raise InputError(f"{path} cannot be read: {reason}; correct or fetch it again") from None
+        raise damaged(directory / "params.json", error) from None
 
 
 def read_params(directory: Path) -> JsonObject:
     """Content of the directory's ``params.json``."""
     if not directory.is_dir():
         raise FileNotFoundError(f"checkpoint directory {directory} does not exist")
-    path = directory / "params.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no params.json; is it a Meta checkpoint?")
-    params = read_json(path)
-    if not isinstance(params.get("model", {}), dict):
-        raise InputError(f"{path} must hold one JSON object")
+    params = read_json(directory / "params.json")
+    ok = isinstance(params.get("model", {}), dict)
+    check_file(ok, directory / "params.json", "its model is no JSON object")
     return params
 
 
@@ -218,11 +197,14 @@ def check_vocabulary(
     ``path`` and ``model`` are named; ``spare``: whether the format allows ids without a token, and
     if not, ``advice`` is what to do where there are such.
     """
-    counts = f"the tokenizer {path} has {tokenizer.n_words} tokens, {model} has {ids} ids"
     if tokenizer.n_words > ids:
-        raise InputError(f"{counts}: it belongs to another model; give the model's own tokenizer")
-    if tokenizer.n_words < ids and not spare:
-        raise InputError(f"{counts}: Meta's format needs a token for each id; {advice}")
+        problem = "it belongs to another model; give the model's own tokenizer"
+    elif tokenizer.n_words < ids and not spare:
+        problem = f"Meta's format needs a token for each id; {advice}"
+    else:
+        return
+    counts = f"the tokenizer {path} has {tokenizer.n_words} tokens, {model} has {ids} ids"
+    raise InputError(f"{counts}: {problem}")
 
 
 def read_conversion(directory: Path) -> JsonObject:
@@ -284,8 +266,7 @@ def write_model(
 
 def check_shards(args: ModelArgs, shards: int) -> None:
     """Raises InputError unless the model can be cut into so many shards."""
-    if not 1 <= shards <= 100:
-        raise InputError(f"`shards` {shards}: expected 1 to 100")
+    check(1 <= shards <= 100, "shards", shards, "1 to 100")
     check_split(args, shards)
 
 

@@ -8,8 +8,6 @@ once. ``torch.serialization.skip_data`` writes by tensor too, but with wrong che
 from __future__ import annotations
 
 import pickle
-import re
-import struct
 import sys
 import zipfile
 from collections import OrderedDict
@@ -22,9 +20,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.errors import InputError
+from llama.errors import InputError, check_file, damaged
 
-ZIP_END = 98  # bytes at most that follow a zip file's list of records
 MOST_RECORD = 2**24  # bytes of a record without a tensor: the names of all tensors take far less
 STORAGES = {
     torch.float32: torch.FloatStorage,
@@ -63,30 +60,14 @@ class Shard:
                 _check_records(self.path)
                 self._checked = True
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except InputError:
-            raise
-        except pickle.UnpicklingError as error:
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f", {named[1]}" if named else ""
-            raise InputError(
-                f"{self.path} was refused: its pickle holds more than tensors{what}"
-            ) from None
+        except pickle.UnpicklingError:
+            raise damaged(self.path, "its pickle holds more than tensors") from None
         except Exception as error:  # a damaged file can make the unpickler raise anything
             if isinstance(error, MemoryError) or "allocate memory" in str(error):
-                raise InputError(
-                    f"{self.path} cannot be read: it does not fit the free memory; free some, or "
-                    "read it in more files (convert with shards)"
-                ) from None
-            is_zip = zipfile.is_zipfile(self.path)
-            why = "damaged" if is_zip else "cut off or another kind of file"
-            raise InputError(
-                f"{self.path} cannot be read: expected a complete zip file of torch.save, but it "
-                f"is {why}: fetch it again"
-            ) from None
-        if not isinstance(content, dict):
-            raise InputError(
-                f"{self.path} holds a {type(content).__name__}, expected tensors by name"
-            )
+                raise InputError(f"{self.path} does not fit the free memory") from None
+            raise damaged(self.path, "expected a complete zip file of torch.save") from None
+        kind = type(content).__name__
+        check_file(isinstance(content, dict), self.path, f"it holds a {kind}, not tensors by name")
         return content
 
     def read(self, name: str) -> Tensor:
@@ -109,23 +90,13 @@ class Shard:
         finally:
             self._mapped = None
 
-    def _describe(self, tensor: object, name: object) -> TensorInfo:
-        if not isinstance(name, str):
-            raise InputError(f"{self.path} holds the name {name!r}, expected tensors by name")
+    def _describe(self, tensor: object, name: str) -> TensorInfo:
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        if not isinstance(tensor, Tensor) or not dense or tensor.dtype not in STORAGES:
-            kind = type(tensor).__name__
-            if isinstance(tensor, Tensor):
-                kind = str(tensor.dtype if dense else tensor.layout)
-            raise InputError(
-                f"{name} in {self.path} is {kind}; expected a tensor of "
-                f"{', '.join(str(t) for t in STORAGES)}"
-            )
-        if tensor.is_meta:
-            raise InputError(
-                f"{name} in {self.path} is on the device meta, where tensors have no values; save "
-                "the model again, once its weights are loaded"
-            )
+        has_values = isinstance(tensor, Tensor) and not tensor.is_meta
+        if not isinstance(tensor, Tensor) or not dense or not has_values:
+            raise damaged(self.path, f"its {name} is no dense tensor with values")
+        kinds = f"expected one of {', '.join(str(t) for t in STORAGES)}"
+        check_file(tensor.dtype in STORAGES, self.path, f"its {name} is {tensor.dtype}; {kinds}")
         owner = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         # tied weights are one storage under two names; a view of a part counts as its own
         storage = tensor.data_ptr() if owner else name
@@ -133,33 +104,16 @@ class Shard:
 
 
 def _check_records(path: Path) -> None:
-    """Raises InputError for a zip file that would take more memory than it has bytes."""
+    """Raises BadZipFile for a zip file that would take more memory than it has bytes."""
     # torch reads data.pkl and version completely and inflates what is compressed
     size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        file.seek(max(size - ZIP_END, 0))
-        _check_end(file.read(), size, archive.start_dir)
+    with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
     for record in records:
         most = size if "/data/" in record.filename else MOST_RECORD
-        if record.compress_type != zipfile.ZIP_STORED:
-            why = f"its record {record.filename} is compressed, which torch.save never does"
-        elif record.file_size > most or record.file_size != record.compress_size:
-            why = f"its record {record.filename} says that it has {record.file_size} bytes"
-        else:
-            continue
-        raise InputError(f"{path} was refused: {why}; fetch it again, from a source you trust")
-
-
-def _check_end(end: bytes, size: int, start: int) -> None:
-    """Raises BadZipFile unless the end leads every reader to the list that zipfile reads."""
-    signature, begin, comment = struct.unpack("<4s12xIH", end[-22:])
-    end_record = size - ZIP_END
-    if end[-42:-38] == b"PK\6\7":  # zip64, whose own end lies before that
-        (end_record,) = struct.unpack("<Q", end[-34:-26])
-        (begin,) = struct.unpack("<Q", end[-50:-42])
-    if (signature, comment, begin, end_record) != (b"PK\5\6", 0, start, size - ZIP_END):
-        raise zipfile.BadZipFile
+        plain = record.compress_type == zipfile.ZIP_STORED
+        if not plain or record.file_size > most or record.file_size != record.compress_size:
+            raise zipfile.BadZipFile
 
 
 class _Storage(NamedTuple):
@@ -229,17 +183,14 @@ def write_shards(
             full = rounded(name, read(name).detach(), info.dtype)
             for number, archive in enumerate(archives):
                 tensor = part(name, full, number).contiguous()
-                if tuple(tensor.shape) != info.shape:
-                    raise InputError(f"{name} is {list(tensor.shape)}, expected {info.shape}")
+                assert tuple(tensor.shape) == info.shape, name
                 _write_record(archive, f"archive/data/{key}", tensor)
         for archive in archives:
             archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
     for path in paths:
         with zipfile.ZipFile(path) as again:
             if (other := again.testzip()) is not None:
-                raise OSError(
-                    f"{path}, read again, holds another {other} than was written: check the disk"
-                )
+                raise OSError(f"{path}, read again, has another {other}: check the disk")
 
 
 def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -248,10 +199,7 @@ def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.float16 or weight.dtype == dtype or not (infinite := new.isinf()).any():
         return new
     if weight.cpu()[infinite].isfinite().any():
-        raise InputError(
-            f"{name} has values beyond float16's: write bfloat16 or float32; a source in float16 "
-            "must be converted first, by short-gpt convert with --dtype"
-        )
+        raise InputError(f"{name} has values beyond float16's: write bfloat16 or float32")
     return new
 
 

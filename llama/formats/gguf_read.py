@@ -12,7 +12,7 @@ import mmap
 import re
 import struct
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.errors import InputError, MissingPackageError, required
+from llama.errors import check_file, damaged
 from llama.files import file_chunks
 
 # The types of a value, by number: those of one size as struct names them, then two of any size.
@@ -65,7 +65,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file; InputError for a name that occurs twice or for lost bytes."""
+    """The header of a GGUF file; InputError for a damaged one."""
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file {path} does not exist")
     status = path.stat()
@@ -83,12 +83,10 @@ def _header(path: Path) -> Header:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()
-    except MissingPackageError:
-        raise
     except struct.error:
-        raise InputError(f"{path} is not a complete GGUF file: its header ends early") from None
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"{path} is not a complete GGUF file: {error}") from None
+        raise damaged(path, "its header ends early") from None
+    except (ValueError, OverflowError, KeyError) as error:
+        raise damaged(path, error) from None
 
 
 def has_key(path: Path, key: str) -> bool:
@@ -99,23 +97,26 @@ def has_key(path: Path, key: str) -> bool:
         return False
 
 
+def _expect(ok: bool, problem: str) -> None:
+    if not ok:
+        raise ValueError(problem)
+
+
 class _Reader:
-    """Reads a header from its first byte to its last."""
+    """Reads a header from its first byte to its last; ValueError or struct.error for damage."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at = data, 0
 
     def header(self) -> Header:
-        if self._data[:4] != b"GGUF":
-            raise InputError(f"it begins with {self._data[:4]!r}, expected b'GGUF'")
+        _expect(self._data[:4] == b"GGUF", f"it begins with {self._data[:4]!r}, not b'GGUF'")
         self._at = 4
         version, tensors, keys = self._number("I"), self._number("Q"), self._number("Q")
-        if version not in VERSIONS:
-            raise InputError(f"it is of version {version}, expected 2 or 3")
+        _expect(version in VERSIONS, f"it is of version {version}, expected 2 or 3")
         fields, records = self._keys(self._bounded(keys, 13))
         alignment = fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
-            raise InputError(f"general.alignment is {alignment!r}, expected a positive integer")
+            raise ValueError(f"general.alignment is {alignment!r}")
         return Header(fields, self._tensors(tensors, alignment), records, version, alignment)
 
     def _keys(self, count: int) -> tuple[dict[str, object], dict[str, Record]]:
@@ -123,7 +124,7 @@ class _Reader:
         records: dict[str, Record] = {}
         for _ in range(count):
             start = self._at
-            key = self._new_name("key", fields)
+            key = self._string()
             kind, value_start = self._number("I"), self._at
             fields[key] = self._value(kind)
             element = None
@@ -136,53 +137,32 @@ class _Reader:
         """Where tensors lie: one after the other, each at a multiple of the alignment."""
         infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(self._bounded(count, 24)):
-            name = self._new_name("tensor", infos)
-            dims = self._number("I")
-            if dims > MAX_DIMS:
-                raise InputError(
-                    f"tensor {name} has {dims} dimensions, expected at most {MAX_DIMS}"
-                )
+            name, dims = self._string(), self._number("I")
+            _expect(dims <= MAX_DIMS, f"tensor {name} has {dims} dimensions")
             shape = tuple(self._number("Q") for _ in range(dims))[::-1]
             infos[name] = (shape, self._number("I"), self._number("Q"))
         first = end = self._at + -self._at % alignment
         entries: dict[str, TensorEntry] = {}
         for name, (shape, kind, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
             start = end + -(end - first) % alignment
-            if first + offset != start:
-                raise InputError(
-                    f"tensor {name} begins at byte {first + offset}, expected {start}, after the "
-                    "one before it"
-                )
+            _expect(first + offset == start, f"tensor {name} is not where the one before it ends")
             entries[name] = TensorEntry(shape, kind, start, nbytes_of(name, shape, kind))
             end = start + entries[name].nbytes
-            if end > len(self._data):
-                raise InputError(f"tensor {name} ends at byte {end} of {len(self._data)}")
-        if len(self._data) - end >= alignment:  # more than fills up the last tensor's bytes
-            raise InputError(
-                f"its {len(entries)} tensors end at byte {end} of {len(self._data)}; are there "
-                "more?"
-            )
+        # less than an alignment fills up the last tensor's bytes
+        problem = f"its {len(entries)} tensors end at byte {end} of {len(self._data)}"
+        _expect(0 <= len(self._data) - end < alignment, problem)
         return entries
-
-    def _new_name(self, what: str, known: Container[str]) -> str:
-        """The next name; InputError if it was there before."""
-        name = self._string()
-        if name in known:
-            raise InputError(f"it has the {what} {name} twice")
-        return name
 
     def _value(self, kind: int) -> object:
         if kind in NUMBERS:
             return self._number(NUMBERS[kind])
         if kind == STRING:
             return self._string()
-        if kind != ARRAY:
-            raise InputError(f"it holds a value of type {kind}, which GGUF does not know")
+        _expect(kind == ARRAY, f"it holds a value of type {kind}, which GGUF does not know")
         kind, count = self._number("I"), self._number("Q")
         if kind == STRING:
             return [self._string() for _ in range(self._bounded(count, 8))]
-        if kind not in NUMBERS:
-            raise InputError(f"it holds an array of type {kind}, expected numbers or texts")
+        _expect(kind in NUMBERS, f"it holds an array of type {kind}, expected numbers or texts")
         dtype = np.dtype(f"<{NUMBERS[kind]}")
         return np.frombuffer(self._bytes(count * dtype.itemsize), dtype).tolist()
 
@@ -195,28 +175,25 @@ class _Reader:
         return self._bytes(self._number("Q")).decode("utf-8")
 
     def _bytes(self, size: int) -> bytes:
-        if size > len(self._data) - self._at:
-            raise InputError(f"{size} bytes at {self._at} go beyond its {len(self._data)}")
-        self._at += size
+        self._at += self._bounded(size, 1)
         return self._data[self._at - size : self._at]
 
     def _bounded(self, count: int, least: int) -> int:
-        """``count``; InputError if the rest is too short for so many entries of ``least`` bytes."""
-        if count * least > len(self._data) - self._at:
-            raise InputError(f"it counts {count} entries, more than its bytes can hold")
+        """``count``; ValueError if the rest is too short for so many entries of ``least`` bytes."""
+        fits = count * least <= len(self._data) - self._at
+        _expect(fits, f"it counts {count} entries, more than its bytes can hold")
         return count
 
 
 def nbytes_of(name: str, shape: tuple[int, ...], kind: int) -> int:
     """The bytes of a tensor of this shape, in torch's order, in blocks of ggml's type."""
-    with required("gguf", by="reading GGUF"):
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    known = {int(k): sizes for k, sizes in GGML_QUANT_SIZES.items()}
-    if kind not in known:
-        raise InputError(f"tensor {name} is of type {kind}, of {len(GGMLQuantizationType)} known")
-    block, size = known[kind]
-    if not shape or 0 in shape or shape[-1] % block:
-        raise InputError(f"tensor {name} has shape {list(shape)}, expected rows of {block} values")
+    from gguf import GGML_QUANT_SIZES
+
+    sizes = {int(k): size for k, size in GGML_QUANT_SIZES.items()}
+    _expect(kind in sizes, f"tensor {name} is of the unknown type {kind}")
+    block, size = sizes[kind]
+    full_blocks = shape and 0 not in shape and not shape[-1] % block
+    _expect(bool(full_blocks), f"tensor {name} {list(shape)} does not fill blocks of {block}")
     return prod(shape) // block * size
 
 
@@ -235,30 +212,18 @@ class GGUFParts:
         self.tensors: dict[str, TensorEntry] = {}
         self._part: dict[str, int] = {}
         for number, header in enumerate(self.headers):
-            if twice := sorted(self.tensors.keys() & header.tensors.keys()):
-                other = self.paths[self._part[twice[0]]]
-                raise InputError(f"{self.paths[number]} holds {twice[0]}, which {other} has too")
+            twice = sorted(self.tensors.keys() & header.tensors.keys())
+            check_file(not twice, self.paths[number], f"another part has its {twice[:1]} too")
             self.tensors |= header.tensors
             self._part |= dict.fromkeys(header.tensors, number)
-        self._check_parts()
-
-    def _check_parts(self) -> None:
-        """Raises InputError unless the files say that they belong together."""
-        for number, (part, header) in enumerate(zip(self.paths, self.headers, strict=True)):
-            split = [header.fields.get(key) for key in (SPLIT_NO, SPLIT_COUNT)]
-            expected = [number, len(self.paths)]
-            if split != expected and (len(self.paths) > 1 or split[1] not in (None, 0, 1)):
-                raise InputError(
-                    f"{part} says that it is part {split[0]} of {split[1]}, expected "
-                    f"{expected[0]} of {expected[1]}; a model in several files keeps their names, "
-                    "NAME-00001-of-0000N.gguf"
-                )
+            split = (header.fields.get(SPLIT_NO), header.fields.get(SPLIT_COUNT))
+            alone = len(self.paths) == 1 and split[1] in (None, 0, 1)
+            problem = f"it says that it is part {split[0]} of {split[1]}, unlike its name"
+            check_file(alone or split == (number, len(self.paths)), self.paths[number], problem)
         count = self.fields.get(SPLIT_TENSORS)
-        if len(self.paths) > 1 and count not in (None, len(self.tensors)):
-            raise InputError(
-                f"{self.paths[0]} counts {count} tensors in all files, which hold "
-                f"{len(self.tensors)}; fetch them again"
-            )
+        complete = len(self.paths) == 1 or count in (None, len(self.tensors))
+        problem = f"it counts {count} tensors in all parts, which hold {len(self.tensors)}"
+        check_file(complete, self.paths[0], problem)
 
     def get(self, key: str, default: object = None) -> Any:
         """The value of a key of the metadata."""
@@ -266,18 +231,14 @@ class GGUFParts:
 
     def need(self, key: str) -> Any:
         """The value of a key; InputError if the file lacks it."""
-        if key not in self.fields:
-            raise InputError(f"{self.path} lacks the key {key}")
+        check_file(key in self.fields, self.path, f"it lacks the key {key}")
         return self.fields[key]
 
     def need_list(self, key: str, kind: type) -> list[Any]:
         """A list of values of one type; InputError if the key is missing or holds another."""
-        values, named = self.need(key), {str: "texts", int: "whole numbers", float: "numbers"}
-        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-            raise InputError(
-                f"{self.path} has {key} = {str(values)[:40]}, expected a list of {named[kind]}; "
-                "convert the model again"
-            )
+        values = self.need(key)
+        ok = isinstance(values, list) and all(isinstance(value, kind) for value in values)
+        check_file(ok, self.path, f"{key} is no list of values of type {kind.__name__}")
         return values
 
     def part_of(self, name: str) -> int:
@@ -296,8 +257,8 @@ class GGUFParts:
         entry, path = self.tensors[name], self.paths[self._part[name]]
         kind, width = GGMLQuantizationType(entry.kind), entry.shape[-1]
         plain = NUMPY_TYPES.get(kind.name)
-        if kind.name[0] == "I" and kind.name[1:].isdigit():  # I8 to I64
-            raise InputError(f"{name} in {path} holds whole numbers ({kind.name}), not weights")
+        integers = kind.name[0] == "I" and kind.name[1:].isdigit()  # I8 to I64
+        check_file(not integers, path, f"{name} holds whole numbers ({kind.name}), not weights")
         values = torch.empty(entry.shape, dtype=dtype or torch.float32)  # (..., D)
         rows = values.view(-1, width)
         row_bytes = entry.nbytes // len(rows)
@@ -305,8 +266,8 @@ class GGUFParts:
             file.seek(entry.start)
             for part in rows.split(max(1, CHUNK_VALUES // width)):  # dequantizing takes copies
                 raw = np.fromfile(file, np.uint8, len(part) * row_bytes)
-                if len(raw) < len(part) * row_bytes:
-                    raise InputError(f"{path} was cut off while it was read")
+                complete = len(raw) == len(part) * row_bytes
+                check_file(complete, path, "it was cut off while it was read")
                 packed = raw.reshape(len(part), -1)
                 dequantized = packed.view(plain) if plain else quants.dequantize(packed, kind)
                 part.copy_(torch.from_numpy(dequantized.astype(np.float32, copy=False)))

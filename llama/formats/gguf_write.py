@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.errors import InputError
+from llama.errors import InputError, check
 from llama.files import file_chunks
 from llama.formats.gguf_quantize import LAYOUTS, Q4_K, quantized
 from llama.formats.gguf_read import (
@@ -55,10 +55,7 @@ def record(key: str, value: object, kind: int, element: int | None = None) -> Re
 
     ``kind`` is the number of its type, ``element`` that of a list's elements.
     """
-    try:
-        raw = _text(key) + struct.pack("<I", kind) + _packed(value, kind, element)
-    except (struct.error, TypeError, AttributeError) as error:
-        raise InputError(f"{key} = {value!r} is not of GGUF's type {kind}: {error}") from None
+    raw = _text(key) + struct.pack("<I", kind) + _packed(value, kind, element)
     return Record(kind, element, raw)
 
 
@@ -93,22 +90,19 @@ def write_new(
 ) -> None:
     """Writes a file of these keys and tensors, in memory of what a tensor yields at a time.
 
-    It is read again: OSError if a key or a tensor is not what was written.
+    It is read again: OSError if it does not hold what was written.
     """
     like = Header({}, {}, {}, VERSION, ALIGNMENT)
     keys = [key.raw for key in records.values()]
     digests = _write_file(path, like, keys, tensors, progress, pad_to=ALIGNMENT)
     again = read_header(path)
-    if [key.raw for key in again.records.values()] != keys:
-        raise OSError(f"{path}, read again, has other keys than were written: check the disk")
-    for name, digest in digests.items():
-        entry, tensor = again.tensors.get(name), tensors[name]
-        same = entry is not None and (entry.shape, entry.kind) == (tensor.shape, tensor.kind)
-        read = file_chunks(path, entry.start, entry.nbytes) if entry else []
-        if not same or digest_of(read) != digest:
-            raise OSError(
-                f"{path}, read again, holds another {name} than was written: check the disk"
-            )
+    same = [key.raw for key in again.records.values()] == keys
+    same = same and again.tensors.keys() == digests.keys()
+    for name, entry in again.tensors.items():
+        read = file_chunks(path, entry.start, entry.nbytes)
+        same = same and digest_of(read) == digests.get(name)
+    if not same:
+        raise OSError(f"{path}, read again, holds other bytes than were written: check the disk")
 
 
 def digest_of(pieces: Iterable[bytes]) -> bytes:
@@ -166,8 +160,7 @@ def _keys(
 
 def _groups(source: GGUFParts, tensors: Mapping[str, Stored], count: int) -> list[list[str]]:
     """The names for each file, in order and never none: as before, or of about equal size."""
-    if count > len(tensors):
-        raise InputError(f"{len(tensors)} tensors cannot be put into {count} files")
+    check(count <= len(tensors), "number of files", count, f"at most {len(tensors)}, as of tensors")
     groups: list[list[str]] = [[] for _ in range(count)]
     if count == len(source.paths):
         for name, tensor in tensors.items():
@@ -220,8 +213,7 @@ def _write_file(
             for piece in tensor.chunks():
                 file.write(piece)
                 digest.update(piece)
-            if (written := file.tell() - start) != tensor.nbytes:
-                raise InputError(f"{name} has {written} bytes, expected {tensor.nbytes}")
+            assert file.tell() - start == tensor.nbytes, name
             digests[name] = digest.digest()
         file.write(b"\0" * (-file.tell() % pad_to))
     return digests
@@ -265,9 +257,7 @@ def packed(name: str, weight: Tensor, kind: int) -> bytes:
     if kind in (F16, Q8_0, *LAYOUTS) and rows.numel() and rows.isfinite().all():
         largest = rows.abs().amax().double() / (127 if kind == Q8_0 else 1)  # of Q8_0, the scale
         if not largest.half().isfinite():
-            others = {F16: "take bf16, f32 or q8_0", Q8_0: "take bf16 or f32"}
-            other = others.get(kind, "write a directory instead")
-            raise InputError(f"{name} has values beyond F16's; {other}")
+            raise InputError(f"{name} has values beyond F16's: write bf16 or f32")
     if kind in LAYOUTS:
         return quantized(rows, kind)
     if kind in TORCH_TYPES:

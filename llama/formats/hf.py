@@ -21,7 +21,7 @@ from llama.checkpoint.meta import (
 )
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
-from llama.errors import InputError, short_repr
+from llama.errors import check, check_file, refused
 from llama.files import JsonObject, check_new, new_directory, read_json, write_json
 from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, params_json, permute
 from llama.formats.safetensors import (
@@ -109,15 +109,9 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
     """Raises InputError unless the config is one of a Llama without variations."""
     needed = ["hidden_size", "intermediate_size", "num_attention_heads"]
     lacking = [k for k in [*needed, "num_hidden_layers", "vocab_size"] if k not in config]
-    if not isinstance(config.get("model_type", ""), str):
-        raise InputError(
-            f"config.json in {directory} is damaged: model_type must be a name, got "
-            f"{short_repr(config['model_type'])}; fetch it again"
-        )
     expected: JsonObject = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     if config.get("model_type") == "llama":
-        if lacking:
-            raise InputError(f"config.json in {directory} lacks {lacking}")
+        check_file(not lacking, directory / "config.json", f"it lacks {lacking}")
         check_positive(**{key: config[key] for key in needed})
         expected |= {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
         expected |= {"head_dim": config["hidden_size"] // config["num_attention_heads"]}
@@ -126,31 +120,26 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
         actual = config.get(key, "none" if key == "model_type" else value)
         if actual != value and not (actual is None and key in ("head_dim", "architectures")):
             actual = actual.get("quant_method", actual) if isinstance(actual, dict) else actual
-            raise InputError(
-                f"{directory} is not a plain Llama: its {key} is {actual!r}, expected {value!r}"
-            )
+            expected_value = f"{value!r}, as a plain Llama has it"
+            raise refused(f"{directory}: {key}", actual, expected_value)
     config_dtype(config, directory)  # raises for one of whole numbers or 8 bits
 
 
 def _rope(config: JsonObject, directory: Path) -> JsonObject:
     """Rotary keys of params.json; transformers 5 calls ``rope_parameters`` what 4 split in two."""
     parts = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    if wrong := [part for part in parts if not isinstance(part, dict)]:
-        raise InputError(f"config.json in {directory} has rotary settings {wrong[0]!r}, no object")
+    objects = all(isinstance(part, dict) for part in parts)
+    check_file(objects, directory / "config.json", "its rotary settings are no object")
     scaling = {**parts[0], **parts[1]}
     theta = scaling.get("rope_theta", config.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
-    if partial != 1.0:
-        raise InputError(f"{directory} rotates a part of each head ({partial}); Llama rotates all")
+    check(partial == 1.0, f"{directory}: {PARTIAL}", partial, "1.0, as a plain Llama has it")
     if kind == "default":
         return {"rope_theta": theta}
     if kind != "llama3" or any(scaling.get(k) != v for k, v in LLAMA3_SCALING.items()):
         shown = {k: v for k, v in scaling.items() if k != "rope_theta"}
-        raise InputError(
-            f"{directory} scales its rotary frequencies by {shown}; only Llama 3.1's scaling can "
-            f"be converted: rope_type 'llama3' with {LLAMA3_SCALING}"
-        )
+        raise refused(f"{directory}: rope_scaling", shown, "Llama 3.1's, or none")
     factor = scaling.get("factor")
     return {"rope_theta": theta, "use_scaled_rope": True, "rope_scaling_factor": factor}
 
@@ -268,16 +257,12 @@ def meta_infos(
     infos: dict[str, TensorInfo] = {}
     for name, shape in shapes.items():
         entry = weights[names[name]].entries[names[name]]
-        if entry.shape != shape:
-            raise InputError(
-                f"{names[name]} in {directory} has shape {list(entry.shape)}; config.json gives "
-                f"{list(shape)}"
-            )
-        kind = chosen or DTYPES.get(entry.dtype)
-        if kind is None:
-            known = ", ".join(DTYPES)
-            raise InputError(f"{names[name]} in {directory} is {entry.dtype}; expected {known}")
-        infos[name] = TensorInfo(shape, kind, names[name])
+        problem = f"{names[name]} has shape {list(entry.shape)}; config.json gives {list(shape)}"
+        check_file(entry.shape == shape, directory, problem)
+        supported = chosen is not None or entry.dtype in DTYPES
+        problem = f"{names[name]} is {entry.dtype}, expected {', '.join(DTYPES)}"
+        check_file(supported, directory, problem)
+        infos[name] = TensorInfo(shape, chosen or DTYPES[entry.dtype], names[name])
     return infos
 
 
@@ -289,8 +274,8 @@ def _check_tied(
         return
     same = weights[head].entries[head] == weights[embedding].entries[embedding]
     pairs = zip(weights[head].chunks(head), weights[embedding].chunks(embedding), strict=False)
-    if not same or any(a != b for a, b in pairs):
-        raise InputError(f"{directory} ties its embeddings, but stores another {head}")
+    equal = same and all(a == b for a, b in pairs)
+    check_file(equal, directory, f"it ties its embeddings, but stores another {head}")
 
 
 def hf_to_meta(

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama.errors import InputError
+from llama.errors import check, check_file, damaged
 from llama.files import JsonObject, file_chunks, read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,9 +53,9 @@ class SafetensorsFile:
                 pass
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header: JsonObject = json.loads(file.read(length), object_pairs_hook=_once)
+                header: JsonObject = json.loads(file.read(length))
         except (SafetensorError, ValueError) as error:
-            raise InputError(f"{path} is not a complete safetensors file: {error}") from None
+            raise damaged(path, error) from None
         header.pop("__metadata__", None)
         for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
             begin, end = item["data_offsets"]
@@ -69,24 +69,13 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         """A tensor, in aligned memory of its own; InputError unless of one of `DTYPES`."""
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise InputError(
-                f"{name} in {self.path} is {entry.dtype}; expected one of {', '.join(DTYPES)}"
-            )
+        check(entry.dtype in DTYPES, f"dtype of {name}", entry.dtype, f"one of {', '.join(DTYPES)}")
         data = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         target, at = data.reshape(-1).view(torch.uint8).numpy(), 0
         for piece in self.chunks(name):
             target[at : at + len(piece)] = memoryview(piece)
             at += len(piece)
         return data
-
-
-def _once(pairs: list[tuple[str, object]]) -> JsonObject:
-    """A JSON object; ValueError where a name is there twice, which the package does not check."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a name is there twice")
-    return content
 
 
 def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
@@ -104,15 +93,14 @@ def open_weights(directory: Path) -> dict[str, SafetensorsFile]:
         raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(v, str) for v in file_of.values()):
-        raise InputError(f"{index} holds no weight_map, the file of every tensor by its name")
+        raise damaged(index, "it holds no weight_map, the file of every tensor")
     files: dict[str, SafetensorsFile] = {}
     for name in sorted(set(file_of.values())):
         if os.path.basename(name) != name or not (directory / name).is_file():
             raise FileNotFoundError(f"{index} names a file {name}, which is not in {directory}")
         files[name] = SafetensorsFile(directory / name)
     for tensor, name in file_of.items():
-        if tensor not in files[name].entries:
-            raise InputError(f"{index} expects {tensor} in {name}, which lacks it")
+        check_file(tensor in files[name].entries, directory / name, f"it lacks {tensor}")
     return {tensor: files[name] for tensor, name in file_of.items()}
 
 
@@ -135,8 +123,7 @@ def write_file(
         file.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
             written = sum(file.write(piece) for piece in read(name))
-            if written != entry.nbytes:
-                raise InputError(f"{name} has {written} bytes, expected {entry.nbytes}")
+            assert written == entry.nbytes, name
 
 
 def write_weights(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama.checkpoint.meta import check_vocabulary, copy_tokenizer
-from llama.errors import InputError
+from llama.errors import check, check_file, damaged, refused, short_repr
 from llama.files import JsonObject, read_json, write_json
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, FLOAT32, INT32, UINT32, record
@@ -143,16 +143,15 @@ def tokenizer_json(
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
 
-    if pre not in PRE_TOKENIZERS:
-        raise InputError(f"unknown pre-tokenizer {pre!r}; known are {sorted(PRE_TOKENIZERS)}")
+    check(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", pre, f"one of {', '.join(PRE_TOKENIZERS)}")
     alphabet = set(ALPHABET.values())
     byte_level = {t for t in tokens if set(t) <= alphabet}
     vocab = {t if t in byte_level else _spell(t.encode()): i for i, t in enumerate(tokens)}
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
-    misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()][:1]
-    if misfits or not len(tokens) == len(vocab) == len(token_types):
-        counts = f"{len(tokens)} tokens, {len(vocab)} distinct, and {len(token_types)} types"
-        raise InputError(f"expected one type a token, got {counts}; wrong merges: {misfits}")
+    misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()]
+    check_file(not misfits, "the vocabulary", f"it lacks tokens of the merges {misfits[:1]}")
+    counts = [len(tokens), len(vocab), len(token_types)]
+    check_file(len(set(counts)) == 1, "the vocabulary", f"tokens, distinct ones, types: {counts}")
 
     model = FastTokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
@@ -192,13 +191,12 @@ class Pieces:
             texts = [bytes(piece[TEXT]).decode("utf-8") for piece in pieces]
             scores = [struct.unpack("<f", bytes(p.get(SCORE, bytes(4))))[0] for p in pieces]
         except (struct.error, KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputError(f"{where} is a damaged SentencePiece model: {error!r}") from None
+            raise damaged(where, repr(error)) from None
         trainer, rules = rest.get(TRAINER, {}), rest.get(NORMALIZER, {})
         if trainer.get(MODEL_TYPE) != BPE or rules.get(CHARSMAP) or rules.get(EXTRA_SPACES, 1):
-            raise InputError(
-                f"{where} is not a plain byte-pair encoding: it has model_type "
-                f"{trainer.get(MODEL_TYPE, 1)!r}, or rewrites texts; expected one like Llama 2's"
-            )
+            kind = trainer.get(MODEL_TYPE, 1)
+            expected = "that of byte-pair encoding, 2, and no rewriting of texts"
+            raise refused(f"{where}: model_type", kind, expected)
         types = [int(piece.get(TYPE, NORMAL)) for piece in pieces]
         return cls(texts, scores, types, bool(rules.get(DUMMY_PREFIX, 1)))
 
@@ -304,9 +302,9 @@ def _key(key: str, value: object, kind: int, element: int | None = None) -> dict
 
 
 def _template(directory: Path) -> str | None:
-    own, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-    if own.is_file():
-        return own.read_text(encoding="utf-8")
+    jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
     template = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template}
@@ -332,8 +330,7 @@ def _of_json(content: JsonObject, path: Path, size: int) -> dict[str, Record]:
     """The keys of a ``tokenizer.json``: of a byte-level encoding, or of one like Llama 2's."""
     model = content.get("model") or {}
     kind = model.get("type")
-    if kind != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise InputError(f"{path} is of kind {kind!r}; expected byte-pair encoding ('BPE')")
+    check(kind == "BPE", f"{path}: type", kind, "byte-pair encoding ('BPE')")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
     tokens, types = _tokens(content, model["vocab"], size)
     if model.get("byte_fallback"):
@@ -369,8 +366,8 @@ def _as_pieces(
     """The SentencePiece model of a ``tokenizer.json`` that was made from one."""
     rules = _rules(content.get("normalizer"), content.get("pre_tokenizer"))
     kinds = {rule.get("type") for rule in rules}
-    if not all(map(_is_llama2, rules)) or not kinds & {"Replace", "Metaspace"}:
-        raise InputError(f"{path} splits texts by {str(rules)[:300]}, unlike Llama 2's")
+    ok = all(map(_is_llama2, rules)) and bool(kinds & {"Replace", "Metaspace"})
+    check(ok, f"{path}: rules of splitting texts", rules, "Llama 2's")
     # SentencePiece merges by the scores of pieces, tokenizer.json in the order of its list
     score: dict[str, float] = {}
     for rank, merge in enumerate(merges):
@@ -413,9 +410,10 @@ def _pre_tokenizer(content: JsonObject, path: Path) -> str:
     rules = part.get("pretokenizers", [part])
     patterns = [(r.get("pattern") or {}).get("Regex") for r in rules if r.get("type") == "Split"]
     digits = any(r.get("type") == "Digits" and r.get("individual_digits") for r in rules)
-    own = any(r.get("type") == "ByteLevel" and r.get("use_regex", True) for r in rules)
+    # a ByteLevel rule splits by GPT-2's pattern itself unless it says that it does not
+    gpt2 = any(r.get("type") == "ByteLevel" and r.get("use_regex", True) for r in rules)
     kinds = {r.get("type") for r in rules}
-    split = [*patterns, *([GPT2_PATTERN] if own else [])]
+    split = [*patterns, *([GPT2_PATTERN] if gpt2 else [])]
     merges_first = not content["model"].get("ignore_merges")
     names = [name for name, pattern in PRE_TOKENIZERS.items() if split == [pattern]]
     names = [n for n in names if (n == DIGITS, n != "llama-bpe") == (digits, merges_first)]
@@ -423,10 +421,8 @@ def _pre_tokenizer(content: JsonObject, path: Path) -> str:
     plain = plain and not any(r.get("add_prefix_space") for r in rules)
     normal = (content.get("normalizer") or {}).get("type")
     if not names or not plain or normal not in (None, *(["NFC"] if names == ["qwen2"] else [])):
-        raise InputError(
-            f"{path} splits texts by rules that are known under no name of llama.cpp's: {split}; "
-            f"known are those of {', '.join(PRE_TOKENIZERS)}"
-        )
+        expected = f"those of {', '.join(PRE_TOKENIZERS)}"
+        raise refused(f"{path}: rules of splitting texts", split, expected)
     return names[0]
 
 
@@ -438,11 +434,7 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
     kind = source.need(f"{PREFIX}.model")
     if kind == "llama":
         return _sentencepiece(source)
-    if kind != "gpt2":
-        raise InputError(
-            f"{source.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') and "
-            "SentencePiece's ('llama') can be converted"
-        )
+    check(kind == "gpt2", f"{source.path}: {PREFIX}.model", kind, "'gpt2' or 'llama'")
     tokens, types = source.need_list(f"{PREFIX}.tokens", str), _types(source)
     pre = str(source.get(f"{PREFIX}.pre", "default"))
     text = tokenizer_json(tokens, types, source.need_list(f"{PREFIX}.merges", str), pre)
@@ -459,13 +451,11 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
 def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
     tokens, types = source.need_list(f"{PREFIX}.tokens", str), _types(source)
     scores = source.need_list(f"{PREFIX}.scores", float)
-    if not len(tokens) == len(scores) == len(types) == len(set(tokens)):
-        counts = f"{len(tokens)} tokens, {len(set(tokens))} distinct, {len(scores)} scores"
-        raise InputError(f"{source.path} has {counts} and {len(types)} types: it is damaged")
-    if not source.get(f"{PREFIX}.add_bos_token", True):
-        raise InputError(
-            f"{source.path} puts no bos before a text; Meta's format of SentencePiece does"
-        )
+    counts = [len(tokens), len(set(tokens)), len(scores), len(types)]
+    problem = f"tokens, distinct ones, scores, types: {counts}"
+    check_file(len(set(counts)) == 1, source.path, problem)
+    add_bos = source.get(f"{PREFIX}.add_bos_token", True)
+    check(add_bos, f"{source.path}: add_bos_token", add_bos, "true, as of SentencePiece")
     space = bool(source.get(f"{PREFIX}.add_space_prefix", True))
     named = _named_tokens(source, tokens)
     ends = {key: named[f"{key}_token"] for key in ("bos", "eos") if f"{key}_token" in named}
@@ -475,21 +465,16 @@ def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
 
 def _types(source: GGUFParts) -> list[int]:
     types = source.need_list(key := f"{PREFIX}.token_type", int)
-    if odd := [kind for kind in types if not 0 <= kind <= BYTE]:
-        raise InputError(
-            f"{source.path} has {key} {odd[0]}, expected 0 to {BYTE}; convert the model again"
-        )
+    unknown = [kind for kind in types if not 0 <= kind <= BYTE]
+    check_file(not unknown, source.path, f"{key} {unknown[:1]}, expected 0 to {BYTE}")
     return types
 
 
 def _token_id(source: GGUFParts, name: str, tokens: Sequence[str]) -> int | None:
     """The number of a token that a GGUF file names; InputError if there is no such token."""
     number = source.get(f"{PREFIX}.{name}_token_id")
-    if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
-        raise InputError(
-            f"{source.path} has {PREFIX}.{name}_token_id = {str(number)[:40]}, expected the "
-            f"number of one of its {len(tokens)} tokens; convert the model again"
-        )
+    ok = number is None or (isinstance(number, int) and 0 <= number < len(tokens))
+    check_file(ok, source.path, f"its {name}_token_id {short_repr(number)} is none of its tokens")
     return number
 
 

@@ -75,17 +75,17 @@ def test_params_may_stand_under_model():
     ("changes", "message"),
     [
         ({"dim": None}, r"params.json lacks \['dim'\]"),
-        ({"moe": 4}, r"does not know: \['moe'\]"),
-        ({"dim": "64"}, "dim must be a positive integer, got '64'"),
-        ({"n_layers": 0}, "n_layers must be a positive integer, got 0"),
-        ({"n_heads": True}, "n_heads must be a positive integer"),
-        ({"n_heads": 3}, "dim 64 does not split into 3 heads"),
-        ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
-        ({"norm_eps": "small"}, "norm_eps must be a positive number"),
-        ({"vocab_size": 0}, "vocab_size must be a positive integer or -1, got 0"),
-        ({"vocab_size": "x"}, "vocab_size must be a positive integer or -1"),
-        ({"use_scaled_rope": "no"}, "use_scaled_rope must be true or false, got 'no'"),
-        ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier must be a positive number"),
+        ({"moe": 4}, r"has unknown keys \['moe'\]"),
+        ({"dim": "64"}, "dim = '64': expected a positive integer"),
+        ({"n_layers": 0}, "n_layers = 0: expected a positive integer"),
+        ({"n_heads": True}, "n_heads = True: expected a positive integer"),
+        ({"n_heads": 3}, "dim = 64: expected 3 heads"),
+        ({"n_kv_heads": 3}, "n_heads = 4: expected a multiple of n_kv_heads 3"),
+        ({"norm_eps": "small"}, "norm_eps = 'small': expected a positive number"),
+        ({"vocab_size": 0}, "vocab_size = 0: expected a positive integer or -1"),
+        ({"vocab_size": "x"}, "vocab_size = 'x': expected a positive integer or -1"),
+        ({"use_scaled_rope": "no"}, "use_scaled_rope = 'no': expected true or false"),
+        ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier = -1: expected a positive number"),
     ],
 )
 def test_bad_params_are_refused(changes, message):
@@ -97,10 +97,11 @@ def test_bad_params_are_refused(changes, message):
 def test_what_does_not_divide_among_ranks_is_refused():
     args = ModelArgs(dim=64, n_heads=4, n_kv_heads=1, vocab_size=96)
     check_split(args, 4)
-    message = "n_heads 4 does not divide among 3 model-parallel ranks; use 1 or 2 or 4"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match="n_heads = 4: expected a multiple of the 3 model-parallel"
+    ):
         check_split(args, 3)
-    with pytest.raises(ValueError, match="vocab_size 99 does not divide among 2"):
+    with pytest.raises(ValueError, match="vocab_size = 99: expected a multiple of the 2"):
         check_split(ModelArgs(dim=64, n_heads=4, vocab_size=99), 2)
 
 

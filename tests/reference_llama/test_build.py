@@ -114,10 +114,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
         (
             lambda d: (d / "params.json").write_text("{}"),
             ValueError,
-            r"params.json cannot be read: it lacks \['dim'",
+            r"params.json is damaged \(params.json lacks \['dim'",
         ),
         (lambda d: (d / "consolidated.00.pth").unlink(), FileNotFoundError, "no consolidated"),
-        (lambda d: (d / "consolidated.00.pth").write_bytes(b""), ValueError, "cannot be read"),
+        (lambda d: (d / "consolidated.00.pth").write_bytes(b""), ValueError, "is damaged"),
         (
             lambda d: (d / "consolidated.01.pth").write_bytes(
                 (d / "consolidated.00.pth").read_bytes()
@@ -138,9 +138,9 @@ def test_broken_directories_are_refused(tmp_path, change, error, message):
 def test_limits_are_checked(tmp_path):
     save_checkpoint(tmp_path, make_transformer(vocab_size=BYTE_VOCAB))
     tokenizer = write_byte_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="max_seq_len must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="max_seq_len = 0: expected a positive integer"):
         Llama.build(tmp_path, tokenizer, 0, 4)
-    with pytest.raises(ValueError, match="model_parallel_size 2 was asked for"):
+    with pytest.raises(ValueError, match="model_parallel_size = 2: expected 1"):
         Llama.build(tmp_path, tokenizer, 64, 4, model_parallel_size=2, device="cpu")
 
 

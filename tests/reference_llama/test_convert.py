@@ -221,16 +221,14 @@ def test_the_longest_window_is_that_of_the_llama_with_such_a_theta(theta, contex
 
 
 REFUSED = {
-    "its model_type is 'qwen2', expected 'llama'": {"model_type": "qwen2"},
-    "its architectures is ['LlamaForSequence": {
-        "architectures": ["LlamaForSequenceClassification"]
-    },
-    "its attention_bias is True": {"attention_bias": True},
-    "its mlp_bias is True": {"mlp_bias": True},
-    "its head_dim is 16, expected 8": {"head_dim": 16},
-    "its hidden_act is 'gelu'": {"hidden_act": "gelu"},
-    "its quantization_config is 'gptq'": {"quantization_config": {"quant_method": "gptq"}},
-    "scales its rotary frequencies by {'rope_type': 'yarn'": {
+    "model_type = 'qwen2': expected 'llama'": {"model_type": "qwen2"},
+    "architectures = ['LlamaForSequence": {"architectures": ["LlamaForSequenceClassification"]},
+    "attention_bias = True: expected False": {"attention_bias": True},
+    "mlp_bias = True: expected False": {"mlp_bias": True},
+    "head_dim = 16: expected 8": {"head_dim": 16},
+    "hidden_act = 'gelu'": {"hidden_act": "gelu"},
+    "quantization_config = 'gptq'": {"quantization_config": {"quant_method": "gptq"}},
+    "rope_scaling = {'rope_type': 'yarn'": {
         "rope_parameters": {"rope_type": "yarn", "factor": 2.0}
     },
     "lacks ['vocab_size']": {"vocab_size": ...},
@@ -285,21 +283,11 @@ def test_missing_and_damaged_files(hf_dir, tmp_path):
     path = tmp_path / "cut.safetensors"
     for size in (0, 5, 100, len(data) - 1):
         path.write_bytes(data[:size])
-        with pytest.raises(ValueError, match="not a complete safetensors file"):
+        with pytest.raises(ValueError, match="cut.safetensors is damaged"):
             SafetensorsFile(path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
     with pytest.raises(FileNotFoundError, match="names a file ../b"):
         open_weights(tmp_path)
-
-
-def test_a_safetensors_file_that_names_a_tensor_twice_is_refused(tmp_path):
-    entry = '"{}": {{"dtype": "F32", "shape": [1], "data_offsets": [{}, {}]}}'
-    entries = (entry.format("a", 0, 4), entry.format("b", 0, 4), entry.format("a", 4, 8))
-    header = f"{{{', '.join(entries)}}}".encode()
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(ValueError, match="a name is there twice"):
-        SafetensorsFile(path)
 
 
 @pytest.mark.parametrize(
@@ -391,14 +379,14 @@ def test_gguf_rope_factors(tmp_path):
 
 def test_gguf_refusals(tmp_path, gguf_model):
     for options, message in (
-        ({"arch": "qwen2"}, "holds architecture 'qwen2'; expected 'llama'"),
+        ({"arch": "qwen2"}, "holds architecture 'qwen2', expected 'llama'"),
         ({"tensors": [("blk.0.attn_q.bias", torch.ones(32))]}, r"others \['blk.0.attn_q.bias'\]"),
         ({"drop": ["norm.weight"]}, r"lacks tensors \['output_norm.weight'\]"),
         ({"drop": ["tok_embeddings.weight"]}, "lacks token_embd.weight"),
-        ({"expert_count": 8}, "llama.expert_count = 8; Meta's Llama has 0"),
-        ({"attention__key_length": 16}, "key_length = 16; Meta's Llama has 8"),
-        ({"rope__scaling__factor": 4.0}, "llama.rope.scaling.factor = 4.0; Meta's Llama has 1.0"),
-        ({"rope__scale_linear": 2.0}, "llama.rope.scale_linear = 2.0; Meta's Llama has 1.0"),
+        ({"expert_count": 8}, "llama.expert_count = 8: expected 0"),
+        ({"attention__key_length": 16}, "key_length = 16: expected 8"),
+        ({"rope__scaling__factor": 4.0}, "llama.rope.scaling.factor = 4.0: expected 1.0"),
+        ({"rope__scale_linear": 2.0}, "llama.rope.scale_linear = 2.0: expected 1.0"),
     ):
         path = write_gguf(tmp_path / "a.gguf", gguf_model, **options)
         with pytest.raises(ValueError, match=message):
@@ -406,7 +394,7 @@ def test_gguf_refusals(tmp_path, gguf_model):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         gguf_to_meta(tmp_path / "none.gguf", tmp_path / "out")
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="not a complete GGUF file"):
+    with pytest.raises(ValueError, match="a.gguf is damaged"):
         gguf_to_meta(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -126,13 +126,13 @@ def test_top_p_takes_the_smallest_sufficient_set():
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], "expected 1 to max_batch_size = 4 prompts, got 0"),
-        ([[1]] * 5, "got 5"),
-        ([[1], []], "prompt 1 has 0 tokens; expected 1 to max_seq_len = 64"),
-        ([[1] * 65], "prompt 0 has 65 tokens"),
-        ([[96]], r"prompt 0 has token ids outside 0..95: 96..96"),
-        ([[-1, 4]], "outside"),
-        ([1, 2], "expected a list of prompts, each a list of token ids, got one"),
+        ([], "number of prompts = 0: expected 1 to max_batch_size = 4"),
+        ([[1]] * 5, "number of prompts = 5"),
+        ([[1], []], "tokens of prompt 1 = 0: expected 1 to max_seq_len = 64"),
+        ([[1] * 65], "tokens of prompt 0 = 65"),
+        ([[96]], r"ids in prompt 0 = \[96, 96\]: expected 0 to 95"),
+        ([[-1, 4]], "ids in prompt 0"),
+        ([1, 2], "prompt 0 = 1: expected a list of token ids"),
     ],
 )
 def test_prompts_that_do_not_fit(llama, prompts, message):
@@ -144,7 +144,7 @@ def test_prompts_that_do_not_fit(llama, prompts, message):
     ("temperature", "top_p"), [(-1, 0.9), (float("nan"), 0.9), (1, 2), (1, float("nan")), (1, -1)]
 )
 def test_sampling_arguments_are_checked(llama, temperature, top_p):
-    with pytest.raises(ValueError, match=r"a temperature of 0 or more and a top_p in 0\.\.1"):
+    with pytest.raises(ValueError, match="temperature = .*: exp|top_p = .*: expected 0 to 1"):
         llama.generate([[3]], 2, temperature, top_p)
 
 
@@ -155,7 +155,7 @@ def test_a_tiny_temperature_is_greedy(llama, temperature):
 
 
 def test_one_string_is_no_list_of_prompts(llama):
-    with pytest.raises(ValueError, match=r"got one string: pass \[prompt\]"):
+    with pytest.raises(ValueError, match="prompts = 'abc': expected a list of texts"):
         llama.text_completion("abc")
 
 
@@ -223,7 +223,7 @@ def test_llama_3_dialogs():
     [[], ["assistant"], ["user", "user"], ["user", "assistant"], ["system"], ["user", "system"]],
 )
 def test_roles_out_of_order_are_refused(roles):
-    with pytest.raises(ValueError, match="expected roles"):
+    with pytest.raises(ValueError, match="roles = .*ending with user"):
         check_roles([{"role": r, "content": ""} for r in roles])
 
 

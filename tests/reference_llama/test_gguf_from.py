@@ -141,14 +141,14 @@ def test_values_beyond_float16_are_refused_and_nothing_is_left(tmp_path):
         model.layers[1].feed_forward.w2.weight[0, 0] = 1e6
     write_tokenizer(tmp_path / "meta", "gpt-2")
     source = save_checkpoint(tmp_path / "meta", model)
-    with pytest.raises(InputError, match=r"w2.weight has values beyond F16's; take bf16"):
+    with pytest.raises(InputError, match=r"w2.weight has values beyond F16's: write bf16"):
         llama_to_gguf(source, tmp_path / "m.gguf", kind="f16")
     assert [p.name for p in tmp_path.iterdir()] == ["meta"]
     llama_to_gguf(source, tmp_path / "m.gguf")
     with pytest.raises(FileExistsError, match="exists"):
         llama_to_gguf(source, tmp_path / "m.gguf")
     llama_to_gguf(source, tmp_path / "m.gguf", kind="bf16", overwrite=True)
-    with pytest.raises(InputError, match="expected a type of f32, f16, bf16, q8_0, got 'q4_k'"):
+    with pytest.raises(InputError, match="type = 'q4_k': expected one of f32, f16, bf16, q8_0"):
         llama_to_gguf(source, tmp_path / "n.gguf", kind="q4_k")
 
 
@@ -232,7 +232,7 @@ def test_rules_of_spaces_that_sentencepiece_lacks_are_refused(tmp_path, normaliz
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     if space is None:
-        with pytest.raises(InputError, match="splits texts by .*, unlike Llama 2's"):
+        with pytest.raises(InputError, match="rules of splitting texts .* expected Llama 2's"):
             vocabulary(path, 4)
     else:
         assert vocabulary(path, 4)["tokenizer.ggml.add_space_prefix"].raw[-1] == space
@@ -243,16 +243,16 @@ def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tmp_path):
     unigram = tokenizer_files.sentencepiece_model(
         tmp_path / "u/tokenizer.model", 320, model_type="unigram", hard_vocab_limit=False
     )
-    with pytest.raises(InputError, match="is not a plain byte-pair encoding: it has model_type 1"):
+    with pytest.raises(InputError, match="model_type = 1: expected that of byte-pair"):
         vocabulary(unigram, 400)
     path = write_tokenizer(tmp_path / "t", "gpt-2")
     content = json.loads(path.read_text())
     for part, value, message in (
-        ("pre_tokenizer", {**LEVEL, "use_regex": False}, "splits texts by rules"),
-        ("pre_tokenizer", {**LEVEL, "add_prefix_space": True}, "splits texts by rules"),
-        ("normalizer", {"type": "Lowercase"}, "splits texts by rules"),
-        ("model", {**content["model"], "ignore_merges": True}, "splits texts by rules"),
-        ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "'WordLevel'; exp"),
+        ("pre_tokenizer", {**LEVEL, "use_regex": False}, "rules of splitting texts"),
+        ("pre_tokenizer", {**LEVEL, "add_prefix_space": True}, "rules of splitting texts"),
+        ("normalizer", {"type": "Lowercase"}, "rules of splitting texts"),
+        ("model", {**content["model"], "ignore_merges": True}, "rules of splitting texts"),
+        ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "'WordLevel': exp"),
     ):
         path.write_text(json.dumps({**content, part: value}))
         with pytest.raises(InputError, match=message):
@@ -266,7 +266,7 @@ def test_a_damaged_sentencepiece_model_is_refused(tmp_path):
         try:
             Pieces.read(data[:cut], "t")
         except InputError as error:
-            assert "t is " in str(error)
+            assert str(error).startswith(("t is damaged", "t: model_type"))
 
 
 def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monkeypatch):
@@ -274,11 +274,11 @@ def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monke
     llama_to_gguf(source, tmp_path / "m.gguf")
     file = GGUFFile(tmp_path / "m.gguf")
     file.fields["tokenizer.ggml.scores"] = [0.0]
-    with pytest.raises(InputError, match="320 tokens, 320 distinct, 1 scores and 320 types"):
+    with pytest.raises(InputError, match=r"\[320, 320, 1, 320\]"):
         file.tokenizer()
     file.fields["tokenizer.ggml.scores"] = [0.0] * 320
     file.fields["tokenizer.ggml.add_bos_token"] = False
-    with pytest.raises(InputError, match="puts no bos before"):
+    with pytest.raises(InputError, match="add_bos_token = False: expected true"):
         file.tokenizer()
 
 
@@ -304,17 +304,17 @@ def test_bos_and_eos_are_control_pieces_whatever_a_gguf_file_says(tmp_path, kind
 @pytest.mark.parametrize(
     ("kind", "key", "value", "expected"),
     [
-        ("llama-bpe", "tokens", 7, "a list of texts"),
-        ("llama-bpe", "merges", [1, 2], "a list of texts"),
-        ("llama-bpe", "token_type", ["a"], "a list of whole numbers"),
+        ("llama-bpe", "tokens", 7, "no list of values of type str"),
+        ("llama-bpe", "merges", [1, 2], "no list of values of type str"),
+        ("llama-bpe", "token_type", ["a"], "no list of values of type int"),
         ("llama-bpe", "token_type", [-1], "0 to 6"),
         ("sentencepiece", "token_type", [9], "0 to 6"),
-        ("sentencepiece", "scores", ["high"], "a list of numbers"),
+        ("sentencepiece", "scores", ["high"], "no list of values of type float"),
     ],
 )
 def test_keys_of_a_tokenizer_with_other_values_are_refused(tmp_path, kind, key, value, expected):
     llama_to_gguf(meta(tmp_path / "meta", kind), tmp_path / "m.gguf")
     file = GGUFFile(tmp_path / "m.gguf")
     file.fields[f"tokenizer.ggml.{key}"] = value
-    with pytest.raises(InputError, match=f"{key}.*expected {expected}; convert the model again"):
+    with pytest.raises(InputError, match=rf"m.gguf is damaged \(.*{key}.*{expected}"):
         file.tokenizer()

@@ -106,9 +106,9 @@ def test_weights_beyond_float16_are_refused():
     weight = torch.ones(2, 256)
     weight[1, 3] = 7e4
     for kind in (Q4_0, Q6_K):
-        with pytest.raises(InputError, match="name has values beyond F16's; write a directory"):
+        with pytest.raises(InputError, match="name has values beyond F16's: write bf16"):
             packed("name", weight, kind)
     packed("name", weight, Q8_0)  # whose step alone is of float16
     weight[1, 3] = 9e6
-    with pytest.raises(InputError, match="name has values beyond F16's; take bf16 or f32"):
+    with pytest.raises(InputError, match="name has values beyond F16's: write bf16 or f32"):
         packed("name", weight, Q8_0)

@@ -7,6 +7,7 @@ import os
 
 import killed_writers
 import pytest
+from filelock import FileLock
 from processes import alone
 
 from llama import files
@@ -50,33 +51,14 @@ def test_the_folder_of_a_longer_name_is_another_targets(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b"]
 
 
-def test_a_folder_taken_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
-    plain, taken = files.lock_file, []
-
-    def locked(path):
-        if not taken:
-            taken.append(path.parent)
-            files.tidy(tmp_path / "out")  # of another writer, in this very moment
-        return plain(path)
-
-    monkeypatch.setattr(files, "lock_file", locked)
-    with new_directory(tmp_path / "out") as partial:
-        assert partial.is_dir()
+def test_a_folder_that_another_writer_locked_first_is_made_anew(tmp_path, monkeypatch):
+    names = iter(["0" * 8, "1" * 8])
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: next(names))
+    held = FileLock(tmp_path / ".out.writing-00000000" / files.LOCK)
+    with held, new_directory(tmp_path / "out") as partial:
+        assert partial.parent.name == ".out.writing-11111111"
         (partial / "file").write_text("whole")
     assert (tmp_path / "out" / "file").read_text() == "whole"
-
-
-def test_without_locks_nothing_is_taken_from_anybody(tmp_path, monkeypatch):
-    left = tmp_path / ".out.writing-01234567"
-    left.mkdir()
-
-    def refuse(*_):
-        raise OSError("no locks on this file system")
-
-    monkeypatch.setattr(files, "lock_file", refuse)
-    with new_directory(tmp_path / "out") as partial:
-        (partial / "file").write_text("whole")
-    assert sorted(tmp_path.iterdir()) == [left, tmp_path / "out"]
 
 
 def test_names_are_exchanged_in_one_step_or_not_at_all(tmp_path):

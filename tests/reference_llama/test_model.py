@@ -133,7 +133,7 @@ def test_a_full_pass_builds_no_mask(transformer, monkeypatch):
 
 
 def test_continuing_what_never_began_is_refused(transformer):
-    with pytest.raises(ValueError, match="start_pos 3 continues a batch of 1"):
+    with pytest.raises(ValueError, match="start_pos = 3: expected 0 first: 1 rows"):
         transformer(torch.zeros(1, 1, dtype=torch.long), 3)
 
 
@@ -146,26 +146,26 @@ def test_what_the_cache_holds_of_another_text_is_not_read(transformer):
 
     run(3, 0, 20)
     run(1, 0, 5)  # the other two rows are of the text before
-    with pytest.raises(ValueError, match="start_pos 5 continues a batch of 3 whose first 5 pos"):
+    with pytest.raises(ValueError, match="start_pos = 5: expected 0 first: 3 rows"):
         run(3, 5, 6)
-    with pytest.raises(ValueError, match="start_pos 6 continues a batch of 1 whose first 6 pos"):
+    with pytest.raises(ValueError, match="start_pos = 6: expected 0 first: 1 rows"):
         run(1, 6, 7)  # a gap
     run(3, 0, 8)
     run(2, 8, 9)
-    with pytest.raises(ValueError, match="start_pos 9 continues a batch of 3"):
+    with pytest.raises(ValueError, match="start_pos = 9: expected 0 first: 3 rows"):
         run(3, 9, 10)
     with torch.no_grad():
         whole = transformer(tokens)
     for rows, start, end in ((3, 8, 12), (2, 12, 13), (1, 10, 14), (3, 5, 20)):  # from what was run
         assert torch.allclose(run(rows, start, end), whole[:rows, start:end], atol=1e-5)
     run(3, 5, 6)
-    with pytest.raises(ValueError, match="start_pos 20 continues a batch of 3"):
+    with pytest.raises(ValueError, match="start_pos = 20: expected 0 first: 3 rows"):
         run(3, 20, 21)  # behind a text that began to differ at position 5
 
 
 def test_too_many_positions_are_refused(transformer):
     for start_pos, size, limit in ((None, 129, 128), (0, 65, 64)):
-        with pytest.raises(ValueError, match=f"{size} positions; .* takes up to {limit} here"):
+        with pytest.raises(ValueError, match=f"positions = {size}: expected at most {limit}"):
             transformer(torch.zeros(1, size, dtype=torch.long), start_pos)
 
 

@@ -72,7 +72,7 @@ def test_json_is_one_object_or_refused(tmp_path):
     for text, message in (
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ("[[1, 2]]", "must hold one JSON object, got a list"),
+        ("[[1, 2]]", "expected one JSON object, got a list"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

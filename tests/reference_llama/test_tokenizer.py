@@ -221,7 +221,7 @@ def test_half_characters_decode_to_the_replacement(
 def test_unknown_id(kind: str, wrong: int, request: pytest.FixtureRequest) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     with pytest.raises(
-        ValueError, match=rf"no token has id {wrong}, only 0\.\.{tokenizer.n_words - 1}"
+        ValueError, match=rf"token ids = \[{wrong}\]: expected 0\.\.{tokenizer.n_words - 1}"
     ):
         tokenizer.decode([1, wrong])
 
@@ -322,11 +322,11 @@ def test_tokens_outside_the_byte_alphabet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"pre": "new"}, r"unknown pre-tokenizer 'new'; known are \['gpt-2', 'llama-bpe',"),
-        ({"token_types": [1]}, "got 267 tokens, 267 distinct, and 1 types"),
-        ({"tokens": ["a"] * 267, "merges": []}, "got 267 tokens, 1 distinct, and 267 types"),
-        ({"merges": ["q z"]}, r"wrong merges: \[\('q', 'z'\)\]"),
-        ({"merges": ["the"]}, r"wrong merges: \[\('the', ''\)\]"),
+        ({"pre": "new"}, "ggml.pre = 'new': expected one of gpt-2, smollm, llama-bpe"),
+        ({"token_types": [1]}, r"types: \[267, 267, 1\]"),
+        ({"tokens": ["a"] * 267, "merges": []}, r"types: \[267, 1, 267\]"),
+        ({"merges": ["q z"]}, r"lacks tokens of the merges \[\('q', 'z'\)\]"),
+        ({"merges": ["the"]}, r"lacks tokens of the merges \[\('the', ''\)\]"),
     ],
 )
 def test_vocabularies_that_do_not_fit(change: dict[str, Any], match: str) -> None:
@@ -429,7 +429,7 @@ def test_llama3_instruct_stops_at_the_end_of_text_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["bos", "eos"])
 def test_absent_bos_or_eos(tmp_path: Path, key: str) -> None:
     flags = {"bos": False, "eos": False, key: True}
-    need = rf"encode\({key}=True\) needs a {key}_token; .*tokenizer_config.json"
+    need = rf"{key} = True: expected a {key}_token, but .*tokenizer_config.json"
     with pytest.raises(ValueError, match=f"{need} is missing"):
         json_file(tmp_path, ["<pad>"]).encode("the", **flags)
     with pytest.raises(ValueError, match=f"{need} names none"):
@@ -439,8 +439,8 @@ def test_absent_bos_or_eos(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (b'{"bos_token": "<', r"tokenizer_config.json is not JSON: Unterminated"),
-        (b'"bos"', r"tokenizer_config.json must hold one JSON object, got a str"),
+        (b'{"bos_token": "<', r"tokenizer_config.json is damaged .it is not JSON: Unterminated"),
+        (b'"bos"', r"expected one JSON object, got a str"),
         (b'{"bos_token": "<x>"}', r"names a token '<x>', which .*tokenizer.json lacks"),
     ],
 )
@@ -459,25 +459,28 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_directory(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is a directory; give the tokenizer\.model or"):
+    with pytest.raises(FileNotFoundError, match="is a directory, not the file in it"):
         Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"", "is empty; expected SentencePiece, tiktoken ranks or tokenizer.json"),
-        (b"version https://git-lfs", r"begins with b'version https://git-'; expected"),
-        (b"<html>", "begins with b'<html>'; expected"),
+        (
+            b"",
+            "damaged .expected SentencePiece, tiktoken ranks or .* begins with b''",
+        ),
+        (b"version https://git-lfs", r"begins with b'version https://git-'"),
+        (b"<html>", "begins with b'<html>'"),
         (b"\x00" * 99, r"begins with b'\\x00"),
-        (b'{"version": "1.0", "trunc', "is not a tokenizer.json, or a damaged one: .*EOF"),
-        (b'{"dim": 4096}', "is not a tokenizer.json, or a damaged one"),
-        (b"IQ== 0\nIg=", r"damaged: expected a new token in base64 and the rank 1, got b'Ig='"),
+        (b'{"version": "1.0", "trunc', "is damaged .*EOF"),
+        (b'{"dim": 4096}', "is damaged"),
+        (b"IQ== 0\nIg=", r"expected a new token in base64 and the rank 1, got b'Ig='"),
         (b"IQ== 0\nIg== 7\n", "and the rank 1, got b'Ig== 7'"),
         (b"IQ== 0\nIQ== 1\n", "and the rank 1, got b'IQ== 1'"),
         (b"IQ== 0\nI?== 1\n", r"and the rank 1, got b'I\?== 1'"),
-        (b"IQ== 0\nIg== 1\n", "damaged: it lacks 254 of the 256 single bytes"),
-        (b"\n\x0e\n\x05<unk>\x15\0\0", "is a damaged SentencePiece model: "),
+        (b"IQ== 0\nIg== 1\n", "it lacks 254 of the 256 single bytes"),
+        (b"\n\x0e\n\x05<unk>\x15\0\0", "is damaged .expected a SentencePiece model"),
     ],
 )
 def test_damaged_files(tmp_path: Path, data: bytes, match: str) -> None:
@@ -493,14 +496,14 @@ def test_truncated_sentencepiece(tmp_path: Path, sentencepiece_bytes: bytes) -> 
     """Also where the cut falls between two pieces, which leaves a readable message."""
     for size in truncations(sentencepiece_bytes):
         path = write(tmp_path / "tokenizer.model", sentencepiece_bytes[:size])
-        with pytest.raises(ValueError, match=r"damaged SentencePiece model|is empty|begins with"):
+        with pytest.raises(ValueError, match="tokenizer.model is damaged"):
             Tokenizer(path)
 
 
 def test_truncated_json(tmp_path: Path) -> None:
     text = tokenizer_json(*vocabulary(control=CONTROL), PAIRS, "smollm").encode()
     for size in truncations(text):
-        with pytest.raises(ValueError, match=r"damaged one: |is empty"):
+        with pytest.raises(ValueError, match="tokenizer.json is damaged"):
             Tokenizer(write(tmp_path / "tokenizer.json", text[:size]))
 
 
