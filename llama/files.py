@@ -160,7 +160,7 @@ def check_output(path: Path, *, overwrite: bool, replaces: IsKind) -> None:
     target = resolved(path)
     tidy(target)
     if path.exists() and not path.is_file():
-        raise _exists(path, " and is not a file")
+        raise _exists(path, " and is a directory" if path.is_dir() else " and is no file")
     if path.exists() and not overwrite:
         raise _exists(path)
     if path.exists() and path.stat().st_size and not replaces(path):

@@ -190,7 +190,7 @@ def write_shards(
     for path in paths:
         with zipfile.ZipFile(path) as again:
             if (other := again.testzip()) is not None:
-                raise OSError(f"{path}, read again, has another {other}: check the disk")
+                raise OSError(f"{path}, read again, holds another {other}: check the disk")
 
 
 def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -102,7 +102,7 @@ def write_new(
         read = file_chunks(path, entry.start, entry.nbytes)
         same = same and digest_of(read) == digests.get(name)
     if not same:
-        raise OSError(f"{path}, read again, holds other bytes than were written: check the disk")
+        raise OSError(f"{path}, read again, holds another model than was written: check the disk")
 
 
 def digest_of(pieces: Iterable[bytes]) -> bytes:

@@ -121,7 +121,7 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
         if actual != value and not (actual is None and key in ("head_dim", "architectures")):
             actual = actual.get("quant_method", actual) if isinstance(actual, dict) else actual
             expected_value = f"{value!r}, as a plain Llama has it"
-            raise refused(f"{directory}: {key}", actual, expected_value)
+            raise refused(f"{directory / 'config.json'}: {key}", actual, expected_value)
     config_dtype(config, directory)  # raises for one of whole numbers or 8 bits
 
 

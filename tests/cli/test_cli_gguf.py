@@ -149,13 +149,13 @@ def test_the_card_carries_a_gguf_files_licence_and_base_model(here):
 def test_a_token_that_is_none_is_refused_in_one_line(here, capsys, name, value):
     with_keys("model.gguf", "m.gguf", **{f"tokenizer__ggml__{name}_token_id": value})
     line = fails(capsys, "convert", "m.gguf", "out")
-    assert f"m.gguf has tokenizer.ggml.{name}_token_id = {value}, expected the number of" in line
+    assert f"m.gguf is damaged (its {name}_token_id {value!r} is none of its tokens)" in line
     assert not Path("out").exists()
 
 
 def test_what_is_for_llamas_alone_names_what_works_for_others(here, capsys):
     line = fails(capsys, "convert", "qwen.gguf", "out", "--to", "meta")
-    assert "expected 'llama' for Meta's format" in line
+    assert "expected 'llama'; else: short-gpt convert" in line
     command = shlex.split(line.rsplit(": ", 1)[1].replace("DIRECTORY", "qwen"))
     assert command[0] == "short-gpt"
     run(*command[1:])
@@ -232,7 +232,7 @@ def test_a_conversion_to_gguf_says_what_was_proved(here, capsys):
     said = "verified: read again, every tensor that remains is the source's, byte for byte"
     assert said in capsys.readouterr().out
     line = fails(capsys, "convert", "meta", "d.gguf", "--verify", "yes", "--type", "q8_0")
-    assert "--verify compares logits, and --type q8_0 rounds the weights: leave --verify" in line
+    assert "--type = 'q8_0': expected one that keeps the weights, as --verify is set" in line
     run("convert", "meta", "bf16", "--dtype", "bfloat16", "--shards", 1)
     capsys.readouterr()
     for kind in ("bf16", "f32"):  # which round nothing
@@ -273,7 +273,7 @@ def test_prune_writes_metas_format_from_gguf(here, capsys):
     assert Provenance.of_checkpoint("cut").removed_layers == [0]
     capsys.readouterr()
     line = fails(capsys, "prune", "qwen.gguf", "x", "--layers", "1", "--to", "meta")
-    assert "holds architecture 'qwen2'; expected 'llama'" in line and not Path("x").exists()
+    assert "holds architecture 'qwen2', expected 'llama'" in line and not Path("x").exists()
 
 
 def test_files_of_one_model_are_joined(here):
@@ -290,14 +290,14 @@ def test_files_of_one_model_are_joined(here):
     [
         (["convert", "model.gguf", "x.gguf", "--type", "f16"], "stay as they are"),
         (["convert", "hf", "x", "--type", "f16"], "--type f16 is for writing GGUF"),
-        (["convert", "hf", "x.gguf", "--type", "q4_k"], "expected a type of f32, f16, bf16, q8_0"),
+        (["convert", "hf", "x.gguf", "--type", "q4_k"], "--type = 'q4_k': expected one of f32, f16, bf16, q8_0"),
         (["convert", "hf", "x.gguf", "--dtype", "float16"], "GGUF has --type"),
         (["convert", "hf", "x.gguf", "--to", "meta"], "expected the name of a directory to write"),
         (["convert", "hf", "x", "--to", "gguf"], "expected a name that ends with .gguf"),
         (["convert", "hf", "x", "--to", "hf"], "hf is in the format hf already"),
         (["convert", "hf", "x", "--to", "onnx"], "expected a format of meta or hf or gguf"),
         (["convert", "hf", "x.gguf", "--shards", 2], "--shards 2 writes Meta's format, not gguf"),
-        (["convert", "qwen.gguf", "x", "--to", "meta"], "holds architecture 'qwen2'; expected"),
+        (["convert", "qwen.gguf", "x", "--to", "meta"], "holds architecture 'qwen2', expected"),
         (
             ["prune", "model.gguf", "x-00001-of-00002.gguf", *CUT, "--verify", "yes"],
             "several files",

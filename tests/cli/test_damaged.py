@@ -86,5 +86,5 @@ def test_a_longest_window_that_is_no_number_is_named(
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(content | {"max_position_embeddings": longest}))
     line = fails(capsys, "convert", "model", "out.gguf")
-    assert f"{path} is damaged: max_position_embeddings must be a positive integer" in line
+    assert f"{path} is damaged (max_position_embeddings is " in line
     assert sorted(Path().iterdir()) == [Path("model")]

@@ -275,6 +275,6 @@ def test_what_could_not_be_written_or_read_is_refused_in_a_line(ckpt, capsys):
     assert "book.txt exists and is not a directory; choose another name" in line
     Path("short.gguf").write_bytes(b"GGUF\x03")
     line = fails(capsys, "prune", "short.gguf", "out.gguf", "--layers", 1)
-    assert "short.gguf is not a complete GGUF file: its header ends early" in line
+    assert "short.gguf is damaged (its header ends early)" in line
     Path("short.gguf").unlink()
     assert contents() == before

@@ -421,7 +421,7 @@ def test_a_job_that_reads_files_says_where_a_loaded_model_goes(model):
         lambda: evaluate(model),
         lambda: convert(model, "out"),
     ):
-        said = rf"a hub id, got {type(model).__name__}; for a loaded model take open_model\("
+        said = f"source = {type(model).__name__!r}: expected the name of a directory"
         with pytest.raises(ShortGPTError, match=said):
             call()
 

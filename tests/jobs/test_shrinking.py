@@ -685,7 +685,7 @@ def test_a_share_is_restored_only_where_the_windows_tell_loss_and_gain():
     [
         (("hf", "out", "--n", 2, "--ratio", 0.5), "--ratio and --n both say how small"),
         (("hf", "out", "--n", 5), "n = 5; the model has 6 layers: expected 1 to 4"),
-        (("hf", "hf", "--n", 2), "hf exists; choose another directory"),
+        (("hf", "hf", "--n", 2), "hf exists; choose another name"),
         (("hf", "out", "--method", "best"), "no method 'best'"),
         (("hf", "out", "--minutes", 0), "--minutes = 0.0: expected above 0"),
         (("none", "out", "--device", "cpu"), "checkpoint directory none does not exist"),

@@ -157,8 +157,11 @@ def test_a_meta_checkpoint(here):
             with pytest.raises(ShortGPTError, match=said):
                 open_model("meta", stream=stream)
     for changed, said in (
-        ({"layers.0.attention.wq.bias": torch.zeros(32)}, "has, unknown to params.json"),
-        ({"output.weight": torch.zeros(9, 32)}, r"output.weight in .* has shape \[9, 32\]"),
+        (
+            {"layers.0.attention.wq.bias": torch.zeros(32)},
+            "has layers.0.attention.wq.bias, unknown to params.json",
+        ),
+        ({"output.weight": torch.zeros(9, 32)}, r"output.weight has shape \[9, 32\]"),
     ):
         torch.save(whole | changed, path)
         for stream in (False, True):
@@ -200,7 +203,7 @@ def test_a_period_that_a_gguf_file_names_is_not_that_of_transformers(
         (lambda path: path.write_bytes(b""), "its weights are cut off or damaged; fetch it again"),
         ({"hidden_act": "nope"}, "its config names 'nope', which is not known here"),
         ({"rope_parameters": {"rope_type": "zzz"}}, "its config names 'zzz', which is not known"),
-        ({"dtype": "float17"}, "config.json in hf has the dtype 'float17', expected"),
+        ({"dtype": "float17"}, "hf/config.json is damaged .it has the dtype 'float17', expected"),
     ],
 )
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="other entries of config")

@@ -7,7 +7,7 @@ import os
 
 import killed_writers
 import pytest
-from filelock import FileLock
+from filelock import Timeout
 from processes import alone
 
 from llama import files
@@ -51,12 +51,18 @@ def test_the_folder_of_a_longer_name_is_another_targets(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.b"]
 
 
-def test_a_folder_that_another_writer_locked_first_is_made_anew(tmp_path, monkeypatch):
-    names = iter(["0" * 8, "1" * 8])
-    monkeypatch.setattr(files.secrets, "token_hex", lambda _: next(names))
-    held = FileLock(tmp_path / ".out.writing-00000000" / files.LOCK)
-    with held, new_directory(tmp_path / "out") as partial:
-        assert partial.parent.name == ".out.writing-11111111"
+def test_a_folder_that_another_writer_locked_first_is_made_again(tmp_path, monkeypatch):
+    plain, tried = files.lock_file, []
+
+    def locked(path):
+        tried.append(path.parent)
+        if len(tried) == 1:
+            raise Timeout(str(path))
+        return plain(path)
+
+    monkeypatch.setattr(files, "lock_file", locked)
+    with new_directory(tmp_path / "out") as partial:
+        assert partial.parent == tried[1] != tried[0]
         (partial / "file").write_text("whole")
     assert (tmp_path / "out" / "file").read_text() == "whole"
 

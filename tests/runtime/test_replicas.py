@@ -182,7 +182,7 @@ def test_models_of_transformers_are_scored_data_parallel(found):
 
 
 def test_ranks_that_do_not_divide_are_refused(found):
-    expected = "model_parallel_size 3 does not divide the 2 running rank(s)"
+    expected = "model_parallel_size = 3: expected a divisor of the 2 running rank(s)"
     assert found[2, 0]["error"].startswith(expected)
 
 
@@ -293,7 +293,7 @@ def test_resharding_refuses_what_cannot_be(tmp_path):
     folder = save_checkpoint(tmp_path / "one", model_of())
     write_byte_tokenizer(folder)
     for shards, message in (
-        (3, "n_heads 8 does not divide among 3"),
+        (3, "n_heads = 8: expected a multiple of the 3"),
         (0, "`shards` 0: expected 1 to 100"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -320,6 +320,6 @@ def test_any_source_becomes_shards(tmp_path, capsys):
     assert {info.dtype for info in half.infos.values()} == {torch.bfloat16}
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path / "hf"), str(tmp_path / "three"), "--shards", "3"])
-    assert "n_heads 4 does not divide among 3" in capsys.readouterr().err
+    assert "n_heads = 4: expected a multiple of the 3" in capsys.readouterr().err
     main(["prune", str(tmp_path / "two"), str(tmp_path / "cut"), "--layers", "1", "--verify"])
     assert "verified: the logits are those" in capsys.readouterr().out

@@ -535,7 +535,7 @@ REFUSED = [
     (("rank", "hf", "--max_memory", "much"), "--max_memory = 'much': expected a size"),
     (("rank", "model.gguf"), "model.gguf is not a local directory; to be streamed"),
     (("rank", "some/model"), "some/model is not a directory here, and the hub cannot"),
-    (("rank", "other"), "other is not a plain Llama: its model_type is 'gpt2'"),
+    (("rank", "other"), "other/config.json: model_type = 'gpt2': expected 'llama'"),
 ]
 
 
