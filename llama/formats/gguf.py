@@ -71,9 +71,8 @@ class GGUFFile(GGUFParts):
         super().__init__(path)
         if (arch := self.get("general.architecture")) != "llama":
             way = shlex.join(["short-gpt", "convert", str(path), "DIRECTORY", "--to", "hf"])
-            raise InputError(
-                f"{path} holds architecture {arch!r}, expected 'llama'; in Hugging Face's format: {way}"
-            )
+            expected = f"expected 'llama'; in Hugging Face's format: {way}"
+            raise InputError(f"{path} holds architecture {arch!r}, {expected}")
 
     def name_of(self, meta_name: str) -> str:
         """GGUF's name of a tensor; the output head is the embedding where it has none."""
