@@ -290,7 +290,10 @@ def test_files_of_one_model_are_joined(here):
     [
         (["convert", "model.gguf", "x.gguf", "--type", "f16"], "stay as they are"),
         (["convert", "hf", "x", "--type", "f16"], "--type f16 is for writing GGUF"),
-        (["convert", "hf", "x.gguf", "--type", "q4_k"], "--type = 'q4_k': expected one of f32, f16, bf16, q8_0"),
+        (
+            ["convert", "hf", "x.gguf", "--type", "q4_k"],
+            "--type = 'q4_k': expected one of f32, f16, bf16, q8_0",
+        ),
         (["convert", "hf", "x.gguf", "--dtype", "float16"], "GGUF has --type"),
         (["convert", "hf", "x.gguf", "--to", "meta"], "expected the name of a directory to write"),
         (["convert", "hf", "x", "--to", "gguf"], "expected a name that ends with .gguf"),
