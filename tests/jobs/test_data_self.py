@@ -229,7 +229,7 @@ def prompted(tmp_path_factory, one_rank) -> str:
 @pytest.mark.usefixtures("few_timed_tokens")
 @pytest.mark.parametrize(("chat", "size"), [(False, 112), (True, 112), (True, 192)])
 def test_the_system_prompt_of_a_template_is_no_copied_text(prompted, tmp_path, size, chat):
-    data = {"data": dialogs(40), "column": "messages"} if chat else {"data": "self:chat"}
+    data = {"data": dialogs(40)} if chat else {"data": "self:chat"}
     windows = {"size": size, "max_windows": 12, "eval_windows": 4}
     healed = heal(prompted, str(tmp_path / "healed"), layers=[2], **data, **windows)
     assert healed.left_out is None and healed.evidence.perplexity["healed"].windows == 4
@@ -243,7 +243,7 @@ def test_the_system_prompt_of_a_template_is_no_copied_text(prompted, tmp_path, s
 @pytest.mark.filterwarnings("default")
 @pytest.mark.usefixtures("few_timed_tokens")
 def test_a_dialog_that_comes_again_is_found_after_its_system_prompt(prompted, tmp_path):
-    data = {"data": [*dialogs(6), *dialogs(6)], "column": "messages"}  # a window each
+    data = {"data": [*dialogs(6), *dialogs(6)]}  # a window each
     windows = {"size": 256, "max_windows": 12, "eval_windows": 4}
     healed = heal(prompted, str(tmp_path / "out"), layers=[2], **data, **windows)
     assert healed.left_out == "left out 1 of 11 windows that share text with held-out ones"
