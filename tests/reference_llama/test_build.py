@@ -3,58 +3,38 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from tokenizer_files import sentencepiece_model
 
-from llama import Llama
+from llama import Llama, Tokenizer
 
 # SWIG's types, on which sentencepiece is built, lack __module__ for Python 3.12 and on.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type [sS]wig.*:DeprecationWarning")
 
 
-def sentencepiece_file(directory: Path) -> tuple[Path, int]:
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a short text to learn from [INST] and [/INST]"] * 5),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=290,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path = directory / "tokenizer.model"
-    path.write_bytes(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return path, processor.get_piece_size()
-
-
-def tiktoken_file(directory: Path) -> tuple[Path, int]:
+def tiktoken_file(path: Path) -> Path:
     lines = (b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
-    path = directory / "tokenizer.model"
     path.write_bytes(b"".join(lines))
-    return path, 256 + 256
+    return path
 
 
-def json_file(directory: Path) -> tuple[Path, int]:
-    return write_byte_tokenizer(directory), BYTE_VOCAB
-
-
-KINDS = {"llama-2": sentencepiece_file, "llama-3": tiktoken_file, "json": json_file}
+KINDS = {
+    "llama-2": lambda folder: sentencepiece_model(folder / "tokenizer.model", 290),
+    "llama-3": lambda folder: tiktoken_file(folder / "tokenizer.model"),
+    "json": write_byte_tokenizer,
+}
 
 
 @pytest.fixture(params=KINDS)
 def built(request, tmp_path: Path):
     """The kind of tokenizer, the Llama built with it, and the model that was saved."""
-    tokenizer, vocab_size = KINDS[request.param](tmp_path)
-    model = make_transformer(vocab_size=vocab_size)
+    tokenizer = KINDS[request.param](tmp_path)
+    model = make_transformer(vocab_size=Tokenizer(tokenizer).n_words)
     save_checkpoint(tmp_path, model)
     return request.param, Llama.build(tmp_path, tokenizer, 64, 4, device="cpu"), model
 
@@ -100,38 +80,6 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     save_checkpoint(tmp_path, make_transformer(vocab_size=96))
     tokenizer = write_byte_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"has 258 tokens, .* has 96 ids: it belongs to another"):
-        Llama.build(tmp_path, tokenizer, 64, 4, device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (
-            lambda d: (d / "tokenizer.json").unlink(),
-            FileNotFoundError,
-            "tokenizer file .* does not",
-        ),
-        (
-            lambda d: (d / "params.json").write_text("{}"),
-            ValueError,
-            r"params.json is damaged \(params.json lacks \['dim'",
-        ),
-        (lambda d: (d / "consolidated.00.pth").unlink(), FileNotFoundError, "no consolidated"),
-        (lambda d: (d / "consolidated.00.pth").write_bytes(b""), ValueError, "is damaged"),
-        (
-            lambda d: (d / "consolidated.01.pth").write_bytes(
-                (d / "consolidated.00.pth").read_bytes()
-            ),
-            ValueError,
-            r"has shape .*; params.json and 2 shard\(s\) give",
-        ),
-    ],
-)
-def test_broken_directories_are_refused(tmp_path, change, error, message):
-    save_checkpoint(tmp_path, make_transformer(vocab_size=BYTE_VOCAB))
-    tokenizer = write_byte_tokenizer(tmp_path)
-    change(tmp_path)
-    with pytest.raises(error, match=message):
         Llama.build(tmp_path, tokenizer, 64, 4, device="cpu")
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import random
-import re
 import subprocess
 import sys
 import zipfile
@@ -25,9 +23,8 @@ from conftest import (
 from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard
 from llama.errors import InputError
-from llama.files import check_new, check_outputs, new_directory, new_file, new_files, write_json
 from llama.generation import load_model
-from short_gpt.checkpoints import Provenance, Target
+from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.meta import prune_meta as prune
 from short_gpt.runtime import versions
 
@@ -201,17 +198,6 @@ def test_sizes_that_do_not_divide_among_the_shards_are_refused(tmp_path):
         Checkpoint(directory)
 
 
-def test_missing_files(tmp_path, checkpoint_dir):
-    with pytest.raises(FileNotFoundError, match="checkpoint directory .* does not exist"):
-        Checkpoint(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"has no params\.json"):
-        Checkpoint(tmp_path / "empty")
-    (checkpoint_dir / "consolidated.00.pth").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no consolidated\.\*\.pth"):
-        Checkpoint(checkpoint_dir)
-
-
 # ------------------------------------------------------------------------------ writing
 
 
@@ -272,16 +258,6 @@ def test_pruned_checkpoint_equals_the_model_pruned_in_memory(tmp_path, checkpoin
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "out"]
 
 
-def test_pruning_twice_keeps_the_history(tmp_path, checkpoint_dir):
-    prune(checkpoint_dir, tmp_path / "once", [4])
-    prune(tmp_path / "once", tmp_path / "twice", [0])
-    record = json.loads((tmp_path / "twice/pruning.json").read_text())
-    earlier = record["source_pruning"]
-    assert (earlier["removed_layers"], earlier["kept_layers"]) == ([4], [0, 1, 2, 3])
-    assert record["original_layers"] == [1, 2, 3] and earlier["source"] == checkpoint_dir.name
-    assert Checkpoint(tmp_path / "twice").args.n_layers == 3
-
-
 def test_pruning_keeps_dtype_sharding_and_ties(tmp_path, checkpoint_dir):
     model = make_transformer(vocab_size=BYTE_VOCAB).bfloat16()
     save_checkpoint(tmp_path / "two", model, shards=2, vocab_parallel=True)
@@ -311,128 +287,6 @@ def test_pruning_bad_layers_writes_nothing(tmp_path, checkpoint_dir, layers, mes
     assert not (tmp_path / "out").exists()
 
 
-def test_pruning_overwrites_only_its_own_and_only_when_asked(tmp_path, checkpoint_dir):
-    prune(checkpoint_dir, tmp_path / "out", [1])
-    with pytest.raises(FileExistsError, match="out exists"):
-        prune(checkpoint_dir, tmp_path / "out", [1, 2])
-    prune(checkpoint_dir, Target(tmp_path / "out", overwrite=True), [1, 2])
-    assert Checkpoint(tmp_path / "out").args.n_layers == 3
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"out exists and holds thesis\.tex"):
-        prune(checkpoint_dir, Target(tmp_path / "out", overwrite=True), [1])
-    (tmp_path / "out" / "thesis.tex").unlink()
-    (tmp_path / "out" / "README.md").mkdir()
-    with pytest.raises(FileExistsError, match=r"out exists and holds README\.md"):
-        prune(checkpoint_dir, Target(tmp_path / "out", overwrite=True), [1])
-    with pytest.raises(FileExistsError, match=r"checkpoint exists and holds no pruning\.json"):
-        prune(tmp_path / "out", Target(checkpoint_dir, overwrite=True), [1])
-
-
-def test_pruning_never_overwrites_its_source(tmp_path, checkpoint_dir):
-    prune(checkpoint_dir, tmp_path / "out", [1])
-    with pytest.raises(FileExistsError, match="holds the source"):
-        prune(tmp_path / "out", Target(tmp_path / "out", overwrite=True), [0])
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / "out", target_is_directory=True)
-    with pytest.raises(FileExistsError, match="holds the source"):
-        prune(tmp_path / "out", Target(link, overwrite=True), [0])
-
-
-def demo(out: Path, source: Path, *, overwrite: bool = False) -> None:
-    """A directory with another one in it, each with its marker."""
-    with new_directory(out, marker="layers.json", overwrite=overwrite) as partial:
-        write_json(partial / "layers.json", {"layers": [1]})
-        prune(source, partial / "pruned", [1])
-
-
-def test_a_marker_lists_what_its_writer_wrote(tmp_path, checkpoint_dir):
-    out = tmp_path / "out"
-    demo(out, checkpoint_dir)
-    content = json.loads((out / "layers.json").read_text())
-    inner = json.loads((out / "pruned/pruning.json").read_text())["files"]
-    below = [f"pruned/{name}" for name in inner]
-    assert content == {"layers": [1], "files": ["layers.json", *below]}
-    assert inner == sorted(p.name for p in (out / "pruned").iterdir())
-    with pytest.raises(FileExistsError, match="out exists; choose another"):
-        check_new(out, marker="layers.json")
-    with pytest.raises(FileExistsError, match="holds the source"):
-        check_new(out, marker="layers.json", overwrite=True, source=out / "pruned")
-    demo(out, checkpoint_dir, overwrite=True)
-    with pytest.raises(FileExistsError, match=r"holds no conversion\.json"):
-        check_new(out, marker="conversion.json", overwrite=True)
-
-
-@pytest.mark.parametrize(
-    "name", ["mine.txt", "pruned/mine.txt", "README.md", "pruned/deep/mine.txt", ".hidden"]
-)
-def test_a_directory_with_anything_that_is_not_listed_stays(tmp_path, checkpoint_dir, name):
-    out = tmp_path / "out"
-    demo(out, checkpoint_dir)
-    (out / name).parent.mkdir(exist_ok=True)
-    (out / name).write_text("years of work")
-    message = rf"out exists and holds {re.escape(name)}, which its layers\.json does not list"
-    with pytest.raises(FileExistsError, match=message):
-        demo(out, checkpoint_dir, overwrite=True)
-    assert (out / name).read_text() == "years of work"
-
-
-def test_links_and_empty_folders_are_somebodys_too(tmp_path, checkpoint_dir):
-    out = tmp_path / "out"
-    demo(out, checkpoint_dir)
-    (out / "pruned" / "empty").mkdir()
-    with pytest.raises(FileExistsError, match="holds pruned/empty, which"):
-        check_new(out, marker="layers.json", overwrite=True)
-    (out / "pruned" / "empty").rmdir()
-    (out / "link").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(FileExistsError, match="holds link, which"):
-        check_new(out, marker="layers.json", overwrite=True)
-
-
-def test_a_marker_that_was_not_written_is_told(tmp_path):
-    missing = pytest.raises(FileNotFoundError, match=r"has no conversion\.json")
-    with missing, new_directory(tmp_path / "out", marker="conversion.json") as partial:
-        (partial / "file").write_text("whole")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_link_is_followed_and_a_failed_swap_leaves_the_old(tmp_path, checkpoint_dir, monkeypatch):
-    prune(checkpoint_dir, tmp_path / "real", [1])
-    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
-    prune(checkpoint_dir, Target(tmp_path / "link", overwrite=True), [1, 2])
-    assert (tmp_path / "link").is_symlink()
-    assert Checkpoint(tmp_path / "real").args.n_layers == 3
-    monkeypatch.setattr("llama.files.exchange", lambda *_: False)
-    plain = Path.rename
-
-    def rename(self, target):
-        if self.name == "new":
-            raise OSError("in use")
-        return plain(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(OSError, match="in use"):
-        prune(checkpoint_dir, Target(tmp_path / "real", overwrite=True), [1])
-    assert Checkpoint(tmp_path / "real").args.n_layers == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "link", "real"]
-
-
-def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path):
-    with pytest.raises(FileExistsError, match="out exists"), new_directory(tmp_path / "out"):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    assert (tmp_path / "out" / "thesis.tex").is_file()
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_nor_is_a_file_that_somebody_else_made_meanwhile(tmp_path, overwrite):
-    written = new_file(tmp_path / "out", overwrite=overwrite, replaces=lambda _: False)
-    with pytest.raises(FileExistsError, match="out exists"), written as partial:
-        partial.write_text("whole")
-        (tmp_path / "out").write_text("years of work")
-    assert (tmp_path / "out").read_text() == "years of work"
-    assert not [*tmp_path.glob(".out*")]
-
-
 def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir):
     with pytest.raises(FileNotFoundError, match=r"tokenizer file typo\.model does not exist"):
         prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path="typo.model")
@@ -443,20 +297,6 @@ def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir)
     prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path=checkpoint_dir / "mine.bin")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json"} < names and "mine.bin" not in names
-
-
-def test_json_keeps_texts_and_digits(tmp_path):
-    content = {
-        "text": "{{ [a,     b] }} [my   folder]",
-        "numbers": [1, 0.1, 1e-300],
-        "nested": [[1, 2], {"a": []}],
-        "none": [None, True, math.inf],
-        "empty": {},
-    }
-    write_json(tmp_path / "x.json", content)
-    text = (tmp_path / "x.json").read_text()
-    assert json.loads(text) == {**content, "none": [None, True, None]}
-    assert '"numbers": [1, 0.1, 1e-300]' in text
 
 
 def repacked(path: Path, name: str, content: bytes, method: int = zipfile.ZIP_DEFLATED) -> None:
@@ -520,13 +360,6 @@ def test_other_files_beside_the_shards_are_left_alone(checkpoint_dir):
     assert len(Checkpoint(checkpoint_dir).shards) == 1
 
 
-def test_a_directory_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out") as partial:
-        (partial / "file").write_text("half")
-        raise KeyboardInterrupt
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
-
-
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory")],
@@ -541,22 +374,13 @@ def test_too_little_memory_is_no_damage(checkpoint_dir, monkeypatch, error):
     assert "damaged" not in str(told.value)
 
 
-def test_an_output_that_is_a_circle_of_links(tmp_path):
-    (tmp_path / "a").symlink_to(tmp_path / "a")
-    for path in (tmp_path / "a", tmp_path / "a/out"):
-        with pytest.raises(FileExistsError, match="leads back to itself; choose another"):
-            check_new(path)
-        for others in ([path], [path, tmp_path / "b"]):
-            with pytest.raises(FileExistsError, match="leads back to itself; choose another"):
-                check_outputs(others, overwrite=True, replaces=lambda _: True)
-
-
-def test_parts_may_be_written_through_links_that_lead_nowhere_yet(tmp_path):
-    (tmp_path / "disk").mkdir()
-    paths = [tmp_path / "a", tmp_path / "b"]
-    paths[0].symlink_to(tmp_path / "disk/another")
-    with new_files(paths, overwrite=False, replaces=lambda _: False) as partial:
-        for path in partial:
-            path.write_text(path.name)  # whose names are those that files of one model have
-    assert (tmp_path / "disk/another").read_text() == "a" and paths[0].is_symlink()
-    assert paths[1].read_text() == "b"
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("params.json", r"has no params\.json"), (PTH, r"no consolidated\.\*\.pth")],
+)
+def test_missing_files(tmp_path, checkpoint_dir, missing, message):
+    with pytest.raises(FileNotFoundError, match="checkpoint directory .* does not exist"):
+        Checkpoint(tmp_path / "nowhere")
+    (checkpoint_dir / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        Checkpoint(checkpoint_dir)
