@@ -525,9 +525,7 @@ def test_find_tokenizer(tmp_path: Path, files: list[str], found: str) -> None:
     for name in files:
         write(tmp_path / name, b"x")
     assert find_tokenizer(tmp_path / "m") == tmp_path / found
-    with pytest.raises(
-        FileNotFoundError, match=r"looked for .*tokenizer\.model, .*json"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"looked for .*tokenizer\.model, .*json"):
         find_tokenizer(tmp_path / "elsewhere" / "m")
     for path, problem in ((tmp_path / "none", "does not exist"), (tmp_path, "is a directory")):
         with pytest.raises(FileNotFoundError, match=problem):
