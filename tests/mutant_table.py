@@ -375,9 +375,9 @@ MUTANTS = [
     ),
     (
         "StateFile._load",
-        "if content[CHECKED] == content_digest(content):",
-        "if True:",
-        "test_what_was_edited_or_damaged_is_refused",
+        "if content.get(CHECKED) != content_digest(content):",
+        "if False:",
+        "test_what_was_edited_is_refused",
     ),
     (
         "SavedScores.check_model",
