@@ -7,16 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_byte_llama, write_byte_tokenizer
 from gguf_files import stack_file
 
 from llama.files import new_directory
 from llama.formats.hf import meta_to_hf
-from short_gpt import ShortGPTError, ShortLlama, prune, rank
+from short_gpt import ShortLlama, prune, rank
 from short_gpt.checkpoints.scores import configuration_of, tokenizer_of, weights_of
-from short_gpt.jobs import SavedScores, heal, ranking
+from short_gpt.jobs import SavedScores, ranking
 from short_gpt.runtime import write_record
 
 LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
@@ -256,11 +255,6 @@ def test_a_configuration_that_older_scores_do_not_name_is_said_not_to_be_checked
     assert said.startswith("not checked: r.json does not say of which configuration its scores are")
 
 
-def halved(record: dict) -> None:
-    sums = record["importance"]
-    sums["angles"] = [[value / 2 for value in row] for row in sums["angles"]]
-
-
 def swapped(record: dict) -> None:
     sums = record["importance"]
     sums["angles"][0], sums["angles"][3] = sums["angles"][3], sums["angles"][0]
@@ -268,10 +262,6 @@ def swapped(record: dict) -> None:
 
 def another_seed(record: dict) -> None:
     record["arguments"]["seed"] = 7
-
-
-def another_model(record: dict) -> None:
-    record["scored"] = {}
 
 
 def test_scores_in_a_folder_whose_marker_lists_its_files_are_read(here):
@@ -283,7 +273,7 @@ def test_scores_in_a_folder_whose_marker_lists_its_files_are_read(here):
     assert SavedScores.read("demo/layers.json").layers(2) == SavedScores.read("r.json").layers(2)
 
 
-@pytest.mark.parametrize("spoil", [halved, swapped, another_seed, another_model])
+@pytest.mark.parametrize("spoil", [swapped, another_seed])
 def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
     record = ranked("ckpt", "r.json")
     assert SavedScores.read("r.json").layers(1)
@@ -300,27 +290,6 @@ def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
     assert SavedScores.read("r.json").layers(1)
 
 
-def test_layers_of_a_search_that_are_not_those_written_are_refused(here, capsys):
-    record = ranked("ckpt", "r.json", "--method", "sleb", "--n", 2)
-    record["chosen"]["layers"].reverse()
-    Path("r.json").write_text(json.dumps(record))
-    with pytest.raises(ShortGPTError, match="is damaged: write it again"):
-        SavedScores.read("r.json")
-
-
-def test_scores_added_up_and_written_have_a_digest_too(here):
-    ranked("ckpt", "r.json")
-    ranked("ckpt", "s.json", "--seed", 1)
-    both = SavedScores.read("r.json").importance + SavedScores.read("s.json").importance
-    write_record("both.json", {"command": "rank", "importance": both.to_dict()})
-    assert SavedScores.read("both.json").importance.n_windows == both.n_windows
-    record = json.loads(Path("both.json").read_text())
-    swapped(record)
-    Path("both.json").write_text(json.dumps(record))
-    with pytest.raises(ShortGPTError, match="is damaged: write it again"):
-        SavedScores.read("both.json")
-
-
 @pytest.mark.parametrize("damage", [{"importance": {"layers": [0, 1]}}, {"importance": None}])
 def test_what_holds_no_scores_is_refused_in_one_line(here, capsys, damage):
     rewritten(ranked("ckpt", "r.json") | damage, "bad.json")
@@ -330,22 +299,6 @@ def test_what_holds_no_scores_is_refused_in_one_line(here, capsys, damage):
     Path("bad.json").write_text(json.dumps({"versions": {}, "machine": {}}))
     line = fails(capsys, "prune", "ckpt", "out", "--scores", "bad.json", "--n", 1)
     assert "bad.json is damaged: write it again by short-gpt rank" in line
-
-
-def test_every_real_score_passes(here):
-    """Also of all tokens, and of layers that do nothing or turn a state around."""
-    ranked("ckpt", "r.json")
-    ranked("ckpt", "all.json", "--method", "angular_all", "--n", 1)
-    weights = torch.load("ckpt/consolidated.00.pth")
-    for name in ("attention.wo", "feed_forward.w2"):
-        weights[f"layers.1.{name}.weight"].zero_()
-        weights[f"layers.2.{name}.weight"].mul_(-1e4)
-    torch.save(weights, "ckpt/consolidated.00.pth")
-    ranked("ckpt", "odd.json")
-    for file in ("r.json", "all.json", "odd.json"):
-        assert SavedScores.read(file).importance is not None
-    with pytest.raises(ShortGPTError, match="holds scores of the weights"):
-        heal("ckpt", "out", scores="r.json", n=1, data="book.txt")
 
 
 def test_prune_says_what_the_scores_do_not_settle(here, capsys):
@@ -358,18 +311,8 @@ def test_prune_says_what_the_scores_do_not_settle(here, capsys):
         content = {**record, "settled": {**verdict, **changes}}
         rewritten(content, "r.json")
         capsys.readouterr()
-        run(
-            "prune",
-            "ckpt",
-            "out",
-            "--scores",
-            "r.json",
-            "--n",
-            n,
-            "--method",
-            method,
-            "--overwrite",
-        )
+        choice = ("--scores", "r.json", "--n", n, "--method", method)
+        run("prune", "ckpt", "out", *choice, "--overwrite")
         return capsys.readouterr().out
 
     run("prune", "ckpt", "out", "--scores", "r.json", "--n", 2)

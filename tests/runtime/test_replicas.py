@@ -289,21 +289,6 @@ def test_what_one_file_holds_is_mapped_not_copied(tmp_path, model):
             assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-def test_resharding_refuses_what_cannot_be(tmp_path):
-    folder = save_checkpoint(tmp_path / "one", model_of())
-    write_byte_tokenizer(folder)
-    for shards, message in (
-        (3, "n_heads = 8: expected a multiple of the 3"),
-        (0, "`shards` 0: expected 1 to 100"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            reshard(folder, tmp_path / "out", shards=shards)
-    assert not (tmp_path / "out").exists()
-    save_checkpoint(tmp_path / "two", model_of())
-    with pytest.raises(FileExistsError, match="two exists"):
-        reshard(folder, tmp_path / "two", shards=2)
-
-
 def test_any_source_becomes_shards(tmp_path, capsys):
     model = make_transformer(vocab_size=BYTE_VOCAB)
     folder = save_checkpoint(tmp_path / "meta", model)
