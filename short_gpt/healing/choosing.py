@@ -28,7 +28,7 @@ from short_gpt.evaluation.perplexity import (
 from short_gpt.healing import refit
 from short_gpt.healing.refit import RefitSettings, Windows
 from short_gpt.models.numbering import check_count
-from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, check
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
@@ -187,24 +187,6 @@ def choose_healed(
     return chosen
 
 
-def check_budget(budget: int, fitted: int, judged: int) -> None:
-    """Raises ShortGPTError unless the candidates that need no search can be refitted and judged."""
-    scored = sum(name not in SEARCHES for name in CANDIDATES)
-    windows = fitted + scored * (REFIT_PASSES * fitted + judged)
-    if budget < (least := math.ceil(windows / min(BARE_PASS, fitted + judged))):
-        raise ShortGPTError(
-            f"budget = {budget}: refitting the candidates may take {least} bare passes; give as "
-            f"many or more, such as the default {BUDGET}"
-        )
-
-
-def expect_budget(budget: int | None, windows: int) -> None:
-    """`check_budget` before the windows are read; so many are asked for."""
-    half = min(BARE_PASS, windows) // 2
-    if budget is not None and half >= MIN_WINDOWS // 2:
-        check_budget(budget, half, min(JUDGES, windows - half))
-
-
 class _Choosing:
     """The choice so far: its windows, what was spent, and the losses of refitted sets."""
 
@@ -229,7 +211,12 @@ class _Choosing:
             self._notes.append(
                 f"chosen on {first} windows, fewer than {BARE_PASS}: the differences are less sure"
             )
-        check_budget(budget, half, len(self._judging))
+        # the candidates that need no search must be refitted and judged
+        scored = sum(name not in SEARCHES for name in CANDIDATES)
+        read = half + scored * (REFIT_PASSES * half + len(self._judging))
+        least = math.ceil(read / min(BARE_PASS, first))
+        enough = f"at least {least}, as many bare passes as the candidates may take"
+        check(budget >= least, "budget", budget, enough)
 
     def run(self, shown: Bar) -> HealedChoice:
         self._shown = shown

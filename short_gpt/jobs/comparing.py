@@ -233,8 +233,8 @@ def compare_checkpoint(
     short = open_model(source, as_begun(opening, check_state(state)), max_seq_len=size)
     cases = cases.within(len(short.kept))
     end = partial(_end_dry_run, short, source, cases, reading)
-    own = own_text_writer(short, size, seed=reading.seed or 0, beside=state)
-    write = (lambda *_: end()) if dry_run else own
+    writer = own_text_writer(short, size, seed=reading.seed or 0, beside=state)
+    write = (lambda *_: end()) if dry_run else writer
     limits = (reading.max_windows, reading.seed or 0)
     calibration, evaluation = split_own_text(kinds, [list(kind) for kind in held], write, *limits)
     held_out = list(reading.cut(evaluation, short, reading.eval_windows))

@@ -16,7 +16,6 @@ from short_gpt.healing.choosing import (
     MAX_WINDOWS,
     HealedChoice,
     choose_healed,
-    expect_budget,
 )
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.costs import end_dry_run, forecast
@@ -137,7 +136,6 @@ def rank(
     if answer.method == AUTO:  # windows to judge by must not overlap those to fit on
         limit, size = windows.max_windows or MAX_WINDOWS, windows.size or SIZE
         windows = replace(windows, stride=max(windows.step, size), max_windows=limit)
-        expect_budget(None, limit)
     opening = as_begun(opening, check_state(state))
     check_ranking(model, answer, windows, opening)
     kinds = windows.kinds()

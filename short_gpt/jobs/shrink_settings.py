@@ -35,7 +35,7 @@ class Shrinking(Settings):
     )
     n: int | None = setting(None, "Number of layers to remove; two at least stay.")
     params: str | int | None = setting(
-        None, "Maximum parameter count, as in 6B or 750M.", value="SIZE"
+        None, "Maximum parameter count, as in 6B or 750M.", value="SIZE", rare=True
     )
     memory: str | int | None = setting(
         None, "Maximum memory, as in 12GB, for the weights and a KV cache.", value="SIZE"
@@ -44,6 +44,7 @@ class Shrinking(Settings):
         None,
         "Factor by which the perplexity of the refitted model may rise, as in 1.2: as many layers "
         "go as it allows, on windows of data that nothing is fitted on.",
+        rare=True,
     )
     context: int = setting(
         4096, "Tokens of the KV cache in all, of memory and of the printed table.", rare=True

