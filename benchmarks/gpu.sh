@@ -30,12 +30,12 @@
 set -euo pipefail
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B}
 N=${N:-7} SIZE=${SIZE:-2048} WINDOWS=${WINDOWS:-128} HELD=${HELD:-16} AUTO=${AUTO:-yes}
+# names of lm-eval, or whole paths of YAML files
 TASKS=${TASKS:-arc_challenge,arc_easy,boolq,hellaswag,piqa,winogrande,wsc273,race,copa}
-TASK_FOLDER=${TASK_FOLDER:-}       # YAML files of more tasks
 WIKITEXT=${WIKITEXT:-} C4=${C4:-} PTB=${PTB:-}  # local copies; C4=none leaves it out
 published=$(realpath -m "$(dirname "$0")/studies/published.py")
 out=$(realpath -m "${1:-gpu_results}")
-for name in MODEL TASK_FOLDER WIKITEXT C4 PTB; do  # "none" and names at the hub stay
+for name in MODEL WIKITEXT C4 PTB; do  # "none" and names at the hub stay
     [ ! -e "${!name}" ] || printf -v "$name" %s "$(realpath "${!name}")"
 done
 [ -z "$PTB" ] || realpath -e "$PTB" >/dev/null
@@ -66,7 +66,7 @@ END
 # evaluated NAME MODEL...: perplexities and tasks; of two models, the second's changes too
 evaluated() {
     local tasks=() copy=()
-    [ "$TASKS" = none ] || tasks=(--tasks "$TASKS" ${TASK_FOLDER:+--include_path "$TASK_FOLDER"})
+    [ "$TASKS" = none ] || tasks=(--tasks "$TASKS")
     [ -z "$WIKITEXT" ] || copy=(--source "$WIKITEXT")
     step "wikitext-2-$1.json" short-gpt evaluate "${@:2}" --data wikitext-2 "${copy[@]}" \
         --size "$SIZE" "${tasks[@]}" --json "wikitext-2-$1.json"
