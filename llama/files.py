@@ -125,10 +125,10 @@ def new_directory(
     directory stays as it is.
 
     Args:
-        path: the new directory.
-        marker: name of the JSON file, written in the block, that gets the list of files. None
+        path: The new directory.
+        marker: Name of the JSON file, written in the block, that gets the list of files. None
             leaves a directory that is never replaced.
-        overwrite: whether an existing directory is replaced, if its marker lists all in it.
+        overwrite: Replace an existing directory, if its marker lists all in it. Default: False.
     """
     path = resolved(path)
     check_new(path, marker=marker, overwrite=overwrite)
@@ -338,7 +338,7 @@ def lock_file(path: Path) -> FileLock:
     return lock
 
 
-JsonObject = dict[str, Any]  # what a file holds is known only once it is looked at
+JsonObject = dict[str, Any]
 
 
 def read_json(path: Path) -> JsonObject:

@@ -30,12 +30,12 @@ from llama.parallel import (
 )
 from llama.tokenizer import UNSAFE_ERROR, Dialog, Message, Tokenizer, encode_dialog, is_unsafe
 
-FIRST_LOOK = 32  # tokens until a text is looked at; stop strings mostly come early
+FIRST_CHECK = 32  # tokens until `ended` is called; stop strings mostly come early
 COLDEST = 1e-6  # temperatures below take the likeliest token: they could round to 0 in float32
 
 
 class Details(TypedDict, total=False):
-    """Tokens as texts and their log probabilities in nats, only if asked for."""
+    """Tokens as texts and their log probabilities in nats; empty without ``logprobs``."""
 
     tokens: list[str]
     logprobs: list[float]
@@ -85,15 +85,16 @@ class Llama:
         """Loads a Llama 2 or Llama 3 checkpoint in Meta's format; files are checked before weights.
 
         Args:
-            ckpt_dir: directory with ``params.json`` and ``consolidated.*.pth``.
+            ckpt_dir: Directory with ``params.json`` and ``consolidated.*.pth``.
             tokenizer_path: SentencePiece model, tiktoken ranks or ``tokenizer.json``.
-            max_seq_len: longest prompt plus generation, in tokens.
-            max_batch_size: most prompts in one call of `generate`.
-            model_parallel_size: ranks that share the model (torchrun), any number that divides the
-                heads; None: all running ranks.
-            seed: of the sampling; equal on all ranks of a model.
-            device: None takes CUDA, MPS or CPU, the first there is.
-            dtype: of weights and states; None is float32 on CPU, bfloat16 on CUDA, else float16.
+            max_seq_len: Longest prompt plus generation, in tokens.
+            max_batch_size: Most prompts in one call of `generate`.
+            model_parallel_size: Ranks that share the model (torchrun), any number that divides the
+                heads. Default: all running ranks.
+            seed: Seed of the sampling; equal on all ranks of a model. Default: 1.
+            device: Device of the model. Default: CUDA, MPS or CPU, the first there is.
+            dtype: Dtype of weights and hidden states. Default: float32 on CPU, bfloat16 on CUDA,
+                float16 elsewhere.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
@@ -130,13 +131,13 @@ class Llama:
 
         Args:
             prompt_tokens: B lists of token ids, none empty or longer than ``max_seq_len``.
-            max_gen_len: most tokens to add to each prompt.
+            max_gen_len: Most tokens to add to each prompt.
             temperature: 0 takes the likeliest token; higher values sample more evenly.
-            top_p: samples from the smallest set of tokens whose probability exceeds this.
-            logprobs: whether to return log probabilities.
-            echo: whether the results start with the prompt.
-            ended: whether a prompt needs no more than the tokens added to it, as after a stop
-                string; asked after 32 new tokens, 64 later, 128 later, and so on.
+            top_p: Probability that the smallest set of tokens to sample from exceeds.
+            logprobs: Return log probabilities. Default: False.
+            echo: Start the results with the prompt. Default: False.
+            ended: Says of a prompt's new tokens that no more are needed, as after a stop string;
+                called after 32 new tokens, 64 later, 128 later, and so on. Default: None.
 
         Returns:
             B lists of tokens, ending before the first stop token, and, with ``logprobs``, B
@@ -218,7 +219,7 @@ class Llama:
         return results
 
     def _details(self, ids: list[int], scores: list[list[float]] | None, i: int) -> Details:
-        """The tokens of a prediction as texts, and their log probabilities, if asked for."""
+        """The tokens of a prediction as texts, and their log probabilities, if there are any."""
         if scores is None:
             return {}
         return {"tokens": [self.tokenizer.decode([t]) for t in ids], "logprobs": scores[i]}
@@ -235,11 +236,11 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     """
     rank, ranks = model_parallel_rank(), model_parallel_size()
     check_split(checkpoint.args, ranks)
-    by_vocabulary, own_file = checkpoint.vocab_parallel, len(checkpoint.shards) == ranks
+    by_vocabulary, file_per_rank = checkpoint.vocab_parallel, len(checkpoint.shards) == ranks
     model = Transformer(checkpoint.args, vocab_parallel=by_vocabulary, device="meta")
     state: dict[str, nn.Parameter] = {}
     parameters: dict[object, nn.Parameter] = {}
-    for names in _mapped_groups(checkpoint, own_file):
+    for names in _mapped_groups(checkpoint, file_per_rank):
         with checkpoint.mapped():
             for name in names:
                 # what shares its bytes in the files does so on a rank too, if it is cut alike
@@ -249,7 +250,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
                     part = checkpoint.read(name, rank=rank, ranks=ranks)
                     # a copy where the part is not the file's: a view would keep other parts mapped
                     layout = torch.contiguous_format
-                    part = part.to(device, dtype, copy=not own_file, memory_format=layout)
+                    part = part.to(device, dtype, copy=not file_per_rank, memory_format=layout)
                     parameters[source] = nn.Parameter(part)
                 state[name] = parameters[source]
     # assign: the parameters on "meta" have no memory that values could be copied to
@@ -258,12 +259,12 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     return model.eval()
 
 
-def _mapped_groups(checkpoint: Checkpoint, own_file: bool) -> list[list[str]]:
+def _mapped_groups(checkpoint: Checkpoint, file_per_rank: bool) -> list[list[str]]:
     """Names read while the files are mapped once: all, or a layer's, as pages count as memory."""
     groups: dict[str, list[str]] = {}
     for name in sorted(checkpoint.infos.keys() - checkpoint.ignored):
         layer = LAYER_NAME.fullmatch(name)
-        groups.setdefault(layer[1] if layer and not own_file else "", []).append(name)
+        groups.setdefault(layer[1] if layer and not file_per_rank else "", []).append(name)
     return list(groups.values())
 
 
@@ -330,22 +331,22 @@ def _decode(
     scores = torch.zeros(tokens.shape, device=device)
     stop = torch.tensor(stop_tokens, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    previous, shortest, look = 0, min(len(p) for p in prompts), FIRST_LOOK
+    previous, shortest, next_check = 0, min(len(p) for p in prompts), FIRST_CHECK
     # A prompt that fills all positions still gets its own log probabilities.
     for position in range(shortest, total + (logprobs and shortest == total)):
         # only the positions that are not in the cache: the prompts at first, then one at a time
         states = model.hidden(tokens[:, previous:position], previous)  # (B, S, D)
         logits = model.head(states if logprobs else states[:, -1:])  # (B, S or 1, V)
         if position < total:
-            own = is_prompt[:, position]  # where a longer prompt has a token of its own
-            chosen = torch.where(own, tokens[:, position], choose(logits[:, -1]))
+            in_prompt = is_prompt[:, position]  # (B,): a longer prompt has its token here
+            chosen = torch.where(in_prompt, tokens[:, position], choose(logits[:, -1]))
             tokens[:, position] = chosen
-            done |= ~own & torch.isin(chosen, stop)
-            if ended is not None and position + 1 - shortest == look:
+            done |= ~in_prompt & torch.isin(chosen, stop)
+            if ended is not None and position + 1 - shortest == next_check:
                 rows = tokens[:, : position + 1].tolist()
                 new = [row[len(p) :] for row, p in zip(rows, prompts, strict=True)]
                 done |= torch.tensor([bool(row) and ended(row) for row in new], device=device)
-                look += look + FIRST_LOOK  # twice as many tokens until the next look
+                next_check += next_check + FIRST_CHECK  # twice as many tokens until the next one
         if logprobs:
             targets = tokens[:, previous + 1 : position + 1]  # (B, S) or, at the end, (B, S - 1)
             predicted = logits[:, : targets.shape[1]].transpose(1, 2)  # (B, V, S)

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are asked for, and not before (PEP 562)."""
+"""Packages whose names are imported at their first use (PEP 562)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def lazy(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]
 
     def __getattr__(name: str) -> object:
         if name in homes:
-            module, own = homes[name]
-            value = getattr(import_module(module), own)
+            module, original = homes[name]
+            value = getattr(import_module(module), original)
         elif not name.startswith("_") and find_spec(f"{package}.{name}"):
             value = import_module(f"{package}.{name}")  # as if all had been imported at once
         else:

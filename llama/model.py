@@ -185,11 +185,11 @@ class Transformer(nn.Module):
     """The decoder. Parameters have the names and shapes of Meta's checkpoints.
 
     Args:
-        params: the shape; ``vocab_size`` must be set.
-        vocab_parallel: whether several ranks share the embedding by vocabulary (Llama 3), or by
-            width (Llama 2).
-        device: "meta" makes the model without weights, to be loaded with ``assign=True``;
-            otherwise the weights are drawn from N(0, 0.02) on the CPU.
+        params: Shape of the model; ``vocab_size`` must be set.
+        vocab_parallel: Share the embedding among ranks by vocabulary (Llama 3) and not by width
+            (Llama 2). Default: False.
+        device: "meta" makes the model without weights, to be loaded with ``assign=True``.
+            Default: the CPU, with weights drawn from N(0, 0.02).
     """
 
     def __init__(

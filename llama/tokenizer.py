@@ -40,16 +40,16 @@ class Tokenizer:
     characters it is made of. In `decode` special tokens vanish; half characters become U+FFFD.
 
     Bos, eos and pad of ``tokenizer.json`` are named by ``tokenizer_config.json`` in its directory.
-    Without it, bos and eos are known if exactly one of the usual names is a special token.
+    Without it, bos and eos are set if exactly one of the usual names is a special token.
 
     Attributes:
-        n_words: size of the vocabulary, special tokens included.
-        bos_id: -1 where there is none, as for the following.
-        eos_id: of the end of a text.
-        pad_id: of padding, which Llama 3's file does not name.
-        stop_tokens: ids that end a generation: eos, and Llama 3's ends of text, turn and message.
-        special_tokens: their ids by name; empty for SentencePiece.
-        add_bos: whether the model expects bos before a plain text.
+        n_words: Size of the vocabulary, special tokens included.
+        bos_id: Id of the token that begins a text; -1 where there is none.
+        eos_id: Id of the token that ends a text, or -1.
+        pad_id: Id of padding, or -1, as for Llama 3's file, which does not name it.
+        stop_tokens: Ids that end a generation: eos, and Llama 3's ends of text, turn and message.
+        special_tokens: Ids of special tokens by name; empty for SentencePiece.
+        add_bos: True where the model expects bos before a plain text.
         dialog_format: ``"llama2"``, ``"llama3"`` or None.
     """
 
@@ -66,7 +66,7 @@ class Tokenizer:
             self.dialog_format = "llama3"
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Token ids of a text of any length, between `bos_id` and `eos_id` where asked for."""
+        """Token ids of a text of any length, after `bos_id` and before `eos_id` where set."""
         for added, token_id, key in ((bos, self.bos_id, "bos"), (eos, self.eos_id, "eos")):
             check(not added or token_id >= 0, key, True, f"a {key}_token, but {self._backend.lack}")
         check_text(s)

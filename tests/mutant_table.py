@@ -276,7 +276,7 @@ MUTANTS = [
         "test_every_weight_goes_back_to_where_it_came_from",
     ),
     (
-        "HFWeights.read",
+        "HFCheckpoint.read",
         "return permute(name, weight, self.args, to=META)",
         "return weight",
         "test_hugging_faces_format_gives_the_same_file",

@@ -288,15 +288,15 @@ def reshard(
     There and back gives the same bits.
 
     Args:
-        ckpt_dir: the source, of any number of shards.
-        out_dir: the new directory; appears complete or not at all.
-        shards: number of files: the model-parallel ranks that the checkpoint is made for.
-        dtype: of the weights; None keeps each one's.
-        tokenizer_path: copied along; None looks in the source's directory.
-        also: names of the source's JSON files to be copied, where they exist.
-        overwrite: whether an earlier conversion is replaced; nothing else ever is.
-        progress: called with every tensor's name before it is written.
-        verify: called with the finished directory before it is renamed; may raise.
+        ckpt_dir: The source, of any number of shards.
+        out_dir: The new directory; appears complete or not at all.
+        shards: Number of files: the model-parallel ranks that will read the checkpoint.
+        dtype: Dtype of the weights. Default: the source's.
+        tokenizer_path: Tokenizer file to copy. Default: that of the source's directory.
+        also: Names of the source's JSON files to copy, where they exist.
+        overwrite: Replace an earlier conversion; nothing else ever is. Default: False.
+        progress: Called with every tensor's name before it is written.
+        verify: Called with the finished directory before it is renamed; may raise.
     """
     source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
     check_shards(source.args, shards)

@@ -177,13 +177,13 @@ def llama_to_gguf(
     InputError for no plain Llama, or a tokenizer that llama.cpp has no name for.
 
     Args:
-        source: a directory in Meta's or Hugging Face's format, or a hub id.
-        out: the new file; as `reshard`'s directory, like what is not named here.
-        kind: of matrices: "f32", "f16", "bf16" or "q8_0"; None keeps the source's.
-        tokenizer_path: tokenizer file of Meta's format; None looks in the checkpoint's directory.
-        also: further keys, whose values are texts.
-        exact: refuse a ``kind`` that rounds the weights, whose logits ``verify`` could not compare.
-        verify: called with the complete file, under a name of its own, before it takes its place.
+        source: Directory in Meta's or Hugging Face's format, or a hub id.
+        out: The new file; it and what is not named here are as in `reshard`.
+        kind: Type of the matrices: "f32", "f16", "bf16" or "q8_0". Default: the source's.
+        tokenizer_path: Tokenizer file of Meta's format. Default: that of the source's directory.
+        also: Further keys, whose values are texts.
+        exact: Refuse a ``kind`` that rounds the weights, because ``verify`` compares logits.
+        verify: Called with the complete file, under a temporary name, before it is renamed.
     """
     path = Path(str(out))
     replaces = partial(has_key, key=SOURCE_KEY)

@@ -58,10 +58,10 @@ _OLDER_NAMES: dict[str, dict[str, str]] = {
 }
 
 
-class HFWeights:
+class HFCheckpoint:
     """A Hugging Face Llama's config and weights in Meta's terms, checked by their headers.
 
-    ``tied`` tells whether the config makes the output head the embedding; ``infos`` are as of
+    ``tied`` is True where the config makes the output head the embedding; ``infos`` are as in
     `meta_infos`. InputError if it is not a plain Llama.
     """
 
@@ -79,13 +79,10 @@ class HFWeights:
         weight = self._files[hf_name].read(hf_name)
         return permute(name, weight, self.args, to=META)
 
-
-class HFCheckpoint(HFWeights):
-    """`HFWeights` and ``tokenizer``, the path of its file, which must be there."""
-
-    def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
-        super().__init__(directory, dtype)
-        self.tokenizer = find_hf_tokenizer(directory)
+    @property
+    def tokenizer(self) -> Path:
+        """The path of the tokenizer file; FileNotFoundError if there is none."""
+        return find_hf_tokenizer(self.directory)
 
 
 def args_of(config: JsonObject, directory: Path) -> ModelArgs:

@@ -14,6 +14,7 @@ from llama.formats.gguf import SOURCE_KEY, GGUFFile, gguf_to_meta, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
 from llama.formats.hf import HFCheckpoint, hf_to_meta, meta_to_hf
 from llama.formats.safetensors import open_weights
+from llama.formats.tokenizers import find_hf_tokenizer
 from llama.sources import Source, find_source, public_name, resolve
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.gguf import prune_gguf
@@ -102,7 +103,7 @@ def _write_converted(
     if source.kind == "gguf":
         GGUFFile(source.path).args()  # refuses other models now rather than after they are pruned
     elif source.kind != "meta":
-        HFCheckpoint(resolve(source))
+        find_hf_tokenizer(HFCheckpoint(resolve(source)).directory)
     if target.format == "gguf":
         with target.new_file() as file:
             pruned = write(Target(file.with_name("pruned")))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llama import Llama
-from llama.generation import FIRST_LOOK
+from llama.generation import FIRST_CHECK
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder, in_own_dtype, pad
 from short_gpt.runtime.errors import ShortGPTError, required
@@ -212,7 +212,7 @@ class _LlamaLM:
             return new
         # Meta's own cannot be asked while it runs: the text so far is read again after each
         generated: list[int] = []
-        count = FIRST_LOOK
+        count = FIRST_CHECK
         while True:
             count = min(count, limit - len(generated))
             (new,), _ = llama.generate([prompt + generated], count, temperature, top_p)

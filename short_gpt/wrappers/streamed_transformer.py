@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.sharding import EMBEDDING, LAYER_SPLITS, OUTPUT, split_dim
 from llama.formats import names as formats
-from llama.formats.hf import HFWeights
+from llama.formats.hf import HFCheckpoint
 from llama.formats.names import name_in, permute
 from llama.formats.safetensors import DTYPES
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
@@ -80,7 +80,7 @@ class MetaSource:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # (rows, D)
 
 
-class HFSource(HFWeights):
+class HFSource(HFCheckpoint):
     """A Llama's Hugging Face directory in safetensors, as `MetaSource`."""
 
     def __init__(self, ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> None:

@@ -155,7 +155,7 @@ def test_a_token_that_is_none_is_refused_in_one_line(here, capsys, name, value):
 
 def test_what_is_for_llamas_alone_names_what_works_for_others(here, capsys):
     line = fails(capsys, "convert", "qwen.gguf", "out", "--to", "meta")
-    assert "expected 'llama'; else: short-gpt convert" in line
+    assert "expected 'llama'; in Hugging Face's format: short-gpt" in line
     command = shlex.split(line.rsplit(": ", 1)[1].replace("DIRECTORY", "qwen"))
     assert command[0] == "short-gpt"
     run(*command[1:])
