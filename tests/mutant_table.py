@@ -71,7 +71,7 @@ MUTANTS = [
     ),
     (
         "sampling_error",
-        "key = index if known in (None, 1) else int(sample.text or 0)",
+        "key = index if count in (None, 1) else int(sample.text or 0)",
         "key = index",
         "test_the_error_over_texts_is_the_jackknifes",
     ),

@@ -370,7 +370,7 @@ def quality(done: ShrinkResult) -> dict[str, dict[str, dict[str, object]]]:
 
 def changed(first: Perplexity, second: Perplexity) -> dict[str, float | None]:
     change = difference([first], [second])
-    reach = change.error.margin() if change.error.known else None  # JSON has no NaN
+    reach = change.error.margin() if change.error.has_margin else None  # JSON has no NaN
     return {"change": change.nats, "reach_95": reach}
 
 

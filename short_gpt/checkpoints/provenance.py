@@ -367,7 +367,7 @@ def _counts(importance: Importance) -> dict[str, int]:
 
 def _measured(perplexity: Perplexity) -> Measured:
     error = perplexity.error
-    if error is None or not error.known:
+    if error is None or not error.has_margin:
         return Measured(perplexity.value, perplexity.tokens)
     kept = {"interval_95": list(perplexity.interval()), "windows": error.windows}
     return Measured(perplexity.value, perplexity.tokens, {**kept, "texts": error.texts})

@@ -47,8 +47,8 @@ class Cells:
 
     def resumed(self, name: str, measure: Callable[[StateFile | None], T]) -> T:
         """The cell's value, by a long measurement that keeps a state file of its own meanwhile."""
-        own = None if self._state is None else self._state.part(name.replace(" ", "-"))
-        value = self.value(name, lambda: measure(own))
-        if own is not None:  # the value is saved now, maybe by a run that was killed here
-            own.clear()
+        part = None if self._state is None else self._state.part(name.replace(" ", "-"))
+        value = self.value(name, lambda: measure(part))
+        if part is not None:  # the value is saved now, maybe by a run that was killed here
+            part.clear()
         return value

@@ -51,14 +51,14 @@ class SamplingError:
         return t_quantile(1 - (1 - confidence) / 2, self.degrees) * self.standard_error
 
     @property
-    def known(self) -> bool:
-        """Whether `margin` is."""
+    def has_margin(self) -> bool:
+        """Whether the samples are enough, and equal enough, for `margin`."""
         return self.degrees >= LEAST_DEGREES
 
     @property
     def no_interval(self) -> str:
         """Why there is no interval, in words; empty if there is one."""
-        if self.known:
+        if self.has_margin:
             return ""
         by_window = self.texts is None or self.texts == 1
         unit, count = ("window", self.windows) if by_window else ("text", self.texts)
@@ -87,15 +87,15 @@ def sampling_error(samples: Sequence[Sample]) -> SamplingError:
     It is the jackknife's (`moments.ratio_covariance`), over texts, or over windows of one text.
     """
     texts = {s.text for s in samples}
-    known = None if None in texts else len(texts)
+    count = None if None in texts else len(texts)
     units: dict[int, tuple[float, int]] = {}
     for index, sample in enumerate(samples):
-        key = index if known in (None, 1) else int(sample.text or 0)
+        key = index if count in (None, 1) else int(sample.text or 0)
         nats, tokens = units.get(key, (0.0, 0))
         units[key] = nats + sample.nats, tokens + sample.tokens
     nats_of, tokens_of = torch.tensor([*units.values()], dtype=torch.float64).T  # (G,) each
     error = math.sqrt(ratio_covariance(nats_of[:, None], tokens_of).item())
-    return SamplingError(error, len(samples), known, degrees_of_freedom(tokens_of))
+    return SamplingError(error, len(samples), count, degrees_of_freedom(tokens_of))
 
 
 # Logits turned into losses at once: their logarithms of softmax stay in the processor's cache.
@@ -158,7 +158,7 @@ class Perplexity:
         content: dict[str, object] = {"perplexity": self.value, "nats": self.nats}
         content |= {"tokens": self.tokens, "windows": self.windows}
         content |= {} if self.precision == "float32" else {"precision": self.precision}
-        if self.error is None or not self.error.known:
+        if self.error is None or not self.error.has_margin:
             return content
         content |= {"texts": self.error.texts, "standard_error": self.error.standard_error}
         return content | {"interval_95": list(self.interval())}

@@ -39,19 +39,22 @@ class TaskRun:
     def from_dict(cls, content: Mapping[str, Any]) -> TaskRun:
         """What ``vars`` gave, also from JSON, where NaN and infinities are None: NaN here."""
         metrics = {
-            task: {name: _number(value) for name, value in own.items()}
-            for task, own in content["metrics"].items()
+            task: {name: _number(value) for name, value in values.items()}
+            for task, values in content["metrics"].items()
         }
         documents = {
-            task: {name: [*map(_number, values)] for name, values in own.items()}
-            for task, own in content["documents"].items()
+            task: {name: [*map(_number, values)] for name, values in metrics.items()}
+            for task, metrics in content["documents"].items()
         }
         return cls(metrics, documents)
 
     def named(self) -> dict[str, float]:
         """Every metric by the names of task and metric, as in "piqa acc"."""
-        pairs = self.metrics.items()
-        return {f"{task} {name}": value for task, own in pairs for name, value in own.items()}
+        return {
+            f"{task} {name}": value
+            for task, values in self.metrics.items()
+            for name, value in values.items()
+        }
 
 
 def _number(value: float | None) -> float:

@@ -137,7 +137,7 @@ class ShrinkResult(Table):
         parts = [f"perplexity {original.value:.2f} becomes {healed.value:.2f} on {kind}"]
         if lost.told_apart and healing.told_apart and lost.nats > 0 > healing.nats:
             parts.append(f"healing restores {-healing.nats / lost.nats:.0%} of the lost nats")
-        elif healing.error.known:
+        elif healing.error.has_margin:
             change = f"{healing.nats:+.3f} ± {healing.error.margin():.3f} nats (95%)"
             none = "" if healing.told_apart else ", not told apart from none"
             parts.append(f"healing changes the loss by {change}{none}")

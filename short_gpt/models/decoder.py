@@ -189,7 +189,7 @@ def damaged_weight(decoder: Decoder, numbers: Sequence[int]) -> str | None:
     Offloaded weights cannot be looked at: their states are, whenever they are read.
     """
     seen: set[nn.Parameter] = set()
-    parts = [(f"layer {i} in ", own) for i, own in zip(numbers, decoder.layers, strict=True)]
+    parts = [(f"layer {i} in ", layer) for i, layer in zip(numbers, decoder.layers, strict=True)]
     for part, module in [*parts, ("", decoder.module)]:
         for name, weight in module.named_parameters():
             if weight not in seen and not weight.is_meta and not is_finite(weight):

@@ -106,8 +106,8 @@ def _rotary_scaling(parts: GGUFParts) -> dict[str, object] | None:
     if ROPE_FACTORS in parts.tensors and kind in (None, "none"):
         theta = float(cast("float", fields.get(f"{arch}.rope.freq_base", 10000.0)))
         divisors = parts.read(ROPE_FACTORS)  # (head size / 2,)
-        if (found := llama3_factor(divisors, 2 * len(divisors), theta)) is not None:
-            return {"rope_type": "llama3", "factor": found, **LLAMA3_SCALING}
+        if (scale := llama3_factor(divisors, 2 * len(divisors), theta)) is not None:
+            return {"rope_type": "llama3", "factor": scale, **LLAMA3_SCALING}
     elif ROPE_FACTORS not in parts.tensors and kind in (None, "none", "linear"):
         return None if factor == 1 else {"rope_type": "linear", "factor": factor}
     elif ROPE_FACTORS not in parts.tensors and kind == "yarn":
@@ -115,8 +115,8 @@ def _rotary_scaling(parts: GGUFParts) -> dict[str, object] | None:
         others = {key.removeprefix(scaling) for key in fields if key.startswith(scaling)} - YARN
         context = fields.get(scaling + ORIGINAL_CONTEXT) or fields.get(f"{arch}.context_length")
         if context and not others:
-            known = {"rope_type": kind, "factor": factor}
-            return {**known, "original_max_position_embeddings": context}
+            scaled = {"rope_type": kind, "factor": factor}
+            return {**scaled, "original_max_position_embeddings": context}
     raise ShortGPTError(
         f"it scales rotary positions ({kind or ROPE_FACTORS}) in a way that its config in "
         "transformers would leave out; open the model that it was made from"
@@ -131,20 +131,20 @@ def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | N
     # transformers takes them from the layers' positions by periods of its own; a file may differ
     arch = fields.get("general.architecture")
     key = f"{arch}.attention.sliding_window_pattern"
-    said, layers = fields.get(key), fields.get(f"{arch}.block_count")
+    slides, layers = fields.get(key), fields.get(f"{arch}.block_count")
     has_kinds = hasattr(config, "layer_types")
-    if isinstance(said, int) and isinstance(layers, int) and arch in LAST_OF_PERIOD:
-        said = [not said or (i + 1) % said for i in range(layers)]
-    if said is None or not (isinstance(said, list) or has_kinds):
+    if isinstance(slides, int) and isinstance(layers, int) and arch in LAST_OF_PERIOD:
+        slides = [not slides or (i + 1) % slides for i in range(layers)]
+    if slides is None or not (isinstance(slides, list) or has_kinds):
         return None
     # the size of the window is an entry of its own
     windows = has_kinds and getattr(config, "sliding_window", None)
-    if not isinstance(said, list) or (any(said) and not windows):
+    if not isinstance(slides, list) or (any(slides) and not windows):
         raise ShortGPTError(
             f"{key} names layers with a sliding window, which transformers' {config.model_type} "
             "does not have here; open the model that it was made from"
         )
-    kinds = ["sliding_attention" if slide else "full_attention" for slide in said]
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in slides]
     return kinds if has_kinds else None
 
 

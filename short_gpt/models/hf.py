@@ -171,10 +171,10 @@ class HFDecoder:
             ours, twin = self._outlines()
             if differences(ours, twin):
                 undo()  # a model may differ from its twin with all layers, too: that is allowed
-                known, settings = self._without_removal(keep, twin)
+                old, settings = self._without_removal(keep, twin)
                 edits += settings
                 prune()
-                new = [d for d in differences(*self._outlines()) if d not in known]
+                new = [d for d in differences(*self._outlines()) if d not in old]
                 if new:
                     raise ShortGPTError(f"its config would make {new[0]}")
         except ValueError as error:  # `ShortGPTError` is one, and so are transformers' own
@@ -239,19 +239,19 @@ class HFDecoder:
         # differences without a removal, and settings around the layers that follow the config
         ours, before = self._outlines()
         # a quantized model differs from the one of its config anyway: in the kind of its weights
-        known = differences(ours.with_layers(keep), before.with_layers(keep))
+        differing = differences(ours.with_layers(keep), before.with_layers(keep))
         edits: list[Edit] = []
         for name, value in after.rest.items():
             owner, _, key = name.rpartition(".")
-            target, old = vars(self.model.get_submodule(owner)), before.rest.get(name)
+            target = vars(self.model.get_submodule(owner))
+            old: Any = before.rest.get(name)
             # follows the config with all layers, and would be another with fewer
             if key in target and ours.rest.get(name) == old != value:
-                own: Any = old
-                listed = isinstance(own, list | tuple) and len(own) == len(self.layers)
-                if listed and value != type(own)(own[i] for i in keep):
+                listed = isinstance(old, list | tuple) and len(old) == len(self.layers)
+                if listed and value != type(old)(old[i] for i in keep):
                     raise ShortGPTError(f"its config would make {key} {value}")
                 edits.append((target, {key: old}, {key: value}))
-        return known, edits
+        return differing, edits
 
     def _edits(self, keep: Sequence[int]) -> list[Edit]:
         # all that counts or lists layers: configs, modules' numbers, modules' copies of both
@@ -288,8 +288,8 @@ class HFDecoder:
 
 def _uncached(module: nn.Module) -> dict[str, bool]:
     # the argument that keeps no cache, where a module knows of one
-    known = signature(module.forward).parameters.values()
-    takes = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in known)
+    parameters = signature(module.forward).parameters.values()
+    takes = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)
     return {"use_cache": False} if takes else {}
 
 
@@ -378,17 +378,17 @@ def _layers(output: Any, count: int) -> list[dict[str, Any]]:
     layers: list[dict[str, Any]] = [{} for _ in range(count)]  # the last may read others' keys
     for name, value in getattr(cache, "__dict__", {}).items():
         if name == "layers":
-            for layer, own in zip(layers, value, strict=False):
-                layer |= vars(own)
+            for layer, cached in zip(layers, value, strict=False):
+                layer |= vars(cached)
         elif isinstance(value, list | dict):  # by layer, in classes of single families
-            for i, own in value.items() if isinstance(value, dict) else enumerate(value):
-                layers[i][name] = own
+            for i, cached in value.items() if isinstance(value, dict) else enumerate(value):
+                layers[i][name] = cached
     return layers
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, dict):
-        for own in value.values():
-            yield from _tensors(own)
+        for part in value.values():
+            yield from _tensors(part)
     elif isinstance(value, Tensor) and value.is_floating_point():
         yield value

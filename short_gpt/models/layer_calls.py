@@ -97,15 +97,15 @@ def output_form(decoder: Decoder) -> tuple[Tensor, Callable[[Tensor], object]]:
 def patched_forward(layer: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """A layer that does something else inside a ``with`` block."""
     # of the instance, such as one patched before; else the class has it
-    own = vars(layer).get("forward")
+    before = vars(layer).get("forward")
     layer.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if before is None:
             del layer.forward
         else:
-            layer.forward = own
+            layer.forward = before
 
 
 class LayerCalls:

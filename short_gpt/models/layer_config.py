@@ -88,10 +88,10 @@ def pruned_entries(
             every = _period([entries[listed][i] == other for i in keep], value)
             pruned[name] = value if every is None and name in declared else every
         elif name == PER_LAYER:
-            own = value.per_layer_overrides
-            own = {new: own[old] for old, new in new_number.items() if old in own}
-            differing = {key for settings in own.values() for key in settings} - {"skip"}
-            pruned[name] = replace(value, per_layer_overrides=own, per_layer_attributes=differing)
+            before = value.per_layer_overrides
+            kept = {new: before[old] for old, new in new_number.items() if old in before}
+            differing = {key for settings in kept.values() for key in settings} - {"skip"}
+            pruned[name] = replace(value, per_layer_overrides=kept, per_layer_attributes=differing)
         elif name == FURTHER:
             pruned[name] = 0
         elif name in LEADING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama.parallel import has_float64
 from short_gpt.runtime.devices import full_float32
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import check
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -144,10 +144,6 @@ def spearman(a: Tensor, b: Tensor) -> float:
         >>> spearman(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([10.0, 20.0, 30.0]))
         1.0
     """
-    if a.shape != b.shape or a.dim() != 1:
-        raise ShortGPTError(
-            f"expected two lists of one length, got {list(a.shape)}, {list(b.shape)}"
-        )
     if len(a) < 2 or (a == a[0]).all() or (b == b[0]).all():
         return math.nan  # as scipy returns, without its warning
     from scipy.stats import spearmanr
@@ -166,8 +162,7 @@ def kendall(a: Sequence[int], b: Sequence[int]) -> float:
         >>> kendall([1, 2, 3], [1, 3, 2])  # two pairs of three the same way round
         0.3333333333333333
     """
-    if len({*a}) != len(a) or sorted(a) != sorted(b):
-        raise ShortGPTError(f"expected two orders of the same items, got {[*a]} and {[*b]}")
+    check({*a} == {*b} and len({*a}) == len(a) == len(b), "orders", [a, b], "the same items")
     if len(a) < 2:
         return math.nan
     rank = {item: i for i, item in enumerate(b)}

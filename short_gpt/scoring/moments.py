@@ -137,9 +137,9 @@ def pair_skewness(covariance: Tensor, cubes: Tensor, count: int) -> Tensor:
     Entry [i, j] is that of r_j - r_i, 0 where these are equal. The covariance is of the means over
     ``count`` windows, ``cubes`` are of `residual_cubes` in the means' unit, (..., L, L) each.
     """
-    own = cubes.diagonal(dim1=-2, dim2=-1)  # (..., L)
+    single = cubes.diagonal(dim1=-2, dim2=-1)  # (..., L)
     # (b - a)^3 = b^3 - 3 b^2 a + 3 a^2 b - a^3
-    third = own[..., None, :] - own[..., :, None] + 3 * (cubes - cubes.mT)  # (..., L, L)
+    third = single[..., None, :] - single[..., :, None] + 3 * (cubes - cubes.mT)  # (..., L, L)
     second = pair_spread(covariance) * (count - 1)  # (..., L, L)
     skewness = third / count / second**1.5
     return torch.where(second > 1e-15, skewness, 0.0)  # rounding leaves that much of no variance

@@ -286,7 +286,7 @@ def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
     sums = [getattr(local, name) for name in names]  # float64
     flat = team.summed(torch.cat([values.flatten() for values in sums]))  # in one message
     parts = flat.split([values.numel() for values in sums])
-    total = {n: part.view_as(own) for n, part, own in zip(names, parts, sums, strict=True)}
+    total = {n: part.view_as(old) for n, part, old in zip(names, parts, sums, strict=True)}
     return replace(local, **total, texts=merge_texts(team.gather(local.texts)))
 
 

@@ -96,14 +96,14 @@ def test_where_no_interval_is_honest_it_says_so(sizes, texts, said):
     rows = zip(texts or [None] * len(sizes), sizes, strict=True)
     found = [Sample(text, 2.0 * size + i, size) for i, (text, size) in enumerate(rows)]
     error = sampling_error(found)
-    assert not error.known and math.isnan(error.margin())
+    assert not error.has_margin and math.isnan(error.margin())
     assert error.no_interval.startswith(said)
     measured = Perplexity.of(found)
     assert f"no interval: {said}" in perplexities({"a": measured})
     assert "interval_95" not in measured.to_dict()
     assert f"no interval: {said}" in str(difference([measured], [measured]))
     unequal = [Sample(i, 2.0 * size + i, size) for i, size in enumerate([85, 8, 7])]
-    assert sampling_error(unequal).known and sampling_error(unequal).margin() > 0
+    assert sampling_error(unequal).has_margin and sampling_error(unequal).margin() > 0
 
 
 def test_intervals_hold_where_texts_differ_in_length():

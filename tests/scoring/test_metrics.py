@@ -117,13 +117,8 @@ def test_kendall_counts_the_pairs_that_stand_the_same_way_round():
     assert kendall([5, 9, 2, 7], [9, 5, 2, 7]) == pytest.approx(4 / 6)  # one pair of six swapped
     assert math.isnan(kendall([3], [3])) and math.isnan(kendall([], []))
     for a, b in (([1, 2], [1, 3]), ([1, 2], [1]), ([1, 1], [1, 1])):
-        with pytest.raises(ShortGPTError, match="two orders of the same items"):
+        with pytest.raises(ShortGPTError, match="orders = .*: expected the same items"):
             kendall(a, b)
-
-
-def test_spearman_refuses_different_lengths():
-    with pytest.raises(ValueError, match="expected two lists of one length"):
-        spearman(torch.zeros(2), torch.zeros(3))
 
 
 def test_spearman_of_fewer_than_two_or_of_no_number_is_nan():
