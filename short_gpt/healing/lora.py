@@ -30,7 +30,7 @@ from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import wait
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required
+from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, check, required
 from short_gpt.wrappers.scored_model import ScoredModel
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds
     """As `heal`; also returns what undoes the change, which holds a copy."""
     require_packages()
     _check_processes(replicas.current(short.decoder.device).count, run.recipe)
-    check_reports(run.recipe.report_to)
+    require_services(run.recipe.report_to)
     model = short.trainable()
     check_trainable(model)
     _check(run, evaluation)
@@ -257,8 +257,8 @@ def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
 
 def _check(run: TrainingRun, evaluation: Sequence[TokenIds]) -> None:
     for name, windows in (("training", run.training), ("validation", run.validation)):
-        if not len(windows) or min(map(len, windows)) < 2:
-            raise ShortGPTError(f"expected {name} windows of at least 2 tokens, got {len(windows)}")
+        shortest = min(map(len, windows), default=0)
+        check(shortest > 1, f"{name} windows", len(windows), "some of at least 2 tokens")
         check_disjoint(windows, evaluation)
     check_disjoint(run.training, run.validation)
     if run.recipe.four_bit:
@@ -295,11 +295,9 @@ def _check_card(device: torch.device) -> None:
 
 def _check_processes(count: int, recipe: Recipe) -> None:
     replicas.require_whole_model("training")
-    if recipe.batch_size % (at_once := recipe.micro_batch * count):
-        raise ShortGPTError(
-            f"batch_size = {recipe.batch_size}: expected a multiple of {at_once}, the windows that "
-            f"{count} processes read at once"
-        )
+    at_once = recipe.micro_batch * count
+    multiple = f"a multiple of {at_once}, the windows that {count} processes read at once"
+    check(recipe.batch_size % at_once == 0, "batch_size", recipe.batch_size, multiple)
 
 
 def require_packages() -> None:
@@ -317,7 +315,7 @@ def require_packages() -> None:
             import_module(package)
 
 
-def check_reports(report_to: str | None) -> None:
+def require_services(report_to: str | None) -> None:
     """Raises MissingPackageError for a service that transformers cannot report to here."""
     if report_to is not None:
         from transformers.integrations import get_available_reporting_integrations

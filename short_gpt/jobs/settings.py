@@ -193,7 +193,7 @@ class Healing(Settings):
         if {*TRAINING} & {*methods}:
             recipe = Recipe.parse(self.recipe or "")  # raises for values out of range
             lora.require_packages()
-            lora.check_reports(recipe.report_to)
+            lora.require_services(recipe.report_to)
             if recipe.four_bit:
                 lora.require_four_bit()
 

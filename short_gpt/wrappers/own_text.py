@@ -20,7 +20,7 @@ from short_gpt.data.texts import OWN
 from short_gpt.data.windows import Text, Window, batches, starts_texts
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError, at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.memory import free_memory
 from short_gpt.runtime.progress import bar, duration, print_above_bars
 from short_gpt.runtime.state import StateFile
@@ -60,14 +60,14 @@ def own_samples(
     (torchrun) share the texts, and all get every one.
 
     Args:
-        count: how many texts.
-        size: tokens of each, with bos if the tokenizer puts it before a text.
-        chat: write both sides of dialogs, after the chat template's system prompt and open user
-            turn, which the window has too.
-        batch_size: texts written at once; None is up to 64, in half of the free memory. Replicas
-            then write their shares at once; with a number, the batches of one process.
-        beside: a file beside which texts are kept, by a digest of weights and settings: a later
-            call writes only what is missing. None keeps nothing.
+        count: Number of texts. Default: 96.
+        size: Tokens of each, with bos if the tokenizer puts it before a text. Default: 1024.
+        chat: Write both sides of dialogs, after the chat template's system prompt and open user
+            turn, which the window has too. Default: no.
+        batch_size: Texts written at once; with a number, the batches are those of one process.
+            Default: up to 64, in half of the free memory.
+        beside: File beside which texts are kept, by a digest of weights and settings: a later
+            call writes only what is missing. Default: none are kept.
 
     Raises:
         ShortGPTError: a streamed model, a setting out of range, or no chat template.
@@ -77,22 +77,18 @@ def own_samples(
     """
     if not isinstance(short, ShortModel):
         raise ShortGPTError(STREAMED)
+    replicas.require_whole_model("text that the model itself writes")
     at_least(1, count=count)
-    at_least(2, size=size)
     at_least(0, seed=seed)
     at_least(1, optional=True, batch_size=batch_size)
-    team = replicas.current(short.decoder.device)
-    replicas.require_whole_model("text that the model itself writes")
-    if size > short.decoder.max_seq_len:
-        raise ShortGPTError(f"size = {size}: this model takes {short.decoder.max_seq_len} tokens")
-    if not COLDEST <= temperature < math.inf:
-        raise ShortGPTError(f"temperature = {temperature}: expected above 0, 1 as the model is")
+    check(COLDEST <= temperature < math.inf, "temperature", temperature, "a number above 0")
     usual = [] if chat else starts_texts(short.encode)
     opening = usual or short.opening(chat=chat)
     unseen = 0 if chat or usual else len(opening)  # bos that the tokenizer puts before no text
-    if (start := len(opening) - unseen) >= size:
-        raise ShortGPTError(f"size = {size}: the chat template begins with {len(opening)} tokens")
-    texts, state = list[list[int]](), None
+    start, most = len(opening) - unseen, short.decoder.max_seq_len
+    at_least(2, size=size)
+    check(start < size <= most, "size", size, f"more than {start} tokens and at most {most}")
+    texts, state, team = list[list[int]](), None, replicas.current(short.decoder.device)
     if beside is not None:
         settings = {"opening": opening, "length": size + unseen, "temperature": temperature}
         identity = {**short.identity(), **settings, "seed": seed}

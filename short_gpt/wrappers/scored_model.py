@@ -25,7 +25,7 @@ from short_gpt.models.decoder import Decoder, damaged_weight, padded, remove_lay
 from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, refused
 from short_gpt.scoring.hooks import Scores, score_batch
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Follow, RunState, ScoringRun, seconds_a_pass
@@ -101,24 +101,21 @@ class ScoredModel(ModelRecord, ABC):
         all_tokens: bool = False,
         follow: Follow | None = None,
     ) -> Importance:
-        """Scores windows of at most ``max_seq_len`` token ids; adds to the scores so far.
+        """Scores windows of at most ``max_seq_len`` token ids; returns the sums with those so far.
 
         One pass gives the measures of both papers. A text read again in another call counts as a
         new one: standard errors are then too small.
 
         Args:
-            stop: ends the run when its answer is settled; ``verdict`` then tells what it rests on.
+            stop: Ends the run when its answer is settled; ``verdict`` then tells what it rests on.
                 It needs no scores so far and a random sample: `data.windows` with a seed, or
-                ``random_order``.
-            state: saves the run and continues it; the scores so far are then those saved.
-            random_order: other windows stand in random order, which nothing can check.
-            sublayers: also score attention and MLP; as in the scores so far.
-            all_tokens: also take angles at all tokens; keeps the states of all layers. As in the
+                ``random_order``. Default: read all.
+            state: Saves the run and continues it; the scores so far are then those saved.
+            random_order: Other windows stand in random order, which nothing can check.
+            sublayers: Also score attention and MLP; as in the scores so far.
+            all_tokens: Also take angles at all tokens; keeps the states of all layers. As in the
                 scores so far.
-            follow: called with the sums, and the number of all windows, as the sums grow.
-
-        Returns:
-            `importance`, the scores so far, which a later call adds to.
+            follow: Called with the sums, and the number of all windows, as the sums grow.
 
         Raises:
             NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
@@ -127,12 +124,7 @@ class ScoredModel(ModelRecord, ABC):
         self.check_weights()
         total = count_of(windows) if total is None else total
         population = getattr(windows, "population", None)
-        # scores of the model as it was before a healing are not added to
-        restart = self._stale or self._scored_changes != self.changes
-        sums = Importance.empty(self.kept) if restart else self.importance
-        if state is not None:
-            state.agree(replicas.current(self.decoder.device))
-            sums = state.sums(self.kept)
+        sums = self._sums_so_far(state)
         if stop is not None:
             check_count(stop.n, len(self.kept))
             check_sample(random_order or population is not None, sums.n_windows * (state is None))
@@ -140,7 +132,6 @@ class ScoredModel(ModelRecord, ABC):
         self._check_kinds(sums, kinds, state)
         if state is not None:  # refused before anything is replaced: scores here, sums in the file
             windows = state.unread(windows, sums.n_windows)
-        score = partial(self.score_batch, sublayers=sublayers, all_tokens=all_tokens)
         run = ScoringRun(
             self.decoder,
             sums,
@@ -148,7 +139,7 @@ class ScoredModel(ModelRecord, ABC):
             population=population,
             stop=stop,
             state=state,
-            score_batch=score,
+            score_batch=partial(self.score_batch, **kinds),
             follow=follow,
         )
         try:
@@ -159,26 +150,24 @@ class ScoredModel(ModelRecord, ABC):
             self.verdict = run.verdict
         return self.importance
 
+    def _sums_so_far(self, state: RunState | None) -> Importance:
+        """Those that a run adds to: saved ones, or this model's of its present weights."""
+        if state is not None:
+            state.agree(replicas.current(self.decoder.device))
+            return state.sums(self.kept)
+        restart = self._stale or self._scored_changes != self.changes
+        return Importance.empty(self.kept) if restart else self.importance
+
     def _check_kinds(
         self, sums: Importance, kinds: Mapping[str, bool], state: RunState | None
     ) -> None:
         """Raises ShortGPTError for sums with other kinds: a sum with and without one is NaN."""
-        for kind, (name, own) in {
-            "sublayers": ("scores of attention and MLP", sums.sublayers),
-            "all_tokens": ("angles at all tokens", sums.token_angles),
-        }.items():
-            known = not own.isnan().all()
-            if not sums.n_windows or known == kinds[kind]:
-                continue
-            if kind == "sublayers" and not known and not self._has_sublayers():
-                continue  # whether or not they were asked for: the model has none to score
-            origin, fix = "the scores so far", "start again: importance = Importance.empty(kept)"
-            if state is not None:
-                origin, fix = f"the scores in {state.file.path}", "delete it or name another state"
-            raise ShortGPTError(
-                f"{origin} have {name if known else f'no {name}'}: go on with {kind}={known}, or "
-                f"{fix}"
-            )
+        origin = "the scores so far" if state is None else f"the scores in {state.file.path}"
+        for kind, scores in (("sublayers", sums.sublayers), ("all_tokens", sums.token_angles)):
+            scored = not scores.isnan().all()
+            none_to_score = kind == "sublayers" and not scored and not self._has_sublayers()
+            if sums.n_windows and scored != kinds[kind] and not none_to_score:
+                raise refused(kind, kinds[kind], f"{scored}, as in {origin}, or new scores")
 
     def _has_sublayers(self) -> bool:
         window = [i % self.decoder.vocab_size for i in range(8)]

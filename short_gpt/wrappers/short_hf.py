@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llama.errors import short_repr
 from llama.formats.hf import meta_to_hf
 from llama.generation import COLDEST, check_logits, check_numbers
 from llama.model import MASKED
@@ -40,7 +39,7 @@ from short_gpt.models.loading import (
     weight_stamps,
 )
 from short_gpt.runtime.digest import check_unchanged
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
 from short_gpt.wrappers.chat_template import Message, rendered
 from short_gpt.wrappers.short_model import Prompts, ShortModel, check_texts
 
@@ -80,27 +79,19 @@ class ShortHFModel(ShortModel):
         **options: object,
     ) -> None:
         check_layers_path(layers_path)
-        if tokenizer is not None and not callable(tokenizer):
-            raise ShortGPTError(
-                f"tokenizer = {short_repr(tokenizer)}: expected a tokenizer of transformers, "
-                "such as AutoTokenizer.from_pretrained(...) returns"
-            )
-        if device is not None and "device_map" in options:
-            raise ShortGPTError("give device for one place or device_map for several, not both")
+        tokenizes = tokenizer is None or callable(tokenizer)
+        check(tokenizes, "tokenizer", tokenizer, "a tokenizer of transformers")
+        one_place = device is None or "device_map" not in options
+        check(one_place, "device", device, "None where a device_map says several")
         to_device = None if device is None else choose_device(device)
         model: Any = model_name
         is_model = isinstance(model, nn.Module) and hasattr(model, "config")
         if isinstance(model_name, str | os.PathLike):
             source = str(model_name)
             model, tokenizer = load(source, options, tokenizer)
-        elif options:
-            raise ShortGPTError(f"options {sorted(options)} are for loading; the model is loaded")
-        elif not is_model:
-            raise ShortGPTError(
-                "expected a path, a hub id or a loaded model of transformers, got "
-                f"{' '.join(short_repr(model).split())}"
-            )
         else:
+            check(not options, "options", sorted(options), "none: the model is loaded")
+            check(is_model, "model_name", model, "a path, a hub id or a loaded model")
             source = model.config.name_or_path or "a model"
             restore_frequencies(model)
         if adapted := [name for name, part in model.named_modules() if hasattr(part, "base_layer")]:

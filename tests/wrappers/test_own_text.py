@@ -219,7 +219,7 @@ def test_chats_begin_with_the_template_up_to_the_users_open_turn(folder):
     assert all(w[: len(opening)] == opening and len(w) == 20 for w in windows)
     assert {w.start for w in windows} == {len(opening)}
     assert len({*map(tuple, windows)}) == 3
-    with pytest.raises(ShortGPTError, match="size = 5: the chat template begins with"):
+    with pytest.raises(ShortGPTError, match="size = 5: expected more than 7 tokens"):
         quiet(short, 3, 5, chat=True)
     with pytest.raises(ShortGPTError, match="neither Llama 2's nor Llama 3's dialog format"):
         quiet(llama(), 3, 20, chat=True)
@@ -250,9 +250,9 @@ def test_the_time_is_said_before_and_where_the_texts_are_kept(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"count": 0}, "count = 0: expected a whole number of at least 1"),
-        ({"size": 65}, "size = 65: this model takes 64 tokens"),
+        ({"size": 65}, "size = 65: expected more than 1 tokens and at most 64"),
         ({"size": 1}, "size = 1: expected a whole number of at least 2"),
-        ({"temperature": 0.0}, "temperature = 0.0: expected above 0"),
+        ({"temperature": 0.0}, "temperature = 0.0: expected a number above 0"),
         ({"seed": -1}, "seed = -1: expected a whole number of at least 0"),
         ({"batch_size": 0}, "batch_size = 0: expected a whole number of at least 1"),
     ],
