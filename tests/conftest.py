@@ -239,6 +239,14 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
     return folder
 
 
+def share_model(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """So many model-parallel ranks seem to share each model."""
+    groups = "fairscale.nn.model_parallel.initialize"
+    monkeypatch.setattr("short_gpt.runtime.replicas._several", lambda: True)
+    monkeypatch.setattr(f"{groups}.model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(f"{groups}.get_model_parallel_world_size", lambda: ranks)
+
+
 @contextmanager
 def interrupted(owner: type, name: str, after: int) -> Iterator[None]:
     """Has a method raise KeyboardInterrupt after so many calls, which must end the block."""

@@ -230,8 +230,8 @@ class CachedTeacher:
         Raises:
             ShortGPTError: the file is damaged, or several model-parallel ranks share the model.
         """
-        team = replicas.current(None if self._model is None else self._model.decoder.device)
         replicas.require_whole_model("a teacher")  # else each of several ranks would write
+        team = replicas.current(None if self._model is None else self._model.decoder.device)
         team.gather(None)  # all have looked for a file before one is written
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if self._state.content is None and not team.rank:

@@ -139,7 +139,7 @@ class ScoredModel(ModelRecord, ABC):
             population=population,
             stop=stop,
             state=state,
-            score_batch=partial(self.score_batch, **kinds),
+            score_batch=partial(self.score_batch, sublayers=sublayers, all_tokens=all_tokens),
             follow=follow,
         )
         try:
@@ -165,8 +165,10 @@ class ScoredModel(ModelRecord, ABC):
         origin = "the scores so far" if state is None else f"the scores in {state.file.path}"
         for kind, scores in (("sublayers", sums.sublayers), ("all_tokens", sums.token_angles)):
             scored = not scores.isnan().all()
-            none_to_score = kind == "sublayers" and not scored and not self._has_sublayers()
-            if sums.n_windows and scored != kinds[kind] and not none_to_score:
+            if not sums.n_windows or scored == kinds[kind]:
+                continue
+            # sublayers may be missing because the model has none to score
+            if kind != "sublayers" or scored or self._has_sublayers():
                 raise refused(kind, kinds[kind], f"{scored}, as in {origin}, or new scores")
 
     def _has_sublayers(self) -> bool:

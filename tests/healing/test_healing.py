@@ -238,7 +238,7 @@ def test_a_best_checkpoint_that_is_gone_is_told(tmp_path):
     state.write_text(json.dumps({**entries, "best_model_checkpoint": "x/checkpoint-1"}))
     (state.parent / "digests.json").unlink()
     note_files(state.parent)
-    with pytest.raises(ShortGPTError, match="checkpoint-1 is missing, from which"):
+    with pytest.raises(ShortGPTError, match="checkpoint-1 is damaged .it is missing.: delete"):
         heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options, resume=True)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
+from conftest import CharTokenizer, make_transformer, random_windows, share_model, zero_layer
 from families import FAMILIES, make
 
 from short_gpt.healing import PatchSettings, heal_patch, refit
@@ -144,7 +144,7 @@ def test_other_refusals(monkeypatch):
     short = meta()
     with pytest.raises(ValueError, match="windows to fit on = 0: expected 1 or more"):
         fit(short, [2], [])
-    monkeypatch.setattr("short_gpt.runtime.replicas._sharing", lambda: 2)
+    share_model(monkeypatch, 2)
     with pytest.raises(ValueError, match="a refit needs the whole model on every rank, got 2"):
         fit(meta(), [2])
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows
+from conftest import CharTokenizer, make_transformer, random_windows, share_model
 from families import make
 
 from short_gpt.healing.distillation import CachedTeacher, LiveTeacher, Targets, divergence
@@ -164,7 +164,7 @@ def test_files_of_others_and_settings_that_cannot_be_are_refused(short, tmp_path
 
 def test_ranks_that_share_a_model_do_not_write_one_file(short, tmp_path, monkeypatch):
     teacher = CachedTeacher(tmp_path, short, WINDOWS)
-    monkeypatch.setattr("short_gpt.runtime.replicas._sharing", lambda: 2)
+    share_model(monkeypatch, 2)
     with pytest.raises(ValueError, match="the whole model on every rank, got 2 model-parallel"):
         teacher.fill(progress=False)
     assert not [*tmp_path.iterdir()]

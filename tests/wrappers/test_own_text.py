@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, save_checkpoint
+from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, save_checkpoint, share_model
 from conftest import write_byte_tokenizer as byte_tokenizer
 from gguf_files import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -219,7 +219,7 @@ def test_chats_begin_with_the_template_up_to_the_users_open_turn(folder):
     assert all(w[: len(opening)] == opening and len(w) == 20 for w in windows)
     assert {w.start for w in windows} == {len(opening)}
     assert len({*map(tuple, windows)}) == 3
-    with pytest.raises(ShortGPTError, match="size = 5: expected more than 7 tokens"):
+    with pytest.raises(ShortGPTError, match="size = 5: expected more than 8 tokens"):
         quiet(short, 3, 5, chat=True)
     with pytest.raises(ShortGPTError, match="neither Llama 2's nor Llama 3's dialog format"):
         quiet(llama(), 3, 20, chat=True)
@@ -266,6 +266,6 @@ def test_streamed_models_and_model_parallel_ranks_are_refused(folder, monkeypatc
     streamed = open_model(str(folder / "meta"), stream=True, max_seq_len=32)
     with pytest.raises(ShortGPTError, match="--samples 96 --max_new_tokens 1152 --out own.jsonl"):
         own_samples(streamed, 2, 8)
-    monkeypatch.setattr("short_gpt.runtime.replicas._sharing", lambda: 2)
+    share_model(monkeypatch, 2)
     with pytest.raises(ShortGPTError, match="got 2 model-parallel ranks: open the model with"):
         own_samples(llama(), 2, 8)
