@@ -19,7 +19,7 @@ from llama.formats.gguf_write import renamed_to_gguf
 from llama.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, RECORD, Provenance
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 
 StrPath = str | os.PathLike[str]
 # By a tensor's name in the source's files, a function that reads the new one when it is written.
@@ -81,11 +81,8 @@ class Target:
 
         ``card`` adds a model card; ``marker`` is the file in it that lists the others.
         """
-        if is_gguf(self.out):
-            raise ShortGPTError(
-                f"{self.out} is the name of a GGUF file, but a directory is written here: name "
-                f"one, and convert that: short-gpt convert DIRECTORY {self.out}"
-            )
+        expected = "the name of a directory, which short-gpt convert makes a GGUF file of"
+        check(not is_gguf(self.out), "OUT", str(self.out), expected)
         with new_directory(self.path, marker=marker, overwrite=self.overwrite) as partial:
             yield partial
             if record is not None:
@@ -130,11 +127,9 @@ def format_of(source: StrPath | Source, out: StrPath, to: str | None = None) -> 
 
 def check_format(out: StrPath, to: str | None) -> None:
     """Raises ShortGPTError unless a format is known, and ``out`` is a name for it."""
-    if to not in (None, *FORMATS):
-        raise ShortGPTError(f"expected a format of {' or '.join(FORMATS)}, got {to!r}")
-    if to is not None and is_gguf(out) != (to == "gguf"):
-        expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
-        raise ShortGPTError(f"expected {expected} to write {to} to, got {out}")
+    check(to in (None, *FORMATS), "`to`", to, f"one of {', '.join(FORMATS)}")
+    expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
+    check(to is None or is_gguf(out) == (to == "gguf"), "OUT", str(out), f"{expected} for {to}")
 
 
 def out_paths(out: StrPath) -> list[Path]:
@@ -158,8 +153,7 @@ def check_one_file(out: StrPath) -> None:
 def check_new_gguf(out: StrPath, *, source: StrPath | None = None, overwrite: bool) -> None:
     """Raises where a GGUF model could not be written, or would replace the one it is made from."""
     paths = out_paths(out)
-    if not paths:
-        raise ShortGPTError(f"{out} names a file of none; name it NAME-00001-of-0000N.gguf")
+    check(paths, "OUT", str(out), "a name as in NAME-00001-of-0000N.gguf")
     check_outputs(paths, overwrite=overwrite, replaces=is_pruned_gguf)
     parts = [] if source is None else part_paths(Path(str(source)))
     sources = [path.resolve() for path in parts]

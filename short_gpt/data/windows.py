@@ -10,7 +10,7 @@ from itertools import islice, takewhile, zip_longest
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, overload
 
-from short_gpt.runtime.errors import ShortGPTError, at_least, whole
+from short_gpt.runtime.errors import ShortGPTError, at_least, check, whole
 
 T = TypeVar("T")
 BOS = ("first", "every")  # windows that begin with the text's bos
@@ -84,16 +84,16 @@ def windows(
     256 are the ShortGPT authors' values (comments on huggingface.co/papers/2403.03853).
 
     Args:
-        texts: strings; of a text that a model wrote itself, its token numbers. No window has only
+        texts: Strings; of a text that a model wrote itself, its token numbers. No window has only
             what was put before a text (`Prefixed`).
-        encode: from a text to its token numbers, with a start token if the model wants one.
-        size: tokens of a window, at least 2.
-        stride: tokens from one start to the next, at least 1.
+        encode: Makes token numbers of a text, with a start token if the model wants one.
+        size: Tokens in a window, at least 2. Default: 1024.
+        stride: Tokens from one start to the next, at least 1. Default: 256.
         tail: "drop" omits what follows a text's last full window. "keep" adds it as a shorter
             window of at least 2 tokens at the next start (one token earlier if just one remains).
-        seed: None for the order of the texts. A number for all windows of all texts in the order
-            of `random.Random(seed)`: the texts are encoded at once and held at 4 bytes a token.
-        limit: windows in all; with a seed they are a random sample without replacement.
+        seed: Seed of the random order of all windows, `random.Random(seed)`; the texts are encoded
+            at once and held at 4 bytes a token. Default: the order of the texts.
+        limit: Windows in all; with a seed they are a random sample without replacement.
         bos: "first" keeps the bos of ``encode`` in a text's first window alone: the ShortGPT
             authors' way. "every" puts it before every window, which has `size` tokens with it;
             windows that would just meet still do, at a stride shorter by it.
@@ -110,10 +110,8 @@ def windows(
     """
     if isinstance(texts, str):
         raise TypeError("texts is one string, expected an iterable of strings: pass [text]")
-    if tail not in ("drop", "keep"):
-        raise ShortGPTError(f"tail = {tail!r}: expected 'drop' or 'keep'")
-    if bos not in BOS:
-        raise ShortGPTError(f"bos = {bos!r}: expected 'first' or 'every'")
+    check(tail in ("drop", "keep"), "tail", tail, "'drop' or 'keep'")
+    check(bos in BOS, "bos", bos, "'first' or 'every'")
     size, stride, limit = whole(size), whole(stride), whole(limit)
     at_least(2, size=size)
     at_least(1, stride=stride)
@@ -205,10 +203,8 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
 def _start(encode: Callable[[str], Sequence[int]], size: int) -> list[int]:
     """What goes before every window, which leaves room for a token to predict."""
     start = starts_texts(encode)
-    if not start:
-        raise ShortGPTError("bos = 'every': this tokenizer puts no bos in front; use 'first'")
-    if size < len(start) + 1:
-        raise ShortGPTError(f"size = {size}: expected room for bos and a token, {len(start) + 1}")
+    check(start, "bos", "every", "'first', because this tokenizer puts no bos before a text")
+    check(size > len(start), "size", size, f"room for bos and a token, {len(start) + 1}")
     return start
 
 
@@ -277,20 +273,18 @@ def _with_spans(
     encoded: Iterable[Prefixed], size: int, stride: int, tail: str
 ) -> Iterator[tuple[Prefixed, list[Span]]]:
     """Every text's tokens with its windows; an error at the end if there was no window."""
-    count, longest, empty = 0, 0, True
+    longest, empty = 0, True
     for tokens in encoded:
         # a window before the text's first token has nothing of it
         spans = [s for s in _spans(len(tokens), size, stride, tail) if s[1] > tokens.start]
-        count, longest = count + 1, max(longest, len(tokens) - tokens.start)
+        longest = max(longest, len(tokens) - tokens.start)
         empty = empty and not spans
         yield tokens, spans
     if empty:
-        if not count:
-            raise ShortGPTError("no texts: give some; an iterator can be read only once")
-        one = "the text" if count == 1 else f"the longest of {count} texts"
         raise ShortGPTError(
-            f"no windows: {one} has {longest} token{'s' * (longest != 1)}, a window needs "
-            f"{size if tail == 'drop' else 2}; use longer texts or a smaller `size`"
+            f"no windows: the longest text has {longest} tokens, a window needs "
+            f"{size if tail == 'drop' else 2}; use longer texts or a smaller `size` (an iterator "
+            "of texts can be read only once)"
         )
 
 

@@ -46,9 +46,9 @@ def test_the_format_follows_the_name_then_the_source(tmp_path):
     assert format_of(model, "out") == "hf" and format_of("owner/name", "out") == "hf"
     (tmp_path / "params.json").touch()
     assert format_of(tmp_path, "out") == "meta" and format_of(tmp_path, "out", "hf") == "hf"
-    with pytest.raises(ShortGPTError, match=r"a name that ends with \.gguf to write gguf to"):
+    with pytest.raises(ShortGPTError, match=r"a name that ends with \.gguf for gguf"):
         format_of(model, "out", "gguf")
-    with pytest.raises(ShortGPTError, match="meta or hf or gguf, got 'pth'"):
+    with pytest.raises(ShortGPTError, match="'pth': expected one of meta, hf, gguf"):
         format_of(model, "out", "pth")
 
 
@@ -78,6 +78,6 @@ def test_a_directory_is_not_written_by_the_name_of_a_gguf_file(tmp_path, kind):
         short.save(tmp_path / "out.gguf")
     streamed = open_model(str(source), stream=True)
     streamed.remove_layers([1])
-    with pytest.raises(ShortGPTError, match="is the name of a GGUF file"):
+    with pytest.raises(ShortGPTError, match="expected the name of a directory, which short-gpt"):
         streamed.save(tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()

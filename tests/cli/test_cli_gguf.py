@@ -298,7 +298,7 @@ def test_files_of_one_model_are_joined(here):
         (["convert", "hf", "x.gguf", "--to", "meta"], "expected the name of a directory to write"),
         (["convert", "hf", "x", "--to", "gguf"], "expected a name that ends with .gguf"),
         (["convert", "hf", "x", "--to", "hf"], "hf is in the format hf already"),
-        (["convert", "hf", "x", "--to", "onnx"], "expected a format of meta or hf or gguf"),
+        (["convert", "hf", "x", "--to", "onnx"], "--to = 'onnx': expected one of meta, hf, gguf"),
         (["convert", "hf", "x.gguf", "--shards", 2], "--shards 2 writes Meta's format, not gguf"),
         (["convert", "qwen.gguf", "x", "--to", "meta"], "holds architecture 'qwen2', expected"),
         (

@@ -215,7 +215,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(ckpt, capsys):
 def test_a_dry_run_refuses_a_text_that_is_too_short(ckpt, capsys, words):
     Path("short.txt").write_text("It was.")
     line = fails(capsys, words[0], "ckpt", *words[1:], "--data", "short.txt", "--dry_run")
-    assert "no windows: the text has" in line and "a window needs 16" in line
+    assert "no windows: the longest text has" in line and "a window needs 16" in line
 
 
 @pytest.mark.parametrize("command", ["compare", "heal"])

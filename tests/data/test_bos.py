@@ -122,7 +122,7 @@ def test_copies_are_found_behind_their_bos(gemma, size, stride):
     ("options", "message"),
     [
         ({"bos": "all"}, "bos = 'all': expected 'first' or 'every'"),
-        ({"bos": "every"}, "this tokenizer puts no bos in front; use 'first'"),
+        ({"bos": "every"}, "expected 'first', because this tokenizer puts no bos"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):

@@ -157,7 +157,9 @@ def test_bos_goes_before_every_window_and_not_twice_before_a_templates_opening()
 def test_windows_of_a_template_alone_are_none():
     tokens = [Prefixed([*OPENING, 1], len(OPENING))]
     assert [[*w] for w in windows(tokens, lambda _: [], size=97, stride=1)] == [[*OPENING, 1]]
-    with pytest.raises(ValueError, match="no windows: the text has 1 token, a window needs 48"):
+    with pytest.raises(
+        ValueError, match="no windows: the longest text has 1 tokens, a window needs 48"
+    ):
         list(windows(tokens, lambda _: [], size=48, stride=48))
 
 

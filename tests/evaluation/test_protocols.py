@@ -91,7 +91,7 @@ def test_unknown_names_and_short_texts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="protocol 'x' is unknown: .* wikitext-2, c4, ptb, pg19"):
         protocol("x", encode)
     source = copy(tmp_path / "wiki", "test", ["short"])
-    with pytest.raises(ValueError, match="no windows: the text has 6 tokens"):
+    with pytest.raises(ValueError, match="no windows: the longest text has 6 tokens"):
         protocol("wikitext-2", encode, source=source)
 
 
