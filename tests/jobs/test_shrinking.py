@@ -280,20 +280,6 @@ def test_a_folder_that_is_a_link_is_emptied_where_it_leads(here):
     assert Path("thesis/text").read_text() == "mine"
 
 
-def test_a_model_that_cannot_take_its_place_stays_where_it_was_built(here, monkeypatch):
-    page = shrinking.shrunk_page
-
-    def late(result: ShrinkResult) -> str:
-        Path("out.gguf").write_text("mine")
-        return page(result)
-
-    with monkeypatch.context() as patch, pytest.raises(FileExistsError, match="out.gguf exists"):
-        patch.setattr(shrinking, "shrunk_page", late)
-        shrink("hf", "out.gguf", **KILLED)
-    assert Path("out.gguf").read_text() == "mine"
-    assert GGUFParts(Path("out.gguf.shrinking/written/out.gguf")).tensors
-
-
 @pytest.mark.parametrize("appears", ["model.gguf", "page"])
 def test_a_file_that_appeared_while_it_ran_is_not_replaced(here, monkeypatch, appears):
     name = "out.gguf" if appears == "model.gguf" else "out.gguf.report.html"
@@ -307,6 +293,7 @@ def test_a_file_that_appeared_while_it_ran_is_not_replaced(here, monkeypatch, ap
         patch.setattr(shrinking, "_move_into_place", late)
         shrink("hf", "out.gguf", **KILLED)
     assert Path(name).read_text() == "mine"
+    assert GGUFParts(Path("out.gguf.shrinking/written/out.gguf")).tensors  # where it was built
     Path(name).unlink()
     shrink("hf", "out.gguf", **KILLED)  # which continues
     assert GGUFParts(Path("out.gguf")).tensors and not Path("out.gguf.shrinking").exists()
