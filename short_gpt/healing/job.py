@@ -274,29 +274,24 @@ class HealingJob:
 
         Raises:
             NotSavedError: nothing could be written; ``work_dir`` keeps all, to be continued.
-            ShortGPTError: what was to be written is refused, and will be again.
         """
         if self.evidence is None:
             raise RuntimeError("nothing was healed yet; call run first")
-        measured = self.evidence.perplexity
         if self._team.rank:
             return Path(out_dir)
+        how: dict[str, Any] = {"facts": facts, "measured": self.evidence.perplexity}
+        how |= {"release": True} if release else {}
         try:
-            how: dict[str, Any] = {"facts": facts, "measured": measured, "overwrite": overwrite}
-            how |= {"release": True} if release else {}
-            out = self.short.save(out_dir, **how)
+            out = self.short.save(out_dir, overwrite=overwrite, **how)
         except Exception as error:
             # another name has another folder, which holds nothing to continue from
-            short = shortage(error, elsewhere=False)
-            if self.work_dir is None or not (short or isinstance(error, USER_ERRORS)):
+            reason = shortage(error, elsewhere=False)
+            if self.work_dir is None or not (reason or isinstance(error, USER_ERRORS)):
                 raise
-            what = f"{out_dir} was not written: {short or error}"
-            kept = f"{what}; {self.work_dir} keeps what was healed"
-            if short is None and not isinstance(error, OSError):  # of what was to be written
-                again = "but the same call is refused again until that is mended"
-                raise ShortGPTError(f"{kept}, {again}") from error
-            again = "and once there is a way to write, the same call continues"
-            raise NotSavedError(f"{kept}, {again}") from error
+            raise NotSavedError(
+                f"{out_dir} was not written: {reason or error}; {self.work_dir} keeps what was "
+                "healed, and once that is mended, the same call continues"
+            ) from error
         if self.work_dir is not None:
             self._clear(self.work_dir)
         return out

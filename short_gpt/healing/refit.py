@@ -92,7 +92,7 @@ class Refit:
         layers: dict[tuple[str, str], list[int]] = {}
         for one in self.unsolved:
             layers.setdefault((one.part, one.why), []).append(one.layer)
-        return [{"part": part, "layers": own, "why": why} for (part, why), own in layers.items()]
+        return [{"part": part, "layers": each, "why": why} for (part, why), each in layers.items()]
 
 
 def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options: Any) -> Refit:
@@ -289,12 +289,12 @@ def _identity(
 ) -> dict[str, object]:
     """All that a refit depends on, by the names that an error shows."""
     # by names that differ from those in a model's identity
-    own = {**vars(settings), "weights of tokens": settings.weights}
-    del own["weights"]
+    options = {**vars(settings), "weights of tokens": settings.weights}
+    del options["weights"]
     read = {"windows": windows, "held-out windows": held}
     digests = {name: windows_digest(part) for name, part in read.items()}
     changes = {"kept": list(short.kept), "layers": list(layers)}
-    return joined(short.identity(), changes, own, digests)
+    return joined(short.identity(), changes, options, digests)
 
 
 def prepare_refit(context: HealingContext, settings: RefitSettings | None) -> Heal:

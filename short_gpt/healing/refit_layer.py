@@ -143,14 +143,14 @@ class LayerRefit:
         self._sublayers = Sublayers.of(calls, index, sample, calls.family)
         # attention first, whatever the order of names: the MLP restores what it leaves
         solvable = self._sublayers.projections
-        asked = [part for part in PARTS if part in parts]
-        names = [part for part in asked if part in solvable]
+        chosen = [part for part in PARTS if part in parts]
+        names = [part for part in chosen if part in solvable]
         if last_only and names:
-            names, asked = names[-1:], asked[asked.index(names[-1]) :]
+            names, chosen = names[-1:], chosen[chosen.index(names[-1]) :]
         if part_of(calls.layer(index), calls.family.attention) is None:  # such as Mamba's layers
-            asked = [part for part in asked if part != "attention" or part in solvable]
-        refused = self._sublayers.refused
-        self.unsolved = [Unsolved(layer, p, refused[p]) for p in asked if p not in solvable]
+            chosen = [part for part in chosen if part != "attention" or part in solvable]
+        reasons = self._sublayers.refused
+        self.unsolved = [Unsolved(layer, p, reasons[p]) for p in chosen if p not in solvable]
         self.projections = {name: solvable[name] for name in names}  # what is solved
         self._output_modules = [m for name in names for m in solvable[name].modules]
         self.restored = ExitStack()  # after this block the parameters have their old values again
@@ -209,15 +209,15 @@ class LayerRefit:
                 state.to(inputs.device).flatten(0, 1).float()  # (N, D)
                 for state in (residual, self._target_of(part, batch))
             )
-            made = Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
+            every = Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
             # a norm's weight is of all tokens alike: one must not decide it
             if mean_square is not None or self._lost is None or projection.norm is not None:
-                return made._replace(outputs=outputs)
+                return every._replace(outputs=outputs)
             if batch not in factors:  # before anything is solved
-                outputs = projection.outputs(made.inputs) if outputs is None else outputs  # (N, D)
+                outputs = projection.outputs(every.inputs) if outputs is None else outputs  # (N, D)
                 present = h + projection.factor * outputs  # (N, D)
                 factors[batch] = sink_weights(present, t, self._lost)
-            return made._replace(outputs=outputs, weights=made.weights * factors[batch])
+            return every._replace(outputs=outputs, weights=every.weights * factors[batch])
 
         first_read = self._read_mlp if part == "mlp" else self._read_attention
         equations = equations_of(projection, first_read(projection, tokens), batches.team)
@@ -283,8 +283,8 @@ class LayerRefit:
             return None
         targets = (self._target_of(part, batch).float() for batch in self._batches.fitted)
         every = torch.cat([t.pow(2).sum(-1).flatten() for t in targets])  # (B, S, D) to (N,)
-        own = torch.tensor([len(every), len(every) * float(every.mean())], dtype=torch.float64)
-        count, total = self._batches.team.summed(own).tolist()
+        sums = torch.tensor([len(every), len(every) * float(every.mean())], dtype=torch.float64)
+        count, total = self._batches.team.summed(sums).tolist()
         return total / count
 
     def _keep(self, part: str, batch: int, inputs: Tensor, again: bool) -> None:

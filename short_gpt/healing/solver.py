@@ -51,7 +51,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Unsolved:
-    """An output projection that was asked for and cannot be solved."""
+    """An output projection that was to be solved and cannot be."""
 
     layer: int  # original number
     part: str  # "attention" or "mlp"
@@ -271,8 +271,8 @@ class SublayerSolver:
         return Fit(layer, part, last, restored, self._restored(), norm_ridge)
 
     def _error_on(self, read: Callable[[], Iterable[Tokens]]) -> float:
-        own = torch.tensor([error(self._projection, read())], dtype=torch.float64)  # (1,)
-        return float(self._team.summed(own))
+        square = torch.tensor([error(self._projection, read())], dtype=torch.float64)  # (1,)
+        return float(self._team.summed(square))
 
     def _restored(self) -> float:
         return 1 - self._error / self._error_before

@@ -73,7 +73,7 @@ class TrainingRun(NamedTuple):
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
-        own = {
+        read = {
             "text": json_digest(windows),
             "model": weights_digest(adapted),
             "configuration": config_digest(config_entries(adapted.get_base_model().config)),
@@ -86,7 +86,7 @@ class TrainingRun(NamedTuple):
         plain = taught["kl_share"] in (None, 1) and taught["temperature"] in (None, 1)
         chosen = {} if plain else {"kept step": "of least loss"}  # once it was of least divergence
         processes = {"number of processes": replicas.current().count}  # each draws for itself
-        return joined(recipe, own, taught, precision, chosen, processes)
+        return joined(recipe, read, taught, precision, chosen, processes)
 
     def measure(self, adapted: PeftModel) -> dict[str, float]:
         """On the validation windows: what the best step is chosen by, and the perplexity."""

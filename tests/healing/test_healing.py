@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import re
@@ -745,15 +744,8 @@ RECIPE = "paper,batch_size=2,rank=2,warmup=0,steps="
 LORA = ("--heal_by", "lora", "--recipe", f"{RECIPE}2")
 
 
-WRITES = (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),)
-WRITES += (
-    RuntimeError("basic_ios::clear: iostream error"),
-    OSError(errno.ENOSPC, "No space left on device"),
-)
-
-
-@pytest.mark.parametrize("error", WRITES, ids=str)
-def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(books, capsys, monkeypatch, error):
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(books, capsys, monkeypatch):
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
     recipe = ("--heal_by", "lora", "--recipe", f"{RECIPE}2,eval_every=1")
     train = ("heal", "dense", "out", *SMALL, *recipe, "--layers", "2")
     real, left = torch.save, [5]  # in the second checkpoint
