@@ -32,7 +32,7 @@ def done(folder) -> ShrinkResult:
     """Three layers less: ``cut.gguf``, and refitted ``refitted.gguf``."""
     torch.set_num_threads(2)
     read = {"eval_data": "demo", "size": 128, "max_windows": 24, "eval_windows": 4}
-    settings = {"n": 3, "method": "bi", "data": "demo", "windows": read}
+    settings = {"n": 3, "method": "bi", "data": "demo", **read}
     found = shrink(MODELS["0.5b"](), folder / "refitted.gguf", **settings)
     prune_gguf(MODELS["0.5b"](), folder / "cut.gguf", found.layers)
     return found
