@@ -53,10 +53,12 @@ from benchmarks.studies.streaming import peak, read_file, weights
 from llama.args import ModelArgs
 from short_gpt.cli.app import main as short_gpt
 from short_gpt.runtime.state import read_record
+from short_gpt.scoring import stopping
 from short_gpt.wrappers.streamed_llama import StreamedDecoder, StreamedLlama
 
 KNOWN = (27, 25, 26, 28, 24, 29, 23, 12, 17)  # seven of them are of the paper's list
 WEAKEST, GRADE = 0.05, 1.3  # of the output projections: the first layer's scale, and the ratio
+RARE = 0.1  # share of windows that the rule which ends the run guards against
 STOPPED = 130  # the exit code of a command that was asked to end
 Start = Callable[[Sequence[str], Path], dict[str, Any]]
 
@@ -72,7 +74,6 @@ class Case:
         size: tokens of a window.
         windows: that there are, in two texts.
         batch_size: windows that pass a layer together.
-        rare: of the rule that ends the run.
         max_memory: of the process.
     """
 
@@ -82,7 +83,6 @@ class Case:
     size: int = 32
     windows: int = 200
     batch_size: int = 4
-    rare: float = 0.1
     max_memory: str = "3GB"
 
 
@@ -172,7 +172,7 @@ def runs(case: Case, directory: Path, start: Start, *, whole: bool) -> dict[str,
 def command(case: Case, directory: Path, result: Path) -> list[str]:
     """The command line behind ``short-gpt``."""
     numbers = {"size": case.size, "stride": case.size, "batch_size": case.batch_size}
-    numbers |= {"rare": case.rare, "max_memory": case.max_memory, "save_every": 0}
+    numbers |= {"max_memory": case.max_memory}
     flags = [f"--{name}={value}" for name, value in numbers.items()]
     line = ["reproduce", str(directory), f"--data={directory.parent / 'pg19'}", "--stream"]
     return [*line, "--device=cpu", f"--json={result}", *flags]
@@ -213,13 +213,15 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         guesses.append(guess(self, *given))
         return guesses[-1]
 
-    began, code = time.perf_counter(), 0
+    began, code, rule = time.perf_counter(), 0, stopping.Stop
     StreamedDecoder.score_batch, StreamedLlama.seconds_a_window = clocked, noted  # type: ignore
+    stopping.Stop = partial(rule, rare=RARE)  # type: ignore[misc,assignment]
     try:
         short_gpt(list(argv[stops:]))
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
+        stopping.Stop = rule  # type: ignore[misc]
         StreamedDecoder.score_batch, StreamedLlama.seconds_a_window = score, guess  # type: ignore
     found = {"code": code, "seconds": time.perf_counter() - began, "rounds": rounds}
     found |= {"seconds_a_window_foretold": guesses, "peak_bytes": peak()}

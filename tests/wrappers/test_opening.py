@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
     ],
 )
 def test_one_call_opens_every_format_with_the_same_options(name, stream, kind, folder):
-    options = OpenOptions(max_seq_len=32, max_batch_size=2, n_prune_layers=3, device="cpu")
+    options = OpenOptions(max_seq_len=32, batch_size=2, n_prune_layers=3, device="cpu")
     whole = open_model(str(folder / "meta"), options)
     short = open_model(str(folder / name), options, stream=stream, dtype="float32")
     assert type(short) is kind and short.n_prune_layers == 3
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_any_format_is_opened_for_training(folder, name):
 
 def test_options_that_do_not_go_together(folder):
     meta = str(folder / "meta")
-    with pytest.raises(ValueError, match="max_memory 3GB bounds a streamed model; pass stream"):
+    with pytest.raises(ValueError, match="`max_memory` 3GB bounds `stream`; add `stream`"):
         open_model(meta, max_memory="3GB")
     with pytest.raises(ValueError, match="_parallel_size. 2: .stream. holds one layer on"):
         open_model(meta, stream=True, model_parallel_size=2)
