@@ -17,7 +17,7 @@ from llama.parallel import choose_dtype, has_float64
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.healing.refit import fit
 from short_gpt.healing.solver import NormalEquations
-from short_gpt.jobs import shrink_plan
+from short_gpt.jobs import costs
 from short_gpt.runtime.devices import full_float32, wait
 from short_gpt.scoring.metrics import angular_distances
 from short_gpt.wrappers.precision import bfloat16_cost
@@ -142,9 +142,11 @@ def test_a_token_is_timed_until_it_is_there(monkeypatch):
             choose(torch.ones(1, 2))
 
     with Log() as log:
-        monkeypatch.setattr(shrink_plan, "perf_counter", lambda: log.noted.count("r"))
-        known = SimpleNamespace(in_memory=SimpleNamespace(continued=continued))
-        assert shrink_plan._seconds_a_token(known, 1) == 1  # a value read in each
+        clock = SimpleNamespace(perf_counter=lambda: log.noted.count("r"))
+        monkeypatch.setattr(costs, "time", clock)
+        assert (
+            costs.seconds_a_token(SimpleNamespace(continued=continued), 1) == 1
+        )  # a value read in each
 
 
 def test_float64_is_taken_where_a_device_has_it():

@@ -67,11 +67,12 @@ def test_a_second_healing_is_told_before_it_opens_the_model(tmp_path, monkeypatc
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("the model was opened")
 
-    for name in ("open_trainable", "Running.open"):
+    for name in ("open_trainable", "open_model"):
         monkeypatch.setattr(f"short_gpt.jobs.healing.{name}", opened)
     (tmp_path / "book.txt").write_text("In the beginning")
-    arguments = (str(tmp_path / "meta"), str(tmp_path / "out"), method)
-    how = {"layers": [2], "data": str(tmp_path / "book.txt")}
+    arguments = (str(tmp_path / "meta"), str(tmp_path / "out"))
+    how = {"layers": [2], "data": str(tmp_path / "book.txt"), "heal_by": method}
+    how["stream"] = method == "refit"
     said = f"out.{kind} is in use by another process"
     with pytest.raises(ShortGPTError, match=said):
         jobs.heal(*arguments, **how)

@@ -85,7 +85,7 @@ def test_a_tokenizer_that_is_not_read_is_refused(folder, tmp_path):
         with pytest.raises(ShortGPTError, match=own):
             call()
     with pytest.raises(ShortGPTError, match=own):
-        evaluate([hf], opening=options)
+        evaluate(hf, tokenizer_path=place)
     assert not (tmp_path / "out").exists()
     check_tokenizer(place, hf, meta)  # one of the two is read with it
     assert of_source(options, hf) == OpenOptions(device="cpu")

@@ -29,7 +29,7 @@ from short_gpt.evaluation.perplexity import combined, perplexity, window_perplex
 from short_gpt.healing import trainer
 from short_gpt.healing.distillation import Distillation, LiveTeacher
 from short_gpt.healing.lora import seconds_a_step
-from short_gpt.jobs import Cut, OpenOptions, Reading, Saving, evaluate, rank
+from short_gpt.jobs import evaluate, rank
 from short_gpt.models.decoder import without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_calls import LayerCalls
@@ -40,6 +40,7 @@ from short_gpt.scoring.metrics import block_influence
 from short_gpt.scoring.run import ScoringRun
 from short_gpt.wrappers import precision
 from short_gpt.wrappers.opening import open_model, open_trainable
+from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -307,8 +308,8 @@ def test_a_pair_of_models_is_read_in_one_precision(here, monkeypatch):
     times = iter([1.3, 0.8, 1.3, 1.3])  # the second model alone would take float32
     monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda *_: next(times))
     monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
-    opening = replace(CPU, precision="auto")
-    rows = evaluate(["meta", "out"], Reading("other.txt", size=32), opening=opening)
+    how = {"data": "other.txt", "size": 32, "device": "cpu", "precision": "auto"}
+    rows = evaluate("meta", "out", **how)
     assert all("other.txt perplexity, precision mixed" in row for row in rows.values())
 
 
@@ -336,19 +337,18 @@ def test_what_cannot_be_is_refused_in_one_line(here, capsys, monkeypatch):
 
 
 def test_a_run_goes_on_in_the_precision_that_it_began_with(here, monkeypatch):
-    how = {"cut": Cut(32, stride=16), "saving": Saving("state", 0)}
+    how = {"size": 32, "stride": 16, "device": "cpu"}
     monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda *_: pytest.fail("it was timed"))
     scores = {}
     for first, other in (("mixed", "float32"), ("float32", "mixed")):
-        opening = OpenOptions(device="cpu", precision=first)
         with interrupted(ScoringRun, "_after", 3):
-            rank("meta", "book.txt", opening=opening, **how)
+            rank("meta", "book.txt", precision=first, state="state", **how)
         assert read_record("state")["run"].get("precision", "float32") == first
         line = f"the state of a run with another precision: '{first}', now '{other}'"
         with pytest.raises(ShortGPTError, match=line):
-            rank("meta", "book.txt", opening=replace(opening, precision=other), **how)
-        auto = rank("meta", "book.txt", opening=replace(opening, precision="auto"), **how)
-        at_once = rank("meta", "book.txt", opening=opening, cut=how["cut"])
+            rank("meta", "book.txt", precision=other, state="state", **how)
+        auto = rank("meta", "book.txt", precision="auto", state="state", **how)
+        at_once = rank("meta", "book.txt", precision=first, **how)
         scores[first] = at_once.importance.to_dict()
         assert auto.importance.to_dict() == scores[first]
         auto.finish()
