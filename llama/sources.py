@@ -188,19 +188,13 @@ def hub_failure(name: str, error: BaseException) -> Exception | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, errors.GatedRepoError):
-            return InputError(
-                f"{name} is gated: accept its terms on https://huggingface.co/{name}, then log in "
-                "with: hf auth login"
-            )
+            terms = f"accept its terms on https://huggingface.co/{name}"
+            return InputError(f"{name} is gated: {terms}, then log in with: hf auth login")
         if isinstance(cause, missing):
-            return InputError(
-                f"{name} is neither a directory here nor a model on the hub; check the name or, "
-                "if it is private, log in with: hf auth login"
-            )
+            problem = "neither a directory here nor a model on the hub"
+            return InputError(f"{name} is {problem}; if it is private: hf auth login")
         if isinstance(cause, offline):
-            return ConnectionError(
-                f"{name} is not a directory here, and the hub cannot be reached to fetch it; "
-                "connect (and unset HF_HUB_OFFLINE), or give the directory of a downloaded model"
-            )
+            problem = "not a directory here, and the hub cannot be reached to fetch it"
+            return ConnectionError(f"{name} is {problem}; connect, and unset HF_HUB_OFFLINE")
         cause = cause.__cause__ or cause.__context__
     return None
