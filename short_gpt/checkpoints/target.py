@@ -82,7 +82,7 @@ class Target:
         ``card`` adds a model card; ``marker`` is the file in it that lists the others.
         """
         expected = "the name of a directory, which short-gpt convert makes a GGUF file of"
-        check(not is_gguf(self.out), "OUT", str(self.out), expected)
+        check(not is_gguf(self.out), "OUT", self.path.name, expected)
         with new_directory(self.path, marker=marker, overwrite=self.overwrite) as partial:
             yield partial
             if record is not None:
@@ -129,7 +129,12 @@ def check_format(out: StrPath, to: str | None) -> None:
     """Raises ShortGPTError unless a format is known, and ``out`` is a name for it."""
     check(to in (None, *FORMATS), "`to`", to, f"one of {', '.join(FORMATS)}")
     expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
-    check(to is None or is_gguf(out) == (to == "gguf"), "OUT", str(out), f"{expected} for {to}")
+    check(
+        to is None or is_gguf(out) == (to == "gguf"),
+        "OUT",
+        Path(str(out)).name,
+        f"{expected} for {to}",
+    )
 
 
 def out_paths(out: StrPath) -> list[Path]:
@@ -153,7 +158,7 @@ def check_one_file(out: StrPath) -> None:
 def check_new_gguf(out: StrPath, *, source: StrPath | None = None, overwrite: bool) -> None:
     """Raises where a GGUF model could not be written, or would replace the one it is made from."""
     paths = out_paths(out)
-    check(paths, "OUT", str(out), "a name as in NAME-00001-of-0000N.gguf")
+    check(paths, "OUT", Path(str(out)).name, "a name as in NAME-00001-of-0000N.gguf")
     check_outputs(paths, overwrite=overwrite, replaces=is_pruned_gguf)
     parts = [] if source is None else part_paths(Path(str(source)))
     sources = [path.resolve() for path in parts]

@@ -74,7 +74,7 @@ def test_a_directory_is_not_written_by_the_name_of_a_gguf_file(tmp_path, kind):
     source = prune_checkpoint(meta, Target(tmp_path / "hf", "hf"), [1]) if kind == "hf" else meta
     short = open_model(str(source))
     short.remove_layers([1])
-    with pytest.raises(ShortGPTError, match="convert that: short-gpt convert DIRECTORY .*out.gguf"):
+    with pytest.raises(ShortGPTError, match="short-gpt convert"):
         short.save(tmp_path / "out.gguf")
     streamed = open_model(str(source), stream=True)
     streamed.remove_layers([1])

@@ -295,7 +295,7 @@ def test_files_of_one_model_are_joined(here):
             "--type = 'q4_k': expected one of f32, f16, bf16, q8_0",
         ),
         (["convert", "hf", "x.gguf", "--dtype", "float16"], "GGUF has --type"),
-        (["convert", "hf", "x.gguf", "--to", "meta"], "expected the name of a directory to write"),
+        (["convert", "hf", "x.gguf", "--to", "meta"], "expected the name of a directory for meta"),
         (["convert", "hf", "x", "--to", "gguf"], "expected a name that ends with .gguf"),
         (["convert", "hf", "x", "--to", "hf"], "hf is in the format hf already"),
         (["convert", "hf", "x", "--to", "onnx"], "--to = 'onnx': expected one of meta, hf, gguf"),
