@@ -59,7 +59,6 @@ setup(
         "matplotlib>=3.8",
         "platformdirs>=4",
         "psutil>=5.9",
-        "pyyaml",
         "tqdm",
     ],
     extras_require={
