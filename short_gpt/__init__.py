@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     __version__: str
     from short_gpt.data.texts import pg19, texts
     from short_gpt.data.windows import batches, windows
-    from short_gpt.evaluation.perplexity import perplexity
     from short_gpt.evaluation.tasks import run_tasks
     from short_gpt.healing.choosing import choose_healed
     from short_gpt.healing.lora import heal as heal_lora
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from short_gpt.scoring.run import measure
     from short_gpt.scoring.stopping import Stop
     from short_gpt.selection.methods import choose
-    from short_gpt.wrappers.opening import open_model
+    from short_gpt.wrappers.opening import open_model, perplexity
     from short_gpt.wrappers.own_text import own_samples
     from short_gpt.wrappers.short_hf import ShortHFModel
     from short_gpt.wrappers.short_llama import ShortLlama

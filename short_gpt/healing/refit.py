@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +47,11 @@ from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import joined
+from short_gpt.wrappers.opening import as_short, as_windows
 from short_gpt.wrappers.scored_model import ScoredModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_EVERY = 8  # every eighth window is held out
 
@@ -64,6 +69,7 @@ class Refit:
     held: int  # held-out windows
     # matrices that cannot be solved, and why; such as those of experts
     unsolved: Sequence[Unsolved] = ()
+    short: ScoredModel | None = None  # the healed model, of `heal`
 
     def __repr__(self) -> str:
         return (
@@ -95,27 +101,44 @@ class Refit:
         return [{"part": part, "layers": each, "why": why} for (part, why), each in layers.items()]
 
 
-def heal(short: ScoredModel, layers: Sequence[int], windows: Windows, **options: Any) -> Refit:
+def heal(
+    model: ScoredModel | str | PathLike[str] | PreTrainedModel,
+    layers: Sequence[int],
+    texts: Iterable[str | Sequence[int]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Refit:
     """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `fold`.
 
-    Arguments and errors as in `fit`; after any of them the model is as it was.
+    Other arguments and errors as in `fit`; after an error the model is as it was.
+
+    Args:
+        model: Opened model, loaded model of transformers, or name of a checkpoint, which is opened.
+        layers: Layers to remove, original numbers.
+        texts: Calibration text: strings, or windows of token ids.
+        tokenizer: Tokenizer of a loaded model.
+
+    Returns:
+        What was solved; the healed model is its ``short``.
 
     Example:
         >>> refit = heal_refit(short, [21, 22, 25], windows)  # doctest: +SKIP
     """
-    refit = fit(short, layers, windows, **options)
+    short = as_short(model, tokenizer)
+    refit = fit(short, layers, as_windows(texts, short), **options)
     with ExitStack() as undo:
         with short.without_layers(refit.layers):
             undo.callback(fold(short, refit))
         short.remove_layers(refit.layers)
         undo.pop_all()  # nothing failed: the new values stay
-    return refit
+    return replace(refit, short=short)
 
 
 def heal_patch(
-    short: ScoredModel,
+    model: ScoredModel | str | PathLike[str] | PreTrainedModel,
     layers: Sequence[int],
-    windows: Windows,
+    texts: Iterable[str | Sequence[int]],
     *,
     ridge: float | None = None,
     **options: Any,
@@ -126,7 +149,7 @@ def heal_patch(
         >>> patch = heal_patch(short, [21, 22, 25], windows)  # doctest: +SKIP
     """
     settings = PatchSettings() if ridge is None else PatchSettings(ridge=ridge)
-    return heal(short, layers, windows, settings=settings, **options)
+    return heal(model, layers, texts, settings=settings, **options)
 
 
 @torch.no_grad()

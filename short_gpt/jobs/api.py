@@ -47,8 +47,9 @@ PUBLISHED = Windows(Default("wikitext-2"), size=2048)  # as published perplexiti
 
 @flat("data")
 def rank(
-    model: str,
+    model: str | object,
     *,
+    tokenizer: object = None,
     windows: Windows = SCORED,
     answer: Answer = Answer(),
     opening: OpenOptions = RANKING,
@@ -64,7 +65,9 @@ def rank(
     decide it. If interrupted or killed, repeat it: it continues from its state file.
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file; or an
+            opened model, or a loaded one of transformers.
+        tokenizer: Tokenizer of a loaded model.
         state: File that the run is saved in, to be continued.
         notify: Called with what a streamed run will take in memory, before it starts.
         dry_run: Raise `DryRun`, which says what would be done and how long it takes.
@@ -79,9 +82,8 @@ def rank(
     """
     from short_gpt.jobs import ranking
 
-    return ranking.rank(
-        model, windows, answer, opening, state=state, notify=notify, dry_run=dry_run
-    )
+    how: Any = {"tokenizer": tokenizer, "state": state, "notify": notify, "dry_run": dry_run}
+    return ranking.rank(model, windows, answer, opening, **how)
 
 
 @flat()

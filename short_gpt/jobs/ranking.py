@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama.ranks import is_distributed
 from llama.sources import find_source
@@ -41,11 +41,14 @@ from short_gpt.scoring.run import Following, RunState
 from short_gpt.scoring.stopping import Stop, Verdict
 from short_gpt.selection.methods import AUTO, SEARCHED, choose
 from short_gpt.selection.search import Search
-from short_gpt.wrappers.opening import check_tokenizer, open_model
+from short_gpt.wrappers.opening import as_short, check_tokenizer, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, with_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,11 +125,12 @@ class Ranking(Table):
 
 @interruptible()
 def rank(
-    model: str,
+    model: str | PathLike[str] | object,
     windows: Windows,
     answer: Answer,
     opening: OpenOptions,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     state: str | PathLike[str] | None = None,
     notify: Notify = ignore,
     detailed: bool = False,
@@ -138,12 +142,17 @@ def rank(
         windows = replace(windows, stride=max(windows.step, size), max_windows=limit)
     opening = as_begun(opening, check_state(state))
     check_ranking(model, answer, windows, opening)
-    kinds = windows.kinds()
+    kinds, alone = windows.kinds(), not is_distributed()
     # of the files as they are now; ranks would wait for the first one, and not for long
-    digests = {} if is_distributed() else digests_of(model, opening.tokenizer_path)
+    named = isinstance(model, str | PathLike)
+    digests = digests_of(str(model), opening.tokenizer_path) if named and alone else {}
     searches = answer.method in SEARCHED  # whose states keep within max_memory in any case
     bound = None if searches else opening.max_memory
-    short = open_model(model, opening, max_seq_len=windows.size or SIZE, max_memory=bound)
+    if named:
+        size = windows.size or SIZE
+        short: ScoredModel = open_model(str(model), opening, max_seq_len=size, max_memory=bound)
+    else:
+        short = as_short(model, tokenizer, options=opening)
     if answer.n is not None:  # of a file or a model at the hub, known only now
         check_count(answer.n, len(short.kept))
     if dry_run:
@@ -163,23 +172,24 @@ def rank(
         return _search(short, cut, result, opening)
     size = opening.batch_size
     result = _measure(short, cut, result, windows, size, notify, detailed=detailed)
-    if is_distributed() and is_first_rank():
-        return replace(result, scored=digests_of(model, opening.tokenizer_path))
+    if named and not alone and is_first_rank():
+        return replace(result, scored=digests_of(str(model), opening.tokenizer_path))
     return result
 
 
 def _end_dry_run(
-    model: str,
+    model: object,
     short: ScoredModel,
     windows: Windows,
     kinds: Sequence[Iterable[Text]],
     answer: Answer,
     batch_size: int,
 ) -> NoReturn:
+    name = model if isinstance(model, str | PathLike) else "the loaded model"
     known = all(not isinstance(kind, str) for kind in kinds)  # else the model writes it first
     cut = windows.cut(kinds, short) if known else []
     total = known_total(cut, windows.max_windows) if known else windows.max_windows
-    work = f"score {len(short.kept)} layers of {model} by {answer.method} on {windows.name}"
+    work = f"score {len(short.kept)} layers of {name} by {answer.method} on {windows.name}"
     work += "; a method by loss reads the windows many times" if answer.by_loss else ""
     work += "" if known else "; writing the text takes more"
     how: Any = {"rule": answer.rule(windows.seed), "population": getattr(cut, "population", None)}
@@ -202,9 +212,10 @@ def _identity(
     return joined(*parts)
 
 
-def check_ranking(model: str, answer: Answer, windows: Windows, opening: OpenOptions) -> None:
+def check_ranking(
+    model: str | PathLike[str] | object, answer: Answer, windows: Windows, opening: OpenOptions
+) -> None:
     """Raises errors that would otherwise come after the model is loaded or the texts are opened."""
-    check_model(model, answer.n)
     windows.check()
     answer.rule(windows.seed)  # raises for a confidence out of range
     if opening.stream and (answer.by_loss or answer.method == "angular_all"):
@@ -219,7 +230,10 @@ def check_ranking(model: str, answer: Answer, windows: Windows, opening: OpenOpt
         )
     if answer.by_loss:
         check_alone(f"`method` {answer.method}")
-    check_tokenizer(opening.tokenizer_path, model, stream=opening.stream)
+    if not isinstance(model, str | PathLike):
+        return
+    check_model(model, answer.n)
+    check_tokenizer(opening.tokenizer_path, str(model), stream=opening.stream)
     if find_source(model).kind == "meta":  # a damaged one is refused before the texts are opened
         Tokenizer(opening.tokenizer_path or find_tokenizer(model))
 

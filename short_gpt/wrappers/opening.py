@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from llama.parallel import choose_device, choose_dtype, initialize, is_distributed
 from llama.sources import Source, find_source
@@ -18,6 +20,10 @@ from short_gpt.checkpoints.verify import (
     fingerprint_aligned,
     one_by_one,
 )
+from short_gpt.data.windows import windows
+from short_gpt.evaluation.perplexity import Perplexity
+from short_gpt.evaluation.perplexity import perplexity as perplexity_of_decoder
+from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.precision import in_precision
@@ -84,6 +90,64 @@ def open_model(
         raise ShortGPTError(f"{source} is read with `tokenizer_path`, a file: pass its path")
     entries = {field.name: getattr(options, field.name) for field in fields(OpenOptions)}
     return ShortLlama.from_checkpoint(source, **entries)
+
+
+def as_short(
+    model: object, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+) -> ScoredModel:
+    """An opened model as it is; a name or a loaded model of transformers by `open_model`."""
+    if isinstance(model, ScoredModel):
+        return model
+    return open_model(model, tokenizer=tokenizer, **options)  # type: ignore[call-overload]
+
+
+def as_windows(
+    texts: Iterable[str | Sequence[int]], short: ScoredModel, *, size: int = 1024
+) -> list[Sequence[int]]:
+    """Windows of token ids as they are; texts cut into windows of ``size`` that do not overlap."""
+    texts = [texts] if isinstance(texts, str) else [*texts]
+    cut = [text for text in texts if not isinstance(text, str)]
+    if strings := [text for text in texts if isinstance(text, str)]:
+        size = min(size, short.decoder.max_seq_len)
+        how: Any = {"size": size, "stride": size, "bos": short.bos, "tail": "keep"}
+        cut += [*windows(strings, short.encode, **how)]
+    return cut
+
+
+def perplexity(
+    model: ScoredModel | Decoder | str | PathLike[str] | PreTrainedModel,
+    texts: Iterable[Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    size: int = 1024,
+    batch_size: int = 1,
+    progress: bool = False,
+    total: int | None = None,
+) -> Perplexity:
+    """Perplexity of a model on texts: exp(nats / predicted tokens), each window read on its own.
+
+    Args:
+        model: Opened model, loaded model of transformers, or name of a checkpoint; or a `Decoder`.
+        texts: Strings, or windows of token ids; for a `Decoder`, lists of windows.
+        tokenizer: Tokenizer of a loaded model.
+        size: Tokens in a window of a string. Default: 1024.
+        batch_size: Windows read at once. Default: 1.
+        progress: Show a bar.
+        total: Number of windows to come, for the bar.
+
+    Raises:
+        ShortGPTError: no window has two tokens.
+        NotFiniteError: a logit of a predicted token is NaN or infinite.
+
+    Example:
+        >>> perplexity("llama-2-7b", ["It was the best of times, ..."]).value  # doctest: +SKIP
+        5.47
+    """
+    if isinstance(model, str | PathLike | ScoredModel | nn.Module):
+        short = as_short(model, tokenizer)
+        read = as_windows(texts, short, size=size)
+        return short.perplexity(read, batch_size=batch_size, total=total, progress=progress)
+    return perplexity_of_decoder(model, texts, total=total, progress=progress)
 
 
 def open_loaded(

@@ -92,14 +92,17 @@ def own_samples(
     if beside is not None:
         settings = {"opening": opening, "length": size + unseen, "temperature": temperature}
         identity = {**short.identity(), **settings, "seed": seed}
-        identity.pop("precision", None)  # of reading windows: a text is written in the model's own
-        path = Path(beside).parent / f"self-{json_digest(identity)}.json"
-        state = None if team.rank else StateFile(path, identity)
+        state = None if team.rank else _kept_texts(beside, identity)
         texts = team.gather(((state and state.content) or {}).get("texts", []))[0]
     texts += [[*opening] for _ in range(count - len(texts))]
     writing = _Writing(short, texts, size + unseen, temperature, seed, state, team)
     writing.run(count, batch_size, progress)
     return [Window(ids[unseen:], text, start) for text, ids in enumerate(texts[:count])]
+
+
+def _kept_texts(beside: StrPath, identity: dict[str, object]) -> StateFile:
+    identity.pop("precision", None)  # of reading windows: a text is written in the model's own
+    return StateFile(Path(beside).parent / f"self-{json_digest(identity)}.json", identity)
 
 
 def draw(logits: Tensor, temperature: float, keys: Sequence[tuple[int, int, int]]) -> Tensor:

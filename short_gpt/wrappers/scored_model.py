@@ -103,13 +103,11 @@ class ScoredModel(ModelRecord, ABC):
     ) -> Importance:
         """Scores windows of at most ``max_seq_len`` token ids; returns the sums with those so far.
 
-        One pass gives the measures of both papers. A text read again in another call counts as a
-        new one: standard errors are then too small.
+        One pass gives the measures of both papers. A text that is read again counts as a new one.
 
         Args:
-            stop: Ends the run when its answer is settled; ``verdict`` then tells what it rests on.
-                It needs no scores so far and a random sample: `data.windows` with a seed, or
-                ``random_order``. Default: read all.
+            stop: Ends the run when its answer is settled, see ``verdict``; needs a random sample
+                (`data.windows` with a seed, or ``random_order``) and no scores so far.
             state: Saves the run and continues it; the scores so far are then those saved.
             random_order: Other windows stand in random order, which nothing can check.
             sublayers: Also score attention and MLP; as in the scores so far.
@@ -128,9 +126,9 @@ class ScoredModel(ModelRecord, ABC):
         if stop is not None:
             check_count(stop.n, len(self.kept))
             check_sample(random_order or population is not None, sums.n_windows * (state is None))
-        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
+        kinds: Any = {"sublayers": sublayers, "all_tokens": all_tokens}
         self._check_kinds(sums, kinds, state)
-        if state is not None:  # refused before anything is replaced: scores here, sums in the file
+        if state is not None:  # refused before anything is replaced
             windows = state.unread(windows, sums.n_windows)
         run = ScoringRun(
             self.decoder,
@@ -139,7 +137,7 @@ class ScoredModel(ModelRecord, ABC):
             population=population,
             stop=stop,
             state=state,
-            score_batch=partial(self.score_batch, sublayers=sublayers, all_tokens=all_tokens),
+            score_batch=partial(self.score_batch, **kinds),
             follow=follow,
         )
         try:
@@ -239,7 +237,8 @@ class ScoredModel(ModelRecord, ABC):
     ) -> list[int]:
         """Removes layers (original numbers), or else those of `layers_to_remove`; returns them.
 
-        ``n``, ``angular`` and ``method`` are as there, for layers that are not named.
+        ``n``, ``angular`` and ``method`` are as there, for layers that are not named. To undo it,
+        use `remove_for_now`, which returns what puts the layers back, or `without_layers`.
         """
         if layers_to_remove is None:
             drop = self.layers_to_remove(n, angular=angular, method=method)
@@ -299,7 +298,7 @@ class ScoredModel(ModelRecord, ABC):
         self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
     ) -> Scores:
         """Scores of single windows from one pass, without adding them; see `hooks.score_batch`."""
-        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
+        kinds: Any = {"sublayers": sublayers, "all_tokens": all_tokens}
         return score_batch(self.decoder, windows, layers=self.kept, **kinds)
 
     @property

@@ -207,9 +207,16 @@ class ShortHFModel(ShortModel):
             self.measure([*windows(prompts, self.encode, size=max_seq_len, **how)], progress=False)
 
     def generate(
-        self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
+        self,
+        prompts: Prompts,
+        max_gen_len: int = 50,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        *,
+        max_new_tokens: int | None = None,
     ) -> list[str]:
         check_texts(prompts)
+        max_gen_len = max_gen_len if max_new_tokens is None else max_new_tokens
         check_numbers(max_gen_len, temperature, top_p)
         if max_gen_len == 0:  # which transformers refuses
             return ["" for _ in prompts]

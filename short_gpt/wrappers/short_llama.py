@@ -164,9 +164,16 @@ class ShortLlama(ShortModel):
         return self.llama.tokenizer.decode(ids)
 
     def generate(
-        self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
+        self,
+        prompts: Prompts,
+        max_gen_len: int = 50,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        *,
+        max_new_tokens: int | None = None,
     ) -> list[str]:
-        predictions = self.llama.text_completion(prompts, temperature, top_p, max_gen_len)
+        count = max_gen_len if max_new_tokens is None else max_new_tokens
+        predictions = self.llama.text_completion(prompts, temperature, top_p, count)
         return [str(prediction["generation"]) for prediction in predictions]
 
     def harness_model(self, *, batch_size: int = 1) -> object:

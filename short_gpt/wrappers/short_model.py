@@ -60,9 +60,18 @@ class ShortModel(ScoredModel):
 
     @abstractmethod
     def generate(
-        self, prompts: Prompts, max_gen_len: int = 50, temperature: float = 0.6, top_p: float = 0.9
+        self,
+        prompts: Prompts,
+        max_gen_len: int = 50,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        *,
+        max_new_tokens: int | None = None,
     ) -> list[str]:
-        """Continuations of texts; ``temperature`` 0 takes the likeliest token."""
+        """Continuations of texts; ``temperature`` 0 takes the likeliest token.
+
+        ``max_new_tokens`` is transformers' name of ``max_gen_len``.
+        """
 
     @abstractmethod
     def harness_model(self, *, batch_size: int = 1) -> object:

@@ -13,7 +13,15 @@ from conftest import (
 )
 
 from llama.formats.hf import meta_to_hf
-from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
+from short_gpt import (
+    ShortGPTError,
+    ShortHFModel,
+    ShortLlama,
+    heal_refit,
+    perplexity,
+    rank,
+    windows,
+)
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.scores import tokenizer_of
 from short_gpt.jobs import convert, evaluate
@@ -200,3 +208,55 @@ def test_a_callers_own_processes_share_windows_only_if_they_ask_for_it(folder, m
     assert not grouped
     open_model(str(folder / "hf"), device="cpu", model_parallel_size=1)
     assert grouped == [1]
+
+
+TEXT = "It was the best of times, it was the worst of times. " * 12
+WITHOUT_BAR = {"progress": False}
+
+
+def test_a_name_a_loaded_and_an_opened_model_have_the_same_perplexity_on_strings(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    short = open_model(str(folder / "meta"), device="cpu")
+    cut = [*windows([TEXT], short.encode, size=64, stride=64, tail="keep")]
+    expected = short.perplexity(cut, **WITHOUT_BAR).value
+    values = [
+        perplexity(str(folder / "hf"), TEXT, size=64).value,
+        perplexity(folder / "meta", [TEXT], size=64).value,
+        perplexity(model, [TEXT], tokenizer=tokenizer, size=64).value,
+        perplexity(short.decoder, [[window] for window in cut]).value,
+    ]
+    assert values == pytest.approx([expected] * 4, rel=1e-5)
+
+
+def test_a_loaded_model_is_ranked_and_refitted_as_the_opened_one(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    how = {"n": 1, "size": 32, "stride": 32, "max_windows": 6}
+    texts = [TEXT, TEXT[::-1]]
+    named = rank(str(folder / "hf"), texts, **how)
+    loaded = rank(model, texts, tokenizer=tokenizer, **how)
+    assert torch.equal(named.importance.block_influence, loaded.importance.block_influence)
+    assert named.layers == loaded.layers and named.scored and not loaded.scored
+    again = rank(open_model(str(folder / "hf")), texts, **how)
+    assert torch.equal(again.importance.block_influence, named.importance.block_influence)
+
+    refit = heal_refit(model, named.layers, texts, tokenizer=tokenizer, **WITHOUT_BAR)
+    short = open_model(str(folder / "hf"))
+    size = min(1024, short.decoder.max_seq_len)
+    cut = windows(texts, short.encode, size=size, stride=size, tail="keep")
+    heal_refit(short, named.layers, [*cut], **WITHOUT_BAR)
+    tokens = torch.tensor(WINDOWS)
+    assert refit.short.model is model and refit.short.kept == short.kept
+    assert torch.allclose(model(tokens).logits, short.model(tokens).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["meta", "hf"])
+def test_generate_knows_the_name_max_new_tokens(name, folder):
+    short = open_model(str(folder / name), device="cpu")
+    few = short.generate(["The"], max_new_tokens=3, temperature=0)
+    assert few == short.generate(["The"], 3, 0) != short.generate(["The"], 9, 0)
