@@ -21,7 +21,7 @@ TEMPLATES = "additional_chat_templates"  # a folder of those with a name
 NAMED: dict[str, Callable[[], str]] = {}
 
 
-class Named(str):
+class BuiltinName(str):
     """A name of `NAMED`, whatever else has it here."""
 
 
@@ -65,7 +65,7 @@ def find_source(name: str | PathLike[str]) -> Source:
     expected = "the name of a directory, of a GGUF file or of a model on the hub"
     check(isinstance(name, str | PathLike), "source", type(name).__name__, expected)
     path = Path(name)
-    if str(name) in NAMED and (isinstance(name, Named) or not path.exists()):
+    if str(name) in NAMED and (isinstance(name, BuiltinName) or not path.exists()):
         return find_source(NAMED[str(name)]())
     name = str(name)
     if is_gguf(name) and path.is_file():

@@ -44,7 +44,7 @@ from llama.tokenizer import Tokenizer
 from short_gpt import windows
 from short_gpt.checkpoints import prune_hf
 from short_gpt.data import demo
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, Sample, difference
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
@@ -184,7 +184,7 @@ class Run:
         self.judged = [*windows(demo.bible("held_out"), encode, limit=judged, **cut)]
         read = json_digest([self.learned, [[*w] for w in self.judged]])
         identity = {"model": demo.MODEL.sha256, "windows": read}
-        self.cells = Cells(None if state is None else StateFile(state, identity, every=0.0))
+        self.cells = ResultCache(None if state is None else StateFile(state, identity, every=0.0))
 
     @cached_property
     def hf(self) -> Path:

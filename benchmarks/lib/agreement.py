@@ -18,7 +18,7 @@ import torch
 from short_gpt import ShortModel
 from short_gpt.data import hold_out, windows, without_overlap
 from short_gpt.data.windows import Text, text_number
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, combined, difference
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.healing.refit import RefitSettings
@@ -228,7 +228,7 @@ def calibrate(
     read = [[name, *map(windows_digest, parts)] for name, parts in texts.items()]
     identity = joined(short.identity(), {"texts": read, "refit": vars(RefitSettings())})
     saved = None if state is None else StateFile(state, identity)
-    run = _Run(short, texts, Cells(saved), progress)
+    run = _Run(short, texts, ResultCache(saved), progress)
     scores = run.scores({name: parts.ranking for name, parts in texts.items()}, n, method)
     choices = {name: own.chosen for name, own in scores.items()} | {MIX: mixed(scores)}
     halves = {a: (own.half(0), own.half(1)) for a, own in scores.items() if len(own.weights) > 1}
@@ -253,7 +253,7 @@ class _Run(NamedTuple):
 
     short: ShortModel
     texts: Mapping[str, SplitWindows]
-    cells: Cells
+    cells: ResultCache
     progress: bool
 
     def scores(

@@ -17,7 +17,7 @@ from short_gpt.healing import (
     TOP_K,
     CachedTeacher,
     Distillation,
-    Learning,
+    HealingWindows,
     Recipe,
     heal_lora,
     heal_refit,
@@ -34,12 +34,12 @@ def wanted(count: int) -> int:
     return count + VALIDATED + SPARE
 
 
-def apart(windows: Windows, judged: Windows, count: int) -> Learning:
+def apart(windows: Windows, judged: Windows, count: int) -> HealingWindows:
     """So many windows to train on, and others to validate by, which share no text at all."""
     free, _ = without_overlap(windows, judged)
     training, validation = free[:-VALIDATED], free[-VALIDATED:]
     training, _ = without_overlap(training, validation)
-    return Learning(training[:count], validation, judged)
+    return HealingWindows(training[:count], validation, judged)
 
 
 class Distiller:
@@ -57,7 +57,7 @@ class Distiller:
         self,
         teacher: ShortLlama,
         fitted: Windows,
-        learning: Learning,
+        learning: HealingWindows,
         recipe: Recipe,
         folder: Path,
     ) -> None:

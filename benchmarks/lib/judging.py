@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.studies.scoring import SIZE
 from short_gpt import ShortModel, windows
 from short_gpt.data import demo
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     Sample,
@@ -82,7 +82,7 @@ def row(
 
 
 def by_kind(
-    cells: Cells, name: str, kinds: Mapping[str, Windows], measure: Callable[[], Losses]
+    cells: ResultCache, name: str, kinds: Mapping[str, Windows], measure: Callable[[], Losses]
 ) -> Losses:
     """Losses of every kind, kept in one cell."""
     every = cells.perplexities(

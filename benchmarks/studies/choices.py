@@ -32,7 +32,7 @@ from benchmarks.lib.outcome import begin, finish
 from benchmarks.studies.scoring import build, in_mixed
 from short_gpt import ShortLlama, choose_healed, windows
 from short_gpt.data import demo
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.healing import RefitSettings
 from short_gpt.healing.choosing import CANDIDATES, MAX_WINDOWS, pruned_losses
 from short_gpt.runtime.digest import json_digest
@@ -73,7 +73,7 @@ def main(
     identity = {"model": short.identity(), "learned": learned, "judged by": json_digest(kinds)}
     identity |= {"budget": budget, "refit": vars(RefitSettings())}
     identity |= {"mixed": True} if mixed else {}
-    cells = Cells(StateFile(f"{out or 'choices'}.state", identity, every=0.0))
+    cells = ResultCache(StateFile(f"{out or 'choices'}.state", identity, every=0.0))
     rows: list[dict[str, Any]] = []
     measured: dict[int, list[Nats]] = {}  # by the number of layers, of every draw
     numbers = [counts] if isinstance(counts, int) else [*counts]
@@ -135,7 +135,7 @@ class Trial:
 
     def __init__(
         self,
-        cells: Cells,
+        cells: ResultCache,
         short: ShortLlama,
         kinds: Mapping[str, Windows],
         text: Windows,

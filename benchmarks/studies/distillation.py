@@ -39,7 +39,7 @@ from benchmarks.studies.healing import table
 from benchmarks.studies.scoring import build
 from short_gpt import ShortHFModel, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
-from short_gpt.healing import CachedTeacher, Distillation, Learning, recipe_for
+from short_gpt.healing import CachedTeacher, Distillation, HealingWindows, recipe_for
 from short_gpt.models.decoder import in_own_dtype
 
 LAYERS = (10, 12, 13, 14, 15, 16, 17, 18)  # the automatic choice's 8, see `choices.py`
@@ -117,7 +117,7 @@ def main(
 
 def divided(
     kinds: Sequence[Windows], counts: Sequence[int], steps: int, judged: Windows
-) -> tuple[Windows, Learning]:
+) -> tuple[Windows, HealingWindows]:
     """Windows to refit on, so many of each kind; and of the rest, by turns, those to train on."""
     firsts = [w for own, count in zip(kinds, counts, strict=True) for w in own[:count]]
     fitted = list(without_overlap(firsts, judged)[0])

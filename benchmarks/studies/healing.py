@@ -76,7 +76,7 @@ def main(
         costs[method] |= {"passes_least": seconds / max(passes)}
         costs[method] |= {"passes_most": seconds / min(passes)}
         with short.without_layers(layers):
-            undo = refit.fold(short, fitted)
+            undo = refit.apply_refit(short, fitted)
             found[method] = judge(short, kinds)
             undo()
     rows = {name: row(parts, found["whole"], found["cut"]) for name, parts in found.items()}

@@ -62,7 +62,7 @@ from benchmarks.lib.task_results import (
 from benchmarks.studies.distillation import divided
 from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import window_perplexities
 from short_gpt.evaluation.tasks import TaskSuite
 from short_gpt.healing import CachedTeacher, Distillation, choose_healed, recipe_for
@@ -216,7 +216,7 @@ class Run:
         content = [[[list(w) for w in own] for own in every.values()], counts]
         content += [Path(source, f"{n}.jsonl").read_text() for n in (*TASKS, *word_problems.NAMES)]
         identity = {**self.short.identity(), "read": json_digest(content)}
-        self.cells = Cells(StateFile(state, identity, every=0.0))
+        self.cells = ResultCache(StateFile(state, identity, every=0.0))
 
     def _asked(self) -> Pieces:
         """Of all tasks and word problems: what a text that holds a copy has one of."""

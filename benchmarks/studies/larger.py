@@ -47,7 +47,7 @@ from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.real_models import MODELS
 from short_gpt import shrink, windows
 from short_gpt.data import demo, texts
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, difference
 from short_gpt.jobs import ShrinkResult
 from short_gpt.runtime.digest import json_digest
@@ -163,7 +163,7 @@ def main(
     kinds = kinds.split(",") if isinstance(kinds, str) else kinds
     reading = Reading(tuple(kinds), size, max_windows, eval_windows, minutes, precision)
     judges = write_texts(folder / "texts", source, reading, wikitext, chats)
-    cells = Cells(state(folder, source, reading, judges))
+    cells = ResultCache(state(folder, source, reading, judges))
     names = [f"{method} {n}" for n in counts for method in methods]
     new = [name for name in names if name not in cells][:first]
     if new:

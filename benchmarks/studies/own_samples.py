@@ -37,7 +37,7 @@ from benchmarks.lib.task_files import passages
 from benchmarks.studies.calibration import joined
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import difference
 from short_gpt.healing import RefitSettings
 from short_gpt.healing.choosing import pruned_losses
@@ -111,7 +111,7 @@ def main(
     held["chats"] = own_samples(short, HELD["chats"], SIZE, seed=1, chat=True, beside=path)
     identity = {"model": short.identity(), "judged by": json_digest(held), "layers": gone}
     identity |= {"refit": vars(RefitSettings())}
-    cells = Cells(StateFile(f"{path}.state", identity, every=0.0))
+    cells = ResultCache(StateFile(f"{path}.state", identity, every=0.0))
     run = _Run(short, cells, held, path, halves(wikitext)[0] if wikitext else "")
     names = rows.split(",") if isinstance(rows, str) else rows  # fire makes a,b a tuple
     new, sets = [name for name in names if name not in cells], {False: gone, True: [*GREEDY]}
@@ -136,7 +136,7 @@ class _Run(NamedTuple):
     """What is measured, every cell once."""
 
     short: ShortModel
-    cells: Cells
+    cells: ResultCache
     held: Mapping[str, Windows]
     path: Path  # beside which own samples are kept
     first_half: str  # of the third text

@@ -35,7 +35,7 @@ from benchmarks.lib.task_results import Documents, metrics
 from benchmarks.lib.word_problems import ABLE, HARD, Problem
 from benchmarks.studies.larger import client
 from short_gpt.checkpoints import Provenance, prune_gguf
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
@@ -73,7 +73,7 @@ def main(
         raise FileNotFoundError(f"{files} has no file of larger.py --keep {few}")
     kinds = {name: word_problems.read(source, name, problems) for name in word_problems.NAMES}
     identity = {"original": files_digest([original]), "tokens": tokens, "asked": json_digest(kinds)}
-    cells = Cells(StateFile(f"{out or 'reasoning.json'}.state", identity, every=0.0))
+    cells = ResultCache(StateFile(f"{out or 'reasoning.json'}.state", identity, every=0.0))
 
     def answered(name: str, opened: Callable[[], AbstractContextManager[Path]]) -> Documents:
         def ask(problems: Sequence[Problem]) -> dict[str, list[float]]:

@@ -35,7 +35,7 @@ from benchmarks.lib.task_results import CLOSE, against_theirs, metrics, text_cha
 from benchmarks.studies.scoring import build
 from short_gpt import ShortHFModel, ShortLlama, choose
 from short_gpt.data import demo
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, Sample, check_loss, window_perplexities
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import RefitSettings, recipe_for, refit
@@ -100,7 +100,7 @@ class Run:
         read = json_digest([learned, judge, self.turns, asked, names, documents, settings])
         identity = joined(self.short.identity(), {"read": read})
         self.state = None if state is None else StateFile(state, identity)
-        self.cells = Cells(self.state)
+        self.cells = ResultCache(self.state)
 
     def _theirs(self) -> ShortHFModel:
         """The same model by transformers, from the GGUF file."""
@@ -157,7 +157,7 @@ class Run:
                 return self.measured(name)
         made = refit.fit(self.short, layers, self.learned)
         with self.short.without_layers(layers):
-            undo = refit.fold(self.short, made)
+            undo = refit.apply_refit(self.short, made)
             try:
                 return self.measured(name)
             finally:

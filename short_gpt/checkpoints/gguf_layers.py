@@ -103,9 +103,9 @@ class Stack:
             raise ShortGPTError(f"layers {removed} of {self.parts.path} cannot be removed: {why}")
         if why := self._changes(keep):
             raise ShortGPTError(
-                f"without layers {removed} of {self.parts.path} others would be of the wrong kind: "
-                f"{why}; remove {self.whole_period} layers in a row, or write a directory, whose "
-                "config can list the kinds"
+                f"without layers {removed} of {self.parts.path} the others would get the wrong "
+                f"kind of attention: {why}; remove {self.whole_period} layers in a row, or write a "
+                "directory, whose config can list the kinds"
             )
         leading = self.get("leading_dense_block_count")
         if isinstance(leading, int):
@@ -196,7 +196,9 @@ class Stack:
         layers = range(self.layers)
         present, kept = ({self._kind(i) for i in layers if i not in out} for out in ((), removed))
         if (present if self.arch in kinds.BOTH_KINDS else present - {True}) - kept:
-            return f"llama.cpp opens no {self.arch} of which all layers are of one kind"
+            return (
+                f"llama.cpp cannot load a {self.arch} whose layers all have one kind of attention"
+            )
         for name in kinds.NUMBERED:
             if self.get(name):
                 return f"{self.arch}.{name} = {self.get(name)!r} numbers layers"

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from llama.sources import Named
+from llama.sources import BuiltinName
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
 from short_gpt.runtime.digest import json_digest
@@ -153,7 +153,7 @@ def _texts(
             f"{source} is the model's own text, which no model is judged by (perplexity on own "
             f"samples is not quality): expected {EXPECTED}"
         )
-    if name.source == DEMO and (isinstance(source, Named) or not path.exists()):
+    if name.source == DEMO and (isinstance(source, BuiltinName) or not path.exists()):
         from short_gpt.data.demo import bible
 
         return iter(bible("held_out" if split in (None, "test") else "calibration"))

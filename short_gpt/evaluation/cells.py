@@ -12,7 +12,7 @@ from short_gpt.runtime.state import StateFile
 T = TypeVar("T")
 
 
-class Cells:
+class ResultCache:
     """Values by name, saved in a state file, if there is one, as soon as they are measured.
 
     A cell is a set of layers removed, healed one way and judged on one text; or scores, a search.

@@ -65,7 +65,7 @@ class SamplingError:
         if count == 1:
             return f"one {unit} tells nothing of others"
         if count == 2:
-            return f"two {unit}s tell too little of others"
+            return f"two {unit}s are too few to estimate an interval"
         if not self.degrees:
             return "the degrees of freedom of its error are not known"
         return f"the {count} {unit}s share their tokens too unequally to tell of others"

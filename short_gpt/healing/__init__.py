@@ -13,7 +13,7 @@ from llama.lazy import lazy
 
 if TYPE_CHECKING:
     from short_gpt.healing.choosing import HealedChoice, choose_healed
-    from short_gpt.healing.context import HealingContext, Learning, Step, healing_windows
+    from short_gpt.healing.context import HealingContext, HealingWindows, Step, healing_windows
     from short_gpt.healing.distillation import TOP_K, CachedTeacher, Distillation, LiveTeacher
     from short_gpt.healing.job import STEPS, HealingEvidence, HealingJob
     from short_gpt.healing.lora import LoraResult, require_packages
@@ -32,7 +32,7 @@ else:
     __getattr__, __dir__ = lazy(__name__)
 
 __all__ = ["PRESETS", "STEPS", "TOP_K", "CachedTeacher", "Distillation", "Fit", "HealedChoice"]
-__all__ += ["HealingContext", "HealingEvidence", "HealingJob", "Learning", "LiveTeacher"]
+__all__ += ["HealingContext", "HealingEvidence", "HealingJob", "HealingWindows", "LiveTeacher"]
 __all__ += ["LoraResult", "PatchSettings", "Recipe", "Refit", "RefitSettings", "Step"]
 __all__ += ["choose_healed", "heal_lora", "heal_patch", "heal_refit", "healing_windows"]
 __all__ += ["recipe_for", "require_packages"]

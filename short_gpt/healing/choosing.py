@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from short_gpt.data.disjoint import without_overlap
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import (
     Difference,
     Perplexity,
@@ -80,7 +80,7 @@ def _pruned(
     with ExitStack() as stack:
         stack.enter_context(short.without_layers(layers))
         if fitted is not None:
-            stack.callback(refit.fold(short, fitted))
+            stack.callback(refit.apply_refit(short, fitted))
         yield
 
 
@@ -130,7 +130,7 @@ class HealedChoice:
             off = _in_nats(one.difference) + ("" if one.told_apart else ", not told apart")
             off = "chosen" if one.layers == self.layers else off
             rows.append(f"{one.loss:>10.4f}  {off:<36}{', '.join(one.methods)} {one.layers}")
-        rows.append(f"{self.loss:.4f} chosen; the least of many is lower than on new text")
+        rows.append(f"{self.loss:.4f} chosen; optimistic, as the minimum over several sets")
         least = min(one.difference.windows for one in self.candidates)
         judged = f"{least} to {self.judged}" if least < self.judged else self.judged
         windows = f"refitted on {self.fitted} windows, judged on {judged}"
@@ -179,7 +179,7 @@ def choose_healed(
     """
     n = check_count(n, len(short.kept), most=len(short.kept) - 2)
     budget = BUDGET if budget is None else budget
-    choosing = _Choosing(short, list(windows), n, budget, Cells(state))
+    choosing = _Choosing(short, list(windows), n, budget, ResultCache(state))
     total = budget * choosing.a_pass
     with bar("choosing", total=total, unit="layer", show=progress, delay=0) as shown:
         chosen = choosing.run(shown)
@@ -191,7 +191,7 @@ class _Choosing:
     """The choice so far: its windows, what was spent, and the losses of refitted sets."""
 
     def __init__(
-        self, short: ShortModel, windows: Windows, n: int, budget: int, cells: Cells
+        self, short: ShortModel, windows: Windows, n: int, budget: int, cells: ResultCache
     ) -> None:
         self._short, self._n, self._budget, self._cells = short, n, budget, cells
         half, self._count = min(BARE_PASS, len(windows)) // 2, len(short.kept)

@@ -23,7 +23,7 @@ Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]
 
 
 @dataclass(frozen=True)
-class Learning:
+class HealingWindows:
     """Windows of token ids that share no text with each other."""
 
     training: Windows  # to learn from
@@ -38,7 +38,7 @@ class HealingContext:
     """What all steps of one healing share."""
 
     short: ScoredModel  # with all its layers while steps are prepared
-    windows: Learning
+    windows: HealingWindows
     layers: Sequence[int]  # to remove after the steps are prepared, original numbers
     folder: Path | None = None  # what steps keep, until the healing ends or to be continued
     lasting: bool = False  # the folder outlives the healing
@@ -46,7 +46,7 @@ class HealingContext:
     teacher: Callable[[], ScoredModel] | None = None  # opens it; None: the model with all layers
     progress: bool = True  # show bars
 
-    def fresh_first(self) -> Windows:
+    def unseen_first(self) -> Windows:
         """All training windows; those that the closed form reads come last."""
         every, first = self.windows.training, len(self.calibration)
         return [*every[first:], *every[:first]]
@@ -78,7 +78,7 @@ def healing_windows(
     eval_windows: int = 32,
     validate: bool = False,
     write: Write = writes_nothing,
-) -> Learning:
+) -> HealingWindows:
     """Windows to learn from and others to evaluate on; the former share no text with the latter.
 
     Args:
@@ -120,7 +120,7 @@ def healing_windows(
         training = _apart(training, validation)
     gone = before - len(training) - len(validation)
     words = f"left out {gone} of {before} windows that share text with held-out ones"
-    return Learning(training, validation, evaluation, words if gone else None, of_windows)
+    return HealingWindows(training, validation, evaluation, words if gone else None, of_windows)
 
 
 def _apart(training: list[list[int]], others: list[list[int]]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llama.files import tidy
 from short_gpt.evaluation.perplexity import Difference, Perplexity, combined, difference
-from short_gpt.healing.context import Heal, HealingContext, Learning, Step
+from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Step
 from short_gpt.healing.distillation import CONTENT, IDENTITY
 from short_gpt.healing.lora import TEACHER, prepare_distill, prepare_lora
 from short_gpt.healing.refit import prepare_patch, prepare_refit
@@ -151,7 +151,7 @@ class HealingJob:
     def __init__(
         self,
         short: ScoredModel,
-        windows: Learning,
+        windows: HealingWindows,
         layers: Sequence[int] = (),
         *,
         steps: Mapping[str, Any] | None = None,

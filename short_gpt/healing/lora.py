@@ -419,7 +419,7 @@ def prepare_distill(context: HealingContext, recipe: Recipe | None) -> Heal:
 
 
 def _training(context: HealingContext, recipe: Recipe) -> Sequence[TokenIds]:
-    return context.fresh_first()[: recipe.steps * recipe.batch_size]
+    return context.unseen_first()[: recipe.steps * recipe.batch_size]
 
 
 def _train_step(

@@ -109,7 +109,7 @@ def heal(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Any,
 ) -> Refit:
-    """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `fold`.
+    """Removes layers and refits the pruned model: `fit`, ``remove_layers`` and `apply_refit`.
 
     Other arguments and errors as in `fit`; after an error the model is as it was.
 
@@ -129,7 +129,7 @@ def heal(
     refit = fit(short, layers, as_windows(texts, short), **options)
     with ExitStack() as undo:
         with short.without_layers(refit.layers):
-            undo.callback(fold(short, refit))
+            undo.callback(apply_refit(short, refit))
         short.remove_layers(refit.layers)
         undo.pop_all()  # nothing failed: the new values stay
     return replace(refit, short=short)
@@ -333,7 +333,7 @@ def prepare_refit(context: HealingContext, settings: RefitSettings | None) -> He
         work_dir=None if lasting is None else lasting / name,
         progress=context.progress,
     )
-    return lambda: (refit.to_dict(), fold(context.short, refit))
+    return lambda: (refit.to_dict(), apply_refit(context.short, refit))
 
 
 def prepare_patch(context: HealingContext, settings: RefitSettings | None) -> Heal:
@@ -341,7 +341,7 @@ def prepare_patch(context: HealingContext, settings: RefitSettings | None) -> He
 
 
 @torch.no_grad()
-def fold(short: ScoredModel, refit: Refit) -> Callable[[], None]:
+def apply_refit(short: ScoredModel, refit: Refit) -> Callable[[], None]:
     """Puts the new values into a model without the layers; returns what undoes it."""
     present = short.present
     changed = {layer for layer, _ in refit.values}

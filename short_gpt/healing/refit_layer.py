@@ -100,8 +100,8 @@ class Batches:
         """Keeps the state leaving a layer; NotFiniteError where it is NaN or infinite."""
         if not state.isfinite().all():
             raise NotFiniteError(
-                f"the state leaving the {index + 1}. layer is NaN or infinite; check the weights, "
-                "or try another dtype"
+                f"the output of layer {index} (counted from 0) is NaN or infinite; check the "
+                "weights, or try another dtype"
             )
         states[batch] = state
         self._passed(self.shapes[batch][0])

@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 
 from llama.files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
 from short_gpt.healing.choosing import TRIAL_WINDOWS, HealedChoice, choose_healed
-from short_gpt.healing.context import Heal, HealingContext, Learning, Windows
+from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Windows
 from short_gpt.healing.job import CLOSED, STEPS
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
@@ -51,7 +51,7 @@ class LayerSets:
     ) -> None:
         check_disjoint(calibration, evaluation)
         self.short, self.calibration, self.evaluation = short, calibration, evaluation
-        self.cells = Cells(state)
+        self.cells = ResultCache(state)
         self._searched_on, self._progress = calibration[:search_windows], progress
 
     @property
@@ -119,7 +119,7 @@ class LayerSets:
             if heal_by != RAW:  # fitted on the original model
                 context = HealingContext(
                     self.short,
-                    Learning(self.calibration, [], self.evaluation),
+                    HealingWindows(self.calibration, [], self.evaluation),
                     layers,
                     calibration=self.calibration,
                     progress=self._progress,

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llama.sources import Named
+from llama.sources import BuiltinName
 from short_gpt.data.texts import Default
 from short_gpt.jobs.cases import Cases
 from short_gpt.jobs.inputs import STRIDE, Notify, Tasks, Windows, ignore
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SCORED = Windows(stride=STRIDE).without("eval_data", "eval_windows")  # as the ShortGPT authors cut
 RANKING = OpenOptions().only(*STREAMING, "batch_size", "model_parallel_size")
-DEMO = Named("demo")  # the model and the book, also where a folder has that name
+DEMO = BuiltinName("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two and a half minutes on two cores
 DEMO_WINDOWS = Windows(DEMO, eval_data=DEMO, size=512, max_windows=12, eval_windows=8).without(
     "data", "column", "eval_data", "stride"

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from llama.files import JsonObject
-from llama.sources import Named
+from llama.sources import BuiltinName
 from short_gpt.data import demo
 from short_gpt.data.texts import Default, evaluation_texts
 from short_gpt.evaluation.perplexity import combined, difference
@@ -222,7 +222,7 @@ def compare_checkpoint(
                 "without a MODEL, the demo's model reads its own book: name a MODEL, or leave out "
                 "`data` and `eval_data`"
             )
-        reading = replace(reading, data=Named("demo"), eval_data=Named("demo"))
+        reading = replace(reading, data=BuiltinName("demo"), eval_data=BuiltinName("demo"))
     for group in (tasks, reading, cases):
         group.check()
     source = str(demo.checkpoint()) if model is None else model

@@ -143,7 +143,7 @@ def _check_options(
         raise ShortGPTError(f"{source} is in the format {to} already; give `to` another one")
 
 
-def read_again(source: Source) -> str:
+def readback_message(source: Source) -> str:
     """What the writer of a GGUF file has verified."""
     what = "that remains is the source's" if source.kind == "gguf" else "is what was written"
     return f"verified: read again, every tensor {what}, byte for byte"
@@ -166,7 +166,7 @@ def prove(
     """
     written = find_source(directory)
     if written.kind == "gguf" and not verify:
-        return read_again(source)
+        return readback_message(source)
     if not (verify or (verify is None and not source.kind == written.kind == "meta")):
         return None
     if is_distributed():

@@ -21,7 +21,7 @@ from short_gpt.evaluation.perplexity import (
     difference,
     window_perplexities,
 )
-from short_gpt.healing import HealingEvidence, HealingJob, Learning, Recipe
+from short_gpt.healing import HealingEvidence, HealingJob, HealingWindows, Recipe
 from short_gpt.healing.distillation import IDENTITY
 from short_gpt.healing.job import CLOSED, TRAINING
 from short_gpt.healing.refit_state import STATE
@@ -199,7 +199,7 @@ def _opened(request: Request) -> ScoredModel:
 def _job(
     request: Request,
     short: ScoredModel,
-    parts: Learning,
+    parts: HealingWindows,
     recipe: Recipe | None,
     teacher: Callable[[], ScoredModel] | None,
     notify: Notify,
@@ -267,7 +267,9 @@ def _removal(model: str, choice: Choice, methods: Sequence[str], healing: Healin
     return ChosenLayers([], Provenance())
 
 
-def reread(done: HealingResult, parts: Learning, opening: OpenOptions, size: int) -> HealingResult:
+def reread(
+    done: HealingResult, parts: HealingWindows, opening: OpenOptions, size: int
+) -> HealingResult:
     """The same, with the perplexity of one reread GGUF file, whose changed tensors were rounded."""
     if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
         return done

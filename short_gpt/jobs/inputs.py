@@ -26,7 +26,7 @@ from short_gpt.runtime.settings import READ, Settings, setting
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.tasks import TaskRun, TaskSuite
-    from short_gpt.healing.context import Learning
+    from short_gpt.healing.context import HealingWindows
     from short_gpt.wrappers.scored_model import ScoredModel
     from short_gpt.wrappers.short_model import ShortModel
 
@@ -178,7 +178,7 @@ class Windows(Settings):
         *,
         validate: bool,
         beside: str | Path,
-    ) -> Learning:
+    ) -> HealingWindows:
         """Windows to learn from, ``limit`` of them, and others, as `healing_windows`.
 
         Text that the model writes is kept ``beside`` a file. To ``validate``, some are held out for

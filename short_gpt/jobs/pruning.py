@@ -10,7 +10,7 @@ from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.prune import kept_tensors, prune_checkpoint
 from short_gpt.checkpoints.scores import ChosenLayers
 from short_gpt.checkpoints.target import Target, check_one_file
-from short_gpt.jobs.conversion import prove, read_again
+from short_gpt.jobs.conversion import prove, readback_message
 from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.settings import Choice
 from short_gpt.runtime.errors import ShortGPTError
@@ -72,7 +72,7 @@ def prune(
     copied = source.kind == target.format == "gguf"
     proof = (_write_opened if opened else _write)(source, target, removal, verify, opening)
     if proof is None and copied:  # into several files
-        proof = read_again(source)
+        proof = readback_message(source)
     remark = about_kinds(source, removal.layers) if copied else None
     result = PruneResult(target.path, removal, proof, remark)
     return replace(result, address=hub.push(target.path, result))

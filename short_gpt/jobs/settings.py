@@ -42,7 +42,7 @@ class Answer(Settings):
         0.99,
         "With n, a seed and method bi or angular, the run ends as soon as the answer is settled: "
         "of all such runs at most 1 - confidence end with another answer than that of all windows, "
-        "except where fewer than 2% of the windows decide it. none reads all windows.",
+        "except where fewer than 2% of the windows decide it. None never ends early.",
         rare=True,
         needs="n",
     )

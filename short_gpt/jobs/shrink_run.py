@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from llama.files import check_new, check_output
-from llama.sources import Named, Source, find_source, is_gguf
+from llama.sources import BuiltinName, Source, find_source, is_gguf
 from short_gpt.checkpoints.gguf import (
     check_architecture,
 )
@@ -19,7 +19,7 @@ from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import check_new_gguf, check_one_file
 from short_gpt.data.texts import source_names
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.healing import RefitSettings, require_packages
 from short_gpt.healing.choosing import (
     MAX_WINDOWS,
@@ -107,14 +107,14 @@ class Shrink:
     def command(self) -> str:
         """The same as a command line."""
         name = "MODEL" if self.source is None else str(self.model)
-        demo = isinstance(self.model, Named)  # whose command names these by default
+        demo = isinstance(self.model, BuiltinName)  # whose command names these by default
         words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), str(self.out)]
         defaults = (Shrinking(), SHRUNK, Tasks(), OpenOptions())
         groups = (self.settings, self.reading, self.tasks, self.opening)
         for group, usual in zip(groups, defaults, strict=True):
             for field in group.taken():
                 value = getattr(group, field.name)
-                if not isinstance(value, Named) and value != getattr(usual, field.name):
+                if not isinstance(value, BuiltinName) and value != getattr(usual, field.name):
                     words += [f"--{field.name}", *([] if value is True else [str(value)])]
         return shlex.join(words)
 
@@ -233,7 +233,7 @@ class Shrink:
         go = "goes" if n == 1 else "go"
         return "\n".join(
             [
-                f"{n or 'some'} of {self.count} layers {go} ({self.settings.size})"
+                f"{n or 'some'} of {self.count} layers {go} ({self.settings.size_flag})"
                 + (kept if n else ""),
                 f"a window of {self.size} tokens takes {duration(self.a_pass)}: in all about "
                 f"{duration(self._seconds())}{own}, and the time to {more}write the model and read "
@@ -285,4 +285,4 @@ class Shrink:
         if not self.short.streamed:
             texts = (self.calibration, windows.evaluation)
             self.sets = LayerSets(self.in_memory, *texts, state=saved)
-        self.cells = Cells(saved) if self.sets is None else self.sets.cells
+        self.cells = ResultCache(saved) if self.sets is None else self.sets.cells

@@ -31,7 +31,7 @@ class Shrinking(Settings):
 
     HEADING: ClassVar = CHOOSE
     ratio: float | None = setting(
-        None, "Share of the layers to remove. Default: 0.25, where none of the next four is set."
+        None, "Share of the layers to remove. Default: 0.25, unless another size is given."
     )
     n: int | None = setting(None, "Number of layers to remove; two at least stay.")
     params: str | int | None = setting(
@@ -67,7 +67,7 @@ class Shrinking(Settings):
     )
 
     @property
-    def size(self) -> str:
+    def size_flag(self) -> str:
         """The setting that says how small, as a flag."""
         name = next((name for name in SIZES if getattr(self, name) is not None), "ratio")
         return f"--{name} {getattr(self, name) or RATIO}"
@@ -126,12 +126,12 @@ class Shrinking(Settings):
             sizes = [sum(layers) + rest - size for size in removed]
             n = next((i for i, size in enumerate(sizes) if size <= self.target), total)
             if not n:
-                raise ShortGPTError(f"{self.size}: the model is no larger, so no layer has to go")
+                raise ShortGPTError(f"{self.size_flag}: the model is small enough already")
             if n > most:
                 least = format_bytes(sizes[most])
                 least = f"{sizes[most]:,} parameters" if self.params is not None else least
                 raise ShortGPTError(
-                    f"{self.size}: with 2 of its {total} layers this model still has {least}; name "
+                    f"{self.size_flag}: with 2 of its {total} layers it still has {least}; name "
                     "that or more"
                 )
         return check_count(n, total, most=most)

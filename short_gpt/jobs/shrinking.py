@@ -145,7 +145,7 @@ def _choose(run: Shrink) -> tuple[list[int], Mapping[str, Any]]:
 
 def _most_within(run: Shrink, sets: LayerSets) -> int:
     """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
-    windows, short, count, name = run.calibration, run.in_memory, run.count, run.settings.size
+    windows, short, count, name = run.calibration, run.in_memory, run.count, run.settings.size_flag
     if len(windows) < MIN_WINDOWS:
         raise ShortGPTError(
             f"{name}: expected at least {MIN_WINDOWS} windows, of which a quarter says how many "
@@ -179,8 +179,8 @@ def _most_within(run: Shrink, sets: LayerSets) -> int:
         low, high = (middle, high) if rise(middle) <= ratio else (low, middle - 1)
     if not low:
         raise ShortGPTError(
-            f"{name}: without layer {order[0]} alone, refitted, the perplexity rises by "
-            f"{rise(1):.3f} already; allow more"
+            f"{name}: removing layer {order[0]} alone multiplies the refitted perplexity by "
+            f"{rise(1):.3f}; raise the limit"
         )
     return low
 

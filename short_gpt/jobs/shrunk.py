@@ -139,7 +139,7 @@ class ShrinkResult(Table):
             parts.append(f"healing restores {-healing.nats / lost.nats:.0%} of the lost nats")
         elif healing.error.has_margin:
             change = f"{healing.nats:+.3f} ± {healing.error.margin():.3f} nats (95%)"
-            none = "" if healing.told_apart else ", not told apart from none"
+            none = "" if healing.told_apart else ", not distinguishable from no change"
             parts.append(f"healing changes the loss by {change}{none}")
         first, last = self.states["original"], self.states["healed"]
         parts.append(f"{1 - last.size / first.size:.0%} smaller")

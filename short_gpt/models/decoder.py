@@ -1,4 +1,4 @@
-"""What the method needs to know of a model, Meta's Llama seen so, and changes that can be undone.
+"""The `Decoder` protocol, its adapter for Meta's Llama, and edits that can be undone.
 
 Shapes: B sequences, S tokens, V vocabulary.
 """

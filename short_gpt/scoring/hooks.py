@@ -31,7 +31,7 @@ from short_gpt.scoring.metrics import (
     widen,
 )
 
-PROVED = 8  # tokens of each window on which the sublayers are seen to add up to the layer
+CHECKED_TOKENS = 8  # tokens of each window on which the sublayers are seen to add up to the layer
 UNKNOWN = torch.empty(0)  # stands for scores that were not taken
 
 
@@ -64,8 +64,8 @@ class Scores:
         if bad.any():
             row, layer = (int(i) for i in bad.nonzero()[bad.nonzero()[:, 1].argmin()])
             raise NotFiniteError(
-                f"layer {layers[layer]} met or gave a NaN or infinite state (window {row} of the "
-                "batch); nothing of this batch was counted. Check the weights, or try another dtype"
+                f"NaN or infinity in the input or output of layer {layers[layer]} (window {row} of "
+                "the batch); none of this batch counts. Check the weights, or try another dtype"
             )
 
     @classmethod
@@ -114,8 +114,8 @@ class BetweenSublayers:
 
     def __init__(self) -> None:
         self.state: Tensor | None = None  # (B, S, D) entering the MLP's norm
-        self.attention: Tensor | None = None  # (B, PROVED, D) that the attention adds
-        self.mlp: Tensor | None = None  # (B, PROVED, D) that the MLP adds
+        self.attention: Tensor | None = None  # (B, CHECKED_TOKENS, D) that the attention adds
+        self.mlp: Tensor | None = None  # (B, CHECKED_TOKENS, D) that the MLP adds
 
     def hooks(self, layer: nn.Module, family: Family) -> list[RemovableHandle]:
         attention, mlp = part(layer, family.attention), part(layer, family.mlp)
@@ -128,10 +128,10 @@ class BetweenSublayers:
 
         def attended(module: nn.Module, args: object, output: Output) -> None:
             # a copy, because the layer may write in that tensor later
-            self.attention = first(output)[:, :PROVED].clone()  # (B, PROVED, D)
+            self.attention = first(output)[:, :CHECKED_TOKENS].clone()  # (B, CHECKED_TOKENS, D)
 
         def mapped(module: nn.Module, args: object, output: Output) -> None:
-            self.mlp = first(output)[:, :PROVED].clone()  # (B, PROVED, D)
+            self.mlp = first(output)[:, :CHECKED_TOKENS].clone()  # (B, CHECKED_TOKENS, D)
 
         hooks = [attention.register_forward_hook(attended), mlp.register_forward_hook(mapped)]
         return [norm.register_forward_pre_hook(enter), *hooks]
@@ -151,11 +151,13 @@ class BetweenSublayers:
         self.state = self.attention = self.mlp = None  # the next layer's are others
         if middle is None or attention is None or mlp is None or middle.shape != state.shape:
             return None
-        x, m = state[:, :PROVED], middle[:, :PROVED]  # (B, PROVED, D) each
+        x, m = state[:, :CHECKED_TOKENS], middle[:, :CHECKED_TOKENS]  # (B, CHECKED_TOKENS, D) each
         if attention.shape != x.shape or mlp.shape != x.shape:  # experts may flatten the windows
             return None
         # exact, in the model's own dtype: a parallel block or a norm after a sublayer fails
-        adds_up = torch.equal(x + attention, m) and torch.equal(widen(m + mlp), y[:, :PROVED])
+        adds_up = torch.equal(x + attention, m) and torch.equal(
+            widen(m + mlp), y[:, :CHECKED_TOKENS]
+        )
         return middle if adds_up else None
 
 

@@ -22,7 +22,7 @@ from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.gguf import MAPPED, about_types
 from short_gpt.data import demo
 from short_gpt.evaluation.perplexity import Difference
-from short_gpt.healing import HealingEvidence, Learning
+from short_gpt.healing import HealingEvidence, HealingWindows
 from short_gpt.jobs import HealingResult
 from short_gpt.jobs.healing import reread
 from short_gpt.models.decoder import WeightChange
@@ -244,7 +244,7 @@ def test_what_cannot_be_written_back_is_refused_before_the_model_is_opened(here,
 def test_a_directory_or_several_files_are_not_read_again():
     for name in ("out", "m-00001-of-00002.gguf"):
         done = HealingResult(Path(name), HealingEvidence([], {}, Difference(0.0, 0.0, 4)))
-        assert reread(done, Learning([], [], []), OpenOptions(), 32) is done
+        assert reread(done, HealingWindows([], [], []), OpenOptions(), 32) is done
 
 
 def test_what_is_not_written_to_gguf_is_said_before_anything_is_done(here, capsys):

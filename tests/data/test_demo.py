@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import short_gpt
-from llama.sources import NAMED, Named, find_source
+from llama.sources import NAMED, BuiltinName, find_source
 from short_gpt.data import demo
 from short_gpt.data.texts import read_texts, source_names, texts
 
@@ -21,7 +21,7 @@ def test_demo_is_a_model_unless_a_directory_has_that_name(tmp_path, monkeypatch)
     Path("demo").mkdir()
     with pytest.raises(FileNotFoundError, match=r"demo has no params.json"):
         find_source("demo")
-    assert find_source(Named("demo")).name == "small.gguf"
+    assert find_source(BuiltinName("demo")).name == "small.gguf"
     Path("demo/params.json").touch()
     assert find_source("demo").kind == "meta"
 
@@ -34,7 +34,7 @@ def test_demo_judges_by_the_held_out_chapters_and_learns_from_the_others(tmp_pat
     Path("demo").mkdir()
     Path("demo/a.txt").write_text("own")
     assert list(texts("demo")) == ["own"]
-    book = Named("demo")
+    book = BuiltinName("demo")
     assert source_names(book) == [book] and list(texts(book)) == ["held_out"] * 2
     assert list(read_texts(book)) == ["calibration"] * 2
 

@@ -13,7 +13,7 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.cli.tables import perplexities
 from short_gpt.data.windows import Window, batches, text_number, windows
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     Sample,
@@ -86,8 +86,8 @@ def test_the_error_over_texts_of_one_size_is_that_of_statsmodels():
     ("sizes", "texts", "said"),
     [
         ([9], [0], "one window tells nothing of others"),
-        ([9, 5], [0, 0], "two windows tell too little of others"),
-        ([9, 5, 5], [0, 1, 1], "two texts tell too little of others"),
+        ([9, 5], [0, 0], "two windows are too few to estimate an interval"),
+        ([9, 5, 5], [0, 1, 1], "two texts are too few to estimate an interval"),
         ([99, 5, 5], [0, 1, 2], "the 3 texts share their tokens too unequally"),
         ([99, 3, 3, 3], None, "the 4 windows share their tokens too unequally"),
     ],
@@ -197,19 +197,19 @@ def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path, monkeyp
 
     with monkeypatch.context() as killed:
         killed.setattr(StateFile, "clear", lambda self: None)  # as if it was killed before
-        Cells(StateFile(tmp_path / "s", {"a": 1})).resumed("a search", search)
+        ResultCache(StateFile(tmp_path / "s", {"a": 1})).resumed("a search", search)
     assert (tmp_path / "s.a-search").exists()
-    assert Cells(StateFile(tmp_path / "s", {"a": 1})).resumed("a search", search) == 3
+    assert ResultCache(StateFile(tmp_path / "s", {"a": 1})).resumed("a search", search) == 3
     assert not (tmp_path / "s.a-search").exists()
 
 
 def test_cells_keep_texts_and_read_rows_without_a_precision(tmp_path):
     state = StateFile(tmp_path / "c.json", {"a": 1})
     parts = [Perplexity(n, t, 1, (Sample(i, n, t),)) for i, n, t in WINDOWS]
-    Cells(state).perplexities("new", lambda: parts)
-    again = Cells(StateFile(tmp_path / "c.json", {"a": 1})).perplexities("new", list)
+    ResultCache(state).perplexities("new", lambda: parts)
+    again = ResultCache(StateFile(tmp_path / "c.json", {"a": 1})).perplexities("new", list)
     assert sampling_error([p.samples[0] for p in again]) == sampling_error(SAMPLES)
     state.save({"cells": {"old": [[n, t, 1, None] for _, n, t in WINDOWS]}})
-    old = Cells(StateFile(tmp_path / "c.json", {"a": 1})).perplexities("old", list)
+    old = ResultCache(StateFile(tmp_path / "c.json", {"a": 1})).perplexities("old", list)
     assert old == parts and old[0].samples[0].text is None
     assert difference(old, parts).texts is None

@@ -18,7 +18,7 @@ from short_gpt.healing import (
     CachedTeacher,
     Distillation,
     HealingJob,
-    Learning,
+    HealingWindows,
     PatchSettings,
     Recipe,
     heal_lora,
@@ -32,7 +32,7 @@ from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
-WINDOWS = Learning(
+WINDOWS = HealingWindows(
     random_windows(6, 16, vocab=8, seed=1),
     random_windows(2, 16, vocab=8, seed=5),
     random_windows(3, 16, vocab=8, seed=7),
@@ -142,10 +142,10 @@ def test_all_training_of_a_chain_begins_with_the_same_and_alone_with_the_first(m
 def test_no_run_goes_on_from_one_that_read_the_windows_in_another_order(
     kind, message, tmp_path, monkeypatch
 ):
-    steps, order = {"patch": None, kind: QUICK}, HealingContext.fresh_first
-    monkeypatch.setattr(HealingContext, "fresh_first", lambda self: self.windows.training)
+    steps, order = {"patch": None, kind: QUICK}, HealingContext.unseen_first
+    monkeypatch.setattr(HealingContext, "unseen_first", lambda self: self.windows.training)
     stopped(monkeypatch, steps, tmp_path, at=5, max_windows=2)
-    monkeypatch.setattr(HealingContext, "fresh_first", order)
+    monkeypatch.setattr(HealingContext, "unseen_first", order)
     with pytest.raises(ValueError, match=message):
         job(whole(), steps, work_dir=tmp_path, max_windows=2).run()
 

@@ -13,7 +13,7 @@ from conftest import CharTokenizer, interrupted, make_transformer, random_window
 
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama, choose_healed, heal_refit
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Difference, Perplexity, Sample, difference
 from short_gpt.healing import choosing, refit
 from short_gpt.healing.choosing import pruned_losses
@@ -323,7 +323,7 @@ def test_an_interrupted_choice_continues_to_the_same_result(tmp_path, candidates
 
     whole = choice()
     state = StateFile(tmp_path / "s", {}, every=0.0)
-    with interrupted(Cells, "value", stop_at):
+    with interrupted(ResultCache, "value", stop_at):
         choice(state=state)
     state = StateFile(tmp_path / "s", {}, every=0.0)
     assert len(state.content["cells"]) == stop_at

@@ -24,7 +24,7 @@ from peft.tuners.lora import Linear
 from short_gpt.checkpoints import meta as meta_checkpoint
 from short_gpt.healing import (
     HealingJob,
-    Learning,
+    HealingWindows,
     PatchSettings,
     Recipe,
     heal_patch,
@@ -38,7 +38,7 @@ from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
-WINDOWS = Learning(
+WINDOWS = HealingWindows(
     random_windows(6, 16, vocab=8, seed=1),
     random_windows(3, 16, vocab=8, seed=5),
     random_windows(4, 16, vocab=8, seed=7),

@@ -10,7 +10,7 @@ from conftest import CharTokenizer, make_transformer, random_windows, share_mode
 from families import FAMILIES, make
 
 from short_gpt.healing import PatchSettings, heal_patch, refit
-from short_gpt.healing.refit import Refit, fold
+from short_gpt.healing.refit import Refit, apply_refit
 from short_gpt.healing.settings import RIDGES
 from short_gpt.models.layer_calls import LayerCalls, mlp_output
 from short_gpt.models.numbering import runs
@@ -75,7 +75,7 @@ def test_the_share_is_what_the_folded_model_does(family):
         for _ in range(2):
             left = (states(short, HELD)[2].double() - target).norm(dim=-1)
             off.append((left / scale).pow(2).sum())
-            undo = fold(short, patch)
+            undo = apply_refit(short, patch)
         undo()
     if family in EXPERTS:  # what the MLP makes of another attention is not counted
         assert found.changed
@@ -109,7 +109,7 @@ def test_an_undone_patch_is_forgotten():
     before = [p.clone() for p in short.decoder.module.parameters()]
     patch = fit(short, [2])
     with short.without_layers([2]):
-        undo = fold(short, patch)
+        undo = apply_refit(short, patch)
         assert [change.how for change in short.changes] == [patch.to_dict()]
         assert patch.to_dict()["method"] == "patch"
         assert short.changed == {(1, "feed_forward.w2.weight")}

@@ -25,7 +25,7 @@ from processes import ranks
 from llama import Llama
 from short_gpt import ShortLlama, open_model, own_samples
 from short_gpt.cli.app import main
-from short_gpt.healing import HealingJob, Learning, Recipe
+from short_gpt.healing import HealingJob, HealingWindows, Recipe
 from short_gpt.healing.refit import fit
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -47,7 +47,7 @@ TRAINED = {
     "lora": QUICK,
     "distill": replace(QUICK, micro_batch=2, top_k=8, kl_share=0.5),
 }
-LEARNING = Learning(
+LEARNING = HealingWindows(
     random_windows(8, 16, vocab=8, seed=1),
     random_windows(2, 16, vocab=8, seed=5),
     random_windows(3, 16, vocab=8, seed=7),

@@ -15,8 +15,8 @@ from short_gpt.healing.refit import (
     PatchSettings,
     Refit,
     RefitSettings,
+    apply_refit,
     fit,
-    fold,
     heal,
     heal_patch,
     split_held_out,
@@ -209,7 +209,7 @@ def test_every_family_is_read_only_refitted_and_put_back_bit_for_bit(family):
     old = {name: p.detach().clone() for name, p in named.items()}
     with short.without_layers(gone):
         raw = short.decoder.logits(TOKENS)
-        undo = fold(short, refit)
+        undo = apply_refit(short, refit)
         differ = {name for name, p in named.items() if not torch.equal(p, old[name])}
         path = short.decoder.layers_path
         assert differ == {f"{path}.{number}.{name}" for number, name in short.changed}
@@ -398,10 +398,10 @@ def test_what_cannot_be_is_refused_in_one_line():
         fit(short, [9], WINDOWS, progress=False)
     refit = fit(short, [3], WINDOWS, progress=False)
     with pytest.raises(ValueError, match=r"without layers \[3\]; this one has"):
-        fold(short, refit)
+        apply_refit(short, refit)
     with torch.no_grad():
         short.decoder.layers[2].feed_forward.w1.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="leaving the 3. layer is NaN"):
+    with pytest.raises(FloatingPointError, match="output of layer 2"):
         fit(short, [3], WINDOWS, progress=False)
 
 

@@ -11,7 +11,7 @@ from conftest import random_windows
 from families import make
 from torch import nn
 
-from short_gpt.healing.refit import fit, fold
+from short_gpt.healing.refit import apply_refit, fit
 from short_gpt.healing.solver import (
     NormalEquations,
     SublayerSolver,
@@ -295,7 +295,7 @@ def test_a_family_with_norms_behind_its_halves_loses_less_when_refitted(family):
 
     with short.without_layers([3]):
         raw = off()
-        undo = fold(short, refit)
+        undo = apply_refit(short, refit)
         assert off() < 0.9 * raw
         undo()
 

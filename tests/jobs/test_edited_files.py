@@ -12,7 +12,7 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.card import model_card
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, Sample
 from short_gpt.models.decoder import MetaDecoder
 from short_gpt.runtime.errors import USER_ERRORS
@@ -89,7 +89,7 @@ def test_an_edited_record_of_a_model_pruned_twice(tmp_path, scored):
 def test_no_edit_of_a_state_is_taken_for_what_was_saved(tmp_path):
     """Any value of a search's or comparison's would run on, or fail far from the file."""
     path, identity = tmp_path / "edited.json", {"seed": 0, "windows": ["a", 1.5]}
-    cells = Cells(StateFile(path, identity))
+    cells = ResultCache(StateFile(path, identity))
     cells.perplexities("bi raw", lambda: [Perplexity(1.5, 3, 1, (Sample(0, 1.5, 3),))])
     cells.value("sleb 2", lambda: {"removed": [3, 1], "losses": [{0: 1.25, 3: 2.5}]})
     written = json.loads(path.read_text())

@@ -599,7 +599,7 @@ def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
     settings = {**CUT, "data": "other", "method": "bi"}
     done = shrink("hf", "out", max_perplexity_ratio=1.3, **settings)  # exp(0.2) is 1.22
     assert len(done.layers) == 2 and tried == [2, 3]
-    with pytest.raises(ValueError, match="the perplexity rises by 1.105 already"):
+    with pytest.raises(ValueError, match="the perplexity by 1.105; raise the limit"):
         shrink("hf", "no", max_perplexity_ratio=1.05, **settings)
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="all 2 windows that say"):
@@ -660,11 +660,11 @@ def test_a_share_is_restored_only_where_the_windows_tell_loss_and_gain():
     # the margins are Student's t of 2 degrees: 4.303 / sqrt(3) times the deviation of a text
     unsure = "healing changes the loss by {:+.3f} ± {:.3f} nats (95%)"
     gain = unsure.format(-0.5, 0.3 * 4.30265 / math.sqrt(3))
-    assert f"{gain}, not told apart from none;" in said([29, 30, 31], [27, 25, 23])
+    assert f"{gain}, not distinguishable from no change;" in said([29, 30, 31], [27, 25, 23])
     told = unsure.format(-0.5, 0.0)
     assert f"{told};" in said([10, 19, 37], [5, 14, 32])  # the loss before it holds 0
     assert f"{unsure.format(0.1, 0.0)};" in said([29, 30, 31], [30, 31, 32])
-    assert "healing" not in said([29, 30], [21, 21])  # two texts tell too little of others
+    assert "healing" not in said([29, 30], [21, 21])  # two texts are too few
 
 
 @pytest.mark.parametrize(

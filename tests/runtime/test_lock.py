@@ -24,7 +24,7 @@ from short_gpt import ShortGPTError, jobs
 from short_gpt.healing import (
     CachedTeacher,
     HealingJob,
-    Learning,
+    HealingWindows,
     Recipe,
     heal_lora,
     heal_refit,
@@ -88,7 +88,7 @@ def test_every_kind_of_state_is_one_processs_alone(tmp_path):
     running = started(tmp_path / "first", children.holding, path)
     recipe, parts = (
         Recipe(rank=4, steps=1, batch_size=1),
-        Learning(windows[:2], windows[2:3], windows[3:]),
+        HealingWindows(windows[:2], windows[2:3], windows[3:]),
     )
     for work in (
         lambda: heal_refit(short, [2], windows, work_dir=path, progress=False),

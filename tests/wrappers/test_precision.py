@@ -23,7 +23,7 @@ from families import FAMILIES, make
 from llama.formats.hf import meta_to_hf
 from short_gpt import Recipe, ShortGPTError, ShortHFModel, heal_lora, heal_refit
 from short_gpt.checkpoints.verify import fingerprint
-from short_gpt.evaluation.cells import Cells
+from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import combined, perplexity, window_perplexities
 from short_gpt.healing import trainer
@@ -358,11 +358,11 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(here, monkeypatch):
 def test_losses_of_windows_say_in_which_precision_they_were_read(here, tmp_path):
     for stream in (False, True):
         short = open_model("meta", CPU, precision="mixed", stream=stream)
-        cells = Cells(StateFile(tmp_path / f"{stream}", {}, every=0.0))
+        cells = ResultCache(StateFile(tmp_path / f"{stream}", {}, every=0.0))
         cells.perplexities(
             "mixed", lambda short=short: short.window_perplexities(WINDOWS, progress=False)
         )
-        again = Cells(StateFile(tmp_path / f"{stream}", {})).perplexities("mixed", list)
+        again = ResultCache(StateFile(tmp_path / f"{stream}", {})).perplexities("mixed", list)
         assert combined(again).to_dict()["precision"] == "mixed"
         cells.perplexities(
             "float32", lambda: window_perplexities(open_model("meta", CPU).decoder, WINDOWS)
