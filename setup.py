@@ -42,7 +42,6 @@ setup(
         "numpy",
         "scipy>=1.11",
         "fairscale>=0.4.13",
-        "filelock>=3.20",
         "fire>=0.6",
         "sentencepiece>=0.1.99",
         "tiktoken>=0.7",

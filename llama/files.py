@@ -16,15 +16,17 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from llama.errors import InputError, check_file, damaged
+
+if sys.platform != "win32":
+    import fcntl
 
 FILES = "files"  # the marker's key of the list
 LOCK, NEW, ASIDE = "lock", "new", "old"  # in a writer's folder
@@ -246,9 +248,9 @@ def _work_folder(path: Path) -> Iterator[Path]:
         work.mkdir(parents=True)  # around it another writer may just have removed an empty folder
         try:
             lock = lock_file(work / LOCK)
-        except Timeout:
+        except (BlockingIOError, FileNotFoundError):
             continue  # another writer took it for that of a killed writer
-        except (OSError, NotImplementedError):  # the file system has no locks
+        except OSError:  # the file system has no locks
             pass
         break
     try:
@@ -257,7 +259,7 @@ def _work_folder(path: Path) -> Iterator[Path]:
         _clear(work, path)
         remove_empty(created)
         if lock is not None:
-            lock.release()
+            os.close(lock)
 
 
 def missing(folder: Path) -> list[Path]:
@@ -282,10 +284,10 @@ def tidy(path: Path) -> None:
             continue
         try:
             lock = lock_file(work / LOCK)
-        except (OSError, NotImplementedError):
+        except OSError:
             continue  # a living writer holds it, or there are no locks here
         _clear(work, path)
-        lock.release()
+        os.close(lock)
 
 
 def _clear(work: Path, path: Path) -> None:
@@ -327,14 +329,25 @@ def exchange(one: Path, other: Path) -> bool:
     return renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
 
 
-def lock_file(path: Path) -> FileLock:
-    """Makes a file, and locks it until the lock that is returned is released.
+def lock_file(path: Path) -> int:
+    """Makes a file, and locks it until the handle that is returned is closed.
 
-    Timeout, an OSError, if it is held; OSError or NotImplementedError where the file cannot be
-    written, or there are no locks. A missing folder is made.
+    BlockingIOError if the lock is held; FileNotFoundError if folder or file are gone; OSError if it
+    cannot be written, or there are no locks here.
     """
-    lock = FileLock(path, timeout=0, thread_local=False)
-    lock.acquire()
+    if sys.platform == "win32":
+        raise OSError("no locks here")
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's file, which can be locked all the same
+        lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(path)):
+            raise FileNotFoundError(f"{path} was removed")
+    except BaseException:
+        os.close(lock)
+        raise
     return lock
 
 

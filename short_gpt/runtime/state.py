@@ -16,7 +16,6 @@ from pathlib import Path
 from weakref import WeakValueDictionary, finalize
 
 import torch
-from filelock import BaseFileLock, Timeout
 
 from llama.files import (
     JsonObject,
@@ -125,8 +124,8 @@ def read_record(path: str | os.PathLike[str]) -> JsonObject:
 class Lock:
     """A lock on a state, held for as long as something refers to this object.
 
-    It is filelock's, on a hidden file next to the state; where the file system has no locks,
-    nothing is locked. Of several ranks the first holds it for all.
+    It is flock's, on a hidden file next to the state; where there is no flock, nothing is locked.
+    Of several ranks the first holds it for all.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,18 +133,9 @@ class Lock:
         target = path.resolve()
         file = target.with_name(f".{target.name}.lock")
         created = missing(file.parent)
-        if not is_first_rank():
-            return
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = lock_file(file)
-        except Timeout:
-            raise ShortGPTError(
-                f"{path} is in use by another process; wait until that has ended, or end it"
-            ) from None
-        except (OSError, NotImplementedError):  # no locks here
-            return
-        finalize(self, _release, lock, self.process, created)
+        handle = _locked(path, file) if is_first_rank() else None
+        if handle is not None:
+            finalize(self, _release, handle, file, self.process, created)
 
     def __enter__(self) -> Lock:
         return self  # the with statement keeps the object to its end
@@ -172,13 +162,30 @@ def hold(path: str | os.PathLike[str]) -> Lock:
     return lock
 
 
-def _release(lock: BaseFileLock, process: int, created: Sequence[Path]) -> None:
-    """Removes the file while it is still locked; a fork's copy removes nothing."""
+def _locked(path: Path, file: Path) -> int | None:
+    """The open and locked file; None where there are no locks."""
+    for _ in range(100):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return lock_file(file)
+        except BlockingIOError:
+            raise ShortGPTError(
+                f"{path} is in use by another process; wait until that has ended, or end it"
+            ) from None
+        except FileNotFoundError:
+            continue  # its last holder has just removed it
+        except OSError:
+            break
+    return None
+
+
+def _release(handle: int, file: Path, process: int, created: Sequence[Path]) -> None:
+    """Removes the file while it is still locked; a fork's copy only closes its own."""
     if os.getpid() == process:
         with suppress(OSError):
-            Path(lock.lock_file).unlink()
+            file.unlink()
             remove_empty(created)
-        lock.release()
+    os.close(handle)
 
 
 def joined(*parts: Mapping[str, object]) -> dict[str, object]:

@@ -7,7 +7,6 @@ import os
 
 import killed_writers
 import pytest
-from filelock import Timeout
 from processes import alone
 
 from llama import files
@@ -57,7 +56,7 @@ def test_a_folder_that_another_writer_locked_first_is_made_again(tmp_path, monke
     def locked(path):
         tried.append(path.parent)
         if len(tried) == 1:
-            raise Timeout(str(path))
+            raise BlockingIOError(str(path))
         return plain(path)
 
     monkeypatch.setattr(files, "lock_file", locked)

@@ -16,7 +16,6 @@ from conftest import (
     write_byte_tokenizer,
 )
 from families import make
-from filelock import Timeout
 from processes import started
 
 from llama import files
@@ -142,7 +141,7 @@ def test_a_fork_neither_has_the_lock_nor_takes_it_away(tmp_path):
         os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
     assert (tmp_path / ".state.lock").exists()
-    with pytest.raises(Timeout):
+    with pytest.raises(BlockingIOError):
         files.lock_file(tmp_path / ".state.lock")
     del lock
     assert not any(tmp_path.iterdir())
@@ -155,6 +154,23 @@ def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch):
     monkeypatch.setattr("short_gpt.runtime.state.lock_file", none)
     StateFile(tmp_path / "state", IDENTITY).save({"sums": [1]})
     assert StateFile(tmp_path / "state", IDENTITY).content["sums"] == [1]
+
+
+def test_a_lock_file_of_another_user_is_a_lock(tmp_path, monkeypatch):
+    running = started(tmp_path / "first", children.holding, tmp_path / "state")
+    really = os.open
+
+    def refused(path: object, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR and str(path).endswith(".state.lock"):
+            raise PermissionError(13, "Permission denied", path)  # another user made the file
+        return really(path, flags, *mode)
+
+    monkeypatch.setattr(files.os, "open", refused)
+    with pytest.raises(ShortGPTError, match="in use by another process"):
+        StateFile(tmp_path / "state", IDENTITY)
+    running.processes[0].kill()
+    running.end()
+    assert StateFile(tmp_path / "state", IDENTITY).content is not None  # nobody holds it
 
 
 def test_a_folder_that_was_made_for_a_lock_goes_with_it_unless_it_is_used(tmp_path):
