@@ -125,6 +125,8 @@ class _Reader:
         for _ in range(count):
             start = self._at
             key = self._string()
+            if key in fields:
+                raise ValueError(f"{key} is there twice")
             kind, value_start = self._number("I"), self._at
             fields[key] = self._value(kind)
             element = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.errors import check_file
+from llama.errors import InputError
 from llama.files import JsonObject
 
 # The names of a weight in Meta's, Hugging Face's and GGUF's format; {} is the layer.
@@ -67,7 +67,8 @@ def check_tensors(source: Path, have: Set[str], needed: Set[str], *, ignored: Se
     """Raises InputError unless a source has all needed tensors and no others, such as biases."""
     missing, unknown = sorted(needed - have), sorted(have - needed - ignored)
     problem = f"no plain Llama: it lacks tensors {missing[:3]} and has others {unknown[:3]}"
-    check_file(not missing and not unknown, source, problem)
+    if missing or unknown:
+        raise InputError(f"{source} is {problem}")
 
 
 def params_json(args: ModelArgs) -> JsonObject:

@@ -330,7 +330,8 @@ def _parsed(content: Any) -> Provenance:
     earlier = _parsed(source_pruning) if source_pruning else None
     removed, kept = content["removed_layers"], content["kept_layers"]
     count = len(earlier.kept_layers) if earlier else len(removed) + len(kept)
-    if sorted([*removed, *kept]) != list(range(count)):
+    whole = all(type(layer) is int for layer in (*removed, *kept))
+    if not whole or sorted([*removed, *kept]) != list(range(count)):
         raise ValueError(f"kept_layers {kept} with removed_layers {removed}")
     scored = content.get("scored") or {}
     values, tokens, errors = (

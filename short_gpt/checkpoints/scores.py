@@ -18,7 +18,7 @@ from short_gpt.models.config_file import config_digest, params_entries
 from short_gpt.models.loading import TOKENIZER, weight_files
 from short_gpt.models.numbering import span
 from short_gpt.runtime.digest import files_digest, json_digest
-from short_gpt.runtime.errors import ShortGPTError, damaged
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
 from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO, METHODS, WITHOUT_TEXT, check_method, choose
@@ -47,7 +47,9 @@ class SavedScores:
         record = read_record(file)
         content = {name: record[name] for name in record if name != FILES}  # a folder's list
         if record.get(CHECKED) != content_digest(content):
-            raise damaged(file, mend="write it again by short-gpt rank")
+            raise ShortGPTError(
+                f"{file} is no file of scores, or damaged: write it by short-gpt rank"
+            )
         arguments, scored = record.get("arguments", {}), record.get("scored", {})
         if "precision" in arguments:  # the one that auto chose
             arguments = {**arguments, "precision": record.get("precision", "float32")}
@@ -68,21 +70,23 @@ class SavedScores:
     def check_model(self, model: str) -> str | None:
         """Raises ShortGPTError unless the scores are the model's; returns what was not checked."""
         self._check_layers(model)
+        unsure = (
+            "not checked: {file} does not say of which {part} its scores are, so they may be of "
+            "another model than {model}; short-gpt rank writes it"
+        )
+        if not self.scored.get("weights"):
+            return unsure.format(file=self.file, part="weights", model=model)
         path = self.arguments.get("tokenizer_path")
         digests = digests_of(model, str(path) if path else None)
-        for name in PARTS if self.scored.get("weights") else ():
+        for name in PARTS:
             scored, present = self.scored.get(name), digests[name]
             if scored and present not in (None, scored):
                 raise ShortGPTError(
                     f"{self.file} holds scores of the {name} {scored}, {model} has {present}: "
                     f"score it by short-gpt rank {model}, or name the model that was scored"
                 )
-        for name in ("weights", "configuration"):
-            if not self.scored.get(name) and (name == "weights" or digests[name]):
-                return (
-                    f"not checked: {self.file} does not say of which {name} its scores are, so "
-                    f"they may be of another model than {model}; short-gpt rank writes it"
-                )
+        if digests["configuration"] and not self.scored.get("configuration"):
+            return unsure.format(file=self.file, part="configuration", model=model)
         return None
 
     def _check_layers(self, model: str) -> None:

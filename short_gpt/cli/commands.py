@@ -16,6 +16,8 @@ from short_gpt.cli import tables
 from short_gpt.cli.flags import IN_PYTHON, Command, flags_of
 from short_gpt.cli.options import Output, Run, print_done, print_note, print_progress, print_result
 from short_gpt.jobs.inputs import about_own
+from short_gpt.jobs.settings import Answer
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import as_flags
 
 MORE_TEXT = "read another text too, as in --data novels/,self"
@@ -163,6 +165,8 @@ def call(name: str, values: Mapping[str, Any]) -> None:
     pictures = [] if folder is None else [Path(folder) / name for name in command.pictures]
     run = Run(name, every, pictures)
     run.check()
+    if name == "rank" and pictures and Answer(every["n"], every["method"]).by_loss:
+        raise ShortGPTError(f"--plots draws scores, and --method {every['method']} has none")
     parameters = job.__signature__.parameters  # type: ignore[attr-defined]
     own: dict[str, Any] = {name: value for name, value in values.items() if name in parameters}
     notify = print_note if name == "convert" else print_progress

@@ -226,7 +226,7 @@ def for_completion(command: Command) -> Callable[..., None]:
 
 def similar(word: str, words: Iterable[str]) -> str:
     """What the user may have meant, as the end of a message; empty if nothing is close."""
-    close = get_close_matches(word, list(words), n=1)
+    close = get_close_matches(word, list(words), n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -234,6 +234,8 @@ def _is_like_path(source: str) -> bool:
 def _files(path: Path, split: str | None, *, strict: bool = False) -> list[Path]:
     """A file itself, or those of a folder; ``strict`` refuses one without files of the split."""
     if path.is_file():
+        if strict:
+            raise ShortGPTError(f"{str(path)!r} is one file, which has no splits")
         names = [""]
     else:
         names = _names(path) if path.is_dir() else [""]
@@ -410,6 +412,8 @@ def check_named_once(names: Sequence[str], *, setting: str = "data") -> None:
     for name in names:
         source, split, _ = TextName.of(name)
         local = source not in (*OWN, *PG19) and not isinstance(name, TextsInMemory)
+        if source in PG19:  # two names of one data set
+            source, split = PG19[0], split or "validation"
         key = (_path(source).resolve() if local and _exists(source) else source, split)
         if key in seen:
             raise ShortGPTError(f"`{setting}` names {name} twice: name it once")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from short_gpt.jobs.inputs import listed, whole_numbers
 from short_gpt.runtime.errors import at_least, check
 from short_gpt.runtime.settings import CHOOSE, Settings, setting
-
-if TYPE_CHECKING:
-    pass
 
 METHODS = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
 SEEDS = 3  # random sets for every number of layers

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from llama.files import JsonObject
 from llama.sources import BuiltinName
 from short_gpt.data import demo
+from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.texts import Default, evaluation_texts
 from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
@@ -223,7 +224,8 @@ def compare_checkpoint(
                 "`data` and `eval_data`"
             )
         reading = replace(reading, data=BuiltinName("demo"), eval_data=BuiltinName("demo"))
-    for group in (tasks, reading, cases):
+    reading.check(shuffled=True)
+    for group in (tasks, cases):
         group.check()
     source = str(demo.checkpoint()) if model is None else model
     if (n_layers := check_model(source)) is not None:
@@ -238,7 +240,7 @@ def compare_checkpoint(
     limits = (reading.max_windows, reading.seed or 0)
     calibration, evaluation = split_own_text(kinds, [list(kind) for kind in held], write, *limits)
     held_out = list(reading.cut(evaluation, short, reading.eval_windows))
-    fit_on = list(reading.cut(calibration, short))
+    fit_on, _ = without_overlap(list(reading.cut(calibration, short)), held_out)
     if dry_run:
         end()
     suite, how = tasks.suite(), asdict(cases)

@@ -8,7 +8,7 @@ from pathlib import Path
 from llama.files import check_output, new_file
 from short_gpt.jobs.saving import interruptible
 from short_gpt.jobs.settings import Sampling
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
@@ -27,6 +27,7 @@ def generate(
 ) -> str | Path:
     """What `jobs.generate` does."""
     sampling.check()
+    check(isinstance(prompt, str | None), "prompt", prompt, "one text")
     if prompt is None:
         return _write_samples(model, samples, out, sampling, opening)
     if samples is not None or out is not None:
@@ -49,13 +50,19 @@ def _write_samples(
     model: str, count: int | None, out: str | None, sampling: Sampling, opening: OpenOptions
 ) -> Path:
     """Writes `own_samples` of a checkpoint as texts to a .jsonl file, which ``data`` reads."""
-    if not count or count < 1 or out is None:
+    at_least(1, optional=True, samples=count)
+    if count is None or out is None:
         raise ShortGPTError("expected either a `prompt` to continue, or `samples` and `out`")
     if (target := Path(out)).suffix != ".jsonl":
         raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
     if target.is_file():
         raise FileExistsError(f"{target} exists; choose another name")
     check_output(target, overwrite=False, replaces=lambda _: False)
+    if (sampling.temperature, sampling.top_p) != (Sampling.temperature, Sampling.top_p):
+        raise ShortGPTError(
+            "`temperature` and `top_p` are for a `prompt`: the model's own texts are drawn at "
+            "temperature 1 from the whole vocabulary"
+        )
     size, seed = sampling.max_new_tokens, sampling.seed
     short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
     if not 2 <= size <= (most := short.decoder.max_seq_len):

@@ -114,7 +114,7 @@ def heal(
 ) -> HealingResult:
     """What `jobs.heal` does."""
     methods = methods_of(healing.heal_by)
-    windows.check()
+    windows.check(shuffled=True)
     healing.check(methods)
     opening.check()
     if opening.stream and methods != ["refit"] and "distill" not in methods:

@@ -144,11 +144,14 @@ class Windows(Settings):
         size = SIZE if self.size is None else self.size
         return size if self.stride is None else self.stride
 
-    def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, before a model is loaded."""
+    def check(self, *, shuffled: bool = False) -> None:
+        """Raises ShortGPTError for a number out of range, before a model is loaded.
+
+        ``shuffled`` windows need a seed.
+        """
         at_least(1, optional=True, max_windows=self.max_windows)
         at_least(1, eval_windows=self.eval_windows)
-        at_least(0, optional=True, seed=self.seed)
+        at_least(0, optional=not shuffled, seed=self.seed)
         size = SIZE if self.size is None else self.size
         windows([], lambda _: [], size=size, stride=self.step)
 

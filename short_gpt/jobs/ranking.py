@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -13,6 +14,8 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.scores import Digests, digests_of
 from short_gpt.data.windows import Text
 from short_gpt.healing.choosing import (
+    BARE_PASS,
+    BUDGET,
     MAX_WINDOWS,
     HealedChoice,
     choose_healed,
@@ -40,7 +43,7 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import Following, RunState
 from short_gpt.scoring.stopping import Stop, Verdict
 from short_gpt.selection.methods import AUTO, SEARCHED, choose
-from short_gpt.selection.search import Search
+from short_gpt.selection.search import Search, most_layers_run
 from short_gpt.wrappers.opening import as_short, check_tokenizer, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, with_own_text
@@ -190,10 +193,19 @@ def _end_dry_run(
     cut = windows.cut(kinds, short) if known else []
     total = known_total(cut, windows.max_windows) if known else windows.max_windows
     work = f"score {len(short.kept)} layers of {name} by {answer.method} on {windows.name}"
-    work += "; a method by loss reads the windows many times" if answer.by_loss else ""
+    if answer.by_loss and total is not None:  # at most, each through all layers
+        total = math.ceil(_passes(answer, len(short.kept), total))
     work += "" if known else "; writing the text takes more"
     how: Any = {"rule": answer.rule(windows.seed), "population": getattr(cut, "population", None)}
     end_dry_run(short, work, windows.size or SIZE, total, batch_size=batch_size, **how)
+
+
+def _passes(answer: Answer, n_layers: int, windows: int) -> float:
+    """Windows through the whole model that a choice by loss reads at most."""
+    if answer.method == AUTO:
+        return BUDGET * BARE_PASS
+    rounds = answer.n or 1 if answer.method == "sleb" else 1
+    return windows * most_layers_run(n_layers, rounds) / n_layers
 
 
 def _identity(
@@ -217,7 +229,9 @@ def check_ranking(
 ) -> None:
     """Raises errors that would otherwise come after the model is loaded or the texts are opened."""
     windows.check()
-    answer.rule(windows.seed)  # raises for a confidence out of range
+    rule = answer.rule(windows.seed)  # raises for a confidence out of range
+    if answer.confidence not in (None, Answer.confidence) and rule is None:
+        raise ShortGPTError("`confidence` needs `n`, a `seed` and `method` bi or angular")
     if opening.stream and (answer.by_loss or answer.method == "angular_all"):
         why = "the model in memory for every candidate" if answer.by_loss else "all states"
         raise ShortGPTError(
@@ -256,6 +270,7 @@ def _measure(
     if detailed:
         counts: Any = {"population": getattr(windows, "population", None), "total": total}
         window = [0] * min(cut.size or SIZE, short.decoder.max_seq_len)  # its tokens do not matter
+        counts["read"] = 0 if state is None else state.sums(short.kept).n_windows
         notify(forecast(short, window, batch_size=size, rule=rule, **counts))
         followed = rule or Stop(answer.n or 1, answer.method == "angular")
         follow = Following(notify, followed, stops=rule is not None)

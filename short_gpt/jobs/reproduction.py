@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.files import JsonObject
-from short_gpt.data.texts import PG19, is_local, source_names
+from short_gpt.data.texts import PG19, TextName, is_local, source_names
 from short_gpt.jobs.inputs import SIZE, STRIDE, Notify, Windows, about_bos, ignore
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
 from short_gpt.jobs.settings import Answer
@@ -285,11 +285,16 @@ def _name(model: str, shape: ModelArgs) -> str:
     return name
 
 
+def _is_pg19(name: str) -> bool:
+    source, split, limit = TextName.of(name)
+    return source in PG19 and split in (None, "validation") and limit is None
+
+
 def _changed(windows: Windows, bos: str) -> tuple[str, ...]:
     numbers = (("size", windows.size, SIZE), ("stride", windows.step, STRIDE))
     changed = [f"{name} {ours:,}, not {paper:,}" for name, ours, paper in numbers if ours != paper]
     limit = windows.max_windows
     changed += [f"at most {limit:,} windows"] if limit is not None else []
-    others = [n for n in source_names(windows.name) if n not in PG19 and not is_local(n)]
+    others = [n for n in source_names(windows.name) if not _is_pg19(n) and not is_local(n)]
     changed += [f"the text {', '.join(others)}, not PG-19"] if others else []
     return (*changed, *filter(None, [about_bos(bos)]))

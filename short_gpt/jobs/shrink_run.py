@@ -128,7 +128,7 @@ class Shrink:
     def check(self) -> None:
         """Raises errors that are known before a model is loaded, the cheapest first."""
         self.settings.check()
-        self.reading.check()
+        self.reading.check(shuffled=True)
         self.tasks.check()
         self.opening.check()
         if self.settings.minutes is not None:

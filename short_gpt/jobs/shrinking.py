@@ -104,7 +104,8 @@ def shrink(
             notify(f"what was done is kept in {folder.path}: the same command continues")
         raise
     finally:
-        folder.tidy()
+        if lock is not None:  # else the folder may be another run's
+            folder.tidy()
         del lock
     return replace(result, address=hub.push(run.out, result))
 

@@ -94,7 +94,8 @@ def flat(*positional: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
             arguments = signature.bind(*args, **named).arguments
             single = {name: arguments.pop(name) for name in [*arguments] if name in homes}
             for name, value in single.items():
-                if float in get_args(signature.parameters[name].annotation):
+                annotation = signature.parameters[name].annotation
+                if float in (annotation, *get_args(annotation)):
                     check_numbers(**{name: value})
             for group, default in groups.items():
                 own = {name: value for name, value in single.items() if homes[name] == group}

@@ -307,7 +307,7 @@ def test_settings_are_refused_before_a_model_is_loaded(here):
     with pytest.raises(FileNotFoundError, match="no tokenizer file"):
         rank("ckpt", "no such text")
     Path("ckpt/tokenizer.json").write_text("{")
-    with pytest.raises(ShortGPTError, match="ckpt/tokenizer.json is not a tokenizer.json, or"):
+    with pytest.raises(ShortGPTError, match="ckpt/tokenizer.json is damaged"):
         rank("ckpt", "no such text")
     Path("aside").rename("ckpt/tokenizer.json")
     with pytest.raises(ShortGPTError, match="`method` sleb needs `n`"):
@@ -414,7 +414,6 @@ def test_a_setting_that_is_a_number_takes_no_text(value):
 @pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), 5, None])
 def test_a_job_that_reads_files_says_where_a_loaded_model_goes(model):
     for call in (
-        lambda: rank(model, "book.txt", n=1),
         lambda: prune(model, "out", layers=[1]),
         lambda: heal(model, "out", layers=[1]),
         lambda: evaluate([model]),
@@ -424,6 +423,42 @@ def test_a_job_that_reads_files_says_where_a_loaded_model_goes(model):
         said = f"source = {type(model).__name__!r}: expected the name of a directory"
         with pytest.raises(ShortGPTError, match=said):
             call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: jobs.generate("ckpt", samples=2, out="a.jsonl", temperature=0.1), "are for a `p"),
+        (lambda: jobs.generate("ckpt", "The", temperature="hot"), "temperature` = 'hot': expected"),
+        (lambda: heal("ckpt", "o", layers=[1], data="book.txt", seed=None), "seed = None"),
+        (lambda: shrink("ckpt", "o", n=1, data="book.txt", seed=None), "seed = None"),
+        (lambda: rank("ckpt", "book.txt", n=1, confidence=0.9, seed=None), "confidence` needs"),
+        (lambda: rank("ckpt", "book.txt:train", n=1), "'book.txt' is one file, which has no sp"),
+        (lambda: rank("ckpt", "pg19,emozilla/pg19", n=1), "names emozilla/pg19 twice"),
+        (lambda: rank("ckpt", "pg19,pg19:validation", n=1), "names pg19:validation twice"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(here, call, message):
+    with pytest.raises(ShortGPTError, match=message):
+        call()
+    assert sorted(path.name for path in here.iterdir()) == ["book.txt", "ckpt"]
+
+
+def test_a_dry_run_leaves_the_folder_of_a_running_shrink_as_it_is(here):
+    folder = Path("out.shrinking")
+    folder.mkdir()
+    (folder / "shrinking.txt").write_text("the same command continues this run\n")
+    letters = random.Random(0).choices(string.ascii_letters, k=4000)
+    how = {"n": 1, "data": ["".join(letters)], "size": 32, "max_windows": 8, "eval_windows": 4}
+    shrink("ckpt", "out", method="bi", **how, dry_run=True)
+    assert (folder / "shrinking.txt").is_file()
+
+
+def test_compare_leaves_out_windows_that_it_evaluates_on(here):
+    Path("more.txt").write_text(TEXT + "".join(reversed(TEXT)))
+    how = {"size": 32, "max_windows": 24, "eval_windows": 3, "method": "bi", "n": 1}
+    result = jobs.compare_checkpoint("ckpt", "more.txt", eval_data="book.txt", heal_by="raw", **how)
+    assert [row.n for row in result.rows] == [0, 1]
 
 
 def test_a_job_shows_its_signature_in_help():

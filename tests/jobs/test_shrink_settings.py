@@ -54,7 +54,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"ratio": 1e-320}, "`ratio` 1e-320 of 30 layers is 0, but 1 to 28 may go: expected 0.017"),
         ({"ratio": "3"}, "`ratio` = '3': expected a number"),
         ({"params": "6 GB"}, "`params` 6 GB: expected a number as in 6B"),
-        ({"params": "1B"}, "--params 1B: the model is no larger"),
+        ({"params": "1B"}, "--params 1B: the model is small enough"),
         ({"params": 600}, "still has 700 parameters; name that or more"),
         ({"memory": "much"}, "`memory` = 'much': expected a size with its unit, such as 12GB"),
         ({"memory": "12"}, "`memory` = '12': expected a size with its unit, such as 12GB"),
