@@ -449,7 +449,13 @@ def test_a_dry_run_leaves_the_folder_of_a_running_shrink_as_it_is(here):
     folder.mkdir()
     (folder / "shrinking.txt").write_text("the same command continues this run\n")
     letters = random.Random(0).choices(string.ascii_letters, k=4000)
-    how = {"n": 1, "data": ["".join(letters)], "size": 32, "max_windows": 8, "eval_windows": 4}
+    how = {
+        "n": 1,
+        "data": ["".join(letters[:2000]), "".join(letters[2000:])],
+        "size": 32,
+        "max_windows": 8,
+        "eval_windows": 4,
+    }
     shrink("ckpt", "out", method="bi", **how, dry_run=True)
     assert (folder / "shrinking.txt").is_file()
 
