@@ -17,6 +17,7 @@ DEV = [
     "nbformat",
     "pytest",
     "pytest-xdist>=3.6",
+    "pyyaml",
     "ruff",
     "xllamacpp>=2026.10",
     *DOCS,

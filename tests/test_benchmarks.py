@@ -170,8 +170,7 @@ def served(_: object, *, input: str, **__: object) -> SimpleNamespace:
 
 @pytest.mark.parametrize("script", RUNS)
 def test_a_script_runs_and_looks_first_where_its_result_goes(script, here, lm_eval, monkeypatch):
-    folder = "baselines" if script == "peers" else "studies"
-    module = import_module(f"benchmarks.{folder}.{script}")
+    module = import_module(f"benchmarks.studies.{script}")
     for name, value in CONSTANTS.get(script, {}).items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr("benchmarks.lib.agreement.RESAMPLES", 50)

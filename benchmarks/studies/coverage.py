@@ -3,7 +3,7 @@
 A text's mean loss is that of all text and an effect of its own, so that all its tokens are off
 alike: the hardest case for texts that differ in length. In each of many samples of texts, the mean
 over all tokens gets its interval by the library's rule (the jackknife over texts, with degrees of
-freedom by Bell and McCaffrey), by Bell and McCaffrey's CR2, and by the library's former rule (the
+freedom by Bell and McCaffrey), by Bell and McCaffrey's CR2, and by a plainer rule (the
 error of Liang and Zeger with texts less 1 degrees). Reported is how often an interval holds the
 mean of all text: of 95% intervals, and of their one-sided ends.
 

@@ -193,9 +193,9 @@ METHODS = {
 
 
 def rows() -> dict[tuple[str, int, str], dict]:
-    former = {"patched": "patch"}
+    renamed = {"patched": "patch"}
     rows = result("compare")["rows"]
-    return {(r["method"], r["n"], former.get(r["healing"], r["healing"])): r for r in rows}
+    return {(r["method"], r["n"], renamed.get(r["healing"], r["healing"])): r for r in rows}
 
 
 def cell(method: str, n: int, healing: str) -> str:

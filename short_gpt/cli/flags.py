@@ -134,7 +134,8 @@ def flags_of(command: Command) -> dict[str, Flag]:
         if name in fields:
             group, one = fields[name]
             told, heading = one.metadata, one.metadata["heading"] or group.HEADING
-            more = (told["words"], told["value"] or "NAME", told["rare"])
+            text = as_flags(words.get(name, told["words"]))  # the output's are not the job's
+            more = (text, told["value"] or "NAME", told["rare"])
             flags[name] = Flag(name, kinds, default, heading, *more)
             continue
         positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD

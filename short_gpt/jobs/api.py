@@ -70,7 +70,7 @@ def rank(
         tokenizer: Tokenizer of a loaded model.
         state: File that the run is saved in, to be continued.
         notify: Called with what a streamed run will take in memory, before it starts.
-        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+        dry_run: Only say what would be done and how long it takes.
 
     Raises:
         ShortGPTError: a setting, the model, the texts or the state of another run are refused.
@@ -159,7 +159,7 @@ def heal(
         out: New directory, or from a GGUF file another; appears whole or not at all.
         overwrite: Replace an earlier output.
         notify: Called with what a refit will take, and with every perplexity.
-        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+        dry_run: Only say what would be done and how long it takes.
 
     Raises:
         ShortGPTError: a setting, the model or the texts are refused, before anything is written.
@@ -197,7 +197,7 @@ def compare_checkpoint(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file. Default:
             the demo's small model, which reads its book.
         state: File that the run is saved in, to be continued.
-        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+        dry_run: Only say what would be done and how long it takes.
 
     Example:
         >>> compare_checkpoint("llama-2-7b", method="bi", n=9).rows[1].n  # doctest: +SKIP
@@ -223,17 +223,21 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Compares a model with its pruned one: perplexity and tasks.
 
-    Of data, wikitext-2, c4, ptb and pg19 are cut as published results do; each of several texts is
-    evaluated on its own, and none evaluates tasks alone. Windows are the first ones.
+    Of data, wikitext-2, c4, ptb and pg19 are cut as published results do; none evaluates tasks
+    alone.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file; in Python
             also several. One is loaded at a time.
         pruned: Another model, to compare with MODEL.
+        data: Texts: wikitext-2, c4, ptb, pg19, demo, a file or folder of .txt, .jsonl or .parquet,
+            or a data set of the hub; several by commas are evaluated each on its own. A name may
+            end with a split and a number of texts, as in pg19:train[:100] or novels/:test.
+        max_windows: Windows to read, the first ones. Default: all.
         source: Local copy of wikitext-2, c4, ptb (which needs one) or pg19.
         notify: Called with what intervals are over and, before an error is raised, with what was
             measured.
-        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+        dry_run: Only say what would be done and how long it takes.
 
     Returns:
         By model: its number of layers, the perplexity of each text with the ends of its 95%
@@ -308,7 +312,7 @@ def reproduce(
             all windows.
         state: File that the run is saved in, to be continued.
         notify: Called with the time the run will take and with its progress.
-        dry_run: Raise `DryRun`, which says what would be done and how long it takes.
+        dry_run: Only say what would be done and how long it takes.
 
     Example:
         >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP

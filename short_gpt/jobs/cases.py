@@ -99,7 +99,8 @@ class Cases(Settings):
             check_method(name)
         for name in self.healings:
             check(name in HEALINGS, "`heal_by`", name, f"some of {', '.join(HEALINGS)}")
-        for name, values in (("method", self.methods), ("n", self.counts)):
+        each = {"method": self.methods, "n": self.counts, "heal_by": self.healings}
+        for name, values in each.items():
             check(len({*values}) == len(values), f"`{name}`", values, "each once")
 
 

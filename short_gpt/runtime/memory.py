@@ -209,5 +209,6 @@ def _left(group: Path) -> list[int]:
     with suppress(OSError, ValueError):  # no such file, or "max"
         most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return [most - used + int(stat["inactive_file"])]  # files that were read can be dropped
+        # files that were read can be dropped
+        return [most - used + int(stat.get("inactive_file", 0))]
     return []

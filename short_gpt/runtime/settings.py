@@ -156,15 +156,30 @@ def _flattened(job: Callable[..., object], positional: Collection[str]) -> inspe
 
 
 def _documented(job: Callable[..., object], groups: Mapping[str, Settings]) -> str:
-    """The docstring of a job, whose Args end with the fields of its settings."""
+    """The docstring of a job, whose Args end with the fields of its settings.
+
+    A field that the job describes itself is left out.
+    """
     text, args, rest = inspect.cleandoc(job.__doc__ or "").partition("\nArgs:\n")
     own, _, rest = rest.partition("\n\n")
     every = [
-        (one.name, one.metadata["words"]) for group in groups.values() for one in group.taken()
+        (one.name, _words(group, one))
+        for group in groups.values()
+        for one in group.taken()
+        if one.name not in described(job)
     ]
-    wrapper = textwrap.TextWrapper(96, initial_indent="    ", subsequent_indent=" " * 8)
+    how: Any = {"subsequent_indent": " " * 8, "break_on_hyphens": False}
+    wrapper = textwrap.TextWrapper(96, initial_indent="    ", **how)
     entries = [wrapper.fill(f"{name}: {words}") for name, words in every]
     return f"{text}\nArgs:\n" + "\n".join([*([own] if args else []), *entries]) + f"\n\n{rest}"
+
+
+def _words(group: Settings, one: Field[Any]) -> str:
+    """What a field means, without the class's default where the job has another."""
+    words: str = one.metadata["words"]
+    if getattr(group, one.name) == one.default:
+        return words
+    return re.sub(r" Default: .*?\.(?= |$)", "", words)
 
 
 def described(thing: object) -> dict[str, str]:
@@ -181,4 +196,4 @@ def as_flags(text: str, known: Collection[str] | None = None) -> str:
     def flag(match: re.Match[str]) -> str:
         return f"--{match[1]}" if known is None or match[1] in known else match[0]
 
-    return re.sub(r"`(\w+)`", flag, text)
+    return re.sub(r"`([a-z_]+)`", flag, text)

@@ -100,6 +100,7 @@ def test_without_eval_data_texts_are_held_out(here, capsys):
         (["--n", "0,2"], "--n = 0: expected a whole number of at least 1"),
         (["--method", "bi,bi"], "--method = ['bi', 'bi']: expected each once"),
         (["--n", "2,2"], "--n = [2, 2]: expected each once"),
+        (["--heal_by", "raw,raw"], "--heal_by = ['raw', 'raw']: expected each once"),
         (["--size", "0"], "--size = 0: expected a whole number of at least 2"),
         (["--eval_windows", "0"], "--eval_windows = 0: expected a whole number of at least 1"),
         (["--n", "2,5"], "--n = 5; the model has 5 layers"),

@@ -61,7 +61,7 @@ PRINTED = {
     "quickstart.ipynb": "the same completion: True",
     "short_llama.ipynb": "the same completion: True",
     "short_hf.ipynb": "the same completion: True",
-    "compare_methods.ipynb": "layers in common: bi, angular",
+    "compare_methods.ipynb": "nats a token",
     "healing.ipynb": "nats a token",
 }
 

@@ -306,6 +306,8 @@ def test_free_memory_is_within_the_limits_of_the_control_groups(tmp_path, monkey
     group(two / "jobs", {"memory.max": "1", "memory.current": "1"}, stat=stat)  # another's
     (tmp_path / "own").write_text("0::/job/step\n")
     assert memory_plan.left_in_groups(tmp_path / "own", two) == [600]
+    group(two / "job", {}, stat="anon 5")  # a kernel that does not count files
+    assert memory_plan.left_in_groups(tmp_path / "own", two) == [500]
     assert not memory_plan.left_in_groups(tmp_path / "none", two)
     assert not memory_plan.left_in_groups(tmp_path / "own", tmp_path / "none")
     for left, free in (([2**63 - 3800], 700), ([600, 650], 600), ([-5], 0), ([], 700)):
