@@ -180,7 +180,7 @@ def test_a_script_runs_and_looks_first_where_its_result_goes(script, here, lm_ev
     with pytest.raises(SystemExit):
         module.main(**RUNS[script], out="out.json")
     content = json.loads(Path("out.json").read_text())
-    assert f"benchmarks/{folder}/{script}.py" in content["command"] and content["machine"]
+    assert f"benchmarks/studies/{script}.py" in content["command"] and content["machine"]
     monkeypatch.setattr(module, "finish", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(FileExistsError):
         module.main(**RUNS[script], out="out.json")

@@ -99,7 +99,11 @@ class Cases(Settings):
             check_method(name)
         for name in self.healings:
             check(name in HEALINGS, "`heal_by`", name, f"some of {', '.join(HEALINGS)}")
-        each = {"method": self.methods, "n": self.counts, "heal_by": self.healings}
+        each: dict[str, Sequence[object]] = {
+            "method": self.methods,
+            "n": self.counts,
+            "heal_by": self.healings,
+        }
         for name, values in each.items():
             check(len({*values}) == len(values), f"`{name}`", values, "each once")
 

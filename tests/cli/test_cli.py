@@ -535,6 +535,9 @@ def test_help_describes_every_command_and_flag(command, capsys):
         assert len(flag.text) > 8, f"{flag.name} is not described"
         shown = flag.name.upper() if flag.positional else f"--{flag.name}"
         assert f"\n  {shown}" in out
+        # a job's own default stands alone; none and no are no defaults to print
+        if flag.default is not None and flag.default is not False:
+            assert "Default: " not in flag.text, flag.name
         if isinstance(flag.default, str | int | float) and flag.default is not False:
             written = f"(default: {flag.default})".replace(" ", "")
             assert written in "".join(out.split()), flag.name

@@ -472,6 +472,9 @@ def test_a_job_shows_its_signature_in_help():
     assert "size: int | None = 1024" in shown and "**" not in shown
     assert [*parameters][:2] == ["model", "data"] and "stride: int | None = 256" in shown
     assert "\n    size: Tokens in a window.\n" in inspect.getdoc(rank)
+    assert "\n    stride: Tokens between the starts of windows.\n" in inspect.getdoc(rank)
+    assert "\n    max_windows: Windows to read, the first ones. " in inspect.getdoc(evaluate)
+    assert inspect.getdoc(evaluate).count("\n    data: ") == 1
     assert "eval_data" not in parameters
 
 
