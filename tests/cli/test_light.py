@@ -27,7 +27,11 @@ def test_the_help_of_every_command_needs_no_torch():
 
 @pytest.mark.parametrize(
     "package",
-    ["llama", *(f"short_gpt{p}" for p in ("", ".jobs", ".plots", ".runtime", ".wrappers"))],
+    [
+        *("llama", "llama.checkpoint", "llama.formats", "short_gpt", "short_gpt.evaluation"),
+        *(f"short_gpt.{p}" for p in ("healing", "jobs", "models", "plots", "runtime")),
+        *(f"short_gpt.{p}" for p in ("scoring", "selection", "wrappers")),
+    ],
 )
 def test_a_lazy_package_has_the_names_that_it_lists(package):
     module = import_module(package)
