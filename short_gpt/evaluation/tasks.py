@@ -17,7 +17,8 @@ from short_gpt.runtime.errors import ShortGPTError, without_password
 Results = dict[str, dict[str, float]]
 Documents = dict[str, dict[str, list[float]]]  # by task and metric, one value a document
 YAML = (".yaml", ".yml")
-NAME = re.compile(r"^(?:task|group):\s*['\"]?([^\s'\"#]+)", re.MULTILINE)  # in a task's file
+# In a task's file; a list of tasks is no name.
+NAME = re.compile(r"^(task|group):[ \t]*(?:(['\"])(.+?)\2|([^\s'\"#\[]+))", re.MULTILINE)
 
 
 class Evaluated(Protocol):
@@ -191,8 +192,17 @@ class TaskSuite:
         task_names(self.tasks, self.include_path)
 
     def identity(self) -> dict[str, object]:
-        """The settings, with a digest of all files of the tasks' folders, ready for JSON."""
-        return {**asdict(self), "files": files_digest(_files(self.folders, "*"))}
+        """The settings, with a digest of the tasks' files, ready for JSON.
+
+        These are all in ``include_path``. Beside a YAML file that ``tasks`` names may lie anything,
+        such as models: of its folder, YAML and Python files count, and what these name.
+        """
+        files = {*_files(_folders((), self.include_path), "*")}
+        beside = _files(_folders(self.tasks, None), "*")
+        code = [path for path in beside if path.suffix in (*YAML, ".py")]
+        text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in code)
+        files |= {*code, *(path for path in beside if path.name in text)}
+        return {**asdict(self), "files": files_digest(sorted(files))}
 
     def documents(self, short: Evaluated) -> TaskRun:
         """What `run_tasks` returns, and the values of documents, by which models are paired."""
@@ -242,8 +252,8 @@ def _name(task: str) -> str:
     path = Path(task)
     if path.suffix not in YAML:
         return task
-    match = NAME.search(path.read_text(encoding="utf-8"))
-    return match[1] if match else path.stem
+    named = {m[1]: m[3] or m[4] for m in NAME.finditer(path.read_text(encoding="utf-8"))}
+    return named.get("task") or named.get("group") or path.stem
 
 
 def _folders(tasks: str | Sequence[str], include_path: str | Path | None) -> tuple[str, ...]:

@@ -115,8 +115,7 @@ class HealedChoice:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> HealedChoice:
         """The inverse of `to_dict`."""
-
-        # former versions also tried swaps of single layers
+        # some records have "swaps", for which there is no field
         fields = {name: value for name, value in content.items() if name != "swaps"}
         rows = [
             Candidate(**{**row, "difference": Difference(**row["difference"])})
@@ -269,7 +268,8 @@ class _Choosing:
 
     def _searched(self, name: str, scores: Importance) -> list[int]:
         """The layers that a search would remove; none where the budget does not allow it."""
-        n, steps, price = self._n, 1, most_layers_run(self._count, self._n) * TRIAL_WINDOWS
+        n, steps, read = self._n, 1, len(self._fit[:TRIAL_WINDOWS])
+        price = most_layers_run(self._count, n) * read
         if name == STEPWISE:
             steps, price = n - 1, self._count * (REFIT_PASSES + 1) * len(self._fit)
         total = steps * price + self._price()

@@ -27,6 +27,8 @@ from short_gpt.runtime.errors import (
     NotFiniteError,
     NotSavedError,
     ShortGPTError,
+    at_least,
+    check,
     shortage,
 )
 from short_gpt.runtime.state import Lock, hold
@@ -67,6 +69,17 @@ def check_order(names: Sequence[str]) -> None:
             f"{chain}: {late[0]} is fitted on the original model, so nothing may heal before it; "
             "put one closed form first, and training after it"
         )
+
+
+def _checked(steps: Mapping[str, Any]) -> dict[str, Any]:
+    """The steps; ShortGPTError unless these can follow each other, each with its own settings."""
+    check(isinstance(steps, Mapping), "steps", steps, "a dict, as in {'refit': None}")
+    check_order([*steps])
+    for name, settings in steps.items():
+        kind = STEPS[name].settings  # exactly: a patch's settings are also a refit's
+        ok = settings is None or type(settings) is kind
+        check(ok, f"settings of {name}", settings, f"{kind.__name__} or None")
+    return dict(steps)
 
 
 @dataclass(frozen=True)
@@ -161,10 +174,10 @@ class HealingJob:
         progress: bool = True,
         notify: Callable[[str], object] | None = None,
     ) -> None:
+        at_least(1, optional=True, max_windows=max_windows)
         self.short, self.windows, self.layers = short, windows, layer_numbers(layers)
-        self.steps = {"refit": None} if steps is None else dict(steps)
+        self.steps = _checked({"refit": None} if steps is None else steps)
         self.max_windows, self.teacher = max_windows, teacher
-        check_order([*self.steps])
         self.work_dir = None if work_dir is None else Path(str(work_dir))
         self.progress, self.notify = progress, notify
         self.evidence: HealingEvidence | None = None  # of `run`
@@ -177,7 +190,8 @@ class HealingJob:
             return None
         every = [*self.windows.training[: self.max_windows], *self.windows.validation]
         size = (self.steps["refit"] or RefitSettings()).batch_size
-        return plan_of(self.short, every, batch_size=size, folder=self.work_dir).describe()
+        folder = self.work_dir if self.short.streamed else None  # only that refit keeps states
+        return plan_of(self.short, every, batch_size=size, folder=folder).describe()
 
     def run(self, undos: ExitStack | None = None) -> HealingEvidence:
         """Runs everything except saving; after any error the model is as it was, with all layers.

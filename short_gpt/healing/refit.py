@@ -179,20 +179,23 @@ def fit(
         held: Held-out windows, on which a change must lower the error. Default: every eighth of
             ``windows``.
         settings: Settings, of which ``changes`` replace some. Default: `RefitSettings()`.
-        work_dir: Folder that one process continues from, bit for bit from the last finished layer,
-            as a streamed refit does; the new values are read from there. Default: none.
+        work_dir: Folder to continue from, bit for bit from the last finished layer, as a streamed
+            refit does; the new values are read from there. Not with several replicas, as all would
+            write into it. Default: none.
 
     Raises:
         ShortGPTError: a layer does not exist; too few windows; nothing can be solved; a patch of
             layers that begin the model; several model-parallel ranks; too little memory or disk;
-            ``work_dir`` is of another refit, damaged or in use.
+            ``work_dir`` is of another refit, damaged, in use, or set with several replicas.
         NotFiniteError: a state is NaN or infinite.
     """
     settings, layers = replace(settings or RefitSettings(), **changes), layer_numbers(layers)
     _check(short, layers, settings)
     windows, held = split_held_out(windows) if held is None else (windows, held)
     least = max(1, replicas.current(short.decoder.device).count)
-    check(len(windows) >= least and held, "windows to fit on", len(windows), f"{least} or more")
+    check(work_dir is None or least == 1, "work_dir", work_dir, f"none with {least} replicas")
+    check(len(windows) >= least, "windows to fit on", len(windows), f"{least} or more")
+    check(held, "held-out windows", len(held), "1 or more")
     folder = None if work_dir is None else Path(os.fspath(work_dir))
     identity = {} if folder is None else _identity(short, layers, windows, held, settings)
     state = RefitState(folder, identity)

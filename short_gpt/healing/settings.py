@@ -126,7 +126,8 @@ class Recipe:
         check_above_0(1, kl_share=self.kl_share)
         if self.alpha is not None:
             check_above_0(alpha=self.alpha)
-        check(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
+        dropout = self.dropout if hasattr(self.dropout, "__float__") else -1
+        check(0 <= dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
         multiple = f"a multiple of `micro_batch` {self.micro_batch}"
         check(self.batch_size % self.micro_batch == 0, "batch_size", self.batch_size, multiple)
 
@@ -159,6 +160,7 @@ class Recipe:
         """
         if isinstance(recipe, Recipe):
             return recipe
+        check(isinstance(recipe, str | Mapping), "recipe", recipe, "text, a dict or a Recipe")
         changes = _changes(recipe) if isinstance(recipe, str) else {**recipe}
         preset = changes.pop("preset", None) or "paper"
         return recipe_for(config, preset, **{**defaults, **changes})
@@ -238,7 +240,9 @@ def recipe_for(config: ModelConfig | None, preset: str = "paper", **changes: Any
     text = None if config is None else config.get_text_config(decoder=True)
     if preset == "small":
         settings["learning_rate"] = RATES[getattr(text, "hidden_size", 0) > NARROW]
-        settings["warmup"] = min(settings["warmup"], changes.get("steps", settings["steps"]) // 2)
+        steps = changes.get("steps", settings["steps"])
+        at_least(1, steps=steps)
+        settings["warmup"] = min(settings["warmup"], steps // 2)
     if preset == "paper":
         for model, published in PAPER:
             values = {name: value for name, value in zip(MODEL, model, strict=True) if value}

@@ -140,6 +140,7 @@ class Choice(Settings):
 
 
 CLOSED_FORM = ("ridge", "step_size")  # settings of closed forms
+DISTILLED = ("top_k", "temperature", "kl_share", "live_teacher")  # of a recipe, for distill alone
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,9 @@ class Healing(Settings):
             self.closed(name)
         if {*TRAINING} & {*methods}:
             recipe = Recipe.parse(self.recipe or "")  # raises for values out of range
+            changed = [n for n in DISTILLED if getattr(recipe, n) != getattr(Recipe, n)]
+            if changed and "distill" not in methods:
+                raise ShortGPTError(f"{', '.join(changed)} of `recipe`: for `heal_by` distill")
             lora.require_packages()
             lora.require_services(recipe.report_to)
             if recipe.four_bit:

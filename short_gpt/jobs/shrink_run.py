@@ -224,7 +224,8 @@ class Shrink:
         """What will be done, roughly how long it takes, and how much memory."""
         (sizes, rest), n = self.parameters, self.n
         fitted = min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
-        refit = plan_of(self.short, [self.probe] * fitted, folder=self.folder.healing)
+        folder = self.folder.healing if self.short.streamed else None  # see `prepare_refit`
+        refit = plan_of(self.short, [self.probe] * fitted, folder=folder)
         before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
         kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
         disk = f" and {format_bytes(refit.disk)} on disk" if refit.disk else ""

@@ -22,7 +22,8 @@ TRUST = "trust_remote_code"  # an option, and in errors: a model comes with Pyth
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 # Sides of matrices whose other side is a width.
-SIDES = ("vocab_size", "intermediate_size", "num_attention_heads", "n_head")
+HEADS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")
+SIDES = ("vocab_size", "intermediate_size", *HEADS)
 WEIGHTS_A_BYTE = 8  # at most: a weight takes a bit
 LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
 # The entries that a Llama's shape is made of.

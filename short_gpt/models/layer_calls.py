@@ -42,10 +42,11 @@ def _plain_matrix(layer: nn.Module, names: Names, sublayer: str) -> nn.Module:
     # experts have many; an adapter has it inside, a quantized one another dtype or shape
     plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS
     if linear is None or any(True for _ in linear.children()) or not plain:
+        dtype = getattr(weight, "dtype", "no weight")
+        other = "" if linear is None else f", but {type(linear).__name__} of {dtype}"
         raise ShortGPTError(
-            f"{type(layer).__name__} has no plain matrix at the end of its {sublayer}, but "
-            f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}: load the model "
-            "unquantized and without adapters; experts are not supported"
+            f"{type(layer).__name__} has no plain matrix at the end of its {sublayer}{other}: load "
+            "the model unquantized and without adapters; experts are not supported"
         )
     return linear
 

@@ -112,14 +112,16 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raises ShortGPTError for a model of several dtypes: a saved one is opened in one.
+    """Raises ShortGPTError for a model that cannot be changed, or is of several dtypes.
 
-    Modules that its class keeps in float32 do not count.
+    A saved one is opened in one dtype. Modules that its class keeps in float32 do not count.
     """
     kind, dtypes = type(model).__name__, dict[torch.dtype, str]()
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     kept = [part for name in names for part in getattr(model, name, None) or ()]
     for name, weight in model.named_parameters():
+        if weight.is_inference():
+            raise ShortGPTError(f"{kind} was made in torch.inference_mode(): make it outside")
         if weight.dtype in FLOATS.values() and not any(part in name for part in kept):
             dtypes.setdefault(weight.dtype, name)
     if len(dtypes) > 1 and not getattr(model, "is_quantized", False):
@@ -154,8 +156,9 @@ def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
         with without_report():
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
             tokenizer("a", verbose=False)  # the package tokenizers sees some damages only here
-    except Exception as error:
-        if not local:
+    except BaseException as error:
+        # a panic of the Rust code in the package tokenizers is no Exception
+        if not local or isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         if TRUST in str(error):
             raise ShortGPTError(explained(error)) from error

@@ -29,9 +29,8 @@ def check_count(n: object, n_layers: int, *, most: int | None = None, name: str 
     """n as an int; ShortGPTError, which calls it ``name``, unless 1 <= n <= ``most`` (L - 1)."""
     most, number = n_layers - 1 if most is None else most, whole(n)
     if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= most:
-        raise ShortGPTError(
-            f"{name} = {n!r}; the model has {n_layers} layers: expected 1 to {most}"
-        )
+        expected = f"expected 1 to {most}" if most > 0 else "too few to remove any"
+        raise ShortGPTError(f"{name} = {n!r}; the model has {n_layers} layers: {expected}")
     return number
 
 

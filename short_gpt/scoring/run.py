@@ -54,7 +54,8 @@ def measure(
         total: Number of windows to come, for the progress bar; or what tells it after a batch.
         sublayers: Score attention and MLP too, as `hooks.score_batch` does.
         all_tokens: Take angular distances at all tokens, as `hooks.score_batch` does.
-        score_batch: Scores the windows of a batch. Default: `hooks.score_batch`.
+        score_batch: Scores the windows of a batch; ``sublayers`` and ``all_tokens`` have no effect
+            then. Default: `hooks.score_batch`.
         first_text: Number in ``into`` of the windows' text 0. Default: the first free one, with
             which a text that is read again counts as one more, and the error is too small.
         after: Called with the sums after every batch; True ends the run.

@@ -353,6 +353,7 @@ MISTAKES = [
     (f"rank ckpt {READ} --batch_size 0", "--batch_size = 0: expected a whole number"),
     ("generate nowhere a --top_p -1", "--top_p = -1.0: expected 0 to 1"),
     ("heal ckpt x --heal_by lora --recipe patience=0", "patience = 0: expected a whole number"),
+    ("heal ckpt x --heal_by lora --recipe top_k=5,live_teacher=yes", "top_k, live_teacher of"),
     ("shrink ckpt x --memory 12", "--memory = '12': expected a size"),
     ("shrink ckpt x --minutes 1e18", "--minutes = 1e+18: expected above 0 and at"),
     ("evaluate ckpt --tasks piqa --limit 0", "--limit = 0: expected"),

@@ -13,6 +13,7 @@ from short_gpt.cli.tables import comparison
 from short_gpt.evaluation.tasks import (
     TaskRun,
     TaskSuite,
+    _name,
     documents_of,
     task_changes,
     task_difference,
@@ -93,3 +94,31 @@ def test_the_mean_over_documents_is_the_harness_metric(pair, tasks):
     assert theirs.documents == found.documents
     assert found.named()["tiny_choice acc"] == found.metrics["tiny_choice"]["acc"]
     assert all(v == 0 for k, v in task_changes(found, theirs).items() if k.endswith("change"))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("task: mine\ngroup: ours", "mine"),
+        ("group: ours\ntask:\n  - a\n  - b", "ours"),
+        ("task: [a, b]\ngroup: ours", "ours"),
+        ("task: 'my own # task'  # quoted", "my own # task"),
+        ("dataset_path: json", "file"),
+    ],
+)
+def test_the_name_of_a_task_is_that_in_its_file(tmp_path, text, name):
+    (tmp_path / "file.yaml").write_text(text)
+    assert _name(str(tmp_path / "file.yaml")) == name
+
+
+def test_of_the_folder_of_a_task_only_its_own_files_count(tmp_path):
+    path, data = tmp_path / "mine.yaml", tmp_path / "docs.jsonl"
+    path.write_text("task: mine\ndataset_kwargs: {data_files: docs.jsonl}")
+    data.write_text("{}")
+    suites = [TaskSuite(str(path)), TaskSuite(str(path), include_path=str(tmp_path))]
+    first = [suite.identity() for suite in suites]
+    (tmp_path / "model.safetensors").write_text("weights")
+    second = [suite.identity() for suite in suites]
+    assert [a == b for a, b in zip(first, second, strict=True)] == [True, False]
+    data.write_text("{1}")
+    assert suites[0].identity() != second[0]

@@ -113,6 +113,13 @@ def test_the_budget_is_never_passed_and_a_bare_pass_is_the_first_windows(candida
     assert sum(layers_run) <= result.passes * 6 * 16  # refits' products take the rest
 
 
+def test_a_search_on_fewer_windows_costs_less(candidates):
+    candidates("deepest", "sleb")
+    result = choose_healed(model(), WINDOWS[:6], 2, budget=20, **QUIET)
+    spent = 6 * 3 + 3 * (10 + 4 + 6 + 3) + 6 * (3 * 3 + 3) * 2
+    assert result.passes == pytest.approx(spent / (6 * 6))
+
+
 def test_searches_are_left_out_where_the_budget_does_not_allow_it(candidates):
     candidates("deepest", "sleb", "stepwise_bi")
     result = choose_healed(model(), WINDOWS, 2, budget=3, **QUIET)

@@ -27,6 +27,7 @@ from short_gpt.healing import (
     HealingWindows,
     PatchSettings,
     Recipe,
+    RefitSettings,
     heal_patch,
     healing_windows,
     lora,
@@ -91,6 +92,28 @@ def test_a_weight_that_no_window_reads_is_looked_at_before_the_healing():
     ):
         HealingJob(short, WINDOWS, [2], progress=False, notify=said.append).run()
     assert said == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_windows": -3}, "max_windows = -3: expected a whole number of at least 1"),
+        ({"max_windows": 2.5}, "max_windows = 2.5"),
+        ({"max_windows": "4"}, "max_windows = '4'"),
+        ({"steps": "refit"}, "steps = 'refit': expected a dict"),
+        ({"steps": {"refit": Recipe()}}, "settings of refit = .*: expected RefitSettings or None"),
+        ({"steps": {"patch": RefitSettings()}}, "settings of patch = .*: expected PatchSettings"),
+        ({"steps": {"refit": PatchSettings()}}, "settings of refit = .*: expected RefitSettings"),
+    ],
+)
+def test_a_job_refuses_what_it_would_not_do(options, said):
+    with pytest.raises(ValueError, match=said):
+        HealingJob(meta(), WINDOWS, [2], **options)
+
+
+def test_the_plan_of_a_refit_in_memory_needs_no_disk_for_a_folder(tmp_path):
+    plans = [HealingJob(meta(), WINDOWS, [2], work_dir=d).plan_text() for d in (None, tmp_path)]
+    assert ["disk" in plan for plan in plans] == [False, False]
 
 
 def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):

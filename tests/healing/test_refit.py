@@ -24,6 +24,7 @@ from short_gpt.healing.refit import (
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.models.layer_calls import LayerCalls, attention_output, mlp_output, transposed
 from short_gpt.models.sublayers import Sublayers, after_attention
+from short_gpt.runtime import replicas
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -352,6 +353,15 @@ def test_every_eighth_window_is_held_out():
         fit(short, [3], WINDOWS[:1], progress=False)
     with pytest.raises(ValueError, match="windows to fit on = 0: expected 1 or more"):
         fit(short, [3], [], progress=False)
+    with pytest.raises(ValueError, match="held-out windows = 0: expected 1 or more"):
+        fit(short, [3], WINDOWS, held=[], progress=False)
+
+
+def test_several_replicas_do_not_write_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(replicas, "current", lambda device=None: replicas.Replicas(0, 2))
+    with pytest.raises(ValueError, match="work_dir = .*: expected none with 2 replicas"):
+        fit(meta(), [3], WINDOWS, work_dir=tmp_path / "work", progress=False)
+    assert not (tmp_path / "work").exists()
 
 
 def test_windows_of_several_lengths_are_read_in_any_batches():

@@ -59,6 +59,13 @@ def test_a_recipe_is_a_presets_name_and_changes():
         (lambda: Recipe.parse("small,step=4"), "setting of a recipe = 'step': expected steps"),
         (lambda: Recipe.parse("rank=x"), "rank = 'x': expected int"),
         (lambda: Recipe.parse("small,four_bit=2"), "four_bit = '2': expected bool"),
+        (
+            lambda: Recipe.parse({"preset": "small", "steps": "400"}),
+            "steps = '400': expected a whole",
+        ),
+        (lambda: Recipe.parse({"dropout": "x"}), "dropout = 'x': expected at least 0"),
+        (lambda: Recipe.parse(None), "recipe = None: expected text, a dict or a Recipe"),
+        (lambda: Recipe.parse(["small"]), r"recipe = \['small'\]: expected text"),
         (lambda: Recipe.parse("steps=4,small"), "expected changes such as steps=400, not small"),
         (lambda: Recipe(batch_size=16, micro_batch=3), "expected a multiple of `micro_batch` 3"),
         (lambda: Recipe(rank=0), "rank = 0: expected a whole number of at least 1"),

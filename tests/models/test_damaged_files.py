@@ -26,6 +26,8 @@ from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.jobs import SavedScores
+from short_gpt.models.config_file import check_config
+from short_gpt.models.loading import load_tokenizer
 from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
 from short_gpt.runtime.state import StateFile, write_record
 from short_gpt.scoring.run import RunState
@@ -214,3 +216,24 @@ def test_safetensors_whose_tensors_overlap(tmp_path):
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(12))
     with pytest.raises(ShortGPTError):
         SafetensorsFile(path)
+
+
+@pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize(("value", "said"), [(0, "= 0: expected a positive"), (10**9, "bytes")])
+def test_heads_that_the_files_cannot_hold_are_refused(here, name, value, said):
+    file = here / "hf/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ShortGPTError, match=f"config.json is damaged .*{said}"):
+        check_config(here / "hf")
+
+
+def test_a_panic_of_the_tokenizers_code_is_one_line(here, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panics(*args, **options):
+        raise PanicException("no entry found for key")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panics)
+    with pytest.raises(ShortGPTError, match="the tokenizer in .* is damaged .no entry found"):
+        load_tokenizer(str(here / "hf"), {})

@@ -680,6 +680,11 @@ def test_a_model_with_an_adapter_is_refused(tmp_path):
     assert ShortHFModel(adapted.merge_and_unload()).kept
 
 
+def in_inference_mode(model):
+    with torch.inference_mode():
+        return model.double().float()
+
+
 def some_in_bfloat16(model, *paths):
     for path in paths:
         model.get_submodule(path).bfloat16()
@@ -692,6 +697,7 @@ def some_in_bfloat16(model, *paths):
         (lambda model: 5, "model_name = 5: expected a path, a hub id or a loaded model"),
         (lambda model: model.lm_head, r"model_name = Linear\("),
         (lambda model: type(model), "model_name = <class"),
+        (in_inference_mode, r"was made in torch\.inference_mode\(\)"),
         (lambda model: model.to("meta"), "is on the device meta, where tensors have no values"),
         (
             lambda model: some_in_bfloat16(model, "model.layers.2", "model.layers.3"),
@@ -699,7 +705,7 @@ def some_in_bfloat16(model, *paths):
         ),
         (lambda model: some_in_bfloat16(model, "lm_head"), r"bfloat16 \(lm_head\.weight\)"),
     ],
-    ids=["number", "module", "class", "meta", "layers", "head"],
+    ids=["number", "module", "class", "inference", "meta", "layers", "head"],
 )
 def test_a_loaded_model_that_cannot_be_changed_or_saved_is_refused_at_once(change, said, tmp_path):
     for call in (
