@@ -326,7 +326,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
 READ = "--data book.txt --size 32 --stride 16"
 MISTAKES = [
     ("prune hf x --layers 9", "layers [9] do not exist; the model has 0..4"),
-    ("prune hf x --layers 1 --to onnx", "a format of meta or hf or gguf, got 'onnx'"),
+    ("prune hf x --layers 1 --to onnx", "--to = 'onnx': expected one of meta, hf, gguf"),
     ("prune hf x --layers 1 --to gguf", "expected a name that ends with .gguf"),
     ("prune model.gguf model.gguf --layers 1 --overwrite", "model.gguf exists and is"),
     ("prune hf hf --layers 1 --overwrite", "hf exists and holds"),

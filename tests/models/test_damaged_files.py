@@ -181,7 +181,7 @@ def test_a_gguf_file_of_twenty_million_layers(here):
     at = whole.index(key) + len(key) + 4
     path.write_bytes(whole[:at] + struct.pack("<I", 20_000_000) + whole[at + 4 :])
     for read in (read_gguf, read_transformers("model.gguf"), read_blocks):
-        with pytest.raises(ShortGPTError, match="20000000 layers"):
+        with pytest.raises(ShortGPTError, match="20000000"):
             read(here)
 
 

@@ -293,5 +293,5 @@ def test_whole_numbers_are_no_weights(tmp_path):
     parts = GGUFParts(write_gguf(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB)))
     entry = parts.tensors["output_norm.weight"]
     parts.tensors["output_norm.weight"] = entry._replace(kind=26)  # I32, as wide as F32
-    with pytest.raises(InputError, match=r"output_norm.weight in .* holds whole numbers \(I32\)"):
+    with pytest.raises(InputError, match=r"output_norm.weight holds whole numbers \(I32\)"):
         parts.read("output_norm.weight")

@@ -81,7 +81,7 @@ def test_sockets_and_folders_are_refused(tmp_path, monkeypatch):
         write_record(tmp_path, {}, overwrite=True)
     (tmp_path / "odd").touch()
     monkeypatch.setattr(Path, "is_file", lambda self: False)  # as of a socket or a disk
-    with pytest.raises(FileExistsError, match="neither a file nor a pipe"):
+    with pytest.raises(FileExistsError, match="exists and is no file"):
         write_record(tmp_path / "odd", {}, overwrite=True)
 
 
