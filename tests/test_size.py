@@ -74,7 +74,7 @@ def counted() -> dict[str, int]:
         "lines of jobs": sum(n for path, n in lines.items() if "jobs" in path.parts),
         **{f"flags of {name}": len(flags[name]) for name in ("shrink", "rank", "heal")},
         "flags": len(set().union(*flags.values())),
-        "lines of tests": 30520sum(map(lines_of, (ROOT / "tests").rglob("*.py"))),
+        "lines of tests": sum(map(lines_of, (ROOT / "tests").rglob("*.py"))),
         "lines of benchmarks": sum(map(lines_of, benchmarks)),
         "scripts of benchmarks": len(benchmarks),
     }
