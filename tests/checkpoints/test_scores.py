@@ -285,7 +285,7 @@ def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
         ("heal", "ckpt", "out", "--scores", "r.json", "--n", 1, *LEARNED),
     ):
         line = fails(capsys, *command)
-        assert "r.json is damaged: write it again by" in line
+        assert "r.json is no file of scores, or damaged" in line
     rewritten(record, "r.json")
     assert SavedScores.read("r.json").layers(1)
 
@@ -298,7 +298,7 @@ def test_what_holds_no_scores_is_refused_in_one_line(here, capsys, damage):
     assert "these are not saved scores: score again" in line
     Path("bad.json").write_text(json.dumps({"versions": {}, "machine": {}}))
     line = fails(capsys, "prune", "ckpt", "out", "--scores", "bad.json", "--n", 1)
-    assert "bad.json is damaged: write it again by short-gpt rank" in line
+    assert "bad.json is no file of scores, or damaged" in line
 
 
 def test_prune_says_what_the_scores_do_not_settle(here, capsys):

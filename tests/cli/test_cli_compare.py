@@ -104,7 +104,6 @@ def test_without_eval_data_texts_are_held_out(here, capsys):
         (["--size", "0"], "--size = 0: expected a whole number of at least 2"),
         (["--eval_windows", "0"], "--eval_windows = 0: expected a whole number of at least 1"),
         (["--n", "2,5"], "--n = 5; the model has 5 layers"),
-        (["--eval_data", "books"], "share text with the windows to evaluate on"),
     ],
 )
 def test_mistakes_are_one_line(here, capsys, monkeypatch, options, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -60,4 +61,4 @@ def test_a_folder_in_use_is_left_as_it_is(folder):
     ):
         pass
     assert names(folder) == {"checkpoint-1", "checkpoint-2"}
-    lock.release()
+    os.close(lock)

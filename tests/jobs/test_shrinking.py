@@ -384,7 +384,7 @@ def test_speeds_are_taken_by_turns_and_the_healed_models_is_the_pruned_ones(here
     assert "times as fast" not in replace(done, turns=[*done.turns, slower]).verdict
 
 
-def test_a_dry_run_writes_nothing(here, capsys, monkeypatch):
+def test_a_dry_run_writes_nothing(here, capsys):
     before = sorted(here.rglob("*"))
     run("shrink", "hf", "out", "--n", 1, "--dry_run", *FLAGS)
     assert "1 of 6 layers goes (--n 1)" in capsys.readouterr().out
@@ -392,13 +392,9 @@ def test_a_dry_run_writes_nothing(here, capsys, monkeypatch):
     assert sorted(here.rglob("*")) == before
     out = capsys.readouterr().out
     assert "of 6 layers go (--memory 190kB)" in out and "in all about" in out
-    told = r"^the refit takes up to (\d+(?:\.\d)?) [MG]B of the machine's memory and \d.*B on disk$"
+    told = r"^the refit takes up to (\d+(?:\.\d)?) [MG]B of the machine's memory$"
     memory = re.search(told, out, re.M)
     assert memory and float(memory[1]) > 0
-    free = shutil.disk_usage(here)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    line = fails(capsys, "shrink", "hf", "out", "--dry_run", *FLAGS)
-    assert "has 1 kB free, the states of the refit need" in line
 
 
 def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
@@ -599,7 +595,7 @@ def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
     settings = {**CUT, "data": "other", "method": "bi"}
     done = shrink("hf", "out", max_perplexity_ratio=1.3, **settings)  # exp(0.2) is 1.22
     assert len(done.layers) == 2 and tried == [2, 3]
-    with pytest.raises(ValueError, match="the perplexity by 1.105; raise the limit"):
+    with pytest.raises(ValueError, match="the refitted perplexity by 1.105; raise the limit"):
         shrink("hf", "no", max_perplexity_ratio=1.05, **settings)
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="all 2 windows that say"):
@@ -856,7 +852,7 @@ def test_a_first_run_holds_its_folder_before_there_is_any(here):
     how = {"n": 2, "method": "sequential", **CUT, "data": "other", "notify": notify}
     shrink("hf", "new/out", **how)
     assert seen and all(seen) and Path("new/out/config.json").is_file()
-    with pytest.raises(ValueError, match="the model is no larger"):
+    with pytest.raises(ValueError, match="the model is small enough"):
         shrink("hf", "never/out", params="1B", **CUT, data="other")
     assert not Path("never").exists() and [p.name for p in Path("new").iterdir()] == ["out"]
 
@@ -952,10 +948,10 @@ def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, 
     shutil.copytree("hf", "own")
     tasks, answered = Path("tasks"), []
     tasks.mkdir()
-    (tasks / "documents").write_text("1")
+    (tasks / "documents.py").write_text("1")
 
     def documents(suite: TaskSuite, _: object) -> TaskRun:
-        answered.append(float(Path("tasks/documents").read_text()))
+        answered.append(float(Path("tasks/documents.py").read_text()))
         return TaskRun({"t": {"acc": answered[-1]}})
 
     monkeypatch.setattr("short_gpt.jobs.inputs.Tasks.check", lambda _: None)
@@ -965,7 +961,7 @@ def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, 
         shrink("own", "out", **how)
     assert answered == [1.0, 1.0]  # of the original and the pruned model
     if changed == "tasks":
-        (tasks / "documents").write_text("0")
+        (tasks / "documents.py").write_text("0")
     if changed == "template":
         config = json.loads(Path("own/tokenizer_config.json").read_text())
         config["chat_template"] = TEMPLATE.replace("<s>", "<s>A ")
