@@ -207,8 +207,8 @@ def test_the_demo_does_the_whole_job(tmp_path, capsys):
     record = json.loads(result.read_text())["result"]
     original, pruned, healed = (p["perplexity"] for p in record["quality"]["demo"].values())
     assert 5 < original < healed < pruned < 200
-    assert "power and authority" in record["looks"]["original"]["completion"]
-    sizes = [look["size"] for look in record["looks"].values()]
+    assert "power and authority" in record["states"]["original"]["completion"]
+    sizes = [state["size"] for state in record["states"].values()]
     assert sizes[0] > sizes[1] == sizes[2]
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 26
     assert "<h2>What was removed</h2>" in (out / "report.html").read_text()
