@@ -138,6 +138,8 @@ def test_a_fork_neither_has_the_lock_nor_takes_it_away(tmp_path):
             hold(tmp_path / "state")
         except ShortGPTError:
             code = 0
+        del lock
+        gc.collect()
         os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
     assert (tmp_path / ".state.lock").exists()
