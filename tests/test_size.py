@@ -16,7 +16,7 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 28500,
+    "lines": 28501,
     "modules": 140,
     "dataclasses": 65,
     "raises": 421,

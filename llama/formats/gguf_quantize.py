@@ -128,6 +128,7 @@ def _rounded(values: Tensor, most: int) -> tuple[Tensor, Tensor]:
     outermost = values.gather(1, values.abs().argmax(1, keepdim=True))
     step = (outermost / most).half().float()
     low, high = (0, most) if most > 0 else (most, -most - 1)
+    # 0 / 0, of a block of zeros, gives the code 0
     return step, (values / step).round().nan_to_num(0).clamp(low, high)
 
 

@@ -422,7 +422,8 @@ def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
 def test_a_loaded_model_is_whole_after_an_error_and_the_same_call_continues(
     here, minutes, monkeypatch
 ):
-    monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)  # few
+    # whatever the machine's speed, from which each run would take its own number of steps
+    monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 3)
     model, tokenizer = (c.from_pretrained("hf") for c in (AutoModelForCausalLM, AutoTokenizer))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     how = {"tokenizer": tokenizer, "n": 2, **CUT, "data": "other", "method": "bi"}
