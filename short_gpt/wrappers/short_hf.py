@@ -39,8 +39,7 @@ from short_gpt.models.loading import (
     weight_stamps,
 )
 from short_gpt.runtime.digest import check_unchanged
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
-from short_gpt.wrappers.chat_template import Message, rendered
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check, one_line
 from short_gpt.wrappers.short_model import Prompts, ShortModel, check_texts
 
 if TYPE_CHECKING:
@@ -156,11 +155,28 @@ class ShortHFModel(ShortModel):
         after = self.encode("")[len(starts_texts(self.encode)) :]
         return ids[: -len(after)] if after and ids[-len(after) :] == after else ids
 
-    def dialog(self, messages: Sequence[Message], *, answer: bool = False) -> list[int]:
-        """Token ids of a chat; with ``answer``, up to where the model begins to answer."""
+    def dialog(self, messages: Sequence[dict[str, str]], *, answer: bool = False) -> list[int]:
+        """Token ids of a chat; with ``answer``, up to where the model begins to answer.
+
+        Args:
+            messages: The role and the content of each turn.
+
+        Raises:
+            ShortGPTError: the chat template fails or refuses, by whatever error.
+        """
         tokenizer = self._tokenizer()
-        text = rendered(tokenizer, messages, source=self.source, answer=answer)
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            text = tokenizer.apply_chat_template(
+                [*messages], tokenize=False, add_generation_prompt=answer
+            )
+            check_text(str(text))
+        except Exception as error:  # a template is a program that comes with the model
+            reason = one_line(str(error)) or type(error).__name__
+            raise ShortGPTError(
+                f"the chat template of {self.source} refuses {messages!r:.60}: {reason}; give "
+                "plain text, or a model with another template"
+            ) from None
+        return tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"]
 
     def _conversation(self, conversation: Conversation) -> Prefixed:
         """Token ids, which know how many of them the template puts before every dialog."""
