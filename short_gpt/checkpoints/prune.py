@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from llama.checkpoint.meta import CONVERSION, Checkpoint, args_of_params, read_params
-from llama.files import json_text, read_marker, write_json
+from llama.files import json_text, read_json, read_marker, write_json
 from llama.formats.gguf import SOURCE_KEY, GGUFFile, gguf_to_meta, llama_to_gguf
 from llama.formats.gguf_read import GGUFParts
 from llama.formats.hf import HFCheckpoint, hf_to_meta, meta_to_hf
@@ -23,7 +23,7 @@ from short_gpt.checkpoints.hf import prune_hf
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
 from short_gpt.checkpoints.target import StrPath, Target
-from short_gpt.models.config_file import explained, layers_in_config, read_config
+from short_gpt.models.config_file import explained, read_config
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -136,9 +136,10 @@ def layers_of(source: StrPath | Source) -> int | None:
             return Stack.open(source).layers
     if source.kind != "hf":
         return None
+    plain = read_json(source.path / "config.json")
+    if "auto_map" in plain:  # code of its own, which is not run
+        return plain.get("num_hidden_layers")
     try:
-        if (count := layers_in_config(source.path)) is not None:
-            return count
         config = read_config(str(source))
     except Exception as error:
         raise ShortGPTError(f"{source} cannot be loaded: {explained(error)}") from error

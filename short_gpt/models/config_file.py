@@ -1,4 +1,4 @@
-"""Configs: sizes checked against the files, a digest of what counts, errors of transformers."""
+"""Configs: the shape they say, a digest of what counts, errors of transformers."""
 
 from __future__ import annotations
 
@@ -8,24 +8,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from llama.args import ModelArgs, check_positive
+from llama.args import ModelArgs
 from llama.checkpoint.meta import Checkpoint
-from llama.files import read_json
 from llama.formats.names import ffn_keys
-from llama.formats.safetensors import INDEX, WEIGHTS, SafetensorsFile, open_weights
-from llama.parallel import config_dtype
 from llama.sources import find_source, hub_failure, reach
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError, check, damaged, required, without_password
+from short_gpt.runtime.errors import ShortGPTError, check, required, without_password
 
 TRUST = "trust_remote_code"  # an option, and in errors: a model comes with Python code
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-WIDTHS = ("hidden_size", "n_embd", "d_model")
-# Sides of matrices whose other side is a width.
-HEADS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")
-SIDES = ("vocab_size", "intermediate_size", *HEADS)
-WEIGHTS_A_BYTE = 8  # at most: a weight takes a bit
-LAYER_BYTES = 1000  # the names and offsets of a layer's tensors alone take more
 # The entries that a Llama's shape is made of.
 SHAPE = ["hidden_size", "num_hidden_layers", "vocab_size"]
 SHAPE += ["num_attention_heads", "intermediate_size"]
@@ -41,59 +31,14 @@ LIMITS = frozenset({"max_batch_size", "max_seq_len", "vocab_size"})
 
 
 def read_config(source: str, options: Mapping[str, object] | None = None) -> Any:
-    """The config of a model of transformers; if its files lie here, `check_config` goes first."""
+    """The config of a model of transformers."""
     with required("transformers", by="a Hugging Face model"):
         from transformers import AutoConfig
     # False and not None, with which transformers asks on the terminal
     options = {TRUST: False, **(options or {})}
-    directory = Path(source) / str(options.get("subfolder") or "")
-    if "gguf_file" not in options and (directory / "config.json").is_file():
-        check_config(directory)
-    elif not Path(source).exists():
+    if not Path(source).exists():
         reach(source, options)
     return AutoConfig.from_pretrained(source, **options)
-
-
-def layers_in_config(directory: Path) -> int | None:
-    """The number of layers in a config with custom code, which is not run; None for others."""
-    config = read_json(directory / "config.json")
-    if "auto_map" not in config:
-        return None
-    check_config(directory)
-    return next((config[key] for key in LAYERS if key in config), None)
-
-
-def check_config(directory: Path) -> None:
-    """Raises ShortGPTError for damaged safetensors, or a config of more than the files hold."""
-    file = directory / "config.json"
-    config = read_json(file)
-    for path in sorted(directory.glob("model*.safetensors")):  # what transformers reads
-        SafetensorsFile(path)  # raises if the file is damaged
-    if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file():
-        open_weights(directory)  # raises if the index is damaged
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            config_dtype(part, directory)  # raises for one that no model computes in
-    # of a directory with a config alone nothing can be said
-    size = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json" and p.is_file())
-    # a multimodal model has a config inside for each tower
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-        sizes = {k: part[k] for k in (*LAYERS, *WIDTHS) if k in part}
-        # of an entry with a width for each layer (Gemma 3n) nothing is said
-        sizes |= {k: part[k] for k in SIDES if isinstance(part.get(k), int)}
-        try:
-            check_positive(**sizes)
-        except ShortGPTError as error:
-            raise damaged(file, error, mend="correct it") from None
-        # the fewest bytes of a model with these numbers: transformers would first make it whole
-        needed = [sizes[k] * LAYER_BYTES for k in LAYERS if k in sizes]
-        sides = [sizes[k] for k in SIDES if k in sizes]
-        for width in (sizes[k] for k in WIDTHS if k in sizes):
-            needed.append(width * max(width, *sides, 1) // WEIGHTS_A_BYTE)
-        if size and max(needed, default=0) > size:
-            raise damaged(
-                file, f"it has {sizes}, and its files have {size} bytes", mend="correct it"
-            )
 
 
 def shape_of(source: str, *, trust_remote_code: bool = False) -> ModelArgs:

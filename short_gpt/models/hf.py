@@ -6,10 +6,8 @@ Shapes: B sequences, S tokens, V vocabulary, T tokens of a text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,6 +36,9 @@ NUMBERS = ("layer_idx", "layer_id", "layer_number")
 TOWERS = ("vision", "visual", "audio")
 # Config entries by which layers compute with their own number.
 BY_NUMBER = ("scale_attn_by_inverse_layer_idx", "rescale_every")
+# What names and patterns in the settings of a quantization contain that mean single layers, as
+# model.layers.2.mlp, or .*\.[3-5]\..* of GPTQ.
+SINGLE_LAYERS = re.compile(r"\S*(layers|blocks|h|\\)\.[\d\[]\S*")
 # the attributes that are edited, their old values, their new values
 Edit = tuple[dict[str, object], dict[str, object], dict[str, object]]
 
@@ -195,8 +196,9 @@ class HFDecoder:
             return f"they compute with their own number ({entries[0]})"
         if getattr(self.config, "num_kv_shared_layers", 0):
             return "the last read keys and values of others (num_kv_shared_layers)"
-        if text := self._per_layer_quantization():
-            return f"it is quantized with settings for single layers ({text}), by their numbers"
+        settings = str(getattr(self.model.config, "quantization_config", None))
+        if match := SINGLE_LAYERS.search(settings):
+            return f"it is quantized with settings for single layers ({match[0]}), by their numbers"
         owners: dict[int, int] = {}  # by the id of a weight
         for number, layer in enumerate(self.layers):
             for weight in layer.parameters():
@@ -205,34 +207,13 @@ class HFDecoder:
                     return f"{owner} and {number} share weights"
         return None
 
-    def _per_layer_quantization(self) -> str | None:
-        # a name or pattern in the settings of quantization that means some layers alone
-        settings = getattr(self.model.config, "quantization_config", None) or {}
-        texts = [*_texts(settings if isinstance(settings, dict) else settings.to_dict())]
-        numbers = range(len(self.layers))
-        inside = {name for layer in self.layers if texts for name, _ in layer.named_modules()}
-        for text in texts:
-            if re.search(r"(layers|blocks|h)\.\d", text):
-                return text
-            with suppress(re.error):
-                matches = re.compile(re.sub(r"^(re:|[+-]:)", "", text)).search
-                for name in inside - {""}:
-                    named = [matches(f"{self.layers_path}.{i}.{name}") is None for i in numbers]
-                    if len({*named}) > 1:
-                        return text
-        return None
-
     def _missing_dependency(self, keep: Sequence[int]) -> str | None:
         # why a kept layer cannot do without one that goes, where no outline shows it
         kinds = list(getattr(self.config, "indexer_types", None) or ())
         for layer in keep if len(kinds) == len(self.layers) else ():
-            if kinds[layer] == "shared":
-                selects = [i for i in range(layer) if kinds[i] == "full"][-1:]
-                if not {*selects} <= {*keep}:
-                    return (
-                        f"layer {layer} reads the tokens that layer {selects[0]} selects, which "
-                        "would be gone"
-                    )
+            selects = [i for i in range(layer) if kinds[i] == "full"][-1:]
+            if kinds[layer] == "shared" and not {*selects} <= {*keep}:
+                return f"layer {layer} reads the tokens that layer {selects[0]} selects"
         return None
 
     def _without_removal(self, keep: Sequence[int], after: Outline) -> tuple[list[str], list[Edit]]:
@@ -324,16 +305,6 @@ def find_layers(model: PreTrainedModel) -> str:
             "one with layers_path, as in 'model.layers'"
         )
     return decoder[0]
-
-
-def _texts(value: object) -> Iterator[str]:
-    """All texts in settings, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from chain.from_iterable(_texts(part) for part in chain(value, value.values()))
-    elif isinstance(value, list | tuple):
-        yield from chain.from_iterable(map(_texts, value))
 
 
 CACHES = ("cache", "past_key_values", "cache_params")  # of an output, by version and family

@@ -18,7 +18,7 @@ from transformers import modeling_gguf_pytorch_utils as reading
 
 from llama.errors import InputError
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts, read_header
-from llama.formats.gguf_write import UINT32, Stored, copied, packed, record, write_again
+from llama.formats.gguf_write import Stored, copied, packed, record, write_again
 from llama.model import rope_frequencies
 from short_gpt import ShortHFModel
 from short_gpt.models.gguf_loading import reading_gguf
@@ -191,33 +191,6 @@ for dtype in (torch.float32, torch.bfloat16):
     assert done.codes == [0], done.err
     found = [float(line) for line in done.out.split()]
     assert len(found) == 2 and min(found) > 0.8 and max(found) < 1.5, found
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("embedding_length", None, "damaged .llama of 5 layers of width None"),
-        ("embedding_length", 2**14, r"it is damaged \(.* of .* weights\)"),
-        ("feed_forward_length", 2**24, r"it is damaged \(.* of .* weights\)"),
-    ],
-)
-def test_a_model_larger_than_the_file_is_refused_before_it_is_made(
-    tmp_path, monkeypatch, key, value, said
-):
-    """Left to itself transformers makes all weights, some of another model's sizes."""
-    path = write_gguf(tmp_path / "plain.gguf", make_transformer(vocab_size=BYTE_VOCAB))
-    parts = GGUFParts(path)
-    key = f"llama.{key}"
-    changed = {key: None if value is None else record(key, value, UINT32)}
-    tensors = {name: copied(parts, name) for name in parts.tensors}
-    write_again([tmp_path / "m.gguf"], parts, tensors, records=changed)
-
-    def made(*_: object, **__: object) -> None:
-        raise AssertionError("a weight was made")
-
-    monkeypatch.setattr("transformers.PreTrainedModel._init_weights", made)
-    with pytest.raises(ShortGPTError, match=said):
-        ShortHFModel(tmp_path / "m.gguf")
 
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
