@@ -22,7 +22,7 @@ MUTANTS = [
         "test_the_arithmetic_of_the_hooks_is_that_of_float64_on_the_same_states",
     ),
     (
-        "LayerHooks._reduce",
+        "LayerHooks.reduce",
         "torch.where(self._mask, torch.stack(each), 0.0).sum(3)",
         "torch.stack(each).sum(3)",
         "test_ragged_padded_batches_equal_single_windows",
@@ -109,10 +109,10 @@ MUTANTS = [
     ),
     # Hidden states: whose they are, and which ones.
     (
-        "LayerHooks.after",
-        "version = version_of(state) if state is self._state else None",
-        "version = version_of(state)",
-        "test_squares_are_computed_anew_where_the_state_is_another",
+        "LayerHooks._keep",
+        "state.to(self._mask.device, copy=True)",
+        "state.to(self._mask.device)",
+        "test_a_stream_that_is_changed_in_place_between_layers_scores_as_one_changed_anew",
     ),
     (
         "methods",
@@ -412,7 +412,7 @@ MUTANTS = [
         "test_shares_are_disjoint_whole_and_in_step",
     ),
     (
-        "_sum",
+        "Replicas.summed",
         "dist.all_reduce(total, group=groups.get_data_parallel_group())",
         "pass",
         "test_any_division_gives_the_sums_of_one_process",

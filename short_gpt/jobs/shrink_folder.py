@@ -10,7 +10,6 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.healing.job import keeps
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.state import is_state
 
 MARKER = "shrinking.txt"  # which only the folder of a run has
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"
@@ -66,7 +65,7 @@ class ShrinkFolder:
         """Deletes what the run kept; the marker goes last, so that a kill here is continued."""
         for pattern in STATES:
             for path in self.path.glob(pattern):
-                if path.is_file() and is_state(path):
+                if path.is_file():
                     path.unlink()
         for path in sorted(self.healing.rglob("*"), reverse=True):  # what is inside comes first
             if path.is_dir() and not path.is_symlink():

@@ -24,7 +24,6 @@ class Family:
     attention: Names = ("self_attn",)  # the sublayer
     attention_output: Names = ("self_attn.o_proj",)  # its output projection
     mlp: Names = ("mlp",)  # the sublayer
-    mlp_norm: Names = ("post_attention_layernorm",)  # reads the stream after the attention
     mlp_output: Names = ("mlp.down_proj",)  # its output projection
     lora: Names = ("gate_proj", "up_proj", "down_proj")  # ends of the MLP's matrices' names
     attention_norm_after: Names = ()  # through which the attention's output joins the stream
@@ -41,9 +40,7 @@ POST_NORM = Family(
     attention_norm_after=("post_attention_layernorm",),
     mlp_norm_after=("post_feedforward_layernorm",),
 )
-GEMMA = replace(POST_NORM, mlp_norm=("pre_feedforward_layernorm",), needs_bos=True)
-# Attention and MLP read the same normed state: nothing lies between them.
-PARALLEL = Family(mlp_norm=())
+GEMMA = replace(POST_NORM, needs_bos=True)
 BLOOM = Family(
     layers=("transformer.h",),
     attention=("self_attention",),
@@ -55,13 +52,11 @@ GPT2 = Family(
     layers=("transformer.h",),
     attention=("attn",),
     attention_output=("attn.c_proj",),
-    mlp_norm=("ln_2",),
     mlp_output=("mlp.c_proj",),
     lora=("mlp.c_fc", "mlp.c_proj"),
 )
 GPTJ = replace(
     GPT2,
-    mlp_norm=(),  # parallel
     attention_output=("attn.out_proj",),
     mlp_output=("mlp.fc_out",),
     lora=("fc_in", "fc_out"),
@@ -72,7 +67,6 @@ LINEAR = replace(LLAMA, attention_output=("self_attn.o_proj", "linear_attn.out_p
 JAMBA = Family(
     attention_output=("self_attn.o_proj", "mamba.out_proj"),
     mlp=("feed_forward",),
-    mlp_norm=("pre_ff_layernorm",),
     mlp_output=("feed_forward.down_proj",),
 )
 # The mixer is a layer's only sublayer, and solved as an MLP is.
@@ -81,7 +75,6 @@ MAMBA = Family(
     attention=(),
     attention_output=(),
     mlp=(),
-    mlp_norm=(),
     mlp_output=("mixer.out_proj",),
     lora=(),
 )
@@ -89,20 +82,18 @@ MAMBA = Family(
 LFM2 = Family(
     attention_output=("self_attn.out_proj", "conv.out_proj"),
     mlp=("feed_forward",),
-    mlp_norm=("ffn_norm",),
     mlp_output=("feed_forward.w2",),
     lora=("w1", "w2", "w3"),
 )
 
 # By model_type. Of several names that a layer of an unknown family has, the first in this order
-# is taken: "pre_feedforward_layernorm" must stand before "post_attention_layernorm".
+# is taken.
 FAMILIES: dict[str, Family] = {
     "meta": Family(
         layers=("layers",),
         attention=("attention",),
         attention_output=("attention.wo",),
         mlp=("feed_forward",),
-        mlp_norm=("ffn_norm",),
         mlp_output=("feed_forward.w2",),
         lora=(),  # trained as a model of transformers only
     ),
@@ -116,7 +107,6 @@ FAMILIES: dict[str, Family] = {
         attention=("temporal_block",),
         attention_output=("temporal_block.o_proj", "temporal_block.linear_out"),
         mlp=("mlp_block",),
-        mlp_norm=("channel_pre_norm",),
         mlp_output=("mlp_block.down_proj",),
         needs_bos=True,
     ),
@@ -135,7 +125,6 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": replace(
         JAMBA,
         mlp=("shared_mlp",),  # beside experts, or alone
-        mlp_norm=("post_attention_layernorm",),
         mlp_output=("shared_mlp.output_linear",),
         lora=("input_linear", "output_linear"),
     ),
@@ -158,10 +147,9 @@ FAMILIES: dict[str, Family] = {
     "olmo2": POST_NORM,  # norms after both sublayers only
     "phi3": Family(lora=("gate_up_proj", "down_proj")),
     "starcoder2": Family(mlp_output=("mlp.c_proj",), lora=("mlp.c_fc", "mlp.c_proj")),
-    "cohere": PARALLEL,
-    "cohere2": PARALLEL,
+    "cohere": LLAMA,
+    "cohere2": LLAMA,
     "phi": Family(
-        mlp_norm=(),
         attention_output=("self_attn.dense",),
         mlp_output=("mlp.fc2",),
         lora=("fc1", "fc2"),
@@ -170,7 +158,6 @@ FAMILIES: dict[str, Family] = {
         layers=("model.decoder.layers",),
         attention_output=("self_attn.out_proj",),
         mlp=(),  # two maps of the layer itself
-        mlp_norm=(),
         mlp_output=("fc2",),
         lora=("fc1", "fc2"),
     ),
@@ -195,7 +182,7 @@ FAMILIES: dict[str, Family] = {
         attention=("attention",),
         attention_output=("attention.dense",),
     ),
-    "falcon": replace(BLOOM, mlp_norm=()),  # parallel
+    "falcon": BLOOM,
     "bloom": BLOOM,
     "mpt": replace(
         BLOOM,
@@ -203,7 +190,6 @@ FAMILIES: dict[str, Family] = {
         attention=("attn",),
         attention_output=("attn.out_proj",),
         mlp=("ffn",),
-        mlp_norm=("norm_2",),
         mlp_output=("ffn.down_proj",),
         lora=("up_proj", "down_proj"),
     ),
@@ -212,7 +198,6 @@ FAMILIES: dict[str, Family] = {
         attention=("attention",),
         attention_output=("attention.output",),
         mlp=("feed_forward",),  # a gate ends it, and no map
-        mlp_norm=("ln2",),
         mlp_output=(),
         lora=(),
     ),
@@ -221,7 +206,6 @@ FAMILIES: dict[str, Family] = {
         attention=("mlstm_layer",),
         attention_output=("mlstm_layer.out_proj",),
         mlp=("ffn",),
-        mlp_norm=("norm_ffn",),
         mlp_output=("ffn.proj_down",),
         lora=("proj_up_gate", "proj_up", "proj_down"),
     ),

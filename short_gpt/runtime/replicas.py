@@ -14,11 +14,11 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as groups
 from torch import Tensor
 
 from llama.parallel import choose_device, initialize, is_distributed
@@ -64,15 +64,18 @@ class Replicas:
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum of all replicas' tensors on the CPU. All ranks must call it."""
-        return values if self.count == 1 else _sum(values.contiguous())
+        if self.count == 1:
+            return values
+        total = values.contiguous().to(_device(), copy=True)
+        dist.all_reduce(total, group=groups.get_data_parallel_group())
+        if groups.get_model_parallel_world_size() > 1:  # all ranks of a model act on the same bits
+            source = groups.get_model_parallel_src_rank()
+            dist.broadcast(total, source, group=groups.get_model_parallel_group())
+        return total.cpu()
 
     def gather(self, value: T) -> list[T]:
         """The value of each replica, in order. All ranks must call it."""
-        if self.count == 1:
-            return [value]
-        from fairscale.nn.model_parallel import initialize as groups
-
-        return _gather(value, groups.get_data_parallel_group())
+        return [value] if self.count == 1 else _gather(value, groups.get_data_parallel_group())
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank of any replica. All ranks must call it."""
@@ -88,8 +91,6 @@ def current(device: torch.device | None = None) -> Replicas:
 
     Where nothing has made groups of ranks yet, each becomes a replica; ``device`` computes.
     """
-    from fairscale.nn.model_parallel import initialize as groups
-
     if is_distributed() and not dist.is_initialized():
         initialize(1, device=device or choose_device())
     if not _several() or not groups.model_parallel_is_initialized():
@@ -99,8 +100,6 @@ def current(device: torch.device | None = None) -> Replicas:
 
 def of_model(value: T) -> list[T]:
     """The value of each rank that shares this one's model, in order. All must call it."""
-    from fairscale.nn.model_parallel import initialize as groups
-
     if not _several() or not groups.model_parallel_is_initialized():
         return [value]
     return _gather(value, groups.get_model_parallel_group())
@@ -108,8 +107,6 @@ def of_model(value: T) -> list[T]:
 
 def require_whole_model(what: str) -> None:
     """Raises ShortGPTError unless each of several ranks is known to hold a whole model."""
-    from fairscale.nn.model_parallel import initialize as groups
-
     ranks = 1
     if _several():  # where only torch's group was made, all may share the model
         made = groups.model_parallel_is_initialized()
@@ -137,27 +134,18 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_card else torch.device("cpu")
 
 
-def _sum(values: Tensor) -> Tensor:
-    from fairscale.nn.model_parallel import initialize as groups
-
-    total = values.to(_device(), copy=True)
-    dist.all_reduce(total, group=groups.get_data_parallel_group())
-    if groups.get_model_parallel_world_size() > 1:  # all ranks of a model act on the same bits
-        source = groups.get_model_parallel_src_rank()
-        dist.broadcast(total, source, group=groups.get_model_parallel_group())
-    return total.cpu()
-
-
 def end_all(error: BaseException, *, line: str | None, code: int) -> NoReturn:
     """Ends this process, whatever its peers are waiting for; the launcher then ends them.
 
-    Only the first rank that fails prints why, as ``line`` or with the traceback.
+    It prints why, as ``line`` or with the traceback. All ranks may fail alike, or because one was
+    lost: only the first rank with an error of its own prints at once, and before another one does,
+    the launcher has ended it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not _first():
-        time.sleep(2)  # a launcher that saw us end first could silence the one that prints
-    elif line is None and not lost(error):
+    if os.environ["RANK"] != "0" or lost(error):
+        time.sleep(2)
+    if line is None and not lost(error):
         traceback.print_exception(error)
     else:
         reason = str(error).split("\n")[0]
@@ -172,16 +160,3 @@ def lost(error: BaseException) -> bool:
     """Whether communication with the other ranks failed."""
     kinds = (dist.DistBackendError, dist.DistStoreError, dist.DistNetworkError)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _first() -> bool:
-    """Whether no other rank has asked this before; True where they have no common store."""
-    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not launched and not dist.is_initialized():
-        return True
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"short_gpt/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    except RuntimeError:
-        return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,6 @@ PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "nump
 COMPUTING = ("short-gpt", "torch", "transformers")  # of these, that compute what a state holds
 # entries of a run's identity that it has only where they are others
 USUAL = {"precision": "float32", "kept step": None}
-START = b'{\n "run"'  # of a state
 
 
 def versions() -> dict[str, str]:
@@ -105,20 +103,9 @@ def is_record(path: Path) -> bool:
     return "versions" in content and "machine" in content
 
 
-def is_state(path: Path) -> bool:
-    """Whether a state was written here: a truncated one begins with `START` or zeros."""
-    with path.open("rb") as file:
-        start = file.read(len(START))
-    return START.startswith(start) or start.startswith(b"\0")
-
-
 def read_record(path: str | os.PathLike[str]) -> JsonObject:
     """What `write_record` wrote."""
-    source = Path(str(path))
-    if not source.is_file():
-        why = "is not a file" if source.exists() else "does not exist"
-        raise FileNotFoundError(f"{source} {why}")
-    return read_json(source)
+    return read_json(Path(str(path)))
 
 
 class Lock:
@@ -133,9 +120,9 @@ class Lock:
         target = path.resolve()
         file = target.with_name(f".{target.name}.lock")
         created = missing(file.parent)
-        handle = _locked(path, file) if is_first_rank() else None
-        if handle is not None:
-            finalize(self, _release, handle, file, self.process, created)
+        with suppress(OSError):  # where there are no locks
+            if is_first_rank():
+                finalize(self, _release, _locked(path, file), file, self.process, created)
 
     def __enter__(self) -> Lock:
         return self  # the with statement keeps the object to its end
@@ -144,7 +131,6 @@ class Lock:
 
 
 _HELD: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
-_ASKING = threading.Lock()  # two threads of a process share its locks
 
 
 def hold(path: str | os.PathLike[str]) -> Lock:
@@ -153,17 +139,16 @@ def hold(path: str | os.PathLike[str]) -> Lock:
     A process that holds a folder does not keep out another one that holds a folder inside it.
     """
     target = Path(path).resolve()
-    with _ASKING:
-        for around in (target, *target.parents):
-            lock = _HELD.get(around)
-            if lock is not None and lock.process == os.getpid():  # else a fork's copy
-                return lock
-        lock = _HELD[target] = Lock(Path(path))
+    for around in (target, *target.parents):
+        lock = _HELD.get(around)
+        if lock is not None and lock.process == os.getpid():  # else a fork's copy
+            return lock
+    lock = _HELD[target] = Lock(Path(path))
     return lock
 
 
-def _locked(path: Path, file: Path) -> int | None:
-    """The open and locked file; None where there are no locks."""
+def _locked(path: Path, file: Path) -> int:
+    """The open and locked file; OSError where there are no locks."""
     for _ in range(100):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -174,9 +159,7 @@ def _locked(path: Path, file: Path) -> int | None:
             ) from None
         except FileNotFoundError:
             continue  # its last holder has just removed it
-        except OSError:
-            break
-    return None
+    raise OSError("no lock can be written here")
 
 
 def _release(handle: int, file: Path, process: int, created: Sequence[Path]) -> None:
@@ -276,16 +259,11 @@ class StateFile:
         return content
 
     def _warn_of_versions(self, content: JsonObject) -> None:
-        current = versions()
-        saved = content.get("versions", current)
-        names = [name for name in COMPUTING if saved.get(name) != current.get(name)]
-        if names:
-            began = ", ".join(
-                f"{name} {saved.get(name)}, now {current.get(name)}" for name in names
-            )
+        saved, current = content["versions"], versions()
+        if others := {k: v for k, v in saved.items() if k in COMPUTING and current.get(k) != v}:
             warnings.warn(
-                f"{self.path} was begun with {began}: what continues may differ from it; delete "
-                f"{self._folder} to start again",
+                f"{self.path} was begun with other versions, {others}: what continues may differ "
+                f"from it; delete {self._folder} to start again",
                 stacklevel=5,
             )
 

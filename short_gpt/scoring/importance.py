@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,6 @@ from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
 from short_gpt.scoring.moments import Texts
 from short_gpt.scoring.order import best_block, lowest
-
-Nested = float | None | list["Nested"]  # numbers in lists in lists
 
 
 @dataclass(repr=False)
@@ -52,7 +51,6 @@ class Importance(Table):
     angle_products: Tensor
     angle_cubes: Tensor  # the same with the square of the first distance
     metrics: Tensor  # sums of `hooks.Scores` over all windows, (M, L); NaN where not scored so
-    sublayers: Tensor  # the same, (2, L)
     token_angles: Tensor  # the same, (L + 1, L + 1)
     # of each text by its number, the sums S of its windows; None if the texts are not known
     texts: Texts | None = field(default_factory=dict, kw_only=True)
@@ -64,8 +62,7 @@ class Importance(Table):
         shapes: dict[str, tuple[int, ...]] = {"windows": (2,), "tokens": (2,), "influence": (2, n)}
         shapes |= {"products": (n + 1, n + 1), "cubes": (2, n + 1, n + 1), "angles": (n + 1, n + 1)}
         shapes |= {"angle_products": (n, n, n), "angle_cubes": (n, n, n)}
-        shapes |= {"metrics": (len(LAYER_METRICS), n), "sublayers": (2, n)}
-        shapes |= {"token_angles": (n + 1, n + 1)}
+        shapes |= {"metrics": (len(LAYER_METRICS), n), "token_angles": (n + 1, n + 1)}
         zeros: dict[str, Any] = {k: torch.zeros(v, dtype=torch.float64) for k, v in shapes.items()}
         return cls(list(layers), **zeros)
 
@@ -91,7 +88,7 @@ class Importance(Table):
             "angle_products": self.angle_products + products,
             "angle_cubes": self.angle_cubes + cubes,
         }
-        for name in ("metrics", "sublayers", "token_angles"):
+        for name in ("metrics", "token_angles"):
             changed[name] = getattr(self, name) + new[name].sum(0)
         # in one step, which no interruption divides
         vars(self).update(changed)
@@ -242,11 +239,6 @@ class Importance(Table):
         """Mean over tokens of ||f(x)|| / ||x + f(x)||, (L,) (Samragh et al. 2023)."""
         return self.mean("magnitude")
 
-    @property
-    def sublayer_influence(self) -> Tensor:
-        """Block Influence of each layer's attention and MLP, (2, L); NaN where not scored."""
-        return self.sublayers / self.tokens.sum()
-
     def least_important(self, n: int, *, angular: bool = False) -> list[int]:
         """Original numbers of the n layers to remove: least important first, or the best block.
 
@@ -274,26 +266,28 @@ class Importance(Table):
         return f"Importance({about}; lowest Block Influence first: {few}, ...)"
 
     def to_dict(self) -> dict[str, object]:
-        sums = {name: to_lists(value) for name, value in self._named().items()}
-        return {"layers": self.layers, **sums, "texts": texts_to_json(self.texts)}
-
-    def _named(self) -> dict[str, Tensor]:
-        """The sums by the names that they have in files, each metric by its own."""
-        sums = {name: getattr(self, name) for name in SUMS if name != "metrics"}
-        return sums | dict(zip(LAYER_METRICS, self.metrics, strict=True))
+        """The sums as lists of numbers, every digit kept; None for NaN, and for unknown texts."""
+        sums = {name: to_lists(getattr(self, name)) for name in SUMS if name != "metrics"}
+        # in a file, each metric has its own name
+        metrics = dict(zip(LAYER_METRICS, map(to_lists, self.metrics), strict=True))
+        texts: dict[str, object] | None = None
+        if self.texts is not None:
+            own = [to_lists(values) for values in self.texts.values()]
+            texts = {"numbers": list(self.texts), "sums": own}
+        return {"layers": self.layers, **sums, **metrics, "texts": texts}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Importance:
         """What `to_dict` wrote; ShortGPTError if it did not. A metric that is missing is NaN."""
         try:
-            empty = cls.empty(content["layers"])
-            sums = {name: zero * math.nan for name, zero in empty._named().items()}
-            for name in sums:
-                if name in content or name not in LAYER_METRICS:
-                    sums[name] = from_lists(content[name])
-            metrics = torch.stack([sums.pop(name) for name in LAYER_METRICS])  # (M, L)
-            texts = texts_from_json(content["texts"])
-            return cls(empty.layers, **sums, metrics=metrics, texts=texts)
+            layers, texts = list(content["layers"]), content["texts"]
+            sums = {name: from_lists(content[name]) for name in SUMS if name != "metrics"}
+            unknown = [math.nan] * len(layers)
+            metrics = [from_lists(content.get(name, unknown)) for name in LAYER_METRICS]
+            if texts is not None:
+                own = map(from_lists, texts["sums"])
+                texts = dict(zip(texts["numbers"], own, strict=True))
+            return cls(layers, **sums, metrics=torch.stack(metrics), texts=texts)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ShortGPTError("these are not saved scores: score again") from error
 
@@ -311,40 +305,13 @@ def difference_margins(importance: Importance, confidence: float = 0.95) -> Tens
     return t_quantile((1 + confidence) / 2, importance.degrees) * spread
 
 
-# In files: sums as lists of numbers. JSON has no NaN, and so None stands for it.
-
-
-def to_lists(values: Tensor) -> Nested:
-    """A tensor as lists, every digit kept; None for NaN."""
-
-    def without_nan(part: Nested) -> Nested:
-        if isinstance(part, list):
-            return [without_nan(each) for each in part]
-        return None if part is None or math.isnan(part) else part
-
-    return without_nan(values.tolist())
+def to_lists(values: Tensor) -> list[Any]:
+    """A tensor as lists, every digit kept; None for NaN, which JSON does not have."""
+    numbers = values.numpy().astype(object)
+    numbers[values.isnan().numpy()] = None
+    return numbers.tolist()
 
 
 def from_lists(content: object) -> Tensor:
     """The tensor in float64 that `to_lists` wrote."""
-
-    def with_nan(part: object) -> object:
-        if isinstance(part, list):
-            return [with_nan(each) for each in part]
-        return math.nan if part is None else part
-
-    return torch.tensor(with_nan(content), dtype=torch.float64)
-
-
-def texts_to_json(texts: Texts | None) -> dict[str, object] | None:
-    """Numbers and sums of texts, every digit kept; None where the texts are not known."""
-    if texts is None:
-        return None
-    return {"numbers": list(texts), "sums": [to_lists(sums) for sums in texts.values()]}
-
-
-def texts_from_json(content: Mapping[str, Any] | None) -> Texts | None:
-    """What `texts_to_json` wrote; None where the texts are not known."""
-    if content is None:
-        return None
-    return dict(zip(content["numbers"], map(from_lists, content["sums"]), strict=True))
+    return torch.from_numpy(np.array(content, dtype=np.float64))

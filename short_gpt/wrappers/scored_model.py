@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -97,7 +97,6 @@ class ScoredModel(ModelRecord, ABC):
         stop: Stop | None = None,
         state: RunState | None = None,
         random_order: bool = False,
-        sublayers: bool = False,
         all_tokens: bool = False,
         follow: Follow | None = None,
     ) -> Importance:
@@ -110,7 +109,6 @@ class ScoredModel(ModelRecord, ABC):
                 (`data.windows` with a seed, or ``random_order``) and no scores so far.
             state: Saves the run and continues it; the scores so far are then those saved.
             random_order: Other windows stand in random order, which nothing can check.
-            sublayers: Also score attention and MLP; as in the scores so far.
             all_tokens: Also take angles at all tokens; keeps the states of all layers. As in the
                 scores so far.
             follow: Called with the sums, and the number of all windows, as the sums grow.
@@ -126,8 +124,10 @@ class ScoredModel(ModelRecord, ABC):
         if stop is not None:
             check_count(stop.n, len(self.kept))
             check_sample(random_order or population is not None, sums.n_windows * (state is None))
-        kinds: Any = {"sublayers": sublayers, "all_tokens": all_tokens}
-        self._check_kinds(sums, kinds, state)
+        scored = not sums.token_angles.isnan().all()
+        if sums.n_windows and scored != all_tokens:  # a sum with and without them is NaN
+            origin = "the scores so far" if state is None else f"the scores in {state.file.path}"
+            raise refused("all_tokens", all_tokens, f"{scored}, as in {origin}, or new scores")
         if state is not None:  # refused before anything is replaced
             windows = state.unread(windows, sums.n_windows)
         run = ScoringRun(
@@ -137,7 +137,7 @@ class ScoredModel(ModelRecord, ABC):
             population=population,
             stop=stop,
             state=state,
-            score_batch=partial(self.score_batch, **kinds),
+            score_batch=partial(self.score_batch, all_tokens=all_tokens),
             follow=follow,
         )
         try:
@@ -155,23 +155,6 @@ class ScoredModel(ModelRecord, ABC):
             return state.sums(self.kept)
         restart = self._stale or self._scored_changes != self.changes
         return Importance.empty(self.kept) if restart else self.importance
-
-    def _check_kinds(
-        self, sums: Importance, kinds: Mapping[str, bool], state: RunState | None
-    ) -> None:
-        """Raises ShortGPTError for sums with other kinds: a sum with and without one is NaN."""
-        origin = "the scores so far" if state is None else f"the scores in {state.file.path}"
-        for kind, scores in (("sublayers", sums.sublayers), ("all_tokens", sums.token_angles)):
-            scored = not scores.isnan().all()
-            if not sums.n_windows or scored == kinds[kind]:
-                continue
-            # sublayers may be missing because the model has none to score
-            if kind != "sublayers" or scored or self._has_sublayers():
-                raise refused(kind, kinds[kind], f"{scored}, as in {origin}, or new scores")
-
-    def _has_sublayers(self) -> bool:
-        window = [i % self.decoder.vocab_size for i in range(8)]
-        return not self.score_batch([window], sublayers=True).sublayers.isnan().all()
 
     def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
         """How many windows a run hands to `score` at once."""
@@ -294,12 +277,9 @@ class ScoredModel(ModelRecord, ABC):
         """The dtype and the device of the layers."""
         return next(self.decoder.layers.parameters()).dtype, self.decoder.device
 
-    def score_batch(
-        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
-    ) -> Scores:
+    def score_batch(self, windows: Sequence[Sequence[int]], *, all_tokens: bool = False) -> Scores:
         """Scores of single windows from one pass, without adding them; see `hooks.score_batch`."""
-        kinds: Any = {"sublayers": sublayers, "all_tokens": all_tokens}
-        return score_batch(self.decoder, windows, layers=self.kept, **kinds)
+        return score_batch(self.decoder, windows, layers=self.kept, all_tokens=all_tokens)
 
     @property
     def standard_errors(self) -> Tensor:

@@ -85,7 +85,6 @@ class StreamedDecoder(MetaDecoder):
         windows: Sequence[Sequence[int]],
         *,
         layers: Sequence[int],
-        sublayers: bool = False,
         all_tokens: bool = False,
     ) -> Scores:
         """Scores the windows of one round; see `hooks.score_batch`."""
@@ -95,7 +94,7 @@ class StreamedDecoder(MetaDecoder):
                 "without stream"
             )
         scores = []
-        for batch in self._pass("scoring", windows, watched=True, sublayers=sublayers):
+        for batch in self._pass("scoring", windows, watched=True):
             assert batch.seen is not None
             scores.append(batch.seen.scores())
             scores[-1].check_finite(layers)
@@ -119,9 +118,9 @@ class StreamedDecoder(MetaDecoder):
             yield from (row[:real] for row, real in zip(logits, batch.mask.sum(1), strict=True))
             del logits  # before the next ones, which take as much
 
-    def _pass(self, name: str, windows: Sequence[Sequence[int]], **scored: bool) -> list[Batch]:
+    def _pass(self, name: str, windows: Sequence[Sequence[int]], **how: bool) -> list[Batch]:
         parts = [pad(part, self) for part in batches(windows, self.batch_size)]
-        group = [Batch(ids, mask, **scored) for ids, mask in parts]
+        group = [Batch(ids, mask, **how) for ids, mask in parts]
         tokens, steps = 0, len(windows) * len(self.layers)
 
         def step(batch: Batch) -> None:
@@ -323,11 +322,8 @@ class StreamedLlama(ScoredModel):
         for part in batches(windows, self.plan(batch_size, logits=True).windows):
             yield from self.decoder.window_logits(part)
 
-    def score_batch(
-        self, windows: Sequence[Sequence[int]], *, sublayers: bool = False, all_tokens: bool = False
-    ) -> Scores:
-        kinds = {"sublayers": sublayers, "all_tokens": all_tokens}
-        return self.decoder.score_batch(windows, layers=self.kept, **kinds)
+    def score_batch(self, windows: Sequence[Sequence[int]], *, all_tokens: bool = False) -> Scores:
+        return self.decoder.score_batch(windows, layers=self.kept, all_tokens=all_tokens)
 
     def plan_text(self, batch_size: int = 1) -> str:
         return self.plan(batch_size).describe()

@@ -28,7 +28,6 @@ from llama.formats.safetensors import DTYPES
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
 from short_gpt.models.decoder import is_finite
-from short_gpt.models.families import META
 from short_gpt.runtime.digest import check_unchanged, stamps
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.memory import Plan, block_rows, plan, resident
@@ -114,11 +113,8 @@ class HFSource(HFCheckpoint):
 class Batch:
     """Windows on their way through the layers; ``mask`` (B, S) is True for real tokens."""
 
-    def __init__(
-        self, tokens: Tensor, mask: Tensor, *, watched: bool = False, sublayers: bool = False
-    ) -> None:
+    def __init__(self, tokens: Tensor, mask: Tensor, *, watched: bool = False) -> None:
         self.tokens, self.mask = tokens.cpu(), mask.cpu()  # (B, S) each
-        self.sublayers = sublayers
         self.seen = LayerHooks(mask) if watched else None  # the scores of the layers so far
         self.state = torch.empty(0)  # entering the next layer, (B, S, D) in the machine's memory
 
@@ -131,20 +127,14 @@ class Batch:
         """Runs the layer; returns the sum of all hidden states leaving it."""
         pinned = self.state.is_pinned()
         state = self.state.to(freqs_cis.device, non_blocking=pinned)
-        hooks = self.seen.on_sublayers(layer, META) if self.seen and self.sublayers else []
-        try:
-            result = layer(state, None, freqs_cis[: state.shape[1]], None)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        result = layer(state, None, freqs_cis[: state.shape[1]], None)
         if self.seen is not None:
             self.seen.after(layer, (state,), {}, result)
+            self.seen.reduce()  # of many batches, the products of all layers would take too much
         if state is self.state:
             self.state = result
         else:  # another device computes, and keeps nothing
             self.state.copy_(result, non_blocking=pinned)
-            if self.seen is not None:
-                self.seen.forget_state()
         return result.sum(dtype=torch.promote_types(result.dtype, torch.float32))
 
 

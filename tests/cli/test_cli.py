@@ -367,7 +367,7 @@ MISTAKES = [
     ("prune ckpt x --layers ,", "as in --layers 21,22,23, got ','"),
     (f"prune ckpt x --layers {'1' * 5000}", "as in --layers 21,22,23, got '1111"),
     ("prune ckpt x --layers 1 --method bi", "chooses from --scores"),
-    ("prune ckpt x --scores no.json --n 1", "no.json does not exist"),
+    ("prune ckpt x --scores no.json --n 1", "has no no.json"),
     ("prune ckpt x --scores book.txt --n 1", "book.txt is damaged (it is not JSON"),
     ("prune ckpt x --layers 1 --tokenizer_path no", "no does not exist"),
     (f"rank ckpt {READ} --n 5", "expected 1 to 4"),

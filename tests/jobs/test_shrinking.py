@@ -239,7 +239,7 @@ def test_a_folder_that_is_not_from_a_run_is_refused_and_kept(here, name):
     assert Path("out.shrinking", name).read_text() == "mine" and not Path("out").exists()
 
 
-@pytest.mark.parametrize("name", ["mine", "state.json.bak", "written/mine"])
+@pytest.mark.parametrize("name", ["mine", "written/mine"])
 def test_a_file_that_somebody_puts_beside_those_of_a_run_stays(here, monkeypatch, name):
     place = shrinking._move_into_place
 

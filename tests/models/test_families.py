@@ -18,7 +18,7 @@ from short_gpt.models.families import (
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_calls import attention_output, mlp_output
 
-FIELDS = ("attention", "mlp", "mlp_norm", "attention_output", "mlp_output")
+FIELDS = ("attention", "mlp", "attention_output", "mlp_output")
 # what a row names for other members of the family: layers without experts
 ELSEWHERE = {("qwen3_next", "mlp_output")}
 
@@ -52,14 +52,6 @@ def test_a_family_without_a_row_is_recognised_by_the_same_names(kind):
         for field in ("mlp_output", "attention_output"):
             names = getattr(FAMILIES[KINDS[kind][0].replace("gemma3", "gemma3_text")], field)
             assert only_part(layer, getattr(ANY, field)) is only_part(layer, names)
-        norm = FAMILIES[KINDS[kind][0]].mlp_norm
-        assert not norm or part(layer, ANY.mlp_norm) is part(layer, norm)
-
-
-def test_of_parallel_names_the_norm_in_front_of_the_mlp_is_taken():
-    """Gemma 2 has a post_attention_layernorm too, behind the attention."""
-    layer = HFDecoder(make("gemma2")).layers[0]
-    assert part(layer, ANY.mlp_norm) is layer.pre_feedforward_layernorm
 
 
 def test_a_map_named_twice_ends_nothing():

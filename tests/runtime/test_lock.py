@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import children
 import pytest
@@ -188,9 +187,3 @@ def test_a_folder_that_was_made_for_a_lock_goes_with_it_unless_it_is_used(tmp_pa
     lock = hold(tmp_path / "empty/state")
     del lock
     assert (tmp_path / "empty").is_dir()
-
-
-def test_threads_of_one_process_share_its_lock(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        locks = list(pool.map(lambda _: hold(tmp_path / "state"), range(64)))
-    assert len({id(lock) for lock in locks}) == 1

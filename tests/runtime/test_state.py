@@ -82,7 +82,10 @@ def test_a_state_of_other_versions_continues(tmp_path):
     path.write_text(json.dumps({**content, "versions": others}))
     assert StateFile(path, IDENTITY).content["sums"] == [1.5]
     path.write_text(json.dumps({**content, "versions": {**others, "torch": "1.0"}}))
-    with pytest.warns(UserWarning, match="begun with torch 1.0, now .*; delete .*state to start"):
+    with pytest.warns(
+        UserWarning,
+        match="with other versions, {.torch.: .1.0.}: .*; delete .*state",
+    ):
         state = StateFile(path, IDENTITY)
     assert state.content["sums"] == [1.5]
 

@@ -16,9 +16,8 @@ import torch
 from conftest import CharTokenizer, make_transformer, random_windows, save_checkpoint
 from conftest import write_byte_tokenizer as write_tokenizer
 from processes import alone
-from transformers import FalconConfig, FalconForCausalLM
 
-from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
+from short_gpt import ShortGPTError, ShortLlama
 from short_gpt.cli.app import main
 from short_gpt.runtime.state import StateFile, read_record
 from short_gpt.scoring.run import RunState
@@ -99,33 +98,21 @@ def test_an_interruption_saves_even_between_two_saves(tmp_path, monkeypatch):
     assert again.to_dict() == run(tmp_path / "state", 20) == run(None, 20)
 
 
-@pytest.mark.parametrize("kind", ["all_tokens", "sublayers"])
-def test_scores_of_other_kinds_are_not_spoilt(tmp_path, monkeypatch, kind):
-    windows, asked = random_windows(2, 12), {kind: True}
+def test_scores_of_another_kind_are_not_spoilt(tmp_path, monkeypatch):
+    windows, asked = random_windows(2, 12), {"all_tokens": True}
     for number, (first, then) in enumerate((({}, asked), (asked, {}))):
         short = ShortLlama(Tiny())
         path = tmp_path / f"{number}"
         short.measure(windows, progress=False, state=RunState(StateFile(path, IDENTITY)), **first)
         before = short.importance.to_dict()
         monkeypatch.setattr(short, "windows_at_once", lambda *_: pytest.fail("it would read"))
-        told = f"{kind} = {bool(then)}: expected {bool(first)}, as in the scores"
+        told = f"all_tokens = {bool(then)}: expected {bool(first)}, as in the scores"
         with pytest.raises(ShortGPTError, match=f"{told} so far"):
             short.measure(windows, progress=False, **then)
         with pytest.raises(ShortGPTError, match=f"{told} in {path}"):
             state = RunState(StateFile(path, IDENTITY))
             short.measure(windows, progress=False, state=state, **then)
         assert short.importance.to_dict() == before
-
-
-def test_scores_that_a_model_cannot_have_stop_no_run():
-    config = FalconConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, vocab_size=96, pad_token_id=0
-    )
-    short = ShortHFModel(FalconForCausalLM(config), None)
-    for count in (2, 4):
-        short.measure(random_windows(2, 12), progress=False, sublayers=True)
-        assert short.importance.n_windows == count
-    assert short.importance.sublayer_influence.isnan().all()
 
 
 def test_every_replica_continues_what_the_first_one_saved(tmp_path):

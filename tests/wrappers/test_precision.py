@@ -136,13 +136,11 @@ def test_the_arithmetic_of_the_hooks_is_that_of_float64_on_the_same_states(here)
     for layer in short.decoder.layers:
         layer.register_forward_hook(lambda _, args, out: pairs.append((args[0], out)))
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    with hooked(short.decoder.layers, mask, sublayers_of=short.decoder.family) as hooks:
+    with hooked(short.decoder.layers, mask) as hooks:
         short.decoder.run(tokens)
     scores = hooks.scores()
     exact = torch.stack([block_influence(x.double(), y.double()).sum(1) for x, y in pairs], dim=1)
     assert torch.allclose(scores.influence.double(), exact, rtol=1e-5)
-    # what attention and MLP add in bfloat16 is summed in float32, and so the proof holds
-    assert scores.sublayers.isfinite().all()
 
 
 def test_searches_by_loss_try_in_mixed(here):

@@ -349,12 +349,7 @@ def test_layers_are_removed_tried_and_saved_without_being_read(streamed, tmp_pat
     assert ShortLlama.from_checkpoint(tmp_path / "cut", max_seq_len=20, device="cpu").n_layers == 3
 
 
-def test_halves_of_layers_are_scored_and_all_angles_refused(streamed, tmp_path):
-    memory = meta(tmp_path / "again")
-    for short in (streamed, memory):
-        short.measure(WINDOWS, progress=False, sublayers=True)
-    found, expected = (s.importance.sublayer_influence for s in (streamed, memory))
-    assert found.isfinite().all() and torch.allclose(found, expected, rtol=1e-13)
+def test_angles_at_all_tokens_are_refused(streamed):
     with pytest.raises(ValueError, match="all tokens need the states of all layers"):
         streamed.score_batch(WINDOWS, all_tokens=True)
 
