@@ -24,7 +24,8 @@ from llama.formats.hf import hf_to_meta, meta_to_hf
 from llama.generation import load_model
 from llama.parallel import initialize
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
-from short_gpt.checkpoints import prune_hf
+from short_gpt.checkpoints import meta as meta_format
+from short_gpt.checkpoints import prune_hf, prune_meta
 from short_gpt.cli import app
 from short_gpt.data.windows import Window, batches
 from short_gpt.jobs import reproduction as protocol
@@ -252,13 +253,15 @@ def streaming(folder: str, max_memory: str, windows: list[list[int]]) -> None:
 
 
 def conversions(small: Path, large: Path, drop: list[int]) -> None:
-    """Prints by how much pruning and two conversions of a model raise the peak of memory."""
-    hf_format.check_vocabulary = lambda *_, **__: None  # the large one has few words
+    """Prints by how much two prunings and two conversions of a model raise the peak of memory."""
+    for module in (hf_format, meta_format):  # the large one has few words
+        module.check_vocabulary = lambda *_, **__: None
     for folder in (small, large):  # the small one has all the code loaded that there is to load
         base, peaks = peak(), []
         for work, source, out, given in (
             (prune_hf, "hf", "cut", [drop]),
             (hf_to_meta, "hf", "meta", []),
+            (prune_meta, "meta", "meta-cut", [drop]),
             (meta_to_hf, "meta", "back", []),
         ):
             work(folder / source, folder / out, *given)

@@ -40,8 +40,8 @@ from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.progress import check_alone, is_first_rank
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.run import Following, RunState
-from short_gpt.scoring.stopping import Stop, Verdict
+from short_gpt.scoring.run import RunState
+from short_gpt.scoring.stopping import Verdict
 from short_gpt.selection.methods import AUTO, SEARCHED, choose
 from short_gpt.selection.search import Search, most_layers_run
 from short_gpt.wrappers.opening import as_short, check_tokenizer, open_model
@@ -264,7 +264,7 @@ def _measure(
 ) -> Ranking:
     answer = result.answer
     state = None if result.state is None else RunState(result.state)
-    rule, total, follow = answer.rule(cut.seed), known_total(windows, cut.max_windows), None
+    rule, total = answer.rule(cut.seed), known_total(windows, cut.max_windows)
     if (plan := short.plan_text(size)) is not None:
         notify(plan)
     if detailed:
@@ -272,8 +272,6 @@ def _measure(
         window = [0] * min(cut.size or SIZE, short.decoder.max_seq_len)  # its tokens do not matter
         counts["read"] = 0 if state is None else state.sums(short.kept).n_windows
         notify(forecast(short, window, batch_size=size, rule=rule, **counts))
-        followed = rule or Stop(answer.n or 1, answer.method == "angular")
-        follow = Following(notify, followed, stops=rule is not None)
     importance = short.measure(
         windows,
         batch_size=size,
@@ -282,7 +280,6 @@ def _measure(
         state=state,
         random_order=cut.seed is not None,
         all_tokens=answer.method == "angular_all",
-        follow=follow,
     )
     return replace(result, importance=importance, verdict=short.verdict)
 

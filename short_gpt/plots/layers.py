@@ -80,17 +80,9 @@ def importance_bars(
     parts[0].set_xticks(ticks, [f"{numbers[position]}" for position in ticks])
     parts[0].tick_params(axis="x", labelsize=8)
     figure.supylabel("Block Influence, 1 - cos", fontsize="medium")
-    handles, labels = parts[0].get_legend_handles_labels()
-    if "removed" not in labels:  # all bars are alike
-        handles, labels = [], []
-    if errors is not None and bool((errors > 0).any()):
-        from matplotlib.lines import Line2D
-
-        mark: dict[str, Any] = {"marker": "|", "markersize": 11, "linestyle": "none"}
-        handles.append(Line2D([], [], color="black", **mark))
-        labels.append("margin, 95%")
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    entries = parts[0].get_legend_handles_labels()
+    if entries[1]:
+        figure.legend(*entries, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle("Block Influence: how far each layer turns the hidden states")
     return figure
 
@@ -125,17 +117,14 @@ def _break(upper: Axes, lower: Axes, break_at: float, top: float) -> None:
 def _bars(axes: Axes, heights: Tensor, errors: Tensor | None, removed: set[int]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     scored = [n for n in range(len(heights)) if heights[n].isfinite()]
-    for label, colour in (("kept", KEPT), ("removed", REMOVED)):
-        layers = [n for n in scored if (n in removed) is (label == "removed")]
-        if layers:
-            axes.bar(
-                layers,
-                heights[layers].numpy(),
-                yerr=None if errors is None else errors[layers].numpy(),
-                color=colour,
-                label=label,
-                error_kw={"elinewidth": 1, "ecolor": "black"},
-            )
+    kept, gone = ([n for n in scored if (n in removed) is part] for part in (False, True))
+    for layers, label, colour in ((kept, "kept", KEPT), (gone, "removed", REMOVED)):
+        if layers:  # without removed ones all bars are alike, and need no legend
+            axes.bar(layers, heights[layers].numpy(), color=colour, label=label if gone else None)
+    if errors is not None and bool((errors > 0).any()):
+        line: dict[str, Any] = {"fmt": "none", "ecolor": "black", "elinewidth": 1}
+        middle, reach = heights[scored].numpy(), errors[scored].numpy()
+        axes.errorbar(scored, middle, reach, label="margin, 95%", **line)
 
 
 def angular_heatmap(
@@ -178,7 +167,17 @@ def angular_heatmap(
     extent = (-0.5, n_layers - 0.5, 0.5, n_layers + 0.5)
     image = axes.imshow(values.numpy(), origin="lower", extent=extent, cmap="viridis_r")
     figure.colorbar(image, label="angular distance, arccos(cos) / pi")
-    _mark_minima(axes, values)
+    rows = values.isfinite().any(1).nonzero()[:, 0]  # that have a block with a distance
+    least = values[rows].nan_to_num(nan=torch.inf).argmin(1)
+    dots: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": "black"}
+    dots |= {"markersize": min(6.0, 200 / n_layers), "markeredgewidth": 0.5}
+    axes.plot(
+        least.numpy(),
+        rows.numpy() + 1,
+        "o",
+        label="least distance for its number of layers",
+        **dots,
+    )
     if block is not None:
         _outline(axes, position, numbers[position : position + length])
     axes.set_xlabel("first layer of the block")
@@ -192,22 +191,6 @@ def angular_heatmap(
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Angle between the hidden states before and after a block")
     return figure
-
-
-def _mark_minima(axes: Axes, values: Tensor) -> None:
-    rows = [row for row in range(len(values)) if values[row].isfinite().any()]
-    least = [int(values[row].nan_to_num(nan=torch.inf).argmin()) for row in rows]
-    axes.plot(
-        least,
-        [row + 1 for row in rows],
-        linestyle="none",
-        marker="o",
-        markersize=min(6.0, 200 / len(values)),
-        markerfacecolor="white",
-        markeredgecolor="black",
-        markeredgewidth=0.5,
-        label="least distance for its number of layers",
-    )
 
 
 def _outline(axes: Axes, position: int, block: Sequence[int]) -> None:

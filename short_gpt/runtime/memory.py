@@ -198,9 +198,8 @@ def left_in_groups(
         for line in own.read_text().splitlines():
             if line.startswith("0::"):
                 # a container sees its own group as the root, whatever the name is outside
-                parts = line[3:].strip("/").split("/")
-                for count in range(len(parts) + 1):
-                    left += _left(mounted.joinpath(*parts[:count]))
+                group = mounted / line[3:].strip("/")
+                left += [room for around in (group, *group.parents) for room in _left(around)]
     return left
 
 

@@ -25,7 +25,6 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.moments import merge_texts, next_number
 from short_gpt.scoring.stopping import Stop, Verdict, next_look
 
-Follow = Callable[[Importance, int | None], object]
 ScoreBatch = Callable[[Sequence[TokenIds]], Scores]  # of the windows of a batch
 NO_WINDOW = "expected at least one window of tokens, got none"
 WARM_UP = 16  # tokens of a first pass, in which libraries make ready what they use
@@ -36,7 +35,7 @@ def measure(
     batches: Iterable[Sequence[TokenIds]],
     *,
     into: Importance | None = None,
-    total: int | Callable[[], int | None] | None = None,
+    total: int | None = None,
     progress: bool = False,
     all_tokens: bool = False,
     score_batch: ScoreBatch | None = None,
@@ -50,7 +49,7 @@ def measure(
         batches: Lists of windows of token ids, of any lengths.
         into: Sums to add to and return, which name the layers. Default: new ones from layer 0.
             After an error or an interruption they have all of a batch or none of it.
-        total: Number of windows to come, for the progress bar; or what tells it after a batch.
+        total: Number of windows to come, for the progress bar.
         all_tokens: Take angular distances at all tokens, as `hooks.score_batch` does.
         score_batch: Scores the windows of a batch; ``all_tokens`` has no effect then. Default:
             `hooks.score_batch`.
@@ -72,8 +71,7 @@ def measure(
     )
     first_text = next_number(into.texts) if first_text is None else first_text
     before, begun = into.n_tokens, False
-    count = total if callable(total) else lambda: total
-    with bar("scoring", total=count(), unit="window", show=progress) as shown:
+    with bar("scoring", total=total, unit="window", show=progress) as shown:
         for batch in batches:
             begun = True
             if batch:  # of several replicas, one may have nothing left
@@ -84,7 +82,6 @@ def measure(
             shown.update(len(batch))
             if after(into):
                 break
-            shown.total = count()
     if not begun:
         raise ShortGPTError(NO_WINDOW)
     return into
@@ -106,8 +103,7 @@ class RunState:
 
     def __init__(self, file: StateFile) -> None:
         self.file, self._saved = file, file.content
-        self._texts: dict[int, str] = {}  # digest of the first windows, by their number
-        self._digest = sha256()
+        self._digest, self._digests = sha256(), [""]  # of the first windows, by their number
 
     def agree(self, team: replicas.Replicas) -> None:
         """All ranks continue what the first one has saved. All must call it."""
@@ -126,35 +122,27 @@ class RunState:
 
     def unread(self, windows: Iterable[TokenIds], read: int) -> Iterator[TokenIds]:
         """The windows that follow the first ``read``, which must be those of the file."""
-        rest, count = iter(windows), 0
-        self._digest = sha256()  # also of a state that is used again
-        for window in islice(rest, read):
-            self._add_to_digest(window)
-            count += 1
-        other = self._saved is not None and self._digest.hexdigest() != self._saved.get("texts")
-        if count < read or other:
+        rest = iter(windows)
+        self._digest, self._digests = sha256(), [""]  # also of a state that is used again
+        self.note(islice(rest, read))
+        other = self._saved is not None and self._digests[-1] != self._saved.get("texts")
+        if len(self._digests) <= read or other:
             raise ShortGPTError(
                 f"{self.file.path} is the state of a run on {read} other windows; delete it or "
                 "name another state"
             )
-        self._texts = {read: self._digest.hexdigest()}
         return rest
 
-    def note(self, batch: Sequence[TokenIds]) -> None:
+    def note(self, windows: Iterable[TokenIds]) -> None:
         """Notes windows that are read next, which the state then covers."""
-        for window in batch:
-            self._add_to_digest(window)
-        before = max(self._texts, default=0)
-        after = before + len(batch)
-        self._texts = {before: self._texts.get(before, ""), after: self._digest.hexdigest()}
-
-    def _add_to_digest(self, window: Sequence[int]) -> None:
-        self._digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
+        for window in windows:
+            self._digest.update(torch.tensor([len(window), *window]).numpy().tobytes())
+            self._digests.append(self._digest.hexdigest())
 
     def save(self, sums: Importance) -> None:
         """Saves the sums; of several ranks the first does, which holds the lock."""
-        texts = self._texts.get(sums.n_windows)
-        if sums.n_windows and texts and is_first_rank():
+        if 0 < sums.n_windows < len(self._digests) and is_first_rank():
+            texts = self._digests[sums.n_windows]
             self.file.save({"texts": texts, "importance": sums.to_dict()})
 
 
@@ -170,7 +158,6 @@ class ScoringRun:
         stop: When to stop. Default: after all windows.
         state: Where to save and continue; ``into`` is then its sums, as in `RunState.unread`.
         score_batch: As in `measure`.
-        follow: Called with the sums of all replicas, and the population, as they grow.
     """
 
     def __init__(
@@ -183,12 +170,11 @@ class ScoringRun:
         stop: Stop | None = None,
         state: RunState | None = None,
         score_batch: ScoreBatch | None = None,
-        follow: Follow | None = None,
     ) -> None:
         self.into = into
         self.verdict: Verdict | None = None
         self._decoder, self._batch_size, self._population = decoder, batch_size, population
-        self._stop, self._state, self._score_batch, self._follow = stop, state, score_batch, follow
+        self._stop, self._state, self._score_batch = stop, state, score_batch
         self._team = replicas.current(decoder.device)
         self._read = into.n_windows
         # a run that continues reads the texts that its state has begun with
@@ -206,22 +192,18 @@ class ScoringRun:
         After an error, ``into`` and the state hold what was read before, of several replicas up to
         the last look.
         """
-        alone, begun = self._team.count == 1, self.into.n_windows
+        alone = self._team.count == 1
         local = self.into if alone else Importance.empty(self.into.layers)
         if total is not None:
             total = max(0, total - self.into.n_windows * (self._state is not None))
             total = -(-total // self._team.count)  # rounded up
-
-        def until_look() -> int | None:  # which may be the last one
-            look = -(-(self._next - begun) // self._team.count)
-            return look if total is None else min(total, look)
 
         try:
             measure(
                 self._decoder,
                 self._own_batches(windows),
                 into=local,
-                total=until_look if self._stop else total,
+                total=total,
                 progress=progress,
                 score_batch=self._score_batch,
                 first_text=self._first_text,
@@ -252,10 +234,8 @@ class ScoringRun:
             yield last
 
     def _after(self, local: Importance) -> bool:
-        if self._team.count == 1:
-            self._report()
-            if self._state and self._state.file.due():
-                self._state.save(local)
+        if self._team.count == 1 and self._state and self._state.file.due():
+            self._state.save(local)
         if self._read < self._next:
             return False
         while self._next <= self._read:
@@ -270,13 +250,8 @@ class ScoringRun:
             # in the same order of additions in a run that was interrupted at any look
             self.into = self.into.merge(sums_of_all(self._team, local))
             vars(local).update(vars(Importance.empty(local.layers)))  # counted in `into` now
-            self._report()
         if self._stop:
             self.verdict = self._stop.judge(self.into, self._population, final=final)
-
-    def _report(self) -> None:
-        if self._follow is not None:
-            self._follow(self.into, self._population)
 
 
 def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
@@ -287,32 +262,3 @@ def sums_of_all(team: replicas.Replicas, local: Importance) -> Importance:
     parts = flat.split([values.numel() for values in sums])
     total = {n: part.view_as(old) for n, part, old in zip(names, parts, sums, strict=True)}
     return replace(local, **total, texts=merge_texts(team.gather(local.texts)))
-
-
-class Following:
-    """Reports in a line how a run stands, at its beginning and then every so many seconds."""
-
-    def __init__(
-        self, tell: Callable[[str], object], rule: Stop, *, stops: bool = True, every: float = 60.0
-    ) -> None:
-        self._tell, self._rule, self._stops, self._every = tell, rule, stops, every
-        self._next, self._reported = 0.0, 0  # time of the next line, windows of the last
-
-    def __call__(self, importance: Importance, population: int | None) -> None:
-        read = importance.n_windows
-        if read < 2 or read == self._reported or time.monotonic() < self._next:
-            return
-        self._next, self._reported = time.monotonic() + self._every, read
-        self._tell(self.line(importance, population))
-
-    def line(self, importance: Importance, population: int | None) -> str:
-        """The line for these sums, of two windows or more."""
-        rule = self._rule
-        verdict = rule.judge(importance, population)
-        layers = importance.least_important(rule.n, angular=rule.angular)
-        of = "" if population is None else f" of {population:,}"
-        first = rule.first_look(population)
-        looked = verdict.windows >= first
-        apart = verdict.apart(self._stops and looked)
-        line = f"{verdict.windows:,}{of} windows: {layers}; {verdict.closest}: {apart}"
-        return line if looked or not self._stops else f"{line} (tested from {first:,} windows on)"

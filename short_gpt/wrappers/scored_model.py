@@ -28,7 +28,7 @@ from short_gpt.runtime.digest import weights_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, refused
 from short_gpt.scoring.hooks import Scores, score_batch
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.run import Follow, RunState, ScoringRun, seconds_a_pass
+from short_gpt.scoring.run import RunState, ScoringRun, seconds_a_pass
 from short_gpt.scoring.stopping import Stop, Verdict, check_sample
 from short_gpt.selection.methods import choose
 from short_gpt.wrappers.options import FLOAT32, MIXED
@@ -98,7 +98,6 @@ class ScoredModel(ModelRecord, ABC):
         state: RunState | None = None,
         random_order: bool = False,
         all_tokens: bool = False,
-        follow: Follow | None = None,
     ) -> Importance:
         """Scores windows of at most ``max_seq_len`` token ids; returns the sums with those so far.
 
@@ -111,7 +110,6 @@ class ScoredModel(ModelRecord, ABC):
             random_order: Other windows stand in random order, which nothing can check.
             all_tokens: Also take angles at all tokens; keeps the states of all layers. As in the
                 scores so far.
-            follow: Called with the sums, and the number of all windows, as the sums grow.
 
         Raises:
             NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
@@ -138,7 +136,6 @@ class ScoredModel(ModelRecord, ABC):
             stop=stop,
             state=state,
             score_batch=partial(self.score_batch, all_tokens=all_tokens),
-            follow=follow,
         )
         try:
             run.read(windows, total=total, progress=progress)

@@ -87,7 +87,6 @@ def test_every_kind_of_source_gives_the_scores_of_rank(here, source, stream, req
     )
     assert not stream or told.pop(0).startswith("one layer at a time, ")
     assert re.match("a window of 32 tokens takes [^:]* seconds?: all 20 take .* seconds?$", told[0])
-    assert re.match(r"(2|20) of 38 windows: \[2, 3, ", told[1])
 
 
 def test_the_papers_own_order_is_set_against_the_scores(here):
@@ -149,7 +148,6 @@ def test_two_ranks_share_the_windows_and_one_speaks(here):
     assert not any(done.codes), done.err
     assert done.out.count("tiny, layers in order of removal") == 1
     assert done.err.count("a window of 32 tokens takes ") == 1
-    assert "20 of 38 windows: [2, 3, " in done.err
     run(*line, "one.json")
     two, one = (json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one"))
     assert two["result"] == one["result"]
