@@ -171,13 +171,8 @@ def angular_heatmap(
     least = values[rows].nan_to_num(nan=torch.inf).argmin(1)
     dots: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": "black"}
     dots |= {"markersize": min(6.0, 200 / n_layers), "markeredgewidth": 0.5}
-    axes.plot(
-        least.numpy(),
-        rows.numpy() + 1,
-        "o",
-        label="least distance for its number of layers",
-        **dots,
-    )
+    dots["label"] = "least distance for its number of layers"
+    axes.plot(least.numpy(), rows.numpy() + 1, "o", **dots)
     if block is not None:
         _outline(axes, position, numbers[position : position + length])
     axes.set_xlabel("first layer of the block")
