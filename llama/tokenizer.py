@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -19,6 +19,17 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# By GGUF's names. SmolLM2's texts are cut around every digit first, so that in "\n\n1" the token
+# "\n\n" stays intact; transformers drops that cut for a GGUF file.
+PRE_TOKENIZERS = {"gpt-2": GPT2_PATTERN, "smollm": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
+PRE_TOKENIZERS |= {"qwen2": LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")}  # digits one by one
+DIGITS = "smollm"  # the one with that cut
+# Types of tokens in llama.cpp's table, and of SentencePiece's pieces.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# GPT-2's printable stand-ins of the 256 bytes.
+ALPHABET = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+ALPHABET |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in ALPHABET)}
 # Llama 3's special tokens, in reserve (-) from here to N_SPECIAL; 3.1 gave three of those names.
 LLAMA_NAMES = "begin_of_text end_of_text - - - - start_header_id end_header_id - eot_id"
 LLAMA31_NAMES = {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
@@ -27,10 +38,6 @@ USUAL_NAMES = {
     "bos_token": {"<|begin_of_text|>", "<s>", "<bos>", "<|im_start|>", "<|endoftext|>"},
     "eos_token": {"<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|endoftext|>"},
 }
-# tiktoken fails on longer texts and on longer runs of (or without) white space. The reference cuts
-# at the same places, so the ids are the same.
-MAX_CHARS, MAX_RUN = 400_000, 25_000
-LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1},}}|(?<!\s)\s{{{MAX_RUN + 1},}}")
 
 
 class Tokenizer:
@@ -51,6 +58,7 @@ class Tokenizer:
         special_tokens: Ids of special tokens by name; empty for SentencePiece.
         add_bos: True where the model expects bos before a plain text.
         dialog_format: ``"llama2"``, ``"llama3"`` or None.
+        json: Text of a ``tokenizer.json`` with the same ids; None for SentencePiece.
     """
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
@@ -61,7 +69,8 @@ class Tokenizer:
         self.add_bos: bool = backend.add_bos and self.bos_id >= 0
         ends = {special.get(f"<|{name}|>", -1) for name in ("end_of_text", "eot_id", "eom_id")}
         self.stop_tokens: set[int] = (ends | {self.eos_id}) - {-1}
-        self.dialog_format = "llama2" if isinstance(backend, _SentencePiece) else None
+        self.json: str | None = backend.json
+        self.dialog_format = "llama2" if self.json is None else None
         if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= special.keys():
             self.dialog_format = "llama3"
 
@@ -90,31 +99,10 @@ class _SentencePiece:
             model = self.model = SentencePieceProcessor(model_proto=data)
         except RuntimeError:
             raise damaged(path, "expected a SentencePiece model") from None
-        check_file(_has_settings(data), path, "it ends after the pieces")
-        self.lack, self.add_bos = f"{path} defines none", True
+        self.lack, self.add_bos, self.json = f"{path} defines none", True, None
         self.ids, self.special_tokens = range(model.vocab_size()), dict[str, int]()
         self.bos_eos_pad = model.bos_id(), model.eos_id(), model.pad_id()
         self.encode, self.decode = model.encode, model.decode
-
-
-class _Tiktoken:
-    """A text ``tokenizer.model``, as of Llama 3: ranks, which the special tokens follow."""
-
-    def __init__(self, path: Path, data: bytes) -> None:
-        from tiktoken import Encoding
-
-        ranks = read_ranks(path, data)
-        self.lack, self.add_bos = f"{path} defines none", True
-        n = self.n_ranks = len(ranks)
-        self.ids, self.special_tokens = range(n + N_SPECIAL), llama3_special_tokens(n)
-        self.bos_eos_pad = n, n + 1, -1
-        self.model = Encoding("", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, text: str) -> list[int]:
-        return [i for chunk in _chunks(text) for i in self.model.encode_ordinary(chunk)]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode([i for i in ids if i < self.n_ranks])
 
 
 class _TokenizerJson:
@@ -126,10 +114,11 @@ class _TokenizerJson:
         try:
             model = self.model = tokenizers.Tokenizer.from_buffer(data)
             model.encode("")
-        except BaseException as error:
-            if not isinstance(error, ValueError) and not is_panic(error):
+        except BaseException as error:  # for some damage a PanicException, which is no Exception
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
             raise damaged(path, error) from None
+        self.json = data.decode("utf-8")
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True  # in spite of its name: as ordinary text
@@ -158,11 +147,6 @@ class _TokenizerJson:
         return self.model.decode(ids, skip_special_tokens=True)
 
 
-def is_panic(error: BaseException) -> bool:
-    """Whether the package tokenizers raised it for some damage, which is not an Exception."""
-    return type(error).__name__ == "PanicException"
-
-
 def check_text(text: str) -> None:
     """Raises InputError for half a surrogate pair, from JSON or a byte that is not UTF-8."""
     try:
@@ -183,18 +167,17 @@ def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"no tokenizer file; looked for {', '.join(map(str, paths))}")
 
 
-def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
-    """Ids by name of the 256 special tokens that follow Llama 3's ``n_ranks`` ranks (128000).
-
-    Llama 3.1's three new tokens are second names of reserved ones: the files of both are the same.
-    """
+def llama3_names() -> list[str]:
+    """The 256 special tokens that follow Llama 3's ranks; three have the names that 3.1 gave."""
     reserved = (f"reserved_special_token_{i}" for i in range(N_SPECIAL))
     names = (LLAMA_NAMES.split() + ["-"] * N_SPECIAL)[:N_SPECIAL]
     names = [next(reserved) if name == "-" else name for name in names]
-    return {f"<|{name}|>": n_ranks + i for i, name in [*enumerate(names), *LLAMA31_NAMES.items()]}
+    for i, name in LLAMA31_NAMES.items():
+        names[i] = name
+    return [f"<|{name}|>" for name in names]
 
 
-def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
+def _open(path: Path) -> _SentencePiece | _TokenizerJson:
     if not path.is_file():
         problem = "is a directory, not the file in it" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"tokenizer file {path} {problem}")
@@ -202,7 +185,7 @@ def _open(path: Path) -> _SentencePiece | _Tiktoken | _TokenizerJson:
     if data[:64].lstrip().startswith(b"{"):
         return _TokenizerJson(path, data)
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", data):
-        return _Tiktoken(path, data)
+        return _TokenizerJson(path, llama3_json(path, data).encode())
     if re.match(rb"\n[\x07-\xff]\x01?\n", data):  # a piece, its length, and its text likewise
         return _SentencePiece(path, data)
     expected = "expected SentencePiece, tiktoken ranks or tokenizer.json"
@@ -215,42 +198,96 @@ def holds_json(path: Path) -> bool:
         return file.read(64).lstrip().startswith(b"{")
 
 
-def _has_settings(model: bytes) -> bool:
-    """Whether something follows the pieces of a SentencePiece model."""
-    at = 0
-    while model[at : at + 1] == b"\n":
-        size = model[at + 1]  # a second byte follows where the first is above 127
-        at += 2 + size if size < 128 else 3 + size - 128 + 128 * model[at + 2]
-    return at < len(model)
-
-
 def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     """Llama 3's tokens and their ids from lines of a token in base64 and its rank, from 0 up."""
-    ranks: dict[bytes, int] = {}
-    for line in filter(None, data.splitlines()):
-        try:
-            word, rank = line.split()
-            token = base64.b64decode(word, validate=True)
-            if int(rank) != len(ranks) or token in ranks:
-                raise ValueError
-        except ValueError:
-            expected = f"expected a new token in base64 and the rank {len(ranks)}"
-            raise damaged(path, f"{expected}, got {line[:40]!r}") from None
-        ranks[token] = len(ranks)
-    missing = sum(bytes([i]) not in ranks for i in range(256))
-    check_file(not missing, path, f"it lacks {missing} of the 256 single bytes")
+    try:
+        lines = [line.split() for line in data.splitlines() if line]
+        ranks = {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
+    except ValueError as error:
+        raise damaged(path, error) from None
+    complete = list(ranks.values()) == list(range(len(lines)))
+    complete = complete and all(bytes([i]) in ranks for i in range(256))
+    check_file(complete, path, "expected new tokens of the ranks 0, 1, ... and each single byte")
     return ranks
 
 
-def _chunks(text: str) -> Iterator[str]:
-    """Pieces of at most `MAX_CHARS`, in which no run is longer than `MAX_RUN`."""
-    for start in range(0, len(text), MAX_CHARS):
-        chunk, begin = text[start : start + MAX_CHARS], 0
-        for run in LONG_RUN.finditer(chunk):
-            for end in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
-                yield chunk[begin:end]
-                begin = end
-        yield chunk[begin:]
+def llama3_json(path: Path, data: bytes) -> str:
+    """The ``tokenizer.json`` of a file of ranks: every pair that makes a token is a merge."""
+    ranks = read_ranks(path, data)
+    merges: list[str] = []
+    for token in ranks:
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(ranks[a], ranks[b], a, b) for a, b in splits if a in ranks and b in ranks]
+        merges += [f"{_spell(a)} {_spell(b)}" for _, _, a, b in sorted(pairs)]
+    names = llama3_names()
+    types = [NORMAL] * len(ranks) + [CONTROL] * N_SPECIAL
+    text = tokenizer_json([*map(_spell, ranks), *names], types, merges, pre="llama-bpe")
+    return with_bos(text, names[0], len(ranks))
+
+
+def with_bos(text: str, bos: str, number: int) -> str:
+    """The content of a ``tokenizer.json`` by which transformers puts the token bos first.
+
+    It reads that nowhere else: not in ``tokenizer_config.json``.
+    """
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import processors
+
+    fast = FastTokenizer.from_str(text)
+    if fast.encode("").ids[:1] == [number]:
+        return text
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, number)]
+    )
+    return fast.to_str()
+
+
+def _spell(token: bytes) -> str:
+    return "".join(ALPHABET[byte] for byte in token)
+
+
+def tokenizer_json(
+    tokens: Sequence[str], token_types: Sequence[int], merges: Sequence[str], pre: str
+) -> str:
+    """The text of a ``tokenizer.json`` for a byte-level BPE vocabulary as GGUF files hold it.
+
+    It tokenizes as transformers does on the GGUF, except in two things, where it follows the
+    models' own tokenizers: with ``"llama-bpe"`` a word that is in the vocabulary precedes merges,
+    with ``"smollm"`` texts are cut around every digit first. As in transformers, tokens outside of
+    the alphabet are spelled bytewise and, special or not, never matched as one.
+
+    Args:
+        tokens: V distinct tokens in GPT-2's byte alphabet (``tokenizer.ggml.tokens``).
+        token_types: V numbers; 3 makes a token special, 4 one that is matched as one in texts.
+        merges: pairs like ``"th e"``, the first to apply first.
+        pre: name of the pre-tokenizer (``tokenizer.ggml.pre``), a key of `PRE_TOKENIZERS`.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as FastTokenizer
+
+    check(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", pre, f"one of {', '.join(PRE_TOKENIZERS)}")
+    alphabet = set(ALPHABET.values())
+    byte_level = {t for t in tokens if set(t) <= alphabet}
+    vocab = {t if t in byte_level else _spell(t.encode()): i for i, t in enumerate(tokens)}
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()]
+    check_file(not misfits, "the vocabulary", f"it lacks tokens of the merges {misfits[:1]}")
+    counts = [len(tokens), len(vocab), len(token_types)]
+    check_file(len(set(counts)) == 1, "the vocabulary", f"tokens, distinct ones, types: {counts}")
+
+    model = FastTokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        model.normalizer = normalizers.NFC()
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == DIGITS else []
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre]), behavior="isolated")
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([*digits, split, spell])
+    model.decoder = decoders.ByteLevel()
+
+    typed = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in byte_level]
+    model.add_special_tokens([t for t, kind in typed if kind == CONTROL])
+    model.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == USER_DEFINED])
+    return model.to_str()
 
 
 def _name(config: JsonObject, key: str, special: dict[str, int], path: Path) -> str:

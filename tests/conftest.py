@@ -16,9 +16,9 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from llama.args import ModelArgs
-from llama.formats.tokenizers import tokenizer_json, with_bos
 from llama.model import Transformer
 from llama.parallel import initialize
+from llama.tokenizer import tokenizer_json, with_bos
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits

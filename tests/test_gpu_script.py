@@ -18,7 +18,7 @@ from conftest import random_windows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.studies import published
-from llama.formats.tokenizers import tokenizer_json, with_bos
+from llama.tokenizer import tokenizer_json, with_bos
 from short_gpt import open_model
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/gpu.sh"

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from conftest import BYTES, make_transformer, save_checkpoint
 
-from llama.formats.tokenizers import tokenizer_json
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, tokenizer_json
 
 TEXTS = ["the cat sat on the mat and the hat", "a thing that they think then there", "1492 and 12"]
 ODD = [

@@ -17,8 +17,7 @@ from llama.checkpoint.sharding import full_shapes
 from llama.formats.hf import config_of
 from llama.formats.names import HF, name_in, params_json, permute
 from llama.formats.safetensors import Entry, grouped, tensor_bytes, write_weights
-from llama.formats.tokenizers import ALPHABET, tokenizer_json, with_bos
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import ALPHABET, Tokenizer, tokenizer_json, with_bos
 
 LLAMA = ModelArgs(vocab_size=32000)  # Llama-2-7B
 SHARD_BYTES = 5_000_000_000  # of a safetensors file, at most

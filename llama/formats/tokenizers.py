@@ -1,8 +1,8 @@
-"""Tokenizer files from one format to another: ranks to tokenizer.json, SentencePiece to its pieces.
+"""Tokenizers in GGUF files, and SentencePiece models as their pieces.
 
-The converters of transformers give the same ids, but are internal, need all of transformers, and
-take an unknown pre-tokenizer for GPT-2's, which is refused here. The package sentencepiece gives
-neither all types of pieces nor a writer, except with protobuf.
+The converters of transformers give the same ids, but are internal, and take an unknown
+pre-tokenizer for GPT-2's, which is refused here. The package sentencepiece gives neither all types
+of pieces nor a writer, except with protobuf.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from llama.files import JsonObject, read_json, write_json
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, FLOAT32, INT32, UINT32, record
 from llama.tokenizer import (
-    LLAMA3_PATTERN,
-    N_SPECIAL,
+    BYTE,
+    CONTROL,
+    DIGITS,
+    GPT2_PATTERN,
+    NORMAL,
+    PRE_TOKENIZERS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
     Tokenizer,
     holds_json,
-    llama3_special_tokens,
-    read_ranks,
+    tokenizer_json,
+    with_bos,
 )
 
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# By GGUF's names. SmolLM2's texts are cut around every digit first, so that in "\n\n1" the token
-# "\n\n" stays intact; transformers drops that cut for a GGUF file.
-PRE_TOKENIZERS = {"gpt-2": GPT2_PATTERN, "smollm": GPT2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
-PRE_TOKENIZERS |= {"qwen2": LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")}  # digits one by one
-DIGITS = "smollm"  # the one with that cut
-# Types of tokens in llama.cpp's table, and of SentencePiece's pieces.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
+CONFIG = "tokenizer_config.json"
 LLAMA2_CONFIG: dict[str, object] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 LLAMA2_CONFIG |= {"add_bos_token": True, "add_eos_token": False, "legacy": True}
 LLAMA2_CONFIG |= {"tokenizer_class": "LlamaTokenizer"}
@@ -49,10 +48,6 @@ TEXT, SCORE, TYPE = 1, 2, 3
 MODEL_TYPE, VOCAB_SIZE, BYTE_FALLBACK, UNK_PIECE, BOS_PIECE, EOS_PIECE = 3, 4, 35, 45, 46, 47
 CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE = 2, 3, 4, 5
 BPE = 2
-
-# GPT-2's printable stand-ins of the 256 bytes.
-ALPHABET = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
-ALPHABET |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in ALPHABET)}
 
 
 def find_hf_tokenizer(directory: Path) -> Path:
@@ -69,103 +64,15 @@ def write_tokenizer(source: Path, target: Path) -> None:
     ``tokenizer.json`` and SentencePiece files are copied; Llama 3's ranks become a
     ``tokenizer.json`` with the same ids. A configuration is added where there is none.
     """
-    tokenizer, is_json = Tokenizer(source), holds_json(source)
-    llama2 = tokenizer.dialog_format == "llama2"
-    if is_json or llama2:
+    tokenizer, is_json, config = Tokenizer(source), holds_json(source), target / CONFIG
+    if is_json or tokenizer.json is None:
         copy_tokenizer(source, target)
-        if is_json and tokenizer.add_bos:
-            _add_bos(target / "tokenizer.json", tokenizer.bos_id)
-    else:
-        (target / "tokenizer.json").write_text(llama3_json(source), encoding="utf-8")
-    if not is_json and not (target / "tokenizer_config.json").is_file():
-        config = LLAMA2_CONFIG if llama2 else LLAMA3_CONFIG
-        write_json(target / "tokenizer_config.json", config)
-
-
-def _add_bos(path: Path, bos_id: int) -> None:
-    """Makes a ``tokenizer.json`` put bos first if its configuration says so: only there is read."""
-    from tokenizers import Tokenizer as FastTokenizer
-
-    fast = FastTokenizer.from_file(str(path))
-    if fast.encode("").ids[:1] != [bos_id]:
-        bos = fast.id_to_token(bos_id) or ""
-        text = with_bos(path.read_text(encoding="utf-8"), bos, bos_id)
-        path.write_text(text, encoding="utf-8")
-
-
-def llama3_json(path: Path) -> str:
-    """The ``tokenizer.json`` of a file of ranks: every pair that makes a token is a merge."""
-    ranks = read_ranks(path, path.read_bytes())
-    merges: list[str] = []
-    for token in ranks:
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [(ranks[a], ranks[b], a, b) for a, b in splits if a in ranks and b in ranks]
-        merges += [f"{_spell(a)} {_spell(b)}" for _, _, a, b in sorted(pairs)]
-    special = {i: name for name, i in llama3_special_tokens(len(ranks)).items()}  # 3.1's names
-    names = [special[len(ranks) + i] for i in range(N_SPECIAL)]
-    types = [NORMAL] * len(ranks) + [CONTROL] * N_SPECIAL
-    text = tokenizer_json([*map(_spell, ranks), *names], types, merges, pre="llama-bpe")
-    return with_bos(text, names[0], len(ranks))
-
-
-def with_bos(text: str, bos: str, number: int) -> str:
-    """The content of a ``tokenizer.json`` by which transformers puts the token bos first."""
-    from tokenizers import Tokenizer as FastTokenizer
-    from tokenizers import processors
-
-    fast = FastTokenizer.from_str(text)
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, number)]
-    )
-    return fast.to_str()
-
-
-def _spell(token: bytes) -> str:
-    return "".join(ALPHABET[byte] for byte in token)
-
-
-def tokenizer_json(
-    tokens: Sequence[str], token_types: Sequence[int], merges: Sequence[str], pre: str
-) -> str:
-    """The text of a ``tokenizer.json`` for a byte-level BPE vocabulary as GGUF files hold it.
-
-    It tokenizes as transformers does on the GGUF, except in two things, where it follows the
-    models' own tokenizers: with ``"llama-bpe"`` a word that is in the vocabulary precedes merges,
-    with ``"smollm"`` texts are cut around every digit first. As in transformers, tokens outside of
-    the alphabet are spelled bytewise and, special or not, never matched as one.
-
-    Args:
-        tokens: V distinct tokens in GPT-2's byte alphabet (``tokenizer.ggml.tokens``).
-        token_types: V numbers; 3 makes a token special, 4 one that is matched as one in texts.
-        merges: pairs like ``"th e"``, the first to apply first.
-        pre: name of the pre-tokenizer (``tokenizer.ggml.pre``), a key of `PRE_TOKENIZERS`.
-    """
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as FastTokenizer
-
-    check(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", pre, f"one of {', '.join(PRE_TOKENIZERS)}")
-    alphabet = set(ALPHABET.values())
-    byte_level = {t for t in tokens if set(t) <= alphabet}
-    vocab = {t if t in byte_level else _spell(t.encode()): i for i, t in enumerate(tokens)}
-    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
-    misfits = [pair for pair in pairs if not {*pair, "".join(pair)} <= vocab.keys()]
-    check_file(not misfits, "the vocabulary", f"it lacks tokens of the merges {misfits[:1]}")
-    counts = [len(tokens), len(vocab), len(token_types)]
-    check_file(len(set(counts)) == 1, "the vocabulary", f"tokens, distinct ones, types: {counts}")
-
-    model = FastTokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
-    if pre == "qwen2":
-        model.normalizer = normalizers.NFC()
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == DIGITS else []
-    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre]), behavior="isolated")
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([*digits, split, spell])
-    model.decoder = decoders.ByteLevel()
-
-    typed = [(t, kind) for t, kind in zip(tokens, token_types, strict=True) if t in byte_level]
-    model.add_special_tokens([t for t, kind in typed if kind == CONTROL])
-    model.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == USER_DEFINED])
-    return model.to_str()
+    if tokenizer.json is not None and tokenizer.add_bos:
+        bos = next(t for t, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id)
+        text = with_bos(tokenizer.json, bos, tokenizer.bos_id)
+        (target / "tokenizer.json").write_text(text, encoding="utf-8")
+    if not is_json and not config.is_file():
+        write_json(config, LLAMA2_CONFIG if tokenizer.json is None else LLAMA3_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -281,12 +188,10 @@ def vocabulary(path: Path, size: int) -> dict[str, Record]:
     """
     tokenizer = Tokenizer(path)
     check_vocabulary(tokenizer, path, size, "the model to write", spare=True)
-    if holds_json(path):
-        keys = _of_json(read_json(path), path, size)
-    elif tokenizer.dialog_format == "llama2":
+    if tokenizer.json is None:
         keys = _of_pieces(Pieces.read(path.read_bytes(), str(path)), size)
     else:
-        keys = _of_json(json.loads(llama3_json(path)), path, size)
+        keys = _of_json(json.loads(tokenizer.json), path, size)
     named = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     for name, number in named.items():
         if number >= 0:
@@ -302,7 +207,7 @@ def _key(key: str, value: object, kind: int, element: int | None = None) -> dict
 
 
 def _template(directory: Path) -> str | None:
-    jinja, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    jinja, config = directory / "chat_template.jinja", directory / CONFIG
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
     template = read_json(config).get("chat_template") if config.is_file() else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from llama.formats.gguf import ROPE_FACTORS, llama3_factor
 from llama.formats.gguf_read import PART, STRING, GGUFParts, Header
 from llama.formats.hf import LLAMA3_SCALING
-from llama.formats.tokenizers import DIGITS
+from llama.tokenizer import DIGITS
 from short_gpt.runtime.errors import ShortGPTError
 
 LOADS = "load_gguf_checkpoint"  # transformers' own: configuration, tokenizer and weights of a file

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from llama.checkpoint.meta import write_model
 from llama.formats.hf import meta_to_hf
 from llama.formats.safetensors import tensor_bytes
-from llama.formats.tokenizers import with_bos
+from llama.tokenizer import with_bos
 from short_gpt.models.hf import HFDecoder
 from short_gpt.scoring.importance import Importance
 from short_gpt.wrappers.opening import open_model
