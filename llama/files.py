@@ -8,7 +8,6 @@ lists every file in it is ever replaced.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import operator
@@ -30,7 +29,6 @@ if sys.platform != "win32":
 
 FILES = "files"  # the marker's key of the list
 LOCK, NEW, ASIDE = "lock", "new", "old"  # in a writer's folder
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, <fcntl.h> and <linux/fs.h>
 # Names of open files, which may be regular ones: whoever opened them wants the bytes there.
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 CHUNK_BYTES = 16 * 2**20
@@ -43,36 +41,26 @@ def check_new(
 ) -> None:
     """Raises FileExistsError or PermissionError where `new_directory`, called so, could not write.
 
-    ``source``, what the content is made from, must not lie in the directory replaced.
+    A directory is replaced only if its marker lists all that is in it. ``source``, what the content
+    is made from, must not lie in it.
     """
-    tidy(resolved(path))
-    _check_replaceable(path, marker, overwrite=overwrite, source=source)
-    check_writable(path)
-
-
-def _check_replaceable(
-    path: Path, marker: str | None, *, overwrite: bool, source: Path | None = None
-) -> None:
-    """Raises FileExistsError for a directory, unless its marker lists all that is in it."""
+    target = resolved(path)
+    tidy(target)
     if not path.exists():
-        return
-    others: list[str] = []
-    if path.is_dir() and overwrite and marker and (path / marker).is_file():
-        listed = read_json(path / marker).get(FILES) or []
-        others = [name for name in contents(path) if name not in listed]
-    if not path.is_dir():
-        reason = " and is not a directory"
+        check_writable(path)
+    elif not path.is_dir():
+        raise _exists(path, " and is not a directory")
     elif not (overwrite and marker):
-        reason = ""
+        raise _exists(path)
     elif not (path / marker).is_file():
-        reason = f" and holds no {marker}"
-    elif others:
-        reason = f" and holds {others[0]}, which its {marker} does not list"
-    elif source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
-        reason = f" and holds the source {source}"
+        raise _exists(path, f" and holds no {marker}")
     else:
-        return
-    raise _exists(path, reason)
+        listed = read_json(path / marker).get(FILES) or []
+        if others := [name for name in contents(path) if name not in listed]:
+            raise _exists(path, f" and holds {others[0]}, which its {marker} does not list")
+        if source is not None and resolved(source).is_relative_to(target):
+            raise _exists(path, f" and holds the source {source}")
+        check_writable(path)
 
 
 def _exists(path: Path, reason: str = "") -> FileExistsError:
@@ -82,29 +70,14 @@ def _exists(path: Path, reason: str = "") -> FileExistsError:
 
 def contents(directory: Path) -> list[str]:
     """Relative names of all files below, sorted; also of links to folders and of empty folders."""
-    below: list[str] = []
-    for folder, folders, files in os.walk(directory):  # does not follow links
-        here = Path(folder)
-        inside = [here / name for name in files]
-        inside += [here / name for name in folders if (here / name).is_symlink()]
-        if not folders and not files and here != directory:
-            inside = [here]
-        below += [path.relative_to(directory).as_posix() for path in inside]
-    return sorted(below)
+    below = directory.rglob("*")
+    named = [p for p in below if p.is_symlink() or not p.is_dir() or not any(p.iterdir())]
+    return sorted(path.relative_to(directory).as_posix() for path in named)
 
 
 def resolved(path: Path) -> Path:
-    """The path without symbolic links; FileExistsError where they go round in a circle."""
-    try:
-        target = path.resolve()
-    except (RuntimeError, OSError):
-        target = path
-    # Python 3.13 gives back what it cannot resolve, earlier versions raise
-    if any(part.is_symlink() for part in (target, *target.parents)):
-        raise FileExistsError(
-            f"{path} is a symbolic link that leads back to itself; choose another path"
-        )
-    return target
+    """The path without symbolic links; one that leads back to itself stays."""
+    return Path(os.path.realpath(path))
 
 
 def check_writable(path: Path) -> None:
@@ -136,18 +109,15 @@ def new_directory(
     check_new(path, marker=marker, overwrite=overwrite)
     with _work_folder(path) as work:
         partial = work / NEW
-        partial.mkdir()
         yield partial
         if marker is not None:
             content = read_json(partial / marker)
             write_json(partial / marker, {**content, FILES: contents(partial)})
         follow_umask(partial)
-        _check_replaceable(path, marker, overwrite=overwrite)  # it may have appeared meanwhile
-        if not path.exists():
-            partial.rename(path)
-        elif not exchange(partial, path):
+        check_new(path, marker=marker, overwrite=overwrite)  # it may have appeared meanwhile
+        if path.exists():
             path.rename(work / ASIDE)
-            partial.rename(path)
+        partial.rename(path)
 
 
 def read_marker(path: Path) -> JsonObject:
@@ -178,59 +148,41 @@ def new_file(path: Path, *, overwrite: bool, replaces: IsKind) -> Iterator[Path]
     A pipe or a character device gets the complete content then. An existing file is replaced with
     ``overwrite``, if ``replaces`` says that it is of this kind, or if it is empty.
     """
-    check_output(path, overwrite=overwrite, replaces=replaces)
-    if is_stream(path):
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder) / NEW
-            stream = os.open(path, os.O_WRONLY | os.O_APPEND)
-            with (Path(folder) / NEW).open("rb") as source, os.fdopen(stream, "wb") as sink:
-                shutil.copyfileobj(source, sink)
+    if not is_stream(path):
+        with new_files([path], overwrite=overwrite, replaces=replaces) as [partial]:
+            yield partial
         return
-    target = resolved(path)
-    with _work_folder(target) as work:
-        yield work / NEW
-        follow_umask(work)
-        check_output(path, overwrite=overwrite, replaces=replaces)  # it may have appeared since
-        os.replace(work / NEW, target)
+    with tempfile.TemporaryDirectory() as folder:
+        yield (file := Path(folder) / path.name)
+        stream = os.open(path, os.O_WRONLY | os.O_APPEND)
+        with file.open("rb") as source, os.fdopen(stream, "wb") as sink:
+            shutil.copyfileobj(source, sink)
 
 
 def check_outputs(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> None:
     """Raises FileExistsError or PermissionError where `new_files`, called so, could not write."""
-    if len(paths) == 1:
-        check_output(paths[0], overwrite=overwrite, replaces=replaces)
-        return
-    if existing := [path for path in paths if path.exists()]:
+    if len(paths) > 1 and (existing := [path for path in paths if path.exists()]):
         raise _exists(existing[0], ", and a model in several files replaces none")
-    tidy(resolved(paths[0]))
-    check_writable(resolved(paths[0]))
+    for path in paths:
+        check_output(path, overwrite=overwrite, replaces=replaces)
 
 
 @contextmanager
 def new_files(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> Iterator[list[Path]]:
     """Files of one model in one directory, which appear together or not at all.
 
-    One file is as with `new_file`. Several replace nothing, and are renamed when the block ends,
-    the first one last: it names the others, and so there is no model until then.
+    Each keeps its name meanwhile. Several replace nothing, and are renamed when the block ends, the
+    first one last: it names the others, and so there is no model until then.
     """
-    if len(paths) == 1:
-        with new_file(paths[0], overwrite=overwrite, replaces=replaces) as partial:
-            yield [partial]
-        return
     check_outputs(paths, overwrite=overwrite, replaces=replaces)
     targets = [resolved(path) for path in paths]
     with _work_folder(targets[0]) as work:
-        yield [work / path.name for path in paths]
+        partial = [work / NEW / path.name for path in paths]
+        yield partial
         follow_umask(work)
         check_outputs(paths, overwrite=overwrite, replaces=replaces)  # one may have appeared since
-        renamed: list[Path] = []
-        try:
-            for path, target in reversed([*zip(paths, targets, strict=True)]):
-                (work / path.name).rename(target)
-                renamed.append(target)
-        except BaseException:
-            for target in renamed:
-                target.unlink()
-            raise
+        for file, target in reversed([*zip(partial, targets, strict=True)]):
+            os.replace(file, target)
 
 
 def is_stream(path: Path) -> bool:
@@ -242,17 +194,12 @@ def is_stream(path: Path) -> bool:
 @contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside ``path`` (a rename needs one file system), gone afterwards."""
-    lock, created = None, missing(path.parent)
-    while True:
-        work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
-        work.mkdir(parents=True)  # around it another writer may just have removed an empty folder
-        try:
-            lock = lock_file(work / LOCK)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another writer took it for that of a killed writer
-        except OSError:  # the file system has no locks
-            pass
-        break
+    created = missing(path.parent)
+    work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
+    (work / NEW).mkdir(parents=True)
+    lock = None
+    with suppress(OSError):  # the file system may have no locks
+        lock = lock_file(work / LOCK)
     try:
         yield work
     finally:
@@ -317,16 +264,6 @@ def follow_umask(folder: Path) -> None:
         if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o666 != mode:
             with suppress(OSError):  # of a file system without modes
                 path.chmod(mode)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step, by renameat2(2) of Linux; False where it cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    return renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
 
 
 def lock_file(path: Path) -> int:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from llama.errors import InputError, check_file, damaged
 
-MOST_RECORD = 2**24  # bytes of a record without a tensor: the names of all tensors take far less
 STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float64: torch.DoubleStorage,
@@ -50,15 +49,11 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mapped: dict[str, Tensor] | None = None
-        self._checked = False
         self.infos = {name: self._describe(t, name) for name, t in self.load().items()}
 
     def load(self) -> dict[str, Tensor]:
         """All tensors, mapped from the file: a tensor's bytes are read when it is used."""
         try:
-            if not self._checked:
-                _check_records(self.path)
-                self._checked = True
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError:
             raise damaged(self.path, "its pickle holds more than tensors") from None
@@ -92,8 +87,7 @@ class Shard:
 
     def _describe(self, tensor: object, name: str) -> TensorInfo:
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        has_values = isinstance(tensor, Tensor) and not tensor.is_meta
-        if not isinstance(tensor, Tensor) or not dense or not has_values:
+        if not isinstance(tensor, Tensor) or not dense or tensor.is_meta:
             raise damaged(self.path, f"its {name} is no dense tensor with values")
         kinds = f"expected one of {', '.join(str(t) for t in STORAGES)}"
         check_file(tensor.dtype in STORAGES, self.path, f"its {name} is {tensor.dtype}; {kinds}")
@@ -101,19 +95,6 @@ class Shard:
         # tied weights are one storage under two names; a view of a part counts as its own
         storage = tensor.data_ptr() if owner else name
         return TensorInfo(tuple(tensor.shape), tensor.dtype, storage)
-
-
-def _check_records(path: Path) -> None:
-    """Raises BadZipFile for a zip file that would take more memory than it has bytes."""
-    # torch reads data.pkl and version completely and inflates what is compressed
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-    for record in records:
-        most = size if "/data/" in record.filename else MOST_RECORD
-        plain = record.compress_type == zipfile.ZIP_STORED
-        if not plain or record.file_size > most or record.file_size != record.compress_size:
-            raise zipfile.BadZipFile
 
 
 class _Storage(NamedTuple):

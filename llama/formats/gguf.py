@@ -45,7 +45,6 @@ from llama.formats.gguf_write import (
     Stored,
     packed,
     record,
-    renamed_to_gguf,
     stored,
     writable,
     write_new,
@@ -202,8 +201,7 @@ def llama_to_gguf(
     with new_file(path, overwrite=overwrite, replaces=replaces) as file:
         write_new(file, records, tensors, progress=progress)
         if verify is not None:
-            with renamed_to_gguf(file) as named:
-                verify(named)
+            verify(file)
     return path
 
 

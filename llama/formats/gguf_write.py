@@ -7,8 +7,7 @@ Here what does not change is copied, and without changes the bytes are the sourc
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -217,16 +216,6 @@ def _write_file(
             digests[name] = digest.digest()
         file.write(b"\0" * (-file.tell() % pad_to))
     return digests
-
-
-@contextmanager
-def renamed_to_gguf(partial: Path) -> Iterator[Path]:
-    """Renames an unfinished file to end with .gguf inside the block: readers check the suffix."""
-    named = partial.rename(partial.with_name(f"{partial.name}.gguf"))
-    try:
-        yield named
-    finally:
-        named.rename(partial)
 
 
 def type_name(kind: int) -> str:

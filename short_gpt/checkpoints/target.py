@@ -15,7 +15,6 @@ from torch import Tensor
 
 from llama.files import check_new, check_outputs, new_directory, new_file, new_files
 from llama.formats.gguf_read import PART, has_key, named_parts, part_paths
-from llama.formats.gguf_write import renamed_to_gguf
 from llama.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, RECORD, Provenance
@@ -94,8 +93,7 @@ class Target:
         """The GGUF file to write; verified, and at ``out`` after the block."""
         with new_file(self.path, overwrite=self.overwrite, replaces=is_pruned_gguf) as partial:
             yield partial
-            with renamed_to_gguf(partial) as named:
-                self.prove(named)
+            self.prove(partial)
 
     @contextmanager
     def new_files(self) -> Iterator[list[Path]]:
