@@ -54,7 +54,6 @@ def divisions(folder: Path, world: int) -> None:
     given = torch.load(folder / "given.pt")
     if world == 2:
         assert replicas.current(CPU) == replicas.Replicas(dist.get_rank(), 2)  # made by this call
-        found["hf"] = of_transformers(given["windows"])
     for mp in [1, 2, 4][: world // 2 + 1]:
         if groups.model_parallel_is_initialized():
             groups.destroy_model_parallel()
@@ -158,23 +157,6 @@ def saves(llama: Llama, parts: tuple[list[list[int]], ...], path: Path) -> list[
         short.measure(windows, progress=False, state=state)
         found.append(sum(short.importance.to_dict()["windows"]))
     return found
-
-
-def of_transformers(windows: list[list[int]]) -> dict[str, object]:
-    """Scores of a model of transformers, shared and by this rank alone."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from short_gpt import ShortHFModel
-
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    short = ShortHFModel(LlamaForCausalLM(config))
-    short.measure(windows, progress=False)
-    alone = Importance.empty(range(3))
-    for window in windows:
-        alone.add(score_batch(short.decoder, [window], layers=alone.layers))
-    return {"measured": short.importance.to_dict(), "alone": alone.to_dict()}
 
 
 def failing(case: str) -> None:

@@ -83,11 +83,23 @@ def write_model(path: Path, family: str, model, **keys: object) -> Path:
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors)
     write_tokenizer(writer)
+    return finished(writer, path)
+
+
+def finished(writer, path: Path) -> Path:
+    """Writes all that a writer was given."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_keys(writer, arch: str, keys: dict[str, object]) -> None:
+    """Keys under an architecture, ``__`` for ``.``; each a list, a text, a float or an integer."""
+    adds = {list: writer.add_array, str: writer.add_string, float: writer.add_float32}
+    for name, value in keys.items():
+        adds.get(type(value), writer.add_uint32)(f"{arch}.{name.replace('__', '.')}", value)
 
 
 def _parts(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -147,9 +159,7 @@ def _write_keys(writer, arch: str, config, own: dict) -> None:
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
-    for name, value in own.items():
-        adds = {list: writer.add_array, str: writer.add_string, float: writer.add_float32}
-        adds.get(type(value), writer.add_uint32)(f"{arch}.{name}", value)
+    add_keys(writer, arch, own)
 
 
 def write_tokenizer(writer) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BYTES
-from gguf_families import write_tokenizer
+from gguf_families import add_keys, finished, write_tokenizer
 
 from llama.formats.gguf_read import GGUFParts
 from llama.formats.gguf_write import Stored, copied, packed, writable, write_again
@@ -25,9 +25,7 @@ def write_gguf(path, model, *, arch="llama", tensors=(), drop=(), **fields):
     writer.add_feed_forward_length(args.ffn_dim)
     writer.add_layer_norm_rms_eps(args.norm_eps)
     writer.add_rope_freq_base(args.rope_theta)
-    for name, value in fields.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"llama.{name}".replace("__", "."), value)
+    add_keys(writer, "llama", fields)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(["<s>", "</s>", *BYTES[:-1], "ab"])
@@ -41,11 +39,7 @@ def write_gguf(path, model, *, arch="llama", tensors=(), drop=(), **fields):
             writer.add_tensor(name_in(GGUF, name), weight.numpy())
     for name, weight in tensors:
         writer.add_tensor(name, weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finished(writer, path)
 
 
 def in_types(path: Path, out: Path, kinds: dict[str, int]) -> Path:
@@ -88,9 +82,7 @@ def layers_file(path, arch, *, identity=(), layers=8, **fields):
     fields |= {"attention.key_length": head, "attention.value_length": head, "vocab_size": 258}
     fields |= {"attention.layer_norm_rms_epsilon": 1e-6, "attention.layer_norm_epsilon": 1e-5}
     fields |= {"rope.freq_base": 1e4, "rope.freq_base_swa": 1e3, "logit_scale": 0.5}
-    for name, value in (fields | ({"pooling_type": 1} if embeds else {})).items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{arch}.{name.replace('__', '.')}", value)
+    add_keys(writer, arch, fields | ({"pooling_type": 1} if embeds else {}))
     if bert:
         writer.add_causal_attention(False)
 
@@ -124,11 +116,7 @@ def layers_file(path, arch, *, identity=(), layers=8, **fields):
         if not embeds:
             add_matrix(f"{block}.attn_gate", width, width)
     write_tokenizer(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finished(writer, path)
 
 
 def stack_file(path, arch="llama", layers=8, *, names=(), drop=(), split=0, **fields):
@@ -146,13 +134,7 @@ def stack_file(path, arch="llama", layers=8, *, names=(), drop=(), split=0, **fi
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     writer.add_block_count(layers)
     writer.add_token_list([f"token{i}" for i in range(layers)])  # as many as there are layers
-    for name, value in fields.items():
-        key, add = f"{arch}.{name.replace('__', '.')}", writer.add_uint32
-        if isinstance(value, list):
-            add = writer.add_array
-        elif isinstance(value, float | str):
-            add = writer.add_float32 if isinstance(value, float) else writer.add_string
-        add(key, value)
+    add_keys(writer, arch, fields)
 
     def add_tensor(name, data, **kind):
         if name not in drop:
@@ -168,8 +150,4 @@ def stack_file(path, arch="llama", layers=8, *, names=(), drop=(), split=0, **fi
         add_tensor(f"blk.{i}.attn_norm.weight", rows[0, :7].copy())
     for name in names:
         add_tensor(name, np.ones(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finished(writer, path)

@@ -20,7 +20,7 @@ from short_gpt.data.windows import text_number
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.frames import html_table
-from short_gpt.runtime.progress import bar, set_rate
+from short_gpt.runtime.progress import bar
 from short_gpt.scoring.metrics import LEAST_DEGREES, t_quantile
 from short_gpt.scoring.moments import degrees_of_freedom, ratio_covariance
 
@@ -198,7 +198,6 @@ def perplexity(
                 nats = window_nats(decoder, tokens, mask)
                 samples += samples_of([batch[i] for i in indices], nats)
             predicted += sum(map(len, batch)) - len(batch)
-            set_rate(shown, predicted)
             shown.update(len(batch))
             check_loss(sum(s.nats for s in samples[-len(batch) :]))
     check_predicted(predicted)

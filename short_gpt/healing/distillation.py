@@ -36,7 +36,7 @@ from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
-from short_gpt.runtime.progress import bar, set_rate
+from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, damaged_run, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -240,7 +240,6 @@ class CachedTeacher:
         rest, model = self._windows[done:], self._model
         mine = team.own_items(rest)
         every = iter(model.window_logits(mine, batch_size=batch_size) if mine and model else ())
-        tokens = 0
         with (
             open(self._file, "ab") as file,
             bar("teacher", total=len(self._windows), unit="window", show=progress) as shown,
@@ -252,8 +251,6 @@ class CachedTeacher:
                 del logits  # before the next ones, which are as large
                 for content in team.gather(own):
                     file.write(b"" if team.rank else content)
-                    tokens += max(len(content) - DIGEST, 0) // self._record.itemsize
-                    set_rate(shown, tokens)
                     shown.update(bool(content))
         team.gather(None)  # the first has written all
         self._model = None

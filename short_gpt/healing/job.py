@@ -299,7 +299,7 @@ class HealingJob:
             out = self.short.save(out_dir, overwrite=overwrite, **how)
         except Exception as error:
             # another name has another folder, which holds nothing to continue from
-            reason = shortage(error, elsewhere=False)
+            reason = shortage(error)
             if self.work_dir is None or not (reason or isinstance(error, USER_ERRORS)):
                 raise
             raise NotSavedError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from short_gpt.jobs.reproduction import PaperComparison, published_scores
 from short_gpt.models.numbering import check_exist, span
 from short_gpt.plots.figures import KEPT, REMOVED, empty, logarithmic
-from short_gpt.runtime.errors import ShortGPTError, check
+from short_gpt.runtime.errors import check
 from short_gpt.scoring.importance import Importance
 
 if TYPE_CHECKING:
@@ -57,8 +57,6 @@ def importance_bars(
         layers: the numbers of the L layers in the original model; None counts from 0.
     """
     heights = _double(importance)
-    ok = heights.dim() == 1 and len(heights) > 0
-    check(ok, "importance", tuple(heights.shape), "one number a layer, (L,)")
     n_layers = len(heights)
     numbers = list(range(n_layers)) if layers is None else list(layers)
     check_exist(removed, numbers)
@@ -146,18 +144,14 @@ def angular_heatmap(
         layers: the numbers of the L layers in the original model; None counts from 0.
     """
     distances = _double(angular)
-    square = distances.dim() == 2 and len(distances) == distances.shape[-1] > 1
-    check(square, "angular", tuple(distances.shape), "(L+1, L+1) distances")
     n_layers = len(distances) - 1
     numbers = list(range(n_layers)) if layers is None else list(layers)
     if block is not None:
         start, length = block
-        position = numbers.index(start) if start in numbers else n_layers
-        if not position < position + length <= n_layers:
-            raise ShortGPTError(
-                f"a block of {length} layers from layer {start} does not exist; the model has "
-                f"layers {span(numbers)}"
-            )
+        check_exist([start], numbers)
+        position = numbers.index(start)
+        outlined = numbers[position : position + length]
+        check(len(outlined) == length > 0, "block", block, f"a block of layers {span(numbers)}")
     # row n - 1, column l: the distance [l, l + n]; NaN where there is no such block
     values = torch.full((n_layers, n_layers), torch.nan, dtype=torch.float64)
     for n in range(1, n_layers + 1):
@@ -174,7 +168,7 @@ def angular_heatmap(
     dots["label"] = "least distance for its number of layers"
     axes.plot(least.numpy(), rows.numpy() + 1, "o", **dots)
     if block is not None:
-        _outline(axes, position, numbers[position : position + length])
+        _outline(axes, position, outlined)
     axes.set_xlabel("first layer of the block")
     axes.set_ylabel("number of layers in the block")
     axes.locator_params(integer=True)

@@ -52,7 +52,6 @@ NO_SPACE = (
     "Disk quota exceeded",
     *("PytorchStreamWriter", ". unexpected pos ", "iostream error"),  # torch's: it has no reason
 )
-NO_FOLDER = re.compile(r"Parent directory .* does not exist|I/O error: No such file or directory")
 
 
 def whole(number: T) -> T:
@@ -111,21 +110,18 @@ def one_line(text: str) -> str:
     return text if len(text) <= LINE else f"{text[: LINE - 300]} ... {text[-295:]}"
 
 
-def shortage(error: BaseException, *, elsewhere: bool = True) -> str | None:
-    """What to do where memory, disk or a folder is missing, in one line; None if none is.
+def shortage(error: BaseException) -> str | None:
+    """What to do where memory or disk is missing, in one line; None if none is.
 
-    Causes of the error count too; ``elsewhere``: whether another disk would do.
+    Causes of the error count too.
     """
     reason = str(error).split("\n")[0]
     if any(part in reason for part in NO_SPACE):
-        other = ", or write to another disk" if elsewhere else ""
-        return f"the disk is full, or cannot be written to ({reason}); free some space{other}"
-    if NO_FOLDER.search(reason):  # torch and safetensors have no class of their own for it
-        return f"a folder was deleted while files were written to it ({reason}); start again"
+        return f"the disk is full, or cannot be written to ({reason}); free some space"
     known = isinstance(error, RuntimeError | OSError) and any(part in reason for part in NO_MEMORY)
     if known or isinstance(error, MemoryError):
         return (
             f"not enough memory ({reason or 'none left'}); use a smaller --batch_size or --size, "
             "--dtype bfloat16, or --stream (rank, heal, shrink), which holds one layer at a time"
         )
-    return None if error.__cause__ is None else shortage(error.__cause__, elsewhere=elsewhere)
+    return None if error.__cause__ is None else shortage(error.__cause__)

@@ -83,13 +83,6 @@ def check_alone(what: str) -> None:
         raise ShortGPTError(f"{what} runs on one rank; start it alone, not by torchrun")
 
 
-def set_rate(bar: Bar, tokens: int) -> None:
-    """Shows the tokens per second since the bar began."""
-    if not bar.disable:
-        rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
-        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-
-
 def duration(seconds: float) -> str:
     """A time to two digits.
 

@@ -10,7 +10,6 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping
-from copy import copy
 from dataclasses import Field, field, fields, replace
 from difflib import get_close_matches
 from functools import wraps
@@ -57,16 +56,19 @@ class Settings:
 
     def without(self: S, *names: str) -> S:
         """The same settings for a job that does not take some fields: these keep their values."""
-        every = {field.name for field in fields(self)}  # type: ignore[arg-type]
-        assert {*names} <= every, names
-        other = copy(self)
-        object.__setattr__(other, "_left_out", self._left_out | {*names})
-        return other
+        assert {*names} <= {one.name for one in fields(self)}, names  # type: ignore[arg-type]
+        return self.changed({}, self._left_out | {*names})
 
     def only(self: S, *names: str) -> S:
         """The same settings for a job that takes these fields alone."""
-        every = {field.name for field in fields(self)}  # type: ignore[arg-type]
-        return self.without(*every - {*names})
+        every = {one.name for one in fields(self)}  # type: ignore[arg-type]
+        return self.without(*every.difference(names))
+
+    def changed(self: S, changes: Mapping[str, Any], left_out: frozenset[str] | None = None) -> S:
+        """The settings with changes, for the same job or one that does not take other fields."""
+        other = replace(self, **changes)  # type: ignore[type-var]
+        object.__setattr__(other, "_left_out", self._left_out if left_out is None else left_out)
+        return other
 
     def taken(self) -> list[Field[Any]]:
         """The fields that a job takes."""
@@ -82,8 +84,10 @@ def flat(*positional: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """
 
     def wrap(job: Callable[..., T]) -> Callable[..., T]:
-        groups, signature = _groups(job), _flattened(job, positional)
-        homes = {one.name: name for name, own in groups.items() for one in own.taken()}
+        own = inspect.signature(job).parameters
+        groups = {n: p.default for n, p in own.items() if isinstance(p.default, Settings)}
+        homes = {one.name: (name, one) for name, group in groups.items() for one in group.taken()}
+        signature = _flattened(job, groups, positional)
 
         @wraps(job)
         def call(*args: Any, **named: Any) -> T:
@@ -98,9 +102,17 @@ def flat(*positional: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
                 if float in (annotation, *get_args(annotation)):
                     check_numbers(**{name: value})
             for group, default in groups.items():
-                own = {name: value for name, value in single.items() if homes[name] == group}
-                arguments[group] = _changed(default, own)
-            _check_needs(single, {n: arguments[group] for n, group in homes.items()}, arguments)
+                mine = {name: value for name, value in single.items() if homes[name][0] == group}
+                arguments[group] = default.changed(mine)
+            for name, value in single.items():
+                need = homes[name][1].metadata["needs"]
+                if need is None or value is None or value is False:  # these ask for nothing
+                    continue
+                place = arguments[homes[need][0]] if need in homes else SimpleNamespace(**arguments)
+                if getattr(place, need, None) is None:
+                    raise ShortGPTError(
+                        f"`{name}` has no effect without `{need}`: add that, or leave `{name}` out"
+                    )
             return job(**arguments)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
@@ -111,35 +123,10 @@ def flat(*positional: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     return wrap
 
 
-def _changed(default: S, changes: Mapping[str, Any]) -> S:
-    """The settings with changes, for the same job."""
-    other = replace(default, **changes)  # type: ignore[type-var]
-    object.__setattr__(other, "_left_out", default._left_out)
-    return other
-
-
-def _check_needs(
-    single: Mapping[str, object], homes: Mapping[str, Any], arguments: Mapping[str, object]
-) -> None:
-    """Raises ShortGPTError for a setting that does nothing without another, which is not set."""
-    for name, value in single.items():
-        (need,) = (one.metadata["needs"] for one in fields(homes[name]) if one.name == name)
-        if need is None or value is None or value is False:  # these ask for nothing
-            continue
-        other = getattr(homes[need], need) if need in homes else arguments.get(need)
-        if other is None:
-            raise ShortGPTError(
-                f"`{name}` has no effect without `{need}`: add that, or leave `{name}` out"
-            )
-
-
-def _groups(job: Callable[..., object]) -> dict[str, Settings]:
-    parameters = inspect.signature(job).parameters
-    return {n: p.default for n, p in parameters.items() if isinstance(p.default, Settings)}
-
-
-def _flattened(job: Callable[..., object], positional: Collection[str]) -> inspect.Signature:
-    own, groups = inspect.signature(job), _groups(job)
+def _flattened(
+    job: Callable[..., object], groups: Mapping[str, Settings], positional: Collection[str]
+) -> inspect.Signature:
+    own = inspect.signature(job)
     annotations = {name: p.annotation for name, p in own.parameters.items()}  # not of the result
     hints = get_type_hints(SimpleNamespace(__annotations__=annotations), job.__globals__)
     every: list[inspect.Parameter] = []

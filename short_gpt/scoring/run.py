@@ -17,7 +17,7 @@ from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import wait
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.runtime.progress import bar, is_first_rank, set_rate
+from short_gpt.runtime.progress import bar, is_first_rank
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring import hooks
 from short_gpt.scoring.hooks import Scores
@@ -70,7 +70,7 @@ def measure(
         hooks.score_batch, decoder, layers=layers, all_tokens=all_tokens
     )
     first_text = next_number(into.texts) if first_text is None else first_text
-    before, begun = into.n_tokens, False
+    begun = False
     with bar("scoring", total=total, unit="window", show=progress) as shown:
         for batch in batches:
             begun = True
@@ -78,7 +78,6 @@ def measure(
                 scores = score_batch(batch)
                 texts = (text_number(window) for window in batch)
                 into.add(scores, [None if text is None else first_text + text for text in texts])
-            set_rate(shown, into.n_tokens - before)
             shown.update(len(batch))
             if after(into):
                 break

@@ -39,7 +39,7 @@ from short_gpt.models.loading import load_tokenizer
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import BLOCK_BYTES, Plan
-from short_gpt.runtime.progress import bar, check_alone, set_rate
+from short_gpt.runtime.progress import bar, check_alone
 from short_gpt.scoring.hooks import Scores
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.streamed_transformer import Batch, HFSource, MetaSource, StreamedTransformer
@@ -121,18 +121,10 @@ class StreamedDecoder(MetaDecoder):
     def _pass(self, name: str, windows: Sequence[Sequence[int]], **how: bool) -> list[Batch]:
         parts = [pad(part, self) for part in batches(windows, self.batch_size)]
         group = [Batch(ids, mask, **how) for ids, mask in parts]
-        tokens, steps = 0, len(windows) * len(self.layers)
-
-        def step(batch: Batch) -> None:
-            nonlocal tokens
-            tokens += int(batch.mask.sum())
-            set_rate(shown, tokens // len(self.layers))
-            shown.update(len(batch.mask))
-
-        text = f"{name} {len(windows)} windows"
+        text, steps = f"{name} {len(windows)} windows", len(windows) * len(self.layers)
         shown_bar = bar(text, total=steps, unit="layer", show=self.progress)
         with shown_bar as shown, mixed_precision(self.mixed, self.device):
-            self.model.run(group, step=step)
+            self.model.run(group, step=lambda batch: shown.update(len(batch.mask)))
         return group
 
 

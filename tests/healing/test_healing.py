@@ -522,7 +522,6 @@ def test_healing_refused(arguments, changes, message):
 
 
 def test_what_four_bits_and_other_models_need(monkeypatch):
-    import sys
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     short = ShortHFModel(make("llama"))
@@ -763,23 +762,6 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(books, capsys, monkeypa
     assert [p.name for p in Path("out.training/lora").glob("checkpoint-*")] == ["checkpoint-1"]
     run(*train)
     assert Path("out/params.json").is_file() and not Path("out.training").exists()
-
-
-@pytest.mark.parametrize("owner", ["torch.save", "peft.peft_model.safe_save_file"])
-def test_a_folder_that_is_deleted_in_the_training_is_one_line(books, capsys, monkeypatch, owner):
-    module, _, name = owner.rpartition(".")
-    write = getattr(sys.modules[module], name)
-
-    def deleted(*args: object, **options: object) -> None:
-        shutil.rmtree("out.training")
-        write(*args, **options)
-
-    monkeypatch.setattr(owner, deleted)
-    with pytest.raises(SystemExit):
-        run("heal", "dense", "out", *SMALL, *LORA, "--layers", "2")
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "short-gpt: a folder was deleted while files were written to it (" in line
-    assert not Path("out.training").exists()
 
 
 def test_heal_by_lora_a_pruned_meta_model_and_back(books, capsys):

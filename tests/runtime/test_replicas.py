@@ -175,12 +175,6 @@ def test_replicas_interrupted_and_continued_give_the_same_bit_for_bit(found):
         assert sums["continued"] == sums["whole"]
 
 
-def test_models_of_transformers_are_scored_data_parallel(found):
-    for rank in range(2):
-        hf = found[2, rank]["hf"]
-        same(Importance.from_dict(hf["measured"]), Importance.from_dict(hf["alone"]))
-
-
 def test_ranks_that_do_not_divide_are_refused(found):
     expected = "model_parallel_size = 3: expected a divisor of the 2 running rank(s)"
     assert found[2, 0]["error"].startswith(expected)

@@ -20,11 +20,10 @@ from short_gpt.evaluation.perplexity import Sample, sampling_error
 from short_gpt.models.decoder import MetaDecoder, pad
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
-from short_gpt.scoring.hooks import Scores, hooked, score_batch
+from short_gpt.scoring.hooks import Scores, hooked
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import (
     angle,
-    angular_distances,
     block_influence,
     cosine,
 )
@@ -124,15 +123,6 @@ def test_padding_that_is_no_number_is_an_error_and_never_a_score():
     assert measure(MetaDecoder(model), [[[5, 6, 7, 8]], [[9, 10]]]).block_influence.min() > 0.01
 
 
-def test_standard_errors_are_those_of_window_means():
-    windows = random_windows(40, 10)
-    decoder = MetaDecoder(make_transformer())
-    means = torch.stack([measure(decoder, [[w]]).block_influence for w in windows])
-    found = measure(decoder, [windows])
-    assert torch.allclose(found.standard_error, means.std(0) / math.sqrt(40), rtol=1e-4)
-    assert torch.allclose(found.covariance, means.T.cov() / 40, rtol=1e-3, atol=1e-12)
-
-
 def scores_of(tokens: Tensor, influence: Tensor) -> Scores:
     """Windows of so many tokens (B,) with these sums of Block Influences (B, L)."""
     B, L = influence.shape
@@ -152,20 +142,6 @@ def test_the_error_of_ragged_windows_is_that_of_a_ratio():
     assert torch.allclose(found.covariance, expected, rtol=1e-9)
     equal_windows = sums.T.cov() * 30 / tokens.sum() ** 2
     assert (equal_windows.diagonal() > 9 * expected.diagonal()).all()  # the two are far apart
-
-
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """95% intervals of 2000 means of 20 normal windows, by Student's t with 19 degrees."""
-    generator = torch.Generator().manual_seed(0)
-    inside = []
-    for _ in range(400):
-        sample = Importance.empty(range(5))
-        drawn = 1 + 0.3 * torch.randn(20, 5, generator=generator)
-        sample.add(scores_of(torch.ones(20), drawn))
-        reach = scipy.stats.t.ppf(0.975, 19) * sample.standard_error
-        inside.append((sample.block_influence - 1).abs() < reach)
-    share = torch.stack(inside).double().mean().item()
-    assert share == pytest.approx(0.95, abs=0.015)  # three standard deviations of 2000 draws
 
 
 def of_texts(texts: list[int], tokens: list[int]) -> list[Window]:
@@ -351,14 +327,6 @@ def test_what_are_no_saved_scores_is_refused(damage):
         Importance.from_dict(without)
 
 
-def test_angular_distances_are_a_metric_on_directions():
-    states = torch.randn(2, 7, 16)
-    found = angular_distances(states)
-    assert torch.allclose(found, found.mT, rtol=0, atol=1e-12)
-    assert found.diagonal(dim1=1, dim2=2).abs().max() == 0
-    assert (found >= 0).all() and (found <= 1).all()
-
-
 @pytest.mark.parametrize(
     ("windows", "message"),
     [
@@ -412,17 +380,6 @@ def test_a_run_can_be_ended_after_a_batch():
     decoder, windows = MetaDecoder(make_transformer()), random_windows(6, 10)
     found = measure(decoder, [[w] for w in windows], after=lambda sums: sums.n_windows == 4)
     assert found.n_windows == 4
-
-
-def test_a_model_may_score_in_a_way_of_its_own():
-    decoder, windows, sizes = MetaDecoder(make_transformer()), random_windows(4, 10), []
-
-    def own(windows):
-        sizes.append(len(windows))
-        return score_batch(decoder, windows, layers=range(5))
-
-    scores = measure(decoder, [windows[:3], windows[3:]], score_batch=own)
-    assert sizes == [3, 1] and scores.n_windows == 4
 
 
 class Stream(torch.nn.Module):
