@@ -28,7 +28,7 @@ from short_gpt.scoring.metrics import (
     widen,
 )
 
-UNKNOWN = torch.empty(0)  # stands for scores that were not taken
+NAN = torch.tensor(math.nan)  # of any shape: scores that were not taken
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,8 @@ class Scores:
     tokens: Tensor  # real tokens of each window, (B,)
     influence: Tensor  # sums over tokens of 1 - cos(x, y), (B, L)
     angles: Tensor  # angular distances at the last token of all states, (B, L + 1, L + 1)
-    metrics: Tensor = UNKNOWN  # sums over tokens of each of `LAYER_METRICS`, (B, M, L)
-    token_angles: Tensor = UNKNOWN  # like ``angles``, summed over all tokens
-
-    def __post_init__(self) -> None:
-        B, L = self.influence.shape
-        shapes = {"metrics": (B, len(LAYER_METRICS), L), "token_angles": (B, L + 1, L + 1)}
-        for name, shape in shapes.items():
-            if getattr(self, name) is UNKNOWN:
-                object.__setattr__(self, name, self.angles.new_full(shape, math.nan))
+    metrics: Tensor = NAN  # sums over tokens of each of `LAYER_METRICS`, (B, M, L)
+    token_angles: Tensor = NAN  # like ``angles``, summed over all tokens
 
     def metric(self, name: str) -> Tensor:
         return self.metrics[:, [*LAYER_METRICS].index(name)]
@@ -171,7 +164,8 @@ class LayerHooks:
         """The scores of the pass, once all layers have run."""
         self.reduce()
         turned, *metrics = torch.cat(self._sums, dim=1).mT  # influence and M metrics, (B, L) each
-        everywhere = UNKNOWN
+        angles = angular_distances(torch.stack(self._last, dim=1))  # of (B, L + 1, D)
+        everywhere = torch.full_like(angles, math.nan)
         if self._kept is not None:
             lengths = enumerate(self._mask.sum(1).tolist())
             each = [summed_angles([s[row, :end] for s in self._kept]) for row, end in lengths]
@@ -179,7 +173,7 @@ class LayerHooks:
         return Scores(
             tokens=self._mask.sum(1),  # (B,)
             influence=turned,
-            angles=angular_distances(torch.stack(self._last, dim=1)),  # of (B, L + 1, D)
+            angles=angles,
             metrics=torch.stack(metrics, dim=1),  # (B, M, L)
             token_angles=everywhere,
         )

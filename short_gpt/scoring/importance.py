@@ -231,13 +231,11 @@ class Importance(Table):
         return moments.pair_skewness(self.angular_covariance(n), third, count)
 
     def mean(self, metric: str) -> Tensor:
-        """Mean over tokens of a metric of `metrics.LAYER_METRICS`, (L,)."""
-        return self.metrics[[*LAYER_METRICS].index(metric)] / self.tokens.sum()
+        """Mean over tokens of a metric of `metrics.LAYER_METRICS`, (L,).
 
-    @property
-    def relative_magnitude(self) -> Tensor:
-        """Mean over tokens of ||f(x)|| / ||x + f(x)||, (L,) (Samragh et al. 2023)."""
-        return self.mean("magnitude")
+        "magnitude" is ||f(x)|| / ||x + f(x)|| (Samragh et al. 2023), "norm" is ||x + f(x)||.
+        """
+        return self.metrics[[*LAYER_METRICS].index(metric)] / self.tokens.sum()
 
     def least_important(self, n: int, *, angular: bool = False) -> list[int]:
         """Original numbers of the n layers to remove: least important first, or the best block.

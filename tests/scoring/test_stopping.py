@@ -248,7 +248,7 @@ def test_the_skewness_of_differences_is_that_of_the_windows(angular):
     sums = Importance.empty(range(LAYERS))
     for part in range(0, 60, 20):
         rows = slice(part, part + 20)
-        sums.add(Scores(**{name: value[rows] for name, value in vars(found).items()}))
+        sums.add(Scores(found.tokens[rows], found.influence[rows], found.angles[rows]))
     if angular:
         blocks = angles.diagonal(2, dim1=1, dim2=2)
         rest, skewness = blocks - blocks.mean(0), sums.angular_skewness(2)
