@@ -171,8 +171,8 @@ MUTANTS = [
     ),
     (
         "CachedTeacher.targets",
-        "mapped[start:end].view",
-        "mapped[: self._ends[1] - DIGEST].view",
+        "mapped[self._ends[i] : self._ends[i + 1]]",
+        "mapped[: self._ends[1]]",
         "test_what_is_read_is_what_the_model_predicts",
     ),
     (
@@ -296,7 +296,7 @@ MUTANTS = [
     ),
     (
         "HealingJob.save",
-        "self._clear(self.work_dir)",
+        "clear(self.work_dir)",
         "shutil.rmtree(self.work_dir)",
         "test_a_chain_does_what_its_steps_do_and_is_recorded_as_one",
     ),
@@ -321,8 +321,8 @@ MUTANTS = [
     ),
     (
         "TrainingRun.identity",
-        "taught |= {} if self.distillation is None else self.distillation.identity()",
-        "taught |= {}",
+        "taught = {} if self.distillation is None else self.distillation.identity()",
+        "taught = {}",
         "test_resuming_gives_what_one_run_gives",
     ),
     (

@@ -135,7 +135,7 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
 
     def planned(*given: Any, **more: Any) -> object:
         made = plan(*given, **more)
-        found.update(plan=made.describe(), planned_bytes=made.total)
+        found.update(plan=str(dict(made.host)), planned_bytes=sum(made.host.values()))
         return made
 
     def clocked(*given: Any) -> str:

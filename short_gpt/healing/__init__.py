@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from short_gpt.healing.context import HealingContext, HealingWindows, Step, healing_windows
     from short_gpt.healing.distillation import TOP_K, CachedTeacher, Distillation, LiveTeacher
     from short_gpt.healing.job import STEPS, HealingEvidence, HealingJob
-    from short_gpt.healing.lora import LoraResult, require_packages
+    from short_gpt.healing.lora import LoraResult
     from short_gpt.healing.lora import heal as heal_lora
     from short_gpt.healing.refit import Refit, heal_patch
     from short_gpt.healing.refit import heal as heal_refit
@@ -35,4 +35,4 @@ __all__ = ["PRESETS", "STEPS", "TOP_K", "CachedTeacher", "Distillation", "Fit", 
 __all__ += ["HealingContext", "HealingEvidence", "HealingJob", "HealingWindows", "LiveTeacher"]
 __all__ += ["LoraResult", "PatchSettings", "Recipe", "Refit", "RefitSettings", "Step"]
 __all__ += ["choose_healed", "heal_lora", "heal_patch", "heal_refit", "healing_windows"]
-__all__ += ["recipe_for", "require_packages"]
+__all__ += ["recipe_for"]

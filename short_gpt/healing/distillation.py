@@ -17,8 +17,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -37,13 +36,12 @@ from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.runtime.state import StateFile, damaged_run, hold, joined
+from short_gpt.runtime.state import StateFile, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
 TOP_K = Recipe.top_k
 IGNORED = -100  # a label that cross entropy passes over
-DIGEST = sha256().digest_size  # bytes
-IDENTITY, CONTENT = "teacher.json", "teacher.bin"
+IDENTITY, CONTENT = "teacher.json", "predictions.bin"
 
 
 class Example(TypedDict):
@@ -183,7 +181,6 @@ class CachedTeacher:
 
     Raises:
         ShortGPTError: the folder holds predictions of another model, other windows or settings.
-        FileExistsError: the folder holds another file of that name.
 
     Example:
         >>> teacher = CachedTeacher("teacher", short, windows)  # doctest: +SKIP
@@ -207,16 +204,14 @@ class CachedTeacher:
         self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
         K = (self.k,)
         self._record = np.dtype([("ids", "<i4", K), ("logs", "<f2", K), ("rest", "<f2")])
-        # in the file, of each window: records of all tokens except the last, and their digest
-        sizes = [(len(window) - 1) * self._record.itemsize + DIGEST for window in windows]
+        # in the file, of each window: records of all tokens except the last
+        sizes = [(len(window) - 1) * self._record.itemsize for window in windows]
         self._ends = [0, *accumulate(sizes)]
         self._file = Path(folder) / CONTENT
         digest = {"windows": windows_digest(windows)}
         about = joined(known, digest, {"top_k": self.k, "temperature": self.temperature})
         path = Path(folder) / IDENTITY
         self._state = StateFile(path, about, lock=hold(folder), folder=Path(folder))
-        if self._state.content is None and self._file.exists():
-            raise FileExistsError(f"{self._file} exists, and no {IDENTITY} says what it is")
 
     def identity(self) -> dict[str, object]:
         own = {"top_k": self.k, "temperature": self.temperature, "cached": True}
@@ -228,13 +223,14 @@ class CachedTeacher:
         Replicas share the windows, and the first writes the predictions of all.
 
         Raises:
-            ShortGPTError: the file is damaged, or several model-parallel ranks share the model.
+            ShortGPTError: several model-parallel ranks share the model.
         """
         replicas.require_whole_model("a teacher")  # else each of several ranks would write
         team = replicas.current(None if self._model is None else self._model.decoder.device)
         team.gather(None)  # all have looked for a file before one is written
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if self._state.content is None and not team.rank:
+            self._file.unlink(missing_ok=True)
             self._state.save({})
         done = team.gather(0 if team.rank else self._drop_unfinished())[0]
         rest, model = self._windows[done:], self._model
@@ -256,13 +252,12 @@ class CachedTeacher:
         self._model = None
 
     def _content(self, logits: Tensor) -> bytes:
-        """The records of a window's logits, (S, V), and their digest."""
+        """The records of a window's logits, (S, V)."""
         targets = _targets(logits, self.k, self.temperature)
         record = np.empty(len(targets.rest), self._record)
         for name, part in targets._asdict().items():
             record[name] = part.cpu().numpy()
-        content = record.tobytes()
-        return content + sha256(content).digest()
+        return record.tobytes()
 
     def targets(self, indices: Sequence[int], windows: Sequence[TokenIds]) -> list[Targets]:
         """The same, by the windows' indices among all of training, then of validation."""
@@ -275,8 +270,8 @@ class CachedTeacher:
                     "order there, those to train on before those that validate"
                 )
         mapped = np.memmap(self._file, mode="r")  # bytes
-        pairs = ((self._ends[i], self._ends[i + 1] - DIGEST) for i in indices)
-        return [self._read(mapped[start:end].view(self._record)) for start, end in pairs]
+        parts = (mapped[self._ends[i] : self._ends[i + 1]] for i in indices)
+        return [self._read(part.view(self._record)) for part in parts]
 
     def _read(self, part: np.ndarray) -> Targets:
         ids = torch.from_numpy(part["ids"].astype(np.int64))  # (N, K)
@@ -287,15 +282,10 @@ class CachedTeacher:
         return self._file.stat().st_size if self._file.exists() else 0
 
     def _drop_unfinished(self) -> int:
-        """Truncates a window that a kill left unfinished; checks and counts the finished ones."""
+        """Truncates a window that a kill left unfinished; the number of finished ones."""
         finished = bisect_right(self._ends, self._written()) - 1
         if self._file.exists():
             os.truncate(self._file, self._ends[finished])
-            with open(self._file, "rb") as file:
-                for start, end in pairwise(self._ends[: finished + 1]):
-                    content = file.read(end - start)
-                    if sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
-                        raise damaged_run(self._file, self._file.parent)
         return finished
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama.files import tidy
 from short_gpt.evaluation.perplexity import Difference, Perplexity, combined, difference
 from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Step
 from short_gpt.healing.distillation import CONTENT, IDENTITY
 from short_gpt.healing.lora import TEACHER, prepare_distill, prepare_lora
 from short_gpt.healing.refit import prepare_patch, prepare_refit
-from short_gpt.healing.refit_state import STATE, is_name, plan_of
+from short_gpt.healing.refit_state import STATE, STATES, VALUES
 from short_gpt.healing.settings import PatchSettings, Recipe, RefitSettings
 from short_gpt.healing.trainer import LAST, RECIPE
 from short_gpt.models.numbering import layer_numbers, span
@@ -43,18 +42,24 @@ STEPS = {
 }
 CLOSED = tuple(name for name, step in STEPS.items() if not step.trains)  # closed forms
 TRAINING = tuple(name for name, step in STEPS.items() if step.trains)
-# of the Trainer, in a step's folder
-CHECKPOINT = re.compile(
-    r"checkpoint-\d+(/((adapter_model|adapter_config|trainer_state|digests)\.(json|safetensors|bin)"
-    r"|README\.md|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin))?"
-)
+# What steps keep in their folders, in the order in which it is removed: nothing that a kill leaves
+# blocks a later run, neither a state without the files that it names nor half of a checkpoint.
+KEPT = f"{STATE} {STATES} {VALUES}* {CONTENT} {IDENTITY} checkpoint-*/{LAST} checkpoint-* {RECIPE}"
 
 
-def keeps(name: str) -> bool:
-    """Whether a step keeps a file, or a folder, by this name relative to that of the healing."""
-    step, _, rest = name.partition("/")
-    own = rest in ("", IDENTITY, CONTENT, RECIPE) or is_name(rest) or CHECKPOINT.fullmatch(rest)
-    return step in (*STEPS, TEACHER) and bool(own)
+def clear(folder: Path) -> None:
+    """Removes what the steps of a healing kept; logs and files of others stay."""
+    for name in (TEACHER, *STEPS):
+        own = folder / name
+        for path in [path for pattern in KEPT.split() for path in own.glob(pattern)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            own.rmdir()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def check_order(names: Sequence[str]) -> None:
@@ -184,15 +189,6 @@ class HealingJob:
         self._team = replicas.current(short.decoder.device)
         self._lock: Lock | None = None  # of the folder, from the start of `run` until it is removed
 
-    def plan_text(self) -> str | None:
-        """What a refit among the steps takes in memory and on disk, if there is one."""
-        if "refit" not in self.steps:
-            return None
-        every = [*self.windows.training[: self.max_windows], *self.windows.validation]
-        size = (self.steps["refit"] or RefitSettings()).batch_size
-        folder = self.work_dir if self.short.streamed else None  # only that refit keeps states
-        return plan_of(self.short, every, batch_size=size, folder=folder).describe()
-
     def run(self, undos: ExitStack | None = None) -> HealingEvidence:
         """Runs everything except saving; after any error the model is as it was, with all layers.
 
@@ -307,27 +303,9 @@ class HealingJob:
                 "healed, and once that is mended, the same call continues"
             ) from error
         if self.work_dir is not None:
-            self._clear(self.work_dir)
+            clear(self.work_dir)
+            self._lock = None
         return out
-
-    def _clear(self, folder: Path) -> None:
-        """Removes what the steps keep; logs and files of others stay, and the folders of these."""
-        for own in (folder / TEACHER, *(folder / name for name in self.steps)):
-            for work in own.glob(".*.writing-*"):  # of a kill
-                tidy(own / work.name[1:].rpartition(".writing-")[0])
-            # in this order nothing that a kill here leaves blocks a later run: a state before
-            # the weights that it names, a recipe after the checkpoints that it belongs to
-            first = [*own.rglob(STATE), *own.glob(f"checkpoint-*/{LAST}")]
-            first += [*own.glob("checkpoint-*/*"), own / CONTENT]
-            for path in [*first, *own.rglob("*")]:
-                if path.is_file() and keeps(path.relative_to(folder).as_posix()):
-                    path.unlink()
-            for place, _, _ in os.walk(own, topdown=False):
-                with suppress(OSError):
-                    os.rmdir(place)
-        with suppress(OSError):
-            folder.rmdir()
-        self._lock = None
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -344,7 +322,7 @@ class HealingJob:
         except BaseException as error:
             again = any(STEPS[name].trains for name in self.steps) or self._team.rank > 0
             if isinstance(error, NotFiniteError) and not again:
-                self._clear(folder)  # the same call would fail again
+                clear(folder)  # the same call would fail again
             self._lock = None  # else it is needed until the model is saved
             raise
         finally:

@@ -6,7 +6,6 @@ After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,23 +13,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
-from llama.ranks import is_distributed
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.data.windows import TokenIds
 from short_gpt.healing.context import Heal, HealingContext
 from short_gpt.healing.distillation import CachedTeacher, Distillation, LiveTeacher, Teacher
 from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
-from short_gpt.healing.trainer import TrainingRun, begun, of_lora, quiet, train
+from short_gpt.healing.trainer import TrainingRun, of_lora, quiet, train
 from short_gpt.models.decoder import WeightChange, mixed_precision, parameters_of, restored_on_error
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.devices import wait
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, check, required
+from short_gpt.runtime.errors import ShortGPTError, check, required
 from short_gpt.wrappers.scored_model import ScoredModel
 
 if TYPE_CHECKING:
@@ -75,7 +73,6 @@ def heal(
     *,
     recipe: Recipe | None = None,
     work_dir: str | Path | None = None,
-    resume: bool = False,
     progress: bool = True,
     distillation: Distillation | None = None,
 ) -> LoraResult:
@@ -90,14 +87,14 @@ def heal(
         validation: windows by which the best checkpoint is kept and training may stop.
         evaluation: windows for the results; never read, but no other may share text with them.
         recipe: None takes the paper's, see `recipe_for`.
-        work_dir: keeps checkpoints, to resume from; None keeps none.
-        resume: continue from the last checkpoint; gives what an uninterrupted run gives.
+        work_dir: keeps checkpoints; the same call continues from the last, and gives what an
+            uninterrupted run gives. None keeps none.
         distillation: what is learned instead of the text alone.
 
     Raises:
-        MissingPackageError: peft, or for 4 bits bitsandbytes, is missing.
+        MissingPackageError: bitsandbytes, for 4 bits, is missing.
         ShortGPTError: the model is not one of transformers; texts overlap; no linear map has the
-            recipe's names; no windows; another run to resume; 4 bits without CUDA.
+            recipe's names; no windows; ``work_dir`` is of another run; 4 bits without CUDA.
         NotFiniteError: a loss is NaN or infinite.
 
     Example:
@@ -105,20 +102,15 @@ def heal(
         >>> healed.validation[healed.kept_step]  # doctest: +SKIP
         27.15
     """
-    require_packages()
     recipe = recipe or recipe_for(short.trainable().config)
-    run = TrainingRun(training, validation, recipe, work_dir, resume, progress, distillation)
+    run = TrainingRun(training, validation, recipe, work_dir, progress, distillation)
     return heal_run(short, run, evaluation)[0]
 
 
 def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds] = ()) -> Merged:
     """As `heal`; also returns what undoes the change, which holds a copy."""
-    require_packages()
-    _check_processes(replicas.current(short.decoder.device).count, run.recipe)
-    require_services(run.recipe.report_to)
-    model = short.trainable()
-    check_trainable(model)
-    _check(run, evaluation)
+    model = check_trainable(short.trainable())
+    _check(run, evaluation, replicas.current(short.decoder.device).count)
     path, dtype = getattr(short.decoder, "layers_path", None), next(model.parameters()).dtype
     run = run._replace(mixed=short.decoder.mixed, layers_path=path, dtype=dtype)
     targets = [model.get_submodule(n) for n in target_modules(model, run.recipe.modules, path)]
@@ -127,7 +119,7 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
-    with _frozen_stay(model):
+    with _as_before(model, run.recipe):
         healed, restore = (_heal_four_bit if run.recipe.four_bit else _heal)(model, run)
     change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:  # else no evaluation was better than before, and nothing was merged
@@ -148,8 +140,6 @@ def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
     except BaseException:
         adapted.unload()  # removes the adapters and keeps the model's own weights
         raise
-    finally:
-        _clean(model, run.recipe)
 
 
 def _merge(adapted: PeftModel, healed: LoraResult) -> Callable[[], None]:
@@ -161,7 +151,6 @@ def _merge(adapted: PeftModel, healed: LoraResult) -> Callable[[], None]:
             adapted.merge_and_unload()
         else:
             adapted.unload()
-        _clean(cast("PreTrainedModel", adapted.get_base_model()), healed.recipe)
     return restore
 
 
@@ -209,15 +198,14 @@ def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
             raise
     finally:
         torch.nn.Module.to(model, device)
-        _clean(model, run.recipe)
 
 
 def seconds_a_step(short: ScoredModel, window: TokenIds, recipe: Recipe) -> float:
     """Seconds of an optimizer step on such windows, measured on one; leaves the model unchanged."""
-    model, path = short.trainable(), getattr(short.decoder, "layers_path", None)
-    check_trainable(model)
+    model = check_trainable(short.trainable())
+    path = getattr(short.decoder, "layers_path", None)
     tokens = torch.tensor([list(window)], device=model.device)
-    with _frozen_stay(model):
+    with _as_before(model, recipe):
         adapted = adapt(model, recipe, path)
         try:
             for _ in range(2):  # the first warms up
@@ -229,40 +217,36 @@ def seconds_a_step(short: ScoredModel, window: TokenIds, recipe: Recipe) -> floa
             return recipe.batch_size * (time.perf_counter() - started)
         finally:
             adapted.unload()
-            _clean(model, recipe)
 
 
 @contextmanager
-def _frozen_stay(model: PreTrainedModel) -> Iterator[None]:
-    """Parameters that need no gradient need none after the block."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+def _as_before(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
+    """Undoes, after the block, what training changes of a model other than its weights."""
+    unfrozen = [p for p in model.parameters() if p.requires_grad]
     try:
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        model.eval()
+        if recipe.gradient_checkpointing:
+            with quiet():
+                model.gradient_checkpointing_disable()
+        for parameter in unfrozen:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        vars(model).pop("peft_config", None)
 
 
-def _clean(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Undoes what training changes of a model other than its weights."""
-    model.eval()
-    if recipe.gradient_checkpointing:
-        with quiet():
-            model.gradient_checkpointing_disable()
-    model.requires_grad_(True)
-    for parameter in model.parameters():
-        parameter.grad = None
-    vars(model).pop("peft_config", None)
-
-
-def _check(run: TrainingRun, evaluation: Sequence[TokenIds]) -> None:
+def _check(run: TrainingRun, evaluation: Sequence[TokenIds], processes: int) -> None:
+    replicas.require_whole_model("training")
+    at_once = run.recipe.micro_batch * processes
+    multiple = f"a multiple of {at_once}, the windows that {processes} processes read at once"
+    check(run.recipe.batch_size % at_once == 0, "batch_size", run.recipe.batch_size, multiple)
     for name, windows in (("training", run.training), ("validation", run.validation)):
         shortest = min(map(len, windows), default=0)
         check(shortest > 1, f"{name} windows", len(windows), "some of at least 2 tokens")
         check_disjoint(windows, evaluation)
     check_disjoint(run.training, run.validation)
-    if run.recipe.four_bit:
-        require_four_bit()
+    check_installed(run.recipe)
 
 
 def check_trainable(model: PreTrainedModel) -> PreTrainedModel:
@@ -274,58 +258,27 @@ def check_trainable(model: PreTrainedModel) -> PreTrainedModel:
             "training merges into weights that are not quantized, and this model's are: open it "
             "without a quantization (`four_bit` trains over a copy in 4 bits)"
         )
-    device = parameters[0].device
-    if parameters[0].dtype == torch.float16 and device.type != "cuda":
+    device = parameters[0].device.type
+    if parameters[0].dtype == torch.float16 and device != "cuda":
         raise ShortGPTError(
-            f"training in float16 loses small gradients on {device.type}: open the model with the "
+            f"training in float16 loses small gradients on {device}: open the model with the "
             "`dtype` float32 or bfloat16"
         )
-    _check_card(device)
     return model
 
 
-def _check_card(device: torch.device) -> None:
-    """Raises ShortGPTError for another card than the first, to which the Trainer moves a model."""
-    if device.type == "cuda" and device.index and not is_distributed():
-        raise ShortGPTError(
-            f"training runs on the first card, and the model is on {device}: set "
-            f"CUDA_VISIBLE_DEVICES={device.index} and leave `device` out"
-        )
+def check_installed(recipe: Recipe) -> None:
+    """Raises MissingPackageError or ShortGPTError for what a recipe needs and the machine lacks."""
+    from transformers.integrations import get_available_reporting_integrations
 
-
-def _check_processes(count: int, recipe: Recipe) -> None:
-    replicas.require_whole_model("training")
-    at_once = recipe.micro_batch * count
-    multiple = f"a multiple of {at_once}, the windows that {count} processes read at once"
-    check(recipe.batch_size % at_once == 0, "batch_size", recipe.batch_size, multiple)
-
-
-def require_packages() -> None:
-    """Raises MissingPackageError where packages that train are missing.
-
-    ShortGPTError: Accelerate is to split the layers (FSDP), which evaluation and merge read whole.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ShortGPTError(
-            "training needs the whole model on every rank, which FSDP splits: start it by "
-            "torchrun, without FSDP"
-        )
-    for package in ("peft", "transformers", "accelerate"):
-        with required(package, by="training"):
-            import_module(package)
-
-
-def require_services(report_to: str | None) -> None:
-    """Raises MissingPackageError for a service that transformers cannot report to here."""
-    if report_to is not None:
-        from transformers.integrations import get_available_reporting_integrations
-
-        known = get_available_reporting_integrations()
-        if odd := [name for name in report_to.split(",") if name not in ("all", "none", *known)]:
-            raise MissingPackageError(
-                f"`report_to` {odd[0]}: not installed (`pip install {odd[0]}`), or no service that "
-                f"transformers knows; installed are {', '.join(known) or 'none'}"
-            )
+    known = ["all", "none", *get_available_reporting_integrations()]
+    for name in recipe.report_to.split(",") if recipe.report_to else ():
+        check(name in known, "report_to", name, f"an installed service of {', '.join(known)}")
+    if recipe.four_bit:
+        with required("bitsandbytes", by="training in 4 bits"):
+            import_module("bitsandbytes")
+        if not torch.cuda.is_available():
+            raise ShortGPTError("training in 4 bits needs CUDA, which torch does not find here")
 
 
 def adapt(model: PreTrainedModel, recipe: Recipe, layers_path: str | None = None) -> PeftModel:
@@ -396,44 +349,36 @@ def quantized(model: PreTrainedModel, device: torch.device, recipe: Recipe) -> P
     )
 
 
-def require_four_bit() -> None:
-    with required("bitsandbytes", by="training in 4 bits"):
-        import_module("bitsandbytes")
-    if not torch.cuda.is_available():
-        raise ShortGPTError("training in 4 bits needs CUDA, which torch does not find here")
-
-
 def prepare_lora(context: HealingContext, recipe: Recipe | None) -> Heal:
     """LoRA on text, as a step; without a recipe, by the paper's for the model."""
-    config = check_trainable(context.short.trainable()).config
-    recipe = recipe or recipe_for(config)
-    return lambda: _train_step("lora", context, recipe, None)
+    return _prepare("lora", context, recipe)
 
 
 def prepare_distill(context: HealingContext, recipe: Recipe | None) -> Heal:
     """LoRA on what the original model predicts, as a step."""
-    config = check_trainable(context.short.trainable()).config
-    recipe = recipe or recipe_for(config)
-    distillation = Distillation(_teacher(context, recipe), recipe.kl_share)
-    return lambda: _train_step("distill", context, recipe, distillation)
+    return _prepare("distill", context, recipe)
 
 
-def _training(context: HealingContext, recipe: Recipe) -> Sequence[TokenIds]:
-    return context.unseen_first()[: recipe.steps * recipe.batch_size]
-
-
-def _train_step(
-    name: str, context: HealingContext, recipe: Recipe, distillation: Distillation | None
-) -> tuple[dict[str, object], Callable[[], object]]:
+def _prepare(name: str, context: HealingContext, recipe: Recipe | None) -> Heal:
+    model = check_trainable(context.short.trainable())
+    recipe = recipe or recipe_for(model.config)
+    windows, distillation = context.windows, None
+    training = context.unseen_first()[: recipe.steps * recipe.batch_size]
+    if name == "distill":
+        teacher = _teacher(context, recipe, [*training, *windows.validation])
+        distillation = Distillation(teacher, recipe.kl_share)
     folder = None if context.folder is None else context.folder / name
-    read = (_training(context, recipe), context.windows.validation, recipe)
-    resume = folder is not None and begun(folder)
-    run = TrainingRun(*read, folder, resume, context.progress, distillation)
-    healed, undo = heal_run(context.short, run, context.windows.evaluation)
-    return healed.to_dict(), undo
+    read = (training, windows.validation, recipe)
+    run = TrainingRun(*read, folder, context.progress, distillation)
+
+    def train_and_merge() -> tuple[dict[str, object], Callable[[], object]]:
+        healed, undo = heal_run(context.short, run, windows.evaluation)
+        return healed.to_dict(), undo
+
+    return train_and_merge
 
 
-def _teacher(context: HealingContext, recipe: Recipe) -> Teacher:
+def _teacher(context: HealingContext, recipe: Recipe, windows: Sequence[TokenIds]) -> Teacher:
     if context.teacher is None and not context.layers:
         raise ShortGPTError(
             "distillation learns from the model with all its layers: name the layers to "
@@ -451,7 +396,6 @@ def _teacher(context: HealingContext, recipe: Recipe) -> Teacher:
     k, temperature = recipe.top_k, recipe.temperature
     if recipe.live_teacher:
         return LiveTeacher(model, k=k, temperature=temperature)
-    windows = [*_training(context, recipe), *context.windows.validation]
     assert context.folder is not None
     cache = CachedTeacher(context.folder / TEACHER, model, windows, k=k, temperature=temperature)
     cache.fill(batch_size=recipe.micro_batch, progress=context.progress)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from short_gpt.healing.context import Heal, HealingContext, Windows
 from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
-from short_gpt.healing.refit_state import MODELS, ORIGINAL, PRUNED, RefitState, plan_of
+from short_gpt.healing.refit_state import ORIGINAL, PRUNED, RefitState, plan_of
 from short_gpt.healing.settings import PatchSettings, RefitSettings
 from short_gpt.healing.solver import Fit, Unsolved
 from short_gpt.models.decoder import Parameter, pad
@@ -237,8 +237,8 @@ def _solve(
     shares = (team.own_items(windows), team.own_items(held, first=len(windows)))
     fitted, held_out = ([*batched(part, settings.batch_size)] for part in shares)
     with ExitStack() as stack:
-        if plan.disk and state.folder is None:  # the states do not fit
-            state.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if plan.spilled and state.states is None:
+            state.states = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rest = visits[state.done :]
         passes = visits[-1].next_kept - (rest[0].layer if state.done else 0)
         passes += sum(visit.solved for visit in rest)  # these the pruned model has, too
@@ -257,7 +257,6 @@ def _refit_layers(
     """Runs each layer, solves it, and runs it again."""
     calls, state = batches.calls, batches.state
     gaps = settings.where == "gaps"
-    models = (ORIGINAL,) if gaps else MODELS
     solving: dict[str, Any] = {
         "parts": settings.parts,
         "last_only": gaps,  # their inputs are the original model's: the attention misses nothing
@@ -270,7 +269,7 @@ def _refit_layers(
         target = state.leaving(ORIGINAL)  # T, (B, S, D) of every batch
         if not solved:  # up to here both models are one
             batches.run_all(index, state.entering(ORIGINAL), target)
-            state.advance(models=(ORIGINAL,))
+            state.advance()
             continue
         if copied:
             for batch in batches:
@@ -283,7 +282,7 @@ def _refit_layers(
         with calls.loaded(index), layer.restored:
             fits, values = layer.solve()  # which puts the solutions in place
             layer.run_pruned()  # with them
-        state.advance(fits, values, layer.unsolved, models=models)
+        state.advance(fits, values, layer.unsolved)
         del fits, values, layer  # before the next layer's weights are loaded
 
 

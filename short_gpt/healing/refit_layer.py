@@ -109,8 +109,8 @@ class Batches:
     def states(self, width: int, dtype: torch.dtype, name: str) -> HiddenStates:
         """States that one layer alone needs: in memory if they fit."""
         size = sum(B * S for B, S in self.shapes) * width * dtype.itemsize
-        path = self.state.path(name) if size > self._room // 3 else None  # there are three at most
-        return HiddenStates(self.shapes, width, dtype, path)
+        folder = self.state.states if size > self._room // 3 else None  # there are three at most
+        return HiddenStates(self.shapes, width, dtype, folder and folder / name)
 
 
 class LayerRefit:

@@ -25,30 +25,18 @@ from short_gpt.healing.settings import Recipe
 from short_gpt.models.config_file import config_digest, config_entries
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime import replicas
-from short_gpt.runtime.digest import files_digest, json_digest, weights_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.digest import json_digest, weights_digest
+from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import Bar, bar
-from short_gpt.runtime.state import (
-    CHECKED,
-    StateFile,
-    check_saved,
-    content_digest,
-    damaged_run,
-    hold,
-    joined,
-    read_record,
-    write_record,
-)
+from short_gpt.runtime.state import StateFile, hold, joined
 
 if TYPE_CHECKING:
     import transformers
     from peft import PeftModel
 
 RECIPE = "recipe.json"  # which run the checkpoints belong to
-LOGS = "runs"  # of TensorBoard, if training is reported to it
-LAST = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
+LAST = "files.txt"  # the names of a checkpoint's files, written when these are complete
 PRECISION = "ACCELERATE_MIXED_PRECISION"
-DIGESTS = "digests.json"  # of a checkpoint's files, written after them
 
 
 def of_lora(recipe: Recipe) -> dict[str, Any]:
@@ -63,8 +51,7 @@ class TrainingRun(NamedTuple):
     training: Sequence[TokenIds]  # to learn from
     validation: Sequence[TokenIds]  # to choose the step by
     recipe: Recipe
-    work_dir: str | Path | None = None  # keeps checkpoints; None keeps none
-    resume: bool = False  # continue from the last checkpoint there
+    work_dir: str | Path | None = None  # keeps checkpoints, to continue from; None keeps none
     show: bool = True  # a bar
     distillation: Distillation | None = None  # what is learned instead of the text alone
     mixed: bool = False  # matrix products in bfloat16
@@ -78,15 +65,12 @@ class TrainingRun(NamedTuple):
             "model": weights_digest(adapted),
             "configuration": config_digest(config_entries(adapted.get_base_model().config)),
         }
-        taught = dict.fromkeys(("teacher", "top_k", "temperature", "cached", "kl_share"))
-        taught |= {} if self.distillation is None else self.distillation.identity()
+        taught = {} if self.distillation is None else self.distillation.identity()
         recipe = of_lora(self.recipe) | {"warmup": self.recipe.warmup_steps}
         del recipe["report_to"]
         precision = {"precision": "mixed"} if self.mixed else {}
-        plain = taught["kl_share"] in (None, 1) and taught["temperature"] in (None, 1)
-        chosen = {} if plain else {"kept step": "of least loss"}  # once it was of least divergence
         processes = {"number of processes": replicas.current().count}  # each draws for itself
-        return joined(recipe, read, taught, precision, chosen, processes)
+        return joined(recipe, read, taught, precision, processes)
 
     def measure(self, adapted: PeftModel) -> dict[str, float]:
         """On the validation windows: what the best step is chosen by, and the perplexity."""
@@ -110,7 +94,7 @@ def train(
     """Trains in place to the best evaluation; returns the state, and what `measure` gave first."""
     recipe = run.recipe
     with (
-        run_folder(run.work_dir, run.identity(adapted), resume=run.resume) as folder,
+        run_folder(run.work_dir, run.identity(adapted)) as (folder, begun),
         quiet(),
         deterministic(next(adapted.parameters()).device),
         kept_config(adapted),
@@ -122,8 +106,8 @@ def train(
             base = cast("transformers.PreTrainedModel", adapted.get_base_model())
             base.gradient_checkpointing_enable({"use_reentrant": False})
         trainer = _trainer(adapted, run, folder, shown)
-        if not (run.resume and _finished(trainer, folder)):
-            trainer.train(resume_from_checkpoint=run.resume)
+        if not (begun and _finished(trainer, folder)):
+            trainer.train(resume_from_checkpoint=begun)
         return trainer.state, before
 
 
@@ -135,8 +119,8 @@ def _finished(trainer: transformers.Trainer, folder: Path) -> bool:
     from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
-    state = f"{get_last_checkpoint(str(folder))}/{LAST}"
-    trainer.state = TrainerState.load_from_json(state)
+    last = Path(str(get_last_checkpoint(str(folder))))
+    trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
     _find_best(trainer.state, folder)
     kept: Any = trainer.state.stateful_callbacks  # read from JSON
     stopped = kept.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
@@ -147,12 +131,8 @@ def _finished(trainer: transformers.Trainer, folder: Path) -> bool:
 
 def _find_best(state: transformers.TrainerState, folder: Path) -> None:
     """Names the best checkpoint by its present path; the saved one may be of another directory."""
-    if state.best_model_checkpoint is None:
-        return
-    best = folder / Path(state.best_model_checkpoint).name
-    if not best.is_dir():
-        raise damaged_run(best, folder)
-    state.best_model_checkpoint = str(best)
+    if state.best_model_checkpoint is not None:
+        state.best_model_checkpoint = str(folder / Path(state.best_model_checkpoint).name)
 
 
 def _trainer(
@@ -245,7 +225,7 @@ def _arguments(
 
 
 def _progress(shown: Bar) -> transformers.TrainerCallback:
-    """A callback: bar, last evaluation, digests, modes of files, and a stop at a loss of NaN."""
+    """A callback: bar, last evaluation, complete checkpoints, and a stop at a loss of NaN."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -263,7 +243,9 @@ def _progress(shown: Bar) -> transformers.TrainerCallback:
             team.gather(None)  # waits for the random numbers of every rank
             if not team.rank:
                 follow_umask(folder)
-                note_files(folder / f"checkpoint-{state.global_step}")
+                checkpoint = folder / f"checkpoint-{state.global_step}"
+                names = sorted(path.name for path in checkpoint.iterdir())
+                (checkpoint / LAST).write_text("\n".join(names), encoding="utf-8")
 
         def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             logs = more.get("logs") or {}
@@ -280,39 +262,25 @@ def _progress(shown: Bar) -> transformers.TrainerCallback:
 
 
 @contextmanager
-def run_folder(
-    work_dir: str | Path | None, run: dict[str, object], *, resume: bool
-) -> Iterator[Path]:
-    """The folder of all ranks' checkpoints; with ``resume`` it must hold some of the same run."""
+def run_folder(work_dir: str | Path | None, run: dict[str, object]) -> Iterator[tuple[Path, bool]]:
+    """The folder of all ranks' checkpoints, and whether it holds some of this run to continue."""
     team = replicas.current()
     if work_dir is None:
-        if resume:
-            raise ShortGPTError("to resume, name the work_dir that holds the checkpoints")
         with tempfile.TemporaryDirectory() as name:
-            yield Path(team.gather(name)[0])
+            yield Path(team.gather(name)[0]), False
             team.gather(None)  # waits for ranks that still read
         return
     folder = Path(str(work_dir))
     with hold(folder) as lock:
-        if not resume:
-            if folder.exists() and {p.name for p in folder.iterdir()} - {RECIPE, LOGS}:
-                raise FileExistsError(f"{folder} holds an earlier run; resume it, or remove it")
-            team.gather(None)  # all have looked before one writes
-            folder.mkdir(parents=True, exist_ok=True)
-            if not team.rank:
-                (folder / RECIPE).unlink(missing_ok=True)
-                StateFile(folder / RECIPE, run, lock=lock).save({})
-        elif not begun(folder):
-            raise ShortGPTError(
-                f"{folder} holds no checkpoint to resume from; start without resume"
-            )
-        else:
+        begun = team.gather(not team.rank and _drop_unfinished(folder))[0]
+        if begun:
             StateFile(folder / RECIPE, run, lock=lock, folder=folder)  # refuses another run
-            for path in sorted(folder.glob("checkpoint-*")):
-                for name, digest in _digests(path).items():
-                    check_saved(path / name, digest, folder=folder)
+        elif not team.rank:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RECIPE).unlink(missing_ok=True)
+            StateFile(folder / RECIPE, run, lock=lock).save({})
         try:
-            yield folder
+            yield folder, begun
         except BaseException:
             if not team.rank and not _drop_unfinished(folder):  # nothing to continue from
                 (folder / RECIPE).unlink(missing_ok=True)
@@ -321,50 +289,13 @@ def run_folder(
             raise
 
 
-def begun(folder: Path) -> bool:
-    return finished_checkpoints(folder) and (folder / RECIPE).is_file()
-
-
-def finished_checkpoints(folder: Path) -> bool:
-    """Whether the first rank finds finished checkpoints; all must call it."""
-    team = replicas.current()
-    return team.gather(not team.rank and _drop_unfinished(folder))[0]
-
-
 def _drop_unfinished(folder: Path) -> bool:
     """Deletes checkpoints that a kill left unfinished; whether another one exists."""
     for path in folder.glob("checkpoint-*"):
-        if not _is_complete(path):
+        names = (path / LAST).read_text("utf-8").split("\n") if (path / LAST).is_file() else [LAST]
+        if not all((path / name).is_file() for name in names):
             shutil.rmtree(path)
     return any(folder.glob("checkpoint-*"))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether all files exist; damage, which no kill does, raises ShortGPTError."""
-    try:
-        read_record(checkpoint / LAST)
-    except (OSError, ValueError):
-        return False
-    return all((checkpoint / name).is_file() for name in _digests(checkpoint))
-
-
-def note_files(checkpoint: Path) -> None:
-    digests = {path.name: files_digest([path]) for path in sorted(checkpoint.iterdir())}
-    write_record(checkpoint / DIGESTS, {"run": "checkpoint", "files": digests})
-
-
-def _digests(checkpoint: Path) -> dict[str, str]:
-    """Digests of a checkpoint's files by their names; none where a kill came before them."""
-    path = checkpoint / DIGESTS
-    if not path.is_file():
-        return {}
-    try:
-        record = read_record(path)
-    except ValueError:
-        record = {}
-    if record.get(CHECKED) != content_digest(record):
-        raise damaged_run(path, checkpoint.parent)
-    return cast("dict[str, str]", record["files"])
 
 
 @contextmanager

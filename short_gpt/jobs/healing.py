@@ -160,8 +160,6 @@ def _heal(request: Request, notify: Notify, dry_run: bool) -> HealingResult:
     parts = read()
     teacher = _teacher(model, healing, recipe, opening, size)
     job = _job(request, short, parts, recipe, teacher, notify)
-    if plan := job.plan_text():
-        notify(plan)
     texts: dict[str, Any] = {"data": windows.name, "eval_data": windows.eval_name}
     texts |= {"size": size, "bos": short.bos, **short.about_precision}
     done = HealingResult(out, job.run(), parts.left_out, removal.unchecked, texts)

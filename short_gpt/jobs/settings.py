@@ -196,10 +196,7 @@ class Healing(Settings):
             changed = [n for n in DISTILLED if getattr(recipe, n) != getattr(Recipe, n)]
             if changed and "distill" not in methods:
                 raise ShortGPTError(f"{', '.join(changed)} of `recipe`: for `heal_by` distill")
-            lora.require_packages()
-            lora.require_services(recipe.report_to)
-            if recipe.four_bit:
-                lora.require_four_bit()
+            lora.check_installed(recipe)
 
     def closed(self, name: str) -> object:
         """The settings of a closed form; ShortGPTError for one out of range."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.healing.job import keeps
+from short_gpt.healing.job import clear
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -67,12 +67,7 @@ class ShrinkFolder:
             for path in self.path.glob(pattern):
                 if path.is_file():
                     path.unlink()
-        for path in sorted(self.healing.rglob("*"), reverse=True):  # what is inside comes first
-            if path.is_dir() and not path.is_symlink():
-                with suppress(OSError):  # it holds a file of the user's
-                    path.rmdir()
-            elif keeps(path.relative_to(self.healing).as_posix()):
-                path.unlink()
+        clear(self.healing)
         self.clear_built()
         self._marker.unlink(missing_ok=True)
         self.tidy()

@@ -20,7 +20,7 @@ from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import check_new_gguf, check_one_file
 from short_gpt.data.texts import source_names
 from short_gpt.evaluation.cells import ResultCache
-from short_gpt.healing import RefitSettings, require_packages
+from short_gpt.healing import RefitSettings
 from short_gpt.healing.choosing import (
     MAX_WINDOWS,
     REFIT_PASSES,
@@ -131,8 +131,6 @@ class Shrink:
         self.reading.check(shuffled=True)
         self.tasks.check()
         self.opening.check()
-        if self.settings.minutes is not None:
-            require_packages()
         self.folder.check()
         gguf, n, source = is_gguf(self.out), self.settings.n, self.source
         path = None if source is None else source.path
@@ -226,9 +224,9 @@ class Shrink:
         fitted = min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
         folder = self.folder.healing if self.short.streamed else None  # see `prepare_refit`
         refit = plan_of(self.short, [self.probe] * fitted, folder=folder)
+        memory = format_bytes(sum(refit.host.values()))
         before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
         kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
-        disk = f" and {format_bytes(refit.disk)} on disk" if refit.disk else ""
         more = "run the tasks, " if self.tasks.tasks else ""
         own = ", its own text included" if self.reading.own else ""
         go = "goes" if n == 1 else "go"
@@ -239,7 +237,7 @@ class Shrink:
                 f"a window of {self.size} tokens takes {duration(self.a_pass)}: in all about "
                 f"{duration(self._seconds())}{own}, and the time to {more}write the model and read "
                 "it again",
-                f"the refit takes up to {format_bytes(refit.total)} of the machine's memory{disk}",
+                f"the refit takes up to {memory} of the machine's memory",
             ]
         )
 

@@ -35,7 +35,7 @@ CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
 COMPUTING = ("short-gpt", "torch", "transformers")  # of these, that compute what a state holds
 # entries of a run's identity that it has only where they are others
-USUAL = {"precision": "float32", "kept step": None}
+USUAL = {"precision": "float32"}
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from commands import DATA, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 from gguf_families import make, write_model
 
-from short_gpt.healing.job import HealingJob
+from short_gpt.healing import job
 from short_gpt.healing.refit_state import RefitState
 from short_gpt.runtime import StateFile
 
@@ -42,7 +42,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch, umask)
     write_model(Path("qwen.gguf"), "qwen2", make("qwen2", num_hidden_layers=3))
     for kind in (StateFile, RefitState):  # so that what an interrupted run leaves is there
         monkeypatch.setattr(kind, "clear", lambda self: None)
-    monkeypatch.setattr(HealingJob, "_clear", lambda *_: None)
+    monkeypatch.setattr(job, "clear", lambda _: None)
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
     run("convert", "ckpt", "hf")
     run("convert", "ckpt", "model.gguf")
@@ -58,5 +58,5 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch, umask)
     modes = {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in written}
     assert {mode: path for path, mode in modes.items()}.keys() == {oct(0o666 & ~umask)}, modes
     expected = {"r.json.state", "model.safetensors", "adapter_model.safetensors", "values.1"}
-    expected |= {"teacher.bin", "block_influence.png"}
+    expected |= {"predictions.bin", "block_influence.png"}
     assert expected <= {path.name for path in written}

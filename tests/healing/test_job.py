@@ -111,11 +111,6 @@ def test_a_job_refuses_what_it_would_not_do(options, said):
         HealingJob(meta(), WINDOWS, [2], **options)
 
 
-def test_the_plan_of_a_refit_in_memory_needs_no_disk_for_a_folder(tmp_path):
-    plans = [HealingJob(meta(), WINDOWS, [2], work_dir=d).plan_text() for d in (None, tmp_path)]
-    assert ["disk" in plan for plan in plans] == [False, False]
-
-
 def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
     short = ShortHFModel(make("llama"))
     options = {"steps": LORA, "work_dir": tmp_path / "training"}

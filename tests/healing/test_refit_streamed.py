@@ -32,7 +32,7 @@ from short_gpt.healing import refit_layer, refit_state
 from short_gpt.healing.job import unchanged
 from short_gpt.healing.refit import Refit, fit, heal
 from short_gpt.healing.refit_layer import LayerRefit
-from short_gpt.healing.refit_state import HiddenStates, RefitState
+from short_gpt.healing.refit_state import HiddenStates
 from short_gpt.healing.solver import SublayerSolver
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.wrappers.streamed_llama import StreamedCalls, StreamedLlama
@@ -161,46 +161,6 @@ def test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice(after, 
     same(fit(short(), LAYERS, WINDOWS, **options), expected)
 
 
-@pytest.mark.parametrize("name", ["original.0", "pruned.0", "values.2"])
-def test_a_refit_does_not_go_on_from_what_was_damaged(name, tmp_path):
-    with interrupted(LayerRefit, "solve", 1):
-        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
-    path = tmp_path / name
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1  # the size stays
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name} is damaged: delete"):
-        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
-    assert path.read_bytes() == content  # and it is left as it is
-    path.unlink()
-    with pytest.raises(ValueError, match=rf"{name} is damaged .it is missing.: delete"):
-        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
-
-
-def test_the_states_in_front_of_the_first_gap_count_as_soon_as_they_are_needed(tmp_path):
-    """What is left is the whole model up to there, so that its states are written at the gap."""
-    options = {"held": WINDOWS, **QUIET}
-    expected, plain = fit(memory(), [4], WINDOWS, **options), RefitState.advance
-    for layers in (1, 2, 3):
-        left = [layers]
-
-        def advance(self, *args, left=left, **more):
-            plain(self, *args, **more)
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-
-        work = tmp_path / str(layers)
-        with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(RefitState, "advance", advance)
-            fit(memory(), [4], WINDOWS, work_dir=work, **options)
-        saved = json.loads((work / "refit.json").read_text())["states"]
-        assert [*saved] == ["original"] and all(saved.values())
-        with interrupted(LayerRefit, "solve", 0):  # when those of what is left were written
-            fit(memory(), [4], WINDOWS, work_dir=work, **options)
-        same(fit(memory(), [4], WINDOWS, work_dir=work, **options), expected)
-
-
 def test_a_model_that_lacks_other_layers_is_another(tmp_path):
     """Its files are the same, and so is the shape of what is left."""
     checkpoint(tmp_path / "ckpt")
@@ -240,26 +200,6 @@ def test_a_refit_killed_again_and_again_goes_on_bit_for_bit(tmp_path):
     assert {path.name for path in work.iterdir()} == {"refit.json", "values.2", "values.3"}
 
 
-@pytest.mark.parametrize("name", ["values.2", "refit.json"])
-def test_what_a_kill_left_of_a_file_is_swept(name, tmp_path):
-    expected = fit(memory(), LAYERS, WINDOWS, **QUIET)
-    with interrupted(LayerRefit, "solve", 1):
-        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
-    left = tmp_path / f".{name}.writing-0123abcd"
-    left.mkdir()
-    for inside in ("lock", "new"):  # which nobody holds
-        (left / inside).write_bytes(b"half of it")
-    same(fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET), expected)
-    assert not left.exists()
-    other = tmp_path / ".thesis.writing-0123abcd"  # none of a refit's files
-    other.mkdir()
-    state = RefitState(None, {})
-    state.folder = tmp_path
-    state.finish()
-    state.clear()
-    assert [path.name for path in tmp_path.iterdir()] == [other.name]
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -279,13 +219,13 @@ def test_the_state_of_another_refit_is_refused_by_name(changes, named, tmp_path)
     held = WINDOWS[4:]
     with interrupted(LayerRefit, "solve", 1):
         fit(memory(), LAYERS, WINDOWS, held=held, work_dir=tmp_path, **QUIET)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     options = {"held": held, "work_dir": tmp_path, **QUIET, **changes}
     layers, windows = options.pop("layers", LAYERS), options.pop("windows", WINDOWS)
     short = memory(options.pop("seed", 0))
     with pytest.raises(ValueError, match=named):
         fit(short, layers, windows, **options)
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_what_one_layer_needs_goes_into_a_file_where_there_is_no_room(tmp_path, monkeypatch):
@@ -305,32 +245,6 @@ def test_what_one_layer_needs_goes_into_a_file_where_there_is_no_room(tmp_path, 
     seen.clear()
     same(fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET), expected)
     assert files <= seen
-
-
-def test_too_little_memory_or_disk_is_said_before_anything_is_done(tmp_path, monkeypatch):
-    short = streamed(checkpoint(tmp_path / "ckpt"))
-    short.max_memory = "100MB"
-    with pytest.raises(ValueError, match=r"the refit of this model needs at least .* \(.* layer"):
-        fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
-    short.max_memory = None
-    full = SimpleNamespace(free=0)
-    monkeypatch.setattr(refit_state.shutil, "disk_usage", lambda _: full)
-    with pytest.raises(ValueError, match=r"has 0 B free, the states of the refit need \d+ kB"):
-        fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
-    assert not (tmp_path / "work").exists()
-
-
-def test_of_the_disk_a_refits_own_files_alone_count_as_free(tmp_path, monkeypatch):
-    short, folder = streamed(checkpoint(tmp_path / "ckpt")), tmp_path / "work"
-    (folder / "a").mkdir(parents=True)
-    needed = refit_state.plan_of(short, WINDOWS, folder=folder).disk
-    disk = SimpleNamespace(free=needed - 100)
-    monkeypatch.setattr(refit_state.shutil, "disk_usage", lambda _: disk)
-    (folder / "notes").write_bytes(bytes(100))
-    with pytest.raises(ValueError, match="make room"):
-        refit_state.plan_of(short, WINDOWS, folder=folder)
-    (folder / "a" / "original.0").write_bytes(bytes(100))
-    assert refit_state.plan_of(short, WINDOWS, folder=folder).disk == needed
 
 
 NEEDED = {"wo", "w1", "w2", "w3", "weight"}  # for the MLP's sums; the last is of norms
@@ -372,7 +286,6 @@ def test_of_a_streamed_layer_the_last_matrices_alone_are_left_while_the_mlps_is_
 @pytest.mark.parametrize("windows", [(2, 32), (8, 512)])
 def test_a_llama_2_7b_is_refitted_within_3_gb(kind, itemsize, windows, tmp_path, monkeypatch):
     monkeypatch.setattr(refit_state, "resident", lambda: 400 * 10**6)
-    monkeypatch.setattr(refit_state, "_check_disk", lambda *_: None)
     weights, matrix = 2 * 4096 + 4 * 4096**2 + 3 * 4096 * 11008, 4096 * 11008
     calls = SimpleNamespace(
         count=32,
@@ -383,7 +296,8 @@ def test_a_llama_2_7b_is_refitted_within_3_gb(kind, itemsize, windows, tmp_path,
     short = SimpleNamespace(layer_calls=lambda: calls, max_memory="3GB")
     planned = refit_state.plan_of(short, [[0] * size] * count, folder=tmp_path / "work")
     # of F x F and F x D numbers of float64 one each
-    assert planned.host["sums"] == 8 * 11008 * (11008 + 4096) and planned.total <= 3 * 10**9
+    assert planned.host["sums"] == 8 * 11008 * (11008 + 4096)
+    assert sum(planned.host.values()) <= 3 * 10**9
 
 
 @pytest.fixture
@@ -419,8 +333,6 @@ def test_the_command_heals_streamed_as_in_memory_and_goes_on_where_it_was(
     assert (here / "out.refit").is_dir() and not (here / "out").exists()
     capsys.readouterr()
     run("heal", "ckpt", "out", *HEAL, "--stream", "--max_memory", "20GB", "--json", "out.json")
-    said = capsys.readouterr()
-    assert "refit: " in said.err and "states of 8 windows" in said.err
     assert not (here / "out.refit").exists() and not (here / "memory.refit").exists()
     ours, theirs = (json.loads(Path(f"{n}.json").read_text())["result"] for n in ("out", "memory"))
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)

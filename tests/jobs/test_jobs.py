@@ -33,7 +33,7 @@ from short_gpt.jobs import (
 )
 from short_gpt.jobs.cases import Cases
 from short_gpt.jobs.inputs import Tasks
-from short_gpt.jobs.settings import Answer, Choice, Healing
+from short_gpt.jobs.settings import Answer, Choice
 from short_gpt.runtime.progress import DryRun
 from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -333,13 +333,6 @@ def test_the_readmes_names_are_public():
     lines = re.findall(r"^\s*from short_gpt import ([\w, ]+)$", text, flags=re.MULTILINE)
     names = {name.strip() for line in lines for name in line.split(",")}
     assert names and names <= set(short_gpt.__all__)
-
-
-def test_training_over_split_layers_is_refused_before_a_refit(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    Healing().check(["refit"])
-    with pytest.raises(ShortGPTError, match="start it by torchrun, without FSDP"):
-        Healing().check(["refit", "distill"])
 
 
 @pytest.mark.parametrize("method", ["sleb", "perplexity"])

@@ -245,7 +245,6 @@ def test_training_goes_on_in_the_precision_that_it_began_with(here):
             *parts,
             recipe=recipe,
             work_dir="work",
-            resume=True,
             progress=False,
         )
 
