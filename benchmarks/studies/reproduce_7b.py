@@ -54,7 +54,7 @@ from llama.args import ModelArgs
 from short_gpt.cli.app import main as short_gpt
 from short_gpt.runtime.state import read_record
 from short_gpt.scoring import stopping
-from short_gpt.wrappers.streamed_llama import StreamedDecoder, StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 KNOWN = (27, 25, 26, 28, 24, 29, 23, 12, 17)  # seven of them are of the paper's list
 WEAKEST, GRADE = 0.05, 1.3  # of the output projections: the first layer's scale, and the ratio
@@ -199,9 +199,9 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         argv: of the command; "stop" in front has SIGTERM sent to it as its second round begins.
     """
     stops, rounds, guesses = argv[0] == "stop", list[dict[str, float]](), list[float]()
-    score, guess = StreamedDecoder.score_batch, StreamedLlama.seconds_a_window
+    score, guess = StreamedLlama.score_batch, StreamedLlama.seconds_a_window
 
-    def clocked(self: StreamedDecoder, windows: Sequence[Any], **more: Any) -> object:
+    def clocked(self: StreamedLlama, windows: Sequence[Any], **more: Any) -> object:
         if stops and len(rounds) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         start = time.perf_counter()
@@ -214,7 +214,7 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         return guesses[-1]
 
     began, code, rule = time.perf_counter(), 0, stopping.Stop
-    StreamedDecoder.score_batch, StreamedLlama.seconds_a_window = clocked, noted  # type: ignore
+    StreamedLlama.score_batch, StreamedLlama.seconds_a_window = clocked, noted  # type: ignore
     stopping.Stop = partial(rule, rare=RARE)  # type: ignore[misc,assignment]
     try:
         short_gpt(list(argv[stops:]))
@@ -222,7 +222,7 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         code = int(end.code or 0)
     finally:
         stopping.Stop = rule  # type: ignore[misc]
-        StreamedDecoder.score_batch, StreamedLlama.seconds_a_window = score, guess  # type: ignore
+        StreamedLlama.score_batch, StreamedLlama.seconds_a_window = score, guess  # type: ignore
     found = {"code": code, "seconds": time.perf_counter() - began, "rounds": rounds}
     found |= {"seconds_a_window_foretold": guesses, "peak_bytes": peak()}
     facts.write_text(json.dumps(found))

@@ -39,8 +39,10 @@ from llama.checkpoint.sharding import full_shapes
 from llama.formats.names import params_json
 from short_gpt.runtime.memory import plan, resident
 from short_gpt.runtime.progress import bar
+from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
-from short_gpt.wrappers.streamed_llama import StreamedDecoder, open_stream
+from short_gpt.wrappers.streamed_llama import open_stream
+from short_gpt.wrappers.streamed_transformer import Batch
 
 SIZE, MAX_MEMORY = 1024, "3GB"
 LLAMA_70B: dict[str, Any] = {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096}
@@ -140,12 +142,13 @@ def score(directory: str, windows: int) -> None:
     model = open_stream(directory, max_seq_len=SIZE, device="cpu")
     planned = model.plan(max_memory=MAX_MEMORY)
     opened = time.perf_counter() - start
-    decoder = StreamedDecoder(model)
-    decoder.progress = True
     into = Importance.empty(range(len(model.layers)))
     tokens = torch.randint(32000, (windows, SIZE), generator=torch.Generator().manual_seed(1))
     assert windows <= planned.windows
-    into.add(decoder.score_batch(tokens.tolist(), layers=into.layers))
+    mask = torch.ones(1, SIZE, dtype=torch.bool)
+    batches = [Batch(window[None], mask, watched=True) for window in tokens]
+    model.run(batches)
+    into.add(Scores.cat([batch.seen.scores() for batch in batches if batch.seen]))
     seconds = time.perf_counter() - start
     assert into.block_influence.isfinite().all() and into.n_windows == windows
     found: dict[str, Any] = {"seconds": seconds, "seconds_to_open": opened, "peak_bytes": peak()}

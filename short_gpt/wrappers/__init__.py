@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from short_gpt.wrappers.short_hf import ShortHFModel
     from short_gpt.wrappers.short_llama import ShortLlama
     from short_gpt.wrappers.short_model import ShortModel
-    from short_gpt.wrappers.streamed_llama import StreamedDecoder, StreamedLlama, open_stream
+    from short_gpt.wrappers.streamed_llama import StreamedLlama, open_stream
     from short_gpt.wrappers.streamed_transformer import Batch, StreamedTransformer
 else:
     __getattr__, __dir__ = lazy(__name__)
 
 __all__ = ["Batch", "OpenOptions", "ScoredModel", "ShortHFModel", "ShortLlama", "ShortModel"]
-__all__ += ["StreamedDecoder", "StreamedLlama", "StreamedTransformer", "open_model", "open_stream"]
+__all__ += ["StreamedLlama", "StreamedTransformer", "open_model", "open_stream"]
 __all__ += ["own_samples", "own_text_writer"]

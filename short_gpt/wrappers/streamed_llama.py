@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llama.checkpoint.meta import Checkpoint, check_vocabulary
 from llama.checkpoint.sharding import EMBEDDING
 from llama.parallel import choose_device, choose_dtype
-from llama.sources import find_source, is_hub_id, resolve
+from llama.sources import find_source, resolve
 from llama.tokenizer import Tokenizer, check_text, find_tokenizer
 from short_gpt.checkpoints.hf import write_hf
 from short_gpt.checkpoints.meta import write_meta
@@ -37,7 +37,7 @@ from short_gpt.models.families import META
 from short_gpt.models.layer_calls import Call, LayerCalls
 from short_gpt.models.loading import load_tokenizer
 from short_gpt.runtime.digest import files_digest
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.runtime.memory import BLOCK_BYTES, Plan
 from short_gpt.runtime.progress import bar, check_alone
 from short_gpt.scoring.hooks import Scores
@@ -60,72 +60,13 @@ def open_stream(
     ``ckpt_dir`` is in Meta's format, of any number of shards, or a Llama of Hugging Face's in
     safetensors, or a hub id with its owner; ``device`` and ``dtype`` are as in `OpenOptions`.
     """
-    path, name = Path(str(ckpt_dir)), str(ckpt_dir)
-    if not path.is_dir() and "/" in name and is_hub_id(name):
-        path = resolve(name)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a local directory; to be streamed, a Llama must be in Meta's format "
-            "or Hugging Face's with safetensors"
-        )
-    source = HFSource if find_source(path).kind == "hf" else MetaSource
-    weights, on = source(path, max_seq_len=max_seq_len), choose_device(device)
+    source = find_source(ckpt_dir)
+    expected = "a Llama in Meta's format, or Hugging Face's in safetensors"
+    check(source.kind != "gguf", "model to be streamed", str(source), expected)
+    path, on = resolve(source), choose_device(device)
+    kind = HFSource if find_source(path).kind == "hf" else MetaSource
+    weights = kind(path, max_seq_len=max_seq_len)
     return StreamedTransformer(weights, device=on, dtype=choose_dtype(dtype, on))
-
-
-class StreamedDecoder(MetaDecoder):
-    """A streamed model for scoring: windows pass the layers in rounds, ``batch_size`` together."""
-
-    def __init__(self, model: StreamedTransformer) -> None:
-        super().__init__(model)
-        self.batch_size, self.progress = 1, False  # a bar for every round
-
-    def score_batch(
-        self,
-        windows: Sequence[Sequence[int]],
-        *,
-        layers: Sequence[int],
-        all_tokens: bool = False,
-    ) -> Scores:
-        """Scores the windows of one round; see `hooks.score_batch`."""
-        if all_tokens:
-            raise ShortGPTError(
-                "angles at all tokens need the states of all layers at once; open the model "
-                "without stream"
-            )
-        scores = []
-        for batch in self._pass("scoring", windows, watched=True):
-            assert batch.seen is not None
-            scores.append(batch.seen.scores())
-            scores[-1].check_finite(layers)
-        return Scores.cat(scores)
-
-    def losses(self, windows: Sequence[Sequence[int]]) -> Tensor:
-        """Negative log-likelihoods in nats of all predicted tokens of one round, (N,)."""
-        group = self._pass("perplexity", windows)
-        # (B, S - 1) losses of each batch; only those of real tokens count
-        with mixed_precision(self.mixed, self.device):
-            losses = self.model.losses(group)
-        pairs = zip(losses, group, strict=True)
-        return torch.cat([loss.cpu()[batch.mask[:, 1:]] for loss, batch in pairs])
-
-    def window_logits(self, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Logits at all tokens of each window of one round, (S, V) float32 each."""
-        for batch in self._pass("logits", windows):
-            with mixed_precision(self.mixed, self.device):
-                logits = self.model.logits(batch)  # (B, S, V)
-            # real tokens come first: views, as copies would take as much again
-            yield from (row[:real] for row, real in zip(logits, batch.mask.sum(1), strict=True))
-            del logits  # before the next ones, which take as much
-
-    def _pass(self, name: str, windows: Sequence[Sequence[int]], **how: bool) -> list[Batch]:
-        parts = [pad(part, self) for part in batches(windows, self.batch_size)]
-        group = [Batch(ids, mask, **how) for ids, mask in parts]
-        text, steps = f"{name} {len(windows)} windows", len(windows) * len(self.layers)
-        shown_bar = bar(text, total=steps, unit="layer", show=self.progress)
-        with shown_bar as shown, mixed_precision(self.mixed, self.device):
-            self.model.run(group, step=lambda batch: shown.update(len(batch.mask)))
-        return group
 
 
 # The hidden states of a group of batches that are embedded in one reading of the embedding.
@@ -226,7 +167,6 @@ class StreamedLlama(ScoredModel):
     """
 
     streamed: ClassVar[bool] = True
-    decoder: StreamedDecoder
 
     def __init__(
         self,
@@ -253,7 +193,8 @@ class StreamedLlama(ScoredModel):
         own = tokenizer_path is None and from_hf
         self._hf_tokenizer = _hf_tokenizer(directory, trust_remote_code) if own else None
         self.plan(batch_size)
-        super().__init__(StreamedDecoder(self.stream), n_prune_layers)
+        self._together, self._progress = 1, False  # of a round: batch size, and a bar
+        super().__init__(MetaDecoder(self.stream), n_prune_layers)
 
     @property
     def configuration(self) -> Mapping[str, object]:
@@ -293,7 +234,11 @@ class StreamedLlama(ScoredModel):
         size = self.windows_at_once(batch_size, progress)
         with bar("perplexity", total=total, unit="window", show=progress) as shown:
             for part in batches(windows, size):
-                losses = self.decoder.losses(part).double()  # (N,)
+                group = self._pass("perplexity", part)
+                with mixed_precision(self.decoder.mixed, self.decoder.device):
+                    rows = self.stream.losses(group)  # (B, S - 1) nats of each batch
+                pairs = zip(rows, group, strict=True)
+                losses = torch.cat([row.cpu()[batch.mask[:, 1:]] for row, batch in pairs]).double()
                 each = losses.split([len(window) - 1 for window in part])
                 samples += samples_of(part, [float(values.sum()) for values in each])
                 check_loss(float(losses.sum()))
@@ -310,12 +255,37 @@ class StreamedLlama(ScoredModel):
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1
     ) -> Iterator[Tensor]:
-        self.decoder.batch_size, self.decoder.progress = batch_size, False
+        self._together, self._progress = batch_size, False
         for part in batches(windows, self.plan(batch_size, logits=True).windows):
-            yield from self.decoder.window_logits(part)
+            for batch in self._pass("logits", part):
+                with mixed_precision(self.decoder.mixed, self.decoder.device):
+                    logits = self.stream.logits(batch)  # (B, S, V)
+                # real tokens come first: views, as copies would take as much again
+                yield from (row[:real] for row, real in zip(logits, batch.mask.sum(1), strict=True))
+                del logits  # before the next ones, which take as much
 
     def score_batch(self, windows: Sequence[Sequence[int]], *, all_tokens: bool = False) -> Scores:
-        return self.decoder.score_batch(windows, layers=self.kept, all_tokens=all_tokens)
+        if all_tokens:
+            raise ShortGPTError(
+                "angles at all tokens need the states of all layers at once; open the model "
+                "without stream"
+            )
+        scores = []
+        for batch in self._pass("scoring", windows, watched=True):
+            assert batch.seen is not None
+            scores.append(batch.seen.scores())
+            scores[-1].check_finite(self.kept)
+        return Scores.cat(scores)
+
+    def _pass(self, name: str, windows: Sequence[Sequence[int]], **how: bool) -> list[Batch]:
+        """Takes the windows of one round through the layers, so many of them together."""
+        parts = [pad(part, self.decoder) for part in batches(windows, self._together)]
+        group = [Batch(ids, mask, **how) for ids, mask in parts]
+        text, steps = f"{name} {len(windows)} windows", len(windows) * len(self.decoder.layers)
+        shown_bar = bar(text, total=steps, unit="layer", show=self._progress)
+        with shown_bar as shown, mixed_precision(self.decoder.mixed, self.decoder.device):
+            self.stream.run(group, step=lambda batch: shown.update(len(batch.mask)))
+        return group
 
     def plan_text(self, batch_size: int = 1) -> str:
         return self.plan(batch_size).describe()
@@ -365,7 +335,7 @@ class StreamedLlama(ScoredModel):
 
     def windows_at_once(self, batch_size: int, progress: bool = False) -> int:
         # all windows of a round, of which ``batch_size`` pass a layer together
-        self.decoder.batch_size, self.decoder.progress = batch_size, progress
+        self._together, self._progress = batch_size, progress
         return self.plan(batch_size).windows
 
     def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:

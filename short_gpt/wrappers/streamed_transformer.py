@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from llama.checkpoint.meta import Checkpoint
@@ -24,7 +25,6 @@ from llama.checkpoint.sharding import EMBEDDING, LAYER_SPLITS, OUTPUT, split_dim
 from llama.formats import names as formats
 from llama.formats.hf import HFCheckpoint
 from llama.formats.names import name_in, permute
-from llama.formats.safetensors import DTYPES
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
 from short_gpt.models.decoder import is_finite
@@ -36,19 +36,13 @@ from short_gpt.scoring.hooks import LayerHooks
 LAYER_NAMES = tuple(LAYER_SPLITS)
 
 
-class MetaSource:
+class MetaSource(Checkpoint):
     """A directory in Meta's format, of any number of shards; tensors by Meta's names."""
 
-    def __init__(self, ckpt_dir: str | os.PathLike[str], *, max_seq_len: int) -> None:
-        self._checkpoint = Checkpoint(ckpt_dir, max_seq_len=max_seq_len)
-        self.directory = self._checkpoint.directory
-        self.args = self._checkpoint.args
-        self.infos = self._checkpoint.infos  # shape and stored dtype of every tensor, by name
-        self.files = [shard.path for shard in self._checkpoint.shards]
-
-    def read(self, name: str) -> Tensor:
-        """A tensor, mapped from its file where one file holds it."""
-        return self._checkpoint.read(name)
+    @property
+    def files(self) -> list[Path]:
+        """The files of the weights."""
+        return [shard.path for shard in self.shards]
 
     def stored_name(self, name: str) -> str:
         """What a tensor is called in the files."""
@@ -58,25 +52,20 @@ class MetaSource:
         """A tensor in the order of rows that the files have."""
         return weight
 
-    def blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
-        """A (V, D) tensor, so many rows at a time: the number of the first row, and the rows."""
-        for start in range(0, self.infos[name].shape[0], rows):
-            yield start, self._rows(name, start, rows)
-
-    def _rows(self, name: str, start: int, rows: int) -> Tensor:
-        shards, dim = self._checkpoint.shards, 0
+    def rows(self, name: str, start: int, count: int) -> Tensor:
+        """Some rows of a (V, D) tensor, (count, D) or fewer at its end."""
         parts: list[Tensor] = []
-        if split_dim(name, vocab_parallel=self._checkpoint.vocab_parallel) == 1:
-            # split by width: each file has a part of every row
-            parts, dim = [shard.read(name)[start : start + rows] for shard in shards], 1
-        else:
-            share = self.infos[name].shape[0] // len(shards)
-            end = min(start + rows, share * len(shards))
-            while start < end:  # split by rows: a block may begin in one file and end in the next
-                rank, at = divmod(start, share)
-                parts.append(shards[rank].read(name)[at : at + end - start])
-                start += len(parts[-1])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # (rows, D)
+        dim = split_dim(name, vocab_parallel=self.vocab_parallel)
+        for shard in self.shards:
+            weight = shard.read(name)
+            if dim == 1:  # split by width: each file has a part of every row
+                parts.append(weight[start : start + count])
+            else:  # split by rows: they may begin in one file and end in the next
+                if count and start < len(weight):
+                    parts.append(weight[start : start + count])
+                    count -= len(parts[-1])
+                start = max(start - len(weight), 0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim or 0)
 
 
 class HFSource(HFCheckpoint):
@@ -94,20 +83,10 @@ class HFSource(HFCheckpoint):
     def as_stored(self, name: str, weight: Tensor) -> Tensor:
         return permute(name, weight, self.args, to=formats.HF)
 
-    def blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
-        hf_name = str(self.infos[name].storage)  # tied weights are stored once
-        entry, held = self._files[hf_name].entries[hf_name], bytearray()
-        height, width = entry.shape
-        size, start = rows * entry.nbytes // height, 0
-        # pieces end where the file's reader likes, blocks at whole rows: bytes wait in between
-        for piece in self._files[hf_name].chunks(hf_name):
-            held += piece
-            # full blocks, and the last one, which is shorter where rows do not divide the height
-            while len(held) >= size or start + len(held) * rows // size == height > start:
-                block = torch.frombuffer(held[:size], dtype=DTYPES[entry.dtype])
-                yield start, block.view(-1, width)  # (rows, D)
-                start += rows
-                del held[:size]
+    def rows(self, name: str, start: int, count: int) -> Tensor:
+        stored = str(self.infos[name].storage)  # tied weights are stored once
+        with safe_open(self._files[stored].path, framework="pt") as file:
+            return file.get_slice(stored)[start : start + count]
 
 
 class Batch:
@@ -231,9 +210,12 @@ class StreamedTransformer(nn.Module):
         return None
 
     def _blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        # so many rows of a (V, D) tensor at a time, after the number of the first
         self.check_files()
-        size = block_rows(self.params, self.source.infos[name].dtype)
-        return self.source.blocks(name, size)
+        info = self.source.infos[name]
+        size = block_rows(self.params, info.dtype)
+        for start in range(0, info.shape[0], size):
+            yield start, self.source.rows(name, start, size)
 
     def _loaded(self) -> Generator[nn.Module, None, None]:
         """The layers in order, each with its weights until the next is asked for."""

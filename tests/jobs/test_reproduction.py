@@ -32,7 +32,7 @@ from short_gpt.jobs.reproduction import _changed
 from short_gpt.runtime.progress import duration
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers.opening import open_model
-from short_gpt.wrappers.streamed_llama import StreamedDecoder
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 CUT = {"size": 32, "max_windows": 20, "stride": 32}
 CPU = {"device": "cpu"}
@@ -122,7 +122,7 @@ def test_stopped_and_continued_the_file_has_the_same_bytes(here, monkeypatch, st
     run(*command)
     whole = Path("r.json").read_bytes()
     Path("r.json").unlink()
-    owner = StreamedDecoder if stream else type(open_model("ckpt", device="cpu"))
+    owner = StreamedLlama if stream else type(open_model("ckpt", device="cpu"))
     plain, left = owner.score_batch, [3]
 
     def fails(*args: object, **more: object) -> object:

@@ -40,7 +40,7 @@ from short_gpt.scoring.importance import SUMS, Importance
 from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers import streamed_transformer
-from short_gpt.wrappers.streamed_llama import StreamedCalls, StreamedDecoder, StreamedLlama
+from short_gpt.wrappers.streamed_llama import StreamedCalls, StreamedLlama
 from short_gpt.wrappers.streamed_transformer import Batch, StreamedTransformer
 
 VOCAB = 258
@@ -262,7 +262,7 @@ def test_a_run_in_rounds_continues(streamed, tmp_path, monkeypatch):
     many, identity = random_windows(18, 12), {"model": "tiny"}
     streamed.measure(many, progress=False)
     expected = streamed.importance.to_dict()
-    plain, rounds = streamed.decoder.score_batch, []
+    plain, rounds = streamed.score_batch, []
 
     def fails(part, **options):
         rounds.append(len(part))
@@ -270,7 +270,7 @@ def test_a_run_in_rounds_continues(streamed, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(part, **options)
 
-    monkeypatch.setattr(streamed.decoder, "score_batch", fails)
+    monkeypatch.setattr(streamed, "score_batch", fails)
     with pytest.raises(KeyboardInterrupt):
         state = RunState(StateFile(tmp_path / "state", identity))
         streamed.measure(many, progress=False, state=state)
@@ -494,7 +494,7 @@ def test_commands_stream_and_say_first_what_it_takes(kind, folder, capsys):
 def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkeypatch):
     """States are of the streamed model alone, and told apart by their name."""
     options = ("rank", "meta", *DATA, "--stride", 16, "--json", "r.json", *STREAM)
-    read, rounds = StreamedDecoder.score_batch, []
+    read, rounds = StreamedLlama.score_batch, []
 
     def fails(self, part, **more):
         rounds.append(len(part))
@@ -503,7 +503,7 @@ def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkey
         return read(self, part, **more)
 
     monkeypatch.setattr(memory_plan, "MOST_WINDOWS", 8)
-    monkeypatch.setattr(StreamedDecoder, "score_batch", fails)
+    monkeypatch.setattr(StreamedLlama, "score_batch", fails)
     with pytest.raises(SystemExit) as stop:
         run(*options)
     assert stop.value.code == 130 and Path("r.json.state").exists()
@@ -531,7 +531,7 @@ REFUSED = [
     (("rank", "hf", "--model_parallel_size", 2), "--model_parallel_size 2: --stream holds one"),
     (("rank", "hf", "--max_memory", "1MB"), "--max_memory 1MB is too little: .* at least"),
     (("rank", "hf", "--max_memory", "much"), "--max_memory = 'much': expected a size"),
-    (("rank", "model.gguf"), "model.gguf is not a local directory; to be streamed"),
+    (("rank", "model.gguf"), "model to be streamed = 'model.gguf': expected a Llama in Meta"),
     (("rank", "some/model"), "some/model is not a directory here, and the hub cannot"),
     (("rank", "other"), "other/config.json: model_type = 'gpt2': expected 'llama'"),
 ]
