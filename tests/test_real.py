@@ -17,7 +17,7 @@ from commands import fails
 from llama import Llama
 from llama.formats.gguf_read import read_header
 from llama.tokenizer import Tokenizer
-from short_gpt import ShortLlama, windows
+from short_gpt import ShortLlama, open_model, windows
 from short_gpt.data import demo
 from short_gpt.models.gguf_loading import mend_tokenizer
 
@@ -256,9 +256,7 @@ def test_lm_eval_finds_the_same_in_both_wrappers(llama, lm_eval):
 
 def test_one_layer_at_a_time_is_the_model_in_memory(llama, book):
     whole = ShortLlama(llama)
-    streamed = ShortLlama.from_checkpoint(
-        demo.checkpoint(), max_seq_len=1024, device="cpu", stream=True
-    )
+    streamed = open_model(demo.checkpoint(), max_seq_len=1024, device="cpu", stream=True)
     sample = [w[:256] for w in book[:2]]
     for short in (whole, streamed):
         short.measure(sample, progress=False)

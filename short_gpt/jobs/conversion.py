@@ -23,7 +23,7 @@ from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.wrappers.opening import check_tokenizer, open_hf, same_model
+from short_gpt.wrappers.opening import check_tokenizer, open_trainable, same_model
 from short_gpt.wrappers.options import OpenOptions
 
 NOT_VERIFIED = "not verified: verification loads the model on one rank; run without torchrun"
@@ -63,7 +63,7 @@ def convert(
         if to == "gguf":
             _to_gguf(source, out, type, path, {**writing, "exact": bool(verify)})
         elif to == "hf" and source.kind == "gguf":  # as transformers reads it
-            short = open_hf(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
+            short = open_trainable(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
             target = Target(out, "hf", overwrite, None if verify is False else short.check_saved)
             record = Provenance.of_checkpoint(source)
             how: dict[str, Any] = {"tokenizer": short.tokenizer, "record": record}

@@ -49,7 +49,7 @@ from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.selection.methods import AUTO, BY_LOSS
-from short_gpt.wrappers.opening import of_source, open_loaded, open_model, open_trainable
+from short_gpt.wrappers.opening import of_source, open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import AT_ONCE, STREAMED, count_of_own
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -199,7 +199,7 @@ class Shrink:
     def _opened(self, tokenizer: PreTrainedTokenizerBase | None) -> InMemory | Streamed:
         source, opening = self.source, self.opening
         if source is None:
-            short = open_loaded(cast("PreTrainedModel", self.model), opening, tokenizer)
+            short = open_trainable(cast("PreTrainedModel", self.model), opening, tokenizer)
             return InMemory(short, None, self.to, opening)
         if not self.opening.stream:
             return InMemory(open_trainable(source, opening), source, self.to, opening)

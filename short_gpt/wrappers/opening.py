@@ -23,6 +23,7 @@ from short_gpt.checkpoints.verify import (
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.perplexity import perplexity as perplexity_of_decoder
+from short_gpt.models.config_file import TRUST
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
@@ -31,6 +32,7 @@ from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 from short_gpt.wrappers.short_model import ShortModel
+from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,13 +83,17 @@ def open_model(
     options = replace(options, **changes, stream=options.stream if stream is None else stream)
     options.check()
     if not isinstance(source, str | PathLike | Source):
-        return open_loaded(source, options, tokenizer)
+        return open_trainable(source, options, tokenizer)
     if not options.stream:
         source = find_source(source)
         if source.kind != "meta":
-            return open_hf(source, options, tokenizer)
+            return open_trainable(source, options, tokenizer)
     if tokenizer is not None:
         raise ShortGPTError(f"{source} is read with `tokenizer_path`, a file: pass its path")
+    if options.stream:
+        names = ("n_prune_layers", "tokenizer_path", "max_seq_len", "batch_size", "device", "dtype")
+        entries = {name: getattr(options, name) for name in (*names, "max_memory", TRUST)}
+        return in_precision(StreamedLlama(source, **entries), options)
     entries = {field.name: getattr(options, field.name) for field in fields(OpenOptions)}
     return ShortLlama.from_checkpoint(source, **entries)
 
@@ -150,24 +156,29 @@ def perplexity(
     return perplexity_of_decoder(model, texts, total=total, progress=progress)
 
 
-def open_loaded(
-    model: PreTrainedModel, options: OpenOptions, tokenizer: PreTrainedTokenizerBase | None = None
-) -> ShortHFModel:
-    """Wraps a loaded model; ShortGPTError for an option of loading."""
-    for field in fields(OpenOptions):
-        known = field.name in ("device", "n_prune_layers", "precision", "seed")
-        if not known and getattr(options, field.name) != field.default:
-            raise ShortGPTError(f"`{field.name}` is for loading, and this is loaded: leave it out")
-    how: Any = {"device": options.device, "n_prune_layers": options.n_prune_layers}
-    return in_precision(ShortHFModel(model, tokenizer=tokenizer, **how), options)
-
-
-def open_hf(
-    source: str | Source,
+def open_trainable(
+    source: str | Source | PreTrainedModel,
     options: OpenOptions = DEFAULTS,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ShortHFModel:
-    """Opens a model of transformers, in any format except Meta's; see `open_model`."""
+    """Opens a model of any format, or a loaded one, through transformers, as training needs it.
+
+    Arguments are as in `open_model`. A loaded model takes no option of loading.
+    """
+    count = options.n_prune_layers
+    if not isinstance(source, str | PathLike | Source):
+        for field in fields(OpenOptions):
+            known = field.name in ("device", "n_prune_layers", "precision", "seed")
+            if not known and getattr(options, field.name) != field.default:
+                raise ShortGPTError(
+                    f"`{field.name}` is for loading, and this is loaded: leave it out"
+                )
+        short = ShortHFModel(source, None, count, tokenizer=tokenizer, device=options.device)
+        return in_precision(short, options)
+    source, device = find_source(source), choose_device(options.device)
+    if source.kind == "meta":
+        how: Any = {"tokenizer_path": options.tokenizer_path, "dtype": options.dtype}
+        return in_precision(ShortHFModel.from_meta(source, device=device, **how), options)
     check_tokenizer(options.tokenizer_path, source)
     if options.model_parallel_size not in (None, 1):
         raise ShortGPTError(
@@ -175,16 +186,13 @@ def open_hf(
             "over ranks; convert the model, or leave it out, so that every rank reads its share "
             "of the windows"
         )
-    device = choose_device(options.device)
     # before the model is loaded: the group decides this rank's device
     grouped = dist.is_initialized() and dist.get_world_size() > 1  # by the caller
     if is_distributed() or (grouped and options.model_parallel_size == 1):
         initialize(1, device=device)
     torch.manual_seed(options.seed)
-    dtype, trust = choose_dtype(options.dtype, device), options.trust_remote_code
-    count = options.n_prune_layers
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}
-    short = ShortHFModel(source, None, count, tokenizer=tokenizer, **how)
+    how = {"dtype": choose_dtype(options.dtype, device), TRUST: options.trust_remote_code}
+    short = ShortHFModel(source, None, count, tokenizer=tokenizer, device=device, **how)
     return in_precision(short, options)
 
 
@@ -211,16 +219,6 @@ def of_source(options: OpenOptions, source: str | Source, *, stream: bool = Fals
     if options.tokenizer_path is None or _reads_tokenizer(source, stream=stream):
         return options
     return replace(options, tokenizer_path=None)
-
-
-def open_trainable(source: str | Source, options: OpenOptions = DEFAULTS) -> ShortHFModel:
-    """Opens a checkpoint of any format through transformers, as training needs it."""
-    source = find_source(source)
-    if source.kind != "meta":
-        return open_hf(source, options)
-    path, device, dtype = options.tokenizer_path, options.device, options.dtype
-    short = ShortHFModel.from_meta(source, tokenizer_path=path, device=device, dtype=dtype)
-    return in_precision(short, options)
 
 
 def same_model(

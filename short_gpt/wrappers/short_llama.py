@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,14 @@ from short_gpt.data.texts import check_plain
 from short_gpt.data.windows import starts_texts
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.config_file import TRUST, params_entries
+from short_gpt.models.config_file import params_entries
 from short_gpt.models.decoder import MetaDecoder, in_own_dtype
 from short_gpt.models.loading import weight_stamps
 from short_gpt.runtime.digest import check_unchanged
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.precision import in_precision
 from short_gpt.wrappers.short_model import Prompts, ShortModel
-from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 
 class ShortLlama(ShortModel):
@@ -46,42 +45,17 @@ class ShortLlama(ShortModel):
         self.llama, self.source = llama, getattr(llama, "ckpt_dir", None)
         self._opened = () if self.source is None else weight_stamps(self.source)
 
-    @overload
     @classmethod
     def from_checkpoint(
-        cls,
-        ckpt_dir: StrPath,
-        n_prune_layers: int | None = ...,
-        *,
-        stream: Literal[False] = ...,
-        **options: Any,
-    ) -> ShortLlama: ...
-
-    @overload
-    @classmethod
-    def from_checkpoint(
-        cls, ckpt_dir: StrPath, n_prune_layers: int | None = ..., *, stream: bool, **options: Any
-    ) -> ShortLlama | StreamedLlama: ...
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        ckpt_dir: StrPath,
-        n_prune_layers: int | None = None,
-        *,
-        stream: bool = False,
-        **options: Any,
-    ) -> ShortLlama | StreamedLlama:
+        cls, ckpt_dir: StrPath, n_prune_layers: int | None = None, **options: Any
+    ) -> ShortLlama:
         """Opens a directory in Meta's format; ``options`` are entries of `OpenOptions` by name.
 
-        With ``stream`` one layer at a time is in memory, also of a Hugging Face Llama.
+        `open_model` does so for every format, and streams.
         """
-        chosen = OpenOptions(n_prune_layers=n_prune_layers, stream=stream, **options)
+        chosen = OpenOptions(n_prune_layers=n_prune_layers, **options)
         chosen.check()
-        if stream:
-            names = ["tokenizer_path", "max_seq_len", "device", "dtype", "max_memory", TRUST]
-            entries = {name: getattr(chosen, name) for name in [*names, "batch_size"]}
-            return in_precision(StreamedLlama(ckpt_dir, n_prune_layers, **entries), chosen)
+        check(not chosen.stream, "stream", True, "open_model(..., stream=True), which streams")
         tokenizer = chosen.tokenizer_path or find_tokenizer(ckpt_dir)
         names = ["max_seq_len", "seed", "device", "dtype", "model_parallel_size"]
         entries = {name: getattr(chosen, name) for name in names}

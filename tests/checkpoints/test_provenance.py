@@ -40,6 +40,7 @@ from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
 from short_gpt.models.decoder import Decoder, WeightChange
 from short_gpt.scoring.importance import Importance
+from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -73,7 +74,7 @@ def test_a_colliding_fact_is_refused_by_every_way_to_save(tmp_path):
     directory = save_checkpoint(tmp_path / "dense", make_transformer(vocab_size=BYTE_VOCAB))
     write_byte_tokenizer(directory)
     ours = ShortLlama.from_checkpoint(directory, max_seq_len=64, device="cpu")
-    streamed = ShortLlama.from_checkpoint(directory, stream=True, max_seq_len=64, device="cpu")
+    streamed = open_model(directory, stream=True, max_seq_len=64, device="cpu")
     for meta in (ours, streamed):
         meta.remove_layers([1])
         with pytest.raises(ValueError, match="facts name kept_layers, source"):

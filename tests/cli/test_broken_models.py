@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llama.checkpoint.pth import Shard
 from llama.formats.hf import meta_to_hf
-from short_gpt import ShortLlama, convert
+from short_gpt import convert, open_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 CUT = ("--layers", 1)
@@ -82,7 +82,7 @@ def test_a_tensor_that_is_no_block_of_the_file_is_read_and_written(here, capsys,
     windows = [[*b"hello world"]]
     found = []
     for stream in (False, True):
-        short = ShortLlama.from_checkpoint("ckpt", max_seq_len=16, stream=stream, device="cpu")
+        short = open_model("ckpt", max_seq_len=16, stream=stream, device="cpu")
         short.measure(windows, progress=False)
         found.append(short.importances)
     assert torch.allclose(*found, rtol=1e-5)

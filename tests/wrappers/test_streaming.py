@@ -29,7 +29,7 @@ from llama.checkpoint.pth import TensorInfo, write_shard
 from llama.checkpoint.sharding import full_shapes
 from llama.formats.hf import meta_to_hf
 from llama.formats.names import params_json
-from short_gpt import ShortLlama
+from short_gpt import ShortLlama, open_model
 from short_gpt.cli.app import main
 from short_gpt.models.decoder import pad
 from short_gpt.runtime import memory as memory_plan
@@ -92,9 +92,7 @@ def test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit(
 ):
     memory = meta(tmp_path / "meta", **META[case])
     monkeypatch.setattr(memory_plan, "BLOCK_BYTES", 10_000)  # some rows of one file, some of two
-    streamed = ShortLlama.from_checkpoint(
-        tmp_path / "meta", stream=True, max_seq_len=64, device="cpu"
-    )
+    streamed = open_model(tmp_path / "meta", stream=True, max_seq_len=64, device="cpu")
     same(streamed, memory, batch_size=3)
 
 
@@ -405,6 +403,8 @@ def test_what_cannot_be_is_said(streamed, tmp_path):
         streamed.measure([WINDOWS[0] * 2], progress=False)
     with pytest.raises(ValueError, match="bounds `stream`; add `stream`"):
         ShortLlama.from_checkpoint(tmp_path / "meta", max_memory="3GB")
+    with pytest.raises(ValueError, match=r"stream = True: expected open_model\(..., stream=True\)"):
+        ShortLlama.from_checkpoint(tmp_path / "meta", stream=True)
     with pytest.raises(FileNotFoundError, match="has no params.json"):
         StreamedLlama(tmp_path)
     write_byte_tokenizer(tmp_path)
