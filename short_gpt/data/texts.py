@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -116,13 +116,14 @@ def texts(
     The first text is read before this returns, so that most errors come from the call itself.
 
     Args:
-        source: A path, else a name at the hub; "allenai/c4:en" has a configuration. "demo" is the
-            demo's book: its held-out chapters, or with another split than "test" the others. Or
-            texts in memory, a list of strings or a ``datasets.Dataset``. A name may end with a
-            split and a number of texts, as in "novels/:train" and "pg19:validation[:100]".
+        source: A path, else a name at the hub; "allenai/c4:en" has a configuration. "pg19" is PG-19
+            even beside a folder of that name. "demo" is the demo's book: its held-out chapters, or
+            with another split than "test" the others. Or texts in memory, a list of strings or a
+            ``datasets.Dataset``. A name may end with a split and a number of texts, as in
+            "novels/:train" and "pg19:validation[:100]".
         split: Split of a data set, where the name has none. Of a folder, only sub-folders of this
             name and files whose names begin with it, if there are any, or have it inside, as
-            wiki.test.txt, where all in a folder name one; else all files, sorted by name.
+            wiki.test.txt, where all names have one; else all files, sorted by name.
         column: Column of the text in .jsonl, .parquet and data sets. Rows that are lists of
             messages with role and content are a `Conversation`. Default: "text", else "messages".
 
@@ -153,6 +154,8 @@ def _texts(
             f"{source} is the model's own text, which no model is judged by (perplexity on own "
             f"samples is not quality): expected {EXPECTED}"
         )
+    if name.source == PG19[0] and not isinstance(source, Path):
+        return pg19(split or "validation")
     if name.source == DEMO and (isinstance(source, BuiltinName) or not path.exists()):
         from short_gpt.data.demo import bible
 
@@ -162,8 +165,6 @@ def _texts(
         return _started(chain.from_iterable(_read(file, column) for file in files), source)
     if isinstance(source, Path) or _is_like_path(name.source):
         raise FileNotFoundError(f"no such file or folder: {str(source)!r}; expected {EXPECTED}")
-    if name.source == PG19[0]:
-        return pg19(split or "validation")
     return _started(_hub_texts(name.source, split, column), source)
 
 
@@ -197,9 +198,8 @@ def check_has_split(source: str | Path, split: str) -> None:
     """Raises ShortGPTError for a folder whose names have other splits, and not this one."""
     path = _path(source)
     names = _names(path) if path.is_dir() else []
-    files = {other: _of_split(names, other) for other in SPLIT_NAMES}
-    others = [other for other, own in files.items() if own]
-    if others and not _of_split(names, split) and {*names} == {*chain(*files.values())}:
+    others = [other for other in SPLIT_NAMES if _of_split(names, other)]
+    if others and not _of_split(names, split):
         raise ShortGPTError(
             f"{str(source)!r} has files of {', '.join(others)}, and none of {split}: name the file "
             "or folder to read"
@@ -236,56 +236,39 @@ def _files(path: Path, split: str | None, *, strict: bool = False) -> list[Path]
     if path.is_file():
         if strict:
             raise ShortGPTError(f"{str(path)!r} is one file, which has no splits")
-        names = [""]
-    else:
-        names = _names(path) if path.is_dir() else [""]
-        of_split = [] if split is None else _of_split(names, split)
-        if strict and not of_split:
-            raise ShortGPTError(f"{str(path)!r} has no files of the split {split}")
-        names = of_split or names
-    files = [path / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise ShortGPTError(f"{str(file)!r} is a broken link or a pipe, expected a file")
-    return files
+        return [path]
+    names = _names(path)
+    of_split = [] if split is None else _of_split(names, split)
+    if strict and not of_split:
+        raise ShortGPTError(f"{str(path)!r} has no files of the split {split}")
+    return [path / name for name in of_split or names]
 
 
 def _names(path: Path) -> list[str]:
-    names = sorted(file.relative_to(path).as_posix() for file in _below(path))
+    """All files below a folder, links to folders too, except hidden ones; sorted."""
+    names, seen = list[str](), set[str]()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()  # a link led here before
+            continue
+        seen.add(real)
+        names += [Path(folder, name).relative_to(path).as_posix() for name in files]
     names = [name for name in names if name.lower().endswith(tuple(_READERS))]
     names = [name for name in names if not re.search(r"(^|/)\.", name)]
     if not names:
         raise ShortGPTError(f"{str(path)!r} has no file of a known kind: expected {KINDS}")
-    return names
-
-
-def _below(path: Path) -> Iterator[Path]:
-    """All files below a folder; also in each folder elsewhere that a link in it leads to."""
-    top, seen = path.resolve(), set[Path]()
-    for folder, folders, files in os.walk(path, followlinks=True):
-        yield from (Path(folder, name) for name in files)
-        for link in [link for name in folders if (link := Path(folder, name)).is_symlink()]:
-            target = link.resolve()
-            inside = top in (target, *target.parents)  # what is in it is met in its place
-            if inside or target in (*top.parents, *seen):
-                folders.remove(link.name)
-            seen.add(target)
+    return sorted(names)
 
 
 def _of_split(names: list[str], split: str) -> list[str]:
+    """The names of a split: in a folder of that name, or of a file that begins with it."""
     end = "[^a-z/][^/]*$"
     if begin := [n for n in names if re.search(rf"(^|/){re.escape(split)}(/|{end})", n)]:
         return begin
-
-    def inside(name: str, *splits: str) -> bool:
-        return any(re.search(f"[._-]{re.escape(one)}{end}", name) for one in splits)
-
-    # the word may be of a title, unless all files of a folder have such a word
-    folders: dict[str, list[str]] = {}
-    for name in names:
-        folders.setdefault(name.rpartition("/")[0], []).append(name)
-    named = [own for own in folders.values() if all(inside(name, *SPLIT_NAMES) for name in own)]
-    return [name for name in chain(*named) if inside(name, split)]
+    # inside a name the word may be of a title, unless all have such a word, as wiki.test.txt
+    if not all(re.search(rf"[._-]({'|'.join(SPLIT_NAMES)}){end}", name) for name in names):
+        return []
+    return [name for name in names if re.search(rf"[._-]{re.escape(split)}{end}", name)]
 
 
 def _read(file: Path, column: str | None) -> Iterator[str]:
@@ -316,7 +299,7 @@ def _read_jsonl(file: Path, column: str | None) -> Iterator[str]:
 
 
 def _read_parquet(file: Path, column: str | None) -> Iterator[str]:
-    from pyarrow import ArrowException
+    from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
     try:
@@ -325,9 +308,7 @@ def _read_parquet(file: Path, column: str | None) -> Iterator[str]:
             read = [name for name in ([column] if column else COLUMNS) if name in names][:1]
             for batch in opened.iter_batches(16, columns=read or names):
                 yield from (_cell(row, column) for row in batch.to_pylist())
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):
-            raise  # what the system says names the file
+    except ArrowInvalid as error:
         reason = " ".join(str(error).split())
         raise damaged("the Parquet file", reason, mend="fetch or write it again") from None
 
@@ -374,7 +355,7 @@ def _reach(name: str) -> None:
     except (OSError, HTTPError) as error:
         raise ConnectionError(
             f"no such file or folder: {name!r}, and the hub cannot be reached "
-            f"({without_password(str(error))}); name a local copy, a folder of {KINDS}"
+            f"({without_password(str(error))}); name a local copy, a folder of {KINDS}, or demo"
         ) from error
 
 
@@ -388,14 +369,7 @@ def _hub_texts(source: str, split: str | None, column: str | None) -> Iterator[s
         if split is None and len(data) > 1:
             raise ShortGPTError(f"several splits, {', '.join(data)}: name one, as in {source}:test")
         yield from (_cell(row, column) for row in (data if split else data.popitem()[1]))
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        raise ShortGPTError(
-            f"{name} is a script, which datasets 4 and later do not run; use a Parquet copy "
-            "(emozilla/pg19 is that of PG-19) or a local folder"
-        ) from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # such as a script, which is not run
         hint = f"; a configuration is given as {name}:NAME" if "onfig" in str(error) else ""
         raise ShortGPTError(f"{name}: {without_password(str(error))}{hint}") from error
 
@@ -408,16 +382,9 @@ def source_names(data: str) -> list[str]:
 
 def check_named_once(names: Sequence[str], *, setting: str = "data") -> None:
     """Raises ShortGPTError if a text, which would count twice, is named twice in a setting."""
-    seen = set[object]()
-    for name in names:
-        source, split, _ = TextName.of(name)
-        local = source not in (*OWN, *PG19) and not isinstance(name, TextsInMemory)
-        if source in PG19:  # two names of one data set
-            source, split = PG19[0], split or "validation"
-        key = (_path(source).resolve() if local and _exists(source) else source, split)
-        if key in seen:
+    for number, name in enumerate(names):
+        if name in names[:number]:
             raise ShortGPTError(f"`{setting}` names {name} twice: name it once")
-        seen.add(key)
 
 
 def evaluation_texts(eval_data: str | None, column: str | None = None) -> dict[str, Iterator[str]]:
@@ -429,40 +396,20 @@ def evaluation_texts(eval_data: str | None, column: str | None = None) -> dict[s
 
 def read_kinds(data: str, column: str | None = None) -> list[Iterable[Text]]:
     """Each source's `read_texts`; its name alone (of `OWN`) where the model is to write them."""
-    names = source_names(data)
-    with default_text(data, "a file, demo or self"):
-        return [name if name in OWN else read_texts(name, column) for name in names]
-
-
-@contextmanager
-def default_text(name: str, others: str = "a file or demo") -> Iterator[None]:
-    """Says which ``others`` to name, where the hub is out of reach and has a text by default."""
-    try:
-        yield
-    except ConnectionError as error:
-        if not isinstance(name, Default):
-            raise
-        title = "PG-19" if name == "pg19" else name
-        raise ConnectionError(
-            f"no `data` given; the default, {title}, is on the hub, which cannot be reached: name "
-            f"{others}"
-        ) from error
+    return [name if name in OWN else read_texts(name, column) for name in source_names(data)]
 
 
 def read_texts(
     name: str, column: str | None = None, *, split: str | None = "validation"
 ) -> Iterator[str]:
-    """The `texts` of a source, with a progress bar; "pg19" is PG-19 even where a folder is too.
+    """The `texts` of a source, with a progress bar.
 
     Args:
         name: Name of a source, which may end with a split and a number of texts.
         column: Column of the text. Default: "text", else "messages".
         split: Split to read where the name has none. Default: "validation".
     """
-    source, named, limit = TextName.of(name)
-    if source == PG19[0]:
-        return _with_bar(islice(pg19(named or split or "validation"), limit), limit)
-    return _with_bar(texts(name, split=split, column=column), limit)
+    return _with_bar(texts(name, split=split, column=column), TextName.of(name).limit)
 
 
 def _with_bar(texts: Iterable[str], total: int | None) -> Iterator[str]:

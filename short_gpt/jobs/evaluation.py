@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
-from short_gpt.data.texts import check_named_once, default_text, read_texts, source_names
+from short_gpt.data.texts import check_named_once, read_texts, source_names
 from short_gpt.evaluation.perplexity import Perplexity, difference
 from short_gpt.evaluation.protocols import PROTOCOLS, check_copy, protocol, rows_of
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -106,8 +106,7 @@ def _check(windows: Windows, source: str | None, tasks: Tasks) -> None:
 def _local_texts(windows: Windows, source: str | None) -> dict[str, list[str]]:
     """The texts of each local file or folder; none of a protocol, whose first is read."""
     if windows.name in PROTOCOLS:
-        with default_text(windows.name):
-            rows_of(windows.name, source)
+        rows_of(windows.name, source)
     if windows.name in (NONE, *PROTOCOLS):
         return {}
     names, column = source_names(windows.name), windows.column

@@ -472,15 +472,12 @@ def test_a_mistyped_flag_is_told_before_anything_runs(ckpt, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (("rank", "ckpt"), "PG-19, is on the hub, which cannot be reached: name a file, demo or s"),
-        (("heal", "ckpt", "x", "--layers", 1), "PG-19, is on the hub, which cannot be reached: na"),
-        (("evaluate", "ckpt", "--dry_run"), "wikitext-2, is on the hub, which cannot be reached"),
-    ],
+    "argv", [("rank", "ckpt"), ("heal", "ckpt", "x", "--layers", 1), ("evaluate", "ckpt")]
 )
-def test_a_default_text_that_cannot_be_reached_says_what_to_name(ckpt, capsys, argv, message):
-    assert f"no --data given; the default, {message}" in fails(capsys, *argv)
+def test_a_default_text_that_cannot_be_reached_says_what_to_name(ckpt, capsys, argv):
+    assert re.search(
+        r"the hub cannot be reached .*; name a local copy, .* or demo", fails(capsys, *argv)
+    )
 
 
 @pytest.mark.parametrize(

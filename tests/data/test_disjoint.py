@@ -110,16 +110,6 @@ def test_texts_of_one_call_end_where_they_end(order):
     assert overlapping(apart, windows_of([whole])) == {}
 
 
-def test_windows_of_one_call_meet_and_those_of_others_do_not():
-    """Texts are numbered from 0 in every call, and again by those who join several."""
-    one, two = letters(96, 0), letters(96, 1)
-    mixed = [*cut(one, 24)[::2], *cut(two, 24)[1::2]]  # at 0, 48 of one and 24, 72 of another
-    assert set(overlapping(mixed, cut(one[12:84], 24))) == {0, 1}
-    assert set(overlapping(mixed, cut(two[36:60], 24))) == {2}
-    renumbered = [Window(w, w.text + 7, w.start, w.origin) for w in cut(one, 4)]
-    assert set(overlapping(renumbered, cut(one[1:], 4))) == set(range(24))
-
-
 OPENING = [*letters(96, 9).encode()]  # a template's, before every dialog
 
 
@@ -163,13 +153,6 @@ def test_windows_of_a_template_alone_are_none():
         list(windows(tokens, lambda _: [], size=48, stride=48))
 
 
-def test_a_span_can_be_named():
-    one, two = random_windows(2, 100, seed=2)
-    mixed = one[:10] + two[10:]
-    assert without_overlap([mixed], [one]) == ([mixed], 0)
-    assert without_overlap([mixed], [one], span=10) == ([], 1)
-
-
 @pytest.mark.parametrize("size", [8, 50, 63])
 def test_a_window_inside_a_longer_one_is_shared_text(size):
     long, other = random_windows(2, 200, seed=3)
@@ -181,8 +164,3 @@ def test_a_window_inside_a_longer_one_is_shared_text(size):
     assert overlapping([long[:30]], [long[10:25]]) == {0: 0}  # both shorter than 64 tokens
     with pytest.raises(ValueError, match="1 of 2 training windows share text"):
         check_disjoint([other, long], [short])
-
-
-def test_a_few_tokens_are_shared_with_their_equal_alone():
-    long, short = random_windows(1, 100, seed=4)[0], [5, 6, 7]
-    assert overlapping([long, long[10:17]], [long[10:17], short]) == {1: 0}

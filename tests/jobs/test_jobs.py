@@ -235,9 +235,6 @@ def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
         evaluate("ckpt", data="book.txt", size=32, max_windows=0)
     with pytest.raises(DryRun, match="all 4 "):  # two of each
         evaluate("ckpt", **reading, dry_run=True)
-    for again in ("book.txt", "./book.txt"):
-        with pytest.raises(ShortGPTError, match=f"`data` names {again} twice: name it once"):
-            evaluate("ckpt", data=f"book.txt,{again}", size=32)
 
 
 def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
@@ -427,8 +424,6 @@ def test_a_job_that_reads_files_says_where_a_loaded_model_goes(model):
         (lambda: shrink("ckpt", "o", n=1, data="book.txt", seed=None), "seed = None"),
         (lambda: rank("ckpt", "book.txt", n=1, confidence=0.9, seed=None), "confidence` needs"),
         (lambda: rank("ckpt", "book.txt:train", n=1), "'book.txt' is one file, which has no sp"),
-        (lambda: rank("ckpt", "pg19,emozilla/pg19", n=1), "names emozilla/pg19 twice"),
-        (lambda: rank("ckpt", "pg19,pg19:validation", n=1), "names pg19:validation twice"),
     ],
 )
 def test_a_setting_that_would_be_ignored_is_refused(here, call, message):
