@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.files import write_json
-from short_gpt.checkpoints.provenance import BASE, LICENSE, PROVENANCE, Measured, Provenance
+from short_gpt.checkpoints.provenance import BASE, LICENSE, PROVENANCE, Provenance
 from short_gpt.data.texts import OWN
 from short_gpt.evaluation.perplexity import SamplingError
 from short_gpt.runtime.errors import one_line
@@ -62,7 +62,7 @@ def model_card(record: Provenance) -> str:
         healed=", healed" if record.steps else "",
         removed=removed,
         scores=_scores(record),
-        quality=_table(record.quality) + _own(record) + "\n",
+        quality=_table(record) + _own(record) + "\n",
         versions=", ".join(f"{package} {version}" for package, version in record.versions.items()),
         changed=_changed(record),
     )
@@ -86,21 +86,18 @@ def _scores(record: Provenance) -> str:
     return f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
 
 
-def _table(quality: Mapping[str, Measured]) -> str:
-    if not quality:
+def _table(record: Provenance) -> str:
+    if not record.perplexity:
         return "Its quality was not measured."
     rows = ["", "| model | perplexity | 95% | tokens |", "| --- | --- | --- | --- |"]
     samples: list[str] = []  # of the intervals, and what these do not cover
-    for name, measured in quality.items():
-        ends = measured.error.get("interval_95")
-        ends = ends if isinstance(ends, list) and all(isinstance(e, float) for e in ends) else []
-        interval = " to ".join(f"{end:.3f}" for end in ends)
-        tokens = "" if measured.tokens is None else f"{measured.tokens:,}"
-        rows.append(f"| {_in_markdown(name)} | {measured.value:.3f} | {interval} | {tokens} |")
-        if measured.error:
-            windows, texts = (measured.error.get(key) for key in ("windows", "texts"))
-            known = texts if isinstance(texts, int) else None
-            samples.append(SamplingError(math.nan, int(str(windows or 0)), known).over)
+    for name, value in record.perplexity.items():
+        error: Any = record.perplexity_error.get(name, {})
+        interval = " to ".join(f"{end:.3f}" for end in error.get("interval_95", ()))
+        tokens = f"{count:,}" if (count := record.perplexity_tokens.get(name)) else ""
+        rows.append(f"| {_in_markdown(name)} | {value:.3f} | {interval} | {tokens} |")
+        if error:
+            samples.append(SamplingError(math.nan, error["windows"], error["texts"]).over)
     over = ["", f"Over {'; '.join(dict.fromkeys(samples))}."] if samples else []
     return "\n".join([*rows, *over])
 
@@ -108,7 +105,7 @@ def _table(quality: Mapping[str, Measured]) -> str:
 def _own(record: Provenance) -> str:
     """The remark where text that the model itself wrote was all that judged it."""
     data, judge = record.facts.get("data"), record.evidence.get("eval_data", "")
-    if not record.quality or judge is not None or not isinstance(data, str):
+    if not record.perplexity or judge is not None or not isinstance(data, str):
         return ""
     if not {name.strip() for name in data.split(",")} <= {*OWN}:
         return ""

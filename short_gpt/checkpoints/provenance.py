@@ -29,12 +29,12 @@ RECORD = "short_gpt.pruning"  # a key of GGUF, whose value is the text of that f
 NAME = "general.name"  # another, the model's name
 # What jobs record of a choice and of a healing, as it comes; the model's own record holds it.
 EVIDENCE = ("method", "scored_by", "change", "eval_data", "size", "precision")
+QUALITY = ("perplexity", "perplexity_tokens", "perplexity_error")
+MEASURED = ("source", "block_influence", "scored", *QUALITY, "healing")  # left out where empty
 # The library's own keys. They are made from the model; no caller may contradict them.
 KEYS = (
-    *EVIDENCE,
-    *("removed_layers", "kept_layers", "original_layers", "source", "source_pruning"),
-    *("block_influence", "scored", "perplexity", "perplexity_tokens", "perplexity_error"),
-    *("healing", "versions", "source_card"),
+    *("removed_layers", "kept_layers", "original_layers", "source_pruning", "source_card"),
+    *(*MEASURED, *EVIDENCE, "versions"),
     "files",  # what the directory holds, listed by its writer: not part of the history
 )
 LICENSE = ("license", "license_name", "license_link")
@@ -42,16 +42,6 @@ BASE = "base_model"
 BASE_URL = re.compile(r"general\.base_model\.\d+\.repo_url")
 HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
 Step = Mapping[str, object]  # one change of weights: "method" and its settings, ready for JSON
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A perplexity as it is kept."""
-
-    value: float
-    tokens: int | None = None  # predicted; None where the record does not say
-    # "interval_95", and the numbers of "windows" and "texts", None where unknown; may be empty
-    error: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,9 @@ class Provenance:
         earlier: the source's own record, if it was itself pruned or healed.
         block_influence: by the source's layers; NaN or None where one was not scored.
         scored: numbers of "windows" and "tokens" that the scores come from.
-        quality: perplexities, by the name of the model's state.
+        perplexity: by the name of the model's state, as the next two.
+        perplexity_tokens: numbers of the tokens predicted, where known.
+        perplexity_error: "interval_95", and numbers of "windows" and "texts", where known.
         healing: what changed weights since ``earlier``, oldest first.
         evidence: how the layers were chosen and what a healing brought, by the keys `EVIDENCE`.
         source_card: the source's licence and base model, of `source_card`.
@@ -83,7 +75,9 @@ class Provenance:
     earlier: Provenance | None = None
     block_influence: Sequence[float | None] = ()
     scored: Mapping[str, int] = field(default_factory=dict)
-    quality: Mapping[str, Measured] = field(default_factory=dict)
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+    perplexity_tokens: Mapping[str, int] = field(default_factory=dict)
+    perplexity_error: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     healing: Sequence[Step] = ()
     evidence: Mapping[str, object] = field(default_factory=dict)
     source_card: Mapping[str, object] = field(default_factory=dict)
@@ -133,6 +127,7 @@ class Provenance:
             earlier = cls.of_checkpoint(directory or source) or cls._at_hub(short, str(source))
             short.history[str(source)] = (earlier, source_card(source, directory))
         earlier, card = short.history[str(source)]
+        errors = {name: _error(perplexity) for name, perplexity in measured.items()}
         return cls(
             removed_layers=list(short.removed),
             kept_layers=list(short.kept),
@@ -140,7 +135,9 @@ class Provenance:
             earlier=earlier,
             block_influence=influence,
             scored=_counts(scores),
-            quality={name: _measured(perplexity) for name, perplexity in measured.items()},
+            perplexity={name: perplexity.value for name, perplexity in measured.items()},
+            perplexity_tokens={name: perplexity.tokens for name, perplexity in measured.items()},
+            perplexity_error={name: error for name, error in errors.items() if error},
             healing=[change.how for change in short.changes],
             evidence=dict(short.evidence),
             source_card=card,
@@ -266,20 +263,12 @@ class Provenance:
             "kept_layers": list(self.kept_layers),
             "original_layers": self.original_layers,
         }
-        tokens = {name: m.tokens for name, m in self.quality.items() if m.tokens is not None}
-        optional: dict[str, object] = {
-            "source": self.source,
-            "block_influence": list(self.block_influence),
-            "scored": dict(self.scored),
-            "perplexity": {name: m.value for name, m in self.quality.items()},
-            "perplexity_tokens": tokens,
-            "perplexity_error": {n: m.error for n, m in self.quality.items() if m.error},
-            "healing": [dict(step) for step in self.healing],
-            "source_pruning": self.earlier.to_dict() if self.earlier else None,
-            "source_card": dict(self.source_card),
-        }
-        record |= {key: value for key, value in optional.items() if value}
-        return {**record, **self.evidence, **self.facts, "versions": dict(self.versions)}
+        record |= {key: value for key in MEASURED if (value := getattr(self, key))}
+        if self.earlier:
+            record["source_pruning"] = self.earlier.to_dict()
+        if self.source_card:
+            record["source_card"] = self.source_card
+        return {**record, **self.evidence, **self.facts, "versions": self.versions}
 
     def _original(self, layers: Iterable[int]) -> list[int]:
         """The first model's numbers of layers of the source."""
@@ -299,14 +288,17 @@ class Provenance:
             count = len(before.removed_layers) + len(before.kept_layers)
             influence = [of_kept.get(layer, math.nan) for layer in range(count)]
         inherited = dict(before.evidence)
-        if self.quality:  # which another text may have judged
+        if self.perplexity:  # which another text may have judged
             inherited.pop("eval_data", None)
+        # what was measured before weights changed was another model
+        judged = self if self.perplexity or self.healing else before
         return replace(
             before,
             block_influence=influence,
             scored=self.scored or before.scored,
-            # what was measured before weights changed was another model
-            quality=self.quality or ({} if self.healing else before.quality),
+            perplexity=judged.perplexity,
+            perplexity_tokens=judged.perplexity_tokens,
+            perplexity_error=judged.perplexity_error,
             healing=[*before.healing, *self.healing],
             evidence={**inherited, **self.evidence},
             source_card={**before.source_card, **self.source_card},
@@ -326,39 +318,25 @@ def _without_folders(value: Any) -> Any:
 
 def _parsed(content: Any) -> Provenance:
     """A record from what a file holds; TypeError, KeyError and the like if it is none."""
-    source_pruning, source = content.get("source_pruning"), content.get("source")
-    earlier = _parsed(source_pruning) if source_pruning else None
+    earlier = _parsed(content["source_pruning"]) if content.get("source_pruning") else None
     removed, kept = content["removed_layers"], content["kept_layers"]
     count = len(earlier.kept_layers) if earlier else len(removed) + len(kept)
-    whole = all(type(layer) is int for layer in (*removed, *kept))
-    if not whole or sorted([*removed, *kept]) != list(range(count)):
+    if sorted([*removed, *kept]) != list(range(count)):
         raise ValueError(f"kept_layers {kept} with removed_layers {removed}")
-    scored = content.get("scored") or {}
-    values, tokens, errors = (
-        content.get(key) or {} for key in ("perplexity", "perplexity_tokens", "perplexity_error")
-    )
+    values: dict[str, Any] = {key: content[key] for key in MEASURED if content.get(key)}
+    perplexities = values.get("perplexity", {}).items()  # JSON has no infinity
+    values["perplexity"] = {name: math.inf if v is None else float(v) for name, v in perplexities}
+    values["healing"] = [{"method": step["method"], **step} for step in values.get("healing", ())]
     return Provenance(
-        removed_layers=removed,
-        kept_layers=kept,
-        source=None if source is None else str(source),
+        removed,
+        kept,
         earlier=earlier,
-        block_influence=[*(content.get("block_influence") or ())],
-        scored={key: int(scored[key]) for key in ("windows", "tokens")} if scored else {},
-        quality={
-            name: _read_measured(value, tokens.get(name), errors.get(name))
-            for name, value in values.items()
-        },
-        healing=[{"method": step["method"], **step} for step in content.get("healing") or []],
         evidence={key: content[key] for key in EVIDENCE if key in content},
-        source_card={**(content.get("source_card") or {})},
+        source_card=content.get("source_card") or {},
         facts={key: value for key, value in content.items() if key not in KEYS},
-        versions={name: str(v) for name, v in (content.get("versions") or {}).items()},
+        versions=content.get("versions") or {},
+        **values,
     )
-
-
-def _read_measured(value: Any, tokens: Any, error: Any) -> Measured:
-    value = math.inf if value is None else float(value)  # JSON has no infinity
-    return Measured(value, None if tokens is None else int(tokens), {**(error or {})})
 
 
 def _counts(importance: Importance) -> dict[str, int]:
@@ -366,12 +344,13 @@ def _counts(importance: Importance) -> dict[str, int]:
     return counts if importance.n_windows else {}
 
 
-def _measured(perplexity: Perplexity) -> Measured:
+def _error(perplexity: Perplexity) -> dict[str, object]:
+    """The margin of a perplexity as it is kept; empty if there is none."""
     error = perplexity.error
     if error is None or not error.has_margin:
-        return Measured(perplexity.value, perplexity.tokens)
-    kept = {"interval_95": list(perplexity.interval()), "windows": error.windows}
-    return Measured(perplexity.value, perplexity.tokens, {**kept, "texts": error.texts})
+        return {}
+    counts = {"windows": error.windows, "texts": error.texts}
+    return {"interval_95": list(perplexity.interval()), **counts}
 
 
 def source_card(source: str | os.PathLike[str], directory: Path | None = None) -> dict[str, object]:
@@ -391,10 +370,7 @@ def source_card(source: str | os.PathLike[str], directory: Path | None = None) -
 
 def _card_in_metadata(path: Path) -> dict[str, object]:
     """The same of a GGUF file's metadata; a base model that is not on the hub has no name there."""
-    try:
-        fields = read_header(part_paths(path)[0]).fields
-    except (OSError, ShortGPTError):
-        return {}
+    fields = read_header(part_paths(path)[0]).fields if path.is_file() else {}
     entries = {key: fields.get(f"general.{key.replace('_', '.')}") for key in LICENSE}
     urls = [value for key, value in fields.items() if BASE_URL.fullmatch(key)]
     names = [match[1] for url in urls if (match := HUB.fullmatch(str(url)))]
@@ -410,12 +386,8 @@ def _is_names(value: object) -> bool:
 
 def _hub_name(source: str | os.PathLike[str]) -> str | None:
     """The hub's name of a model, with its owner: its own, or what its config remembers."""
-    name: object = str(source)
-    if Path(source).exists():
-        try:
-            name = read_json(Path(source) / "config.json").get("_name_or_path")
-        except (OSError, ShortGPTError):
-            return None
+    config = Path(source) / "config.json"
+    name = read_json(config).get("_name_or_path") if config.is_file() else str(source)
     # without an owner it may be a directory's
     return name if isinstance(name, str) and "/" in name and is_hub_id(name) else None
 

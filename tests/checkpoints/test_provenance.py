@@ -34,7 +34,7 @@ from short_gpt.checkpoints import (
     prune_checkpoint,
     prune_hf,
 )
-from short_gpt.checkpoints.provenance import KEYS, Measured, source_card
+from short_gpt.checkpoints.provenance import KEYS, source_card
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
@@ -166,14 +166,14 @@ def test_a_name_in_the_card_is_neither_html_nor_a_link():
     record = Provenance.of_scores(facts={"data": "[x](javascript:y)"}).pruned(
         "models/<img src=x onerror=alert(1)>", removed=[1], kept=[0, 2]
     )
-    quality = {"a | b": Measured(2.0)}
-    card = model_card(replace(record, scored={"windows": 1, "tokens": 2}, quality=quality))
+    scored = {"windows": 1, "tokens": 2}
+    card = model_card(replace(record, scored=scored, perplexity={"a | b": 2.0}))
     assert "# &#60;img src=x onerror=alert(1)&#62; without 1 of its 3 layers" in card
     assert "<img" not in card and "[x]" not in card and "| a &#124; b |" in card
 
 
 def test_the_cards_table_begins_a_paragraph():
-    lines = model_card(Provenance([1], [0, 2], quality={"2 layers": Measured(9.5)})).splitlines()
+    lines = model_card(Provenance([1], [0, 2], perplexity={"2 layers": 9.5})).splitlines()
     assert lines[lines.index("| model | perplexity | 95% | tokens |") - 1] == ""
 
 
@@ -246,7 +246,7 @@ def test_record_and_card_carry_the_intervals(tmp_path):
     card = (saved / "README.md").read_text()
     row = f"| whole | {measured.value:.3f} | {low:.3f} to {high:.3f} | {measured.tokens:,} |"
     assert row in card and "Over 12 windows of 3 texts, the texts being the samples." in card
-    assert Provenance.read(saved / "pruning.json").quality["whole"].error["texts"] == 3
+    assert Provenance.read(saved / "pruning.json").perplexity_error["whole"]["texts"] == 3
 
 
 def test_a_record_is_read_and_written_as_it_was(tmp_path):
@@ -256,8 +256,8 @@ def test_a_record_is_read_and_written_as_it_was(tmp_path):
     assert [step["method"] for step in record.steps] == ["linear patch", "linear patch", "LoRA"]
     assert record.steps[1] == {"method": "linear patch", "layers": [1]}
     assert (record.original_layers, record.all_removed) == ([0, 2, 4], [3, 1])
-    assert record.quality["whole, 5 layers"].value == 3.5
-    assert record.quality["healed"].value == math.inf  # which JSON lacks
+    # JSON has no infinity
+    assert record.perplexity == {"whole, 5 layers": 3.5, "healed": math.inf}
     assert record.facts == {"data": "a book"}
     assert record.evidence == {"method": "Block Influence"}
     card = model_card(record)
@@ -278,7 +278,6 @@ def test_a_record_is_read_and_written_as_it_was(tmp_path):
         {"healing": "LoRA"},
         {"healing": [{"steps": 6}]},
         {"perplexity": {"healed": "low"}},
-        {"scored": {"windows": 4}},
         {"source_pruning": [1]},
         {"source_pruning": {"removed_layers": [1]}},
     ],
@@ -310,10 +309,10 @@ def test_numbers_go_through_all_removals_to_the_first_model():
 
 def test_healing_a_pruned_model_continues_its_record(tmp_path):
     make("llama").save_pretrained(tmp_path / "whole")
-    facts = Provenance(facts={"by": "me"}, quality={"5 layers": Measured(9.5)})
+    facts = Provenance(facts={"by": "me"}, perplexity={"5 layers": 9.5})
     cut = prune_hf(tmp_path / "whole", tmp_path / "cut", [1], provenance=facts)
     short = ShortHFModel(str(cut))
-    assert Provenance.of(short, cut).quality == {"5 layers": Measured(9.5)}  # still the same model
+    assert Provenance.of(short, cut).perplexity == {"5 layers": 9.5}  # still the same model
     short.measure(WINDOWS, progress=False)
     short.perplexity(WINDOWS, progress=False)
     short.note_change(WeightChange({"method": "a test"}, frozenset()))
@@ -322,7 +321,7 @@ def test_healing_a_pruned_model_continues_its_record(tmp_path):
     assert record.source == "whole" and record.earlier is None
     assert [step["method"] for step in record.steps] == ["a test"]
     assert record.facts == {"by": "me", "data": "eight words"}
-    assert record.quality == {}  # what was measured before is another model's
+    assert record.perplexity == {}  # what was measured before is another model's
     short.measure(WINDOWS, progress=False)
     influence = Provenance.of(short, cut).block_influence
     assert math.isnan(influence[1]) and len(influence) == 6
@@ -346,8 +345,10 @@ def test_cut_in_files_or_from_memory_the_record_is_the_same(tmp_path):
 def test_named_measurements_go_before_those_that_the_model_remembers(tmp_path):
     short = ShortHFModel(make("llama"))
     whole = short.perplexity(WINDOWS, progress=False)
-    assert list(Provenance.of(short, "x").quality) == ["6 layers"]
-    assert list(Provenance.of(short, "x", measured={"as it came": whole}).quality) == ["as it came"]
+    assert list(Provenance.of(short, "x").perplexity) == ["6 layers"]
+    assert list(Provenance.of(short, "x", measured={"as it came": whole}).perplexity) == [
+        "as it came"
+    ]
 
 
 # two models are the same
@@ -371,10 +372,10 @@ def test_a_perplexity_of_weights_that_changed_since_is_not_recorded(tmp_path):
     with short.without_layers([2]):
         short.change_weights({"method": "test"}, values_of(short, 4))
     short.remove_layers([3])
-    quality = Provenance.of(short, "source").quality
-    assert [*quality] == ["6 layers"] and quality["6 layers"].value == original.value
+    values = Provenance.of(short, "source").perplexity
+    assert values == {"6 layers": original.value}
     short.perplexity(windows, progress=False)
-    assert [*Provenance.of(short, "source").quality] == ["6 layers", "5 layers"]
+    assert [*Provenance.of(short, "source").perplexity] == ["6 layers", "5 layers"]
 
 
 def values_of(short: ShortHFModel, layer: int) -> dict:

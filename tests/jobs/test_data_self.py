@@ -20,7 +20,7 @@ from conftest import (
 from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, open_model, own_samples, rank, shrink, texts
 from short_gpt.checkpoints.card import model_card
-from short_gpt.checkpoints.provenance import Measured, Provenance
+from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.texts import TextsInMemory
 from short_gpt.data.windows import mix
 from short_gpt.healing import healing_windows
@@ -187,7 +187,7 @@ def test_a_card_says_where_own_text_alone_judged(here, judge):
 
 
 def test_a_card_takes_any_text_for_the_name_of_data():
-    known = {"quality": {"healed": Measured(9.0, 100)}, "evidence": {"eval_data": None}}
+    known = {"perplexity": {"healed": 9.0}, "evidence": {"eval_data": None}}
     for name, said in (("self, self:chat", True), ("x" * 300, False)):
         record = Provenance(kept_layers=[0], facts={"data": name}, **known)
         assert ("itself wrote" in model_card(record)) == said
