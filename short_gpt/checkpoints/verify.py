@@ -15,6 +15,7 @@ from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 
 ROUNDING = 1e-4  # between implementations in float32, relative to the largest logit
+HALF_ROUNDING = 0.05  # of a token computed alone or among others, in 16 bits, likewise
 NAMES = ("the model in memory", "the saved model")
 
 
@@ -33,19 +34,16 @@ class Generator(Protocol):
 class Fingerprint:
     """What two models must share to be the same.
 
-    ``logits`` are (1, S, V) float32 on the CPU, of S tokens over the vocabulary; ``cached`` and
-    ``uncached`` are tokens generated greedily with the cache and without. A token computed alone
-    rounds differently than among others, and so these may differ in ``half`` precision, and in a
-    ``near_tie``: both are as likely, except for `ROUNDING`, where they first differ. ``damaged`` is
-    a tensor with NaN or infinite values, which attention can hide from the logits.
+    ``logits`` are (1, S, V) float32 on the CPU, of S tokens over the vocabulary; ``tokens`` are
+    generated greedily with the cache. ``consistent``: without it they are the same, or both are as
+    likely, except for rounding, where they first differ. ``damaged`` is a tensor with NaN or
+    infinite values, which attention can hide from the logits.
     """
 
     logits: Tensor
-    cached: list[int]
-    uncached: list[int]
+    tokens: list[int]
+    consistent: bool = True
     damaged: str | None = None
-    half: bool = False
-    near_tie: bool = False
 
 
 @full_float32()
@@ -56,21 +54,22 @@ def fingerprint(short: Generator, count: int = 8) -> Fingerprint:
     with in_own_dtype(short.decoder):
         logits = short.decoder.logits(tokens).cpu()  # (1, S, V)
     if not logits.isfinite().all():  # nothing can be generated; `check_same_logits` raises for it
-        return Fingerprint(logits, [], [])
+        return Fingerprint(logits, [])
     cached, uncached = (short.greedy(read, count, use_cache=c) for c in (True, False))
-    types = {weight.dtype for weight in short.decoder.module.parameters()}
-    half = bool(types & {torch.float16, torch.bfloat16})
-    near_tie = cached != uncached and _near_tie(short, read, cached, uncached)
-    return Fingerprint(logits, cached, uncached, half=half, near_tie=near_tie)
+    same = cached == uncached or _near_tie(short, read, cached, uncached)
+    return Fingerprint(logits, cached, same)
 
 
 def _near_tie(short: Generator, ids: list[int], cached: list[int], uncached: list[int]) -> bool:
+    """Whether two texts that begin with ``ids`` first differ in tokens that are as likely."""
     at = next(i for i, (a, b) in enumerate(zip(cached, uncached, strict=False)) if a != b)
+    types = {weight.dtype for weight in short.decoder.module.parameters()}
+    rounding = HALF_ROUNDING if types & {torch.float16, torch.bfloat16} else ROUNDING
     tokens = torch.tensor([ids + uncached[:at]], device=short.decoder.device)  # (1, S)
     with in_own_dtype(short.decoder):
         logits = short.decoder.logits(tokens)[0, -1]  # (V,)
     gap = logits[uncached[at]] - logits[cached[at]]
-    return bool(gap.abs() <= ROUNDING * logits.abs().max())
+    return bool(gap.abs() <= rounding * logits.abs().max())
 
 
 def fingerprint_aligned(
@@ -106,18 +105,16 @@ def check_same(
     ``rounding`` is how far logits may differ, relative to the largest (`ROUNDING` for two
     implementations); 0 asks for the same bits and the same tokens generated. ``names`` are those
     of the two models in messages. NotFiniteError if a weight or logits are NaN or infinite,
-    RuntimeError if the models differ, or the second one's tokens with its cache and without by more
-    than a near tie (in half precision only where the first one's do not differ in the same way).
+    RuntimeError if the models differ, or the second one's tokens with its cache and without.
     """
     for name, model in zip(names, (ours, theirs), strict=True):
         if model.damaged is not None:
             raise _not_finite(name, f"weights, {model.damaged}")
     check_same_logits(ours.logits, theirs.logits, rounding, names)
-    alike = (ours.cached, ours.uncached) == (theirs.cached, theirs.uncached)
-    if theirs.cached != theirs.uncached and not (theirs.near_tie or (theirs.half and alike)):
+    if not theirs.consistent:
         raise RuntimeError(f"{names[1]} generates otherwise with its cache than without")
     # two implementations may pick another token where two are all but equal
-    if not rounding and theirs.cached != ours.cached:
+    if not rounding and theirs.tokens != ours.tokens:
         raise RuntimeError(f"{names[1]} generates otherwise than {names[0]}")
     return "except for the last digits" if rounding else "bit for bit"
 
@@ -127,12 +124,9 @@ def check_same_logits(
 ) -> None:
     """Raises where two models' logits differ; arguments and errors as in `check_same`."""
     difference = (actual - expected).abs().max()
-    if rounding:
-        same = (
-            bool(difference <= rounding * expected.abs().max()) and actual.shape == expected.shape
-        )
-    else:
-        same = torch.equal(actual, expected)
+    same = torch.equal(actual, expected)
+    if rounding and actual.shape == expected.shape:
+        same = bool(difference <= rounding * expected.abs().max())
     if not same and not expected.isfinite().all():
         raise _not_finite(names[0], "logits")
     if not same:
