@@ -58,11 +58,11 @@ def prune_hf(
     """
     directory, target = resolve(source), Target.of(target)
     target.check(source=directory)
-    weights, decoder = open_weights(directory), _skeleton(directory)
+    decoder = _skeleton(directory)
     keep = check_layers(layers, range(len(decoder.layers)))
     chosen = provenance or Provenance()
     record = chosen.pruned(source, removed=layers, kept=keep, directory=directory)
-    return _write(directory, weights, decoder, target, keep, record, {}, progress)
+    return write_hf(directory, target, keep, record, {}, decoder=decoder, progress=progress)
 
 
 def write_hf(
@@ -71,28 +71,19 @@ def write_hf(
     keep: Sequence[int],
     record: Provenance,
     replaced: Replaced,
+    *,
+    decoder: HFDecoder | None = None,
+    progress: Callable[[str], object] = str,
 ) -> Path:
     """Writes the layers ``keep`` of a Hugging Face directory; see `prune_hf`.
 
-    ``replaced`` are tensors, by name in the source's files, that are written in their place.
+    ``replaced`` are tensors, by name in the source's files, that are written in their place;
+    ``decoder`` is the source's model on the meta device, if it is there already.
     """
     target.check(source=directory)
-    weights = open_weights(directory)
-    return _write(directory, weights, _skeleton(directory), target, keep, record, replaced, str)
-
-
-def _write(
-    directory: Path,
-    weights: Mapping[str, SafetensorsFile],
-    decoder: HFDecoder,
-    target: Target,
-    keep: Sequence[int],
-    record: Provenance,
-    replaced: Replaced,
-    progress: Callable[[str], object],
-) -> Path:
     check_links(directory)
-    weights = _own_weights(weights, decoder)
+    decoder = decoder or _skeleton(directory)
+    weights = _own_weights(open_weights(directory), decoder)
     prefix = _prefix(weights, decoder.layers_path, len(decoder.layers))
     stored = stored_names(weights, prefix, keep)
     config = _edited_config(directory, decoder, keep)
@@ -100,7 +91,6 @@ def _write(
         write_json(partial / "config.json", config)
         _copy_others(directory, partial)
         for_older_readers(partial)
-        _check_config(partial, decoder)
         _write_kept(partial, weights, stored, replaced, progress)
     return target.path
 
@@ -118,8 +108,6 @@ def save_hf(
     ``tokenizer`` may be None, and ``record`` too where ``source`` is named: the model of another
     format that this is a conversion of, which ``conversion.json`` notes.
     """
-    if record is None and source is None:
-        raise ShortGPTError("save_hf needs a record of what was done, or the source it converts")
     marker = PROVENANCE if source is None else CONVERSION
     with target.new_directory(record, card=True, marker=marker) as partial:
         _save(model, tokenizer, partial)
@@ -140,16 +128,16 @@ def save_as_meta(
     """
     tokenizer = Path(str(tokenizer_path))
     with replace(target, verify=None).new_directory(record, card=False) as partial:
-        folder, converted = partial.with_name("hugging_face"), partial.with_name("converted")
+        folder = partial.with_name("hugging_face")
         folder.mkdir()
         _save(model, None, folder)
         target.prove(folder)
         copy_tokenizer(tokenizer, folder)  # which the conversion asks for
-        hf_to_meta(folder, converted)
+        partial.rmdir()
+        hf_to_meta(folder, partial)
         shutil.rmtree(folder)
-        for path in sorted(converted.iterdir()):
-            if not path.name.startswith("tokenizer"):
-                path.rename(partial / path.name)
+        for path in [*partial.glob("tokenizer*")]:
+            path.unlink()
         copy_tokenizer(tokenizer, partial)
         marker = read_marker(partial / CONVERSION)  # names the removed Hugging Face directory
         write_json(partial / CONVERSION, {**marker, "source": record.source})
@@ -279,25 +267,3 @@ def _patch(
         elif value != old:
             alias = aliases.get(key, key)
             target[alias if key not in target and alias in target else key] = value
-
-
-def _check_config(partial: Path, decoder: HFDecoder) -> None:
-    from transformers import AutoConfig
-
-    read = AutoConfig.from_pretrained(partial, trust_remote_code=False).to_dict()
-    if wrong := _differing(decoder.model.config.to_dict(), read):
-        raise ShortGPTError(f"config.json cannot hold what the removal changes in {wrong}")
-
-
-def _differing(expected: Mapping[str, object], read: Mapping[str, object]) -> list[str]:
-    """The keys whose values differ, except those that loading sets or that are dropped."""
-    own = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
-    own.add("auto_map")
-    wrong = []
-    for key, value in expected.items():
-        other = read.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            wrong += [f"{key}.{name}" for name in _differing(value, other)]
-        elif key not in own and value != other:
-            wrong.append(key)
-    return wrong

@@ -13,10 +13,8 @@ from llama.files import FILES, read_json
 from llama.sources import Source, find_source, resolve
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.prune import layers_of
 from short_gpt.models.config_file import config_digest, params_entries
 from short_gpt.models.loading import TOKENIZER, weight_files
-from short_gpt.models.numbering import span
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import CHECKED, content_digest, read_record
@@ -68,58 +66,34 @@ class SavedScores:
         return cls(file, method, arguments, importance, [], digests, record.get("settled") or {})
 
     def check_model(self, model: str) -> str | None:
-        """Raises ShortGPTError unless the scores are the model's; returns what was not checked."""
-        self._check_layers(model)
-        unsure = (
-            "not checked: {file} does not say of which {part} its scores are, so they may be of "
-            "another model than {model}; short-gpt rank writes it"
-        )
+        """Raises ShortGPTError if the scores are another model's; returns what was not checked."""
         if not self.scored.get("weights"):
-            return unsure.format(file=self.file, part="weights", model=model)
-        path = self.arguments.get("tokenizer_path")
-        digests = digests_of(model, str(path) if path else None)
-        for name in PARTS:
-            scored, present = self.scored.get(name), digests[name]
-            if scored and present not in (None, scored):
-                raise ShortGPTError(
-                    f"{self.file} holds scores of the {name} {scored}, {model} has {present}: "
-                    f"score it by short-gpt rank {model}, or name the model that was scored"
-                )
-        if digests["configuration"] and not self.scored.get("configuration"):
-            return unsure.format(file=self.file, part="configuration", model=model)
-        return None
-
-    def _check_layers(self, model: str) -> None:
-        source = find_source(model)  # of the hub, it is fetched
-        count = layers_of(resolve(source) if source.kind == "hub" else source)
-        if count is None:
-            return
-        if self.importance is None:
-            scored, fits = f"the layers {span(self.searched)}", {*self.searched} <= {*range(count)}
-        else:
-            layers = self.importance.layers
-            scored, fits = f"{len(layers)} layers", layers == list(range(count))
-        if not fits:
-            raise ShortGPTError(
-                f"{self.file} scores {scored}, {model} has {count}; they do not belong together"
+            return (
+                f"not checked: {self.file} does not say of which model its scores are, so it may "
+                f"be another than {model}"
             )
+        path = self.arguments.get("tokenizer_path")
+        for name, present in digests_of(model, str(path) if path else None).items():
+            if self.scored.get(name) and present not in (None, self.scored[name]):
+                raise ShortGPTError(
+                    f"{self.file} holds scores of the {name} {self.scored[name]}, {model} has "
+                    f"{present}: score it by short-gpt rank {model}, or name the model that was "
+                    "scored"
+                )
+        return None
 
     def unsettled(self, n: int) -> str | None:
         """Why the n chosen layers are not settled: a stop settles only one answer."""
         stop, verdict = self.settled.get("stop"), self.settled
-        if self.method in WITHOUT_TEXT:  # whatever the windows are
+        if self.method in WITHOUT_TEXT or not isinstance(stop, Mapping):
             return None
-        if not isinstance(stop, Mapping) or verdict.get("windows") == verdict.get("population"):
+        answer = {"bi": False, "angular": True}.get(self.method), n
+        settled = verdict.get("settled") and answer == (stop.get("angular"), stop.get("n"))
+        if settled or verdict.get("windows") == verdict.get("population"):
             return None
-        if not verdict.get("settled"):
-            return f"not settled: {self.file} ended before its answer was; more may change it"
-        answer = {"bi": False, "angular": True}.get(self.method)
-        if answer == stop.get("angular") and stop.get("n") == n:
-            return None
-        how = "the best block of" if stop.get("angular") else "the lowest Block Influence,"
         return (
-            f"not settled: {self.file} was read until {how} {stop.get('n')} layers were settled, "
-            f"not {n} by {self.method}; ranking for these settles them"
+            f"not settled: {self.file} was read until another answer was settled, or to a limit; "
+            f"ranking for {n} by {self.method} settles these"
         )
 
     def layers(self, n: int) -> list[int]:
@@ -184,11 +158,8 @@ def chosen(
 def digests_of(model: str, tokenizer_path: str | None = None) -> dict[str, str | None]:
     """Digests of a model's present files, by which saved scores are recognized as its own."""
     source = find_source(model)
-    return {
-        "weights": weights_of(source),
-        "tokenizer": tokenizer_of(source, tokenizer_path),
-        "configuration": configuration_of(source),
-    }
+    tokenizer = tokenizer_of(source, tokenizer_path)
+    return dict(zip(PARTS, (weights_of(source), configuration_of(source), tokenizer), strict=True))
 
 
 def weights_of(source: str | Source) -> str | None:
