@@ -6,7 +6,6 @@ A file's key ``short_gpt.pruning`` holds the text of ``pruning.json``.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from llama.formats.gguf_write import (
     digest_of,
     record,
     stored,
-    type_name,
     writable,
     write_again,
 )
@@ -189,11 +187,6 @@ def check_architecture(source: StrPath) -> Stack:
     return stack
 
 
-def check_writable_gguf(source: StrPath, layers: Sequence[int]) -> None:
-    """Raises ShortGPTError for a GGUF file that `save_gguf` could not write back changed."""
-    check_architecture(source).kept(layers)
-
-
 def _name(stack: Stack, full: str) -> str:
     """GGUF's name of a parameter of transformers; ShortGPTError where it is not known."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -223,23 +216,3 @@ def _stored(stack: Stack, name: str, weight: Tensor) -> Stored:
         weight = weight.float() + 1
     kind = writable(before.kind, before.shape)
     return stored(name, weight, kind, part=stack.parts.part_of(name))
-
-
-def about_types(source: StrPath, out: StrPath) -> str | None:
-    """Which tensors of ``out``, a file of `save_gguf`, have another type than in its source."""
-    record = Provenance.of_checkpoint(out)
-    removed = set(record.removed_layers) if record else set()
-    stack = Stack.open(source)
-    if Stack.open(out).blocks == stack.blocks:  # the removal is an earlier one, of another source
-        removed = set()
-    keep = [i for i in range(stack.blocks) if i not in removed]
-    before, after = stack.parts, GGUFParts(Path(str(out)))
-    moves = Counter(
-        (before.tensors[old].kind, after.tensors[new].kind)
-        for new, old in stored_names(before.tensors, "blk", keep).items()
-        if before.tensors[old].kind != after.tensors[new].kind
-    )
-    if not moves:
-        return None
-    parts = [f"{n} of {type_name(a)} as {type_name(b)}" for (a, b), n in sorted(moves.items())]
-    return f"changed tensors in another type than before: {', '.join(parts)}"

@@ -10,12 +10,6 @@ from short_gpt.models.gguf_loading import ATTENTION_SCALED
 PATTERN = "attention.sliding_window_pattern"
 # Lists whose length may be that of the layers by chance, and that say nothing of layers.
 NOT_OF_LAYERS = ("rope.dimension_sections", "classifier.output_labels", "rope.scaling.factors")
-# Of these every layer has the same tensors, and there are those without a number.
-ALIKE = (
-    *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "granite", "olmo2"),
-    *("cohere2", "gpt-oss"),
-)
-NEEDED = ("token_embd.weight", "output_norm.weight")
 # Numbers of layers, or what is built in the order of layers: known to no rule here.
 NUMBERED = (
     *("attention.shared_kv_layers", "rescale_every_n_layers", "decoder_block_count"),

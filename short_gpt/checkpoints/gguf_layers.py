@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama.errors import check_file
 from llama.formats.gguf_read import ARRAY, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, record
 from short_gpt.checkpoints import gguf_kinds as kinds
 from short_gpt.checkpoints.gguf_kinds import PATTERN, ordinal
 from short_gpt.models.numbering import check_layers
-from short_gpt.runtime.errors import ShortGPTError, damaged
+from short_gpt.runtime.errors import ShortGPTError
 
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 # Tensors that hold something of every layer, or layers of another stack, without its number.
@@ -45,8 +46,9 @@ class Stack:
                 f"{parts.path} holds architecture {arch!r} of {blocks!r} layers, expected a "
                 "language model"
             )
-        if missing := cls._missing(parts, arch, blocks):
-            raise damaged(parts.path, f"it lacks {missing}", mend="fetch or write it again")
+        numbers = {int(match[1]) for name in parts.tensors if (match := LAYER.fullmatch(name))}
+        complete = numbers == set(range(blocks))
+        check_file(complete, parts.path, f"it has {len(numbers)} of {blocks} layers")
         others = [n for n in parts.tensors if not LAYER.fullmatch(n) and OTHER_LAYERS.fullmatch(n)]
         if others or not 0 <= extra < blocks:
             raise ShortGPTError(
@@ -55,19 +57,6 @@ class Stack:
                 "other layers"
             )
         return cls(parts, arch, blocks, extra)
-
-    @staticmethod
-    def _missing(parts: GGUFParts, arch: str, blocks: int) -> str | None:
-        """What a file lacks of its layers; None if it is complete."""
-        matches = [match for name in parts.tensors if (match := LAYER.fullmatch(name))]
-        numbers = {int(match[1]) for match in matches}
-        if len(numbers) != blocks or max(numbers, default=-1) != blocks - 1:
-            return f"layers: it has {len(numbers)} of {blocks}"
-        if arch not in kinds.ALIKE:
-            return None
-        names = sorted({match[2] for match in matches})
-        expected = [*kinds.NEEDED, *(f"blk.{i}.{n}" for i in range(blocks) for n in names)]
-        return next((name for name in expected if name not in parts.tensors), None)
 
     @classmethod
     def open(cls, source: str | os.PathLike[str]) -> Stack:

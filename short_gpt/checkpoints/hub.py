@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama.sources import find_source, is_gguf
+from llama.sources import is_gguf
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.runtime.errors import ShortGPTError, without_password
 
@@ -46,24 +46,21 @@ def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
         private: whether a repository that is made is private.
 
     Raises:
-        ShortGPTError: the name is none of a repository, or the directory is of another format.
+        ShortGPTError: the name is none of a repository.
         ConnectionError: nobody is logged in, or the hub refused; the directory stays.
     """
-    if find_source(directory).kind != "hf":
-        check_push(repo_id, directory, "other")
     with _explained(repo_id):
         from huggingface_hub import HfApi
 
         hub = HfApi()
         url = hub.create_repo(repo_id, private=private, exist_ok=True)
-        message = "Upload a model pruned by ShortGPT"
         # weights of an earlier upload, in other files, would be read in place of these
         names = {path.name for path in Path(directory).iterdir()}
         stale = [n for n in hub.list_repo_files(url.repo_id) if WEIGHTS.fullmatch(n)]
         hub.upload_folder(
             repo_id=url.repo_id,
             folder_path=str(directory),
-            commit_message=message,
+            commit_message="Upload a model pruned by ShortGPT",
             delete_patterns=[name for name in stale if name not in names],
         )
     return without_password(str(url))

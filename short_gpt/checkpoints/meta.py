@@ -25,7 +25,7 @@ from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
 from short_gpt.models.numbering import check_layers
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 
 
 def prune_meta(
@@ -72,7 +72,9 @@ def save_meta(
         target = replace(target, verify=None)  # the source's bytes are copied
         target.check(source=checkpoint.directory)
         return write_meta(checkpoint, target, short.kept, record, tokenizer_path=tokenizer_path)
-    _check_one_file(checkpoint)
+    parts = model_parallel_size(), len(checkpoint.shards)
+    expected = "(1, 1) where weights changed, as short-gpt convert IN OUT --shards 1 writes it"
+    check(parts == (1, 1), "model-parallel ranks and files", parts, expected)
     layer_of = dict(zip(short.kept, short.decoder.layers, strict=True))
     changed = {f"layers.{i}.{n}": layer_of[i].get_parameter(n) for i, n in sorted(short.changed)}
     infos = checkpoint.shards[0].infos
@@ -90,16 +92,6 @@ def save_meta(
     checked = replace(target, verify=target.verify and verify)
     new, path = {name: weight.detach for name, weight in changed.items()}, tokenizer_path
     return write_meta(checkpoint, checked, short.kept, record, tokenizer_path=path, replaced=new)
-
-
-def _check_one_file(checkpoint: Checkpoint) -> None:
-    source, shards, ranks = checkpoint.directory, len(checkpoint.shards), model_parallel_size()
-    if shards > 1 or ranks > 1:
-        raise ShortGPTError(
-            "changed weights are written by one process to one file, got "
-            f"{ranks} model-parallel ranks and {shards} shards: start it without torchrun, and "
-            f"change what short-gpt convert {source} DIRECTORY --shards 1 writes"
-        )
 
 
 def write_meta(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,12 +12,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama.files import check_new, check_outputs, new_directory, new_file, new_files
+from llama.files import check_new, check_outputs, new_directory, new_files
 from llama.formats.gguf_read import PART, has_key, named_parts, part_paths
 from llama.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, RECORD, Provenance
-from short_gpt.runtime.errors import ShortGPTError, check
+from short_gpt.runtime.errors import check
 
 StrPath = str | os.PathLike[str]
 # By a tensor's name in the source's files, a function that reads the new one when it is written.
@@ -89,21 +88,12 @@ class Target:
             self.prove(partial)
 
     @contextmanager
-    def new_file(self) -> Iterator[Path]:
-        """The GGUF file to write; verified, and at ``out`` after the block."""
-        with new_file(self.path, overwrite=self.overwrite, replaces=is_pruned_gguf) as partial:
-            yield partial
-            self.prove(partial)
-
-    @contextmanager
     def new_files(self) -> Iterator[list[Path]]:
-        """`new_file`, or several files of one model, which are not verified."""
-        if len(self.paths) == 1:
-            with self.new_file() as partial:
-                yield [partial]
-        else:
-            with new_files(self.paths, overwrite=self.overwrite, replaces=is_pruned_gguf) as files:
-                yield files
+        """The GGUF file to write, at ``out`` after the block; only a single one is verified."""
+        with new_files(self.paths, overwrite=self.overwrite, replaces=is_pruned_gguf) as files:
+            yield files
+            if len(files) == 1:
+                self.prove(files[0])
 
     def prove(self, partial: Path) -> None:
         """Calls ``verify``, if there is one, with what was written."""
@@ -144,13 +134,10 @@ def out_paths(out: StrPath) -> list[Path]:
 
 def check_one_file(out: StrPath) -> None:
     """Raises ShortGPTError for the name of one of several files, where one is written."""
-    if len(paths := out_paths(out)) > 1:
-        whole = Path(str(out)).with_name(PART.sub(r"\1.gguf", Path(str(out)).name))
-        divide = shlex.join(["short-gpt", "convert", str(whole), str(out)])
-        raise ShortGPTError(
-            f"{out} names one of {len(paths)} files, but a single file is written here: write "
-            f"{whole}, then split it with `{divide}`"
-        )
+    name = Path(str(out)).name
+    whole = PART.sub(r"\1.gguf", name)
+    expected = f"the name of one file, such as {whole}, which short-gpt convert splits"
+    check(len(out_paths(out)) == 1, "OUT", name, expected)
 
 
 def check_new_gguf(out: StrPath, *, source: StrPath | None = None, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from llama.files import check_new
 from llama.sources import find_source, is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, about_types, check_writable_gguf, in_few_bits
+from short_gpt.checkpoints.gguf import about_kinds, check_architecture, in_few_bits
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.scores import ChosenLayers
 from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
@@ -129,7 +129,7 @@ def heal(
     hub.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, healing)
     if is_gguf(out):
-        check_writable_gguf(model, removal.layers)
+        check_architecture(model).kept(removal.layers)
     request = Request(model, Path(out), methods, removal, windows, healing, opening, overwrite)
     done = _heal(request, notify, dry_run)
     return replace(done, address=hub.push(done.out, done))
@@ -170,9 +170,7 @@ def _heal(request: Request, notify: Notify, dry_run: bool) -> HealingResult:
     if not is_first_rank():
         return done
     if is_gguf(out):
-        kinds = about_kinds(model, removal.layers)
-        remarks = [line for line in (about_types(model, str(out)), kinds) if line]
-        done = replace(done, remark="\n".join(remarks) or None)
+        done = replace(done, remark=about_kinds(model, removal.layers))
     return reread(done, parts, replace(opening, stream=False, max_memory=None), size)
 
 

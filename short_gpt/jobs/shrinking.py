@@ -17,8 +17,7 @@ from llama.files import new_directory, new_file
 from llama.sources import is_gguf
 from short_gpt.checkpoints.gguf import (
     about_kinds,
-    about_types,
-    check_writable_gguf,
+    check_architecture,
 )
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
@@ -298,8 +297,7 @@ def _rounding(run: Shrink, evidence: HealingEvidence) -> list[str]:
     again = open_trainable(str(built), replace(run.opening, precision=precision))
     written = combined(window_perplexities(again.decoder, run.windows.evaluation))
     change = difference([evidence.perplexity["healed"]], [written])
-    remarks = [f"writing it in the file's own types changes the loss by {change}"]
-    return [*remarks, *filter(None, [about_types(str(run.source), built)])]
+    return [f"writing it in the file's own types changes the loss by {change}"]
 
 
 # All of it
@@ -312,7 +310,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     opened, short, windows, kinds = run.opened, run.short, run.windows, None
     layers, choice = _choose(run)
     if opened.in_place:
-        check_writable_gguf(str(run.source), layers)
+        check_architecture(str(run.source)).kept(layers)
         kinds = about_kinds(str(run.source), layers)
     chosen_by = {
         "method": METHODS[run.method],

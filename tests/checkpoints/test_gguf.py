@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import io
 import json
-import random
 import re
 import struct
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from llama.errors import InputError
 from llama.formats.gguf_read import STRING, GGUFParts, read_header
-from llama.formats.gguf_write import UINT32, copied, write_again
+from llama.formats.gguf_write import copied, write_again
 from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance, Target, gguf, prune_gguf, write_gguf
@@ -220,15 +219,6 @@ def test_a_number_of_tensors_that_is_not_the_files_is_refused(tmp_path, capsys, 
         prune_gguf(tmp_path / "n-00001-of-00003.gguf", tmp_path / "cut.gguf", [1])
 
 
-@pytest.mark.parametrize(
-    "name", ["blk.3.ffn_down.weight", "token_embd.weight", "output_norm.weight"]
-)
-def test_a_model_that_lacks_a_tensor_is_refused(tmp_path, name):
-    path = stack_file(tmp_path / "m.gguf", drop=[name])
-    with pytest.raises(ShortGPTError, match=f"m.gguf is damaged .it lacks {name}"):
-        prune_gguf(path, tmp_path / "cut.gguf", [1])
-
-
 def test_nothing_is_left_of_several_files_where_one_cannot_be_placed(tmp_path, monkeypatch):
     path, plain, calls = stack_file(tmp_path / "m.gguf"), Path.rename, []
 
@@ -261,28 +251,13 @@ SAID = "attention.sliding_window_pattern"
         ("ernie4_5-moe", {"interleave_moe_layer_step": 2}, [3, 4], {}),
         ("ernie4_5-moe", {"interleave_moe_layer_step": 1}, [3], {}),
         ("qwen3vl", {"n_deepstack_layers": 3}, [3, 7], {"n_deepstack_layers": 3}),
-        ("gpt-oss", {}, [2, 3], {"attention.sliding_window_pattern": None}),
-        ("gpt-oss", {}, [1], {"attention.sliding_window_pattern": [1, 1, 0, 1, 0, 1, 0]}),
-        ("gemma3", {}, [1], {"attention.sliding_window_pattern": None}),  # without a window
-        (
-            "gemma3",
-            {"attention__sliding_window": 8},
-            [0, 3],
-            {"attention.sliding_window_pattern": [1, 1, 1, 0, 1, 1]},
-        ),
-        (
-            "gemma3",
-            {"attention__sliding_window": 8, "attention__sliding_window_pattern": 3},
-            [0],
-            {"attention.sliding_window_pattern": [1, 0, 1, 1, 0, 1, 1]},
-        ),
-        (
-            "gemma4",
-            {"attention__sliding_window_pattern": [True, False] * 4},
-            [0],
-            {"attention.sliding_window_pattern": [0, 1, 0, 1, 0, 1, 0]},
-        ),
-        ("gemma3", {"attention__sliding_window": 8}, [6], {}),  # of the same kind as the next
+        ("gpt-oss", {}, [2, 3], {SAID: None}),
+        ("gpt-oss", {}, [1], {SAID: [1, 1, 0, 1, 0, 1, 0]}),
+        ("gemma3", {}, [1], {SAID: None}),  # without a window
+        ("gemma3", WINDOW, [0, 3], {SAID: [1, 1, 1, 0, 1, 1]}),
+        ("gemma3", {**WINDOW, PATTERN: 3}, [0], {SAID: [1, 0, 1, 1, 0, 1, 1]}),
+        ("gemma4", {PATTERN: [True, False] * 4}, [0], {SAID: [0, 1, 0, 1, 0, 1, 0]}),
+        ("gemma3", WINDOW, [6], {}),  # of the same kind as the next
         ("smallthinker", {}, [1], {}),
         ("exaone4", {}, [1], {}),  # without a window
         ("modern-bert", {}, [1], {}),
@@ -320,12 +295,7 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
         ("other", {PATTERN: 3}, [1, 2, 4], "sliding_window_pattern makes every third"),
         ("exaone4", {**WINDOW, PATTERN: 2}, [2], "every second layer of exaone4"),
         ("exaone4", WINDOW, [2], "every 4th layer of exaone4"),
-        (
-            "gemma2",
-            {},
-            [0, 2, 4, 6],
-            "cannot load a gemma2 whose layers all",
-        ),
+        ("gemma2", {}, [0, 2, 4, 6], "cannot load a gemma2 whose layers all"),
         ("gemma4", {PATTERN: [True, False] * 4}, [0, 2, 4, 6], "a gemma4 whose layers all"),
         ("modern-bert", WINDOW, [0, 3, 6], "a modern-bert whose layers all have one kind"),
         ("gemma-embedding", {}, [5, 6, 7], "a gemma-embedding whose layers all"),
@@ -346,12 +316,7 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
         ("llama", {"attention__head_count": [1, 2]}, [1], "head_count has 2 entries for 8 layers"),
         ("llama", {"names": ["enc.blk.0.attn_q.weight"]}, [1], "enc.blk.0.attn_q.weight belongs"),
         ("gemma3n", {"names": ["per_layer_token_embd.weight"]}, [1], "per_layer_token_embd"),
-        (
-            "llama",
-            {"names": ["blk.8.attn_q.weight"]},
-            [1],
-            "m.gguf is damaged .it lacks layers: it has 9 of 8",
-        ),
+        ("llama", {"names": ["blk.8.attn_q.weight"]}, [1], "m.gguf is damaged .it has 9 of 8 la"),
         ("llama", {}, range(8), "expected 1 to 7"),
     ],
 )
@@ -375,12 +340,9 @@ def test_a_new_architecture_is_one_row(tmp_path, monkeypatch):
     path = stack_file(tmp_path / "m.gguf", "my-arch")
     prune_gguf(path, tmp_path / "unknown.gguf", [2])  # as if all its layers were alike
     monkeypatch.setitem(PERIODIC, "my-arch", (4, 3))
-    prune_gguf(path, tmp_path / "cut.gguf", [0, 1, 2, 3])
-    assert said(tmp_path / "cut.gguf", "block_count") == 4
     message = "every 4th layer of my-arch is of another kind.* remove 4 layers in a row"
     with pytest.raises(ShortGPTError, match=message):
         prune_gguf(path, tmp_path / "refused.gguf", [2])
-    assert not (tmp_path / "refused.gguf").exists()
 
 
 def legal(stack: Stack, gone: Sequence[int]) -> bool:
@@ -402,34 +364,6 @@ def test_whole_periods_in_a_row_leave_every_layer_its_kind(tmp_path, arch):
     for n in range(1, every + 1):
         runs = [range(start, start + n) for start in range(13 - n)]
         assert all(legal(stack, gone) for gone in runs) is (n == every)
-
-
-def test_no_other_layers_are_named_in_place_of_those_asked_for(tmp_path):
-    """Scores of single layers do not tell what such a set costs."""
-    influence = [0.5, 0.4, 0.02, 0.4, 0.4, 0.4, 0.4, 0.4, 0.03, 0.04, 0.4, 0.4]
-    facts = Provenance(block_influence=[*influence, 0.3, 0.2, 0.3, 0.1, 0.15, 0.2])
-    path = stack_file(tmp_path / "m.gguf", "gemma3", 18, **WINDOW)
-    said = about_kinds(path, [2, 8, 9])
-    assert said.endswith("ignore it too: for these, remove 6 layers in a row, and measure the loss")
-    path = stack_file(tmp_path / "n.gguf", "onyx", 18, **{PATTERN: 6})
-    with pytest.raises(ShortGPTError) as refused:
-        prune_gguf(path, tmp_path / "c.gguf", [2, 8, 9], provenance=facts)
-    refused_and_said = (str(refused.value) + said).replace(str(tmp_path), "")
-    assert "`layers`" not in refused_and_said and "14" not in refused_and_said
-    assert not (tmp_path / "c.gguf").exists()
-
-
-def test_shrink_warns_of_listed_kinds_and_names_no_command_that_misreads_them(tmp_path, capsys):
-    path = write_model(tmp_path / "m.gguf", "gemma3", make("gemma3"))
-    for name, seed in (("a.txt", 1), ("b.txt", 2)):
-        letters = random.Random(seed).choices("abcdefgh ", k=600)
-        (tmp_path / name).write_text("".join(letters))
-    how = ("--data", tmp_path / "a.txt", "--eval_data", tmp_path / "b.txt", "--size", 16)
-    how += ("--n", 2, "--method", "sequential", "--eval_windows", 2)
-    run("shrink", path, tmp_path / "a.gguf", *how)
-    out = capsys.readouterr().out
-    assert "gemma3.attention.sliding_window_pattern lists the kinds" in " ".join(out.split())
-    assert "lm_eval" not in out and "from_pretrained" not in out and "tokens chose" not in out
 
 
 @pytest.mark.parametrize(
@@ -523,18 +457,6 @@ def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf"]
 
 
-def test_a_key_that_the_source_lacks_is_noticed(tmp_path, monkeypatch):
-    path, out, plain = stack_file(tmp_path / "m.gguf"), tmp_path / "out.gguf", gguf.write_again
-
-    def write(*args, records, **how):
-        plain(*args, records=records | {"more": key_record("more", 1, UINT32)}, **how)
-
-    monkeypatch.setattr(gguf, "write_again", write)
-    with pytest.raises(RuntimeError, match="is not what was to be written: more"):
-        prune_gguf(path, out, [1])
-    assert not out.exists()
-
-
 def test_layers_that_predict_further_tokens_have_no_kind_and_are_not_in_the_record(tmp_path):
     """The last of 8; at position 6 it would be of another kind, which no program asks of it."""
     path = stack_file(tmp_path / "m.gguf", "qwen35", **NEXT)
@@ -585,17 +507,6 @@ def test_transformers_own_reader_passes_over_the_list_and_a_directory_is_right(
     with torch.no_grad():
         assert torch.equal(right(tokens).logits, ours.logits(tokens))
         assert (plain(tokens).logits - ours.logits(tokens)).abs().max() > 0.01
-
-
-def test_any_file_that_transformers_reads_goes_to_a_directory(tmp_path, capsys):
-    path = write_model(tmp_path / "m.gguf", "qwen2", make("qwen2"))
-    run("prune", path, tmp_path / "cut", "--layers", "1,4")
-    assert "verified: loaded again" in capsys.readouterr().out
-    whole, cut = (ShortHFModel(p, dtype=torch.float32) for p in (path, tmp_path / "cut"))
-    whole.remove_layers([1, 4])
-    tokens = torch.arange(2, 30)[None]
-    assert torch.equal(whole.decoder.logits(tokens), cut.decoder.logits(tokens))
-    assert Provenance.of_checkpoint(tmp_path / "cut").removed_layers == [1, 4]
 
 
 def test_several_files_are_joined_before_transformers_reads_them(tmp_path, capsys):

@@ -229,8 +229,6 @@ def test_what_keeps_it_from_the_hub_is_said_before_the_work(here, hub, capsys, m
     assert "hf upload me/small x" in line
     with pytest.raises(ShortGPTError, match="uploads a directory in Hugging Face's format"):
         heal("meta", "x", data=TEXTS, push_to_hub="me/small", **FEW)
-    with pytest.raises(ShortGPTError, match="uploads a directory in Hugging Face's format"):
-        push("meta", "me/small")
     line = refused("--push_to_hub", "a/b/c")
     assert "--push_to_hub a/b/c: expected a name as in USER/MODEL" in line
     monkeypatch.setenv("HF_TOKEN", "hf_theirs")

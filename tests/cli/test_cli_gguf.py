@@ -306,11 +306,11 @@ def test_files_of_one_model_are_joined(here):
             "several files",
         ),
         (["convert", "qwen.gguf", "qwen.gguf"], "qwen.gguf exists; choose another name"),
-        (["convert", "hf", "x-00001-of-00002.gguf"], "names one of 2 files, but a single file is"),
         (
-            ["prune", "hf", "x-00001-of-00002.gguf", *CUT],
-            "write x.gguf, then split it with `short-gpt",
+            ["convert", "hf", "x-00001-of-00002.gguf"],
+            "the name of one file, such as x.gguf",
         ),
+        (["prune", "hf", "x-00001-of-00002.gguf", *CUT], "which short-gpt convert splits"),
         (["convert", "owner/name", "x", "--to", "hf"], "owner/name is in the format hf already"),
     ],
 )
