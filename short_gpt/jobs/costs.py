@@ -22,10 +22,10 @@ from short_gpt.runtime.progress import DryRun, duration
 from short_gpt.scoring.stopping import Stop
 from short_gpt.selection.methods import AUTO, SEARCHED
 from short_gpt.selection.search import most_layers_run
-from short_gpt.wrappers.own_text import TIMED
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
+TIMED = 3  # steps of writing by which its time is foretold
 CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with other windows
 
 

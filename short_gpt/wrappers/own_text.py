@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.memory import free_memory
-from short_gpt.runtime.progress import bar, duration, print_above_bars
+from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
@@ -30,7 +28,6 @@ from short_gpt.wrappers.short_model import ShortModel
 COUNT = 96  # texts where no number is given
 AT_ONCE = 64  # texts written at once at most: more bring hardly any speed on a CPU
 MIN_HELD_OUT = 4  # texts held out at least where no other text judges
-TIMED = 3  # steps by which the time is foretold
 Write = Callable[[bool, int], Sequence[Text]]  # from whether they are chats, and how many
 STREAMED = (
     "a streamed model writes no text of its own: let a copy that fits into memory, such as a GGUF "
@@ -88,21 +85,9 @@ def own_samples(
     start, most = len(opening) - unseen, short.decoder.max_seq_len
     at_least(2, size=size)
     check(start < size <= most, "size", size, f"more than {start} tokens and at most {most}")
-    texts, state, team = list[list[int]](), None, replicas.current(short.decoder.device)
-    if beside is not None:
-        settings = {"opening": opening, "length": size + unseen, "temperature": temperature}
-        identity = {**short.identity(), **settings, "seed": seed}
-        state = None if team.rank else _kept_texts(beside, identity)
-        texts = team.gather(((state and state.content) or {}).get("texts", []))[0]
-    texts += [[*opening] for _ in range(count - len(texts))]
-    writing = _Writing(short, texts, size + unseen, temperature, seed, state, team)
-    writing.run(count, batch_size, progress)
-    return [Window(ids[unseen:], text, start) for text, ids in enumerate(texts[:count])]
-
-
-def _kept_texts(beside: StrPath, identity: dict[str, object]) -> StateFile:
-    identity.pop("precision", None)  # of reading windows: a text is written in the model's own
-    return StateFile(Path(beside).parent / f"self-{json_digest(identity)}.json", identity)
+    writer = _Writer(short, opening, size + unseen, temperature, seed)
+    texts = writer.texts(count, batch_size, beside, progress)
+    return [Window(ids[unseen:], number, start) for number, ids in enumerate(texts)]
 
 
 def draw(logits: Tensor, temperature: float, keys: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -114,58 +99,66 @@ def draw(logits: Tensor, temperature: float, keys: Sequence[tuple[int, int, int]
     return (logits / temperature - noise).argmax(-1)
 
 
-@dataclass
-class _Writing:
-    """Texts that grow up to ``length`` tokens."""
+@dataclass(frozen=True)
+class _Writer:
+    """Writes texts of ``length`` token ids, which begin with ``opening``."""
 
     short: ShortModel
-    texts: list[list[int]]
+    opening: list[int]
     length: int
     temperature: float
     seed: int
-    state: StateFile | None  # of several replicas the first has it
-    team: replicas.Replicas
-    times: list[float] = field(default_factory=list)  # of the first steps
 
-    def run(self, count: int, batch_size: int | None, progress: bool) -> None:
-        """Completes the first ``count`` texts; keeps what is written however it ends."""
-        missing = [i for i in range(count) if len(self.texts[i]) < self.length]
-        share = -(-len(missing) // self.team.count)
-        fitting = self.team.gather(self._fitting())
+    def texts(
+        self, count: int, batch_size: int | None, beside: StrPath | None, progress: bool
+    ) -> list[list[int]]:
+        """The first ``count`` texts: those kept, and others, which are kept batch by batch."""
+        team = replicas.current(self.short.decoder.device)
+        state = None if beside is None or team.rank else self._state(Path(beside).parent)
+        kept = ((state and state.content) or {}).get("texts", [])
+        texts = {i: ids for i, ids in enumerate(kept) if len(ids) == self.length}
+        texts = team.gather(texts)[0]  # of several replicas the first has the state
+        missing = [i for i in range(count) if i not in texts]
+        share = -(-len(missing) // team.count)
+        fitting = team.gather(self._fitting())
         at_once = max(1, min(share, *fitting)) if batch_size is None else batch_size
-        mine = [i for batch in self.team.own_items([*batches(missing, at_once)]) for i in batch]
-        total = sum(self.length - len(self.texts[i]) for i in mine)
+        mine = team.own_items([*batches(missing, at_once)])
+        total = sum(map(len, mine)) * (self.length - len(self.opening))
 
-        def choose(rows: Sequence[int], logits: Tensor) -> Tensor:  # (B, V) to (B,)
-            position = len(self.texts[rows[0]])
-            tokens = draw(logits, self.temperature, [(self.seed, row, position) for row in rows])
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                self.texts[row].append(token)
-            shown.update(len(rows))
-            self.times.append(perf_counter())
-            if progress and not self.team.rank and len(self.times) == TIMED:
-                left = (self.times[-1] - self.times[0]) / (TIMED - 1) * total / len(rows)
-                kept = f"in {self.state.path}" if self.state else "nowhere: no state is named"
-                words = f"{total:,} tokens of its own, {len(rows)} texts at once"
-                print_above_bars(f"the model writes {words}: about {duration(left)}; kept {kept}")
-            if self.state is not None and self.state.due():
-                self.state.save({"texts": self.texts})
-            return tokens
+        def keep() -> None:
+            if state is not None and missing:
+                state.save({"texts": [texts.get(i, []) for i in range(max(texts) + 1)]})
 
         with bar("writing", total=total, unit="token", show=progress) as shown:
-            try:
-                # a batch is of one length: what was interrupted first
-                while short := [i for i in mine if len(self.texts[i]) < self.length]:
-                    begun = len(self.texts[short[0]])
-                    rows = [i for i in short if len(self.texts[i]) == begun][:at_once]
-                    ids = [self.texts[i] for i in rows]
-                    self.short.continued(ids, self.length - begun, partial(choose, rows))
-                for part in self.team.gather({i: self.texts[i] for i in mine}):
-                    for i, written_ids in part.items():
-                        self.texts[i] = written_ids
-            finally:
-                if self.state is not None and missing:
-                    self.state.save({"texts": self.texts})
+            for rows in mine:
+                texts |= dict(zip(rows, self.write(rows, shown.update), strict=True))
+                keep()
+        for part in team.gather(texts):
+            texts |= part
+        keep()
+        return [texts[i] for i in range(count)]
+
+    def write(self, rows: Sequence[int], done: Callable[[int], object]) -> list[list[int]]:
+        """The texts of these numbers, all at once; ``done`` is told how many tokens came."""
+        texts = [[*self.opening] for _ in rows]
+
+        def choose(logits: Tensor) -> Tensor:  # (B, V) to (B,)
+            position = len(texts[0])
+            tokens = draw(logits, self.temperature, [(self.seed, row, position) for row in rows])
+            for text, token in zip(texts, tokens.tolist(), strict=True):
+                text.append(token)
+            done(len(rows))
+            return tokens
+
+        more = self.length - len(self.opening)
+        self.short.continued([self.opening] * len(rows), more, choose)
+        return texts
+
+    def _state(self, folder: Path) -> StateFile:
+        settings = {"opening": self.opening, "length": self.length, "seed": self.seed}
+        identity = {**self.short.identity(), **settings, "temperature": self.temperature}
+        identity.pop("precision", None)  # of reading windows: a text is written in the model's own
+        return StateFile(folder / f"self-{json_digest(identity)}.json", identity)
 
     def _fitting(self) -> int:
         """How many texts at once leave half of the memory free, by an upper bound."""

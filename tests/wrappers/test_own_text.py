@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama import Llama
 from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama, open_model, own_samples
-from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers import own_text as module
 from short_gpt.wrappers.own_text import draw
 
@@ -183,32 +182,21 @@ def test_a_text_is_that_of_the_model_in_whatever_precision_windows_are_read(tmp_
 
 
 @pytest.mark.parametrize("make", [llama, hf])
-@pytest.mark.parametrize("killed", [False, True])
-def test_an_interrupted_run_goes_on_in_the_middle_of_a_batch(make, killed, tmp_path, monkeypatch):
-    """Killed, it goes on from the last save; interrupted, from where it was."""
-    whole, positions = quiet(make(), 5, 20), []
+def test_an_interrupted_run_goes_on_after_the_last_batch(make, tmp_path, monkeypatch):
+    whole, rows = quiet(make(), 5, 20), []
 
     def drawing(logits, temperature, keys):
-        positions.append(keys[0][2])
-        if (len(positions) == 8 and not killed) or len(positions) == 12:
+        rows.extend(row for _, row, position in keys if position == 10)
+        if rows == [0, 1, 2, 3]:
             raise KeyboardInterrupt
         return draw(logits, temperature, keys)
 
     monkeypatch.setattr(module, "draw", drawing)
-    monkeypatch.setattr(StateFile, "due", lambda _: len(positions) == 6)
-    plain, saves = StateFile.save, []
-    # a killed process saves nothing at its end
-    monkeypatch.setattr(
-        StateFile, "save", lambda *a: saves.append(1) or (killed and saves[1:]) or plain(*a)
-    )
     with pytest.raises(KeyboardInterrupt):
-        quiet(make(), 5, 20, beside=tmp_path / "out", batch_size=3)
-    done = positions[5 if killed else 6]
-    positions[:] = [-1] * 12
-    monkeypatch.setattr(StateFile, "save", plain)
-    # five at once: those that were begun are of another length than the others
+        quiet(make(), 5, 20, beside=tmp_path / "out", batch_size=2)
+    rows.clear()
     assert quiet(make(), 5, 20, beside=tmp_path / "out", batch_size=5) == whole
-    assert positions[12] == done + 1  # what was saved is not written again
+    assert rows == [2, 3, 4]  # what was kept is not written again
 
 
 def test_chats_begin_with_the_template_up_to_the_users_open_turn(folder):
@@ -235,15 +223,6 @@ def test_every_format_writes_the_same_text(folder):
     written = [quiet(open_model(str(folder / name)), 2, 16) for name in names]
     assert written[0] == written[1] == written[2]
     assert all(window[0] == 0 for window in written[0])
-
-
-def test_the_time_is_said_before_and_where_the_texts_are_kept(tmp_path, capsys):
-    own_samples(llama(), 3, 12, beside=tmp_path / "out")
-    err = capsys.readouterr().err
-    assert "the model writes 33 tokens of its own, 3 texts at once: about 0." in err
-    assert f"kept in {tmp_path}/self-" in err
-    own_samples(llama(), 3, 12)
-    assert "kept nowhere: no state is named" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
