@@ -262,19 +262,6 @@ def holding(path: Path, ready: Path) -> None:
     time.sleep(600)
 
 
-def healing(folder: Path, argv: list[str], ready: Path) -> None:
-    """Runs a command in a folder that stops, and tells so by a file, in its first layer."""
-    from short_gpt.healing.refit_layer import LayerRefit
-
-    def solve(_: LayerRefit) -> None:
-        ready.touch()
-        time.sleep(600)
-
-    os.chdir(folder)
-    LayerRefit.solve = solve
-    app.main(argv)
-
-
 # A run of `shrink` that is killed once its output is in place, for `test_shrinking`
 
 

@@ -151,7 +151,7 @@ class NormalEquations:
         """Solves C for a ridge above 0, and calls ``put`` with each slice of its columns.
 
         ``put`` gets step C in these, (F, columns) float64. Returns the share of ``square`` that X
-        step C restores; 0, and nothing is put, where the ridge is below float64's last digit.
+        step C restores; 0, and nothing is put, where the ridge is below the rounding of the sums.
         """
         # relative to the mean of the eigenvalues: a ridge suits any scale of X
         penalty = ridge * float(self._diagonal.mean())
@@ -175,15 +175,11 @@ class NormalEquations:
         gram, cross = self._gram.numpy().T, self._cross.numpy()  # (F, F), (F, D)
         self._mirror(diagonal)
         factor, failed = lapack.dpotrf(gram, lower=0, clean=0, overwrite_a=1)
-        if not failed:
-            return lambda columns: lapack.dpotrs(
-                factor, np.array(cross[:, columns], order="F"), lower=0, overwrite_b=1
-            )[0]
-        # float32's rounding may leave a small ridge short of positive definite
-        self._mirror(diagonal)
-        room = {"lwork": 64 * len(gram), "overwrite_a": 1, "overwrite_b": 1}
-        _, _, solution, failed = lapack.dsysv(gram, np.array(cross, order="F"), lower=0, **room)
-        return None if failed else lambda columns: solution[:, columns]
+        if failed:  # a ridge below what float32's rounding adds to the sums
+            return None
+        return lambda columns: lapack.dpotrs(
+            factor, np.array(cross[:, columns], order="F"), lower=0, overwrite_b=1
+        )[0]
 
     def _mirror(self, diagonal: Tensor) -> None:
         """Writes the sums above the diagonal below it, too, over a factor; and the diagonal."""

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows
+from conftest import CharTokenizer, interrupted, make_transformer, random_windows
 from families import make
 from processes import killed_at
+from transformers import Trainer
 
 from short_gpt.healing import (
     CachedTeacher,
@@ -26,7 +27,6 @@ from short_gpt.healing import (
     heal_refit,
     lora,
 )
-from short_gpt.healing.context import HealingContext
 from short_gpt.healing.job import clear
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -124,52 +124,14 @@ def test_training_begins_with_windows_that_the_closed_form_did_not_read(
     assert closed["windows"] == (most or 6) and trained["windows"] == len(expected)
 
 
-def test_all_training_of_a_chain_begins_with_the_same_and_alone_with_the_first(monkeypatch):
-    read = []
-    run = lora.heal_run
-    monkeypatch.setattr(
-        lora, "heal_run", lambda short, it, held: read.append(it.training) or run(short, it, held)
-    )
-    few = replace(QUICK, steps=1)
-    job(whole(), {"patch": None, "lora": few, "distill": few}, max_windows=2).run()
-    job(whole(), {"lora": few}).run()
-    assert read == [WINDOWS.training[2:4]] * 2 + [WINDOWS.training[:2]]
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("lora", "a run with another text"), ("distill", "another windows")],
-)
-def test_no_run_goes_on_from_one_that_read_the_windows_in_another_order(
-    kind, message, tmp_path, monkeypatch
-):
-    steps, order = {"patch": None, kind: QUICK}, HealingContext.unseen_first
-    monkeypatch.setattr(HealingContext, "unseen_first", lambda self: self.windows.training)
-    stopped(monkeypatch, steps, tmp_path, at=5, max_windows=2)
-    monkeypatch.setattr(HealingContext, "unseen_first", order)
-    with pytest.raises(ValueError, match=message):
-        job(whole(), steps, work_dir=tmp_path, max_windows=2).run()
-
-
-def stopped(monkeypatch, steps, folder, *, at: int, **options) -> ShortHFModel:
+def stopped(steps, folder, *, at: int) -> None:
     """A healing that is interrupted in this micro-step of training; all must be as it was."""
-    from transformers import Trainer
-
-    short, step, calls = whole(), Trainer.training_step, []
+    short = whole()
     before = weights(short)
-
-    def stop(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Trainer, "training_step", stop)
-        job(short, steps, work_dir=folder, **options).run()
+    with interrupted(Trainer, "training_step", at - 1):
+        job(short, steps, work_dir=folder).run()
     assert short.kept == [*range(6)] and not short.removed and not short.changes
     assert all(map(torch.equal, weights(short), before))
-    return short
 
 
 @pytest.mark.parametrize("closed", [PATCH, REFIT])
@@ -179,7 +141,7 @@ def test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice(
     one, steps = whole(), closed | LORA | DISTILL
     first = job(one, steps).run()
     # each training has 3 steps of 2: the last of lora, then the second of distill
-    stopped(monkeypatch, steps, tmp_path / "work", at=5)
+    stopped(steps, tmp_path / "work", at=5)
     monkeypatch.setattr(
         ShortHFModel, "window_logits", lambda *_, **__: pytest.fail("the teacher asked again")
     )
@@ -192,46 +154,24 @@ def test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice(
     assert resumed.changed == one.changed
 
 
-def test_what_was_kept_of_another_run_is_refused(tmp_path, monkeypatch):
-    folder = tmp_path / "work"
-    stopped(monkeypatch, PATCH | DISTILL, folder, at=5)
-    options = {"work_dir": folder}
-    for steps, message in (
-        (PATCH | {"distill": replace(QUICK, top_k=4)}, "teacher.json .* another top_k: 8, now 4"),
-        (PATCH | {"distill": replace(QUICK, top_k=8, rank=2)}, "a run with another rank"),
-    ):
-        short = whole()
-        with pytest.raises(ValueError, match=message):
-            job(short, steps, **options).run()
-        assert short.kept == [*range(6)] and not short.changes
-    with pytest.raises(ValueError, match="another model"):
-        job(whole(), PATCH | DISTILL, layers=[2], **options).run()
-    with pytest.raises(ValueError, match="another weights"):
-        job(ShortHFModel(make("llama", seed=1)), PATCH | DISTILL, **options).run()
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("closed", [PATCH, REFIT])
-def test_what_a_kill_leaves_of_a_finished_run_stands_in_no_ones_way(closed, tmp_path):
-    steps, done, work = closed | DISTILL, tmp_path / "done", tmp_path / "work"
+def test_what_a_kill_leaves_of_a_finished_run_stands_in_no_ones_way(tmp_path):
+    steps, done, work = PATCH | DISTILL, tmp_path / "done", tmp_path / "work"
     expected = job(whole(), steps, work_dir=done).run().perplexity["healed"]
-
-    def cleared() -> None:
-        clear(work)
 
     for name in ("mine", "distill/mine"):  # of the user's
         shutil.copytree(done, work)
         (work / name).write_text("mine")
-        cleared()
+        clear(work)
         assert [p for p in work.rglob("*") if p.is_file()] == [work / name]
         shutil.rmtree(work)
     shutil.copytree(done, work)
-    calls = killed_at(0, cleared)
+    calls = killed_at(0, lambda: clear(work))
     assert calls > 20 and not work.exists()
     for call in range(1, calls, calls // 3):
         shutil.copytree(done, work)
-        assert killed_at(call, cleared) is None
+        assert killed_at(call, lambda: clear(work)) is None
         again = job(whole(), steps, work_dir=work)
         assert again.run().perplexity["healed"] == expected
         shutil.rmtree(work)

@@ -6,9 +6,7 @@ import json
 import math
 import re
 import shutil
-import signal
 import sys
-import tempfile
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -20,16 +18,17 @@ from commands import fails, run
 from conftest import (
     BYTE_VOCAB,
     CharTokenizer,
+    interrupted,
     make_transformer,
     random_windows,
     save_checkpoint,
     write_byte_tokenizer,
 )
 from families import make
-from transformers import LlamaConfig, integrations
+from transformers import LlamaConfig, Trainer, integrations
 
 from short_gpt.checkpoints import Provenance
-from short_gpt.data.disjoint import check_disjoint, hold_out, overlapping
+from short_gpt.data.disjoint import hold_out
 from short_gpt.data.texts import Conversation
 from short_gpt.evaluation.perplexity import (
     Perplexity,
@@ -146,44 +145,29 @@ def weights(short: ShortHFModel) -> list[torch.Tensor]:
     return [p.detach().clone() for p in short.model.parameters()]
 
 
-def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_path, monkeypatch):
+def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_path):
     recipe = changed(dropout=0.1)
     whole, again, broken, resumed = (ShortHFModel(make("llama")) for _ in range(4))
     first = heal(whole, TRAINING, VALIDATION, recipe=recipe, progress=False)
     heal(again, TRAINING, VALIDATION, recipe=recipe, work_dir=tmp_path / "a", progress=False)
     assert all(map(torch.equal, weights(whole), weights(again)))
 
-    from transformers import Trainer
-
-    step, count = Trainer.training_step, 0
-
-    def stop(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == 8:  # in step 4 of 6; the last checkpoint is that of step 2
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
     untouched = weights(broken)
-    monkeypatch.setattr(Trainer, "training_step", stop)
-    with pytest.raises(KeyboardInterrupt):
+    # in step 4 of 6; the last checkpoint is that of step 2
+    with interrupted(Trainer, "training_step", 7):
         heal(broken, TRAINING, VALIDATION, recipe=recipe, work_dir=tmp_path / "b", progress=False)
-    monkeypatch.undo()
     assert all(map(torch.equal, weights(broken), untouched))
     options = {"work_dir": tmp_path / "b", "progress": False}
-    for windows, other, what in (
-        (TRAINING, QUICK, "another dropout: 0.1, now 0.05; go on with the former dropout, or"),
-        (TRAINING[1:], recipe, "another text"),
+    models = [ShortHFModel(make("llama")), ShortHFModel(make("llama", seed=1))]
+    models[0].model.config.rms_norm_eps = 0.5
+    for short, windows, other, what in (
+        (resumed, TRAINING, QUICK, "dropout: 0.1, now 0.05; go on with the former dropout, or"),
+        (resumed, TRAINING[1:], recipe, "text"),
+        (models[0], TRAINING, recipe, "configuration"),
+        (models[1], TRAINING, recipe, "model"),
     ):
-        with pytest.raises(ValueError, match=f"is the state of a run with {what}"):
-            heal(resumed, windows, VALIDATION, recipe=other, **options)
-    with pytest.raises(ValueError, match="a run with another model"):
-        other_model = ShortHFModel(make("llama", seed=1))
-        heal(other_model, TRAINING, VALIDATION, recipe=recipe, **options)
-    with pytest.raises(ValueError, match="a run with another configuration"):
-        other_model = ShortHFModel(make("llama"))
-        other_model.model.config.rms_norm_eps = 0.5
-        heal(other_model, TRAINING, VALIDATION, recipe=recipe, **options)
+        with pytest.raises(ValueError, match=f"is the state of a run with another {what}"):
+            heal(short, windows, VALIDATION, recipe=other, **options)
     resumed.model.config.use_cache = False  # which changes nothing that is computed
     second = heal(resumed, TRAINING, VALIDATION, recipe=recipe, **options)
     assert all(map(torch.equal, weights(whole), weights(resumed)))
@@ -219,27 +203,20 @@ def test_a_gpu_warns_where_it_has_no_deterministic_kernel():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("timed", [False, True])
-def test_weights_that_cannot_be_trained_are_refused_first(timed, monkeypatch):
-    def train(short: ShortHFModel) -> None:
-        if timed:
-            healing.seconds_a_step(short, TRAINING[0], QUICK)
-        else:
-            heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
-
+def test_weights_that_cannot_be_trained_are_refused_first(monkeypatch):
     monkeypatch.setattr(healing, "adapt", lambda *_: pytest.fail("it began"))
-    half = ShortHFModel(make("llama").half())
-    with pytest.raises(ShortGPTError, match="float16 loses small gradients on cpu: open the model"):
-        train(half)
-    named = ShortHFModel(make("llama"))
+    half, named, small = (ShortHFModel(make("llama")) for _ in range(3))
+    half.model.half()
     named.model.is_quantized = True
-    with pytest.raises(ShortGPTError, match="not quantized, and this model's are: open it without"):
-        train(named)
-    small = ShortHFModel(make("llama"))
     matrix = small.model.model.layers[1].mlp.down_proj
     matrix.weight = torch.nn.Parameter(matrix.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ShortGPTError, match="not quantized, and this model's are: open it without"):
-        train(small)
+    floats = "float16 loses small gradients on cpu: open the model"
+    quantized = "not quantized, and this model's are: open it without"
+    for short, message in ((half, floats), (named, quantized), (small, quantized)):
+        with pytest.raises(ShortGPTError, match=message):
+            heal(short, TRAINING, VALIDATION, recipe=QUICK, progress=False)
+        with pytest.raises(ShortGPTError, match=message):
+            healing.seconds_a_step(short, TRAINING[0], QUICK)
 
 
 def test_frozen_parameters_stay_frozen_and_layers_are_those_named():
@@ -293,32 +270,14 @@ def test_training_stops_early_and_the_best_evaluation_is_kept():
     assert short.perplexity(VALIDATION, progress=False).value == pytest.approx(best, rel=1e-4)
 
 
-def stopped_at(count: int, monkeypatch, **options):
-    """A run that is interrupted in this micro-step."""
-    from transformers import Trainer
-
-    step, calls = Trainer.training_step, []
-
-    def stop(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == count:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Trainer, "training_step", stop)
-        heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, progress=False, **options)
-
-
-def test_patience_goes_on_where_it_was_and_a_checkpoint_cut_short_is_passed_over(
-    tmp_path, monkeypatch
-):
+def test_patience_goes_on_where_it_was_and_a_checkpoint_cut_short_is_passed_over(tmp_path):
     options = {"recipe": changed(learning_rate=5.0, patience=2, steps=20), "progress": False}
     whole = heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options)
     assert whole.validation[whole.steps - 2] > whole.validation[whole.kept_step]
     options["work_dir"] = tmp_path
-    in_step = 2 * (whole.steps - 1) + 1  # after the first evaluation that was not better
-    stopped_at(in_step, monkeypatch, recipe=options["recipe"], work_dir=tmp_path)
+    # after the first evaluation that was not better
+    with interrupted(Trainer, "training_step", 2 * (whole.steps - 1)):
+        heal(ShortHFModel(make("llama")), TRAINING, VALIDATION, **options)
     last = tmp_path / f"checkpoint-{whole.steps}"
     last.mkdir()
     (last / "adapter_config.json").write_text("{}")  # killed while it was written
@@ -340,9 +299,11 @@ def test_a_training_that_patience_ended_does_not_go_on(tmp_path):
     assert again.perplexity(VALIDATION, progress=False).value == pytest.approx(best, rel=1e-4)
 
 
-def test_an_error_before_the_first_checkpoint_leaves_no_folder(tmp_path, monkeypatch):
-    stopped_at(2, monkeypatch, recipe=QUICK, work_dir=tmp_path / "work")
-    assert not (tmp_path / "work").exists()
+def test_an_error_before_the_first_checkpoint_leaves_no_folder(tmp_path):
+    short, work = ShortHFModel(make("llama")), tmp_path / "work"
+    with interrupted(Trainer, "training_step", 1):
+        heal(short, TRAINING, VALIDATION, recipe=QUICK, work_dir=work)
+    assert not work.exists()
 
 
 def test_tokens_are_those_that_were_read():
@@ -440,21 +401,6 @@ def test_what_four_bits_and_other_models_need(monkeypatch):
 
 
 # texts
-
-
-def test_shared_spans_are_found_wherever_they_lie():
-    one, two = random_windows(2, 200)
-    three = random_windows(1, 200, seed=3)[0]
-    shared = three[:50] + one[70:134] + three[50:120]
-    assert overlapping([two, shared], [one]) == {1: 0}
-    assert overlapping([three[:50] + one[70:133] + three[50:120]], [two, one]) == {}
-    assert overlapping([one[:40]], [one]) == {0: 0}  # shorter than a span, and whole inside
-    assert overlapping([one[:40], one[:30]], [two, one[:40]]) == {0: 1, 1: 1}
-    assert overlapping([one[:40] + two[:90]], [one]) == {}
-    with pytest.raises(ValueError, match="1 of 2 training windows share text"):
-        check_disjoint([two, shared], [one])
-    check_disjoint([one], [two])
-    check_disjoint([one], [])
 
 
 def test_texts_held_out_are_whole_and_the_rest_is_for_training():
@@ -555,16 +501,6 @@ def test_a_healed_hugging_face_model_is_an_ordinary_checkpoint(dense, tmp_path):
     card = (twice / "README.md").read_text()
     assert "# hf without 2 of its 5 layers" in card and "    [3, 1]\n" in card
     assert "were changed by LoRA, then patch" in card
-
-
-def test_a_patched_meta_model_saves_its_patch(dense, tmp_path):
-    short = opened(dense)
-    patch(short, [1], TRAINING, progress=False)
-    patch(short, [3], TRAINING, progress=False)
-    again = opened(short.save(tmp_path / "out"))
-    assert torch.equal(again.decoder.logits(TOKENS), short.decoder.logits(TOKENS))
-    record = json.loads((tmp_path / "out/pruning.json").read_text())
-    assert [step["layers"] for step in record["healing"]] == [[1], [3]]  # oldest first
 
 
 def test_the_model_card_tells_of_changed_weights(tmp_path):
@@ -707,19 +643,6 @@ def test_heal_a_pruned_model_by_what_the_whole_one_says(books, capsys, how):
     (step,) = json.loads(Path("out/pruning.json").read_text())["healing"]
     assert step["divergence"][str(step["kept_step"])] < step["divergence"]["0"]
     assert step["distillation"]["cached"] is bool(how)
-
-
-def test_asked_to_end_it_leaves_no_copy_behind(books, capsys, monkeypatch):
-    def asked(*args, **given):
-        signal.raise_signal(signal.SIGTERM)
-
-    Path("temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(Path("temporary").resolve()))
-    monkeypatch.setattr("short_gpt.healing.lora.heal_run", asked)
-    with pytest.raises(SystemExit, match="130"):
-        run("heal", "dense", "out", *SMALL, *LORA)
-    assert capsys.readouterr().err.splitlines()[-1] == "short-gpt: interrupted"
-    assert not list(Path("temporary").rglob("*.safetensors")) and not Path("out").exists()
 
 
 def test_heal_refuses_before_it_works(books, capsys):

@@ -11,7 +11,6 @@ import torch
 from conftest import (
     BYTE_VOCAB,
     CharTokenizer,
-    interrupted,
     make_transformer,
     random_windows,
     save_byte_llama,
@@ -30,8 +29,6 @@ from short_gpt.healing import (
     RefitSettings,
     heal_patch,
     healing_windows,
-    lora,
-    solver,
 )
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -141,38 +138,6 @@ def test_logs_of_a_training_stay(tmp_path):
     assert sorted(path.name for path in work.rglob("*")) == ["events", "lora", "runs"]
 
 
-@pytest.mark.parametrize("layers", [[2, 4], []])
-def test_after_an_interruption_all_layers_are_there_as_they_were(layers, monkeypatch):
-    short = ShortHFModel(make("llama"))
-    before, kept = weights(short), list(short.kept)
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(lora, "_merge", interrupted)
-    job = HealingJob(short, WINDOWS, layers, steps=LORA, progress=False)
-    with pytest.raises(KeyboardInterrupt):
-        job.run()
-    assert short.kept == kept and not short.removed and not short.changes
-    assert all(map(torch.equal, weights(short), before))
-    assert short.model.config.num_hidden_layers == 6
-
-
-def test_a_patch_that_fails_leaves_layers_and_weights():
-    short = meta()
-    before = weights(short)
-    measured = short.perplexity(WINDOWS.evaluation, progress=False)
-    for attempt in (
-        lambda: heal_patch(short, [1, 3], WINDOWS.training, progress=False),
-        lambda: HealingJob(short, WINDOWS, [1, 3], steps=PATCH, progress=False).run(),
-    ):
-        with interrupted(solver, "_add", 4):  # three ridges of the first gap are tried before
-            attempt()
-        assert short.kept == [0, 1, 2, 3, 4] and not short.removed and not short.changes
-        assert all(map(torch.equal, weights(short), before))
-    assert short.quality[0, 1, 2, 3, 4] == measured  # of the original model, and still true
-
-
 @pytest.mark.parametrize("steps", [LORA, PATCH])
 @pytest.mark.parametrize("step", ["the last measurement", "the removal"])
 def test_an_error_behind_the_healing_takes_it_back(monkeypatch, steps, step):
@@ -202,24 +167,6 @@ def test_an_error_behind_the_healing_takes_it_back(monkeypatch, steps, step):
     monkeypatch.undo()
     job.run()  # and it can be done anew
     assert short.kept == [0, 1, 3, 5]
-
-
-def test_a_removal_that_fails_takes_the_patch_back(monkeypatch):
-    short = meta()
-    before = weights(short)
-
-    def fails(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(short, "remove_for_now", fails)
-    for attempt in (
-        lambda: heal_patch(short, [2], WINDOWS.training, progress=False),
-        lambda: HealingJob(short, WINDOWS, [2], steps=PATCH, progress=False).run(),
-    ):
-        with pytest.raises(KeyboardInterrupt):
-            attempt()
-        assert short.kept == [0, 1, 2, 3, 4] and not short.changes
-        assert all(map(torch.equal, weights(short), before))
 
 
 @pytest.mark.parametrize("layers", [[2, 4], []])

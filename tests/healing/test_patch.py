@@ -104,20 +104,6 @@ def test_before_the_first_gap_it_is_the_refit():
     assert all(torch.equal(value, theirs.values[key]) for key, value in ours.values.items())
 
 
-def test_an_undone_patch_is_forgotten():
-    short = meta()
-    before = [p.clone() for p in short.decoder.module.parameters()]
-    patch = fit(short, [2])
-    with short.without_layers([2]):
-        undo = apply_refit(short, patch)
-        assert [change.how for change in short.changes] == [patch.to_dict()]
-        assert patch.to_dict()["method"] == "patch"
-        assert short.changed == {(1, "feed_forward.w2.weight")}
-        undo()
-    assert not short.changes and not short.changed
-    assert all(map(torch.equal, before, short.decoder.module.parameters()))
-
-
 def test_after_an_earlier_removal():
     short = meta()
     short.remove_layers([2])
@@ -157,16 +143,3 @@ def test_an_output_projection_that_cannot_be_read_is_refused():
     layer.mlp.down_proj.weight = eight_bit
     with pytest.raises(ValueError, match="Linear of torch.int8: load the model"):
         mlp_output(layer)
-
-
-def test_a_patch_whose_layers_cannot_go_leaves_the_weights_alone(monkeypatch):
-    short = meta()
-    before = short.decoder.logits(TOKENS)
-
-    def fails(layers):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(short, "remove_layers", fails)
-    with pytest.raises(KeyboardInterrupt):
-        heal_patch(short, [2], WINDOWS, progress=False)
-    assert torch.equal(short.decoder.logits(TOKENS), before) and not short.changes

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import random_windows
@@ -112,52 +109,6 @@ def test_what_would_raise_the_error_on_tokens_kept_apart_is_not_taken():
     assert all(map(torch.equal, before, (end.matrix.weight, end.norm.weight)))
 
 
-@pytest.mark.parametrize(("noise", "solved"), [(1.01e-3, False), (0.99e-3, True)])
-def test_what_a_token_lacks_by_rounding_alone_is_not_solved(noise, solved):
-    end = OutputProjection(sublayer().matrix, 1.0)
-
-    def told(seed: int) -> Tokens:  # a thousandth is missing of every target
-        inputs = torch.randn(200, 12, generator=torch.Generator().manual_seed(seed))
-        return Tokens.of(inputs, torch.zeros(200, 8), 1.001 * end.outputs(inputs))
-
-    found = solver(end, told(1), told(2)).solve(equations_of(end, [told(1)]), **HERE, noise=noise)
-    assert found.ridge == (1e-9 if solved else None)
-
-
-def grown(work: Callable[[], object]) -> int:
-    """Bytes that this process holds more than before, at most, while something is done."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def held(name: str) -> int:
-        return int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024
-
-    try:
-        clear.write_text("5")  # the highest so far is what it is now
-    except OSError:
-        pytest.skip("the highest memory cannot be looked at again here")
-    before = held("VmRSS")
-    work()
-    return held("VmHWM") - before
-
-
-def test_a_wide_matrix_is_solved_beside_two_copies_of_it_and_a_block_of_columns():
-    inputs, width, generator = 1024, 8704, torch.Generator().manual_seed(0)
-    matrix = nn.Linear(inputs, width, bias=False).requires_grad_(False)
-    end = OutputProjection(matrix, 1.0)
-    x = torch.randn(8, inputs, generator=generator)
-    told = Tokens.of(x, torch.zeros(8, width), torch.randn(8, width, generator=generator))
-    small = sublayer()
-    solver(small, tokens(small, seed=1), tokens(small, seed=2)).solve(  # libraries are read here
-        equations_of(small, [tokens(small, seed=1)._replace(target=torch.ones(200, 8))]),
-        **HERE,
-        noise=0,
-    )
-    work, sums = solver(end, told, told, (1.0, 1e-2)), equations_of(end, [told])
-    copies, blocks = 2 * matrix.weight.nbytes, 3 * 8 * 256 * inputs
-    assert grown(lambda: work.solve(sums, **HERE, noise=0)) < copies + blocks + 12 * 10**6
-    assert work._restored() > 0.9  # by the second ridge, which is better than the first
-
-
 @pytest.fixture
 def blocks(monkeypatch):
     """Sums whose rows are added, and whose columns are solved, few at a time."""
@@ -186,21 +137,6 @@ def test_the_sums_in_blocks_solve_the_normal_equations(blocks):
         assert torch.allclose(change, expected, rtol=1e-4, atol=1e-6)
         left = (w[:, None] * (x.double() @ expected - r).pow(2)).sum() / (w[:, None] * r * r).sum()
         assert share == pytest.approx(1 - left.item(), rel=1e-4)
-
-
-def test_a_matrix_that_is_not_positive_by_rounding_is_solved_all_the_same(blocks):
-    x, r = torch.randn(4, 12).repeat(1, 2), torch.randn(4, 7)
-    sums = NormalEquations()
-    sums.add(x, r, torch.ones(4))
-    sums._diagonal -= 1e-3  # which float32 could have done: Cholesky's factor does not exist
-    gram, cross = x.double().T @ x.double(), x.double().T @ r.double()
-    gram.diagonal().copy_(sums._diagonal)
-    for ridge in (1e-6, 1e-4):
-        penalty = ridge * sums._diagonal.mean() * torch.eye(24).double()
-        assert torch.linalg.eigvalsh(gram + penalty).min() < 0
-        change, _ = solved(sums, ridge)
-        expected = torch.linalg.solve(gram + penalty, cross)
-        assert torch.allclose(change, expected, rtol=1e-2, atol=1e-2 * expected.abs().max())
 
 
 def test_equations_without_a_solution_change_nothing():
