@@ -83,8 +83,7 @@ class Refit:
             "method": "patch" if self.settings.where == "gaps" else "refit",
             "layers": self.layers,
             "parts": list(self.settings.parts),
-            "weights": self.settings.weights,
-            "lost": self.settings.lost if self.settings.weights == "inverse" else None,
+            "lost": self.settings.lost,
             "step_size": self.settings.step_size,
             "fits": [asdict(fit) for fit in self.fits],
             **({"unsolved": groups} if (groups := self._unsolved_groups()) else {}),
@@ -260,7 +259,6 @@ def _refit_layers(
     solving: dict[str, Any] = {
         "parts": settings.parts,
         "last_only": gaps,  # their inputs are the original model's: the attention misses nothing
-        "weights": settings.weights,
         "lost": settings.lost,
         "ridges": settings.ridges,
         "step_size": settings.step_size,
@@ -313,13 +311,10 @@ def _identity(
     settings: RefitSettings,
 ) -> dict[str, object]:
     """All that a refit depends on, by the names that an error shows."""
-    # by names that differ from those in a model's identity
-    options = {**vars(settings), "weights of tokens": settings.weights}
-    del options["weights"]
     read = {"windows": windows, "held-out windows": held}
     digests = {name: windows_digest(part) for name, part in read.items()}
     changes = {"kept": list(short.kept), "layers": list(layers)}
-    return joined(short.identity(), changes, options, digests)
+    return joined(short.identity(), changes, vars(settings), digests)
 
 
 def prepare_refit(context: HealingContext, settings: RefitSettings | None) -> Heal:

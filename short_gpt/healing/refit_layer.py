@@ -128,12 +128,11 @@ class LayerRefit:
         *,
         parts: Sequence[str],
         last_only: bool,
-        weights: str,
         lost: float | None,
         **solving: Any,
     ) -> None:
         self._batches, self._index, self._layer = batches, index, layer
-        self._weights, self._lost, self._solving = weights, lost, solving
+        self._lost, self._solving = lost, solving
         state, calls = batches.state, batches.calls
         self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
         self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
@@ -200,7 +199,6 @@ class LayerRefit:
 
     def _solve_part(self, part: str, projection: OutputProjection) -> Fit:
         batches = self._batches
-        mean_square = self._mean_square(part)
         factors: dict[int, Tensor] = {}  # of the weights, (N,), by batch
 
         def tokens(batch: int, inputs: Tensor, outputs: Tensor | None) -> Tokens:
@@ -209,9 +207,9 @@ class LayerRefit:
                 state.to(inputs.device).flatten(0, 1).float()  # (N, D)
                 for state in (residual, self._target_of(part, batch))
             )
-            every = Tokens.of(inputs.reshape(len(h), -1).float(), h, t, mean_square)
+            every = Tokens.of(inputs.reshape(len(h), -1).float(), h, t)
             # a norm's weight is of all tokens alike: one must not decide it
-            if mean_square is not None or self._lost is None or projection.norm is not None:
+            if self._lost is None or projection.norm is not None:
                 return every._replace(outputs=outputs)
             if batch not in factors:  # before anything is solved
                 outputs = projection.outputs(every.inputs) if outputs is None else outputs  # (N, D)
@@ -276,16 +274,6 @@ class LayerRefit:
             return self._target[batch]
         between = self._between[batch]
         return between if "mlp" in self.projections else between + self._target[batch]
-
-    def _mean_square(self, part: str) -> float | None:
-        """The mean of ||target||^2 that equal weights are relative to; None where they differ."""
-        if self._weights == "inverse":
-            return None
-        targets = (self._target_of(part, batch).float() for batch in self._batches.fitted)
-        every = torch.cat([t.pow(2).sum(-1).flatten() for t in targets])  # (B, S, D) to (N,)
-        sums = torch.tensor([len(every), len(every) * float(every.mean())], dtype=torch.float64)
-        count, total = self._batches.team.summed(sums).tolist()
-        return total / count
 
     def _keep(self, part: str, batch: int, inputs: Tensor, again: bool) -> None:
         """Keeps the inputs of a projection, where they are read again."""

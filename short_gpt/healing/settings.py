@@ -12,7 +12,7 @@ from short_gpt.runtime.errors import at_least, check, refused
 
 PARTS = ("attention", "mlp")
 RIDGES = (1e-2, 1e-1, 1.0)
-WEIGHTS, WHERE = ("inverse", "equal"), ("all", "gaps")
+WHERE = ("all", "gaps")
 
 
 def check_above_0(most: float = math.inf, **numbers: Any) -> None:
@@ -32,7 +32,6 @@ class RefitSettings:
     # relative to the weighted inputs' mean square; of several, each matrix takes the one of least
     # error on held-out windows. None is 2 F / N, twice the inputs divided by the tokens
     ridge: float | Sequence[float] | None = None
-    weights: str = WEIGHTS[0]  # w of a token: "inverse" is 1 / ||T||^2, "equal" all alike
     # a factor of every solved change, above 0 and at most 1. C is best for the inputs of the pruned
     # model; the layers that follow were trained on others, and half of it has the lower loss
     step_size: float = 0.5
@@ -40,8 +39,8 @@ class RefitSettings:
     # before gaps alone, on the original model's hidden states
     where: str = WHERE[0]
     batch_size: int = 1  # windows of one length read at once
-    # where T is more than so many times as long as h + W m, the present state, "inverse" is
-    # 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; at least 1, None is for nowhere
+    # a token weighs 1 / ||T||^2; where T is more than so many times as long as h + W m, the present
+    # state, 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; 1 or more, None: never
     lost: float | None = 2.0
 
     def __post_init__(self) -> None:
@@ -50,9 +49,7 @@ class RefitSettings:
         check(some, "parts", self.parts, f"some of {', '.join(PARTS)}")
         for ridge in self.ridges or ():
             check_above_0(ridge=ridge)
-        for name, names in (("weights", WEIGHTS), ("where", WHERE)):
-            value = getattr(self, name)
-            check(value in names, name, value, f"one of {', '.join(names)}")
+        check(self.where in WHERE, "where", self.where, f"one of {', '.join(WHERE)}")
         check(self.lost is None or 1 <= self.lost < math.inf, "lost", self.lost, "1 or more")
         check_above_0(1, step_size=self.step_size)
 

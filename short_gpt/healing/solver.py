@@ -67,18 +67,12 @@ class Tokens(NamedTuple):
     outputs: Tensor | None = None  # of the matrix on these inputs, (N, D), where they are known
 
     @classmethod
-    def of(
-        cls, inputs: Tensor, residual: Tensor, target: Tensor, mean_square: float | None = None
-    ) -> Tokens:
+    def of(cls, inputs: Tensor, residual: Tensor, target: Tensor) -> Tokens:
         """Tokens at which the stream ``residual``, (N, D), is to become ``target``, (N, D).
 
-        They weigh 1 / ||target||^2, because the norms that follow make a token's scale irrelevant;
-        with a ``mean_square``, all weigh 1 / mean_square.
+        They weigh 1 / ||target||^2, because the norms that follow make a token's scale irrelevant.
         """
-        squares = target.pow(2).sum(1)  # (N,)
-        if mean_square is not None:
-            squares = torch.full_like(squares, mean_square)  # (N,)
-        return cls(inputs, target - residual, 1 / squares.clamp_min(TINY))
+        return cls(inputs, target - residual, 1 / target.pow(2).sum(1).clamp_min(TINY))
 
 
 def sink_weights(present: Tensor, target: Tensor, beyond: float) -> Tensor:

@@ -202,7 +202,6 @@ def test_a_refit_killed_again_and_again_goes_on_bit_for_bit(tmp_path):
         ({"parts": ("mlp",)}, "another parts"),
         ({"layers": [2]}, "another layers"),
         ({"batch_size": 2}, "another batch_size"),
-        ({"weights": "equal"}, "another weights of tokens: 'inverse', now 'equal'"),
         ({"lost": None}, "another lost: 2.0, now "),
         ({"step_size": 0.7}, "another step_size"),
         ({"seed": 1}, "another weights: '.*', now '"),

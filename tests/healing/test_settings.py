@@ -71,7 +71,6 @@ def test_a_recipe_is_a_presets_name_and_changes():
         (lambda: Recipe(dropout=1), "dropout = 1: expected at least 0 and below 1"),
         (lambda: RefitSettings(parts=("mlps",)), "parts = .*: expected some of attention, mlp"),
         (lambda: RefitSettings(ridge=(1.0, math.inf)), "ridge = inf: expected a number above 0"),
-        (lambda: RefitSettings(weights="half"), "weights = 'half': expected one of inverse, equal"),
         (lambda: RefitSettings(lost=0.5), "lost = 0.5: expected 1 or more"),
         (
             lambda: RefitSettings(step_size=2),
