@@ -21,13 +21,8 @@ from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.gguf import MAPPED
 from short_gpt.data import demo
-from short_gpt.evaluation.perplexity import Difference
-from short_gpt.healing import HealingEvidence, HealingWindows
-from short_gpt.jobs import HealingResult
-from short_gpt.jobs.healing import reread
 from short_gpt.models.decoder import WeightChange
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.options import OpenOptions
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
 KINDS = gguf.GGMLQuantizationType
@@ -179,24 +174,6 @@ def test_preset_small_trains_output_projections_where_more_would_be_rounded(here
         assert step["recipe"]["modules"] == modules
 
 
-def test_in_float32_writing_rounds_nothing(here, capsys):
-    """Read again, the file gives what the model in memory gave; the layers are those of scores."""
-    run("rank", "plain.gguf", "--data", "books", "--size", 32, "--json", "scores.json")
-    run("heal", "plain.gguf", "out.gguf", "--scores", "scores.json", "--n", 2, *HEALED[2:])
-    run("prune", "plain.gguf", "cut.gguf", "--scores", "scores.json", "--n", 2)
-    ours, theirs = (
-        Provenance.of_checkpoint(f"{name}.gguf").removed_layers for name in ("out", "cut")
-    )
-    assert ours == theirs and len(ours) == 2
-    capsys.readouterr()
-    line = fails(capsys, "prune", "cut.gguf", "x.gguf", "--scores", "scores.json", "--n", 2)
-    assert "scores.json holds scores of the weights" in line
-    found = json.loads(Path("healed.json").read_text())["result"]
-    values = found["perplexity"]
-    assert values["as written"] == pytest.approx(values["healed"], 1e-6)
-    assert abs(found["quantization"]["nats"]) < 1e-6
-
-
 @pytest.fixture
 def gemma(here) -> Path:
     """A Gemma 3 with norms behind its halves, and a text of letters that it has tokens of."""
@@ -234,12 +211,6 @@ def test_what_cannot_be_written_back_is_refused_before_the_model_is_opened(here,
     assert "no layers of large.gguf can be removed: llama.cpp takes gemma2 of 46 layers" in line
     line = fails(capsys, "heal", "model.gguf", "out.gguf", "--layers", "9", *HEAL)
     assert "layers [9] do not exist" in line
-
-
-def test_a_directory_or_several_files_are_not_read_again():
-    for name in ("out", "m-00001-of-00002.gguf"):
-        done = HealingResult(Path(name), HealingEvidence([], {}, Difference(0.0, 0.0, 4)))
-        assert reread(done, HealingWindows([], [], []), OpenOptions(), 32) is done
 
 
 def test_what_is_not_written_to_gguf_is_said_before_anything_is_done(here, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -99,31 +98,6 @@ def test_in_float32_llama_cpp_writes_the_same_text_token_for_token(tmp_path):
         for prompt in PROMPTS:
             assert client.greedy(prompt, 16) == model.greedy(model.encode(prompt), 16), prompt
         assert differences(client, model) < 1e-3
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_pruning_a_file_takes_the_memory_of_a_piece(tmp_path):
-    """The file has 98 MB, its largest tensor 30; pieces have 16."""
-    import subprocess
-
-    code = """
-import sys
-from pathlib import Path
-from short_gpt.checkpoints.gguf import prune_gguf
-
-def peak():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-import gguf
-from llama.formats.gguf_read import GGUFParts
-parts = GGUFParts(Path(sys.argv[1]))  # tokens and merges take what they take
-base = peak()
-prune_gguf(sys.argv[1], sys.argv[2], [3, 4, 5])
-print(peak() - base)
-"""
-    command = [sys.executable, "-c", code, str(demo.gguf_file()), str(tmp_path / "cut.gguf")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 75
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,7 +39,6 @@ from short_gpt.data.windows import windows
 from short_gpt.healing import Recipe, heal_lora, heal_patch
 from short_gpt.models.decoder import WeightChange
 from short_gpt.scoring.importance import Importance
-from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -61,24 +60,6 @@ def test_a_fact_by_the_name_of_the_librarys_own_record_is_refused():
     for key in KEYS:
         with pytest.raises(ValueError, match=f"facts name {key}, which the library records"):
             Provenance(facts={key: "mine", "data": "a book"})
-
-
-def test_a_colliding_fact_is_refused_by_every_way_to_save(tmp_path):
-    short = ShortHFModel(make("llama"))
-    short.remove_layers([1])
-    facts = {"healing": {"method": "prayer"}}
-    for save in (short.save, short.save_pretrained):
-        with pytest.raises(ValueError, match="facts name healing"):
-            save(tmp_path / "out", facts=facts)
-    directory = save_checkpoint(tmp_path / "dense", make_transformer(vocab_size=BYTE_VOCAB))
-    write_byte_tokenizer(directory)
-    ours = ShortLlama.from_checkpoint(directory, max_seq_len=64, device="cpu")
-    streamed = open_model(directory, stream=True, max_seq_len=64, device="cpu")
-    for meta in (ours, streamed):
-        meta.remove_layers([1])
-        with pytest.raises(ValueError, match="facts name kept_layers, source"):
-            meta.save(tmp_path / "out", facts={"source": "elsewhere", "kept_layers": []})
-    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
 def test_patched_then_trained_the_card_names_both_in_order(tmp_path):

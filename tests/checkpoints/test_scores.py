@@ -13,8 +13,8 @@ from gguf_files import stack_file
 
 from llama.files import new_directory
 from llama.formats.hf import meta_to_hf
-from short_gpt import ShortLlama, prune, rank
-from short_gpt.checkpoints.scores import configuration_of, tokenizer_of, weights_of
+from short_gpt import ShortGPTError, ShortLlama, rank
+from short_gpt.checkpoints.scores import chosen, configuration_of, tokenizer_of, weights_of
 from short_gpt.jobs import SavedScores, ranking
 from short_gpt.runtime import write_record
 
@@ -72,69 +72,54 @@ def test_a_model_in_parts_is_told_by_all_of_them(tmp_path):
         weights_of(str(parts[0]))
 
 
+def refused(model: str, file: str = "r.json") -> str:
+    with pytest.raises(ShortGPTError) as error:
+        chosen(model, scores=file, n=1)
+    return str(error.value)
+
+
 @pytest.mark.parametrize("options", [(), ("--method", "sleb", "--n", 2)])
 def test_scores_of_other_weights_are_refused_and_told(here, capsys, options):
     checkpoint(Path("other"), seed=1)
     record = ranked("ckpt", "r.json", *options)
     ours, theirs = weights_of("ckpt"), weights_of("other")
-    assert record["scored"] == scored("ckpt")
-    assert ours != theirs
-    capsys.readouterr()
-    for command in (
-        ("prune", "other", "out", "--scores", "r.json", "--n", 1),
-        ("heal", "other", "out", "--scores", "r.json", "--n", 1, *LEARNED),
-    ):
-        line = fails(capsys, *command)
-        assert f"r.json holds scores of the weights {ours}, other has {theirs}: score" in line
-        assert not Path("out").exists()
-    shutil.copytree("ckpt", "moved")  # a path is no identity
-    run("prune", "moved", "out", "--scores", "r.json", "--n", 1)
-    assert "not checked" not in capsys.readouterr().out
-
-
-def test_the_scores_of_a_whole_model_are_not_those_of_its_pruned_one(here, capsys):
-    checkpoint(Path("small"), layers=4)
-    ranked("small", "r.json", "--method", "sleb", "--n", 2)
-    prune("ckpt", "cut", layers=[2])  # as many layers as the scored one
-    capsys.readouterr()
-    assert "holds scores of the weights" in fails(
-        capsys, "prune", "cut", "out", "--scores", "r.json", "--n", 1
+    assert record["scored"] == scored("ckpt") and ours != theirs
+    assert f"r.json holds scores of the weights {ours}, other has {theirs}: score" in refused(
+        "other"
     )
+    capsys.readouterr()
+    for command, more in (("prune", ()), ("heal", LEARNED)):
+        line = fails(capsys, command, "other", "out", "--scores", "r.json", "--n", 1, *more)
+        assert "r.json holds scores of the weights" in line and not Path("out").exists()
+    shutil.copytree("ckpt", "moved")  # a path is no identity
+    assert chosen("moved", scores="r.json", n=1).unchecked is None
 
 
-def test_older_scores_are_read_and_said_not_to_be_checked(here, capsys):
+def test_scores_that_name_no_weights_are_read_and_said_not_to_be_checked(here, capsys):
+    """As those of a model in memory."""
     record = ranked("ckpt", "r.json")
     record.pop("scored")
     rewritten(record, "r.json")
     capsys.readouterr()
-    run("prune", "ckpt", "out", "--scores", "r.json", "--n", 1)
-    said = capsys.readouterr().out.splitlines()[0]
-    assert said.startswith("not checked: r.json does not say of which model its scores are")
-    run("heal", "ckpt", "healed", "--scores", "r.json", "--n", 1, *LEARNED)
-    assert "not checked: r.json" in capsys.readouterr().out
+    for command, more in (("prune", ()), ("heal", LEARNED)):
+        run(command, "ckpt", command, "--scores", "r.json", "--n", 1, *more)
+        said = capsys.readouterr().out
+        assert "not checked: r.json does not say of which model its scores are" in said
 
 
 @pytest.mark.parametrize("model", ["ckpt", "hf"])
-def test_scores_of_another_tokenizer_are_refused_and_told(here, capsys, model):
+def test_scores_of_another_tokenizer_are_refused_and_told(here, model):
     meta_to_hf("ckpt", "hf")
     record = ranked(model, "r.json")
     config = Path(model, "tokenizer_config.json")
-    said = json.loads(config.read_text())
-    config.write_text(json.dumps(said | {"chat_template": "{{ messages }}"}))  # of other use
-    run("prune", model, "same", "--scores", "r.json", "--n", 1, "--verify", "no")
-    config.write_text(json.dumps(said | {"add_bos_token": False}))
-    capsys.readouterr()
+    changed(config, chat_template="{{ messages }}")  # of other use
+    chosen(model, scores="r.json", n=1)
+    changed(config, add_bos_token=False)
     ours, theirs = record["scored"]["tokenizer"], tokenizer_of(model)
-    for command in ("prune", "heal"):
-        more = LEARNED if command == "heal" else ()
-        line = fails(capsys, command, model, "out", "--scores", "r.json", "--n", 1, *more)
-        assert f"scores of the tokenizer {ours}, {model} has {theirs}: score it by" in line
-    record["scored"].pop("tokenizer")  # of an earlier version
-    rewritten(record, "r.json")
-    run("prune", model, "out", "--scores", "r.json", "--n", 1)
+    assert f"scores of the tokenizer {ours}, {model} has {theirs}: score it by" in refused(model)
 
 
-def test_a_tokenizer_elsewhere_is_looked_for_there(here, capsys):
+def test_a_tokenizer_elsewhere_is_looked_for_there(here):
     Path("words").mkdir()
     for path in Path("ckpt").glob("tokenizer*"):
         path.rename(Path("words") / path.name)
@@ -142,19 +127,7 @@ def test_a_tokenizer_elsewhere_is_looked_for_there(here, capsys):
     found = ranked("ckpt", "r.json", *place)["scored"]["tokenizer"]
     assert found == tokenizer_of("ckpt", "words/tokenizer.json") != tokenizer_of("ckpt") is None
     write_byte_tokenizer(Path("ckpt"))  # another one beside the weights is not what was read with
-    Path("ckpt/tokenizer_config.json").unlink()
-    run("prune", "ckpt", "out", "--scores", "r.json", "--n", 1)
-
-
-def test_weights_are_those_of_the_files_in_every_format(here):
-    whole = weights_of("ckpt")
-    meta_to_hf("ckpt", "hf")
-    found = weights_of("hf")
-    assert found is not None and found != whole == weights_of("ckpt")
-    result = rank("hf", "book.txt", n=1, size=32, max_windows=6, stride=16)
-    assert result.to_dict()["scored"] == scored("hf")
-    Path("hf/model.safetensors").unlink()
-    assert weights_of("hf") is None
+    chosen("ckpt", scores="r.json", n=1)
 
 
 def test_ranks_do_not_wait_while_the_first_one_reads_all_files(here, monkeypatch):
@@ -184,25 +157,15 @@ def changed(path: Path, **entries: object) -> None:
         ("hf", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     ],
 )
-def test_scores_of_another_configuration_are_refused_and_told(here, capsys, model, entry):
+def test_scores_of_another_configuration_are_refused_and_told(here, model, entry):
     meta_to_hf("ckpt", "hf")
     record = ranked(model, "r.json", "--n", 1)
-    searched = ranked(model, "s.json", "--method", "sleb", "--n", 1)
-    assert record["scored"] == searched["scored"] == scored(model)
-    config = Path(model, "params.json" if model == "ckpt" else "config.json")
-    before = config.read_text()
-    changed(config, **entry)
+    ranked(model, "s.json", "--method", "sleb", "--n", 1)
+    changed(Path(model, "params.json" if model == "ckpt" else "config.json"), **entry)
     ours, theirs = record["scored"]["configuration"], configuration_of(model)
-    capsys.readouterr()
     for file in ("r.json", "s.json"):
-        line = fails(capsys, "prune", model, "out", "--scores", file, "--n", 1)
-        assert f"{file} holds scores of the configuration {ours}, {model} has {theirs}" in line
-    line = fails(capsys, "heal", model, "out", "--scores", "r.json", "--n", 1, *LEARNED)
-    assert f"short-gpt rank {model}, or name the model that was scored" in line
-    assert not Path("out").exists()
-    config.write_text(before)
-    run("prune", model, "out", "--scores", "r.json", "--n", 1)
-    assert "not checked" not in capsys.readouterr().out
+        said = f"{file} holds scores of the configuration {ours}, {model} has {theirs}"
+        assert said in refused(model, file)
 
 
 @pytest.mark.parametrize(
@@ -259,46 +222,30 @@ def test_scores_in_a_folder_whose_marker_lists_its_files_are_read(here):
 
 
 @pytest.mark.parametrize("spoil", [swapped, another_seed])
-def test_scores_that_are_not_those_written_are_refused(here, capsys, spoil):
+def test_scores_that_are_not_those_written_are_refused(here, spoil):
     record = ranked("ckpt", "r.json")
-    assert SavedScores.read("r.json").layers(1)
     spoil(record)
     Path("r.json").write_text(json.dumps(record))
-    capsys.readouterr()
-    for command in (
-        ("prune", "ckpt", "out", "--scores", "r.json", "--n", 1),
-        ("heal", "ckpt", "out", "--scores", "r.json", "--n", 1, *LEARNED),
-    ):
-        line = fails(capsys, *command)
-        assert "r.json is no file of scores, or damaged" in line
+    assert "r.json is no file of scores, or damaged" in refused("ckpt")
     rewritten(record, "r.json")
     assert SavedScores.read("r.json").layers(1)
 
 
 @pytest.mark.parametrize("damage", [{"importance": {"layers": [0, 1]}}, {"importance": None}])
-def test_what_holds_no_scores_is_refused_in_one_line(here, capsys, damage):
+def test_what_holds_no_scores_is_refused_in_one_line(here, damage):
     rewritten(ranked("ckpt", "r.json") | damage, "bad.json")
-    capsys.readouterr()
-    line = fails(capsys, "prune", "ckpt", "out", "--scores", "bad.json", "--n", 1)
-    assert "these are not saved scores: score again" in line
-    Path("bad.json").write_text(json.dumps({"versions": {}, "machine": {}}))
-    line = fails(capsys, "prune", "ckpt", "out", "--scores", "bad.json", "--n", 1)
-    assert "bad.json is no file of scores, or damaged" in line
+    assert "these are not saved scores: score again" in refused("ckpt", "bad.json")
 
 
-def test_prune_says_what_the_scores_do_not_settle(here, capsys):
+def test_what_the_scores_do_not_settle_is_said(here):
     """A stop settles one answer; the file is edited as if it had settled the two lowest."""
     record = ranked("ckpt", "r.json", "--n", 2)
     stop = {**record["settled"]["stop"], "n": 2, "angular": False}
     verdict = {**record["settled"], "settled": True, "windows": 6, "population": 60, "stop": stop}
 
     def said(n: int, method: str, **changes: object) -> str:
-        content = {**record, "settled": {**verdict, **changes}}
-        rewritten(content, "r.json")
-        capsys.readouterr()
-        choice = ("--scores", "r.json", "--n", n, "--method", method)
-        run("prune", "ckpt", "out", *choice, "--overwrite")
-        return capsys.readouterr().out
+        rewritten({**record, "settled": {**verdict, **changes}}, "r.json")
+        return chosen("ckpt", scores="r.json", n=n, method=method).unchecked or ""
 
     assert "not settled" not in said(2, "bi")
     assert "not settled: r.json was read until another answer was settled" in said(1, "bi")
