@@ -29,7 +29,6 @@ Removed layers, in the original model's numbering from 0 and in the order of rem
 Made with ShortGPT ({versions}). {changed} `pruning.json` holds
 this in numbers, with the original number of every layer that stayed.
 """
-IN_WORDS = {"linear patch": "a linear patch"}  # methods of healing in a sentence, if not as named
 
 
 def write_provenance(directory: Path, record: Provenance, *, card: bool) -> None:
@@ -115,7 +114,6 @@ def _own(record: Provenance) -> str:
 def _changed(record: Provenance) -> str:
     """What was done to the weights of the layers that stayed, in order."""
     if record.steps:
-        names = [str(step["method"]) for step in record.steps]
-        how = ", then ".join(IN_WORDS.get(name, name) for name in names)
+        how = ", then ".join(str(step["method"]) for step in record.steps)
         return f"Weights of the kept layers were changed by {how}."
     return "No weight of the kept layers was changed."

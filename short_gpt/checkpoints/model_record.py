@@ -38,7 +38,8 @@ class ModelRecord:
         importance: the sums of all windows scored since the last removal.
         chosen_by: the scores before the last removal; None without.
         changes: what was done to the weights of layers that stayed, in order.
-        quality: the last perplexity measured, by the layers that the model had.
+        quality: the last perplexity of the weights as they are, by the layers that the model had;
+            with all layers, that of the original.
         evidence: how layers were chosen and what healing brought, ready for JSON; jobs fill it.
         max_memory: of the process, as a streamed model was opened with.
         history: of each source that it was saved with, the record there and the card's entries.
@@ -55,7 +56,6 @@ class ModelRecord:
         self.importance = Importance.empty(self.kept)
         self.chosen_by: Importance | None = None
         self.quality: dict[tuple[int, ...], Perplexity] = {}
-        self._changes_then: dict[tuple[int, ...], list[WeightChange]] = {}  # when it was measured
         self.evidence: dict[str, object] = {}
         self.history: dict[str, tuple[Any, dict[str, object]]] = {}  # `Provenance` or None
         self._trial: list[int] | None = None
@@ -117,14 +117,18 @@ class ModelRecord:
         return {(number, name) for number, name in every if number in self.kept}
 
     def note_change(self, change: WeightChange) -> None:
-        """Records a change of weights; what was measured of this model before is dropped."""
-        self.changes = [*self.changes, change]
-        self.quality.pop(tuple(self.present), None)
+        """Records a change of weights; what was measured without some layers is dropped."""
+        self._set_changes([*self.changes, change])
 
     def forget_change(self, change: WeightChange) -> None:
         """Takes a record back, when the weights are as they were."""
-        self.changes = [c for c in self.changes if c is not change]
-        self.quality.pop(tuple(self.present), None)
+        self._set_changes([c for c in self.changes if c is not change])
+
+    def _set_changes(self, changes: list[WeightChange]) -> None:
+        self.changes = changes
+        # the original's stays, unless it is what changed
+        original = {tuple(range(self.n_layers))} - {tuple(self.present)}
+        self.quality = {key: self.quality[key] for key in self.quality.keys() & original}
 
     def trainable(self) -> PreTrainedModel:
         """The model of transformers that LoRA trains; ShortGPTError where there is none."""
@@ -174,20 +178,7 @@ class ModelRecord:
     def note_quality(self, result: Perplexity) -> None:
         """Records a perplexity of the model as it is, unless layers were removed unrecorded."""
         if len(self.present) == len(self.decoder.layers):
-            layers = tuple(self.present)
-            self.quality[layers], self._changes_then[layers] = result, self._changes_of(layers)
-
-    def quality_of(self, layers: Sequence[int]) -> Perplexity | None:
-        """The last perplexity measured with these layers; None if their weights changed since.
-
-        That of the original model, with all layers, stays.
-        """
-        key = tuple(layers)
-        changed = self._changes_then.get(key) != self._changes_of(key)
-        return None if changed and len(key) < self.n_layers else self.quality.get(key)
-
-    def _changes_of(self, layers: Sequence[int]) -> list[WeightChange]:
-        return [c for c in self.changes if any(number in layers for number, _ in c.parameters)]
+            self.quality[tuple(self.present)] = result
 
     def check_source(self, source: object, count: int) -> None:
         """Raises ShortGPTError unless the model began with all ``count`` layers of a source."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from llama.formats.gguf_read import part_paths, read_header
 from llama.sources import is_gguf, is_hub_id, public_name
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.runtime.errors import ShortGPTError, damaged, one_line
+from short_gpt.runtime.errors import ShortGPTError, damaged
 from short_gpt.runtime.state import read_record, versions
 from short_gpt.scoring.importance import Importance
 
@@ -117,8 +117,8 @@ class Provenance:
         """
         if measured is None:
             states = (tuple(range(short.n_layers)), tuple(short.kept))
-            known = {f"{len(layers)} layers": short.quality_of(layers) for layers in states}
-            measured = {name: found for name, found in known.items() if found is not None}
+            quality = short.quality
+            measured = {f"{len(key)} layers": quality[key] for key in states if key in quality}
         scores = short.importance
         if short.removed and short.chosen_by is not None and short.chosen_by.n_windows:
             scores = short.chosen_by  # the model may have been scored again since
@@ -146,24 +146,18 @@ class Provenance:
 
     @classmethod
     def _at_hub(cls, short: ModelRecord, name: str) -> Provenance | None:
-        """The record of a model opened by its hub id, which transformers does not fetch."""
+        """The record of a model opened by its hub id, which transformers does not fetch.
+
+        Where the hub has none or cannot be asked, the new record begins with the hub's model.
+        """
         config = getattr(getattr(short, "model", None), "config", None)
         commit = getattr(config, "_commit_hash", None)  # that was opened
-        if commit is None or Path(name).exists():
-            return None
-        from huggingface_hub import errors, hf_hub_download
+        if commit is not None and not Path(name).exists():
+            from huggingface_hub import hf_hub_download
 
-        try:
-            return cls.read(hf_hub_download(name, PROVENANCE, revision=commit))
-        except errors.EntryNotFoundError:
-            return None
-        except Exception as error:  # of the hub, or of the package that its version connects by
-            warnings.warn(
-                f"{name} cannot be asked for its {PROVENANCE} ({one_line(str(error))}): if layers "
-                "were removed from it before, the new record does not tell",
-                stacklevel=4,
-            )
-            return None
+            with suppress(Exception):  # of the hub, or of the package that its version connects by
+                return cls.read(hf_hub_download(name, PROVENANCE, revision=commit))
+        return None
 
     @classmethod
     def of_scores(

@@ -19,7 +19,7 @@ from llama.sources import BuiltinName
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError, check, damaged, without_password
+from short_gpt.runtime.errors import ShortGPTError, check, without_password
 from short_gpt.runtime.progress import bar
 
 SPLITS = ("train", "validation", "test")
@@ -276,41 +276,28 @@ def _read(file: Path, column: str | None) -> Iterator[str]:
         raise ShortGPTError(f"{file} is of an unknown kind: expected {KINDS}")
     try:
         yield from _READERS[file.suffix.lower()](file, column)
-    except UnicodeDecodeError as error:
-        raise ShortGPTError(
-            f"{file}: expected text in UTF-8, got another encoding ({error}); save it as UTF-8"
-        ) from None
-    except ShortGPTError as error:
+    except ValueError as error:  # also of bytes that are not UTF-8, and of a damaged Parquet file
         raise ShortGPTError(f"{file}: {error}") from error
 
 
 def _read_jsonl(file: Path, column: str | None) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                text = _cell(json.loads(line), column)
-            except ShortGPTError as error:
-                raise ShortGPTError(f"line {number}: {error}") from None
+                if line.strip():
+                    yield _cell(json.loads(line), column)
             except (ValueError, RecursionError) as error:
-                raise ShortGPTError(f"line {number} is not JSON ({error})") from None
-            yield text
+                raise ShortGPTError(f"line {number}: {error}") from None
 
 
 def _read_parquet(file: Path, column: str | None) -> Iterator[str]:
-    from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with ParquetFile(file) as opened:
-            names = opened.schema_arrow.names
-            read = [name for name in ([column] if column else COLUMNS) if name in names][:1]
-            for batch in opened.iter_batches(16, columns=read or names):
-                yield from (_cell(row, column) for row in batch.to_pylist())
-    except ArrowInvalid as error:
-        reason = " ".join(str(error).split())
-        raise damaged("the Parquet file", reason, mend="fetch or write it again") from None
+    with ParquetFile(file) as opened:
+        names = opened.schema_arrow.names
+        read = [name for name in ([column] if column else COLUMNS) if name in names][:1]
+        for batch in opened.iter_batches(16, columns=read or names):
+            yield from (_cell(row, column) for row in batch.to_pylist())
 
 
 Reader = Callable[[Path, str | None], Iterator[str]]  # of a file and a column
