@@ -52,11 +52,6 @@ class Target:
     def path(self) -> Path:
         return Path(str(self.out))
 
-    @property
-    def paths(self) -> list[Path]:
-        """The files to write: one, or all those that a name of one of several numbers."""
-        return out_paths(self.out)
-
     def resolved(self, source: StrPath) -> Target:
         """The same with its format, as `format_of` decides it."""
         return replace(self, format=format_of(source, self.out, self.format))
@@ -90,7 +85,9 @@ class Target:
     @contextmanager
     def new_files(self) -> Iterator[list[Path]]:
         """The GGUF file to write, at ``out`` after the block; only a single one is verified."""
-        with new_files(self.paths, overwrite=self.overwrite, replaces=is_pruned_gguf) as files:
+        with new_files(
+            out_paths(self.out), overwrite=self.overwrite, replaces=is_pruned_gguf
+        ) as files:
             yield files
             if len(files) == 1:
                 self.prove(files[0])

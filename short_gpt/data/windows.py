@@ -112,7 +112,6 @@ def windows(
         raise TypeError("texts is one string, expected an iterable of strings: pass [text]")
     check(tail in ("drop", "keep"), "tail", tail, "'drop' or 'keep'")
     check(bos in BOS, "bos", bos, "'first' or 'every'")
-    size, stride, limit = whole(size), whole(stride), whole(limit)
     at_least(2, size=size)
     at_least(1, stride=stride)
     at_least(1, optional=True, limit=limit)
@@ -214,7 +213,7 @@ def _without(start: list[int], tokens: Sequence[int]) -> Prefixed:
     return Prefixed(tokens[gone:], max(added - gone, 0))
 
 
-class Windows:
+class Windows(Sequence[Window]):
     """Windows in all texts' tokens, which are held once, at 4 bytes each.
 
     Args:
@@ -252,9 +251,6 @@ class Windows:
         span = self._spans[index]
         text = bisect_right(self._texts, span[0], key=itemgetter(1))
         return _window(self._tokens, span, self._start, text, self._texts[text])
-
-    def __iter__(self) -> Iterator[Window]:
-        return (self[index] for index in range(len(self)))
 
 
 def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -9,7 +9,7 @@ from llama.sources import Source, find_source
 from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.prune import kept_tensors, prune_checkpoint
 from short_gpt.checkpoints.scores import ChosenLayers
-from short_gpt.checkpoints.target import Target, check_one_file
+from short_gpt.checkpoints.target import Target, check_one_file, out_paths
 from short_gpt.jobs.conversion import prove, readback_message
 from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.settings import Choice
@@ -60,7 +60,7 @@ def prune(
     hub.check(out, target.format)
     if target.format == "gguf" and source.kind != "gguf":
         check_one_file(out)
-    if target.format == "gguf" and verify and len(target.paths) > 1:
+    if target.format == "gguf" and verify and len(out_paths(out)) > 1:
         raise ShortGPTError(
             f"`verify` loads {out}, which transformers does not read in several files; name "
             "one file, or leave it to be read again and compared"

@@ -15,7 +15,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from short_gpt import ShortHFModel
 from short_gpt.data.disjoint import overlapping
 from short_gpt.data.windows import starts_texts, windows
-from short_gpt.evaluation.protocols import protocol
 from short_gpt.models.families import family_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,"
@@ -140,12 +139,3 @@ def test_commands_say_which_and_keep_it(here, capsys, model, bos):
     record = json.loads(Path("r.json").read_text())
     assert record["bos"] == bos
     assert sum(record["importance"]["windows"]) == len(TEXT) // (31 if bos == "every" else 32)
-
-
-def test_published_protocols_take_it(gemma, tmp_path):
-    (tmp_path / "test.txt").write_text(TEXT)
-    found = [
-        protocol("wikitext-2", gemma.encode, size=32, source=tmp_path, bos=bos)
-        for bos in ("first", "every")
-    ]
-    assert [sum(w[0] == BOS for w in cut) for cut in found] == [1, len(found[1])]

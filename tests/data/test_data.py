@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +25,7 @@ from short_gpt.data.texts import (
     source_names,
     texts,
 )
-from short_gpt.data.windows import Windows, batches, windows
+from short_gpt.data.windows import Windows, windows
 from short_gpt.runtime.errors import ShortGPTError
 
 BOOKS = ["First book.\n\nIt is short.", "Second book: naïve.", "Third."]
@@ -404,19 +402,6 @@ def test_no_window_says_how_long_the_texts_are(seed: int | None) -> None:
 def test_wrong_arguments_fail_in_the_call(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         windows(["abc"], letters, **arguments)
-
-
-@pytest.mark.parametrize("seed", [None, 0])
-def test_numbers_of_numpy_and_torch_are_numbers(seed: int | None) -> None:
-    plain = windows(numbered([9, 12]), letters, size=4, stride=3, limit=4, seed=seed)
-    how = {"size": np.int64(4), "stride": torch.tensor(3), "limit": np.uint8(4)}
-    found = [*windows(numbered([9, 12]), letters, **how, seed=seed)]
-    assert found == [*plain] and len(found) == 4
-    for window in found:
-        assert type(window.origin.position) is int
-    assert [*batches("abc", np.int64(2))] == [["a", "b"], ["c"]]
-    with pytest.raises(ShortGPTError, match=r"size = .*1.*: expected a whole number of at least 2"):
-        windows(["abc"], letters, size=np.int64(1))
 
 
 def test_several_texts_are_not_read_as_their_names() -> None:
