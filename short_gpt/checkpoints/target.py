@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -85,9 +86,8 @@ class Target:
     @contextmanager
     def new_files(self) -> Iterator[list[Path]]:
         """The GGUF file to write, at ``out`` after the block; only a single one is verified."""
-        with new_files(
-            out_paths(self.out), overwrite=self.overwrite, replaces=is_pruned_gguf
-        ) as files:
+        how: Any = {"overwrite": self.overwrite, "replaces": is_pruned_gguf}
+        with new_files(out_paths(self.out), **how) as files:
             yield files
             if len(files) == 1:
                 self.prove(files[0])
