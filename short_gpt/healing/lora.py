@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -120,7 +120,7 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
     with _as_before(model, run.recipe):
-        healed, restore = (_heal_four_bit if run.recipe.four_bit else _heal)(model, run)
+        healed, restore = _heal(model, run)
     change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:  # else no evaluation was better than before, and nothing was merged
         short.note_change(change)
@@ -133,13 +133,27 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds
 
 
 def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
-    adapted = adapt(model, run.recipe, run.layers_path)
+    """Trains, where ``four_bit`` over a copy in 4 bits (NF4, as QLoRA), and merges the result."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    device, adapted = model.device, cast("PeftModel | None", None)
     try:
+        small = quantized(model, run.recipe) if run.recipe.four_bit else model
+        adapted = adapt(small, run.recipe, run.layers_path)
         healed = _train(adapted, run)
+        if run.recipe.four_bit:
+            trained = get_peft_model_state_dict(adapted)
+            small, adapted = model, None  # the copy makes room
+            adapted = adapt(model, run.recipe, run.layers_path)
+            set_peft_model_state_dict(adapted, trained)
         return healed, _merge(adapted, healed)
     except BaseException:
-        adapted.unload()  # removes the adapters and keeps the model's own weights
+        if adapted is not None:
+            adapted.unload()  # removes the adapters and keeps the model's own weights
         raise
+    finally:
+        if run.recipe.four_bit:
+            torch.nn.Module.to(model, device)  # from which the copy displaced it
 
 
 def _merge(adapted: PeftModel, healed: LoraResult) -> Callable[[], None]:
@@ -178,28 +192,6 @@ def _train(adapted: PeftModel, run: TrainingRun) -> LoraResult:
     )
 
 
-def _heal_four_bit(model: PreTrainedModel, run: TrainingRun) -> Merged:
-    """Trains over a copy in 4 bits (NF4, as QLoRA), and merges into the model as it is."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    device = model.device
-    try:
-        small = quantized(model, device, run.recipe)
-        adapted = adapt(small, run.recipe, run.layers_path)
-        healed = _train(adapted, run)
-        trained = get_peft_model_state_dict(adapted)
-        del small, adapted
-        exact = adapt(model, run.recipe, run.layers_path)
-        try:
-            set_peft_model_state_dict(exact, trained)
-            return healed, _merge(exact, healed)
-        except BaseException:
-            exact.unload()
-            raise
-    finally:
-        torch.nn.Module.to(model, device)
-
-
 def seconds_a_step(short: ScoredModel, window: TokenIds, recipe: Recipe) -> float:
     """Seconds of an optimizer step on such windows, measured on one; leaves the model unchanged."""
     model = check_trainable(short.trainable())
@@ -222,7 +214,8 @@ def seconds_a_step(short: ScoredModel, window: TokenIds, recipe: Recipe) -> floa
 @contextmanager
 def _as_before(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
     """Undoes, after the block, what training changes of a model other than its weights."""
-    unfrozen = [p for p in model.parameters() if p.requires_grad]
+    unfrozen, config = [p for p in model.parameters() if p.requires_grad], vars(model.config)
+    before = dict(config)
     try:
         yield
     finally:
@@ -234,6 +227,8 @@ def _as_before(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
             parameter.requires_grad_(True)
             parameter.grad = None
         vars(model).pop("peft_config", None)
+        config.clear()  # in which the Trainer turns the cache off
+        config.update(before)
 
 
 def _check(run: TrainingRun, evaluation: Sequence[TokenIds], processes: int) -> None:
@@ -327,11 +322,12 @@ def target_modules(
     return targets
 
 
-def quantized(model: PreTrainedModel, device: torch.device, recipe: Recipe) -> PreTrainedModel:
-    """A copy of a model in 4 bits on ``device``; the model itself moves to the CPU meanwhile."""
+def quantized(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """A copy of a model in 4 bits in its place; the model itself moves to the CPU."""
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 
+    device = model.device
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -97,7 +97,6 @@ def train(
         run_folder(run.work_dir, run.identity(adapted)) as (folder, begun),
         quiet(),
         deterministic(next(adapted.parameters()).device),
-        kept_config(adapted),
         environment(PRECISION, None),  # transformers 4 sets it for all later trainings
         bar("healing", total=recipe.steps, unit="step", show=run.show) as shown,
     ):
@@ -326,15 +325,3 @@ def deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-
-
-@contextmanager
-def kept_config(adapted: PeftModel) -> Iterator[None]:
-    """The model's config as it was after the block: the Trainer turns the cache off in it."""
-    config = vars(adapted.get_base_model().config)
-    before = dict(config)
-    try:
-        yield
-    finally:
-        config.clear()
-        config.update(before)
