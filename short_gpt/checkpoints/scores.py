@@ -49,8 +49,6 @@ class SavedScores:
                 f"{file} is no file of scores, or damaged: write it by short-gpt rank"
             )
         arguments, scored = record.get("arguments", {}), record.get("scored", {})
-        if "precision" in arguments:  # the one that auto chose
-            arguments = {**arguments, "precision": record.get("precision", "float32")}
         digests = {name: str(scored[name]) for name in PARTS if scored.get(name)}
         if search := record.get("chosen"):
             if method not in (None, search["method"]):

@@ -22,7 +22,7 @@ from short_gpt.healing.sets import RAW, LayerSets
 from short_gpt.jobs.cases import METHODS, SEEDS, Cases, Row
 from short_gpt.jobs.costs import end_dry_run, size_without, tokens_per_second
 from short_gpt.jobs.inputs import SIZE, Tasks, Windows, check_model
-from short_gpt.jobs.saving import as_begun, check_state, interruptible
+from short_gpt.jobs.saving import check_state, interruptible
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, check_alone
@@ -232,7 +232,8 @@ def compare_checkpoint(
         cases = cases.within(n_layers)
     held = evaluation_texts(reading.eval_name, reading.column).values()
     size, kinds = reading.size or SIZE, reading.kinds()
-    short = open_model(source, as_begun(opening, check_state(state)), max_seq_len=size)
+    check_state(state)
+    short = open_model(source, opening, max_seq_len=size)
     cases = cases.within(len(short.kept))
     end = partial(_end_dry_run, short, source, cases, reading)
     writer = own_text_writer(short, size, seed=reading.seed or 0, beside=state)

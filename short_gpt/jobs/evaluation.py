@@ -53,8 +53,6 @@ def evaluate(
             row = rows[name] = {}
             measured = _evaluated(name, row, texts, tasks, opening, first, notify)
             first = first or measured
-            if measured[0]:  # a pair is read in one precision
-                opening = replace(opening, precision=next(iter(measured[0].values()))[0].precision)
     except BaseException:  # also Ctrl-C
         for name, row in rows.items():  # what was measured is printed
             if row.keys() - {"layers"}:

@@ -22,13 +22,10 @@ from short_gpt.evaluation.perplexity import (
     window_perplexities,
 )
 from short_gpt.healing import HealingEvidence, HealingJob, HealingWindows, Recipe
-from short_gpt.healing.distillation import IDENTITY
 from short_gpt.healing.job import CLOSED, TRAINING
-from short_gpt.healing.refit_state import STATE
-from short_gpt.healing.trainer import RECIPE
 from short_gpt.jobs.costs import CLOSED_WINDOWS, end_dry_run
 from short_gpt.jobs.inputs import SIZE, Notify, Windows, check_model, ignore
-from short_gpt.jobs.saving import Hub, as_begun, interruptible
+from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.settings import Choice, Healing, methods_of
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
@@ -38,8 +35,6 @@ from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, o
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
-
-STATES = (STATE, IDENTITY, RECIPE)  # of the steps, which tell the precision of a run
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,10 +137,7 @@ def _heal(request: Request, notify: Notify, dry_run: bool) -> HealingResult:
     # before the model is opened
     lock = None if folder is None or dry_run else hold(folder)
     windows.check_texts()
-    states = [path for name in STATES for path in folder.rglob(name)] if folder else []
-    opening = as_begun(opening, *states)
-    short = _opened(request._replace(opening=opening))
-    opening = replace(opening, precision=short.precision)  # for all models opened later
+    short = _opened(request)
     recipe = None
     if trains:
         few_bits = is_gguf(out) and in_few_bits(model)

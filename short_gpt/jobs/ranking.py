@@ -30,7 +30,7 @@ from short_gpt.jobs.inputs import (
     ignore,
     known_total,
 )
-from short_gpt.jobs.saving import as_begun, check_state, interruptible
+from short_gpt.jobs.saving import check_state, interruptible
 from short_gpt.jobs.settings import Answer
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
@@ -143,7 +143,7 @@ def rank(
     if answer.method == AUTO:  # windows to judge by must not overlap those to fit on
         limit, size = windows.max_windows or MAX_WINDOWS, windows.size or SIZE
         windows = replace(windows, stride=max(windows.step, size), max_windows=limit)
-    opening = as_begun(opening, check_state(state))
+    check_state(state)
     check_ranking(model, answer, windows, opening)
     kinds, alone = windows.kinds(), not is_distributed()
     # of the files as they are now; ranks would wait for the first one, and not for long

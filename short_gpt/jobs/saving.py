@@ -5,16 +5,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llama.files import check_writable
-from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.settings import WRITE, Settings, setting
-from short_gpt.wrappers.options import AUTO, OpenOptions
 
 
 class NotUploadedError(ConnectionError):
@@ -67,19 +65,6 @@ def check_state(state: str | PathLike[str] | None) -> Path | None:
         return None
     check_writable(Path(state))
     return Path(state)
-
-
-def as_begun(opening: OpenOptions, *states: str | PathLike[str] | None) -> OpenOptions:
-    """The options with the precision of a continued run, where `auto` would choose one."""
-    from short_gpt.runtime.state import USUAL, read_record
-
-    for path in states if opening.precision == AUTO else ():
-        run = None
-        with suppress(ShortGPTError):  # a damaged state is refused when it is continued
-            run = read_record(path).get("run") if path and Path(path).is_file() else None
-        if isinstance(run, dict):
-            return replace(opening, precision=str({**USUAL, **run}["precision"]))
-    return opening
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from short_gpt.healing.sets import LayerSets
 from short_gpt.jobs.costs import CLOSED_WINDOWS, seconds_a_token, windows_to_choose
 from short_gpt.jobs.inputs import Notify, Tasks, Windows
 from short_gpt.jobs.page import is_page
-from short_gpt.jobs.saving import as_begun
 from short_gpt.jobs.shrink_folder import ShrinkFolder
 from short_gpt.jobs.shrink_models import (
     ANSWER,
@@ -170,7 +169,6 @@ class Shrink:
 
     def open(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Opens the model; how many layers go, its sizes and its speed follow."""
-        self.opening = as_begun(self.opening, self.folder.state)
         self.opened = self._opened(tokenizer)
         self.short = short = self.opened.short
         short.check_weights()

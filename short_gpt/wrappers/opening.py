@@ -27,7 +27,6 @@ from short_gpt.models.config_file import TRUST
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.precision import in_precision
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -93,7 +92,7 @@ def open_model(
     if options.stream:
         names = ("n_prune_layers", "tokenizer_path", "max_seq_len", "batch_size", "device", "dtype")
         entries = {name: getattr(options, name) for name in (*names, "max_memory", TRUST)}
-        return in_precision(StreamedLlama(source, **entries), options)
+        return StreamedLlama(source, **entries).in_precision(options.precision)
     entries = {field.name: getattr(options, field.name) for field in fields(OpenOptions)}
     return ShortLlama.from_checkpoint(source, **entries)
 
@@ -174,11 +173,12 @@ def open_trainable(
                     f"`{field.name}` is for loading, and this is loaded: leave it out"
                 )
         short = ShortHFModel(source, None, count, tokenizer=tokenizer, device=options.device)
-        return in_precision(short, options)
+        return short.in_precision(options.precision)
     source, device = find_source(source), choose_device(options.device)
     if source.kind == "meta":
         how: Any = {"tokenizer_path": options.tokenizer_path, "dtype": options.dtype}
-        return in_precision(ShortHFModel.from_meta(source, device=device, **how), options)
+        short = ShortHFModel.from_meta(source, device=device, **how)
+        return short.in_precision(options.precision)
     check_tokenizer(options.tokenizer_path, source)
     if options.model_parallel_size not in (None, 1):
         raise ShortGPTError(
@@ -193,7 +193,7 @@ def open_trainable(
     torch.manual_seed(options.seed)
     how = {"dtype": choose_dtype(options.dtype, device), TRUST: options.trust_remote_code}
     short = ShortHFModel(source, None, count, tokenizer=tokenizer, device=device, **how)
-    return in_precision(short, options)
+    return short.in_precision(options.precision)
 
 
 def _reads_tokenizer(source: str | Source, *, stream: bool = False) -> bool:

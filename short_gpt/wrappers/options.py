@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from short_gpt.runtime.errors import ShortGPTError, at_least
 from short_gpt.runtime.settings import Settings, setting
 
-PRECISIONS = FLOAT32, MIXED, AUTO = ("float32", "mixed", "auto")
+PRECISIONS = FLOAT32, MIXED = ("float32", "mixed")
 # what jobs take of `OpenOptions`: those that read windows, also of a model by the layer
 LOADING = ("tokenizer_path", "device", "dtype", "trust_remote_code")
 READING = (*LOADING, "precision")
@@ -40,8 +40,8 @@ class OpenOptions(Settings):
         FLOAT32,
         "Precision of reading windows, to score, search, evaluate, refit and train: float32 keeps "
         "the model's dtype; mixed takes matrix products in bfloat16, with weights and the stream "
-        "of a float32 model in float32; auto times both on one window, and takes mixed where that "
-        "is faster by a third. Generation, tasks and proofs of what was written are not affected.",
+        "of a float32 model in float32. Generation, tasks and proofs of what was written are not "
+        "affected, nor are models in half precision.",
         rare=True,
     )
     trust_remote_code: bool = setting(

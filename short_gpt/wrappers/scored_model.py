@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from short_gpt.scoring.run import RunState, ScoringRun, seconds_a_pass
 from short_gpt.scoring.stopping import Stop, Verdict, check_sample
 from short_gpt.selection.methods import choose
 from short_gpt.wrappers.options import FLOAT32, MIXED
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ScoredModel(ModelRecord, ABC):
@@ -269,6 +272,13 @@ class ScoredModel(ModelRecord, ABC):
     def about_precision(self) -> dict[str, str]:
         """Its entry in identities and results, where it is mixed."""
         return {"precision": MIXED} if self.decoder.mixed else {}
+
+    def in_precision(self, precision: str) -> Self:
+        """The model, which from here on reads windows in this precision of `OpenOptions`."""
+        # a model in half precision stays as it is
+        self.decoder.mixed = precision == MIXED and self.runs_in()[0] is torch.float32
+        self.evidence |= self.about_precision
+        return self
 
     def runs_in(self) -> tuple[torch.dtype, torch.device]:
         """The dtype and the device of the layers."""

@@ -26,7 +26,6 @@ from short_gpt.models.loading import weight_stamps
 from short_gpt.runtime.digest import check_unchanged
 from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.precision import in_precision
 from short_gpt.wrappers.short_model import Prompts, ShortModel
 
 
@@ -60,8 +59,8 @@ class ShortLlama(ShortModel):
         names = ["max_seq_len", "seed", "device", "dtype", "model_parallel_size"]
         entries = {name: getattr(chosen, name) for name in names}
         entries["max_batch_size"] = chosen.batch_size
-        short = cls(Llama.build(ckpt_dir, tokenizer, **entries), n_prune_layers)
-        return in_precision(short, chosen)
+        llama = Llama.build(ckpt_dir, tokenizer, **entries)
+        return cls(llama, n_prune_layers).in_precision(chosen.precision)
 
     @property
     def configuration(self) -> Mapping[str, object]:

@@ -50,7 +50,6 @@ from short_gpt.jobs.shrunk import StateReport, next_steps
 from short_gpt.models.hf import LayerCache
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.runtime.memory import format_bytes
-from short_gpt.wrappers import precision
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
@@ -348,17 +347,6 @@ def test_a_streamed_run_continues_what_was_killed(here):
     assert not Path("out").exists() and Path("out.shrinking").is_dir()
     assert shrink("hf", "out", **how).layers == whole.layers
     assert torch.equal(logits("out"), logits("whole-2")) and not Path("out.shrinking").exists()
-
-
-@pytest.mark.parametrize(("began", "now"), [("mixed", "float32"), ("float32", "mixed")])
-def test_auto_continues_in_the_precision_that_it_began_with(here, monkeypatch, began, now):
-    precise = {"n": 1, **CUT, "data": "other", "method": "bi"}
-    chosen = iter([began == "mixed", now == "mixed"])
-    monkeypatch.setattr(precision, "_is_faster", lambda *_: next(chosen))
-    how = {**precise, "precision": "auto", "device": "cpu"}
-    with interrupted(ShortHFModel, "save_pretrained", 0):
-        shrink("hf", "out", **how)
-    assert shrink("hf", "out", **how).out == Path("out")
 
 
 def test_speeds_are_taken_by_turns_and_the_healed_models_is_the_pruned_ones(here, monkeypatch):

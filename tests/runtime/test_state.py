@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from short_gpt import ShortGPTError
-from short_gpt.jobs.saving import as_begun
 from short_gpt.runtime import StateFile
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import joined
-from short_gpt.wrappers.options import OpenOptions
 
 IDENTITY = {"data": "novels", "seed": 0}
 
@@ -64,7 +62,6 @@ def test_what_is_no_state_is_refused_and_stays(tmp_path, content):
     with pytest.raises(ShortGPTError, match=said):
         StateFile(tmp_path / "state", IDENTITY, folder=tmp_path / "run")
     assert (tmp_path / "state").read_text() == content
-    assert as_begun(OpenOptions(precision="auto"), tmp_path / "state").precision == "auto"
 
 
 def test_what_was_edited_is_refused(tmp_path):

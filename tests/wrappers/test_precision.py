@@ -29,25 +29,23 @@ from short_gpt.evaluation.perplexity import combined, perplexity, window_perplex
 from short_gpt.healing import trainer
 from short_gpt.healing.distillation import Distillation, LiveTeacher
 from short_gpt.healing.lora import seconds_a_step
-from short_gpt.jobs import evaluate, rank
+from short_gpt.jobs import rank
 from short_gpt.models.decoder import without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_calls import LayerCalls
-from short_gpt.runtime import replicas
 from short_gpt.runtime.state import StateFile, read_record
 from short_gpt.scoring.hooks import hooked
 from short_gpt.scoring.metrics import block_influence
 from short_gpt.scoring.run import ScoringRun
-from short_gpt.wrappers import precision
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.scored_model import ScoredModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 WINDOWS = random_windows(3, 24)
 CPU = OpenOptions(device="cpu", max_seq_len=32)
 RANK = ("rank", "meta", "--data", "book.txt", "--size", 32, "--stride", 16, "--device", "cpu")
 MIXED = ("--precision", "mixed")
+CHOICES = ("mixed", "float32")
 KINDS = [("meta", False), ("hf", False), ("meta", True), ("hf", True)]
 
 
@@ -155,7 +153,7 @@ def test_searches_by_loss_try_in_mixed(here):
 
 
 def test_a_refit_reads_in_mixed_and_solves_in_float32(here, monkeypatch):
-    short, plain = (open_model("meta", CPU, precision=p) for p in ("mixed", "float32"))
+    short, plain = (open_model("meta", CPU, precision=p) for p in CHOICES)
     fit_on = random_windows(32, 24, seed=3)
     run_layer, seen = LayerCalls.run, []
 
@@ -178,14 +176,14 @@ def test_a_refit_reads_in_mixed_and_solves_in_float32(here, monkeypatch):
 
 def test_generation_tasks_and_proofs_are_those_of_float32_bit_for_bit(here):
     for name in ("meta", "hf"):
-        short, plain = (open_model(name, CPU, precision=p) for p in ("mixed", "float32"))
+        short, plain = (open_model(name, CPU, precision=p) for p in CHOICES)
         ours, theirs = fingerprint(short), fingerprint(plain)
         assert torch.equal(ours.logits, theirs.logits) and short.decoder.mixed
         assert (ours.tokens, ours.consistent) == (theirs.tokens, True)
         assert short.generate(["a b"], 8, 0.0) == plain.generate(["a b"], 8, 0.0)
         written = dtypes(short.decoder.layers, lambda s=short: s.greedy([1, 2], 2, use_cache=False))
         assert written[0] == {torch.float32}
-    short, plain = (open_model("meta", CPU, precision=p) for p in ("mixed", "float32"))
+    short, plain = (open_model("meta", CPU, precision=p) for p in CHOICES)
     requests = [(None, [1, 2, 3], [4, 5])]
     nats = [llama_lm(s)._loglikelihood_tokens(requests, True) for s in (short, plain)]
     assert nats[0] == nats[1] and short.decoder.mixed
@@ -258,84 +256,23 @@ def test_the_step_that_minutes_are_planned_with_is_timed_in_mixed(here, monkeypa
     assert torch.bfloat16 in found[0]
 
 
-@pytest.mark.parametrize("asked", ["mixed", "auto"])
-def test_a_model_that_is_not_in_float32_stays_as_it_is_and_says_so(asked, here, capsys):
-    short = open_model("meta", CPU, dtype="bfloat16", precision=asked)
+def test_a_model_that_is_not_in_float32_stays_as_it_is(here):
+    short, plain = (open_model("meta", CPU, dtype="bfloat16", precision=p) for p in CHOICES)
     assert short.precision == "float32" and "precision" not in short.identity()
-    expected = f"precision: that of torch.bfloat16, which `{asked}` does not change\n"
-    assert capsys.readouterr().err == expected
-    bf16 = open_model("meta", CPU, dtype="bfloat16")
-    assert torch.equal(short.score_batch(WINDOWS).influence, bf16.score_batch(WINDOWS).influence)
+    assert torch.equal(short.score_batch(WINDOWS).influence, plain.score_batch(WINDOWS).influence)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "cost", "taken", "said"),
-    [
-        ((1.3, 0.8), 0.5, "mixed", "precision: mixed (0.8 seconds a window against 1.3 seconds)"),
-        ((1.2, 0.79), 1.9, "mixed", "precision: mixed (0.79 seconds a window against 1.2 seconds)"),
-        ((1.2, 0.81), 0.5, "float32", "float32 (1.2 seconds a window; 0.81 seconds in mixed, whi"),
-        (None, 40.0, "float32", "float32 (a product in bfloat16 takes 40.0 times as long)"),
-        (None, float("inf"), "float32", "float32 (a product in bfloat16 takes inf times as long)"),
-    ],
-)
-def test_auto_takes_mixed_where_a_window_is_faster_by_a_third(
-    seconds, cost, taken, said, here, capsys, monkeypatch
-):
-    def timer(short, window, batch_size=1):
-        assert len(window) == 32 and batch_size == 1
-        return seconds[short.decoder.mixed]
-
-    monkeypatch.setattr(ScoredModel, "seconds_a_window", timer)
-    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: cost)
-    short = open_model("meta", CPU, precision="auto")
-    assert said in capsys.readouterr().err
-    assert short.precision == taken and short.decoder.mixed == (taken == "mixed")
-
-
-def test_auto_is_one_answer_for_all_ranks(here, monkeypatch):
-    monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda s, w: (1.3, 0.8)[s.decoder.mixed])
-    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
-    answers = iter([False, True])  # another rank's window was not faster
-    monkeypatch.setattr(replicas.Replicas, "any_rank", lambda _, flag: flag or next(answers))
-    assert open_model("meta", CPU, precision="auto").precision == "float32"
-
-
-def test_a_pair_of_models_is_read_in_one_precision(here, monkeypatch):
-    run("prune", "meta", "out", "--layers", 1)
-    times = iter([1.3, 0.8, 1.3, 1.3])  # the second model alone would take float32
-    monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda *_: next(times))
-    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
-    how = {"data": "other.txt", "size": 32, "device": "cpu", "precision": "auto"}
-    rows = evaluate("meta", "out", **how)
-    assert all("other.txt perplexity, precision mixed" in row for row in rows.values())
-
-
-def test_the_cost_of_a_product_is_measured_in_both(monkeypatch):
-    assert 0 < precision.bfloat16_cost(torch.device("cpu")) < float("inf")
-
-    def unsupported(mixed, device):
-        raise RuntimeError("Current CUDA Device does not support bfloat16")
-
-    monkeypatch.setattr(precision, "mixed_precision", unsupported)
-    assert precision.bfloat16_cost(torch.device("cpu")) == float("inf")
-
-
-def test_what_cannot_be_is_refused_in_one_line(here, capsys, monkeypatch):
+def test_what_cannot_be_is_refused_in_one_line(here, capsys):
     line = fails(capsys, *RANK, "--precision", "half")
-    assert line == "short-gpt: --precision half: expected one of float32, mixed, auto"
+    assert line == "short-gpt: --precision half: expected one of float32, mixed"
     with pytest.raises(ShortGPTError, match="`precision` half: expected one of"):
         open_model("meta", precision="half")
-    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: float("inf"))
-    assert fails(capsys, *RANK, *MIXED) == (
-        "short-gpt: --precision mixed: cpu multiplies no bfloat16; leave it out"
-    )
     for command in (("generate", "meta", "a"), ("prune", "meta", "out", "--layers", 1)):
         assert "has no flag" in fails(capsys, *command, *MIXED)
 
 
-def test_a_run_goes_on_in_the_precision_that_it_began_with(here, monkeypatch):
+def test_a_run_goes_on_in_the_precision_that_it_began_with(here):
     how = {"size": 32, "stride": 16, "device": "cpu"}
-    monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda *_: pytest.fail("it was timed"))
     scores = {}
     for first, other in (("mixed", "float32"), ("float32", "mixed")):
         with interrupted(ScoringRun, "_after", 3):
@@ -344,11 +281,11 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(here, monkeypatch):
         line = f"the state of a run with another precision: '{first}', now '{other}'"
         with pytest.raises(ShortGPTError, match=line):
             rank("meta", "book.txt", precision=other, state="state", **how)
-        auto = rank("meta", "book.txt", precision="auto", state="state", **how)
+        again = rank("meta", "book.txt", precision=first, state="state", **how)
         at_once = rank("meta", "book.txt", precision=first, **how)
         scores[first] = at_once.importance.to_dict()
-        assert auto.importance.to_dict() == scores[first]
-        auto.finish()
+        assert again.importance.to_dict() == scores[first]
+        again.finish()
     assert scores["mixed"] != scores["float32"]
 
 
@@ -367,7 +304,7 @@ def test_losses_of_windows_say_in_which_precision_they_were_read(here, tmp_path)
         assert "precision" not in combined(cells.perplexities("float32", list)).to_dict()
 
 
-def test_results_say_that_they_are_mixed(here, capsys, monkeypatch):
+def test_results_say_that_they_are_mixed(here, capsys):
     def result(*argv, name="mixed.json"):
         run(*argv, "--device", "cpu", "--json", name, "--overwrite")
         return read_record(name)
@@ -375,22 +312,17 @@ def test_results_say_that_they_are_mixed(here, capsys, monkeypatch):
     rank = ("rank", "meta", "--data", "book.txt", "--size", 32, "--n", 1)
     assert "precision" not in result(*rank)
     assert result(*rank, *MIXED)["precision"] == "mixed"
-    shown = capsys.readouterr()
-    assert "precision mixed\n" in shown.out
-    assert "precision: mixed (matrix products in bfloat16)\n" in shown.err
+    assert "precision mixed\n" in capsys.readouterr().out
     assert result(*rank, "--method", "sleb", *MIXED, name="s.json")["precision"] == "mixed"
     compared = ("compare", "meta", "--data", "book.txt", "--eval_data", "other.txt", "--size", 32)
     compared += ("--method", "bi", "--n", 1, "--heal_by", "raw")
     assert result(*compared, *MIXED)["precision"] == "mixed"
     assert "precision" not in result(*compared)
-    # a choice by scores names the precision that auto took
-    monkeypatch.setattr(precision, "bfloat16_cost", lambda device: 0.5)
-    monkeypatch.setattr(ScoredModel, "seconds_a_window", lambda s, w: (1.3, 0.8)[s.decoder.mixed])
-    result(*rank, "--precision", "auto", name="auto.json")
-    run("prune", "meta", "out", "--scores", "auto.json", "--n", 1)
+    result(*rank, *MIXED)  # a choice by scores names their precision
+    run("prune", "meta", "out", "--scores", "mixed.json", "--n", 1)
     assert json.loads(Path("out/pruning.json").read_text())["scored_by"]["precision"] == "mixed"
     heal = ("heal", "hf", "healed", "--layers", 2, "--data", "book.txt", "--eval_data", "other.txt")
-    heal += ("--size", 32, "--eval_windows", 2, "--max_windows", 8, "--precision", "auto")
+    heal += ("--size", 32, "--eval_windows", 2, "--max_windows", 8, *MIXED)
     assert result(*heal)["result"]["precision"] == "mixed"
     assert json.loads(Path("healed/pruning.json").read_text())["precision"] == "mixed"
     pair = result("evaluate", "meta", "out", "--data", "other.txt", "--size", 32, *MIXED)["result"]
