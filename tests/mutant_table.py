@@ -258,9 +258,9 @@ MUTANTS = [
         "test_hugging_faces_format_gives_the_same_file",
     ),
     (
-        "MetaSource._rows",
-        "[at : at + end - start])",
-        "[: end - start])",
+        "MetaSource.rows",
+        "start = max(start - len(weight), 0)",
+        "start = 0",
         "test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit",
     ),
     (
@@ -358,9 +358,9 @@ MUTANTS = [
         "test_processes_that_share_the_windows_solve_the_matrices_of_one",
     ),
     (
-        "_Writing.run",
-        "for part in self.team.gather({i: self.texts[i] for i in mine}):",
-        "for part in [{i: self.texts[i] for i in mine}]:",
+        "_Writer.texts",
+        "for part in team.gather(texts):",
+        "for part in [texts]:",
         "test_processes_share_the_texts_that_a_model_writes",
     ),
     (
