@@ -34,6 +34,7 @@ OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 CHUNK_BYTES = 16 * 2**20
 LONGEST_NAME = 200  # bytes; most systems take 255, and files beside have longer ones
 IsKind = Callable[[Path], bool]
+StrPath = str | os.PathLike[str]
 
 
 def check_new(

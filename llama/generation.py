@@ -6,7 +6,6 @@ Shapes: B prompts, S new positions, T positions, V vocabulary.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from llama.args import check_split
 from llama.checkpoint.meta import LAYER_NAME, Checkpoint, check_vocabulary
 from llama.checkpoint.sharding import split_dim
 from llama.errors import InputError, check
+from llama.files import StrPath
 from llama.model import Transformer
 from llama.parallel import (
     choose_device,
@@ -73,8 +73,8 @@ class Llama:
 
     @staticmethod
     def build(
-        ckpt_dir: str | os.PathLike[str],
-        tokenizer_path: str | os.PathLike[str],
+        ckpt_dir: StrPath,
+        tokenizer_path: StrPath,
         max_seq_len: int,
         max_batch_size: int,
         model_parallel_size: int | None = None,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from llama.errors import InputError, check, check_file, damaged
-from llama.files import JsonObject, read_json
+from llama.files import JsonObject, StrPath, read_json
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -61,7 +61,7 @@ class Tokenizer:
         json: Text of a ``tokenizer.json`` with the same ids; None for SentencePiece.
     """
 
-    def __init__(self, model_path: str | os.PathLike[str]) -> None:
+    def __init__(self, model_path: StrPath) -> None:
         backend = self._backend = _open(Path(str(model_path)))
         special = self.special_tokens = backend.special_tokens
         self.n_words: int = max(backend.ids, default=-1) + 1
@@ -156,7 +156,7 @@ def check_text(text: str) -> None:
         raise InputError(f"the text holds {character}, half a surrogate pair: remove it") from None
 
 
-def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
+def find_tokenizer(ckpt_dir: StrPath) -> Path:
     """The tokenizer file in a directory or, as Llama 2's, its parent; else FileNotFoundError."""
     folder = Path(str(ckpt_dir))
     paths = [folder / "tokenizer.model", folder / "tokenizer.json"]

@@ -19,8 +19,9 @@ from fairscale.nn.model_parallel import initialize as groups
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint.meta import Checkpoint
-from llama.formats import hf as hf_format
-from llama.formats.hf import hf_to_meta, meta_to_hf
+from llama.formats import gguf as gguf_format
+from llama.formats.gguf import to_meta
+from llama.formats.hf import meta_to_hf
 from llama.generation import load_model
 from llama.parallel import initialize
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
@@ -236,13 +237,13 @@ def streaming(folder: str, max_memory: str, windows: list[list[int]]) -> None:
 
 def conversions(small: Path, large: Path, drop: list[int]) -> None:
     """Prints by how much two prunings and two conversions of a model raise the peak of memory."""
-    for module in (hf_format, meta_format):  # the large one has few words
+    for module in (gguf_format, meta_format):  # the large one has few words
         module.check_vocabulary = lambda *_, **__: None
     for folder in (small, large):  # the small one has all the code loaded that there is to load
         base, peaks = peak(), []
         for work, source, out, given in (
             (prune_hf, "hf", "cut", [drop]),
-            (hf_to_meta, "hf", "meta", []),
+            (to_meta, "hf", "meta", []),
             (prune_meta, "meta", "meta-cut", [drop]),
             (meta_to_hf, "meta", "back", []),
         ):

@@ -188,7 +188,8 @@ def test_both_wrappers_are_one_on_the_same_weights(llama, book, tmp_path):
     """The same scores, lists and perplexities; what either saves, the other's loader loads."""
     from transformers import AutoModelForCausalLM
 
-    from llama.formats.hf import hf_to_meta, meta_to_hf
+    from llama.formats.gguf import to_meta
+    from llama.formats.hf import meta_to_hf
     from short_gpt import ShortHFModel
 
     ours = ShortLlama(build(), n_prune_layers=8)
@@ -209,7 +210,7 @@ def test_both_wrappers_are_one_on_the_same_weights(llama, book, tmp_path):
     ours.save(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     meta_to_hf(tmp_path / "ours", tmp_path / "ours-hf")
-    hf_to_meta(tmp_path / "theirs", tmp_path / "theirs-meta")
+    to_meta(tmp_path / "theirs", tmp_path / "theirs-meta")
     tokens = torch.tensor([sample[0][:64]])
     expected = ours.decoder.logits(tokens)
     for name in ("theirs", "ours-hf"):

@@ -5,10 +5,9 @@ It holds ``params.json``, ``consolidated.00.pth`` and on (one a rank) and a toke
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -29,10 +28,9 @@ from llama.checkpoint.sharding import (
     split_dim,
 )
 from llama.errors import InputError, check, check_file, damaged
-from llama.files import JsonObject, check_new, new_directory, read_json, read_marker, write_json
-from llama.parallel import choose_dtype
-from llama.sources import TEMPLATES, check_inside, public_name
-from llama.tokenizer import Tokenizer, find_tokenizer, holds_json
+from llama.files import JsonObject, StrPath, read_json, read_marker, write_json
+from llama.sources import TEMPLATES, check_inside
+from llama.tokenizer import Tokenizer, holds_json
 
 LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 CONVERSION = "conversion.json"  # what a converted checkpoint was made from
@@ -54,7 +52,7 @@ class Checkpoint:
 
     ignored = frozenset({"rope.freqs"})  # computed from params.json; Llama 2's files carry it
 
-    def __init__(self, ckpt_dir: str | os.PathLike[str], **limits: int) -> None:
+    def __init__(self, ckpt_dir: StrPath, **limits: int) -> None:
         self.directory = Path(str(ckpt_dir))
         self.params = read_params(self.directory)
         args = self.args = args_of_params(self.directory, self.params, **limits)
@@ -185,9 +183,9 @@ def read_params(directory: Path) -> JsonObject:
 
 def check_vocabulary(
     tokenizer: Tokenizer,
-    path: str | os.PathLike[str],
+    path: StrPath,
     ids: int,
-    model: str | os.PathLike[str],
+    model: StrPath,
     *,
     spare: bool = False,
     advice: str = "give the model's own tokenizer",
@@ -268,57 +266,3 @@ def check_shards(args: ModelArgs, shards: int) -> None:
     """Raises InputError unless the model can be cut into so many shards."""
     check(1 <= shards <= 100, "shards", shards, "1 to 100")
     check_split(args, shards)
-
-
-def reshard(
-    ckpt_dir: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
-    *,
-    shards: int,
-    dtype: str | torch.dtype | None = None,
-    tokenizer_path: str | os.PathLike[str] | None = None,
-    also: Sequence[str] = (),
-    overwrite: bool = False,
-    progress: Callable[[str], object] = str,
-    verify: Callable[[Path], object] = str,
-) -> Path:
-    """Writes a Meta checkpoint with another number of shards, tensor by tensor.
-
-    The embedding stays cut the way it is (for a source of one shard see `sharding.by_vocabulary`).
-    There and back gives the same bits.
-
-    Args:
-        ckpt_dir: The source, of any number of shards.
-        out_dir: The new directory; appears complete or not at all.
-        shards: Number of files: the model-parallel ranks that will read the checkpoint.
-        dtype: Dtype of the weights. Default: the source's.
-        tokenizer_path: Tokenizer file to copy. Default: that of the source's directory.
-        also: Names of the source's JSON files to copy, where they exist.
-        overwrite: Replace an earlier conversion; nothing else ever is. Default: False.
-        progress: Called with every tensor's name before it is written.
-        verify: Called with the finished directory before it is renamed; may raise.
-    """
-    source, out = Checkpoint(ckpt_dir), Path(str(out_dir))
-    check_shards(source.args, shards)
-    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(source.directory)
-    Tokenizer(tokenizer)
-    check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.directory)
-    kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
-    infos = {n: TensorInfo(i.shape, kind or i.dtype, i.storage) for n, i in source.infos.items()}
-
-    def read(name: str) -> Tensor:
-        progress(name)
-        return source.read(name)
-
-    by = source.vocab_parallel
-    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
-        write_model(partial, source.args, infos, read, shards=shards, vocab_parallel=by)
-        write_json(partial / "params.json", source.params.get("model", source.params))
-        copy_tokenizer(tokenizer, partial)
-        copy_records(source.directory, partial, also)
-        earlier = read_conversion(source.directory)
-        write_json(
-            partial / CONVERSION, {**earlier, "source": public_name(ckpt_dir), "shards": shards}
-        )
-        verify(partial)
-    return out

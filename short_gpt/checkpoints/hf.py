@@ -14,7 +14,8 @@ import torch
 from llama.checkpoint.meta import CONVERSION, copy_tokenizer
 from llama.checkpoint.pth import rounded
 from llama.files import read_json, read_marker, write_json
-from llama.formats.hf import for_older_readers, hf_to_meta
+from llama.formats.gguf import to_meta
+from llama.formats.hf import for_older_readers
 from llama.formats.safetensors import (
     DTYPES,
     Entry,
@@ -134,7 +135,7 @@ def save_as_meta(
         target.prove(folder)
         copy_tokenizer(tokenizer, folder)  # which the conversion asks for
         partial.rmdir()
-        hf_to_meta(folder, partial)
+        to_meta(folder, partial)
         shutil.rmtree(folder)
         for path in [*partial.glob("tokenizer*")]:
             path.unlink()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from llama.checkpoint.meta import CONVERSION, Checkpoint, args_of_params, read_params
 from llama.files import json_text, read_json, read_marker, write_json
-from llama.formats.gguf import SOURCE_KEY, GGUFFile, gguf_to_meta, llama_to_gguf
+from llama.formats.gguf import SOURCE_KEY, GGUFFile, llama_to_gguf, to_meta
 from llama.formats.gguf_read import GGUFParts
-from llama.formats.hf import HFCheckpoint, hf_to_meta, meta_to_hf
+from llama.formats.hf import HFCheckpoint, meta_to_hf
 from llama.formats.safetensors import open_weights
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.sources import Source, find_source, public_name, resolve
@@ -112,12 +112,12 @@ def _write_converted(
             also |= {SOURCE_KEY: public_name(source)}
             llama_to_gguf(pruned, file, also=also, progress=progress)
         return target.path
-    converters: dict[str, Callable[..., Path]] = {"meta": meta_to_hf, "gguf": gguf_to_meta}
     with target.new_directory(None, card=False) as folder:
         name = "pruned.gguf" if source.kind == "gguf" else "pruned"
         pruned = write(Target(folder.with_name(name)))
         folder.rmdir()
-        converters.get(source.kind, hf_to_meta)(pruned, folder, progress=progress)
+        convert = meta_to_hf if source.kind == "meta" else to_meta
+        convert(pruned, folder, progress=progress)
         record = Provenance.of_checkpoint(pruned)
         assert record is not None  # a pruned checkpoint has one
         write_provenance(folder, record, card=source.kind == "meta")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from platformdirs import user_cache_path
 
 from llama.files import new_file
-from llama.formats.gguf import gguf_to_meta
+from llama.formats.gguf import to_meta
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
@@ -71,7 +71,7 @@ def checkpoint() -> Path:
         source = gguf_file()
         try:
             with bar("converting", total=None, unit="tensor") as shown:
-                gguf_to_meta(source, target, progress=lambda _: shown.update())
+                to_meta(source, target, progress=lambda _: shown.update())
         except FileExistsError:  # another process has converted it meanwhile
             if not target.is_dir():
                 raise

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.meta import reshard
 from llama.files import json_text
-from llama.formats.gguf import gguf_to_meta, llama_to_gguf
+from llama.formats.gguf import llama_to_gguf, to_meta
 from llama.formats.gguf_read import GGUFParts
-from llama.formats.hf import hf_to_meta, meta_to_hf
+from llama.formats.hf import meta_to_hf
 from llama.ranks import is_distributed
 from llama.sources import Source, find_source, is_gguf, resolve
 from short_gpt.checkpoints.gguf import write_gguf
@@ -100,17 +99,13 @@ def _to_directory(
     shards: int | None,
     writing: dict[str, Any],
 ) -> None:
-    count = 1 if shards is None else shards
-    if source.kind == "gguf":
-        gguf_to_meta(source, out, dtype=dtype or "float32", shards=count, **writing)
-    elif source.kind != "meta":
-        hf_to_meta(source, out, dtype=dtype, shards=count, **writing)
+    if source.kind != "meta":
+        to_meta(source, out, dtype=dtype, shards=shards or 1, **writing)
     elif shards is None:
         meta_to_hf(source, out, tokenizer_path=path, **writing)
     else:
-        also = (PROVENANCE,)  # the same model in other files has the same history
-        writing |= {"tokenizer_path": path, "also": also}
-        reshard(source, out, shards=shards, dtype=dtype, **writing)
+        writing |= {"tokenizer_path": path, "also": (PROVENANCE,)}  # the history stays the same
+        to_meta(source, out, dtype=dtype, shards=shards, **writing)
 
 
 def _format(source: Source, out: str, shards: int | None) -> str:

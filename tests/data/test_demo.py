@@ -50,8 +50,8 @@ def test_two_processes_may_convert_the_demo_at_once(tmp_path, monkeypatch):
     def other_path_exists(source: Path, target: Path, **_: object) -> None:
         raise FileExistsError("another path exists")
 
-    monkeypatch.setattr(demo, "gguf_to_meta", other_path_exists)
+    monkeypatch.setattr(demo, "to_meta", other_path_exists)
     with pytest.raises(FileExistsError, match="another path"):
         demo.checkpoint()
-    monkeypatch.setattr(demo, "gguf_to_meta", other_was_first)
+    monkeypatch.setattr(demo, "to_meta", other_was_first)
     assert demo.checkpoint().parent == tmp_path and demo.checkpoint().is_dir()

@@ -26,7 +26,8 @@ from conftest import (
 from processes import killed_at
 
 from llama.checkpoint.meta import Checkpoint
-from llama.formats.hf import hf_to_meta, meta_to_hf
+from llama.formats.gguf import to_meta
+from llama.formats.hf import meta_to_hf
 from short_gpt import ShortLlama
 from short_gpt.healing import refit_state
 from short_gpt.healing.job import unchanged
@@ -93,7 +94,7 @@ def test_one_layer_at_a_time_gives_the_matrices_of_the_model_in_memory(kind, tmp
         whole.perplexity(WINDOWS, **QUIET).value, rel=2e-3 if kind == "bfloat16" else 1e-6
     )
     out = short.save(tmp_path / "out")
-    saved = opened(hf_to_meta(out, tmp_path / "back") if kind == "hf" else out)
+    saved = opened(to_meta(out, tmp_path / "back") if kind == "hf" else out)
     for place, number in enumerate(short.kept):
         layers = (saved.decoder.layers[place], whole.decoder.layers[place])
         for (name, found), expected in zip(

@@ -21,6 +21,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.formats.gguf import GGUFFile
 from llama.formats.hf import meta_to_hf
 from llama.formats.safetensors import SafetensorsFile
+from llama.formats.tokenizers import gguf_tokenizer
 from llama.generation import load_model
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
@@ -87,7 +88,7 @@ def read_streamed(name: str) -> Callable[[Path], None]:
 def read_gguf(folder: Path) -> None:
     file = GGUFFile(folder / "model.gguf")
     file.args()
-    file.tokenizer()
+    gguf_tokenizer(file)
     for name in file.tensors:
         file.read(name)
 

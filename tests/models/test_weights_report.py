@@ -15,7 +15,7 @@ from gguf_families import make, write_model
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
-from llama.formats.gguf import gguf_to_meta
+from llama.formats.gguf import to_meta
 from short_gpt import ShortGPTError, ShortHFModel
 from short_gpt.models.decoder import is_finite
 from short_gpt.wrappers.opening import open_model
@@ -116,7 +116,7 @@ def test_a_gguf_file(made, tmp_path, case):
     }.get(case, [])
     drop = {what} if drop is None else drop
     path = write_gguf(tmp_path / "m.gguf", model, drop=drop, tensors=extra)
-    for read in (lambda: ShortHFModel(path), lambda: gguf_to_meta(path, tmp_path / "out")):
+    for read in (lambda: ShortHFModel(path), lambda: to_meta(path, tmp_path / "out")):
         with pytest.raises(ShortGPTError, match=said) as error:
             read()
         assert "\n" not in str(error.value) and "m.gguf" in str(error.value)

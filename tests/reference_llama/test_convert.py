@@ -14,10 +14,10 @@ from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
 from llama import Tokenizer
-from llama.checkpoint.meta import Checkpoint, reshard
+from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
-from llama.formats.gguf import gguf_to_meta
-from llama.formats.hf import hf_to_meta, meta_to_hf
+from llama.formats.gguf import to_meta
+from llama.formats.hf import meta_to_hf
 from llama.formats.names import HF, META, name_in, permute
 from llama.formats.safetensors import (
     DTYPES,
@@ -118,7 +118,7 @@ def test_meta_to_hf_gives_the_same_logits_and_comes_back_bit_exact(case, tmp_pat
     if case != "bfloat16":
         expected = model(TOKENS)
         assert (hf_logits(hf) - expected).abs().max() < 1e-5 * expected.abs().max()
-    back = hf_to_meta(hf, tmp_path / "back")
+    back = to_meta(hf, tmp_path / "back")
     assert same(state(tmp_path / "meta"), state(back))
     ours, theirs = Checkpoint(tmp_path / "meta").args, Checkpoint(back).args
     assert ours.ffn_dim == theirs.ffn_dim and ours.rope_factor == theirs.rope_factor
@@ -142,7 +142,7 @@ def test_a_vocabulary_of_more_ids_than_words_is_refused_for_metas_format(tmp_pat
     with pytest.raises(
         InputError, match=f"has {VOCAB} tokens, .* has {VOCAB + 6} ids: .* write GGUF"
     ):
-        hf_to_meta(tmp_path / "hf", tmp_path / "out")
+        to_meta(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -160,7 +160,7 @@ def test_hf_comes_back_bit_exact(case, tmp_path):
     (tmp_path / "own/chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "own/additional_chat_templates").mkdir()
     (tmp_path / "own/additional_chat_templates/tools.jinja").write_text("{{ tools }}")
-    hf_to_meta(tmp_path / "own", tmp_path / "middle")
+    to_meta(tmp_path / "own", tmp_path / "middle")
     back = meta_to_hf(tmp_path / "middle", tmp_path / "back")
     assert (back / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (back / "additional_chat_templates/tools.jinja").read_text() == "{{ tools }}"
@@ -209,7 +209,7 @@ def test_a_config_of_transformers_4_is_read(tmp_path):
     assert config.pop("rope_parameters")["rope_theta"] == 500000.0
     assert config["max_position_embeddings"] == 131072
     (hf / "config.json").write_text(json.dumps(config))
-    args = Checkpoint(hf_to_meta(hf, tmp_path / "back")).args
+    args = Checkpoint(to_meta(hf, tmp_path / "back")).args
     assert (args.rope_theta, args.rope_factor) == (500000.0, model.params.rope_factor)
 
 
@@ -252,7 +252,7 @@ def test_what_is_no_llama_is_refused(message, hf_dir, tmp_path):
     config = json.loads(path.read_text()) | REFUSED[message]
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
     with pytest.raises(ValueError, match=re.escape(message)):
-        hf_to_meta(tmp_path / "hf", tmp_path / "out")
+        to_meta(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -261,24 +261,24 @@ def test_biases_are_refused_and_old_buffers_are_not(hf_dir, tmp_path):
     path = tmp_path / "hf" / "model.safetensors"
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(load_file(hf_dir / path.name) | buffer, path)
-    hf_to_meta(tmp_path / "hf", tmp_path / "out", dtype="bfloat16")
+    to_meta(tmp_path / "hf", tmp_path / "out", dtype="bfloat16")
     assert state(tmp_path / "out")["norm.weight"].dtype == torch.bfloat16
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
     save_file(load_file(hf_dir / path.name) | bias, path)
     with pytest.raises(ValueError, match="has others .*q_proj.bias"):
-        hf_to_meta(tmp_path / "hf", tmp_path / "out2")
+        to_meta(tmp_path / "hf", tmp_path / "out2")
 
 
 def test_missing_and_damaged_files(hf_dir, tmp_path):
     for name, error, message in (
-        ("config.json", FileNotFoundError, "has no config.json"),
+        ("config.json", FileNotFoundError, r"has no params\.json .* and no config\.json"),
         ("model.safetensors", FileNotFoundError, "neither model.safetensors nor"),
         ("tokenizer.json", FileNotFoundError, "neither tokenizer.json nor tokenizer.model"),
     ):
         shutil.copytree(hf_dir, tmp_path / name)
         (tmp_path / name / name).unlink()
         with pytest.raises(error, match=message):
-            hf_to_meta(tmp_path / name, tmp_path / "out")
+            to_meta(tmp_path / name, tmp_path / "out")
     data = (hf_dir / "model.safetensors").read_bytes()
     path = tmp_path / "cut.safetensors"
     for size in (0, 5, 100, len(data) - 1):
@@ -344,18 +344,18 @@ def gguf_model():
     return make_transformer(vocab_size=VOCAB)
 
 
-def test_gguf_to_meta_is_exact(tmp_path, gguf_model):
+def test_to_meta_is_exact(tmp_path, gguf_model):
     path = write_gguf(tmp_path / "a.gguf", gguf_model)
-    out = gguf_to_meta(path, tmp_path / "out")
+    out = to_meta(path, tmp_path / "out")
     assert same(state(out), gguf_model.state_dict())
     assert Checkpoint(out).args.rope_factor is None
-    again = gguf_to_meta(path, tmp_path / "out", overwrite=True)
+    again = to_meta(path, tmp_path / "out", overwrite=True)
     assert again == out
 
 
 def test_a_gguf_without_output_is_tied(tmp_path, gguf_model):
     path = write_gguf(tmp_path / "a.gguf", gguf_model, drop=["output.weight"])
-    out = gguf_to_meta(path, tmp_path / "out")
+    out = to_meta(path, tmp_path / "out")
     assert state(out)["output.weight"].equal(gguf_model.tok_embeddings.weight)
     hf = meta_to_hf(out, tmp_path / "hf")
     assert "lm_head.weight" not in weights(hf)
@@ -370,11 +370,11 @@ def test_gguf_rope_factors(tmp_path):
     hd = model.params.head_dim
     divisors = rope_frequencies(hd, 500000.0) / rope_frequencies(hd, 500000.0, 32.0)
     path = write_gguf(tmp_path / "a.gguf", model, tensors=[("rope_freqs.weight", divisors)])
-    assert Checkpoint(gguf_to_meta(path, tmp_path / "out")).args.rope_factor == 32.0
+    assert Checkpoint(to_meta(path, tmp_path / "out")).args.rope_factor == 32.0
     wrong = [("rope_freqs.weight", divisors.sqrt())]
     path = write_gguf(tmp_path / "b.gguf", model, tensors=wrong)
     with pytest.raises(ValueError, match=r"scales its rotary frequencies unlike Llama 3\.1"):
-        gguf_to_meta(path, tmp_path / "out2")
+        to_meta(path, tmp_path / "out2")
 
 
 def test_gguf_refusals(tmp_path, gguf_model):
@@ -390,20 +390,20 @@ def test_gguf_refusals(tmp_path, gguf_model):
     ):
         path = write_gguf(tmp_path / "a.gguf", gguf_model, **options)
         with pytest.raises(ValueError, match=message):
-            gguf_to_meta(path, tmp_path / "out")
+            to_meta(path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        gguf_to_meta(tmp_path / "none.gguf", tmp_path / "out")
+        to_meta(tmp_path / "none.gguf", tmp_path / "out")
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match="a.gguf is damaged"):
-        gguf_to_meta(path, tmp_path / "out")
+        to_meta(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_longest_window_of_a_gguf_file_comes_through_metas_format(tmp_path):
     model = make_transformer(vocab_size=VOCAB)
     path = write_gguf(tmp_path / "m.gguf", model, context_length=77)
-    gguf_to_meta(path, tmp_path / "meta", shards=2)
-    reshard(tmp_path / "meta", tmp_path / "one", shards=1)
+    to_meta(path, tmp_path / "meta", shards=2)
+    to_meta(tmp_path / "meta", tmp_path / "one", shards=1)
     meta_to_hf(tmp_path / "one", tmp_path / "hf")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
     assert config.max_position_embeddings == 77
@@ -416,9 +416,9 @@ def test_a_damaged_tokenizer_is_not_carried_over(tmp_path, content):
     for folder in ("hf", "meta"):
         (tmp_path / folder / "tokenizer.json").write_bytes(content)
     for convert in (
-        lambda: hf_to_meta(tmp_path / "hf", tmp_path / "out"),
+        lambda: to_meta(tmp_path / "hf", tmp_path / "out"),
         lambda: meta_to_hf(tmp_path / "meta", tmp_path / "out"),
-        lambda: reshard(tmp_path / "meta", tmp_path / "out", shards=2),
+        lambda: to_meta(tmp_path / "meta", tmp_path / "out", shards=2),
     ):
         with pytest.raises(InputError, match=r"tokenizer\.json") as error:
             convert()
@@ -452,7 +452,7 @@ def test_what_float16_cannot_hold_is_not_written_as_infinite(tmp_path, source):
     else:
         path = tmp_path / source
         source == "hf" and meta_to_hf(tmp_path / "meta", path)
-    convert = {"meta": reshard, "hf": hf_to_meta, "gguf": gguf_to_meta}[source]
+    convert = {"meta": to_meta, "hf": to_meta, "gguf": to_meta}[source]
     with pytest.raises(InputError, match=r"layers\.1\.attention\.wq\.weight has values beyond fl"):
         convert(path, tmp_path / "half", shards=1, dtype="float16")
     assert not (tmp_path / "half").exists()

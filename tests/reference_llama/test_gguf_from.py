@@ -14,10 +14,10 @@ from tokenizer_files import KINDS, ODD, meta, write_tokenizer
 
 from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
-from llama.formats.gguf import GGUFFile, gguf_to_meta, llama_to_gguf
+from llama.formats.gguf import GGUFFile, llama_to_gguf, to_meta
 from llama.formats.gguf_read import GGUFParts, read_header
 from llama.formats.hf import meta_to_hf
-from llama.formats.tokenizers import Pieces, vocabulary
+from llama.formats.tokenizers import Pieces, gguf_tokenizer, vocabulary
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -36,7 +36,7 @@ def same(one: Path, other: Path) -> bool:
 def test_there_and_back_are_the_same_weights_and_the_same_tokens(tmp_path, kind):
     source = meta(tmp_path / "meta", kind)
     llama_to_gguf(source, tmp_path / "m.gguf")
-    gguf_to_meta(tmp_path / "m.gguf", tmp_path / "again")
+    to_meta(tmp_path / "m.gguf", tmp_path / "again")
     assert same(source, tmp_path / "again")
     fields = read_header(tmp_path / "m.gguf").fields
     assert fields["tokenizer.ggml.pre"] == PRE.get(kind, kind)
@@ -96,7 +96,7 @@ def test_what_the_file_says(tmp_path):
     }
     assert {key: fields.get(key) for key in expected} == expected
     assert tensors["rope_freqs.weight"].shape == (4,)
-    gguf_to_meta(tmp_path / "m.gguf", tmp_path / "again")
+    to_meta(tmp_path / "m.gguf", tmp_path / "again")
     assert Checkpoint(tmp_path / "again").args.rope_factor == 8.0
 
 
@@ -275,11 +275,11 @@ def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monke
     file = GGUFFile(tmp_path / "m.gguf")
     file.fields["tokenizer.ggml.scores"] = [0.0]
     with pytest.raises(InputError, match=r"\[320, 320, 1, 320\]"):
-        file.tokenizer()
+        gguf_tokenizer(file)
     file.fields["tokenizer.ggml.scores"] = [0.0] * 320
     file.fields["tokenizer.ggml.add_bos_token"] = False
     with pytest.raises(InputError, match="add_bos_token = False: expected true"):
-        file.tokenizer()
+        gguf_tokenizer(file)
 
 
 @pytest.mark.parametrize("kind", [1, 4])  # NORMAL and USER_DEFINED
@@ -292,7 +292,7 @@ def test_bos_and_eos_are_control_pieces_whatever_a_gguf_file_says(tmp_path, kind
     fields["tokenizer.ggml.tokens"][number] = text
     fields["tokenizer.ggml.token_type"][number] = kind
     fields[f"tokenizer.ggml.{name}_token_id"] = number
-    file_name, data, _ = file.tokenizer()
+    file_name, data, _ = gguf_tokenizer(file)
     (tmp_path / file_name).write_bytes(data)
     tokenizer = Tokenizer(tmp_path / file_name)
     assert getattr(tokenizer, f"{name}_id") == number
@@ -317,4 +317,4 @@ def test_keys_of_a_tokenizer_with_other_values_are_refused(tmp_path, kind, key, 
     file = GGUFFile(tmp_path / "m.gguf")
     file.fields[f"tokenizer.ggml.{key}"] = value
     with pytest.raises(InputError, match=rf"m.gguf is damaged \(.*{key}.*{expected}"):
-        file.tokenizer()
+        gguf_tokenizer(file)

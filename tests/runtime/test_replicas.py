@@ -25,7 +25,8 @@ from conftest import (
 from processes import ranks
 
 from llama import Llama
-from llama.checkpoint.meta import Checkpoint, reshard
+from llama.checkpoint.meta import Checkpoint
+from llama.formats.gguf import to_meta
 from llama.generation import load_model
 from short_gpt import ShortLlama
 from short_gpt.cli.app import main
@@ -244,7 +245,7 @@ def test_there_and_back_gives_the_same_bits(tmp_path, shards, changes, source, m
     folder = (save_tied if source == "tied" else save_checkpoint)(tmp_path / "one", model)
     write_byte_tokenizer(folder)
     (folder / "pruning.json").write_text('{"removed_layers": [3]}')
-    reshard(folder, tmp_path / "many", shards=shards, also=["pruning.json"])
+    to_meta(folder, tmp_path / "many", shards=shards, also=["pruning.json"])
     many = Checkpoint(tmp_path / "many")
     assert len(many.shards) == shards and many.vocab_parallel == (source != "by width")
     for shard in many.shards:
@@ -252,7 +253,7 @@ def test_there_and_back_gives_the_same_bits(tmp_path, shards, changes, source, m
         assert len(storages) == (1 if source == "tied" else 2)
     loaded = load_model(many, device=torch.device("cpu"), dtype=torch.bfloat16)
     assert torch.equal(loaded(TOKENS), model(TOKENS))
-    reshard(tmp_path / "many", tmp_path / "back", shards=1, also=["pruning.json"])
+    to_meta(tmp_path / "many", tmp_path / "back", shards=1, also=["pruning.json"])
     one, back = (torch.load(tmp_path / n / "consolidated.00.pth") for n in ("one", "back"))
     assert list(one) == list(back) and all(torch.equal(one[name], back[name]) for name in one)
     for name in ("params.json", "pruning.json", "tokenizer.json"):
