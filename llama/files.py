@@ -145,45 +145,25 @@ def check_output(path: Path, *, overwrite: bool, replaces: IsKind) -> None:
 def new_file(path: Path, *, overwrite: bool, replaces: IsKind) -> Iterator[Path]:
     """A file that appears complete or not at all.
 
-    Yields a path to write to, which is renamed to ``path`` when the block ends; a link is followed.
+    Yields a path of the same name, which is renamed to ``path`` when the block ends; a link is
+    followed.
     A pipe or a character device gets the complete content then. An existing file is replaced with
     ``overwrite``, if ``replaces`` says that it is of this kind, or if it is empty.
     """
-    if not is_stream(path):
-        with new_files([path], overwrite=overwrite, replaces=replaces) as [partial]:
-            yield partial
+    check_output(path, overwrite=overwrite, replaces=replaces)
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (file := Path(folder) / path.name)
+            stream = os.open(path, os.O_WRONLY | os.O_APPEND)
+            with file.open("rb") as source, os.fdopen(stream, "wb") as sink:
+                shutil.copyfileobj(source, sink)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield (file := Path(folder) / path.name)
-        stream = os.open(path, os.O_WRONLY | os.O_APPEND)
-        with file.open("rb") as source, os.fdopen(stream, "wb") as sink:
-            shutil.copyfileobj(source, sink)
-
-
-def check_outputs(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> None:
-    """Raises FileExistsError or PermissionError where `new_files`, called so, could not write."""
-    if len(paths) > 1 and (existing := [path for path in paths if path.exists()]):
-        raise _exists(existing[0], ", and a model in several files replaces none")
-    for path in paths:
-        check_output(path, overwrite=overwrite, replaces=replaces)
-
-
-@contextmanager
-def new_files(paths: Sequence[Path], *, overwrite: bool, replaces: IsKind) -> Iterator[list[Path]]:
-    """Files of one model in one directory, which appear together or not at all.
-
-    Each keeps its name meanwhile. Several replace nothing, and are renamed when the block ends, the
-    first one last: it names the others, and so there is no model until then.
-    """
-    check_outputs(paths, overwrite=overwrite, replaces=replaces)
-    targets = [resolved(path) for path in paths]
-    with _work_folder(targets[0]) as work:
-        partial = [work / NEW / path.name for path in paths]
-        yield partial
+    target = resolved(path)
+    with _work_folder(target) as work:
+        yield (file := work / NEW / path.name)
         follow_umask(work)
-        check_outputs(paths, overwrite=overwrite, replaces=replaces)  # one may have appeared since
-        for file, target in reversed([*zip(partial, targets, strict=True)]):
-            os.replace(file, target)
+        check_output(path, overwrite=overwrite, replaces=replaces)  # it may have appeared since
+        os.replace(file, target)
 
 
 def is_stream(path: Path) -> bool:

@@ -58,7 +58,7 @@ def in_types(path: Path, out: Path, kinds: dict[str, int]) -> Path:
             content = packed(name, parts.read(name), kind)
         return Stored(shape, kind, len(content), lambda: [content])
 
-    write_again([out], parts, {name: other(name) for name in parts.tensors})
+    write_again(out, parts, {name: other(name) for name in parts.tensors})
     return out
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from llama.args import ModelArgs, kv_heads_of_rank
 from llama.checkpoint.pth import TensorInfo
-from llama.errors import check_file
 
 LLAMA_3_VOCABULARY = 128256
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -40,12 +38,6 @@ def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
         names = (f"layers.{i}.{name}" for name in LAYER_SPLITS)
         shapes |= zip(names, layer, strict=True)
     return shapes | {"norm.weight": (d,), OUTPUT: (args.vocab_size, d)}
-
-
-def check_layer_count(source: Path, layers: int, tensors: Sized) -> None:
-    """Raises InputError where there are fewer tensors than layers, before any layer is named."""
-    problem = f"it says that it has {layers} layers, but holds {len(tensors)} tensors"
-    check_file(layers <= len(tensors), source, problem)
 
 
 def split_dim(name: str, *, vocab_parallel: bool = False) -> int | None:

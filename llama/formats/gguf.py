@@ -23,7 +23,7 @@ from llama.checkpoint.meta import (
     write_model,
 )
 from llama.checkpoint.pth import TensorInfo
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import InputError, check, check_file
 from llama.files import (
     JsonObject,
@@ -85,7 +85,6 @@ class GGUFFile(GGUFParts):
         dim, heads = self.need("llama.embedding_length"), self.need("llama.attention.head_count")
         layers, width = self.need("llama.block_count"), self.need("llama.feed_forward_length")
         check_positive(embedding_length=dim, block_count=layers, feed_forward_length=width)
-        check_layer_count(self.path, layers, self.tensors)
         check_file("token_embd.weight" in self.tensors, self.path, "it lacks token_embd.weight")
         args = ModelArgs(
             dim=dim,

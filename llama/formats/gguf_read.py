@@ -204,7 +204,7 @@ class GGUFParts:
 
     ``path`` may be any of several files; InputError if one is damaged or of another model.
     ``fields`` is the metadata, which the first file holds; ``tensors`` are in the order of
-    ``paths`` and bytes.
+    ``paths`` and bytes; ``file_of`` is the path of each.
     """
 
     def __init__(self, path: Path) -> None:
@@ -212,12 +212,10 @@ class GGUFParts:
         self.headers = [read_header(part) for part in self.paths]
         self.fields = self.headers[0].fields
         self.tensors: dict[str, TensorEntry] = {}
-        self._part: dict[str, int] = {}
+        self.file_of: dict[str, Path] = {}
         for number, header in enumerate(self.headers):
-            twice = sorted(self.tensors.keys() & header.tensors.keys())
-            check_file(not twice, self.paths[number], f"another part has its {twice[:1]} too")
             self.tensors |= header.tensors
-            self._part |= dict.fromkeys(header.tensors, number)
+            self.file_of |= dict.fromkeys(header.tensors, self.paths[number])
             split = (header.fields.get(SPLIT_NO), header.fields.get(SPLIT_COUNT))
             alone = len(self.paths) == 1 and split[1] in (None, 0, 1)
             problem = f"it says that it is part {split[0]} of {split[1]}, unlike its name"
@@ -243,20 +241,16 @@ class GGUFParts:
         check_file(ok, self.path, f"{key} is no list of values of type {kind.__name__}")
         return values
 
-    def part_of(self, name: str) -> int:
-        """The number, from 0, of the file that holds a tensor."""
-        return self._part[name]
-
     def chunks(self, name: str) -> Iterator[bytes]:
         """A tensor's bytes, in pieces of at most 16 MiB."""
         entry = self.tensors[name]
-        return file_chunks(self.paths[self._part[name]], entry.start, entry.nbytes)
+        return file_chunks(self.file_of[name], entry.start, entry.nbytes)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor in its own memory, dequantized to float32 and rounded to ``dtype`` in pieces."""
         from gguf import GGMLQuantizationType, quants
 
-        entry, path = self.tensors[name], self.paths[self._part[name]]
+        entry, path = self.tensors[name], self.file_of[name]
         kind, width = GGMLQuantizationType(entry.kind), entry.shape[-1]
         plain = NUMPY_TYPES.get(kind.name)
         integers = kind.name[0] == "I" and kind.name[1:].isdigit()  # I8 to I64
@@ -278,20 +272,11 @@ class GGUFParts:
 
 def part_paths(path: Path) -> list[Path]:
     """The files of the model that ``path`` is a file of; FileNotFoundError if one is missing."""
-    match = PART.fullmatch(path.name)
-    paths = named_parts(path.with_name(f"{match[1]}.gguf"), int(match[3])) if match else [path]
+    match, paths = PART.fullmatch(path.name), [path]
+    if match:
+        names = (f"{match[1]}-{i:05d}-of-{match[3]}.gguf" for i in range(1, int(match[3]) + 1))
+        paths = [path.with_name(name) for name in names]
     if missing := [p for p in paths if not p.is_file()]:
         others = f", one of {len(paths)} of its model," if match else ""
         raise FileNotFoundError(f"GGUF file {missing[0]}{others} does not exist")
     return paths
-
-
-def named_parts(path: Path, count: int) -> list[Path]:
-    """The names of ``count`` files of a model, by that of it in one file.
-
-    Example:
-        >>> [p.name for p in named_parts(Path("m.gguf"), 2)]
-        ['m-00001-of-00002.gguf', 'm-00002-of-00002.gguf']
-    """
-    names = [f"{path.stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
-    return [path.with_name(name) for name in names]

@@ -15,15 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.errors import InputError, check
+from llama.errors import InputError
 from llama.files import file_chunks
 from llama.formats.gguf_quantize import LAYOUTS, Q4_K, quantized
 from llama.formats.gguf_read import (
     ARRAY,
     NUMBERS,
-    SPLIT_COUNT,
-    SPLIT_NO,
-    SPLIT_TENSORS,
     STRING,
     GGUFParts,
     Header,
@@ -32,7 +29,7 @@ from llama.formats.gguf_read import (
     read_header,
 )
 
-UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7  # types of values, by number
+UINT32, INT32, FLOAT32, BOOL = 4, 5, 6, 7  # types of values, by number
 VERSION, ALIGNMENT = 3, 32  # of new files
 F32, F16, Q8_0, F64, BF16 = 0, 1, 8, 28, 30  # ggml's numbers of types
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
@@ -40,13 +37,12 @@ TORCH_TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
 class Stored(NamedTuple):
-    """A tensor to be written: shape in torch's order, ggml's type, its bytes, its source's part."""
+    """A tensor to be written: shape in torch's order, ggml's type, its bytes."""
 
     shape: tuple[int, ...]
     kind: int
     nbytes: int
     chunks: Callable[[], Iterable[bytes]]
-    part: int = 0
 
 
 def record(key: str, value: object, kind: int, element: int | None = None) -> Record:
@@ -76,8 +72,8 @@ def _text(text: str) -> bytes:
 
 def copied(source: GGUFParts, name: str) -> Stored:
     """A tensor as its source has it, byte for byte."""
-    entry, part = source.tensors[name], source.part_of(name)
-    return Stored(entry.shape, entry.kind, entry.nbytes, lambda: source.chunks(name), part)
+    entry = source.tensors[name]
+    return Stored(entry.shape, entry.kind, entry.nbytes, lambda: source.chunks(name))
 
 
 def write_new(
@@ -93,7 +89,7 @@ def write_new(
     """
     like = Header({}, {}, {}, VERSION, ALIGNMENT)
     keys = [key.raw for key in records.values()]
-    digests = _write_file(path, like, keys, tensors, progress, pad_to=ALIGNMENT)
+    digests = _write_file(path, like, keys, tensors, progress)
     again = read_header(path)
     same = [key.raw for key in again.records.values()] == keys
     same = same and again.tensors.keys() == digests.keys()
@@ -113,76 +109,24 @@ def digest_of(pieces: Iterable[bytes]) -> bytes:
 
 
 def write_again(
-    paths: Sequence[Path],
+    path: Path,
     source: GGUFParts,
     tensors: Mapping[str, Stored],
     *,
     records: Mapping[str, Record | None] | None = None,
     progress: Callable[[str], object] = str,
 ) -> dict[str, bytes]:
-    """Writes a model of a GGUF source's metadata, in memory of what a tensor yields at a time.
+    """Writes a file of a GGUF source's metadata, in memory of what a tensor yields at a time.
 
-    ``paths`` are one or `named_parts`; ``tensors`` go by their new names, in order; ``records`` are
-    the keys that are other than in the source, of which None leaves one out. Returns the digests of
-    the tensors.
+    ``tensors`` go by their new names, in order; ``records`` are the keys that are other than in the
+    source, of which None leaves one out. Returns the digests of the tensors.
     """
-    digests: dict[str, bytes] = {}
-    groups = _groups(source, tensors, len(paths))
-    pad_to = source.headers[0].alignment if _is_padded(source) else 1
-    for number, (path, names) in enumerate(zip(paths, groups, strict=True)):
-        keys = _keys(source, number, len(paths), dict(records or {}), len(tensors))
-        like = source.headers[min(number, len(source.headers) - 1)]
-        chosen = {name: tensors[name] for name in names}
-        digests |= _write_file(path, like, keys, chosen, progress, pad_to=pad_to)
-    return digests
-
-
-def _keys(
-    source: GGUFParts, number: int, count: int, changed: Mapping[str, Record | None], tensors: int
-) -> list[bytes]:
-    """The keys of one of several files: all in the first, in the others what they had."""
-    before = source.headers[number].records if number < len(source.headers) else {}
-    if number and count != len(source.headers):
-        before = {}
-    keys: dict[str, Record | None] = dict(before)
-    if not number:
-        keys |= changed  # a key that was there keeps its position, a new one goes to the end
-    values = {SPLIT_NO: (number, UINT16), SPLIT_COUNT: (count, UINT16)}
-    values[SPLIT_TENSORS] = (tensors, INT32)
-    for key, (value, kind) in values.items():
-        if count > 1:
-            keys[key] = record(key, value, before[key].kind if key in before else kind)
-        elif len(source.headers) > 1:
-            keys.pop(key, None)
-    return [value.raw for value in keys.values() if value is not None]
-
-
-def _groups(source: GGUFParts, tensors: Mapping[str, Stored], count: int) -> list[list[str]]:
-    """The names for each file, in order and never none: as before, or of about equal size."""
-    check(count <= len(tensors), "number of files", count, f"at most {len(tensors)}, as of tensors")
-    groups: list[list[str]] = [[] for _ in range(count)]
-    if count == len(source.paths):
-        for name, tensor in tensors.items():
-            groups[tensor.part].append(name)
-        if all(groups):
-            return groups
-    groups = [[]]
-    size, total = 0, sum(tensor.nbytes for tensor in tensors.values())
-    for i, (name, tensor) in enumerate(tensors.items()):
-        files = count - len(groups)  # that are to follow
-        full = size >= total * len(groups) / count or len(tensors) - i <= files
-        if files and groups[-1] and full:
-            groups.append([])
-        groups[-1].append(name)
-        size += tensor.nbytes
-    return groups
-
-
-def _is_padded(source: GGUFParts) -> bool:
-    """Whether the source's files end where the alignment ends, not with the last tensor."""
-    header = source.headers[0]
-    end = max((entry.start + entry.nbytes for entry in header.tensors.values()), default=0)
-    return source.paths[0].stat().st_size > end or not end % header.alignment
+    keys: dict[str, Record | None] = dict(source.headers[0].records)
+    if len(source.headers) > 1:  # here is one file
+        keys = {key: value for key, value in keys.items() if not key.startswith("split.")}
+    keys |= records or {}  # a key that was there keeps its position, a new one goes to the end
+    raw = [value.raw for value in keys.values() if value is not None]
+    return _write_file(path, source.headers[0], raw, tensors, progress)
 
 
 def _write_file(
@@ -191,8 +135,6 @@ def _write_file(
     records: Sequence[bytes],
     tensors: Mapping[str, Stored],
     progress: Callable[[str], object],
-    *,
-    pad_to: int,
 ) -> dict[str, bytes]:
     """Writes one file; returns the digests of its tensors."""
     infos, end, digests = [], 0, dict[str, bytes]()
@@ -214,7 +156,7 @@ def _write_file(
                 digest.update(piece)
             assert file.tell() - start == tensor.nbytes, name
             digests[name] = digest.digest()
-        file.write(b"\0" * (-file.tell() % pad_to))
+        file.write(b"\0" * (-file.tell() % like.alignment))
     return digests
 
 
@@ -257,7 +199,7 @@ def packed(name: str, weight: Tensor, kind: int) -> bytes:
     return quants.quantize(rows.float().contiguous().numpy(), GGMLQuantizationType(kind)).tobytes()
 
 
-def stored(name: str, weight: Tensor, kind: int, *, part: int = 0) -> Stored:
+def stored(name: str, weight: Tensor, kind: int) -> Stored:
     """A tensor to be written in a type that `writable` gives, packed when it is written."""
     size = nbytes_of(name, tuple(weight.shape), kind)
-    return Stored(tuple(weight.shape), kind, size, lambda: [packed(name, weight, kind)], part)
+    return Stored(tuple(weight.shape), kind, size, lambda: [packed(name, weight, kind)])

@@ -15,7 +15,7 @@ from llama.checkpoint.meta import (
     read_conversion,
 )
 from llama.checkpoint.pth import TensorInfo
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, check_layer_count, full_shapes
+from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import check, check_file, refused
 from llama.files import JsonObject, StrPath, check_new, new_directory, read_json, write_json
 from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, permute
@@ -236,7 +236,6 @@ def meta_infos(
     ``weights`` is the file of every tensor; ``tied`` says whether the config makes the output head
     the embedding; ``directory`` is for messages.
     """
-    check_layer_count(directory, args.n_layers, weights)
     shapes = full_shapes(args)
     names = {name: name_in(HF, name) for name in shapes}
     head = names[OUTPUT]

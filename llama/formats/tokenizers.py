@@ -19,10 +19,9 @@ from llama.files import JsonObject, read_json, write_json
 from llama.formats.gguf_read import ARRAY, STRING, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, FLOAT32, INT32, UINT32, record
 from llama.tokenizer import (
+    ALPHABET,
     BYTE,
     CONTROL,
-    DIGITS,
-    GPT2_PATTERN,
     NORMAL,
     PRE_TOKENIZERS,
     UNKNOWN,
@@ -176,6 +175,13 @@ def _number(value: int) -> bytes:
     return data + bytes([value])
 
 
+RULES = "rules of splitting texts"
+# Rules are the same if they split this text alike, as llama.cpp's converter tells them apart.
+PROBE = (
+    "A b  c   \n \n\n \t \t\t\n  \nd\n1 E\u0301\u212b \u00bd\u00a0x_1 _a-b\r\n\r \U0001f680 (x) 3"
+    " 33 333 3333 33333 3.3 3..3 1a22b \u6211apple1314\u5929 ------===== \u043d\u043e ''``\"\"..!!??"
+    " I've 'told he's, 'RE you? 'M I'll 'D We'Ve a'lL"
+)
 PREFIX = "tokenizer.ggml"
 SPACE = "\u2581"  # SentencePiece's
 
@@ -269,10 +275,9 @@ def _as_pieces(
     path: Path,
 ) -> Pieces:
     """The SentencePiece model of a ``tokenizer.json`` that was made from one."""
-    rules = _rules(content.get("normalizer"), content.get("pre_tokenizer"))
-    kinds = {rule.get("type") for rule in rules}
-    ok = all(map(_is_llama2, rules)) and bool(kinds & {"Replace", "Metaspace"})
-    check(ok, f"{path}: rules of splitting texts", rules, "Llama 2's")
+    pieces = _pieces(content, PROBE)
+    plain = PROBE.replace(" ", SPACE)
+    check(pieces in ([plain], [SPACE + plain]), f"{path}: {RULES}", pieces[:3], "Llama 2's")
     # SentencePiece merges by the scores of pieces, tokenizer.json in the order of its list
     score: dict[str, float] = {}
     for rank, merge in enumerate(merges):
@@ -284,51 +289,32 @@ def _as_pieces(
         elif text == unknown:
             piece_types[number] = UNKNOWN
     scores = [score.get(text, -float(len(merges))) for text in tokens]
-    schemes = [rule.get("prepend_scheme") for rule in rules if rule.get("type") == "Metaspace"]
-    space_first = "Prepend" in kinds or any(scheme != "never" for scheme in schemes)
-    return Pieces(tokens, scores, piece_types, space_first)
+    return Pieces(tokens, scores, piece_types, space_first=pieces != [plain])
 
 
-def _rules(*parts: object) -> list[JsonObject]:
-    """The single rules in parts of a ``tokenizer.json``, which may be sequences."""
-    rules: list[JsonObject] = []
-    for part in parts:
-        if isinstance(part, dict) and part.get("type") == "Sequence":
-            rules += _rules(*part.get("normalizers", []), *part.get("pretokenizers", []))
-        elif isinstance(part, dict):
-            rules.append(part)
-    return rules
+def _pieces(content: JsonObject, text: str) -> list[str]:
+    """The pieces that a ``tokenizer.json`` splits a text into before it merges any."""
+    from tokenizers import Tokenizer as FastTokenizer
 
-
-def _is_llama2(rule: JsonObject) -> bool:
-    """Whether a rule only makes spaces SentencePiece's, without a split of the text at them."""
-    if rule.get("type") == "Metaspace":  # which splits unless it says that it does not
-        return rule.get("replacement") == SPACE and rule.get("split") is False
-    pattern, content = rule.get("pattern"), rule.get("content")
-    replaces = rule.get("type") == "Replace" and (pattern, content) == ({"String": " "}, SPACE)
-    return replaces or (rule.get("type") == "Prepend" and rule.get("prepend") == SPACE)
+    rules = {**content, "added_tokens": [], "post_processor": None}
+    rules["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+    fast = FastTokenizer.from_str(json.dumps(rules))
+    normal = fast.normalizer.normalize_str(text) if fast.normalizer else text
+    splitter = fast.pre_tokenizer
+    return [p for p, _ in splitter.pre_tokenize_str(normal)] if splitter else [normal]
 
 
 def _pre_tokenizer(content: JsonObject, path: Path) -> str:
     """Llama.cpp's name of the rules by which a byte-level ``tokenizer.json`` splits texts."""
-    part = content.get("pre_tokenizer") or {}
-    rules = part.get("pretokenizers", [part])
-    patterns = [(r.get("pattern") or {}).get("Regex") for r in rules if r.get("type") == "Split"]
-    digits = any(r.get("type") == "Digits" and r.get("individual_digits") for r in rules)
-    # a ByteLevel rule splits by GPT-2's pattern itself unless it says that it does not
-    gpt2 = any(r.get("type") == "ByteLevel" and r.get("use_regex", True) for r in rules)
-    kinds = {r.get("type") for r in rules}
-    split = [*patterns, *([GPT2_PATTERN] if gpt2 else [])]
+    tokens, pieces = list(ALPHABET.values()), _pieces(content, PROBE)
     merges_first = not content["model"].get("ignore_merges")
-    names = [name for name, pattern in PRE_TOKENIZERS.items() if split == [pattern]]
-    names = [n for n in names if (n == DIGITS, n != "llama-bpe") == (digits, merges_first)]
-    plain = kinds <= {"Split", "Digits", "ByteLevel"} and "ByteLevel" in kinds
-    plain = plain and not any(r.get("add_prefix_space") for r in rules)
-    normal = (content.get("normalizer") or {}).get("type")
-    if not names or not plain or normal not in (None, *(["NFC"] if names == ["qwen2"] else [])):
-        expected = f"those of {', '.join(PRE_TOKENIZERS)}"
-        raise refused(f"{path}: rules of splitting texts", split, expected)
-    return names[0]
+    for name in PRE_TOKENIZERS:
+        known = json.loads(tokenizer_json(tokens, [NORMAL] * len(tokens), [], name))
+        # llama.cpp itself normalizes nothing, and some models of Qwen do not either
+        alike = [_pieces(rules, PROBE) for rules in (known, {**known, "normalizer": None})]
+        if pieces in alike and merges_first == (name != "llama-bpe"):
+            return name
+    raise refused(f"{path}: {RULES}", pieces[:3], f"those of {', '.join(PRE_TOKENIZERS)}")
 
 
 def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:

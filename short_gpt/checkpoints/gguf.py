@@ -84,10 +84,10 @@ def write_gguf(
         records[RECORD] = record(RECORD, json_text(done.to_dict()), STRING)
         if isinstance(name := source.fields.get(NAME), str):
             records[NAME] = record(NAME, done.named(name), STRING)
-    with target.new_files() as partial:
+    with target.new_file() as partial:
         digests = write_again(partial, source, tensors, records=records, progress=progress)
         changes = {new: digests[new] for new, old in names.items() if old in changed}
-        check_written(partial[0], source, names, records, changed=changes)
+        check_written(partial, source, names, records, changed=changes)
     return target.path
 
 
@@ -215,4 +215,4 @@ def _stored(stack: Stack, name: str, weight: Tensor) -> Stored:
     if stack.arch in PLUS_ONE and name.endswith("norm.weight"):
         weight = weight.float() + 1
     kind = writable(before.kind, before.shape)
-    return stored(name, weight, kind, part=stack.parts.part_of(name))
+    return stored(name, weight, kind)

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llama.files import check_new, check_outputs, new_directory, new_files
-from llama.formats.gguf_read import PART, has_key, named_parts, part_paths
+from llama.files import check_new, check_output, new_directory, new_file
+from llama.formats.gguf_read import PART, has_key, part_paths
 from llama.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, RECORD, Provenance
@@ -84,13 +84,11 @@ class Target:
             self.prove(partial)
 
     @contextmanager
-    def new_files(self) -> Iterator[list[Path]]:
-        """The GGUF file to write, at ``out`` after the block; only a single one is verified."""
-        how: Any = {"overwrite": self.overwrite, "replaces": is_pruned_gguf}
-        with new_files(out_paths(self.out), **how) as files:
-            yield files
-            if len(files) == 1:
-                self.prove(files[0])
+    def new_file(self) -> Iterator[Path]:
+        """The GGUF file to write; verified, and at ``out`` after the block."""
+        with new_file(self.path, overwrite=self.overwrite, replaces=is_pruned_gguf) as partial:
+            yield partial
+            self.prove(partial)
 
     def prove(self, partial: Path) -> None:
         """Calls ``verify``, if there is one, with what was written."""
@@ -113,39 +111,21 @@ def format_of(source: StrPath | Source, out: StrPath, to: str | None = None) -> 
 def check_format(out: StrPath, to: str | None) -> None:
     """Raises ShortGPTError unless a format is known, and ``out`` is a name for it."""
     check(to in (None, *FORMATS), "`to`", to, f"one of {', '.join(FORMATS)}")
-    expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
-    check(
-        to is None or is_gguf(out) == (to == "gguf"),
-        "OUT",
-        Path(str(out)).name,
-        f"{expected} for {to}",
-    )
-
-
-def out_paths(out: StrPath) -> list[Path]:
-    """The files to write: one, or all those of a name like ``m-00001-of-00002.gguf``."""
-    path = Path(str(out))
-    match = PART.fullmatch(path.name)
-    return named_parts(path.with_name(f"{match[1]}.gguf"), int(match[3])) if match else [path]
-
-
-def check_one_file(out: StrPath) -> None:
-    """Raises ShortGPTError for the name of one of several files, where one is written."""
     name = Path(str(out)).name
-    whole = PART.sub(r"\1.gguf", name)
-    expected = f"the name of one file, such as {whole}, which short-gpt convert splits"
-    check(len(out_paths(out)) == 1, "OUT", name, expected)
+    expected = "a name that ends with .gguf" if to == "gguf" else "the name of a directory"
+    check(to is None or is_gguf(out) == (to == "gguf"), "OUT", name, f"{expected} for {to}")
+    one = "the name of a single file, which llama.cpp's llama-gguf-split divides"
+    check(PART.fullmatch(name) is None, "OUT", name, one)
 
 
 def check_new_gguf(out: StrPath, *, source: StrPath | None = None, overwrite: bool) -> None:
     """Raises where a GGUF model could not be written, or would replace the one it is made from."""
-    paths = out_paths(out)
-    check(paths, "OUT", Path(str(out)).name, "a name as in NAME-00001-of-0000N.gguf")
-    check_outputs(paths, overwrite=overwrite, replaces=is_pruned_gguf)
+    path = Path(str(out))
+    check_format(out, "gguf")
+    check_output(path, overwrite=overwrite, replaces=is_pruned_gguf)
     parts = [] if source is None else part_paths(Path(str(source)))
-    sources = [path.resolve() for path in parts]
-    if same := [path for path in paths if path.resolve() in sources]:
-        raise FileExistsError(f"{same[0]} is the source; choose another name")
+    if path.resolve() in [part.resolve() for part in parts]:
+        raise FileExistsError(f"{path} is the source; choose another name")
 
 
 def stored_names(names: Iterable[str], prefix: str, keep: Sequence[int]) -> dict[str, str]:

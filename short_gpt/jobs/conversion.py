@@ -17,7 +17,7 @@ from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import save_hf
 from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
 from short_gpt.checkpoints.prune import tensor_names
-from short_gpt.checkpoints.target import Target, check_format, check_one_file
+from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.saving import interruptible
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
@@ -46,8 +46,6 @@ def convert(
     source, dtype, path = find_source(model), opening.dtype, opening.tokenizer_path
     to = to or _format(source, out, shards)
     _check_options(source, to, type, dtype, shards)
-    if to == "gguf" and source.kind != "gguf":
-        check_one_file(out)
     check_tokenizer(path, model)
     proofs: list[str | None] = []
 
@@ -77,7 +75,7 @@ def convert(
 def _to_gguf(
     source: Source, out: str, type: str | None, path: str | None, writing: dict[str, Any]
 ) -> None:
-    """Writes GGUF: of its own tensors as they are, in as many files as ``out`` says, or a Llama."""
+    """Writes GGUF: of its own tensors as they are, or a Llama."""
     if source.kind == "gguf":
         stack = Stack.open(source)
         target = Target(out, "gguf", writing["overwrite"], writing["verify"])

@@ -13,7 +13,7 @@ from llama.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_architecture, in_few_bits
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.scores import ChosenLayers
-from short_gpt.checkpoints.target import check_new_gguf, format_of, out_paths
+from short_gpt.checkpoints.target import check_new_gguf, format_of
 from short_gpt.evaluation.perplexity import (
     Difference,
     Perplexity,
@@ -258,8 +258,8 @@ def _removal(model: str, choice: Choice, methods: Sequence[str], healing: Healin
 def reread(
     done: HealingResult, parts: HealingWindows, opening: OpenOptions, size: int
 ) -> HealingResult:
-    """The same, with the perplexity of one reread GGUF file, whose changed tensors were rounded."""
-    if not is_gguf(done.out) or len(out_paths(done.out)) > 1:
+    """The same, with the perplexity of a reread GGUF file, whose changed tensors were rounded."""
+    if not is_gguf(done.out):
         return done
     own = of_source(opening, str(done.out))
     short = open_model(str(done.out), own, max_seq_len=size)

@@ -9,8 +9,8 @@ from llama.sources import Source, find_source
 from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.prune import kept_tensors, prune_checkpoint
 from short_gpt.checkpoints.scores import ChosenLayers
-from short_gpt.checkpoints.target import Target, check_one_file, out_paths
-from short_gpt.jobs.conversion import prove, readback_message
+from short_gpt.checkpoints.target import Target
+from short_gpt.jobs.conversion import prove
 from short_gpt.jobs.saving import Hub, interruptible
 from short_gpt.jobs.settings import Choice
 from short_gpt.runtime.errors import ShortGPTError
@@ -58,21 +58,12 @@ def prune(
     choice.check()
     target.check()
     hub.check(out, target.format)
-    if target.format == "gguf" and source.kind != "gguf":
-        check_one_file(out)
-    if target.format == "gguf" and verify and len(out_paths(out)) > 1:
-        raise ShortGPTError(
-            f"`verify` loads {out}, which transformers does not read in several files; name "
-            "one file, or leave it to be read again and compared"
-        )
     opened = source.kind == "gguf" and target.format == "hf"
     if opening.dtype is not None and not opened:
         raise ShortGPTError("`dtype` is of a GGUF file written as a directory: leave it out")
     removal = choice.chosen(model)
     copied = source.kind == target.format == "gguf"
     proof = (_write_opened if opened else _write)(source, target, removal, verify, opening)
-    if proof is None and copied:  # into several files
-        proof = readback_message(source)
     remark = about_kinds(source, removal.layers) if copied else None
     result = PruneResult(target.path, removal, proof, remark)
     return replace(result, address=hub.push(target.path, result))

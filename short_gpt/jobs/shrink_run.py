@@ -17,7 +17,7 @@ from short_gpt.checkpoints.gguf import (
 )
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
-from short_gpt.checkpoints.target import check_new_gguf, check_one_file
+from short_gpt.checkpoints.target import check_new_gguf
 from short_gpt.data.texts import source_names
 from short_gpt.evaluation.cells import ResultCache
 from short_gpt.healing import RefitSettings
@@ -134,7 +134,6 @@ class Shrink:
         gguf, n, source = is_gguf(self.out), self.settings.n, self.source
         path = None if source is None else source.path
         if gguf:
-            check_one_file(self.out)
             check_output(report_of(self.out), overwrite=True, replaces=is_page)
             of_gguf = path if source is not None and source.kind == "gguf" else None
             check_new_gguf(self.out, source=of_gguf, overwrite=self.overwrite)

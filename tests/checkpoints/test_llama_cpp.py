@@ -80,9 +80,6 @@ def test_the_source_and_the_pruned_file_are_ours_but_for_llama_cpps_own_rounding
     found = differences(LlamaCpp(tmp_path / "cut.gguf"), cut)
     print(f"largest difference of log probabilities: source {own:.3f}, pruned {found:.3f}")
     assert 0 < own < 0.5 and found < 2 * own
-    prune_gguf(demo.gguf_file(), tmp_path / "cut-00001-of-00003.gguf", REMOVED)
-    parts = LlamaCpp(tmp_path / "cut-00001-of-00003.gguf")
-    assert differences(parts, cut) == pytest.approx(found, abs=1e-6)
 
 
 def test_in_float32_llama_cpp_writes_the_same_text_token_for_token(tmp_path):
@@ -129,7 +126,7 @@ def cut_counts_alone(path: Path, out: Path, keep: list[int]) -> None:
     key = f"{Stack.of(parts).arch}.block_count"
     names = stored_names(parts.tensors, "blk", keep)
     tensors = {new: copied(parts, old) for new, old in names.items()}
-    write_again([out], parts, tensors, records={key: record(key, len(keep), UINT32)})
+    write_again(out, parts, tensors, records={key: record(key, len(keep), UINT32)})
 
 
 def test_lists_of_layers_are_what_makes_a_cut_file_load(tmp_path):

@@ -122,7 +122,7 @@ def with_keys(path: str, out: str, **values: object) -> None:
     keys = {name.replace("__", "."): value for name, value in values.items()}
     records = {key: record(key, value, *kinds[type(value)]) for key, value in keys.items()}
     tensors = {name: copied(parts, name) for name in parts.tensors}
-    write_again([Path(out)], parts, tensors, records=records)
+    write_again(Path(out), parts, tensors, records=records)
 
 
 def test_the_card_carries_a_gguf_files_licence_and_base_model(here):
@@ -280,8 +280,6 @@ def test_files_of_one_model_are_joined(here):
     whole = stack_file(here / "whole.gguf")
     run("convert", "m-00001-of-00003.gguf", "joined.gguf")
     assert filecmp.cmp(whole, "joined.gguf", shallow=False)
-    run("convert", "joined.gguf", "n-00001-of-00002.gguf")
-    assert same_tensors("n-00001-of-00002.gguf", "joined.gguf")
 
 
 @pytest.mark.parametrize(
@@ -300,16 +298,9 @@ def test_files_of_one_model_are_joined(here):
         (["convert", "hf", "x", "--to", "onnx"], "--to = 'onnx': expected one of meta, hf, gguf"),
         (["convert", "hf", "x.gguf", "--shards", 2], "--shards 2 writes Meta's format, not gguf"),
         (["convert", "qwen.gguf", "x", "--to", "meta"], "holds architecture 'qwen2', expected"),
-        (
-            ["prune", "model.gguf", "x-00001-of-00002.gguf", *CUT, "--verify", "yes"],
-            "several files",
-        ),
+        (["prune", "model.gguf", "x-00001-of-00002.gguf", *CUT], "the name of a single file"),
         (["convert", "qwen.gguf", "qwen.gguf"], "qwen.gguf exists; choose another name"),
-        (
-            ["convert", "hf", "x-00001-of-00002.gguf"],
-            "the name of one file, such as x.gguf",
-        ),
-        (["prune", "hf", "x-00001-of-00002.gguf", *CUT], "which short-gpt convert splits"),
+        (["convert", "hf", "x-00001-of-00002.gguf"], "the name of a single file"),
         (["convert", "owner/name", "x", "--to", "hf"], "owner/name is in the format hf already"),
     ],
 )

@@ -667,11 +667,7 @@ def test_a_share_is_restored_only_where_the_windows_tell_loss_and_gain():
         (("hf", "out", *STREAM, "--method", "angular_all"), "--method needs the model in memory"),
         (("hf", "out", *STREAM, "--minutes", 1), "--minutes needs the model in memory"),
         (("hf", "out.gguf", *STREAM), "is written in its own format: name a directory"),
-        (("hf", "out-00001-of-00002.gguf"), "expected the name of one file, such as out.gguf"),
-        (
-            ("model.gguf", "out-00002-of-00002.gguf"),
-            "write out.gguf, then split it with `short-gpt",
-        ),
+        (("hf", "out-00001-of-00002.gguf"), "the name of a single file"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):

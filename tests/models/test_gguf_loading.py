@@ -38,7 +38,7 @@ def quantized(path: Path, out: Path) -> Path:
         kind = kinds[number % len(kinds)] if len(place.shape) > 1 else KINDS.F32
         content = packed(name, parts.read(name), kind)
         tensors[name] = Stored(place.shape, kind, len(content), lambda c=content: [c])
-    write_again([out], parts, tensors)
+    write_again(out, parts, tensors)
     return out
 
 
@@ -165,7 +165,7 @@ def test_opening_takes_little_beside_the_model(tmp_path, monkeypatch):
     records = {key: record(key, texts, ARRAY, STRING)}
     names = [*(name for name in parts.tensors if name != largest), largest]
     tensors = {name: copied(parts, name) for name in names}
-    write_again([tmp_path / "m.gguf"], parts, tensors, records=records)
+    write_again(tmp_path / "m.gguf", parts, tensors, records=records)
     code = """
 import gc, sys
 from pathlib import Path

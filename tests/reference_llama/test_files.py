@@ -13,7 +13,6 @@ from llama.files import (
     contents,
     new_directory,
     new_file,
-    new_files,
     write_json,
 )
 
@@ -120,15 +119,12 @@ def test_what_somebody_else_wrote_meanwhile_is_not_replaced(tmp_path, overwrite)
     assert file.read_text() == "years of work" and not [*tmp_path.glob(".*")]
 
 
-def test_parts_may_be_written_through_links_that_lead_nowhere_yet(tmp_path):
+def test_a_file_may_be_written_through_a_link_that_leads_nowhere_yet(tmp_path):
     (tmp_path / "disk").mkdir()
-    paths = [tmp_path / "a", tmp_path / "b"]
-    paths[0].symlink_to(tmp_path / "disk/another")
-    with new_files(paths, overwrite=False, replaces=lambda _: False) as partial:
-        for path in partial:
-            path.write_text(path.name)  # whose names are those that files of one model have
-    assert (tmp_path / "disk/another").read_text() == "a" and paths[0].is_symlink()
-    assert paths[1].read_text() == "b"
+    (path := tmp_path / "a.gguf").symlink_to(tmp_path / "disk/another")
+    with new_file(path, overwrite=False, replaces=lambda _: False) as partial:
+        partial.write_text(partial.name)  # programs look at what a name ends with
+    assert (tmp_path / "disk/another").read_text() == "a.gguf" and path.is_symlink()
 
 
 def test_json_keeps_texts_and_digits(tmp_path):

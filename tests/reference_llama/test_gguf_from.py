@@ -212,7 +212,7 @@ METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
         ([], {k: v for k, v in METASPACE.items() if k != "split"}, None),  # it splits, too
         ([], {**METASPACE, "replacement": "_"}, None),
         ([PREPEND, {**REPLACE, "pattern": {"String": "-"}}], None, None),
-        ([PREPEND, {**REPLACE, "pattern": {"Regex": " "}}], None, None),
+        ([PREPEND, {**REPLACE, "pattern": {"Regex": " "}}], None, True),
         ([PREPEND, {**REPLACE, "content": "_"}], None, None),
         ([{**PREPEND, "prepend": "_"}, REPLACE], None, None),
         ([PREPEND], None, None),  # spaces stay spaces
