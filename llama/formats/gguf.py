@@ -172,7 +172,7 @@ def llama_to_gguf(
 
     Args:
         source: Directory in Meta's or Hugging Face's format, or a hub id.
-        out: The new file; it and what is not named here are as in `reshard`.
+        out: The new file; it and what is not named here are as in `to_meta`.
         kind: Type of the matrices: "f32", "f16", "bf16" or "q8_0". Default: the source's.
         tokenizer_path: Tokenizer file of Meta's format. Default: that of the source's directory.
         also: Further keys, whose values are texts.

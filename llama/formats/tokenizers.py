@@ -179,7 +179,7 @@ RULES = "rules of splitting texts"
 # Rules are the same if they split this text alike, as llama.cpp's converter tells them apart.
 PROBE = (
     "A b  c   \n \n\n \t \t\t\n  \nd\n1 E\u0301\u212b \u00bd\u00a0x_1 _a-b\r\n\r \U0001f680 (x) 3"
-    " 33 333 3333 33333 3.3 3..3 1a22b \u6211apple1314\u5929 ------===== \u043d\u043e ''``\"\"..!!??"
+    " 33 333 3333 33333 3.3 3..3 1a22b \u6211apple1314\u5929 ------===== \u043d\u043e ''``\"\".!!??"
     " I've 'told he's, 'RE you? 'M I'll 'D We'Ve a'lL"
 )
 PREFIX = "tokenizer.ggml"

@@ -105,7 +105,7 @@ def _write_converted(
     elif source.kind != "meta":
         find_hf_tokenizer(HFCheckpoint(resolve(source)).directory)
     if target.format == "gguf":
-        with target.new_files() as (file, *_):
+        with target.new_file() as file:
             pruned = write(Target(file.with_name("pruned")))
             done = Provenance.read(pruned / PROVENANCE)
             also = {RECORD: json_text(done.to_dict()), NAME: done.named(source.path.name)}
