@@ -8,16 +8,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 TEXT = "ab a<tool> 12\n1"
-
-
-def logits_of(folder: Path, tokens: torch.Tensor, out: Path) -> None:
-    """Saves the logits of a model that transformers alone loads."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    torch.save(model(tokens).logits.detach(), out)
-    assert not {"short_gpt", "llama"} & set(sys.modules)
 
 
 @torch.no_grad()

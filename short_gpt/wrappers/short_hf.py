@@ -31,7 +31,7 @@ from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
 from short_gpt.models.decoder import check_token_ids, damaged_weight, evaluating
-from short_gpt.models.hf import HFDecoder, check_layers_path
+from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import (
     check_loaded,
     load,
@@ -77,7 +77,6 @@ class ShortHFModel(ShortModel):
         device: str | torch.device | None = None,
         **options: object,
     ) -> None:
-        check_layers_path(layers_path)
         tokenizes = tokenizer is None or callable(tokenizer)
         check(tokenizes, "tokenizer", tokenizer, "a tokenizer of transformers")
         one_place = device is None or "device_map" not in options

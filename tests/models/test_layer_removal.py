@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_transformer, zero_layer
+from conftest import make_transformer
 
 from short_gpt.models.decoder import MetaDecoder, remove_layers, without_layers
 from short_gpt.models.numbering import span
@@ -25,16 +25,6 @@ def test_removal_edits_every_place_and_undo_restores_them(transformer):
     assert transformer.n_layers == transformer.params.n_layers == 5
     assert [layer.layer_id for layer in transformer.layers] == [0, 1, 2, 3, 4]
     assert torch.equal(decoder.logits(TOKENS), logits)
-
-
-@pytest.mark.parametrize("position", range(5))
-def test_an_identity_layer_is_removed_without_a_trace(position):
-    model = make_transformer()
-    zero_layer(model, position)
-    decoder = MetaDecoder(model)
-    before = decoder.logits(TOKENS)
-    remove_layers(decoder, [position])
-    assert torch.equal(decoder.logits(TOKENS), before)
 
 
 def test_removal_equals_a_model_built_without_the_layers(transformer):

@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import (
-    BYTE_VOCAB,
-    make_transformer,
     random_windows,
-    save_checkpoint,
     write_byte_tokenizer,
 )
 
-from llama.formats.hf import meta_to_hf
 from short_gpt import (
     ShortGPTError,
     ShortHFModel,
@@ -40,13 +36,9 @@ pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 WINDOWS = random_windows(3, 20)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models")
-    save_checkpoint(path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
-    write_byte_tokenizer(path / "meta")
-    meta_to_hf(path / "meta", path / "hf")
-    return path
+@pytest.fixture
+def folder(llama_folders):
+    return llama_folders
 
 
 @pytest.mark.parametrize(

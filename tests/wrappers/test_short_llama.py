@@ -63,26 +63,6 @@ def test_the_whole_story(short):
     assert short.llama.text_completion(["abc"], temperature=0, max_gen_len=5)[0]["generation"]
 
 
-def test_measure_is_eval_importance_over_many_windows(short):
-    other = ShortLlama(Llama(make_transformer(), CharTokenizer()))
-    short.measure(WINDOWS, batch_size=4, progress=False)
-    for window in WINDOWS:
-        other.eval_importance([window])
-    assert torch.allclose(short.importances, other.importances, atol=1e-6)
-    assert torch.allclose(short.angular, other.angular, atol=1e-5)
-
-
-@pytest.mark.parametrize("angular", [False, True])
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_every_number_of_layers_can_be_removed(angular, n):
-    short = ShortLlama(Llama(make_transformer(), CharTokenizer()), n_prune_layers=n)
-    short.eval_importance(WINDOWS[:4])
-    removed = short.remove_layers(angular=angular)
-    assert len(set(removed)) == n and len(short.decoder.layers) == 5 - n
-    if angular:
-        assert removed == list(range(removed[0], removed[0] + n))
-
-
 @pytest.mark.parametrize("angular", [False, True])
 @pytest.mark.parametrize("position", range(5))
 def test_an_identity_layer_goes_first_and_leaves_no_trace(angular, position):
@@ -109,15 +89,6 @@ def test_layer_numbers_stay_the_original_ones(short):
     assert short.removed == [1, *lowest]
     with pytest.raises(ValueError, match=r"layers \[1\] do not exist"):
         short.remove_layers([1])
-
-
-def test_ragged_batches_count_real_tokens_only(short):
-    short.eval_importance([WINDOWS[0], WINDOWS[1][:3]])
-    assert short.n_tokens == 23
-    other = ShortLlama(short.llama)
-    other.eval_importance([WINDOWS[0]])
-    other.eval_importance([WINDOWS[1][:3]])
-    assert torch.allclose(short.importances, other.importances, atol=1e-6)
 
 
 def test_generated_tokens_are_scored_with_the_prompt(short):
@@ -151,22 +122,6 @@ def test_removing_twice_on_the_same_scores_is_refused(short):
     assert short.removed == first and len(short.decoder.layers) == 3
     short.eval_importance(WINDOWS[:2])
     assert len(short.remove_layers()) == 2
-
-
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ([9], r"layers \[9\] do not exist; the model has 0..4"),
-        ([2, 2], "name a layer twice"),
-        ([0, 1, 2, 3, 4], "expected 1 to 4"),
-        ([True], "do not exist"),
-        (3, "expected a list of layer numbers, got 3"),
-    ],
-)
-def test_explicit_lists_are_checked(short, layers, message):
-    with pytest.raises(ValueError, match=message):
-        short.remove_layers(layers)
-    assert unchanged(short)
 
 
 @pytest.mark.parametrize("n", [0, 5, -1, 2.5, True, "2"])
