@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
 from short_gpt.models.decoder import (
     Decoder,
@@ -164,15 +165,21 @@ class ModelRecord:
         return undo
 
     def window_perplexities(
-        self, windows: Sequence[Sequence[int]], *, progress: bool = True
+        self,
+        windows: Sequence[Sequence[int]],
+        *,
+        progress: bool = True,
+        reference: Reference | None = None,
     ) -> list[Perplexity]:
-        """The loss of every window on its own, of the model as it is now, for `paired`.
+        """What every window gave on its own, of the model as it is now, for `difference`.
 
+        With a ``reference``, as `ScoredModel.reference` gives, also its distance from the original.
         Replicas share the windows; all ranks must call it.
         """
         team = replicas.current(self.decoder.device)
+        own = team.own_items(windows)
         return team.merged(
-            window_perplexities(self.decoder, team.own_items(windows), progress=progress)
+            window_perplexities(self.decoder, own, progress=progress, reference=reference)
         )
 
     def note_quality(self, result: Perplexity) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from llama.files import JsonObject
@@ -34,15 +35,15 @@ class ResultCache:
         return self._values[name]
 
     def perplexities(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
-        """Losses of windows, each as ``[nats, tokens, windows, text, precision]`` in the file."""
+        """What single windows gave, each as ``[*Sample, precision]`` in the file."""
 
         def rows() -> list[tuple[Any, ...]]:
-            samples = [(p, p.samples[0].text if p.samples else None) for p in measure()]
-            return [(p.nats, p.tokens, p.windows, text, p.precision) for p, text in samples]
+            return [(*p.samples[0], p.precision) for p in measure()]
 
+        values = self.value(name, rows)
         return [
-            Perplexity(nats, tokens, windows, (Sample(text, nats, tokens),), *precision)
-            for nats, tokens, windows, text, *precision in self.value(name, rows)  # none: float32
+            replace(Perplexity.of([Sample(*sample)]), precision=precision)
+            for *sample, precision in values
         ]
 
     def resumed(self, name: str, measure: Callable[[StateFile | None], T]) -> T:

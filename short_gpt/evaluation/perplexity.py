@@ -8,7 +8,7 @@ Shapes: B windows, S tokens, V vocabulary, G texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from short_gpt.data.windows import text_number
+from short_gpt.data.windows import Prefixed, text_number
+from short_gpt.evaluation.distance import Reference, kl_divergence
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.frames import html_table
@@ -29,8 +30,10 @@ class Sample(NamedTuple):
     """What one window gave."""
 
     text: int | None  # number of the text that it was cut from; None if that is not known
-    nats: float  # summed over its predicted tokens
+    nats: float  # loss, summed over its predicted tokens
     tokens: int  # how many those are
+    kld: float | None = None  # KL(original || model) in nats, summed; None without a `Reference`
+    same: float | None = None  # predicted tokens whose likeliest token is the original's
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,23 @@ class SamplingError:
         return f"{windows} of {self.texts} texts, the texts being the samples"
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A mean over tokens, and its error."""
+
+    value: float
+    error: SamplingError
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the mean over all such text is, as sure as that; NaN where that is unknown."""
+        margin = self.error.margin(confidence)
+        return self.value - margin, self.value + margin
+
+    def __str__(self) -> str:
+        margin = self.error.margin()
+        return f"{self.value:.3f}" + ("" if math.isnan(margin) else f" ± {margin:.3f}")
+
+
 def sampling_error(samples: Sequence[Sample]) -> SamplingError:
     """The standard error of sum nats / sum tokens over all windows.
 
@@ -98,8 +118,7 @@ def sampling_error(samples: Sequence[Sample]) -> SamplingError:
     return SamplingError(error, len(samples), count, degrees_of_freedom(tokens_of))
 
 
-# Logits turned into losses at once: their logarithms of softmax stay in the processor's cache.
-AT_ONCE = 2**21
+AT_ONCE = 2**21  # logits whose softmax is taken at once
 
 
 def exp(nats: float) -> float:
@@ -130,6 +149,24 @@ class Perplexity:
         """exp(nats / tokens): 1 is certainty, the vocabulary's size is blind guessing."""
         return exp(self.nats / self.tokens)
 
+    @property
+    def kld(self) -> Mean | None:
+        """KL(original || model) in nats a token, at least 0; None where that was not measured."""
+        return self._mean([s.kld for s in self.samples])
+
+    @property
+    def same_top(self) -> Mean | None:
+        """Share of tokens whose likeliest token is the original's, 0 to 1; None as for `kld`."""
+        return self._mean([s.same for s in self.samples])
+
+    def _mean(self, sums: Sequence[float | None]) -> Mean | None:
+        values = [value for value in sums if value is not None]
+        if not sums or len(values) < len(sums):
+            return None
+        pairs = zip(self.samples, values, strict=True)
+        error = sampling_error([s._replace(nats=value) for s, value in pairs])
+        return Mean(math.fsum(values) / self.tokens, error)
+
     def __repr__(self) -> str:
         low, high = self.interval()
         interval = "" if math.isnan(low) else f", 95% {low:.3f} to {high:.3f}"
@@ -158,6 +195,10 @@ class Perplexity:
         content: dict[str, object] = {"perplexity": self.value, "nats": self.nats}
         content |= {"tokens": self.tokens, "windows": self.windows}
         content |= {} if self.precision == "float32" else {"precision": self.precision}
+        for name, mean in (("kld", self.kld), ("same_top", self.same_top)):
+            if mean is not None:
+                content |= {name: mean.value, f"{name}_standard_error": mean.error.standard_error}
+                content |= {f"{name}_interval_95": [*mean.interval()]}
         if self.error is None or not self.error.has_margin:
             return content
         content |= {"texts": self.error.texts, "standard_error": self.error.standard_error}
@@ -170,17 +211,21 @@ def perplexity(
     *,
     total: int | None = None,
     progress: bool = False,
+    reference: Reference | None = None,
 ) -> Perplexity:
     """Perplexity of the model on windows of token ids.
 
-    Every window is read on its own: its first token is only read, the others are predicted.
-    SLEB (arXiv:2402.09025) and others print exp(sum(2048 mean loss) / (2048 n)) over n chunks, the
-    mean being over a chunk's 2047 predicted tokens: the same value, as the chunks are equal. Their
-    texts and chunks are those of `short_gpt.evaluation.protocols.protocol`.
+    Every window is read on its own: its first token, and what was put before its text (such as a
+    chat template's system prompt, or the question before an answer), is only read; the others are
+    predicted. SLEB (arXiv:2402.09025) and others print exp(sum(2048 mean loss) / (2048 n)) over n
+    chunks, the mean being over a chunk's 2047 predicted tokens: the same value, as the chunks are
+    equal. Their texts and chunks are those of `short_gpt.evaluation.protocols.protocol`.
 
     Args:
-        batches: lists of windows, which may differ in length.
-        total: number of windows to come, for the progress bar.
+        batches: Lists of windows, which may differ in length.
+        total: Number of windows to come, for the progress bar.
+        reference: The original's predictions for these windows, for `Perplexity.kld` and
+            `Perplexity.same_top`. Default: neither is measured.
 
     Raises:
         ShortGPTError: no window has two tokens, or as in `decoder.pad`.
@@ -195,19 +240,64 @@ def perplexity(
     with bar("perplexity", total=total, unit="window", show=progress) as shown:
         for batch in batches:
             for indices, tokens, mask in padded(batch, decoder):
-                nats = window_nats(decoder, tokens, mask)
-                samples += samples_of([batch[i] for i in indices], nats)
+                windows = [batch[i] for i in indices]
+                logits = decoder.logits(tokens)  # (B, S, V)
+                samples += measured(windows, logits, tokens, mask, reference)
             predicted += sum(map(len, batch)) - len(batch)
             shown.update(len(batch))
             check_loss(sum(s.nats for s in samples[-len(batch) :]))
-    check_predicted(predicted)
+    check_predicted(sum(s.tokens for s in samples))
     return replace(Perplexity.of(samples), precision="mixed" if decoder.mixed else "float32")
 
 
-def samples_of(windows: Sequence[Sequence[int]], nats: Sequence[float]) -> list[Sample]:
-    """What windows gave, of each of which all tokens except the first are predicted."""
-    pairs = zip(windows, nats, strict=True)
-    return [Sample(text_number(window), value, len(window) - 1) for window, value in pairs]
+def first_predicted(window: Sequence[int]) -> int:
+    """Position of the first token that is predicted: those before it are only read."""
+    return max(1, window.start) if isinstance(window, Prefixed) else 1
+
+
+def measured(
+    windows: Sequence[Sequence[int]],
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    reference: Reference | None = None,
+) -> list[Sample]:
+    """What each of B windows gave, from logits (B, S, V); tokens, mask (B, S) as `decoder.pad`."""
+    predicted = mask[:, 1:].clone()  # (B, S - 1)
+    for row, window in enumerate(windows):
+        predicted[row, : first_predicted(window) - 1] = False
+    # cross_entropy gives 0 for -100, so that padding costs nothing
+    targets = tokens[:, 1:].masked_fill(~predicted, -100)  # (B, S - 1)
+    columns = [_by_token(_losses, logits, targets)]
+    if reference is not None:
+        original = reference.logits(windows, tokens.shape[1])  # (B, S, V)
+        columns += [_by_token(f, logits, original) for f in (kl_divergence, _same_top)]
+    predicted = predicted.cpu()
+    sums = [torch.where(predicted, values, 0.0).sum(1).tolist() for values in columns]
+    rows = zip(windows, zip(*sums, strict=True), predicted.sum(1).tolist(), strict=True)
+    return [
+        Sample(text_number(window), nats, count, *more) for window, (nats, *more), count in rows
+    ]
+
+
+def _by_token(function: Callable[..., Tensor], logits: Tensor, other: Tensor) -> Tensor:
+    """A function of predictions (N, V) and what belongs to each, a few rows at a time: (B, S - 1).
+
+    A few rows' logarithms of softmax stay in the processor's cache.
+    """
+    rows, count = max(1, AT_ONCE // logits.shape[-1]), logits.shape[1] - 1
+    each = logits[:, :count].flatten(0, 1)  # (B (S - 1), V): what comes next
+    others = other[:, :count].flatten(0, 1)  # (B (S - 1), ...)
+    values = [function(*part) for part in zip(each.split(rows), others.split(rows), strict=True)]
+    return torch.cat(values).cpu().double().view(len(logits), -1)  # MPS has no float64
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")  # (N, V) and (N,) to (N,)
+
+
+def _same_top(logits: Tensor, original: Tensor) -> Tensor:
+    return logits.argmax(-1) == original.argmax(-1)  # (N, V) twice to (N,)
 
 
 def check_loss(nats: float) -> None:
@@ -223,24 +313,9 @@ def check_predicted(tokens: int) -> None:
         raise ShortGPTError("expected windows of at least 2 tokens; nothing was predicted")
 
 
-def window_nats(decoder: Decoder, tokens: Tensor, mask: Tensor) -> list[float]:
-    """Negative log-likelihood of each window's predicted tokens, summed: all except its first.
-
-    ``tokens`` and ``mask`` are (B, S), as `decoder.pad` gives them.
-    """
-    logits = decoder.logits(tokens)[:, :-1].flatten(0, 1)  # (B (S - 1), V): what comes next
-    # (B (S - 1),); cross_entropy gives 0 for -100, so that padding costs nothing
-    targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()
-    rows = max(1, AT_ONCE // logits.shape[-1])
-    parts = zip(logits.split(rows), targets.split(rows), strict=True)
-    loss = torch.cat([F.cross_entropy(x, y, reduction="none") for x, y in parts])
-    loss = loss.cpu().double().view(len(tokens), -1)  # MPS has no float64
-    return loss.sum(1).tolist()
-
-
 @dataclass(frozen=True)
 class Difference:
-    """How much the mean loss of a token changed, with the entries of `SamplingError`."""
+    """How much a mean over tokens changed, the loss or the KL divergence, and its error."""
 
     nats: float  # second minus first; below 0 is better. exp(nats) is the perplexities' ratio.
     standard_error: float  # of ``nats``
@@ -269,13 +344,17 @@ class Difference:
 
 
 def window_perplexities(
-    decoder: Decoder, windows: Sequence[Sequence[int]], *, progress: bool = True
+    decoder: Decoder,
+    windows: Sequence[Sequence[int]],
+    *,
+    progress: bool = True,
+    reference: Reference | None = None,
 ) -> list[Perplexity]:
-    """The loss of every window on its own; errors as in `perplexity.perplexity`."""
+    """What every window gave on its own; errors as in `perplexity.perplexity`."""
     each = []
     with bar("perplexity", total=len(windows), unit="window", show=progress) as shown:
         for window in windows:
-            each.append(perplexity(decoder, [[window]]))
+            each.append(perplexity(decoder, [[window]], reference=reference))
             shown.update()
     return each
 
@@ -293,14 +372,19 @@ def _samples(part: Perplexity) -> tuple[Sample, ...]:
     return part.samples or (Sample(None, part.nats, part.tokens),)
 
 
-def difference(first: Sequence[Perplexity], second: Sequence[Perplexity]) -> Difference:
-    """The change from one model to another on the same windows in the same order."""
+def difference(
+    first: Sequence[Perplexity], second: Sequence[Perplexity], *, by: str = "nats"
+) -> Difference:
+    """The change from one model to another on the same windows in the same order.
+
+    ``by`` is the field of `Sample` that is compared: "nats", the loss, or "kld".
+    """
     before, after = ([s for p in parts for s in _samples(p)] for parts in (first, second))
     if [s.tokens for s in before] != [s.tokens for s in after] or not before:
         got = f"got {len(before)} windows and {len(after)}"
         raise ShortGPTError(f"expected losses of the same windows, {got}")
     changes = [
-        Sample(a.text if a.text == b.text else None, b.nats - a.nats, a.tokens)
+        Sample(a.text if a.text == b.text else None, getattr(b, by) - getattr(a, by), a.tokens)
         for a, b in zip(before, after, strict=True)
     ]
     mean = sum(c.nats for c in changes) / sum(c.tokens for c in changes)

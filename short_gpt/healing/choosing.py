@@ -1,8 +1,9 @@
-"""Layers to remove, chosen by the held-out loss of the refitted model.
+"""Layers to remove: those without which the refitted model is nearest to the original.
 
 Which set is removed matters more than how the rest is refitted, and the best set before a refit
 need not be the best after it. So the sets of several methods are refitted and judged on other
-windows, within a budget.
+windows, within a budget. What judges is the KL divergence from the original model: it averages over
+the next token where the loss draws it, and tells sets apart with fewer windows.
 
 Costs count layers that a window runs through. A bare pass is all layers, L, on the first windows.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.evaluation.cells import ResultCache
+from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import (
     Difference,
     Perplexity,
@@ -38,7 +40,7 @@ from short_gpt.selection.search import most_layers_run
 from short_gpt.wrappers.short_model import ShortModel
 
 STEPWISE = "stepwise_bi"  # Prune&Comp (arXiv:2507.18212), with the refit in place of its factors
-SEARCHES = ("sleb", STEPWISE)
+SEARCHES = ("greedy_kld", STEPWISE)
 CANDIDATES = ("bi", "angular", "relative_magnitude", *SEARCHES)
 BARE_PASS, MIN_WINDOWS = 16, 4  # windows of a bare pass, half of them to fit on; and the fewest
 JUDGES = 40  # most windows that judge
@@ -57,11 +59,12 @@ def pruned_losses(
     *,
     fit_on: Windows | None = None,
     settings: RefitSettings | None = None,
+    reference: Reference | None = None,
     progress: bool = False,
 ) -> list[Perplexity]:
-    """Losses of windows without some layers; ``fit_on``, if given, has the windows of a refit."""
+    """What windows give without some layers; ``fit_on``, if given, has the windows of a refit."""
     with _pruned(short, layers, fit_on, settings, progress=progress):
-        return window_perplexities(short.decoder, evaluation, progress=False)
+        return window_perplexities(short.decoder, evaluation, progress=False, reference=reference)
 
 
 @contextmanager
@@ -90,8 +93,8 @@ class Candidate:
 
     methods: list[str]
     layers: list[int]
-    loss: float  # held-out, nats a token: the chosen set's, plus the difference
-    difference: Difference  # its loss minus that of the chosen set, paired over its windows
+    kld: float  # from the original, held-out, nats a token: the chosen set's, plus the difference
+    difference: Difference  # its KLD minus that of the chosen set, paired over its windows
     told_apart: bool  # whether the 95% interval of the difference leaves 0 out
 
 
@@ -100,7 +103,7 @@ class HealedChoice:
     """What `choose_healed` chose, and why."""
 
     layers: list[int]  # to remove, original numbers, ascending
-    loss: float  # refitted, on the windows that judged it, in nats a token; the least of many
+    kld: float  # refitted, on the windows that judged it, in nats a token; the least of many
     candidates: list[Candidate]  # the best first
     fitted: int  # windows that the refits read
     judged: int  # windows that judge; fewer where a set was told apart before that
@@ -115,21 +118,19 @@ class HealedChoice:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> HealedChoice:
         """The inverse of `to_dict`."""
-        # some records have "swaps", for which there is no field
-        fields = {name: value for name, value in content.items() if name != "swaps"}
         rows = [
             Candidate(**{**row, "difference": Difference(**row["difference"])})
             for row in content["candidates"]
         ]
-        return cls(**{**fields, "candidates": rows})
+        return cls(**{**content, "candidates": rows})
 
     def __str__(self) -> str:
-        rows = [f"{'loss, nats':>10}  {'from the chosen (95%)':<36}layers of"]
+        rows = [f"{'KLD, nats':>10}  {'from the chosen (95%)':<36}layers of"]
         for one in self.candidates:
             off = _in_nats(one.difference) + ("" if one.told_apart else ", not told apart")
             off = "chosen" if one.layers == self.layers else off
-            rows.append(f"{one.loss:>10.4f}  {off:<36}{', '.join(one.methods)} {one.layers}")
-        rows.append(f"{self.loss:.4f} chosen; optimistic, as the minimum over several sets")
+            rows.append(f"{one.kld:>10.4f}  {off:<36}{', '.join(one.methods)} {one.layers}")
+        rows.append(f"{self.kld:.4f} chosen; optimistic, as the minimum over several sets")
         least = min(one.difference.windows for one in self.candidates)
         judged = f"{least} to {self.judged}" if least < self.judged else self.judged
         windows = f"refitted on {self.fitted} windows, judged on {judged}"
@@ -151,12 +152,12 @@ def choose_healed(
     state: StateFile | None = None,
     progress: bool = True,
 ) -> HealedChoice:
-    """The n layers whose removal, followed by a refit, costs least on held-out windows.
+    """The n layers whose removal, followed by a refit, changes held-out predictions least.
 
     Candidates are lowest Block Influence, the best angular block, lowest relative magnitude, greedy
-    search (SLEB), and stepwise Block Influence: the lowest layer goes, the rest is refitted and
-    scored again, and so on (Prune&Comp, arXiv:2507.18212). The first 8 windows score, search and
-    refit; the others judge, and propose nothing. How many judge a set depends on the noise: 16,
+    search by KL divergence, and stepwise Block Influence: the lowest layer goes, the rest is
+    refitted and scored again, and so on (Prune&Comp, arXiv:2507.18212). The first 8 windows score,
+    search and refit; the others judge, and propose nothing. How many judge a set depends on the noise: 16,
     then 8 more at a time, until it is found worse than the best (95%, paired), and at most 40.
 
     A candidate takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2.5 to 4. For
@@ -196,7 +197,7 @@ class _Choosing:
         half, self._count = min(BARE_PASS, len(windows)) // 2, len(short.kept)
         self._fit = windows[:half]
         others, shared = without_overlap(windows[half:], self._fit)
-        self._judging = others[:JUDGES]
+        self._judging, self._reference = others[:JUDGES], Reference(short.decoder)
         if min(half, len(self._judging)) < MIN_WINDOWS // 2:
             raise ShortGPTError(
                 f"expected at least {MIN_WINDOWS} windows, half to refit on and half to judge by, "
@@ -204,7 +205,7 @@ class _Choosing:
             )
         first = half + len(self._judging)
         self.a_pass, self._spent = self._count * min(BARE_PASS, first), 0
-        self._losses: dict[Layers, list[Perplexity]] = {}
+        self._judged: dict[Layers, list[Perplexity]] = {}
         self._notes = [f"{shared} windows left out: they share text with others"] * bool(shared)
         if first < BARE_PASS:
             self._notes.append(
@@ -221,15 +222,15 @@ class _Choosing:
         self._shown = shown
         best, methods = self._candidates()
         best = self._judged_further(best, [*methods])
-        candidates, loss = [], _loss(self._losses[best])
+        candidates, kld = [], _kld(self._judged[best])
         for layers, names in methods.items():
             change = self._change(best, layers)
-            total = loss + change.nats
+            total = kld + change.nats
             candidates.append(Candidate(names, [*layers], total, change, change.told_apart))
         return HealedChoice(
             layers=[*best],
-            loss=loss,
-            candidates=sorted(candidates, key=lambda one: one.loss),
+            kld=kld,
+            candidates=sorted(candidates, key=lambda one: one.kld),
             fitted=len(self._fit),
             judged=len(self._judging),
             passes=self._spent / self.a_pass,
@@ -316,10 +317,10 @@ class _Choosing:
             stopped = [
                 layers
                 for layers in sets
-                if len(self._losses[layers]) < len(self._judging)
+                if len(self._judged[layers]) < len(self._judging)
                 and not _is_worse(self._change(best, layers))
             ]
-            left = sum(len(self._judging) - len(self._losses[layers]) for layers in stopped)
+            left = sum(len(self._judging) - len(self._judged[layers]) for layers in stopped)
             price = self._count * (REFIT_PASSES * len(self._fit) * len(stopped) + left)
             if not stopped or not self._affords(price):
                 return best
@@ -327,39 +328,42 @@ class _Choosing:
                 best = self._better(best, layers)
 
     def _better(self, best: Layers | None, layers: Layers) -> Layers:
-        """The set of lower loss, after judging the second."""
+        """The set of lower KL divergence, after judging the second."""
         self._judge(layers, best)
         return layers if best is None or self._change(best, layers).nats < 0 else best
 
     def _judge(self, layers: Layers, best: Layers | None) -> None:
-        """Measures the losses without these layers, refitted, of as many windows as are needed."""
-        before, best = self._losses.get(layers, []), None if best == layers else best
+        """Measures the model without these layers, refitted, on as many windows as are needed."""
+        before, best = self._judged.get(layers, []), None if best == layers else best
         windows = f"windows {len(before)} to {len(self._judging)}"
         name = f"{[*layers]} on {windows} beside {best and [*best]}"  # of the cell in the state
         new = self._cells.perplexities(name, partial(self._refitted, layers, best, before))
-        self._losses[layers] = [*before, *new]
+        self._judged[layers] = [*before, *new]
         self._spend(self._price(len(new)))
 
     def _refitted(
         self, layers: Layers, best: Layers | None, before: Sequence[Perplexity]
     ) -> list[Perplexity]:
-        """Losses of the windows after those ``before``, until the set is worse than the best."""
+        """What the windows after those ``before`` give, until the set is worse than the best."""
         new: list[Perplexity] = []
+        self._reference.read(self._judging)
         with _pruned(self._short, layers, self._fit):
             for start in range(len(before), len(self._judging), STEP):
                 some = self._judging[start : start + STEP]
-                new += window_perplexities(self._short.decoder, some, progress=False)
+                new += window_perplexities(
+                    self._short.decoder, some, progress=False, reference=self._reference
+                )
                 judged = [*before, *new]
                 if best is None or len(judged) < EARLIEST:
                     continue
-                if _is_worse(difference(self._losses[best][: len(judged)], judged)):
+                if _is_worse(_difference(self._judged[best][: len(judged)], judged)):
                     break
         return new
 
     def _change(self, first: Layers, second: Layers) -> Difference:
-        """The change from one set's loss to another's, on the windows that judged both."""
-        both = self._losses[first], self._losses[second]
-        return difference(*(each[: min(map(len, both))] for each in both))
+        """The change from one set's KLD to another's, on the windows that judged both."""
+        both = self._judged[first], self._judged[second]
+        return _difference(*(each[: min(map(len, both))] for each in both))
 
     def _price(self, judging: int | None = None) -> int:
         """The price of a refit and its losses, in layers run."""
@@ -379,7 +383,11 @@ def _is_worse(change: Difference) -> bool:
     return change.nats > 0 and change.told_apart
 
 
-def _loss(parts: Sequence[Perplexity]) -> float:
-    """The mean, in nats a token."""
-    every = combined(parts)
-    return every.nats / every.tokens
+def _difference(first: Sequence[Perplexity], second: Sequence[Perplexity]) -> Difference:
+    return difference(first, second, by="kld")
+
+
+def _kld(parts: Sequence[Perplexity]) -> float:
+    mean = combined(parts).kld
+    assert mean is not None
+    return mean.value

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Difference, Perplexity, combined, difference
 from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Step
 from short_gpt.healing.distillation import CONTENT, IDENTITY
@@ -187,6 +188,7 @@ class HealingJob:
         self.progress, self.notify = progress, notify
         self.evidence: HealingEvidence | None = None  # of `run`
         self._team = replicas.current(short.decoder.device)
+        self._reference: Reference | None = None  # of the original on the evaluation windows
         self._lock: Lock | None = None  # of the folder, from the start of `run` until it is removed
 
     def run(self, undos: ExitStack | None = None) -> HealingEvidence:
@@ -330,8 +332,11 @@ class HealingJob:
                 folder.rmdir()
 
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
+        windows = self.windows.evaluation
+        if not parts:  # the original, from which the others differ
+            self._reference = self.short.reference(windows, progress=self.progress)
         parts[state] = self.short.window_perplexities(
-            self.windows.evaluation, progress=self.progress
+            windows, progress=self.progress, reference=self._reference
         )
         if self.notify is not None:
             self.notify(f"{state}: perplexity {combined(parts[state]).value:.3f}")

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from llama.files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.cells import ResultCache
+from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
 from short_gpt.healing.choosing import TRIAL_WINDOWS, HealedChoice, choose_healed
 from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Windows
@@ -52,6 +53,7 @@ class LayerSets:
         check_disjoint(calibration, evaluation)
         self.short, self.calibration, self.evaluation = short, calibration, evaluation
         self.cells = ResultCache(state)
+        self._reference: Reference | None = None
         self._searched_on, self._progress = calibration[:search_windows], progress
 
     @property
@@ -106,8 +108,15 @@ class LayerSets:
         """Of each evaluation window without these layers: raw, or healed in closed form."""
 
         def measure() -> list[Perplexity]:
+            if self._reference is None:
+                self._reference = self.short.reference(self.evaluation)
             with self._healed(layers, heal_by):
-                return window_perplexities(self.short.decoder, self.evaluation, progress=False)
+                return window_perplexities(
+                    self.short.decoder,
+                    self.evaluation,
+                    progress=False,
+                    reference=self._reference,
+                )
 
         return self.cells.perplexities(f"{heal_by} {sorted(layers)}", measure)
 

@@ -102,7 +102,7 @@ class Ranking(Table):
         if self.choice is not None:
             sets = self.choice.candidates
             named: list[object] = [", ".join(one.methods) for one in sets]
-            loss: list[object] = [one.loss for one in sets]
+            loss: list[object] = [one.kld for one in sets]
             return {"methods": named, "layers": [one.layers for one in sets], "loss": loss}
         if self.importance is None:
             assert self.search is not None

@@ -109,6 +109,79 @@ def patched_forward(layer: nn.Module, forward: Callable[..., object]) -> Iterato
             layer.forward = before
 
 
+class PartialRun:
+    """A decoder's layers, run from a stored hidden state or only in part.
+
+    Layers that must not run return the state that enters them. None leaves the model, and so the
+    others keep their positions, masks and settings.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        state, self._form = output_form(decoder)
+        self.bytes_per_token = state.numel() * state.element_size()
+
+    def advance(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
+        """The hidden state (B, S, D) leaving the layers ``run``, from the one that enters them.
+
+        Args:
+            tokens: (B, S).
+            run: positions, ascending; none returns ``state``.
+            state: entering the first of them; None starts from the embeddings.
+        """
+        if not run and state is not None:
+            return state
+        leaving: list[Tensor] = []
+        with self._only(run, state, leaving):
+            self._decoder.run(tokens)
+        return leaving[-1]
+
+    def logits(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
+        """Logits (B, S, V) with only the layers ``run`` after ``state``; the rest as `advance`."""
+        with self._only(run, state, None):
+            return self._decoder.logits(tokens)
+
+    @contextmanager
+    def _only(
+        self, run: Sequence[int], state: Tensor | None, leaving: list[Tensor] | None
+    ) -> Iterator[None]:
+        """The model with only the layers ``run``; ``leaving`` gets the state that leaves them."""
+        layers = self._decoder.layers
+        # if none runs, the last returns what the head reads
+        start = min(run, default=len(layers) - 1)
+        with ExitStack() as stack:
+            for i, layer in enumerate(layers):
+                if i not in run:
+                    forward = self._passing(state if i == start else None)
+                    stack.enter_context(patched_forward(layer, forward))
+            if state is not None and run:
+                enter = layers[start].register_forward_pre_hook(
+                    _entered_by(state), with_kwargs=True
+                )
+                stack.callback(enter.remove)
+            if leaving is not None:
+                keep = layers[max(run, default=0)].register_forward_hook(
+                    lambda module, args, output: leaving.append(first(output))
+                )
+                stack.callback(keep.remove)
+            yield
+
+    def _passing(self, state: Tensor | None) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
+            return self._form(state_in(args, kwargs) if state is None else state)
+
+        return forward
+
+
+def _entered_by(state: Tensor) -> Callable[..., Call]:
+    def hook(module: nn.Module, args: Arguments, kwargs: dict[str, object]) -> Call:
+        if args:
+            return (state, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": state}
+
+    return hook
+
+
 class LayerCalls:
     """What a decoder hands to its layers beside the state, so that others can; without dropout.
 

@@ -76,9 +76,14 @@ REGISTRY = (
         label="greedy search (SLEB)",
     ),
     Method(
+        "greedy_kld",
+        "greedily, lowest KL divergence from the original model without the layer, scored again",
+        label="greedy search by KL divergence",
+    ),
+    Method(
         AUTO,
-        "refitted candidates, lowest held-out loss",
-        label="lowest loss once refitted",
+        "refitted candidates, lowest held-out KL divergence from the original model",
+        label="nearest to the original once refitted",
     ),
 )
 METHODS = {method.name: method.about for method in REGISTRY}

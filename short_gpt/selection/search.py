@@ -12,23 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from short_gpt.data.windows import batches
-from short_gpt.evaluation.perplexity import check_predicted, window_nats
+from short_gpt.data.windows import TokenIds, batches
+from short_gpt.evaluation.distance import Reference
+from short_gpt.evaluation.perplexity import check_predicted, first_predicted, measured
 from short_gpt.models.decoder import Decoder, padded
-from short_gpt.models.layer_calls import (
-    Arguments,
-    Call,
-    first,
-    output_form,
-    patched_forward,
-    state_in,
-)
+from short_gpt.models.layer_calls import PartialRun
 from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
@@ -36,7 +29,7 @@ from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import SEARCHED
 
-Batch = tuple[Tensor, Tensor]  # tokens (B, S) and mask (B, S)
+Batch = tuple[list[TokenIds], Tensor, Tensor]  # windows, tokens (B, S), mask (B, S)
 Nats = dict[int, float]  # by candidate
 
 
@@ -51,6 +44,8 @@ class SearchOptions:
             in groups, one after the other.
         state: Saves the search and continues it; that of another search is refused.
         progress: Show a bar.
+        reference: The original's predictions for the windows: the mean KL divergence from them is
+            then the loss. Default: the loss is that of the next token.
     """
 
     candidates: Collection[int] | None = None
@@ -58,6 +53,7 @@ class SearchOptions:
     max_memory: int = 2**31
     state: StateFile | None = None
     progress: bool = False
+    reference: Reference | None = None
 
     def allowed(self, count: int) -> list[int]:
         """Candidates of a model of so many layers; the first and the last always stay."""
@@ -92,14 +88,17 @@ def by_loss(
 ) -> Search:
     """The search of a name in `methods.SEARCHED`; ShortGPTError for another name.
 
-    "sleb" is `sleb_rounds`, and "perplexity" takes the n layers without which, each alone, the loss
-    is lowest (Shortened LLaMA): every layer is a candidate, and n is 1 to L - 1.
+    "sleb" is `sleb_rounds`; "greedy_kld" is the same by the KL divergence from the model as it is
+    now, in place of the loss of the next token; "perplexity" takes the n layers without which, each
+    alone, the loss is lowest (Shortened LLaMA): every layer is a candidate, and n is 1 to L - 1.
 
     Args:
         windows: token ids; all are read once for every candidate of every round.
     """
     check(method in SEARCHED, "method", method, f"one of {', '.join(SEARCHED)}")
-    if method == "sleb":
+    if method == "greedy_kld" and options.reference is None:
+        options = replace(options, reference=Reference(decoder))
+    if method != "perplexity":
         *_, result = sleb_rounds(decoder, windows, n, options)
         return result
     # it tries every layer
@@ -131,7 +130,8 @@ def sleb_rounds(
     allowed = options.allowed(count)
     check(allowed or options.candidates is None, "candidates", options.candidates, "inner layers")
     n = check_count(n, count, most=len(allowed))
-    trials = Trials(decoder, windows, options, {"method": "sleb", "candidates": allowed})
+    method = "sleb" if options.reference is None else "greedy_kld"
+    trials = Trials(decoder, windows, options, {"method": method, "candidates": allowed})
     trials.keep(n)
     total = sum(len(allowed) - i for i in range(n)) * trials.groups
     with trials.progress_bar(total, options.progress) as shown:
@@ -151,79 +151,6 @@ def most_layers_run(count: int, n: int) -> int:
     return sum(trials * (trials + 1) // 2 + trials for trials in tried)
 
 
-class PartialRun:
-    """A decoder's layers, run from a stored hidden state or only in part.
-
-    Layers that must not run return the state that enters them. None leaves the model, and so the
-    others keep their positions, masks and settings.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        state, self._form = output_form(decoder)
-        self.bytes_per_token = state.numel() * state.element_size()
-
-    def advance(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
-        """The hidden state (B, S, D) leaving the layers ``run``, from the one that enters them.
-
-        Args:
-            tokens: (B, S).
-            run: positions, ascending; none returns ``state``.
-            state: entering the first of them; None starts from the embeddings.
-        """
-        if not run and state is not None:
-            return state
-        leaving: list[Tensor] = []
-        with self._only(run, state, leaving):
-            self._decoder.run(tokens)
-        return leaving[-1]
-
-    def nats(self, tokens: Tensor, mask: Tensor, run: Sequence[int], state: Tensor | None) -> float:
-        """Summed loss of the predicted tokens, with only the layers ``run`` after ``state``."""
-        with self._only(run, state, None):
-            return sum(window_nats(self._decoder, tokens, mask))
-
-    @contextmanager
-    def _only(
-        self, run: Sequence[int], state: Tensor | None, leaving: list[Tensor] | None
-    ) -> Iterator[None]:
-        """The model with only the layers ``run``; ``leaving`` gets the state that leaves them."""
-        layers = self._decoder.layers
-        # if none runs, the last returns what the head reads
-        start = min(run, default=len(layers) - 1)
-        with ExitStack() as stack:
-            for i, layer in enumerate(layers):
-                if i not in run:
-                    forward = self._passing(state if i == start else None)
-                    stack.enter_context(patched_forward(layer, forward))
-            if state is not None and run:
-                enter = layers[start].register_forward_pre_hook(
-                    _entered_by(state), with_kwargs=True
-                )
-                stack.callback(enter.remove)
-            if leaving is not None:
-                keep = layers[max(run, default=0)].register_forward_hook(
-                    lambda module, args, output: leaving.append(first(output))
-                )
-                stack.callback(keep.remove)
-            yield
-
-    def _passing(self, state: Tensor | None) -> Callable[..., object]:
-        def forward(*args: object, **kwargs: object) -> object:
-            return self._form(state_in(args, kwargs) if state is None else state)
-
-        return forward
-
-
-def _entered_by(state: Tensor) -> Callable[..., Call]:
-    def hook(module: nn.Module, args: Arguments, kwargs: dict[str, object]) -> Call:
-        if args:
-            return (state, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": state}
-
-    return hook
-
-
 class Trials:
     """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows.
 
@@ -238,13 +165,15 @@ class Trials:
         identity: Mapping[str, object],
     ) -> None:
         self._layers, self._state = range(len(decoder.layers)), options.state
-        self._run = PartialRun(decoder)
+        self._run, self._reference = PartialRun(decoder), options.reference
         read = [
-            (tokens, mask)
+            ([batch[i] for i in indices], tokens, mask)
             for batch in batches(windows, options.batch_size)
-            for _, tokens, mask in padded(batch, decoder)
+            for indices, tokens, mask in padded(batch, decoder)
         ]
-        self._predicted = sum(int(mask[:, 1:].sum()) for _, mask in read)
+        if self._reference is not None:
+            self._reference.read(windows)
+        self._predicted = sum(max(0, len(window) - first_predicted(window)) for window in windows)
         check_predicted(self._predicted)
         self._groups = list(self._grouped(read, options.max_memory))
         self.groups = len(self._groups)
@@ -253,7 +182,7 @@ class Trials:
         # two more are in use while the states advance
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
         # nats of an unfinished round are by group: with other groups they would count twice
-        self._sizes = [sum(int(mask.sum()) for _, mask in group) for group in self._groups]
+        self._sizes = [sum(int(mask.sum()) for *_, mask in group) for group in self._groups]
         read_on = {"layers": len(self._layers), "windows": windows_digest(windows)}
         self._identity = {**identity, **read_on}
         self.result, self._done = continued(options.state, self._sizes, self._identity)
@@ -270,7 +199,7 @@ class Trials:
         return bar("searching", total=total, unit="trial", show=show, done=tried)
 
     def _bytes(self, batch: Batch) -> int:
-        return batch[0].numel() * self._run.bytes_per_token  # of one state
+        return batch[1].numel() * self._run.bytes_per_token  # of one state
 
     def _grouped(self, padded: list[Batch], max_memory: int) -> Iterator[list[Batch]]:
         """Batches whose states fit into ``max_memory``, at least one at a time."""
@@ -333,15 +262,24 @@ class Trials:
                     at, states = i, self._stored[i]
             between, rest = self._alive(at, j), self._alive(j + 1)
             pairs = zip(group, states, strict=True)
-            entering = [self._run.advance(tokens, between, state) for (tokens, _), state in pairs]
+            entering = [
+                self._run.advance(tokens, between, state) for (_, tokens, _), state in pairs
+            ]
             at, states = j, entering
             if again and j not in self._stored and len(self._stored) < self._room:
                 self._stored[j] = entering
             pairs = zip(group, states, strict=True)
-            done[j] = sum(self._run.nats(*batch, rest, state) for batch, state in pairs)
+            done[j] = sum(self._loss(batch, rest, state) for batch, state in pairs)
             tick(1)
             if self._state is not None and self._state.due():
                 self._save()
+
+    def _loss(self, batch: Batch, run: Sequence[int], state: Tensor | None) -> float:
+        """The batch's loss in nats, summed, with only the layers ``run`` after ``state``."""
+        windows, tokens, mask = batch
+        logits = self._run.logits(tokens, run, state)  # (B, S, V)
+        samples = measured(windows, logits, tokens, mask, self._reference)
+        return sum(s.nats if s.kld is None else s.kld for s in samples)
 
     def _alive(self, start: int, end: int | None = None) -> list[int]:
         return [i for i in self._layers[start:end] if i not in self.result.removed]

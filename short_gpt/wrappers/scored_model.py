@@ -19,6 +19,7 @@ from torch import Tensor
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.windows import batches, count_of, starts_texts
+from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.models.config_file import config_digest
 from short_gpt.models.decoder import Decoder, damaged_weight, padded, remove_layers, without_layers
@@ -184,6 +185,20 @@ class ScoredModel(ModelRecord, ABC):
     ) -> Perplexity:
         read = batches(windows, batch_size)
         return perplexity(self.decoder, read, total=total, progress=progress)
+
+    def reference(
+        self, windows: Sequence[Sequence[int]], *, progress: bool = False
+    ) -> Reference | None:
+        """What the model as it is now predicts for windows, for the distance of later states.
+
+        None for a streamed model. Replicas share the windows as in `window_perplexities`.
+        """
+        if self.streamed:
+            return None
+        reference = Reference(self.decoder)
+        own = replicas.current(self.decoder.device).own_items(windows)
+        reference.read(own, progress=progress)
+        return reference
 
     def window_logits(
         self, windows: Sequence[Sequence[int]], *, batch_size: int = 1

@@ -23,13 +23,14 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same_logits
 from short_gpt.data.texts import check_plain
-from short_gpt.data.windows import batches
+from short_gpt.data.windows import batches, text_number
+from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     Sample,
     check_loss,
     check_predicted,
-    samples_of,
+    first_predicted,
 )
 from short_gpt.models.config_file import params_entries
 from short_gpt.models.decoder import MetaDecoder, Parameter, WeightChange, mixed_precision, pad
@@ -240,15 +241,22 @@ class StreamedLlama(ScoredModel):
                 pairs = zip(rows, group, strict=True)
                 losses = torch.cat([row.cpu()[batch.mask[:, 1:]] for row, batch in pairs]).double()
                 each = losses.split([len(window) - 1 for window in part])
-                samples += samples_of(part, [float(values.sum()) for values in each])
+                for window, values in zip(part, each, strict=True):
+                    own = values[first_predicted(window) - 1 :]  # of its predicted tokens
+                    samples.append(Sample(text_number(window), float(own.sum()), len(own)))
                 check_loss(float(losses.sum()))
                 shown.update(len(part))
         check_predicted(sum(s.tokens for s in samples))
         return Perplexity.of(samples)
 
     def window_perplexities(
-        self, windows: Sequence[Sequence[int]], *, progress: bool = True
+        self,
+        windows: Sequence[Sequence[int]],
+        *,
+        progress: bool = True,
+        reference: Reference | None = None,
     ) -> list[Perplexity]:
+        assert reference is None  # `reference` gives none
         samples = self._perplexity(windows, 1, len(windows), progress).samples
         return [replace(Perplexity.of([s]), precision=self.precision) for s in samples]
 

@@ -1,0 +1,90 @@
+"""How far a model's predictions are from the original's, token by token.
+
+The two measures are those of llama.cpp's ``--kl-divergence``: the mean of KL(original || model)
+over tokens, in nats, and the share of tokens whose likeliest successor is the same. llama.cpp
+counts the second half of every chunk; here every predicted token of a window counts.
+
+The original's logits would take V numbers a token. What is kept is the hidden state that leaves its
+last layer, D numbers: no method here changes the final norm and the output head, so that these make
+the same logits of it again.
+
+Shapes: B windows, S tokens, D width, V vocabulary, N predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from short_gpt.models.decoder import Decoder, padded
+from short_gpt.models.layer_calls import PartialRun
+from short_gpt.runtime.errors import NotRemovableError
+from short_gpt.runtime.progress import bar
+
+
+def kl_divergence(logits: Tensor, original: Tensor) -> Tensor:
+    """KL(original || model) of every prediction over the whole vocabulary, in nats: (N,), >= 0.
+
+    Both are logits (N, V). It is sum p (log p - log q), p the original's probabilities.
+
+    Example:
+        >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
+        tensor([0.])
+    """
+    own, other = logits.log_softmax(-1), original.log_softmax(-1)  # (N, V) each
+    least = torch.finfo(own.dtype).min
+    # a token that both exclude adds 0, and not the NaN that 0 times infinity is
+    difference = other.clamp_min(least) - own.clamp_min(least)  # (N, V)
+    return (other.exp() * difference).sum(-1)
+
+
+class Reference:
+    """What the original model predicts after the tokens of some windows.
+
+    Args:
+        decoder: The original model, with all its layers. Layers may be removed from it later; its
+            final norm and its output head must stay as they are.
+
+    Example:
+        >>> reference = Reference(short.decoder)  # doctest: +SKIP
+        >>> reference.read(windows)  # doctest: +SKIP
+        >>> with short.without_layers([12, 13]):  # doctest: +SKIP
+        ...     print(perplexity(short.decoder, [windows], reference=reference).kld)
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self._head = decoder, PartialRun(decoder)
+        self._states: dict[tuple[int, ...], Tensor] = {}  # of each window, (S, D)
+
+    def read(self, windows: Iterable[Sequence[int]], *, progress: bool = False) -> None:
+        """Reads windows with the original model; those that it knows are not read again."""
+        new = [one for one in {tuple(window): window for window in windows}.values()]
+        new = [window for window in new if tuple(window) not in self._states]
+        every = [*range(len(self._decoder.layers))]
+        with bar("original", total=len(new), unit="window", show=progress) as shown:
+            for window in new:
+                for _, tokens, _ in padded([window], self._decoder):  # (1, S)
+                    (state,) = self._head.advance(tokens, every, None)  # (S, D)
+                    self._states[tuple(window)] = state.cpu()
+                shown.update()
+
+    def logits(self, windows: Sequence[Sequence[int]], length: int) -> Tensor:
+        """The original's logits (B, S, V) after all tokens of windows that were read.
+
+        S is ``length``; what stands after a window's last token means nothing.
+        """
+        states = [self._states[tuple(window)] for window in windows]
+        batch = torch.zeros(len(states), length, states[0].shape[-1], dtype=states[0].dtype)
+        for row, state in enumerate(states):
+            batch[row, : len(state)] = state
+        tokens = torch.zeros(batch.shape[:2], dtype=torch.long)  # (B, S), which no layer reads
+        device = self._decoder.device
+        return self._head.logits(tokens.to(device), [], batch.to(device))
+
+    def keep_head(self) -> None:
+        """Drops all layers except one of a model that is not needed otherwise."""
+        with suppress(NotRemovableError):
+            self._decoder.keep_layers([0])
