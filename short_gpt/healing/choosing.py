@@ -157,8 +157,9 @@ def choose_healed(
     Candidates are lowest Block Influence, the best angular block, lowest relative magnitude, greedy
     search by KL divergence, and stepwise Block Influence: the lowest layer goes, the rest is
     refitted and scored again, and so on (Prune&Comp, arXiv:2507.18212). The first 8 windows score,
-    search and refit; the others judge, and propose nothing. How many judge a set depends on the noise: 16,
-    then 8 more at a time, until it is found worse than the best (95%, paired), and at most 40.
+    search and refit; the others judge, and propose nothing. How many judge a set depends on the
+    noise: 16, then 8 more at a time, until it is found worse than the best (95%, paired), and at
+    most 40.
 
     A candidate takes (3 x windows to refit on + windows that judge) / 16 bare passes, 2.5 to 4. For
     8 of 30 layers the greedy search takes 23, on 4 windows, and the stepwise choice 14, on 8.
@@ -213,7 +214,7 @@ class _Choosing:
             )
         # the candidates that need no search must be refitted and judged
         scored = sum(name not in SEARCHES for name in CANDIDATES)
-        read = half + scored * (REFIT_PASSES * half + len(self._judging))
+        read = first + scored * (REFIT_PASSES * half + len(self._judging))
         least = math.ceil(read / min(BARE_PASS, first))
         enough = f"at least {least}, as many bare passes as the candidates may take"
         check(budget >= least, "budget", budget, enough)
@@ -241,7 +242,8 @@ class _Choosing:
     def _candidates(self) -> tuple[Layers, dict[Layers, list[str]]]:
         """The best set, and the methods of each set; all are refitted and judged."""
         scores = Importance.from_dict(self._cells.value("scores", self._scores))
-        self._spend(self._count * len(self._fit))
+        # the original model scores the first windows, and predicts those that judge
+        self._spend(self._count * (len(self._fit) + len(self._judging)))
         methods: dict[Layers, list[str]] = {}
         best: Layers | None = None
         refused: NotRemovableError | None = None

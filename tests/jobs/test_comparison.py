@@ -20,9 +20,9 @@ from short_gpt.jobs import compare
 from short_gpt.jobs import comparing as module
 from short_gpt.jobs.cases import Cases, Row
 from short_gpt.jobs.costs import size_without, tokens_per_second
+from short_gpt.models.layer_calls import PartialRun
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS
-from short_gpt.selection.search import PartialRun
 
 pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 
@@ -122,7 +122,7 @@ def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
-    calls, plain = [], PartialRun.nats
+    calls, plain = [], PartialRun.logits
 
     def counted(*args):
         calls.append(1)
@@ -130,7 +130,7 @@ def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(PartialRun, "nats", counted)
+    monkeypatch.setattr(PartialRun, "logits", counted)
 
     def layers():
         state = StateFile(tmp_path / "state", {"model": "tiny"})
@@ -151,12 +151,12 @@ def test_auto_is_measured_once_by_the_calibration_windows_and_continues(tmp_path
         state = StateFile(tmp_path / "state", {"model": "tiny"})
         return LayerSets(short(), CALIBRATION, EVALUATION, state=state).layers("auto", 2)
 
-    with interrupted(PartialRun, "nats", 9):  # in the greedy search, a run inside a run inside
+    with interrupted(PartialRun, "logits", 9):  # in the greedy search, a run inside a run inside
         layers()
-    assert (tmp_path / "state.auto-2.sleb").is_file()
+    assert (tmp_path / "state.auto-2.greedy_kld").is_file()
     found = layers()
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
-    with interrupted(PartialRun, "nats", 0):
+    with interrupted(PartialRun, "logits", 0):
         assert layers() == found
         raise KeyboardInterrupt  # nothing else did
     assert found == choose_healed(short(), CALIBRATION, 2, progress=False).layers

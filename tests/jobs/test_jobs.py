@@ -34,8 +34,8 @@ from short_gpt.jobs import (
 from short_gpt.jobs.cases import Cases
 from short_gpt.jobs.inputs import Tasks
 from short_gpt.jobs.settings import Answer, Choice
+from short_gpt.models.layer_calls import PartialRun
 from short_gpt.runtime.progress import DryRun
-from short_gpt.selection.search import PartialRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
 LEARNING = {"eval_data": "other.txt", "size": 32, "max_windows": 8, "eval_windows": 4}
@@ -82,7 +82,7 @@ def test_what_a_job_finds_is_what_the_command_writes(here, capsys):
 
 def test_states_of_searches_that_differ_are_told_apart(here):
     how = {**CUT, "max_windows": 8, "state": "state", "n": 2}
-    with interrupted(PartialRun, "nats", 3):
+    with interrupted(PartialRun, "logits", 3):
         rank("ckpt", "book.txt", method="perplexity", **how)
     with pytest.raises(ShortGPTError, match="another method: 'perplexity', now 'sleb'"):
         rank("ckpt", "book.txt", method="sleb", **how)
@@ -340,7 +340,7 @@ def test_a_search_on_text_that_changed_in_its_place_is_refused(here, method, cha
     def search():
         return rank("ckpt", "book.txt", n=2, method=method, **CUT, state="state")
 
-    with interrupted(PartialRun, "nats", 3):
+    with interrupted(PartialRun, "logits", 3):
         search()
     if change == "book.txt":
         Path(change).write_text(TEXT.replace("e", "o"))
@@ -360,7 +360,7 @@ def test_an_automatic_choice_does_not_go_on_with_another_refit(here, monkeypatch
     def search():
         rank("ckpt", TEXTS, n=2, method="auto", size=16, max_windows=16, state="state")
 
-    with interrupted(PartialRun, "nats", 3):
+    with interrupted(PartialRun, "logits", 3):
         search()
     monkeypatch.setattr(ranking, "RefitSettings", partial(RefitSettings, lost=None))
     with pytest.raises(ShortGPTError, match="a run with another refit: .*'lost': 2.0"):

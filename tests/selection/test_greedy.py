@@ -14,8 +14,9 @@ from llama.model import TransformerBlock
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.models.decoder import Decoder, MetaDecoder, without_layers
 from short_gpt.models.hf import HFDecoder
+from short_gpt.models.layer_calls import PartialRun
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.search import PartialRun, SearchOptions, by_loss, sleb_rounds
+from short_gpt.selection.search import SearchOptions, by_loss, sleb_rounds
 
 
 def plain_sleb(decoder: Decoder, windows: list[list[int]], n: int):
@@ -175,7 +176,7 @@ def test_a_round_begun_with_other_groups_is_begun_again(tmp_path):
     whole = sleb(model(), windows, 3)
     for first, then in ((much, little), (little, much)):
         path = tmp_path / f"{first}"
-        with interrupted(PartialRun, "nats", 9):
+        with interrupted(PartialRun, "logits", 9):
             sleb(model(), windows, 3, max_memory=first, state=StateFile(path, {}))
         saved = StateFile(path, {})
         assert saved.content["search"]["done"][0]
@@ -192,7 +193,7 @@ def test_an_interrupted_search_ends_as_one_that_is_not(tmp_path, ran, max_memory
     windows, decoder = random_windows(4, 16), model()
     whole = sleb(decoder, windows, 3, max_memory=max_memory)
     assert whole.losses[0] == sleb(model(), windows, 1, max_memory=1).losses[0]
-    with interrupted(PartialRun, "nats", stop_at):
+    with interrupted(PartialRun, "logits", stop_at):
         sleb(decoder, windows, 3, max_memory=max_memory, state=StateFile(tmp_path / "s", {}))
     state = StateFile(tmp_path / "s", {})
     ran.clear()
@@ -241,7 +242,7 @@ def test_one_shot_takes_the_layers_whose_absence_alone_costs_least():
 
 def test_the_states_held_fit_into_the_memory_given(monkeypatch):
     size, made, held = 3 * 13 * 32 * 4, {}, []  # windows x tokens x width x float32
-    advance, nats = PartialRun.advance, PartialRun.nats
+    advance, logits = PartialRun.advance, PartialRun.logits
 
     def noted(*args):
         state = advance(*args)
@@ -250,10 +251,10 @@ def test_the_states_held_fit_into_the_memory_given(monkeypatch):
 
     def watched(*args):
         held.append(sum(ref() is not None for ref in made.values()) * size // 3)
-        return nats(*args)
+        return logits(*args)
 
     monkeypatch.setattr(PartialRun, "advance", noted)
-    monkeypatch.setattr(PartialRun, "nats", watched)
+    monkeypatch.setattr(PartialRun, "logits", watched)
     for room in (2, 4):
         made.clear(), held.clear()
         sleb(model(8), random_windows(3, 13), 2, max_memory=room * size)

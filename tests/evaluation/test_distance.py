@@ -1,0 +1,156 @@
+"""Distance from the original model, against plain PyTorch in float64 over the whole vocabulary."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
+from families import FAMILIES, make
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from short_gpt import ShortLlama
+from short_gpt.data.windows import Window, batches
+from short_gpt.evaluation.distance import Reference, kl_divergence
+from short_gpt.evaluation.perplexity import (
+    combined,
+    difference,
+    perplexity,
+    sampling_error,
+    window_perplexities,
+)
+from short_gpt.models.decoder import without_layers
+from short_gpt.models.hf import HFDecoder
+from short_gpt.selection.search import SearchOptions, by_loss
+
+
+def short(layers: int = 5, *identities: int) -> ShortLlama:
+    transformer = make_transformer(n_layers=layers)
+    for layer in identities:
+        zero_layer(transformer, layer)
+    return ShortLlama(SimpleNamespace(model=transformer, tokenizer=CharTokenizer()))
+
+
+def by_hand(logits: Tensor, original: Tensor, start: int = 1) -> tuple[Tensor, Tensor]:
+    """Divergence and equality of the likeliest token of a window's predictions, from (1, S, V)."""
+    log_q, log_p = (x[0, start - 1 : -1].double().log_softmax(-1) for x in (logits, original))
+    each = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # (S - start,)
+    return each, log_q.argmax(-1) == log_p.argmax(-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_is_as_far_from_the_original_as_its_plain_logits_say(family):
+    decoder = HFDecoder(make(family))
+    windows = random_windows(3, 12, vocab=min(decoder.vocab_size, 96))
+    reference = Reference(decoder)
+    reference.read(windows)
+    originals = [decoder.logits(torch.tensor([w])) for w in windows]
+    for window, logits in zip(windows, originals, strict=True):
+        assert torch.equal(reference.logits([window], len(window)), logits)
+    try:
+        undo = decoder.keep_layers([0, *range(2, len(decoder.layers))])
+    except ValueError as error:  # a family whose layers this version cannot remove
+        pytest.skip(str(error))
+    found = perplexity(decoder, [windows], reference=reference)
+    pairs = zip(windows, originals, strict=True)
+    each = [by_hand(decoder.logits(torch.tensor([w])), original) for w, original in pairs]
+    undo()
+    assert found.kld.value == pytest.approx(float(torch.cat([k for k, _ in each]).mean()), abs=1e-6)
+    assert found.same_top.value == float(torch.cat([same for _, same in each]).double().mean())
+    assert found.kld.value > 1e-5
+
+
+def test_what_stands_before_a_text_is_only_read():
+    model, start = short(), 4
+    window = Window(random_windows(1, 12)[0], text=0, start=start)
+    reference = model.reference([window])
+    (original,) = model.window_logits([window])
+    with model.without_layers([2]):
+        (logits,) = model.window_logits([window])
+        (found,) = model.window_perplexities([window], progress=False, reference=reference)
+    kld, same = by_hand(logits[None], original[None], start)
+    assert found.tokens == 12 - start == len(kld)
+    assert found.kld.value == pytest.approx(float(kld.mean()), abs=1e-6)
+    assert found.same_top.value == float(same.double().mean())
+    nats = -logits.double().log_softmax(-1)[range(start - 1, 11), window[start:]]
+    assert found.nats == pytest.approx(float(nats.sum()), abs=1e-4)
+
+
+def test_windows_of_any_lengths_give_the_same_alone_and_in_batches():
+    model = short()
+    windows = [w[:length] for w, length in zip(random_windows(4, 20), (20, 3, 11, 2), strict=True)]
+    reference = model.reference(windows)
+    with model.without_layers([1, 3]):
+        alone = combined(window_perplexities(model.decoder, windows, reference=reference))
+        padded = perplexity(model.decoder, batches(windows, 4), reference=reference)
+    for name in ("kld", "same_top"):
+        one, other = getattr(alone, name), getattr(padded, name)
+        assert one.value == pytest.approx(other.value, abs=1e-6)
+        assert one.error.standard_error == pytest.approx(other.error.standard_error, abs=1e-6)
+
+
+def test_a_model_without_an_identity_is_at_no_distance_and_all_its_top_tokens_are_equal():
+    model = short(5, 3)
+    windows = random_windows(3, 10)
+    reference = model.reference(windows)
+    with model.without_layers([3]):
+        found = perplexity(model.decoder, [windows], reference=reference)
+    assert (found.kld.value, found.same_top.value) == (0.0, 1.0)
+    assert perplexity(model.decoder, [windows]).kld is None
+
+
+def test_tokens_that_both_models_exclude_add_nothing():
+    logits, original = (
+        torch.tensor([[0.0, 1.0, -torch.inf]]),
+        torch.tensor([[1.0, 0.5, -torch.inf]]),
+    )
+    expected = kl_div(
+        logits[:, :2].log_softmax(-1), original[:, :2].log_softmax(-1), log_target=True
+    )
+    assert kl_divergence(logits, original) == pytest.approx(float(2 * expected), abs=1e-6)
+    assert kl_divergence(original, original) == 0
+
+
+def test_the_error_is_over_texts_and_differences_are_paired():
+    model = short()
+    windows = [Window(w, text=i // 2) for i, w in enumerate(random_windows(8, 12))]
+    reference, found = model.reference(windows), []
+    for layers in ([1], [1, 2]):
+        with model.without_layers(layers):
+            found.append(window_perplexities(model.decoder, windows, reference=reference))
+    one, two = map(combined, found)
+    rows = [s._replace(nats=s.kld) for s in two.samples]
+    assert two.kld.error == sampling_error(rows) and two.kld.error.texts == 4
+    change = difference(*found, by="kld")
+    assert change.nats == pytest.approx(two.kld.value - one.kld.value)
+    content = two.to_dict()
+    assert content["kld"] == two.kld.value
+    assert content["kld_interval_95"] == [*two.kld.interval()]
+    assert content["same_top_standard_error"] == two.same_top.error.standard_error
+
+
+def test_a_head_alone_predicts_what_the_model_did():
+    model = short()
+    windows = random_windows(2, 10)
+    reference = model.reference(windows)
+    before = reference.logits(windows, 10)
+    reference.keep_head()
+    assert len(model.decoder.layers) == 1
+    assert torch.equal(reference.logits(windows, 10), before)
+
+
+def test_a_greedy_search_by_divergence_takes_the_nearest_model_in_each_round():
+    model, windows = short(6), random_windows(3, 14)
+    reference, removed = model.reference(windows), []
+    while len(removed) < 3:
+        distance = {}
+        for layer in {*range(1, 5)} - {*removed}:
+            with without_layers(model.decoder, sorted([*removed, layer])):
+                found = perplexity(model.decoder, [windows], reference=reference)
+            distance[layer] = found.kld.value
+        removed.append(min(distance, key=distance.__getitem__))
+    result = by_loss(model.decoder, windows, 3, SearchOptions(), method="greedy_kld")
+    assert result.removed == removed
+    assert result.losses[-1] == pytest.approx(distance, abs=1e-6)
