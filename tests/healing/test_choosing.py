@@ -348,7 +348,7 @@ def test_a_state_of_another_budget_changes_nothing(tmp_path, candidates):
         return choose_healed(model(6, 1, 4), windows, 2, budget=budget, **QUIET, **options)
 
     state = StateFile(tmp_path / "s", {}, every=0.0)
-    assert "left out" in choice(12, state=state).notes[0]
+    assert "left out" in choice(11, state=state).notes[0]
     whole = choice(16)
     assert choice(16, state=StateFile(tmp_path / "s", {}, every=0.0)) == whole
     assert whole.layers == [1, 4]
