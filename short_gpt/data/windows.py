@@ -59,7 +59,13 @@ class Window(Prefixed):
         self.text, self.origin = text, origin
 
     def __reduce__(self) -> tuple[type[Window], tuple[list[int], int, int]]:
-        return Window, (list(self), self.text, self.start)
+        return type(self), (list(self), self.text, self.start)
+
+
+class Answer(Window):
+    """A prompt's tokens, ``start`` of them, and those of its answer, which alone are predicted."""
+
+    __slots__ = ()
 
 
 def text_number(window: Sequence[int]) -> int | None:

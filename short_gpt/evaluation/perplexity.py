@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from short_gpt.data.windows import Prefixed, text_number
+from short_gpt.data.windows import Answer, text_number
 from short_gpt.evaluation.distance import Reference, kl_divergence
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
@@ -215,9 +215,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of the model on windows of token ids.
 
-    Every window is read on its own: its first token, and what was put before its text (such as a
-    chat template's system prompt, or the question before an answer), is only read; the others are
-    predicted. SLEB (arXiv:2402.09025) and others print exp(sum(2048 mean loss) / (2048 n)) over n
+    Every window is read on its own: its first token is only read (of an `Answer`, the prompt), the
+    others are predicted. SLEB (arXiv:2402.09025) and others print exp(sum(2048 mean loss) / (2048 n)) over n
     chunks, the mean being over a chunk's 2047 predicted tokens: the same value, as the chunks are
     equal. Their texts and chunks are those of `short_gpt.evaluation.protocols.protocol`.
 
@@ -252,7 +251,7 @@ def perplexity(
 
 def first_predicted(window: Sequence[int]) -> int:
     """Position of the first token that is predicted: those before it are only read."""
-    return max(1, window.start) if isinstance(window, Prefixed) else 1
+    return window.start if isinstance(window, Answer) else 1
 
 
 def measured(

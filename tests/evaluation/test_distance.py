@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from short_gpt import ShortLlama
-from short_gpt.data.windows import Window, batches
+from short_gpt.data.windows import Answer, Window, batches
 from short_gpt.evaluation.distance import Reference, kl_divergence
 from short_gpt.evaluation.perplexity import (
     combined,
@@ -62,9 +62,9 @@ def test_a_pruned_model_is_as_far_from_the_original_as_its_plain_logits_say(fami
     assert found.kld.value > 1e-5
 
 
-def test_what_stands_before_a_text_is_only_read():
+def test_the_prompt_of_an_answer_is_only_read():
     model, start = short(), 4
-    window = Window(random_windows(1, 12)[0], text=0, start=start)
+    window = Answer(random_windows(1, 12)[0], text=0, start=start)
     reference = model.reference([window])
     (original,) = model.window_logits([window])
     with model.without_layers([2]):
