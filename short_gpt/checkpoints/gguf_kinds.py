@@ -52,8 +52,3 @@ BY_COUNT = ("baichuan", "deepseek2", "deepseek32", "minicpm", "minicpm3")
 # Of so many layers they are others: of 27B, with another scale of attention; with a window.
 COUNTS = {**ATTENTION_SCALED, "exaone4": 64}
 FROM_FIRST = ("rwkv7", "arwkv7")  # later layers take values of the first
-
-
-def ordinal(number: int) -> str:
-    """A number in a sentence: ``"second"``, ``"6th"``."""
-    return {2: "second", 3: "third"}.get(number, f"{number}th")

@@ -17,7 +17,7 @@ from llama.errors import check_file
 from llama.formats.gguf_read import ARRAY, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, record
 from short_gpt.checkpoints import gguf_kinds as kinds
-from short_gpt.checkpoints.gguf_kinds import PATTERN, ordinal
+from short_gpt.checkpoints.gguf_kinds import PATTERN
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -90,12 +90,6 @@ class Stack:
         removed = [i for i in range(self.layers) if i not in set(keep)]
         if why := self._refusal(removed):
             raise ShortGPTError(f"layers {removed} of {self.parts.path} cannot be removed: {why}")
-        if why := self._changes(keep):
-            raise ShortGPTError(
-                f"without layers {removed} of {self.parts.path} the others would get the wrong "
-                f"kind of attention: {why}; remove {self.whole_period} layers in a row, or write a "
-                "directory, whose config can list the kinds"
-            )
         leading = self.get("leading_dense_block_count")
         if isinstance(leading, int):
             values[f"{self.arch}.leading_dense_block_count"] = sum(i < leading for i in keep)
@@ -161,20 +155,6 @@ class Stack:
         """How many layers in a row may go so that the position of any other still says its kind."""
         return math.lcm(*self._periods().values(), *(self.period() or ())[:1])
 
-    def _changes(self, keep: Sequence[int]) -> str | None:
-        """Why kinds would change that no key can express; None if they would not."""
-        own = [i for i in keep if i < self.layers]
-        for name, every in self._periods().items():
-            if any((new - i) % every for new, i in enumerate(own)):
-                return f"{self.arch}.{name} makes every {ordinal(every)} layer another kind"
-        period = self.period()
-        if period is None or self.arch in kinds.READS_PATTERN or not self.changed_kinds(keep):
-            return None
-        return (
-            f"in llama.cpp every {ordinal(period[0])} layer of {self.arch} is of another "
-            "kind, by its position, and no key is known to say otherwise"
-        )
-
     def check(self) -> None:
         """Raises ShortGPTError if no layers can be removed, whichever they are."""
         if why := self._refusal([]):
@@ -182,30 +162,33 @@ class Stack:
 
     def _refusal(self, removed: Sequence[int]) -> str | None:
         """Why llama.cpp would misread the model with these layers removed; None if it does not."""
-        layers = range(self.layers)
-        present, kept = ({self._kind(i) for i in layers if i not in out} for out in ((), removed))
-        if (present if self.arch in kinds.BOTH_KINDS else present - {True}) - kept:
-            return (
-                f"llama.cpp cannot load a {self.arch} whose layers all have one kind of attention"
-            )
-        for name in kinds.NUMBERED:
-            if self.get(name):
-                return f"{self.arch}.{name} = {self.get(name)!r} numbers layers"
-        if self.arch in kinds.BY_LIST and not isinstance(pattern := self.get(PATTERN), list):
-            return (
-                f"llama.cpp takes the kinds of {self.arch}'s layers from a list, and "
-                f"{self.arch}.{PATTERN} is {pattern!r}"
-            )
-        first = self.get("n_deepstack_layers")
-        if isinstance(first, int) and any(i < first for i in removed):
-            return f"the first {first} take images (n_deepstack_layers); name others"
-        if self.arch.startswith(kinds.BY_COUNT):
-            return f"llama.cpp tells variants of {self.arch} by the number of their layers"
-        if self.arch in kinds.FROM_FIRST and 0 in removed:
-            return f"layers of {self.arch} take values of layer 0; leave that one"
-        if kinds.COUNTS.get(self.arch) in (self.blocks, self.blocks - len(removed)):
-            return (
-                f"llama.cpp takes {self.arch} of {kinds.COUNTS[self.arch]} layers for another "
-                "variant, by that number"
-            )
-        return None
+        arch, own = self.arch, [i for i in range(self.layers) if i not in removed]
+        present, kept = ({self._kind(i) for i in some} for some in (range(self.layers), own))
+        needed = present if arch in kinds.BOTH_KINDS else present - {True}
+        numbering = [name for name in kinds.NUMBERED if self.get(name)]
+        pattern, first, count = self.get(PATTERN), self.get("n_deepstack_layers"), len(removed)
+        images = isinstance(first, int) and any(i < first for i in removed)
+        moved = [new - i for new, i in enumerate(own)]
+        every = [n for n in self._periods().values() if any(shift % n for shift in moved)]
+        if not every and arch not in kinds.READS_PATTERN and self.changed_kinds(own):
+            every = [*(self.period() or ())[:1]]
+        reasons: dict[str, object] = {
+            f"llama.cpp cannot load a {arch} whose layers all have one kind of attention": (
+                needed - kept
+            ),
+            f"{arch}'s {', '.join(numbering)} numbers layers": numbering,
+            f"llama.cpp takes the kinds of {arch}'s layers from a list, and {PATTERN} is "
+            f"{pattern!r}": arch in kinds.BY_LIST and not isinstance(pattern, list),
+            f"the first {first} take images (n_deepstack_layers); name others": images,
+            f"llama.cpp tells variants of {arch} by the number of their layers": (
+                arch.startswith(kinds.BY_COUNT)
+                or kinds.COUNTS.get(arch) in (self.blocks, self.blocks - count)
+            ),
+            f"layers of {arch} take values of layer 0; leave that one": (
+                arch in kinds.FROM_FIRST and 0 in removed
+            ),
+            f"one in {', '.join(map(str, every))} layers of {arch} is of another kind, and no key "
+            f"is known to say which; remove {self.whole_period} layers in a row, or write a "
+            "directory, whose config can list the kinds": every,
+        }
+        return next((why for why, wrong in reasons.items() if wrong), None)

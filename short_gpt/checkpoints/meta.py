@@ -68,13 +68,10 @@ def save_meta(
         raise ShortGPTError("nothing was removed yet; call remove_layers first")
     checkpoint = Checkpoint(source)
     short.check_source(checkpoint.directory, checkpoint.args.n_layers)
-    if not short.changed:
-        target = replace(target, verify=None)  # the source's bytes are copied
-        target.check(source=checkpoint.directory)
-        return write_meta(checkpoint, target, short.kept, record, tokenizer_path=tokenizer_path)
     parts = model_parallel_size(), len(checkpoint.shards)
     expected = "(1, 1) where weights changed, as short-gpt convert IN OUT --shards 1 writes it"
-    check(parts == (1, 1), "model-parallel ranks and files", parts, expected)
+    ok = parts == (1, 1) or not short.changed
+    check(ok, "model-parallel ranks and files", parts, expected)
     layer_of = dict(zip(short.kept, short.decoder.layers, strict=True))
     changed = {f"layers.{i}.{n}": layer_of[i].get_parameter(n) for i, n in sorted(short.changed)}
     infos = checkpoint.shards[0].infos
@@ -89,7 +86,8 @@ def save_meta(
             for name, weight in changed.items():
                 weight.data = exact[name]
 
-    checked = replace(target, verify=target.verify and verify)
+    checked = replace(target, verify=verify if target.verify and changed else None)
+    checked.check(source=checkpoint.directory)
     new, path = {name: weight.detach for name, weight in changed.items()}, tokenizer_path
     return write_meta(checkpoint, checked, short.kept, record, tokenizer_path=path, replaced=new)
 

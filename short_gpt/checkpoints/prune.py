@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -70,26 +70,20 @@ def prune_checkpoint(
     return _write_converted(source, target, write, progress)
 
 
-def kept_tensors(source: Source, layers: Sequence[int], to: str | None = None) -> int | None:
-    """How many tensors are written of a checkpoint without some layers; None if it is not local.
+def kept_tensors(source: Source, removed: Sequence[int] = ()) -> list[str]:
+    """The names of a checkpoint's tensors without some layers', in every file that has them.
 
-    Those of every file, and each once more where they are then converted ``to`` another format.
+    None of them where the checkpoint is not local.
     """
-    if source.kind == "hub":
-        return None
-    names = tensor_names(source)
-    removed = re.compile(rf"\D*({'|'.join(map(str, layers))})\.")  # the first number is the layer
-    kept = [name for name in names if not removed.match(name)]
-    return len(kept) + (0 if to in (None, source.kind) else len({*kept}))
-
-
-def tensor_names(source: Source) -> list[str]:
-    """The names of a local checkpoint's tensors, in every file that has them."""
+    names: Iterable[str] = ()
     if source.kind == "gguf":
-        return [*GGUFParts(source.path).tensors]
-    if source.kind == "meta":
-        return [name for shard in Checkpoint(source).shards for name in shard.infos]
-    return [*open_weights(source.path)]
+        names = GGUFParts(source.path).tensors
+    elif source.kind == "meta":
+        names = [name for shard in Checkpoint(source).shards for name in shard.infos]
+    elif source.kind == "hf":
+        names = open_weights(source.path)
+    matches = {name: re.match(r"\D*(\d+)\.", name) for name in names}  # the first is the layer's
+    return [n for n in names if (match := matches[n]) is None or int(match[1]) not in removed]
 
 
 def _write_converted(

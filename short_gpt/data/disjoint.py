@@ -149,7 +149,6 @@ def check_disjoint(training: Sequence[TokenIds], evaluation: Sequence[TokenIds])
         number, other = next(iter(shared.items()))
         raise ShortGPTError(
             f"{len(shared)} of {len(training)} training windows share text with the windows to "
-            f"evaluate on ({SPAN} tokens in a row, or half of a shorter text; number {number} "
-            f"with evaluation window {other}, for one): healing must not see that text; leave "
-            "those out by `short_gpt.data.without_overlap`, or train on another"
+            f"evaluate on, such as number {number} with evaluation window {other}: leave them out "
+            "by `short_gpt.data.without_overlap`, or train on another text"
         )

@@ -16,7 +16,7 @@ from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import save_hf
 from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
-from short_gpt.checkpoints.prune import tensor_names
+from short_gpt.checkpoints.prune import kept_tensors
 from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.inputs import Notify, ignore
 from short_gpt.jobs.saving import interruptible
@@ -52,8 +52,8 @@ def convert(
     def check(directory: Path) -> None:
         proofs.append(prove(directory, source, out, opening, verify))
 
-    known = source.kind != "hub" and (source.kind, to) != ("gguf", "hf")
-    total = len({*tensor_names(source)}) if known else None
+    names = () if (source.kind, to) == ("gguf", "hf") else kept_tensors(source)
+    total = len({*names}) or None
     with bar("converting", total=total, unit="tensor") as shown:
         writing: dict[str, Any] = {"progress": lambda _: shown.update(), "verify": check}
         writing |= {"overwrite": overwrite}

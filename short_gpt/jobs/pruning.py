@@ -94,8 +94,9 @@ def _write(
         layers = removal.layers
         proofs.append(prove(directory, source, str(target.out), opening, verify, drop=layers))
 
-    total = kept_tensors(source, removal.layers, target.format)
-    with bar("writing", total=total, unit="tensor") as shown:
+    names = kept_tensors(source, removal.layers)
+    total = len(names) + (0 if target.format == source.kind else len({*names}))  # converted later
+    with bar("writing", total=total or None, unit="tensor") as shown:
         prune_checkpoint(
             source,
             replace(target, verify=check),
