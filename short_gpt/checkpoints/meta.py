@@ -87,7 +87,8 @@ def save_meta(
                 weight.data = exact[name]
 
     checked = replace(target, verify=verify if target.verify and changed else None)
-    checked.check(source=checkpoint.directory)
+    if not changed:  # changed weights may also replace their own source
+        checked.check(source=checkpoint.directory)
     new, path = {name: weight.detach for name, weight in changed.items()}, tokenizer_path
     return write_meta(checkpoint, checked, short.kept, record, tokenizer_path=path, replaced=new)
 
