@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,6 +238,29 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{text}")
     return folder
+
+
+def short_llama(seed: int = 0, **changes: object) -> Any:
+    """A `ShortLlama` of `make_transformer`."""
+    from short_gpt import ShortLlama
+
+    model = make_transformer(seed, **changes)
+    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+
+
+def weights_of(short: Any) -> list[Tensor]:
+    return [p.detach().clone() for p in short.decoder.module.parameters()]
+
+
+def states_of(short: Any, windows: list[list[int]]) -> list[Tensor]:
+    """The states (B, S, D) entering every layer and leaving the last."""
+    from short_gpt.models.layer_calls import LayerCalls
+
+    calls = LayerCalls(short.decoder)
+    states = [calls.embed(torch.tensor(windows))]
+    for index in range(len(short.decoder.layers)):
+        states.append(calls.run(index, states[-1]))
+    return states
 
 
 def share_model(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:

@@ -6,11 +6,15 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, interrupted, make_transformer, random_windows
+from conftest import (
+    interrupted,
+    random_windows,
+    short_llama,
+    weights_of,
+)
 from families import make
 from processes import killed_at
 from transformers import Trainer
@@ -29,7 +33,6 @@ from short_gpt.healing import (
 )
 from short_gpt.healing.job import clear
 from short_gpt.wrappers.short_hf import ShortHFModel
-from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
@@ -52,10 +55,6 @@ def whole() -> ShortHFModel:
 
 def job(short, steps, *, layers=LAYERS, **options) -> HealingJob:
     return HealingJob(short, WINDOWS, layers, steps=steps, progress=False, **options)
-
-
-def weights(short) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in short.decoder.module.parameters()]
 
 
 def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
@@ -127,11 +126,11 @@ def test_training_begins_with_windows_that_the_closed_form_did_not_read(
 def stopped(steps, folder, *, at: int) -> None:
     """A healing that is interrupted in this micro-step of training; all must be as it was."""
     short = whole()
-    before = weights(short)
+    before = weights_of(short)
     with interrupted(Trainer, "training_step", at - 1):
         job(short, steps, work_dir=folder).run()
     assert short.kept == [*range(6)] and not short.removed and not short.changes
-    assert all(map(torch.equal, weights(short), before))
+    assert all(map(torch.equal, weights_of(short), before))
 
 
 @pytest.mark.parametrize("closed", [PATCH, REFIT])
@@ -147,7 +146,7 @@ def test_an_interrupted_chain_goes_on_bit_for_bit_and_does_nothing_twice(
     )
     resumed = whole()
     second = job(resumed, steps, work_dir=tmp_path / "work").run()
-    assert all(map(torch.equal, weights(one), weights(resumed)))
+    assert all(map(torch.equal, weights_of(one), weights_of(resumed)))
     assert second == replace(first, steps=second.steps)
     for ours, theirs in zip(second.steps, first.steps, strict=True):
         assert json.loads(json.dumps(ours)) == json.loads(json.dumps(theirs))
@@ -181,7 +180,7 @@ def test_what_a_kill_leaves_of_a_finished_run_stands_in_no_ones_way(tmp_path):
 @pytest.mark.parametrize("where", ["the last step", "the removal"])
 def test_all_steps_are_undone_when_a_later_one_fails(steps, where, monkeypatch):
     short = whole()
-    before = weights(short)
+    before = weights_of(short)
     measured = short.perplexity(WINDOWS.evaluation, progress=False)
     run, healed = lora.heal_run, []
 
@@ -201,7 +200,7 @@ def test_all_steps_are_undone_when_a_later_one_fails(steps, where, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         job(short, steps).run()
     assert short.kept == [*range(6)] and not short.removed and not short.changes
-    assert all(map(torch.equal, weights(short), before))
+    assert all(map(torch.equal, weights_of(short), before))
     if where == "the last step":
         assert short.quality[0, 1, 2, 3, 4, 5] == measured  # of the whole model, and still true
     if healed:
@@ -221,17 +220,12 @@ def test_steps_that_cannot_follow_each_other_are_refused(steps, message):
         job(whole(), steps)
 
 
-def other_vocabulary() -> ShortLlama:
-    model = make_transformer(vocab_size=40)
-    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
-
-
 @pytest.mark.parametrize(
     ("steps", "layers", "teacher", "message"),
     [
         (DISTILL, [], None, "distillation learns from the model with all its layers: name the"),
         (PATCH, [], None, "patch reads the original model: name the layers to remove"),
-        (DISTILL, [], other_vocabulary, "the teacher knows 40 tokens, the model"),
+        (DISTILL, [], lambda: short_llama(vocab_size=40), "the teacher knows 40 tokens, the model"),
         ({"distill": Recipe(live_teacher=True)}, LAYERS, None, "a live teacher is a second model"),
     ],
 )

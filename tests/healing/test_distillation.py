@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import interrupted, random_windows
+from conftest import interrupted, random_windows, weights_of
 from families import make
 from transformers import Trainer
 
@@ -44,10 +44,6 @@ def cut() -> ShortHFModel:
     short = whole()
     short.remove_layers([2, 4])
     return short
-
-
-def weights(short: ShortHFModel) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in short.model.parameters()]
 
 
 def by_hand(short: ShortHFModel, places: list[int], share: float) -> torch.Tensor:
@@ -144,12 +140,12 @@ def test_resuming_gives_what_one_run_gives(teacher, tmp_path):
     options["distillation"] = Distillation(teacher, 0.5)
     one, broken, resumed = cut(), cut(), cut()
     first = heal(one, TRAINING, VALIDATION, **options)
-    untouched = weights(broken)
+    untouched = weights_of(broken)
 
     # in step 4 of 6; the last checkpoint is that of step 2
     with interrupted(Trainer, "training_step", 7):
         heal(broken, TRAINING, VALIDATION, work_dir=tmp_path / "t", **options)
-    assert all(map(torch.equal, weights(broken), untouched))
+    assert all(map(torch.equal, weights_of(broken), untouched))
     again = {**options, "work_dir": tmp_path / "t"}
     for other, message in (
         (Distillation(teacher, 1.0), "another kl_share: 0.5, now 1.0; go on with"),
@@ -159,7 +155,7 @@ def test_resuming_gives_what_one_run_gives(teacher, tmp_path):
         with pytest.raises(ValueError, match=f"is the state of a run with {message}"):
             heal(resumed, TRAINING, VALIDATION, **{**again, "distillation": other})
     second = heal(resumed, TRAINING, VALIDATION, **again)
-    assert all(map(torch.equal, weights(one), weights(resumed)))
+    assert all(map(torch.equal, weights_of(one), weights_of(resumed)))
     assert second == first
 
 

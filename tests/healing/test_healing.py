@@ -22,6 +22,7 @@ from conftest import (
     make_transformer,
     random_windows,
     save_checkpoint,
+    weights_of,
     write_byte_tokenizer,
 )
 from families import make
@@ -141,22 +142,18 @@ def test_the_loss_falls_and_what_is_merged_is_what_was_trained(monkeypatch):
     json.dumps(healed.to_dict())
 
 
-def weights(short: ShortHFModel) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in short.model.parameters()]
-
-
 def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_path):
     recipe = changed(dropout=0.1)
     whole, again, broken, resumed = (ShortHFModel(make("llama")) for _ in range(4))
     first = heal(whole, TRAINING, VALIDATION, recipe=recipe, progress=False)
     heal(again, TRAINING, VALIDATION, recipe=recipe, work_dir=tmp_path / "a", progress=False)
-    assert all(map(torch.equal, weights(whole), weights(again)))
+    assert all(map(torch.equal, weights_of(whole), weights_of(again)))
 
-    untouched = weights(broken)
+    untouched = weights_of(broken)
     # in step 4 of 6; the last checkpoint is that of step 2
     with interrupted(Trainer, "training_step", 7):
         heal(broken, TRAINING, VALIDATION, recipe=recipe, work_dir=tmp_path / "b", progress=False)
-    assert all(map(torch.equal, weights(broken), untouched))
+    assert all(map(torch.equal, weights_of(broken), untouched))
     options = {"work_dir": tmp_path / "b", "progress": False}
     models = [ShortHFModel(make("llama")), ShortHFModel(make("llama", seed=1))]
     models[0].model.config.rms_norm_eps = 0.5
@@ -170,7 +167,7 @@ def test_the_same_seed_gives_the_same_weights_and_resuming_those_of_one_run(tmp_
             heal(short, windows, VALIDATION, recipe=other, **options)
     resumed.model.config.use_cache = False  # which changes nothing that is computed
     second = heal(resumed, TRAINING, VALIDATION, recipe=recipe, **options)
-    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    assert all(map(torch.equal, weights_of(whole), weights_of(resumed)))
     assert second.validation == first.validation and second.losses == first.losses
 
 
@@ -192,7 +189,7 @@ def test_a_training_that_was_killed_finds_its_best_checkpoint_where_it_was_moved
     measured(4, 2)
     options |= {"work_dir": "b"}
     assert heal(moved, TRAINING, VALIDATION, **options).kept_step == 4
-    assert all(map(torch.equal, weights(ended), weights(moved)))
+    assert all(map(torch.equal, weights_of(ended), weights_of(moved)))
 
 
 def test_a_gpu_warns_where_it_has_no_deterministic_kernel():
@@ -253,11 +250,11 @@ def test_a_copy_in_four_bits_is_trained_in_the_models_dtype(dtype, flags, monkey
 
 def test_training_that_only_harms_leaves_the_model_as_it_was():
     short = ShortHFModel(make("llama"))
-    before = weights(short)
+    before = weights_of(short)
     recipe = changed(learning_rate=5.0, steps=2)
     healed = heal(short, TRAINING, VALIDATION, recipe=recipe, progress=False)
     assert healed.kept_step == 0 and healed.validation[2] > healed.validation[0]
-    assert all(map(torch.equal, weights(short), before))
+    assert all(map(torch.equal, weights_of(short), before))
 
 
 def test_training_stops_early_and_the_best_evaluation_is_kept():
@@ -318,7 +315,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     heal(plain, TRAINING, VALIDATION, recipe=recipe, progress=False)
     recipe = changed(dropout=0.0, steps=2, gradient_checkpointing=True)
     heal(saving, TRAINING, VALIDATION, recipe=recipe, progress=False)
-    for ours, theirs in zip(weights(plain), weights(saving), strict=True):
+    for ours, theirs in zip(weights_of(plain), weights_of(saving), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     assert not saving.model.model.gradient_checkpointing
 

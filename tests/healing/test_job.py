@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
     BYTE_VOCAB,
-    CharTokenizer,
     make_transformer,
     random_windows,
     save_byte_llama,
     save_checkpoint,
+    short_llama,
+    weights_of,
     write_byte_tokenizer,
 )
 from families import make
@@ -46,14 +46,6 @@ QUICK = Recipe(rank=4, steps=2, warmup=0, batch_size=2, eval_every=2, learning_r
 LORA, PATCH = {"lora": QUICK}, {"patch": None}
 
 
-def meta() -> ShortLlama:
-    return ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
-
-
-def weights(short) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in short.decoder.module.parameters()]
-
-
 def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
     short, by_hand = ShortHFModel(make("llama")), ShortHFModel(make("llama"))
     job = HealingJob(
@@ -81,7 +73,7 @@ def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
 
 
 def test_a_weight_that_no_window_reads_is_looked_at_before_the_healing():
-    short, said = meta(), []
+    short, said = short_llama(), []
     with torch.no_grad():
         short.llama.model.tok_embeddings.weight[-1, 0] = torch.inf  # windows have tokens 0 to 7
     with pytest.raises(
@@ -105,7 +97,7 @@ def test_a_weight_that_no_window_reads_is_looked_at_before_the_healing():
 )
 def test_a_job_refuses_what_it_would_not_do(options, said):
     with pytest.raises(ValueError, match=said):
-        HealingJob(meta(), WINDOWS, [2], **options)
+        HealingJob(short_llama(), WINDOWS, [2], **options)
 
 
 def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
@@ -142,11 +134,13 @@ def test_logs_of_a_training_stay(tmp_path):
 @pytest.mark.parametrize("step", ["the last measurement", "the removal"])
 def test_an_error_behind_the_healing_takes_it_back(monkeypatch, steps, step):
     short, measured = ShortHFModel(make("llama")), []
-    before, config = weights(short), short.model.config.to_dict()
+    before, config = weights_of(short), short.model.config.to_dict()
     job = HealingJob(short, WINDOWS, [2, 4], steps=steps, progress=False)
 
     def fails(*_):
-        changed = [not torch.equal(w, old) for w, old in zip(weights(short), before, strict=False)]
+        changed = [
+            not torch.equal(w, old) for w, old in zip(weights_of(short), before, strict=False)
+        ]
         assert short.changes and any(changed)  # the healing was there
         raise MemoryError
 
@@ -162,7 +156,7 @@ def test_an_error_behind_the_healing_takes_it_back(monkeypatch, steps, step):
     with pytest.raises(MemoryError):
         job.run()
     assert short.kept == [0, 1, 2, 3, 4, 5] and not short.changes and not short.removed
-    assert all(map(torch.equal, weights(short), before))
+    assert all(map(torch.equal, weights_of(short), before))
     assert short.model.config.to_dict() == config and not short.evidence
     monkeypatch.undo()
     job.run()  # and it can be done anew
@@ -172,7 +166,7 @@ def test_an_error_behind_the_healing_takes_it_back(monkeypatch, steps, step):
 @pytest.mark.parametrize("layers", [[2, 4], []])
 def test_a_merge_that_ends_in_the_middle_is_taken_back(layers, monkeypatch):
     short = ShortHFModel(make("llama"))
-    before, config, plain = weights(short), short.model.config.to_dict(), Linear.merge
+    before, config, plain = weights_of(short), short.model.config.to_dict(), Linear.merge
     merged = []
 
     def merge(self, *args, **kwargs):
@@ -186,7 +180,7 @@ def test_a_merge_that_ends_in_the_middle_is_taken_back(layers, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         job.run()
     assert short.kept == [0, 1, 2, 3, 4, 5] and not short.removed and not short.changes
-    assert all(map(torch.equal, weights(short), before))
+    assert all(map(torch.equal, weights_of(short), before))
     assert short.model.config.to_dict() == config
     assert not any("lora" in name for name, _ in short.model.named_modules())
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows, share_model, zero_layer
+from conftest import (
+    random_windows,
+    share_model,
+    short_llama,
+    states_of,
+    zero_layer,
+)
 from families import FAMILIES, make
 
 from short_gpt.healing import PatchSettings, heal_patch, refit
 from short_gpt.healing.refit import Refit, apply_refit
 from short_gpt.healing.settings import RIDGES
-from short_gpt.models.layer_calls import LayerCalls, mlp_output
+from short_gpt.models.layer_calls import mlp_output
 from short_gpt.models.numbering import runs
 from short_gpt.wrappers.short_hf import ShortHFModel
-from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
@@ -23,11 +26,6 @@ WINDOWS, HELD = random_windows(12, 16), random_windows(4, 16, seed=5)
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
 EXPERTS = ["mixtral", "qwen3_moe", "llama4", "gpt_oss", "qwen3_next"]  # no single down_proj
 PATCHED = [name for name in FAMILIES if name != "mamba"]
-
-
-def meta(seed: int = 0, **changes: object) -> ShortLlama:
-    model = make_transformer(seed, **changes)
-    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
 
 
 def fit(short, layers, windows=WINDOWS, **options) -> Refit:
@@ -41,7 +39,7 @@ def test_runs_of_consecutive_layers():
 
 
 def test_layers_that_add_nothing_need_no_patch():
-    short = meta()
+    short = short_llama()
     for layer in (2, 3):
         zero_layer(short.decoder.model, layer)
     before = short.decoder.logits(TOKENS)
@@ -51,29 +49,20 @@ def test_layers_that_add_nothing_need_no_patch():
     assert torch.equal(short.decoder.logits(TOKENS), before)
 
 
-def states(short, windows) -> list[torch.Tensor]:
-    """The states (B, S, D) entering every layer and leaving the last."""
-    calls = LayerCalls(short.decoder)
-    found = [calls.embed(torch.tensor(windows))]
-    for index in range(len(short.decoder.layers)):
-        found.append(calls.run(index, found[-1]))
-    return found
-
-
 @pytest.mark.parametrize("family", ["meta", *PATCHED])
 def test_the_share_is_what_the_folded_model_does(family):
     """On held-out windows, of the state after the gap, weighted by the target or what is there."""
-    short = meta() if family == "meta" else ShortHFModel(make(family))
-    target = states(short, HELD)[4].double()  # leaving layer 3
+    short = short_llama() if family == "meta" else ShortHFModel(make(family))
+    target = states_of(short, HELD)[4].double()  # leaving layer 3
     patch = fit(short, [2, 3])
     (found,) = patch.fits
     assert (found.layer, found.part) == (1, "attention" if family in EXPERTS else "mlp")
     off, scale = [], target.norm(dim=-1)
     with short.without_layers(patch.layers):
         if not short.decoder.family.mlp_norm_after:
-            scale = torch.minimum(scale, 2 * states(short, HELD)[2].double().norm(dim=-1))
+            scale = torch.minimum(scale, 2 * states_of(short, HELD)[2].double().norm(dim=-1))
         for _ in range(2):
-            left = (states(short, HELD)[2].double() - target).norm(dim=-1)
+            left = (states_of(short, HELD)[2].double() - target).norm(dim=-1)
             off.append((left / scale).pow(2).sum())
             undo = apply_refit(short, patch)
         undo()
@@ -86,10 +75,10 @@ def test_the_share_is_what_the_folded_model_does(family):
 
 def test_of_every_gap_the_layer_before_is_solved_on_the_original_models_states():
     """What one gap changes does not change what the next is solved on: each is as if alone."""
-    both = fit(meta(), [4, 2])
+    both = fit(short_llama(), [4, 2])
     assert [found.layer for found in both.fits] == [1, 3]
     for gap, layer in ((2, 1), (4, 3)):
-        alone = fit(meta(), [gap])
+        alone = fit(short_llama(), [gap])
         assert [found.layer for found in alone.fits] == [layer]
         for key, value in alone.values.items():
             assert torch.equal(value, both.values[key])
@@ -97,15 +86,15 @@ def test_of_every_gap_the_layer_before_is_solved_on_the_original_models_states()
 
 
 def test_before_the_first_gap_it_is_the_refit():
-    ours = fit(meta(), [2])
+    ours = fit(short_llama(), [2])
     options = {"parts": ("mlp",), "ridge": RIDGES, "step_size": 1.0}
-    theirs = refit.fit(meta(), [2], WINDOWS, held=HELD, **options, progress=False)
+    theirs = refit.fit(short_llama(), [2], WINDOWS, held=HELD, **options, progress=False)
     assert ours.fits == theirs.fits[:1]
     assert all(torch.equal(value, theirs.values[key]) for key, value in ours.values.items())
 
 
 def test_after_an_earlier_removal():
-    short = meta()
+    short = short_llama()
     short.remove_layers([2])
     patch = heal_patch(short, [3], WINDOWS, progress=False)
     assert [found.layer for found in patch.fits] == [1]
@@ -123,16 +112,16 @@ def test_after_an_earlier_removal():
 )
 def test_sets_refused(layers, message):
     with pytest.raises(ValueError, match=message):
-        fit(meta(), layers)
+        fit(short_llama(), layers)
 
 
 def test_other_refusals(monkeypatch):
-    short = meta()
+    short = short_llama()
     with pytest.raises(ValueError, match="windows to fit on = 0: expected 1 or more"):
         fit(short, [2], [])
     share_model(monkeypatch, 2)
     with pytest.raises(ValueError, match="a refit needs the whole model on every rank, got 2"):
-        fit(meta(), [2])
+        fit(short_llama(), [2])
 
 
 def test_an_output_projection_that_cannot_be_read_is_refused():

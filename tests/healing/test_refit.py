@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
+from conftest import (
+    interrupted,
+    random_windows,
+    short_llama,
+    states_of,
+    weights_of,
+    zero_layer,
+)
 from families import FAMILIES, make
 
 from short_gpt.healing import solver
@@ -25,7 +30,6 @@ from short_gpt.models.layer_calls import LayerCalls, attention_output, mlp_outpu
 from short_gpt.models.sublayers import Sublayers, after_attention
 from short_gpt.runtime import replicas
 from short_gpt.wrappers.short_hf import ShortHFModel
-from short_gpt.wrappers.short_llama import ShortLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
@@ -37,24 +41,10 @@ REFITTED = [name for name in FAMILIES if name not in NO_HALVES]
 ALL = {"held": HELD, "progress": False}
 
 
-def meta(seed: int = 0, **changes: object) -> ShortLlama:
-    model = make_transformer(seed, **changes)
-    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
-
-
-def states(short, windows) -> list[torch.Tensor]:
-    """The states (N, D) in front of every layer and behind the last."""
-    calls = LayerCalls(short.decoder)
-    found = [calls.embed(torch.tensor(windows))]
-    for place in range(len(short.decoder.layers)):
-        found.append(calls.run(place, found[-1]))
-    return found
-
-
 def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[torch.Tensor]:
     """X (N, F), what lacks behind a matrix, and w (N,), in a model as it is."""
     calls, layer = LayerCalls(short.decoder), short.decoder.layers[place]
-    state = states(short, windows)[place]
+    state = states_of(short, windows)[place]
     end = (mlp_output if part == "mlp" else attention_output)(layer)
     inputs = calls.until(place, state, end).reshape(
         -1, end.weight.shape[0 if transposed(end) else 1]
@@ -78,7 +68,9 @@ def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[to
     ],
 )
 def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(family, step):
-    whole, short = [meta() if family == "meta" else ShortHFModel(make(family)) for _ in range(2)]
+    whole, short = [
+        short_llama() if family == "meta" else ShortHFModel(make(family)) for _ in range(2)
+    ]
     factor = 0.22 if family == "granite" else 1.0
     if family == "granite":
         for model in (whole, short):
@@ -86,7 +78,7 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
                 layer.residual_multiplier = factor
     options = {"step_size": step, "ridge": 0.1, "progress": False}
     refit = heal(short, [2, 3], WINDOWS, held=WINDOWS, **options)
-    targets = states(whole, WINDOWS)
+    targets = states_of(whole, WINDOWS)
     calls = LayerCalls(whole.decoder)
     seen = weighed_more = 0
     for found in refit.fits:
@@ -128,7 +120,7 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
 
 def attention_sink(short, windows, layer: int, times: float = 100) -> None:
     """Lets the MLP of a layer give the first token of windows a state so many times as long."""
-    calls, state = LayerCalls(short.decoder), states(short, windows)[layer]
+    calls, state = LayerCalls(short.decoder), states_of(short, windows)[layer]
     matrix = mlp_output(short.decoder.layers[layer])
     inputs = calls.until(layer, state, matrix).flatten(0, 1)  # (N, F)
     first = torch.zeros(len(windows), len(windows[0]))  # (B, S)
@@ -143,15 +135,15 @@ def attention_sink(short, windows, layer: int, times: float = 100) -> None:
 def test_the_layer_before_a_gap_makes_the_attention_sink_that_went_with_the_gap(healed):
     # the first token is of one kind, and the others are not
     windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
-    whole = meta(n_layers=6)
+    whole = short_llama(n_layers=6)
     attention_sink(whole, windows, 2)
-    target = states(whole, windows)[3][:, 0]  # (B, D), of first tokens
+    target = states_of(whole, windows)[3][:, 0]  # (B, D), of first tokens
 
     def missing(**settings: object) -> float:
-        short = meta(n_layers=6)
+        short = short_llama(n_layers=6)
         attention_sink(short, windows, 2)
         healed(short, [2], windows, progress=False, **settings)
-        made = states(short, windows)[2][:, 0]
+        made = states_of(short, windows)[2][:, 0]
         return float((made - target).norm() / target.norm())
 
     assert missing(step_size=1.0, lost=None) > 0.9
@@ -162,7 +154,7 @@ def test_the_layer_before_a_gap_makes_the_attention_sink_that_went_with_the_gap(
 def test_both_sublayers_of_the_layer_that_makes_an_attention_sink_are_solved(times):
     # the long state rounds the stream between them, which is what it is less the MLP's output
     windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
-    short = meta(n_layers=6)
+    short = short_llama(n_layers=6)
     attention_sink(short, windows, 3, times)
     found = fit(short, [1], windows, progress=False)
     assert {one.part for one in found.fits if one.layer == 3} == {"attention", "mlp"}
@@ -170,15 +162,11 @@ def test_both_sublayers_of_the_layer_that_makes_an_attention_sink_are_solved(tim
 
 def test_an_attention_sink_whose_layer_is_kept_weighs_as_other_tokens():
     windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
-    short = meta(n_layers=6)
+    short = short_llama(n_layers=6)
     attention_sink(short, windows, 3)
     ours, theirs = (fit(short, [1], windows, lost=lost, progress=False) for lost in (20.0, None))
     assert {key[0] for key in ours.values} >= {3}
     assert all(torch.equal(ours.values[key], theirs.values[key]) for key in theirs.values)
-
-
-def weights(short) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in short.decoder.module.parameters()]
 
 
 def same(ours, theirs) -> bool:
@@ -197,9 +185,9 @@ def test_before_a_norm_no_token_weighs_more(family):
 def test_every_family_is_read_only_refitted_and_put_back_bit_for_bit(family):
     short = ShortHFModel(make(family))
     gone = [4, 5] if family == "qwen2, sliding" else [3]
-    before, named = weights(short), dict(short.decoder.module.named_parameters())
+    before, named = weights_of(short), dict(short.decoder.module.named_parameters())
     refit = fit(short, gone, WINDOWS, held=WINDOWS, progress=False)
-    assert same(before, weights(short)) and refit.values
+    assert same(before, weights_of(short)) and refit.values
     for found in refit.fits:
         assert found.ridge is None or 0 < found.restored <= 1, found
     old = {name: p.detach().clone() for name, p in named.items()}
@@ -212,7 +200,7 @@ def test_every_family_is_read_only_refitted_and_put_back_bit_for_bit(family):
         assert differ and not torch.equal(short.decoder.logits(TOKENS), raw)
         undo()
         assert torch.equal(short.decoder.logits(TOKENS), raw) and not short.changes
-    assert same(before, weights(short))
+    assert same(before, weights_of(short))
 
 
 def test_what_cannot_be_solved_is_recorded_with_the_reason(tmp_path):
@@ -230,27 +218,27 @@ def test_what_cannot_be_solved_is_recorded_with_the_reason(tmp_path):
     assert mamba.fits and not mamba.unsolved  # it has no attention
     patch = fit(short, [3], WINDOWS, settings=PatchSettings(), progress=False)
     assert [(one.part, one.layer) for one in patch.unsolved] == [("mlp", 2)]
-    assert not fit(meta(), [3], WINDOWS, settings=PatchSettings(), progress=False).unsolved
+    assert not fit(short_llama(), [3], WINDOWS, settings=PatchSettings(), progress=False).unsolved
 
 
 @pytest.mark.parametrize("family", NO_HALVES)
 def test_layers_that_do_not_add_what_a_matrix_gives_are_refused_with_the_reason(family):
     short = ShortHFModel(make(family))
     short.model.config.model_type = "llama"  # whose row names none of its parts
-    before = weights(short)
+    before = weights_of(short)
     with pytest.raises(ValueError, match=r"cannot be refitted|nothing of this model"):
         heal(short, [3], WINDOWS, progress=False)
-    assert same(before, weights(short)) and short.kept == [*range(6)]
+    assert same(before, weights_of(short)) and short.kept == [*range(6)]
 
 
 def test_what_a_layer_that_does_nothing_leaves_needs_no_change():
-    short = meta()
+    short = short_llama()
     zero_layer(short.decoder.module, 3)
-    before, logits = weights(short), short.decoder.logits(TOKENS)
+    before, logits = weights_of(short), short.decoder.logits(TOKENS)
     refit = heal(short, [3], WINDOWS, **ALL)
     assert all(found.ridge is None for found in refit.fits)
     assert torch.equal(short.decoder.logits(TOKENS), logits)
-    assert len(weights(short)) < len(before)
+    assert len(weights_of(short)) < len(before)
 
 
 def test_in_bfloat16_as_many_matrices_are_solved():
@@ -269,7 +257,7 @@ def test_in_bfloat16_as_many_matrices_are_solved():
 
 
 def test_the_first_layers_may_go_and_sublayers_may_be_left_alone():
-    short = meta()
+    short = short_llama()
     refit = heal(short, [0, 1], WINDOWS, held=WINDOWS, parts=("mlp",), progress=False)
     assert short.kept == [2, 3, 4]
     assert {found.part for found in refit.fits} == {"mlp"}
@@ -277,17 +265,17 @@ def test_the_first_layers_may_go_and_sublayers_may_be_left_alone():
     assert all("feed_forward.w2" in name for _, name in refit.values)
     assert short.changed == set(refit.values)
     # the first that is left reads the embeddings, and is to give what the whole model has behind it
-    whole, raw = states(meta(), WINDOWS)[3], meta()
+    whole, raw = states_of(short_llama(), WINDOWS)[3], short_llama()
     raw.remove_layers([0, 1])
-    there = states(raw, WINDOWS)[1].norm(dim=-1, keepdim=True)
+    there = states_of(raw, WINDOWS)[1].norm(dim=-1, keepdim=True)
     weights = 1 / torch.minimum(whole.norm(dim=-1, keepdim=True), 2 * there) ** 2
-    off = [(weights * (states(s, WINDOWS)[1] - whole).pow(2)).sum().item() for s in (raw, short)]
+    off = [(weights * (states_of(s, WINDOWS)[1] - whole).pow(2)).sum().item() for s in (raw, short)]
     assert 1 - off[1] / off[0] == pytest.approx(refit.fits[0].restored_held, abs=1e-4)
 
 
 def test_sublayers_are_solved_in_their_order_whichever_is_named_first():
     ours, theirs = (
-        fit(meta(), [3], WINDOWS, held=HELD, parts=parts, progress=False)
+        fit(short_llama(), [3], WINDOWS, held=HELD, parts=parts, progress=False)
         for parts in (("attention", "mlp"), ("mlp", "attention"))
     )
     assert ours.fits == theirs.fits
@@ -295,11 +283,14 @@ def test_sublayers_are_solved_in_their_order_whichever_is_named_first():
 
 
 def test_the_refit_applies_half_of_a_solution_and_the_patch_all_of_it():
-    old = dict(meta().decoder.layers[2].named_parameters())["feed_forward.w2.weight"]
+    old = dict(short_llama().decoder.layers[2].named_parameters())["feed_forward.w2.weight"]
     ways = (RefitSettings(), RefitSettings(step_size=1.0), PatchSettings())
     options = {"parts": ("mlp",), "ridge": 0.1, "held": WINDOWS, "progress": False}
     half, once, patch = (
-        fit(meta(), [3], WINDOWS, settings=way, **options).values[2, "feed_forward.w2.weight"] - old
+        fit(short_llama(), [3], WINDOWS, settings=way, **options).values[
+            2, "feed_forward.w2.weight"
+        ]
+        - old
         for way in ways
     )
     assert once.abs().max() > 0.01 * old.abs().max()
@@ -308,7 +299,7 @@ def test_the_refit_applies_half_of_a_solution_and_the_patch_all_of_it():
 
 
 def test_the_ridge_is_twice_inputs_by_tokens_where_none_is_named():
-    short = meta()
+    short = short_llama()
     layer = dict(short.decoder.layers[2].named_modules())
     inputs = {
         "attention": layer["attention.wo"].weight.shape[1],
@@ -324,13 +315,13 @@ def test_the_ridge_is_twice_inputs_by_tokens_where_none_is_named():
 
 
 def test_every_eighth_window_is_held_out():
-    short = meta()
+    short = short_llama()
     apart = fit(short, [3], random_windows(16, 16), progress=False)
     assert (apart.windows, apart.held) == (14, 2)
     assert split_held_out([*range(16)])[1] == [7, 15]
     few = fit(short, [3], WINDOWS[:2], progress=False)
     assert (few.windows, few.held) == (1, 1)
-    counts = vars(heal(meta(), [3], WINDOWS[:3], **ALL))
+    counts = vars(heal(short_llama(), [3], WINDOWS[:3], **ALL))
     assert (counts["windows"], counts["held"]) == (3, 4)  # those held out are others
     for windows, options, message in (
         (WINDOWS[:1], {}, "windows to fit on = 0"),
@@ -344,14 +335,14 @@ def test_every_eighth_window_is_held_out():
 def test_several_replicas_do_not_write_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(replicas, "current", lambda device=None: replicas.Replicas(0, 2))
     with pytest.raises(ValueError, match="work_dir = .*: expected none with 2 replicas"):
-        fit(meta(), [3], WINDOWS, work_dir=tmp_path / "work", progress=False)
+        fit(short_llama(), [3], WINDOWS, work_dir=tmp_path / "work", progress=False)
     assert not (tmp_path / "work").exists()
 
 
 def test_windows_of_several_lengths_are_read_in_any_batches():
     windows = [w[: 8 + 4 * (i % 3)] for i, w in enumerate(WINDOWS)]
     how = {"held": windows, "progress": False}
-    alone, together = (fit(meta(), [3], windows, batch_size=size, **how) for size in (1, 4))
+    alone, together = (fit(short_llama(), [3], windows, batch_size=size, **how) for size in (1, 4))
     assert alone.values.keys() == together.values.keys()
     for key, value in alone.values.items():
         assert torch.allclose(value, together.values[key], atol=1e-5)
@@ -359,12 +350,12 @@ def test_windows_of_several_lengths_are_read_in_any_batches():
 
 
 def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
-    short = meta()
-    before = weights(short)
+    short = short_llama()
+    before = weights_of(short)
     for calls in (0, 1, 3):
         with interrupted(solver, "_add", calls):
             heal(short, [3], WINDOWS, held=WINDOWS, ridge=solver.RIDGES, progress=False)
-        assert same(before, weights(short)) and short.kept == [*range(5)] and not short.changes
+        assert same(before, weights_of(short)) and short.kept == [*range(5)] and not short.changes
 
     def full(*_: object, **__: object) -> None:
         raise MemoryError
@@ -372,11 +363,11 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr(short, "remove_layers", full)
     with pytest.raises(MemoryError):
         heal(short, [3], WINDOWS, **ALL)
-    assert same(before, weights(short)) and not short.changes
+    assert same(before, weights_of(short)) and not short.changes
 
 
 def test_what_cannot_be_is_refused_in_one_line():
-    short = meta()
+    short = short_llama()
     with pytest.raises(ValueError, match="step_size = 1.5: expected a number above 0 and at most"):
         fit(short, [3], WINDOWS, step_size=1.5)
     with pytest.raises(ValueError, match="9"):
@@ -403,8 +394,8 @@ def test_layers_that_need_the_tokens_are_refused():
 
 def test_the_ridge_is_chosen_by_the_windows_kept_apart():
     ridges, only = (1e-3, 1e-1, 10.0), {**ALL, "parts": ("mlp",)}
-    alone = {r: fit(meta(), [3], WINDOWS, ridge=r, **only).fits[0] for r in ridges}
+    alone = {r: fit(short_llama(), [3], WINDOWS, ridge=r, **only).fits[0] for r in ridges}
     best = max(alone.values(), key=lambda found: found.restored_held)
-    chosen = fit(meta(), [3], WINDOWS, ridge=ridges, **only).fits[0]
+    chosen = fit(short_llama(), [3], WINDOWS, ridge=ridges, **only).fits[0]
     assert (chosen.ridge, chosen.restored_held) == (best.ridge, best.restored_held)
     assert 0 < chosen.restored_held < chosen.restored and chosen.ridge != 1e-3

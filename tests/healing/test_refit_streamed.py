@@ -16,11 +16,11 @@ import torch
 from commands import TEXT, fails, run
 from conftest import (
     BYTE_VOCAB,
-    CharTokenizer,
     interrupted,
     make_transformer,
     random_windows,
     save_checkpoint,
+    short_llama,
     write_byte_tokenizer,
 )
 from processes import killed_at
@@ -63,8 +63,7 @@ def source(kind: str, folder: Path) -> Path:
 
 
 def memory(seed: int = 0) -> ShortLlama:
-    model = make_transformer(seed, vocab_size=BYTE_VOCAB)
-    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+    return short_llama(seed, vocab_size=BYTE_VOCAB)
 
 
 def streamed(folder: Path) -> StreamedLlama:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows, share_model
+from conftest import random_windows, share_model, short_llama
 from families import make
 
 from short_gpt.healing.distillation import CachedTeacher, LiveTeacher, Targets, divergence
 from short_gpt.wrappers.short_hf import ShortHFModel
-from short_gpt.wrappers.short_llama import ShortLlama
 
 WINDOWS = [w[: 16 - 3 * i] for i, w in enumerate(random_windows(4, 16))]
 
@@ -163,7 +161,7 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
 
 
 def test_a_meta_model_teaches_too(tmp_path):
-    short = ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
+    short = short_llama()
     (found,) = filled(tmp_path, short, k=3).targets([0], WINDOWS[:1])
     logits = short.decoder.logits(torch.tensor(WINDOWS[:1]))[0, :-1]
     assert torch.equal(found.ids, logits.topk(3).indices)
