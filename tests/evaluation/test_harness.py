@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import BYTE_VOCAB, DOCS, write_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from weights import from_transformers
 
-from llama import Llama
+from llama import Llama, Transformer
+from llama.formats.hf import HFCheckpoint
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.evaluation.tasks import run_tasks
@@ -43,16 +43,11 @@ def pair(folder: Path, *, bos: bool) -> tuple[ShortLlama, ShortHFModel]:
         eos_token_id=1,
     )
     hf = LlamaForCausalLM(config).eval()
-    params = {
-        "dim": 32,
-        "n_layers": 3,
-        "n_heads": 4,
-        "n_kv_heads": 2,
-        "vocab_size": BYTE_VOCAB,
-        "multiple_of": 32,
-        "norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-    }
+    hf.save_pretrained(folder / "hf")
+    opened = HFCheckpoint(folder / "hf")
+    opened.args.max_seq_len = SIZE
+    model = Transformer(opened.args).eval()
+    model.load_state_dict({name: opened.read(name) for name in opened.infos})
     file = write_byte_tokenizer(folder)
     if bos:  # as the files of Llamas say it: a step of the tokenizer puts bos in front
         content = json.loads(file.read_text())
@@ -76,7 +71,7 @@ def pair(folder: Path, *, bos: bool) -> tuple[ShortLlama, ShortHFModel]:
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
-    ours = ShortLlama(Llama(from_transformers(hf, params), Tokenizer(file)))
+    ours = ShortLlama(Llama(model, Tokenizer(file)))
     return ours, ShortHFModel(hf, tokenizer=words)
 
 

@@ -104,6 +104,7 @@ def hf_logits(directory, **options):
 CASES = {
     "grouped queries": {},
     "as many key heads": {"n_kv_heads": 4},
+    "one key head": {"n_kv_heads": 1, "rope_theta": 500000.0},
     "llama 3.1": SCALED,
     "tied": {"tied": True},
     "bfloat16": {"dtype": torch.bfloat16},
