@@ -46,10 +46,8 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         torch.empty(1, device=chosen)
         if chosen.type != "meta":
             return chosen
-    there = ["cpu", *(f"cuda:{i}" for i in range(count))]
-    there += ["mps"] * torch.backends.mps.is_available()
-    there += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
-    raise refused("device", device, f"one of {', '.join(there)}, which are available here")
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+    raise refused("device", device, f"one of {there} or another that PyTorch has memory on here")
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

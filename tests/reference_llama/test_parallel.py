@@ -67,7 +67,7 @@ def test_any_device_that_has_memory_is_taken(monkeypatch):
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", allocate)
     assert choose_device("xpu:1") == torch.device("xpu", 1)
-    with pytest.raises(ValueError, match=r"'xpu:2': expected one of cpu.*, xpu:0, xpu:1, which"):
+    with pytest.raises(ValueError, match="'xpu:2': expected one of cpu"):
         choose_device("xpu:2")
 
 

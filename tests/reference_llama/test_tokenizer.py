@@ -291,11 +291,9 @@ def json_file(
 @pytest.mark.parametrize(
     ("names", "bos", "eos"),
     [
-        (["<s>", "</s>"], 0, 1),
         (["<|end_of_text|>", "<|begin_of_text|>"], 1, 0),
         (["<|endoftext|>"], 0, 0),
         (["<s>", "</s>", "<|endoftext|>"], -1, -1),
-        (CONTROL, -1, -1),
         (["<pad>"], -1, -1),
     ],
 )
