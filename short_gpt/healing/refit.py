@@ -365,10 +365,8 @@ def _check(short: ScoredModel, layers: Sequence[int], settings: RefitSettings) -
     replicas.require_whole_model("a refit")
     short.check_whole()
     check_layers(layers, short.kept)
-    removed = {short.kept.index(layer) for layer in layers}
-    if settings.where == "gaps" and 0 in removed:
-        beginning = [short.kept[i] for i in range(len(short.kept)) if {*range(i + 1)} <= removed]
+    if settings.where == "gaps" and short.kept[0] in layers:
         raise ShortGPTError(
-            f"layers {beginning} cannot be patched: they begin the model, and the patch goes into "
+            f"layer {short.kept[0]} cannot be patched: it begins the model; the patch goes into "
             "the layer before a gap. Choose other layers, or heal by the refit"
         )

@@ -109,7 +109,8 @@ class RefitState:
         self.unsolved = list[Unsolved]()  # of these layers
         # the folder of the files of states; None holds them in memory
         self.states = None if folder is None else folder / STATES
-        self._values: dict[Parameter, Tensor] = {}
+        # the new values so far, by a layer's original number and a parameter's name in it
+        self.values: Mapping[Parameter, Tensor] = {}
         self._stored, self._files = StoredValues(), list[str]()  # and the names of its files
         self._turns: dict[str, list[HiddenStates]] = {}
         if folder is not None:
@@ -119,13 +120,9 @@ class RefitState:
                 self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
                 self.unsolved = [Unsolved(**one) for one in content["unsolved"]]
                 self._files = [*content["values"]]
+            self.values = self._stored
             for name in self._files:
                 self._stored.read(folder / name)
-
-    @property
-    def values(self) -> Mapping[Parameter, Tensor]:
-        """The new values so far, by a layer's original number and a parameter's name in it."""
-        return self._values if self.folder is None else self._stored
 
     def open(self, shapes: Sequence[tuple[int, int]], width: int, dtype: torch.dtype) -> None:
         """Makes room for the states of batches of these shapes (B, S), entering a layer."""
@@ -157,7 +154,7 @@ class RefitState:
         fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
         unsolved = [*self.unsolved, *unsolved]
         if self.folder is None:
-            self._values |= values
+            self.values = {**self.values, **values}
         else:
             path = self.folder / f"{VALUES}{done}"
             if values:

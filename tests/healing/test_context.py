@@ -53,21 +53,10 @@ def test_texts_are_numbered_through_all_kinds(kinds):
         assert large and small and not large & small
 
 
-def test_a_text_to_evaluate_on_that_is_named_twice_is_refused(kinds):
-    large, small = kinds
-    with pytest.raises(ShortGPTError, match="`eval_data` names .*small.jsonl twice: name it once"):
-        healing_windows(large, characters, 40, eval_data=f"{small},{small}")
-
-
 def test_without_a_limit_all_of_a_mix_is_read(kinds):
     found = healing_windows(",".join(kinds), characters, 40)
     every = len(found.training) + len(found.evaluation)
     assert every == 100 and 0.15 < share(found.training) < 0.25
-
-
-def test_a_file_whose_name_has_a_comma_is_one_source(tmp_path):
-    path = written(tmp_path / "a,b.jsonl", pieces("ab", 5))
-    assert healing_windows(path, characters, 40).training
 
 
 def test_every_source_of_a_mix_must_exist(kinds):

@@ -661,7 +661,7 @@ def test_heal_refuses_before_it_works(books, capsys):
         assert message in fails(capsys, *base, "--layers", "1", "--heal_by", method, *flags)
     line = fails(capsys, *base, "--heal_by", "distill")
     assert "or a --teacher that still has them" in line
-    assert "begin the model" in fails(capsys, *base, "--layers", "0", "--heal_by", "patch")
+    assert "it begins the model" in fails(capsys, *base, "--layers", "0", "--heal_by", "patch")
     Path("out").mkdir()
     assert "out exists" in fails(capsys, *base, "--layers", "1")
 

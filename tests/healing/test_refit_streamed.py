@@ -239,6 +239,22 @@ def test_what_one_layer_needs_goes_into_a_file_where_there_is_no_room(tmp_path, 
     assert files <= seen
 
 
+def test_a_refit_does_not_go_on_without_its_states(tmp_path):
+    with interrupted(LayerRefit, "solve", 1):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+    (tmp_path / "states/pruned.0").unlink()
+    with pytest.raises(ValueError, match=r"pruned.0 is damaged .it is missing.: delete"):
+        fit(memory(), LAYERS, WINDOWS, work_dir=tmp_path, **QUIET)
+
+
+def test_too_little_memory_is_said_before_anything_is_done(tmp_path):
+    short = streamed(checkpoint(tmp_path / "ckpt"))
+    short.max_memory = "100MB"
+    with pytest.raises(ValueError, match=r"the refit of this model needs at least .* \(.* layer"):
+        fit(short, LAYERS, WINDOWS, work_dir=tmp_path / "work", **QUIET)
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize(("kind", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("windows", [(2, 32), (8, 512)])
 def test_a_llama_2_7b_is_refitted_within_3_gb(kind, itemsize, windows, tmp_path, monkeypatch):
