@@ -100,16 +100,10 @@ def about_kinds(source: StrPath, layers: Sequence[int]) -> str | None:
         if stack.arch not in MAPPED or not is_scaled(stack.parts):
             return None
         return f"transformers ignores how this file scales positions: {directory}"
-    remark = (
-        f"{stack.arch}.{PATTERN} lists the kinds of the kept layers. transformers ignores it "
-        f"and takes kinds from positions, which is wrong here: {directory}"
-    )
-    if not stack.period():
-        return remark
     return (
-        f"{remark}. llama.cpp from before September 2026, and what is built on it, "
-        f"ignore it too: for these, remove {stack.whole_period} layers in a row, and measure the "
-        "loss"
+        f"{stack.arch}.{PATTERN} lists the kinds of the kept layers. transformers, and llama.cpp "
+        "from before September 2026 where it has a rule of its own, ignore the list and take kinds "
+        f"from positions, which is wrong here: {directory}"
     )
 
 

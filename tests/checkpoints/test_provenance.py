@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -14,7 +13,6 @@ import torch
 import yaml
 from conftest import (
     BYTE_VOCAB,
-    CharTokenizer,
     make_transformer,
     random_windows,
     save_checkpoint,
@@ -400,12 +398,6 @@ def test_copied_weights_are_the_same_and_tied_ones_stay_tied():
     assert all(map(torch.equal, before, model.parameters()))
     assert not {p.data_ptr() for p in held} & {p.data_ptr() for p in model.parameters()}
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-
-
-def test_a_meta_model_in_memory_is_refused_by_lora():
-    short = ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
-    with pytest.raises(ValueError, match="got ShortLlama: convert the checkpoint first"):
-        short.trainable()
 
 
 def test_the_record_of_a_model_opened_by_its_hub_id_is_that_of_the_commit(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ from gguf_files import write_gguf as write_model
 
 from llama.sources import find_source
 from short_gpt.checkpoints import Provenance, Target, format_of, prune_checkpoint
-from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.prune import kept_tensors
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import open_model
@@ -29,15 +28,6 @@ def test_what_verify_raises_leaves_the_earlier_model(tmp_path):
             prune_checkpoint(model, Target(out, form, overwrite=True, verify=refuse), [2])
         assert Provenance.of_checkpoint(out).removed_layers == [1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out", "out.gguf"]
-
-
-def test_every_argument_may_be_named_and_the_target_be_a_path(tmp_path):
-    model = write_model(tmp_path / "m.gguf", make_transformer(vocab_size=BYTE_VOCAB))
-    meta = prune_checkpoint(source=model, target=Target(tmp_path / "meta", "meta"), layers=[1])
-    for out in (Target(tmp_path / "a"), tmp_path / "b"):
-        assert prune_meta(ckpt_dir=meta, target=out, layers=[2]).is_dir()
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'target'"):
-        prune_meta(meta, layers=[2])
 
 
 def test_the_format_follows_the_name_then_the_source(tmp_path):
