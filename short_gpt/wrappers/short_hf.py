@@ -24,13 +24,19 @@ from short_gpt.checkpoints.hf import save_as_meta, save_hf
 from short_gpt.checkpoints.hub import check_push, push
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
-from short_gpt.checkpoints.verify import check_same, copy_weights, fingerprint, one_by_one
+from short_gpt.checkpoints.verify import (
+    check_same,
+    copy_weights,
+    fingerprint,
+    fingerprint_aligned,
+    one_by_one,
+)
 from short_gpt.data.texts import Conversation, check_plain
 from short_gpt.data.windows import Prefixed, common_start, starts_texts, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.models.config_file import config_entries
-from short_gpt.models.decoder import check_token_ids, damaged_weight, evaluating
+from short_gpt.models.decoder import check_token_ids, evaluating
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import (
     check_loaded,
@@ -39,7 +45,7 @@ from short_gpt.models.loading import (
     weight_stamps,
 )
 from short_gpt.runtime.digest import check_unchanged
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check, one_line
+from short_gpt.runtime.errors import ShortGPTError, check, one_line
 from short_gpt.wrappers.short_model import Prompts, ShortModel, check_texts
 
 if TYPE_CHECKING:
@@ -409,21 +415,13 @@ class ShortHFModel(ShortModel):
             if attention_of(again.config) != attention:  # which may round otherwise
                 del again
                 again = open_again(attn_implementation=attention)
-            copy_weights(again)
             if not getattr(again, "is_quantized", False):  # those are where they belong
                 again.to(device)
-            short = ShortHFModel(again, self._layers_path)
-            if damaged := damaged_weight(short.decoder, short.kept):
-                raise NotFiniteError(
-                    f"{self.source} has NaN or infinite weights, {damaged} of what was written, "
-                    "and its logits cannot verify the copy; fetch the weights again, or skip "
-                    "verification (`verify` no)"
-                )
-            return short
+            return ShortHFModel(again, self._layers_path)
 
         if release and device.type == "cpu":  # mapped from a file they may round otherwise
             copy_weights(self.model)
-        ours, theirs = one_by_one(lambda: fingerprint(self), lambda: fingerprint(saved()))
+        ours, theirs = one_by_one(lambda: fingerprint(self), lambda: fingerprint_aligned(saved()))
         try:
             check_same(ours, theirs)
         except RuntimeError:

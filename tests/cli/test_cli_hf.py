@@ -329,7 +329,7 @@ MISTAKES = [
     ("prune model.gguf model.gguf --layers 1 --overwrite", "model.gguf exists and is"),
     ("prune hf hf --layers 1 --overwrite", "hf exists and holds"),
     ("prune hf x --layers 1 --dtype float32", "--dtype is of a GGUF file written as a directory"),
-    ("prune hf x --scores other.json -n 1", "scores 4 layers, hf has 5"),
+    ("prune hf x --scores other.json -n 1", "other.json holds scores of the weights"),
     ("prune no/where x --layers 1", "no/where is not a directory here, and the hub"),
     (f"rank no/where {READ}", "no/where is not a directory here, and the hub cannot be"),
     (f"rank strange {READ}", "strange cannot be loaded: The checkpoint you are trying"),
@@ -347,7 +347,7 @@ MISTAKES = [
     ("evaluate hf --data none", "nothing to evaluate: give --data or --tasks"),
     ("evaluate hf --data book.txt --source x", "--source is a copy of wiki"),
     ("evaluate hf --data ptb", "ptb needs a local copy: pass --source, such as ptb"),
-    ("evaluate hf", "is on the hub, which cannot be reached"),
+    ("evaluate hf", "and the hub cannot be reached"),
     ("evaluate hf --data none --tasks nothing", "lm-eval has no tasks"),
 ]
 
