@@ -66,9 +66,10 @@ def write_tokenizer(source: Path, target: Path) -> None:
     tokenizer, is_json, config = Tokenizer(source), holds_json(source), target / CONFIG
     if is_json or tokenizer.json is None:
         copy_tokenizer(source, target)
-    if tokenizer.json is not None and tokenizer.add_bos:
-        bos = next(t for t, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id)
-        text = with_bos(tokenizer.json, bos, tokenizer.bos_id)
+    if (text := tokenizer.json) is not None:
+        if tokenizer.add_bos:
+            bos = next(t for t, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id)
+            text = with_bos(text, bos, tokenizer.bos_id)
         (target / "tokenizer.json").write_text(text, encoding="utf-8")
     if not is_json and not config.is_file():
         write_json(config, LLAMA2_CONFIG if tokenizer.json is None else LLAMA3_CONFIG)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
 
 import pytest
@@ -90,12 +89,3 @@ def test_limits_are_checked(tmp_path):
         Llama.build(tmp_path, tokenizer, 0, 4)
     with pytest.raises(ValueError, match="model_parallel_size = 2: expected 1"):
         Llama.build(tmp_path, tokenizer, 64, 4, model_parallel_size=2, device="cpu")
-
-
-def test_llama_3_scaling_is_read_from_params(tmp_path):
-    model = make_transformer(vocab_size=BYTE_VOCAB, use_scaled_rope=True, rope_theta=500000.0)
-    save_checkpoint(tmp_path, model)
-    params = json.loads((tmp_path / "params.json").read_text())
-    (tmp_path / "params.json").write_text(json.dumps({**params, "use_scaled_rope": True}))
-    llama = Llama.build(tmp_path, write_byte_tokenizer(tmp_path), 64, 4, device="cpu")
-    assert torch.equal(llama.model.freqs_cis, model.freqs_cis)

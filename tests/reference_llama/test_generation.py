@@ -227,11 +227,6 @@ def test_roles_out_of_order_are_refused(roles):
         check_roles([{"role": r, "content": ""} for r in roles])
 
 
-def test_a_tokenizer_of_neither_family_is_refused():
-    with pytest.raises(ValueError, match="neither Llama 2's nor Llama 3's"):
-        encode_dialog(Spy(None), DIALOG)
-
-
 def test_chat_completion_answers_and_refuses_forged_tags(llama):
     class Chat(CharTokenizer):
         dialog_format = "llama2"
