@@ -95,7 +95,7 @@ script tasks tasks --source tasks --wikitext wikitext2_test.txt --counts 2,4 --d
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \
     --documents 295,600 --sets auto,greedy,bi --auto 10,12,13,14,15,16,17,18 \
     --greedy 3,12,13,14,15,16,17,18 --bi 12,13,14,15,16,17,25,26
-measure compare python -m short_gpt compare --method bi,angular,relative_magnitude,sleb \
+measure compare python -m short_gpt compare demo --data demo --eval_data demo --method bi,angular,relative_magnitude,sleb \
     --n 4,8 --heal_by raw,patch,refit --plots pictures --device cpu \
     --json
 

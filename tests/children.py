@@ -263,24 +263,6 @@ def holding(path: Path, ready: Path) -> None:
     time.sleep(600)
 
 
-# A run of `shrink` that is killed once its output is in place, for `test_shrinking`
-
-
-def shrinking(folder: Path, model: str, out: str, how: dict[str, object]) -> None:
-    from short_gpt import jobs
-    from short_gpt.jobs import shrinking as job
-
-    place = job._move_into_place
-
-    def placed(*args: object) -> None:
-        place(*args)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    os.chdir(folder)
-    job._move_into_place = placed
-    jobs.shrink(model, out, **how)
-
-
 # Healing that replicas share, for `test_ranks`
 
 

@@ -198,8 +198,8 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         facts: the file.
         argv: of the command; "stop" in front has SIGTERM sent to it as its second round begins.
     """
-    stops, rounds, guesses = argv[0] == "stop", list[dict[str, float]](), list[float]()
-    score, guess = StreamedLlama.score_batch, StreamedLlama.seconds_a_window
+    stops, rounds = argv[0] == "stop", list[dict[str, float]]()
+    score = StreamedLlama.score_batch
 
     def clocked(self: StreamedLlama, windows: Sequence[Any], **more: Any) -> object:
         if stops and len(rounds) == 1:
@@ -209,12 +209,8 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         rounds.append({"seconds": time.perf_counter() - start, "windows": len(windows)})
         return scores
 
-    def noted(self: StreamedLlama, *given: Any) -> float:
-        guesses.append(guess(self, *given))
-        return guesses[-1]
-
     began, code, rule = time.perf_counter(), 0, stopping.Stop
-    StreamedLlama.score_batch, StreamedLlama.seconds_a_window = clocked, noted  # type: ignore
+    StreamedLlama.score_batch = clocked  # type: ignore[method-assign,assignment]
     stopping.Stop = partial(rule, rare=RARE)  # type: ignore[misc,assignment]
     try:
         short_gpt(list(argv[stops:]))
@@ -222,9 +218,9 @@ def timed(facts: Path, argv: Sequence[str]) -> None:
         code = int(end.code or 0)
     finally:
         stopping.Stop = rule  # type: ignore[misc]
-        StreamedLlama.score_batch, StreamedLlama.seconds_a_window = score, guess  # type: ignore
+        StreamedLlama.score_batch = score  # type: ignore[method-assign]
     found = {"code": code, "seconds": time.perf_counter() - began, "rounds": rounds}
-    found |= {"seconds_a_window_foretold": guesses, "peak_bytes": peak()}
+    found["peak_bytes"] = peak()
     facts.write_text(json.dumps(found))
 
 
@@ -322,9 +318,7 @@ def table(content: dict[str, Any]) -> str:
                     f"  {kind:<10} {run['layers']} after {run['windows']} windows; "
                     f"{run['seconds']:.0f} s, of which scoring {run['seconds_scoring']:.0f} s = "
                     f"{run['scoring / floor']:.2f} x floor; a window "
-                    f"{run['seconds_a_window']:.2f} s (foretold "
-                    f"{run['seconds_a_window_foretold'][0]:.2f}); peak "
-                    f"{run['peak_bytes'] / 1e9:.2f} GB"
+                    f"{run['seconds_a_window']:.2f} s; peak {run['peak_bytes'] / 1e9:.2f} GB"
                 )
         rows.append(f"  stopped    after {made['stopped']['windows_saved']} windows")
     return "\n".join(rows)

@@ -22,9 +22,9 @@ from short_gpt.cli.flags import (
     similar,
     values_of,
 )
-from short_gpt.cli.options import print_result, result_alone
+from short_gpt.cli.options import result_alone
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
-from short_gpt.runtime.progress import DryRun, be_quiet, is_first_rank
+from short_gpt.runtime.progress import be_quiet, is_first_rank
 from short_gpt.runtime.settings import as_flags
 
 
@@ -65,10 +65,7 @@ def run(argv: list[str]) -> None:
             alone = texts.get("json") == "-"
             ranks = environment("WORLD_SIZE", None) if single else nullcontext()
             with result_alone() if alone else nullcontext(), ranks:
-                try:
-                    call(argv[0], values_of(COMMANDS[argv[0]], texts))
-                except DryRun as plan:
-                    print_result(str(plan))
+                call(argv[0], values_of(COMMANDS[argv[0]], texts))
     elif is_first_rank():
         print(text)
 

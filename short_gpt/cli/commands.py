@@ -20,21 +20,16 @@ from short_gpt.jobs.settings import Answer
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import as_flags
 
-MORE_TEXT = "read another text too, as in --data novels/,self"
 SCORE_PICTURES = ("block_influence.png", "angular.png")
 RESULT = Output().only("json", "overwrite")
 
 
 def show_ranking(result: Any, run: Run) -> None:
     print_result(tables.ranked(result))
-    data, importance = run.values["data"], result.importance
-    if importance is None and (remark := about_own(data, advice=MORE_TEXT)) is not None:
-        print_result(remark)
+    importance = result.importance
     draw = partial(plots.score_figures, importance, result.answer.n)
     run.finish(result.to_dict(), None if importance is None else draw)
     result.finish()
-    if (command := tables.next_command(run.values, result)) is not None:
-        print_note(command)
 
 
 def show_pruned(result: Any, run: Run) -> None:
@@ -50,13 +45,10 @@ def show_healed(result: Any, run: Run) -> None:
 
 
 def show_compared(result: Any, run: Run) -> None:
-    counts = [*result.counts]  # of the default, those that there could be
-    values = {**run.values, "n": counts}
-    if values["model"] is None:  # which reads the demo's book
-        values |= {"data": "demo", "eval_data": "demo"}
+    values = {**run.values, "n": [*result.counts]}  # of the default, those that there could be
     print_result(tables.compared(result.rows, result.tasks, bos=result.bos))
-    for text in result.chosen:
-        print_result(f"\n{text}")
+    for n, choice in result.choices.items():  # of auto
+        print_result(f"\nauto, {n} layers: {choice.layers}\n{choice}")
     if (remark := about_own(values["data"], values["eval_data"])) is not None:
         print_result(remark)
     run = run._replace(values=values)

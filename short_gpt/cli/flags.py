@@ -33,8 +33,8 @@ DASHED = r"--?[A-Za-z]"
 WIDTH, INDENT = 80, 26  # of the help
 IN_PYTHON = ("notify", "state", "tokenizer")  # parameters of jobs that are no flags
 # of parameters of a job that are no fields of settings: part of the help, and whether it is rare
-PLACES = {"dry_run": (RUN, True), "overwrite": (WRITE, True), "out": (WRITE, False)}
-PLACES |= {"to": (WRITE, False), "verify": (WRITE, True), "source": (READ, True)}
+PLACES = {"dry_run": (RUN, True), "out": (WRITE, False), "source": (READ, True)}
+PLACES |= {"to": (WRITE, False), "verify": (WRITE, True)}
 
 
 class Command(NamedTuple):

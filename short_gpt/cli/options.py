@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -99,10 +98,7 @@ class Run(NamedTuple):
 
             check_output(self.file, overwrite=self.overwrite, replaces=is_record)
         out = self.values.get("out")
-        read = {k: v for k, v in self.values.items() if k not in ("json", "plots")}
         for target in self.targets:
-            if files := [parent for parent in target.parents if parent in self.targets]:
-                raise ShortGPTError(f"{target} cannot be written into the file {files[0]}")
             if out is not None and Path(out).resolve() in (
                 target.resolve(),
                 *target.resolve().parents,
@@ -110,9 +106,6 @@ class Run(NamedTuple):
                 raise ShortGPTError(
                     f"{target} lies in OUT, which holds the model alone; name a file beside it"
                 )
-            for name, value in read.items() if target.is_file() else ():
-                if isinstance(value, str) and os.path.realpath(value) == os.path.realpath(target):
-                    raise ShortGPTError(f"{target} is what `{name}` reads; choose another name")
 
     def write(self, content: Mapping[str, object]) -> None:
         """Writes the result with its record; of several ranks, only the first does."""

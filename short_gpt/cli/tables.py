@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.sources import is_gguf
-from short_gpt.data.texts import Default
 from short_gpt.jobs.inputs import about_bos, about_own
 from short_gpt.runtime.frames import aligned
 from short_gpt.runtime.settings import as_flags
@@ -18,7 +15,7 @@ from short_gpt.runtime.settings import as_flags
 if TYPE_CHECKING:
     from short_gpt.evaluation.perplexity import Perplexity, SamplingError
     from short_gpt.jobs import HealingResult, PruneResult, Ranking, ReproductionResult
-    from short_gpt.jobs.cases import Row
+    from short_gpt.jobs.comparing import Row
     from short_gpt.scoring.importance import Importance
     from short_gpt.selection.search import Search
 
@@ -112,31 +109,14 @@ def _samples(importance: Importance) -> str:
 
 def reproduced(result: ReproductionResult) -> str:
     """The ranking, the paper's list beside it, and what the scores say of the paper's order."""
+    from short_gpt.jobs.reproduction import order_table
+
     parts = [f"not the paper's protocol: {'; '.join(result.changed)}"] if result.changed else []
     parts += [f"taken for PG-19: {', '.join(result.taken)}"] if result.taken else []
     parts += [ranked(result.ranking), "", result.comparison.table()]
     if result.published is not None:
         parts += [f"rank correlation with published scores of all layers {result.published:.3f}"]
-    return "\n".join([*parts, "", result.order.table()])
-
-
-def next_command(values: Mapping[str, object], result: Ranking) -> str | None:
-    """The command that acts on a ranking by these flags, from its file if it has one; or None."""
-    from short_gpt.selection.methods import AUTO
-
-    model, n, scores = str(values["model"]), result.answer.n, values["json"]
-    out = "OUT.gguf" if is_gguf(model) else "OUT"
-    if scores not in (None, "-"):
-        choice = ["--scores", str(scores), "--n", "N" if n is None else str(n)]
-    elif n is not None:
-        choice = ["--layers", ",".join(map(str, result.layers))]
-    else:
-        return None
-    if result.answer.method != AUTO:
-        return "next: " + shlex.join(["short-gpt", "prune", model, out, *choice])
-    data = values["data"]  # auto chose for a healed model
-    choice += [] if isinstance(data, Default) else ["--data", str(data)]
-    return "next: " + shlex.join(["short-gpt", "heal", model, out, *choice])
+    return "\n".join([*parts, "", order_table(result.order)])
 
 
 def pruned(result: PruneResult) -> str:

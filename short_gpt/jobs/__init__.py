@@ -22,15 +22,13 @@ if TYPE_CHECKING:
         reproduce,
         shrink,
     )
-    from short_gpt.jobs.cases import Row
-    from short_gpt.jobs.comparing import ComparisonResult, compare
+    from short_gpt.jobs.comparing import ComparisonResult, Row, compare
     from short_gpt.jobs.healing import HealingResult
     from short_gpt.jobs.pruning import PruneResult
     from short_gpt.jobs.ranking import Ranking
     from short_gpt.jobs.reproduction import (
         Pair,
         PaperComparison,
-        PaperOrder,
         ReproductionResult,
         compare_with_paper,
         identify,
@@ -44,7 +42,7 @@ else:
 
 
 __all__ = ["ChosenLayers", "ComparisonResult", "HealingResult", "NotUploadedError", "Pair"]
-__all__ += ["PaperComparison", "PaperOrder", "PruneResult", "Ranking", "ReproductionResult", "Row"]
+__all__ += ["PaperComparison", "PruneResult", "Ranking", "ReproductionResult", "Row"]
 __all__ += ["SavedScores", "ShrinkResult", "StateReport", "chosen", "compare"]
 __all__ += ["compare_checkpoint", "compare_with_paper", "convert", "demo", "evaluate", "generate"]
 __all__ += ["heal", "identify", "paper_order", "prune", "published_scores", "rank", "reproduce"]

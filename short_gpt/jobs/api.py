@@ -4,19 +4,19 @@ The work is done in a module of its own for each job, which the call imports: wi
 appears at once.
 """
 
+# mypy: disable-error-code="empty-body"
+
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from os import PathLike
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from llama.sources import BuiltinName
 from short_gpt.data.texts import Default
-from short_gpt.jobs.cases import Cases
-from short_gpt.jobs.inputs import STRIDE, Notify, Tasks, Windows, ignore
-from short_gpt.jobs.saving import Hub
-from short_gpt.jobs.settings import Answer, Choice, Healing, Sampling
+from short_gpt.jobs.inputs import STRIDE, Tasks, Windows
+from short_gpt.jobs.saving import Running, Saving
+from short_gpt.jobs.settings import Answer, Cases, Choice, Healing, Sampling
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.runtime.settings import flat
 from short_gpt.wrappers.options import LOADING, READING, STREAMING, OpenOptions
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from short_gpt.jobs.pruning import PruneResult
     from short_gpt.jobs.ranking import Ranking
     from short_gpt.jobs.reproduction import ReproductionResult
-    from short_gpt.jobs.shrink_run import Model
     from short_gpt.jobs.shrunk import ShrinkResult
 
 SCORED = Windows(stride=STRIDE).without("eval_data", "eval_windows")  # as the ShortGPT authors cut
@@ -35,17 +34,17 @@ RANKING = OpenOptions().only(*STREAMING, "batch_size", "model_parallel_size")
 DEMO = BuiltinName("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two and a half minutes on two cores
 DEMO_WINDOWS = Windows(DEMO, eval_data=DEMO, size=512, max_windows=12, eval_windows=8).without(
-    "data", "column", "eval_data", "stride"
+    "data", "column", "eval_data", "stride", "seed"
 )
 OF_DEMO = Shrinking(n=4, method="bi", prompt="What is a king?").only(
     "n", "method", "minutes", "prompt"
 )
-SHRINKING = ("device", "dtype", "precision", "trust_remote_code", "stream", "max_memory")
+SHRINKING = ("device", "dtype", "precision", "trust_remote_code")
 COMPARED = Windows(max_windows=24, eval_windows=16).without("stride")
 PUBLISHED = Windows(Default("wikitext-2"), size=2048)  # as published perplexities are measured
 
 
-@flat("data")
+@flat("data", work="short_gpt.jobs.ranking")
 def rank(
     model: str | object,
     *,
@@ -53,9 +52,7 @@ def rank(
     windows: Windows = SCORED,
     answer: Answer = Answer(),
     opening: OpenOptions = RANKING,
-    state: str | PathLike[str] | None = None,
-    notify: Notify = ignore,
-    dry_run: bool = False,
+    running: Running = Running(),
 ) -> Ranking:
     """Scores every layer by Block Influence and angular distance.
 
@@ -68,9 +65,6 @@ def rank(
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file; or an
             opened model, or a loaded one of transformers.
         tokenizer: Tokenizer of a loaded model.
-        state: File that the run is saved in, to be continued.
-        notify: Called with what a streamed run will take in memory, before it starts.
-        dry_run: Only say what would be done and how long it takes.
 
     Raises:
         ShortGPTError: a setting, the model, the texts or the state of another run are refused.
@@ -80,13 +74,9 @@ def rank(
         >>> rank("llama-2-7b", "novels/", n=9).layers  # doctest: +SKIP
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
-    from short_gpt.jobs import ranking
-
-    how: Any = {"tokenizer": tokenizer, "state": state, "notify": notify, "dry_run": dry_run}
-    return ranking.rank(model, windows, answer, opening, **how)
 
 
-@flat()
+@flat(work="short_gpt.jobs.pruning")
 def prune(
     model: str,
     out: str,
@@ -94,9 +84,8 @@ def prune(
     choice: Choice = Choice(),
     to: str | None = None,
     verify: bool | None = None,
-    overwrite: bool = False,
     opening: OpenOptions = OpenOptions().only("tokenizer_path", "dtype", "trust_remote_code"),
-    hub: Hub = Hub(),
+    saving: Saving = Saving(),
 ) -> PruneResult:
     """Writes a checkpoint without some layers, in any format.
 
@@ -114,7 +103,6 @@ def prune(
         verify: Prove the result: the same logits as the source with the layers removed in memory,
             and the same greedy generation with and without the cache. Default: yes, but no from
             Meta's to Meta's and to GGUF, whose files are read again and compared in any case.
-        overwrite: Replace an earlier pruned checkpoint.
 
     Raises:
         RuntimeError: the result is not the source without the layers. It is deleted, and an
@@ -124,14 +112,9 @@ def prune(
         >>> prune("llama-2-7b", "llama-2-5b", layers=[21, 22, 25]).layers  # doctest: +SKIP
         [21, 22, 25]
     """
-    from short_gpt.jobs import pruning
-
-    return pruning.prune(
-        model, out, choice, opening, hub, to=to, verify=verify, overwrite=overwrite
-    )
 
 
-@flat()
+@flat(work="short_gpt.jobs.healing")
 def heal(
     model: str,
     out: str,
@@ -140,10 +123,8 @@ def heal(
     windows: Windows = Windows(size=None).without("stride"),
     healing: Healing = Healing(),
     opening: OpenOptions = OpenOptions().only(*STREAMING),
-    hub: Hub = Hub(),
-    overwrite: bool = False,
-    notify: Notify = ignore,
-    dry_run: bool = False,
+    saving: Saving = Saving(),
+    running: Running = Running().only("notify"),
 ) -> HealingResult:
     """Removes layers and brings quality back: closed forms or training.
 
@@ -157,9 +138,6 @@ def heal(
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
         out: New directory, or from a GGUF file another; appears whole or not at all.
-        overwrite: Replace an earlier output.
-        notify: Called with what a refit will take, and with every perplexity.
-        dry_run: Only say what would be done and how long it takes.
 
     Raises:
         ShortGPTError: a setting, the model or the texts are refused, before anything is written.
@@ -171,45 +149,32 @@ def heal(
         >>> done.evidence.perplexity["healed"].value  # doctest: +SKIP
         6.1
     """
-    from short_gpt.jobs import healing as work
-
-    how = (choice, windows, healing, opening, hub)
-    return work.heal(model, out, *how, overwrite=overwrite, notify=notify, dry_run=dry_run)
 
 
-@flat("data")
+@flat("data", work="short_gpt.jobs.comparing")
 def compare_checkpoint(
-    model: str | None = None,
+    model: str,
     *,
     windows: Windows = COMPARED,
     cases: Cases = Cases(),
     tasks: Tasks = Tasks().without("num_fewshot"),
     opening: OpenOptions = OpenOptions().only(*READING),
-    state: str | PathLike[str] | None = None,
-    dry_run: bool = False,
+    running: Running = Running().only("state"),
 ) -> ComparisonResult:
     """Compares methods x numbers of layers x healing on one model.
 
-    Nothing is measured twice. Without a checkpoint, the demo's small model and book are compared.
-    If interrupted, repeat it: it continues from its state file.
+    Nothing is measured twice. If interrupted, repeat it: it continues from its state file.
 
     Args:
-        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file. Default:
-            the demo's small model, which reads its book.
-        state: File that the run is saved in, to be continued.
-        dry_run: Only say what would be done and how long it takes.
+        model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.
 
     Example:
         >>> compare_checkpoint("llama-2-7b", method="bi", n=9).rows[1].n  # doctest: +SKIP
         9
     """
-    from short_gpt.jobs import comparing
-
-    groups = (windows, cases, tasks, opening)
-    return comparing.compare_checkpoint(model, *groups, state=state, dry_run=dry_run)
 
 
-@flat("data")
+@flat("data", work="short_gpt.jobs.evaluation")
 def evaluate(
     model: str | Sequence[str],
     pruned: str | None = None,
@@ -218,8 +183,7 @@ def evaluate(
     source: str | None = None,
     tasks: Tasks = Tasks(),
     opening: OpenOptions = OpenOptions().only(*READING, "batch_size"),
-    notify: Notify = ignore,
-    dry_run: bool = False,
+    running: Running = Running().only("notify"),
 ) -> dict[str, dict[str, float]]:
     """Compares a model with its pruned one: perplexity and tasks.
 
@@ -235,9 +199,6 @@ def evaluate(
             end with a split and a number of texts, as in pg19:train[:100] or novels/:test.
         max_windows: Windows to read, the first ones. Default: all.
         source: Local copy of wikitext-2, c4, ptb (which needs one) or pg19.
-        notify: Called with what intervals are over and, before an error is raised, with what was
-            measured.
-        dry_run: Only say what would be done and how long it takes.
 
     Returns:
         By model: its number of layers, the perplexity of each text with the ends of its 95%
@@ -250,16 +211,9 @@ def evaluate(
         >>> evaluate("llama-2-7b", "llama-2-5b")["llama-2-5b"]["layers"]  # doctest: +SKIP
         23.0
     """
-    from short_gpt.jobs import evaluation
-
-    one = isinstance(model, str | PathLike) or not isinstance(model, Iterable)
-    models: list[Any] = [model] if one else [*model]
-    models += [] if pruned is None else [pruned]
-    how = (windows, tasks, opening)
-    return evaluation.evaluate(models, *how, source=source, notify=notify, dry_run=dry_run)
 
 
-@flat()
+@flat(work="short_gpt.jobs.generation")
 def generate(
     model: str,
     prompt: str | None = None,
@@ -283,21 +237,16 @@ def generate(
     Example:
         >>> generate("llama-2-7b", "I am an avid fan of")  # doctest: +SKIP
     """
-    from short_gpt.jobs import generation
-
-    return generation.generate(model, prompt, sampling, opening, samples=samples, out=out)
 
 
-@flat("data")
+@flat("data", work="short_gpt.jobs.reproduction")
 def reproduce(
     model: str,
     *,
     windows: Windows = SCORED,
     confidence: float | None = 0.99,
     opening: OpenOptions = RANKING,
-    state: str | PathLike[str] | None = None,
-    notify: Notify = ignore,
-    dry_run: bool = False,
+    running: Running = Running(),
 ) -> ReproductionResult:
     """Runs the paper's protocol and shows the paper's list beside it.
 
@@ -310,21 +259,14 @@ def reproduce(
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.
         confidence: Of all runs, at most 1 - confidence end early with another answer; none reads
             all windows.
-        state: File that the run is saved in, to be continued.
-        notify: Called with the time the run will take and with its progress.
-        dry_run: Only say what would be done and how long it takes.
 
     Example:
         >>> reproduce("llama-2-7b").comparison.ours  # doctest: +SKIP
         [27, 26, 25, 28, 24, 29, 23, 21, 22]
     """
-    from short_gpt.jobs import reproduction
-
-    how: Any = {"confidence": confidence, "state": state, "notify": notify, "dry_run": dry_run}
-    return reproduction.reproduce(model, windows, opening, **how)
 
 
-@flat()
+@flat(work="short_gpt.jobs.conversion")
 def convert(
     model: str,
     out: str,
@@ -333,9 +275,9 @@ def convert(
     type: str | None = None,
     shards: int | None = None,
     verify: bool | None = None,
-    overwrite: bool = False,
     opening: OpenOptions = OpenOptions().only("tokenizer_path", "dtype", "trust_remote_code"),
-    notify: Notify = ignore,
+    running: Running = Running().only("notify"),
+    saving: Saving = Saving().only("overwrite"),
 ) -> Path:
     """Writes a model in another format: Meta's, Hugging Face's or GGUF.
 
@@ -358,8 +300,6 @@ def convert(
         verify: Prove the result by loading source and result, one after the other. Default: yes,
             but no from Meta's to Meta's and to GGUF, whose files are read again and compared in any
             case.
-        overwrite: Replace an earlier conversion.
-        notify: Called with what was proved, in a sentence.
 
     Raises:
         FileNotFoundError: there is no such source.
@@ -370,13 +310,9 @@ def convert(
         >>> convert("model.gguf", "model-meta")  # doctest: +SKIP
         PosixPath('model-meta')
     """
-    from short_gpt.jobs import conversion
-
-    how: Any = {"to": to, "type": type, "shards": shards, "verify": verify}
-    return conversion.convert(model, out, opening, **how, overwrite=overwrite, notify=notify)
 
 
-@flat()
+@flat(work="short_gpt.jobs.shrinking")
 def shrink(
     model: str | object,
     out: str,
@@ -386,9 +322,8 @@ def shrink(
     windows: Windows = SHRUNK,
     tasks: Tasks = Tasks().only("tasks"),
     opening: OpenOptions = OpenOptions().only(*SHRINKING),
-    hub: Hub = Hub().only("push_to_hub"),
-    overwrite: bool = False,
-    notify: Notify = ignore,
+    saving: Saving = Saving().only("overwrite", "push_to_hub"),
+    running: Running = Running().only("notify"),
     dry_run: bool = False,
 ) -> ShrinkResult:
     """Makes a smaller model that works, with all steps in one.
@@ -403,8 +338,6 @@ def shrink(
             transformers, which is shrunk in place too.
         out: New directory, or GGUF file if it ends with .gguf; appears whole or not at all.
         tokenizer: Tokenizer of a loaded model.
-        overwrite: Replace an earlier output.
-        notify: Called with what will be done and how long it takes, before it starts.
         dry_run: Only say what would be done, in time and memory.
 
     Raises:
@@ -414,11 +347,6 @@ def shrink(
     Example:
         >>> print(shrink("llama-2-7b", "llama-2-5b", ratio=0.25))  # doctest: +SKIP
     """
-    from short_gpt.jobs import shrinking
-
-    groups = (settings, windows, tasks, opening, hub)
-    how: Any = {"tokenizer": tokenizer, "overwrite": overwrite, "notify": notify}
-    return shrinking.shrink(cast("Model", model), Path(out), *groups, **how, dry_run=dry_run)
 
 
 @flat()
@@ -428,8 +356,8 @@ def demo(
     settings: Shrinking = OF_DEMO,
     windows: Windows = DEMO_WINDOWS,
     opening: OpenOptions = OpenOptions().only("device", "dtype", "precision"),
-    overwrite: bool = False,
-    notify: Notify = ignore,
+    running: Running = Running().only("notify"),
+    saving: Saving = Saving().only("overwrite"),
     dry_run: bool = False,
 ) -> ShrinkResult:
     """Shrinks a small real model on a few windows of text.
@@ -439,8 +367,6 @@ def demo(
 
     Args:
         out: New directory; appears whole or not at all.
-        overwrite: Replace an earlier output.
-        notify: Called with what will be done and how long it takes, before it starts.
         dry_run: Only say what would be done, in time and memory.
 
     Example:
@@ -448,5 +374,5 @@ def demo(
     """
     from short_gpt.jobs import shrinking
 
-    how: Any = {"overwrite": overwrite, "notify": notify, "dry_run": dry_run}
-    return shrinking.shrink(DEMO, Path(out), settings, windows, Tasks(), opening, **how)
+    groups = (settings, windows, Tasks(), opening, saving, running)
+    return shrinking.shrink(DEMO, out, *groups, dry_run)

@@ -5,38 +5,57 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from llama.files import JsonObject
-from llama.sources import BuiltinName
-from short_gpt.data import demo
 from short_gpt.data.disjoint import without_overlap
-from short_gpt.data.texts import Default, evaluation_texts
+from short_gpt.data.texts import evaluation_texts
 from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
 from short_gpt.healing import HealedChoice, PatchSettings, RefitSettings
-from short_gpt.healing.choosing import REFIT_PASSES, TRIAL_WINDOWS
+from short_gpt.healing.choosing import TRIAL_WINDOWS
 from short_gpt.healing.context import Windows as TokenWindows
 from short_gpt.healing.sets import RAW, LayerSets
-from short_gpt.jobs.cases import METHODS, SEEDS, Cases, Row
-from short_gpt.jobs.costs import end_dry_run, size_without, tokens_per_second
+from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.jobs.inputs import SIZE, Tasks, Windows, check_model
-from short_gpt.jobs.saving import check_state, interruptible
+from short_gpt.jobs.saving import Running, interruptible
+from short_gpt.jobs.settings import COMPARED, Cases
 from short_gpt.runtime.digest import json_digest, windows_digest
-from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, check_alone
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.selection.methods import AUTO
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, split_own_text
-from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
 # identifies a tokenizer by its ids: letters of several scripts, digits, signs and spaces
 PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)]))
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
+
+
+SEEDS = 3  # random sets for every number of layers
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison."""
+
+    method: str  # that chose the layers
+    seed: int | None  # of the random method; None for all others
+    n: int  # layers removed
+    healing: str  # raw, patch or refit
+    layers: list[int]  # removed, original numbers
+    perplexity: float  # on the evaluation text
+    nats: float  # mean loss minus that of the original model, paired over the windows
+    standard_error: float  # of nats; 0 for the original model
+    gain: float | None  # mean loss minus that of the raw model; None for a raw one
+    gain_error: float | None  # standard error of gain
+    parameters: int  # of the model without the layers
+    megabytes: float  # of its weights
+    tokens_per_second: float  # greedy generation with the cache, one sequence
+    windows: int = 0  # that the errors are over
+    texts: int | None = None  # of the windows; see `evaluation.Difference`
 
 
 @dataclass(frozen=True)
@@ -52,13 +71,6 @@ class ComparisonResult:
     bos: str = "first"  # which windows began with it: first of each text, or every
     precision: Mapping[str, str] | None = None  # `ScoredModel.about_precision`
     choices: Mapping[int, HealedChoice] = field(default_factory=dict)  # of auto, by how many
-
-    @property
-    def chosen(self) -> list[str]:
-        """How auto chose, one text for every number of layers."""
-        return [
-            f"auto, {n} layers: {choice.layers}\n{choice}" for n, choice in self.choices.items()
-        ]
 
     def to_dict(self) -> dict[str, object]:
         """The result, ready for JSON."""
@@ -76,7 +88,7 @@ def compare(
     calibration: TokenWindows,
     evaluation: TokenWindows,
     *,
-    method: str | Sequence[str] = METHODS,
+    method: str | Sequence[str] = COMPARED,
     n: object = Cases.n,
     heal_by: str | Sequence[str] = RAW,
     search_windows: int = TRIAL_WINDOWS,
@@ -206,56 +218,30 @@ def _tasks(sets: LayerSets, rows: Sequence[Row], suite: TaskSuite) -> dict[str, 
 
 @interruptible()
 def compare_checkpoint(
-    model: str | None,
-    reading: Windows,
+    model: str,
+    windows: Windows,
     cases: Cases,
     tasks: Tasks,
     opening: OpenOptions,
-    *,
-    state: str | os.PathLike[str] | None = None,
-    dry_run: bool = False,
+    running: Running,
 ) -> ComparisonResult:
     """What `jobs.compare_checkpoint` does."""
     check_alone("compare")
-    if model is None:
-        if not isinstance(reading.data, Default) or reading.eval_data is not None:
-            raise ShortGPTError(
-                "without a MODEL, the demo's model reads its own book: name a MODEL, or leave out "
-                "`data` and `eval_data`"
-            )
-        reading = replace(reading, data=BuiltinName("demo"), eval_data=BuiltinName("demo"))
-    reading.check(shuffled=True)
+    running.check()
+    windows.check(shuffled=True)
     for group in (tasks, cases):
         group.check()
-    source = str(demo.checkpoint()) if model is None else model
-    if (n_layers := check_model(source)) is not None:
+    if (n_layers := check_model(model)) is not None:
         cases = cases.within(n_layers)
-    held = evaluation_texts(reading.eval_name, reading.column).values()
-    size, kinds = reading.size or SIZE, reading.kinds()
-    check_state(state)
-    short = open_model(source, opening, max_seq_len=size)
+    held = evaluation_texts(windows.eval_name, windows.column).values()
+    size, kinds = windows.size or SIZE, windows.kinds()
+    short = open_model(model, opening, max_seq_len=size)
     cases = cases.within(len(short.kept))
-    end = partial(_end_dry_run, short, source, cases, reading)
-    writer = own_text_writer(short, size, seed=reading.seed or 0, beside=state)
-    write = (lambda *_: end()) if dry_run else writer
-    limits = (reading.max_windows, reading.seed or 0)
+    write = own_text_writer(short, size, seed=windows.seed, beside=running.state)
+    limits = (windows.max_windows, windows.seed or 0)
     calibration, evaluation = split_own_text(kinds, [list(kind) for kind in held], write, *limits)
-    held_out = list(reading.cut(evaluation, short, reading.eval_windows))
-    fit_on, _ = without_overlap(list(reading.cut(calibration, short)), held_out)
-    if dry_run:
-        end()
+    held_out = list(windows.cut(evaluation, short, windows.eval_windows))
+    fit_on, _ = without_overlap(list(windows.cut(calibration, short)), held_out)
     suite, how = tasks.suite(), asdict(cases)
-    result = compare(short, fit_on, held_out, **how, tasks=suite, state=state)
+    result = compare(short, fit_on, held_out, **how, tasks=suite, state=running.state)
     return replace(result, bos=short.bos, precision=short.about_precision)
-
-
-def _end_dry_run(short: ScoredModel, source: str, cases: Cases, reading: Windows) -> NoReturn:
-    """Raises DryRun with the number of models and of the windows that they read."""
-    healings = cases.healings
-    sets = len(cases.counts) * sum(SEEDS if name == "random" else 1 for name in cases.methods)
-    models = 1 + sets * len(healings)
-    work = f"compare {models} models of {source}: {', '.join(cases.methods)} x {cases.counts} "
-    work += f"layers x {', '.join(healings)}; searches and writing own text take more"
-    refits = sum(healing != RAW for healing in healings) * REFIT_PASSES * sets
-    count = models * reading.eval_windows + (1 + refits) * (reading.max_windows or 0)
-    end_dry_run(short, work, reading.size or SIZE, count)

@@ -10,7 +10,6 @@ from llama.files import json_text
 from llama.formats.gguf import llama_to_gguf, to_meta
 from llama.formats.gguf_read import GGUFParts
 from llama.formats.hf import meta_to_hf
-from llama.ranks import is_distributed
 from llama.sources import Source, find_source, is_gguf, resolve
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
@@ -18,28 +17,24 @@ from short_gpt.checkpoints.hf import save_hf
 from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
 from short_gpt.checkpoints.prune import kept_tensors
 from short_gpt.checkpoints.target import Target, check_format
-from short_gpt.jobs.inputs import Notify, ignore
-from short_gpt.jobs.saving import interruptible
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.jobs.saving import Running, Saving, interruptible
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 from short_gpt.wrappers.opening import check_tokenizer, open_trainable, same_model
 from short_gpt.wrappers.options import OpenOptions
-
-NOT_VERIFIED = "not verified: verification loads the model on one rank; run without torchrun"
 
 
 @interruptible()
 def convert(
     model: str,
     out: str,
+    to: str | None,
+    type: str | None,
+    shards: int | None,
+    verify: bool | None,
     opening: OpenOptions,
-    *,
-    to: str | None = None,
-    type: str | None = None,
-    shards: int | None = None,
-    verify: bool | None = None,
-    overwrite: bool = False,
-    notify: Notify = ignore,
+    running: Running,
+    saving: Saving,
 ) -> Path:
     """What `jobs.convert` does."""
     check_format(out, to)
@@ -56,19 +51,21 @@ def convert(
     total = len({*names}) or None
     with bar("converting", total=total, unit="tensor") as shown:
         writing: dict[str, Any] = {"progress": lambda _: shown.update(), "verify": check}
-        writing |= {"overwrite": overwrite}
+        writing |= {"overwrite": saving.overwrite}
         if to == "gguf":
             _to_gguf(source, out, type, path, {**writing, "exact": bool(verify)})
         elif to == "hf" and source.kind == "gguf":  # as transformers reads it
             short = open_trainable(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
-            target = Target(out, "hf", overwrite, None if verify is False else short.check_saved)
+            target = Target(
+                out, "hf", saving.overwrite, None if verify is False else short.check_saved
+            )
             record = Provenance.of_checkpoint(source)
             how: dict[str, Any] = {"tokenizer": short.tokenizer, "record": record}
             save_hf(short.trainable(), target, **how, source=source)
         else:
             _to_directory(source, out, dtype, path, shards, writing)
     if proofs and proofs[0] is not None:
-        notify(proofs[0])
+        running.tell(proofs[0])
     return Path(out)
 
 
@@ -118,21 +115,17 @@ def _format(source: Source, out: str, shards: int | None) -> str:
 def _check_options(
     source: Source, to: str, type: str | None, dtype: str | None, shards: int | None
 ) -> None:
-    kind = source.kind
-    if type is not None and (to != "gguf" or kind == "gguf"):
-        raise ShortGPTError(
-            f"`type` {type} is for writing GGUF from another format; tensors of a GGUF file stay "
-            "as they are (llama.cpp's llama-quantize changes them)"
-        )
-    if dtype is not None and (to == "gguf" or (to == "hf" and kind != "gguf")):
-        raise ShortGPTError(
-            f"`dtype` {dtype} is for writing Meta's format; Hugging Face's keeps the source's, and "
-            "GGUF has `type`"
-        )
-    if shards is not None and to != "meta":
-        raise ShortGPTError(f"`shards` {shards} writes Meta's format, not {to}")
-    kind = "hf" if kind == "hub" else kind
-    if to == kind and to != "gguf" and not (to == "meta" and shards is not None):
+    kind = "hf" if source.kind == "hub" else source.kind
+    into_gguf, into_meta = to == "gguf" and kind != "gguf", to == "meta"
+    allowed = into_meta or (to == "hf" and kind == "gguf")
+    for name, value, has_effect, what in (
+        ("type", type, into_gguf, "is for writing GGUF from another format"),
+        ("dtype", dtype, allowed, "is for Meta's format, or one read from GGUF; GGUF has `type`"),
+        ("shards", shards, into_meta, f"writes Meta's format, not {to}"),
+    ):
+        if value is not None and not has_effect:
+            raise ShortGPTError(f"`{name}` {value} {what}")
+    if to == kind and to != "gguf" and not (into_meta and shards is not None):
         raise ShortGPTError(f"{source} is in the format {to} already; give `to` another one")
 
 
@@ -153,8 +146,8 @@ def prove(
 ) -> str | None:
     """Compares a new directory, which will be called ``out``, with its source without ``drop``.
 
-    Without a ``verify``, where Hugging Face's format is read or written, or GGUF is read, and the
-    packages for it are there. Weights were rounded to the dtype of the opening, if it has one.
+    Without a ``verify``, where Hugging Face's format is read or written, or GGUF is read. Weights
+    were rounded to the dtype of the opening, if it has one.
     Returns what was proved, or why nothing was; None if no proof was asked for.
     """
     written = find_source(directory)
@@ -162,13 +155,6 @@ def prove(
         return readback_message(source)
     if not (verify or (verify is None and not source.kind == written.kind == "meta")):
         return None
-    if is_distributed():
-        return NOT_VERIFIED
-    try:
-        path, trust = opening.tokenizer_path, opening.trust_remote_code
-        how: dict[str, Any] = {"tokenizer_path": path, "trust_remote_code": trust}
-        return same_model(source, written, list(drop), name=out, dtype=opening.dtype, **how)
-    except MissingPackageError as error:
-        if verify:
-            raise
-        return f"not verified: {error}"
+    path, trust = opening.tokenizer_path, opening.trust_remote_code
+    how: dict[str, Any] = {"tokenizer_path": path, "trust_remote_code": trust}
+    return same_model(source, written, list(drop), name=out, dtype=opening.dtype, **how)

@@ -5,24 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 from torch import Tensor
 
-from short_gpt.healing.choosing import (
-    BARE_PASS,
-    BUDGET,
-    MAX_WINDOWS,
-    REFIT_PASSES,
-    TRIAL_WINDOWS,
-)
-from short_gpt.runtime import replicas
+from short_gpt.healing.choosing import BARE_PASS, BUDGET, MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS
 from short_gpt.runtime.devices import wait
-from short_gpt.runtime.progress import DryRun, duration
-from short_gpt.scoring.stopping import Stop
 from short_gpt.selection.methods import AUTO, SEARCHED
 from short_gpt.selection.search import most_layers_run
-from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_model import ShortModel
 
 TIMED = 3  # steps of writing by which its time is foretold
@@ -94,39 +83,3 @@ def windows_to_choose(method: str, n: int | None, n_layers: int, windows: int) -
         rounds = 1 if method == "perplexity" else n or n_layers // 2
         chosen = TRIAL_WINDOWS * most_layers_run(n_layers, rounds) / n_layers
     return unknown + (0.0 if n is None and method == "sleb" else chosen)  # the same search
-
-
-def forecast(
-    short: ScoredModel,
-    window: list[int],
-    *,
-    batch_size: int = 1,
-    rule: Stop | None = None,
-    total: int | None = None,
-    population: int | None = None,
-    read: int = 0,
-) -> str:
-    """How long a run will take, from one window that is timed. All ranks must call it.
-
-    Of ``total`` windows, a sample of ``population``, ``read`` were read before; None is unknown.
-    """
-    one = short.seconds_a_window(window, batch_size) / replicas.current(short.decoder.device).count
-    line = f"a window of {len(window):,} tokens takes {duration(one)}"
-    if total is None:
-        return f"{line}; how many there are shows as they are read"
-    parts, first = [], total if rule is None else rule.first_look(population)
-    if read < first < total:
-        settled = duration((first - read) * one)
-        parts.append(f"{first:,} windows, where the answer may be settled, take {settled}")
-    parts.append(f"all {total:,} take {duration((total - read) * one)}")
-    before = f"; {read:,} were read before" if read else ""
-    return f"{line}: {'; '.join(parts)}{before}"
-
-
-def end_dry_run(
-    short: ScoredModel, work: str, size: int, total: int | None = None, **how: Any
-) -> NoReturn:
-    """Raises DryRun with the work and its `forecast`, from a window of ``size`` that is timed."""
-    window = [0] * min(size, short.decoder.max_seq_len)  # its tokens do not change the time
-    seconds = forecast(short, window, total=total, **how)
-    raise DryRun(f"dry run: it would {work}\n{seconds}\nnothing was written")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -12,9 +12,8 @@ from short_gpt.data.texts import check_named_once, read_texts, source_names
 from short_gpt.evaluation.perplexity import Perplexity, difference
 from short_gpt.evaluation.protocols import PROTOCOLS, check_copy, protocol, rows_of
 from short_gpt.evaluation.tasks import TaskRun, task_changes
-from short_gpt.jobs.costs import end_dry_run
-from short_gpt.jobs.inputs import Notify, Tasks, Windows, check_model, ignore
-from short_gpt.jobs.saving import interruptible
+from short_gpt.jobs.inputs import Tasks, Windows, check_model
+from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
@@ -26,38 +25,38 @@ NONE = "none"  # the name of no text
 
 @interruptible()
 def evaluate(
-    models: Sequence[str | PathLike[str]],
+    model: str | PathLike[str] | Sequence[str],
+    pruned: str | None,
     windows: Windows,
+    source: str | None,
     tasks: Tasks,
     opening: OpenOptions,
-    *,
-    source: str | None = None,
-    notify: Notify = ignore,
-    dry_run: bool = False,
+    running: Running,
 ) -> dict[str, dict[str, float]]:
     """What `jobs.evaluate` does."""
-    for model in models:
-        check_model(model)
-    names = [os.fspath(model) for model in models]
+    one = isinstance(model, str | PathLike) or not isinstance(model, Iterable)
+    several: Any = [model] if one else model
+    models = [*several, *([] if pruned is None else [pruned])]
+    for each in models:
+        check_model(each)
+    names = [os.fspath(each) for each in models]
     for name in names:
         if names.count(name) > 1:
             raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     _check(windows, source, tasks)
     check_tokenizer(opening.tokenizer_path, *names)
     texts = Texts(windows, source, _local_texts(windows, source))
-    if dry_run:
-        _end_dry_run(names, texts, tasks, opening)
     first, rows = None, dict[str, dict[str, float]]()
     try:
         for name in names:
             row = rows[name] = {}
-            measured = _evaluated(name, row, texts, tasks, opening, first, notify)
+            measured = _evaluated(name, row, texts, tasks, opening, first, running)
             first = first or measured
     except BaseException:  # also Ctrl-C
         for name, row in rows.items():  # what was measured is printed
             if row.keys() - {"layers"}:
                 values = ", ".join(f"{measure} {value:.6g}" for measure, value in row.items())
-                notify(f"measured of {name} before this ended: {values}")
+                running.tell(f"measured of {name} before this ended: {values}")
         raise
     return rows
 
@@ -111,16 +110,6 @@ def _local_texts(windows: Windows, source: str | None) -> dict[str, list[str]]:
     return {name: [*read_texts(name, column, split=None)] for name in names}
 
 
-def _end_dry_run(names: Sequence[str], texts: Texts, tasks: Tasks, opening: OpenOptions) -> None:
-    size = texts.windows.size or 0
-    short = open_model(names[0], of_source(opening, names[0]), max_seq_len=size)
-    read = [one for one in (texts.windows.name, tasks.tasks) if one not in (NONE, None)]
-    work = f"evaluate {' and '.join(names)} on {' and '.join(map(str, read))}"
-    work += "; tasks take more" if tasks.tasks else ""
-    total = sum(map(len, texts.cut(short).values())) * len(names) or None  # of every model
-    end_dry_run(short, work, size, total)
-
-
 # by text, a model's perplexity and a digest of the windows' tokens; and its tasks
 Measured = tuple[dict[str, tuple[Perplexity, str]], TaskRun]
 
@@ -132,7 +121,7 @@ def _evaluated(
     tasks: Tasks,
     opening: OpenOptions,
     first: Measured | None,
-    notify: Notify,
+    running: Running,
 ) -> Measured:
     """Fills the row of a model."""
     short = open_model(name, of_source(opening, name), max_seq_len=texts.windows.size or 0)
@@ -149,7 +138,7 @@ def _evaluated(
             ends = zip(("low", "high"), value.interval(), strict=True)  # of 95%
             row |= {f"{text} perplexity_{name}{how}": end for name, end in ends}
             if first is None or digest != first[0][text][1]:
-                notify(f"{text}: 95% intervals of perplexities over {value.error.over}")
+                running.tell(f"{text}: 95% intervals of perplexities over {value.error.over}")
     run = tasks.run(short, batch_size=opening.batch_size)
     row |= run.named()
     for text, (before, digest) in ({} if first is None else first[0]).items():

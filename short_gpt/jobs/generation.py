@@ -20,10 +20,9 @@ def generate(
     model: str,
     prompt: str | None,
     sampling: Sampling,
+    samples: int | None,
+    out: str | None,
     opening: OpenOptions,
-    *,
-    samples: int | None = None,
-    out: str | None = None,
 ) -> str | Path:
     """What `jobs.generate` does."""
     sampling.check()
@@ -58,11 +57,6 @@ def _write_samples(
     if target.is_file():
         raise FileExistsError(f"{target} exists; choose another name")
     check_output(target, overwrite=False, replaces=lambda _: False)
-    if (sampling.temperature, sampling.top_p) != (Sampling.temperature, Sampling.top_p):
-        raise ShortGPTError(
-            "`temperature` and `top_p` are for a `prompt`: the model's own texts are drawn at "
-            "temperature 1 from the whole vocabulary"
-        )
     size, seed = sampling.max_new_tokens, sampling.seed
     short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
     if not 2 <= size <= (most := short.decoder.max_seq_len):

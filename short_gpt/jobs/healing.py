@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from llama.files import check_new
 from llama.sources import find_source, is_gguf
@@ -23,9 +22,9 @@ from short_gpt.evaluation.perplexity import (
 )
 from short_gpt.healing import HealingEvidence, HealingJob, HealingWindows, Recipe
 from short_gpt.healing.job import CLOSED, TRAINING
-from short_gpt.jobs.costs import CLOSED_WINDOWS, end_dry_run
-from short_gpt.jobs.inputs import SIZE, Notify, Windows, check_model, ignore
-from short_gpt.jobs.saving import Hub, interruptible
+from short_gpt.jobs.costs import CLOSED_WINDOWS
+from short_gpt.jobs.inputs import SIZE, Windows, check_model
+from short_gpt.jobs.saving import Running, Saving, interruptible
 from short_gpt.jobs.settings import Choice, Healing, methods_of
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
@@ -70,30 +69,6 @@ class HealingResult:
         return {**self.evidence.to_dict(), "perplexity": values, **self.texts, **rounded}
 
 
-class Request(NamedTuple):
-    """What is asked of `heal`, checked."""
-
-    model: str
-    out: Path
-    methods: Sequence[str]
-    removal: ChosenLayers
-    windows: Windows
-    healing: Healing
-    opening: OpenOptions
-    overwrite: bool
-
-    @property
-    def trains(self) -> bool:
-        return self.methods[-1] in TRAINING
-
-    @property
-    def folder(self) -> Path | None:
-        """What takes hours continues from files beside the new directory."""
-        if self.trains:
-            return Path(f"{self.out}.training")
-        return Path(f"{self.out}.refit") if self.opening.stream else None
-
-
 def heal(
     model: str,
     out: str,
@@ -101,11 +76,8 @@ def heal(
     windows: Windows,
     healing: Healing,
     opening: OpenOptions,
-    hub: Hub,
-    *,
-    overwrite: bool = False,
-    notify: Notify = ignore,
-    dry_run: bool = False,
+    saving: Saving,
+    running: Running,
 ) -> HealingResult:
     """What `jobs.heal` does."""
     methods = methods_of(healing.heal_by)
@@ -120,45 +92,59 @@ def heal(
     model = str(find_source(model))  # of a name such as demo, the file that it stands for
     teacher = healing.teacher or model
     check_tokenizer(opening.tokenizer_path, model, teacher, stream=opening.stream)
-    _check_target(model, out, overwrite=overwrite)
-    hub.check(out, format_of(model, out))
+    _check_target(model, out, overwrite=saving.overwrite)
+    saving.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, healing)
     if is_gguf(out):
         check_architecture(model).kept(removal.layers)
-    request = Request(model, Path(out), methods, removal, windows, healing, opening, overwrite)
-    done = _heal(request, notify, dry_run)
-    return replace(done, address=hub.push(done.out, done))
+    done = _heal(model, Path(out), methods, removal, windows, healing, opening, saving, running)
+    return replace(done, address=saving.push(done.out, done))
 
 
 @interruptible()
-def _heal(request: Request, notify: Notify, dry_run: bool) -> HealingResult:
-    model, out, _, removal, windows, healing, opening, overwrite = request
-    folder, trains = request.folder, request.trains
-    # before the model is opened
-    lock = None if folder is None or dry_run else hold(folder)
+def _heal(
+    model: str,
+    out: Path,
+    methods: Sequence[str],
+    removal: ChosenLayers,
+    windows: Windows,
+    healing: Healing,
+    opening: OpenOptions,
+    saving: Saving,
+    running: Running,
+) -> HealingResult:
+    """What is left of `heal` once everything is checked."""
+    trains, folder = methods[-1] in TRAINING, None
+    if trains or opening.stream:  # what takes hours continues from files beside the new directory
+        folder = Path(f"{out}.training" if trains else f"{out}.refit")
+    lock = None if folder is None else hold(folder)  # before the model is opened
     windows.check_texts()
-    short = _opened(request)
+    short = _opened(model, removal, opening, trains=trains, size=windows.size or SIZE)
     recipe = None
     if trains:
         few_bits = is_gguf(out) and in_few_bits(model)
         recipe = healing.trained(short, windows.seed or 0, few_bits=few_bits)
     size = windows.size or (recipe.size if recipe else SIZE)
     limit = None if trains else CLOSED_WINDOWS
-    read = partial(windows.learning, short, size, limit, validate=trains, beside=out)
-    if dry_run:
-        count = windows.max_windows or CLOSED_WINDOWS if windows.own else len(read().training)
-        count = recipe.steps * recipe.batch_size if recipe else count
-        _end_dry_run(request, short, size, count)
-    parts = read()
+    parts = windows.learning(short, size, limit, validate=trains, beside=out)
     teacher = _teacher(model, healing, recipe, opening, size)
-    job = _job(request, short, parts, recipe, teacher, notify)
+    job = HealingJob(
+        short,
+        parts,
+        removal.layers,
+        steps={name: healing.closed(name) if name in CLOSED else recipe for name in methods},
+        max_windows=CLOSED_WINDOWS if trains or windows.max_windows is None else None,
+        teacher=teacher,
+        work_dir=folder,
+        notify=running.tell,
+    )
     texts: dict[str, Any] = {"data": windows.name, "eval_data": windows.eval_name}
     texts |= {"size": size, "bos": short.bos, **short.about_precision}
     done = HealingResult(out, job.run(), parts.left_out, removal.unchecked, texts)
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_name, "size": size}
     facts = {**removal.record.facts, "data": windows.name}
-    job.save(out, facts=facts, overwrite=overwrite, release=isinstance(short, ShortHFModel))
-    del short, job, teacher, read, lock  # makes room for the model that is read again
+    job.save(out, facts=facts, overwrite=saving.overwrite, release=isinstance(short, ShortHFModel))
+    del short, job, teacher, lock  # makes room for the model that is read again
     if not is_first_rank():
         return done
     if is_gguf(out):
@@ -166,49 +152,23 @@ def _heal(request: Request, notify: Notify, dry_run: bool) -> HealingResult:
     return reread(done, parts, replace(opening, stream=False, max_memory=None), size)
 
 
-def _opened(request: Request) -> ScoredModel:
+def _opened(
+    model: str, removal: ChosenLayers, opening: OpenOptions, *, trains: bool, size: int
+) -> ScoredModel:
     """The model to heal, its layers and weights checked; where it trains, the teacher streams."""
-    model, opening, removal = request.model, request.opening, request.removal
-    own = of_source(opening, model, stream=opening.stream and not request.trains)
-    if request.trains:
+    own = of_source(opening, model, stream=opening.stream and not trains)
+    if trains:
         short: ScoredModel = open_trainable(model, own)
     else:
         if not opening.stream:  # each of several ranks has the whole model, and its own windows
             own = replace(own, model_parallel_size=1)
-        short = open_model(model, own, max_seq_len=request.windows.size or SIZE)
+        short = open_model(model, own, max_seq_len=size)
     short.check_weights()
     if removal.layers:
         check_layers(removal.layers, short.kept)
     if removal.importance is not None:  # its record tells what it rests on, as that of prune does
         short.importance = removal.importance
     return short
-
-
-def _job(
-    request: Request,
-    short: ScoredModel,
-    parts: HealingWindows,
-    recipe: Recipe | None,
-    teacher: Callable[[], ScoredModel] | None,
-    notify: Notify,
-) -> HealingJob:
-    healing, few = request.healing, request.trains or request.windows.max_windows is None
-    return HealingJob(
-        short,
-        parts,
-        request.removal.layers,
-        steps={n: healing.closed(n) if n in CLOSED else recipe for n in request.methods},
-        max_windows=CLOSED_WINDOWS if few else None,
-        teacher=teacher,
-        work_dir=request.folder,
-        notify=notify,
-    )
-
-
-def _end_dry_run(request: Request, short: ScoredModel, size: int, count: int) -> NoReturn:
-    work = f"remove layers {request.removal.layers} of {request.model}, heal by "
-    work += f"{','.join(request.methods)} on {count:,} windows of {request.windows.name}, and "
-    end_dry_run(short, f"{work}write {request.out}; each is read twice or more", size, count)
 
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,7 +19,7 @@ from short_gpt.data.texts import (
     read_kinds,
     source_names,
 )
-from short_gpt.data.windows import Text, count_of, mix, windows
+from short_gpt.data.windows import Text, mix, windows
 from short_gpt.runtime.errors import ShortGPTError, at_least
 from short_gpt.runtime.settings import READ, Settings, setting
 
@@ -30,13 +29,8 @@ if TYPE_CHECKING:
     from short_gpt.wrappers.scored_model import ScoredModel
     from short_gpt.wrappers.short_model import ShortModel
 
-Notify = Callable[[str], object]
 Data = str | PathLike[str] | Iterable[object]  # a name or a path, or texts in memory
 SIZE, STRIDE = 1024, 256  # of the ShortGPT authors' windows
-
-
-def ignore(_: str) -> None:
-    """The default ``notify`` of jobs."""
 
 
 def listed(names: str) -> list[str]:
@@ -53,19 +47,12 @@ def whole_numbers(
     """
     several = [numbers] if isinstance(numbers, int) else numbers
     if isinstance(numbers, str):
-        several = None
-        if re.search(r"\d", numbers) and re.fullmatch(r"[\d\s,]+", numbers):
-            with suppress(ValueError):  # more digits than Python reads
-                several = [int(number) for number in re.findall(r"\d+", numbers)]
+        listed_so = re.fullmatch(r"\s*\d{1,9}([\s,]+\d{1,9})*[\s,]*", numbers)
+        several = [int(number) for number in re.findall(r"\d+", numbers)] if listed_so else None
     right = isinstance(several, Sequence) and all(type(i) is int for i in several)
     if not right or not (several or empty):
         raise ShortGPTError(f"expected {what} as in `{name}` {example}, got {numbers!r}")
     return list(several)  # type: ignore[call-overload]
-
-
-def layer_list(layers: object) -> list[int]:
-    """Layer numbers as a list: one, several, or none; ShortGPTError for anything else."""
-    return whole_numbers(layers, "layers", "21,22,23", what="layer numbers", empty=True)
 
 
 @dataclass(frozen=True)
@@ -271,17 +258,10 @@ def about_bos(bos: str) -> str | None:
     return "bos at the start of every window" if bos == "every" else None
 
 
-def about_own(
-    data: str, eval_data: str | None = None, *, advice: str = "name a text to evaluate on"
-) -> str | None:
+def about_own(data: str, eval_data: str | None = None) -> str | None:
     """The remark where a model is evaluated on its own text only."""
     names = source_names(data)
     if eval_data is not None or not {*names} <= {*OWN}:
         return None
     why = "text that the model itself wrote, and perplexity on own samples is not quality"
-    return f"evaluated on {', '.join(names)}: {why}; {advice}"
-
-
-def known_total(windows: Iterable[list[int]], limit: int | None) -> int | None:
-    """How many windows will come, if known."""
-    return limit if (count := count_of(windows)) is None else count
+    return f"evaluated on {', '.join(names)}: {why}; name a text to evaluate on"

@@ -7,14 +7,10 @@ no matplotlib.
 from __future__ import annotations
 
 import math
-import os
-import re
-import shlex
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from short_gpt.runtime.settings import as_flags
 from short_gpt.runtime.state import versions
@@ -24,7 +20,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.shrunk import ShrinkResult
 
 TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
-WIDTH, HEIGHT, LEFT = 360, 150, 34  # of pictures: a phone's, to keep letters large
+HEIGHT = 150  # of the picture, whose width is a phone's, to keep letters large
 
 
 def shrunk_page(shrunk: ShrinkResult) -> str:
@@ -47,7 +43,7 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
         remarks=[*map(as_flags, shrunk.remarks)],
         prompt=shrunk.prompt,
         completions={state: report.completion for state, report in shrunk.states.items()},
-        bars=None if shrunk.importance is None else bars(shrunk.importance, shrunk.layers),
+        picture=None if shrunk.importance is None else picture(shrunk.importance, shrunk.layers),
         how="\n\n".join(filter(None, [shrunk.command, shrunk.plan, shrunk.chosen])),
         steps=[
             f"seed {shrunk.seed}",
@@ -60,61 +56,33 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
     )
 
 
-def without_folders(text: str, names: Iterable[str]) -> str:
-    """A page without the folders of those names that are absolute paths: they may name a user."""
-
-    def shown(name: str) -> str:  # as the template writes it
-        return escape(name, quote=False).replace("'", "&#39;").replace('"', "&#34;")
-
-    for path in [Path(name) for name in names if os.path.isabs(name)]:
-        forms = [(str(path), path.name), (str(path.parent), ".")]
-        quoted = [(shlex.quote(whole), short) for whole, short in forms]
-        forms += [(word[1:-1], short) for word, short in quoted if word[0] == "'"]
-        for whole, short in forms:
-            if whole.strip("/"):  # not of an ending tag
-                name = shown(short).replace("\\", r"\\")
-                text = re.sub(rf"(?<![\w<]){re.escape(shown(whole))}", name, text)
-    return text
-
-
 def is_page(path: Path) -> bool:
     """Whether a file is such a page."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return MARK in file.read(200)
 
 
-def bars(importance: Importance, removed: Sequence[int]) -> str:
-    """Block Influence of every layer on a logarithmic axis, as SVG; removed layers are marked."""
-    values = dict(zip(importance.layers, importance.block_influence.tolist(), strict=True))
-    margins = [m if math.isfinite(m) else 0.0 for m in importance.margin.tolist()]
-    pairs = [*zip(values.values(), margins, strict=True)]
-    finite = [(v, v + r) for v, r in pairs if v > 0 and math.isfinite(v)] or [(1.0, 1.0)]
-    low = math.floor(math.log10(min(value for value, _ in finite)))
-    high = math.log10(max(end for _, end in finite))
-    low = min(low, math.ceil(high) - 1)
-    step = (WIDTH - LEFT) / max(len(values), 1)
+def picture(importance: Importance, removed: Sequence[int]) -> dict[str, Any]:
+    """Bars of every layer's Block Influence on a logarithmic axis, for the template."""
+    values = importance.block_influence.tolist()
+    margins = importance.margin.nan_to_num(0.0, posinf=0.0).tolist()
+    ends = [value + margin for value, margin in zip(values, margins, strict=True)]
+    least = min((value for value in values if value > 0), default=1.0)
+    high = math.log10(max(*ends, least))
+    low = min(math.floor(math.log10(least)), math.ceil(high) - 1)
 
     def top(value: float) -> float:
         return HEIGHT * (high - math.log10(max(value, 10.0**low))) / (high - low)
 
-    parts = []
-    for power in range(low, math.floor(high) + 1):
-        y = top(10.0**power)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 4}" y="{y + 4:.1f}" class="end">{10.0**power:g}</text>')
-    every = -(-len(values) // 10)
-    for index, (layer, value) in enumerate(values.items()):
-        kind, x, y = "removed" if layer in removed else "kept", LEFT + index * step, top(value)
-        parts.append(
-            f'<rect class="{kind}" x="{x + step / 10:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" '
-            f'height="{HEIGHT - y:.1f}"><title>layer {layer}, {kind}: {value:.4g}</title></rect>'
-        )
-        middle, margin = f"{x + step / 2:.1f}", margins[index]
-        if margin:
-            ends = f'y1="{top(value - margin):.1f}" y2="{top(value + margin):.1f}"'
-            parts.append(f'<line class="error" x1="{middle}" x2="{middle}" {ends}/>')
-        if not index % every:
-            parts.append(f'<text x="{middle}" y="{HEIGHT + 16}">{layer}</text>')
-    box = f"0 -8 {WIDTH} {HEIGHT + 38}"
-    label = "Block Influence of every layer"
-    return f'<svg viewBox="{box}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    bars = [
+        {
+            "layer": layer,
+            "kind": "removed" if layer in removed else "kept",
+            "value": value,
+            "top": top(value),
+            "ends": (top(value - margin), top(value + margin)) if margin else None,
+        }
+        for layer, value, margin in zip(importance.layers, values, margins, strict=True)
+    ]
+    powers = [(10.0**power, top(10.0**power)) for power in range(low, math.floor(high) + 1)]
+    return {"bars": bars, "powers": powers, "height": HEIGHT}

@@ -11,7 +11,7 @@ from short_gpt.checkpoints.prune import kept_tensors, prune_checkpoint
 from short_gpt.checkpoints.scores import ChosenLayers
 from short_gpt.checkpoints.target import Target
 from short_gpt.jobs.conversion import prove
-from short_gpt.jobs.saving import Hub, interruptible
+from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.jobs.settings import Choice
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
@@ -44,20 +44,18 @@ def prune(
     model: str,
     out: str,
     choice: Choice,
+    to: str | None,
+    verify: bool | None,
     opening: OpenOptions,
-    hub: Hub,
-    *,
-    to: str | None = None,
-    verify: bool | None = None,
-    overwrite: bool = False,
+    saving: Saving,
 ) -> PruneResult:
     """What `jobs.prune` does."""
     check_tokenizer(opening.tokenizer_path, model)
     source = find_source(model)
-    target = Target(out, to, overwrite).resolved(source)
+    target = Target(out, to, saving.overwrite).resolved(source)
     choice.check()
     target.check()
-    hub.check(out, target.format)
+    saving.check(out, target.format)
     opened = source.kind == "gguf" and target.format == "hf"
     if opening.dtype is not None and not opened:
         raise ShortGPTError("`dtype` is of a GGUF file written as a directory: leave it out")
@@ -66,7 +64,7 @@ def prune(
     proof = (_write_opened if opened else _write)(source, target, removal, verify, opening)
     remark = about_kinds(source, removal.layers) if copied else None
     result = PruneResult(target.path, removal, proof, remark)
-    return replace(result, address=hub.push(target.path, result))
+    return replace(result, address=saving.push(target.path, result))
 
 
 def _write_opened(

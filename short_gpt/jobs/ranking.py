@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from llama.ranks import is_distributed
-from llama.sources import find_source
-from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.scores import Digests, digests_of
-from short_gpt.data.windows import Text
-from short_gpt.healing.choosing import (
-    BARE_PASS,
-    BUDGET,
-    MAX_WINDOWS,
-    HealedChoice,
-    choose_healed,
-)
+from short_gpt.data.windows import count_of
+from short_gpt.healing.choosing import MAX_WINDOWS, HealedChoice, choose_healed
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.costs import end_dry_run, forecast
-from short_gpt.jobs.inputs import (
-    SIZE,
-    Notify,
-    Windows,
-    check_model,
-    ignore,
-    known_total,
-)
-from short_gpt.jobs.saving import check_state, interruptible
+from short_gpt.jobs.inputs import SIZE, Windows, check_model
+from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.jobs.settings import Answer
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
@@ -43,7 +26,7 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Verdict
 from short_gpt.selection.methods import AUTO, SEARCHED, choose
-from short_gpt.selection.search import Search, most_layers_run
+from short_gpt.selection.search import Search
 from short_gpt.wrappers.opening import as_short, check_tokenizer, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, with_own_text
@@ -132,18 +115,14 @@ def rank(
     windows: Windows,
     answer: Answer,
     opening: OpenOptions,
-    *,
+    running: Running,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    state: str | PathLike[str] | None = None,
-    notify: Notify = ignore,
-    detailed: bool = False,
-    dry_run: bool = False,
 ) -> Ranking:
-    """What `jobs.rank` does; ``detailed`` also notifies of the time and of the answer's state."""
+    """What `jobs.rank` does."""
     if answer.method == AUTO:  # windows to judge by must not overlap those to fit on
         limit, size = windows.max_windows or MAX_WINDOWS, windows.size or SIZE
         windows = replace(windows, stride=max(windows.step, size), max_windows=limit)
-    check_state(state)
+    running.check()
     check_ranking(model, answer, windows, opening)
     kinds, alone = windows.kinds(), not is_distributed()
     # of the files as they are now; ranks would wait for the first one, and not for long
@@ -158,54 +137,24 @@ def rank(
         short = as_short(model, tokenizer, options=opening)
     if answer.n is not None:  # of a file or a model at the hub, known only now
         check_count(answer.n, len(short.kept))
-    if dry_run:
-        _end_dry_run(model, short, windows, kinds, answer, opening.batch_size)
-    write = own_text_writer(short, windows.size or SIZE, seed=windows.seed, beside=state)
+    write = own_text_writer(short, windows.size or SIZE, seed=windows.seed, beside=running.state)
     cut = windows.cut(with_own_text(kinds, write, windows.max_windows), short)
     file = None
     if answer.by_loss:
         cut = list(cut)
-    if state is not None:  # a digest of all weights takes seconds
+    if running.state is not None:  # a digest of all weights takes seconds
         text = {"text": json_digest(cut)} if answer.by_loss else {}
         identity = joined(_identity(windows, answer, opening, short.bos), short.identity(), text)
-        file = StateFile(state, identity)
+        file = StateFile(running.state, identity)
     how: Any = {"bos": short.bos, "precision": short.about_precision}
     result = Ranking(answer, windows.seed, state=file, scored=digests, **how)
     if answer.by_loss:
         return _search(short, cut, result, opening)
     size = opening.batch_size
-    result = _measure(short, cut, result, windows, size, notify, detailed=detailed)
+    result = _measure(short, cut, result, windows, size, running)
     if named and not alone and is_first_rank():
         return replace(result, scored=digests_of(str(model), opening.tokenizer_path))
     return result
-
-
-def _end_dry_run(
-    model: object,
-    short: ScoredModel,
-    windows: Windows,
-    kinds: Sequence[Iterable[Text]],
-    answer: Answer,
-    batch_size: int,
-) -> NoReturn:
-    name = model if isinstance(model, str | PathLike) else "the loaded model"
-    known = all(not isinstance(kind, str) for kind in kinds)  # else the model writes it first
-    cut = windows.cut(kinds, short) if known else []
-    total = known_total(cut, windows.max_windows) if known else windows.max_windows
-    work = f"score {len(short.kept)} layers of {name} by {answer.method} on {windows.name}"
-    if answer.by_loss and total is not None:  # at most, each through all layers
-        total = math.ceil(_passes(answer, len(short.kept), total))
-    work += "" if known else "; writing the text takes more"
-    how: Any = {"rule": answer.rule(windows.seed), "population": getattr(cut, "population", None)}
-    end_dry_run(short, work, windows.size or SIZE, total, batch_size=batch_size, **how)
-
-
-def _passes(answer: Answer, n_layers: int, windows: int) -> float:
-    """Windows through the whole model that a choice by loss reads at most."""
-    if answer.method == AUTO:
-        return BUDGET * BARE_PASS
-    rounds = answer.n or 1 if answer.method == "sleb" else 1
-    return windows * most_layers_run(n_layers, rounds) / n_layers
 
 
 def _identity(
@@ -238,18 +187,11 @@ def check_ranking(
             f"`method` {answer.method} needs {why}; choose another, or leave out `stream`"
         )
     opening.check(searches=answer.method in SEARCHED)
-    if answer.method == AUTO and opening.batch_size != 1:
-        raise ShortGPTError(
-            f"`batch_size` {opening.batch_size} has no effect on the method auto; leave it out"
-        )
     if answer.by_loss:
         check_alone(f"`method` {answer.method}")
-    if not isinstance(model, str | PathLike):
-        return
-    check_model(model, answer.n)
-    check_tokenizer(opening.tokenizer_path, str(model), stream=opening.stream)
-    if find_source(model).kind == "meta":  # a damaged one is refused before the texts are opened
-        Tokenizer(opening.tokenizer_path or find_tokenizer(model))
+    if isinstance(model, str | PathLike):
+        check_model(model, answer.n)
+        check_tokenizer(opening.tokenizer_path, str(model), stream=opening.stream)
 
 
 def _measure(
@@ -258,25 +200,18 @@ def _measure(
     result: Ranking,
     cut: Windows,
     size: int,
-    notify: Notify,
-    *,
-    detailed: bool,
+    running: Running,
 ) -> Ranking:
     answer = result.answer
     state = None if result.state is None else RunState(result.state)
-    rule, total = answer.rule(cut.seed), known_total(windows, cut.max_windows)
+    count = count_of(windows)
     if (plan := short.plan_text(size)) is not None:
-        notify(plan)
-    if detailed:
-        counts: Any = {"population": getattr(windows, "population", None), "total": total}
-        window = [0] * min(cut.size or SIZE, short.decoder.max_seq_len)  # its tokens do not matter
-        counts["read"] = 0 if state is None else state.sums(short.kept).n_windows
-        notify(forecast(short, window, batch_size=size, rule=rule, **counts))
+        running.tell(plan)
     importance = short.measure(
         windows,
         batch_size=size,
-        total=total,
-        stop=rule,
+        total=cut.max_windows if count is None else count,
+        stop=answer.rule(cut.seed),
         state=state,
         random_order=cut.seed is not None,
         all_tokens=answer.method == "angular_all",

@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import combinations, pairwise
-from os import PathLike
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from torch import Tensor
 from llama.args import ModelArgs
 from llama.files import JsonObject
 from short_gpt.data.texts import PG19, TextName, is_local, source_names
-from short_gpt.jobs.inputs import SIZE, STRIDE, Notify, Windows, about_bos, ignore
+from short_gpt.jobs.inputs import SIZE, STRIDE, Windows, about_bos
 from short_gpt.jobs.ranking import Ranking, check_ranking, rank
+from short_gpt.jobs.saving import Running
 from short_gpt.jobs.settings import Answer
 from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
@@ -94,31 +94,24 @@ class PaperComparison(NamedTuple):
     same_order: bool  # whether the lists are equal
     same_places: int  # at how many positions both lists have the same layer
     kendall_tau: float | None  # of the order of the shared layers, in [-1, 1]; None if fewer than 2
-    rank_correlation: float | None  # Spearman's rho of their places, in [-1, 1], or None
 
     def table(self) -> str:
         """Both lists, one above the other, and how they agree, for a terminal."""
         numbers = [f"{n + 1}." for n in range(max(len(self.paper), len(self.ours)))]
-        rows: dict[str, Sequence[object]] = {"removed": numbers, "paper": self.paper}
         lines = [f"{self.model}, layers in order of removal"]
-        for name, cells in {**rows, "ours": self.ours}.items():
-            lines.append(f"{name:<8}" + "".join(f"{cell!s:>4}" for cell in cells))
-        tau, rho = (
-            "-" if value is None else f"{value:.2f}"
-            for value in (self.kendall_tau, self.rank_correlation)
-        )
-        agree = f"Kendall's tau {tau}, rank correlation {rho}"
+        rows: dict[str, Sequence[object]] = {"removed": numbers, "paper": self.paper}
+        rows["ours"] = self.ours
+        lines += [f"{name:<8}" + "".join(f"{c!s:>4}" for c in row) for name, row in rows.items()]
+        tau = "-" if self.kendall_tau is None else f"{self.kendall_tau:.2f}"
         count, yes = len(self.paper), {True: "yes", False: "no"}
         lines += [
             f"same layers: {yes[self.same_set]} ({self.overlap} of {count})",
             f"same places: {self.same_places} of {count}",
-            f"same order: {yes[self.same_order]} ({agree})",
+            f"same order: {yes[self.same_order]} (Kendall's tau {tau})",
         ]
-        for who, only in (
-            ("the paper removes", {*self.paper} - {*self.ours}),
-            ("we remove", {*self.ours} - {*self.paper}),
-        ):
-            lines += [f"only {who} {sorted(only)}"] if only else []
+        theirs, ours = {*self.paper} - {*self.ours}, {*self.ours} - {*self.paper}
+        lines += [f"only the paper removes {sorted(theirs)}"] if theirs else []
+        lines += [f"only we remove {sorted(ours)}"] if ours else []
         return "\n".join(lines)
 
 
@@ -139,7 +132,6 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
     paper = known["removed"]
     shared = [layer for layer in paper if layer in ours]
     several = len(shared) >= 2
-    ranks = [torch.tensor([side.index(layer) for layer in shared]) for side in (paper, ours)]
     return PaperComparison(
         model=model,
         paper=paper,
@@ -149,7 +141,6 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
         same_order=paper == ours,
         same_places=sum(a == b for a, b in zip(paper, ours, strict=False)),
         kendall_tau=kendall(shared, [i for i in ours if i in shared]) if several else None,
-        rank_correlation=spearman(*ranks) if several else None,
     )
 
 
@@ -169,41 +160,8 @@ class Pair(NamedTuple):
         return BORNE_OUT if self.difference > 0 else REVERSED
 
 
-class PaperOrder(NamedTuple):
-    """How measured scores agree with the order of the paper's list."""
-
-    confidence: float  # of the interval of each pair by itself
-    pairs: list[Pair]  # every two layers of the list, in its order
-
-    def of(self, verdict: str) -> list[Pair]:
-        return [pair for pair in self.pairs if pair.verdict == verdict]
-
-    def to_dict(self) -> dict[str, object]:
-        """All pairs with their verdicts, ready for JSON; None stands for NaN."""
-        margins = [None if math.isnan(pair.margin) else pair.margin for pair in self.pairs]
-        pairs = [
-            {**pair._asdict(), "margin": margin, "verdict": pair.verdict}
-            for pair, margin in zip(self.pairs, margins, strict=True)
-        ]
-        return {"confidence": self.confidence, "pairs": pairs}
-
-    def table(self) -> str:
-        """Neighbours of the paper's list, and a count of all pairs, for a terminal."""
-        layers = dict.fromkeys(i for pair in self.pairs for i in pair[:2])
-        level = f"{self.confidence:.0%}"
-        lines = [f"The paper's order by these scores (difference, ± its paired error at {level}):"]
-        lines += [
-            f"{pair.first:>5} before {pair.second:>3}  {pair.difference:>+10.6f} ± "
-            f"{pair.margin:.6f}  {pair.verdict}"
-            for pair in self.pairs
-            if pair[:2] in pairwise(layers)
-        ]
-        counts = [f"{len(self.of(name))} {name}" for name in (BORNE_OUT, WITHIN, REVERSED)]
-        return "\n".join([*lines, f"pairs of the list, {len(self.pairs)}: {', '.join(counts)}"])
-
-
-def paper_order(paper: Sequence[int], scores: Importance, confidence: float = 0.95) -> PaperOrder:
-    """Compares the order of a list of removed layers with measured scores.
+def paper_order(paper: Sequence[int], scores: Importance, confidence: float = 0.95) -> list[Pair]:
+    """Compares the order of a list of removed layers with measured scores: every two of its layers.
 
     Where a difference is within its error, another sample of texts may give the other order.
     ``paper`` lists scored layers in order of removal; each pair by itself has the confidence.
@@ -213,14 +171,29 @@ def paper_order(paper: Sequence[int], scores: Importance, confidence: float = 0.
     for first, second in combinations(paper, 2):
         a, b = scores.layers.index(first), scores.layers.index(second)
         pairs.append(Pair(first, second, float(influence[b] - influence[a]), float(margins[a, b])))
-    return PaperOrder(confidence, pairs)
+    return pairs
+
+
+def order_table(pairs: Sequence[Pair]) -> str:
+    """Neighbours of the paper's list, and a count of all its pairs, for a terminal."""
+    neighbours = {*pairwise(dict.fromkeys(layer for pair in pairs for layer in pair[:2]))}
+    lines = ["The paper's order by these scores (difference, ± its paired error at 95%):"]
+    lines += [
+        f"{pair.first:>5} before {pair.second:>3}  {pair.difference:>+10.6f} ± "
+        f"{pair.margin:.6f}  {pair.verdict}"
+        for pair in pairs
+        if pair[:2] in neighbours
+    ]
+    verdicts = [pair.verdict for pair in pairs]
+    counts = [f"{verdicts.count(name)} {name}" for name in (BORNE_OUT, WITHIN, REVERSED)]
+    return "\n".join([*lines, f"pairs of the list, {len(pairs)}: {', '.join(counts)}"])
 
 
 class ReproductionResult(NamedTuple):
     """What `reproduce` gives."""
 
     comparison: PaperComparison  # the paper's layers and ours
-    order: PaperOrder  # how far our scores confirm the paper's order
+    order: list[Pair]  # how far our scores confirm the paper's order, at 95%
     ranking: Ranking  # our scores
     changed: tuple[str, ...] = ()  # departures from the paper's protocol, in words
     taken: tuple[str, ...] = ()  # local texts in place of PG-19
@@ -241,30 +214,38 @@ class ReproductionResult(NamedTuple):
         return None if scores is None else spearman(scores[0], self.importance.block_influence)
 
     def to_dict(self) -> dict[str, object]:
-        """All fields, ready for JSON."""
-        compared = {"result": self.comparison._asdict(), "order": self.order.to_dict()}
-        about = {"published_rank_correlation": self.published, "changed": list(self.changed)}
-        about |= {"taken_for_pg19": list(self.taken)}
-        return {**compared, **about, **self.ranking.to_dict()}
+        """All fields, ready for JSON; None stands for NaN."""
+        pairs = [
+            {
+                **pair._asdict(),
+                "margin": None if math.isnan(pair.margin) else pair.margin,
+                "verdict": pair.verdict,
+            }
+            for pair in self.order
+        ]
+        return {
+            "result": self.comparison._asdict(),
+            "order": {"confidence": 0.95, "pairs": pairs},
+            "published_rank_correlation": self.published,
+            "changed": list(self.changed),
+            "taken_for_pg19": list(self.taken),
+            **self.ranking.to_dict(),
+        }
 
 
 def reproduce(
     model: str,
     windows: Windows,
+    confidence: float | None,
     opening: OpenOptions,
-    *,
-    confidence: float | None = 0.99,
-    state: str | PathLike[str] | None = None,
-    notify: Notify = ignore,
-    dry_run: bool = False,
+    running: Running,
 ) -> ReproductionResult:
     """What `jobs.reproduce` does."""
     shape = shape_of(model, trust_remote_code=opening.trust_remote_code)
     name = _name(model, shape)
     answer = Answer(len(_paper_model(name)["removed"]), confidence=confidence)
     check_ranking(model, answer, windows, opening)  # before any message
-    how: Any = {"state": state, "notify": notify, "dry_run": dry_run}
-    result = rank(model, windows, answer, opening, **how, detailed=True)
+    result = rank(model, windows, answer, opening, running)
     ours = compare_with_paper(name, result.layers)
     assert result.importance is not None  # of Block Influence, which is not a search
     order = paper_order(ours.paper, result.importance)

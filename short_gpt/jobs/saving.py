@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
@@ -24,10 +24,32 @@ class NotUploadedError(ConnectionError):
 
 
 @dataclass(frozen=True)
-class Hub(Settings):
-    """Where a written model is uploaded."""
+class Running(Settings):
+    """What a Python caller is told, and where a long run is saved; a command has its own."""
+
+    state: str | PathLike[str] | None = setting(
+        None, "File that the run is saved in, to be continued."
+    )
+    notify: Callable[[str], object] | None = setting(
+        None, "Called with what must be known before a long run starts, and how it goes."
+    )
+
+    def tell(self, message: str) -> None:
+        if self.notify is not None:
+            self.notify(message)
+
+    def check(self) -> None:
+        """Raises OSError where the run could not be saved."""
+        if self.state is not None:
+            check_writable(Path(self.state))
+
+
+@dataclass(frozen=True)
+class Saving(Settings):
+    """How a model is written, and where it is uploaded."""
 
     HEADING: ClassVar = WRITE
+    overwrite: bool = setting(False, "Replace an earlier output of the same kind.", rare=True)
     push_to_hub: str | None = setting(
         None,
         "Also upload the model, with its card, to this repository of the hub, as in USER/MODEL; "
@@ -57,14 +79,6 @@ class Hub(Settings):
         except ConnectionError as error:
             line = f"{error}; it is written: hf upload {repo} {out}"
             raise NotUploadedError(line, result) from error
-
-
-def check_state(state: str | PathLike[str] | None) -> Path | None:
-    """The file that a run is saved in; OSError where it could not be written."""
-    if state is None:
-        return None
-    check_writable(Path(state))
-    return Path(state)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from short_gpt.jobs.inputs import layer_list, listed
+from short_gpt.jobs.inputs import listed, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import CHOOSE, Settings, setting
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from short_gpt.wrappers.scored_model import ScoredModel
 
 
+# methods that `compare` takes by default
+COMPARED = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
 MAX_NEW_TOKENS = 2**20  # more than Llamas are trained for; their cache is allocated in advance
 
 
@@ -95,12 +97,7 @@ class Sampling(Settings):
 
 @dataclass(frozen=True)
 class Choice(Settings):
-    """Layers to remove: named, or chosen by saved scores.
-
-    Example:
-        >>> Choice([21, 22]).check().named
-        [21, 22]
-    """
+    """Layers to remove: named, or chosen by saved scores."""
 
     HEADING: ClassVar = CHOOSE
     layers: object = setting(
@@ -128,15 +125,15 @@ class Choice(Settings):
                 raise ShortGPTError("`method` chooses from `scores`, not from `layers`")
         return self
 
-    @property
-    def named(self) -> list[int] | None:
-        return None if self.layers is None else layer_list(self.layers)
-
     def chosen(self, model: str) -> ChosenLayers:
         """The layers to remove from a model."""
         from short_gpt.checkpoints.scores import chosen
 
-        return chosen(model, self.named, scores=self.scores, n=self.n, method=self.method)
+        layers = None
+        if self.layers is not None:
+            named = self.layers, "layers", "21,22,23"
+            layers = whole_numbers(*named, what="layer numbers", empty=True)
+        return chosen(model, layers, scores=self.scores, n=self.n, method=self.method)
 
 
 CLOSED_FORM = ("ridge", "step_size")  # settings of closed forms
@@ -229,3 +226,73 @@ def methods_of(text: str) -> list[str]:
         check(name in STEPS, "heal_by", name, f"one of {', '.join(STEPS)}, or several by commas")
     check_order(methods)
     return methods
+
+
+@dataclass(frozen=True)
+class Cases(Settings):
+    """What is compared: every method x number of layers x healing.
+
+    Example:
+        >>> Cases("bi, sleb", 2).methods
+        ['bi', 'sleb']
+    """
+
+    HEADING: ClassVar = CHOOSE
+    method: str | Sequence[str] = setting(
+        COMPARED, "Names as of the method of rank, with commas between.", value="A,B"
+    )
+    n: object = setting(
+        (2, 4, 8, 12),
+        "Numbers of layers to remove, as in 2,4,8; by default those of 2, 4, 8 and 12 that the "
+        "model allows.",
+        value="N,N",
+    )
+    heal_by: str | Sequence[str] = setting(
+        "raw,patch",
+        "Ways to heal: of raw (none), patch and refit, with commas between.",
+        value="A,B",
+    )
+
+    @property
+    def methods(self) -> list[str]:
+        return _names(self.method)
+
+    @property
+    def counts(self) -> list[int]:
+        counts = whole_numbers(self.n, "n", "2,4,8")
+        at_least(1, n=min(counts))
+        return counts
+
+    @property
+    def healings(self) -> list[str]:
+        return _names(self.heal_by)
+
+    def within(self, n_layers: int) -> Cases:
+        """These cases for a model of so many layers: of the default numbers, those it allows.
+
+        Raises ShortGPTError if it has too few for the numbers that the user set.
+        """
+        from short_gpt.models.numbering import check_count
+        from short_gpt.selection.methods import BY_LOSS
+
+        # searches keep the first and the last layer
+        most, counts = n_layers - (2 if {*self.methods} & {*BY_LOSS} else 1), self.counts
+        if self.n is Cases.n:
+            counts = [n for n in counts if n <= most] or [1]
+        for n in counts:
+            check_count(n, n_layers, most=most, name="`n`")
+        return replace(self, n=counts)
+
+    def check(self) -> None:
+        """Raises ShortGPTError for an unknown name."""
+        from short_gpt.healing.sets import HEALINGS
+        from short_gpt.selection.methods import check_method
+
+        for name in self.methods:
+            check_method(name)
+        for name in self.healings:
+            check(name in HEALINGS, "`heal_by`", name, f"some of {', '.join(HEALINGS)}")
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    return listed(names) if isinstance(names, str) else list(names)

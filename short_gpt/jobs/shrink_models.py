@@ -23,7 +23,6 @@ from short_gpt.models.hf import LayerCache, layer_caches
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
-from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 CHAT = "What is the capital of France, and what is it known for?"  # of models with a chat template
 ANSWER = 48  # tokens of a completion
@@ -38,7 +37,7 @@ def file_bytes(path: Path) -> int:
 
 
 @dataclass
-class InMemory:
+class Opened:
     """A model of transformers, and how it is written."""
 
     short: ShortHFModel
@@ -128,36 +127,3 @@ class InMemory:
     def speed(self, window: Sequence[int]) -> float:
         """Tokens a second."""
         return tokens_per_second(self.short, window, count=TIMED_TOKENS, runs=1, warm_up=0)
-
-
-@dataclass
-class Streamed:
-    """A Llama with one layer at a time in memory, written in its own format.
-
-    It does not generate, and so there is no prompt, answer or speed.
-    """
-
-    short: StreamedLlama
-    in_place, in_few_bits, is_llama = False, False, True
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.short.stream.stored
-
-    def sizes(self) -> tuple[Sizes, Sizes]:
-        sizes: list[Sizes] = []
-        for weigh in (lambda dtype: 1, lambda dtype: dtype.itemsize):
-            layers, rest = [0] * len(self.short.kept), 0
-            infos = self.short.stream.source.infos.items()
-            for name, info in {str(info.storage): (name, info) for name, info in infos}.values():
-                size = math.prod(info.shape) * weigh(info.dtype)
-                if name.startswith("layers."):
-                    layers[int(name.split(".")[1])] += size
-                else:
-                    rest += size
-            sizes.append((layers, rest))
-        return sizes[0], sizes[1]
-
-    def caches(self) -> list[LayerCache]:
-        args = self.short.stream.params
-        return [LayerCache(2 * args.kv_heads * args.head_dim)] * args.n_layers

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -12,53 +14,42 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 from llama.files import check_new, check_output
 from llama.sources import BuiltinName, Source, find_source, is_gguf
-from short_gpt.checkpoints.gguf import (
-    check_architecture,
-)
+from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import check_new_gguf
 from short_gpt.data.texts import source_names
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.healing import RefitSettings
-from short_gpt.healing.choosing import (
-    MAX_WINDOWS,
-    REFIT_PASSES,
-)
+from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
 from short_gpt.jobs.costs import CLOSED_WINDOWS, seconds_a_token, windows_to_choose
-from short_gpt.jobs.inputs import Notify, Tasks, Windows
+from short_gpt.jobs.inputs import Tasks, Windows
 from short_gpt.jobs.page import is_page
-from short_gpt.jobs.shrink_folder import ShrinkFolder
-from short_gpt.jobs.shrink_models import (
-    ANSWER,
-    CHAT,
-    TIMED_TOKENS,
-    TURNS,
-    InMemory,
-    Streamed,
-)
+from short_gpt.jobs.saving import Running, Saving
+from short_gpt.jobs.shrink_models import ANSWER, CHAT, TIMED_TOKENS, TURNS, Opened
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
-from short_gpt.jobs.shrunk import PROMPT, REPORT, report_of
+from short_gpt.jobs.shrunk import PROMPT, REPORT, next_steps, report_of, short_name
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.state import StateFile, joined
-from short_gpt.selection.methods import AUTO, BY_LOSS
-from short_gpt.wrappers.opening import of_source, open_model, open_trainable
+from short_gpt.selection.methods import AUTO
+from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import AT_ONCE, STREAMED, count_of_own
-from short_gpt.wrappers.short_hf import ShortHFModel
-from short_gpt.wrappers.streamed_llama import StreamedLlama
+from short_gpt.wrappers.own_text import AT_ONCE, count_of_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
 WINDOW = 512  # tokens
+CONTEXT = 4096  # tokens of the KV cache in all
+STATE, HEALING, WRITTEN = "state.json", "healing", "written"
+# what the folder of a run holds, own texts and what a killed save leaves included
+PARTS = (f"{STATE}*", "self-*.json", f".{STATE}*", ".self-*", HEALING, WRITTEN)
 
 
 @dataclass
@@ -71,8 +62,9 @@ class Shrink:
     reading: Windows
     tasks: Tasks
     opening: OpenOptions
-    overwrite: bool
-    notify: Notify
+    saving: Saving
+    running: Running
+    layers: Sequence[int] = ()  # to remove, once they are chosen
 
     # The request
 
@@ -81,10 +73,15 @@ class Shrink:
         """The model's checkpoint; None of a loaded model."""
         return find_source(self.model) if isinstance(self.model, str | PathLike) else None
 
-    @cached_property
-    def folder(self) -> ShrinkFolder:
+    @property
+    def folder(self) -> Path:
         """What a killed run continues from."""
-        return ShrinkFolder(self.out)
+        return Path(f"{self.out}.shrinking")
+
+    @property
+    def built(self) -> Path:
+        """The model while it is written."""
+        return self.folder / WRITTEN / self.out.name
 
     @property
     def seed(self) -> int:
@@ -93,36 +90,33 @@ class Shrink:
     @property
     def method(self) -> str:
         """The method that chooses the layers."""
-        return self.settings.method or ("bi" if self.opening.stream else AUTO)
+        return self.settings.method or AUTO
 
     @property
     def to(self) -> str:
-        """The format to write: hf, meta or gguf."""
-        if self.opening.stream and self.source is not None and self.source.kind == "meta":
-            return "meta"
+        """The format to write: hf or gguf."""
         return "gguf" if is_gguf(self.out) else "hf"
 
     @property
     def command(self) -> str:
-        """The same as a command line."""
-        name = "MODEL" if self.source is None else str(self.model)
+        """The same as a command line, by the last parts of absolute paths."""
+        name = "MODEL" if self.source is None else short_name(str(self.model))
         demo = isinstance(self.model, BuiltinName)  # whose command names these by default
-        words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), str(self.out)]
+        words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), short_name(str(self.out))]
         defaults = (Shrinking(), SHRUNK, Tasks(), OpenOptions())
         groups = (self.settings, self.reading, self.tasks, self.opening)
         for group, usual in zip(groups, defaults, strict=True):
             for field in group.taken():
                 value = getattr(group, field.name)
                 if not isinstance(value, BuiltinName) and value != getattr(usual, field.name):
-                    words += [f"--{field.name}", *([] if value is True else [str(value)])]
+                    names = map(short_name, str(value).split(","))
+                    words += [f"--{field.name}", *([] if value is True else [",".join(names)])]
         return shlex.join(words)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the output, the source, the texts and other files."""
-        texts = [self.reading.name, self.reading.eval_name or ""]
-        texts = [name for data in texts for name in source_names(data)]
-        return [str(self.out), *texts, *([] if self.source is None else [str(self.source)])]
+    def next_steps(self, out: Path) -> list[str]:
+        """Commands that use the result, where it stands at ``out``."""
+        kinds = self.opened.in_place and about_kinds(str(self.source), self.layers)
+        return next_steps(out, self.to, is_llama=self.opened.is_llama, misread=bool(kinds))
 
     def check(self) -> None:
         """Raises errors that are known before a model is loaded, the cheapest first."""
@@ -130,46 +124,39 @@ class Shrink:
         self.reading.check(shuffled=True)
         self.tasks.check()
         self.opening.check()
-        self.folder.check()
+        self._check_folder()
         gguf, n, source = is_gguf(self.out), self.settings.n, self.source
         path = None if source is None else source.path
         if gguf:
             check_output(report_of(self.out), overwrite=True, replaces=is_page)
             of_gguf = path if source is not None and source.kind == "gguf" else None
-            check_new_gguf(self.out, source=of_gguf, overwrite=self.overwrite)
+            check_new_gguf(self.out, source=of_gguf, overwrite=self.saving.overwrite)
         else:
-            check_new(self.out, marker=PROVENANCE, overwrite=self.overwrite, source=path)
+            check_new(self.out, marker=PROVENANCE, overwrite=self.saving.overwrite, source=path)
         if gguf and source is not None and source.kind == "gguf":
             check_architecture(str(source)).check()
         if source is not None and n is not None and (count := layers_of(source)) is not None:
             check_count(n, count, most=count - 2)
-        if self.opening.stream:
-            self._check_streamed()
         self.reading.check_texts()
 
-    def _check_streamed(self) -> None:
-        if self.source is None:
-            raise ShortGPTError("`stream` reads a checkpoint: give its name, not a loaded model")
-        if self.reading.own:
-            raise ShortGPTError(STREAMED)
-        if is_gguf(self.out):
-            raise ShortGPTError("a streamed model is written in its own format: name a directory")
-        in_memory = {"method": self.method in (AUTO, *BY_LOSS, "angular_all")}
-        in_memory |= {"tasks": self.tasks.tasks is not None}
-        for name in ("max_perplexity_ratio", "minutes", "prompt"):
-            in_memory[name] = getattr(self.settings, name) is not None
-        if names := [name for name, needed in in_memory.items() if needed]:
+    def _check_folder(self) -> None:
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        if other := [n for n in names if not any(fnmatch(n, part) for part in PARTS)]:
             raise ShortGPTError(
-                f"`{names[0]}` needs the model in memory, and `stream` holds one layer: leave one "
-                "of them out"
+                f"{self.folder} holds {min(other)}, and is not from a run of shrink: move it away, "
+                "or choose another output"
             )
 
     # The model, and what will be done with it
 
     def open(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Opens the model; how many layers go, its sizes and its speed follow."""
-        self.opened = self._opened(tokenizer)
-        self.short = short = self.opened.short
+        source, opening = self.source, self.opening
+        if source is None:
+            short = open_trainable(cast("PreTrainedModel", self.model), opening, tokenizer)
+        else:
+            short = open_trainable(source, opening)
+        self.short, self.opened = short, Opened(short, source, self.to, opening)
         short.check_weights()
         self.size = self.reading.size or min(WINDOW, short.decoder.max_seq_len)
         many = 3 * CLOSED_WINDOWS if self.reading.own else None
@@ -177,50 +164,29 @@ class Shrink:
         self.limit = self.reading.max_windows or usual  # windows to learn from; None is all
         self.parameters, self.stored = self.opened.sizes()
         itemsize = 2 if self.to == "gguf" else self.opened.dtype.itemsize  # llama.cpp's is float16
-        context = self.settings.context
-        self.caches = [cache.size(context, itemsize) for cache in self.opened.caches()]  # bytes
+        self.caches = [cache.size(CONTEXT, itemsize) for cache in self.opened.caches()]  # bytes
         sizes, rest = self.parameters
         if self.settings.memory is not None:
             layers, rest = self.stored
             sizes = [a + b for a, b in zip(layers, self.caches, strict=True)]
         searched = self.settings.max_perplexity_ratio is not None
         self.n = None if searched else self.settings.count(sizes, rest)
-        self.prompt = ""
-        if isinstance(self.opened, InMemory):
-            self.prompt = self.settings.prompt or (CHAT if self.opened.chats else PROMPT)
-            self.opened.encode(self.prompt)  # raises for one that is too long
+        self.prompt = self.settings.prompt or (CHAT if self.opened.chats else PROMPT)
+        self.opened.encode(self.prompt)  # raises for one that is too long
         # any tokens, which do not change the time
         self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
         self.a_pass = short.seconds_a_window(self.probe)
-
-    def _opened(self, tokenizer: PreTrainedTokenizerBase | None) -> InMemory | Streamed:
-        source, opening = self.source, self.opening
-        if source is None:
-            short = open_trainable(cast("PreTrainedModel", self.model), opening, tokenizer)
-            return InMemory(short, None, self.to, opening)
-        if not self.opening.stream:
-            return InMemory(open_trainable(source, opening), source, self.to, opening)
-        options = of_source(opening, source, stream=True)
-        streamed = open_model(source, options, max_seq_len=self.reading.size or WINDOW)
-        assert isinstance(streamed, StreamedLlama)
-        return Streamed(streamed)
 
     @property
     def count(self) -> int:
         """Layers of the original model."""
         return len(self.caches)
 
-    @property
-    def in_memory(self) -> ShortHFModel:
-        assert isinstance(self.short, ShortHFModel)  # whatever needs it has refused a streamed one
-        return self.short
-
     def plan(self) -> str:
         """What will be done, roughly how long it takes, and how much memory."""
         (sizes, rest), n = self.parameters, self.n
         fitted = min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
-        folder = self.folder.healing if self.short.streamed else None  # see `prepare_refit`
-        refit = plan_of(self.short, [self.probe] * fitted, folder=folder)
+        refit = plan_of(self.short, [self.probe] * fitted)
         memory = format_bytes(sum(refit.host.values()))
         before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
         kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
@@ -248,11 +214,9 @@ class Shrink:
             extra = self.reading.eval_name is None and sources == names
             each = count_of_own(self.limit, len(names), extra=extra)
             tokens = len(sources) * math.ceil(each / AT_ONCE) * self.size
-            seconds += tokens * seconds_a_token(self.in_memory, min(AT_ONCE, each))
-        if self.prompt:  # three completions, and the speeds
-            written = 3 * ANSWER + (1 + TURNS) * 2 * TIMED_TOKENS
-            seconds += written * seconds_a_token(self.in_memory, 1)
-        return seconds
+            seconds += tokens * seconds_a_token(self.short, min(AT_ONCE, each))
+        written = 3 * ANSWER + (1 + TURNS) * 2 * TIMED_TOKENS  # completions, and the speeds
+        return seconds + written * seconds_a_token(self.short, 1)
 
     # What it reads and keeps
 
@@ -263,7 +227,7 @@ class Shrink:
             self.size,
             self.limit,
             validate=self.settings.minutes is not None,
-            beside=self.folder.path / REPORT,
+            beside=self.folder / REPORT,
         )
         self.calibration = windows.training[:MAX_WINDOWS]  # that choose the layers
         identity = joined(
@@ -276,9 +240,7 @@ class Shrink:
             # the prompt and the tasks choose no layers, and may be others when a run goes on
             asdict(replace(self.settings, prompt=None)),
         )
-        saved = StateFile(self.folder.state, identity, folder=self.folder.path)
-        self.sets: LayerSets | None = None  # of a streamed model
-        if not self.short.streamed:
-            texts = (self.calibration, windows.evaluation)
-            self.sets = LayerSets(self.in_memory, *texts, state=saved)
-        self.cells = ResultCache(saved) if self.sets is None else self.sets.cells
+        saved = StateFile(self.folder / STATE, identity, folder=self.folder)
+        texts = (self.calibration, windows.evaluation)
+        self.sets = LayerSets(self.short, *texts, state=saved)
+        self.cells = self.sets.cells

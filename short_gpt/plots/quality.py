@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from short_gpt.jobs.cases import Row
 from short_gpt.plots.figures import empty, logarithmic
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.selection.methods import LABELS
@@ -15,6 +14,8 @@ from short_gpt.selection.methods import LABELS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from short_gpt.jobs.comparing import Row
 
 # Times the original model's perplexity, up to where curves of quality are shown.
 SHOWN = 100

@@ -15,10 +15,6 @@ RARELY = 30.0  # seconds between two lines of a bar in a file
 UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
-class DryRun(Exception):
-    """What a run would do, in words: raised in its place where a dry run is asked for."""
-
-
 def be_quiet(on: bool) -> None:
     """Shows neither bars nor notes from now on, or shows them again."""
     global _quiet

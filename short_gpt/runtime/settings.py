@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, field, fields, replace
 from difflib import get_close_matches
 from functools import wraps
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
@@ -75,12 +76,15 @@ class Settings:
         return [one for one in fields(self) if one.name not in self._left_out]  # type: ignore[arg-type]
 
 
-def flat(*positional: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+def flat(
+    *positional: str, work: str | None = None
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Lets a job take the fields of its settings by their names: ``rank(model, data, size=512)``.
 
     Settings are the parameters whose defaults are of a class of settings. The job's signature and
     the Args of its docstring show the fields in their place, typed, keyword-only except for the
-    ``positional`` ones.
+    ``positional`` ones. What it does is the function of its name in the module ``work``, which
+    the first call imports; the job itself is then its signature and its docstring.
     """
 
     def wrap(job: Callable[..., T]) -> Callable[..., T]:
@@ -88,6 +92,7 @@ def flat(*positional: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
         groups = {n: p.default for n, p in own.items() if isinstance(p.default, Settings)}
         homes = {one.name: (name, one) for name, group in groups.items() for one in group.taken()}
         signature = _flattened(job, groups, positional)
+        defaults = {name: p.default for name, p in own.items() if p.default is not p.empty}
 
         @wraps(job)
         def call(*args: Any, **named: Any) -> T:
@@ -113,7 +118,9 @@ def flat(*positional: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
                     raise ShortGPTError(
                         f"`{name}` has no effect without `{need}`: add that, or leave `{name}` out"
                     )
-            return job(**arguments)
+            if work is None:
+                return job(**arguments)
+            return getattr(import_module(work), job.__name__)(**{**defaults, **arguments})
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__doc__ = _documented(job, groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import fails, run
+from commands import run
 from conftest import BYTE_VOCAB, make_transformer, save_byte_llama
 from safetensors.torch import load_file, save_file
 
@@ -50,21 +49,6 @@ def stored(change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     weights[WEIGHT] = change(weights[WEIGHT])
     torch.save(weights, "ckpt/consolidated.00.pth")
     return weights[WEIGHT]
-
-
-def test_a_tensor_without_values_is_refused(here, capsys):
-    stored(lambda weight: torch.empty_like(weight, device="meta"))
-    for command in (
-        ("rank", "ckpt", "--data", "book.txt", "--size", 16),
-        ("rank", "ckpt", "--data", "book.txt", "--size", 16, "--stream"),
-        ("prune", "ckpt", "out", *CUT),
-        ("convert", "ckpt", "out"),
-        ("convert", "ckpt", "out", "--shards", 2),
-        ("convert", "ckpt", "out.gguf"),
-    ):
-        line = fails(capsys, *command)
-        assert f"ckpt/consolidated.00.pth is damaged (its {WEIGHT} is no dense tensor with" in line
-        assert not Path("out").exists() and not Path("out.gguf").exists()
 
 
 @pytest.mark.parametrize(
@@ -146,30 +130,13 @@ def test_a_weight_that_the_logits_do_not_show_is_named(here, capsys, model, valu
     for command in (
         ("rank", model, "--data", "book.txt", "--size", 16),
         ("heal", model, "healed", *CUT, *HEAL),
-        ("heal", model, "healed", *CUT, *HEAL, "--dry_run"),
         ("shrink", model, "shrunk", *HEAL),
     ):
-        for stream in streams:
+        for stream in streams[: 1 if command[0] == "shrink" else 2]:
             line = told(capsys, *command, *stream)
             assert re.search(r"the model has NaN or .* weights, .*embed\w*\.weight; fetch", line)
             assert sorted(here.iterdir()) == before
     run("evaluate", model, "--data", "book.txt", "--size", 16)  # whose tokens are others
-
-
-@pytest.mark.parametrize("dtype", ["int8", 5])
-def test_a_dtype_that_no_model_computes_in_is_told_before_the_work(here, capsys, dtype):
-    meta_to_hf("ckpt", "hf")
-    path = Path("hf/config.json")
-    names = ("dtype", "torch_dtype")
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(names, dtype)))
-    before = sorted(here.iterdir())
-    for command in (
-        ("heal", "hf", "out", *CUT, *HEAL, "--stream"),
-        ("convert", "hf", "out"),
-    ):
-        line = fails(capsys, *command)
-        assert f"hf/config.json is damaged (it has the dtype {dtype!r}, expected one of" in line
-        assert sorted(here.iterdir()) == before
 
 
 @pytest.mark.parametrize("layers", [1, 2])

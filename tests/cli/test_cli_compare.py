@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import fails
 from conftest import save_byte_llama
 
 from short_gpt.cli.app import main
-from short_gpt.data import demo
 from short_gpt.healing import HealedChoice
 from short_gpt.jobs import comparing
 from short_gpt.jobs.inputs import Windows
@@ -98,9 +96,6 @@ def test_without_eval_data_texts_are_held_out(here, capsys):
         (["--method", "best"], "no method 'best'; expected one of bi, angular"),
         (["--heal_by", "glue"], "--heal_by = 'glue': expected some of raw, refit, patch"),
         (["--n", "0,2"], "--n = 0: expected a whole number of at least 1"),
-        (["--method", "bi,bi"], "--method = ['bi', 'bi']: expected each once"),
-        (["--n", "2,2"], "--n = [2, 2]: expected each once"),
-        (["--heal_by", "raw,raw"], "--heal_by = ['raw', 'raw']: expected each once"),
         (["--size", "0"], "--size = 0: expected a whole number of at least 2"),
         (["--eval_windows", "0"], "--eval_windows = 0: expected a whole number of at least 1"),
         (["--n", "2,5"], "--n = 5; the model has 5 layers"),
@@ -114,19 +109,3 @@ def test_mistakes_are_one_line(here, capsys, monkeypatch, options, message):
         main([*COMMON, *options])
     errors = capsys.readouterr().err.splitlines()
     assert errors[-1].startswith("short-gpt: ") and message in errors[-1]
-
-
-@pytest.mark.parametrize("flag", ["--data", "--eval_data"])
-def test_the_demos_model_reads_its_own_book(here, capsys, flag):
-    line = fails(capsys, "compare", "--n", "2", flag, "books")
-    assert "without a MODEL, the demo's model reads its own book: name a MODEL, or leave" in line
-
-
-def test_the_record_of_the_demo_names_its_book(here, monkeypatch):
-    monkeypatch.setattr(demo, "checkpoint", lambda: Path("ckpt"))
-    monkeypatch.setattr(
-        demo, "bible", lambda part="learn": [text({"calibration": 0}.get(part, 5000))]
-    )
-    main([*COMMON[:1], *COMMON[4:], "--method", "bi", "--heal_by", "raw", "--json", "r.json"])
-    arguments = json.loads(Path("r.json").read_text())["arguments"]
-    assert arguments["data"] == arguments["eval_data"] == "demo" and arguments["model"] is None

@@ -144,15 +144,6 @@ def test_the_card_carries_a_gguf_files_licence_and_base_model(here):
     assert "license" not in source_card("n.gguf")
 
 
-@pytest.mark.parametrize("name", ["bos", "eos", "unknown", "padding"])
-@pytest.mark.parametrize("value", [2**63, 258, [1, 2], "a"])
-def test_a_token_that_is_none_is_refused_in_one_line(here, capsys, name, value):
-    with_keys("model.gguf", "m.gguf", **{f"tokenizer__ggml__{name}_token_id": value})
-    line = fails(capsys, "convert", "m.gguf", "out")
-    assert f"m.gguf is damaged (its {name}_token_id {value!r} is none of its tokens)" in line
-    assert not Path("out").exists()
-
-
 def test_what_is_for_llamas_alone_names_what_works_for_others(here, capsys):
     line = fails(capsys, "convert", "qwen.gguf", "out", "--to", "meta")
     assert "expected 'llama'; in Hugging Face's format: short-gpt" in line
@@ -285,7 +276,7 @@ def test_files_of_one_model_are_joined(here):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["convert", "model.gguf", "x.gguf", "--type", "f16"], "stay as they are"),
+        (["convert", "model.gguf", "x.gguf", "--type", "f16"], "--type f16 is for writing GGUF"),
         (["convert", "hf", "x", "--type", "f16"], "--type f16 is for writing GGUF"),
         (
             ["convert", "hf", "x.gguf", "--type", "q4_k"],
@@ -293,15 +284,10 @@ def test_files_of_one_model_are_joined(here):
         ),
         (["convert", "hf", "x.gguf", "--dtype", "float16"], "GGUF has --type"),
         (["convert", "hf", "x.gguf", "--to", "meta"], "expected the name of a directory for meta"),
-        (["convert", "hf", "x", "--to", "gguf"], "expected a name that ends with .gguf"),
         (["convert", "hf", "x", "--to", "hf"], "hf is in the format hf already"),
-        (["convert", "hf", "x", "--to", "onnx"], "--to = 'onnx': expected one of meta, hf, gguf"),
         (["convert", "hf", "x.gguf", "--shards", 2], "--shards 2 writes Meta's format, not gguf"),
-        (["convert", "qwen.gguf", "x", "--to", "meta"], "holds architecture 'qwen2', expected"),
-        (["prune", "model.gguf", "x-00001-of-00002.gguf", *CUT], "the name of a single file"),
         (["convert", "qwen.gguf", "qwen.gguf"], "qwen.gguf exists; choose another name"),
-        (["convert", "hf", "x-00001-of-00002.gguf"], "the name of a single file"),
-        (["convert", "owner/name", "x", "--to", "hf"], "owner/name is in the format hf already"),
+        (["prune", "model.gguf", "x-00001-of-00002.gguf", *CUT], "the name of a single file"),
     ],
 )
 def test_mistakes_cost_one_line(here, capsys, argv, message):

@@ -149,30 +149,6 @@ def test_prune_writes_the_other_format(here, capsys, source, to):
     assert record("out/pruning.json")["removed_layers"] == [2]
 
 
-def test_only_a_llama_goes_to_metas_format(here, capsys):
-    from families import make
-
-    make("qwen2").save_pretrained("qwen")
-    before = sorted(p.name for p in here.iterdir())
-    capsys.readouterr()
-    line = fails(capsys, "prune", "qwen", "x", *CUT, "--to", "meta")
-    assert "qwen/config.json: model_type = 'qwen2': expected 'llama'" in line
-    assert "model_type = 'qwen2'" in fails(capsys, "convert", "qwen", "x")
-    assert sorted(p.name for p in here.iterdir()) == before
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, OSError, KeyboardInterrupt])
-def test_what_fails_the_proof_is_not_left_behind(here, capsys, monkeypatch, kind):
-    def differ(*_, **__):
-        raise kind("logits differ")
-
-    monkeypatch.setattr("short_gpt.jobs.conversion.same_model", differ)
-    with pytest.raises((kind, SystemExit)):
-        run("prune", "hf", "x", *CUT)
-    assert not Path("x").exists()
-    assert "written" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
@@ -229,12 +205,6 @@ def test_a_conversion_that_is_another_model_leaves_the_earlier_one(here, capsys,
     capsys.readouterr()
     run("convert", source, "kept", *flags[:2], "--overwrite", "--verify", "no")
     assert capsys.readouterr().out == "written: kept\n"
-
-
-@pytest.mark.parametrize("source", ["hf", "meta", "model.gguf"])
-def test_no_token_more_is_the_prompt_alone(here, capsys, source):
-    run("generate", source, "It was", "--max_new_tokens", 0)
-    assert capsys.readouterr().out == "It was\n"
 
 
 @pytest.mark.parametrize("source", ["hf", "model.gguf"])
@@ -323,32 +293,22 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
 
 READ = "--data book.txt --size 32 --stride 16"
 MISTAKES = [
-    ("prune hf x --layers 9", "layers [9] do not exist; the model has 0..4"),
-    ("prune hf x --layers 1 --to onnx", "--to = 'onnx': expected one of meta, hf, gguf"),
     ("prune hf x --layers 1 --to gguf", "expected a name that ends with .gguf"),
     ("prune model.gguf model.gguf --layers 1 --overwrite", "model.gguf exists and is"),
-    ("prune hf hf --layers 1 --overwrite", "hf exists and holds"),
     ("prune hf x --layers 1 --dtype float32", "--dtype is of a GGUF file written as a directory"),
     ("prune hf x --scores other.json -n 1", "other.json holds scores of the weights"),
-    ("prune no/where x --layers 1", "no/where is not a directory here, and the hub"),
     (f"rank no/where {READ}", "no/where is not a directory here, and the hub cannot be"),
     (f"rank strange {READ}", "strange cannot be loaded: The checkpoint you are trying"),
     (f"rank broken.gguf {READ}", "broken.gguf is damaged"),
     ("generate hf --samples 1 --out o.jsonl --max_new_tokens 5000", "takes 2 to 4,096"),
     ("generate meta a --max_new_tokens 200000000", "expected at most 1,048,576"),
-    ("generate hf a --max_new_tokens -5", "--max_new_tokens = -5: expected a whole"),
     ("generate hf 'It was' --max_new_tokens 9999", "but the model's context is 4,096: shorten"),
-    ("generate hf a --temperature -1", "--temperature = -1.0: expected 0 or more"),
     ("generate hf \udcff", "holds '\\udcff' as character 0, half a surrogate pair"),
     ("generate damaged a", "damaged cannot be loaded: "),
-    ("generate empty a", "empty has no params.json (Meta's format) and no config.json"),
-    ("convert damaged x", "model.safetensors is damaged"),
-    ("convert meta x --dtype bfloat16", "is for writing Meta's format"),
+    ("convert meta x --dtype bfloat16", "is for Meta's format"),
     ("evaluate hf --data none", "nothing to evaluate: give --data or --tasks"),
     ("evaluate hf --data book.txt --source x", "--source is a copy of wiki"),
     ("evaluate hf --data ptb", "ptb needs a local copy: pass --source, such as ptb"),
-    ("evaluate hf", "and the hub cannot be reached"),
-    ("evaluate hf --data none --tasks nothing", "lm-eval has no tasks"),
 ]
 
 
@@ -367,16 +327,3 @@ def test_mistakes_cost_one_line(here, capsys, lm_eval, line, message):
     before = sorted(p.name for p in Path().iterdir())
     assert message in fails(capsys, *shlex.split(line))
     assert sorted(p.name for p in Path().iterdir()) == before
-
-
-def test_what_was_measured_is_told_where_tasks_fail(here, capsys, lm_eval, tasks, monkeypatch):
-    def offline(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
-
-    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", offline)
-    toy = ("--tasks", tasks / "tiny_choice.yaml")
-    with pytest.raises(SystemExit):
-        run("evaluate", "hf", *DATA[:4], "--max_windows", 2, *toy)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "/s]" not in line]
-    assert lines[-2].startswith("measured of hf before this ended: layers 5, book.txt perp")
-    assert "Couldn't reach 'a/b' on the Hub): connect to the network, or use tasks" in lines[-1]

@@ -13,10 +13,7 @@ import pytest
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
-from short_gpt.cli import COMMANDS
-from short_gpt.cli.flags import flags_of
 from short_gpt.cli.options import Run
-from short_gpt.jobs import reproduction
 from short_gpt.runtime import progress
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -53,16 +50,6 @@ def test_a_result_has_a_file_of_its_own(ckpt, capsys, overwrite):
         heal = ("heal", "ckpt", "r.json", "--data", "book.txt", "--layers", 2, "--json", name)
         assert "lies in OUT, which holds the model alone" in fails(capsys, *heal, *overwrite)
     assert not Path("r.json").exists()
-
-
-def test_what_a_command_reads_is_not_written_over(ckpt, capsys):
-    run(*RANK, "--json", "a.json")
-    capsys.readouterr()
-    before = contents()
-    line = fails(capsys, "heal", "ckpt", "x", "--scores", "a.json", "--n", 1, "--json", "a.json",
-                 "--overwrite")  # fmt: skip
-    assert "a.json is what --scores reads; choose another name" in line
-    assert contents() == before
 
 
 def test_somebodys_picture_is_not_replaced(ckpt, capsys):
@@ -107,7 +94,6 @@ def test_a_result_on_stdout_is_alone_there(ckpt, capfd):
     out, err = capfd.readouterr()
     assert json.loads(out)["importance"]["layers"] == [0, 1, 2, 3, 4]
     assert "Block Influence" in err and "written: p/angular.png" in err
-    assert "next: short-gpt prune ckpt OUT --layers" in err  # no file of scores to name
     run("rank", "ckpt", *DATA, "--max_windows", 2, "--json=-", "--quiet")
     out, err = capfd.readouterr()
     assert json.loads(out)["sha256"] and "Block Influence" in err
@@ -144,86 +130,6 @@ def test_a_quiet_run_says_its_result_alone(ckpt, monkeypatch, capsys):
     assert os.environ["TQDM_DISABLE"] == "1"
     run(*RANK)
     assert not progress.is_quiet() and progress.bar("x", total=1, unit="y").disable is False
-
-
-@pytest.mark.parametrize("command", ["rank", "heal", "compare", "evaluate", "reproduce"])
-def test_a_dry_run_tells_the_time_and_writes_nothing(ckpt, capsys, command, monkeypatch):
-    table = reproduction.published()
-    shape = {"dim": 32, "n_layers": 5, "vocab_size": 258, "removed": [3, 1]}
-    table["paper"]["models"]["tiny"] = shape
-    monkeypatch.setattr(reproduction, "published", lambda: table)
-    write_docs("docs")
-    if command == "reproduce":
-        save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB, n_kv_heads=4))
-    more = {"compare": ("--n", "1,2")}
-    more |= {"heal": ("out", "--layers", 1), "rank": ("--n", 1), "evaluate": ("--max_windows", 5)}
-    more[command] = (*more.get(command, ()), "--data", "docs", "--size", 16)
-    before = contents()
-    run(command, "ckpt", *more[command], "--json", "r.json", "--dry-run", "--device", "cpu")
-    first, time, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("dry run: it would ") and "ckpt" in first
-    assert time.startswith("a window of 16 tokens takes ") and "seconds" in time
-    assert last == "nothing was written" and contents() == before
-    assert "dry_run" in flags_of(COMMANDS[command])
-
-
-@pytest.mark.parametrize(
-    ("words", "windows"),
-    [
-        (("evaluate", "--max_windows", 5), 5),
-        (("evaluate", "other", "--max_windows", 5), 10),
-        # 4 sets, each pruned and patched, of which 3 are random; a patch reads as a refit at most
-        (("compare", "--method", "random,bi", "--n", 1, "--max_windows", 6,
-          "--eval_windows", 8), 6 + 9 * 8 + 4 * 3 * 6),
-    ],
-)  # fmt: skip
-def test_a_dry_run_counts_what_is_read(ckpt, capsys, words, windows):
-    write_docs("docs")
-    Path("other").symlink_to("ckpt")
-    command, *rest = words
-    run(command, "ckpt", *rest, "--data", "docs", "--size", 16, "--dry_run", "--device", "cpu")
-    assert f"all {windows:,} " in capsys.readouterr().out
-
-
-def test_a_dry_run_refuses_what_the_run_would_refuse(ckpt, capsys):
-    line = fails(capsys, *RANK, "--n", 9, "--dry_run")
-    assert "n = 9; the model has 5 layers" in line
-    heal = ("heal", "ckpt", "x", "--size", 16, "--dry_run", "--data")
-    line = fails(capsys, *heal, "book.txt", "--heal_by", "distill", "--layers", 99)
-    assert "layers [99] do not exist; the model has 0..4" in line
-    nowhere = "no such file or folder: 'nowhere/'"
-    assert nowhere in fails(capsys, *heal, "nowhere/", "--layers", 1)
-    assert nowhere in fails(capsys, *heal, "book.txt", "--layers", 1, "--eval_data", "nowhere/")
-    for text in ("wikitext-2", "c4", "ptb", "pg19"):
-        copied = ("evaluate", "ckpt", "--data", text, "--source", "nowhere/", "--dry_run")
-        assert "no such file or folder: 'nowhere" in fails(capsys, *copied)
-    assert "prune has no flag --dry_run" in fails(capsys, "prune", "ckpt", "x", "--dry_run")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("rank", "--size", 16),
-        ("evaluate", "--size", 16),
-        ("compare", "--size", 16),
-        ("heal", "x", "--layers", 1, "--size", 16),
-        ("heal", "x", "--layers", 1, "--size", 16, "--heal_by", "lora"),
-        ("shrink", "x", "--size", 16),
-    ],
-    ids=lambda words: " ".join(map(str, words)),
-)
-def test_a_dry_run_refuses_a_text_that_is_too_short(ckpt, capsys, words):
-    Path("short.txt").write_text("It was.")
-    line = fails(capsys, words[0], "ckpt", *words[1:], "--data", "short.txt", "--dry_run")
-    assert "no windows: the longest text has" in line and "a window needs 16" in line
-
-
-@pytest.mark.parametrize("command", ["compare", "heal"])
-def test_a_dry_run_has_the_model_write_no_text(ckpt, capsys, monkeypatch, command):
-    monkeypatch.setattr("short_gpt.wrappers.own_text.own_samples", lambda *_, **__: pytest.fail())
-    words = ["x", "--layers", 1] if command == "heal" else []
-    run(command, "ckpt", *words, "--size", 16, "--data", "self,book.txt", "--dry_run")
-    assert capsys.readouterr().out.startswith("dry run: it would ")
 
 
 def test_the_completion_script_completes_commands_and_flags(tmp_path):

@@ -13,7 +13,7 @@ from conftest import make_transformer, random_windows
 from short_gpt.cli.tables import compared, comparison, perplexities, ranking, search
 from short_gpt.data.windows import Window
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.jobs.cases import Row
+from short_gpt.jobs.comparing import Row
 from short_gpt.models.decoder import MetaDecoder
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import measure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from functools import partial
 
 import pytest
@@ -18,7 +17,7 @@ from short_gpt.healing import sets
 from short_gpt.healing.sets import LayerSets
 from short_gpt.jobs import compare
 from short_gpt.jobs import comparing as module
-from short_gpt.jobs.cases import Cases, Row
+from short_gpt.jobs.comparing import Row
 from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.models.layer_calls import PartialRun
 from short_gpt.runtime.state import StateFile
@@ -260,23 +259,6 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
     assert [*tmp_path.iterdir()] == []
 
 
-def test_values_that_are_no_numbers_are_the_same_from_a_state(tmp_path, monkeypatch):
-    def documents(self, model):
-        odd = math.nan if len(model.present) < 6 else math.inf
-        metrics = {"acc": 0.5, "perplexity": odd}
-        return TaskRun({"t": metrics}, {"t": {"acc": [1.0, 0.0], "perplexity": [1.0, odd]}})
-
-    monkeypatch.setattr(TaskSuite, "documents", documents)
-    monkeypatch.setattr(TaskSuite, "check", lambda self: None)
-    given = {"method": "bi", "n": 1, "tasks": TaskSuite("t"), "state": tmp_path / "state"}
-    first, again = (compare(short(), CALIBRATION, EVALUATION, **given) for _ in range(2))
-    for result in (first, again):
-        pruned = next(values for name, values in result.tasks.items() if name != "[]")
-        assert math.isnan(pruned["t perplexity"]) and pruned["t acc change"] == 0
-        assert "t log-likelihood change" not in pruned
-    assert math.isnan(again.tasks["[]"]["t perplexity"])
-
-
 def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
     ran, given = [], {"method": "bi", "n": 1, "state": tmp_path / "state"}
 
@@ -335,8 +317,3 @@ def test_a_state_is_told_by_what_it_was_computed_from(tmp_path, monkeypatch):
             other.setattr(module, of, partial(getattr(module, of), lost=None))
             with pytest.raises(ValueError, match=f"a run with another {healing}: .*'lost': 2.0"):
                 compare(short(), CALIBRATION, EVALUATION, **cases, state=state)
-
-
-def test_cases_name_what_there_is():
-    with pytest.raises(ValueError, match="`heal_by` = 'glue': expected some of raw, refit, patch"):
-        Cases(heal_by="raw,glue").check()

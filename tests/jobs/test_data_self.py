@@ -19,13 +19,11 @@ from conftest import (
 
 from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, open_model, own_samples, rank, shrink, texts
-from short_gpt.checkpoints.card import model_card
-from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.data.texts import TextsInMemory
 from short_gpt.data.windows import mix
 from short_gpt.healing import healing_windows
 from short_gpt.jobs import generation, heal
-from short_gpt.jobs.inputs import Windows, about_own
+from short_gpt.jobs.inputs import Windows
 from short_gpt.wrappers import own_text as module
 from short_gpt.wrappers.own_text import split_own_text, with_own_text
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -95,11 +93,6 @@ def test_a_mix_is_read_in_equal_parts(here):
     assert result.importance.n_texts == 4  # one book, and three of the model's own
 
 
-def test_two_real_texts_are_mixed_too(here):
-    result = rank("ckpt", "books,book.txt", size=32, max_windows=8, stride=16)
-    assert result.importance.n_windows == 8
-
-
 def test_the_share_of_a_mix_is_asked_for(here):
     asked = []
 
@@ -164,13 +157,6 @@ def test_where_own_text_alone_judges_it_is_said(here, capsys, data, more, said):
     assert (JUDGED in capsys.readouterr().out) == said
 
 
-@pytest.mark.parametrize(("data", "said"), [("self", True), ("book.txt,self", False)])
-@pytest.mark.parametrize("method", ["auto", "sleb", "bi"])
-def test_a_ranking_by_the_loss_on_own_text_alone_says_so(here, capsys, data, said, method):
-    run("rank", "ckpt", "--data", data, *SMALL, "--max_windows", 12, "--n", 1, "--method", method)
-    assert (JUDGED in capsys.readouterr().out) == (said and method != "bi")
-
-
 @pytest.mark.parametrize("judge", [None, "book.txt"])
 def test_a_card_says_where_own_text_alone_judged(here, judge):
     meta_to_hf("ckpt", "hf")
@@ -184,18 +170,6 @@ def test_a_card_says_where_own_text_alone_judged(here, judge):
     short.save("again")
     card = Path("again/README.md").read_text()
     assert "| perplexity |" in card and remark not in card
-
-
-def test_a_card_takes_any_text_for_the_name_of_data():
-    known = {"perplexity": {"healed": 9.0}, "evidence": {"eval_data": None}}
-    for name, said in (("self, self:chat", True), ("x" * 300, False)):
-        record = Provenance(kept_layers=[0], facts={"data": name}, **known)
-        assert ("itself wrote" in model_card(record)) == said
-
-
-def test_the_remark_depends_on_what_judges(here):
-    assert about_own("self,self:chat").startswith("evaluated on self, self:chat: ")
-    assert about_own("self", "book.txt") is None and about_own("book.txt,self") is None
 
 
 SYSTEM = "".join(random.Random(0).choices("ABCDEFGHIJ", k=90))

@@ -31,11 +31,9 @@ from short_gpt.jobs import (
     ranking,
     reproduce,
 )
-from short_gpt.jobs.cases import Cases
 from short_gpt.jobs.inputs import Tasks
-from short_gpt.jobs.settings import Answer, Choice
+from short_gpt.jobs.settings import Answer, Cases, Choice
 from short_gpt.models.layer_calls import PartialRun
-from short_gpt.runtime.progress import DryRun
 from short_gpt.wrappers.short_llama import ShortLlama
 
 LEARNING = {"eval_data": "other.txt", "size": 32, "max_windows": 8, "eval_windows": 4}
@@ -233,8 +231,6 @@ def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
         evaluate("ckpt", **{**reading, "max_windows": 1})
     with pytest.raises(ShortGPTError, match="max_windows = 0: expected a whole number"):
         evaluate("ckpt", data="book.txt", size=32, max_windows=0)
-    with pytest.raises(DryRun, match="all 4 "):  # two of each
-        evaluate("ckpt", **reading, dry_run=True)
 
 
 def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
@@ -266,7 +262,6 @@ def test_a_choice_names_layers_or_scores(here):
             choice.check()
     with pytest.raises(ShortGPTError, match="`n` chooses from `scores`"):
         prune("ckpt", "x", layers=[1], n=1)
-    assert Choice(3).check().named == [3]
 
 
 def test_cases_are_read_with_or_without_spaces():
@@ -275,44 +270,13 @@ def test_cases_are_read_with_or_without_spaces():
     assert cases.healings == ["raw", "refit"]
 
 
-def test_settings_that_would_be_passed_over_are_refused(here):
-    with pytest.raises(ShortGPTError, match="`confidence` has no effect without `n`: add that"):
-        rank("ckpt", confidence=0.9)
-    with pytest.raises(ShortGPTError, match="`limit` has no effect without `tasks`"):
-        evaluate("ckpt", limit=3)
-    with pytest.raises(ShortGPTError, match="num_fewshot = 1.5: expected a whole number"):
-        Tasks(num_fewshot=1.5).check()
-    Tasks(limit=None, num_fewshot=None).check()
-
-
-def test_a_text_to_evaluate_on_that_is_named_twice_is_refused(here):
-    Path("b.txt").write_text(TEXT[::-1])
-    how = {"data": "book.txt", "eval_data": "b.txt, b.txt", "size": 16}
-    for command in (
-        lambda: jobs.compare_checkpoint("ckpt", method="bi", n=1, **how),
-        lambda: heal("ckpt", "out", layers=[2], **how),
-        lambda: jobs.shrink("ckpt", "out", n=1, **how),
-    ):
-        with pytest.raises(ShortGPTError, match="`eval_data` names b.txt twice: name it once"):
-            command()
-
-
 def test_settings_are_refused_before_a_model_is_loaded(here):
     with pytest.raises(ShortGPTError, match="n = 5; the model has 5 layers: expected 1 to 4"):
         rank("ckpt", "no such text", n=5)
-    Path("ckpt/tokenizer.json").rename("aside")
-    with pytest.raises(FileNotFoundError, match="no tokenizer file"):
-        rank("ckpt", "no such text")
-    Path("ckpt/tokenizer.json").write_text("{")
-    with pytest.raises(ShortGPTError, match="ckpt/tokenizer.json is damaged"):
-        rank("ckpt", "no such text")
-    Path("aside").rename("ckpt/tokenizer.json")
     with pytest.raises(ShortGPTError, match="`method` sleb needs `n`"):
         Answer(method="sleb")
     with pytest.raises(ShortGPTError, match="n, or use choose"):
         _ = rank("ckpt", "book.txt", **CUT).layers
-    with pytest.raises(ShortGPTError, match="`batch_size` 2 has no effect on the method auto"):
-        rank("ckpt", "book.txt", n=2, method="auto", batch_size=2)
 
 
 # The names of the package
@@ -418,10 +382,8 @@ def test_a_job_that_reads_files_says_where_a_loaded_model_goes(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: jobs.generate("ckpt", samples=2, out="a.jsonl", temperature=0.1), "are for a `p"),
         (lambda: jobs.generate("ckpt", "The", temperature="hot"), "temperature` = 'hot': expected"),
         (lambda: heal("ckpt", "o", layers=[1], data="book.txt", seed=None), "seed = None"),
-        (lambda: shrink("ckpt", "o", n=1, data="book.txt", seed=None), "seed = None"),
         (lambda: rank("ckpt", "book.txt", n=1, confidence=0.9, seed=None), "confidence` needs"),
         (lambda: rank("ckpt", "book.txt:train", n=1), "'book.txt' is one file, which has no sp"),
     ],
@@ -435,7 +397,7 @@ def test_a_setting_that_would_be_ignored_is_refused(here, call, message):
 def test_a_dry_run_leaves_the_folder_of_a_running_shrink_as_it_is(here):
     folder = Path("out.shrinking")
     folder.mkdir()
-    (folder / "shrinking.txt").write_text("the same command continues this run\n")
+    (folder / "self-0.json").write_text("{}")
     letters = random.Random(0).choices(string.ascii_letters, k=4000)
     how = {
         "n": 1,
@@ -445,7 +407,7 @@ def test_a_dry_run_leaves_the_folder_of_a_running_shrink_as_it_is(here):
         "eval_windows": 4,
     }
     shrink("ckpt", "out", method="bi", **how, dry_run=True)
-    assert (folder / "shrinking.txt").is_file()
+    assert (folder / "self-0.json").is_file()
 
 
 def test_compare_leaves_out_windows_that_it_evaluates_on(here):
@@ -522,15 +484,6 @@ def test_jobs_that_heal_and_compare_take_texts_in_memory(here, dataset):
     assert [row.n for row in jobs.compare_checkpoint("ckpt", TEXTS, **few).rows] == [0, 2]
     with pytest.raises(ShortGPTError, match="`n` = 4; .* 5 layers: expected 1 to 3"):
         jobs.compare_checkpoint("ckpt", TEXTS, n=4, **few)
-
-
-def test_rows_in_memory_without_the_column_are_told(here, dataset):
-    with pytest.raises(ShortGPTError, match="no column 'text', only .*: name one by `column`"):
-        rank("ckpt", dataset)
-    with pytest.raises(ShortGPTError, match="expected an object with named values, got 3"):
-        rank("ckpt", [3])
-    with pytest.raises(ShortGPTError, match="holds no text"):
-        rank("ckpt", [])
 
 
 def test_a_ranking_shows_what_goes(here):

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.studies import refit_streamed, reproduce_7b
-from benchmarks.studies.reproduce_7b import Case, rehearse, scale, table, tensors, timed
+from benchmarks.studies.reproduce_7b import Case, rehearse, table, timed
 from llama.args import ModelArgs
 from short_gpt.jobs import reproduction
 
@@ -57,20 +56,9 @@ def test_a_streamed_refit_is_planned_and_measured_and_its_checkpoint_used_again(
     case = refit_streamed.Case(ARGS, layers=(4, 5), size=16, max_memory="20GB")
     content = refit_streamed.refitted(case, tmp_path, inside)
     assert content["matrices"] == 6 and len(content["evaluation_seconds"]) == 3
-    assert content["plan"].startswith("refit: ") and content["planned_bytes"] > 10**6
+    assert content["planned_bytes"] > 10**6
     assert "6 matrices in" in refit_streamed.table(content)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     before = (tmp_path / "checkpoint" / "config.json").stat().st_mtime_ns
     refit_streamed.refitted(case, tmp_path, inside)
     assert (tmp_path / "checkpoint" / "config.json").stat().st_mtime_ns == before
-
-
-def test_known_layers_are_scaled_down_by_grades_and_others_are_not():
-    _, read = tensors(TINY)
-    assert scale(TINY, "layers.5.attention.wo.weight") == 0.05 * (6 / 8) ** 0.5
-    assert scale(TINY, "layers.2.feed_forward.w2.weight") == 0.05 * 1.3 * (3 / 8) ** 0.5
-    for name in ("layers.5.attention.wq.weight", "layers.1.feed_forward.w2.weight", "norm.weight"):
-        assert scale(TINY, name) == 1
-    deviations = {i: read(f"layers.{i}.feed_forward.w2.weight").float().std() for i in range(8)}
-    assert sorted(deviations, key=lambda i: float(deviations[i]) / (i + 1) ** 0.5)[0] == 5
-    assert torch.equal(read("layers.3.ffn_norm.weight"), torch.ones(32, dtype=torch.bfloat16))
