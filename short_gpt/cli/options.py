@@ -76,12 +76,8 @@ class Run(NamedTuple):
     @property
     def record(self) -> dict[str, Any]:
         """What a result is kept with: the command, its arguments by flag, and the seed."""
-        arguments: dict[str, object] = {}
-        for name, value in self.values.items():
-            if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
-                value = ",".join(value)
-            if isinstance(value, str | int | float | tuple | list | None):
-                arguments[name] = value
+        kept = str | int | float | tuple | list | None
+        arguments = {name: v for name, v in self.values.items() if isinstance(v, kept)}
         seed = {"seed": arguments["seed"]} if "seed" in arguments else {}
         return {"command": self.command, "arguments": arguments, **seed}
 
