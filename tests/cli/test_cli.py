@@ -141,7 +141,7 @@ def test_prune_takes_what_auto_chose_together(ckpt, capsys):
     assert choice["layers"] == layers
     # a stride below the size is not taken: no window shares text with another
     assert (choice["fitted"], choice["judged"]) == (4, 4) and len(choice["notes"]) == 1
-    assert all({"methods", "loss", "difference", "told_apart"} < {*c} for c in choice["candidates"])
+    assert all({"methods", "kld", "difference", "told_apart"} < {*c} for c in choice["candidates"])
     assert not Path("a.json.state").exists()
     run("prune", "ckpt", "two", "--scores", "a.json", "--n", 2)
     pruned = json.loads(Path("two", "pruning.json").read_text())
