@@ -217,8 +217,9 @@ def perplexity(
 
     Every window is read on its own: its first token is only read (of an `Answer`, the prompt), the
     others are predicted. SLEB (arXiv:2402.09025) and others print exp(sum(2048 mean loss) /
-    (2048 n)) over n chunks, the mean being over a chunk's 2047 predicted tokens: the same value, as the chunks are
-    equal. Their texts and chunks are those of `short_gpt.evaluation.protocols.protocol`.
+    (2048 n)) over n chunks, the mean being over a chunk's 2047 predicted tokens: the same value, as
+    the chunks are equal. Their texts and chunks are those of
+    `short_gpt.evaluation.protocols.protocol`.
 
     Args:
         batches: Lists of windows, which may differ in length.
