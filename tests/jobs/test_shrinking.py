@@ -491,14 +491,14 @@ def test_the_weights_are_written_as_the_source_has_them(here, monkeypatch, used)
 
 
 def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
-    tried = []
+    tried, whole = [], Perplexity.of([Sample(0, 2.0, 1)])
 
     def measured(short, layers, judging, *, fit_on):
         tried.append(len(layers))
-        return [Perplexity(2.0 + 0.1 * len(layers), 1, 1)]
+        return [Perplexity.of([Sample(0, 2.0 + 0.1 * len(layers), 1)])]
 
     monkeypatch.setattr(shrinking, "pruned_losses", measured)
-    monkeypatch.setattr(shrinking, "window_perplexities", lambda *_: [Perplexity(2.0, 1, 1)])
+    monkeypatch.setattr(shrinking, "window_perplexities", lambda *_: [whole])
     settings = {**CUT, "data": "other", "method": "bi"}
     done = shrink("hf", "out", max_perplexity_ratio=1.3, **settings)  # exp(0.2) is 1.22
     assert len(done.layers) == 2 and tried == [2, 3]
