@@ -144,31 +144,6 @@ def test_a_gguf_file_of_another_architecture(tmp_path):
         ShortHFModel(path)
 
 
-def test_a_meta_checkpoint(here):
-    path = here / "meta/consolidated.00.pth"
-    whole = torch.load(path)
-    for case, said in {
-        "layers.4.attention.wq.weight": "lacks layers.4.attention.wq.weight",
-        "output.weight": "lacks output.weight",
-        "tok_embeddings.weight": "lacks tok_embeddings.weight",
-    }.items():
-        torch.save({k: v for k, v in whole.items() if k != case}, path)
-        for stream in (False, True):
-            with pytest.raises(ShortGPTError, match=said):
-                open_model("meta", stream=stream)
-    for changed, said in (
-        (
-            {"layers.0.attention.wq.bias": torch.zeros(32)},
-            "has layers.0.attention.wq.bias, unknown to params.json",
-        ),
-        ({"output.weight": torch.zeros(9, 32)}, r"output.weight has shape \[9, 32\]"),
-    ):
-        torch.save(whole | changed, path)
-        for stream in (False, True):
-            with pytest.raises(ShortGPTError, match=said):
-                open_model("meta", stream=stream)
-
-
 @pytest.mark.parametrize("family", ["phi3", "qwen2"])
 def test_kinds_of_layers_that_a_model_of_transformers_lacks(tmp_path, family):
     """Phi-3 has no kinds there; a Qwen 2 has, but none slides without a window in the file."""

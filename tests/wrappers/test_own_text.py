@@ -127,13 +127,6 @@ def test_an_end_of_text_ends_nothing_and_the_models_own_settings_count_for_nothi
     assert any(2 in window[:-1] for window in meta)  # its end of text, with more after it
 
 
-def test_a_batch_of_caches_is_not_kept():
-    short = llama()
-    quiet(short, 3, 12)
-    assert all(layer.attention.cache_k is None for layer in short.decoder.layers)
-    assert short.greedy([1, 5], 3) == short.greedy([1, 5], 3, use_cache=False)
-
-
 def test_bos_is_in_a_window_only_where_the_tokenizer_puts_it():
     assert all(window[0] == 1 for window in quiet(llama(), 3, 12))
     after_bos = [ids[1:] for ids in quiet(llama(), 3, 13)]

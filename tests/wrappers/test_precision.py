@@ -10,14 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import TEXT, fails, run
-from conftest import (
-    BYTE_VOCAB,
-    interrupted,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import interrupted, random_windows, save_byte_llama
 from families import FAMILIES, make
 
 from llama.formats.hf import meta_to_hf
@@ -25,10 +18,9 @@ from short_gpt import Recipe, ShortGPTError, ShortHFModel, heal_lora, heal_refit
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.harness import llama_lm
-from short_gpt.evaluation.perplexity import combined, perplexity, window_perplexities
+from short_gpt.evaluation.perplexity import combined, perplexity
 from short_gpt.healing import trainer
 from short_gpt.healing.distillation import Distillation, LiveTeacher
-from short_gpt.healing.lora import seconds_a_step
 from short_gpt.jobs import rank
 from short_gpt.models.decoder import without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
@@ -52,9 +44,7 @@ KINDS = [("meta", False), ("hf", False), ("meta", True), ("hf", True)]
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    save_checkpoint(tmp_path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
-    write_byte_tokenizer(tmp_path / "meta")
-    meta_to_hf("meta", "hf")
+    meta_to_hf(save_byte_llama(tmp_path / "meta"), "hf")
     Path("book.txt").write_text(TEXT)
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
     return tmp_path
@@ -230,30 +220,10 @@ def test_training_multiplies_in_bfloat16_and_learns_in_float32(distilled, here, 
 def test_training_goes_on_in_the_precision_that_it_began_with(here):
     recipe = Recipe(rank=2, steps=2, warmup=1, batch_size=2, eval_every=1)
     parts = [random_windows(4, 16, seed=seed) for seed in (4, 5, 6)]
-    heal_lora(
-        open_trainable("hf", replace(CPU, precision="mixed")),
-        *parts,
-        recipe=recipe,
-        work_dir="work",
-        progress=False,
-    )
+    how = {"recipe": recipe, "work_dir": "work", "progress": False}
+    heal_lora(open_trainable("hf", replace(CPU, precision="mixed")), *parts, **how)
     with pytest.raises(ShortGPTError, match="precision"):
-        heal_lora(
-            open_trainable("hf", CPU),
-            *parts,
-            recipe=recipe,
-            work_dir="work",
-            progress=False,
-        )
-
-
-def test_the_step_that_minutes_are_planned_with_is_timed_in_mixed(here, monkeypatch):
-    short = open_trainable("hf", replace(CPU, precision="mixed"))
-    found = dtypes(
-        short.decoder.layers,
-        lambda: seconds_a_step(short, WINDOWS[0], Recipe(rank=2, batch_size=1)),
-    )
-    assert torch.bfloat16 in found[0]
+        heal_lora(open_trainable("hf", CPU), *parts, **how)
 
 
 def test_a_model_that_is_not_in_float32_stays_as_it_is(here):
@@ -290,18 +260,15 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(here):
 
 
 def test_losses_of_windows_say_in_which_precision_they_were_read(here, tmp_path):
-    for stream in (False, True):
-        short = open_model("meta", CPU, precision="mixed", stream=stream)
-        cells = ResultCache(StateFile(tmp_path / f"{stream}", {}, every=0.0))
+    cells = ResultCache(StateFile(tmp_path / "state", {}, every=0.0))
+    for precision in CHOICES:
+        short = open_model("meta", CPU, precision=precision)
         cells.perplexities(
-            "mixed", lambda short=short: short.window_perplexities(WINDOWS, progress=False)
+            precision, lambda short=short: short.window_perplexities(WINDOWS, progress=False)
         )
-        again = ResultCache(StateFile(tmp_path / f"{stream}", {})).perplexities("mixed", list)
-        assert combined(again).to_dict()["precision"] == "mixed"
-        cells.perplexities(
-            "float32", lambda: window_perplexities(open_model("meta", CPU).decoder, WINDOWS)
-        )
-        assert "precision" not in combined(cells.perplexities("float32", list)).to_dict()
+    again = ResultCache(StateFile(tmp_path / "state", {}))
+    said = [combined(again.perplexities(name, list)).to_dict().get("precision") for name in CHOICES]
+    assert said == ["mixed", None]
 
 
 def test_results_say_that_they_are_mixed(here, capsys):

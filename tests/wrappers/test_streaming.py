@@ -35,9 +35,7 @@ from short_gpt.models.decoder import pad
 from short_gpt.runtime import memory as memory_plan
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of, pinned
-from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import SUMS, Importance
-from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Stop
 from short_gpt.wrappers import streamed_transformer
 from short_gpt.wrappers.streamed_llama import StreamedCalls, StreamedLlama
@@ -253,28 +251,6 @@ def test_a_rule_stops_after_a_round(streamed):
     verdict = streamed.verdict
     assert verdict.settled and verdict.windows == streamed.n_windows < 90
     assert streamed.n_windows % 4 == 0 and streamed.n_windows >= 16
-
-
-def test_a_run_in_rounds_continues(streamed, tmp_path, monkeypatch):
-    few_rounds(streamed, 4)
-    many, identity = random_windows(18, 12), {"model": "tiny"}
-    streamed.measure(many, progress=False)
-    expected = streamed.importance.to_dict()
-    plain, rounds = streamed.score_batch, []
-
-    def fails(part, **options):
-        rounds.append(len(part))
-        if len(rounds) == 3:
-            raise KeyboardInterrupt
-        return plain(part, **options)
-
-    monkeypatch.setattr(streamed, "score_batch", fails)
-    with pytest.raises(KeyboardInterrupt):
-        state = RunState(StateFile(tmp_path / "state", identity))
-        streamed.measure(many, progress=False, state=state)
-    state = RunState(StateFile(tmp_path / "state", identity))
-    streamed.measure(many, progress=False, state=state)
-    assert rounds == [4, 4, 4, 4, 4, 2] and streamed.importance.to_dict() == expected
 
 
 def test_too_little_memory_is_refused_and_the_least_is_enough(streamed, tmp_path):
@@ -547,12 +523,6 @@ def test_commands_refuse_what_cannot_be_streamed(arguments, message, folder, cap
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 1 and len(lines) == 1
     assert re.match(f"short-gpt: {message}", lines[0]), lines
-
-
-def test_a_limit_of_memory_that_nothing_would_keep_is_refused(folder, capsys):
-    with pytest.raises(SystemExit):
-        run("rank", "meta", *DATA, "--max_memory", "3GB")
-    assert "bounds --stream; add" in capsys.readouterr().err
 
 
 def test_of_several_ranks_none_streams(folder, monkeypatch):
