@@ -35,6 +35,7 @@ setup(
     packages=find_packages(include=["short_gpt", "short_gpt.*", "llama", "llama.*"]),
     package_data={
         "short_gpt": ["py.typed"],
+        "short_gpt.evaluation": ["questions.jsonl"],
         "short_gpt.jobs": ["page.html", "published.json"],
         "llama": ["py.typed"],
     },

@@ -97,32 +97,11 @@ class Opened:
         """The KV cache of each layer."""
         return layer_caches(self.short.model, len(self.short.kept), self.short.decoder.device)
 
-    @cached_property
-    def chats(self) -> bool:
-        """Whether it has a chat template that takes only a user's turn."""
-        try:
-            return bool(self._turn(CHAT))
-        except ShortGPTError:
-            return False
-
-    def _turn(self, prompt: str) -> list[int]:
-        return self.short.dialog([{"role": "user", "content": prompt}], answer=True)
-
-    def encode(self, prompt: str) -> list[int]:
-        """The tokens that it answers or continues; ShortGPTError if they fill its context."""
-        ids = self._turn(prompt) if self.chats else self.short.encode(prompt)
-        if len(ids) >= (most := self.short.decoder.max_seq_len):
-            raise ShortGPTError(
-                f"`prompt` has {len(ids):,} tokens, but the model's context is {most:,}; shorten it"
-            )
-        return ids
-
     def answer(self, prompt: str) -> str:
         """The greedy completion."""
-        tokenizer, ids = self.short.tokenizer, self.encode(prompt)
-        assert tokenizer is not None  # texts were encoded by it
+        ids = self.short.prompt_ids(prompt)
         new = self.short.greedy(ids, min(ANSWER, self.short.decoder.max_seq_len - len(ids)))
-        return str(tokenizer.decode(new, skip_special_tokens=True))
+        return self.short.decode(new, special=False)
 
     def speed(self, window: Sequence[int]) -> float:
         """Tokens a second."""

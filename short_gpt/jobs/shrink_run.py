@@ -171,8 +171,8 @@ class Shrink:
             sizes = [a + b for a, b in zip(layers, self.caches, strict=True)]
         searched = self.settings.max_perplexity_ratio is not None
         self.n = None if searched else self.settings.count(sizes, rest)
-        self.prompt = self.settings.prompt or (CHAT if self.opened.chats else PROMPT)
-        self.opened.encode(self.prompt)  # raises for one that is too long
+        self.prompt = self.settings.prompt or (CHAT if self.opened.short.chats else PROMPT)
+        self.opened.short.prompt_ids(self.prompt)  # raises for one that is too long
         # any tokens, which do not change the time
         self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
         self.a_pass = short.seconds_a_window(self.probe)

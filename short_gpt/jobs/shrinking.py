@@ -168,7 +168,7 @@ def _measure(run: Shrink, state: str) -> StateReport:
     """Completion, sizes and tasks of the present model, measured once."""
     opened, suite = run.opened, run.tasks.suite()
     # by tokenizer, chat template and tasks, which may be others when a run goes on
-    digest = json_digest([opened.encode(run.prompt), suite and suite.identity()])
+    digest = json_digest([opened.short.prompt_ids(run.prompt), suite and suite.identity()])
 
     def measure() -> list[Any]:
         present = opened.short.present

@@ -291,8 +291,21 @@ class ShortHFModel(ShortModel):
             )
         return known
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer().decode(list(ids)))
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        return str(self._tokenizer().decode(list(ids), skip_special_tokens=not special))
+
+    @property
+    def chats(self) -> bool:
+        try:
+            return bool(self._turn("Hello"))
+        except ShortGPTError:
+            return False
+
+    def _turn(self, prompt: str) -> list[int]:
+        return self.dialog([{"role": "user", "content": prompt}], answer=True)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        return self._turn(prompt) if self.chats else self._to_continue(prompt)
 
     def _continue(
         self, ids: list[int], max_gen_len: int, temperature: float, top_p: float

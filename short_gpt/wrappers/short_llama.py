@@ -133,7 +133,7 @@ class ShortLlama(ShortModel):
             raise ShortGPTError(f"{why}: open it as GGUF or by transformers, or leave chats out")
         return starts_texts(lambda s: encode_dialog(tokenizer, [{"role": "user", "content": s}]))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         return self.llama.tokenizer.decode(ids)
 
     def generate(

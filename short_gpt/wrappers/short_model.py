@@ -50,8 +50,29 @@ class ShortModel(ScoredModel):
         """
 
     @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """The text of token ids, with special tokens' names unless these are to be left out."""
+
+    @property
+    def chats(self) -> bool:
+        """Whether it has a chat template that takes only a user's turn."""
+        return False
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a user's turn that the model is to answer; without `chats`, of the text.
+
+        Raises:
+            ShortGPTError: they fill the model's context.
+        """
+        ids = self._prompt_ids(prompt)
+        if len(ids) >= (most := self.decoder.max_seq_len):
+            raise ShortGPTError(
+                f"`prompt` has {len(ids):,} tokens, but the model's context is {most:,}; shorten it"
+            )
+        return ids
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        return self.encode(prompt)
 
     @property
     def stop_tokens(self) -> frozenset[int]:

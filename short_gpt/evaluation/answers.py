@@ -1,0 +1,203 @@
+"""Questions with short answers: how many a model answers right, and its answers as windows.
+
+Removing layers costs answers long before it costs loss on text. A model is asked greedily, and a
+right answer has to stand in what it writes; nobody judges it, and no code is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from short_gpt.data.windows import Answer
+from short_gpt.models.decoder import Decoder
+from short_gpt.runtime.errors import ShortGPTError, at_least
+from short_gpt.runtime.progress import bar
+
+BUILT_IN = Path(__file__).with_name("questions.jsonl")  # of this project, in no benchmark
+PLAIN = "Question: {}\nAnswer:"  # of a model without a chat template
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the separators of "1,024,000"
+
+
+class Answering(Protocol):
+    """What `ask` needs of a model; see `wrappers.short_model.ShortModel`."""
+
+    @property
+    def decoder(self) -> Decoder: ...
+    @property
+    def chats(self) -> bool: ...
+    @property
+    def stop_tokens(self) -> frozenset[int]: ...
+    def prompt_ids(self, prompt: str) -> list[int]: ...
+    def greedy(self, ids: list[int], count: int) -> list[int]: ...
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the answers to it that are right, any of them; none where nobody knows."""
+
+    prompt: str
+    right: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered.
+
+    Attributes:
+        prompt_ids: Token ids of the prompt, with those of the chat template.
+        ids: Token ids of the answer, with the token that ended it if the model wrote one.
+        text: The answer, without special tokens.
+        right: Whether it is right; None where no right answer is known.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    right: bool | None
+
+
+def questions(path: str | Path | None = None) -> list[Question]:
+    """Reads questions from a file.
+
+    Args:
+        path: A file ``.jsonl``, each line an object with "prompt" and, if right answers are known,
+            "right", a text or a list of texts; or another file, each line a prompt. Empty lines are
+            skipped. Default: 40 questions of this library, with right answers: facts, arithmetic,
+            what a line of Python prints, lists and words.
+
+    Raises:
+        ShortGPTError: a line is something else, or there is no question.
+
+    Example:
+        >>> questions()[0]
+        Question(prompt='What is the capital of France? Answer with one word.', right=('Paris',))
+    """
+    file, each = BUILT_IN if path is None else Path(path), list[Question]()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ShortGPTError(f"{file}: {error}") from None
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line and file.suffix == ".jsonl":
+            each.append(_question(line, f"{file}, line {number}"))
+        elif line:
+            each.append(Question(line))
+    if not each:
+        raise ShortGPTError(f"{file} has no question: expected one a line")
+    return each
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        content = None
+    given = content if isinstance(content, dict) else {}
+    right = given.get("right") or []
+    right = [right] if isinstance(right, str) else right
+    texts = [given.get("prompt"), *(right if isinstance(right, list) else [None])]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ShortGPTError(
+            f'{where}: expected {{"prompt": "..."}} and perhaps "right", a text or a list of '
+            f"texts; got {line:.60}"
+        )
+    return Question(given["prompt"], tuple(right))
+
+
+def is_right(question: Question, text: str) -> bool | None:
+    """Whether a right answer stands in a text; None for a question without one.
+
+    It stands there as whole words, upper or lower case. A number does not stand in a longer one:
+    "42" is in "It is 42." but not in "142", "42.5" or "-42". Thousands may be separated by commas.
+
+    Example:
+        >>> is_right(Question("2 to the 10th?", ("1024",)), "That is 1,024.")
+        True
+    """
+    if not question.right:
+        return None
+    return any(_stands(answer, _plain(text)) for answer in map(_plain, question.right))
+
+
+def _plain(text: str) -> str:
+    return THOUSANDS.sub("", " ".join(text.casefold().split()))
+
+
+def _stands(answer: str, text: str) -> bool:
+    before = r"(?<!\d,)(?<![\w.\u2212-])" if answer[0].isdigit() else r"(?<!\w)"
+    after = r"(?!\w|[.,]\d)" if answer[-1].isdigit() else r"(?!\w)"
+    return re.search(before + re.escape(answer) + after, text) is not None
+
+
+def ask(
+    model: Answering,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 32,
+    progress: bool = True,
+) -> list[Reply]:
+    """Asks a model, which answers by its likeliest tokens.
+
+    A prompt is a user's turn of the model's chat template. Without one it is "Question: ...
+    Answer:", and the first line break ends the answer.
+
+    Args:
+        model: A model in memory, such as `open_model` returns.
+        questions: What is asked, each on its own.
+        max_new_tokens: Most tokens of an answer; fewer where the context ends. Default: 32.
+        progress: Show a progress bar. Default: yes.
+
+    Raises:
+        ShortGPTError: a prompt fills the model's context.
+
+    Example:
+        >>> replies = ask(short, questions())  # doctest: +SKIP
+        >>> sum(reply.right for reply in replies)  # doctest: +SKIP
+        31
+    """
+    at_least(1, max_new_tokens=max_new_tokens)
+    replies, chats = [], model.chats
+    with bar("answers", total=len(questions), unit="question", show=progress) as shown:
+        for question in questions:
+            prompt = question.prompt if chats else PLAIN.format(question.prompt)
+            prompt_ids = model.prompt_ids(prompt)
+            room = min(max_new_tokens, model.decoder.max_seq_len - len(prompt_ids))
+            ids = _ended(model, model.greedy(prompt_ids, room), line=not chats)
+            text = model.decode(ids, special=False)
+            text = (text if chats else text.split("\n")[0]).strip()
+            replies.append(Reply(prompt_ids, ids, text, is_right(question, text)))
+            shown.update()
+    return replies
+
+
+def _ended(model: Answering, ids: list[int], *, line: bool) -> list[int]:
+    """The ids up to the token that ends an answer, or its ``line``, if `greedy` writes on."""
+    for count, token in enumerate(ids, 1):
+        if token in model.stop_tokens or (line and "\n" in model.decode(ids[:count])):
+            return ids[:count]
+    return ids
+
+
+def answer_windows(replies: Sequence[Reply]) -> list[Answer]:
+    """Windows of which only the answers are predicted, for the distance from the original.
+
+    Each is a prompt and its answer, and counts as a text of its own; a reply without a token has
+    none.
+
+    Example:
+        >>> windows = answer_windows(ask(short, questions()))  # doctest: +SKIP
+        >>> reference = short.reference(windows)  # doctest: +SKIP
+        >>> with short.without_layers([12, 13]):  # doctest: +SKIP
+        ...     print(perplexity(short.decoder, [windows], reference=reference).kld)
+    """
+    return [
+        Answer([*reply.prompt_ids, *reply.ids], number, len(reply.prompt_ids))
+        for number, reply in enumerate(replies)
+        if reply.ids
+    ]
