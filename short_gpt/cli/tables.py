@@ -154,14 +154,18 @@ def perplexities(models: Mapping[str, Perplexity]) -> str:
     width = max(len(name) for name in models)
     first = next(iter(models.values()))
     rows = [f"{'':<{width}}  {'perplexity':>12}  {'ratio':>7}  {'tokens':>9}  {'windows':>7}"]
+    far = all(p.kld is not None for p in models.values())
+    rows[0] += f"  {'KLD':>15}  {'same top token':>14}" if far else ""
     for name, p in models.items():
         ratio, counts = p.value / first.value, f"{p.tokens:>9,}  {p.windows:>7,}"
+        counts += f"  {p.kld!s:>15}  {p.same_top.value:>14.1%}" if p.kld and p.same_top else ""
         rows.append(f"{name:<{width}}  {p.value:>12.3f}  {ratio:>7.2f}  {counts}")
     if (error := first.error) is not None and error.no_interval:
         rows.append(f"no interval: {error.no_interval}")
     elif error is not None:
         ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in models.values()]
         rows += [f"95%: {'; '.join(ends)}", f"over {error.over}"]
+    rows += ["KLD: from the original, nats a token"] if far else []
     return "\n".join(rows)
 
 
@@ -247,6 +251,9 @@ def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
     parts = {f"{healing}: perplexity (standard error)": _perplexity}
+    if all(r.kld is not None for r in rows):
+        parts[f"{healing}: KLD from the original, nats a token (standard error)"] = _kld
+        parts[f"{healing}: same top token as the original"] = _same_top
     if any(r.gain is not None for r in rows):
         parts[f"{healing}: loss in nats a token, change from raw (standard error)"] = _gain
     lines = [f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)]
@@ -289,6 +296,18 @@ def _perplexity(rows: Sequence[Row]) -> str:
     if len(values) > 1:
         return f"{_short(min(values))} to {_short(max(values))}"
     return f"{_short(values[0])} ({_short(values[0] * rows[0].standard_error)})"
+
+
+def _kld(rows: Sequence[Row]) -> str:
+    values = [r.kld for r in rows if r.kld is not None]
+    if len(values) > 1:
+        return f"{min(values):.3f} to {max(values):.3f}"
+    return f"{values[0]:.3f} ({known(rows[0].kld_error, '.3f')})"
+
+
+def _same_top(rows: Sequence[Row]) -> str:
+    values = [r.same_top for r in rows if r.same_top is not None]
+    return " to ".join(f"{value:.1%}" for value in sorted({min(values), max(values)}))
 
 
 def known(error: float | None, form: str) -> str:

@@ -56,6 +56,9 @@ class Row:
     tokens_per_second: float  # greedy generation with the cache, one sequence
     windows: int = 0  # that the errors are over
     texts: int | None = None  # of the windows; see `evaluation.Difference`
+    kld: float | None = None  # KL divergence from the original, nats a token; None if streamed
+    kld_error: float | None = None  # standard error of kld
+    same_top: float | None = None  # share of tokens whose likeliest token is the original's
 
 
 @dataclass(frozen=True)
@@ -178,13 +181,15 @@ def _row(sets: LayerSets, method: str, seed: int | None, layers: list[int], heal
     )
     change, gain = difference(dense, healed), difference(raw, healed)
     parameters, size = size_without(short, layers)
+    quality = combined(healed)
+    kld, same = quality.kld, quality.same_top
     return Row(
         method=method,
         seed=seed,
         n=n,
         healing=healing,
         layers=layers,
-        perplexity=combined(healed).value,
+        perplexity=quality.value,
         nats=change.nats,
         standard_error=change.standard_error if n else 0.0,
         gain=None if healing == RAW else gain.nats,
@@ -194,6 +199,9 @@ def _row(sets: LayerSets, method: str, seed: int | None, layers: list[int], heal
         tokens_per_second=float(sets.cells.value(f"speed {n}", speed)),
         windows=change.windows,
         texts=change.texts,
+        kld=None if kld is None else kld.value,
+        kld_error=None if kld is None else kld.error.standard_error,
+        same_top=None if same is None else same.value,
     )
 
 

@@ -1,4 +1,4 @@
-"""How good models are: perplexity on texts, and tasks of the lm-evaluation-harness."""
+"""How good models are: perplexity on texts, distance from the first, and lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Any
 
 from short_gpt.data.texts import check_named_once, read_texts, source_names
+from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, difference
 from short_gpt.evaluation.protocols import PROTOCOLS, check_copy, protocol, rows_of
 from short_gpt.evaluation.tasks import TaskRun, task_changes
@@ -50,7 +51,8 @@ def evaluate(
     try:
         for name in names:
             row = rows[name] = {}
-            measured = _evaluated(name, row, texts, tasks, opening, first, running)
+            others = first is None and len(names) > 1
+            measured = _evaluated(name, row, texts, tasks, opening, first, running, others=others)
             first = first or measured
     except BaseException:  # also Ctrl-C
         for name, row in rows.items():  # what was measured is printed
@@ -110,8 +112,13 @@ def _local_texts(windows: Windows, source: str | None) -> dict[str, list[str]]:
     return {name: [*read_texts(name, column, split=None)] for name in names}
 
 
-# by text, a model's perplexity and a digest of the windows' tokens; and its tasks
-Measured = tuple[dict[str, tuple[Perplexity, str]], TaskRun]
+@dataclass(frozen=True)
+class Measured:
+    """What the first model gave, from which the others differ."""
+
+    texts: dict[str, tuple[Perplexity, str]]  # by text; with a digest of the windows' tokens
+    tasks: TaskRun
+    reference: Reference | None  # what it predicts; None of a streamed model
 
 
 def _evaluated(
@@ -122,30 +129,46 @@ def _evaluated(
     opening: OpenOptions,
     first: Measured | None,
     running: Running,
+    *,
+    others: bool,
 ) -> Measured:
-    """Fills the row of a model."""
+    """Fills the row of a model; ``others`` will be compared with it."""
     short = open_model(name, of_source(opening, name), max_seq_len=texts.windows.size or 0)
     how = ", bos in every window" if short.bos == "every" else ""
     how += ", precision mixed" if short.about_precision else ""
     row["layers"] = float(len(short.kept))
     measured: dict[str, tuple[Perplexity, str]] = {}
-    for text, windows in texts.cut(short).items():
+    cut = texts.cut(short)
+    for text, windows in cut.items():
         digest = windows_digest(windows)
-        value = short.perplexity(windows, batch_size=opening.batch_size)
+        same = first is not None and digest == first.texts[text][1] and not short.streamed
+        reference = first.reference if first is not None and same else None
+        value = short.perplexity(windows, batch_size=opening.batch_size, reference=reference)
         measured[text] = value, digest
         row[f"{text} perplexity{how}"] = value.value
+        means = {"KLD, nats a token": value.kld, "same top token": value.same_top}
+        for measure, mean in means.items():
+            if mean is not None:
+                row[f"{text} {measure}{how}"] = mean.value
+                row[f"{text} {measure}_stderr{how}"] = mean.error.standard_error
         if value.error is not None and not value.error.no_interval:
             ends = zip(("low", "high"), value.interval(), strict=True)  # of 95%
             row |= {f"{text} perplexity_{name}{how}": end for name, end in ends}
-            if first is None or digest != first[0][text][1]:
+            if first is None or digest != first.texts[text][1]:
                 running.tell(f"{text}: 95% intervals of perplexities over {value.error.over}")
     run = tasks.run(short, batch_size=opening.batch_size)
     row |= run.named()
-    for text, (before, digest) in ({} if first is None else first[0]).items():
+    for text, (before, digest) in ({} if first is None else first.texts).items():
         if digest == measured[text][1]:  # windows of two tokenizers are not paired
             change = difference([before], [measured[text][0]])
             nats = {"nats change": change.nats, "nats change_stderr": change.standard_error}
             row |= {f"{text} {k}{how}": v for k, v in nats.items() if v == v}
     if first is not None:
-        row |= task_changes(first[1], run)
-    return measured, run
+        row |= task_changes(first.tasks, run)
+    reference = None
+    if others:
+        every = [window for windows in cut.values() for window in windows]
+        reference = short.reference(every, progress=True)
+    if reference is not None:
+        reference.keep_head()  # only one model's layers are in memory
+    return Measured(measured, run, reference)

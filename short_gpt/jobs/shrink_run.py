@@ -169,7 +169,7 @@ class Shrink:
         if self.settings.memory is not None:
             layers, rest = self.stored
             sizes = [a + b for a, b in zip(layers, self.caches, strict=True)]
-        searched = self.settings.max_perplexity_ratio is not None
+        searched = self.settings.most_kld is not None
         self.n = None if searched else self.settings.count(sizes, rest)
         self.prompt = self.settings.prompt or (CHAT if self.opened.short.chats else PROMPT)
         self.opened.short.prompt_ids(self.prompt)  # raises for one that is too long

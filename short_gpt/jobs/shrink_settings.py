@@ -12,8 +12,8 @@ from short_gpt.jobs.inputs import Windows
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import CHOOSE, RUN, Settings, setting
 
-SIZES = ("ratio", "n", "memory", "max_perplexity_ratio")  # one of these is set
-RATIO = 0.25
+SIZES = ("max_kld", "n", "ratio", "memory")  # one of these is set
+MAX_KLD = 0.1  # nats a token: the model stays usable
 SHRUNK = Windows("self", size=None).without("column", "stride", "seed")  # what is read by default
 A_YEAR = 365 * 24 * 60  # minutes
 
@@ -28,25 +28,23 @@ class Shrinking(Settings):
     """
 
     HEADING: ClassVar = CHOOSE
-    ratio: float | None = setting(
-        None, "Share of the layers to remove. Default: 0.25, unless another size is given."
-    )
+    ratio: float | None = setting(None, "Share of the layers to remove.")
     n: int | None = setting(None, "Number of layers to remove; two at least stay.")
     memory: str | int | None = setting(
         None,
         "Maximum memory, as in 12GB, for the weights and a KV cache of 4,096 tokens.",
         value="SIZE",
     )
-    max_perplexity_ratio: float | None = setting(
+    max_kld: float | None = setting(
         None,
-        "Factor by which the perplexity of the refitted model may rise, as in 1.2: as many layers "
-        "go as it allows, on windows of data that nothing is fitted on.",
-        rare=True,
+        "Mean KL divergence of the refitted model from the original, in nats a token: as many "
+        "layers go as keep it, on windows that nothing is fitted on. Default: 0.1, unless another "
+        "size is given.",
     )
     method: str | None = setting(
         None,
         "Method that chooses the layers: auto, which refits the sets of several methods and takes "
-        "the one of lowest held-out loss, or another of rank. Default: auto.",
+        "the one nearest to the original, or another of rank. Default: auto.",
     )
     minutes: float | None = setting(
         None, "Minutes of distillation after the refit. Default: none.", heading=RUN
@@ -63,8 +61,14 @@ class Shrinking(Settings):
     @property
     def size_flag(self) -> str:
         """The setting that says how small, as a flag."""
-        name = next((name for name in SIZES if getattr(self, name) is not None), "ratio")
-        return f"--{name} {getattr(self, name) or RATIO}"
+        name = next((name for name in SIZES if getattr(self, name) is not None), "max_kld")
+        return f"--{name} {getattr(self, name) or MAX_KLD}"
+
+    @property
+    def most_kld(self) -> float | None:
+        """The most divergence, in nats a token; None where another setting says how small."""
+        others = [name for name in SIZES[1:] if getattr(self, name) is not None]
+        return None if others else self.max_kld or MAX_KLD
 
     @property
     def target(self) -> int | None:
@@ -81,10 +85,9 @@ class Shrinking(Settings):
             raise ShortGPTError(
                 f"`{both[0]}` and `{both[1]}` both say how small the model becomes: give one"
             )
-        ratio, rise, minutes = self.ratio, self.max_perplexity_ratio, self.minutes
+        ratio, kld, minutes = self.ratio, self.max_kld, self.minutes
         check(ratio is None or 0 < ratio < 1, "`ratio`", ratio, "above 0 and below 1")
-        in_range = rise is None or 1 < rise < math.inf
-        check(in_range, "`max_perplexity_ratio`", rise, "above 1, as in 1.2")
+        check(kld is None or 0 < kld < math.inf, "`max_kld`", kld, "above 0, as in 0.1")
         in_range = minutes is None or 0 < minutes <= A_YEAR
         check(in_range, "`minutes`", minutes, f"above 0 and at most {A_YEAR:,}, a year")
         at_least(1, optional=True, n=self.n)
@@ -103,7 +106,7 @@ class Shrinking(Settings):
         from short_gpt.runtime.memory import format_bytes
 
         total, most = len(layers), len(layers) - 2
-        n = self.n or math.floor((self.ratio or RATIO) * total + 0.5)
+        n = self.n or math.floor((self.ratio or 0) * total + 0.5)
         if self.target is not None:
             removed = accumulate(sorted(layers), initial=0)  # the smallest may be the removed ones
             sizes = [sum(layers) + rest - size for size in removed]

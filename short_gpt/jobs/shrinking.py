@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -92,52 +92,45 @@ def _choose(run: Shrink) -> tuple[list[int], Mapping[str, Any]]:
     """The layers to remove, and how `auto` chose them."""
     n, sets = run.n, run.sets
     run.short.importance = sets.importance
-    # the greedy search that found how many went further; it is not repeated
-    most = run.count - 2 if n is None and run.method == "sleb" else None
-    n = n or run.cells.value("how many", partial(_most_within, run))
-    layers = sets.layers(run.method, n, run.seed, most=most)
+    n = n or run.cells.value("how many", partial(_most_within, run, run.settings.most_kld))
+    layers = sets.layers(run.method, n, run.seed)
     return layers, sets.choice(n).to_dict() if run.method == AUTO else {}
 
 
-def _most_within(run: Shrink) -> int:
-    """The most layers, of a greedy search's, whose refitted model keeps the ratio."""
-    windows, short, count, name = run.calibration, run.short, run.count, run.settings.size_flag
-    if len(windows) < MIN_WINDOWS:
-        raise ShortGPTError(
-            f"{name}: expected at least {MIN_WINDOWS} windows, of which a quarter says how many "
-            f"layers may go, got {len(windows)}; give more text"
-        )
-    held, ratio = max(2, len(windows) // 4), run.settings.max_perplexity_ratio or 1.0
+def _most_within(run: Shrink, most_kld: float) -> int:
+    """The most layers, of a greedy search's, whose refitted model stays so near to the original."""
+    windows, short, name = run.calibration, run.short, run.settings.size_flag
+    held = max(2, len(windows) // 4)
     fit_on = windows[:-held]
     judging, _ = without_overlap(windows[-held:], fit_on)
-    if not judging:
+    if len(windows) < MIN_WINDOWS or not judging:
         raise ShortGPTError(
-            f"{name}: all {held} windows that say how many layers may go share text with the "
-            f"{len(fit_on)} others: give more text"
+            f"{name}: expected at least {MIN_WINDOWS} windows, a quarter of which shares no text "
+            f"with the others and says how many layers may go, got {len(windows)}; give more text"
         )
-    order = run.sets.layers("sleb", count - 2)
-    read = partial(window_perplexities, short.decoder, judging)
-    original = combined(run.cells.perplexities("original", read))
+    reference = short.reference(judging)
 
-    def rise(n: int) -> float:
-        pruned = partial(pruned_losses, short, order[:n], judging, fit_on=fit_on)
+    def distance(layers: Sequence[int]) -> float:
+        pruned = partial(pruned_losses, short, layers, judging, fit_on=fit_on, reference=reference)
         try:
-            measured = combined(run.cells.perplexities(f"without {n}", pruned))
+            measured = combined(run.cells.perplexities(f"without {sorted(layers)}", pruned))
         except NotRemovableError:  # such as all layers with attention of a hybrid
-            if n == 1:
-                raise
             return math.inf
-        return measured.value / original.value
+        assert measured.kld is not None
+        return measured.kld.value
 
-    low, high = 0, count - 2  # the ratio holds at the first
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if rise(middle) <= ratio else (low, middle - 1)
+    low, high = 0, 1  # few layers are tried first: a search for all of them takes long
+    while distance(run.sets.layers("greedy_kld", high)) <= most_kld and low < high:
+        low, high = high, min(2 * high, run.count - 2)
+    order = run.sets.layers("greedy_kld", high)
     if not low:
         raise ShortGPTError(
-            f"{name}: removing layer {order[0]} alone multiplies the refitted perplexity by "
-            f"{rise(1):.3f}; raise the limit"
+            f"{name}: without layer {order[0]} alone the refitted model is {distance(order):.3f} "
+            "nats a token from the original; raise the limit, or leave the model as it is"
         )
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if distance(order[:middle]) <= most_kld else (low, middle)
     return low
 
 

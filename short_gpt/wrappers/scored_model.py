@@ -172,19 +172,28 @@ class ScoredModel(ModelRecord, ABC):
         batch_size: int = 1,
         total: int | None = None,
         progress: bool = True,
+        reference: Reference | None = None,
     ) -> Perplexity:
-        """Perplexity of the model as it is now; arguments and errors as in `measure`."""
+        """Perplexity of the model as it is now; arguments and errors as in `measure`.
+
+        With a ``reference``, as `reference` of another model gives, also the distance from that.
+        """
         total = count_of(windows) if total is None else total
-        result = self._perplexity(windows, batch_size, total, progress)
+        result = self._perplexity(windows, batch_size, total, progress, reference)
         result = replace(result, precision=self.precision)
         self.note_quality(result)
         return result
 
     def _perplexity(
-        self, windows: Iterable[Sequence[int]], batch_size: int, total: int | None, progress: bool
+        self,
+        windows: Iterable[Sequence[int]],
+        batch_size: int,
+        total: int | None,
+        progress: bool,
+        reference: Reference | None = None,
     ) -> Perplexity:
-        read = batches(windows, batch_size)
-        return perplexity(self.decoder, read, total=total, progress=progress)
+        how: Any = {"total": total, "progress": progress, "reference": reference}
+        return perplexity(self.decoder, batches(windows, batch_size), **how)
 
     def reference(
         self, windows: Sequence[Sequence[int]], *, progress: bool = False

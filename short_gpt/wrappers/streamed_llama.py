@@ -229,8 +229,14 @@ class StreamedLlama(ScoredModel):
         self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
 
     def _perplexity(
-        self, windows: Iterable[Sequence[int]], batch_size: int, total: int | None, progress: bool
+        self,
+        windows: Iterable[Sequence[int]],
+        batch_size: int,
+        total: int | None,
+        progress: bool,
+        reference: Reference | None = None,
     ) -> Perplexity:
+        assert reference is None  # of a streamed model there is none
         samples: list[Sample] = []
         size = self.windows_at_once(batch_size, progress)
         with bar("perplexity", total=total, unit="window", show=progress) as shown:
