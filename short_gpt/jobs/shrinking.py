@@ -92,7 +92,8 @@ def _choose(run: Shrink) -> tuple[list[int], Mapping[str, Any]]:
     """The layers to remove, and how `auto` chose them."""
     n, sets = run.n, run.sets
     run.short.importance = sets.importance
-    n = n or run.cells.value("how many", partial(_most_within, run, run.settings.most_kld))
+    if n is None:
+        n = run.cells.value("how many", partial(_most_within, run, run.settings.most_kld or 0.0))
     layers = sets.layers(run.method, n, run.seed)
     return layers, sets.choice(n).to_dict() if run.method == AUTO else {}
 

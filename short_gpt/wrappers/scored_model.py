@@ -192,8 +192,8 @@ class ScoredModel(ModelRecord, ABC):
         progress: bool,
         reference: Reference | None = None,
     ) -> Perplexity:
-        how: Any = {"total": total, "progress": progress, "reference": reference}
-        return perplexity(self.decoder, batches(windows, batch_size), **how)
+        read = batches(windows, batch_size)
+        return perplexity(self.decoder, read, total=total, progress=progress, reference=reference)
 
     def reference(
         self, windows: Sequence[Sequence[int]], *, progress: bool = False
