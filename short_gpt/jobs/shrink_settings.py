@@ -12,7 +12,7 @@ from short_gpt.jobs.inputs import Windows
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import CHOOSE, RUN, Settings, setting
 
-SIZES = ("max_kld", "n", "ratio", "memory")  # one of these is set
+SIZES = ("max_kld", "max_perplexity_ratio", "ratio", "n", "memory")  # one of these is set
 MAX_KLD = 0.1  # nats a token: the model stays usable
 SHRUNK = Windows("self", size=None).without("column", "stride", "seed")  # what is read by default
 A_YEAR = 365 * 24 * 60  # minutes
@@ -41,6 +41,11 @@ class Shrinking(Settings):
         "layers go as keep it, on windows that nothing is fitted on. Default: 0.1, unless another "
         "size is given.",
     )
+    max_perplexity_ratio: float | None = setting(
+        None,
+        "The same limit as the perplexity's rise that it is on the model's own text: exp(max_kld).",
+        rare=True,
+    )
     method: str | None = setting(
         None,
         "Method that chooses the layers: auto, which refits the sets of several methods and takes "
@@ -67,7 +72,9 @@ class Shrinking(Settings):
     @property
     def most_kld(self) -> float | None:
         """The most divergence, in nats a token; None where another setting says how small."""
-        others = [name for name in SIZES[1:] if getattr(self, name) is not None]
+        if self.max_perplexity_ratio is not None:
+            return math.log(self.max_perplexity_ratio)
+        others = [name for name in SIZES[2:] if getattr(self, name) is not None]
         return None if others else self.max_kld or MAX_KLD
 
     @property
@@ -88,6 +95,9 @@ class Shrinking(Settings):
         ratio, kld, minutes = self.ratio, self.max_kld, self.minutes
         check(ratio is None or 0 < ratio < 1, "`ratio`", ratio, "above 0 and below 1")
         check(kld is None or 0 < kld < math.inf, "`max_kld`", kld, "above 0, as in 0.1")
+        rise = self.max_perplexity_ratio
+        in_range = rise is None or 1 < rise < math.inf
+        check(in_range, "`max_perplexity_ratio`", rise, "above 1, as in 1.2")
         in_range = minutes is None or 0 < minutes <= A_YEAR
         check(in_range, "`minutes`", minutes, f"above 0 and at most {A_YEAR:,}, a year")
         at_least(1, optional=True, n=self.n)

@@ -49,6 +49,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"memory": 600}, "still takes 700 B; name that or more"),
         ({"memory": "much"}, "`memory` = 'much': expected a size with its unit, such as 12GB"),
         ({"memory": "12"}, "`memory` = '12': expected a size with its unit, such as 12GB"),
+        ({"max_kld": 0.0}, "`max_kld` = 0.0: expected above 0"),
         ({"max_perplexity_ratio": 0.9}, "`max_perplexity_ratio` = 0.9: expected above 1"),
     ],
 )

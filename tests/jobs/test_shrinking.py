@@ -30,7 +30,7 @@ from short_gpt import heal_refit, shrink
 from short_gpt.cli import COMMANDS
 from short_gpt.cli.flags import flags_of
 from short_gpt.data import demo
-from short_gpt.evaluation.perplexity import Perplexity, Sample
+from short_gpt.evaluation.perplexity import Perplexity, Sample, combined
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import HealedChoice, Recipe, RefitSettings, healing_windows
 from short_gpt.healing.refit_layer import LayerRefit
@@ -490,39 +490,45 @@ def test_the_weights_are_written_as_the_source_has_them(here, monkeypatch, used)
     assert done.states["healed"].size == 2 * done.states["healed"].parameters
 
 
-def test_as_many_layers_go_as_the_perplexity_allows(here, monkeypatch):
-    tried, whole = [], Perplexity.of([Sample(0, 2.0, 1)])
+@pytest.mark.parametrize("limit", [{"max_kld": 0.25}, {"max_perplexity_ratio": math.exp(0.25)}])
+def test_as_many_layers_go_as_the_divergence_allows(here, monkeypatch, limit):
+    tried = []
 
-    def measured(short, layers, judging, *, fit_on):
+    def measured(short, layers, judging, *, fit_on, reference):
         tried.append(len(layers))
-        return [Perplexity.of([Sample(0, 2.0 + 0.1 * len(layers), 1)])]
+        return [Perplexity.of([Sample(0, 2.0, 1, 0.1 * len(layers), 1)])]
 
     monkeypatch.setattr(shrinking, "pruned_losses", measured)
-    monkeypatch.setattr(shrinking, "window_perplexities", lambda *_: [whole])
     settings = {**CUT, "data": "other", "method": "bi"}
-    done = shrink("hf", "out", max_perplexity_ratio=1.3, **settings)  # exp(0.2) is 1.22
-    assert len(done.layers) == 2 and tried == [2, 3]
-    with pytest.raises(ValueError, match="the refitted perplexity by 1.105; raise the limit"):
-        shrink("hf", "no", max_perplexity_ratio=1.05, **settings)
-
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="all 2 windows that say"):
-        patch.setattr(shrinking, "without_overlap", lambda windows, _: ([], len(windows)))
-        shrink("hf", "alike", max_perplexity_ratio=1.3, **settings)
+    done = shrink("hf", "out", **limit, **settings)
+    assert len(done.layers) == 2 and tried == [1, 2, 4, 3]
+    with pytest.raises(ValueError, match="alone the refitted model is 0.100 nats a token from"):
+        shrink("hf", "no", max_kld=0.05, **settings)
+    assert not Path("no").exists()
 
     few = {**settings, "max_windows": 3}
-    with pytest.raises(ValueError, match="expected at least 4 windows, of which a quarter says"):
-        shrink("hf", "few", max_perplexity_ratio=1.3, **few)
+    with pytest.raises(ValueError, match="expected at least 4 windows, a quarter of which shares"):
+        shrink("hf", "few", max_kld=0.3, **few)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="a quarter of which"):
+        patch.setattr(shrinking, "without_overlap", lambda windows, _: ([], len(windows)))
+        shrink("hf", "alike", max_kld=0.3, **settings)
 
-    searched, search = [], ShortHFModel.search
 
-    def counted(short, windows, n, **how):
-        searched.append(n)
-        return search(short, windows, n, **how)
+def test_how_many_layers_go_is_measured_on_windows_that_no_refit_reads(here, monkeypatch):
+    judged, plain = [], shrinking.pruned_losses
 
-    monkeypatch.setattr(ShortHFModel, "search", counted)
-    settings["method"] = "sleb"
-    done = shrink("hf", "searched", max_perplexity_ratio=1.3, **settings)
-    assert len(done.layers) == 2 and searched == [4]  # the search that found how many
+    def measured(short, layers, judging, *, fit_on, reference):
+        found = plain(short, layers, judging, fit_on=fit_on, reference=reference)
+        judged.append((combined(found).kld.value, {*map(tuple, judging)} & {*map(tuple, fit_on)}))
+        return found
+
+    monkeypatch.setattr(shrinking, "pruned_losses", measured)
+    with pytest.raises(ValueError, match="alone the refitted model is"):
+        shrink("hf", "out", max_kld=1e-9, **CUT, data="other")
+    assert judged[0][0] > 1e-9 and judged[0][1] == set()
+    limit = judged[0][0] * 1.01
+    shutil.rmtree("out.shrinking")
+    assert len(shrink("hf", "out", max_kld=limit, **CUT, data="other").layers) >= 1
 
 
 def test_tasks_are_paired(here, lm_eval, tasks, capsys):
@@ -740,7 +746,7 @@ def test_numbers_of_layers_that_cannot_go_are_too_many(here, monkeypatch):
 
     monkeypatch.setattr(shrinking, "pruned_losses", refused)
     how = {"method": "sequential", **CUT, "data": "other"}
-    assert len(shrink("hf", "out", max_perplexity_ratio=100.0, **how).layers) == 1
+    assert len(shrink("hf", "out", max_kld=100.0, **how).layers) == 1
 
 
 def test_scores_that_were_interrupted_are_continued(here, monkeypatch):
