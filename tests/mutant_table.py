@@ -83,15 +83,27 @@ MUTANTS = [
     ),
     (
         "Trials.__init__",
-        "self._predicted = sum(int(mask[:, 1:].sum())",
-        "self._predicted = sum(int(mask.sum())",
+        "max(0, len(window) - first_predicted(window))",
+        "len(window)",
         "test_sleb_equals_the_plain_loop",
     ),
     (
-        "window_nats",
-        "tokens[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()",
-        "tokens[:, 1:].flatten()",
+        "measured",
+        "mask[:, 1:].clone()",
+        "torch.ones_like(mask[:, 1:])",
         "test_ragged_windows_weigh_by_their_tokens",
+    ),
+    (
+        "measured",
+        "torch.where(predicted, values, 0.0).sum(1)",
+        "values.sum(1)",
+        "test_windows_of_any_lengths_give_the_same_alone_and_in_batches",
+    ),
+    (
+        "first_predicted",
+        "window.start if isinstance(window, Answer) else 1",
+        "1",
+        "test_the_prompt_of_an_answer_is_only_read",
     ),
     (
         "collate",
@@ -100,7 +112,24 @@ MUTANTS = [
         "test_padding_is_no_target",
     ),
     # Pairs: the same text, the same layers, the right one less the other.
-    ("difference", "b.nats - a.nats", "a.nats - b.nats", "test_paired_difference_and_its_error"),
+    (
+        "difference",
+        "getattr(b, by) - getattr(a, by)",
+        "getattr(a, by) - getattr(b, by)",
+        "test_paired_difference_and_its_error",
+    ),
+    (
+        "kl_divergence",
+        "(other.exp() * difference)",
+        "(own.exp() * difference)",
+        "test_a_pruned_model_is_as_far_from_the_original_as_its_plain_logits_say",
+    ),
+    (
+        "Reference.logits",
+        "batch[row, : len(state)] = state",
+        "batch[row, -len(state) :] = state",
+        "test_windows_of_any_lengths_give_the_same_alone_and_in_batches",
+    ),
     (
         "_row",
         "gain = difference(dense, healed), difference(raw, healed)",

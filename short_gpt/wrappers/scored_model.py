@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ from short_gpt.scoring.stopping import Stop, Verdict, check_sample
 from short_gpt.selection.methods import choose
 from short_gpt.wrappers.options import FLOAT32, MIXED
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+S = TypeVar("S", bound="ScoredModel")
 
 
 class ScoredModel(ModelRecord, ABC):
@@ -297,7 +296,7 @@ class ScoredModel(ModelRecord, ABC):
         """Its entry in identities and results, where it is mixed."""
         return {"precision": MIXED} if self.decoder.mixed else {}
 
-    def in_precision(self, precision: str) -> Self:
+    def in_precision(self: S, precision: str) -> S:
         """The model, which from here on reads windows in this precision of `OpenOptions`."""
         # a model in half precision stays as it is
         self.decoder.mixed = precision == MIXED and self.runs_in()[0] is torch.float32
