@@ -162,7 +162,7 @@ class Trial:
         for name in sets.keys() & {*CANDIDATES}:
             others = (one for one in chosen["candidates"] if one["methods"] != [name])
             nats[f"{WITHOUT}{name}"] = self._nats(next(others)["layers"])
-        return {"sets": sets, "from auto": found, "loss": chosen["loss"], **kept}, nats
+        return {"sets": sets, "from auto": found, "kld": chosen["kld"], **kept}, nats
 
     def _auto(self, state: StateFile | None, *, n: int, budget: int | None, mixed: bool) -> Any:
         def choose() -> Any:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from short_gpt.data.windows import Answer
 from short_gpt.models.decoder import Decoder
@@ -37,16 +36,14 @@ class Answering(Protocol):
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str: ...
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A prompt, and the answers to it that are right, any of them; none where nobody knows."""
 
     prompt: str
     right: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """What a model answered.
 
     Attributes:

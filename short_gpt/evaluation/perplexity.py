@@ -84,8 +84,7 @@ class SamplingError:
         return f"{windows} of {self.texts} texts, the texts being the samples"
 
 
-@dataclass(frozen=True)
-class Mean:
+class Mean(NamedTuple):
     """A mean over tokens, and its error."""
 
     value: float

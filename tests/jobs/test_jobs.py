@@ -183,6 +183,10 @@ def test_evaluate_and_convert(here):
     assert found["small"] == {  # layer 2 did nothing
         "layers": 4,
         **expected,
+        "book.txt KLD, nats a token": 0.0,
+        "book.txt KLD, nats a token_stderr": 0.0,
+        "book.txt same top token": 1.0,
+        "book.txt same top token_stderr": 0.0,
         "book.txt nats change": 0.0,
         "book.txt nats change_stderr": 0.0,
     }
@@ -236,7 +240,7 @@ def test_evaluate_judges_each_of_several_files_and_reads_a_column(here):
 def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
     asked = []
 
-    def perplexity(short, windows, *, batch_size=1):
+    def perplexity(short, windows, *, batch_size=1, reference=None):
         asked.append((batch_size, short.decoder.model.params.max_batch_size))
         return Perplexity(1.0, 1, 1)
 
