@@ -15,7 +15,7 @@ from short_gpt.jobs.shrink_settings import Shrinking
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        (Shrinking(ratio=0.25), 8),  # 7.5 of 30, to the nearest whole
+        (Shrinking(), 8),  # 7.5 of 30, to the nearest whole
         (Shrinking(ratio=0.02), 1),
         (Shrinking(n=3), 3),
         (Shrinking(memory="3kB"), 5),
