@@ -37,8 +37,8 @@ class Answer(Settings):
     method: str = setting(
         "bi",
         "bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse, random, "
-        "perplexity, sleb or auto, which refits the sets of several methods and takes the one of "
-        "lowest held-out loss.",
+        "perplexity, sleb, greedy_kld or auto, which refits the sets of several methods and takes "
+        "the one nearest to the original on held-out windows.",
     )
     confidence: float | None = setting(
         0.99,
