@@ -16,12 +16,12 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 26545,
+    "lines": 26544,
     "modules": 138,
     "dataclasses": 65,
     "raises": 363,
     "functions over 60 lines": 0,
-    "lines of jobs": 3874,
+    "lines of jobs": 3873,
     "flags of shrink": 24,
     "flags of rank": 22,
     "flags of heal": 29,
