@@ -85,7 +85,7 @@ class SamplingError:
 
 
 class Mean(NamedTuple):
-    """A mean over tokens, and its error."""
+    """A mean over tokens, at least 0, and its error."""
 
     value: float
     error: SamplingError
@@ -93,7 +93,9 @@ class Mean(NamedTuple):
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Where the mean over all such text is, as sure as that; NaN where that is unknown."""
         margin = self.error.margin(confidence)
-        return self.value - margin, self.value + margin
+        return max(
+            self.value - margin, 0.0
+        ), self.value + margin  # max keeps a NaN that comes first
 
     def __str__(self) -> str:
         margin = self.error.margin()
@@ -196,8 +198,10 @@ class Perplexity:
         content |= {} if self.precision == "float32" else {"precision": self.precision}
         for name, mean in (("kld", self.kld), ("same_top", self.same_top)):
             if mean is not None:
-                content |= {name: mean.value, f"{name}_standard_error": mean.error.standard_error}
-                content |= {f"{name}_interval_95": [*mean.interval()]}
+                content |= {name: mean.value}
+                if mean.error.has_margin:
+                    content |= {f"{name}_standard_error": mean.error.standard_error}
+                    content |= {f"{name}_interval_95": [*mean.interval()]}
         if self.error is None or not self.error.has_margin:
             return content
         content |= {"texts": self.error.texts, "standard_error": self.error.standard_error}

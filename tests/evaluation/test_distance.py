@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from short_gpt import ShortLlama
 from short_gpt.data.windows import Answer, Window, batches
 from short_gpt.evaluation.distance import Reference, kl_divergence
 from short_gpt.evaluation.perplexity import (
+    Mean,
     combined,
     difference,
     perplexity,
@@ -125,6 +128,11 @@ def test_the_error_is_over_texts_and_differences_are_paired():
     assert content["kld"] == two.kld.value
     assert content["kld_interval_95"] == [*two.kld.interval()]
     assert content["same_top_standard_error"] == two.same_top.error.standard_error
+    wide = Mean(0.1, replace(two.kld.error, standard_error=1.0))
+    assert wide.interval()[0] == 0.0  # no divergence is below 0
+    alone = found[0][0]  # one window tells nothing of others
+    assert all(math.isnan(end) for end in alone.kld.interval())
+    assert "kld" in alone.to_dict() and "kld_interval_95" not in alone.to_dict()
 
 
 def test_a_head_alone_predicts_what_the_model_did():
