@@ -8,6 +8,7 @@ lists every file in it is ever replaced.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import operator
@@ -29,6 +30,7 @@ if sys.platform != "win32":
 
 FILES = "files"  # the marker's key of the list
 LOCK, NEW, ASIDE = "lock", "new", "old"  # in a writer's folder
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, <fcntl.h> and <linux/fs.h>
 # Names of open files, which may be regular ones: whoever opened them wants the bytes there.
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 CHUNK_BYTES = 16 * 2**20
@@ -116,9 +118,21 @@ def new_directory(
             write_json(partial / marker, {**content, FILES: contents(partial)})
         follow_umask(partial)
         check_new(path, marker=marker, overwrite=overwrite)  # it may have appeared meanwhile
+        if path.exists() and exchange(partial, path):
+            return
         if path.exists():
             path.rename(work / ASIDE)
         partial.rename(path)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step, by renameat2(2) of Linux; False where it cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
 
 
 def read_marker(path: Path) -> JsonObject:
@@ -175,12 +189,18 @@ def is_stream(path: Path) -> bool:
 @contextmanager
 def _work_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside ``path`` (a rename needs one file system), gone afterwards."""
-    created = missing(path.parent)
-    work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
-    (work / NEW).mkdir(parents=True)
-    lock = None
-    with suppress(OSError):  # the file system may have no locks
-        lock = lock_file(work / LOCK)
+    created, lock = missing(path.parent), None
+    while True:
+        work = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
+        work.mkdir(parents=True)
+        try:
+            lock = lock_file(work / LOCK)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another writer took it for a killed one's before it was locked
+        except OSError:  # the file system has no locks
+            pass
+        break
+    (work / NEW).mkdir()
     try:
         yield work
     finally:

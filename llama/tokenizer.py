@@ -126,7 +126,8 @@ class _TokenizerJson:
         special = {token.content: i for i, token in sorted(added) if token.special}
         config_path = path.with_name("tokenizer_config.json")
         self.lack = f"{config_path} {'names none' if config_path.is_file() else 'is missing'}"
-        config = read_json(config_path) if config_path.is_file() else {}
+        # the reference reads nothing beside Llama 3's ranks
+        config = read_json(config_path) if holds_json(path) and config_path.is_file() else {}
         keys = ("bos_token", "eos_token", "pad_token")
         names = [_name(config, key, special, config_path) for key in keys]
         for name in filter(None, names):

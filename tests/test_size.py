@@ -16,19 +16,19 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 26544,
+    "lines": 26625,
     "modules": 138,
     "dataclasses": 65,
-    "raises": 363,
+    "raises": 368,
     "functions over 60 lines": 0,
-    "lines of jobs": 3873,
+    "lines of jobs": 3876,
     "flags of shrink": 24,
     "flags of rank": 22,
     "flags of heal": 29,
     "flags": 54,
-    "lines of check functions": 1001,
+    "lines of check functions": 1022,
     "settings classes for windows": 1,
-    "lines of tests": 27260,
+    "lines of tests": 27432,
     "lines of benchmarks": 8510,
     "scripts of benchmarks": 42,
 }

@@ -239,7 +239,8 @@ def meta_infos(
     shapes = full_shapes(args)
     names = {name: name_in(HF, name) for name in shapes}
     head = names[OUTPUT]
-    if tied:  # a head that is stored too does not count, as in transformers
+    if tied:
+        _check_tied(weights, head, names[EMBEDDING], directory)
         names[OUTPUT] = names[EMBEDDING]
     ignored = {name for name in weights if name.endswith("rotary_emb.inv_freq")} | {head}
     check_tensors(directory, weights.keys(), set(names.values()), ignored=ignored)
@@ -252,6 +253,20 @@ def meta_infos(
         check_file(entry.dtype in DTYPES, directory, problem)
         infos[name] = TensorInfo(shape, DTYPES[entry.dtype], names[name])
     return infos
+
+
+def _check_tied(
+    weights: Mapping[str, SafetensorsFile], head: str, embedding: str, directory: Path
+) -> None:
+    """Raises InputError where a tied head is stored too, with other values.
+
+    transformers ties nothing then, and uses the stored one.
+    """
+    if head in weights and embedding in weights:
+        same = weights[head].entries[head] == weights[embedding].entries[embedding]
+        pairs = zip(weights[head].chunks(head), weights[embedding].chunks(embedding), strict=False)
+        equal = same and all(a == b for a, b in pairs)
+        check_file(equal, directory, f"it ties its embeddings, but stores another {head}")
 
 
 def meta_to_hf(

@@ -181,7 +181,7 @@ RULES = "rules of splitting texts"
 PROBE = (
     "A b  c   \n \n\n \t \t\t\n  \nd\n1 E\u0301\u212b \u00bd\u00a0x_1 _a-b\r\n\r \U0001f680 (x) 3"
     " 33 333 3333 33333 3.3 3..3 1a22b \u6211apple1314\u5929 ------===== \u043d\u043e ''``\"\".!!??"
-    " I've 'told he's, 'RE you? 'M I'll 'D We'Ve a'lL"
+    " I've 'told he's, 'RE you? 'M I'll 'D We'Ve a'lL \u0915\u094d\u0937\u093f"  # marks
 )
 PREFIX = "tokenizer.ggml"
 SPACE = "\u2581"  # SentencePiece's

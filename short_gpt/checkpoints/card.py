@@ -92,11 +92,13 @@ def _table(record: Provenance) -> str:
     samples: list[str] = []  # of the intervals, and what these do not cover
     for name, value in record.perplexity.items():
         error: Any = record.perplexity_error.get(name, {})
-        interval = " to ".join(f"{end:.3f}" for end in error.get("interval_95", ()))
+        interval = " to ".join(
+            f"{math.inf if end is None else end:.3f}" for end in error.get("interval_95", ())
+        )
         tokens = f"{count:,}" if (count := record.perplexity_tokens.get(name)) else ""
         rows.append(f"| {_in_markdown(name)} | {value:.3f} | {interval} | {tokens} |")
         if error:
-            samples.append(SamplingError(math.nan, error["windows"], error["texts"]).over)
+            samples.append(SamplingError(math.nan, error["windows"], error.get("texts")).over)
     over = ["", f"Over {'; '.join(dict.fromkeys(samples))}."] if samples else []
     return "\n".join([*rows, *over])
 

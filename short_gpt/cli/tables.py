@@ -81,13 +81,14 @@ def ranking(
 def search(result: Search, method: str) -> str:
     """A row for every layer that a search by loss removed."""
     from short_gpt.evaluation.perplexity import exp
-    from short_gpt.selection.methods import METHODS
+    from short_gpt.selection.methods import KLD, METHODS
 
-    rows = [f"{'layer':>5}  {'loss, nats':>10}  {'perplexity':>12}"]
+    measure, far = ("KLD", True) if method == KLD else ("loss", False)
+    rows = [f"{'layer':>5}  {f'{measure}, nats':>10}" + ("" if far else f"  {'perplexity':>12}")]
     for layer, loss in result.steps:
-        rows.append(f"{layer:>5}  {loss:>10.4f}  {exp(loss):>12.3f}")
+        rows.append(f"{layer:>5}  {loss:>10.4f}" + ("" if far else f"  {exp(loss):>12.3f}"))
     which = "it alone removed" if method == "perplexity" else "it and those above removed"
-    return "\n".join([*rows, "", f"loss with {which}", f"{METHODS[method]}: {result.removed}"])
+    return "\n".join([*rows, "", f"{measure} with {which}", f"{METHODS[method]}: {result.removed}"])
 
 
 def _error(windows: int, texts: int | None, degrees: float = 0.0) -> SamplingError:

@@ -15,6 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+from llama.errors import damaged
 from llama.sources import BuiltinName
 from llama.tokenizer import check_text
 from short_gpt.data.windows import Text
@@ -246,12 +247,16 @@ def _files(path: Path, split: str | None, *, strict: bool = False) -> list[Path]
 
 def _names(path: Path) -> list[str]:
     """All files below a folder, links to folders too, except hidden ones; sorted."""
-    names, seen = list[str](), set[str]()
+    names, seen, top = list[str](), set[str](), path.resolve()
     for folder, folders, files in os.walk(path, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()  # a link led here before
             continue
         seen.add(real)
+        for link in [Path(folder, name) for name in folders if Path(folder, name).is_symlink()]:
+            target = link.resolve()
+            if target.is_relative_to(top) or top.is_relative_to(target):
+                folders.remove(link.name)  # its files are met in their own place, or lie outside
         names += [Path(folder, name).relative_to(path).as_posix() for name in files]
     names = [name for name in names if name.lower().endswith(tuple(_READERS))]
     names = [name for name in names if not re.search(r"(^|/)\.", name)]
@@ -278,6 +283,10 @@ def _read(file: Path, column: str | None) -> Iterator[str]:
         yield from _READERS[file.suffix.lower()](file, column)
     except ValueError as error:  # also of bytes that are not UTF-8, and of a damaged Parquet file
         raise ShortGPTError(f"{file}: {error}") from error
+    except OSError as error:  # of Parquet's pages, where the system says nothing
+        if error.errno:
+            raise
+        raise damaged(file, error) from None
 
 
 def _read_jsonl(file: Path, column: str | None) -> Iterator[str]:
@@ -369,9 +378,16 @@ def source_names(data: str) -> list[str]:
 
 def check_named_once(names: Sequence[str], *, setting: str = "data") -> None:
     """Raises ShortGPTError if a text, which would count twice, is named twice in a setting."""
-    for number, name in enumerate(names):
-        if name in names[:number]:
+    seen = set[object]()
+    for name in names:
+        source, split, _ = TextName.of(name)
+        if source in PG19:  # two names of one data set
+            source, split = PG19[0], split or "validation"
+        local = source not in (*OWN, *PG19) and not isinstance(name, TextsInMemory)
+        key = (_path(source).resolve() if local and _exists(source) else source, split)
+        if key in seen:
             raise ShortGPTError(f"`{setting}` names {name} twice: name it once")
+        seen.add(key)
 
 
 def evaluation_texts(eval_data: str | None, column: str | None = None) -> dict[str, Iterator[str]]:

@@ -40,7 +40,7 @@ class ResultCache:
         def rows() -> list[tuple[Any, ...]]:
             return [(*p.samples[0], p.precision) for p in measure()]
 
-        values = self.value(name, rows)
+        values = self.value(f"samples {name}", rows)  # rows of earlier versions have other fields
         return [
             replace(Perplexity.of([Sample(*sample)]), precision=precision)
             for *sample, precision in values

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.layer_calls import PartialRun
-from short_gpt.runtime.errors import NotRemovableError
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
 
 
@@ -57,6 +57,7 @@ class Reference:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder, self._head = decoder, PartialRun(decoder)
+        self.vocab_size = decoder.vocab_size
         self._states: dict[tuple[int, ...], Tensor] = {}  # of each window, (S, D)
 
     def read(self, windows: Iterable[Sequence[int]], *, progress: bool = False) -> None:
@@ -86,5 +87,5 @@ class Reference:
 
     def keep_head(self) -> None:
         """Drops all layers except one of a model that is not needed otherwise."""
-        with suppress(NotRemovableError):
+        with suppress(ShortGPTError):  # of a model whose layers cannot be removed
             self._decoder.keep_layers([0])

@@ -28,7 +28,7 @@ from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import Bar, bar
-from short_gpt.runtime.state import StateFile, hold, joined
+from short_gpt.runtime.state import StateFile, damaged_run, hold, joined
 
 if TYPE_CHECKING:
     import transformers
@@ -131,7 +131,10 @@ def _finished(trainer: transformers.Trainer, folder: Path) -> bool:
 def _find_best(state: transformers.TrainerState, folder: Path) -> None:
     """Names the best checkpoint by its present path; the saved one may be of another directory."""
     if state.best_model_checkpoint is not None:
-        state.best_model_checkpoint = str(folder / Path(state.best_model_checkpoint).name)
+        best = folder / Path(state.best_model_checkpoint).name
+        if not best.is_dir():  # the Trainer would only warn, and keep other weights
+            raise damaged_run(best, folder)
+        state.best_model_checkpoint = str(best)
 
 
 def _trainer(
@@ -271,10 +274,16 @@ def run_folder(work_dir: str | Path | None, run: dict[str, object]) -> Iterator[
         return
     folder = Path(str(work_dir))
     with hold(folder) as lock:
-        begun = team.gather(not team.rank and _drop_unfinished(folder))[0]
-        if begun:
+        if any(folder.glob("checkpoint-*")):  # nothing of another run is deleted or continued
+            if not (folder / RECIPE).is_file():
+                raise FileExistsError(
+                    f"{folder} holds checkpoints and no {RECIPE}: they are another run's; name "
+                    "another folder"
+                )
             StateFile(folder / RECIPE, run, lock=lock, folder=folder)  # refuses another run
-        elif not team.rank:
+        team.gather(None)  # all have looked before one deletes
+        begun = team.gather(not team.rank and _drop_unfinished(folder))[0]
+        if not begun and not team.rank:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RECIPE).unlink(missing_ok=True)
             StateFile(folder / RECIPE, run, lock=lock).save({})

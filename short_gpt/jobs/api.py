@@ -192,7 +192,7 @@ def evaluate(
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file; in Python
-            also several. One is loaded at a time.
+            also several. One is loaded at a time; of the first, what it predicts stays in memory.
         pruned: Another model, to compare with MODEL.
         data: Texts: wikitext-2, c4, ptb, pg19, demo, a file or folder of .txt, .jsonl or .parquet,
             or a data set of the hub; several by commas are evaluated each on its own. A name may
@@ -253,7 +253,7 @@ def reproduce(
     ShortGPT's (arXiv:2403.03853): PG-19 validation in windows of 1024 tokens, 256 apart; lowest
     Block Influence; as many layers as the paper's Table 9 removes. Llama-2-7B: [27, 26, 25, 28,
     24, 29, 23, 21, 22]. It is rank with these settings: it ends when the layers are settled, and
-    continues from its state file. What it will take is printed before it starts.
+    continues from its state file. With ``stream``, what it takes in memory is printed first.
 
     Args:
         model: Llama-2-7B or Llama-2-13B: Meta directory, Hugging Face directory or hub id.

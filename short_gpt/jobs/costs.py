@@ -75,11 +75,11 @@ def windows_to_choose(method: str, n: int | None, n_layers: int, windows: int) -
     """
     chosen, unknown = float(min(windows, MAX_WINDOWS)), 0.0
     if n is None:  # a greedy search, and refits of halves of its list, on a quarter of the windows
-        trials = math.ceil(math.log2(n_layers)) * (3 * REFIT_PASSES + 1) * MAX_WINDOWS / 4
+        trials = 2 * math.ceil(math.log2(n_layers)) * (3 * REFIT_PASSES + 1) * MAX_WINDOWS / 4
         unknown = TRIAL_WINDOWS * most_layers_run(n_layers, n_layers - 2) / n_layers + trials
     if method == AUTO:
         chosen = BUDGET * BARE_PASS
     elif method in SEARCHED:
         rounds = 1 if method == "perplexity" else n or n_layers // 2
         chosen = TRIAL_WINDOWS * most_layers_run(n_layers, rounds) / n_layers
-    return unknown + (0.0 if n is None and method == "sleb" else chosen)  # the same search
+    return unknown + chosen

@@ -25,7 +25,7 @@ from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Verdict
-from short_gpt.selection.methods import AUTO, SEARCHED, choose
+from short_gpt.selection.methods import AUTO, KLD, SEARCHED, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.opening import as_short, check_tokenizer, open_model
 from short_gpt.wrappers.options import OpenOptions
@@ -85,12 +85,12 @@ class Ranking(Table):
         if self.choice is not None:
             sets = self.choice.candidates
             named: list[object] = [", ".join(one.methods) for one in sets]
-            loss: list[object] = [one.kld for one in sets]
-            return {"methods": named, "layers": [one.layers for one in sets], "loss": loss}
+            kld: list[object] = [one.kld for one in sets]
+            return {"methods": named, "layers": [one.layers for one in sets], "kld": kld}
         if self.importance is None:
             assert self.search is not None
-            steps = self.search.steps
-            return {"layer": [layer for layer, _ in steps], "loss": [loss for _, loss in steps]}
+            steps, measure = self.search.steps, "kld" if self.answer.method == KLD else "loss"
+            return {"layer": [layer for layer, _ in steps], measure: [value for _, value in steps]}
         if self.answer.n is None:
             return self.importance.columns
         gone = [layer in self.layers for layer in self.importance.layers]

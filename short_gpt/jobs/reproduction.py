@@ -16,7 +16,7 @@ from llama.args import ModelArgs
 from llama.files import JsonObject
 from short_gpt.data.texts import PG19, TextName, is_local, source_names
 from short_gpt.jobs.inputs import SIZE, STRIDE, Windows, about_bos
-from short_gpt.jobs.ranking import Ranking, check_ranking, rank
+from short_gpt.jobs.ranking import Ranking, rank
 from short_gpt.jobs.saving import Running
 from short_gpt.jobs.settings import Answer
 from short_gpt.models.config_file import shape_of
@@ -244,7 +244,6 @@ def reproduce(
     shape = shape_of(model, trust_remote_code=opening.trust_remote_code)
     name = _name(model, shape)
     answer = Answer(len(_paper_model(name)["removed"]), confidence=confidence)
-    check_ranking(model, answer, windows, opening)  # before any message
     result = rank(model, windows, answer, opening, running)
     ours = compare_with_paper(name, result.layers)
     assert result.importance is not None  # of Block Influence, which is not a search

@@ -40,7 +40,8 @@ class Shrinking(Settings):
     max_kld: float | None = setting(
         None,
         "Mean KL divergence of the refitted model from the original, in nats a token: as many "
-        "layers go as keep it, on windows that nothing is fitted on.",
+        "layers go as greedy_kld can remove within it, on windows that nothing is fitted on; the "
+        "set of another method may be farther.",
     )
     max_perplexity_ratio: float | None = setting(
         None,

@@ -23,6 +23,7 @@ class Method(NamedTuple):
 
 
 AUTO = "auto"  # see `healing.choosing`
+KLD = "greedy_kld"  # the greedy search whose loss is the KL divergence from the original
 REGISTRY = (
     Method(
         "bi",
@@ -76,7 +77,7 @@ REGISTRY = (
         label="greedy search (SLEB)",
     ),
     Method(
-        "greedy_kld",
+        KLD,
         "greedily, lowest KL divergence from the original model without the layer, scored again",
         label="greedy search by KL divergence",
     ),

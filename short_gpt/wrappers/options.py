@@ -53,7 +53,7 @@ class OpenOptions(Settings):
     stream: bool = setting(
         False,
         "Hold one layer at a time in memory: for a Llama larger than the machine, in Meta's format "
-        "or Hugging Face's. What it takes is printed before it starts.",
+        "or Hugging Face's.",
     )
     max_memory: str | int | None = setting(
         None,

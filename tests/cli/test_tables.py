@@ -49,6 +49,8 @@ def test_a_loss_whose_perplexity_no_float_holds_is_infinite():
     rows = search(Search([4, 2], [{4: 2.0, 2: 9.0}, {2: 710.0}]), "sleb").splitlines()
     assert rows[1].split() == ["4", "2.0000", "7.389"]
     assert rows[2].split() == ["2", "710.0000", "inf"]
+    far = search(Search([4, 2], [{4: 0.5, 2: 0.9}, {2: 0.75}]), "greedy_kld")
+    assert "KLD, nats" in far and "perplexity" not in far and "loss" not in far
 
 
 def test_each_perplexity_has_its_ratio_to_the_first():

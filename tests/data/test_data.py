@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from short_gpt.data.texts import (
     TextName,
+    check_named_once,
     pg19,
     read_texts,
     source_names,
@@ -407,7 +408,41 @@ def test_folders_that_links_lead_to_are_read_once(tmp_path):
     (main / "inside").symlink_to(main / "own")
     (main / "own/round").symlink_to(main)
     (other / "back").symlink_to(tmp_path)
+    (tmp_path / "private.txt").write_text("no text of that folder")
     assert sorted(texts(main)) == ["a", "b"]
+
+
+def test_a_split_that_a_link_leads_to_has_its_own_name(tmp_path):
+    for split in ("test", "train"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.txt").write_text(split)
+    (tmp_path / "current").symlink_to(tmp_path / "train")
+    assert [*texts(tmp_path, split="train")] == ["train"]
+
+
+def test_a_text_counts_once_by_any_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a")
+    Path("self").mkdir()
+    # of these no two are one text: "self" is what the model writes, "./self" a folder
+    check_named_once(["self", "./self", "a.txt", "a" * 5000])
+    for again in ("a.txt", "./a.txt", str(tmp_path / "a.txt"), "a.txt[:3]"):
+        with pytest.raises(ShortGPTError, match="twice: name it once"):
+            check_named_once(["a.txt", again])
+    with pytest.raises(ShortGPTError, match="twice: name it once"):
+        check_named_once(["pg19", "emozilla/pg19"])
+
+
+def test_damaged_pages_of_parquet_are_named(tmp_path):
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    write_table(pa.table({"text": ["some words " * 500]}), path := tmp_path / "a.parquet")
+    content = bytearray(path.read_bytes())
+    content[20:60] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(ShortGPTError, match="a.parquet"):
+        [*texts(path)]
 
 
 @pytest.mark.parametrize("contents", [[""], ["", ""]])

@@ -145,6 +145,17 @@ def test_a_head_alone_predicts_what_the_model_did():
     assert torch.equal(reference.logits(windows, 10), before)
 
 
+def test_the_head_of_a_model_whose_layers_cannot_be_removed_stays_whole():
+    model = make("llama")
+    model.model.layers[3].mlp = model.model.layers[2].mlp  # shared weights
+    decoder, windows = HFDecoder(model), random_windows(1, 8)
+    reference = Reference(decoder)
+    reference.read(windows)
+    before = reference.logits(windows, 8)
+    reference.keep_head()
+    assert len(decoder.layers) > 1 and torch.equal(reference.logits(windows, 8), before)
+
+
 def test_a_greedy_search_by_divergence_takes_the_nearest_model_in_each_round():
     model, windows = short(6), random_windows(3, 14)
     reference, removed = model.reference(windows), []

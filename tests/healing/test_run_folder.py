@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import interrupted
 
 from llama.files import lock_file
 from short_gpt import ShortGPTError
-from short_gpt.healing.trainer import LAST, run_folder
+from short_gpt.healing.job import clear
+from short_gpt.healing.trainer import LAST, RECIPE, _find_best, run_folder
 
 
 @pytest.fixture
@@ -43,6 +48,42 @@ def test_checkpoints_of_another_run_are_refused_and_stay(folder):
     ):
         pass
     assert names(folder) == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_unfinished_checkpoints_of_another_run_stay_too(folder):
+    (folder / "checkpoint-1" / LAST).unlink()
+    with pytest.raises(ShortGPTError, match="another seed"), run_folder(folder, {"seed": 1}):
+        pass
+    (folder / RECIPE).unlink()  # such as another program's, which have neither
+    with (
+        pytest.raises(FileExistsError, match="they are another run's; name another folder"),
+        run_folder(folder, {"seed": 0}),
+    ):
+        pass
+    assert names(folder) == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_best_checkpoint_that_is_gone_is_no_fresh_adapter(folder):
+    state = SimpleNamespace(best_model_checkpoint="elsewhere/checkpoint-1")
+    _find_best(state, folder)
+    assert state.best_model_checkpoint == str(folder / "checkpoint-1")
+    shutil.rmtree(folder / "checkpoint-1")
+    state.best_model_checkpoint = "elsewhere/checkpoint-1"
+    with pytest.raises(ShortGPTError, match="checkpoint-1 is damaged"):
+        _find_best(state, folder)
+
+
+def test_a_kill_while_checkpoints_are_removed_leaves_older_ones(tmp_path, monkeypatch):
+    own = tmp_path / "lora"
+    for step in (8, 9, 10):
+        (own / f"checkpoint-{step}").mkdir(parents=True)
+        (own / f"checkpoint-{step}" / LAST).write_text("")
+    with interrupted(Path, "unlink", 2):
+        clear(tmp_path)
+    left = {path.parent.name for path in own.glob(f"*/{LAST}")}
+    assert left == {"checkpoint-8"}
+    clear(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_a_folder_in_use_is_left_as_it_is(folder):

@@ -6,6 +6,7 @@ import inspect
 import json
 import random
 import re
+import shutil
 import signal
 import string
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from short_gpt.jobs import (
 from short_gpt.jobs.inputs import Tasks
 from short_gpt.jobs.settings import Answer, Cases, Choice
 from short_gpt.models.layer_calls import PartialRun
+from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 
 LEARNING = {"eval_data": "other.txt", "size": 32, "max_windows": 8, "eval_windows": 4}
@@ -191,6 +193,18 @@ def test_evaluate_and_convert(here):
         "book.txt nats change_stderr": 0.0,
     }
     assert told == [f"book.txt: 95% intervals of perplexities over {value.error.over}"]
+
+
+def test_heads_of_other_sizes_have_no_divergence(here):
+    """Such as two sizes of one family, whose vocabularies are padded differently."""
+    convert("ckpt", "hf")
+    model = ShortHFModel("hf").model
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    shutil.copytree("hf", "padded")
+    model.save_pretrained("padded")
+    found = evaluate(["hf", "padded"], data="book.txt", size=32)["padded"]
+    assert "book.txt nats change" in found
+    assert not any("KLD" in measure for measure in found)
 
 
 @pytest.mark.parametrize("error", [IndexError, KeyboardInterrupt])
@@ -506,10 +520,12 @@ def test_a_ranking_shows_what_goes(here):
     assert searched.columns["layer"] == searched.layers
     losses = [searched.search.losses[i][layer] for i, layer in enumerate(searched.layers)]
     assert searched.columns["loss"] == losses
+    nearest = rank("ckpt", "book.txt", n=1, method="greedy_kld", size=32, max_windows=2)
+    assert nearest.columns["kld"] == [loss for _, loss in nearest.search.steps]
     refitted = rank("ckpt", TEXTS, n=2, method="auto", size=16)
     assert repr(refitted) == f"Ranking(auto: {refitted.layers})"
     assert refitted.columns["layers"] == [one.layers for one in refitted.choice.candidates]
-    assert f"<td>{refitted.columns['loss'][0]:.4g}</td>" in refitted._repr_html_()
+    assert f"<td>{refitted.columns['kld'][0]:.4g}</td>" in refitted._repr_html_()
 
 
 def test_the_package_says_its_version_and_shows_what_is_public():

@@ -16,9 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+from llama import files
 from llama.files import check_new, new_directory, read_json, write_json
 
-EVENTS = ("open", "os.", "shutil.")
+EVENTS = ("open", "os.", "shutil.", "ctypes.")
 
 
 def write(out: Path, number: int) -> None:
@@ -83,10 +84,12 @@ def killed_at_random(out: Path, wait: float) -> None:
     assert os.WIFSIGNALED(status)
 
 
-def look(out: Path, seen: dict[str, int]) -> None:
+def look(out: Path, seen: dict[str, int], *, atomic: bool) -> None:
     """Checks what a kill left, and that the next writer leaves nothing else."""
     left = [p for p in out.parent.iterdir() if p != out]
     seen["folders left"] += len(left)
+    if atomic:
+        assert out.is_dir(), "gone between two renames"
     seen["set aside"] += not out.is_dir()
     check_new(out, marker="mark.json", overwrite=True)
     seen["earlier" if number_in(out) == 1 else "new"] += 1
@@ -100,8 +103,11 @@ def main(out: Path, how: str) -> None:
 
     Args:
         out: the directory that is written.
-        how: "calls" kills at every call, "random" 30 times at random moments.
+        how: "calls" kills at every call, "renames" does where names cannot be exchanged in one
+            step, "random" kills 30 times at random moments.
     """
+    if how == "renames":
+        files.exchange = lambda *_: False
     out.parent.mkdir()
     seen = dict.fromkeys(("kills", "earlier", "new", "folders left", "set aside"), 0)
     write(out, 1)
@@ -110,5 +116,5 @@ def main(out: Path, how: str) -> None:
         if how == "random":
             killed_at_random(out, random.random() / 50)
         seen["kills"] += 1
-        look(out, seen)
+        look(out, seen, atomic=how != "renames")
     print(json.dumps(seen))

@@ -17,7 +17,7 @@ from llama import Tokenizer
 from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
 from llama.formats.gguf import to_meta
-from llama.formats.hf import meta_to_hf
+from llama.formats.hf import HFCheckpoint, meta_to_hf
 from llama.formats.names import HF, META, name_in, permute
 from llama.formats.safetensors import (
     DTYPES,
@@ -457,3 +457,16 @@ def test_what_float16_cannot_hold_is_not_written_as_infinite(tmp_path, source):
         convert(path, tmp_path / "half", shards=1, dtype="float16")
     assert not (tmp_path / "half").exists()
     convert(path, tmp_path / "wide", shards=1, dtype="bfloat16")
+
+
+def test_a_tied_config_that_stores_another_head_is_refused(tmp_path):
+    """Transformers uses the stored head then, and a converter must not write the embedding."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(InputError, match="it ties its embeddings, but stores another lm_head"):
+        HFCheckpoint(tmp_path)

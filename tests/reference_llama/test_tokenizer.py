@@ -214,6 +214,18 @@ def test_ranks_give_the_ids_of_tiktoken(llama3: Tokenizer) -> None:
         assert plain(llama3, text) == model.encode_ordinary(text)
 
 
+def test_no_file_beside_ranks_is_read(tmp_path: Path) -> None:
+    """The reference reads none: it names eos itself, and always puts bos first."""
+    tokens, _ = vocabulary(control=[])
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(rank_lines(tokens))
+    before = Tokenizer(path)
+    config = {"eos_token": "<|eot_id|>", "add_bos_token": False, "pad_token": "<p>"}
+    write(tmp_path / "tokenizer_config.json", json.dumps(config).encode())
+    after = Tokenizer(path)
+    assert (after.eos_id, after.add_bos) == (before.eos_id, before.add_bos)
+
+
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
 def test_pre_tokenizers(tmp_path: Path, pre: str) -> None:
     """Merges stop at the cuts: white space leaves its last blank to the word behind it.
