@@ -16,7 +16,7 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 26625,
+    "lines": 26627,
     "modules": 138,
     "dataclasses": 65,
     "raises": 368,
@@ -28,7 +28,7 @@ MOST = {
     "flags": 54,
     "lines of check functions": 1022,
     "settings classes for windows": 1,
-    "lines of tests": 27432,
+    "lines of tests": 27440,
     "lines of benchmarks": 8510,
     "scripts of benchmarks": 42,
 }

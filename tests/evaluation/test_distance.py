@@ -112,6 +112,14 @@ def test_tokens_that_both_models_exclude_add_nothing():
     assert kl_divergence(original, original) == 0
 
 
+def test_a_large_vocabulary_costs_no_digits():
+    logits = 3 * torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0))
+    original = logits + 0.1 * torch.randn(64, 50_000, generator=torch.Generator().manual_seed(1))
+    log_q, log_p = (x.double().log_softmax(-1) for x in (logits, original))
+    expected = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    assert (kl_divergence(logits, original) - expected).abs().max() < 1e-7
+
+
 def test_the_error_is_over_texts_and_differences_are_paired():
     model = short()
     windows = [Window(w, text=i // 2) for i, w in enumerate(random_windows(8, 12))]
