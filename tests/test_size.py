@@ -16,7 +16,7 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 26627,
+    "lines": 26630,
     "modules": 138,
     "dataclasses": 65,
     "raises": 368,

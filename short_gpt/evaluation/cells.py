@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from llama.files import JsonObject
 from short_gpt.evaluation.perplexity import Perplexity, Sample
@@ -35,15 +35,18 @@ class ResultCache:
         return self._values[name]
 
     def perplexities(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
-        """What single windows gave, each as ``[*Sample, precision]`` in the file."""
+        """What single windows gave, each as ``{"sample": Sample, "precision": ...}`` in the file.
 
-        def rows() -> list[tuple[Any, ...]]:
-            return [(*p.samples[0], p.precision) for p in measure()]
+        Rows of earlier versions were lists of other fields, and are no such objects.
+        """
 
-        values = self.value(f"samples {name}", rows)  # rows of earlier versions have other fields
+        def rows() -> list[JsonObject]:
+            return [{"sample": p.samples[0], "precision": p.precision} for p in measure()]
+
+        values = self.value(name, rows)
         return [
-            replace(Perplexity.of([Sample(*sample)]), precision=precision)
-            for *sample, precision in values
+            replace(Perplexity.of([Sample(*row["sample"])]), precision=row["precision"])
+            for row in values
         ]
 
     def resumed(self, name: str, measure: Callable[[StateFile | None], T]) -> T:
