@@ -59,7 +59,6 @@ ln -sfn "$tasks" tasks
     python benchmarks/lib/task_files.py tasks/lambada_openai.jsonl lambada_passages.txt
 
 script scoring scoring --repeats 20 --mixed
-script greedy greedy --count 1 --size 256 --repeats 3
 script stopping stopping --windows 600 --scores stopping_windows.npz
 script coverage coverage
 script stopping_adversarial stopping --adversarial

@@ -15,8 +15,8 @@ import torch
 from conftest import CharTokenizer, make_transformer, random_windows, save_chat_llama
 from torch import Tensor, nn
 
-from benchmarks.baselines import layerwise, peer_maps, peers
-from benchmarks.lib import agreement, distilled, judging, task_files, task_results, word_problems
+from benchmarks.baselines import peer_maps, peers
+from benchmarks.lib import agreement, judging, task_files, task_results, word_problems
 from benchmarks.lib.shared_contexts import SharedContexts
 from benchmarks.studies import choices, kept, tasks
 from short_gpt import ShortLlama, open_model
@@ -101,7 +101,7 @@ def test_layers_trained_one_by_one_learn_the_original_states():
     short = linear_model((2, first), (3, second), (4, third))
     before, ticks = short.decoder.logits(HELD), itertools.count()
     windows = random_windows(3, 40)
-    found = layerwise.heal(short, [3, 4], windows, 3000, rate=1e-2, clock=lambda: next(ticks))
+    found = peer_maps.layerwise(short, [3, 4], windows, 3000, rate=1e-2, clock=lambda: next(ticks))
     assert short.kept == [0, 1, 2] and [one.layer for one in found] == [2]
     learned = short.decoder.layers[2].weight.double()
     assert torch.allclose(learned, first @ second @ third, atol=0.01)
@@ -277,11 +277,11 @@ def test_means_over_draws_are_paired_over_windows():
 
 
 def test_windows_to_learn_from_share_nothing_with_what_judges_and_are_of_both_texts():
-    cut = random_windows(distilled.wanted(6), 80)
+    cut = random_windows(judging.windows_to_cut(6), 80)
     judged = [cut[0][:70]]
     free = [*cut[:-1], [*cut[2][:65], *cut[-1][65:]]]  # the last shares text with the third
-    learning = distilled.apart(free, judged, 6)
-    assert len(learning.training) == 6 and len(learning.validation) == distilled.VALIDATED
+    learning = judging.without_shared(free, judged, 6)
+    assert len(learning.training) == 6 and len(learning.validation) == judging.VALIDATED
     check_disjoint([*learning.training, *learning.validation], judged)
     check_disjoint(learning.training, learning.validation)
     ordered = judging.both_held_out(turns := [[i, i % 2] for i in range(37)])

@@ -89,7 +89,6 @@ RUNS = {
     "choices": {**TEXTS, **SMALL, "counts": (1,), "draws": 1, "learned": 8, "budget": 40},
     "coverage": {"runs": 200},
     "distillation": {**TEXTS, **SMALL, "layers": (2, 4), "count": 8, "own": 24, "steps": 2},
-    "greedy": {"n": 2, "count": 1, "size": 16, "repeats": 1},
     "healing": {**TEXTS, "layers": (2, 4), "count": 8, "judged": 2, "methods": "patch,refit:0.3"},
     "own_samples": {
         "novels": "lambada_openai.jsonl",

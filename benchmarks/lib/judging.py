@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.studies.scoring import SIZE
 from short_gpt import ShortModel, windows
-from short_gpt.data import demo
+from short_gpt.data import demo, without_overlap
 from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import (
     Perplexity,
@@ -19,9 +19,12 @@ from short_gpt.evaluation.perplexity import (
     difference,
     window_perplexities,
 )
+from short_gpt.healing import HealingWindows
 
 Windows = list[list[int]]
 Losses = dict[str, list[Perplexity]]  # of windows, by their kind
+VALIDATED = 8  # windows by which the step is chosen
+SPARE = 16  # windows cut beside those that are read, as some share text with others
 
 
 def cut(short: ShortModel, texts: Sequence[str], limit: int, size: int = SIZE) -> Windows:
@@ -116,3 +119,16 @@ def compared(nats: Mapping[str, Any], than: Mapping[str, Any]) -> dict[str, Any]
         math.hypot(*(by.standard_error * own for by, own in strata)) / tokens
     )
     return {**result, "all three kinds": over_all}
+
+
+def windows_to_cut(count: int) -> int:
+    """Windows that are cut for `without_shared` to leave so many to train on."""
+    return count + VALIDATED + SPARE
+
+
+def without_shared(windows: Windows, judged: Windows, count: int) -> HealingWindows:
+    """So many windows to train on, and others to validate by, which share no text at all."""
+    free, _ = without_overlap(windows, judged)
+    training, validation = free[:-VALIDATED], free[-VALIDATED:]
+    training, _ = without_overlap(training, validation)
+    return HealingWindows(training[:count], validation, judged)

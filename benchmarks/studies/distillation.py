@@ -32,8 +32,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import fire
 
-from benchmarks.lib.distilled import apart, wanted
-from benchmarks.lib.judging import Windows, cut, halves, judge, judged_by, row
+from benchmarks.lib.judging import (
+    Windows,
+    cut,
+    halves,
+    judge,
+    judged_by,
+    row,
+    windows_to_cut,
+    without_shared,
+)
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.studies.healing import table
 from benchmarks.studies.scoring import build
@@ -82,7 +90,7 @@ def main(
     write = partial(own_samples, open_model(str(demo.gguf_file())), own, size, beside=beside)
     writing = seconds(lambda: samples.extend(write()))
     texts = [demo.bible("calibration"), *([[halves(also)[0]]] if also else [])]
-    read = [cut(meta, text, count + wanted(steps), size) for text in texts]
+    read = [cut(meta, text, count + windows_to_cut(steps), size) for text in texts]
     refitted_on, learning = divided([*read, samples], [count, count, 2 * count], steps, evaluation)
     short = ShortHFModel.from_meta(str(demo.checkpoint()), device="cpu", dtype="float32")
     changes = {"steps": steps, "size": size, "batch_size": 1, "eval_every": steps}
@@ -124,7 +132,7 @@ def divided(
     random.Random(0).shuffle(fitted)  # the refit holds out every eighth
     rests = [own[count:] for own, count in zip(kinds, counts, strict=True)]
     turns = [w for group in zip_longest(*rests) for w in group if w is not None]
-    return fitted, apart(turns[: wanted(steps)], judged, steps)
+    return fitted, without_shared(turns[: windows_to_cut(steps)], judged, steps)
 
 
 def seconds(run: Callable[[], object]) -> float:

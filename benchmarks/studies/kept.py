@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import fire
 import torch
 
-from benchmarks.baselines import layerwise, peer_maps
-from benchmarks.lib import distilled, task_files, word_problems
-from benchmarks.lib.judging import Windows, cut, halves, judged_by
+from benchmarks.baselines import peer_maps
+from benchmarks.lib import task_files, word_problems
+from benchmarks.lib.judging import Windows, cut, halves, judged_by, windows_to_cut
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.real_models import MODELS
 from benchmarks.lib.shared_contexts import SharedContexts
@@ -197,7 +197,7 @@ class Run:
         evaluation = [w for read in self.kinds.values() for w in read]
         asked = self._asked()
         samples = own_samples(self.short, counts["own"], size, beside=state)
-        limit = count + distilled.wanted(steps)
+        limit = count + windows_to_cut(steps)
         read = [demo.bible("calibration"), [halves(also)[0]]]
         pools = [cut(self.short, text, limit, size) for text in read]
         book, wiki, samples = (
@@ -346,7 +346,7 @@ class Run:
         elif row == "replaceme":
             peer_maps.replaceme(short, layers, mix)
         elif row == "layerwise":
-            how = layerwise.heal(short, layers, mix, budget)
+            how = peer_maps.layerwise(short, layers, mix, budget)
         elif what in REFITS:
             heal_refit(short, layers, self.texts[REFITS[what]])
         elif teacher is not None:

@@ -28,8 +28,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import fire
 import torch
 
-from benchmarks.lib import distilled, task_files
-from benchmarks.lib.judging import Windows, both_held_out, cut, halves
+from benchmarks.lib import task_files
+from benchmarks.lib.judging import (
+    Windows,
+    both_held_out,
+    cut,
+    halves,
+    windows_to_cut,
+    without_shared,
+)
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.task_results import CLOSE, against_theirs, metrics, text_changes
 from benchmarks.studies.scoring import build
@@ -38,13 +45,70 @@ from short_gpt.data import demo
 from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, Sample, check_loss, window_perplexities
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
-from short_gpt.healing import RefitSettings, recipe_for, refit
+from short_gpt.healing import (
+    TOP_K,
+    CachedTeacher,
+    Distillation,
+    HealingWindows,
+    Recipe,
+    RefitSettings,
+    heal_lora,
+    heal_refit,
+    recipe_for,
+    refit,
+)
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile, joined
 
 PROMPT, LONG = 32, 32  # tokens of a prompt, and of what is completed
 Turn = tuple[list[int], list[int]]  # token ids before an answer, and of the answer
+
+
+class Distiller:
+    """Refits and distils the demo's model, from what the whole one predicts.
+
+    Training goes through transformers; the result is saved in the demo's own format and opened as
+    the whole model is, so that both are measured by the same program.
+
+    Args:
+        teacher: the whole model; asked once, when the first model is made.
+        fitted: windows of the refit.
+        learning: windows of the distillation.
+        recipe: of it.
+        folder: keeps what the whole model predicts.
+    """
+
+    def __init__(
+        self,
+        teacher: ShortLlama,
+        fitted: Windows,
+        learning: HealingWindows,
+        recipe: Recipe,
+        folder: Path,
+    ) -> None:
+        self.fitted, self.learning, self.recipe = fitted, learning, recipe
+        self._whole, self._folder = teacher, folder
+        self._predictions: CachedTeacher | None = None
+
+    def made(self, layers: Sequence[int]) -> tuple[ShortLlama, dict[str, object]]:
+        """The model without some layers, refitted and distilled; and how the training went."""
+        distillation = Distillation(self._teacher())
+        short = ShortHFModel.from_meta(demo.checkpoint(), device="cpu")
+        heal_refit(short, layers, self.fitted)
+        read = self.learning
+        windows = (read.training, read.validation, read.evaluation)
+        healed = heal_lora(short, *windows, recipe=self.recipe, distillation=distillation)
+        with tempfile.TemporaryDirectory() as folder:
+            return build(short.save(Path(folder, "distilled"))), healed.to_dict()
+
+    def _teacher(self) -> CachedTeacher:
+        """What the whole model predicts."""
+        if self._predictions is None:
+            windows = [*self.learning.training, *self.learning.validation]
+            self._predictions = CachedTeacher(self._folder, self._whole, windows, k=TOP_K)
+            self._predictions.fill()
+        return self._predictions
 
 
 class Run:
@@ -73,7 +137,7 @@ class Run:
     ) -> None:
         self.short, self.size = build(), size
         first, second = halves(wikitext)
-        each = learned + -(-distilled.wanted(2 * steps) // 2)
+        each = learned + -(-windows_to_cut(2 * steps) // 2)
         texts = (demo.bible("calibration"), [first])
         parts = [cut(self.short, text, each, size) for text in texts]
         mix = [w for pair in zip(*parts, strict=True) for w in pair]
@@ -83,13 +147,13 @@ class Run:
             "WikiText-2": cut(self.short, [second], judged, size),
         }
         apart = [w for kind in self.kinds.values() for w in kind]
-        learning = distilled.apart(mix[2 * learned :], apart, 2 * steps)
+        learning = without_shared(mix[2 * learned :], apart, 2 * steps)
         self.folder = tempfile.TemporaryDirectory()
         names = task_files.write(source, self.folder.name)
         self.suite = TaskSuite(names, limit=documents, include_path=self.folder.name, batch_size=8)
         self.theirs = self._theirs()
         recipe = recipe_for(self.theirs.trainable().config, "small", size=size, steps=steps)
-        self.distiller = distilled.Distiller(
+        self.distiller = Distiller(
             self.short, self.learned, learning, recipe, Path(self.folder.name, "teacher")
         )
         self.turns = self._turns(Path(source), documents)
@@ -180,7 +244,7 @@ def main(
     learned: int = 8,
     judged: int = 6,
     size: int = 256,
-    steps: int = distilled.STEPS,
+    steps: int = 40,
     state: str | None = None,
     out: str | None = None,
     overwrite: bool = False,

@@ -1,13 +1,27 @@
 """The tables of README and docs, made from the benchmarks' JSON files.
 
-`site_tables.py` puts them into the pages when the site is built. A test compares README's table
-with the files. Tables of closed questions stand in the pages themselves.
+mkdocs puts them into the pages while it builds the site: `mkdocs.yml` names this file as a hook.
+Where a table goes, a page has a line of its own, which is a link to the numbers for whoever reads
+the page's source:
+
+    [Table: cost of scoring](../benchmarks/results/scoring.json)
+
+`TABLES` has the names. A test compares README's table with the files. Tables of closed questions
+stand in the pages themselves.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from mkdocs.exceptions import PluginError
 
 from benchmarks.lib import adversarial as hostile
 from benchmarks.tables import evidence_tables as evidence
@@ -327,3 +341,31 @@ TABLES: dict[str, Callable[[], str]] = {
         HEALED.format("8 of 30 layers removed"), partial(evidence.distilled, "distillation")
     ),
 }
+
+START = "[Table:"
+PLACEHOLDER = re.compile(r"(?m)^\[Table: ([^\]]+)\]\(\.\./benchmarks/results/\w+\.json\)$")
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Called by mkdocs with the text of every page."""
+    return with_tables(markdown, page.file.src_uri)
+
+
+def with_tables(text: str, page: str) -> str:
+    """A page's text with a table for every placeholder.
+
+    Raises:
+        PluginError: no table has the name, or a placeholder is not of the form above.
+    """
+    text = PLACEHOLDER.sub(lambda found: _table(found[1], page), text)
+    if START in text:
+        line = next(line for line in text.splitlines() if START in line)
+        form = f"{START} NAME](../benchmarks/results/FILE.json)"
+        raise PluginError(f"{page}: {line}: expected {form} in a line of its own")
+    return text
+
+
+def _table(name: str, page: str) -> str:
+    if name not in TABLES:
+        raise PluginError(f"{page}: no table is called {name!r}; expected one of {sorted(TABLES)}")
+    return TABLES[name]()

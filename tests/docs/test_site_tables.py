@@ -9,8 +9,7 @@ import pytest
 from mkdocs.exceptions import PluginError
 from pages import PAGES, ROOT
 
-from benchmarks.tables.made_tables import TABLES
-from benchmarks.tables.site_tables import PLACEHOLDER, on_page_markdown, with_tables
+from benchmarks.tables.made_tables import PLACEHOLDER, TABLES, on_page_markdown, with_tables
 
 DOCS = [page for page in PAGES if page.startswith("docs/")]
 
@@ -18,7 +17,7 @@ DOCS = [page for page in PAGES if page.startswith("docs/")]
 def test_every_table_stands_in_one_page():
     names = [name for page in DOCS for name in PLACEHOLDER.findall(PAGES[page])]
     assert sorted(names) == sorted(TABLES)
-    assert "hooks: [benchmarks/tables/site_tables.py]" in (ROOT / "mkdocs.yml").read_text()
+    assert "hooks: [benchmarks/tables/made_tables.py]" in (ROOT / "mkdocs.yml").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES)
