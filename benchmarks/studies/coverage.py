@@ -31,7 +31,7 @@ import numpy as np
 from scipy.stats import t
 
 from benchmarks.lib.outcome import begin, finish
-from benchmarks.tables.evidence_tables import covering
+from benchmarks.tables.rows import covering
 from short_gpt.evaluation.perplexity import Sample, sampling_error
 from short_gpt.runtime.progress import bar
 from short_gpt.scoring.metrics import LEAST_DEGREES

@@ -10,7 +10,8 @@ from inspect import signature
 import pytest
 from pages import PAGES, RESULTS, ROOT, commands, result
 
-from benchmarks.tables.made_tables import SHORT, short_table, spread
+from benchmarks.tables.rows import short_table, spread
+from benchmarks.tables.write import SHORT
 
 STUDIES = {path.stem: path for path in ROOT.glob("benchmarks/[sb]*/*.py")}  # and baselines
 

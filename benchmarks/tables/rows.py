@@ -1,0 +1,524 @@
+"""The rows of the documentation's tables, made from the benchmarks' JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib import adversarial as hostile
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def result(name: str) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def layer_set(layers: Iterable[int]) -> str:
+    """Layers as a table prints a set of them."""
+    return ", ".join(map(str, sorted(layers)))
+
+
+def spread(values: Mapping[str, float], digits: int = 3) -> str:
+    low, high = sorted((values["min"], values["max"]))
+    return f"{values['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def nats(cell: Mapping[str, float]) -> str:
+    """A difference in nats a token, with its standard error."""
+    return f"{cell['nats']:+.3f} ({cell['standard_error']:.3f})"
+
+
+def changed(cell: Mapping[str, float]) -> str:
+    return f"{cell['value']:.2f}, {cell['change']:+.2f} ({cell['standard_error']:.2f})"
+
+
+# Sets of layers
+
+METHODS = {
+    "Block Influence": "bi",
+    "best angular block": "angular",
+    "relative magnitude": "relative_magnitude",
+    "greedy search (SLEB)": "sleb",
+}
+
+
+def _compared() -> dict[tuple[str, int, str], dict]:
+    rows = result("compare")["rows"]
+    return {(r["method"], r["n"], r["healing"].replace("patched", "patch")): r for r in rows}
+
+
+def _perplexity(found: dict) -> str:
+    """A perplexity with the standard error of its change, by the delta method."""
+    return f"{found['perplexity']:.2f} ({found['perplexity'] * found['standard_error']:.2f})"
+
+
+def short_table() -> list[str]:
+    """README's: a row for each method, 4 and 8 layers removed, pruned and refitted."""
+    found, lines = _compared(), []
+    for name, method in METHODS.items():
+        cells = [name]
+        for n in (4, 8):
+            raw, refit = (found[method, n, healing] for healing in ("raw", "refit"))
+            cells += [layer_set(raw["layers"]), _perplexity(raw), _perplexity(refit)]
+        lines.append(row(*cells))
+    return lines
+
+
+def compared() -> list[str]:
+    """A row for every set of layers: pruned, and healed in every closed form."""
+    found = _compared()
+    return [
+        row(
+            f"{name}: {layer_set(found[method, n, 'raw']['layers'])}",
+            *(_perplexity(found[method, n, healing]) for healing in ("raw", "patch", "refit")),
+        )
+        for n in (4, 8)
+        for name, method in METHODS.items()
+    ]
+
+
+CANDIDATES = {
+    "bi": "Block Influence",
+    "angular": "best angular block",
+    "relative_magnitude": "relative magnitude",
+    "sleb": "greedy search",
+    "stepwise_bi": "`stepwise_bi`",
+}
+
+
+def automatic() -> list[str]:
+    """By number of layers and candidate: nats above auto's set, and what it brings auto."""
+
+    def above(found: Mapping[str, float]) -> str:
+        return nats(found) if found["standard_error"] else "the same"  # sets
+
+    lines = []
+    for found in sorted(result("choices")["means"], key=lambda found: found["n"]):
+        for name in [name for name in CANDIDATES if name in found["from auto"]]:
+            own, without = (found[key][name] for key in ("from auto", "without it"))
+            cells = [above(of["all three kinds"]) for of in (own, without)]
+            lines.append(row(f"{found['n']}: {CANDIDATES[name]}", *cells))
+    return lines
+
+
+# Three models, and word problems
+
+MODELS = {
+    "larger_smollm2": "SmolLM2-135M",
+    "larger_05b": "Qwen2.5-Coder-0.5B",
+    "larger": "Qwen2.5-Coder-1.5B",
+}
+ASKED = {"reasoning": MODELS["larger_05b"], "reasoning_15b": MODELS["larger"]}  # word problems
+TEXT_KINDS = ("prose", "code", "wikitext", "chat")
+
+
+def larger() -> list[str]:
+    """Changes of three models' losses on every kind of text, with margins of 95%."""
+    lines = []
+    for file, model in MODELS.items():
+        for own in result(file)["rows"].values():
+            title = f"{model}, {len(own['layers'])} of {own['of']}: {layer_set(own['layers'])}"
+            for state, name in (("pruned", "pruned"), ("refit", "refitted"), ("healed", "trained")):
+                cells = [own["texts"][kind][state] for kind in TEXT_KINDS]
+                margins = [f"{cell['change']:+.3f} ± {cell['reach_95']:.3f}" for cell in cells]
+                lines.append(row(title if state == "pruned" else "", name, *margins))
+    return lines
+
+
+def taken() -> list[str]:
+    """The minutes of the longest steps and of all, and the peak memory."""
+    lines = []
+    for file, model in MODELS.items():
+        for own in result(file)["rows"].values():
+            seconds = {name: step["seconds"] for name, step in own["steps"].items()}
+            every = sum(seconds.values())
+            cells = [f"{s / 60:.1f}" for s in (seconds["refit"], seconds["healing"], every)]
+            peak = max(step["peak_mb"] for step in own["steps"].values())
+            title = f"{model}, {len(own['layers'])} of {own['of']}"
+            lines.append(row(title, *cells, f"{peak / 1e3:.1f} GB"))
+    return lines
+
+
+def word_problems() -> list[str]:
+    """Shares of word problems solved, and the changes, paired."""
+    lines = []
+    for file, model in ASKED.items():
+        for name, own in result(file)["rows"].items():
+            state = name.rpartition(", ")[2]
+            title = {"original": model, "pruned": f"without {layer_set(own['layers'])}"}
+            cells = [own["from original"][f"{task} exact_match"] for task in ("svamp", "gsm8k")]
+            shares = [f"{c['value']:.2f}" if state == "original" else changed(c) for c in cells]
+            lines.append(row(title.get(state, ""), state, *shares))
+    return lines
+
+
+# Calibration text
+
+
+def crossed() -> list[str]:
+    """What every choice and its refit cost beyond the text's own, on every text."""
+    found = result("calibration")["calibration"]
+    cells = [cell for cell in found["cells"] if cell["healing"] == "refit"]
+    lines = []
+    for choice, layers in found["choices"].items():
+        own = [_crossed(cell) for cell in cells if cell["choice"] == choice]
+        lines.append(row(f"{choice}: {layer_set(layers)}", *own))
+    return lines
+
+
+def _crossed(cell: dict) -> str:
+    if cell["choice"] == cell["text"]:
+        return f"perplexity {cell['perplexity']:.2f}"
+    return f"{cell['excess']:+.3f} ({cell['excess_error']:.3f})"
+
+
+FITTED_ON = ("book-24", "wikitext-24", "book+wikitext-24", "own-12", "own-24", "own-96", "own-192")
+FITTED_ON += ("chats-24", "a third each-24", "book+wikitext-96", "book+wikitext+own-96")
+
+
+def own_samples() -> list[str]:
+    """Nats above the original model, by what the refit was fitted on."""
+    rows = result("own_samples")["rows"]
+    return [row(name, *map(nats, rows[name].values())) for name in ("pruned", *FITTED_ON)]
+
+
+def own_choices() -> list[str]:
+    """The layers that Block Influence chooses on own samples and on real text, as pruned."""
+    texts = {"book": "the book", "novels": "novels", "own-24": "own text"}
+    lines = []
+    for name, own in result("own_samples")["choices"]["sets"].items():
+        cells = [nats(cell) for kind, cell in own.items() if kind != "layers"]
+        lines.append(row(f"{texts[name]}: {layer_set(own['layers'])}", *cells))
+    return lines
+
+
+# Tasks
+
+HEALED = {
+    "pruned": "pruned",
+    "linearpatch": "LinearPatch",
+    "ghosted": "Ghosted Layers",
+    "replaceme": "ReplaceMe, least squares",
+    "layerwise": "layers trained one by one",
+    "refit-text": "refit, real text",
+    "refit-own": "refit, own samples",
+    "refit": "refit, both",
+    "distilled": "refit, both, and distilled",
+}
+SETS = {"auto": "auto", "greedy": "greedy search", "bi": "Block Influence"}
+
+
+def kept() -> list[str]:
+    """Which share of the mean over eight tasks each healing keeps, and nats above the original."""
+    found, lines = result("kept"), []
+    for chosen, chooser in SETS.items():
+        for healed in HEALED if chosen == "auto" else ("pruned", "refit", "distilled"):
+            own = found["rows"][f"{chosen} {healed}"]
+            title = f" ({chooser}: {layer_set(found['layers'][chosen])})"
+            cells = [HEALED[healed] + (title if healed == "pruned" else "")]
+            cells.append(share(own["without boolq"]))
+            lines.append(row(*cells, *map(nats, own["texts"].values())))
+    return lines
+
+
+def share(mean: dict) -> str:
+    """Of the original's mean, what is kept, with its 95% interval."""
+    return "{:.1%} ({:.1%} to {:.1%})".format(mean["share"], *mean["interval_95"])
+
+
+TASKS = {
+    "piqa acc_norm": "piqa",
+    "arc_easy acc_norm": "arc-easy",
+    "winogrande acc": "winogrande",
+    "lambada_openai acc": "lambada, last word",
+}
+TEXTS = {
+    "held-out chapters": "chapters",
+    "WikiText-2": "WikiText-2, second half",
+    "turns": "right answers in the chat template",
+}
+
+
+def tasks() -> list[str]:
+    """Tasks, perplexities and completions with 4 layers removed, and what each lost."""
+    states = ("whole", "4 less", "4 less, refitted", "4 less, distilled")
+    rows = [result("tasks")["rows"][state] for state in states]
+    lines = []
+    for name, title in TASKS.items():
+        first, *others = (found["tasks"][name] for found in rows)
+        lines.append(row(title, f"{first['value']:.2f}", *map(changed, others)))
+    for kind in rows[0]["texts"]:
+        first, *others = (found["texts"][kind] for found in rows)
+        title = f"perplexity: {TEXTS.get(kind, kind)}"
+        cells = [f"{cell['perplexity']:.2f}, {nats(cell)}" for cell in others]
+        lines.append(row(title, f"{first['perplexity']:.2f}", *cells))
+    same, again = (
+        [sum(found[key]) / len(found[key]) for found in rows]
+        for key in ("same_tokens", "repetition")
+    )
+    length = result("tasks")["completion"]
+    lines.append(row("greedy tokens equal", length, *(f"{value:.1f}" for value in same[1:])))
+    lines.append(row("repeated 4-grams", *(f"{value:.0%}" for value in again)))
+    return lines
+
+
+# Healing
+
+
+def refitted() -> list[str]:
+    """Block Influence's layers and auto's: perplexities, and the share of the lost nats back."""
+    every = [distilled(name) for name in ("healing", "healing_own")]
+    return [*every[0], *every[1][1:]]  # the original once
+
+
+def distilled(name: str = "distillation") -> list[str]:
+    """The same of a model that is refitted and then distilled."""
+    found = result(name)
+    names = {"whole": "original", "cut": f"pruned: {layer_set(found['layers'])}"}
+    names |= {"refit": "refitted", "distill": "refitted and distilled"}
+    return [_healed(names[state], kinds) for state, kinds in found["rows"].items()]
+
+
+def _healed(name: str, kinds: Mapping[str, Mapping[str, float]]) -> str:
+    """Perplexities and, after the comma, the restored share of the lost nats."""
+    plain = name.startswith(("original", "pruned"))
+    shares = ["" if plain else f", {kind['restored']:.0%}" for kind in kinds.values()]
+    values = [f"{kind['perplexity']:.2f}" for kind in kinds.values()]
+    return row(name, *map("".join, zip(values, shares, strict=True)))
+
+
+def ways() -> list[str]:
+    """Ways of training for the same time: steps, and nats from the refit on each text."""
+    return [
+        row(name, own["steps"], *(nats(own[kind]["from refit"]) for kind in KINDS_TRAINED))
+        for name, own in result("training_choices")["rows"].items()
+        if name != "refit"
+    ]
+
+
+KINDS_TRAINED = ("book", "wikitext", "novels")
+RATES = {"training_rates_smollm2": "larger_smollm2", "training_rates_05b": "larger_05b"}
+RATES |= {"training_rates": "larger"}
+
+
+def rates() -> list[str]:
+    """By model and peak rate: the divergence before and after, and nats from the refit."""
+    lines = []
+    for file, model in RATES.items():
+        found = result(file)
+        for rate, own in found["rows"].items():
+            before, *_, after = own["divergence"].values()
+            kept = nats(own) if own["kept"] != "0" else "no step kept"
+            title = f"{MODELS[model]}, width {found['width']}"
+            lines.append(row(title, rate, f"{before:.3f}, {after:.3f}", kept))
+    return lines
+
+
+def sinks() -> list[str]:
+    """By set and closed form: perplexity on novels, plain weights and lost sinks weighed more."""
+    lines = []
+    for file, model in (("refit_sinks", ""), ("refit_sinks_05b", "0.5B, ")):
+        for name, own in result(file)["sets"].items():
+            for step in ("step 0.5, ridge 2 F / N", "patch, step 1, ridge local"):
+                cells = (f"{step}, sinks as other tokens", step)
+                found = [own["sinks"][cell]["kinds"]["lambada_passages"] for cell in cells]
+                how = "patch" if step.startswith("patch") else "refit"
+                values = [f"{cell['perplexity']:,.2f}" for cell in found]
+                lines.append(row(f"{model}{name}, {how}", *values, nats(found[1])))
+    return lines
+
+
+def parts(group: str) -> list[str]:
+    """The share of the lost nats that each part of the refit, or amount of text, restores."""
+    return [
+        row(name, *(f"{kind['restored']:.0%}" for kind in own["healed"].values()))
+        for name, own in result("refit_parts")["groups"][group].items()
+    ]
+
+
+def steps_and_ridges() -> list[str]:
+    """Nats above the default step and ridge, over three kinds of text, for two sets of layers."""
+    sets = result("refit_choices")["sets"].values()
+    every = [own["usual"] | own["ridges"] for own in sets]
+    default, *others = every[0]
+    lines = [row(f"{default} (the default)", *["0"] * len(every))]
+    for name in others:
+        lines.append(row(name, *(nats(own[name]["kinds"]["all three kinds"]) for own in every)))
+    return lines
+
+
+# Errors and early stops
+
+
+def covering(found: dict) -> list[str]:
+    """A row for every kind of texts: the least of all numbers of texts, before and now."""
+    return [_least(kind, list(own.values())) for kind, own in found["kinds"].items()]
+
+
+def _least(kind: str, cases: list[dict]) -> str:
+    shares = [
+        f"{min(min(case[rule][end] for end in ends) for case in cases):.1%}"
+        for rule, ends in (
+            ("former", ("two_sided",)),
+            ("new", ("two_sided",)),
+            ("new", ("upper", "lower")),
+        )
+    ]
+    return row(kind, *shares, f"{max(case['no_interval'] for case in cases):.1%}")
+
+
+def stopping() -> list[str]:
+    lines = []
+    for name, case in result("stopping")["cases"].items():
+        read, wrong = case["share_of_windows"], 1 - case["misled"]["agreement"]
+        shares = [f"{read[of]:.1%}" for of in ("median", "95th percentile")]
+        lines.append(row(name, *shares, f"{wrong:.2%}"))
+    return lines
+
+
+def attacked() -> list[str]:
+    lines = []
+    for kind in (*hostile.KINDS, *hostile.BEYOND):
+        case = result("stopping_adversarial")["kinds"][kind]
+        runs, stops = (hostile.shares(case, f"wrong_of_{of}") for of in ("runs", "early_stops"))
+        name = f"beyond the promise: {kind}" if kind in hostile.BEYOND else kind
+        lines.append(row(name, runs, f"{case['early_stops']:,}", stops))
+    return lines
+
+
+# Time and memory
+
+
+def scoring() -> list[str]:
+    found = result("scoring")
+    ratios, peak = found["ratios"], found["peak_memory_mb"]
+    hooks = ratios["hooks / rest of the pass"]
+    share = f"{hooks['median']:.2%} ({hooks['min']:.2%} to {hooks['max']:.2%}) of the pass"
+    sizes = ", ".join(f"{peak[k]:.0f}" for k in ("bare", "scoring", "public"))
+    rows = {
+        "scoring / bare pass through embeddings and layers": spread(ratios["scoring / bare"]),
+        "of this, inside the hooks": share,
+        "scoring with products in bfloat16 / bare pass": spread(ratios["mixed / bare"]),
+        "public way / bare pass": spread(ratios["public / bare"]),
+        "our bare pass / transformers' `LlamaModel`": spread(ratios["bare / transformers"]),
+        "peak memory: bare, scoring, public way": f"{sizes} MB",
+    }
+    return [row(*cells) for cells in rows.items()]
+
+
+def streaming() -> list[str]:
+    found = result("streaming")
+    run, need = found["streamed"], found["llama_2_70b"]
+    peak, plan = run["peak_bytes"] / 1e9, run["planned_bytes"] / 1e9
+    full, half = (need[kind]["bytes"] / 1e9 for kind in ("float32", "bfloat16"))
+    return [
+        row(f"time for {found['windows']} windows, reading included", f"{run['seconds']:.0f} s"),
+        row("time / floor (the layers' products alone)", spread(found["streamed / floor"], 2)),
+        row("peak memory of the process", f"{peak:.2f} GB, planned {plan:.2f} GB"),
+        row("Llama-2-70B, by the same plan", f"{full:.1f} GB, in bfloat16 {half:.1f} GB"),
+    ]
+
+
+def rehearsed() -> list[str]:
+    found = result("reproduce_7b")
+    assert all(found["limits"].values())
+    formats = [found["formats"][name] for name in ("meta", "hf")]
+    runs = [made["continued"] for made in formats]
+    size, total = found["tokens_per_window"], found["windows_of_data"]
+    cells = {
+        "files": [f"{made['files']}, {made['bytes'] / 1e9:.1f} GB" for made in formats],
+        "the 9 layers come out in their order": [
+            "yes" if run["layers"] == found["known"] else "no" for run in runs
+        ],
+        f"windows of {size} tokens read, of {total}": [run["windows"] for run in runs],
+        "stopped after, then continued": [
+            f"{made['stopped']['windows_saved']} windows" for made in formats
+        ],
+        "peak memory of the process": [f"{run['peak_bytes'] / 1e9:.2f} GB" for run in runs],
+    }
+    return [row(name, *values) for name, values in cells.items()]
+
+
+def refit_streamed() -> list[str]:
+    found = result("refit_streamed")
+    assert all(found["limits"].values())
+    plan, peak = (found[name] / 1e9 for name in ("planned_bytes", "refit_peak_bytes"))
+    return [
+        row(f"the refit: {found['matrices']} matrices", f"{found['refit_seconds']:.0f} s"),
+        row("a streamed pass over one window", f"{found['evaluation_seconds'][0]:.0f} s"),
+        row("the whole command, verification included", f"{found['seconds']:.0f} s"),
+        row("peak memory", f"{peak:.2f} GB, planned {plan:.2f} GB"),
+    ]
+
+
+def serving() -> list[str]:
+    """A row for every model that was served: its size and speeds, beside the expected."""
+    lines = []
+    for own in result("serving")["rows"]:
+        cells = [f"{own['kind']}, {own['removed']} removed", f"{own['megabytes']:.0f}"]
+        for name in ("prompt", "generation"):
+            ratio, expected = spread(own[f"{name}_ratio"], 2), own[f"{name}_expected"]
+            speed = f"{own[name]['median']:.0f} tokens/s"
+            cells.append(f"{ratio}, {expected:.2f}" if own["removed"] else speed)
+        lines.append(row(*cells))
+    return lines
+
+
+# Formats and other tools
+
+
+def gemma() -> list[str]:
+    """A row for every set of layers removed from a Gemma 3."""
+    lines = []
+    for case in result("gemma_kinds")["rows"]:
+        cuts = [f"{case[name]['difference']:.2f}" for name in ("ours", "theirs")]
+        names = (case["kinds"], case["kinds_by_position"])
+        lines.append(row(layer_set(case["removed"]), *names, *cuts))
+    return lines
+
+
+def peers() -> list[str]:
+    """A row for every tool and number of layers removed."""
+    return [
+        row(name, layer_set(own["layers"]), f"{own['perplexity']:.2f}", nats(own))
+        for rows in result("peers")["rows"].values()
+        for name, own in rows.items()
+    ]
+
+
+FAMILIES = {
+    "llama": "Llama",
+    "qwen3": "Qwen 3",
+    "gemma3_text": "Gemma 3",
+    "smollm3": "SmolLM3",
+    "llama4_text": "Llama 4",
+    "qwen3_moe": "Qwen 3 MoE",
+}
+
+
+def kinds() -> list[str]:
+    """What cuts of layers that change nothing change, a row for every tiny model."""
+    found, lines = result("peers"), []
+    for family, name in FAMILIES.items():
+        cuts = (found["families"][family][tool] for tool in ("ours", "theirs"))
+        lines.append(row(name, *(f"{cut['from_files']:.2f}" for cut in cuts), "-"))
+    cut = found["gemma3_gguf"][0]
+    ours, theirs = (f"{cut[tool]['difference']:.2f}" for tool in ("ours", "theirs"))
+    lines.append(row("Gemma 3, GGUF", ours, "-", theirs))
+    return lines
+
+
+def architectures() -> list[str]:
+    """A row for each outcome, with the names of its architectures."""
+    groups: dict[str, list[str]] = {}
+    for name, found in result("architectures")["rows"].items():
+        groups.setdefault(found["outcome"], []).append(f"`{name}`")
+    return [row(f"{outcome}, {len(n)}", ", ".join(n)) for outcome, n in groups.items()]
