@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from short_gpt.data.windows import Answer
+from short_gpt.data.windows import Answer, batches
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError, at_least
 from short_gpt.runtime.progress import bar
 
 BUILT_IN = Path(__file__).with_name("questions.jsonl")  # of this project, in no benchmark
+AT_ONCE = 20  # prompts answered at once
 PLAIN = "Question: {}\nAnswer:"  # of a model without a chat template
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the separators of "1,024,000"
 
@@ -32,7 +33,7 @@ class Answering(Protocol):
     @property
     def stop_tokens(self) -> frozenset[int]: ...
     def prompt_ids(self, prompt: str) -> list[int]: ...
-    def greedy(self, ids: list[int], count: int) -> list[int]: ...
+    def greedy_many(self, prompts: Sequence[list[int]], count: int) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str: ...
 
 
@@ -159,18 +160,22 @@ def ask(
         31
     """
     at_least(1, max_new_tokens=max_new_tokens)
-    replies, chats = [], model.chats
+    chats, context = model.chats, model.decoder.max_seq_len
+    asked = [q.prompt if chats else PLAIN.format(q.prompt) for q in questions]
+    prompts = [model.prompt_ids(prompt) for prompt in asked]
+    replies = dict[int, Reply]()
     with bar("answers", total=len(questions), unit="question", show=progress) as shown:
-        for question in questions:
-            prompt = question.prompt if chats else PLAIN.format(question.prompt)
-            prompt_ids = model.prompt_ids(prompt)
-            room = min(max_new_tokens, model.decoder.max_seq_len - len(prompt_ids))
-            ids = _ended(model, model.greedy(prompt_ids, room), line=not chats)
-            text = model.decode(ids, special=False)
-            text = (text if chats else text.split("\n")[0]).strip()
-            replies.append(Reply(prompt_ids, ids, text, is_right(question, text)))
-            shown.update()
-    return replies
+        # prompts of like length together, because the shorter ones are padded
+        for rows in batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), AT_ONCE):
+            room = min(max_new_tokens, context - len(prompts[rows[-1]]))
+            written = model.greedy_many([prompts[i] for i in rows], room)
+            for i, new in zip(rows, written, strict=True):
+                ids = _ended(model, new, line=not chats)
+                text = model.decode(ids, special=False)
+                text = (text if chats else text.split("\n")[0]).strip()
+                replies[i] = Reply(prompts[i], ids, text, is_right(questions[i], text))
+            shown.update(len(rows))
+    return [replies[i] for i in range(len(questions))]
 
 
 def _ended(model: Answering, ids: list[int], *, line: bool) -> list[int]:

@@ -249,7 +249,10 @@ class ShortHFModel(ShortModel):
 
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
         # by the model's own generation config, which may end a text
-        return self._generated(ids, count, do_sample=False, use_cache=use_cache)[len(ids) :]
+        return self._generated([ids], count, do_sample=False, use_cache=use_cache)[0]
+
+    def greedy_many(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        return self._generated(prompts, count, do_sample=False)
 
     @torch.no_grad()
     def continued(
@@ -316,25 +319,31 @@ class ShortHFModel(ShortModel):
         if temperature >= COLDEST:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
             sampling["top_k"] = 0  # else the 50 likeliest alone
-        return self._generated(ids, max_gen_len, **sampling)
+        return ids + self._generated([ids], max_gen_len, **sampling)[0]
 
     @torch.no_grad()
-    def _generated(self, ids: list[int], count: int, **options: object) -> list[int]:
-        # the ids, and up to ``count`` new ones after them
-        tokens = torch.tensor([ids], device=self.decoder.device)  # (1, S)
+    def _generated(
+        self, prompts: Sequence[Sequence[int]], count: int, **options: object
+    ) -> list[list[int]]:
+        """Up to ``count`` new ids after each of B prompts, which are padded on the left."""
+        length = max(map(len, prompts))
+        padded = [[0] * (length - len(ids)) + [*ids] for ids in prompts]
+        mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
+        tokens = torch.tensor(padded, device=self.decoder.device)  # (B, S)
         check_token_ids(tokens, self.decoder)
-        generate = partial(
-            self.model.generate,
-            input_ids=tokens,
-            # else transformers takes ids that equal the padding's for padding
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            logits_processor=[_checked],
-            return_dict_in_generate=False,  # whatever the model's own settings say
-            **options,
-        )
         with evaluating(self.model):
-            return generate()[0].tolist()
+            written = self.model.generate(
+                input_ids=tokens,
+                # else transformers takes ids that equal the padding's for padding
+                attention_mask=torch.tensor(mask, device=tokens.device),
+                max_new_tokens=count,
+                logits_processor=[_checked],
+                return_dict_in_generate=False,  # whatever the model's own settings say
+                **options,
+            )
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else {*(ends or ())}
+        return [_through(ends, row[length:].tolist()) for row in written]
 
     def harness_model(self, *, batch_size: int = 1) -> object:
         return hugging_face_lm(self.model, self.tokenizer, batch_size=batch_size)
@@ -449,6 +458,12 @@ def attention_of(config: Any) -> dict[str, object]:
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
     each = {name: own._attn_implementation for name, own in parts.items() if own is not None}
     return {"": config._attn_implementation, **each}
+
+
+def _through(ends: set[int], ids: list[int]) -> list[int]:
+    """The ids up to the first that ends a text; `generate` pads those that end before others."""
+    first = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: first + 1]
 
 
 def _checked(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,10 @@ class ShortModel(ScoredModel):
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]:
         """Up to ``count`` likeliest next tokens after ``ids``."""
 
+    def greedy_many(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """`greedy` for several prompts, at once where the model can."""
+        return [self.greedy([*ids], count) for ids in prompts]
+
     @abstractmethod
     def continued(
         self, ids: Sequence[Sequence[int]], count: int, choose: Callable[[Tensor], Tensor]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CharTokenizer, make_transformer, save_chat_llama
+from families import FAMILIES, make
 
 from short_gpt import ShortGPTError, ShortLlama, open_model
 from short_gpt.data.windows import Answer
@@ -20,6 +22,7 @@ from short_gpt.evaluation.answers import (
     questions,
 )
 from short_gpt.evaluation.perplexity import perplexity
+from short_gpt.wrappers.short_hf import ShortHFModel
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}A:"
 ASKED = [Question("Say a"), Question("Say b, and more", ("b",))]
@@ -112,7 +115,7 @@ def test_answers_are_those_of_generate_after_the_chat_template(chat):
 
 def test_an_end_token_belongs_to_the_answer_and_not_to_its_text(chat, monkeypatch):
     written = [*chat.tokenizer("so", add_special_tokens=False)["input_ids"], 1]
-    monkeypatch.setattr(chat, "greedy", lambda ids, count: written)
+    monkeypatch.setattr(chat, "greedy_many", lambda prompts, count: [written])
     (reply,) = ask(chat, [Question("Is it?", ("so",))], progress=False)
     assert (reply.ids, reply.text, reply.right) == (written, "so", True)
 
@@ -158,3 +161,19 @@ def test_of_a_window_the_answer_alone_is_predicted(chat):
         logs = chat.decoder.logits(torch.tensor([window]))[0].log_softmax(-1)  # (S, V)
         nats -= float(logs[range(window.start - 1, len(window) - 1), window[window.start :]].sum())
     assert found.nats == pytest.approx(nats, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_answered_together_get_the_answers_of_each_alone(family):
+    short = ShortHFModel(make(family))
+    vocab, draw = min(short.decoder.vocab_size, 96), random.Random(0)
+    prompts = [[draw.randrange(3, vocab) for _ in range(n)] for n in (9, 4, 12, 7)]
+    assert short.greedy_many(prompts, 8) == [short.greedy(ids, 8) for ids in prompts]
+
+
+def test_padding_after_an_end_token_belongs_to_no_answer():
+    short, prompts = ShortHFModel(make("llama")), [[5, 6, 7], [9]]
+    free = short.greedy_many(prompts, 8)
+    short.model.generation_config.eos_token_id = [free[0][1], 95]  # ends one of the two early
+    first, second = short.greedy_many(prompts, 8)
+    assert first == free[0][:2] and second == short.greedy([9], 8)
