@@ -15,7 +15,7 @@
 # `pip install -e ".[eval]"` and access to the model at the hub.
 #
 # NOT RUN HERE: no command was run on a GPU or on an 8B. A test runs all steps after the download of
-# the texts on a tiny Llama. What follows is computed, with the arithmetic of docs/prune-8b.md: a
+# the texts on a tiny Llama. What follows is computed, with the arithmetic of docs/scaling.md: a
 # window of 2048 tokens is 31 TFLOP, 0.5 s at an assumed 60 TFLOP/s; 8 CPU cores; a GPU of 24 GB.
 # auto fills it most: 16.1 GB of weights, 2 GB of states, 1.6 GB of logits in bfloat16 and float32.
 #
