@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 EVAL = ["lm_eval>=0.4.13"]
 NOTEBOOKS = ["jupyter"]
+RIVAL = ["libgguf>=0.2.2", "xllamacpp>=2026.10"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 DEV = [
     "hypothesis",
@@ -20,9 +21,9 @@ DEV = [
     "pyyaml",
     "ruff",
     "tiktoken",
-    "xllamacpp>=2026.10",
     *DOCS,
     *EVAL,
+    *RIVAL,
 ]
 
 setup(
@@ -66,6 +67,7 @@ setup(
         "eval": EVAL,
         # no underscore: pip before 23.3 does not find such a name in the metadata
         "four-bit": ["bitsandbytes>=0.43"],
+        "rival": RIVAL,
         "notebooks": NOTEBOOKS,
         "docs": DOCS,
         "dev": DEV,

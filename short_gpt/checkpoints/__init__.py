@@ -9,6 +9,7 @@ from short_gpt.checkpoints.hf import prune_hf, save_as_meta, save_hf
 from short_gpt.checkpoints.meta import prune_meta, save_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.prune import prune_checkpoint
+from short_gpt.checkpoints.rival import largest_within, requantized
 from short_gpt.checkpoints.target import Target, format_of
 from short_gpt.checkpoints.verify import (
     ROUNDING,
@@ -19,6 +20,6 @@ from short_gpt.checkpoints.verify import (
 )
 
 __all__ = ["PROVENANCE", "ROUNDING", "Fingerprint", "Provenance", "Target", "check_same"]
-__all__ += ["copy_weights", "fingerprint", "format_of", "model_card"]
-__all__ += ["prune_checkpoint", "prune_gguf", "prune_hf", "prune_meta"]
+__all__ += ["copy_weights", "fingerprint", "format_of", "largest_within", "model_card"]
+__all__ += ["prune_checkpoint", "prune_gguf", "prune_hf", "prune_meta", "requantized"]
 __all__ += ["save_as_meta", "save_hf", "save_meta", "write_gguf", "write_provenance"]

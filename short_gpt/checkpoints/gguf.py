@@ -67,19 +67,20 @@ def write_gguf(
     *,
     changed: Mapping[str, Stored] | None = None,
     done: Provenance | None = None,
+    keys: Mapping[str, Record] | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
     """Writes the blocks ``keep`` of a GGUF model, numbers ascending; see `prune_gguf`.
 
-    ``changed`` tensors, by their names there, differ from the source's; ``done`` is the record,
-    without which, and with all blocks, the bytes do not change.
+    ``changed`` tensors, by their names there, and ``keys`` differ from the source's; ``done`` is
+    the record, without which, and with all blocks, the bytes do not change.
     """
     target = Target.of(target)
     check_new_gguf(target.out, source=source.paths[0], overwrite=target.overwrite)
     names = stored_names(source.tensors, "blk", keep)
     changed = changed or {}
     tensors = {new: changed.get(old) or copied(source, old) for new, old in names.items()}
-    records = Stack.of(source).records(keep)
+    records = Stack.of(source).records(keep) | dict(keys or {})
     if done is not None:
         records[RECORD] = record(RECORD, json_text(done.to_dict()), STRING)
         if isinstance(name := source.fields.get(NAME), str):

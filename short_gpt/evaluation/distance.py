@@ -87,6 +87,12 @@ class Reference:
         device = self._decoder.device
         return self._head.logits(tokens.to(device), [], batch.to(device))
 
+    def through(self, decoder: Decoder) -> Reference:
+        """The same by another model, whose final norm and output head are the original's."""
+        other = Reference(decoder)
+        other._states = self._states
+        return other
+
     def keep_head(self) -> None:
         """Drops all layers except one of a model that is not needed otherwise."""
         with suppress(ShortGPTError):  # of a model whose layers cannot be removed

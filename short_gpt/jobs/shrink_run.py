@@ -26,6 +26,7 @@ from short_gpt.healing.sets import LayerSets
 from short_gpt.jobs.costs import CLOSED_WINDOWS, seconds_a_token, windows_to_choose
 from short_gpt.jobs.inputs import Tasks, Windows
 from short_gpt.jobs.page import is_page
+from short_gpt.jobs.rivals import RIVAL
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_models import ANSWER, CHAT, TIMED_TOKENS, TURNS, Opened
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
@@ -49,7 +50,7 @@ WINDOW = 512  # tokens
 CONTEXT = 4096  # tokens of the KV cache in all
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"
 # what the folder of a run holds, own texts and what a killed save leaves included
-PARTS = (f"{STATE}*", "self-*.json", f".{STATE}*", ".self-*", HEALING, WRITTEN)
+PARTS = (f"{STATE}*", "self-*.json", f".{STATE}*", ".self-*", HEALING, WRITTEN, RIVAL)
 
 
 @dataclass

@@ -1,0 +1,131 @@
+"""What a user would take in place of a pruned model: the original with its layers in fewer bits.
+
+Files are what ``llama-quantize --pure`` makes without an importance matrix, except that embedding
+and output head stay as they are: ``tensor_allows_quantization`` and ``tensor_type_fallback`` of
+llama.cpp's ``src/llama-quant.cpp`` name the tensors and types. The package libgguf quantizes, with
+llama.cpp's bytes: our own quantizer has less squared error and yet more distance from the original.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.formats.gguf_read import GGUFParts, nbytes_of
+from llama.formats.gguf_write import F16, UINT32, Stored, packed, record
+from short_gpt.checkpoints.gguf import write_gguf
+from short_gpt.checkpoints.gguf_layers import LAYER, Stack
+from short_gpt.checkpoints.target import StrPath
+from short_gpt.runtime.errors import check, required
+
+# Largest first: the type where rows do not fill its blocks, and llama.cpp's number of such files.
+TYPES = {
+    "q8_0": ("F16", 7),
+    "q6_k": ("Q8_0", 18),
+    "q5_k": ("Q5_1", 16),
+    "q4_k": ("Q5_0", 14),
+    "q3_k": ("Q4_0", 11),
+    "q2_k": ("Q4_0", 10),
+}
+FILE_TYPE = "general.file_type"
+# Routers, convolutions and other small matrices, which are not quantized.
+PLAIN = re.compile(
+    r"_norm\.|ffn_gate_(inp|tid2eid)|altup|laurel|ssm_conv1d|shortconv\.conv|indexer\.[kq]_proj"
+    r"|time_mix_(first|[avgw]\d|decay_w\d|lerp_fused)|attn_rel_b"
+)
+
+
+def requantized(
+    source: StrPath, out: StrPath, kind: str, *, progress: Callable[[str], object] = str
+) -> Path:
+    """Writes a GGUF model with the weight matrices of its layers in fewer bits; returns ``out``.
+
+    A matrix that has no more bits already, and all other tensors, are copied byte for byte. Memory
+    holds one matrix in float32 at a time.
+
+    Args:
+        source: the GGUF file, or any of several.
+        out: the new GGUF file; complete or not at all.
+        kind: "q8_0", "q6_k", "q5_k", "q4_k", "q3_k" or "q2_k". Rows that do not fill blocks of 256
+            weights get Q8_0, Q5_1, Q5_0, Q4_0 and Q4_0 in place of the last five.
+        progress: called with the name of each tensor before it is written.
+
+    Raises:
+        MissingPackageError: libgguf is not installed.
+        ShortGPTError: the type is none of these, or the model has no numbered layers.
+        FileExistsError: ``out`` exists.
+    """
+    stack = Stack.open(source)
+    parts, changed = stack.parts, _changes(stack.parts, kind)
+    typed = FILE_TYPE in parts.fields and changed
+    keys = {FILE_TYPE: record(FILE_TYPE, TYPES[kind][1], UINT32)} if typed else {}
+    blocks = range(stack.blocks)
+    return write_gguf(parts, out, blocks, changed=changed, keys=keys, progress=progress)
+
+
+def largest_within(source: StrPath, most_bytes: int) -> str | None:
+    """The largest type with which the file of `requantized` has at most so many bytes.
+
+    None if no type is small enough. Only the header of ``source`` is read.
+    """
+    parts = GGUFParts(Path(str(source)))
+    return next((kind for kind in TYPES if size_in(parts, kind) <= most_bytes), None)
+
+
+def size_in(parts: GGUFParts, kind: str) -> int:
+    """The bytes of the file of `requantized`; of a source in several files a few more."""
+    align, size = parts.headers[0].alignment, sum(path.stat().st_size for path in parts.paths)
+    for name, new in _changes(parts, kind).items():
+        old = parts.tensors[name].nbytes  # of each, bytes up to a whole alignment follow
+        size += new.nbytes + -new.nbytes % align - (old + -old % align)
+    return size + -size % align
+
+
+def _changes(parts: GGUFParts, kind: str) -> dict[str, Stored]:
+    """The tensors that get another type, read and quantized when they are written."""
+
+    def pieces(name: str, number: int) -> Iterator[bytes]:
+        yield quantized(name, parts.read(name), number)
+
+    changed: dict[str, Stored] = {}
+    for name, (shape, _, _, nbytes) in parts.tensors.items():
+        number = type_of(shape, kind)
+        size = nbytes_of(name, shape, number) if is_quantized(name, shape) else nbytes
+        if size < nbytes:
+            changed[name] = Stored(shape, number, size, partial(pieces, name, number))
+    return changed
+
+
+def is_quantized(name: str, shape: Sequence[int]) -> bool:
+    """Whether llama.cpp quantizes this tensor, and it is a layer's."""
+    is_matrix = name.endswith(".weight") and math.prod(shape[:-1]) > 1
+    return bool(is_matrix and LAYER.fullmatch(name) and not PLAIN.search(name))
+
+
+def type_of(shape: Sequence[int], kind: str) -> int:
+    """Ggml's number of the type that a matrix gets in ``kind`` of `TYPES`."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    check(kind in TYPES, "kind", kind, f"one of {', '.join(TYPES)}")
+    numbers = [GGMLQuantizationType[name] for name in (kind.upper(), TYPES[kind][0], "F16")]
+    return next(int(n) for n in numbers if shape[-1] % GGML_QUANT_SIZES[n][0] == 0)
+
+
+def quantized(name: str, weight: Tensor, number: int) -> bytes:
+    """The bytes of a matrix (..., K) in a type of `type_of`; errors as in `requantized`."""
+    if number == F16:
+        return packed(name, weight, number)
+    with required("libgguf", by="a model in fewer bits"):
+        import libgguf
+    rows = weight.detach().cpu().float().flatten(0, -2)
+    parts = rows.split(-(-len(rows) // torch.get_num_threads()))
+    with ThreadPoolExecutor() as pool:  # each part without Python's lock
+        done = pool.map(lambda part: libgguf.quantize_rows(part.numpy(), number), parts)
+        return b"".join(part.tobytes() for part in done)

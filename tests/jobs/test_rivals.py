@@ -1,0 +1,116 @@
+"""The original in fewer bits, measured beside it: in memory and as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_windows
+from gguf_families import make, write_model
+
+from llama.formats.gguf_read import nbytes_of
+from short_gpt import ShortHFModel, open_model
+from short_gpt.checkpoints import prune_gguf, requantized
+from short_gpt.evaluation.perplexity import combined
+from short_gpt.jobs.rivals import RIVAL, of_file, rival_file, rivals, rounded
+from short_gpt.wrappers.options import OpenOptions
+
+pytest.importorskip("libgguf")
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
+TEXTS = {"text": random_windows(3, 24), "own": random_windows(2, 16, seed=1)}
+EVERY = [window for windows in TEXTS.values() for window in windows]
+KEYS = {"rope.dimension_count": 64}
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def small():
+    return make("llama", num_hidden_layers=3, hidden_size=256, intermediate_size=288)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("rival") / "m.gguf", "llama", small(), **KEYS)
+
+
+def test_rounded_in_memory_is_what_the_file_holds(tmp_path, source):
+    """The same divergence, and the bytes of the matrices as the file has them."""
+    short = open_model(str(source))
+    reference = short.reference(EVERY)
+    layers = [p.numel() for n, p in short.model.named_parameters() if n.split(".")[-2] in MATRICES]
+    stored = source.stat().st_size
+    found = rivals(short, TEXTS, reference, stored=stored, itemsize=4)
+    assert [rival.name for rival in found] == [
+        "all layers in Q8_0",
+        "all layers in Q4_K and Q5_0",  # down_proj has rows of 288
+    ]
+    for kind, rival in zip(("q8_0", "q4_k"), found, strict=True):
+        path = requantized(source, tmp_path / f"{kind}.gguf", kind)
+        of = of_file(path, TEXTS, reference, OpenOptions())
+        assert (of.name, of.size) == (rival.name, rival.size)
+        for name, measured in rival.quality.items():
+            assert measured.windows == len(TEXTS[name])
+            assert measured.kld.value == pytest.approx(of.quality[name].kld.value, rel=1e-3)
+            assert measured.same_top.value == of.quality[name].same_top.value
+            assert 0 < measured.kld.value < (0.02 if kind == "q8_0" else 1)
+    assert sum(layers) * 4 > stored - found[1].size > sum(layers) * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_afterwards_the_weights_are_the_same_objects_bit_for_bit(dtype):
+    model = small().to(dtype)
+    short = ShortHFModel(model)
+    before = {name: weight.data.clone() for name, weight in model.named_parameters()}
+    with rounded(short, "q4_k") as (numbers, sizes):
+        changed = {n for n, w in model.named_parameters() if not torch.equal(w, before[n])}
+        assert {name.split(".")[-2] for name in changed} == {*MATRICES}
+        assert all(weight.dtype == dtype for weight in model.parameters())
+        assert numbers == sum(before[name].numel() for name in changed)
+        assert sum(sizes.values()) < numbers
+    with pytest.raises(KeyboardInterrupt), rounded(short, "q8_0"):
+        raise KeyboardInterrupt
+    assert all(torch.equal(w, before[n]) for n, w in model.named_parameters())
+
+
+def test_routers_stay_and_experts_are_rounded():
+    model = make("gpt-oss", num_hidden_layers=2, intermediate_size=64)
+    before = {name: weight.data.clone() for name, weight in model.named_parameters()}
+    with rounded(ShortHFModel(model), "q8_0") as (_, sizes):
+        changed = {n for n, w in model.named_parameters() if not torch.equal(w, before[n])}
+        assert any("experts.down_proj" in name for name in changed)
+        assert not any("router" in name or "norm" in name for name in changed)
+    assert sum(sizes.values()) == sum(
+        nbytes_of(name, tuple(before[name].shape), 8) for name in changed
+    )
+
+
+def test_the_file_is_not_larger_than_the_pruned_one_and_goes_afterwards(tmp_path, source):
+    out = prune_gguf(source, tmp_path / "out.gguf", [1])
+    folder = tmp_path / "out.gguf.shrinking"
+    reference = open_model(str(source)).reference(EVERY)
+    with rival_file(source, out, folder) as path:
+        assert path is not None and path.stat().st_size <= out.stat().st_size
+        assert path.name == "q8_0.gguf"
+        rival = of_file(path, TEXTS, reference, OpenOptions())
+        assert rival.size == path.stat().st_size and rival.name == "all layers in Q8_0"
+    assert not (folder / RIVAL).exists()
+    with pytest.raises(KeyboardInterrupt), rival_file(source, out, folder):
+        raise KeyboardInterrupt
+    assert not (folder / RIVAL).exists()
+
+
+def test_where_every_type_is_larger_there_is_no_rival(tmp_path, source):
+    (tmp_path / "tiny.gguf").write_bytes(b"")
+    with rival_file(source, tmp_path / "tiny.gguf", tmp_path) as path:
+        assert path is None
+
+
+def test_a_reference_read_through_another_model_with_the_same_head(source):
+    """The original itself is at distance 0, when its layers are long gone."""
+    first, second = open_model(str(source)), open_model(str(source))
+    reference = first.reference(EVERY)
+    first.release()
+    again = reference.through(second.decoder)
+    for kind in TEXTS.values():
+        measured = combined(second.window_perplexities(kind, progress=False, reference=again))
+        assert measured.kld.value == pytest.approx(0, abs=1e-9) and measured.same_top.value == 1
