@@ -100,6 +100,10 @@ def test_the_interval_covers_the_truth(kind):
 def test_in_pytorch_fewer_layers_are_faster():
     model = make("llama", num_hidden_layers=8, hidden_size=128, intermediate_size=256)
     short = ShortHFModel(model)
+    read = set()
+    short.decoder.layers[0].register_forward_pre_hook(
+        lambda module, args: read.add(tuple(args[0].shape[:2]))
+    )
     timers = {
         "original": pytorch(short, nullcontext),
         "pruned": pytorch(short, lambda: short.without_layers([1, 2, 3, 4, 5, 6])),
@@ -107,6 +111,7 @@ def test_in_pytorch_fewer_layers_are_faster():
     measured = speeds(timers, WINDOW, most={"pruned": 4}, seconds=1)
     assert all(own.ratio > 1.2 for own in measured["pruned"].values())
     assert short.present == [*range(8)]
+    assert read == {(1, 32), (1, 48), (1, 1)}  # prompts, and one token after the other
 
 
 def test_llama_cpp_reads_each_prompt_anew(tmp_path, monkeypatch):
