@@ -33,6 +33,12 @@ def test_the_readme_is_read_in_three_minutes():
     assert len(PAGES["README.md"].splitlines()) <= 250
 
 
+def test_the_docs_stay_short():
+    pages = [text for page, text in PAGES.items() if page.startswith("docs/")]
+    prose = [re.sub(r"(?s)<!-- table .*?<!-- end -->", "", text) for text in pages]
+    assert sum(len(text.split()) for text in prose) <= 18000  # words outside the tables of results
+
+
 @pytest.mark.parametrize(("page", "words"), SHOWN)
 def test_the_commands_and_their_flags_exist(page, words):
     prepared(words, COMMANDS)  # refuses what is unknown or missing
