@@ -105,7 +105,7 @@ def automatic() -> list[str]:
         for name in [name for name in CANDIDATES if name in found["from auto"]]:
             own, without = (found[key][name] for key in ("from auto", "without it"))
             cells = [above(of["all three kinds"]) for of in (own, without)]
-            lines.append(row(f"{found['n']}: {CANDIDATES[name]}", *cells))
+            lines.append(row(f"{found['n']} layers: {CANDIDATES[name]}", *cells))
     return lines
 
 
@@ -129,7 +129,7 @@ def larger() -> list[str]:
             for state, name in (("pruned", "pruned"), ("refit", "refitted"), ("healed", "trained")):
                 cells = [own["texts"][kind][state] for kind in TEXT_KINDS]
                 margins = [f"{cell['change']:+.3f} ± {cell['reach_95']:.3f}" for cell in cells]
-                lines.append(row(title if state == "pruned" else "", name, *margins))
+                lines.append(row(f"{title}, pruned" if state == "pruned" else name, *margins))
     return lines
 
 

@@ -48,7 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "choices",
     ),
     "three models": table(
-        "| layers removed | | chapters | code | WikiText-2 | chats |", rows.larger, *rows.MODELS
+        "| layers removed | chapters | code | WikiText-2 | chats |", rows.larger, *rows.MODELS
     ),
     "what three models take": table(
         "| layers removed | refit | training | all steps | peak memory |", rows.taken, *rows.MODELS
