@@ -49,6 +49,7 @@ class Reference:
     Args:
         decoder: The original model, with all its layers. Layers may be removed from it later; its
             final norm and its output head must stay as they are.
+        room: Bytes that `logits` may keep, so that the same windows need the head once. Default: 0.
 
     Example:
         >>> reference = Reference(short.decoder)  # doctest: +SKIP
@@ -57,10 +58,11 @@ class Reference:
         ...     print(perplexity(short.decoder, [windows], reference=reference).kld)
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder, self._head = decoder, PartialRun(decoder)
+    def __init__(self, decoder: Decoder, room: int = 0) -> None:
+        self._decoder, self._head, self.room = decoder, PartialRun(decoder), room
         self.vocab_size = decoder.vocab_size
         self._states: dict[tuple[int, ...], Tensor] = {}  # of each window, (S, D)
+        self._logits: dict[tuple[object, ...], Tensor] = {}  # of some batches, (B, S, V)
 
     def read(self, windows: Iterable[Sequence[int]], *, progress: bool = False) -> None:
         """Reads windows with the original model; those that it knows are not read again."""
@@ -79,13 +81,23 @@ class Reference:
 
         S is ``length``; what stands after a window's last token means nothing.
         """
+        key = (self._decoder.mixed, length, *map(tuple, windows))
+        if key in self._logits:
+            return self._logits[key].float()
         states = [self._states[tuple(window)] for window in windows]
         batch = torch.zeros(len(states), length, states[0].shape[-1], dtype=states[0].dtype)
         for row, state in enumerate(states):
             batch[row, : len(state)] = state
         tokens = torch.zeros(batch.shape[:2], dtype=torch.long)  # (B, S), which no layer reads
         device = self._decoder.device
-        return self._head.logits(tokens.to(device), [], batch.to(device))
+        logits = self._head.logits(tokens.to(device), [], batch.to(device))
+        if self.room:
+            half = logits.bfloat16()  # holds all digits of a product in bfloat16
+            kept = half if torch.equal(half.float(), logits) else logits
+            if kept.nbytes <= self.room:
+                self.room -= kept.nbytes
+                self._logits[key] = kept
+        return logits
 
     def through(self, decoder: Decoder) -> Reference:
         """The same by another model, whose final norm and output head are the original's."""

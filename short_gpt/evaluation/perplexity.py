@@ -119,7 +119,8 @@ def sampling_error(samples: Sequence[Sample]) -> SamplingError:
     return SamplingError(error, len(samples), count, degrees_of_freedom(tokens_of))
 
 
-AT_ONCE = 2**21  # logits whose softmax is taken at once
+# logits whose softmax is taken at once: on a CPU as many as its cache holds, several times over
+AT_ONCE, ON_CPU = 2**21, 2**17
 
 
 def exp(nats: float) -> float:
@@ -266,9 +267,7 @@ def measured(
     reference: Reference | None = None,
 ) -> list[Sample]:
     """What each of B windows gave, from logits (B, S, V); tokens, mask (B, S) as `decoder.pad`."""
-    predicted = mask[:, 1:].clone()  # (B, S - 1)
-    for row, window in enumerate(windows):
-        predicted[row, : first_predicted(window) - 1] = False
+    predicted = _predicted(windows, mask)  # (B, S - 1)
     # cross_entropy gives 0 for -100, so that padding costs nothing
     targets = tokens[:, 1:].masked_fill(~predicted, -100)  # (B, S - 1)
     columns = [_by_token(_losses, logits, targets)]
@@ -283,12 +282,30 @@ def measured(
     ]
 
 
+def divergence_of(
+    windows: Sequence[Sequence[int]], logits: Tensor, mask: Tensor, reference: Reference
+) -> float:
+    """KL(original || model) of B windows, in nats, summed; of `measured` what a search asks for."""
+    original = reference.logits(windows, mask.shape[1])  # (B, S, V)
+    values = _by_token(kl_divergence, logits, original)  # (B, S - 1)
+    return float(values[_predicted(windows, mask).cpu()].sum())
+
+
+def _predicted(windows: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
+    """Which tokens after the first of each window are predicted, (B, S - 1), of real ones (B, S)."""
+    predicted = mask[:, 1:].clone()
+    for row, window in enumerate(windows):
+        predicted[row, : first_predicted(window) - 1] = False
+    return predicted
+
+
 def _by_token(function: Callable[..., Tensor], logits: Tensor, other: Tensor) -> Tensor:
     """A function of predictions (N, V) and what belongs to each, a few rows at a time: (B, S - 1).
 
     A few rows' logarithms of softmax stay in the processor's cache.
     """
-    rows, count = max(1, AT_ONCE // logits.shape[-1]), logits.shape[1] - 1
+    at_once = ON_CPU if logits.device.type == "cpu" else AT_ONCE
+    rows, count = max(1, at_once // logits.shape[-1]), logits.shape[1] - 1
     each = logits[:, :count].flatten(0, 1)  # (B (S - 1), V): what comes next
     others = other[:, :count].flatten(0, 1)  # (B (S - 1), ...)
     values = [function(*part) for part in zip(each.split(rows), others.split(rows), strict=True)]

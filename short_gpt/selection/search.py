@@ -19,12 +19,13 @@ from torch import Tensor
 
 from short_gpt.data.windows import TokenIds, batches
 from short_gpt.evaluation.distance import Reference
-from short_gpt.evaluation.perplexity import check_predicted, first_predicted, measured
+from short_gpt.evaluation.perplexity import check_predicted, divergence_of, first_predicted, measured
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.layer_calls import PartialRun
 from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
+from short_gpt.runtime.memory import free_memory
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import SEARCHED
@@ -181,6 +182,9 @@ class Trials:
         size = sum(self._bytes(batch) for batch in read)
         # two more are in use while the states advance
         self._room = 0 if self.groups > 1 else options.max_memory // size - 2
+        if self._reference is not None and decoder.device.type == "cpu":  # others' heads are fast
+            rest = options.max_memory - (len(self._layers) + 2) * size
+            self._reference.room = max(0, min(rest, free_memory() // 2))
         # nats of an unfinished round are by group: with other groups they would count twice
         self._sizes = [sum(int(mask.sum()) for *_, mask in group) for group in self._groups]
         read_on = {"layers": len(self._layers), "windows": windows_digest(windows)}
@@ -278,8 +282,9 @@ class Trials:
         """The batch's loss in nats, summed, with only the layers ``run`` after ``state``."""
         windows, tokens, mask = batch
         logits = self._run.logits(tokens, run, state)  # (B, S, V)
-        samples = measured(windows, logits, tokens, mask, self._reference)
-        return sum(s.nats if s.kld is None else s.kld for s in samples)
+        if self._reference is not None:
+            return divergence_of(windows, logits, mask, self._reference)
+        return sum(s.nats for s in measured(windows, logits, tokens, mask))
 
     def _alive(self, start: int, end: int | None = None) -> list[int]:
         return [i for i in self._layers[start:end] if i not in self.result.removed]

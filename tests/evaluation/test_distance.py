@@ -164,6 +164,38 @@ def test_the_head_of_a_model_whose_layers_cannot_be_removed_stays_whole():
     assert len(decoder.layers) > 1 and torch.equal(reference.logits(windows, 8), before)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_logits_of_the_original_are_kept_within_the_room_and_lose_nothing(mixed):
+    model, windows = short(), random_windows(2, 10)
+    model.decoder.mixed = mixed
+    reference = model.reference(windows)
+    expected = [reference.logits([w], 10) for w in windows]
+    one = expected[0].nbytes // (2 if mixed else 1)  # bfloat16 holds its products' digits
+    reference.room = 2 * one - 1
+    assert all(map(torch.equal, [reference.logits([w], 10) for w in windows], expected))
+    assert reference.room == one - 1  # the second had no room
+    model.decoder.keep_layers([0])
+    model.decoder.model.output.weight.data.zero_()  # what is kept is not computed again
+    again = [reference.logits([w], 10) for w in windows]
+    assert torch.equal(again[0], expected[0]) and not again[1].any()
+    model.decoder.mixed = not mixed  # other products are not those that were kept
+    assert not reference.logits(windows[:1], 10).any()
+
+
+@pytest.mark.parametrize("most, calls", [(2**31, 3), (1, 3 * 7)])
+def test_a_search_needs_the_originals_head_once_a_window_where_memory_allows(
+    most, calls, monkeypatch
+):
+    model, windows, seen = short(6), random_windows(3, 14), []
+    reference = Reference(model.decoder)
+    plain = reference._head.logits
+    monkeypatch.setattr(reference._head, "logits", lambda *a: seen.append(1) or plain(*a))
+    options = SearchOptions(max_memory=most, reference=reference)
+    found = by_loss(model.decoder, windows, 2, options, method="greedy_kld")
+    assert len(seen) == calls  # 4 trials, and 3
+    assert found == by_loss(model.decoder, windows, 2, SearchOptions(), method="greedy_kld")
+
+
 def test_a_greedy_search_by_divergence_takes_the_nearest_model_in_each_round():
     model, windows = short(6), random_windows(3, 14)
     reference, removed = model.reference(windows), []
