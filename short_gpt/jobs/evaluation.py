@@ -138,10 +138,12 @@ def _evaluated(
     how += ", precision mixed" if short.about_precision else ""
     row["layers"] = float(len(short.kept))
     measured: dict[str, tuple[Perplexity, str]] = {}
-    cut = texts.cut(short)
+    cut, own = texts.cut(short), None
+    if others:  # which the passes below fill
+        own = short.reference([w for windows in cut.values() for w in windows], read=False)
     for text, windows in cut.items():
         digest = windows_digest(windows)
-        reference = None
+        reference = own
         if first is not None and digest == first.texts[text][1] and not short.streamed:
             reference = first.reference
         if reference is not None and reference.vocab_size != short.decoder.vocab_size:
@@ -151,7 +153,7 @@ def _evaluated(
         row[f"{text} perplexity{how}"] = value.value
         means = {"KLD, nats a token": value.kld, "same top token": value.same_top}
         for measure, mean in means.items():
-            if mean is not None:
+            if mean is not None and first is not None:
                 row[f"{text} {measure}{how}"] = mean.value
                 row[f"{text} {measure}_stderr{how}"] = mean.error.standard_error
         if value.error is not None and not value.error.no_interval:
@@ -168,10 +170,6 @@ def _evaluated(
             row |= {f"{text} {k}{how}": v for k, v in nats.items() if v == v}
     if first is not None:
         row |= task_changes(first.tasks, run)
-    reference = None
-    if others:
-        every = [window for windows in cut.values() for window in windows]
-        reference = short.reference(every, progress=True)
-    if reference is not None:
-        reference.keep_head()  # only one model's layers are in memory
-    return Measured(measured, run, reference)
+    if own is not None:
+        own.keep_head()  # only one model's layers are in memory
+    return Measured(measured, run, own)

@@ -136,9 +136,18 @@ class PartialRun:
             self._decoder.run(tokens)
         return leaving[-1]
 
-    def logits(self, tokens: Tensor, run: Sequence[int], state: Tensor | None) -> Tensor:
-        """Logits (B, S, V) with only the layers ``run`` after ``state``; the rest as `advance`."""
-        with self._only(run, state, None):
+    def logits(
+        self,
+        tokens: Tensor,
+        run: Sequence[int],
+        state: Tensor | None,
+        leaving: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits (B, S, V) with only the layers ``run`` after ``state``; the rest as `advance`.
+
+        ``leaving`` gets the state that leaves these layers.
+        """
+        with self._only(run, state, leaving):
             return self._decoder.logits(tokens)
 
     @contextmanager

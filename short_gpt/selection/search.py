@@ -19,7 +19,7 @@ from torch import Tensor
 
 from short_gpt.data.windows import TokenIds, batches
 from short_gpt.evaluation.distance import Reference
-from short_gpt.evaluation.perplexity import check_predicted, divergence_of, first_predicted, measured
+from short_gpt.evaluation.perplexity import check_predicted, divergence, first_predicted, measured
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.layer_calls import PartialRun
 from short_gpt.models.numbering import check_count, check_exist
@@ -283,7 +283,7 @@ class Trials:
         windows, tokens, mask = batch
         logits = self._run.logits(tokens, run, state)  # (B, S, V)
         if self._reference is not None:
-            return divergence_of(windows, logits, mask, self._reference)
+            return divergence(windows, logits, mask, self._reference)
         return sum(s.nats for s in measured(windows, logits, tokens, mask))
 
     def _alive(self, start: int, end: int | None = None) -> list[int]:

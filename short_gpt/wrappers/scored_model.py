@@ -195,17 +195,21 @@ class ScoredModel(ModelRecord, ABC):
         return perplexity(self.decoder, read, total=total, progress=progress, reference=reference)
 
     def reference(
-        self, windows: Sequence[Sequence[int]], *, progress: bool = False
+        self, windows: Sequence[Sequence[int]], *, progress: bool = False, read: bool = True
     ) -> Reference | None:
         """What the model as it is now predicts for windows, for the distance of later states.
 
-        None for a streamed model. Replicas share the windows as in `window_perplexities`.
+        None for a streamed model. Replicas share the windows as in `window_perplexities`. Without
+        ``read``, the perplexity of the model as it is now, measured next, reads them on the way.
         """
         if self.streamed:
             return None
         reference = Reference(self.decoder)
         own = replicas.current(self.decoder.device).own_items(windows)
-        reference.read(own, progress=progress)
+        if read:
+            reference.read(own, progress=progress)
+        else:
+            reference.expect(own)
         return reference
 
     def window_logits(

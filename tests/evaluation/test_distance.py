@@ -143,6 +143,23 @@ def test_the_error_is_over_texts_and_differences_are_paired():
     assert "kld" in alone.to_dict() and "kld_interval_95" not in alone.to_dict()
 
 
+def test_the_first_perplexity_reads_the_windows_that_a_reference_expects():
+    model = short()
+    windows = [w[:length] for w, length in zip(random_windows(4, 20), (20, 3, 11, 2), strict=True)]
+    plain, expected = model.perplexity(windows, batch_size=2), model.reference(windows)
+    entered = []
+    model.decoder.layers[0].register_forward_hook(lambda *_: entered.append(1))
+    reference = model.reference(windows, read=False)
+    entered.clear()
+    first = model.perplexity(windows, batch_size=2, reference=reference)
+    assert len(entered) == 2 and first == plain
+    assert (first.kld.value, first.same_top.value) == (0.0, 1.0)
+    assert torch.allclose(reference.logits(windows, 20)[0], expected.logits(windows, 20)[0])
+    with model.without_layers([1, 3]):
+        far, near = (model.perplexity(windows, reference=r) for r in (reference, expected))
+    assert far.kld.value == pytest.approx(near.kld.value, abs=1e-6) and far.kld.value > 1e-5
+
+
 def test_a_head_alone_predicts_what_the_model_did():
     model = short()
     windows = random_windows(2, 10)

@@ -21,6 +21,7 @@ from families import make
 from peft.tuners.lora import Linear
 
 from short_gpt.checkpoints import meta as meta_checkpoint
+from short_gpt.evaluation.distance import Reference
 from short_gpt.healing import (
     HealingJob,
     HealingWindows,
@@ -70,6 +71,17 @@ def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
         f"| healed | {healed.value:.3f} | {low:.3f} to {high:.3f} | 60 |"
         in (out / "README.md").read_text()
     )
+
+
+def test_the_original_reads_the_evaluation_windows_once(monkeypatch):
+    short, read = short_llama(), []
+    plain = short.decoder.logits
+    monkeypatch.setattr(short.decoder, "logits", lambda tokens: read.append(1) or plain(tokens))
+    monkeypatch.setattr(Reference, "read", lambda *_, **__: 1 / 0)
+    evidence = HealingJob(short, WINDOWS, [2], steps={"patch": None}, progress=False).run()
+    assert [p.kld.value > 0 for p in evidence.perplexity.values()] == [False, True, True]
+    # of the others also the original's head, for each window
+    assert len(read) == (1 + 2 + 2) * len(WINDOWS.evaluation)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from conftest import BYTE_VOCAB, interrupted, make_transformer, save_byte_llama,
 
 import short_gpt
 from short_gpt import ShortGPTError, convert, jobs, open_model, prune, rank, shrink, windows
+from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import RefitSettings, lora
@@ -171,10 +172,11 @@ def test_other_shards_hold_the_same_history(here):
     assert one == two
 
 
-def test_evaluate_and_convert(here):
+def test_evaluate_and_convert(here, monkeypatch):
     assert convert("ckpt", "hf") == Path("hf") and Path("hf/model.safetensors").is_file()
     prune("ckpt", "small", layers=[2])
     told = []
+    monkeypatch.setattr(Reference, "read", lambda *_, **__: 1 / 0)  # one pass gives both
     found = evaluate(["ckpt", "small"], data="book.txt", size=32, notify=told.append)
     short = open_model("ckpt")
     value = short.perplexity(windows([TEXT], short.encode, size=32, stride=32))
