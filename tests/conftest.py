@@ -20,6 +20,7 @@ from llama.args import ModelArgs
 from llama.model import Transformer
 from llama.parallel import initialize
 from llama.tokenizer import tokenizer_json, with_bos
+from short_gpt.wrappers import scored_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -41,6 +42,14 @@ TINY = {
 @pytest.fixture(autouse=True, scope="session")
 def one_rank() -> None:
     initialize(device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def slow_bfloat16() -> Iterator[None]:
+    """Precision auto is float32 whatever processor this is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scored_model, "multiplies_faster", lambda device: False)
+        yield
 
 
 @pytest.fixture(scope="module")

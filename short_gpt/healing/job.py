@@ -20,6 +20,7 @@ from short_gpt.healing.refit import prepare_patch, prepare_refit
 from short_gpt.healing.refit_state import STATE, STATES, VALUES
 from short_gpt.healing.settings import PatchSettings, Recipe, RefitSettings
 from short_gpt.healing.trainer import LAST, RECIPE
+from short_gpt.models.decoder import in_own_dtype
 from short_gpt.models.numbering import layer_numbers, span
 from short_gpt.runtime import replicas
 from short_gpt.runtime.errors import (
@@ -339,10 +340,12 @@ class HealingJob:
 
     def _measure(self, state: str, parts: dict[str, list[Perplexity]]) -> None:
         windows = self.windows.evaluation
-        if not parts:  # the original, from which the others differ
-            self._reference = self.short.reference(windows, read=False)
-        parts[state] = self.short.window_perplexities(
-            windows, progress=self.progress, reference=self._reference
-        )
+        # products in bfloat16 alone put the original 0.001 nats from itself
+        with in_own_dtype(self.short.decoder):
+            if not parts:  # the original, from which the others differ
+                self._reference = self.short.reference(windows, read=False)
+            parts[state] = self.short.window_perplexities(
+                windows, progress=self.progress, reference=self._reference
+            )
         if self.notify is not None:
             self.notify(f"{state}: perplexity {combined(parts[state]).value:.3f}")

@@ -19,7 +19,7 @@ from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.settings import Answer, Cases, Choice, Healing, Sampling
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.runtime.settings import flat
-from short_gpt.wrappers.options import LOADING, READING, STREAMING, OpenOptions
+from short_gpt.wrappers.options import FASTER, LOADING, READING, STREAMING, OpenOptions
 
 if TYPE_CHECKING:
     from short_gpt.jobs.comparing import ComparisonResult
@@ -39,7 +39,7 @@ DEMO_WINDOWS = Windows(DEMO, eval_data=DEMO, size=512, max_windows=12, eval_wind
 OF_DEMO = Shrinking(n=4, method="bi", prompt="What is a king?").only(
     "n", "method", "minutes", "prompt"
 )
-SHRINKING = ("device", "dtype", "precision", "trust_remote_code")
+SHRINKING = OpenOptions(precision=FASTER).only("device", "dtype", "precision", "trust_remote_code")
 COMPARED = Windows(max_windows=24, eval_windows=16).without("stride")
 PUBLISHED = Windows(Default("wikitext-2"), size=2048)  # as published perplexities are measured
 
@@ -321,7 +321,7 @@ def shrink(
     settings: Shrinking = Shrinking(),
     windows: Windows = SHRUNK,
     tasks: Tasks = Tasks().only("tasks"),
-    opening: OpenOptions = OpenOptions().only(*SHRINKING),
+    opening: OpenOptions = SHRINKING,
     saving: Saving = Saving().only("overwrite", "push_to_hub"),
     running: Running = Running().only("notify"),
     dry_run: bool = False,
@@ -355,7 +355,7 @@ def demo(
     *,
     settings: Shrinking = OF_DEMO,
     windows: Windows = DEMO_WINDOWS,
-    opening: OpenOptions = OpenOptions().only("device", "dtype", "precision"),
+    opening: OpenOptions = SHRINKING.without("trust_remote_code"),
     running: Running = Running().only("notify"),
     saving: Saving = Saving().only("overwrite"),
     dry_run: bool = False,

@@ -243,7 +243,7 @@ def compare_checkpoint(
         cases = cases.within(n_layers)
     held = evaluation_texts(windows.eval_name, windows.column).values()
     size, kinds = windows.size or SIZE, windows.kinds()
-    short = open_model(model, opening, max_seq_len=size)
+    short = open_model(model, opening.as_begun(running.state), max_seq_len=size)
     cases = cases.within(len(short.kept))
     write = own_text_writer(short, size, seed=windows.seed, beside=running.state)
     limits = (windows.max_windows, windows.seed or 0)

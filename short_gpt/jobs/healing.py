@@ -31,7 +31,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
-from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.options import FLOAT32, OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -149,7 +149,8 @@ def _heal(
         return done
     if is_gguf(out):
         done = replace(done, remark=about_kinds(model, removal.layers))
-    return reread(done, parts, replace(opening, stream=False, max_memory=None), size)
+    usual = replace(opening, stream=False, max_memory=None, precision=FLOAT32)
+    return reread(done, parts, usual, size)
 
 
 def _opened(

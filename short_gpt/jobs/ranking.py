@@ -126,7 +126,7 @@ def rank(
     check_ranking(model, answer, windows, opening)
     kinds, alone = windows.kinds(), not is_distributed()
     # of the files as they are now; ranks would wait for the first one, and not for long
-    named = isinstance(model, str | PathLike)
+    named, opening = isinstance(model, str | PathLike), opening.as_begun(running.state)
     digests = digests_of(str(model), opening.tokenizer_path) if named and alone else {}
     searches = answer.method in SEARCHED  # whose states keep within max_memory in any case
     bound = None if searches else opening.max_memory

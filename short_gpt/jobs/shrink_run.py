@@ -31,6 +31,7 @@ from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_models import ANSWER, CHAT, TIMED_TOKENS, TURNS, Opened
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrunk import PROMPT, REPORT, next_steps, report_of, short_name
+from short_gpt.models.decoder import in_own_dtype
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -39,7 +40,7 @@ from short_gpt.runtime.progress import duration
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.selection.methods import AUTO
 from short_gpt.wrappers.opening import open_trainable
-from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.options import FASTER, OpenOptions
 from short_gpt.wrappers.own_text import AT_ONCE, count_of_own
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Shrink:
         name = "MODEL" if self.source is None else short_name(str(self.model))
         demo = isinstance(self.model, BuiltinName)  # whose command names these by default
         words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), short_name(str(self.out))]
-        defaults = (Shrinking(), SHRUNK, Tasks(), OpenOptions())
+        defaults = (Shrinking(), SHRUNK, Tasks(), OpenOptions(precision=FASTER))
         groups = (self.settings, self.reading, self.tasks, self.opening)
         for group, usual in zip(groups, defaults, strict=True):
             for field in group.taken():
@@ -152,7 +153,7 @@ class Shrink:
 
     def open(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Opens the model; how many layers go, its sizes and its speed follow."""
-        source, opening = self.source, self.opening
+        source, opening = self.source, self.opening.as_begun(self.folder / STATE)
         if source is None:
             short = open_trainable(cast("PreTrainedModel", self.model), opening, tokenizer)
         else:
@@ -193,12 +194,14 @@ class Shrink:
         kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
         more = "run the tasks, " if self.tasks.tasks else ""
         own = ", its own text included" if self.reading.own else ""
+        takes = duration(self.a_pass)
+        takes += " with products in bfloat16" if self.short.about_precision else ""
         go = "goes" if n == 1 else "go"
         return "\n".join(
             [
                 f"{n or 'some'} of {self.count} layers {go} ({self.settings.size_flag})"
                 + (kept if n else ""),
-                f"a window of {self.size} tokens takes {duration(self.a_pass)}: in all about "
+                f"a window of {self.size} tokens takes {takes}: in all about "
                 f"{duration(self._seconds())}{own}, and the time to {more}write the model and read "
                 "it again",
                 f"the refit takes up to {memory} of the machine's memory",
@@ -206,10 +209,12 @@ class Shrink:
         )
 
     def _seconds(self) -> float:
-        limit, judged = self.limit or MAX_WINDOWS, 3 * self.reading.eval_windows
-        passes = windows_to_choose(self.method, self.n, self.count, limit) + judged
+        limit = self.limit or MAX_WINDOWS
+        passes = windows_to_choose(self.method, self.n, self.count, limit)
         passes += REFIT_PASSES * min(limit, CLOSED_WINDOWS)
         seconds = passes * self.a_pass + 60 * (self.settings.minutes or 0)
+        with in_own_dtype(self.short.decoder):  # the original, the pruned and the healed model
+            seconds += 3 * self.reading.eval_windows * self.short.seconds_a_window(self.probe)
         if sources := self.reading.own:
             names = source_names(self.reading.name)
             extra = self.reading.eval_name is None and sources == names

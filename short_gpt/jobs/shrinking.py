@@ -40,7 +40,7 @@ from short_gpt.runtime.state import hold
 from short_gpt.scoring.stopping import unsure
 from short_gpt.selection.methods import AUTO, METHODS
 from short_gpt.wrappers.opening import open_trainable
-from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.options import FLOAT32, OpenOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -221,8 +221,7 @@ def _remarks(run: Shrink, evidence: HealingEvidence) -> list[str]:
 
 def _rounding(run: Shrink, evidence: HealingEvidence) -> list[str]:
     """The cost of rounding the changed tensors to the types of a GGUF file."""
-    built, precision = run.built, run.short.precision  # a pair is read in one
-    again = open_trainable(str(built), replace(run.opening, precision=precision))
+    again = open_trainable(str(run.built), replace(run.opening, precision=FLOAT32))
     written = combined(window_perplexities(again.decoder, run.windows.evaluation))
     change = difference([evidence.perplexity["healed"]], [written])
     remarks = [f"writing it in the file's own types changes the loss by {change}"]

@@ -5,13 +5,17 @@ Shapes: B sequences, S tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from llama.formats.safetensors import DTYPES
 from short_gpt.models.families import META, Family
@@ -68,6 +72,23 @@ def mixed_precision(mixed: bool, device: torch.device) -> AbstractContextManager
         return nullcontext()
     # a pass reads each weight once: copies that outlive their product would take half a model more
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+@cache
+def multiplies_faster(device: torch.device) -> bool:
+    """Whether `mixed_precision` multiplies float32 in two thirds of the time or less.
+
+    Other devices than processors are not asked: there, models are opened in half precision.
+    """
+    if device.type != "cpu":
+        return False
+    x, weight = torch.ones(512, 1024), torch.ones(1024, 1024)  # (S, D) and (F, D)
+    seconds = {False: math.inf, True: math.inf}
+    for mixed in (False, True) * 5:  # in turns, because other programs slow some of them down
+        with mixed_precision(mixed, device):
+            taken = timeit.repeat(lambda: linear(x, weight), number=1, repeat=2)
+        seconds[mixed] = min(seconds[mixed], *taken)
+    return seconds[True] <= 2 / 3 * seconds[False]
 
 
 @contextmanager

@@ -22,7 +22,14 @@ from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.models.config_file import config_digest
-from short_gpt.models.decoder import Decoder, damaged_weight, padded, remove_layers, without_layers
+from short_gpt.models.decoder import (
+    Decoder,
+    damaged_weight,
+    multiplies_faster,
+    padded,
+    remove_layers,
+    without_layers,
+)
 from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest
@@ -32,7 +39,7 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState, ScoringRun, seconds_a_pass
 from short_gpt.scoring.stopping import Stop, Verdict, check_sample
 from short_gpt.selection.methods import choose
-from short_gpt.wrappers.options import FLOAT32, MIXED
+from short_gpt.wrappers.options import FASTER, FLOAT32, MIXED
 
 S = TypeVar("S", bound="ScoredModel")
 
@@ -301,9 +308,16 @@ class ScoredModel(ModelRecord, ABC):
         return {"precision": MIXED} if self.decoder.mixed else {}
 
     def in_precision(self: S, precision: str) -> S:
-        """The model, which from here on reads windows in this precision of `OpenOptions`."""
+        """The model, which from here on reads windows in this precision of `OpenOptions`.
+
+        All ranks must call it: they take the same one.
+        """
+        dtype, device = self.runs_in()
+        if precision == FASTER:
+            slow = replicas.current(device).any_rank(not multiplies_faster(device))
+            precision = FLOAT32 if slow else MIXED
         # a model in half precision stays as it is
-        self.decoder.mixed = precision == MIXED and self.runs_in()[0] is torch.float32
+        self.decoder.mixed = precision == MIXED and dtype is torch.float32
         self.evidence |= self.about_precision
         return self
 

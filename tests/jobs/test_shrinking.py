@@ -46,6 +46,7 @@ from short_gpt.jobs.shrunk import StateReport, next_steps
 from short_gpt.models.hf import LayerCache
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.runtime.memory import format_bytes
+from short_gpt.wrappers import scored_model
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -371,6 +372,23 @@ def test_a_loaded_model_is_read_in_the_precision_that_is_asked_for(here):
     how = {"tokenizer": tokenizer, "n": 2, **CUT, "data": "other", "method": "bi"}
     shrink(model, "out", **how, precision="mixed", device="cpu")
     assert json.loads(Path("out/pruning.json").read_text())["precision"] == "mixed"
+
+
+def test_auto_is_kept_by_a_continued_run_and_what_is_reported_is_in_float32(here, monkeypatch):
+    how = {"n": 2, "method": "bi", **CUT, "data": "other"}
+    monkeypatch.setattr(scored_model, "multiplies_faster", lambda _: True)
+    with interrupted(shrinking, "_move_into_place", 0):
+        shrink("hf", "out", **how)
+    monkeypatch.setattr(scored_model, "multiplies_faster", lambda _: False)
+    done = shrink("hf", "out", **how)
+    assert "with products in bfloat16" in done.plan and "--precision" not in done.command
+    assert json.loads(Path("out/pruning.json").read_text())["precision"] == "mixed"
+    (states,) = done.quality.values()
+    assert {each.precision for each in states.values()} == {"float32"}
+    short = open_model("out", device="cpu", dtype="float32")
+    read = healing_windows("other", short.encode, 24, eval_data="books", limit=8, eval_windows=6)
+    written = short.perplexity(read.evaluation)
+    assert states["healed"].nats == pytest.approx(written.nats, rel=1e-6)
 
 
 @pytest.mark.parametrize("out", ["out", "out.gguf"])

@@ -19,9 +19,10 @@ from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import combined, perplexity
-from short_gpt.healing import trainer
+from short_gpt.healing import HealingJob, HealingWindows, trainer
 from short_gpt.healing.distillation import Distillation, LiveTeacher
 from short_gpt.jobs import rank
+from short_gpt.models import decoder
 from short_gpt.models.decoder import without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_calls import LayerCalls
@@ -29,6 +30,7 @@ from short_gpt.runtime.state import StateFile, read_record
 from short_gpt.scoring.hooks import hooked
 from short_gpt.scoring.metrics import block_influence
 from short_gpt.scoring.run import ScoringRun
+from short_gpt.wrappers import scored_model
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 
@@ -234,7 +236,7 @@ def test_a_model_that_is_not_in_float32_stays_as_it_is(here):
 
 def test_what_cannot_be_is_refused_in_one_line(here, capsys):
     line = fails(capsys, *RANK, "--precision", "half")
-    assert line == "short-gpt: --precision half: expected one of float32, mixed"
+    assert line == "short-gpt: --precision half: expected one of float32, mixed, auto"
     with pytest.raises(ShortGPTError, match="`precision` half: expected one of"):
         open_model("meta", precision="half")
     for command in (("generate", "meta", "a"), ("prune", "meta", "out", "--layers", 1)):
@@ -257,6 +259,55 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(here):
         assert again.importance.to_dict() == scores[first]
         again.finish()
     assert scores["mixed"] != scores["float32"]
+
+
+@pytest.mark.parametrize(
+    "seconds, device, faster",
+    [(0.66, "cpu", True), (0.67, "cpu", False), (6.8, "cpu", False), (0.1, "cuda", False)],
+)
+def test_bfloat16_is_faster_where_it_saves_a_third(monkeypatch, seconds, device, faster):
+    def repeat(product, **_: int) -> list[float]:
+        mixed = product().dtype == torch.bfloat16
+        return [seconds if mixed else 1.0, 9.0]  # another program slows some turns down
+
+    monkeypatch.setattr(decoder.timeit, "repeat", repeat)
+    assert decoder.multiplies_faster.__wrapped__(torch.device(device)) == faster
+
+
+@pytest.mark.parametrize("name", ["meta", "hf"])
+def test_auto_takes_what_is_faster_here(name, here, monkeypatch):
+    for faster, precision in ((True, "mixed"), (False, "float32")):
+        monkeypatch.setattr(scored_model, "multiplies_faster", lambda _, faster=faster: faster)
+        assert open_model(name, CPU, precision="auto").precision == precision
+        short = open_model(name, CPU, precision="auto", dtype="bfloat16")
+        assert short.precision == "float32"
+
+
+def test_auto_goes_on_in_the_precision_that_a_run_began_with(here, monkeypatch):
+    how = {"size": 32, "stride": 16, "device": "cpu", "precision": "auto", "state": "state"}
+    for faster, precision in ((True, "mixed"), (False, "float32")):
+        monkeypatch.setattr(scored_model, "multiplies_faster", lambda _, faster=faster: faster)
+        with interrupted(ScoringRun, "_after", 3):
+            rank("meta", "book.txt", **how)
+        monkeypatch.setattr(scored_model, "multiplies_faster", lambda _, faster=faster: not faster)
+        result = rank("meta", "book.txt", **how)
+        assert result.to_dict().get("precision", "float32") == precision
+        result.finish()
+    Path("state").write_text("{")  # is refused as any damaged state
+    with pytest.raises(ShortGPTError, match="is not the state of a run, or is damaged"):
+        rank("meta", "book.txt", **how)
+
+
+def test_a_healing_reports_in_float32_what_it_did_in_mixed(here):
+    windows = HealingWindows(random_windows(8, 24, seed=3), [], WINDOWS)
+    short, plain = (open_model("meta", CPU, precision=p) for p in CHOICES)
+    reports = [HealingJob(s, windows, [2], progress=False).run() for s in (short, plain)]
+    for state in ("original, 5 layers", "pruned, 4 layers"):
+        ours, theirs = (report.perplexity[state] for report in reports)
+        assert ours == theirs and (ours.kld, ours.precision) == (theirs.kld, "float32")
+    ours, theirs = (report.perplexity["healed"] for report in reports)
+    assert ours.nats == pytest.approx(theirs.nats, rel=0.01) and ours.nats != theirs.nats
+    assert ours.precision == "float32" and short.decoder.mixed
 
 
 def test_losses_of_windows_say_in_which_precision_they_were_read(here, tmp_path):
