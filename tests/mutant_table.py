@@ -88,7 +88,7 @@ MUTANTS = [
         "test_sleb_equals_the_plain_loop",
     ),
     (
-        "measured",
+        "_predicted",
         "mask[:, 1:].clone()",
         "torch.ones_like(mask[:, 1:])",
         "test_ragged_windows_weigh_by_their_tokens",
