@@ -37,6 +37,8 @@ from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
     ShrinkResult,
     convert,
+    heal,
+    healing,
     shrink_models,
     shrink_run,
     shrinking,
@@ -389,6 +391,21 @@ def test_auto_is_kept_by_a_continued_run_and_what_is_reported_is_in_float32(here
     read = healing_windows("other", short.encode, 24, eval_data="books", limit=8, eval_windows=6)
     written = short.perplexity(read.evaluation)
     assert states["healed"].nats == pytest.approx(written.nats, rel=1e-6)
+
+
+def test_what_writing_a_file_costs_is_measured_in_float32(here, monkeypatch):
+    seen, plain = [], shrinking.window_perplexities
+
+    def read(decoder, *windows):
+        seen.append(decoder.mixed)
+        return plain(decoder, *windows)
+
+    how = {**CUT, "data": "other", "precision": "mixed"}
+    for module in (shrinking, healing):
+        monkeypatch.setattr(module, "window_perplexities", read)
+    shrink("model.gguf", "out.gguf", n=2, method="bi", **how)
+    heal("model.gguf", "healed.gguf", layers=[2], **how)
+    assert seen == [False, False]
 
 
 @pytest.mark.parametrize("out", ["out", "out.gguf"])
