@@ -266,12 +266,15 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(here):
     [(0.66, "cpu", True), (0.67, "cpu", False), (6.8, "cpu", False), (0.1, "cuda", False)],
 )
 def test_bfloat16_is_faster_where_it_saves_a_third(monkeypatch, seconds, device, faster):
+    timed = []
+
     def repeat(product, **_: int) -> list[float]:
-        mixed = product().dtype == torch.bfloat16
-        return [seconds if mixed else 1.0, 9.0]  # another program slows some turns down
+        timed.append(product().dtype == torch.bfloat16)
+        return [seconds if timed[-1] else 1.0, 9.0]  # another program slows some turns down
 
     monkeypatch.setattr(decoder.timeit, "repeat", repeat)
     assert decoder.multiplies_faster.__wrapped__(torch.device(device)) == faster
+    assert {*timed} == ({False, True} if device == "cpu" else set())
 
 
 @pytest.mark.parametrize("name", ["meta", "hf"])
