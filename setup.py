@@ -36,6 +36,7 @@ setup(
     packages=find_packages(include=["short_gpt", "short_gpt.*", "llama", "llama.*"]),
     package_data={
         "short_gpt": ["py.typed"],
+        "short_gpt.data": ["prompts.txt"],
         "short_gpt.evaluation": ["questions.jsonl"],
         "short_gpt.jobs": ["page.html", "published.json"],
         "llama": ["py.typed"],

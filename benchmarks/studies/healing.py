@@ -54,7 +54,7 @@ def main(
     short = build()
     learned = fitted_on(short, count, count, also)
     if own:
-        learned += own_samples(short, own, SIZE, beside=Path(texts) / "texts")
+        learned += own_samples(short, own, SIZE, chat=False, beside=Path(texts) / "texts")
         random.Random(0).shuffle(learned)  # every eighth is held out of the fit: of all texts
     else:
         learned = both_held_out(learned)

@@ -196,7 +196,7 @@ class Run:
         self.kinds = judged_by(self.short, also, others, counts["judged"], size)
         evaluation = [w for read in self.kinds.values() for w in read]
         asked = self._asked()
-        samples = own_samples(self.short, counts["own"], size, beside=state)
+        samples = own_samples(self.short, counts["own"], size, chat=False, beside=state)
         limit = count + windows_to_cut(steps)
         read = [demo.bible("calibration"), [halves(also)[0]]]
         pools = [cut(self.short, text, limit, size) for text in read]

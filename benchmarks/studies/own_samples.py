@@ -10,6 +10,12 @@ on real text, and what they cost.
     python benchmarks/studies/own_samples.py --novels lambada_openai.jsonl \
         --wikitext wikitext2_test.txt --out own_samples.json
 
+``--distance`` measures instead how far refits on own text, on dialogs, on half of each and on the
+book leave the model from the original, and how many questions they answer right:
+
+    python benchmarks/studies/own_samples.py --distance --wikitext wikitext2_test.txt \
+        --seeds 0,1,2 --out own_dialogs.json
+
 ``--rows own-24,book-24`` measures some rows, ``--first N`` ends after N new ones. Own samples are
 written once and kept beside the file, rows in its state, from which the same command goes on; the
 file holds all rows that are there. ``--choices False`` leaves the layers' choices out.
@@ -17,11 +23,13 @@ file holds all rows that are there. ``--choices False`` leaves the layers' choic
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +45,10 @@ from benchmarks.lib.task_files import passages
 from benchmarks.studies.calibration import joined
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
+from short_gpt.evaluation.answers import Question, answer_windows, ask, questions
 from short_gpt.evaluation.cells import ResultCache
-from short_gpt.evaluation.perplexity import difference
-from short_gpt.healing import RefitSettings
+from short_gpt.evaluation.perplexity import combined, difference, window_perplexities
+from short_gpt.healing import RefitSettings, refit
 from short_gpt.healing.choosing import pruned_losses
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
@@ -48,6 +57,12 @@ LAYERS = (3, 12, 13, 14, 15, 17, 25, 26)
 SIZE = 512
 GREEDY = (3, 12, 13, 14, 15, 16, 17, 18)  # greedy search's
 OTHERS = " (greedy search's layers)"  # of a row
+DISTANT = {  # layers, and how many windows of `SHORTER` tokens are refitted on without them
+    "4": ((12, 13, 14, 17), 48),  # the first of greedy search's
+    "4, as the demo": ((3, 12, 13, 14), 12),
+    "8": (GREEDY, 48),
+}
+COUNT, SHORTER = 48, 384
 HELD = {"book": 10, "novels": 12, "wikitext": 10, "chats": 8}  # windows to judge by
 
 
@@ -90,18 +105,23 @@ PAIRS = (  # rows whose difference is written: of the first from the second
 
 
 def main(
-    novels: str,
+    novels: str = "",
     wikitext: str | None = None,
     layers: Sequence[int] = LAYERS,
     rows: str | Sequence[str] = tuple(SOURCES),
     first: int | None = None,
     choices: bool = True,
+    distance: bool = False,
+    seeds: Sequence[int] = (0,),
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Runs the benchmark, prints the tables, and writes the JSON file if ``out`` is given."""
     begin(out, overwrite=overwrite)
     short, gone = open_model(str(demo.gguf_file())), sorted(layers)
+    if distance:
+        found = distances(short, str(wikitext), seeds, Path(out or "own_dialogs.json"), first)
+        finish("own_samples", [], found, out=out, overwrite=overwrite)
     documents = joined(passages(Path(novels)), 50)
     kinds = {"book": demo.bible("held_out"), "novels": documents[::2]}
     kinds |= {"wikitext": [halves(wikitext)[1]]} if wikitext else {}
@@ -198,6 +218,62 @@ class _Run(NamedTuple):
             self.losses(f"pruned {sets[name]}", sets[name]) for name in ("own-24", "novels")
         )
         return {"sets": costs, "novels less own-24": apart(own, other), "agreement": agreed}
+
+
+def distances(short: ShortModel, wikitext: str, seeds: Sequence[int], path: Path) -> dict[str, Any]:
+    """By layers, text and seed of a refit: KL divergence, same top token, and right answers.
+
+    Windows are read with matrix products in bfloat16, own text is written in float32.
+    """
+    replies = ask(short, questions(), progress=False)
+    kinds = {"wikitext": cut(short, [Path(wikitext).read_text("utf-8")], 14, SIZE)}
+    kinds |= {
+        "book": cut(short, demo.bible("held_out"), 4, SIZE),
+        "answers": answer_windows(replies),
+    }
+    short = short.in_precision("mixed")
+    reference = short.reference([window for windows in kinds.values() for window in windows])
+    identity = {"model": short.identity(), "judged by": json_digest(kinds)}
+    cells = ResultCache(StateFile(f"{path}.state", identity, every=0.0))
+
+    def texts(kind: str, seed: int) -> list[list[int]]:
+        if kind == "book":
+            return cut(short, demo.bible(), COUNT, SHORTER)
+        how = {"seed": seed, "beside": path}
+        own = {c: own_samples(short, COUNT, SHORTER, chat=c, **how) for c in (False, True)}
+        if kind == "half of each":  # as `own_samples` has it by default
+            return [own[(i + i // 8) % 2 == 1][i] for i in range(COUNT)]
+        return [*own[kind == "dialogs"]]
+
+    def measure(layers: Sequence[int], count: int, kind: str, seed: int) -> dict[str, Any]:
+        with ExitStack() as stack:
+            if kind == "none":
+                stack.enter_context(short.without_layers(layers))
+            else:
+                fitted = refit.fit(short, layers, texts(kind, seed)[:count], progress=False)
+                stack.enter_context(short.without_layers(layers))
+                stack.callback(refit.apply_refit(short, fitted))
+            found: dict[str, Any] = {}
+            for name, windows in kinds.items():
+                each = window_perplexities(short.decoder, windows, reference=reference)
+                found[name] = combined(each).to_dict()
+            asked = [*questions(), Question("What is a king?")]
+            *answers, king = ask(short, asked, progress=False)
+        both = [now.right and was.right for now, was in zip(answers, replies, strict=True)]
+        right = {"right": sum(bool(now.right) for now in answers), "kept": sum(map(bool, both))}
+        return {**found, **right, "what a king is": king.text}
+
+    rows, new = {}, 0
+    for name, seed in product(DISTANT, seeds):
+        for kind in ("none", "book", "text", "half of each", "dialogs"):
+            cell = f"{name} layers, {kind}, seed {seed}"
+            new += cell not in cells
+            if new > (first or new):
+                sys.exit()
+            rows[cell] = cells.value(cell, partial(measure, *DISTANT[name], kind, seed))
+            print(cell, json.dumps(rows[cell]), flush=True)
+    right = sum(bool(reply.right) for reply in replies)
+    return {"windows": COUNT, "tokens_per_window": SHORTER, "original_right": right, "rows": rows}
 
 
 def apart(first: Losses, second: Losses) -> dict[str, dict[str, float]]:

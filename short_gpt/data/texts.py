@@ -28,7 +28,8 @@ SPLIT_NAMES = (*SPLITS, "valid", "dev")  # of files
 SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})[\w.-]*")  # in the name of a data set of the hub
 KINDS = ".txt, .jsonl or .parquet"
 COLUMNS = ("text", "messages")  # the first of these that there is, where none is named
-OWN = {"self": False, "self:chat": True}  # sources that the model writes; whether as chats
+# sources that the model writes; whether as dialogs, None for half and half
+OWN = {"self": None, "self:text": False, "self:chat": True}
 DEMO = "demo"  # the demo's book, where no file has that name
 PG19 = ("pg19", "emozilla/pg19")  # names of PG-19: its own, and that of the data set it stands for
 EXPECTED = f"a file or folder of {KINDS}, demo, or a data set at the hub such as allenai/c4:en"
@@ -378,16 +379,17 @@ def source_names(data: str) -> list[str]:
 
 def check_named_once(names: Sequence[str], *, setting: str = "data") -> None:
     """Raises ShortGPTError if a text, which would count twice, is named twice in a setting."""
-    seen = set[object]()
+    seen = set[tuple[object, str | None]]()
     for name in names:
         source, split, _ = TextName.of(name)
         if source in PG19:  # two names of one data set
             source, split = PG19[0], split or "validation"
         local = source not in (*OWN, *PG19) and not isinstance(name, TextsInMemory)
         key = (_path(source).resolve() if local and _exists(source) else source, split)
-        if key in seen:
+        keys = {(own, None) for own in OWN} if key == ("self", None) else {key}  # self is of both
+        if keys & seen:
             raise ShortGPTError(f"`{setting}` names {name} twice: name it once")
-        seen.add(key)
+        seen |= keys
 
 
 def evaluation_texts(eval_data: str | None, column: str | None = None) -> dict[str, Iterator[str]]:

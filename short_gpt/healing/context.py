@@ -61,7 +61,7 @@ class Step(NamedTuple):
     trains: bool = False
 
 
-def writes_nothing(chat: bool, count: int) -> list[list[int]]:
+def writes_nothing(chat: bool | None, count: int) -> list[list[int]]:
     raise ShortGPTError("self: expected what writes it, as in write=own_text_writer(short, size)")
 
 

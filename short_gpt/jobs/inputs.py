@@ -68,9 +68,10 @@ class Windows(Settings):
     data: Data = setting(
         Default("pg19"),
         "Texts: pg19, demo, a file or folder of .txt, .jsonl or .parquet, or a data set of the "
-        "hub; to choose layers or to heal also self, text that the model itself writes (self:chat "
-        "is dialogs); several by commas are read in equal parts. A name may end with a split and a "
-        "number of texts, as in pg19:train[:100] or novels/:test. Default split: validation.",
+        "hub; to choose layers or to heal also self, text that the model itself writes, of a chat "
+        "model half of it dialogs (self:text and self:chat are one of the two); several by commas "
+        "are read in equal parts. A name may end with a split and a number of texts, as in "
+        "pg19:train[:100] or novels/:test. Default split: validation.",
         value="TEXTS",
     )
     column: str | None = setting(

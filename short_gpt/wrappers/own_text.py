@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from llama.generation import COLDEST, check_logits
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.disjoint import hold_out
+from short_gpt.data.prompts import BUILT_IN, prompts
 from short_gpt.data.texts import OWN
-from short_gpt.data.windows import Text, Window, batches, starts_texts
+from short_gpt.data.windows import Text, Window, batches, common_start, starts_texts
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
@@ -27,8 +28,9 @@ from short_gpt.wrappers.short_model import ShortModel
 
 COUNT = 96  # texts where no number is given
 AT_ONCE = 64  # texts written at once at most: more bring hardly any speed on a CPU
+GREEDY = 4  # one of so many answers is greedy
 MIN_HELD_OUT = 4  # texts held out at least where no other text judges
-Write = Callable[[bool, int], Sequence[Text]]  # from whether they are chats, and how many
+Write = Callable[[bool | None, int], Sequence[Text]]  # from `own_samples`' chat, and how many
 STREAMED = (
     "a streamed model writes no text of its own: let a copy that fits into memory, such as a GGUF "
     "file in few bits, write it to a file (on the command line: short-gpt generate COPY --samples "
@@ -43,24 +45,25 @@ def own_samples(
     *,
     temperature: float = 1.0,
     seed: int = 0,
-    chat: bool = False,
+    chat: bool | None = None,
     batch_size: int | None = None,
     beside: StrPath | None = None,
     progress: bool = True,
 ) -> list[Window]:
-    """Texts that the model writes after bos, each a window of ``size`` token ids.
+    """Texts that the model writes, each a window of ``size`` token ids: half of them dialogs.
 
-    Every token is drawn from softmax(logits / temperature) over the whole vocabulary, and nothing
-    ends a text (as for fine-tuning in arXiv:2410.09982 and quantization in arXiv:2305.17888). A
-    draw is argmax(logits / temperature - log E), E ~ Exp(1) of V numbers by seed, text and position
-    alone: batch and count change a text only where rounding decides between two tokens. Replicas
-    (torchrun) share the texts, and all get every one.
+    A text begins with bos, and nothing ends it. A dialog is in the chat template: a user's turns
+    are `data.prompts`, each followed by the model's answer up to its own stop. Every token of the
+    model's is drawn from softmax(logits / temperature) over the whole vocabulary (as for
+    fine-tuning in arXiv:2410.09982 and quantization in arXiv:2305.17888), or is the likeliest in
+    every fourth answer. A draw is argmax(logits / temperature - log E), E ~ Exp(1) of V numbers by
+    seed, text and position alone: batch and count change a text only where rounding decides between
+    two tokens. Replicas (torchrun) share the texts, and all get every one.
 
     Args:
         count: Number of texts. Default: 96.
         size: Tokens of each, with bos if the tokenizer puts it before a text. Default: 1024.
-        chat: Write both sides of dialogs, after the chat template's system prompt and open user
-            turn, which the window has too. Default: no.
+        chat: Write dialogs alone, or none. Default: half of the texts, if the model `chats`.
         batch_size: Texts written at once; with a number, the batches are those of one process.
             Default: up to 64, in half of the free memory.
         beside: File beside which texts are kept, by a digest of weights and settings: a later
@@ -79,15 +82,26 @@ def own_samples(
     at_least(0, seed=seed)
     at_least(1, optional=True, batch_size=batch_size)
     check(COLDEST <= temperature < math.inf, "temperature", temperature, "a number above 0")
-    usual = [] if chat else starts_texts(short.encode)
-    opening = usual or short.opening(chat=chat)
-    unseen = 0 if chat or usual else len(opening)  # bos that the tokenizer puts before no text
-    start, most = len(opening) - unseen, short.decoder.max_seq_len
+    openings = dict[bool, list[int]]()  # of texts and of dialogs
+    if not chat:
+        openings[False] = starts_texts(short.encode) or short.opening()
+    if chat or (chat is None and short.chats):
+        try:
+            openings[True] = short.opening(chat=True)
+        except ShortGPTError:
+            if chat:
+                raise
+    # bos that the tokenizer puts before no text
+    unseen = 0 if chat or starts_texts(short.encode) else len(openings[False])
+    starts = {each: len(ids) - (0 if each else unseen) for each, ids in openings.items()}
+    most = short.decoder.max_seq_len
     at_least(2, size=size)
+    start = max(starts.values())
     check(start < size <= most, "size", size, f"more than {start} tokens and at most {most}")
-    writer = _Writer(short, opening, size + unseen, temperature, seed)
+    writer = _Writer(short, openings, size + unseen, temperature, seed)
     texts = writer.texts(count, batch_size, beside, progress)
-    return [Window(ids[unseen:], number, start) for number, ids in enumerate(texts)]
+    cut = [ids[:size] if writer.is_dialog(i) else ids[unseen:] for i, ids in enumerate(texts)]
+    return [Window(ids, i, starts[writer.is_dialog(i)]) for i, ids in enumerate(cut)]
 
 
 def draw(logits: Tensor, temperature: float, keys: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -99,15 +113,56 @@ def draw(logits: Tensor, temperature: float, keys: Sequence[tuple[int, int, int]
     return (logits / temperature - noise).argmax(-1)
 
 
+class _Text:
+    """A text while it is written; in a dialog a user's turn follows every answer.
+
+    Attributes:
+        ids: Token ids so far.
+        ahead: Token ids that come next, whatever the model predicts: they are of no answer.
+    """
+
+    def __init__(
+        self,
+        start: Sequence[int],
+        number: int = 0,
+        turns: Iterator[list[int]] | None = None,
+        ends: frozenset[int] = frozenset(),
+    ) -> None:
+        self.ids, self.ahead = [start[0]], [*start[1:]]
+        self._turns, self._ends, self._answer = turns, ends, number
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the model writes its likeliest token."""
+        return self._turns is not None and self._answer % GREEDY == 0
+
+    def write(self, token: int) -> None:
+        """Takes a token of the model's; after the end of an answer the user speaks."""
+        self.ahead = [token]
+        if self._turns is not None and token in self._ends:
+            self.ahead += next(self._turns)
+            self._answer += 1
+
+    def read(self) -> int:
+        """Moves on to the next token."""
+        self.ids.append(self.ahead.pop(0))
+        return self.ids[-1]
+
+
 @dataclass(frozen=True)
 class _Writer:
-    """Writes texts of ``length`` token ids, which begin with ``opening``."""
+    """Writes texts of ``length`` token ids."""
 
     short: ShortModel
-    opening: list[int]
+    openings: dict[bool, list[int]]  # of texts and of dialogs, those that there are
     length: int
     temperature: float
     seed: int
+
+    def is_dialog(self, row: int) -> bool:
+        """Whether the text of this number is a dialog."""
+        # in turn, in every second eight the other way round: a refit holds every eighth window out
+        return (row + row // 8) % 2 == 1 if len(self.openings) == 2 else True in self.openings
 
     def texts(
         self, count: int, batch_size: int | None, beside: StrPath | None, progress: bool
@@ -123,7 +178,7 @@ class _Writer:
         fitting = team.gather(self._fitting())
         at_once = max(1, min(share, *fitting)) if batch_size is None else batch_size
         mine = team.own_items([*batches(missing, at_once)])
-        total = sum(map(len, mine)) * (self.length - len(self.opening))
+        total = sum(map(len, mine)) * (self.length - 1)
 
         def keep() -> None:
             if state is not None and missing:
@@ -140,23 +195,38 @@ class _Writer:
 
     def write(self, rows: Sequence[int], done: Callable[[int], object]) -> list[list[int]]:
         """The texts of these numbers, all at once; ``done`` is told how many tokens came."""
-        texts = [[*self.opening] for _ in rows]
+        texts = [self._started(row) for row in rows]
 
         def choose(logits: Tensor) -> Tensor:  # (B, V) to (B,)
-            position = len(texts[0])
-            tokens = draw(logits, self.temperature, [(self.seed, row, position) for row in rows])
-            for text, token in zip(texts, tokens.tolist(), strict=True):
-                text.append(token)
+            free = [i for i, text in enumerate(texts) if not text.ahead]
+            if free:
+                keys = [(self.seed, rows[i], len(texts[i].ids)) for i in free]
+                drawn = draw(logits[free], self.temperature, keys).tolist()
+                likeliest = logits[free].argmax(-1).tolist()
+                for i, token, best in zip(free, drawn, likeliest, strict=True):
+                    texts[i].write(best if texts[i].greedy else token)
             done(len(rows))
-            return tokens
+            return torch.tensor([text.read() for text in texts], device=logits.device)
 
-        more = self.length - len(self.opening)
-        self.short.continued([self.opening] * len(rows), more, choose)
-        return texts
+        self.short.continued([text.ids for text in texts], self.length - 1, choose)
+        return [text.ids for text in texts]
+
+    def _started(self, row: int) -> _Text:
+        """The text of this number, up to where the model begins."""
+        if not self.is_dialog(row):
+            return _Text(self.openings[False])
+        asked, short, opening = prompts(self.seed, row), self.short, self.openings[True]
+        first = short.turn(next(asked))
+        start = [*opening, *first[len(common_start(first, opening)) :]]
+        turns = (short.turn(prompt, later=True) for prompt in asked)
+        return _Text(start, row, turns, short.answer_ends)
 
     def _state(self, folder: Path) -> StateFile:
-        settings = {"opening": self.opening, "length": self.length, "seed": self.seed}
-        identity = {**self.short.identity(), **settings, "temperature": self.temperature}
+        settings = {"length": self.length, "seed": self.seed, "temperature": self.temperature}
+        identity = {**self.short.identity(), **settings, "opening": self.openings.get(False)}
+        if True in self.openings:
+            asked = json_digest(BUILT_IN.read_text(encoding="utf-8"))
+            identity["dialogs"] = [self.openings[True], GREEDY, asked]
         identity.pop("precision", None)  # of reading windows: a text is written in the model's own
         return StateFile(folder / f"self-{json_digest(identity)}.json", identity)
 

@@ -161,14 +161,6 @@ class ShortHFModel(ShortModel):
         return ids[: -len(after)] if after and ids[-len(after) :] == after else ids
 
     def dialog(self, messages: Sequence[dict[str, str]], *, answer: bool = False) -> list[int]:
-        """Token ids of a chat; with ``answer``, up to where the model begins to answer.
-
-        Args:
-            messages: The role and the content of each turn.
-
-        Raises:
-            ShortGPTError: the chat template fails or refuses, by whatever error.
-        """
         tokenizer = self._tokenizer()
         try:
             text = tokenizer.apply_chat_template(
@@ -300,15 +292,21 @@ class ShortHFModel(ShortModel):
     @property
     def chats(self) -> bool:
         try:
-            return bool(self._turn("Hello"))
+            return bool(self.turn("Hello"))
         except ShortGPTError:
             return False
 
-    def _turn(self, prompt: str) -> list[int]:
-        return self.dialog([{"role": "user", "content": prompt}], answer=True)
+    @property
+    def answer_ends(self) -> frozenset[int]:
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = {self._tokenizer().eos_token_id, *(own if isinstance(own, list) else [own])}
+        added = self._tokenizer().added_tokens_decoder
+        # the template's own end of a turn is the first special token after an answer
+        special = (i for i in self._after_answer("A") if i in added and added[i].special)
+        return frozenset({*ends, next(special, None)} - {None})
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        return self._turn(prompt) if self.chats else self._to_continue(prompt)
+        return self.turn(prompt) if self.chats else self._to_continue(prompt)
 
     def _continue(
         self, ids: list[int], max_gen_len: int, temperature: float, top_p: float

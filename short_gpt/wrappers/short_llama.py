@@ -128,10 +128,17 @@ class ShortLlama(ShortModel):
         tokenizer = self.llama.tokenizer
         if not chat:
             return [tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id]
-        if getattr(tokenizer, "dialog_format", None) is None:
+        return starts_texts(lambda text: self.dialog([{"role": "user", "content": text}]))
+
+    def dialog(self, messages: Sequence[dict[str, str]], *, answer: bool = False) -> list[int]:
+        if getattr(self.llama.tokenizer, "dialog_format", None) is None:
             why = "this tokenizer has neither Llama 2's nor Llama 3's dialog format"
             raise ShortGPTError(f"{why}: open it as GGUF or by transformers, or leave chats out")
-        return starts_texts(lambda s: encode_dialog(tokenizer, [{"role": "user", "content": s}]))
+        return encode_dialog(self.llama.tokenizer, messages)
+
+    @property
+    def answer_ends(self) -> frozenset[int]:
+        return self.stop_tokens
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         return self.llama.tokenizer.decode(ids)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
+from short_gpt.data.windows import common_start
 from short_gpt.models.numbering import check_exist, layer_numbers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
@@ -61,6 +63,44 @@ class ShortModel(ScoredModel):
     def chats(self) -> bool:
         """Whether it has a chat template that takes only a user's turn."""
         return False
+
+    @abstractmethod
+    def dialog(self, messages: Sequence[dict[str, str]], *, answer: bool = False) -> list[int]:
+        """Token ids of a chat; with ``answer``, up to where the model begins to answer.
+
+        Args:
+            messages: The role and the content of each turn.
+
+        Raises:
+            ShortGPTError: there is no chat template, or it fails or refuses, by whatever error.
+        """
+
+    @property
+    @abstractmethod
+    def answer_ends(self) -> frozenset[int]:
+        """Tokens that end an answer in a dialog."""
+
+    def turn(self, prompt: str, *, later: bool = False) -> list[int]:
+        """Token ids of a user's turn, up to where the model begins to answer.
+
+        A ``later`` one follows the token that ended an answer, and has no system prompt.
+        """
+        after = self._after_answer(prompt) if later else []
+        between = common_start(after, self._after_answer("?")) if later else []
+        end = next((i for i, token in enumerate(between, 1) if token in self.answer_ends), 0)
+        return after[end:] or self.dialog([{"role": "user", "content": prompt}], answer=True)
+
+    def _after_answer(self, prompt: str) -> list[int]:
+        """What follows an answer in a dialog: its end, and another turn; nothing if that fails."""
+
+        def dialog(answer: str) -> list[int]:
+            said = {"user": "A", "assistant": answer}
+            turns = [{"role": role, "content": text} for role, text in said.items()]
+            return self.dialog([*turns, {"role": "user", "content": prompt}], answer=True)
+
+        with suppress(ShortGPTError):  # the template may take one turn alone
+            return common_start(dialog("B")[::-1], dialog("C")[::-1])[::-1]
+        return []
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user's turn that the model is to answer; without `chats`, of the text.

@@ -96,20 +96,20 @@ def test_a_mix_is_read_in_equal_parts(here):
 def test_the_share_of_a_mix_is_asked_for(here):
     asked = []
 
-    def write(chat: bool, count: int) -> list[list[int]]:
+    def write(chat: bool | None, count: int) -> list[list[int]]:
         asked.append((chat, count))
         return [[1, 2]] * count
 
     def kinds() -> list:
-        return ["self", ["a text"], "self:chat"]
+        return ["self", ["a text"], "self:chat", "self:text"]
 
-    assert [len(list(k)) for k in with_own_text(kinds(), write, 10)] == [4, 1, 4]
+    assert [len(list(k)) for k in with_own_text(kinds(), write, 10)] == [3, 1, 3, 3]
     with_own_text(kinds(), write, None)
     split_own_text(["self"], [], write, 9)  # four more, to be held out
     split_own_text(["self"], [["held"]], write, 9)
     split_own_text(["self"], [], write, 64)  # a tenth of 72 is held out: 64 are left
-    asked_in_turn = [(False, 4), (True, 4), (False, 96), (True, 96), (False, 13), (False, 9)]
-    assert asked == [*asked_in_turn, (False, 72)]
+    each = [(chat, count) for count in (3, 96) for chat in (None, True, False)]
+    assert asked == [*each, (None, 13), (None, 9), (None, 72)]
     with pytest.raises(ShortGPTError, match="expected what writes it"):
         healing_windows("self", lambda text: [1, 2], 2)
 
@@ -126,7 +126,7 @@ def test_own_text_is_held_out_only_where_there_is_no_other(here):
     assert len(real) == 1 and real[0] in ("a", "b", "c")
     for few in (8, 5):  # four more than so many to learn from
         del own_texts[few:]
-        assert [*map(len, held(["self", "self:chat"]))] == [4, 4]
+        assert [*map(len, held(["self:text", "self:chat"]))] == [4, 4]
 
 
 def test_a_healing_learns_from_own_text_and_is_judged_by_another(here, monkeypatch):
@@ -277,4 +277,6 @@ def test_texts_that_will_not_be_read_are_told_before_the_model_writes(here, monk
     monkeypatch.setattr(module, "own_samples", None)
     with pytest.raises(FileNotFoundError, match=r"no such file or folder: 'no\.txt'"):
         rank("ckpt", "self,no.txt", size=32)
-    assert Windows("self,self:chat").kinds() == ["self", "self:chat"]
+    assert Windows("self:text,self:chat").kinds() == ["self:text", "self:chat"]
+    with pytest.raises(ShortGPTError, match="names self:chat twice: name it once"):
+        Windows("self,self:chat").kinds()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from itertools import count
 
 import pytest
 import torch
@@ -19,7 +21,11 @@ from short_gpt.wrappers.own_text import draw
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 quiet = partial(own_samples, progress=False)
-TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+SYSTEM = "{% if messages[0].role != 'system' %}<system>Be kind.{% endif %}"
 TEXTS, SYMBOLS = 1500, 8  # of a vocabulary so small that every pair of tokens is counted
 
 
@@ -209,6 +215,90 @@ def test_chats_begin_with_the_template_up_to_the_users_open_turn(folder):
         quiet(named, 1, 20, chat=True)
     named.tokenizer.chat_template = TEMPLATE
     assert named.decode(named.opening(chat=True)) == "<s>user:"
+
+
+@pytest.fixture
+def chatting(folder, monkeypatch):
+    """A model with a chat template, which is asked q00, q01 and so on in its first text."""
+    asked = lambda _, text: (f"q{text}{i}" for i in count())  # noqa: E731
+    monkeypatch.setattr(module, "prompts", asked)
+    short = open_model(str(folder / "hf"))
+    short.tokenizer.chat_template = TEMPLATE
+    return short
+
+
+def test_a_dialog_goes_on_with_a_prompt_after_the_end_of_each_answer(chatting, monkeypatch):
+    """Known answer: a model that writes two letters, x likelier than y, and the end."""
+    x, y, end = *chatting.tokenizer("xy", add_special_tokens=False)["input_ids"], 1
+
+    def continued(ids, count, choose):
+        texts = [[*start] for start in ids]
+        for _ in range(count):
+            logits = torch.full((len(texts), BYTE_VOCAB), -1e9)
+            for row, text in enumerate(texts):
+                ended = {*text[-2:]} <= {x, y}
+                logits[row, [end] if ended else [x, y]] = torch.tensor([0.0, -0.1])[: 2 - ended]
+            for text, token in zip(texts, choose(logits).tolist(), strict=True):
+                text.append(token)
+
+    monkeypatch.setattr(chatting, "continued", continued)
+    windows, answers = quiet(chatting, 8, 64, chat=True), {True: set(), False: set()}
+    for text, window in enumerate(windows):
+        said = re.findall("assistant:(..)</s>", chatting.decode(window))
+        assert len(said) == 2
+        for number, answer in enumerate(said):
+            answers[(text + number) % module.GREEDY == 0].add(answer)
+        turns = zip((f"q{text}{i}" for i in count()), [*said, "xx"], strict=False)
+        whole = "".join(f"<s>user:{q}</s><s>assistant:{a}</s>" for q, a in turns)
+        assert chatting.decode(window) == whole[: len(chatting.decode(window))]
+        assert len(window) == 64 and window.start == len("s user:") - 1
+    assert answers[True] == {"xx"} and answers[False] == {"xx", "xy", "yx", "yy"}
+
+
+def test_half_of_the_text_of_a_chat_model_is_dialogs(chatting):
+    mixed = quiet(chatting, 16, 40)
+    texts, dialogs = (quiet(chatting, 16, 40, chat=chat) for chat in (False, True))
+    alone = [dialogs[i] if i in (1, 3, 5, 7, 8, 10, 12, 14) else texts[i] for i in range(16)]
+    assert mixed == alone and [w.start for w in mixed] == [w.start for w in alone]
+    assert [w.text for w in mixed] == [*range(16)]
+    assert quiet(chatting, 5, 40, batch_size=2) == mixed[:5]
+    chatting.tokenizer.chat_template = "{{ messages[0].content }}"  # begins no dialog alike
+    assert quiet(chatting, 16, 40) == texts
+
+
+def test_other_prompts_write_anew(chatting, tmp_path, monkeypatch):
+    quiet(chatting, 1, 20, chat=True, beside=tmp_path / "out")
+    (tmp_path / "others.txt").write_text("Hello\n")
+    monkeypatch.setattr(module, "BUILT_IN", tmp_path / "others.txt")
+    quiet(chatting, 1, 20, chat=True, beside=tmp_path / "out")
+    assert len([*tmp_path.glob("self-*.json")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "later"),
+    [
+        (TEMPLATE, {1}, "<s>user:Hi</s><s>assistant:"),
+        (SYSTEM + TEMPLATE, {1}, "<s>user:Hi</s><s>assistant:"),
+        (TEMPLATE.replace("</s>", "<end>\n"), {1, 258}, "\n<s>user:Hi<end>\n<s>assistant:"),
+        (TEMPLATE.replace("</s>", "."), {0, 1}, "user:Hi.<s>assistant:"),  # <s> parts its turns
+        ("{{ messages[-1].role }}:{{ messages[-1].content }}", {1}, "user:Hi"),
+        ("{% if messages[1] %}{{ 1//0 }}{% endif %}{{ messages[0].content }}", {1}, "Hi"),
+    ],
+)
+def test_an_answer_ends_and_a_turn_follows_as_the_template_has_it(folder, template, ends, later):
+    short = open_model(str(folder / "hf"))
+    short.tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    short.tokenizer.chat_template = template
+    assert short.answer_ends == ends
+    assert short.decode(short.turn("Hi", later=True)) == later
+    short.model.generation_config.eos_token_id = [7, 9]
+    assert short.answer_ends == {7, 9, *ends}
+
+
+def test_a_turn_in_metas_format():
+    short, encode = llama(0, Chatting()), CharTokenizer().encode
+    assert short.turn("Hi") == encode("[INST] Hi [/INST]", bos=True, eos=False)
+    assert short.turn("Hi", later=True) == short.turn("Hi") and short.answer_ends == {2}
 
 
 def test_every_format_writes_the_same_text(folder):
