@@ -220,7 +220,9 @@ class _Run(NamedTuple):
         return {"sets": costs, "novels less own-24": apart(own, other), "agreement": agreed}
 
 
-def distances(short: ShortModel, wikitext: str, seeds: Sequence[int], path: Path) -> dict[str, Any]:
+def distances(
+    short: ShortModel, wikitext: str, seeds: Sequence[int], path: Path, first: int | None
+) -> dict[str, Any]:
     """By layers, text and seed of a refit: KL divergence, same top token, and right answers.
 
     Windows are read with matrix products in bfloat16, own text is written in float32.
