@@ -201,7 +201,7 @@ def prompted(tmp_path_factory, one_rank) -> str:
 
 @pytest.mark.filterwarnings("default")  # transformers' own
 @pytest.mark.usefixtures("few_timed_tokens")
-@pytest.mark.parametrize(("chat", "size"), [(False, 112), (True, 112), (True, 192)])
+@pytest.mark.parametrize(("chat", "size"), [(False, 192), (True, 112), (True, 192)])
 def test_the_system_prompt_of_a_template_is_no_copied_text(prompted, tmp_path, size, chat):
     data = {"data": dialogs(40)} if chat else {"data": "self:chat"}
     windows = {"size": size, "max_windows": 12, "eval_windows": 4}

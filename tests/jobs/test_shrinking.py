@@ -818,7 +818,8 @@ def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, 
 
     monkeypatch.setattr("short_gpt.jobs.inputs.Tasks.check", lambda _: None)
     monkeypatch.setattr(TaskSuite, "documents", documents)
-    how = {**KILLED, "tasks": "tasks/t.yaml"}
+    # own dialogs would be others with another template, and so another run
+    how = {**KILLED, "data": "self:text", "tasks": "tasks/t.yaml"}
     with interrupted(LayerRefit, "solve", 1):
         shrink("own", "out", **how)
     assert answered == [1.0, 1.0]  # of the original and the pruned model
