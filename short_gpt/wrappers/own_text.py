@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,21 +83,17 @@ def own_samples(
     at_least(0, seed=seed)
     at_least(1, optional=True, batch_size=batch_size)
     check(COLDEST <= temperature < math.inf, "temperature", temperature, "a number above 0")
-    openings = dict[bool, list[int]]()  # of texts and of dialogs
+    usual, openings = starts_texts(short.encode), dict[bool, list[int]]()  # of dialogs or not
     if not chat:
-        openings[False] = starts_texts(short.encode) or short.opening()
+        openings[False] = usual or short.opening()
     if chat or (chat is None and short.chats):
-        try:
+        with nullcontext() if chat else suppress(ShortGPTError):
             openings[True] = short.opening(chat=True)
-        except ShortGPTError:
-            if chat:
-                raise
     # bos that the tokenizer puts before no text
-    unseen = 0 if chat or starts_texts(short.encode) else len(openings[False])
+    unseen = 0 if chat or usual else len(openings[False])
     starts = {each: len(ids) - (0 if each else unseen) for each, ids in openings.items()}
-    most = short.decoder.max_seq_len
+    start, most = max(starts.values()), short.decoder.max_seq_len
     at_least(2, size=size)
-    start = max(starts.values())
     check(start < size <= most, "size", size, f"more than {start} tokens and at most {most}")
     writer = _Writer(short, openings, size + unseen, temperature, seed)
     texts = writer.texts(count, batch_size, beside, progress)
@@ -216,10 +213,9 @@ class _Writer:
         if not self.is_dialog(row):
             return _Text(self.openings[False])
         asked, short, opening = prompts(self.seed, row), self.short, self.openings[True]
-        first = short.turn(next(asked))
+        first, ends = short.turn(next(asked)), short.answer_ends
         start = [*opening, *first[len(common_start(first, opening)) :]]
-        turns = (short.turn(prompt, later=True) for prompt in asked)
-        return _Text(start, row, turns, short.answer_ends)
+        return _Text(start, row, (short.turn(prompt, ends=ends) for prompt in asked), ends)
 
     def _state(self, folder: Path) -> StateFile:
         settings = {"length": self.length, "seed": self.seed, "temperature": self.temperature}

@@ -80,14 +80,14 @@ class ShortModel(ScoredModel):
     def answer_ends(self) -> frozenset[int]:
         """Tokens that end an answer in a dialog."""
 
-    def turn(self, prompt: str, *, later: bool = False) -> list[int]:
+    def turn(self, prompt: str, *, ends: frozenset[int] = frozenset()) -> list[int]:
         """Token ids of a user's turn, up to where the model begins to answer.
 
-        A ``later`` one follows the token that ended an answer, and has no system prompt.
+        With `answer_ends` as ``ends`` it follows one of these, and has no system prompt.
         """
-        after = self._after_answer(prompt) if later else []
-        between = common_start(after, self._after_answer("?")) if later else []
-        end = next((i for i, token in enumerate(between, 1) if token in self.answer_ends), 0)
+        after = self._after_answer(prompt) if ends else []
+        between = common_start(after, self._after_answer("?")) if ends else []
+        end = next((i for i, token in enumerate(between, 1) if token in ends), 0)
         return after[end:] or self.dialog([{"role": "user", "content": prompt}], answer=True)
 
     def _after_answer(self, prompt: str) -> list[int]:

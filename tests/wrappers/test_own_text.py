@@ -290,7 +290,7 @@ def test_an_answer_ends_and_a_turn_follows_as_the_template_has_it(folder, templa
     short.tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     short.tokenizer.chat_template = template
     assert short.answer_ends == ends
-    assert short.decode(short.turn("Hi", later=True)) == later
+    assert short.decode(short.turn("Hi", ends=short.answer_ends)) == later
     short.model.generation_config.eos_token_id = [7, 9]
     assert short.answer_ends == {7, 9, *ends}
 
@@ -298,7 +298,7 @@ def test_an_answer_ends_and_a_turn_follows_as_the_template_has_it(folder, templa
 def test_a_turn_in_metas_format():
     short, encode = llama(0, Chatting()), CharTokenizer().encode
     assert short.turn("Hi") == encode("[INST] Hi [/INST]", bos=True, eos=False)
-    assert short.turn("Hi", later=True) == short.turn("Hi") and short.answer_ends == {2}
+    assert short.turn("Hi", ends=short.answer_ends) == short.turn("Hi") and short.answer_ends == {2}
 
 
 def test_every_format_writes_the_same_text(folder):
