@@ -19,10 +19,11 @@ from conftest import save_chat_llama
 from gguf_files import stack_file
 
 from benchmarks.lib import adversarial, outcome, real_models, serve_once
-from benchmarks.studies import coverage, reasoning, serving, stopping, streaming
+from benchmarks.studies import coverage, own_samples, reasoning, serving, stopping, streaming
 from llama.args import ModelArgs
 from short_gpt.checkpoints import prune_gguf
 from short_gpt.data import demo
+from short_gpt.evaluation.answers import Question
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # transformers' own
@@ -183,6 +184,19 @@ def test_a_script_runs_and_looks_first_where_its_result_goes(script, here, lm_ev
     monkeypatch.setattr(module, "finish", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(FileExistsError):
         module.main(**RUNS[script], out="out.json")
+
+
+def test_refits_on_own_text_and_dialogs_are_judged_by_distance(here, monkeypatch):
+    for name, value in {"COUNT": 10, "SHORTER": 48, "SIZE": 64}.items():
+        monkeypatch.setattr(own_samples, name, value)
+    monkeypatch.setattr(own_samples, "questions", lambda: [Question("a", ("b",)), Question("c")])
+    with pytest.raises(SystemExit):
+        own_samples.main(distance=True, layers=(2, 4), wikitext="wiki.txt", out="out.json")
+    found = json.loads(Path("out.json").read_text())
+    kinds = ("none", "book", "text", "half of each", "dialogs")
+    assert [*found["rows"]] == [f"2 layers, {kind}, seed 0" for kind in kinds]
+    klds = {row["answers"]["kld"] for row in found["rows"].values()}
+    assert len(klds) == 5 and all(kld > 0 for kld in klds)
 
 
 def test_populations_made_to_mislead_are_attacked(here):

@@ -13,8 +13,8 @@ on real text, and what they cost.
 ``--distance`` measures instead how far refits on own text, on dialogs, on half of each and on the
 book leave the model from the original, and how many questions they answer right:
 
-    python benchmarks/studies/own_samples.py --distance --wikitext wikitext2_test.txt \
-        --seeds 0,1,2 --out own_dialogs.json
+    python benchmarks/studies/own_samples.py --distance --layers 12,13,14,17 \
+        --wikitext wikitext2_test.txt --out own_dialogs.json
 
 ``--rows own-24,book-24`` measures some rows, ``--first N`` ends after N new ones. Own samples are
 written once and kept beside the file, rows in its state, from which the same command goes on; the
@@ -57,12 +57,7 @@ LAYERS = (3, 12, 13, 14, 15, 17, 25, 26)
 SIZE = 512
 GREEDY = (3, 12, 13, 14, 15, 16, 17, 18)  # greedy search's
 OTHERS = " (greedy search's layers)"  # of a row
-DISTANT = {  # layers, and how many windows of `SHORTER` tokens are refitted on without them
-    "4": ((12, 13, 14, 17), 48),  # the first of greedy search's
-    "4, as the demo": ((3, 12, 13, 14), 12),
-    "8": (GREEDY, 48),
-}
-COUNT, SHORTER = 48, 384
+COUNT, SHORTER = 48, 384  # windows of so many tokens, for the distance
 HELD = {"book": 10, "novels": 12, "wikitext": 10, "chats": 8}  # windows to judge by
 
 
@@ -120,7 +115,8 @@ def main(
     begin(out, overwrite=overwrite)
     short, gone = open_model(str(demo.gguf_file())), sorted(layers)
     if distance:
-        found = distances(short, str(wikitext), seeds, Path(out or "own_dialogs.json"), first)
+        path = Path(out or "own_dialogs.json")
+        found = distances(short, gone, str(wikitext), seeds, path, first)
         finish("own_samples", [], found, out=out, overwrite=overwrite)
     documents = joined(passages(Path(novels)), 50)
     kinds = {"book": demo.bible("held_out"), "novels": documents[::2]}
@@ -221,9 +217,14 @@ class _Run(NamedTuple):
 
 
 def distances(
-    short: ShortModel, wikitext: str, seeds: Sequence[int], path: Path, first: int | None
+    short: ShortModel,
+    layers: Sequence[int],
+    wikitext: str,
+    seeds: Sequence[int],
+    path: Path,
+    first: int | None,
 ) -> dict[str, Any]:
-    """By layers, text and seed of a refit: KL divergence, same top token, and right answers.
+    """By text and seed of a refit: KL divergence, same top token, and right answers.
 
     Windows are read with matrix products in bfloat16, own text is written in float32.
     """
@@ -247,12 +248,12 @@ def distances(
             return [own[(i + i // 8) % 2 == 1][i] for i in range(COUNT)]
         return [*own[kind == "dialogs"]]
 
-    def measure(layers: Sequence[int], count: int, kind: str, seed: int) -> dict[str, Any]:
+    def measure(kind: str, seed: int) -> dict[str, Any]:
         with ExitStack() as stack:
             if kind == "none":
                 stack.enter_context(short.without_layers(layers))
             else:
-                fitted = refit.fit(short, layers, texts(kind, seed)[:count], progress=False)
+                fitted = refit.fit(short, layers, texts(kind, seed), progress=False)
                 stack.enter_context(short.without_layers(layers))
                 stack.callback(refit.apply_refit(short, fitted))
             found: dict[str, Any] = {}
@@ -266,16 +267,16 @@ def distances(
         return {**found, **right, "what a king is": king.text}
 
     rows, new = {}, 0
-    for name, seed in product(DISTANT, seeds):
-        for kind in ("none", "book", "text", "half of each", "dialogs"):
-            cell = f"{name} layers, {kind}, seed {seed}"
-            new += cell not in cells
-            if new > (first or new):
-                sys.exit()
-            rows[cell] = cells.value(cell, partial(measure, *DISTANT[name], kind, seed))
-            print(cell, json.dumps(rows[cell]), flush=True)
-    right = sum(bool(reply.right) for reply in replies)
-    return {"windows": COUNT, "tokens_per_window": SHORTER, "original_right": right, "rows": rows}
+    for seed, kind in product(seeds, ("none", "book", "text", "half of each", "dialogs")):
+        cell = f"{len(layers)} layers, {kind}, seed {seed}"
+        new += cell not in cells
+        if new > (first or new):
+            sys.exit()
+        rows[cell] = cells.value(cell, partial(measure, kind, seed))
+        print(cell, json.dumps(rows[cell]), flush=True)
+    about = {"layers_removed": [*layers], "windows": COUNT, "tokens_per_window": SHORTER}
+    about |= {"original_right": sum(bool(reply.right) for reply in replies)}
+    return {**about, "rows": rows}
 
 
 def apart(first: Losses, second: Losses) -> dict[str, dict[str, float]]:
