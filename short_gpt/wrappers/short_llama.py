@@ -134,7 +134,8 @@ class ShortLlama(ShortModel):
         if getattr(self.llama.tokenizer, "dialog_format", None) is None:
             why = "this tokenizer has neither Llama 2's nor Llama 3's dialog format"
             raise ShortGPTError(f"{why}: open it as GGUF or by transformers, or leave chats out")
-        return encode_dialog(self.llama.tokenizer, messages)
+        turns: Any = messages
+        return encode_dialog(self.llama.tokenizer, turns)
 
     @property
     def answer_ends(self) -> frozenset[int]:
