@@ -12,7 +12,6 @@ import torch
 from llama_cpp import LlamaCpp
 
 from benchmarks.lib.real_models import MODELS
-from llama.formats.gguf_read import GGUFParts
 from short_gpt import open_model, shrink
 from short_gpt.checkpoints import Provenance, prune_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
@@ -51,7 +50,7 @@ def test_the_road_from_scores_to_a_refitted_file(folder, done):
     for name in ("cut", "refitted"):
         path = folder / f"{name}.gguf"
         assert sorted(Provenance.of_checkpoint(path).removed_layers) == sorted(done.layers)
-        assert Stack.of(GGUFParts(path)).layers == 21
+        assert Stack(path).layers == 21
 
 
 def test_llama_cpp_gives_what_transformers_gives_of_every_file(folder, done):

@@ -25,19 +25,13 @@ from llama.formats.gguf_write import (
 )
 from llama.formats.names import permute_rows
 from llama.sources import is_gguf
-from short_gpt.checkpoints.gguf_kinds import PATTERN
 from short_gpt.checkpoints.gguf_layers import LAYER, Stack
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import NAME, RECORD, Provenance
 from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, stored_names
-from short_gpt.models.gguf_loading import is_scaled
+from short_gpt.models.gguf_architectures import ARCHITECTURES
+from short_gpt.models.gguf_loading import PATTERN, is_scaled
 from short_gpt.runtime.errors import ShortGPTError
-
-# Architectures whose weights are in transformers as in the file, except the heads of queries and
-# keys of the second row, and norms of the third, which a file stores plus one.
-MAPPED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "olmo2")
-PERMUTED = ("llama",)
-PLUS_ONE = ("gemma2", "gemma3")
 
 
 def prune_gguf(
@@ -53,15 +47,15 @@ def prune_gguf(
     The bytes are copied in pieces, so memory does not grow with the model. A ``target`` of several
     files, ``NAME-00001-of-0000N.gguf``, is not verified.
     """
-    stack = Stack.open(source)
+    stack = Stack(source)
     keep = stack.kept(layers)
     own = [i for i in keep if i < stack.layers]
     done = (provenance or Provenance()).pruned(source, removed=layers, kept=own)
-    return write_gguf(stack.parts, target, keep, done=done, progress=progress)
+    return write_gguf(stack, target, keep, done=done, progress=progress)
 
 
 def write_gguf(
-    source: GGUFParts,
+    source: Stack,
     target: Target | StrPath,
     keep: Sequence[int],
     *,
@@ -80,7 +74,7 @@ def write_gguf(
     names = stored_names(source.tensors, "blk", keep)
     changed = changed or {}
     tensors = {new: changed.get(old) or copied(source, old) for new, old in names.items()}
-    records = Stack.of(source).records(keep) | dict(keys or {})
+    records = source.records(keep) | dict(keys or {})
     if done is not None:
         records[RECORD] = record(RECORD, json_text(done.to_dict()), STRING)
         if isinstance(name := source.fields.get(NAME), str):
@@ -94,11 +88,11 @@ def write_gguf(
 
 def about_kinds(source: StrPath, layers: Sequence[int]) -> str | None:
     """What other programs get wrong in a GGUF model without these layers; None if nothing."""
-    stack = Stack.open(source)
+    stack = Stack(source)
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
     directory = "for transformers, name a directory in place of the file"
     if not stack.changed_kinds(keep):
-        if stack.arch not in MAPPED or not is_scaled(stack.parts):
+        if not stack.row.healed or not is_scaled(stack):
             return None
         return f"transformers ignores how this file scales positions: {directory}"
     return (
@@ -148,7 +142,7 @@ def save_gguf(
             f"{target.out} is written from a GGUF file, got {source}; name a directory and convert "
             f"that: short-gpt convert DIRECTORY {target.out}"
         )
-    stack = Stack.open(source)
+    stack = Stack(source)
     short.check_source(source, stack.layers)
     keep = [*short.kept, *range(stack.layers, stack.blocks)]
     changed: dict[str, Stored] = {}
@@ -158,7 +152,7 @@ def save_gguf(
         weight = short.decoder.layers[short.kept.index(number)].get_parameter(own)
         name = _name(stack, f"{layers_path}.{number}.{own}")
         changed[name] = _stored(stack, name, weight)
-    return write_gguf(stack.parts, replace(target, verify=None), keep, changed=changed, done=record)
+    return write_gguf(stack, replace(target, verify=None), keep, changed=changed, done=record)
 
 
 def in_few_bits(source: StrPath) -> bool:
@@ -173,10 +167,11 @@ def in_few_bits(source: StrPath) -> bool:
 
 def check_architecture(source: StrPath) -> Stack:
     """Raises ShortGPTError for a GGUF file of which `save_gguf` can write no changed weight."""
-    stack = Stack.open(source)
-    if stack.arch not in MAPPED:
+    stack = Stack(source)
+    if not stack.row.healed:
+        healed = ", ".join(name for name, row in ARCHITECTURES.items() if row.healed)
         raise ShortGPTError(
-            f"changed weights are written to GGUF files of {', '.join(MAPPED)}, {source} is of "
+            f"changed weights are written to GGUF files of {healed}, {source} is of "
             f"{stack.arch}: name a directory instead"
         )
     return stack
@@ -189,7 +184,7 @@ def _name(stack: Stack, full: str) -> str:
     arch_of = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(arch_of[stack.arch], stack.blocks)
     name = names.get_name(full, try_suffixes=(".weight", ".bias"))
-    if name not in stack.parts.tensors:
+    if name not in stack.tensors:
         raise ShortGPTError(
             f"{full} was changed, and where it belongs in a GGUF file of {stack.arch} is not "
             "known: name a directory instead"
@@ -199,15 +194,15 @@ def _name(stack: Stack, full: str) -> str:
 
 def _stored(stack: Stack, name: str, weight: Tensor) -> Stored:
     """A changed tensor in its own type, or in one that can be written."""
-    before = stack.parts.tensors[name]
+    before = stack.tensors[name]
     heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
     key = heads.get(name.split(".")[-2])
-    if key is not None and stack.arch in PERMUTED:
-        count = stack.get(key) or stack.get(heads["attn_q"])
+    if key is not None and stack.row.permuted:
+        count = stack.value(key) or stack.value(heads["attn_q"])
         if not isinstance(count, int):
             raise ShortGPTError(f"{name} was changed, whose heads differ from layer to layer")
         weight = permute_rows(weight, count, to_neighbours=True)
-    if stack.arch in PLUS_ONE and name.endswith("norm.weight"):
+    if stack.row.norms_plus_one and name.endswith("norm.weight"):
         weight = weight.float() + 1
     kind = writable(before.kind, before.shape)
     return stored(name, weight, kind)

@@ -10,58 +10,57 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from llama.errors import check_file
 from llama.formats.gguf_read import ARRAY, GGUFParts, Record
 from llama.formats.gguf_write import BOOL, record
-from short_gpt.checkpoints import gguf_kinds as kinds
-from short_gpt.checkpoints.gguf_kinds import PATTERN
+from short_gpt.models.gguf_architectures import architecture
+from short_gpt.models.gguf_loading import PATTERN
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 # Tensors that hold something of every layer, or layers of another stack, without its number.
 OTHER_LAYERS = re.compile(r"per_layer_.+|(.+\.)?(blk|layers?|block)\.\d+\..+")
+# Lists whose length may be that of the layers by chance, and that say nothing of layers.
+NOT_OF_LAYERS = ("rope.dimension_sections", "classifier.output_labels", "rope.scaling.factors")
+# Numbers of layers, or what is built in the order of layers: known to no rule here.
+NUMBERED = (
+    *("attention.shared_kv_layers", "rescale_every_n_layers", "decoder_block_count"),
+    *("hash_layer_count", "num_loops", "attn_res.block_size", "hrm.layers_per_stack"),
+    *("ple.layers", "target_layers", "deepstack_mapping", "decision.block_count"),
+)
+# Every so many layers there is another kind; which of them, llama.cpp's code says.
+PERIODS = ("full_attention_interval", "moe_every_n_layers", "interleave_moe_layer_step")
 
 
-@dataclass(frozen=True)
-class Stack:
-    """The layers of a GGUF model."""
+class Stack(GGUFParts):
+    """A GGUF model as layers; ShortGPTError where they are not, all of them, numbered."""
 
-    parts: GGUFParts  # the model
-    arch: str  # its architecture
-    blocks: int  # number of all ``blk.N``
-    extra: int  # number of the last of these, which predict further tokens and always stay
-
-    @classmethod
-    def of(cls, parts: GGUFParts) -> Stack:
-        """The layers of a model; ShortGPTError where they are not, all of them, numbered."""
-        arch = parts.fields.get("general.architecture")
-        blocks = parts.fields.get(f"{arch}.block_count")
-        extra = parts.fields.get(f"{arch}.nextn_predict_layers") or 0
+    def __init__(self, source: str | os.PathLike[str]) -> None:
+        super().__init__(Path(str(source)))
+        arch = self.get("general.architecture")
+        blocks = self.get(f"{arch}.block_count")
+        extra = self.get(f"{arch}.nextn_predict_layers") or 0
         if not isinstance(arch, str) or type(blocks) is not int or type(extra) is not int:
             raise ShortGPTError(
-                f"{parts.path} holds architecture {arch!r} of {blocks!r} layers, expected a "
+                f"{self.path} holds architecture {arch!r} of {blocks!r} layers, expected a "
                 "language model"
             )
-        numbers = {int(match[1]) for name in parts.tensors if (match := LAYER.fullmatch(name))}
+        numbers = {int(match[1]) for name in self.tensors if (match := LAYER.fullmatch(name))}
         complete = numbers == set(range(blocks))
-        check_file(complete, parts.path, f"it has {len(numbers)} of {blocks} layers")
-        others = [n for n in parts.tensors if not LAYER.fullmatch(n) and OTHER_LAYERS.fullmatch(n)]
+        check_file(complete, self.path, f"it has {len(numbers)} of {blocks} layers")
+        others = [n for n in self.tensors if not LAYER.fullmatch(n) and OTHER_LAYERS.fullmatch(n)]
         if others or not 0 <= extra < blocks:
             raise ShortGPTError(
-                f"layers of {parts.path} ({arch}) cannot be removed: "
+                f"layers of {self.path} ({arch}) cannot be removed: "
                 f"{others[0] if others else 'nextn_predict_layers'} belongs to all of them, or to "
                 "other layers"
             )
-        return cls(parts, arch, blocks, extra)
-
-    @classmethod
-    def open(cls, source: str | os.PathLike[str]) -> Stack:
-        """The layers of a GGUF file."""
-        return cls.of(GGUFParts(Path(str(source))))
+        self.arch, self.row = arch, architecture(arch)
+        self.blocks = blocks  # number of all ``blk.N``
+        self.extra = extra  # of the last of these, which predict further tokens and always stay
 
     @property
     def layers(self) -> int:
@@ -74,9 +73,9 @@ class Stack:
         self.records(keep)
         return keep
 
-    def get(self, name: str) -> object:
+    def value(self, name: str) -> object:
         """The value of a key of the architecture."""
-        return self.parts.fields.get(f"{self.arch}.{name}")
+        return self.get(f"{self.arch}.{name}")
 
     def records(self, keep: Sequence[int]) -> dict[str, Record | None]:
         """The keys that change when only the blocks ``keep`` stay, numbers ascending.
@@ -89,15 +88,15 @@ class Stack:
         values = {f"{self.arch}.block_count": len(keep), **self._lists(keep)}
         removed = [i for i in range(self.layers) if i not in set(keep)]
         if why := self._refusal(removed):
-            raise ShortGPTError(f"layers {removed} of {self.parts.path} cannot be removed: {why}")
-        leading = self.get("leading_dense_block_count")
+            raise ShortGPTError(f"layers {removed} of {self.path} cannot be removed: {why}")
+        leading = self.value("leading_dense_block_count")
         if isinstance(leading, int):
             values[f"{self.arch}.leading_dense_block_count"] = sum(i < leading for i in keep)
         changed: dict[str, Record | None] = {}
         for key, value in values.items():
-            before = self.parts.headers[0].records[key]
+            before = self.headers[0].records[key]
             changed[key] = record(key, value, before.kind, before.element)
-        if not isinstance(self.get(PATTERN), list) and self.changed_kinds(keep):
+        if not isinstance(self.value(PATTERN), list) and self.changed_kinds(keep):
             slides = [not self._kind(i) for i in keep]  # whether a window slides over it
             key = f"{self.arch}.{PATTERN}"
             changed[key] = record(key, slides, ARRAY, BOOL)
@@ -106,24 +105,24 @@ class Stack:
     def _lists(self, keep: Sequence[int]) -> dict[str, object]:
         """The lists with an entry a block or a layer, shortened; texts and tokens are none."""
         lists: dict[str, object] = {}
-        for key, value in self.parts.fields.items():
+        for key, value in self.fields.items():
             name = key.removeprefix(f"{self.arch}.")
             own = key != name or key.startswith("xielu.")
-            if not own or not isinstance(value, list) or name in kinds.NOT_OF_LAYERS:
+            if not own or not isinstance(value, list) or name in NOT_OF_LAYERS:
                 continue
             if len(value) in (self.blocks, self.layers):
                 lists[key] = [value[i] for i in keep if i < len(value)]
             elif name == PATTERN or name.startswith(("attention.head_count", "feed_forward")):
                 raise ShortGPTError(
-                    f"layers of {self.parts.path} cannot be removed: {key} has {len(value)} "
+                    f"layers of {self.path} cannot be removed: {key} has {len(value)} "
                     f"entries for {self.layers} layers"
                 )
         return lists
 
     def period(self) -> tuple[int, int] | None:
         """After how many layers kinds repeat by position, and which of them differs."""
-        rule, period = kinds.PERIODIC.get(self.arch), self.get(PATTERN)
-        if self.arch in kinds.WITH_WINDOW and not self.get("attention.sliding_window"):
+        rule, period = self.row.period, self.value(PATTERN)
+        if self.row.needs_window and not self.value("attention.sliding_window"):
             return None
         if rule and isinstance(period, int):  # 0: windows slide over all layers
             return (period, 0 if rule[1] == 0 else period - 1) if period else None
@@ -131,7 +130,7 @@ class Stack:
 
     def _kind(self, layer: int) -> bool:
         """Whether a layer is the one that differs in its period, by key or by position."""
-        pattern = self.get(PATTERN)
+        pattern = self.value(PATTERN)
         return not pattern[layer] if isinstance(pattern, list) else self._kind_at(layer)
 
     def _kind_at(self, position: int) -> bool:
@@ -146,8 +145,8 @@ class Stack:
 
     def _periods(self) -> dict[str, int]:
         """Periods that keys name, whose phase differs from architecture to architecture."""
-        names = kinds.PERIODS if self.arch in kinds.PERIODIC else (*kinds.PERIODS, PATTERN)
-        values = {name: self.get(name) for name in names}
+        names = PERIODS if self.row.period else (*PERIODS, PATTERN)
+        values = {name: self.value(name) for name in names}
         return {n: v for n, v in values.items() if isinstance(v, int) and v > 1}
 
     @property
@@ -158,19 +157,19 @@ class Stack:
     def check(self) -> None:
         """Raises ShortGPTError if no layers can be removed, whichever they are."""
         if why := self._refusal([]):
-            raise ShortGPTError(f"no layers of {self.parts.path} can be removed: {why}")
+            raise ShortGPTError(f"no layers of {self.path} can be removed: {why}")
 
     def _refusal(self, removed: Sequence[int]) -> str | None:
         """Why llama.cpp would misread the model with these layers removed; None if it does not."""
-        arch, own = self.arch, [i for i in range(self.layers) if i not in removed]
+        arch, row, own = self.arch, self.row, [i for i in range(self.layers) if i not in removed]
         present, kept = ({self._kind(i) for i in some} for some in (range(self.layers), own))
-        needed = present if arch in kinds.BOTH_KINDS else present - {True}
-        numbering = [name for name in kinds.NUMBERED if self.get(name)]
-        pattern, first, count = self.get(PATTERN), self.get("n_deepstack_layers"), len(removed)
+        needed = present if row.needs_both_kinds else present - {True}
+        numbering = [name for name in NUMBERED if self.value(name)]
+        pattern, first, count = self.value(PATTERN), self.value("n_deepstack_layers"), len(removed)
         images = isinstance(first, int) and any(i < first for i in removed)
         moved = [new - i for new, i in enumerate(own)]
         every = [n for n in self._periods().values() if any(shift % n for shift in moved)]
-        if not every and arch not in kinds.READS_PATTERN and self.changed_kinds(own):
+        if not every and not row.reads_list and self.changed_kinds(own):
             every = [*(self.period() or ())[:1]]
         reasons: dict[str, object] = {
             f"llama.cpp cannot load a {arch} whose layers all have one kind of attention": (
@@ -178,14 +177,13 @@ class Stack:
             ),
             f"{arch}'s {', '.join(numbering)} numbers layers": numbering,
             f"llama.cpp takes the kinds of {arch}'s layers from a list, and {PATTERN} is "
-            f"{pattern!r}": arch in kinds.BY_LIST and not isinstance(pattern, list),
+            f"{pattern!r}": row.needs_list and not isinstance(pattern, list),
             f"the first {first} take images (n_deepstack_layers); name others": images,
             f"llama.cpp tells variants of {arch} by the number of their layers": (
-                arch.startswith(kinds.BY_COUNT)
-                or kinds.COUNTS.get(arch) in (self.blocks, self.blocks - count)
+                row.by_count or row.variant in (self.blocks, self.blocks - count)
             ),
             f"layers of {arch} take values of layer 0; leave that one": (
-                arch in kinds.FROM_FIRST and 0 in removed
+                row.reads_first and 0 in removed
             ),
             f"one in {', '.join(map(str, every))} layers of {arch} is of another kind, and no key "
             f"is known to say which; remove {self.whole_period} layers in a row, or write a "

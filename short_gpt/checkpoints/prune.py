@@ -127,7 +127,7 @@ def layers_of(source: StrPath | Source) -> int | None:
         return args_of_params(source.path, read_params(source.path)).n_layers
     if source.kind == "gguf":
         with suppress(ShortGPTError):  # raised when it is opened, if it matters then
-            return Stack.open(source).layers
+            return Stack(source.path).layers
     if source.kind != "hf":
         return None
     plain = read_json(source.path / "config.json")

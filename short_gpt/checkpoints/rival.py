@@ -62,12 +62,12 @@ def requantized(
         ShortGPTError: the type is none of these, or the model has no numbered layers.
         FileExistsError: ``out`` exists.
     """
-    stack = Stack.open(source)
-    parts, changed = stack.parts, _changes(stack.parts, kind)
-    typed = FILE_TYPE in parts.fields and changed
+    stack = Stack(source)
+    changed = _changes(stack, kind)
+    typed = FILE_TYPE in stack.fields and changed
     keys = {FILE_TYPE: record(FILE_TYPE, TYPES[kind][1], UINT32)} if typed else {}
     blocks = range(stack.blocks)
-    return write_gguf(parts, out, blocks, changed=changed, keys=keys, progress=progress)
+    return write_gguf(stack, out, blocks, changed=changed, keys=keys, progress=progress)
 
 
 def largest_within(source: StrPath, most_bytes: int) -> str | None:

@@ -74,9 +74,9 @@ def _to_gguf(
 ) -> None:
     """Writes GGUF: of its own tensors as they are, or a Llama."""
     if source.kind == "gguf":
-        stack = Stack.open(source)
+        stack = Stack(source)
         target = Target(out, "gguf", writing["overwrite"], writing["verify"])
-        write_gguf(stack.parts, target, range(stack.blocks), progress=writing["progress"])
+        write_gguf(stack, target, range(stack.blocks), progress=writing["progress"])
         return
     # the same model in another format has the same history
     before = Provenance.of_checkpoint(resolve(source))

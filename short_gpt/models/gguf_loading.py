@@ -18,6 +18,7 @@ from llama.formats.gguf import ROPE_FACTORS, llama3_factor
 from llama.formats.gguf_read import PART, STRING, GGUFParts, Header
 from llama.formats.hf import LLAMA3_SCALING
 from llama.tokenizer import DIGITS
+from short_gpt.models.gguf_architectures import architecture
 from short_gpt.runtime.errors import ShortGPTError
 
 LOADS = "load_gguf_checkpoint"  # transformers' own: configuration, tokenizer and weights of a file
@@ -28,16 +29,12 @@ WITH_METADATA = (
     "transformers.integrations.gguf.reader",
     "transformers.quantizers.quantizer_gguf",
 )
-# One number for the kinds of their layers is a period, whose last layer has no sliding window.
-LAST_OF_PERIOD = ("gemma2", "gemma3", "gpt-oss")
-# What a file says and transformers takes from its own defaults: bounds of logits, and the scale of
-# attention, for which there is no key.
+PATTERN = "attention.sliding_window_pattern"  # the key of the layers' kinds
+# Bounds of logits, which a file says and transformers takes from its own defaults.
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-ATTENTION_SCALED = {"gemma2": 46, "gemma3": 62}  # layers of the model whose scale differs, 27B
 ORIGINAL_CONTEXT = "original_context_length"
 # What is known of YaRN; with other keys llama.cpp scales attention, or other frequencies.
 YARN = {"type", "factor", "finetuned", ORIGINAL_CONTEXT}
-READ_ROTARY = ("gpt-oss", "gemma4")  # whose rotary positions transformers knows
 
 
 def check_gguf(path: Path) -> GGUFParts:
@@ -61,10 +58,11 @@ def complete_config(parts: GGUFParts, config: Any) -> bool:
     # the language model's config is the whole one in all GGUF files
     fields, arch = parts.fields, str(parts.fields["general.architecture"])
     values = {name: fields[key] for name in CAPS if (key := f"{arch}.{name}") in fields}
-    if arch in ATTENTION_SCALED:  # llama.cpp derives it from sizes alone
-        each, largest = config.hidden_size // config.num_attention_heads, ATTENTION_SCALED[arch]
-        is_largest = fields[f"{arch}.block_count"] == largest
-        values["query_pre_attn_scalar"] = each if is_largest else config.head_dim
+    row = architecture(arch)
+    if row.scaled_by_size:  # there is no key for it
+        each = config.hidden_size // config.num_attention_heads
+        is_variant = fields[f"{arch}.block_count"] == row.variant
+        values["query_pre_attn_scalar"] = each if is_variant else config.head_dim
     if kinds := gguf_layer_types(fields, config):
         values["layer_types"] = kinds
     values = {name: value for name, value in values.items() if hasattr(config, name)}
@@ -89,7 +87,7 @@ def is_scaled(parts: GGUFParts) -> bool:
 def _rotary_scaling(parts: GGUFParts) -> dict[str, object] | None:
     """How a file scales rotary positions, as a config says it; None if there is nothing to add."""
     fields, arch = parts.fields, str(parts.fields["general.architecture"])
-    if arch in READ_ROTARY:
+    if architecture(arch).own_rotary:
         return None
     names = ("scaling.type", "scaling.factor", "scale_linear")
     kind, factor, older = (fields.get(f"{arch}.rope.{name}") for name in names)
@@ -120,11 +118,11 @@ def gguf_layer_types(fields: Mapping[str, object], config: Any) -> list[str] | N
     None if it has none, or all layers of the config are of one kind.
     """
     # transformers takes them from the layers' positions by periods of its own; a file may differ
-    arch = fields.get("general.architecture")
-    key = f"{arch}.attention.sliding_window_pattern"
+    arch = str(fields["general.architecture"])
+    key = f"{arch}.{PATTERN}"
     slides, layers = fields.get(key), fields.get(f"{arch}.block_count")
     has_kinds = hasattr(config, "layer_types")
-    if isinstance(slides, int) and isinstance(layers, int) and arch in LAST_OF_PERIOD:
+    if isinstance(slides, int) and isinstance(layers, int) and architecture(arch).period_in_file:
         slides = [not slides or (i + 1) % slides for i in range(layers)]
     if slides is None or not (isinstance(slides, list) or has_kinds):
         return None

@@ -25,9 +25,9 @@ from llama.formats.gguf_write import copied, write_again
 from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance, Target, gguf, prune_gguf, write_gguf
-from short_gpt.checkpoints.gguf import about_kinds
-from short_gpt.checkpoints.gguf_kinds import PERIODIC, READS_PATTERN
+from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.models.gguf_architectures import ARCHITECTURES, Architecture
 from short_gpt.runtime.errors import ShortGPTError
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
@@ -46,7 +46,7 @@ def said(path: Path, name: str):
 
 def test_with_nothing_removed_the_bytes_are_the_sources(tmp_path):
     path = stack_file(tmp_path / "m.gguf", attention__head_count=[1, 2] * 4)
-    write_gguf(GGUFParts(path), tmp_path / "same.gguf", range(8))
+    write_gguf(Stack(path), tmp_path / "same.gguf", range(8))
     assert filecmp.cmp(path, tmp_path / "same.gguf", shallow=False)
 
 
@@ -99,7 +99,7 @@ def test_the_name_says_how_many_layers_were_removed(tmp_path):
 def test_files_in_parts_are_read_and_written(tmp_path):
     stack_file(tmp_path / "m.gguf", split=6)
     whole = stack_file(tmp_path / "whole.gguf")
-    parts = GGUFParts(tmp_path / "m-00002-of-00003.gguf")
+    parts = Stack(tmp_path / "m-00002-of-00003.gguf")
     assert [p.name[2:7] for p in parts.paths] == ["00001", "00002", "00003"]
     write_gguf(parts, tmp_path / "joined.gguf", range(8))
     assert filecmp.cmp(whole, tmp_path / "joined.gguf", shallow=False)
@@ -283,6 +283,7 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
         ("rwkv7", {}, [0], "take values of layer 0"),
         ("qwen3vl", {"n_deepstack_layers": 3}, [2], "the first 3 take images"),
         ("deepseek2", {}, [2], "variants of deepseek2 by the number of their layers"),
+        ("deepseek2-ocr", {}, [2], "variants of deepseek2-ocr by the number of their layers"),
         ("glm4moe", NEXT, [7], r"layers \[7\] do not exist; the model has 0..6"),
         ("llama", {"attention__head_count": [1, 2]}, [1], "head_count has 2 entries for 8 layers"),
         ("llama", {"names": ["enc.blk.0.attn_q.weight"]}, [1], "enc.blk.0.attn_q.weight belongs"),
@@ -312,7 +313,10 @@ def test_a_new_architecture_is_one_row(tmp_path, monkeypatch):
     """As docs/add-a-family.md says: with the row, no layer that stays changes its kind."""
     path = stack_file(tmp_path / "m.gguf", "my-arch")
     prune_gguf(path, tmp_path / "unknown.gguf", [2])  # as if all its layers were alike
-    monkeypatch.setitem(PERIODIC, "my-arch", (4, 3))
+    with pytest.raises(ShortGPTError, match="is of my-arch: name a directory instead"):
+        check_architecture(path)
+    monkeypatch.setitem(ARCHITECTURES, "my-arch", Architecture((4, 3), healed=True))
+    assert check_architecture(path).period() == (4, 3)
     message = "one in 4 layers of my-arch is of another kind.* remove 4 layers in a row"
     with pytest.raises(ShortGPTError, match=message):
         prune_gguf(path, tmp_path / "refused.gguf", [2])
@@ -327,12 +331,15 @@ def legal(stack: Stack, gone: Sequence[int]) -> bool:
         return False
 
 
-@pytest.mark.parametrize("arch", [*sorted(PERIODIC), "other"])
+PERIODIC = {arch: row.period[0] for arch, row in ARCHITECTURES.items() if row.period}
+
+
+@pytest.mark.parametrize("arch", [*PERIODIC, "other"])
 def test_whole_periods_in_a_row_leave_every_layer_its_kind(tmp_path, arch):
     fields = {PATTERN: 3, "moe_every_n_layers": 2} if arch == "other" else {}
     path = stack_file(tmp_path / "m.gguf", arch, 12, **WINDOW, **fields)
-    stack = Stack.of(GGUFParts(path))
-    every = {"other": 6}.get(arch) or PERIODIC[arch][0]
+    stack = Stack(path)
+    every = {**PERIODIC, "other": 6}[arch]
     assert stack.whole_period == every
     for n in range(1, every + 1):
         runs = [range(start, start + n) for start in range(13 - n)]
@@ -433,7 +440,7 @@ def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
 def test_layers_that_predict_further_tokens_have_no_kind_and_are_not_in_the_record(tmp_path):
     """The last of 8; at position 6 it would be of another kind, which no program asks of it."""
     path = stack_file(tmp_path / "m.gguf", "qwen35", **NEXT)
-    assert Stack.of(GGUFParts(path)).changed_kinds([0, 1, 2, 3, 4, 5, 7]) == []
+    assert Stack(path).changed_kinds([0, 1, 2, 3, 4, 5, 7]) == []
     prune_gguf(path, tmp_path / "out.gguf", [6])
     record = Provenance.of_checkpoint(tmp_path / "out.gguf")
     assert (record.removed_layers, record.kept_layers) == ([6], [0, 1, 2, 3, 4, 5])
@@ -452,7 +459,7 @@ def test_a_cut_file_is_the_model_cut_in_memory(tmp_path, family, capsys):
     whole.remove_layers([1, 4])
     assert torch.equal(whole.decoder.logits(tokens), cut.decoder.logits(tokens))
     assert (said(tmp_path / "cut.gguf", "attention.sliding_window_pattern") is not None) == (
-        family in READS_PATTERN
+        family in ("gemma2", "gemma3")
     )
     cut.remove_layers([0])
     assert Provenance.of(cut, tmp_path / "cut.gguf").all_removed == [1, 4, 0]

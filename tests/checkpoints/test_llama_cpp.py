@@ -19,11 +19,11 @@ from llama.model import rope_frequencies
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.checkpoints import Target, prune_checkpoint, prune_gguf
-from short_gpt.checkpoints.gguf import MAPPED
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.target import stored_names
 from short_gpt.data import demo
 from short_gpt.models.decoder import WeightChange
+from short_gpt.models.gguf_architectures import architecture
 from short_gpt.models.hf import HFDecoder
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]
@@ -123,7 +123,7 @@ def test_the_real_models_tokens_are_llama_cpps(short):
 def cut_counts_alone(path: Path, out: Path, keep: list[int]) -> None:
     """What other tools do: tensors renumbered, ``block_count`` set, and nothing else."""
     parts = GGUFParts(path)
-    key = f"{Stack.of(parts).arch}.block_count"
+    key = f"{Stack(path).arch}.block_count"
     names = stored_names(parts.tensors, "blk", keep)
     tensors = {new: copied(parts, old) for new, old in names.items()}
     write_again(out, parts, tensors, records={key: record(key, len(keep), UINT32)})
@@ -156,7 +156,7 @@ def test_a_cut_file_of_a_family_is_the_model_cut_in_memory(tmp_path, family):
         logits = model(torch.tensor([ids])).logits[0, -1]
     rounding = ROUNDING.get(family, 2e-4)
     assert difference(LlamaCpp(tmp_path / "cut.gguf").logprobs(ids), logits) < rounding
-    if Stack.of(GGUFParts(path)).changed_kinds(keep):  # where the list is what makes it right
+    if Stack(path).changed_kinds(keep):  # where the list is what makes it right
         cut_counts_alone(path, tmp_path / "plain.gguf", keep)
         assert difference(LlamaCpp(tmp_path / "plain.gguf").logprobs(ids), logits) > 0.05
 
@@ -181,7 +181,9 @@ def test_without_layers_that_change_nothing_a_model_is_the_same(tmp_path, arch, 
     assert max(abs(a - b) for a, b in zip(results[0], results[2], strict=True)) > 0.03
 
 
-@pytest.mark.parametrize("family", [f for f in sorted(FAMILIES) if FAMILIES[f][0] in MAPPED])
+@pytest.mark.parametrize(
+    "family", [f for f in sorted(FAMILIES) if architecture(FAMILIES[f][0]).healed]
+)
 def test_changed_weights_are_written_where_llama_cpp_reads_them(tmp_path, family):
     """All weights of the layers left, norms too, which some files store plus one."""
     model = make(family)

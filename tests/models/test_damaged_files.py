@@ -94,7 +94,7 @@ def read_gguf(folder: Path) -> None:
 
 
 def read_blocks(folder: Path) -> None:
-    Stack.open(folder / "model.gguf")
+    Stack(folder / "model.gguf")
 
 
 def read_words(name: str) -> Callable[[Path], None]:
