@@ -83,29 +83,9 @@ def write_new(
     *,
     progress: Callable[[str], object] = str,
 ) -> None:
-    """Writes a file of these keys and tensors, in memory of what a tensor yields at a time.
-
-    It is read again: OSError if it does not hold what was written.
-    """
+    """Writes a file of these keys and tensors; memory and errors as of `write_again`."""
     like = Header({}, {}, {}, VERSION, ALIGNMENT)
-    keys = [key.raw for key in records.values()]
-    digests = _write_file(path, like, keys, tensors, progress)
-    again = read_header(path)
-    same = [key.raw for key in again.records.values()] == keys
-    same = same and again.tensors.keys() == digests.keys()
-    for name, entry in again.tensors.items():
-        read = file_chunks(path, entry.start, entry.nbytes)
-        same = same and digest_of(read) == digests.get(name)
-    if not same:
-        raise OSError(f"{path}, read again, holds another model than was written: check the disk")
-
-
-def digest_of(pieces: Iterable[bytes]) -> bytes:
-    """A digest of a tensor's bytes."""
-    digest = blake2b()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
+    _write_file(path, like, [key.raw for key in records.values()], tensors, progress)
 
 
 def write_again(
@@ -115,18 +95,19 @@ def write_again(
     *,
     records: Mapping[str, Record | None] | None = None,
     progress: Callable[[str], object] = str,
-) -> dict[str, bytes]:
+) -> None:
     """Writes a file of a GGUF source's metadata, in memory of what a tensor yields at a time.
 
     ``tensors`` go by their new names, in order; ``records`` are the keys that are other than in the
-    source, of which None leaves one out. Returns the digests of the tensors.
+    source, of which None leaves one out. The file is read again: OSError if it does not hold what
+    was written.
     """
     keys: dict[str, Record | None] = dict(source.headers[0].records)
     if len(source.headers) > 1:  # here is one file
         keys = {key: value for key, value in keys.items() if not key.startswith("split.")}
     keys |= records or {}  # a key that was there keeps its position, a new one goes to the end
     raw = [value.raw for value in keys.values() if value is not None]
-    return _write_file(path, source.headers[0], raw, tensors, progress)
+    _write_file(path, source.headers[0], raw, tensors, progress)
 
 
 def _write_file(
@@ -135,8 +116,8 @@ def _write_file(
     records: Sequence[bytes],
     tensors: Mapping[str, Stored],
     progress: Callable[[str], object],
-) -> dict[str, bytes]:
-    """Writes one file; returns the digests of its tensors."""
+) -> None:
+    """Writes one file, and reads it again."""
     infos, end, digests = [], 0, dict[str, bytes]()
     for name, tensor in tensors.items():
         start = end + -end % like.alignment
@@ -157,7 +138,19 @@ def _write_file(
             assert file.tell() - start == tensor.nbytes, name
             digests[name] = digest.digest()
         file.write(b"\0" * (-file.tell() % like.alignment))
-    return digests
+    again, wrong = read_header(path), list[str]()
+    if [key.raw for key in again.records.values()] != list(records):
+        wrong.append("list of keys")
+    for name, entry in again.tensors.items():
+        digest = blake2b()
+        for piece in file_chunks(path, entry.start, entry.nbytes):
+            digest.update(piece)
+        if digest.digest() != digests.pop(name, None):
+            wrong.append(name)
+    if wrong := [*wrong, *digests]:
+        raise OSError(
+            f"{path}, read again, holds another {wrong[0]} than was written: check the disk"
+        )
 
 
 def type_name(kind: int) -> str:

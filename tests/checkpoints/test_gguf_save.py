@@ -26,7 +26,7 @@ from short_gpt.runtime.errors import ShortGPTError
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
 KINDS = gguf.GGMLQuantizationType
-HEALED = {arch for arch, row in ARCHITECTURES.items() if row.healed}
+MAPPED = {arch for arch, row in ARCHITECTURES.items() if row.healed}
 
 
 def data(path: Path) -> dict[str, bytes]:
@@ -45,7 +45,7 @@ def all_changed(short: ShortHFModel) -> None:
     short.note_change(WeightChange({"method": "by hand"}, frozenset(found)))
 
 
-@pytest.mark.parametrize("family", sorted(HEALED & FAMILIES.keys()))
+@pytest.mark.parametrize("family", sorted(MAPPED & FAMILIES.keys()))
 def test_every_weight_goes_back_to_where_it_came_from(tmp_path, family):
     """In float32, with heads of queries and keys in the file's order: the same bytes again."""
     width = {"head_dim": 128} if family == "qwen3" else {}  # transformers reads no other here
@@ -63,7 +63,7 @@ def test_every_weight_goes_back_to_where_it_came_from(tmp_path, family):
 
 
 def test_all_that_is_healed_was_tried():
-    assert {arch for arch, *_ in FAMILIES.values()} >= HEALED
+    assert {arch for arch, *_ in FAMILIES.values()} >= MAPPED
 
 
 def test_changed_tensors_keep_their_type_where_it_can_be_written(tmp_path):
