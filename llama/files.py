@@ -17,7 +17,6 @@ import re
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,8 +30,6 @@ if sys.platform != "win32":
 FILES = "files"  # the marker's key of the list
 LOCK, NEW, ASIDE = "lock", "new", "old"  # in a writer's folder
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, <fcntl.h> and <linux/fs.h>
-# Names of open files, which may be regular ones: whoever opened them wants the bytes there.
-OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 CHUNK_BYTES = 16 * 2**20
 LONGEST_NAME = 200  # bytes; most systems take 255, and files beside have longer ones
 IsKind = Callable[[Path], bool]
@@ -142,8 +139,6 @@ def read_marker(path: Path) -> JsonObject:
 
 def check_output(path: Path, *, overwrite: bool, replaces: IsKind) -> None:
     """Raises FileExistsError or PermissionError where `new_file`, called so, could not write."""
-    if is_stream(path):
-        return
     target = resolved(path)
     tidy(target)
     if path.exists() and not path.is_file():
@@ -160,30 +155,16 @@ def new_file(path: Path, *, overwrite: bool, replaces: IsKind) -> Iterator[Path]
     """A file that appears complete or not at all.
 
     Yields a path of the same name, which is renamed to ``path`` when the block ends; a link is
-    followed.
-    A pipe or a character device gets the complete content then. An existing file is replaced with
-    ``overwrite``, if ``replaces`` says that it is of this kind, or if it is empty.
+    followed. An existing file is replaced with ``overwrite``, if ``replaces`` says that it is of
+    this kind, or if it is empty.
     """
     check_output(path, overwrite=overwrite, replaces=replaces)
-    if is_stream(path):
-        with tempfile.TemporaryDirectory() as folder:
-            yield (file := Path(folder) / path.name)
-            stream = os.open(path, os.O_WRONLY | os.O_APPEND)
-            with file.open("rb") as source, os.fdopen(stream, "wb") as sink:
-                shutil.copyfileobj(source, sink)
-        return
     target = resolved(path)
     with _work_folder(target) as work:
         yield (file := work / NEW / path.name)
         follow_umask(work)
         check_output(path, overwrite=overwrite, replaces=replaces)  # it may have appeared since
         os.replace(file, target)
-
-
-def is_stream(path: Path) -> bool:
-    """Whether a path is written to and not replaced: a pipe, a terminal, another open file."""
-    named = os.path.abspath(path).startswith(OPEN_FILES)
-    return path.is_fifo() or path.is_char_device() or (named and path.exists())
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama.lazy import lazy
+from llama import lazy
 from llama.sources import NAMED
 
 

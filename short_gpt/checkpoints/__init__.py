@@ -3,9 +3,9 @@
 `prune_checkpoint` prunes any format without loading a weight; a model in memory has ``save``.
 """
 
-from short_gpt.checkpoints.card import model_card, write_provenance
 from short_gpt.checkpoints.gguf import prune_gguf, write_gguf
 from short_gpt.checkpoints.hf import prune_hf, save_as_meta, save_hf
+from short_gpt.checkpoints.hub import model_card, write_provenance
 from short_gpt.checkpoints.meta import prune_meta, save_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.prune import prune_checkpoint

@@ -16,10 +16,10 @@ from llama.formats.hf import HFCheckpoint, meta_to_hf
 from llama.formats.safetensors import open_weights
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.sources import Source, find_source, public_name, resolve
-from short_gpt.checkpoints.card import write_provenance
 from short_gpt.checkpoints.gguf import prune_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints.hub import write_provenance
 from short_gpt.checkpoints.meta import prune_meta
 from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
 from short_gpt.checkpoints.target import StrPath, Target

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama.files import check_new, check_output, new_directory, new_file
+from llama.files import StrPath, check_new, check_output, new_directory, new_file
 from llama.formats.gguf_read import PART, has_key, part_paths
 from llama.sources import Source, find_source, is_gguf
-from short_gpt.checkpoints.card import write_provenance
+from short_gpt.checkpoints.hub import write_provenance
 from short_gpt.checkpoints.provenance import PROVENANCE, RECORD, Provenance
 from short_gpt.runtime.errors import check
 
-StrPath = str | os.PathLike[str]
 # By a tensor's name in the source's files, a function that reads the new one when it is written.
 Replaced = Mapping[str, Callable[[], Tensor]]
 FORMATS = ("meta", "hf", "gguf")

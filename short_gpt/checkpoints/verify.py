@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from short_gpt.models.decoder import Decoder, damaged_weight, in_own_dtype
-from short_gpt.runtime.devices import full_float32
+from short_gpt.models.decoder import Decoder, damaged_weight, full_float32, in_own_dtype
 from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.progress import bar
 

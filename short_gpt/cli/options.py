@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TextIO, get_type_hints
 
-from llama.files import check_output, is_stream, new_file
+from llama.files import check_output, new_file
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank, is_quiet, print_above_bars
 from short_gpt.runtime.settings import WRITE, Settings, setting
@@ -62,8 +62,8 @@ class Run(NamedTuple):
 
     @property
     def state(self) -> str | None:
-        """The file that a long run is saved in, next to the result's; a pipe or device has none."""
-        return None if self.file is None or is_stream(self.file) else f"{self.file}.state"
+        """The file that a long run is saved in, next to the result's."""
+        return None if self.file is None else f"{self.file}.state"
 
     @property
     def targets(self) -> list[Path]:

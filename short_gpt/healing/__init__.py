@@ -9,7 +9,7 @@ architecture changes: the result loads wherever the model does.
 
 from typing import TYPE_CHECKING
 
-from llama.lazy import lazy
+from llama import lazy
 
 if TYPE_CHECKING:
     from short_gpt.healing.choosing import HealedChoice, choose_healed

@@ -23,11 +23,16 @@ from short_gpt.healing.context import Heal, HealingContext
 from short_gpt.healing.distillation import CachedTeacher, Distillation, LiveTeacher, Teacher
 from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, of_lora, quiet, train
-from short_gpt.models.decoder import WeightChange, mixed_precision, parameters_of, restored_on_error
+from short_gpt.models.decoder import (
+    WeightChange,
+    mixed_precision,
+    parameters_of,
+    restored_on_error,
+    wait,
+)
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.runtime import replicas
-from short_gpt.runtime.devices import wait
 from short_gpt.runtime.errors import ShortGPTError, check, required
 from short_gpt.wrappers.scored_model import ScoredModel
 

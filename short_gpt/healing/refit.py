@@ -39,10 +39,9 @@ from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, RefitState, plan_of
 from short_gpt.healing.settings import PatchSettings, RefitSettings
 from short_gpt.healing.solver import Fit, Unsolved
-from short_gpt.models.decoder import Parameter, pad
+from short_gpt.models.decoder import Parameter, full_float32, pad
 from short_gpt.models.numbering import check_layers, layer_numbers, span
 from short_gpt.runtime import replicas
-from short_gpt.runtime.devices import full_float32
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
 from short_gpt.runtime.progress import bar

@@ -6,7 +6,7 @@ bars, and call a ``notify`` with what must be known before a long run starts.
 
 from typing import TYPE_CHECKING
 
-from llama.lazy import lazy
+from llama import lazy
 
 if TYPE_CHECKING:
     from short_gpt.checkpoints.scores import ChosenLayers, SavedScores, chosen

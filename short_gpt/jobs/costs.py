@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from short_gpt.healing.choosing import BARE_PASS, BUDGET, MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS
-from short_gpt.runtime.devices import wait
+from short_gpt.models.decoder import wait
 from short_gpt.selection.methods import AUTO, SEARCHED
 from short_gpt.selection.search import most_layers_run
 from short_gpt.wrappers.short_model import ShortModel

@@ -97,11 +97,8 @@ FAMILIES: dict[str, Family] = {
         mlp_output=("feed_forward.w2",),
         lora=(),  # trained as a model of transformers only
     ),
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
-    "gemma3n_text": GEMMA,  # of several states a layer, which are not scored
-    "gemma4_text": GEMMA,
-    "vaultgemma": GEMMA,
+    # of gemma3n several states a layer, which are not scored
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "vaultgemma"), GEMMA),
     "gemma": Family(needs_bos=True),
     "recurrent_gemma": Family(
         attention=("temporal_block",),
@@ -110,15 +107,10 @@ FAMILIES: dict[str, Family] = {
         mlp_output=("mlp_block.down_proj",),
         needs_bos=True,
     ),
-    "llama": LLAMA,
-    "mistral": LLAMA,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3"), LLAMA),
+    **dict.fromkeys(("cohere", "cohere2", "deepseek_v3", "granite", "stablelm"), LLAMA),
     "mixtral": EXPERTS,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "qwen3_moe": LLAMA,
-    "qwen3_next": LINEAR,
-    "qwen3_5_text": LINEAR,
-    "qwen3_5_moe_text": LINEAR,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), LINEAR),
     "jamba": JAMBA,
     "bamba": JAMBA,
     "falcon_h1": replace(JAMBA, attention_output=()),  # both at once
@@ -133,10 +125,6 @@ FAMILIES: dict[str, Family] = {
         layers=("model.layers",),
         mlp_output=("mixer.down_proj", "mixer.o_proj", "mixer.out_proj"),
     ),
-    "smollm3": LLAMA,
-    "stablelm": LLAMA,
-    "granite": LLAMA,
-    "deepseek_v3": LLAMA,
     "gpt_oss": Family(mlp_output=(), lora=()),  # experts in one tensor
     "glm4": replace(
         LLAMA,
@@ -147,8 +135,6 @@ FAMILIES: dict[str, Family] = {
     "olmo2": POST_NORM,  # norms after both sublayers only
     "phi3": Family(lora=("gate_up_proj", "down_proj")),
     "starcoder2": Family(mlp_output=("mlp.c_proj",), lora=("mlp.c_fc", "mlp.c_proj")),
-    "cohere": LLAMA,
-    "cohere2": LLAMA,
     "phi": Family(
         attention_output=("self_attn.dense",),
         mlp_output=("mlp.fc2",),
@@ -209,9 +195,7 @@ FAMILIES: dict[str, Family] = {
         mlp_output=("ffn.proj_down",),
         lora=("proj_up_gate", "proj_up", "proj_down"),
     ),
-    "mamba": MAMBA,
-    "mamba2": MAMBA,
-    "falcon_mamba": MAMBA,
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), MAMBA),
 }
 
 META = FAMILIES["meta"]

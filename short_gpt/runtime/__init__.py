@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from llama.lazy import lazy
+from llama import lazy
 
 if TYPE_CHECKING:
     from short_gpt.runtime.digest import weights_digest

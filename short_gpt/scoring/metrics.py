@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama.parallel import has_float64
-from short_gpt.runtime.devices import full_float32
+from short_gpt.models.decoder import full_float32
 from short_gpt.runtime.errors import check
 
 

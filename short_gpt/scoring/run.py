@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from short_gpt.data.windows import TokenIds, batches, text_number
-from short_gpt.models.decoder import Decoder, pad
+from short_gpt.models.decoder import Decoder, pad, wait
 from short_gpt.runtime import replicas
-from short_gpt.runtime.devices import wait
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar, is_first_rank
 from short_gpt.runtime.state import StateFile

@@ -6,14 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 from commands import DATA, TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
 
-from short_gpt.cli.options import Run
 from short_gpt.runtime import progress
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -61,19 +59,6 @@ def test_somebodys_picture_is_not_replaced(ckpt, capsys):
     for _ in range(2):
         run(*RANK, "--plots", "plots", "--overwrite")
     assert sorted(os.listdir("plots")) == ["angular.png", "block_influence.png"]
-
-
-def test_results_go_into_a_pipe(ckpt):
-    os.mkfifo("pipe")
-    found: list[str] = []
-    thread = threading.Thread(target=lambda: found.append(Path("pipe").read_text()), daemon=True)
-    thread.start()
-    run(*RANK, "--json", "pipe", "--overwrite")
-    thread.join(10)
-    assert json.loads(found[0])["command"] == "rank" and Path("pipe").is_fifo()
-    # the state of a run that writes beside a device would be a file in the devices' folder
-    assert Run("rank", {"json": "pipe"}).state is None
-    assert Run("rank", {"json": "file"}).state == "file.state"
 
 
 def test_a_tilde_is_the_home_folder_but_in_a_prompt(ckpt, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.healing.refit import fit
 from short_gpt.healing.solver import NormalEquations
 from short_gpt.jobs import costs
-from short_gpt.runtime.devices import full_float32, wait
+from short_gpt.models.decoder import full_float32, wait
 from short_gpt.scoring.metrics import angular_distances
 from short_gpt.wrappers.short_hf import ShortHFModel
 
