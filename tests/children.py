@@ -26,7 +26,7 @@ from llama.generation import load_model
 from llama.parallel import initialize
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama
 from short_gpt.checkpoints import meta as meta_format
-from short_gpt.checkpoints import prune_hf, prune_meta
+from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.cli import app
 from short_gpt.data.windows import Window, batches
 from short_gpt.jobs import reproduction as protocol
@@ -240,9 +240,9 @@ def conversions(small: Path, large: Path, drop: list[int]) -> None:
     for folder in (small, large):  # the small one has all the code loaded that there is to load
         base, peaks = peak(), []
         for work, source, out, given in (
-            (prune_hf, "hf", "cut", [drop]),
+            (prune_checkpoint, "hf", "cut", [drop]),
             (to_meta, "hf", "meta", []),
-            (prune_meta, "meta", "meta-cut", [drop]),
+            (prune_checkpoint, "meta", "meta-cut", [drop]),
             (meta_to_hf, "meta", "back", []),
         ):
             work(folder / source, folder / out, *given)

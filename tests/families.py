@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.studies.architectures import passed_by
 from short_gpt import ShortHFModel
-from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.models.decoder import without_layers
 from short_gpt.models.hf import HFDecoder
 from short_gpt.scoring.metrics import block_influence
@@ -211,7 +211,7 @@ def reload(model, folder: Path) -> None:
 def files(model, folder: Path) -> None:
     """Pruning the files without loading them gives the model pruned in memory."""
     model.save_pretrained(folder / "whole", max_shard_size="20KB")
-    prune_hf(folder / "whole", folder / "cut", DROP)
+    prune_checkpoint(folder / "whole", folder / "cut", DROP)
     short = ShortHFModel(model)
     short.remove_layers(DROP)
     loaded, problems = type(model).from_pretrained(folder / "cut", output_loading_info=True)

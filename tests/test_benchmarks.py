@@ -21,7 +21,7 @@ from gguf_files import stack_file
 from benchmarks.lib import adversarial, outcome, real_models, serve_once
 from benchmarks.studies import coverage, own_samples, reasoning, serving, stopping, streaming
 from llama.args import ModelArgs
-from short_gpt.checkpoints import prune_gguf
+from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.data import demo
 from short_gpt.evaluation.answers import Question
 
@@ -209,7 +209,7 @@ def test_populations_made_to_mislead_are_attacked(here):
 def test_word_problems_are_asked_of_the_original_the_pruned_and_the_healed_file(here, model):
     pytest.importorskip("xllamacpp")
     Path("files").mkdir()
-    prune_gguf(model / "model.gguf", Path("files/a.gguf"), [2])
+    prune_checkpoint(model / "model.gguf", Path("files/a.gguf"), [2])
     with pytest.raises(SystemExit):
         reasoning.main(".", "0.5b", "files", problems=2, tokens=4, out="out.json")
     rows = json.loads(Path("out.json").read_text())["rows"]
@@ -221,7 +221,7 @@ def test_word_problems_are_asked_of_the_original_the_pruned_and_the_healed_file(
 def test_what_is_expected_of_fewer_layers_follows_from_the_bytes(tmp_path):
     """A prompt by the layers alone, writing by all bytes; ratios are to the same repeat's whole."""
     whole = stack_file(tmp_path / "whole.gguf")
-    prune_gguf(whole, tmp_path / "cut.gguf", [1, 4])
+    prune_checkpoint(whole, tmp_path / "cut.gguf", [1, 4])
     paths = {("Q4_1", 0): whole, ("Q4_1", 2): tmp_path / "cut.gguf"}
     layers, rest = serving.weights(whole)
     assert (layers, rest) == (8 * (3 * 18 + 7 * 4), (64 + 8) * 4)  # Q4_0 has 18 bytes for 32 values

@@ -13,7 +13,7 @@ from llama_cpp import LlamaCpp
 
 from benchmarks.lib.real_models import MODELS
 from short_gpt import open_model, shrink
-from short_gpt.checkpoints import Provenance, prune_gguf
+from short_gpt.checkpoints import Provenance, prune_checkpoint
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.jobs import ShrinkResult
 
@@ -33,7 +33,7 @@ def done(folder) -> ShrinkResult:
     read = {"eval_data": "demo", "size": 128, "max_windows": 24, "eval_windows": 4}
     settings = {"n": 3, "method": "bi", "data": "demo", **read}
     found = shrink(MODELS["0.5b"](), folder / "refitted.gguf", **settings)
-    prune_gguf(MODELS["0.5b"](), folder / "cut.gguf", found.layers)
+    prune_checkpoint(MODELS["0.5b"](), folder / "cut.gguf", found.layers)
     return found
 
 

@@ -32,7 +32,7 @@ import gguf
 import numpy as np
 
 from benchmarks.lib.outcome import begin, finish
-from short_gpt.checkpoints import Target, prune_gguf
+from short_gpt.checkpoints import Target, prune_checkpoint
 
 ARCH, LAYERS, PERIOD, VOCABULARY = "gemma3", 12, 6, 258
 WIDTH, FFN, HEADS, KV_HEADS, HEAD, WINDOW = 64, 96, 4, 2, 16, 8
@@ -58,7 +58,7 @@ def compared(folder: Path, removed: Sequence[int]) -> dict[str, Any]:
     """Both cuts of a file, whose ``removed`` layers change nothing, beside the file itself."""
     source, ours, theirs = (folder / f"{name}.gguf" for name in ("source", "ours", "theirs"))
     write(source, removed)
-    prune_gguf(source, Target(ours, "gguf", overwrite=True), removed)
+    prune_checkpoint(source, Target(ours, "gguf", overwrite=True), removed)
     cut_by_llama_cpp(source, theirs, removed)
     expected = predictions(source)
     found: dict[str, Any] = {"removed": [*removed]}

@@ -42,7 +42,7 @@ from benchmarks.lib.outcome import begin, finish
 from llama.formats.hf import meta_to_hf
 from llama.tokenizer import Tokenizer
 from short_gpt import windows
-from short_gpt.checkpoints import prune_hf
+from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.data import demo
 from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, Sample, difference
@@ -89,8 +89,8 @@ model.save_pretrained(out)
 AutoTokenizer.from_pretrained(source).save_pretrained(out)
 """
 OURS_GGUF = """
-from short_gpt.checkpoints import prune_gguf
-prune_gguf(source, out, layers)
+from short_gpt.checkpoints import prune_checkpoint
+prune_checkpoint(source, out, layers)
 """
 LLAMA_CPP = """
 from benchmarks.baselines.gemma_kinds import cut_by_llama_cpp
@@ -265,7 +265,7 @@ def kinds(family: str, removed: Sequence[int]) -> dict[str, Any]:
         return predicted(model)
 
     def ours(source: Path, out: Path) -> Tensor:
-        prune_hf(source, out, removed)
+        prune_checkpoint(source, out, removed)
         return predicted(AutoModelForCausalLM.from_pretrained(out))
 
     found: dict[str, Any] = {"removed": [*removed]}

@@ -50,7 +50,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.tiny_configs import LAYERS, VARIANTS, VOCABULARY, config_of
 from short_gpt import ShortHFModel, heal_refit
-from short_gpt.checkpoints import Target, prune_gguf
+from short_gpt.checkpoints import Target, prune_checkpoint
 from short_gpt.runtime.errors import ShortGPTError
 
 BESIDE = "prev_router_hidden_states"
@@ -189,7 +189,7 @@ class Case:
 
     def _same_in_llama_cpp(self, short: ShortHFModel, folder: Path, removed: list[int]) -> None:
         ours, theirs = (folder.with_name(f"{name}.gguf") for name in ("ours", "theirs"))
-        prune_gguf(self.folder / "original.gguf", Target(ours, "gguf", True), removed)
+        prune_checkpoint(self.folder / "original.gguf", Target(ours, "gguf", True), removed)
         if self._by_transformers:
             expected = last(short.decoder.logits(self.tokens))
         else:

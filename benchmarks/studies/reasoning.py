@@ -34,7 +34,7 @@ from benchmarks.lib.real_models import MODELS
 from benchmarks.lib.task_results import Documents, metrics
 from benchmarks.lib.word_problems import ABLE, HARD, Problem
 from benchmarks.studies.larger import client
-from short_gpt.checkpoints import Provenance, prune_gguf
+from short_gpt.checkpoints import Provenance, prune_checkpoint
 from short_gpt.evaluation.cells import ResultCache
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.progress import bar
@@ -116,7 +116,7 @@ def removed(path: Path) -> list[int]:
 def cut(original: Path, healed: Path) -> Iterator[Path]:
     """The original model's file without the layers that a healed one lacks."""
     with tempfile.TemporaryDirectory() as folder:
-        yield prune_gguf(original, Path(folder, "pruned.gguf"), removed(healed))
+        yield prune_checkpoint(original, Path(folder, "pruned.gguf"), removed(healed))
 
 
 def mean(own: Mapping[str, Sequence[float]]) -> float:

@@ -33,7 +33,7 @@ from llama.formats.gguf_read import GGUFParts
 from llama.formats.hf import meta_to_hf
 from llama.formats.safetensors import open_weights
 from llama.tokenizer import Tokenizer
-from short_gpt.checkpoints import prune_checkpoint, prune_gguf
+from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.data import demo
 from short_gpt.runtime.progress import bar
 
@@ -86,8 +86,7 @@ def models(folder: Path, counts: Sequence[int]) -> Paths:
         paths[kind, 0] = whole[kind]
         for n in counts[1:]:
             paths[kind, n] = folder / (f"hf-{n}" if kind == HF else f"{kind}-{n}.gguf")
-            cut = prune_checkpoint if kind == HF else prune_gguf
-            cut(whole[kind], paths[kind, n], LAYERS[:n])
+            prune_checkpoint(whole[kind], paths[kind, n], LAYERS[:n])
     return paths
 
 

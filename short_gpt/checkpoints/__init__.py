@@ -3,10 +3,10 @@
 `prune_checkpoint` prunes any format without loading a weight; a model in memory has ``save``.
 """
 
-from short_gpt.checkpoints.gguf import prune_gguf, write_gguf
-from short_gpt.checkpoints.hf import prune_hf, save_as_meta, save_hf
+from short_gpt.checkpoints.gguf import write_gguf
+from short_gpt.checkpoints.hf import save_as_meta, save_hf
 from short_gpt.checkpoints.hub import model_card, write_provenance
-from short_gpt.checkpoints.meta import prune_meta, save_meta
+from short_gpt.checkpoints.meta import save_meta
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.prune import prune_checkpoint
 from short_gpt.checkpoints.rival import largest_within, requantized
@@ -21,5 +21,5 @@ from short_gpt.checkpoints.verify import (
 
 __all__ = ["PROVENANCE", "ROUNDING", "Fingerprint", "Provenance", "Target", "check_same"]
 __all__ += ["copy_weights", "fingerprint", "format_of", "largest_within", "model_card"]
-__all__ += ["prune_checkpoint", "prune_gguf", "prune_hf", "prune_meta", "requantized"]
+__all__ += ["prune_checkpoint", "requantized"]
 __all__ += ["save_as_meta", "save_hf", "save_meta", "write_gguf", "write_provenance"]

@@ -33,26 +33,6 @@ from short_gpt.models.gguf_loading import PATTERN, is_scaled
 from short_gpt.runtime.errors import ShortGPTError
 
 
-def prune_gguf(
-    source: StrPath,
-    target: Target | StrPath,
-    layers: Sequence[int],
-    *,
-    provenance: Provenance | None = None,
-    progress: Callable[[str], object] = str,
-) -> Path:
-    """Prunes a GGUF model of any architecture as `prune_checkpoint` does.
-
-    The bytes are copied in pieces, so memory does not grow with the model. A ``target`` of several
-    files, ``NAME-00001-of-0000N.gguf``, is not verified.
-    """
-    stack = Stack(source)
-    keep = stack.kept(layers)
-    own = [i for i in keep if i < stack.layers]
-    done = (provenance or Provenance()).pruned(source, removed=layers, kept=own)
-    return write_gguf(stack, target, keep, done=done, progress=progress)
-
-
 def write_gguf(
     source: Stack,
     target: Target | StrPath,
@@ -63,7 +43,7 @@ def write_gguf(
     keys: Mapping[str, Record] | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
-    """Writes the blocks ``keep`` of a GGUF model, numbers ascending; see `prune_gguf`.
+    """Writes the blocks ``keep`` of a GGUF model, numbers ascending; see `prune_checkpoint`.
 
     ``changed`` tensors, by their names there, and ``keys`` differ from the source's; ``done`` is
     the record, without which, and with all blocks, the bytes do not change.

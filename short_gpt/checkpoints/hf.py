@@ -24,13 +24,12 @@ from llama.formats.safetensors import (
     tensor_bytes,
     write_weights,
 )
-from llama.sources import TEMPLATES, check_links, public_name, resolve
+from llama.sources import TEMPLATES, check_links, public_name
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import auto_class, check_stored
-from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
 from short_gpt.runtime.state import read_record
 
@@ -44,28 +43,6 @@ COPIED = re.compile(
 NOT_COPIED = re.compile(r"(config|params|pruning|conversion)\.json|.+\.index\.json|.+\.py")
 
 
-def prune_hf(
-    source: StrPath,
-    target: Target | StrPath,
-    layers: Sequence[int],
-    *,
-    provenance: Provenance | None = None,
-    progress: Callable[[str], object] = str,
-) -> Path:
-    """Prunes a Hugging Face directory or hub id of any family as `prune_checkpoint` does.
-
-    The bytes are copied in pieces, so memory does not grow with the model and any dtype goes over.
-    ``config.json`` changes only where the removal changes it, and gains what older programs read.
-    """
-    directory, target = resolve(source), Target.of(target)
-    target.check(source=directory)
-    decoder = _skeleton(directory)
-    keep = check_layers(layers, range(len(decoder.layers)))
-    chosen = provenance or Provenance()
-    record = chosen.pruned(source, removed=layers, kept=keep, directory=directory)
-    return write_hf(directory, target, keep, record, {}, decoder=decoder, progress=progress)
-
-
 def write_hf(
     directory: Path,
     target: Target,
@@ -76,14 +53,16 @@ def write_hf(
     decoder: HFDecoder | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
-    """Writes the layers ``keep`` of a Hugging Face directory; see `prune_hf`.
+    """Writes the layers ``keep`` of a Hugging Face directory of any family; see `prune_checkpoint`.
 
+    The bytes are copied in pieces, so memory does not grow with the model and any dtype goes over.
+    ``config.json`` changes only where the removal changes it, and gains what older programs read.
     ``replaced`` are tensors, by name in the source's files, that are written in their place;
     ``decoder`` is the source's model on the meta device, if it is there already.
     """
     target.check(source=directory)
     check_links(directory)
-    decoder = decoder or _skeleton(directory)
+    decoder = decoder or skeleton(directory)
     weights = _own_weights(open_weights(directory), decoder)
     prefix = _prefix(weights, decoder.layers_path, len(decoder.layers))
     stored = stored_names(weights, prefix, keep)
@@ -187,7 +166,8 @@ def _copy_others(directory: Path, out: Path) -> None:
         shutil.copytree(named, out / TEMPLATES)
 
 
-def _skeleton(directory: Path) -> HFDecoder:
+def skeleton(directory: Path) -> HFDecoder:
+    """The model of a Hugging Face directory without weights; ShortGPTError if it is none."""
     try:
         config = read_config(str(directory))
         with torch.device("meta"):

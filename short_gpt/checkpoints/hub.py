@@ -154,7 +154,7 @@ def push(directory: StrPath, repo_id: str, *, private: bool = False) -> str:
     The model's weights that the repository has in other files are deleted.
 
     Args:
-        directory: in Hugging Face's format, as `save_hf` and `prune_hf` write it.
+        directory: in Hugging Face's format, as `save_hf` and `prune_checkpoint` write it.
         repo_id: as in ``"user/model"``; made if the hub has none of that name.
         private: whether a repository that is made is private.
 

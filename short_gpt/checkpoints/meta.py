@@ -24,29 +24,7 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
-from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError, check
-
-
-def prune_meta(
-    ckpt_dir: StrPath,
-    target: Target | StrPath,
-    layers: Sequence[int],
-    *,
-    tokenizer_path: StrPath | None = None,
-    provenance: Provenance | None = None,
-    progress: Callable[[str], object] = str,
-) -> Path:
-    """Prunes a Meta checkpoint as `prune_checkpoint` does, with the same sharding.
-
-    Memory is bounded by the largest tensor.
-    """
-    source = Checkpoint(ckpt_dir)
-    keep = check_layers(layers, range(source.args.n_layers))
-    record = (provenance or Provenance()).pruned(ckpt_dir, removed=layers, kept=keep)
-    path, target = tokenizer_path, Target.of(target)
-    target.check(source=source.directory)
-    return write_meta(source, target, keep, record, tokenizer_path=path, progress=progress)
 
 
 def save_meta(
@@ -103,9 +81,10 @@ def write_meta(
     replaced: Replaced | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
-    """Writes the layers ``keep`` of a Meta checkpoint; see `prune_meta`.
+    """Writes the layers ``keep`` of a Meta checkpoint, with the same sharding.
 
-    ``replaced`` are full tensors, by name, that are written in place of the source's.
+    Memory is bounded by the largest tensor. ``replaced`` are full tensors, by name, that are
+    written in place of the source's.
     """
     tokenizer = Path(str(tokenizer_path or find_tokenizer(source.directory)))
     ids = source.args.vocab_size

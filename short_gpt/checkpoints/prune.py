@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llama.checkpoint.meta import CONVERSION, Checkpoint, args_of_params, read_params
 from llama.files import json_text, read_json, read_marker, write_json
@@ -16,14 +17,15 @@ from llama.formats.hf import HFCheckpoint, meta_to_hf
 from llama.formats.safetensors import open_weights
 from llama.formats.tokenizers import find_hf_tokenizer
 from llama.sources import Source, find_source, public_name, resolve
-from short_gpt.checkpoints.gguf import prune_gguf
+from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
-from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints.hf import skeleton, write_hf
 from short_gpt.checkpoints.hub import write_provenance
-from short_gpt.checkpoints.meta import prune_meta
+from short_gpt.checkpoints.meta import write_meta
 from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.models.config_file import explained, read_config
+from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 
 
@@ -55,11 +57,8 @@ def prune_checkpoint(
         >>> prune_checkpoint("7b", "5b", [21, 22], provenance=facts)  # doctest: +SKIP
     """
     target, source = Target.of(target).resolved(source), find_source(source)
-    writers: dict[str, Callable[..., Path]] = {"gguf": prune_gguf}
-    writers["meta"] = partial(prune_meta, tokenizer_path=tokenizer_path)
-    writer = writers.get(source.kind, prune_hf)
-    settings = {"layers": layers, "provenance": provenance, "progress": progress}
-    write = partial(writer, source, **settings)
+    target.check(source=source.path)
+    write = _writer(source, layers, provenance or Provenance(), tokenizer_path, progress)
     if target.format == {"hub": "hf"}.get(source.kind, source.kind):
         return write(target)
     if source.kind == "gguf" and target.format == "hf":
@@ -68,6 +67,34 @@ def prune_checkpoint(
             "memory: open it, remove the layers and save it, as short-gpt prune does"
         )
     return _write_converted(source, target, write, progress)
+
+
+def _writer(
+    source: Source,
+    layers: Sequence[int],
+    provenance: Provenance,
+    tokenizer_path: StrPath | None,
+    progress: Callable[[str], object],
+) -> Callable[[Target], Path]:
+    """What writes a checkpoint in its own format without some layers."""
+    if source.kind == "gguf":
+        stack = Stack(source.path)
+        keep = stack.kept(layers)
+        own = [i for i in keep if i < stack.layers]
+        done = provenance.pruned(source, removed=layers, kept=own)
+        return partial(write_gguf, stack, keep=keep, done=done, progress=progress)
+    if source.kind == "meta":
+        checkpoint = Checkpoint(source)
+        keep = check_layers(layers, range(checkpoint.args.n_layers))
+        done = provenance.pruned(source, removed=layers, kept=keep)
+        how: dict[str, Any] = {"tokenizer_path": tokenizer_path, "progress": progress}
+        return partial(write_meta, checkpoint, keep=keep, record=done, **how)
+    directory = resolve(source)
+    decoder = skeleton(directory)
+    keep = check_layers(layers, range(len(decoder.layers)))
+    done = provenance.pruned(source, removed=layers, kept=keep, directory=directory)
+    how = {"replaced": {}, "decoder": decoder, "progress": progress}
+    return partial(write_hf, directory, keep=keep, record=done, **how)
 
 
 def kept_tensors(source: Source, removed: Sequence[int] = ()) -> list[str]:
@@ -93,7 +120,6 @@ def _write_converted(
     progress: Callable[[str], object],
 ) -> Path:
     """Writes a Llama in another format, converted from what ``write`` writes in the source's."""
-    target.check(source=source.path)
     if source.kind == "gguf":
         GGUFFile(source.path).args()  # refuses other models now rather than after they are pruned
     elif source.kind != "meta":

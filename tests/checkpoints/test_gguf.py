@@ -25,7 +25,7 @@ from llama.formats.gguf_read import STRING, GGUFParts, read_header
 from llama.formats.gguf_write import copied, write_again
 from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
-from short_gpt.checkpoints import Provenance, Target, prune_gguf, write_gguf
+from short_gpt.checkpoints import Provenance, Target, prune_checkpoint, write_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.models.gguf_architectures import ARCHITECTURES, Architecture
@@ -59,7 +59,7 @@ def test_what_stays_is_the_sources_byte_for_byte_under_its_new_number(tmp_path):
         rope__dimension_sections=[1] * 8,  # as long, and yet of no layer
         swiglu_clamp_exp=[0.5] * 8,
     )
-    prune_gguf(path, tmp_path / "cut.gguf", [6, 1])
+    prune_checkpoint(path, tmp_path / "cut.gguf", [6, 1])
     before, after = data(path), data(tmp_path / "cut.gguf")
     keep = [0, 2, 3, 4, 5, 7]
     assert list(after)[:2] == ["token_embd.weight", "output_norm.weight"]
@@ -89,11 +89,11 @@ def test_the_name_says_how_many_layers_were_removed(tmp_path):
     parts = GGUFParts(path)
     tensors = {key: copied(parts, key) for key in parts.tensors}
     write_again(tmp_path / "named.gguf", parts, tensors, records={"general.name": name})
-    prune_gguf(tmp_path / "named.gguf", tmp_path / "one.gguf", [1])
-    prune_gguf(tmp_path / "one.gguf", tmp_path / "three.gguf", [0, 2])
+    prune_checkpoint(tmp_path / "named.gguf", tmp_path / "one.gguf", [1])
+    prune_checkpoint(tmp_path / "one.gguf", tmp_path / "three.gguf", [0, 2])
     names = [read_header(tmp_path / f"{n}.gguf").fields["general.name"] for n in ("one", "three")]
     assert names == ["Qwen, large, 1 layer removed", "Qwen, large, 3 layers removed"]
-    prune_gguf(path, tmp_path / "other.gguf", [1])  # which names no model
+    prune_checkpoint(path, tmp_path / "other.gguf", [1])  # which names no model
     assert "general.name" not in read_header(tmp_path / "other.gguf").fields
 
 
@@ -105,7 +105,7 @@ def test_files_in_parts_are_read_and_written(tmp_path):
     write_gguf(parts, tmp_path / "joined.gguf", range(8))
     assert filecmp.cmp(whole, tmp_path / "joined.gguf", shallow=False)
     with pytest.raises(ShortGPTError, match=r"OUT = 'c-00001-of-00002.gguf': expected .* single"):
-        prune_gguf(whole, tmp_path / "c-00001-of-00002.gguf", [0, 1])
+        prune_checkpoint(whole, tmp_path / "c-00001-of-00002.gguf", [0, 1])
     (tmp_path / "m-00003-of-00003.gguf").rename(tmp_path / "m3.gguf")
     with pytest.raises(FileNotFoundError, match=r"m-00003-of-00003.gguf, one of 3 of its model"):
         GGUFParts(parts.path)
@@ -204,7 +204,7 @@ def test_a_number_of_tensors_that_is_not_the_files_is_refused(tmp_path, capsys, 
     stack_file(tmp_path / "n.gguf", split=6)
     with_count(tmp_path / "n-00002-of-00003.gguf", -1)
     with pytest.raises(ShortGPTError, match="n-00002-of-00003.gguf is damaged"):
-        prune_gguf(tmp_path / "n-00001-of-00003.gguf", tmp_path / "cut.gguf", [1])
+        prune_checkpoint(tmp_path / "n-00001-of-00003.gguf", tmp_path / "cut.gguf", [1])
 
 
 WINDOW = {"attention__sliding_window": 8}
@@ -249,7 +249,7 @@ SAID = "attention.sliding_window_pattern"
 )
 def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, after):
     path = stack_file(tmp_path / "m.gguf", arch, **fields)
-    prune_gguf(path, tmp_path / "cut.gguf", layers)
+    prune_checkpoint(path, tmp_path / "cut.gguf", layers)
     for name, value in after.items():
         assert said(tmp_path / "cut.gguf", name) == value
     assert said(tmp_path / "cut.gguf", "block_count") == 8 - len(layers)
@@ -296,7 +296,7 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
 def test_what_no_key_can_say_is_refused(tmp_path, arch, fields, layers, message):
     path = stack_file(tmp_path / "m.gguf", arch, **fields)
     with pytest.raises(ShortGPTError, match=message):
-        prune_gguf(path, tmp_path / "cut.gguf", list(layers))
+        prune_checkpoint(path, tmp_path / "cut.gguf", list(layers))
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
@@ -307,20 +307,20 @@ def test_variants_that_llama_cpp_knows_by_their_count_are_refused(tmp_path, arch
         with pytest.raises(
             ShortGPTError, match=f"tells variants of {arch} by the number of their layers"
         ):
-            prune_gguf(path, tmp_path / "cut.gguf", gone)
+            prune_checkpoint(path, tmp_path / "cut.gguf", gone)
 
 
 def test_a_new_architecture_is_one_row(tmp_path, monkeypatch):
     """As docs/add-a-family.md says: with the row, no layer that stays changes its kind."""
     path = stack_file(tmp_path / "m.gguf", "my-arch")
-    prune_gguf(path, tmp_path / "unknown.gguf", [2])  # as if all its layers were alike
+    prune_checkpoint(path, tmp_path / "unknown.gguf", [2])  # as if all its layers were alike
     with pytest.raises(ShortGPTError, match="is of my-arch: name a directory instead"):
         check_architecture(path)
     monkeypatch.setitem(ARCHITECTURES, "my-arch", Architecture((4, 3), healed=True))
     assert check_architecture(path).period() == (4, 3)
     message = "one in 4 layers of my-arch is of another kind.* remove 4 layers in a row"
     with pytest.raises(ShortGPTError, match=message):
-        prune_gguf(path, tmp_path / "refused.gguf", [2])
+        prune_checkpoint(path, tmp_path / "refused.gguf", [2])
 
 
 def legal(stack: Stack, gone: Sequence[int]) -> bool:
@@ -381,8 +381,8 @@ def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_
 def test_the_record_goes_along_in_the_file(tmp_path):
     path = stack_file(tmp_path / "m.gguf")
     facts = Provenance.of_scores(facts={"data": "novels"})
-    prune_gguf(path, tmp_path / "a.gguf", [4, 2], provenance=facts)
-    prune_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", [2])
+    prune_checkpoint(path, tmp_path / "a.gguf", [4, 2], provenance=facts)
+    prune_checkpoint(tmp_path / "a.gguf", tmp_path / "b.gguf", [2])
     record = Provenance.of_checkpoint(tmp_path / "b.gguf")
     assert record.all_removed == [4, 2, 3] and record.original_layers == [0, 1, 5, 6, 7]
     assert record.first_source == "m.gguf" and record.earlier.facts == {"data": "novels"}
@@ -396,25 +396,25 @@ def test_the_record_goes_along_in_the_file(tmp_path):
 
 def test_overwriting_replaces_only_what_was_written_so(tmp_path):
     path, out = stack_file(tmp_path / "m.gguf"), tmp_path / "out.gguf"
-    prune_gguf(path, out, [0])
+    prune_checkpoint(path, out, [0])
     with pytest.raises(FileExistsError, match="exists; choose another name or pass `overwrite`"):
-        prune_gguf(path, out, [1])
-    prune_gguf(path, Target(out, overwrite=True), [1])
+        prune_checkpoint(path, out, [1])
+    prune_checkpoint(path, Target(out, overwrite=True), [1])
     assert Provenance.of_checkpoint(out).removed_layers == [1]
     with pytest.raises(FileExistsError, match="is the source"):
-        prune_gguf(out, Target(out, overwrite=True), [1])
+        prune_checkpoint(out, Target(out, overwrite=True), [1])
     other = stack_file(tmp_path / "other.gguf")
     (tmp_path / "text.gguf").write_text("mine")
     for theirs in (other, tmp_path / "text.gguf"):
         before = theirs.read_bytes()
         with pytest.raises(FileExistsError, match="is not what this would write there"):
-            prune_gguf(path, Target(theirs, overwrite=True), [1])
+            prune_checkpoint(path, Target(theirs, overwrite=True), [1])
         assert theirs.read_bytes() == before
 
 
 def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
     path, out = stack_file(tmp_path / "m.gguf"), tmp_path / "out.gguf"
-    prune_gguf(path, out, [0])
+    prune_checkpoint(path, out, [0])
     before, plain = out.read_bytes(), gguf_write.read_header
 
     def spoil(at):
@@ -433,7 +433,7 @@ def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(gguf_write, "read_header", spoil(at))
         with pytest.raises(OSError, match=message):
-            prune_gguf(path, Target(out, overwrite=True), [1])
+            prune_checkpoint(path, Target(out, overwrite=True), [1])
         assert out.read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf"]
 
@@ -442,7 +442,7 @@ def test_layers_that_predict_further_tokens_have_no_kind_and_are_not_in_the_reco
     """The last of 8; at position 6 it would be of another kind, which no program asks of it."""
     path = stack_file(tmp_path / "m.gguf", "qwen35", **NEXT)
     assert Stack(path).changed_kinds([0, 1, 2, 3, 4, 5, 7]) == []
-    prune_gguf(path, tmp_path / "out.gguf", [6])
+    prune_checkpoint(path, tmp_path / "out.gguf", [6])
     record = Provenance.of_checkpoint(tmp_path / "out.gguf")
     assert (record.removed_layers, record.kept_layers) == ([6], [0, 1, 2, 3, 4, 5])
     before, after = data(path), data(tmp_path / "out.gguf")

@@ -230,7 +230,7 @@ def test_weights_without_a_place_are_refused_by_name(tmp_path):
     short.source = str(path)
     norm = frozenset({(1, "input_layernorm.weight")})
     short.note_change(WeightChange({"method": "by hand"}, norm))
-    message = "changed weights are written to GGUF files of gemma2.* is of granite: name a directory"
+    message = "written to GGUF files of gemma2.* is of granite: name a directory"
     with pytest.raises(ShortGPTError, match=message):
         short.save(tmp_path / "out.gguf")
     other = ShortHFModel(make("llama", num_hidden_layers=LAYERS))

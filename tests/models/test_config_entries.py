@@ -9,8 +9,7 @@ import pytest
 from families import make
 from transformers import AutoConfig
 
-from short_gpt.checkpoints import Target
-from short_gpt.checkpoints.hf import prune_hf
+from short_gpt.checkpoints import Target, prune_checkpoint
 from short_gpt.models.decoder import remove_layers
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.layer_config import pruned_entries
@@ -37,7 +36,7 @@ def test_a_cut_config_makes_the_kinds_of_the_layers_left(kind, keep, tmp_path):
     model = make(kind)
     model.save_pretrained(tmp_path / "whole")
     before = list(model.config.get_text_config().layer_types)
-    prune_hf(tmp_path / "whole", tmp_path / "cut", [i for i in range(6) if i not in keep])
+    prune_checkpoint(tmp_path / "whole", tmp_path / "cut", [i for i in range(6) if i not in keep])
     HFDecoder(model).keep_layers(keep)
     model.config.save_pretrained(tmp_path / "live")
     for folder in ("cut", "live"):
@@ -90,7 +89,7 @@ def test_settings_of_quantization_for_single_layers_are_refused(tmp_path, settin
     model.config.quantization_config = settings
     for remove in (
         lambda: remove_layers(HFDecoder(model), [1]),
-        lambda: prune_hf(tmp_path / "m", Target(tmp_path / "out"), [1]),
+        lambda: prune_checkpoint(tmp_path / "m", Target(tmp_path / "out"), [1]),
     ):
         if apart is None:
             remove()

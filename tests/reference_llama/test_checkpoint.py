@@ -23,7 +23,7 @@ from llama.checkpoint.pth import Shard, TensorInfo, write_shard
 from llama.errors import InputError
 from llama.generation import load_model
 from short_gpt.checkpoints import Provenance
-from short_gpt.checkpoints.meta import prune_meta as prune
+from short_gpt.checkpoints import prune_checkpoint as prune
 from short_gpt.runtime import versions
 
 CPU, F32 = torch.device("cpu"), torch.float32
