@@ -153,6 +153,13 @@ def _write_file(
         )
 
 
+def type_name(kind: int) -> str:
+    """Ggml's name of a type: ``"Q8_0"``."""
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType(kind).name
+
+
 def writable(kind: int, shape: tuple[int, ...]) -> int:
     """``kind``, ggml's number of a type, or the type to write instead.
 
