@@ -32,7 +32,7 @@ STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 MAX_DIMS = 4
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+SPLIT_NO, SPLIT_COUNT = "split.no", "split.count"
 NUMPY_TYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
 CHUNK_VALUES = 2**20
 
@@ -220,10 +220,6 @@ class GGUFParts:
             alone = len(self.paths) == 1 and split[1] in (None, 0, 1)
             problem = f"it says that it is part {split[0]} of {split[1]}, unlike its name"
             check_file(alone or split == (number, len(self.paths)), self.paths[number], problem)
-        count = self.fields.get(SPLIT_TENSORS)
-        complete = len(self.paths) == 1 or count in (None, len(self.tensors))
-        problem = f"it counts {count} tensors in all parts, which hold {len(self.tensors)}"
-        check_file(complete, self.paths[0], problem)
 
     def get(self, key: str, default: object = None) -> Any:
         """The value of a key of the metadata."""

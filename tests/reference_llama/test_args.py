@@ -82,7 +82,6 @@ def test_params_may_stand_under_model():
         ({"n_kv_heads": 3}, "n_heads = 4: expected a multiple of n_kv_heads 3"),
         ({"norm_eps": "small"}, "norm_eps = 'small': expected a positive number"),
         ({"vocab_size": 0}, "vocab_size = 0: expected a positive integer or -1"),
-        ({"use_scaled_rope": "no"}, "use_scaled_rope = 'no': expected true or false"),
         ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier = -1: expected a positive number"),
     ],
 )
