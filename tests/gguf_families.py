@@ -67,7 +67,8 @@ def write_model(path: Path, family: str, model, **keys: object) -> Path:
     gguf = pytest.importorskip("gguf")
     arch, config = FAMILIES[family][0], model.config
     divisors = keys.pop("rope_freqs", None)  # of the rotary frequencies
-    writer = gguf.GGUFWriter(path, arch)
+    # tensors in each of several files; 0 is one file
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=keys.pop("split", 0))
     _write_keys(writer, arch, config, {**FAMILIES[family][3], **keys})
     blocks = config.num_hidden_layers
     number = next(n for n, known in gguf.MODEL_ARCH_NAMES.items() if known == arch)

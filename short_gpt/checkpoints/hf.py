@@ -30,7 +30,7 @@ from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import auto_class, check_stored
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import read_record
 
 if TYPE_CHECKING:
@@ -173,8 +173,6 @@ def skeleton(directory: Path) -> HFDecoder:
         with torch.device("meta"):
             model = auto_class(config).from_config(config, trust_remote_code=False)
             return HFDecoder(model)
-    except MissingPackageError:
-        raise
     except Exception as error:
         why = explained(error)
         if TRUST in str(error):

@@ -13,7 +13,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.formats.names import ffn_keys
 from llama.sources import find_source, hub_failure, reach
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import ShortGPTError, check, required, without_password
+from short_gpt.runtime.errors import ShortGPTError, check, without_password
 
 TRUST = "trust_remote_code"  # an option, and in errors: a model comes with Python code
 # The entries that a Llama's shape is made of.
@@ -32,8 +32,8 @@ LIMITS = frozenset({"max_batch_size", "max_seq_len", "vocab_size"})
 
 def read_config(source: str, options: Mapping[str, object] | None = None) -> Any:
     """The config of a model of transformers."""
-    with required("transformers", by="a Hugging Face model"):
-        from transformers import AutoConfig
+    from transformers import AutoConfig
+
     # False and not None, with which transformers asks on the terminal
     options = {TRUST: False, **(options or {})}
     if not Path(source).exists():

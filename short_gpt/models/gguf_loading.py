@@ -1,4 +1,4 @@
-"""How transformers reads a GGUF file: checked, its header once, tensors one by one and all."""
+"""How transformers reads a GGUF model: its header once, tensors one by one, of all its files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
 from inspect import signature
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.formats.gguf import ROPE_FACTORS, llama3_factor
-from llama.formats.gguf_read import PART, STRING, GGUFParts, Header
+from llama.formats.gguf_read import STRING, GGUFParts, Header
 from llama.formats.hf import LLAMA3_SCALING
 from llama.tokenizer import DIGITS
 from short_gpt.models.gguf_architectures import architecture
@@ -35,18 +34,6 @@ CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 ORIGINAL_CONTEXT = "original_context_length"
 # What is known of YaRN; with other keys llama.cpp scales attention, or other frequencies.
 YARN = {"type", "factor", "finetuned", ORIGINAL_CONTEXT}
-
-
-def check_gguf(path: Path) -> GGUFParts:
-    """A GGUF file for transformers; ShortGPTError unless it is whole."""
-    # a large model comes in files named 00001-of-00003
-    match = PART.fullmatch(path.name)
-    if match and int(match[3]) > 1:
-        raise ShortGPTError(
-            f"{path} is one of {int(match[3])} files, which transformers does not read; join them: "
-            f"short-gpt convert {path} {match[1]}.gguf"
-        )
-    return GGUFParts(path)
 
 
 def complete_config(parts: GGUFParts, config: Any) -> bool:
@@ -142,7 +129,8 @@ def reading_gguf(parts: GGUFParts) -> Iterator[list[str]]:
     """Gives transformers what was read of a GGUF file; yields the names of tensors that it skips.
 
     By itself it walks through the header in Python four times, which takes seconds each for a large
-    vocabulary, and it and the package gguf copy a tensor several times to dequantize it.
+    vocabulary, it and the package gguf copy a tensor several times to dequantize it, and of a model
+    in several files it reads one.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading

@@ -15,18 +15,17 @@ from torch import nn
 
 from llama.args import some
 from llama.formats.gguf import ROPE_FACTORS
-from llama.formats.gguf_read import part_paths
+from llama.formats.gguf_read import GGUFParts, part_paths
 from llama.parallel import FLOATS
 from llama.sources import check_links, find_source, hub_failure, is_gguf, resolve
 from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.gguf_loading import (
-    check_gguf,
     complete_config,
     mend_tokenizer,
     reading_gguf,
 )
 from short_gpt.runtime.digest import Stamps, stamps
-from short_gpt.runtime.errors import MissingPackageError, ShortGPTError, damaged, required
+from short_gpt.runtime.errors import ShortGPTError, damaged
 
 # options of loading that say where files come from: the tokenizer's as well as the model's
 FROM_WHERE = ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"]
@@ -61,13 +60,11 @@ def auto_class(config: Any) -> Any:
 
 def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     """A model with all of its weights, and its tokenizer unless one is passed."""
-    with required("transformers", by="ShortHFModel"):
-        import transformers  # noqa: F401
     path, gguf, parts = Path(name), {}, None
     if is_gguf(name):
         if not path.is_file():
             raise FileNotFoundError(f"GGUF file {name} does not exist")
-        parts = check_gguf(path)
+        parts = GGUFParts(path)
         path, gguf = path.parent, {"gguf_file": path.name}
     # transformers takes a GGUF file as a directory and a name in it
     where = str(path) if gguf else name
@@ -91,8 +88,6 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
                     mend_tokenizer(tokenizer, parts.headers[0])
             with without_report():
                 model, info = loader.from_pretrained(where, **gguf, **(options | ALL))
-    except MissingPackageError:
-        raise
     except Exception as error:  # a wrong name, no network, an unknown kind, a wrong option ...
         if not path.exists() and (failure := hub_failure(name, error)):
             raise failure from error
@@ -148,8 +143,8 @@ def weight_stamps(source: str | PathLike[str]) -> Stamps:
 
 def load_tokenizer(where: str, options: Mapping[str, Any]) -> Any:
     """A tokenizer of transformers; of a directory, a ShortGPTError names the file at fault."""
-    with required("transformers", by="a tokenizer of Hugging Face"):
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
+
     directory = Path(where) / str(options.get("subfolder") or "")
     local = directory.is_dir() and "gguf_file" not in options
     try:

@@ -488,9 +488,3 @@ def test_transformers_own_reader_passes_over_the_list_and_a_directory_is_right(
     with torch.no_grad():
         assert torch.equal(right(tokens).logits, ours.logits(tokens))
         assert (plain(tokens).logits - ours.logits(tokens)).abs().max() > 0.01
-
-
-def test_several_files_are_joined_before_transformers_reads_them(tmp_path, capsys):
-    stack_file(tmp_path / "m.gguf", split=6)
-    line = fails(capsys, "generate", tmp_path / "m-00001-of-00003.gguf", "a")
-    assert "m-00001-of-00003.gguf is one of 3 files" in line and "short-gpt convert" in line

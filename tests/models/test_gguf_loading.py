@@ -268,3 +268,19 @@ def test_whole_numbers_are_no_weights(tmp_path):
     parts.tensors["output_norm.weight"] = entry._replace(kind=26)  # I32, as wide as F32
     with pytest.raises(InputError, match=r"output_norm.weight holds whole numbers \(I32\)"):
         parts.read("output_norm.weight")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_model_in_several_files_is_the_one_in_one(tmp_path, family):
+    model = make(family)
+    whole = write_model(tmp_path / "m.gguf", family, model)
+    write_model(tmp_path / "n.gguf", family, model, split=20)
+    parts = sorted(tmp_path.glob("n-*.gguf"))
+    assert len(parts) > 3
+    tokens = torch.randint(2, 258, (1, 20), generator=torch.Generator().manual_seed(0))
+    one, several = (ShortHFModel(p, dtype=torch.float32) for p in (whole, parts[1]))
+    assert torch.equal(one.decoder.logits(tokens), several.decoder.logits(tokens))
+    assert one.encode("ab") == several.encode("ab")
+    several.remove_layers([1])
+    several.save(tmp_path / "cut.gguf")
+    assert GGUFParts(tmp_path / "cut.gguf").fields[f"{family}.block_count"] == 7
