@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llama.files import json_text
-from llama.formats.gguf_read import STRING, GGUFParts
+from llama.formats.gguf_read import STRING, GGUFParts, Record
 from llama.formats.gguf_write import (
     Stored,
     copied,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from short_gpt.runtime.devices import wait
+from short_gpt.models.decoder import wait
 from short_gpt.runtime.errors import required
 from short_gpt.wrappers.short_model import ShortModel
 

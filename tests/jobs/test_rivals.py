@@ -11,7 +11,7 @@ from gguf_families import make, write_model
 
 from llama.formats.gguf_read import nbytes_of
 from short_gpt import ShortHFModel, open_model
-from short_gpt.checkpoints import prune_gguf, requantized
+from short_gpt.checkpoints import prune_checkpoint, requantized
 from short_gpt.jobs.rivals import RIVAL, of_file, rival_file, rivals, rounded
 from short_gpt.wrappers.options import OpenOptions
 
@@ -84,7 +84,7 @@ def test_routers_stay_and_experts_are_rounded():
 
 
 def test_the_file_is_not_larger_than_the_pruned_one_and_goes_afterwards(tmp_path, source):
-    out = prune_gguf(source, tmp_path / "out.gguf", [1])
+    out = prune_checkpoint(source, tmp_path / "out.gguf", [1])
     folder = tmp_path / "out.gguf.shrinking"
     original = open_model(str(source))
     reference = original.reference(EVERY)
