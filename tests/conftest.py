@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -185,6 +186,14 @@ def llama_folders(tmp_path_factory, one_rank) -> Path:
     path = tmp_path_factory.mktemp("llama")
     meta_to_hf(save_byte_llama(path / "meta"), path / "hf")
     return path
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    """A fresh working directory with what a module's fixture ``made`` holds."""
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -70,13 +69,6 @@ def made(llama_folders) -> Path:
     card = "---\nlicense: mit\nbase_model: them/big\n---\n\nTheirs.\n"
     (llama_folders / "hf/README.md").write_text(card)
     return llama_folders
-
-
-@pytest.fixture
-def here(made, tmp_path, monkeypatch) -> Path:
-    shutil.copytree(made, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 def check_uploaded(hub, repo: str, folder: str) -> str:

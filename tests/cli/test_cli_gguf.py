@@ -6,7 +6,6 @@ import filecmp
 import json
 import os
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -40,13 +39,6 @@ def made(llama_folders) -> Path:
     write_gguf(llama_folders / "model.gguf", make_transformer(vocab_size=BYTE_VOCAB))
     write_model(llama_folders / "qwen.gguf", "qwen2", make("qwen2", num_hidden_layers=3))
     return llama_folders
-
-
-@pytest.fixture
-def here(made, tmp_path, monkeypatch) -> Path:
-    shutil.copytree(made, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 def same_tensors(one: str, other: str) -> bool:

@@ -44,14 +44,6 @@ def made(tmp_path_factory, one_rank) -> Path:
     return path
 
 
-@pytest.fixture
-def here(made, tmp_path, monkeypatch) -> Path:
-    """A fresh working directory with all that."""
-    shutil.copytree(made, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
-
-
 def spoilt(write):
     """A writer of weights that turns every tensor upside down."""
     return lambda folder, args, infos, read, **more: write(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -63,12 +62,6 @@ def made(tmp_path_factory, one_rank) -> Path:
     arguments, sums = {"method": "bi", "seed": 0}, short.importance.to_dict()
     write_record(path / "scores.json", {"arguments": arguments, "importance": sums})
     return path
-
-
-@pytest.fixture
-def here(made, tmp_path) -> Path:
-    shutil.copytree(made, tmp_path / "here")
-    return tmp_path / "here"
 
 
 def read_meta(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -28,13 +27,6 @@ def made(llama_folders) -> Path:
     """A random Llama with a head of its own in every format."""
     (llama_folders / "book.txt").write_text(TEXT)
     return llama_folders
-
-
-@pytest.fixture
-def here(made, tmp_path, monkeypatch) -> Path:
-    shutil.copytree(made, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 # what the message must hold, by kind of damage
