@@ -30,7 +30,6 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 NUMBERS |= {12: "d"}
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
-MAX_DIMS = 4
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SPLIT_NO, SPLIT_COUNT = "split.no", "split.count"
 NUMPY_TYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # the others are in blocks
@@ -85,7 +84,7 @@ def _header(path: Path) -> Header:
             return _Reader(data).header()
     except struct.error:
         raise damaged(path, "its header ends early") from None
-    except (ValueError, OverflowError, KeyError) as error:
+    except (ValueError, ArithmeticError, KeyError, TypeError) as error:
         raise damaged(path, error) from None
 
 
@@ -114,9 +113,7 @@ class _Reader:
         version, tensors, keys = self._number("I"), self._number("Q"), self._number("Q")
         _expect(version in VERSIONS, f"it is of version {version}, expected 2 or 3")
         fields, records = self._keys(self._bounded(keys, 13))
-        alignment = fields.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"general.alignment is {alignment!r}")
+        alignment: Any = fields.get("general.alignment", 32)
         return Header(fields, self._tensors(tensors, alignment), records, version, alignment)
 
     def _keys(self, count: int) -> tuple[dict[str, object], dict[str, Record]]:
@@ -125,8 +122,6 @@ class _Reader:
         for _ in range(count):
             start = self._at
             key = self._string()
-            if key in fields:
-                raise ValueError(f"{key} is there twice")
             kind, value_start = self._number("I"), self._at
             fields[key] = self._value(kind)
             element = None
@@ -140,7 +135,6 @@ class _Reader:
         infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(self._bounded(count, 24)):
             name, dims = self._string(), self._number("I")
-            _expect(dims <= MAX_DIMS, f"tensor {name} has {dims} dimensions")
             shape = tuple(self._number("Q") for _ in range(dims))[::-1]
             infos[name] = (shape, self._number("I"), self._number("Q"))
         first = end = self._at + -self._at % alignment

@@ -120,8 +120,6 @@ def _check_plain(config: JsonObject, directory: Path) -> None:
 def _rope(config: JsonObject, directory: Path) -> JsonObject:
     """Rotary keys of params.json; transformers 5 calls ``rope_parameters`` what 4 split in two."""
     parts = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    objects = all(isinstance(part, dict) for part in parts)
-    check_file(objects, directory / "config.json", "its rotary settings are no object")
     scaling = {**parts[0], **parts[1]}
     theta = scaling.get("rope_theta", config.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))

@@ -91,9 +91,7 @@ def open_weights(directory: Path) -> dict[str, SafetensorsFile]:
     index = directory / INDEX
     if not index.is_file():
         raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
-    file_of = read_json(index).get("weight_map")
-    if not isinstance(file_of, dict) or not all(isinstance(v, str) for v in file_of.values()):
-        raise damaged(index, "it holds no weight_map, the file of every tensor")
+    file_of: dict[str, str] = read_json(index).get("weight_map") or {}
     files: dict[str, SafetensorsFile] = {}
     for name in sorted(set(file_of.values())):
         if os.path.basename(name) != name or not (directory / name).is_file():

@@ -327,7 +327,8 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
     if kind == "llama":
         return _sentencepiece(source)
     check(kind == "gpt2", f"{source.path}: {PREFIX}.model", kind, "'gpt2' or 'llama'")
-    tokens, types = source.need_list(f"{PREFIX}.tokens", str), _types(source)
+    tokens = source.need_list(f"{PREFIX}.tokens", str)
+    types = source.need_list(f"{PREFIX}.token_type", int)
     pre = str(source.get(f"{PREFIX}.pre", "default"))
     text = tokenizer_json(tokens, types, source.need_list(f"{PREFIX}.merges", str), pre)
     # llama.cpp's defaults where the file is silent: Llama 3 begins with bos, others do not
@@ -341,7 +342,8 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
 
 
 def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
-    tokens, types = source.need_list(f"{PREFIX}.tokens", str), _types(source)
+    tokens = source.need_list(f"{PREFIX}.tokens", str)
+    types = source.need_list(f"{PREFIX}.token_type", int)
     scores = source.need_list(f"{PREFIX}.scores", float)
     counts = [len(tokens), len(set(tokens)), len(scores), len(types)]
     problem = f"tokens, distinct ones, scores, types: {counts}"
@@ -353,13 +355,6 @@ def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
     ends = {key: named[f"{key}_token"] for key in ("bos", "eos") if f"{key}_token" in named}
     data = Pieces(tokens, scores, types, space).to_bytes(**ends)
     return "tokenizer.model", data, {**LLAMA2_CONFIG, **named}
-
-
-def _types(source: GGUFParts) -> list[int]:
-    types = source.need_list(key := f"{PREFIX}.token_type", int)
-    unknown = [kind for kind in types if not 0 <= kind <= BYTE]
-    check_file(not unknown, source.path, f"{key} {unknown[:1]}, expected 0 to {BYTE}")
-    return types
 
 
 def _token_id(source: GGUFParts, name: str, tokens: Sequence[str]) -> int | None:

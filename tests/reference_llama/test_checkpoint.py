@@ -61,17 +61,12 @@ def test_rope_freqs_is_the_only_name_ignored(checkpoint_dir, transformer):
     assert torch.equal(load(checkpoint_dir)(TOKENS), transformer(TOKENS))
 
 
-def test_shards_are_of_one_dtype_and_may_lack_what_is_ignored(tmp_path, transformer):
+def test_shards_may_lack_what_is_ignored(tmp_path, transformer):
     save_checkpoint(tmp_path / "two", transformer, shards=2)
     path = tmp_path / "two/consolidated.00.pth"
     state = torch.load(path)
     torch.save({**state, "rope.freqs": torch.ones(4)}, path)
     assert "rope.freqs" not in Checkpoint(tmp_path / "two").infos
-    torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, path)
-    with pytest.raises(
-        InputError, match=r"01.pth is damaged \(its .* is torch.float32, unlike other"
-    ):
-        Checkpoint(tmp_path / "two")
 
 
 def test_tied_weights_stay_tied(checkpoint_dir):

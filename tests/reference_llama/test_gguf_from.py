@@ -303,7 +303,6 @@ def test_bos_and_eos_are_control_pieces_whatever_a_gguf_file_says(tmp_path, kind
     ("kind", "key", "value", "expected"),
     [
         ("llama-bpe", "merges", [1, 2], "no list of values of type str"),
-        ("sentencepiece", "token_type", [9], "0 to 6"),
     ],
 )
 def test_keys_of_a_tokenizer_with_other_values_are_refused(tmp_path, kind, key, value, expected):
