@@ -96,6 +96,8 @@ def of_division(mp: int, folder: Path, given: dict) -> dict[object, object]:
     if team.count == dist.get_world_size() == 2:
         found["resumed"] = resumed(llama, given["many"], folder / "state")
     found["few"] = shared(short.decoder, given["windows"][:1], 1)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    found["any"] = [team.any_rank(last), team.any_rank(False)]
     return found
 
 

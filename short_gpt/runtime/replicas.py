@@ -77,6 +77,14 @@ class Replicas:
         """The value of each replica, in order. All ranks must call it."""
         return [value] if self.count == 1 else _gather(value, groups.get_data_parallel_group())
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank of any replica. All ranks must call it."""
+        if not _several():
+            return flag
+        highest = torch.tensor(float(flag), device=_device())
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return bool(highest)
+
 
 def current(device: torch.device | None = None) -> Replicas:
     """The replicas that this process belongs to; ranks that share one model are one replica.

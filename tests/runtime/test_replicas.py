@@ -157,6 +157,7 @@ def test_all_ranks_know_a_model_by_the_same_digest(found, mp, replicas):
 def test_replicas_without_windows_and_agreement(found, mp, replicas):
     for result in of_ranks(found, mp, replicas):
         assert sum(result["few"]["windows"]) == 1
+        assert result["any"] == [True, False]
         assert result["sampled"] == of_ranks(found, 1, 2)[0]["sampled"]
 
 
