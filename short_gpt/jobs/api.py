@@ -36,9 +36,7 @@ DEMO = BuiltinName("demo")  # the model and the book, also where a folder has th
 DEMO_WINDOWS = Windows(DEMO, eval_data=DEMO, size=512, max_windows=12, eval_windows=8).without(
     "data", "column", "eval_data", "stride", "seed"
 )
-OF_DEMO = Shrinking(n=4, method="bi", prompt="What is a king?").only(
-    "n", "method", "minutes", "prompt"
-)
+OF_DEMO = Shrinking(n=4, method="bi").only("n", "method", "minutes")
 SHRINKING = OpenOptions(precision=FASTER).only("device", "dtype", "precision", "trust_remote_code")
 COMPARED = Windows(max_windows=24, eval_windows=16).without("stride")
 PUBLISHED = Windows(Default("wikitext-2"), size=2048)  # as published perplexities are measured

@@ -27,6 +27,8 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
     """The page of a shrunk model, as one text."""
     from jinja2 import Environment, StrictUndefined
 
+    from short_gpt.jobs.shrunk import GRADES
+
     name = "the loaded model" if shrunk.source is None else Path(shrunk.source).name
     calibration, judged, size = shrunk.windows
     head, *rows = shrunk.rows()
@@ -37,12 +39,14 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
     return environment.from_string(template).render(
         mark=MARK,
         title=f"{shrunk.out.name}: {name} without {len(shrunk.layers)} of {shrunk.total} layers",
-        lead=". ".join(line[0].upper() + line[1:] for line in (shrunk.head, shrunk.verdict)) + ".",
+        grade=GRADES.index(shrunk.grade.partition(", or ")[0]),
+        verdict=shrunk.verdict,
+        worth=shrunk.worth,
+        removed=shrunk.head,
         head=head,
         rows=rows,
         remarks=[*map(as_flags, shrunk.remarks)],
-        prompt=shrunk.prompt,
-        completions={state: report.completion for state, report in shrunk.states.items()},
+        completions=shrunk.completions[:3],
         picture=None if shrunk.importance is None else picture(shrunk.importance, shrunk.layers),
         how="\n\n".join(filter(None, [shrunk.command, shrunk.plan, shrunk.chosen])),
         steps=[
@@ -63,7 +67,7 @@ def is_page(path: Path) -> bool:
 
 
 def picture(importance: Importance, removed: Sequence[int]) -> dict[str, Any]:
-    """Bars of every layer's Block Influence on a logarithmic axis, for the template."""
+    """Dots of every layer's Block Influence on a logarithmic axis, for the template."""
     values = importance.block_influence.tolist()
     margins = importance.margin.nan_to_num(0.0, posinf=0.0).tolist()
     ends = [value + margin for value, margin in zip(values, margins, strict=True)]
@@ -74,7 +78,7 @@ def picture(importance: Importance, removed: Sequence[int]) -> dict[str, Any]:
     def top(value: float) -> float:
         return HEIGHT * (high - math.log10(max(value, 10.0**low))) / (high - low)
 
-    bars = [
+    dots = [
         {
             "layer": layer,
             "kind": "removed" if layer in removed else "kept",
@@ -85,4 +89,4 @@ def picture(importance: Importance, removed: Sequence[int]) -> dict[str, Any]:
         for layer, value, margin in zip(importance.layers, values, margins, strict=True)
     ]
     powers = [(10.0**power, top(10.0**power)) for power in range(low, math.floor(high) + 1)]
-    return {"bars": bars, "powers": powers, "height": HEIGHT}
+    return {"dots": dots, "powers": powers, "height": HEIGHT}

@@ -41,7 +41,7 @@ Texts = Mapping[str, Sequence[Sequence[int]]]  # windows by kind of text
 class Rival(NamedTuple):
     """The original with its layers in fewer bits."""
 
-    name: str  # as in "all layers in Q4_0 and Q3_K"
+    name: str  # types of the layers' matrices, most bytes first: "in Q4_0 and Q3_K"
     size: int  # bytes of the file, or of the weights if they were written so
     quality: Mapping[str, Perplexity]  # by kind of text, with the distance from the original
 
@@ -142,4 +142,4 @@ def _quality(short: ShortModel, texts: Texts, reference: Reference) -> dict[str,
 
 
 def _name(sizes: Counter[int]) -> str:
-    return "all layers in " + " and ".join(type_name(kind) for kind, _ in sizes.most_common())
+    return "in " + " and ".join(type_name(kind) for kind, _ in sizes.most_common())

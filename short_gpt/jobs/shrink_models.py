@@ -1,9 +1,8 @@
-"""What `shrink` needs of an opened model: its sizes, a completion, and its files."""
+"""What `shrink` needs of an opened model: its sizes and its files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +17,12 @@ from llama.sources import Source as Weights
 from llama.sources import resolve
 from short_gpt.checkpoints.gguf import in_few_bits
 from short_gpt.checkpoints.gguf_layers import LAYER
-from short_gpt.jobs.costs import size_without, tokens_per_second
+from short_gpt.jobs.costs import size_without
 from short_gpt.models.hf import LayerCache, layer_caches
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
 
-CHAT = "What is the capital of France, and what is it known for?"  # of models with a chat template
-ANSWER = 48  # tokens of a completion
-TURNS = 7  # of timing the original and the pruned model, after one to warm up
-TIMED_TOKENS = 16  # that each of the two writes in a turn
 Sizes = tuple[list[int], int]  # of every layer, and of the rest
 
 
@@ -96,13 +91,3 @@ class Opened:
     def caches(self) -> list[LayerCache]:
         """The KV cache of each layer."""
         return layer_caches(self.short.model, len(self.short.kept), self.short.decoder.device)
-
-    def answer(self, prompt: str) -> str:
-        """The greedy completion."""
-        ids = self.short.prompt_ids(prompt)
-        new = self.short.greedy(ids, min(ANSWER, self.short.decoder.max_seq_len - len(ids)))
-        return self.short.decode(new, special=False)
-
-    def speed(self, window: Sequence[int]) -> float:
-        """Tokens a second."""
-        return tokens_per_second(self.short, window, count=TIMED_TOKENS, runs=1, warm_up=0)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -19,6 +20,8 @@ from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import check_new_gguf
 from short_gpt.data.texts import source_names
+from short_gpt.evaluation.answers import AT_ONCE, Question, Reply, answer_windows, ask, questions
+from short_gpt.evaluation.distance import Reference
 from short_gpt.healing import RefitSettings
 from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES
 from short_gpt.healing.refit_state import plan_of
@@ -28,9 +31,9 @@ from short_gpt.jobs.inputs import Tasks, Windows
 from short_gpt.jobs.page import is_page
 from short_gpt.jobs.rivals import RIVAL
 from short_gpt.jobs.saving import Running, Saving
-from short_gpt.jobs.shrink_models import ANSWER, CHAT, TIMED_TOKENS, TURNS, Opened
+from short_gpt.jobs.shrink_models import Opened
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
-from short_gpt.jobs.shrunk import PROMPT, REPORT, next_steps, report_of, short_name
+from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import windows_digest
@@ -39,9 +42,9 @@ from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.selection.methods import AUTO
+from short_gpt.wrappers import own_text
 from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import FASTER, OpenOptions
-from short_gpt.wrappers.own_text import AT_ONCE, count_of_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
 Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
 WINDOW = 512  # tokens
 CONTEXT = 4096  # tokens of the KV cache in all
+ANSWER_TOKENS = 24  # most tokens of an answer to a question
+TIMING = 10  # seconds of comparing speeds, about
 STATE, HEALING, WRITTEN = "state.json", "healing", "written"
 # what the folder of a run holds, own texts and what a killed save leaves included
 PARTS = (f"{STATE}*", "self-*.json", f".{STATE}*", ".self-*", HEALING, WRITTEN, RIVAL)
@@ -127,6 +132,7 @@ class Shrink:
         self.tasks.check()
         self.opening.check()
         self._check_folder()
+        _ = self.questions  # raises for a file without any
         gguf, n, source = is_gguf(self.out), self.settings.n, self.source
         path = None if source is None else source.path
         if gguf:
@@ -173,11 +179,14 @@ class Shrink:
             sizes = [a + b for a, b in zip(layers, self.caches, strict=True)]
         searched = self.settings.most_kld is not None
         self.n = None if searched else self.settings.count(sizes, rest)
-        self.prompt = self.settings.prompt or (CHAT if self.opened.short.chats else PROMPT)
-        self.opened.short.prompt_ids(self.prompt)  # raises for one that is too long
         # any tokens, which do not change the time
         self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
         self.a_pass = short.seconds_a_window(self.probe)
+
+    @property
+    def most(self) -> dict[str, float]:
+        """How many times as fast the model without the layers can be."""
+        return {"healed": self.count / (self.count - len(self.layers))}
 
     @property
     def count(self) -> int:
@@ -218,11 +227,20 @@ class Shrink:
         if sources := self.reading.own:
             names = source_names(self.reading.name)
             extra = self.reading.eval_name is None and sources == names
-            each = count_of_own(self.limit, len(names), extra=extra)
-            tokens = len(sources) * math.ceil(each / AT_ONCE) * self.size
-            seconds += tokens * seconds_a_token(self.short, min(AT_ONCE, each))
-        written = 3 * ANSWER + (1 + TURNS) * 2 * TIMED_TOKENS  # completions, and the speeds
-        return seconds + written * seconds_a_token(self.short, 1)
+            each = own_text.count_of_own(self.limit, len(names), extra=extra)
+            tokens = len(sources) * math.ceil(each / own_text.AT_ONCE) * self.size
+            seconds += tokens * seconds_a_token(self.short, min(own_text.AT_ONCE, each))
+        written = 3 * ANSWER_TOKENS * math.ceil(len(self.questions) / AT_ONCE)
+        return seconds + written * seconds_a_token(self.short, AT_ONCE) + TIMING
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """What the original, the pruned and the healed model are asked."""
+        return questions(self.settings.prompts)
+
+    def ask(self) -> list[Reply]:
+        """The answers of the model as it is now."""
+        return ask(self.short, self.questions, max_new_tokens=ANSWER_TOKENS)
 
     # What it reads and keeps
 
@@ -236,6 +254,16 @@ class Shrink:
             beside=self.folder / REPORT,
         )
         self.calibration = windows.training[:MAX_WINDOWS]  # that choose the layers
+        replies = self.ask()
+        self.answers = {"original": Answered.of(replies)}
+        # windows by kind of text, and what the original predicts for them
+        self.texts: dict[str, list[Sequence[int]]] = {
+            kind: [w for w, k in zip(windows.evaluation, windows.kinds, strict=True) if k == kind]
+            for kind in dict.fromkeys(windows.kinds)
+        }
+        self.texts[ANSWERS] = [*answer_windows(replies)]
+        self.reference = Reference(self.short.decoder)
+        self.reference.read(chain(*self.texts.values()))
         identity = joined(
             self.short.identity(),
             {
@@ -243,8 +271,8 @@ class Shrink:
                 "evaluation": windows_digest(windows.evaluation),
                 "refit": vars(RefitSettings()),  # with which the choice and the healing begin
             },
-            # the prompt and the tasks choose no layers, and may be others when a run goes on
-            asdict(replace(self.settings, prompt=None)),
+            # questions and tasks choose no layers, and may be others when a run goes on
+            asdict(replace(self.settings, prompts=None)),
         )
         saved = StateFile(self.folder / STATE, identity, folder=self.folder)
         texts = (self.calibration, windows.evaluation)

@@ -56,12 +56,12 @@ class Shrinking(Settings):
     minutes: float | None = setting(
         None, "Minutes of distillation after the refit. Default: none.", heading=RUN
     )
-    prompt: str | None = setting(
+    prompts: str | None = setting(
         None,
-        "Prompt that the original, the pruned and the healed model answer, or continue where they "
-        "have no chat template. Default: one of ours.",
+        "File of questions that the original, the pruned and the healed model answer, one a line, "
+        "or .jsonl with prompt and the right answer. Default: 40 of ours.",
         heading=RUN,
-        value="TEXT",
+        value="FILE",
         rare=True,
     )
 

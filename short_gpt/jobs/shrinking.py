@@ -6,11 +6,11 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llama.files import new_directory, new_file
@@ -19,7 +19,12 @@ from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
-from short_gpt.evaluation.perplexity import combined, difference, window_perplexities
+from short_gpt.evaluation.perplexity import (
+    Perplexity,
+    combined,
+    difference,
+    window_perplexities,
+)
 from short_gpt.healing import HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
@@ -28,13 +33,23 @@ from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.costs import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import Tasks, Windows, about_own
 from short_gpt.jobs.page import is_page, shrunk_page
+from short_gpt.jobs.rivals import Rival, of_file, rival_file, rivals
 from short_gpt.jobs.saving import Running, Saving, interruptible
-from short_gpt.jobs.shrink_models import TURNS, file_bytes
+from short_gpt.jobs.shrink_models import file_bytes
 from short_gpt.jobs.shrink_run import HEALING, Model, Shrink
 from short_gpt.jobs.shrink_settings import Shrinking
-from short_gpt.jobs.shrunk import REPORT, ShrinkResult, StateReport, report_of, short_name
+from short_gpt.jobs.shrunk import (
+    ANSWERS,
+    REPORT,
+    Answered,
+    ShrinkResult,
+    StateReport,
+    report_of,
+    short_name,
+)
+from short_gpt.jobs.speeds import Speeds, beyond, of_files, pytorch, speeds
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
+from short_gpt.runtime.errors import MissingPackageError, NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold
 from short_gpt.scoring.stopping import unsure
@@ -158,41 +173,71 @@ def _steps_in(run: Shrink, seconds: float, recipe: Recipe) -> int:
 # What is measured
 
 
-def _measure(run: Shrink, state: str) -> StateReport:
-    """Completion, sizes and tasks of the present model, measured once."""
-    opened, suite = run.opened, run.tasks.suite()
+def _sizes(run: Shrink, state: str) -> StateReport:
+    """Sizes and tasks of the present model; the tasks are measured once."""
+    suite, present = run.tasks.suite(), run.short.present
+    parameters, size = (
+        rest + sum(each[i] for i in present) for each, rest in (run.parameters, run.stored)
+    )
     # by tokenizer, chat template and tasks, which may be others when a run goes on
-    digest = json_digest([opened.short.prompt_ids(run.prompt), suite and suite.identity()])
-
-    def measure() -> list[Any]:
-        present = opened.short.present
-        parameters, size = (
-            rest + sum(each[i] for i in present) for each, rest in (run.parameters, run.stored)
-        )
-        memory = size + sum(run.caches[i] for i in present)
-        tasks = vars(run.tasks.run(opened.short))
-        return [opened.answer(run.prompt), None, parameters, size, memory, tasks]
-
-    return StateReport(*run.cells.value(f"state {state} {digest}", measure))
+    digest = json_digest([run.short.prompt_ids("Hello"), suite and suite.identity()])
+    run_tasks = partial(lambda: vars(run.tasks.run(run.short)))
+    tasks = run.cells.value(f"tasks {state} {digest}", run_tasks)
+    return StateReport(parameters, size, size + sum(run.caches[i] for i in present), tasks)
 
 
-def _turns(run: Shrink) -> list[dict[str, float]]:
-    """Tokens a second, of the original model and without the layers, which is the healed one's.
+def _answers(run: Shrink, state: str) -> Perplexity:
+    """The distance of the present model on the original's answers; it gives its own, too."""
+    if state not in run.answers:
+        run.answers[state] = Answered.of(run.ask())
+    decoder, reference = run.short.decoder, run.reference
+    return combined(
+        window_perplexities(decoder, run.texts[ANSWERS], progress=False, reference=reference)
+    )
 
-    Measured in turns, because the speed of a shared machine varies.
-    """
-    opened, window = run.opened, run.windows.evaluation[0]
 
-    def measure() -> list[dict[str, float]]:
-        turns, states = list[dict[str, float]](), [("original", []), ("healed", run.layers)]
-        for turn in range(1 + TURNS):  # the models take turns at being the first
-            turns.append({})
-            for state, removed in states[:: 1 if turn % 2 else -1]:
-                with opened.short.without_layers(removed):
-                    turns[-1][state] = opened.speed(window)
-        return turns[1:]
+def _rivals(run: Shrink) -> list[Rival]:
+    """The original, which the model still is, in fewer bits; a GGUF file's come after writing."""
+    if run.opened.in_place:
+        return []
+    total = sum(run.stored[0]) + run.stored[1]
+    itemsize = run.opened.dtype.itemsize
+    with suppress(MissingPackageError):
+        return rivals(run.short, run.texts, run.reference, stored=total, itemsize=itemsize)
+    return []
 
-    return run.cells.value("turns", measure)
+
+def _speeds(run: Shrink) -> Speeds:
+    """Of the original and the pruned model, which is as fast as the healed one, in PyTorch."""
+    if run.opened.in_place and find_spec("xllamacpp"):
+        return {}
+    timers = {
+        "original": pytorch(run.short, nullcontext),
+        "healed": pytorch(run.short, lambda: run.short.without_layers(run.layers)),
+    }
+    return speeds(timers, run.windows.evaluation[0], most=run.most)
+
+
+def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
+    """The result with a file's rival, and with their speeds in llama.cpp."""
+    source, paths, remarks = str(run.source), {"original": Path(str(run.source))}, []
+    paths["healed"] = run.built
+    rivals: list[Rival] = []
+    with ExitStack() as stack:
+        with suppress(MissingPackageError):
+            path = stack.enter_context(rival_file(source, run.built, run.folder))
+            if path is not None:
+                rivals = [of_file(path, run.texts, run.reference, run.opening)]
+                paths[rivals[0].name] = path
+        timed = result.speeds
+        try:
+            if not timed:
+                timed = of_files(paths, run.windows.evaluation[0], most=run.most)
+        except ShortGPTError as error:
+            remarks.append(str(error))
+    where = result.timed_in if result.speeds else "llama.cpp"
+    remarks = [*result.remarks, *remarks]
+    return replace(result, rivals=rivals, speeds=timed, timed_in=where, remarks=remarks)
 
 
 # What a reader of the numbers must know
@@ -241,20 +286,18 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     eval_data = run.reading.eval_name
     short.evidence |= {"method": METHODS[run.method], "eval_data": eval_data, "size": run.size}
     run.running.tell(f"layers to remove: {sorted(run.layers)}")
-    states = {"original": _measure(run, "original")}
+    states, answers = {"original": _sizes(run, "original")}, {"original": _answers(run, "original")}
+    beside = _rivals(run)
     with short.without_layers(run.layers):
-        states["pruned"] = _measure(run, "pruned")
+        states["pruned"], answers["pruned"] = _sizes(run, "pruned"), _answers(run, "pruned")
         steps = _steps(run)
-    turns = _turns(run)
+    timed = _speeds(run)
     kept: dict[str, Any] = {"work_dir": run.folder / HEALING, "max_windows": CLOSED_WINDOWS}
     job = HealingJob(short, windows, run.layers, steps=steps, notify=run.running.tell, **kept)
     with ExitStack() as undos:
         # a loaded model is the caller's: after an error it is complete, and the same call continues
         evidence = job.run(undos if run.source is None else None)
-        states["healed"] = _measure(run, "healed")
-        for state in turns[0] if turns else ():
-            speed = median(turn[state] for turn in turns)
-            states[state] = states[state]._replace(tokens_per_second=speed)
+        states["healed"], answers["healed"] = _sizes(run, "healed"), _answers(run, "healed")
         result = ShrinkResult(
             out=run.out,
             plan=plan,
@@ -264,9 +307,13 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
             quality={  # by names as in "original, 30 layers"
                 kind: {name.partition(",")[0]: value for name, value in each.items()}
                 for kind, each in evidence.by_kind.items()
-            },
+            }
+            | {ANSWERS: answers},
             states=states,
-            prompt=run.prompt,
+            rivals=beside,
+            speeds=timed,
+            questions=[question.prompt for question in run.questions],
+            answers=run.answers,
             remarks=_remarks(run, evidence),
             healing=evidence.steps,
             choice=choice,
@@ -276,7 +323,6 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
             windows=(len(windows.training), len(windows.evaluation), run.size),
             command=run.command,
             seed=run.seed,
-            turns=turns,
         )
         result = _written(run, result, evidence)
         undos.pop_all()
@@ -295,8 +341,12 @@ def _written(run: Shrink, result: ShrinkResult, evidence: HealingEvidence) -> Sh
         for name in ["healed"] if in_place else [*states]:
             size, memory = states[name].size + more, states[name].memory + more
             states[name] = states[name]._replace(size=size, memory=memory)
-    more_remarks = _rounding(run, evidence) if in_place else []
-    result = replace(result, states=states, remarks=[*result.remarks, *more_remarks])
+    result = replace(result, states=states)
+    if in_place:
+        remarks = [*result.remarks, *_rounding(run, evidence)]
+        result = _beside_file(run, replace(result, remarks=remarks))
+    disturbed = beyond(result.speeds, run.most)
+    result = replace(result, remarks=[*result.remarks, *disturbed])
     _move_into_place(run, result)
     return result
 

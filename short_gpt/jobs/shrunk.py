@@ -11,13 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
+from scipy.stats import binomtest
+
 from llama.sources import is_gguf
-from short_gpt.evaluation.perplexity import Perplexity, difference
+from short_gpt.data.texts import OWN
+from short_gpt.evaluation.answers import Reply
+from short_gpt.evaluation.perplexity import Mean, Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice
+from short_gpt.jobs.rivals import Rival
+from short_gpt.jobs.speeds import Speed
 from short_gpt.runtime.errors import one_line
 from short_gpt.runtime.frames import Table, aligned, html_table
 from short_gpt.runtime.memory import format_bytes
@@ -25,24 +30,40 @@ from short_gpt.scoring.importance import Importance
 from short_gpt.selection.methods import AUTO, LABELS
 
 REPORT = "report.html"
-PROMPT = "The capital of France is"  # a prompt for models without a chat template
+ANSWERS = "own answers"  # a kind of text: what the original answers to the questions
+# Limits by the largest KL divergence in nats a token, and by the share of right answers kept. Of
+# small models Q4_K_M is near 0.05 and Q2_K near 0.25; beyond 0.5 sentences fall apart.
+CLOSE, BROKEN = (0.1, 0.85), (0.5, 0.5)
+GRADES = ("close to the original", "noticeably worse than the original", "broken")
+WIDTH = 100  # columns of the text
+LINES = 20  # of the text, at most: what would be more stands on the page
+PROMPT = "The capital of France is"  # of the commands that open the result
+PER_SECOND = {"prompt": "prompt tokens a second", "generation": "written tokens a second"}
 
 
 class StateReport(NamedTuple):
-    """Speed, size and tasks of one state of the model, beside its perplexity."""
+    """Size and tasks of one state of the model, beside its distance from the original."""
 
-    completion: str  # greedy
-    # greedy generation with the cache, one sequence; not of pruned, which is as fast as healed
-    tokens_per_second: float | None
     parameters: int
     size: int  # bytes of the weights as they are written; of the whole file in GGUF
     memory: int  # the same with the KV cache
     tasks: dict[str, Any]  # of `TaskRun`
 
 
+class Answered(NamedTuple):
+    """What a state of the model answers to the questions, by question."""
+
+    texts: list[str]
+    right: list[bool | None]  # None where no right answer is known
+
+    @classmethod
+    def of(cls, replies: Sequence[Reply]) -> Answered:
+        return cls([reply.text for reply in replies], [reply.right for reply in replies])
+
+
 @dataclass(frozen=True, repr=False)
 class ShrinkResult(Table):
-    """What `shrink` did, and how good the result is.
+    """What `shrink` did, and what the result is worth.
 
     States are original, pruned, refit if a training follows, and healed.
     """
@@ -54,7 +75,11 @@ class ShrinkResult(Table):
     method: str = AUTO  # that chose them
     quality: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)  # kind and state
     states: Mapping[str, StateReport] = field(default_factory=dict)  # by name, except refit
-    prompt: str = ""  # of the completions
+    rivals: Sequence[Rival] = ()  # the original in fewer bits
+    speeds: Mapping[str, Mapping[str, Speed]] = field(default_factory=dict)  # by model and work
+    timed_in: str = "PyTorch"  # or llama.cpp
+    questions: Sequence[str] = ()
+    answers: Mapping[str, Answered] = field(default_factory=dict)  # by state, except refit
     remarks: Sequence[str] = ()  # what a reader of the numbers must know
     healing: Sequence[Mapping[str, object]] = ()  # the steps, for JSON
     choice: Mapping[str, Any] = field(default_factory=dict)  # of `HealedChoice`
@@ -65,43 +90,46 @@ class ShrinkResult(Table):
     windows: tuple[int, int, int] = (0, 0, 0)  # learned from, evaluated on, and tokens in each
     command: str = ""  # the same as a command line
     seed: int = 0
-    turns: Sequence[Mapping[str, float]] = ()  # tokens a second by state, timed one after another
 
     def report(self) -> Path:
         """The page: in a directory, or beside a file."""
         return report_of(self.out)
 
     def rows(self) -> list[list[str]]:
-        """The table: names first, then a column for every state; the first row is the head."""
-        names = [*next(iter(self.quality.values()), {})]
+        """The table: names first, then a column for every state and rival; the head is first."""
+        states = [*next(iter(self.quality.values()), {})]
+        names = [*states, *(rival.name for rival in self.rivals)]
         rows = [["", *names]]
-        for kind, states in self.quality.items():
-            original, *others = states.values()
-            rows.append(
-                [f"perplexity, {short_name(kind)}", *(f"{p.value:.3f}" for p in states.values())]
-            )
-            ends = ["{:.3f} to {:.3f}".format(*p.interval()) for p in states.values()]
-            rows.append(["95%", *(end.replace("nan to nan", "unknown") for end in ends)])
-            changes = [difference([original], [p]) for p in others]
-            cells = [f"{c.nats:+.4f} ± {c.error.margin():.4f}" for c in changes]
-            rows.append(
-                ["nats from the original, 95%", "", *(c.replace("nan", "?") for c in cells)]
-            )
-        reports = self.states.values()
-        size = "file (estimated if unwritten)" if is_gguf(self.out) else "weights as written"
-        more = [
-            ["parameters, millions", *(f"{report.parameters / 1e6:.1f}" for report in reports)],
-            [size, *(format_bytes(report.size) for report in reports)],
-            ["with the KV cache", *(format_bytes(report.memory) for report in reports)],
-        ]
-        if self.turns:
-            speeds = [report.tokens_per_second for report in reports]
-            more.append(["tokens a second", *(f"{s:.1f}" if s else "" for s in speeds)])
-            ratio = "{1:.2f}, {0:.2f} to {2:.2f}".format(*self.times_as_fast)
-            more.append([f"times as fast, {len(self.turns)} turns", "", "", ratio])
-        for name, *cells in more + self._task_rows():
-            by_state = dict(zip(self.states, cells, strict=True))
-            rows.append([name, *(by_state.get(state, "") for state in names)])
+
+        def add(label: str, cells: Mapping[str, str]) -> None:
+            if any(cells.values()):
+                rows.append([label, *(cells.get(name, "") for name in names)])
+
+        for kind, by_state in self.quality.items():
+            named = short_name(kind)
+            each = {**by_state, **{r.name: r.quality[kind] for r in self.rivals}}
+            klds = {name: p.kld for name, p in each.items() if name != "original"}
+            tops = {name: p.same_top for name, p in each.items() if name != "original"}
+            shown = {name: str(kld) for name, kld in klds.items() if kld}
+            # of rivals without the margin, which makes the table wider than a terminal
+            shown |= {r.name: shown.get(r.name, "").partition(" ")[0] for r in self.rivals}
+            add(f"KLD, {named}", shown)
+            shares = {name: f"{top.value:.1%}" for name, top in tops.items() if top}
+            add(f"same top token, {named}", shares)
+            if kind != ANSWERS and kind not in OWN:  # a text that people wrote
+                values = {name: f"{p.value:.3f}" for name, p in each.items()}
+                add(f"perplexity, {named}", values)
+        if known := self._known:
+            counts = {name: str(sum(map(bool, a.right))) for name, a in self.answers.items()}
+            add(f"right answers, of {known}", counts)
+        size = "file" if is_gguf(self.out) else "weights"
+        sizes = {name: format_bytes(report.size) for name, report in self.states.items()}
+        add(size, sizes | {rival.name: format_bytes(rival.size) for rival in self.rivals})
+        for work, label in PER_SECOND.items():
+            rates = {name: f"{each[work].per_second:.0f}" for name, each in self.speeds.items()}
+            add(label, rates)
+        for label, *cells in self._task_rows():
+            add(label, dict(zip(self.states, cells, strict=True)))
         return rows
 
     def _task_rows(self) -> list[list[str]]:
@@ -128,39 +156,87 @@ class ShrinkResult(Table):
         return f"removed {count} by {LABELS[self.method]}: {sorted(self.layers)}"
 
     @property
-    def verdict(self) -> str:
-        """What was lost and regained, in a sentence; or the plan, if only that was requested."""
-        if not self.states:
-            return self.plan
-        kind, states = next(iter(self.quality.items()))
-        original, pruned, healed = (states[name] for name in ("original", "pruned", "healed"))
-        lost, healing = difference([original], [pruned]), difference([pruned], [healed])
-        parts = [
-            f"perplexity {original.value:.2f} becomes {healed.value:.2f} on {short_name(kind)}"
-        ]
-        if lost.told_apart and healing.told_apart and lost.nats > 0 > healing.nats:
-            parts.append(f"healing restores {-healing.nats / lost.nats:.0%} of the lost nats")
-        elif healing.error.has_margin:
-            change = f"{healing.nats:+.3f} ± {healing.error.margin():.3f} nats (95%)"
-            none = "" if healing.told_apart else ", not distinguishable from no change"
-            parts.append(f"healing changes the loss by {change}{none}")
-        first, last = self.states["original"], self.states["healed"]
-        parts.append(f"{1 - last.size / first.size:.0%} smaller")
-        if self.turns:
-            low, middle, high = self.times_as_fast
-            if not low <= 1 <= high:
-                parts.append(f"{middle:.2f} times as fast in PyTorch ({low:.2f} to {high:.2f})")
-        return "; ".join(parts)
+    def _known(self) -> int:
+        """Questions with a right answer that is known."""
+        original = self.answers.get("original")
+        return sum(right is not None for right in original.right) if original else 0
 
     @property
-    def times_as_fast(self) -> tuple[float, float, float]:
-        """The healed model's speed by the original's: the least, the median, the most of the turns.
+    def kept(self) -> tuple[int, int]:
+        """Right answers of the original that the healed model gives too, and all of them."""
+        if not self.answers:
+            return 0, 0
+        pairs = zip(self.answers["original"].right, self.answers["healed"].right, strict=True)
+        kept = [bool(after) for before, after in pairs if before]
+        return sum(kept), len(kept)
 
-        The ends of 7 turns are a 98% interval of the median: all lie on one side of it by chance
-        in 2 / 2**7 of the cases.
+    @property
+    def distances(self) -> dict[str, Mean]:
+        """Mean KL divergence of the healed model from the original, in nats a token, by kind."""
+        healed = {kind: states["healed"].kld for kind, states in self.quality.items()}
+        return {kind: kld for kind, kld in healed.items() if kld is not None}
+
+    @property
+    def grade(self) -> str:
+        """What the healed model is beside the original, one of `GRADES` or two of them.
+
+        The larger divergence and the share of right answers kept decide, by `CLOSE` and `BROKEN`.
+        Where the divergence's 95% interval goes beyond a limit, the worse grade is named too.
         """
-        ratios = [turn["healed"] / turn["original"] for turn in self.turns]
-        return min(ratios), median(ratios), max(ratios)
+        kept, right = self.kept
+        share = kept / right if right else 1.0
+
+        def level(kld: float) -> int:
+            return sum(kld > most or share < least for most, least in (CLOSE, BROKEN))
+
+        klds = self.distances.values()
+        here = level(max((kld.value for kld in klds), default=0.0))
+        ends = (kld.interval()[1] for kld in klds)
+        worse = level(max((end for end in ends if not math.isnan(end)), default=0.0))
+        return GRADES[here] if worse <= here else f"{GRADES[here]}, or {GRADES[worse]}"
+
+    @property
+    def verdict(self) -> str:
+        """What the result is worth, in a sentence; or the plan, if only that was requested."""
+        if not self.states:
+            return self.plan
+        klds = [f"{kld} on {short_name(kind)}" for kind, kld in self.distances.items()]
+        parts = [f"{self.grade[0].upper()}{self.grade[1:]}: KLD {', '.join(klds)}"]
+        kept, right = self.kept
+        if right:
+            low, high = binomtest(kept, right).proportion_ci(method="wilson")
+            span = f"{100 * low:.0f}-{high:.0%}"
+            parts.append(f"{kept} of {right} right answers kept ({span})")
+        return "; ".join(parts) + "."
+
+    @property
+    def worth(self) -> str:
+        """The result beside a rival that is better, and what the removed layers buy."""
+        size, buys = self.states["healed"].size, self._buys
+        for rival in self.rivals:
+            klds = {kind: rival.quality[kind].kld for kind in self.distances}
+            near = [kld.value for kld in klds.values() if kld is not None]
+            nearer = all(a < b.value for a, b in zip(near, self.distances.values(), strict=True))
+            if near and nearer and rival.size <= size:
+                sizes = f"{format_bytes(rival.size)} instead of {format_bytes(size)}"
+                return (
+                    f"The original {rival.name} is smaller ({sizes}) and nearer (KLD "
+                    f"{', '.join(f'{kld:.3f}' for kld in near)}): take it to save bytes. {buys}"
+                )
+        return buys
+
+    @property
+    def _buys(self) -> str:
+        works = {"prompt": "reads prompts", "generation": "writes"}
+        healed = self.speeds.get("healed", {})
+        times = [
+            f"{verb} {healed[work].ratio:.2f} ({healed[work].low:.2f}-{healed[work].high:.2f})"
+            for work, verb in works.items()
+            if work in healed
+        ]
+        return (
+            f"Pruned, it {' and '.join(times)} times as fast in {self.timed_in}." if times else ""
+        )
 
     @property
     def chosen(self) -> str:
@@ -173,17 +249,29 @@ class ShrinkResult(Table):
     def __str__(self) -> str:
         if not self.states:
             return self.plan
-        lines = [*_wrapped(self.head), *_wrapped(self.verdict), "", *aligned(self.rows())]
-        lines += ["", self.chosen, ""] if self.chosen else []
-        lines += [line for remark in self.remarks for line in _wrapped(remark)]
-        lines += ["", self.prompt] if self.prompt else []
-        width = max(map(len, self.states))
-        for state, report in self.states.items() if self.prompt else ():
-            completion = one_line(" ".join(report.completion.split()))
-            lines.append(f"  {state:<{width}}  {completion}")
-        lines += ["", f"written: {self.out}, read again and compared"]
-        lines += [f"written: {self.report()}", "", "next:"]
-        return "\n".join([*lines, *(f"  {step}" for step in self.next_steps)])
+        lines = [line for text in (self.verdict, self.worth, self.head) for line in _wrapped(text)]
+        lines += ["", *aligned(self.rows())]
+        end = [f"written: {self.out}, read again and compared; more in {self.report()}"]
+        question, texts = next(iter(self.completions), ("", {}))
+        shown = {state: text for state, text in texts.items() if state != "pruned"}
+        width = max(map(len, shown), default=0)
+        said = [question, *(f"  {state:<{width}}  {text}" for state, text in shown.items())]
+        if shown and len(lines) + len(said) + len(end) <= LINES:
+            lines += [one_line(" ".join(line.split("\n")))[:WIDTH] for line in said]
+        return "\n".join([*lines, *end])
+
+    @property
+    def completions(self) -> list[tuple[str, dict[str, str]]]:
+        """Questions and the states' answers; first where the healed model is farthest away."""
+        if not self.answers:
+            return []
+        samples = self.quality[ANSWERS]["healed"].samples
+        far = {sample.text: (sample.kld or 0.0) / sample.tokens for sample in samples}
+        order = sorted(range(len(self.questions)), key=lambda i: -far.get(i, 0.0))
+        return [
+            (self.questions[i], {state: each.texts[i] for state, each in self.answers.items()})
+            for i in order
+        ]
 
     def _repr_html_(self) -> str:
         if not self.states:
@@ -203,14 +291,24 @@ class ShrinkResult(Table):
             for kind, states in self.quality.items()
         }
         content = {**vars(self), "out": str(self.out), "quality": quality}
-        content["states"] = {state: report._asdict() for state, report in self.states.items()}
+        for name in ("states", "answers"):
+            content[name] = {state: each._asdict() for state, each in content[name].items()}
+        content["speeds"] = {
+            name: {work: speed._asdict() for work, speed in each.items()}
+            for name, each in self.speeds.items()
+        }
+        content["rivals"] = [
+            {**r._asdict(), "quality": {kind: p.to_dict() for kind, p in r.quality.items()}}
+            for r in self.rivals
+        ]
+        content["verdict"] = {"grade": self.grade, "text": self.verdict, "worth": self.worth}
         content["importance"] = None if self.importance is None else self.importance.to_dict()
         return content
 
 
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(
-        text, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
 
 

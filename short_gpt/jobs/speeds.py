@@ -6,6 +6,9 @@ which fewer bits make less.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.models.decoder import wait
-from short_gpt.runtime.errors import required
+from short_gpt.runtime.errors import ShortGPTError, one_line, required
 from short_gpt.wrappers.short_model import ShortModel
 
 TURNS = 9  # fewest whose interval leaves out the outermost ratios, which others' programs make
@@ -98,7 +101,7 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ordered[end - 1], ordered[-end]
 
 
-def beyond(measured: Speeds, most: Mapping[str, float]) -> list[str]:
+def beyond(measured: Mapping[str, Mapping[str, Speed]], most: Mapping[str, float]) -> list[str]:
     """A sentence on every ratio whose whole interval is above what is possible."""
     return [
         f"{name}, {work}: {own.ratio:.2f} times as fast ({own.low:.2f} to {own.high:.2f}), while "
@@ -155,3 +158,34 @@ def pytorch(short: ShortModel, state: Callable[[], AbstractContextManager[object
         return len(prompt) / read, (count - 1) / (ends[-1] - ends[0])
 
     return timer
+
+
+def of_files(
+    paths: Mapping[str, Path], window: Sequence[int], *, most: Mapping[str, float]
+) -> Speeds:
+    """`speeds` of GGUF files in llama.cpp, in a process of its own: a crash there ends only that.
+
+    Raises:
+        ShortGPTError: llama.cpp did not open one of them.
+    """
+    work = {"paths": {name: str(path) for name, path in paths.items()}, "most": most}
+    command = [sys.executable, "-m", "short_gpt.jobs.speeds"]
+    asked = json.dumps({**work, "window": [*window], "threads": torch.get_num_threads()})
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ShortGPTError(f"llama.cpp gave no speeds: {one_line(done.stderr[-300:])}")
+    content = json.loads(done.stdout.splitlines()[-1])
+    return {name: {w: Speed(*s) for w, s in works.items()} for name, works in content.items()}
+
+
+def main() -> None:
+    """What `of_files` asks of another process."""
+    asked = json.load(sys.stdin)
+    torch.set_num_threads(asked["threads"])
+    window = asked["window"]
+    timers = {name: llama_cpp(Path(path), len(window)) for name, path in asked["paths"].items()}
+    print("\n" + json.dumps(speeds(timers, window, most=asked["most"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -40,8 +40,8 @@ def test_rounded_in_memory_is_what_the_file_holds(tmp_path, source):
     stored = source.stat().st_size
     found = rivals(short, TEXTS, reference, stored=stored, itemsize=4)
     assert [rival.name for rival in found] == [
-        "all layers in Q8_0",
-        "all layers in Q4_K and Q5_0",  # down_proj has rows of 288
+        "in Q8_0",
+        "in Q4_K and Q5_0",  # down_proj has rows of 288
     ]
     for kind, rival in zip(("q8_0", "q4_k"), found, strict=True):
         path = requantized(source, tmp_path / f"{kind}.gguf", kind)
@@ -93,7 +93,7 @@ def test_the_file_is_not_larger_than_the_pruned_one_and_goes_afterwards(tmp_path
         assert path is not None and path.stat().st_size <= out.stat().st_size
         assert path.name == "q8_0.gguf"
         rival = of_file(path, TEXTS, reference, OpenOptions())
-        assert rival.size == path.stat().st_size and rival.name == "all layers in Q8_0"
+        assert rival.size == path.stat().st_size and rival.name == "in Q8_0"
         assert all(0 < own.kld.value < 0.02 for own in rival.quality.values())
     assert not (folder / RIVAL).exists()
     with pytest.raises(KeyboardInterrupt), rival_file(source, out, folder):
