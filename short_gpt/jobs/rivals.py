@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,11 @@ class Rival(NamedTuple):
     name: str  # types of the layers' matrices, most bytes first: "in Q4_0 and Q3_K"
     size: int  # bytes of the file, or of the weights if they were written so
     quality: Mapping[str, Perplexity]  # by kind of text, with the distance from the original
+
+
+def has_quantizer() -> bool:
+    """Whether the package is installed that makes rivals."""
+    return find_spec("libgguf") is not None
 
 
 def rivals(

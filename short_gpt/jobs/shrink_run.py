@@ -263,7 +263,8 @@ class Shrink:
         }
         self.texts[ANSWERS] = [*answer_windows(replies)]
         self.reference = Reference(self.short.decoder)
-        self.reference.read(chain(*self.texts.values()))
+        with in_own_dtype(self.short.decoder):
+            self.reference.read(chain(*self.texts.values()))
         identity = joined(
             self.short.identity(),
             {

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -33,7 +33,7 @@ from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.costs import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import Tasks, Windows, about_own
 from short_gpt.jobs.page import is_page, shrunk_page
-from short_gpt.jobs.rivals import Rival, of_file, rival_file, rivals
+from short_gpt.jobs.rivals import Rival, has_quantizer, of_file, rival_file, rivals
 from short_gpt.jobs.saving import Running, Saving, interruptible
 from short_gpt.jobs.shrink_models import file_bytes
 from short_gpt.jobs.shrink_run import HEALING, Model, Shrink
@@ -48,8 +48,9 @@ from short_gpt.jobs.shrunk import (
     short_name,
 )
 from short_gpt.jobs.speeds import Speeds, beyond, of_files, pytorch, speeds
+from short_gpt.models.decoder import in_own_dtype
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.errors import MissingPackageError, NotRemovableError, ShortGPTError
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold
 from short_gpt.scoring.stopping import unsure
@@ -181,8 +182,7 @@ def _sizes(run: Shrink, state: str) -> StateReport:
     )
     # by tokenizer, chat template and tasks, which may be others when a run goes on
     digest = json_digest([run.short.prompt_ids("Hello"), suite and suite.identity()])
-    run_tasks = partial(lambda: vars(run.tasks.run(run.short)))
-    tasks = run.cells.value(f"tasks {state} {digest}", run_tasks)
+    tasks = run.cells.value(f"tasks {state} {digest}", lambda: vars(run.tasks.run(run.short)))
     return StateReport(parameters, size, size + sum(run.caches[i] for i in present), tasks)
 
 
@@ -190,21 +190,20 @@ def _answers(run: Shrink, state: str) -> Perplexity:
     """The distance of the present model on the original's answers; it gives its own, too."""
     if state not in run.answers:
         run.answers[state] = Answered.of(run.ask())
-    decoder, reference = run.short.decoder, run.reference
-    return combined(
-        window_perplexities(decoder, run.texts[ANSWERS], progress=False, reference=reference)
-    )
+    windows, decoder = run.texts[ANSWERS], run.short.decoder
+    with in_own_dtype(decoder):
+        each = window_perplexities(decoder, windows, progress=False, reference=run.reference)
+    return combined(each)
 
 
 def _rivals(run: Shrink) -> list[Rival]:
     """The original, which the model still is, in fewer bits; a GGUF file's come after writing."""
-    if run.opened.in_place:
+    if run.opened.in_place or not has_quantizer():
         return []
     total = sum(run.stored[0]) + run.stored[1]
     itemsize = run.opened.dtype.itemsize
-    with suppress(MissingPackageError):
+    with in_own_dtype(run.short.decoder):
         return rivals(run.short, run.texts, run.reference, stored=total, itemsize=itemsize)
-    return []
 
 
 def _speeds(run: Shrink) -> Speeds:
@@ -215,20 +214,21 @@ def _speeds(run: Shrink) -> Speeds:
         "original": pytorch(run.short, nullcontext),
         "healed": pytorch(run.short, lambda: run.short.without_layers(run.layers)),
     }
-    return speeds(timers, run.windows.evaluation[0], most=run.most)
+    with in_own_dtype(run.short.decoder):
+        return speeds(timers, run.windows.evaluation[0], most=run.most)
 
 
 def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
     """The result with a file's rival, and with their speeds in llama.cpp."""
-    source, paths, remarks = str(run.source), {"original": Path(str(run.source))}, []
-    paths["healed"] = run.built
+    source, remarks = str(run.source), [*result.remarks]
+    paths = {"original": Path(source), "healed": run.built}
     rivals: list[Rival] = []
-    with ExitStack() as stack:
-        with suppress(MissingPackageError):
-            path = stack.enter_context(rival_file(source, run.built, run.folder))
-            if path is not None:
-                rivals = [of_file(path, run.texts, run.reference, run.opening)]
-                paths[rivals[0].name] = path
+    beside = rival_file(source, run.built, run.folder) if has_quantizer() else nullcontext()
+    with beside as path:
+        if path is not None:
+            opening = replace(run.opening, precision=FLOAT32)
+            rivals = [of_file(path, run.texts, run.reference, opening)]
+            paths[rivals[0].name] = path
         timed = result.speeds
         try:
             if not timed:
@@ -236,7 +236,6 @@ def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
         except ShortGPTError as error:
             remarks.append(str(error))
     where = result.timed_in if result.speeds else "llama.cpp"
-    remarks = [*result.remarks, *remarks]
     return replace(result, rivals=rivals, speeds=timed, timed_in=where, remarks=remarks)
 
 
@@ -258,6 +257,8 @@ def _remarks(run: Shrink, evidence: HealingEvidence) -> list[str]:
             )
     if evidence.worse:
         remarks.append(f"WORSE: healing changes the loss by {evidence.change}; give more text")
+    if not has_quantizer():
+        remarks.append('not compared with fewer bits: pip install "short-gpt[rival]"')
     evaluated, written = run.short.runs_in()[0], run.opened.dtype
     if evaluated != written and not run.opened.in_place:
         remarks.append(f"evaluated in {evaluated}, written in {written}")
