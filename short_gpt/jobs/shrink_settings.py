@@ -13,7 +13,7 @@ from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import CHOOSE, RUN, Settings, setting
 
 SIZES = ("ratio", "n", "memory", "max_kld", "max_perplexity_ratio")  # one of these is set
-RATIO = 0.25
+MAX_KLD = 0.1  # nats a token: near the original, as the better types of 4 bits
 SHRUNK = Windows("self", size=None).without("column", "stride", "seed")  # what is read by default
 A_YEAR = 365 * 24 * 60  # minutes
 
@@ -28,9 +28,7 @@ class Shrinking(Settings):
     """
 
     HEADING: ClassVar = CHOOSE
-    ratio: float | None = setting(
-        None, "Share of the layers to remove. Default: 0.25, unless another size is given."
-    )
+    ratio: float | None = setting(None, "Share of the layers to remove, as in 0.25.")
     n: int | None = setting(None, "Number of layers to remove; two at least stay.")
     memory: str | int | None = setting(
         None,
@@ -40,8 +38,9 @@ class Shrinking(Settings):
     max_kld: float | None = setting(
         None,
         "Mean KL divergence of the refitted model from the original, in nats a token: as many "
-        "layers go as greedy_kld can remove within it, on windows that nothing is fitted on; the "
-        "set of another method may be farther.",
+        "layers go as greedy_kld can remove within it, both on held-out windows and on what the "
+        "original answers; the set of another method may be farther. Default: 0.1, unless another "
+        "size is given.",
     )
     max_perplexity_ratio: float | None = setting(
         None,
@@ -68,14 +67,16 @@ class Shrinking(Settings):
     @property
     def size_flag(self) -> str:
         """The setting that says how small, as a flag."""
-        name = next((name for name in SIZES if getattr(self, name) is not None), "ratio")
-        return f"--{name} {getattr(self, name) or RATIO}"
+        name = next((name for name in SIZES if getattr(self, name) is not None), "max_kld")
+        return f"--{name} {getattr(self, name) or MAX_KLD}"
 
     @property
     def most_kld(self) -> float | None:
         """The most divergence, in nats a token; None where another setting says how small."""
-        ratio = self.max_perplexity_ratio
-        return self.max_kld if ratio is None else math.log(ratio)
+        if self.max_perplexity_ratio is not None:
+            return math.log(self.max_perplexity_ratio)
+        others = (self.ratio, self.n, self.memory)
+        return self.max_kld or (MAX_KLD if all(size is None for size in others) else None)
 
     @property
     def target(self) -> int | None:
@@ -116,7 +117,7 @@ class Shrinking(Settings):
         from short_gpt.runtime.memory import format_bytes
 
         total, most = len(layers), len(layers) - 2
-        n = self.n or math.floor((self.ratio or RATIO) * total + 0.5)
+        n = self.n or math.floor((self.ratio or 0.0) * total + 0.5)
         if self.target is not None:
             removed = accumulate(sorted(layers), initial=0)  # the smallest may be the removed ones
             sizes = [sum(layers) + rest - size for size in removed]

@@ -49,7 +49,7 @@ from short_gpt.jobs.shrunk import (
 )
 from short_gpt.jobs.speeds import Speeds, beyond, of_files, pytorch, speeds
 from short_gpt.models.decoder import in_own_dtype
-from short_gpt.runtime.digest import json_digest
+from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold
@@ -109,7 +109,7 @@ def _choose(run: Shrink) -> tuple[list[int], Mapping[str, Any]]:
     n, sets = run.n, run.sets
     run.short.importance = sets.importance
     if n is None:
-        n = run.cells.value("how many", partial(_most_within, run, run.settings.most_kld or 0.0))
+        n = _most_within(run, run.settings.most_kld or 0.0)
     layers = sets.layers(run.method, n, run.seed)
     return layers, sets.choice(n).to_dict() if run.method == AUTO else {}
 
@@ -125,16 +125,19 @@ def _most_within(run: Shrink, most_kld: float) -> int:
             f"{name}: expected at least {MIN_WINDOWS} windows, a quarter of which shares no text "
             f"with the others and says how many layers may go, got {len(windows)}; give more text"
         )
-    reference = short.reference(judging)
+    every = [*judging, *run.texts[ANSWERS]]
+    reference, digest = short.reference(every), windows_digest(every)
 
     def distance(layers: Sequence[int]) -> float:
-        pruned = partial(pruned_losses, short, layers, judging, fit_on=fit_on, reference=reference)
+        """The larger one of that on the model's text and that on its answers."""
+        pruned = partial(pruned_losses, short, layers, every, fit_on=fit_on, reference=reference)
         try:
-            measured = combined(run.cells.perplexities(f"without {sorted(layers)}", pruned))
+            each = run.cells.perplexities(f"without {sorted(layers)} on {digest}", pruned)
         except NotRemovableError:  # such as all layers with attention of a hybrid
             return math.inf
-        assert measured.kld is not None
-        return measured.kld.value
+        parts = (each[: len(judging)], each[len(judging) :])
+        klds = [combined(part).kld for part in parts if part]
+        return max(kld.value for kld in klds if kld is not None)
 
     low, high = 0, 1  # few layers are tried first: a search for all of them takes long
     while distance(run.sets.layers("greedy_kld", high)) <= most_kld and low < high:
@@ -143,7 +146,7 @@ def _most_within(run: Shrink, most_kld: float) -> int:
     if not low:
         raise ShortGPTError(
             f"{name}: without layer {order[0]} alone the refitted model is {distance(order):.3f} "
-            "nats a token from the original; raise the limit, or leave the model as it is"
+            "nats a token from the original; raise the limit, or keep all layers in fewer bits"
         )
     while low + 1 < high:
         middle = (low + high) // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import pytest
@@ -15,7 +16,7 @@ from short_gpt.jobs.shrink_settings import Shrinking
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        (Shrinking(), 8),  # 7.5 of 30, to the nearest whole
+        (Shrinking(ratio=0.25), 8),  # 7.5 of 30, to the nearest whole
         (Shrinking(ratio=0.02), 1),
         (Shrinking(n=3), 3),
         (Shrinking(memory="3kB"), 5),
@@ -58,3 +59,10 @@ def test_refusals(settings, message):
         how_small = Shrinking(**settings)
         how_small.check()
         how_small.count([100] * 30, 500)
+
+
+def test_without_a_size_the_divergence_is_the_limit():
+    assert Shrinking().most_kld == 0.1 and Shrinking().size_flag == "--max_kld 0.1"
+    assert Shrinking(max_perplexity_ratio=math.exp(0.2)).most_kld == pytest.approx(0.2)
+    for size in ({"n": 2}, {"ratio": 0.25}, {"memory": "3kB"}):
+        assert Shrinking(**size).most_kld is None
