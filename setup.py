@@ -66,8 +66,6 @@ setup(
     ],
     extras_require={
         "eval": EVAL,
-        # no underscore: pip before 23.3 does not find such a name in the metadata
-        "four-bit": ["bitsandbytes>=0.43"],
         "rival": RIVAL,
         "notebooks": NOTEBOOKS,
         "docs": DOCS,

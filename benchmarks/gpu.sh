@@ -57,7 +57,7 @@ texts() {
     python - <<'END'
 from pathlib import Path
 from short_gpt.data import texts
-from short_gpt.evaluation.protocols import WIKITEXT2
+from short_gpt.evaluation.perplexity import WIKITEXT2
 for split, name in (("train", "calibration"), ("validation", "held_out")):
     Path(f"{name}.txt").write_text("\n\n".join(texts(WIKITEXT2, split=split)), encoding="utf-8")
 END

@@ -228,7 +228,8 @@ def reproduction(shape: dict[str, object], argv: list[str]) -> None:
 def streaming(folder: str, max_memory: str, windows: list[list[int]]) -> None:
     """Prints what a plan of streaming says, and the peak of memory of what follows it."""
     short = StreamedLlama(folder, max_seq_len=64, device="cpu", max_memory=max_memory)
-    short.eval_importance(windows[:1])  # what torch sets up at its first use is no part of the plan
+    # what torch sets up at its first use is no part of the plan
+    short.measure(windows[:1], progress=False)
     plan = short.plan(2)
     short.measure(windows, batch_size=2, progress=False)
     short.perplexity(windows, batch_size=2, progress=False)

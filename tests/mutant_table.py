@@ -138,18 +138,6 @@ MUTANTS = [
     ),
     # Hidden states: whose they are, and which ones.
     (
-        "LayerHooks._keep",
-        "state.to(self._mask.device, copy=True)",
-        "state.to(self._mask.device)",
-        "test_a_stream_that_is_changed_in_place_between_layers_scores_as_one_changed_anew",
-    ),
-    (
-        "methods",
-        "best_block(scores.angular_all_tokens, n)",
-        "best_block(scores.angular, n)",
-        "test_each_takes_its_layers_in_original_numbers",
-    ),
-    (
         "choose",
         "[importance.layers[i] for i in row.choose",
         "[i for i in row.choose",
@@ -199,7 +187,7 @@ MUTANTS = [
         "test_rounded_probabilities_sum_to_one_again",
     ),
     (
-        "CachedTeacher.targets",
+        "Distillation.targets",
         "mapped[self._ends[i] : self._ends[i + 1]]",
         "mapped[: self._ends[1]]",
         "test_what_is_read_is_what_the_model_predicts",
@@ -212,7 +200,7 @@ MUTANTS = [
     ),
     (
         "Distillation._scale",
-        "self.kl_share * self.teacher.temperature**2",
+        "self.kl_share * self.temperature**2",
         "self.kl_share",
         "test_a_batchs_loss_is_the_mean_over_its_tokens_and_padding_does_not_count",
     ),
@@ -343,7 +331,7 @@ MUTANTS = [
         "test_an_interrupted_refit_goes_on_bit_for_bit_and_does_nothing_twice[1]",
     ),
     (
-        "CachedTeacher.__init__",
+        "Distillation.__init__",
         "joined(known, digest, {",
         "joined(known, {",
         "test_predictions_of_something_else_are_refused",
@@ -363,8 +351,8 @@ MUTANTS = [
     # A choice of layers: what judges is not what is fitted on, and luck is no gain.
     (
         "_Choosing._refitted",
-        "with _pruned(self._short, layers, self._fit):",
-        "with _pruned(self._short, layers, [*self._fit, *self._judging]):",
+        "with self._healed(layers, calibration=self._fit):",
+        "with self._healed(layers, calibration=[*self._fit, *self._judging]):",
         "test_candidates_are_judged_by_their_refit_on_windows_that_it_does_not_read",
     ),
     # Ranks and replicas.

@@ -44,8 +44,8 @@ from llama.tokenizer import Tokenizer
 from short_gpt import windows
 from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.data import demo
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, Sample, difference
+from short_gpt.healing.choosing import ResultCache
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 

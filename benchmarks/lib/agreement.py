@@ -18,9 +18,8 @@ import torch
 from short_gpt import ShortModel
 from short_gpt.data import hold_out, windows, without_overlap
 from short_gpt.data.windows import Text, text_number
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, combined, difference
-from short_gpt.healing.choosing import pruned_losses
+from short_gpt.healing.choosing import ResultCache, pruned_losses
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.progress import bar

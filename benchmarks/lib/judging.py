@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks.studies.scoring import SIZE
 from short_gpt import ShortModel, windows
 from short_gpt.data import demo, without_overlap
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     Sample,
@@ -20,6 +19,7 @@ from short_gpt.evaluation.perplexity import (
     window_perplexities,
 )
 from short_gpt.healing import HealingWindows
+from short_gpt.healing.choosing import ResultCache
 
 Windows = list[list[int]]
 Losses = dict[str, list[Perplexity]]  # of windows, by their kind

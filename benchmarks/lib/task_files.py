@@ -151,7 +151,7 @@ def write(
 
     Args:
         source: holds piqa.jsonl and the others.
-        folder: exists; ``include_path`` of what runs the tasks.
+        folder: exists.
         tasks: of `OWN` and `MORE`; those that have so many documents are written.
         start: documents of each that are left out, the first ones.
     """
@@ -180,6 +180,11 @@ def write(
         # JSON is YAML
         Path(folder, f"local_{task}.yaml").write_text(json.dumps(fields), encoding="utf-8")
     return written
+
+
+def paths(folder: str, names: Sequence[str]) -> list[str]:
+    """The YAML files of tasks that `write` has named."""
+    return [str(Path(folder, f"{name}.yaml")) for name in names]
 
 
 def main(source: str, out: str) -> None:

@@ -32,9 +32,8 @@ from benchmarks.lib.outcome import begin, finish
 from benchmarks.studies.scoring import build, in_mixed
 from short_gpt import ShortLlama, choose_healed, windows
 from short_gpt.data import demo
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.healing import RefitSettings
-from short_gpt.healing.choosing import CANDIDATES, MAX_WINDOWS, pruned_losses
+from short_gpt.healing.choosing import CANDIDATES, MAX_WINDOWS, ResultCache, pruned_losses
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 

@@ -47,7 +47,7 @@ from benchmarks.studies.healing import table
 from benchmarks.studies.scoring import build
 from short_gpt import ShortHFModel, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
-from short_gpt.healing import CachedTeacher, Distillation, HealingWindows, recipe_for
+from short_gpt.healing import Distillation, HealingWindows, recipe_for
 from short_gpt.models.decoder import in_own_dtype
 
 LAYERS = (10, 12, 13, 14, 15, 16, 17, 18)  # the automatic choice's 8, see `choices.py`
@@ -99,13 +99,13 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         with short.without_layers(layers):
             found["cut"] = judge(short, kinds)
-        teacher = CachedTeacher(folder, short, [*learning.training, *learning.validation])
+        teacher = Distillation(folder, short, [*learning.training, *learning.validation])
         short.decoder.mixed = mixed
         costs["teacher"] = seconds(teacher.fill)
         costs["refit"] = seconds(lambda: heal_refit(short, layers, refitted_on))
         with in_own_dtype(short.decoder):
             found["refit"] = judge(short, kinds)
-        learned = Distillation(teacher)
+        learned = teacher
         parts = (learning.training, learning.validation, evaluation)
         costs["distill"] = seconds(
             lambda: heal_lora(short, *parts, recipe=recipe, distillation=learned)

@@ -62,10 +62,10 @@ from benchmarks.lib.task_results import (
 from benchmarks.studies.distillation import divided
 from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import window_perplexities
 from short_gpt.evaluation.tasks import TaskSuite
-from short_gpt.healing import CachedTeacher, Distillation, choose_healed, recipe_for
+from short_gpt.healing import Distillation, choose_healed, recipe_for
+from short_gpt.healing.choosing import ResultCache
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 
@@ -184,7 +184,7 @@ class Run:
 
     blocks: Mapping[str, TaskSuite] = {}  # some documents of a task, by their name
     problems = 0  # of each kind
-    _teacher: CachedTeacher | None = None
+    _teacher: Distillation | None = None
     _undo: Callable[[], None] | None = None  # of maps
 
     def __init__(
@@ -255,7 +255,7 @@ class Run:
         return task_files.write(self.source, folder, TASKS, start), str(folder)
 
     def suite(self, documents: int) -> TaskSuite:
-        return TaskSuite(self.tasks, documents, include_path=self.folder, batch_size=8)
+        return TaskSuite(task_files.paths(self.folder, self.tasks), documents, batch_size=8)
 
     def divided(self, ends: Sequence[int]) -> dict[str, TaskSuite]:
         """The documents of each task up to the first end, and then between two ends."""
@@ -264,7 +264,8 @@ class Run:
             tasks, folder = self.task_files(start)
             which = f"{start} to {end}" if start else f"{end}"
             for task in tasks:
-                suite = TaskSuite(task, end - start, include_path=folder, batch_size=8)
+                paths = task_files.paths(folder, [task])
+                suite = TaskSuite(paths, end - start, batch_size=8)
                 blocks[f"{which} of {task}"] = suite
         return blocks
 
@@ -353,7 +354,7 @@ class Run:
             heal_refit(short, layers, mix)
             read = self.learning
             parts = (read.training, read.validation, read.evaluation)
-            options = {"recipe": self.recipe, "distillation": Distillation(teacher)}
+            options = {"recipe": self.recipe, "distillation": teacher}
             how = heal_lora(short, *parts, **options).to_dict()
         else:
             short.remove_layers(layers)
@@ -378,13 +379,13 @@ class Run:
 
         return self.cells.value(f"healing refit {layers}", measure)["processor_seconds"]
 
-    def teacher(self) -> CachedTeacher:
+    def teacher(self) -> Distillation:
         """What the original model predicts, asked once."""
         if self._teacher is None:
             folder = Path(f"{self.path}.teacher")
             folder.mkdir(exist_ok=True)
             windows = [*self.learning.training, *self.learning.validation]
-            self._teacher, begun = CachedTeacher(folder, self.short, windows), time.process_time()
+            self._teacher, begun = Distillation(folder, self.short, windows), time.process_time()
             self._teacher.fill()
             self.cells.value("seconds of the teacher", lambda: time.process_time() - begun)
         return self._teacher

@@ -47,8 +47,8 @@ from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.real_models import MODELS
 from short_gpt import shrink, windows
 from short_gpt.data import demo, texts
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import Perplexity, difference
+from short_gpt.healing.choosing import ResultCache
 from short_gpt.jobs import ShrinkResult
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile

@@ -46,10 +46,9 @@ from benchmarks.studies.calibration import joined
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
 from short_gpt.evaluation.answers import Question, answer_windows, ask, questions
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import combined, difference, window_perplexities
 from short_gpt.healing import RefitSettings, refit
-from short_gpt.healing.choosing import pruned_losses
+from short_gpt.healing.choosing import ResultCache, pruned_losses
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile
 

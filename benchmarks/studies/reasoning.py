@@ -35,7 +35,7 @@ from benchmarks.lib.task_results import Documents, metrics
 from benchmarks.lib.word_problems import ABLE, HARD, Problem
 from benchmarks.studies.larger import client
 from short_gpt.checkpoints import Provenance, prune_checkpoint
-from short_gpt.evaluation.cells import ResultCache
+from short_gpt.healing.choosing import ResultCache
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile

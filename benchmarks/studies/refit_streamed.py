@@ -49,7 +49,7 @@ class Case:
         layers: that are removed.
         size: tokens of a window.
         windows: that are read, of which the last chooses ridges.
-        max_memory: of the process.
+        max_memory: Memory of the process.
     """
 
     args: ModelArgs
@@ -118,8 +118,8 @@ def command(case: Case, checkpoint: Path, folder: Path) -> list[str]:
     texts = [f"--data={folder / 'learn.txt'}", f"--eval_data={folder / 'judge.txt'}"]
     numbers = {"size": case.size, "max_windows": case.windows, "eval_windows": 1}
     numbers |= {"layers": ",".join(map(str, case.layers))}
-    line = ["heal", str(checkpoint), str(folder / "out"), "--heal_by=refit", "--stream", *texts]
-    line += [f"--max_memory={case.max_memory}", "--device=cpu"]
+    line = ["heal", str(checkpoint), str(folder / "out"), "--heal_by=refit", *texts]
+    line += [f"--stream={case.max_memory}", "--device=cpu"]
     return [*line, *(f"--{name}={value}" for name, value in numbers.items())]
 
 

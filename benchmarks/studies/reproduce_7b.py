@@ -74,7 +74,7 @@ class Case:
         size: tokens of a window.
         windows: that there are, in two texts.
         batch_size: windows that pass a layer together.
-        max_memory: of the process.
+        max_memory: Memory of the process.
     """
 
     args: ModelArgs
@@ -172,9 +172,9 @@ def runs(case: Case, directory: Path, start: Start, *, whole: bool) -> dict[str,
 def command(case: Case, directory: Path, result: Path) -> list[str]:
     """The command line behind ``short-gpt``."""
     numbers = {"size": case.size, "stride": case.size, "batch_size": case.batch_size}
-    numbers |= {"max_memory": case.max_memory}
+    numbers |= {"stream": case.max_memory}
     flags = [f"--{name}={value}" for name, value in numbers.items()]
-    line = ["reproduce", str(directory), f"--data={directory.parent / 'pg19'}", "--stream"]
+    line = ["reproduce", str(directory), f"--data={directory.parent / 'pg19'}"]
     return [*line, "--device=cpu", f"--json={result}", *flags]
 
 

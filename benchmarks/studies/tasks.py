@@ -42,12 +42,15 @@ from benchmarks.lib.task_results import CLOSE, against_theirs, metrics, text_cha
 from benchmarks.studies.scoring import build
 from short_gpt import ShortHFModel, ShortLlama, choose
 from short_gpt.data import demo
-from short_gpt.evaluation.cells import ResultCache
-from short_gpt.evaluation.perplexity import Perplexity, Sample, check_loss, window_perplexities
+from short_gpt.evaluation.perplexity import (
+    Perplexity,
+    Sample,
+    check_loss,
+    window_perplexities,
+)
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import (
     TOP_K,
-    CachedTeacher,
     Distillation,
     HealingWindows,
     Recipe,
@@ -57,6 +60,7 @@ from short_gpt.healing import (
     recipe_for,
     refit,
 )
+from short_gpt.healing.choosing import ResultCache
 from short_gpt.models.decoder import Decoder, pad
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import StateFile, joined
@@ -89,11 +93,11 @@ class Distiller:
     ) -> None:
         self.fitted, self.learning, self.recipe = fitted, learning, recipe
         self._whole, self._folder = teacher, folder
-        self._predictions: CachedTeacher | None = None
+        self._predictions: Distillation | None = None
 
     def made(self, layers: Sequence[int]) -> tuple[ShortLlama, dict[str, object]]:
         """The model without some layers, refitted and distilled; and how the training went."""
-        distillation = Distillation(self._teacher())
+        distillation = self._teacher()
         short = ShortHFModel.from_meta(demo.checkpoint(), device="cpu")
         heal_refit(short, layers, self.fitted)
         read = self.learning
@@ -102,11 +106,11 @@ class Distiller:
         with tempfile.TemporaryDirectory() as folder:
             return build(short.save(Path(folder, "distilled"))), healed.to_dict()
 
-    def _teacher(self) -> CachedTeacher:
+    def _teacher(self) -> Distillation:
         """What the whole model predicts."""
         if self._predictions is None:
             windows = [*self.learning.training, *self.learning.validation]
-            self._predictions = CachedTeacher(self._folder, self._whole, windows, k=TOP_K)
+            self._predictions = Distillation(self._folder, self._whole, windows, k=TOP_K)
             self._predictions.fill()
         return self._predictions
 
@@ -150,7 +154,8 @@ class Run:
         learning = without_shared(mix[2 * learned :], apart, 2 * steps)
         self.folder = tempfile.TemporaryDirectory()
         names = task_files.write(source, self.folder.name)
-        self.suite = TaskSuite(names, limit=documents, include_path=self.folder.name, batch_size=8)
+        paths = task_files.paths(self.folder.name, names)
+        self.suite = TaskSuite(paths, limit=documents, batch_size=8)
         self.theirs = self._theirs()
         recipe = recipe_for(self.theirs.trainable().config, "small", size=size, steps=steps)
         self.distiller = Distiller(

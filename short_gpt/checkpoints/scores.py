@@ -70,8 +70,7 @@ class SavedScores:
                 f"not checked: {self.file} does not say of which model its scores are, so it may "
                 f"be another than {model}"
             )
-        path = self.arguments.get("tokenizer_path")
-        for name, present in digests_of(model, str(path) if path else None).items():
+        for name, present in digests_of(model).items():
             if self.scored.get(name) and present not in (None, self.scored[name]):
                 raise ShortGPTError(
                     f"{self.file} holds scores of the {name} {self.scored[name]}, {model} has "
@@ -153,11 +152,11 @@ def chosen(
 # What scores are of
 
 
-def digests_of(model: str, tokenizer_path: str | None = None) -> dict[str, str | None]:
+def digests_of(model: str) -> dict[str, str | None]:
     """Digests of a model's present files, by which saved scores are recognized as its own."""
     source = find_source(model)
-    tokenizer = tokenizer_of(source, tokenizer_path)
-    return dict(zip(PARTS, (weights_of(source), configuration_of(source), tokenizer), strict=True))
+    each = weights_of(source), configuration_of(source), tokenizer_of(source)
+    return dict(zip(PARTS, each, strict=True))
 
 
 def weights_of(source: str | Source) -> str | None:
@@ -165,15 +164,15 @@ def weights_of(source: str | Source) -> str | None:
     return files_digest(files) if (files := weight_files(source)) else None
 
 
-def tokenizer_of(source: str | Source, path: str | None = None) -> str | None:
+def tokenizer_of(source: str | Source) -> str | None:
     """A digest of a checkpoint's tokenizer, without chat templates; None where it has no files.
 
     The weights' digest covers that of GGUF.
     """
     kind, files = find_source(source).kind, []
-    if kind == "meta" or path is not None:
+    if kind == "meta":
         with suppress(FileNotFoundError):
-            file = Path(path or find_tokenizer(source))
+            file = find_tokenizer(source)
             files = [file, *file.parent.glob(TOKENIZER_CONFIG)]
     elif kind != "gguf":
         files = [p for p in resolve(source).iterdir() if TOKENIZER.fullmatch(p.name)]

@@ -15,7 +15,6 @@ from llama.ranks import environment, is_distributed
 from short_gpt.cli.commands import COMMANDS, call
 from short_gpt.cli.flags import (
     flags_of,
-    for_completion,
     help_of,
     overview,
     prepared,
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Prints the version, a help or a script for completion, or runs the command."""
+    """Prints the version or a help, or runs the command."""
     be_quiet("--quiet" in argv)
     argv = [word for word in argv if word != "--quiet"]
     if valued := [word for word in argv if word.startswith("--quiet=")]:
@@ -76,17 +75,6 @@ def answer(argv: list[str]) -> str | None:
         from importlib import metadata
 
         return f"short-gpt {metadata.version('short-gpt')}"
-    if argv[:2] == ["--", "--completion"]:
-        from fire.completion import Script
-
-        if (shell := (argv[2:] or ["bash"])[0]) not in ("bash", "fish"):
-            raise ShortGPTError(f"no completion for {shell!r}: expected bash or fish")
-        named = {name: for_completion(command) for name, command in COMMANDS.items()}
-        script = Script("short-gpt", named, shell=shell)
-        # fire takes the last word that is not a flag for the command; other words are files
-        word = "lastcommand=${COMP_WORDS[i]}\n"
-        script = script.replace(word, f"{word}      [[ $i -gt 0 ]] && break\n")
-        return script.replace("complete -F", "complete -o default -F")
     if argv[:1] == ["help"]:
         argv = [*(name for name in argv[1:2] if name != "help"), "--help"]
     if not argv or argv[0] in ("--help", "-h", "--"):

@@ -9,7 +9,6 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple, get_args
 
@@ -30,6 +29,7 @@ from short_gpt.runtime.settings import (
 BOOLEANS = {"true": True, "false": False, "yes": True, "no": False}
 EXPECTED: dict[object, str] = {int: "a whole number", float: "a number", bool: "True or False"}
 DASHED = r"--?[A-Za-z]"
+SIZE = r"(?i)[\d.]+[kmgt]i?b"  # after a flag that stands alone or has a size, such as 3GB
 WIDTH, INDENT = 80, 26  # of the help
 IN_PYTHON = ("notify", "state", "tokenizer")  # parameters of jobs that are no flags
 # of parameters of a job that are no fields of settings: part of the help, and whether it is rare
@@ -67,11 +67,11 @@ class Flag(NamedTuple):
             raise ShortGPTError(f"--{self.name} is empty")
         if NoneType in self.kinds and text.lower() == "none":
             return None
+        if bool in self.kinds and text.lower() in BOOLEANS:
+            return BOOLEANS[text.lower()]
         if str in self.kinds:
             # a shell expands no ~ after an equals sign; a prompt alone names nothing
             return text if self.name == "prompt" else os.path.expanduser(text)
-        if bool in self.kinds and text.lower() in BOOLEANS:
-            return BOOLEANS[text.lower()]
         value = _python(text)
         if object in self.kinds:
             return value
@@ -91,6 +91,8 @@ class Flag(NamedTuple):
         name, text = f"  --{self.name}", self.text.rstrip(".")
         if self.positional:
             name = f"  {self.name.upper()}"
+        elif {bool, str} <= {*self.kinds}:
+            name += f" [{self.value}]"
         elif {bool, NoneType} <= {*self.kinds}:
             name += " yes|no"
         elif bool not in self.kinds:
@@ -155,7 +157,7 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
     flags = flags_of(commands[name])
     values: dict[str, str] = {}
     positional: list[str] = []
-    after: dict[str, str] = {}  # words after a flag that is yes or no, and the flag
+    after: dict[str, str] = {}  # words after a flag that is yes or no, and what it takes
     while rest:
         word = rest.pop(0)
         if not re.match(DASHED, word):
@@ -164,8 +166,11 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
         written, equals, value = word.partition("=")
         flag = named(name, written, flags, commands)
         following = rest[0] if rest else "--end"
-        if not equals and bool in flags[flag].kinds and following.lower() not in BOOLEANS:
-            value, after[following] = "True", written
+        kinds = flags[flag].kinds
+        its_own = following.lower() in BOOLEANS or (str in kinds and re.fullmatch(SIZE, following))
+        if not equals and bool in kinds and not its_own:
+            value = "True"
+            after[following] = f"{written} takes yes or no{', or a size' * (str in kinds)}"
         elif not equals:
             if re.match(DASHED, following):
                 text = f"{written} needs a value; write {written}=VALUE if it has dashes"
@@ -177,7 +182,7 @@ def prepared(argv: list[str], commands: Mapping[str, Command]) -> dict[str, str]
         places = " ".join(f.name.upper() for f in flags.values() if f.positional)
         surplus = positional[len(free)]
         if surplus in after:
-            raise ShortGPTError(f"{after[surplus]} takes yes or no, got {surplus!r}")
+            raise ShortGPTError(f"{after[surplus]}, got {surplus!r}")
         raise ShortGPTError(
             f"{name} takes {places}; what is {surplus!r}? Quote texts with spaces, and write lists "
             "without spaces, as in 4,5"
@@ -214,17 +219,6 @@ def values_of(command: Command, texts: Mapping[str, str]) -> dict[str, Any]:
     return {name: flags[name].read(text) for name, text in texts.items()}
 
 
-def for_completion(command: Command) -> Callable[..., None]:
-    """A function whose keyword arguments are the command's flags, which fire completes."""
-    names = [*flags_of(command), "quiet", "help"]
-    flag = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
-
-    def named(**_: object) -> None: ...
-
-    named.__signature__ = inspect.Signature([flag(name) for name in names])  # type: ignore[attr-defined]
-    return named
-
-
 def similar(word: str, words: Iterable[str]) -> str:
     """What the user may have meant, as the end of a message; empty if nothing is close."""
     close = get_close_matches(word, list(words), n=1, cutoff=0.7)
@@ -242,7 +236,6 @@ def overview(commands: Mapping[str, Command]) -> str:
     ends = [
         "short-gpt COMMAND --help says what a command takes, --help all every flag.",
         "Each takes --quiet (no bars and no notes); --max-windows is --max_windows.",
-        "short-gpt -- --completion prints a script by which bash (or: fish) completes.",
     ]
     return "\n".join([*head, *lines, "", *ends])
 

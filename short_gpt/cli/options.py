@@ -95,8 +95,6 @@ class Run(NamedTuple):
             check_output(self.file, overwrite=self.overwrite, replaces=is_record)
         out = self.values.get("out")
         for target in self.targets:
-            if files := [parent for parent in target.parents if parent in self.targets]:
-                raise ShortGPTError(f"{target} cannot be written into the file {files[0]}")
             if out is not None and Path(out).resolve() in (
                 target.resolve(),
                 *target.resolve().parents,

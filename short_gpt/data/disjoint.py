@@ -21,8 +21,9 @@ def hold_out(texts: Sequence[T], *, share: float = 0.1, seed: int = 0) -> tuple[
     """Texts to train on and held-out texts to evaluate on.
 
     Args:
-        texts: of one alone, its end is held out.
-        share: of all characters that is held out, about; at least one text is.
+        texts: Texts; of a single one, its end is held out.
+        share: Share of all characters to hold out, about; at least one text. Default: 0.1.
+        seed: Seed of the choice of texts. Default: 0.
     """
     check(0 < share < 1, "share", share, "a number between 0 and 1")
     if len(texts) < 2:
@@ -75,7 +76,8 @@ def overlapping(training: Sequence[TokenIds], evaluation: Sequence[TokenIds]) ->
     than 8 tokens share text with their equal alone.
 
     Args:
-        training: windows of token ids, and so is ``evaluation``, by the same tokenizer.
+        training: Windows of token ids to learn from.
+        evaluation: Windows of token ids to evaluate on, by the same tokenizer.
 
     Returns:
         The index of an evaluation window for every training window that shares text with one.

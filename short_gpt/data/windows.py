@@ -95,14 +95,15 @@ def windows(
         encode: Makes token numbers of a text, with a start token if the model wants one.
         size: Tokens in a window, at least 2. Default: 1024.
         stride: Tokens from one start to the next, at least 1. Default: 256.
-        tail: "drop" omits what follows a text's last full window. "keep" adds it as a shorter
+        tail: What follows a text's last full window: "drop" omits it, "keep" adds it as a shorter
             window of at least 2 tokens at the next start (one token earlier if just one remains).
+            Default: "drop".
         seed: Seed of the random order of all windows, `random.Random(seed)`; the texts are encoded
             at once and held at 4 bytes a token. Default: the order of the texts.
         limit: Windows in all; with a seed they are a random sample without replacement.
-        bos: "first" keeps the bos of ``encode`` in a text's first window alone: the ShortGPT
-            authors' way. "every" puts it before every window, which has `size` tokens with it;
-            windows that would just meet still do, at a stride shorter by it.
+        bos: Windows that begin with the bos of ``encode``: "first", of each text (the ShortGPT
+            authors' way), or "every"; a window has `size` tokens with it, and windows that would
+            just meet still do, at a stride shorter by it. Default: "first".
 
     Returns:
         An iterator that reads the texts as it goes; with a seed, a `Windows`, which has a length.
@@ -223,10 +224,10 @@ class Windows(Sequence[Window]):
     """Windows in all texts' tokens, which are held once, at 4 bytes each.
 
     Args:
-        tokens: of all texts, one after the other.
-        population: of how many windows these are a random sample; None for as many as these.
-        texts: each text's start, after what was put before it, and end; none for one text.
-        start: tokens before every window.
+        tokens: Tokens of all texts, one after the other.
+        population: Number of windows that these are a random sample of. Default: as many as these.
+        texts: Start of each text, after what was put before it, and its end. Default: one text.
+        start: Tokens before every window. Default: none.
     """
 
     def __init__(

@@ -7,13 +7,14 @@ from llama import lazy
 if TYPE_CHECKING:
     from short_gpt.evaluation.harness import hugging_face_lm, llama_lm
     from short_gpt.evaluation.perplexity import (
+        PROTOCOLS,
         Difference,
         Perplexity,
         combined,
         difference,
+        protocol,
         window_perplexities,
     )
-    from short_gpt.evaluation.protocols import PROTOCOLS, protocol
     from short_gpt.evaluation.tasks import (
         TaskDifference,
         TaskRun,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from llama import Llama
-from llama.generation import FIRST_CHECK
 from short_gpt.data.windows import batches
 from short_gpt.models.decoder import Decoder, in_own_dtype, pad
 from short_gpt.runtime.errors import ShortGPTError, required
@@ -194,32 +193,12 @@ class _LlamaLM:
             answer = self.tok_decode(new)
             return any(stop in answer for stop in stops)
 
-        answer = self.tok_decode(self._continued(prompt, limit, temperature, top_p, ended))
-        return answer[: min((answer.find(s) for s in stops if s in answer), default=None)]
-
-    def _continued(
-        self,
-        prompt: list[int],
-        limit: int,
-        temperature: float,
-        top_p: float,
-        ended: Callable[[list[int]], bool],
-    ) -> list[int]:
-        """The tokens after a prompt, up to a look at them after which they are ``ended``."""
         llama = self.short.llama
-        if isinstance(llama, Llama):
-            (new,), _ = llama.generate([prompt], limit, temperature, top_p, ended=ended)
-            return new
-        # Meta's own cannot be asked while it runs: the text so far is read again after each
-        generated: list[int] = []
-        count = FIRST_CHECK
-        while True:
-            count = min(count, limit - len(generated))
-            (new,), _ = llama.generate([prompt + generated], count, temperature, top_p)
-            generated += new
-            if len(new) < count or len(generated) >= limit or ended(generated):
-                return generated
-            count *= 2
+        # Meta's own cannot be asked while it runs, and goes on behind the stop string
+        ends: dict[str, Any] = {"ended": ended} if isinstance(llama, Llama) else {}
+        (new,), _ = llama.generate([prompt], limit, temperature, top_p, **ends)
+        answer = self.tok_decode(new)
+        return answer[: min((answer.find(s) for s in stops if s in answer), default=None)]
 
 
 def _generation(settings: Mapping[str, object]) -> tuple[list[str], int, float, float]:

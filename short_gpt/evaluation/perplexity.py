@@ -8,15 +8,18 @@ Shapes: B windows, S tokens, V vocabulary, G texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from short_gpt.data.windows import Answer, text_number
+from short_gpt.data.texts import check_has_split, pg19, texts
+from short_gpt.data.windows import Answer, text_number, windows
 from short_gpt.evaluation.distance import Reference, kl_divergence
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
@@ -90,12 +93,11 @@ class Mean(NamedTuple):
     value: float
     error: SamplingError
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Where the mean over all such text is, as sure as that; NaN where that is unknown."""
-        margin = self.error.margin(confidence)
-        return max(
-            self.value - margin, 0.0
-        ), self.value + margin  # max keeps a NaN that comes first
+    def interval(self) -> tuple[float, float]:
+        """Where the mean over all such text is, at 95%; NaN where that is unknown."""
+        margin = self.error.margin()
+        # max keeps a NaN that comes first
+        return max(self.value - margin, 0.0), self.value + margin
 
     def __str__(self) -> str:
         margin = self.error.margin()
@@ -186,9 +188,9 @@ class Perplexity:
         """Of nats / tokens; None where what single windows gave is not known."""
         return sampling_error(self.samples) if self.samples else None
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Where the perplexity of all such text is, as sure as that; NaN where that is unknown."""
-        margin = math.nan if self.error is None else self.error.margin(confidence)
+    def interval(self) -> tuple[float, float]:
+        """Where the perplexity of all such text is, at 95%; NaN where that is unknown."""
+        margin = math.nan if self.error is None else self.error.margin()
         low, high = self.nats / self.tokens - margin, self.nats / self.tokens + margin
         return exp(max(low, 0.0)), exp(high)  # no loss is below 0; max keeps a NaN that comes first
 
@@ -222,8 +224,7 @@ def perplexity(
     Every window is read on its own: its first token is only read (of an `Answer`, the prompt), the
     others are predicted. SLEB (arXiv:2402.09025) and others print exp(sum(2048 mean loss) /
     (2048 n)) over n chunks, the mean being over a chunk's 2047 predicted tokens: the same value, as
-    the chunks are equal. Their texts and chunks are those of
-    `short_gpt.evaluation.protocols.protocol`.
+    the chunks are equal. Their texts and chunks are those of `protocol`.
 
     Args:
         batches: Lists of windows, which may differ in length.
@@ -415,3 +416,71 @@ def difference(
     mean = sum(c.nats for c in changes) / sum(c.tokens for c in changes)
     error = sampling_error(changes)
     return Difference(mean, **vars(error))
+
+
+# The texts and windows on which the literature measures
+
+PROTOCOLS = ("wikitext-2", "c4", "ptb", "pg19")
+WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
+C4 = "allenai/c4:en"
+C4_TEXTS, C4_WINDOWS = 1100, 256
+
+
+def rows_of(name: str, source: str | Path | None = None) -> Iterator[str]:
+    """The rows of a text of `PROTOCOLS` as `protocol` reads them; the first is read at once."""
+    if name == "pg19":
+        return pg19("test", path=source)
+    split = "validation" if name == "c4" else "test"
+    if source is not None:
+        check_has_split(source, split)
+    if name == "ptb":  # which no hub has
+        if source is None:
+            raise ShortGPTError("ptb needs a local copy: pass `source`, such as ptb.test.txt")
+        return texts(Path(source), split=split, column="sentence")
+    named = C4 if name == "c4" else WIKITEXT2
+    return texts(named if source is None else source, split=split)
+
+
+def protocol(
+    name: str,
+    encode: Callable[[str], Sequence[int]],
+    *,
+    size: int = 2048,
+    limit: int | None = None,
+    source: str | Path | None = None,
+    bos: str = "first",
+) -> list[list[int]]:
+    """Windows of token ids for `perplexity`, cut as published results cut them.
+
+    "wikitext-2" is the test split, its rows joined with two line breaks, and "c4" the first 1100
+    texts of the English validation split, joined with spaces, of which the first 256 windows
+    count: each is tokenized as one text (SLEB, arXiv:2402.09025, SliceGPT and others). So is "ptb",
+    the test split of the Penn Treebank joined with spaces (GPTQ's "ptb-new"). It is read from a
+    local copy alone: ptb.test.txt, or rows with the column "sentence". "pg19" is the test split,
+    book by book. Windows do not overlap; a shorter last one is dropped. No token is put before a
+    window: ``encode`` may add one, once a text.
+
+    Args:
+        encode: Makes token ids of a text, such as ``short.encode``.
+        size: Tokens of a window. Default: 2048, as in published numbers.
+        limit: Most windows, the first ones. Default: all.
+        source: Local copy or another name at the hub, as `texts` reads it, with the rows of the
+            original in their order; for "ptb" and "pg19" only a path. Default: the hub's.
+        bos: Windows that begin with bos, as in `data.windows`. Default: "first".
+
+    Example:
+        >>> windows = protocol("wikitext-2", short.encode, limit=40)  # doctest: +SKIP
+        >>> short.perplexity(windows).value  # doctest: +SKIP
+    """
+    if name not in PROTOCOLS:
+        raise ShortGPTError(f"protocol {name!r} is unknown: expected one of {', '.join(PROTOCOLS)}")
+    rows = rows_of(name, source)
+    tokenized: Iterable[str] = rows  # each on its own
+    if name == "c4":
+        tokenized = [" ".join(islice(rows, C4_TEXTS))]
+        limit = C4_WINDOWS if limit is None else min(limit, C4_WINDOWS)
+    elif name == "ptb":
+        tokenized = [" ".join(" ".join(rows).split())]  # of a file, its lines are the rows
+    elif name == "wikitext-2":
+        tokenized = ["\n\n".join(rows)]
+    return [*windows(tokenized, encode, size=size, stride=size, limit=limit, bos=bos)]

@@ -147,7 +147,6 @@ def run_tasks(
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    include_path: str | Path | None = None,
     batch_size: int = 1,
 ) -> Results:
     """Evaluates the model as it is now on tasks of the lm-evaluation-harness.
@@ -159,7 +158,6 @@ def run_tasks(
             their YAML files, whose folders are read too.
         limit: Documents of each task, the first ones, for a trial. Default: all.
         num_fewshot: Examples in each prompt. Default: the tasks' own numbers.
-        include_path: Folder with YAML files of more tasks.
 
     Returns:
         For every task and group, its metrics and their known standard errors, as in ``{"piqa":
@@ -168,8 +166,7 @@ def run_tasks(
     Example:
         >>> run_tasks(short, ["piqa", "arc_easy"])  # doctest: +SKIP
     """
-    path = None if include_path is None else str(include_path)
-    return TaskSuite(tasks, limit, num_fewshot, path, batch_size).documents(short).metrics
+    return TaskSuite(tasks, limit, num_fewshot, batch_size).documents(short).metrics
 
 
 @dataclass(frozen=True)
@@ -179,41 +176,34 @@ class TaskSuite:
     tasks: str | Sequence[str]
     limit: int | None = None
     num_fewshot: int | None = None
-    include_path: str | None = None
     batch_size: int = 1
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        """Folders with tasks beside lm-eval's own."""
-        return _folders(self.tasks, self.include_path)
 
     def check(self) -> None:
         """Raises what `run_tasks` would for tasks that are unknown, before a model is run."""
-        task_names(self.tasks, self.include_path)
+        task_names(self.tasks)
 
     def identity(self) -> dict[str, object]:
         """The settings, with a digest of the tasks' files, ready for JSON.
 
-        These are all in ``include_path``. Beside a YAML file that ``tasks`` names may lie anything,
-        such as models: of its folder, YAML and Python files count, and what these name.
+        Beside a YAML file that ``tasks`` names may lie anything, such as models: of its folder,
+        YAML and Python files count, and what these name.
         """
-        files = {*_files(_folders((), self.include_path), "*")}
-        beside = _files(_folders(self.tasks, None), "*")
+        beside = _files(_folders(self.tasks), "*")
         code = [path for path in beside if path.suffix in (*YAML, ".py")]
         text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in code)
-        files |= {*code, *(path for path in beside if path.name in text)}
+        files = {*code, *(path for path in beside if path.name in text)}
         return {**asdict(self), "files": files_digest(sorted(files))}
 
     def documents(self, short: Evaluated) -> TaskRun:
         """What `run_tasks` returns, and the values of documents, by which models are paired."""
-        names = task_names(self.tasks, self.include_path)
+        names = task_names(self.tasks)
         try:
             run = harness("evaluator").simple_evaluate(
                 short.harness_model(batch_size=self.batch_size),
                 tasks=names,
                 limit=self.limit,
                 num_fewshot=self.num_fewshot,
-                task_manager=_task_manager(self.folders),
+                task_manager=_task_manager(_folders(self.tasks)),
                 log_samples=True,
             )
         except ConnectionError as error:
@@ -229,10 +219,10 @@ class TaskSuite:
         return TaskRun(metrics, documents_of(run["samples"]))
 
 
-def task_names(tasks: str | Sequence[str], include_path: str | Path | None = None) -> list[str]:
+def task_names(tasks: str | Sequence[str]) -> list[str]:
     """The tasks that are meant, wildcards resolved; arguments and errors as for `run_tasks`."""
     harness("tasks")  # a manager of an earlier call may be there without the package
-    manager = _task_manager(_folders(tasks, include_path))
+    manager = _task_manager(_folders(tasks))
     matches = {name: manager.match_tasks([_name(name)]) for name in _listed(tasks)}
     unknown = [name for name, names in matches.items() if not names]
     if unknown or not matches:
@@ -256,9 +246,9 @@ def _name(task: str) -> str:
     return named.get("task") or named.get("group") or path.stem
 
 
-def _folders(tasks: str | Sequence[str], include_path: str | Path | None) -> tuple[str, ...]:
-    folders = [] if include_path is None else [str(include_path)]
-    folders += [str(Path(task).parent) for task in _listed(tasks) if Path(task).suffix in YAML]
+def _folders(tasks: str | Sequence[str]) -> tuple[str, ...]:
+    """Folders with tasks beside lm-eval's own."""
+    folders = [str(Path(task).parent) for task in _listed(tasks) if Path(task).suffix in YAML]
     return tuple(dict.fromkeys(folders))
 
 

@@ -11,24 +11,25 @@ Costs count layers that a window runs through. A bare pass is all layers, L, on 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from llama.files import JsonObject
 from short_gpt.data.disjoint import without_overlap
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import (
     Difference,
     Perplexity,
+    Sample,
     combined,
     difference,
     window_perplexities,
 )
-from short_gpt.healing import refit
-from short_gpt.healing.refit import RefitSettings, Windows
+from short_gpt.healing.context import Windows
+from short_gpt.healing.job import CLOSED, RAW, pruned
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, check
 from short_gpt.runtime.progress import Bar, bar
@@ -39,6 +40,7 @@ from short_gpt.selection.methods import choose
 from short_gpt.selection.search import most_layers_run
 from short_gpt.wrappers.short_model import ShortModel
 
+REFIT = "refit"
 STEPWISE = "stepwise_bi"  # Prune&Comp (arXiv:2507.18212), with the refit in place of its factors
 SEARCHES = ("greedy_kld", STEPWISE)
 CANDIDATES = ("bi", "angular", "relative_magnitude", *SEARCHES)
@@ -49,7 +51,53 @@ MAX_WINDOWS = 48  # that `rank` cuts where the user names no number
 TRIAL_WINDOWS = 4  # that trials without a refit read
 REFIT_PASSES = 3  # passes of a refit over its windows (measured: 2.4 to 2.6)
 BUDGET = 60  # bare passes
+T = TypeVar("T")
 Layers = tuple[int, ...]  # original numbers, ascending
+
+
+class ResultCache:
+    """What a long run has measured, by name, saved in its state file, if there is one, at once.
+
+    A cell is a set of layers removed, healed one way and judged on one text; or scores, a search.
+    """
+
+    def __init__(self, state: StateFile | None = None) -> None:
+        self._state = state
+        self._values: JsonObject = ((state and state.content) or {}).get("cells", {})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def value(self, name: str, measure: Callable[[], T]) -> T:
+        """The cell's value, ready for JSON, measured if there is none yet."""
+        if name not in self._values:
+            self._values[name] = measure()
+            if self._state is not None:
+                self._state.save({"cells": self._values})
+        return self._values[name]
+
+    def perplexities(self, name: str, measure: Callable[[], list[Perplexity]]) -> list[Perplexity]:
+        """What single windows gave, each as ``{"sample": Sample, "precision": ...}`` in the file.
+
+        Rows of earlier versions were lists of other fields, and are no such objects.
+        """
+
+        def rows() -> list[JsonObject]:
+            return [{"sample": p.samples[0], "precision": p.precision} for p in measure()]
+
+        values = self.value(name, rows)
+        return [
+            replace(Perplexity.of([Sample(*row["sample"])]), precision=row["precision"])
+            for row in values
+        ]
+
+    def resumed(self, name: str, measure: Callable[[StateFile | None], T]) -> T:
+        """The cell's value, by a long measurement that keeps a state file of its own meanwhile."""
+        part = None if self._state is None else self._state.part(name.replace(" ", "-"))
+        value = self.value(name, lambda: measure(part))
+        if part is not None:  # the value is saved now, maybe by a run that was killed here
+            part.clear()
+        return value
 
 
 def pruned_losses(
@@ -58,33 +106,12 @@ def pruned_losses(
     evaluation: Windows,
     *,
     fit_on: Windows | None = None,
-    settings: RefitSettings | None = None,
+    heal_by: str = REFIT,
     reference: Reference | None = None,
-    progress: bool = False,
 ) -> list[Perplexity]:
-    """What windows give without some layers; ``fit_on``, if given, has the windows of a refit."""
-    with _pruned(short, layers, fit_on, settings, progress=progress):
+    """What windows give without some layers; ``fit_on``, if given, has those of a closed form."""
+    with pruned(short, layers, RAW if fit_on is None else heal_by, fit_on or ()):
         return window_perplexities(short.decoder, evaluation, progress=False, reference=reference)
-
-
-@contextmanager
-def _pruned(
-    short: ShortModel,
-    layers: Sequence[int],
-    fit_on: Windows | None,
-    settings: RefitSettings | None = None,
-    *,
-    progress: bool = False,
-) -> Iterator[None]:
-    """The model without some layers, refitted if windows are given, inside a ``with`` block."""
-    fitted = None
-    if fit_on is not None:
-        fitted = refit.fit(short, layers, fit_on, settings=settings, progress=progress)
-    with ExitStack() as stack:
-        stack.enter_context(short.without_layers(layers))
-        if fitted is not None:
-            stack.callback(refit.apply_refit(short, fitted))
-        yield
 
 
 @dataclass(frozen=True)
@@ -149,6 +176,7 @@ def choose_healed(
     n: int,
     *,
     budget: int | None = None,
+    heal_by: str = REFIT,
     state: StateFile | None = None,
     progress: bool = True,
 ) -> HealedChoice:
@@ -165,11 +193,12 @@ def choose_healed(
     8 of 30 layers the greedy search takes 23, on 4 windows, and the stepwise choice 14, on 8.
 
     Args:
-        windows: token ids of calibration text in random order, at least 4.
-        n: how many layers, 1 to L - 2.
-        budget: in bare passes, each the original model on the first 16 windows; None is 60. A
-            search is left out where it would take more than is left.
-        state: keeps what was measured; the same call continues from it.
+        windows: Token ids of calibration text in random order, at least 4 windows.
+        n: Layers to remove, 1 to L - 2.
+        budget: Bare passes, each the original model on the first 16 windows; a search that would
+            take more than is left is left out. Default: 60.
+        heal_by: Closed form that heals the candidates, one of `job.CLOSED`. Default: the refit.
+        state: Keeps what was measured; the same call continues from it. Default: none.
 
     Raises:
         ShortGPTError: too few windows, or a budget too small for the candidates; as in `refit.fit`.
@@ -180,7 +209,9 @@ def choose_healed(
     """
     n = check_count(n, len(short.kept), most=len(short.kept) - 2)
     budget = BUDGET if budget is None else budget
-    choosing = _Choosing(short, list(windows), n, budget, ResultCache(state))
+    check(heal_by in CLOSED, "heal_by", heal_by, f"one of {', '.join(CLOSED)}")
+    healed = partial(pruned, short, heal_by=heal_by)
+    choosing = _Choosing(short, list(windows), n, budget, ResultCache(state), healed)
     total = budget * choosing.a_pass
     with bar("choosing", total=total, unit="layer", show=progress, delay=0) as shown:
         chosen = choosing.run(shown)
@@ -192,9 +223,16 @@ class _Choosing:
     """The choice so far: its windows, what was spent, and the losses of refitted sets."""
 
     def __init__(
-        self, short: ShortModel, windows: Windows, n: int, budget: int, cells: ResultCache
+        self,
+        short: ShortModel,
+        windows: Windows,
+        n: int,
+        budget: int,
+        cells: ResultCache,
+        healed: Callable[..., AbstractContextManager[None]],  # `pruned` by the closed form
     ) -> None:
         self._short, self._n, self._budget, self._cells = short, n, budget, cells
+        self._healed = healed
         half, self._count = min(BARE_PASS, len(windows)) // 2, len(short.kept)
         self._fit = windows[:half]
         others, shared = without_overlap(windows[half:], self._fit)
@@ -309,7 +347,7 @@ class _Choosing:
     def _lowest(self, removed: list[int]) -> int:
         """The layer of lowest Block Influence in the model refitted without those removed."""
         short = self._short
-        with _pruned(short, removed, self._fit):
+        with self._healed(removed, calibration=self._fit):
             into = Importance.empty([i for i in short.kept if i not in removed])
             return choose(measure(short.decoder, [[w] for w in self._fit], into=into), 1)[0]
 
@@ -349,7 +387,7 @@ class _Choosing:
         """What the windows after those ``before`` give, until the set is worse than the best."""
         new: list[Perplexity] = []
         self._reference.read(self._judging)
-        with _pruned(self._short, layers, self._fit):
+        with self._healed(layers, calibration=self._fit):
             for start in range(len(before), len(self._judging), STEP):
                 some = self._judging[start : start + STEP]
                 new += window_perplexities(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -152,39 +151,26 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return wide if temperature == 1 else wide / temperature
 
 
-class LiveTeacher:
-    """A second model in memory, asked in every step: nothing is kept on disk.
+class Distillation:
+    """What LoRA learns besides the text, or instead of it: a teacher's predictions.
 
-    The ``model`` has all its layers, and is never the object that is trained.
-    """
+    They are kept in a file that is mapped into memory, 6 K + 2 bytes a token.
 
-    def __init__(self, model: ScoredModel, *, k: int = TOP_K, temperature: float = 1.0) -> None:
-        check_above_0(top_k=k, temperature=temperature)
-        self.model, self.k, self.temperature = model, min(k, model.decoder.vocab_size), temperature
-
-    def identity(self) -> dict[str, object]:
-        """What a resumed training must share with the earlier one."""
-        own = {"top_k": self.k, "temperature": self.temperature, "cached": False}
-        return joined({"teacher": json_digest(self.model.identity())}, own)
-
-    def targets(self, indices: Sequence[int], windows: Sequence[TokenIds]) -> list[Targets]:
-        """Its predictions after every token of these windows, except the last of each."""
-        every = self.model.window_logits(windows, batch_size=len(windows))  # (S, V) each
-        return [_targets(logits, self.k, self.temperature) for logits in every]
-
-
-class CachedTeacher:
-    """A teacher's predictions in a file that is mapped into memory, 6 K + 2 bytes a token.
-
-    The ``model`` has all its layers; only `fill` asks it, and it may be changed after that. The
-    ``windows`` of token ids are all that will be requested.
+    Args:
+        folder: Folder of the file; one with predictions for the same is continued.
+        model: Teacher, with all its layers. Only `fill` asks it, and it may be changed after that.
+        windows: Token ids of all windows of training, then of validation.
+        k: Likeliest tokens that are kept of each prediction. Default: 64.
+        temperature: Divisor of both models' logits. Default: 1.
+        kl_share: Share of the divergence in the loss, above 0; the rest is the text's own.
+            Default: 1.
 
     Raises:
         ShortGPTError: the folder holds predictions of another model, other windows or settings.
 
     Example:
-        >>> teacher = CachedTeacher("teacher", short, windows)  # doctest: +SKIP
-        >>> teacher.fill()  # doctest: +SKIP
+        >>> learned = Distillation("teacher", short, windows)  # doctest: +SKIP
+        >>> learned.fill()  # doctest: +SKIP
         >>> short.remove_layers([21, 22, 25])  # doctest: +SKIP
     """
 
@@ -196,12 +182,15 @@ class CachedTeacher:
         *,
         k: int = TOP_K,
         temperature: float = 1.0,
+        kl_share: float = 1.0,
     ) -> None:
         check_above_0(top_k=k, temperature=temperature)
+        check_above_0(1, kl_share=kl_share)
         self._model: ScoredModel | None = model
         self._windows, known = windows, model.identity()
         self._teacher = json_digest(known)
         self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
+        self.kl_share = kl_share
         K = (self.k,)
         self._record = np.dtype([("ids", "<i4", K), ("logs", "<f2", K), ("rest", "<f2")])
         # in the file, of each window: records of all tokens except the last
@@ -214,7 +203,8 @@ class CachedTeacher:
         self._state = StateFile(path, about, lock=hold(folder), folder=Path(folder))
 
     def identity(self) -> dict[str, object]:
-        own = {"top_k": self.k, "temperature": self.temperature, "cached": True}
+        """What a resumed training must share with the earlier one."""
+        own = {"top_k": self.k, "temperature": self.temperature, "kl_share": self.kl_share}
         return joined({"teacher": self._teacher}, own)
 
     def fill(self, *, batch_size: int = 1, progress: bool = True) -> None:
@@ -260,7 +250,10 @@ class CachedTeacher:
         return record.tobytes()
 
     def targets(self, indices: Sequence[int], windows: Sequence[TokenIds]) -> list[Targets]:
-        """The same, by the windows' indices among all of training, then of validation."""
+        """Its predictions after every token of these windows, except the last of each.
+
+        The indices are those among all windows of training, then of validation.
+        """
         if self._written() < self._ends[-1]:
             raise RuntimeError(f"{self._file} lacks predictions: call fill first")
         for index, window in zip(indices, windows, strict=True):
@@ -287,32 +280,6 @@ class CachedTeacher:
         if self._file.exists():
             os.truncate(self._file, self._ends[finished])
         return finished
-
-
-Teacher = LiveTeacher | CachedTeacher
-
-
-def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
-    targets = Targets.of(logits[:-1], k, temperature)
-    if targets.logs.isnan().any():
-        raise NotFiniteError(
-            "the teacher gave a NaN or infinite logit; check the weights, or another dtype"
-        )
-    return targets
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What LoRA learns besides the text, or instead of it."""
-
-    teacher: Teacher  # asked for its predictions on the windows of training and validation
-    kl_share: float = 1.0  # a, of the divergence in the loss, above 0; the rest is the text's
-
-    def __post_init__(self) -> None:
-        check_above_0(1, kl_share=self.kl_share)
-
-    def identity(self) -> dict[str, object]:
-        return joined(self.teacher.identity(), {"kl_share": self.kl_share})
 
     def collate(self, batch: Sequence[Example]) -> dict[str, Tensor]:
         """Windows with their targets, padded: ids and logs (B, S - 1, K), rest (B, S - 1)."""
@@ -361,10 +328,19 @@ class Distillation:
     @property
     def _scale(self) -> float:
         """The factor of the divergence in the loss."""
-        return self.kl_share * self.teacher.temperature**2
+        return self.kl_share * self.temperature**2
 
     def _of(self, batch: Sequence[Example]) -> list[Targets]:
-        return self.teacher.targets([e["index"] for e in batch], [e["input_ids"] for e in batch])
+        return self.targets([e["index"] for e in batch], [e["input_ids"] for e in batch])
 
     def _divergence(self, logits: Tensor, targets: Targets) -> Tensor:
-        return divergence(logits, targets, temperature=self.teacher.temperature)
+        return divergence(logits, targets, temperature=self.temperature)
+
+
+def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
+    targets = Targets.of(logits[:-1], k, temperature)
+    if targets.logs.isnan().any():
+        raise NotFiniteError(
+            "the teacher gave a NaN or infinite logit; check the weights, or another dtype"
+        )
+    return targets

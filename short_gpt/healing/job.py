@@ -13,7 +13,7 @@ from typing import Any
 
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Difference, Perplexity, combined, difference
-from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Step
+from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Step, Windows
 from short_gpt.healing.distillation import CONTENT, IDENTITY
 from short_gpt.healing.lora import TEACHER, prepare_distill, prepare_lora
 from short_gpt.healing.refit import prepare_patch, prepare_refit
@@ -44,6 +44,8 @@ STEPS = {
 }
 CLOSED = tuple(name for name, step in STEPS.items() if not step.trains)  # closed forms
 TRAINING = tuple(name for name, step in STEPS.items() if step.trains)
+RAW = "raw"  # pruned and not healed
+HEALINGS = (RAW, *CLOSED)  # of a model without layers, in `pruned`
 # What steps keep in their folders, in the order in which it is removed: nothing that a kill leaves
 # blocks a later run, neither a state without the files that it names nor half of a checkpoint.
 KEPT = f"{STATE} {STATES} {VALUES}* {CONTENT} {IDENTITY} checkpoint-*/{LAST} checkpoint-* {RECIPE}"
@@ -145,6 +147,35 @@ def unchanged(step: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+@contextmanager
+def pruned(
+    short: ScoredModel,
+    layers: Sequence[int],
+    heal_by: str = RAW,
+    calibration: Windows = (),
+    *,
+    progress: bool = False,
+) -> Iterator[None]:
+    """The model without some layers inside a ``with`` block, raw or healed by a closed form.
+
+    Args:
+        short: Model with all its layers, which it has again after the block.
+        layers: Layers to remove, original numbers.
+        heal_by: One of `HEALINGS`, with its default settings. Default: raw.
+        calibration: Windows of token ids that the closed form reads.
+        progress: Show bars.
+    """
+    heal: Heal | None = None
+    if heal_by != RAW:  # fitted on the original model
+        windows = HealingWindows(calibration, [], [])
+        how: Any = {"calibration": calibration, "progress": progress}
+        heal = STEPS[heal_by].prepare(HealingContext(short, windows, layers, **how), None)
+    with short.without_layers(layers), ExitStack() as undos:
+        if heal is not None:
+            undos.callback(heal()[1])
+        yield
+
+
 class HealingJob:
     """Removes layers, heals the pruned model in steps, and measures before and after.
 
@@ -152,9 +183,9 @@ class HealingJob:
     get the same model. The first one saves it.
 
     Args:
-        short: the opened model, changed in place; training needs a `ShortHFModel` (``from_meta``).
-        windows: to learn from, validate by and evaluate on.
-        layers: to remove first, original numbers; training may also heal without removing any.
+        short: Opened model, changed in place; training needs a `ShortHFModel` (``from_meta``).
+        windows: Windows to learn from, validate by and evaluate on.
+        layers: Layers to remove first, original numbers; training may heal without removing any.
         steps: Settings of each step by its name in `STEPS`, in their order; None takes a step's
             defaults. One closed form at most, before training. Default: the refit.
         max_windows: Training windows, from the first, that the closed form reads; training begins
@@ -162,8 +193,8 @@ class HealingJob:
         teacher: Opens the model that distillation learns from. Default: the model with all layers.
         work_dir: Folder of what an interrupted healing continues from, until the model is saved.
             Default: none, and nothing is kept.
-        progress: whether to show bars.
-        notify: called with every perplexity when it is measured, in words.
+        progress: Show bars. Default: yes.
+        notify: Called with every perplexity when it is measured, in words. Default: none.
 
     Example:
         >>> short = ShortHFModel("llama-2-7b-hf")  # doctest: +SKIP

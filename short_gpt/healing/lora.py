@@ -1,26 +1,23 @@
 """Healing by LoRA: low-rank changes of the kept layers, trained and merged; as steps, too.
 
-After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer of transformers; in
-4 bits after QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
+After Gromov et al. (arXiv:2403.17887, appendix A), through peft and the Trainer of transformers.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.data.windows import TokenIds
 from short_gpt.healing.context import Heal, HealingContext
-from short_gpt.healing.distillation import CachedTeacher, Distillation, LiveTeacher, Teacher
+from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun, of_lora, quiet, train
 from short_gpt.models.decoder import (
@@ -33,7 +30,7 @@ from short_gpt.models.decoder import (
 from short_gpt.models.families import ANY, family_of
 from short_gpt.models.hf import find_layers
 from short_gpt.runtime import replicas
-from short_gpt.runtime.errors import ShortGPTError, check, required
+from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.wrappers.scored_model import ScoredModel
 
 if TYPE_CHECKING:
@@ -87,19 +84,18 @@ def heal(
     Trainer's data parallelism; each holds the whole model, and all get the same.
 
     Args:
-        short: a `ShortHFModel`, its layers removed.
-        training: windows of token ids to learn from.
-        validation: windows by which the best checkpoint is kept and training may stop.
-        evaluation: windows for the results; never read, but no other may share text with them.
-        recipe: None takes the paper's, see `recipe_for`.
-        work_dir: keeps checkpoints; the same call continues from the last, and gives what an
-            uninterrupted run gives. None keeps none.
-        distillation: what is learned instead of the text alone.
+        short: A `ShortHFModel`, its layers removed.
+        training: Windows of token ids to learn from.
+        validation: Windows by which the best checkpoint is kept and training may stop.
+        evaluation: Windows for the results; never read, but no other may share text with them.
+        recipe: Settings. Default: the paper's, see `recipe_for`.
+        work_dir: Folder of checkpoints; the same call continues from the last, and gives what an
+            uninterrupted run gives. Default: none is kept.
+        distillation: Predictions to learn instead of the text alone. Default: the text.
 
     Raises:
-        MissingPackageError: bitsandbytes, for 4 bits, is missing.
         ShortGPTError: the model is not one of transformers; texts overlap; no linear map has the
-            recipe's names; no windows; ``work_dir`` is of another run; 4 bits without CUDA.
+            recipe's names; no windows; ``work_dir`` is of another run.
         NotFiniteError: a loss is NaN or infinite.
 
     Example:
@@ -116,8 +112,8 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds
     """As `heal`; also returns what undoes the change, which holds a copy."""
     model = check_trainable(short.trainable())
     _check(run, evaluation, replicas.current(short.decoder.device).count)
-    path, dtype = getattr(short.decoder, "layers_path", None), next(model.parameters()).dtype
-    run = run._replace(mixed=short.decoder.mixed, layers_path=path, dtype=dtype)
+    path = getattr(short.decoder, "layers_path", None)
+    run = run._replace(mixed=short.decoder.mixed, layers_path=path)
     targets = [model.get_submodule(n) for n in target_modules(model, run.recipe.modules, path)]
     adapted = {id(module) for module in targets}
     ends = [
@@ -138,27 +134,14 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds
 
 
 def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
-    """Trains, where ``four_bit`` over a copy in 4 bits (NF4, as QLoRA), and merges the result."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    device, adapted = model.device, cast("PeftModel | None", None)
+    """Trains low-rank changes and merges the result."""
+    adapted = adapt(model, run.recipe, run.layers_path)
     try:
-        small = quantized(model, run.recipe) if run.recipe.four_bit else model
-        adapted = adapt(small, run.recipe, run.layers_path)
         healed = _train(adapted, run)
-        if run.recipe.four_bit:
-            trained = get_peft_model_state_dict(adapted)
-            small, adapted = model, None  # the copy makes room
-            adapted = adapt(model, run.recipe, run.layers_path)
-            set_peft_model_state_dict(adapted, trained)
         return healed, _merge(adapted, healed)
     except BaseException:
-        if adapted is not None:
-            adapted.unload()  # removes the adapters and keeps the model's own weights
+        adapted.unload()  # removes the adapters and keeps the model's own weights
         raise
-    finally:
-        if run.recipe.four_bit:
-            torch.nn.Module.to(model, device)  # from which the copy displaced it
 
 
 def _merge(adapted: PeftModel, healed: LoraResult) -> Callable[[], None]:
@@ -256,7 +239,7 @@ def check_trainable(model: PreTrainedModel) -> PreTrainedModel:
     if small or getattr(model, "is_quantized", False):
         raise ShortGPTError(
             "training merges into weights that are not quantized, and this model's are: open it "
-            "without a quantization (`four_bit` trains over a copy in 4 bits)"
+            "without a quantization"
         )
     device = parameters[0].device.type
     if parameters[0].dtype == torch.float16 and device != "cuda":
@@ -268,17 +251,12 @@ def check_trainable(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_installed(recipe: Recipe) -> None:
-    """Raises MissingPackageError or ShortGPTError for what a recipe needs and the machine lacks."""
+    """Raises ShortGPTError for a service that a recipe reports to and the machine lacks."""
     from transformers.integrations import get_available_reporting_integrations
 
     known = ["all", "none", *get_available_reporting_integrations()]
     for name in recipe.report_to.split(",") if recipe.report_to else ():
         check(name in known, "report_to", name, f"an installed service of {', '.join(known)}")
-    if recipe.four_bit:
-        with required("bitsandbytes", by="training in 4 bits"):
-            import_module("bitsandbytes")
-        if not torch.cuda.is_available():
-            raise ShortGPTError("training in 4 bits needs CUDA, which torch does not find here")
 
 
 def adapt(model: PreTrainedModel, recipe: Recipe, layers_path: str | None = None) -> PeftModel:
@@ -327,29 +305,6 @@ def target_modules(
     return targets
 
 
-def quantized(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """A copy of a model in 4 bits in its place; the model itself moves to the CPU."""
-    from peft import prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
-
-    device = model.device
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=model.dtype,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        model.cpu()  # both would not fit the card
-        small = type(model).from_pretrained(
-            folder, quantization_config=settings, dtype=model.dtype, device_map={"": device}
-        )
-    return prepare_model_for_kbit_training(
-        small, use_gradient_checkpointing=recipe.gradient_checkpointing
-    )
-
-
 def prepare_lora(context: HealingContext, recipe: Recipe | None) -> Heal:
     """LoRA on text, as a step; without a recipe, by the paper's for the model."""
     return _prepare("lora", context, recipe)
@@ -366,8 +321,7 @@ def _prepare(name: str, context: HealingContext, recipe: Recipe | None) -> Heal:
     windows, distillation = context.windows, None
     training = context.unseen_first()[: recipe.steps * recipe.batch_size]
     if name == "distill":
-        teacher = _teacher(context, recipe, [*training, *windows.validation])
-        distillation = Distillation(teacher, recipe.kl_share)
+        distillation = _distillation(context, recipe, [*training, *windows.validation])
     folder = None if context.folder is None else context.folder / name
     read = (training, windows.validation, recipe)
     run = TrainingRun(*read, folder, context.progress, distillation)
@@ -379,14 +333,14 @@ def _prepare(name: str, context: HealingContext, recipe: Recipe | None) -> Heal:
     return train_and_merge
 
 
-def _teacher(context: HealingContext, recipe: Recipe, windows: Sequence[TokenIds]) -> Teacher:
+def _distillation(
+    context: HealingContext, recipe: Recipe, windows: Sequence[TokenIds]
+) -> Distillation:
     if context.teacher is None and not context.layers:
         raise ShortGPTError(
             "distillation learns from the model with all its layers: name the layers to "
             "remove, or a teacher that still has them"
         )
-    if context.teacher is None and recipe.live_teacher:
-        raise ShortGPTError("a live teacher is a second model: open it as the teacher")
     model = context.short if context.teacher is None else context.teacher()
     ours, theirs = context.short.decoder.vocab_size, model.decoder.vocab_size
     if ours != theirs:
@@ -394,10 +348,14 @@ def _teacher(context: HealingContext, recipe: Recipe, windows: Sequence[TokenIds
             f"the teacher knows {theirs} tokens, the model {ours}: give the model that it was "
             "pruned from"
         )
-    k, temperature = recipe.top_k, recipe.temperature
-    if recipe.live_teacher:
-        return LiveTeacher(model, k=k, temperature=temperature)
     assert context.folder is not None
-    cache = CachedTeacher(context.folder / TEACHER, model, windows, k=k, temperature=temperature)
-    cache.fill(batch_size=recipe.micro_batch, progress=context.progress)
-    return cache
+    learned = Distillation(
+        context.folder / TEACHER,
+        model,
+        windows,
+        k=recipe.top_k,
+        temperature=recipe.temperature,
+        kl_share=recipe.kl_share,
+    )
+    learned.fill(batch_size=recipe.micro_batch, progress=context.progress)
+    return learned

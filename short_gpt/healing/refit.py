@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 
 from short_gpt.healing.context import Heal, HealingContext, Windows
-from short_gpt.healing.refit_layer import Batches, LayerRefit, batched
+from short_gpt.healing.refit_layer import Batches, LayerRefit
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, RefitState, plan_of
 from short_gpt.healing.settings import PatchSettings, RefitSettings
-from short_gpt.healing.solver import Fit, Unsolved
+from short_gpt.healing.solver import Fit
 from short_gpt.models.decoder import Parameter, full_float32, pad
 from short_gpt.models.numbering import check_layers, layer_numbers, span
 from short_gpt.runtime import replicas
@@ -67,7 +67,7 @@ class Refit:
     tokens: int  # in these windows
     held: int  # held-out windows
     # matrices that cannot be solved, and why; such as those of experts
-    unsolved: Sequence[Unsolved] = ()
+    unsolved: Sequence[Fit] = ()
     short: ScoredModel | None = None  # the healed model, of `heal`
 
     def __repr__(self) -> str:
@@ -78,13 +78,16 @@ class Refit:
 
     def to_dict(self) -> dict[str, object]:
         """All except the values, ready for JSON."""
+        fits = [asdict(fit) for fit in self.fits]
+        for fit in fits:
+            del fit["why"]  # they were solved
         return {
             "method": "patch" if self.settings.where == "gaps" else "refit",
             "layers": self.layers,
             "parts": list(self.settings.parts),
             "lost": self.settings.lost,
             "step_size": self.settings.step_size,
-            "fits": [asdict(fit) for fit in self.fits],
+            "fits": fits,
             **({"unsolved": groups} if (groups := self._unsolved_groups()) else {}),
             "windows": self.windows,
             "tokens": self.tokens,
@@ -95,7 +98,7 @@ class Refit:
         """The unsolved matrices, those of one part and one reason together."""
         layers: dict[tuple[str, str], list[int]] = {}
         for one in self.unsolved:
-            layers.setdefault((one.part, one.why), []).append(one.layer)
+            layers.setdefault((one.part, str(one.why)), []).append(one.layer)
         return [{"part": part, "layers": each, "why": why} for (part, why), each in layers.items()]
 
 
@@ -203,12 +206,14 @@ def fit(
         if not state.done or isinstance(error, NotFiniteError):
             state.clear()  # there is nothing to continue from
         raise
-    if not state.fits:
+    unsolved = [one for one in state.fits if one.why is not None]
+    if len(unsolved) == len(state.fits):
         state.clear()
-        why = "; ".join(dict.fromkeys(one.why for one in state.unsolved))
+        why = "; ".join(dict.fromkeys(str(one.why) for one in unsolved))
         raise ShortGPTError(f"nothing of this model can be refitted: {why}")
     counts = (len(windows), sum(map(len, windows)), len(held))
-    return Refit(list(layers), state.values, state.fits, settings, *counts, state.unsolved)
+    solved = [one for one in state.fits if one.why is None]
+    return Refit(list(layers), state.values, solved, settings, *counts, unsolved)
 
 
 def _solve(
@@ -224,7 +229,7 @@ def _solve(
     every, team = [*windows, *held], replicas.current(short.decoder.device)
     for window in every:
         pad([window], short.decoder)  # refuses what the model cannot read, before any work
-    plan = plan_of(short, every, batch_size=settings.batch_size, folder=state.folder)
+    plan = plan_of(short, every, folder=state.folder)
     calls, removed = short.layer_calls(), [short.kept.index(layer) for layer in layers]
     kept = [index for index in range(calls.count) if index not in removed]
     visits = _visits(kept, calls.count, settings)
@@ -233,7 +238,7 @@ def _solve(
         return
     # held-out windows go on where those to fit on end
     shares = (team.own_items(windows), team.own_items(held, first=len(windows)))
-    fitted, held_out = ([*batched(part, settings.batch_size)] for part in shares)
+    fitted, held_out = ([torch.tensor([[*window]]) for window in part] for part in shares)
     with ExitStack() as stack:
         if plan.spilled and state.states is None:
             state.states = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -279,7 +284,7 @@ def _refit_layers(
         with calls.loaded(index), layer.restored:
             fits, values = layer.solve()  # which puts the solutions in place
             layer.run_pruned()  # with them
-        state.advance(fits, values, layer.unsolved)
+        state.advance([*fits, *layer.unsolved], values)
         del fits, values, layer  # before the next layer's weights are loaded
 
 

@@ -19,7 +19,6 @@ from short_gpt.healing.solver import (
     Fit,
     SublayerSolver,
     Tokens,
-    Unsolved,
     equations_of,
     sink_weights,
 )
@@ -32,16 +31,6 @@ from short_gpt.runtime.replicas import Replicas
 
 # of a batch: inputs of a projection, and its outputs where they are known
 TokensOf = Callable[[int, Tensor, Tensor | None], Tokens]
-
-
-def batched(windows: Sequence[Sequence[int]], size: int) -> Iterator[Tensor]:
-    """Windows of one length together, (B, S) each, in the order of their first ones."""
-    lengths: dict[int, list[Sequence[int]]] = {}
-    for window in windows:
-        lengths.setdefault(len(window), []).append(window)
-    for group in lengths.values():
-        for start in range(0, len(group), size):
-            yield torch.tensor([list(window) for window in group[start : start + size]])
 
 
 class Batches:
@@ -149,7 +138,7 @@ class LayerRefit:
         if part_of(calls.layer(index), calls.family.attention) is None:  # such as Mamba's layers
             chosen = [part for part in chosen if part != "attention" or part in solvable]
         reasons = self._sublayers.refused
-        self.unsolved = [Unsolved(layer, p, reasons[p]) for p in chosen if p not in solvable]
+        self.unsolved = [Fit(layer, p, why=reasons[p]) for p in chosen if p not in solvable]
         self.projections = {name: solvable[name] for name in names}  # what is solved
         self._output_modules = [m for name in names for m in solvable[name].modules]
         self.restored = ExitStack()  # after this block the parameters have their old values again

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llama.files import JsonObject, follow_umask
 from llama.formats.safetensors import SafetensorsFile
-from short_gpt.healing.solver import COLUMNS, ROWS, Fit, Unsolved
+from short_gpt.healing.solver import COLUMNS, ROWS, Fit
 from short_gpt.models.decoder import Parameter
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime import replicas
@@ -106,7 +106,6 @@ class RefitState:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, object]) -> None:
         self.folder, self.done, self.fits = folder, 0, list[Fit]()  # finished layers, their fits
-        self.unsolved = list[Unsolved]()  # of these layers
         # the folder of the files of states; None holds them in memory
         self.states = None if folder is None else folder / STATES
         # the new values so far, by a layer's original number and a parameter's name in it
@@ -118,7 +117,6 @@ class RefitState:
             if self._file.content is not None:
                 content: JsonObject = self._file.content
                 self.done, self.fits = content["done"], [Fit(**fit) for fit in content["fits"]]
-                self.unsolved = [Unsolved(**one) for one in content["unsolved"]]
                 self._files = [*content["values"]]
             self.values = self._stored
             for name in self._files:
@@ -148,11 +146,9 @@ class RefitState:
         self,
         fits: Sequence[Fit] = (),
         values: Mapping[Parameter, Tensor] | None = None,
-        unsolved: Sequence[Unsolved] = (),
     ) -> None:
         """Finishes a layer and keeps its solutions."""
         fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
-        unsolved = [*self.unsolved, *unsolved]
         if self.folder is None:
             self.values = {**self.values, **values}
         else:
@@ -162,11 +158,10 @@ class RefitState:
                 follow_umask(self.folder)
                 self._files = [*self._files, path.name]
             content: dict[str, object] = {"done": done, "fits": [asdict(fit) for fit in fits]}
-            content |= {"unsolved": [asdict(one) for one in unsolved], "values": self._files}
-            self._file.save(content)
+            self._file.save(content | {"values": self._files})
             if values:
                 self._stored.read(path)
-        self.done, self.fits, self.unsolved = done, fits, unsolved
+        self.done, self.fits = done, fits
 
     def finish(self) -> None:
         """Removes the states, which are no longer needed; the solutions stay."""
@@ -198,7 +193,6 @@ def plan_of(
     short: ScoredModel,
     windows: Sequence[Sequence[int]],
     *,
-    batch_size: int = 1,
     folder: Path | None = None,
 ) -> RefitPlan:
     """Plans a refit in the memory allowed for the model, or half of what is free.
@@ -207,7 +201,7 @@ def plan_of(
     """
     calls, max_memory = short.layer_calls(), short.max_memory
     width, inputs, itemsize = calls.widths()
-    tokens = batch_size * max(map(len, windows))
+    tokens = max(map(len, windows))
     own = replicas.current().own_items(windows)  # states of others are theirs
     states = sum(map(len, own)) * width * itemsize
     host = {"the process itself": resident() + UNUSED, **_peak_memory(calls, tokens)}

@@ -6,17 +6,15 @@ all smaller numbers, and a set that several methods choose is healed and evaluat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 
 from llama.files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
-from short_gpt.healing.choosing import TRIAL_WINDOWS, HealedChoice, choose_healed
-from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Windows
-from short_gpt.healing.job import CLOSED, STEPS
+from short_gpt.healing.choosing import TRIAL_WINDOWS, HealedChoice, ResultCache, choose_healed
+from short_gpt.healing.context import Windows
+from short_gpt.healing.job import RAW, pruned
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState
@@ -24,20 +22,17 @@ from short_gpt.selection.methods import AUTO, BY_LOSS, choose
 from short_gpt.selection.search import Search
 from short_gpt.wrappers.short_model import ShortModel
 
-RAW = "raw"  # pruned and not healed
-HEALINGS = (RAW, *CLOSED)  # the values of ``heal_by``
-
 
 class LayerSets:
     """The sets of layers that methods choose, and the perplexities without them.
 
     Args:
-        short: the original model, which is left as it was.
-        calibration: windows that choose the layers and that closed forms are fitted on.
-        evaluation: windows whose perplexities are measured; they share no text with the others.
-        search_windows: how many calibration windows the searches by loss read.
-        state: keeps what was measured; the same calls continue from it.
-        progress: show bars.
+        short: Original model, which is left as it was.
+        calibration: Windows that choose the layers and that closed forms are fitted on.
+        evaluation: Windows whose perplexities are measured; they share no text with the others.
+        search_windows: Calibration windows that the searches by loss read. Default: 4.
+        state: Keeps what was measured; the same calls continue from it. Default: none.
+        progress: Show bars. Default: yes.
     """
 
     def __init__(
@@ -64,9 +59,7 @@ class LayerSets:
             before, self.short.importance = self.short.importance, Importance.empty(self.short.kept)
             state = None if part is None else RunState(part)
             try:
-                self.short.measure(
-                    self.calibration, state=state, all_tokens=True, progress=self._progress
-                )
+                self.short.measure(self.calibration, state=state, progress=self._progress)
                 return self.short.importance.to_dict()
             finally:
                 self.short.importance = before
@@ -110,7 +103,7 @@ class LayerSets:
         def measure() -> list[Perplexity]:
             if self._reference is None:
                 self._reference = self.short.reference(self.evaluation)
-            with self._healed(layers, heal_by):
+            with pruned(self.short, layers, heal_by, self.calibration, progress=self._progress):
                 return window_perplexities(
                     self.short.decoder,
                     self.evaluation,
@@ -119,23 +112,3 @@ class LayerSets:
                 )
 
         return self.cells.perplexities(f"{heal_by} {sorted(layers)}", measure)
-
-    @contextmanager
-    def _healed(self, layers: Sequence[int], heal_by: str) -> Iterator[None]:
-        """The model without these layers, healed, inside a ``with`` block."""
-        with ExitStack() as undos:
-            heal: Heal | None = None
-            if heal_by != RAW:  # fitted on the original model
-                context = HealingContext(
-                    self.short,
-                    HealingWindows(self.calibration, [], self.evaluation),
-                    layers,
-                    calibration=self.calibration,
-                    progress=self._progress,
-                )
-                heal = STEPS[heal_by].prepare(context, None)
-            undos.enter_context(self.short.without_layers(layers))
-            if heal is not None:
-                _, undo = heal()
-                undos.callback(undo)
-            yield

@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from short_gpt.runtime.errors import at_least, check, refused
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PARTS = ("attention", "mlp")
 RIDGES = (1e-2, 1e-1, 1.0)
@@ -38,13 +41,11 @@ class RefitSettings:
     # "all": every kept layer from the first gap on; "gaps": the last projection of the layers
     # before gaps alone, on the original model's hidden states
     where: str = WHERE[0]
-    batch_size: int = 1  # windows of one length read at once
     # a token weighs 1 / ||T||^2; where T is more than so many times as long as h + W m, the present
     # state, 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; 1 or more, None: never
     lost: float | None = 2.0
 
     def __post_init__(self) -> None:
-        at_least(1, batch_size=self.batch_size)
         some = self.parts and not isinstance(self.parts, str) and {*self.parts} <= {*PARTS}
         check(some, "parts", self.parts, f"some of {', '.join(PARTS)}")
         for ridge in self.ridges or ():
@@ -68,15 +69,6 @@ class PatchSettings(RefitSettings):
     ridge: float | Sequence[float] | None = RIDGES
     step_size: float = 1.0
     where: str = WHERE[1]
-
-
-class ModelConfig(Protocol):
-    """The config of a model of transformers, by which the paper's table is looked up."""
-
-    @property
-    def model_type(self) -> str: ...
-
-    def get_text_config(self, decoder: bool) -> ModelConfig: ...
 
 
 @dataclass(frozen=True)
@@ -105,14 +97,12 @@ class Recipe:
     seed: int = 0  # of everything random
     eval_every: int = 100  # steps from one evaluation, and one checkpoint, to the next
     patience: int | None = None  # evaluations without improvement before it stops; None: never
-    four_bit: bool = False  # train over weights in 4 bits (QLoRA), merge into unquantized ones
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     report_to: str | None = None  # services of `TrainingArguments`, as in "wandb,tensorboard"
     # of distillation alone
     top_k: int = 64  # tokens kept of each prediction, beside the total of all others
     temperature: float = 1.0  # both models' logits are divided by it
     kl_share: float = 1.0  # of the divergence in the loss, above 0; the rest is the text's own
-    live_teacher: bool = False  # ask a second model in every step, and keep nothing on disk
 
     def __post_init__(self) -> None:
         counts = ("rank", "steps", "batch_size", "micro_batch", "eval_every", "top_k")
@@ -136,7 +126,7 @@ class Recipe:
     def parse(
         cls,
         recipe: str | Mapping[str, Any] | Recipe = "",
-        config: ModelConfig | None = None,
+        config: PretrainedConfig | None = None,
         **defaults: Any,
     ) -> Recipe:
         """A recipe from a preset's name and changes, as in ``"small,steps=400,rank=16"``.
@@ -217,7 +207,7 @@ NARROW, RATES = 576, (1e-3, 2.5e-4)  # widest model of the first rate, at which 
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "demo": DEMO_RECIPE, "small": SMALL}
 
 
-def recipe_for(config: ModelConfig | None, preset: str = "paper", **changes: Any) -> Recipe:
+def recipe_for(config: PretrainedConfig | None, preset: str = "paper", **changes: Any) -> Recipe:
     """The published settings for a model, with ``changes`` of its attributes.
 
     The preset "paper" takes rank, learning rate and size from the paper's table where it has the

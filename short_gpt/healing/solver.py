@@ -35,7 +35,7 @@ ALONE = Replicas()
 
 @dataclass(frozen=True)
 class Fit:
-    """How one output projection was solved."""
+    """How one output projection was solved, or why it cannot be."""
 
     layer: int  # original number
     part: str  # "attention" or "mlp"
@@ -43,19 +43,11 @@ class Fit:
     restored: float = 0.0  # share of the weighted square error removed, on the tokens to fit on
     restored_held: float = 0.0  # the same on held-out windows
     norm_ridge: float | None = None  # of the weight of a norm after the matrix; None: it stays
+    why: str | None = None  # it cannot be solved; None where it was
 
     @property
     def changed(self) -> bool:
         return self.ridge is not None or self.norm_ridge is not None
-
-
-@dataclass(frozen=True)
-class Unsolved:
-    """An output projection that was to be solved and cannot be."""
-
-    layer: int  # original number
-    part: str  # "attention" or "mlp"
-    why: str
 
 
 class Tokens(NamedTuple):

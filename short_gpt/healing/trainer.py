@@ -41,7 +41,7 @@ PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 def of_lora(recipe: Recipe) -> dict[str, Any]:
     """The settings without those of distillation, which its teacher knows."""
-    others = ("top_k", "temperature", "kl_share", "live_teacher")
+    others = ("top_k", "temperature", "kl_share")
     return {name: value for name, value in asdict(recipe).items() if name not in others}
 
 
@@ -56,7 +56,6 @@ class TrainingRun(NamedTuple):
     distillation: Distillation | None = None  # what is learned instead of the text alone
     mixed: bool = False  # matrix products in bfloat16
     layers_path: str | None = None  # where the layers are in the model; None finds them
-    dtype: torch.dtype | None = None  # of the healed model, not of its copy in 4 bits
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
         windows = [[list(w) for w in part] for part in (self.training, self.validation)]
@@ -192,7 +191,7 @@ def _arguments(
 
     recipe, weight = run.recipe, next(adapted.parameters())
     at_once = recipe.micro_batch * replicas.current().count
-    on_card, dtype = weight.device.type == "cuda", run.dtype or weight.dtype
+    on_card, dtype = weight.device.type == "cuda", weight.dtype
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.shrunk import ShrinkResult
 
 SCORED = Windows(stride=STRIDE).without("eval_data", "eval_windows")  # as the ShortGPT authors cut
-RANKING = OpenOptions().only(*STREAMING, "batch_size", "model_parallel_size")
+RANKING = OpenOptions().only(*STREAMING, "batch_size")
 DEMO = BuiltinName("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two and a half minutes on two cores
 DEMO_WINDOWS = Windows(DEMO, eval_data=DEMO, size=512, max_windows=12, eval_windows=8).without(
@@ -48,7 +48,7 @@ def rank(
     *,
     tokenizer: object = None,
     windows: Windows = SCORED,
-    answer: Answer = Answer(),
+    answer: Answer = Answer().without("confidence"),
     opening: OpenOptions = RANKING,
     running: Running = Running(),
 ) -> Ranking:
@@ -82,7 +82,7 @@ def prune(
     choice: Choice = Choice(),
     to: str | None = None,
     verify: bool | None = None,
-    opening: OpenOptions = OpenOptions().only("tokenizer_path", "dtype", "trust_remote_code"),
+    opening: OpenOptions = OpenOptions().only("dtype", "trust_remote_code"),
     saving: Saving = Saving(),
 ) -> PruneResult:
     """Writes a checkpoint without some layers, in any format.
@@ -273,7 +273,7 @@ def convert(
     type: str | None = None,
     shards: int | None = None,
     verify: bool | None = None,
-    opening: OpenOptions = OpenOptions().only("tokenizer_path", "dtype", "trust_remote_code"),
+    opening: OpenOptions = OpenOptions().only("dtype", "trust_remote_code"),
     running: Running = Running().only("notify"),
     saving: Saving = Saving().only("overwrite"),
 ) -> Path:

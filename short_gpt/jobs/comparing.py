@@ -12,10 +12,11 @@ from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.texts import evaluation_texts
 from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
-from short_gpt.healing import HealedChoice, PatchSettings, RefitSettings
+from short_gpt.healing import HealedChoice
 from short_gpt.healing.choosing import TRIAL_WINDOWS
 from short_gpt.healing.context import Windows as TokenWindows
-from short_gpt.healing.sets import RAW, LayerSets
+from short_gpt.healing.job import CLOSED, RAW, STEPS
+from short_gpt.healing.sets import LayerSets
 from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.jobs.inputs import SIZE, Tasks, Windows, check_model
 from short_gpt.jobs.saving import Running, interruptible
@@ -132,7 +133,7 @@ def compare(
             short.identity(),
             {"calibration": windows_digest(calibration), "evaluation": windows_digest(evaluation)},
             {"search_windows": search_windows},
-            {"refit": vars(RefitSettings()), "patch": vars(PatchSettings())},
+            {name: vars(STEPS[name].settings()) for name in CLOSED},
         )
         saved = StateFile(state, identity)
     how: dict[str, Any] = {"search_windows": search_windows, "state": saved, "progress": progress}

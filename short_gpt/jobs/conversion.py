@@ -20,7 +20,7 @@ from short_gpt.checkpoints.target import Target, check_format
 from short_gpt.jobs.saving import Running, Saving, interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.wrappers.opening import check_tokenizer, open_trainable, same_model
+from short_gpt.wrappers.opening import open_trainable, same_model
 from short_gpt.wrappers.options import OpenOptions
 
 
@@ -38,10 +38,9 @@ def convert(
 ) -> Path:
     """What `jobs.convert` does."""
     check_format(out, to)
-    source, dtype, path = find_source(model), opening.dtype, opening.tokenizer_path
+    source, dtype = find_source(model), opening.dtype
     to = to or _format(source, out, shards)
     _check_options(source, to, type, dtype, shards)
-    check_tokenizer(path, model)
     proofs: list[str | None] = []
 
     def check(directory: Path) -> None:
@@ -53,7 +52,7 @@ def convert(
         writing: dict[str, Any] = {"progress": lambda _: shown.update(), "verify": check}
         writing |= {"overwrite": saving.overwrite}
         if to == "gguf":
-            _to_gguf(source, out, type, path, {**writing, "exact": bool(verify)})
+            _to_gguf(source, out, type, {**writing, "exact": bool(verify)})
         elif to == "hf" and source.kind == "gguf":  # as transformers reads it
             short = open_trainable(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
             target = Target(
@@ -63,15 +62,13 @@ def convert(
             how: dict[str, Any] = {"tokenizer": short.tokenizer, "record": record}
             save_hf(short.trainable(), target, **how, source=source)
         else:
-            _to_directory(source, out, dtype, path, shards, writing)
+            _to_directory(source, out, dtype, shards, writing)
     if proofs and proofs[0] is not None:
         running.tell(proofs[0])
     return Path(out)
 
 
-def _to_gguf(
-    source: Source, out: str, type: str | None, path: str | None, writing: dict[str, Any]
-) -> None:
+def _to_gguf(source: Source, out: str, type: str | None, writing: dict[str, Any]) -> None:
     """Writes GGUF: of its own tensors as they are, or a Llama."""
     if source.kind == "gguf":
         stack = Stack(source)
@@ -83,23 +80,22 @@ def _to_gguf(
     also = {} if before is None else {RECORD: json_text(before.to_dict())}
     if before is not None and before.all_removed and before.first_source is not None:
         also[NAME] = before.named(Path(before.first_source).name)
-    llama_to_gguf(source, out, kind=type, tokenizer_path=path, also=also, **writing)
+    llama_to_gguf(source, out, kind=type, also=also, **writing)
 
 
 def _to_directory(
     source: Source,
     out: str,
     dtype: str | None,
-    path: str | None,
     shards: int | None,
     writing: dict[str, Any],
 ) -> None:
     if source.kind != "meta":
         to_meta(source, out, dtype=dtype, shards=shards or 1, **writing)
     elif shards is None:
-        meta_to_hf(source, out, tokenizer_path=path, **writing)
+        meta_to_hf(source, out, **writing)
     else:
-        writing |= {"tokenizer_path": path, "also": (PROVENANCE,)}  # the history stays the same
+        writing |= {"also": (PROVENANCE,)}  # the history stays the same
         to_meta(source, out, dtype=dtype, shards=shards, **writing)
 
 
@@ -155,6 +151,5 @@ def prove(
         return readback_message(source)
     if not (verify or (verify is None and not source.kind == written.kind == "meta")):
         return None
-    path, trust = opening.tokenizer_path, opening.trust_remote_code
-    how: dict[str, Any] = {"tokenizer_path": path, "trust_remote_code": trust}
+    how: dict[str, Any] = {"trust_remote_code": opening.trust_remote_code}
     return same_model(source, written, list(drop), name=out, dtype=opening.dtype, **how)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from typing import Any
 
 from short_gpt.data.texts import check_named_once, read_texts, source_names
 from short_gpt.evaluation.distance import Reference
-from short_gpt.evaluation.perplexity import Perplexity, difference
-from short_gpt.evaluation.protocols import PROTOCOLS, check_copy, protocol, rows_of
+from short_gpt.evaluation.perplexity import (
+    PROTOCOLS,
+    Perplexity,
+    difference,
+    protocol,
+    rows_of,
+)
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.jobs.inputs import Tasks, Windows, check_model
 from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model
+from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -45,14 +51,14 @@ def evaluate(
         if names.count(name) > 1:
             raise ShortGPTError(f"{name} is named twice: name it once, or another beside it")
     _check(windows, source, tasks)
-    check_tokenizer(opening.tokenizer_path, *names)
-    texts = Texts(windows, source, _local_texts(windows, source))
+    cut = partial(_cut, windows, source, _local_texts(windows, source))
+    opening = replace(opening, max_seq_len=windows.size or 0)
     first, rows = None, dict[str, dict[str, float]]()
     try:
         for name in names:
             row = rows[name] = {}
             others = first is None and len(names) > 1
-            measured = _evaluated(name, row, texts, tasks, opening, first, running, others=others)
+            measured = _evaluated(name, row, cut, tasks, opening, first, running, others=others)
             first = first or measured
     except BaseException:  # also Ctrl-C
         for name, row in rows.items():  # what was measured is printed
@@ -63,24 +69,21 @@ def evaluate(
     return rows
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Texts to evaluate on."""
+def _cut(
+    windows: Windows, source: str | None, local: Mapping[str, Sequence[str]], short: ShortModel
+) -> dict[str, list[list[int]]]:
+    """Windows of each text by its name, in their order: as published, or without overlap.
 
-    windows: Windows
-    source: str | None  # a local copy of a protocol's text
-    local: Mapping[str, Sequence[str]]  # of files and folders, by name; empty for a protocol
-
-    def cut(self, short: ShortModel) -> dict[str, list[list[int]]]:
-        """Windows of each text by its name, in their order: as published, or without overlap."""
-        cut, name = replace(self.windows, seed=None), self.windows.name
-        if name == NONE:
-            return {}
-        if not self.local:
-            how: Any = {"size": cut.size, "limit": cut.max_windows, "source": self.source}
-            return {name: list(protocol(name, short.encode, **how, bos=short.bos))}
-        each = None if cut.max_windows is None else cut.max_windows // len(self.local)
-        return {name: list(cut.cut([own], short, each)) for name, own in self.local.items()}
+    ``local`` are the texts of files and folders; none of a protocol, with its ``source`` here.
+    """
+    cut, name = replace(windows, seed=None), windows.name
+    if name == NONE:
+        return {}
+    if not local:
+        how: Any = {"size": cut.size, "limit": cut.max_windows, "source": source}
+        return {name: list(protocol(name, short.encode, **how, bos=short.bos))}
+    each = None if cut.max_windows is None else cut.max_windows // len(local)
+    return {name: list(cut.cut([own], short, each)) for name, own in local.items()}
 
 
 def _check(windows: Windows, source: str | None, tasks: Tasks) -> None:
@@ -90,8 +93,6 @@ def _check(windows: Windows, source: str | None, tasks: Tasks) -> None:
         raise ShortGPTError("nothing to evaluate: give `data` or `tasks`")
     if source is not None and name not in PROTOCOLS:
         raise ShortGPTError(f"`source` is a copy of {' or '.join(PROTOCOLS)}; `data` is {name}")
-    if name == "ptb":
-        check_copy(name, source)
     windows.check()
     check_named_once(names := source_names(name))
     if windows.max_windows is not None and windows.max_windows < len(names):
@@ -124,7 +125,7 @@ class Measured:
 def _evaluated(
     name: str,
     row: dict[str, float],
-    texts: Texts,
+    texts: Callable[[ShortModel], dict[str, list[list[int]]]],
     tasks: Tasks,
     opening: OpenOptions,
     first: Measured | None,
@@ -133,12 +134,12 @@ def _evaluated(
     others: bool,
 ) -> Measured:
     """Fills the row of a model; ``others`` will be compared with it."""
-    short = open_model(name, of_source(opening, name), max_seq_len=texts.windows.size or 0)
+    short = open_model(name, opening)
     how = ", bos in every window" if short.bos == "every" else ""
     how += ", precision mixed" if short.about_precision else ""
     row["layers"] = float(len(short.kept))
     measured: dict[str, tuple[Perplexity, str]] = {}
-    cut, own = texts.cut(short), None
+    cut, own = texts(short), None
     if others:  # which the passes below fill
         own = short.reference([w for windows in cut.values() for w in windows], read=False)
     for text, windows in cut.items():

@@ -20,7 +20,7 @@ from short_gpt.evaluation.perplexity import (
     difference,
     window_perplexities,
 )
-from short_gpt.healing import HealingEvidence, HealingJob, HealingWindows, Recipe
+from short_gpt.healing import HealingEvidence, HealingJob, HealingWindows
 from short_gpt.healing.job import CLOSED, TRAINING
 from short_gpt.jobs.costs import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import SIZE, Windows, check_model
@@ -30,7 +30,7 @@ from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.state import hold
-from short_gpt.wrappers.opening import check_tokenizer, of_source, open_model, open_trainable
+from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import FLOAT32, OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -90,8 +90,6 @@ def heal(
             f"teacher of distill; got `heal_by` {healing.heal_by}"
         )
     model = str(find_source(model))  # of a name such as demo, the file that it stands for
-    teacher = healing.teacher or model
-    check_tokenizer(opening.tokenizer_path, model, teacher, stream=opening.stream)
     _check_target(model, out, overwrite=saving.overwrite)
     saving.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, healing)
@@ -127,7 +125,7 @@ def _heal(
     size = windows.size or (recipe.size if recipe else SIZE)
     limit = None if trains else CLOSED_WINDOWS
     parts = windows.learning(short, size, limit, validate=trains, beside=out)
-    teacher = _teacher(model, healing, recipe, opening, size)
+    teacher = _teacher(model, healing, opening, size)
     job = HealingJob(
         short,
         parts,
@@ -149,7 +147,7 @@ def _heal(
         return done
     if is_gguf(out):
         done = replace(done, remark=about_kinds(model, removal.layers))
-    usual = replace(opening, stream=False, max_memory=None, precision=FLOAT32)
+    usual = replace(opening, stream=False, precision=FLOAT32)
     return reread(done, parts, usual, size)
 
 
@@ -157,13 +155,12 @@ def _opened(
     model: str, removal: ChosenLayers, opening: OpenOptions, *, trains: bool, size: int
 ) -> ScoredModel:
     """The model to heal, its layers and weights checked; where it trains, the teacher streams."""
-    own = of_source(opening, model, stream=opening.stream and not trains)
     if trains:
-        short: ScoredModel = open_trainable(model, own)
+        short: ScoredModel = open_trainable(model, opening)
     else:
-        if not opening.stream:  # each of several ranks has the whole model, and its own windows
-            own = replace(own, model_parallel_size=1)
-        short = open_model(model, own, max_seq_len=size)
+        # each of several ranks has the whole model, and its own windows
+        own = {} if opening.stream else {"model_parallel_size": 1}
+        short = open_model(model, opening, max_seq_len=size, **own)
     short.check_weights()
     if removal.layers:
         check_layers(removal.layers, short.kept)
@@ -186,15 +183,12 @@ def _check_target(model: str, out: str, *, overwrite: bool) -> None:
 
 
 def _teacher(
-    model: str, healing: Healing, recipe: Recipe | None, opening: OpenOptions, size: int
+    model: str, healing: Healing, opening: OpenOptions, size: int
 ) -> Callable[[], ScoredModel] | None:
     """What opens the teacher; None where that is the model itself, before its layers go."""
-    live = recipe is not None and recipe.live_teacher
-    if healing.teacher is None and not live and not opening.stream:
+    if healing.teacher is None and not opening.stream:
         return None
-    source = healing.teacher or model
-    own = of_source(opening, source, stream=opening.stream)
-    return lambda: open_model(source, own, max_seq_len=size)
+    return lambda: open_model(healing.teacher or model, opening, max_seq_len=size)
 
 
 def _removal(model: str, choice: Choice, methods: Sequence[str], healing: Healing) -> ChosenLayers:
@@ -222,8 +216,7 @@ def reread(
     """The same, with the perplexity of a reread GGUF file, whose changed tensors were rounded."""
     if not is_gguf(done.out):
         return done
-    own = of_source(opening, str(done.out))
-    short = open_model(str(done.out), own, max_seq_len=size)
+    short = open_model(str(done.out), opening, max_seq_len=size)
     written = combined(window_perplexities(short.decoder, parts.evaluation))
     change = difference([done.evidence.perplexity["healed"]], [written])
     return replace(done, written=written, quantization=change)

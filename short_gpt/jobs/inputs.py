@@ -238,9 +238,7 @@ class Tasks(Settings):
         return TaskRun({}) if suite is None else suite.documents(short)
 
 
-def check_model(
-    source: str | PathLike[str], n: int | None = None, *, name: str = "n"
-) -> int | None:
+def check_model(source: str | PathLike[str], n: int | None = None) -> int | None:
     """Raises errors of a source before it is loaded, and of removing n layers.
 
     Returns how many layers it has, if files here say so.
@@ -250,7 +248,7 @@ def check_model(
 
     n_layers = layers_of(source)
     if n_layers and n is not None:
-        check_count(n, n_layers, name=name)
+        check_count(n, n_layers)
     return n_layers
 
 

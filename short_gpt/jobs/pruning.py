@@ -15,7 +15,7 @@ from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.jobs.settings import Choice
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.wrappers.opening import check_tokenizer, open_model
+from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import FLOAT32, OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
 
@@ -50,7 +50,6 @@ def prune(
     saving: Saving,
 ) -> PruneResult:
     """What `jobs.prune` does."""
-    check_tokenizer(opening.tokenizer_path, model)
     source = find_source(model)
     target = Target(out, to, saving.overwrite).resolved(source)
     choice.check()
@@ -99,7 +98,6 @@ def _write(
             source,
             replace(target, verify=check),
             removal.layers,
-            tokenizer_path=opening.tokenizer_path,
             provenance=removal.record,
             progress=lambda _: shown.update(),
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.ranks import is_distributed
+from llama.sources import find_source
 from short_gpt.checkpoints.scores import Digests, digests_of
 from short_gpt.data.windows import count_of
 from short_gpt.healing.choosing import MAX_WINDOWS, HealedChoice, choose_healed
@@ -19,15 +22,14 @@ from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
-from short_gpt.runtime.memory import bytes_of
 from short_gpt.runtime.progress import check_alone, is_first_rank
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Verdict
-from short_gpt.selection.methods import AUTO, KLD, SEARCHED, choose
+from short_gpt.selection.methods import AUTO, KLD, choose
 from short_gpt.selection.search import Search
-from short_gpt.wrappers.opening import as_short, check_tokenizer, open_model
+from short_gpt.wrappers.opening import as_short, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, with_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -127,12 +129,11 @@ def rank(
     kinds, alone = windows.kinds(), not is_distributed()
     # of the files as they are now; ranks would wait for the first one, and not for long
     named, opening = isinstance(model, str | PathLike), opening.as_begun(running.state)
-    digests = digests_of(str(model), opening.tokenizer_path) if named and alone else {}
-    searches = answer.method in SEARCHED  # whose states keep within max_memory in any case
-    bound = None if searches else opening.max_memory
+    digests = digests_of(str(model)) if named and alone else {}
     if named:
-        size = windows.size or SIZE
-        short: ScoredModel = open_model(str(model), opening, max_seq_len=size, max_memory=bound)
+        ranks = None if alone or opening.stream else _sharing(str(model))
+        opening = replace(opening, model_parallel_size=ranks)
+        short: ScoredModel = open_model(str(model), opening, max_seq_len=windows.size or SIZE)
     else:
         short = as_short(model, tokenizer, options=opening)
     if answer.n is not None:  # of a file or a model at the hub, known only now
@@ -153,8 +154,17 @@ def rank(
     size = opening.batch_size
     result = _measure(short, cut, result, windows, size, running)
     if named and not alone and is_first_rank():
-        return replace(result, scored=digests_of(str(model), opening.tokenizer_path))
+        return replace(result, scored=digests_of(str(model)))
     return result
+
+
+def _sharing(model: str) -> int | None:
+    """Ranks that share a model of Meta's format: one a file, or all where these do not divide."""
+    source, ranks = find_source(model), int(os.environ.get("WORLD_SIZE", "1"))
+    if source.kind != "meta":
+        return None
+    files = len([*Path(source).glob("consolidated.*.pth")])
+    return None if ranks % files else files
 
 
 def _identity(
@@ -166,10 +176,9 @@ def _identity(
     parts += [{"batch_size": opening.batch_size}]
     if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
         parts += [{"method": answer.method, "n": answer.n}]
-        parts += [{"max_windows": windows.max_windows, "max_memory": opening.max_memory}]
+        parts += [{"max_windows": windows.max_windows}]
     if answer.method == AUTO:
         parts += [{"refit": vars(RefitSettings())}]
-    parts += [{"method of all tokens": answer.method == "angular_all"}]
     return joined(*parts)
 
 
@@ -181,17 +190,16 @@ def check_ranking(
     rule = answer.rule(windows.seed)  # raises for a confidence out of range
     if answer.confidence not in (None, Answer.confidence) and rule is None:
         raise ShortGPTError("`confidence` needs `n`, a `seed` and `method` bi or angular")
-    if opening.stream and (answer.by_loss or answer.method == "angular_all"):
-        why = "the model in memory for every candidate" if answer.by_loss else "all states"
+    if opening.stream and answer.by_loss:
         raise ShortGPTError(
-            f"`method` {answer.method} needs {why}; choose another, or leave out `stream`"
+            f"`method` {answer.method} needs the model in memory for every candidate; choose "
+            "another, or leave out `stream`"
         )
-    opening.check(searches=answer.method in SEARCHED)
+    opening.check()
     if answer.by_loss:
         check_alone(f"`method` {answer.method}")
     if isinstance(model, str | PathLike):
         check_model(model, answer.n)
-        check_tokenizer(opening.tokenizer_path, str(model), stream=opening.stream)
 
 
 def _measure(
@@ -214,7 +222,6 @@ def _measure(
         stop=answer.rule(cut.seed),
         state=state,
         random_order=cut.seed is not None,
-        all_tokens=answer.method == "angular_all",
     )
     return replace(result, importance=importance, verdict=short.verdict)
 
@@ -231,7 +238,6 @@ def _search(
         n,
         method=answer.method,
         batch_size=opening.batch_size,
-        max_memory=bytes_of(opening.max_memory or "2GB"),
         state=result.state,
     )
     return replace(result, search=search)

@@ -160,13 +160,13 @@ class Pair(NamedTuple):
         return BORNE_OUT if self.difference > 0 else REVERSED
 
 
-def paper_order(paper: Sequence[int], scores: Importance, confidence: float = 0.95) -> list[Pair]:
+def paper_order(paper: Sequence[int], scores: Importance) -> list[Pair]:
     """Compares the order of a list of removed layers with measured scores: every two of its layers.
 
     Where a difference is within its error, another sample of texts may give the other order.
-    ``paper`` lists scored layers in order of removal; each pair by itself has the confidence.
+    ``paper`` lists scored layers in order of removal; each pair by itself is at 95%.
     """
-    margins, influence = difference_margins(scores, confidence), scores.block_influence
+    margins, influence = difference_margins(scores), scores.block_influence
     pairs = []
     for first, second in combinations(paper, 2):
         a, b = scores.layers.index(first), scores.layers.index(second)

@@ -36,18 +36,12 @@ class Answer(Settings):
     )
     method: str = setting(
         "bi",
-        "bi, angular, angular_all, deepest, relative_magnitude, norm, sequential, reverse, random, "
+        "bi, angular, deepest, relative_magnitude, norm, sequential, reverse, random, "
         "perplexity, sleb, greedy_kld or auto, which refits the sets of several methods and takes "
         "the one nearest to the original on held-out windows.",
     )
-    confidence: float | None = setting(
-        0.99,
-        "With n, a seed and method bi or angular, the run ends as soon as the answer is settled: "
-        "of all such runs at most 1 - confidence end with another answer than that of all windows, "
-        "except where fewer than 2% of the windows decide it. None never ends early.",
-        rare=True,
-        needs="n",
-    )
+    # share of all runs that do not end early with another answer; None never ends early
+    confidence: float | None = 0.99
 
     def __post_init__(self) -> None:
         if self.method != Answer.method:  # the default is valid, without an import
@@ -137,7 +131,7 @@ class Choice(Settings):
 
 
 CLOSED_FORM = ("ridge", "step_size")  # settings of closed forms
-DISTILLED = ("top_k", "temperature", "kl_share", "live_teacher")  # of a recipe, for distill alone
+DISTILLED = ("top_k", "temperature", "kl_share")  # of a recipe, for distill alone
 
 
 @dataclass(frozen=True)
@@ -165,7 +159,7 @@ class Healing(Settings):
     recipe: str | Mapping[str, object] | None = setting(
         None,
         "Settings of lora and distill: a preset (paper, demo or small) and changes, such as "
-        "small,steps=400,rank=16,batch_size=4 or distill's top_k=64,live_teacher=yes; in Python "
+        "small,steps=400,rank=16,batch_size=4 or distill's top_k=64; in Python "
         "also a dict or a Recipe, which describes all. Default: paper.",
     )
     teacher: str | None = setting(
@@ -176,7 +170,7 @@ class Healing(Settings):
     )
 
     def check(self, methods: Sequence[str]) -> None:
-        """Raises ShortGPTError or MissingPackageError for what none of the methods can do."""
+        """Raises ShortGPTError for what none of the methods can do."""
         from short_gpt.healing import Recipe, lora
         from short_gpt.healing.job import CLOSED, STEPS, TRAINING
 
@@ -285,7 +279,7 @@ class Cases(Settings):
 
     def check(self) -> None:
         """Raises ShortGPTError for an unknown name."""
-        from short_gpt.healing.sets import HEALINGS
+        from short_gpt.healing.job import HEALINGS
         from short_gpt.selection.methods import check_method
 
         for name in self.methods:

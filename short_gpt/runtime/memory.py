@@ -113,7 +113,7 @@ def check_room(parts: Mapping[str, int], max_memory: str | int | None, what: str
     if max_memory is not None and least > bytes_of(max_memory):
         listed = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
         raise ShortGPTError(
-            f"`max_memory` {max_memory} is too little: {what} needs at least "
+            f"{max_memory} of memory are too little: {what} needs at least "
             f"{format_bytes(least, up=True)} ({listed})"
         )
 

@@ -114,7 +114,7 @@ def require_whole_model(what: str) -> None:
     if ranks > 1:
         raise ShortGPTError(
             f"{what} needs the whole model on every rank, got {ranks} model-parallel ranks: open "
-            "the model with `model_parallel_size` 1, and the ranks share the windows"
+            "the model with model_parallel_size=1, and the ranks share the windows"
         )
 
 

@@ -1,4 +1,4 @@
-"""Scores of layers from one forward pass: equations, hooks, sums, order, and when to stop."""
+"""Scores of layers from one forward pass: equations, hooks, sums, and when to stop."""
 
 from typing import TYPE_CHECKING
 

@@ -24,7 +24,6 @@ from short_gpt.scoring.metrics import (
     influence,
     inner,
     norms,
-    summed_angles,
     widen,
 )
 
@@ -39,7 +38,6 @@ class Scores:
     influence: Tensor  # sums over tokens of 1 - cos(x, y), (B, L)
     angles: Tensor  # angular distances at the last token of all states, (B, L + 1, L + 1)
     metrics: Tensor = NAN  # sums over tokens of each of `LAYER_METRICS`, (B, M, L)
-    token_angles: Tensor = NAN  # like ``angles``, summed over all tokens
 
     def metric(self, name: str) -> Tensor:
         return self.metrics[:, [*LAYER_METRICS].index(name)]
@@ -70,17 +68,15 @@ def score_batch(
     windows: Sequence[Sequence[int]],
     *,
     layers: Sequence[int],
-    all_tokens: bool = False,
 ) -> Scores:
     """Scores of single windows of token ids, of any lengths, from one pass.
 
-    With ``all_tokens`` also angular distances at all tokens, which keeps the states of all layers;
     ``layers`` are for an error.
     """
     positions: list[int] = []
     parts = []
     for batch, tokens, mask in padded(windows, decoder):  # tokens and mask (B, S)
-        with hooked(decoder.layers, mask, all_tokens=all_tokens) as hooks:
+        with hooked(decoder.layers, mask) as hooks:
             decoder.run(tokens)
         parts.append(hooks.scores())
         if (ran := parts[-1].influence.shape[1]) != len(decoder.layers):
@@ -96,15 +92,14 @@ def score_batch(
 class LayerHooks:
     """Reduces the states of one pass; `after` is called for the layers in their order.
 
-    The mask is (B, S) bool, True for real tokens; ``all_tokens`` keeps all states for their angles.
+    The mask is (B, S) bool, True for real tokens.
     """
 
-    def __init__(self, mask: Tensor, *, all_tokens: bool = False) -> None:
+    def __init__(self, mask: Tensor) -> None:
         self._mask = mask
         self._rows = torch.arange(len(mask), device=mask.device)  # (B,), to index with `_ends`
         self._ends = mask.sum(1) - 1  # the last real token of each window, (B,)
         self._last: list[Tensor] = []  # (B, D) float32, L + 1 of them
-        self._kept: list[Tensor] | None = [] if all_tokens else None  # (B, S, D), L + 1 of them
         self._products: list[Tensor] = []  # (4, B, S) of layers that await `reduce`
         self._sums: list[Tensor] = []  # (1 + M, layers, B): see `reduce`
         self._entered: tuple[Tensor, int] | None = None  # the state entering, and its version
@@ -124,10 +119,10 @@ class LayerHooks:
         # of layers on several devices, a state is moved inside the layer
         x, y = widen(state.to(result.device)), widen(result)  # (B, S, D) each, float32 or wider
         if not self._last:
-            self._keep(state, x)
+            self._keep(x)
         products = [inner(x, y), norms(x), norms(y), norms(y - x)]  # (B, S) each
         self._products.append(torch.stack(products).to(self._mask.device))  # (4, B, S)
-        self._keep(result, y)
+        self._keep(y)
 
     def _check_state(self, layer: nn.Module, state: Tensor) -> None:
         entered, self._entered = self._entered, None
@@ -153,42 +148,32 @@ class LayerHooks:
         # padding counts for nothing, NaN included: (1 + M, layers, B)
         self._sums.append(torch.where(self._mask, torch.stack(each), 0.0).sum(3))
 
-    def _keep(self, state: Tensor, wide: Tensor) -> None:
+    def _keep(self, wide: Tensor) -> None:
         rows, ends = self._rows.to(wide.device), self._ends.to(wide.device)
         last = wide[rows, ends]  # (B, D): Eq. 6 reads last tokens alone
         self._last.append(last.to(self._mask.device))
-        if self._kept is not None:  # a copy, as the model may write in that tensor later
-            self._kept.append(state.to(self._mask.device, copy=True))
 
     def scores(self) -> Scores:
         """The scores of the pass, once all layers have run."""
         self.reduce()
         turned, *metrics = torch.cat(self._sums, dim=1).mT  # influence and M metrics, (B, L) each
         angles = angular_distances(torch.stack(self._last, dim=1))  # of (B, L + 1, D)
-        everywhere = torch.full_like(angles, math.nan)
-        if self._kept is not None:
-            lengths = enumerate(self._mask.sum(1).tolist())
-            each = [summed_angles([s[row, :end] for s in self._kept]) for row, end in lengths]
-            everywhere = torch.stack(each)  # (B, L + 1, L + 1)
         return Scores(
             tokens=self._mask.sum(1),  # (B,)
             influence=turned,
             angles=angles,
             metrics=torch.stack(metrics, dim=1),  # (B, M, L)
-            token_angles=everywhere,
         )
 
 
 @contextmanager
-def hooked(
-    layers: nn.ModuleList, mask: Tensor, *, all_tokens: bool = False
-) -> Iterator[LayerHooks]:
+def hooked(layers: nn.ModuleList, mask: Tensor) -> Iterator[LayerHooks]:
     """Hooks on every layer inside the block; removed after it, whatever happens.
 
     ``layers`` run in order, each with the (B, S, D) state first; the mask is (B, S) bool, True for
     real tokens.
     """
-    hooks = LayerHooks(mask, all_tokens=all_tokens)
+    hooks = LayerHooks(mask)
     # with_kwargs: some families pass the state by its name
     handles = [layer.register_forward_pre_hook(hooks.before, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(hooks.after, with_kwargs=True) for layer in layers]

@@ -18,9 +18,8 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.frames import Table
 from short_gpt.scoring import moments
 from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.metrics import LAYER_METRICS, spearman, t_quantile
+from short_gpt.scoring.metrics import LAYER_METRICS, best_block, lowest, spearman, t_quantile
 from short_gpt.scoring.moments import Texts
-from short_gpt.scoring.order import best_block, lowest
 
 
 @dataclass(repr=False)
@@ -51,7 +50,6 @@ class Importance(Table):
     angle_products: Tensor
     angle_cubes: Tensor  # the same with the square of the first distance
     metrics: Tensor  # sums of `hooks.Scores` over all windows, (M, L); NaN where not scored so
-    token_angles: Tensor  # the same, (L + 1, L + 1)
     # of each text by its number, the sums S of its windows; None if the texts are not known
     texts: Texts | None = field(default_factory=dict, kw_only=True)
 
@@ -62,7 +60,7 @@ class Importance(Table):
         shapes: dict[str, tuple[int, ...]] = {"windows": (2,), "tokens": (2,), "influence": (2, n)}
         shapes |= {"products": (n + 1, n + 1), "cubes": (2, n + 1, n + 1), "angles": (n + 1, n + 1)}
         shapes |= {"angle_products": (n, n, n), "angle_cubes": (n, n, n)}
-        shapes |= {"metrics": (len(LAYER_METRICS), n), "token_angles": (n + 1, n + 1)}
+        shapes |= {"metrics": (len(LAYER_METRICS), n)}
         zeros: dict[str, Any] = {k: torch.zeros(v, dtype=torch.float64) for k, v in shapes.items()}
         return cls(list(layers), **zeros)
 
@@ -87,9 +85,8 @@ class Importance(Table):
             "angles": self.angles + angles.sum(0),
             "angle_products": self.angle_products + products,
             "angle_cubes": self.angle_cubes + cubes,
+            "metrics": self.metrics + new["metrics"].sum(0),
         }
-        for name in ("metrics", "token_angles"):
-            changed[name] = getattr(self, name) + new[name].sum(0)
         # in one step, which no interruption divides
         vars(self).update(changed)
 
@@ -196,11 +193,6 @@ class Importance(Table):
         Entry [l, l + n] compares the last token's states entering layers l and l + n (Eq. 6).
         """
         return self.angles / self.windows.sum()
-
-    @property
-    def angular_all_tokens(self) -> Tensor:
-        """Like `angular`, as the mean over all tokens; NaN unless they were scored."""
-        return self.token_angles / self.tokens.sum()
 
     def angular_covariance(self, n: int) -> Tensor:
         """Covariance of the mean distances of blocks of n, (L - n + 1, L - n + 1), over windows."""

@@ -1,4 +1,4 @@
-"""The papers' equations, rank correlations and Student's t: numbers in, numbers out.
+"""The papers' equations and choices, rank correlations and Student's t: numbers in, numbers out.
 
 The hooks compute every product and norm once and call the functions that take these. A metric of
 layers is a function of `TokenProducts` and a row of `LAYER_METRICS`: docs/add-a-metric.md.
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from llama.parallel import has_float64
 from short_gpt.models.decoder import full_float32
-from short_gpt.runtime.errors import check
+from short_gpt.models.numbering import check_count
+from short_gpt.runtime.errors import ShortGPTError, check
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -103,16 +104,6 @@ def angular_distances(states: Tensor) -> Tensor:
     return angles
 
 
-def summed_angles(states: Sequence[Tensor], chunk: int = 32) -> Tensor:
-    """Angular distances of one window, summed over its tokens: L + 1 of (S, D) to (L+1, L+1)."""
-    # (chunk, L + 1, D): tokens take the place of windows, few at a time as all pairs are float64
-    chunks = (
-        torch.stack([s[start : start + chunk] for s in states], dim=1)
-        for start in range(0, len(states[0]), chunk)
-    )
-    return torch.stack([angular_distances(c).sum(0) for c in chunks]).sum(0)  # (L + 1, L + 1)
-
-
 def relative_change(change: Tensor, norm: Tensor) -> Tensor:
     """||change|| / ||y|| from both norms, (...); 0 where both are 0, infinite if ||y|| alone is."""
     return (change / norm).masked_fill(change == 0, 0.0)  # 0 / 0 would be NaN
@@ -186,3 +177,39 @@ def student_t(probability: float, degrees: float) -> float:
 
     # nearer to 1 than float64 can tell from it, the quantile would be infinite
     return float(t.ppf(min(probability, 1 - 1e-15), float(degrees)))
+
+
+def lowest(scores: Tensor, n: int) -> list[int]:
+    """The n layers with the lowest scores (L,), lowest first (ShortGPT, section 3.2).
+
+    Ties go to the lower number; n is 1 to L - 1.
+
+    Example:
+        >>> lowest(torch.tensor([0.9, 0.1, 0.3, 0.1]), 2)
+        [1, 3]
+    """
+    n = check_count(n, len(scores))
+    return _finite(scores).argsort(stable=True)[:n].tolist()  # stable: ties to the lower number
+
+
+def best_block(angular: Tensor, n: int) -> list[int]:
+    """The n consecutive layers whose ends are nearest (Gromov et al., Eq. 7); ties go to the first.
+
+    Entry [l, l + n] of ``angular``, (L + 1, L + 1), is the mean angular distance between the states
+    entering layers l and l + n. Entries below the diagonal are not read.
+
+    Example:
+        >>> angular = torch.tensor([[0, 0.2, 0.5], [0, 0, 0.1], [0, 0, 0]])
+        >>> best_block(angular, 1)
+        [1]
+    """
+    n = check_count(n, len(angular) - 1)
+    distances = _finite(angular.diagonal(n))  # (L + 1 - n,), by the block's first layer
+    start = int(distances.argsort(stable=True)[0])
+    return list(range(start, start + n))
+
+
+def _finite(scores: Tensor) -> Tensor:
+    if not scores.isfinite().all():
+        raise ShortGPTError(f"scores must be finite to be compared, got {scores.tolist()}")
+    return scores

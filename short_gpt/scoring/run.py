@@ -36,7 +36,6 @@ def measure(
     into: Importance | None = None,
     total: int | None = None,
     progress: bool = False,
-    all_tokens: bool = False,
     score_batch: ScoreBatch | None = None,
     first_text: int | None = None,
     after: Callable[[Importance], bool] = lambda _: False,
@@ -49,9 +48,7 @@ def measure(
         into: Sums to add to and return, which name the layers. Default: new ones from layer 0.
             After an error or an interruption they have all of a batch or none of it.
         total: Number of windows to come, for the progress bar.
-        all_tokens: Take angular distances at all tokens, as `hooks.score_batch` does.
-        score_batch: Scores the windows of a batch; ``all_tokens`` has no effect then. Default:
-            `hooks.score_batch`.
+        score_batch: Scores the windows of a batch. Default: `hooks.score_batch`.
         first_text: Number in ``into`` of the windows' text 0. Default: the first free one, with
             which a text that is read again counts as one more, and the error is too small.
         after: Called with the sums after every batch; True ends the run.
@@ -65,9 +62,7 @@ def measure(
     """
     into = Importance.empty(range(len(decoder.layers))) if into is None else into
     layers = into.layers
-    score_batch = score_batch or partial(
-        hooks.score_batch, decoder, layers=layers, all_tokens=all_tokens
-    )
+    score_batch = score_batch or partial(hooks.score_batch, decoder, layers=layers)
     first_text = next_number(into.texts) if first_text is None else first_text
     begun = False
     with bar("scoring", total=total, unit="window", show=progress) as shown:

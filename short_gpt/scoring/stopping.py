@@ -41,9 +41,8 @@ from torch import Tensor
 from llama.args import MAX_INTEGER
 from short_gpt.runtime.errors import ShortGPTError, check, whole
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.metrics import student_t
+from short_gpt.scoring.metrics import best_block, lowest, student_t
 from short_gpt.scoring.moments import pair_spread
-from short_gpt.scoring.order import best_block, lowest
 
 UNSEEN = 0.25  # of the error, for windows of a kind that was missed
 CAUTION = 2  # times the skewness that the sample shows

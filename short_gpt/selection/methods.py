@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reverse, sequential
+from short_gpt.scoring.metrics import best_block, lowest
 
 
 class Method(NamedTuple):
@@ -38,15 +40,10 @@ REGISTRY = (
         "best block by angle",
     ),
     Method(
-        "angular_all",
-        "best block by the angle at all tokens",
-        lambda scores, n, _: best_block(scores.angular_all_tokens, n),
-        "best block by angle, all tokens",
-    ),
-    Method(
         "deepest",
         "deepest layers but the last (Gromov et al., simple heuristic)",
-        lambda scores, n, _: deepest(len(scores.layers), n),
+        # section 4.4 prints "(L-n) to (L-1)", which leaves out the last only if counted from 1
+        lambda scores, n, _: [*range(len(scores.layers) - 1 - n, len(scores.layers) - 1)],
         "deepest layers but the last",
     ),
     Method(
@@ -63,9 +60,15 @@ REGISTRY = (
         "largest norm",
         "norm",
     ),
-    Method("sequential", "first layers", lambda scores, n, _: sequential(len(scores.layers), n)),
-    Method("reverse", "last layers", lambda scores, n, _: reverse(len(scores.layers), n)),
-    Method("random", "random layers", lambda scores, n, i: at_random(len(scores.layers), n, i)),
+    Method("sequential", "first layers", lambda scores, n, _: [*range(n)]),
+    Method(
+        "reverse", "last layers", lambda scores, n, _: [*range(len(scores.layers))[: -n - 1 : -1]]
+    ),
+    Method(
+        "random",
+        "random layers",
+        lambda scores, n, seed: random.Random(seed).sample(range(len(scores.layers)), n),
+    ),
     Method(
         "perplexity",
         "lowest perplexity without the one layer (Shortened LLaMA)",
@@ -118,10 +121,9 @@ def choose(importance: Importance, n: int, *, method: str = "bi", seed: int = 0)
             f"{method} runs the model without layers, and uses no scores: rank by `method` "
             f"{method} (in Python short_gpt.{function})"
         )
-    if method == "angular_all" and importance.token_angles.isnan().any():
-        raise ShortGPTError("angular_all needs scores of all tokens; measure with all_tokens")
     if row.metric and importance.mean(row.metric).isnan().all():
         raise ShortGPTError(f"{method} needs the metric {row.metric}, which these scores lack")
+    n = check_count(n, len(importance.layers))
     return [importance.layers[i] for i in row.choose(importance, n, seed)]
 
 

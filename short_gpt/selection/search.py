@@ -94,7 +94,7 @@ def by_loss(
     alone, the loss is lowest (Shortened LLaMA): every layer is a candidate, and n is 1 to L - 1.
 
     Args:
-        windows: token ids; all are read once for every candidate of every round.
+        windows: Token ids; all are read once for every candidate of every round.
     """
     check(method in SEARCHED, "method", method, f"one of {', '.join(SEARCHED)}")
     if method == "greedy_kld" and options.reference is None:
@@ -124,8 +124,8 @@ def sleb_rounds(
     are never candidates; ties go to the lower layer. Yields the result so far after each round.
 
     Args:
-        windows: token ids; all are read once for every candidate of every round.
-        n: how many layers, 1 to L - 2.
+        windows: Token ids; all are read once for every candidate of every round.
+        n: Layers to remove, 1 to L - 2.
     """
     count = len(decoder.layers)
     allowed = options.allowed(count)

@@ -25,7 +25,7 @@ from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.perplexity import perplexity as perplexity_of_decoder
 from short_gpt.models.config_file import TRUST
 from short_gpt.models.decoder import Decoder
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -52,7 +52,11 @@ def open_model(
 
 @overload
 def open_model(
-    source: str | Source, options: OpenOptions = ..., *, stream: bool | None, **changes: Any
+    source: str | Source,
+    options: OpenOptions = ...,
+    *,
+    stream: bool | str | int | None,
+    **changes: Any,
 ) -> ScoredModel: ...
 
 
@@ -60,7 +64,7 @@ def open_model(
     source: str | Source | PreTrainedModel,
     options: OpenOptions = DEFAULTS,
     *,
-    stream: bool | None = None,
+    stream: bool | str | int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **changes: Any,
 ) -> ScoredModel:
@@ -69,15 +73,15 @@ def open_model(
     Args:
         source: Meta directory (a `ShortLlama`), Hugging Face directory, hub id or GGUF file; or a
             model of transformers that is loaded.
-        tokenizer: of transformers, in place of the one beside a Hugging Face model; a loaded model
-            has none of its own.
-        stream: One layer at a time in memory, of a Llama in Meta's format or in safetensors.
-            Default: the options'.
-        changes: single options by their names, as in ``max_seq_len=1024``.
+        tokenizer: Tokenizer of transformers; a loaded model has none of its own. Default: the one
+            beside the model.
+        stream: One layer at a time in memory, of a Llama in Meta's format or in safetensors; or
+            the memory of the whole process, as in "12GB". Default: the options'.
+        changes: Single options by their names, as in ``max_seq_len=1024``.
 
     Example:
         >>> short = open_model("llama-2-7b", max_seq_len=1024)  # doctest: +SKIP
-        >>> short = open_model("llama-2-70b", stream=True, max_memory="12GB")  # doctest: +SKIP
+        >>> short = open_model("llama-2-70b", stream="12GB")  # doctest: +SKIP
     """
     options = replace(options, **changes, stream=options.stream if stream is None else stream)
     options.check()
@@ -88,11 +92,12 @@ def open_model(
         if source.kind != "meta":
             return open_trainable(source, options, tokenizer)
     if tokenizer is not None:
-        raise ShortGPTError(f"{source} is read with `tokenizer_path`, a file: pass its path")
+        raise ShortGPTError(f"{source} is read with tokenizer_path=, a file: pass its path")
     if options.stream:
         names = ("n_prune_layers", "tokenizer_path", "max_seq_len", "batch_size", "device", "dtype")
-        entries = {name: getattr(options, name) for name in (*names, "max_memory", TRUST)}
-        return StreamedLlama(source, **entries).in_precision(options.precision)
+        entries = {name: getattr(options, name) for name in (*names, TRUST)}
+        short = StreamedLlama(source, max_memory=options.max_memory, **entries)
+        return short.in_precision(options.precision)
     entries = {field.name: getattr(options, field.name) for field in fields(OpenOptions)}
     return ShortLlama.from_checkpoint(source, **entries)
 
@@ -179,10 +184,11 @@ def open_trainable(
         how: Any = {"tokenizer_path": options.tokenizer_path, "dtype": options.dtype}
         short = ShortHFModel.from_meta(source, device=device, **how)
         return short.in_precision(options.precision)
-    check_tokenizer(options.tokenizer_path, source)
+    own = f"None: the tokenizer of {source} is read"
+    check(options.tokenizer_path is None, "tokenizer_path", options.tokenizer_path, own)
     if options.model_parallel_size not in (None, 1):
         raise ShortGPTError(
-            f"`model_parallel_size` {options.model_parallel_size}: only Meta's format is split "
+            f"model_parallel_size = {options.model_parallel_size}: only Meta's format is split "
             "over ranks; convert the model, or leave it out, so that every rank reads its share "
             "of the windows"
         )
@@ -196,37 +202,11 @@ def open_trainable(
     return short.in_precision(options.precision)
 
 
-def _reads_tokenizer(source: str | Source, *, stream: bool = False) -> bool:
-    # other models bring their own tokenizer
-    return stream or find_source(source).kind == "meta"
-
-
-def check_tokenizer(
-    tokenizer_path: str | None, *models: str | Source, stream: bool = False
-) -> None:
-    """Raises ShortGPTError for a tokenizer's path that none of these models is read with."""
-    if tokenizer_path is None or any(_reads_tokenizer(name, stream=stream) for name in models):
-        return
-    names = " and ".join(dict.fromkeys(map(str, models)))
-    raise ShortGPTError(
-        f"`tokenizer_path` {tokenizer_path} has no effect on {names}, whose own tokenizer is read; "
-        "Meta's format and streamed models take another: leave it out"
-    )
-
-
-def of_source(options: OpenOptions, source: str | Source, *, stream: bool = False) -> OpenOptions:
-    """The options for one of several models: a tokenizer only where one is read."""
-    if options.tokenizer_path is None or _reads_tokenizer(source, stream=stream):
-        return options
-    return replace(options, tokenizer_path=None)
-
-
 def same_model(
     source: str | Source,
     pruned: str | Source,
     drop: list[int],
     *,
-    tokenizer_path: str | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
     dtype: str | None = None,
@@ -240,7 +220,7 @@ def same_model(
     options = OpenOptions(device="cpu", trust_remote_code=trust_remote_code)
 
     def of_original() -> Fingerprint:
-        short = open_model(source, options, tokenizer_path=tokenizer_path)
+        short = open_model(source, options)
         if drop:
             short.remove_layers(drop)
         return fingerprint_aligned(short, dtype=rounded_to)

@@ -13,22 +13,17 @@ from short_gpt.runtime.settings import Settings, setting
 
 PRECISIONS = FLOAT32, MIXED, FASTER = ("float32", "mixed", "auto")
 # what jobs take of `OpenOptions`: those that read windows, also of a model by the layer
-LOADING = ("tokenizer_path", "device", "dtype", "trust_remote_code")
+LOADING = ("device", "dtype", "trust_remote_code")
 READING = (*LOADING, "precision")
-STREAMING = (*READING, "stream", "max_memory")
+STREAMING = (*READING, "stream")
 
 
 @dataclass(frozen=True)
 class OpenOptions(Settings):
     """How a checkpoint is opened; what a format does not know has no effect on it."""
 
-    tokenizer_path: str | None = setting(
-        None,
-        "Tokenizer of a Meta checkpoint or of a streamed model; others bring their own, and refuse "
-        "one. Default: the one beside the checkpoint.",
-        value="FILE",
-        rare=True,
-    )
+    # of a Meta checkpoint or a streamed model, instead of the one beside it; others bring their own
+    tokenizer_path: str | None = None
     device: str | None = setting(
         None,
         "cpu, cuda, mps or another that PyTorch has here. Default: the best there is.",
@@ -55,30 +50,20 @@ class OpenOptions(Settings):
         "such a model is refused, unless transformers knows its kind.",
         rare=True,
     )
-    stream: bool = setting(
+    stream: bool | str | int = setting(
         False,
         "Hold one layer at a time in memory: for a Llama larger than the machine, in Meta's format "
-        "or Hugging Face's.",
-    )
-    max_memory: str | int | None = setting(
-        None,
-        "Memory of the whole process with stream, as in 3GB. Default: half of what is free.",
+        "or Hugging Face's. A size such as 3GB bounds the memory of the whole process, else half "
+        "of what is free does.",
         value="SIZE",
-        rare=True,
     )
-    model_parallel_size: int | None = setting(
-        None,
-        "Ranks under torchrun that share one model of Meta's format; the others are replicas, "
-        "which share the windows. Default: all for Meta's format, 1 for others, which cannot be "
-        "shared.",
-        rare=True,
-    )
+    # ranks under torchrun that share one model of Meta's format, the others being replicas, which
+    # share the windows; None is all, and 1 for other formats, which cannot be shared
+    model_parallel_size: int | None = None
     batch_size: int = setting(1, "Windows read at once, by each replica.", rare=True)
-    max_seq_len: int = setting(2048, "Longest window in tokens, of Meta's format or streamed.")
-    n_prune_layers: int | None = setting(
-        None, "Layers that remove_layers takes out; may be set later."
-    )
-    seed: int = setting(1, "Seed of what a model samples.")
+    max_seq_len: int = 2048  # longest window in tokens, of Meta's format or streamed
+    n_prune_layers: int | None = None  # that `remove_layers` takes out; may be set later
+    seed: int = 1  # of what a model samples
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -98,23 +83,21 @@ class OpenOptions(Settings):
             run = read_record(state).get("run", {})
         return self.changed({"precision": {**USUAL, **run}["precision"]})
 
-    def check(self, *, searches: bool = False) -> None:
-        """Raises ShortGPTError for options that do not go together.
+    @property
+    def max_memory(self) -> str | int | None:
+        """Memory of a streamed model's process; None is half of what is free."""
+        return None if isinstance(self.stream, bool) else self.stream
 
-        A job that ``searches`` by loss keeps its states within ``max_memory`` without ``stream``.
-        """
+    def check(self) -> None:
+        """Raises ShortGPTError for options that do not go together."""
         from short_gpt.runtime.memory import bytes_of
 
         if not -(2**63) <= self.seed < 2**63:
             raise ShortGPTError(f"seed = {self.seed}: expected a whole number below 2**63")
         if self.max_memory is not None:
-            bytes_of(self.max_memory)
-            if not self.stream and not searches:
-                raise ShortGPTError(
-                    f"`max_memory` {self.max_memory} bounds `stream`; add `stream`, or leave it out"
-                )
+            bytes_of(self.max_memory, "stream")
         if self.model_parallel_size is not None and self.stream:
             raise ShortGPTError(
-                f"`model_parallel_size` {self.model_parallel_size}: `stream` holds one layer on "
+                f"model_parallel_size = {self.model_parallel_size}: `stream` holds one layer on "
                 "one rank; leave one of them out"
             )

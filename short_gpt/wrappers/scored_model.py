@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -33,7 +32,7 @@ from short_gpt.models.decoder import (
 from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, refused
+from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.scoring.hooks import Scores, score_batch
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState, ScoringRun, seconds_a_pass
@@ -82,10 +81,10 @@ class ScoredModel(ModelRecord, ABC):
         """Writes the model as it is now as an ordinary checkpoint, with ``pruning.json``.
 
         Args:
-            out_dir: the new directory; appears complete or not at all.
-            facts: more to keep in ``pruning.json``, such as ``{"data": "PG-19"}``.
-            measured: perplexities by the model's state; None takes those that the model remembers.
-            overwrite: whether an earlier checkpoint of this library is replaced; nothing else is.
+            out_dir: New directory; appears complete or not at all.
+            facts: Facts to keep in ``pruning.json``, such as ``{"data": "PG-19"}``. Default: none.
+            measured: Perplexities by the model's state. Default: those that the model remembers.
+            overwrite: Replace an earlier checkpoint of this library, and nothing else.
         """
 
     @property
@@ -107,7 +106,6 @@ class ScoredModel(ModelRecord, ABC):
         stop: Stop | None = None,
         state: RunState | None = None,
         random_order: bool = False,
-        all_tokens: bool = False,
     ) -> Importance:
         """Scores windows of at most ``max_seq_len`` token ids; returns the sums with those so far.
 
@@ -118,8 +116,6 @@ class ScoredModel(ModelRecord, ABC):
                 (`data.windows` with a seed, or ``random_order``) and no scores so far.
             state: Saves the run and continues it; the scores so far are then those saved.
             random_order: Other windows stand in random order, which nothing can check.
-            all_tokens: Also take angles at all tokens; keeps the states of all layers. As in the
-                scores so far.
 
         Raises:
             NotFiniteError: a weight or a state is NaN or infinite; batches before it count.
@@ -132,10 +128,6 @@ class ScoredModel(ModelRecord, ABC):
         if stop is not None:
             check_count(stop.n, len(self.kept))
             check_sample(random_order or population is not None, sums.n_windows * (state is None))
-        scored = not sums.token_angles.isnan().all()
-        if sums.n_windows and scored != all_tokens:  # a sum with and without them is NaN
-            origin = "the scores so far" if state is None else f"the scores in {state.file.path}"
-            raise refused("all_tokens", all_tokens, f"{scored}, as in {origin}, or new scores")
         if state is not None:  # refused before anything is replaced
             windows = state.unread(windows, sums.n_windows)
         run = ScoringRun(
@@ -145,7 +137,7 @@ class ScoredModel(ModelRecord, ABC):
             population=population,
             stop=stop,
             state=state,
-            score_batch=partial(self.score_batch, all_tokens=all_tokens),
+            score_batch=self.score_batch,
         )
         try:
             run.read(windows, total=total, progress=progress)
@@ -167,9 +159,9 @@ class ScoredModel(ModelRecord, ABC):
         """How many windows a run hands to `score` at once."""
         return batch_size
 
-    def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
-        """Seconds that a window takes, measured on one, of so many read at once."""
-        return seconds_a_pass(self.decoder, [window] * batch_size) / batch_size
+    def seconds_a_window(self, window: Sequence[int]) -> float:
+        """Seconds that a window takes, measured on one."""
+        return seconds_a_pass(self.decoder, [window])
 
     def perplexity(
         self,
@@ -325,9 +317,9 @@ class ScoredModel(ModelRecord, ABC):
         """The dtype and the device of the layers."""
         return next(self.decoder.layers.parameters()).dtype, self.decoder.device
 
-    def score_batch(self, windows: Sequence[Sequence[int]], *, all_tokens: bool = False) -> Scores:
+    def score_batch(self, windows: Sequence[Sequence[int]]) -> Scores:
         """Scores of single windows from one pass, without adding them; see `hooks.score_batch`."""
-        return score_batch(self.decoder, windows, layers=self.kept, all_tokens=all_tokens)
+        return score_batch(self.decoder, windows, layers=self.kept)
 
     @property
     def standard_errors(self) -> Tensor:
@@ -355,14 +347,13 @@ class ScoredModel(ModelRecord, ABC):
         *,
         angular: bool = False,
         method: str | None = None,
-        seed: int = 0,
     ) -> list[int]:
         """The layers to remove by the scores, least important first or an ascending block.
 
         Args:
-            n: how many; None takes ``n_prune_layers``.
-            angular: the best block (Gromov et al.) instead of the lowest Block Influence.
-            method: a name of `methods.METHODS`, in place of ``angular``; ``seed`` is for "random".
+            n: Layers to remove. Default: ``n_prune_layers``.
+            angular: Take the best block (Gromov et al.), not the lowest Block Influence.
+            method: Name of `methods.METHODS`, in place of ``angular``. Default: "bi".
         """
         name, count = ("n_prune_layers", self.n_prune_layers) if n is None else ("n", n)
         if count is None:
@@ -377,7 +368,7 @@ class ScoredModel(ModelRecord, ABC):
                 "the model again before removing more by score"
             )
         method = method or ("angular" if angular else "bi")
-        return choose(importance, count, method=method, seed=seed)
+        return choose(importance, count, method=method)
 
     @property
     def _stale(self) -> bool:

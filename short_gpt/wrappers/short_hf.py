@@ -59,11 +59,11 @@ class ShortHFModel(ShortModel):
     is set to eager attention.
 
     Args:
-        model_name: a hub id, a local directory, a GGUF file, or a loaded model.
-        layers_path: where its layers are, as in ``"model.layers"``; None finds them.
-        tokenizer: of a loaded model, to read texts; None loads the model's own, if any.
-        device: where the model goes when it is loaded; None leaves it where it is.
-        options: of ``from_pretrained``: ``dtype`` (None is the files'), ``device_map``,
+        model_name: Hub id, local directory, GGUF file, or a loaded model.
+        layers_path: Name of the list of layers, as in ``"model.layers"``. Default: it is found.
+        tokenizer: Tokenizer of a loaded model. Default: the one beside the model, if any.
+        device: Device to move the model to. Default: it stays where it is loaded.
+        options: Options of ``from_pretrained``: ``dtype`` (None is the files'), ``device_map``,
             ``revision`` and so on; ``trust_remote_code=True`` runs a model's Python files.
 
     Example:
@@ -207,9 +207,10 @@ class ShortHFModel(ShortModel):
         """Scores texts of any length and adds them to the scores so far; ignores ``angular``.
 
         Args:
-            max_seq_len: tokens of a window.
-            stride: tokens from one window's start to the next.
-            max_gen_len: if positive, ``max_seq_len`` tokens and so many new ones are scored.
+            max_seq_len: Tokens of a window.
+            stride: Tokens from one window's start to the next. Default: 256.
+            max_gen_len: New tokens to score after ``max_seq_len`` of each text. Default: 0, which
+                scores all windows of the texts.
         """
         check_texts(prompts)
         if max_gen_len > 0:
@@ -219,23 +220,15 @@ class ShortHFModel(ShortModel):
             how: Any = {"stride": stride, "tail": "keep", "bos": self.bos}
             self.measure([*windows(prompts, self.encode, size=max_seq_len, **how)], progress=False)
 
-    def generate(
-        self,
-        prompts: Prompts,
-        max_gen_len: int = 50,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        *,
-        max_new_tokens: int | None = None,
+    def _continuations(
+        self, prompts: Prompts, count: int, temperature: float, top_p: float
     ) -> list[str]:
-        check_texts(prompts)
-        max_gen_len = max_gen_len if max_new_tokens is None else max_new_tokens
-        check_numbers(max_gen_len, temperature, top_p)
-        if max_gen_len == 0:  # which transformers refuses
+        check_numbers(count, temperature, top_p)
+        if count == 0:  # which transformers refuses
             return ["" for _ in prompts]
         texts = []
         for ids in map(self._to_continue, prompts):
-            new = self._continue(ids, max_gen_len, temperature, top_p)[len(ids) :]
+            new = self._continue(ids, count, temperature, top_p)[len(ids) :]
             texts.append(str(self._tokenizer().decode(new, skip_special_tokens=True)))
         return texts
 
@@ -377,9 +370,9 @@ class ShortHFModel(ShortModel):
         """Uploads what `save_pretrained` writes, its card included; returns the page's address.
 
         Args:
-            repo_id: as in ``"user/model"``; made if the hub has none of that name.
-            private: whether a repository that is made is private.
-            verify: as of `save_pretrained`.
+            repo_id: Repository, as in ``"user/model"``; made if the hub has none of that name.
+            private: Create the repository as private.
+            verify: Prove the result, as `save_pretrained` does. Default: yes.
 
         Raises:
             ConnectionError: nobody is logged in, or the hub refused.

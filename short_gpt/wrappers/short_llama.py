@@ -144,16 +144,9 @@ class ShortLlama(ShortModel):
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         return self.llama.tokenizer.decode(ids)
 
-    def generate(
-        self,
-        prompts: Prompts,
-        max_gen_len: int = 50,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        *,
-        max_new_tokens: int | None = None,
+    def _continuations(
+        self, prompts: Prompts, count: int, temperature: float, top_p: float
     ) -> list[str]:
-        count = max_gen_len if max_new_tokens is None else max_new_tokens
         predictions = self.llama.text_completion(prompts, temperature, top_p, count)
         return [str(prediction["generation"]) for prediction in predictions]
 

@@ -123,7 +123,6 @@ class ShortModel(ScoredModel):
         """Tokens that end a text, where `greedy` writes on after them; none where it stops."""
         return frozenset()
 
-    @abstractmethod
     def generate(
         self,
         prompts: Prompts,
@@ -137,6 +136,15 @@ class ShortModel(ScoredModel):
 
         ``max_new_tokens`` is transformers' name of ``max_gen_len``.
         """
+        check_texts(prompts)
+        count = max_gen_len if max_new_tokens is None else max_new_tokens
+        return self._continuations(prompts, count, temperature, top_p)
+
+    @abstractmethod
+    def _continuations(
+        self, prompts: Prompts, count: int, temperature: float, top_p: float
+    ) -> list[str]:
+        """What `generate` returns, of at most ``count`` tokens each."""
 
     @abstractmethod
     def harness_model(self, *, batch_size: int = 1) -> object:
@@ -157,10 +165,10 @@ class ShortModel(ScoredModel):
         """The layers to remove by the loss without them; see `search.by_loss`.
 
         Args:
-            windows: token ids, all read for every candidate.
-            method: "sleb", or "perplexity" for the one-shot choice.
-            candidates: original numbers of the layers that "sleb" may remove; None for all.
-            max_memory: of stored states, in bytes.
+            windows: Token ids, all read for every candidate.
+            method: Name of `methods.SEARCHED`. Default: "sleb".
+            candidates: Original numbers of layers that may be removed. Default: all inner ones.
+            max_memory: Bytes for stored states. Default: 2 GiB.
         """
         self.check_whole()
         self.check_weights()

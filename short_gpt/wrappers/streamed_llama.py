@@ -156,12 +156,12 @@ class StreamedLlama(ScoredModel):
     of them pass a layer together. ``stop`` and ``state`` act after a round; Ctrl-C loses it.
 
     Args:
-        ckpt_dir: a Llama in Meta's format, or in safetensors of Hugging Face's.
-        n_prune_layers: how many layers `remove_layers` takes out.
-        tokenizer_path: None looks beside the checkpoint; without one there are no texts.
-        max_seq_len: the longest window, in tokens.
-        batch_size: windows that pass a layer together; the memory must hold as many.
-        max_memory: bytes, or a text such as "3GB"; None is half of the free memory.
+        ckpt_dir: Llama in Meta's format, or in safetensors of Hugging Face's.
+        n_prune_layers: Layers that `remove_layers` takes out. Default: it must be told.
+        tokenizer_path: Tokenizer file. Default: the one beside the checkpoint.
+        max_seq_len: Tokens of the longest window. Default: 2048.
+        batch_size: Windows that pass a layer together; the memory must hold as many. Default: 1.
+        max_memory: Bytes, or a text such as "3GB". Default: half of the free memory.
 
     Raises:
         ShortGPTError: ``max_memory`` holds no such batch, or several ranks run (torchrun).
@@ -211,22 +211,6 @@ class StreamedLlama(ScoredModel):
     def plan(self, batch_size: int = 1, *, logits: bool = False) -> Plan:
         """The memory that a run takes, and the windows of a round; see `runtime.memory.plan`."""
         return self.stream.plan(batch_size=batch_size, max_memory=self.max_memory, logits=logits)
-
-    def eval_importance(
-        self,
-        prompt_tokens: Sequence[Sequence[int]],
-        max_gen_len: int = 0,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        angular: bool = False,
-    ) -> None:
-        """As `ShortLlama.eval_importance`, without continuing the prompts."""
-        if max_gen_len > 0:
-            raise ShortGPTError(
-                f"max_gen_len = {max_gen_len}: a model that is streamed cannot generate; pass 0, "
-                "or open it without stream"
-            )
-        self.measure(prompt_tokens, batch_size=max(len(prompt_tokens), 1), progress=False)
 
     def _perplexity(
         self,
@@ -278,12 +262,7 @@ class StreamedLlama(ScoredModel):
                 yield from (row[:real] for row, real in zip(logits, batch.mask.sum(1), strict=True))
                 del logits  # before the next ones, which take as much
 
-    def score_batch(self, windows: Sequence[Sequence[int]], *, all_tokens: bool = False) -> Scores:
-        if all_tokens:
-            raise ShortGPTError(
-                "angles at all tokens need the states of all layers at once; open the model "
-                "without stream"
-            )
+    def score_batch(self, windows: Sequence[Sequence[int]]) -> Scores:
         scores = []
         for batch in self._pass("scoring", windows, watched=True):
             assert batch.seen is not None
@@ -351,15 +330,6 @@ class StreamedLlama(ScoredModel):
         # all windows of a round, of which ``batch_size`` pass a layer together
         self._together, self._progress = batch_size, progress
         return self.plan(batch_size).windows
-
-    def seconds_a_window(self, window: Sequence[int], batch_size: int = 1) -> float:
-        windows = self.windows_at_once(batch_size)  # of a full round; one layer is timed
-        batch = Batch(*pad([window] * batch_size, self.decoder), watched=True)
-        with mixed_precision(self.decoder.mixed, self.decoder.device):
-            read, ready, run = self.stream.layer_seconds(batch)
-        # a thread reads the next layer while the round passes this one
-        layer = ready + max(read, run * windows / batch_size)
-        return len(self.kept) * layer / windows
 
     def weights_digest(self) -> str:
         if self.changes:

@@ -7,11 +7,9 @@ Shapes: B windows of a batch, S tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -287,25 +285,6 @@ class StreamedTransformer(nn.Module):
             total = ready.sum(dtype=torch.promote_types(self.dtype, torch.float32))
             if not total.isfinite() and not ready.isfinite().all():
                 raise NotFiniteError(f"layer {number} has NaN or infinite weights in {name}")
-
-    @torch.no_grad()
-    def layer_seconds(self, batch: Batch) -> tuple[float, float, float]:
-        """Seconds to read a layer, to make its weights ready, and to take a batch through it."""
-        self.embed([batch])
-        for layer in [*self.layers][:2]:  # at the first, memory is taken and libraries warm up
-            times = [time.perf_counter()]
-            stored = self._read(self._numbers[layer])
-            times.append(time.perf_counter())
-            self._make_ready(self._numbers[layer], stored)
-            layer.load_state_dict(self._ready, assign=True)
-            times.append(time.perf_counter())
-            try:
-                float(batch.through(layer, self.freqs_cis))  # waits for the device
-            finally:
-                layer.to("meta")
-            times.append(time.perf_counter())
-        read, ready, run = (b - a for a, b in pairwise(times))
-        return read, ready, run
 
     @torch.no_grad()
     def losses(self, batches: Sequence[Batch]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import DATA, TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_byte_llama, write_byte_tokenizer
+from conftest import BYTE_VOCAB, make_transformer, save_byte_llama
 from gguf_files import stack_file
 
 from llama.files import new_directory
@@ -117,17 +117,6 @@ def test_scores_of_another_tokenizer_are_refused_and_told(here, model):
     changed(config, add_bos_token=False)
     ours, theirs = record["scored"]["tokenizer"], tokenizer_of(model)
     assert f"scores of the tokenizer {ours}, {model} has {theirs}: score it by" in refused(model)
-
-
-def test_a_tokenizer_elsewhere_is_looked_for_there(here):
-    Path("words").mkdir()
-    for path in Path("ckpt").glob("tokenizer*"):
-        path.rename(Path("words") / path.name)
-    place = ("--tokenizer_path", "words/tokenizer.json")
-    found = ranked("ckpt", "r.json", *place)["scored"]["tokenizer"]
-    assert found == tokenizer_of("ckpt", "words/tokenizer.json") != tokenizer_of("ckpt") is None
-    write_byte_tokenizer(Path("ckpt"))  # another one beside the weights is not what was read with
-    chosen("ckpt", scores="r.json", n=1)
 
 
 def test_ranks_do_not_wait_while_the_first_one_reads_all_files(here, monkeypatch):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -115,26 +113,6 @@ def test_a_quiet_run_says_its_result_alone(ckpt, monkeypatch, capsys):
     assert os.environ["TQDM_DISABLE"] == "1"
     run(*RANK)
     assert not progress.is_quiet() and progress.bar("x", total=1, unit="y").disable is False
-
-
-def test_the_completion_script_completes_commands_and_flags(tmp_path):
-    """In bash itself, as a user sources it."""
-    command = [sys.executable, "-m", "short_gpt", "--", "--completion"]
-    script = tmp_path / "completion.sh"
-    script.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    for words, expected in (
-        ("short-gpt r", "rank reproduce"),
-        ("short-gpt rank --max-", "--max-memory --max-windows"),
-        ("short-gpt prune a b --ov", "--overwrite"),
-        ("short-gpt convert --qu", "--quiet"),
-    ):
-        typed = words.split()
-        line = f"COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _complete-short-gpt"
-        shell = f"source {script}; {line}; echo ${{COMPREPLY[@]}}"
-        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
-        assert done.stdout.split() == expected.split(), words
-    fish = subprocess.run([*command, "fish"], capture_output=True, text=True, check=True).stdout
-    assert "complete -c short-gpt" in fish and "max-windows" in fish
 
 
 @pytest.mark.parametrize(

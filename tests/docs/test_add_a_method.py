@@ -80,6 +80,12 @@ assert steps[0]["windows"] == 64
 compared = {{"method": "bi", "n": 1, "heal_by": "raw,rescale", "max_windows": 4}}
 rows = compare_checkpoint("ckpt", **compared, **how).rows
 assert [row.healing for row in rows[1:]] == ["raw", "rescale"]
+from conftest import random_windows
+from short_gpt import choose_healed, open_model
+short, windows = open_model("ckpt", device="cpu"), random_windows(16, 16)
+assert choose_healed(short, windows, 1, heal_by="rescale", progress=False).kld > 0
+with pytest.raises(ValueError, match="heal_by = 'lora': expected one of .*rescale"):
+    choose_healed(short, windows, 1, heal_by="lora", progress=False)
 with pytest.raises(ValueError, match="shrink has no setting 'heal_by'"):  # it always refits
     shrink("ckpt", "small", heal_by="rescale", n=1, **how)
 """

@@ -16,12 +16,12 @@ from pages import PAGES, ROOT
 from llama import MissingPackageError
 from llama.errors import required
 
-EXTRAS = {"eval", "four-bit", "rival", "notebooks", "docs", "dev"}
+EXTRAS = {"eval", "rival", "notebooks", "docs", "dev"}
 # What an installation lacks: pip itself, pandas, and services that a training reports to.
 RAISING = {"llama/errors.py", "short_gpt/data/demo.py"}
 RAISING |= {"short_gpt/healing/lora.py"}
 # Imported where an extra or a user brings them, or only while types are checked.
-OTHERS = {"lm_eval", "bitsandbytes", "google", "_typeshed", "pandas", "llama", "short_gpt"}
+OTHERS = {"lm_eval", "google", "_typeshed", "pandas", "llama", "short_gpt"}
 OTHERS |= {"libgguf", "xllamacpp"}
 
 

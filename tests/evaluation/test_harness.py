@@ -160,7 +160,8 @@ def test_a_llama_of_metas_own_which_cannot_be_asked_generates_the_same(both):
 @needs_lm_eval
 def test_metrics_of_local_tasks_agree(both, tasks):
     names = ["tiny_choice", "tiny_generate", "tiny_rolling"]
-    ours, theirs = (run_tasks(model, names, include_path=tasks) for model in both)
+    paths = [str(tasks / f"{name}.yaml") for name in names]
+    ours, theirs = (run_tasks(model, paths) for model in both)
     assert [*ours] == names
     assert json.loads(json.dumps(ours, allow_nan=False)) == ours
     assert {*ours["tiny_choice"]} == {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}
@@ -172,8 +173,10 @@ def test_metrics_of_local_tasks_agree(both, tasks):
 @needs_lm_eval
 def test_a_task_named_by_its_file_is_that_of_its_folder(both, tasks):
     path = str(tasks / "tiny_choice.yaml")
-    expected = run_tasks(both[0], "tiny_choice", include_path=tasks)
-    assert run_tasks(both[0], path) == run_tasks(both[0], [path]) == expected
+    expected = run_tasks(both[0], path)
+    # the folder of a file has the others too
+    both_tasks = run_tasks(both[0], ["tiny_choice", str(tasks / "tiny_rolling.yaml")])
+    assert both_tasks["tiny_choice"] == expected["tiny_choice"] and len(both_tasks) == 2
     with pytest.raises(FileNotFoundError):
         run_tasks(both[0], str(tasks / "none.yaml"))
 
@@ -181,10 +184,10 @@ def test_a_task_named_by_its_file_is_that_of_its_folder(both, tasks):
 @needs_lm_eval
 def test_the_metric_is_that_of_the_model_after_removal(tmp_path, tasks):
     both = pair(tmp_path, bos=True)
-    before = [run_tasks(m, "tiny_rolling", include_path=tasks, limit=2) for m in both]
+    before = [run_tasks(m, str(tasks / "tiny_rolling.yaml"), limit=2) for m in both]
     for model in both:
         model.remove_layers([1])
-    after = [run_tasks(m, "tiny_rolling", include_path=tasks, limit=2) for m in both]
+    after = [run_tasks(m, str(tasks / "tiny_rolling.yaml"), limit=2) for m in both]
     perplexities = [r["tiny_rolling"]["byte_perplexity"] for r in (*before, *after)]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-5)
     assert perplexities[2] == pytest.approx(perplexities[3], rel=1e-5)
@@ -201,7 +204,7 @@ def test_the_users_tokenizer_is_left_as_it_is(both):
 def test_mistakes_get_one_line(both, tasks):
     ours, theirs = both
     with pytest.raises(ValueError, match=r"no tasks \['tiny_chioce'\]; `lm-eval ls tasks`.* YAML"):
-        run_tasks(ours, ["tiny_choice", "tiny_chioce"], include_path=tasks)
+        run_tasks(ours, [str(tasks / "tiny_choice.yaml"), "tiny_chioce"])
     with pytest.raises(ValueError, match="lm-eval has no tasks"):
         run_tasks(ours, [])
     with pytest.raises(ValueError, match="pass tokenizer="):
@@ -222,7 +225,7 @@ def test_a_broken_pipe_is_not_the_hubs(lm_eval, both, tasks, monkeypatch, error)
 
     monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", fail)
     with pytest.raises(error, match="^of a process$"):
-        run_tasks(both[0], "tiny_choice", include_path=tasks)
+        run_tasks(both[0], str(tasks / "tiny_choice.yaml"))
 
 
 def test_a_connection_that_the_hub_resets_is_the_hubs(lm_eval, both, tasks, monkeypatch):
@@ -231,7 +234,7 @@ def test_a_connection_that_the_hub_resets_is_the_hubs(lm_eval, both, tasks, monk
 
     monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", fail)
     with pytest.raises(ConnectionError, match="on the hub, which cannot be reached"):
-        run_tasks(both[0], "tiny_choice", include_path=tasks)
+        run_tasks(both[0], str(tasks / "tiny_choice.yaml"))
 
 
 def test_a_missing_package_is_named(both, monkeypatch):

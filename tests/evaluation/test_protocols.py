@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from conftest import make_transformer, random_windows
 
 from short_gpt.data.texts import pg19, texts
-from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.evaluation.protocols import protocol
+from short_gpt.evaluation.perplexity import perplexity, protocol
 from short_gpt.models.decoder import MetaDecoder
 
 # bos once a text, then the characters

@@ -13,7 +13,6 @@ from conftest import make_transformer, random_windows
 
 from short_gpt.cli.tables import perplexities
 from short_gpt.data.windows import Window, batches, text_number, windows
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     Sample,
@@ -23,6 +22,7 @@ from short_gpt.evaluation.perplexity import (
     sampling_error,
     window_perplexities,
 )
+from short_gpt.healing.choosing import ResultCache
 from short_gpt.models.decoder import MetaDecoder
 from short_gpt.runtime.state import StateFile
 

@@ -20,7 +20,6 @@ from processes import killed_at
 from transformers import Trainer
 
 from short_gpt.healing import (
-    CachedTeacher,
     Distillation,
     HealingJob,
     HealingWindows,
@@ -62,12 +61,12 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     chain = job(short, PATCH | DISTILL, work_dir=tmp_path / "work")
     evidence = chain.run()
     windows = [*WINDOWS.training, *WINDOWS.validation]
-    teacher = CachedTeacher(tmp_path / "teacher", by_hand, windows, k=8)  # of the whole model
+    teacher = Distillation(tmp_path / "teacher", by_hand, windows, k=8)  # of the whole model
     teacher.fill(progress=False)
     options = {"held": WINDOWS.validation, "progress": False}
     heal_patch(by_hand, LAYERS, WINDOWS.training, ridge=30.0, **options)
     patched = by_hand.perplexity(WINDOWS.evaluation, progress=False)
-    options = {"recipe": QUICK, "distillation": Distillation(teacher), "progress": False}
+    options = {"recipe": QUICK, "distillation": teacher, "progress": False}
     heal_lora(by_hand, WINDOWS.training, WINDOWS.validation, **options)
     assert torch.equal(short.decoder.logits(TOKENS), by_hand.decoder.logits(TOKENS))
     assert short.removed == LAYERS and [c.how for c in short.changes] == list(evidence.steps)
@@ -226,7 +225,6 @@ def test_steps_that_cannot_follow_each_other_are_refused(steps, message):
         (DISTILL, [], None, "distillation learns from the model with all its layers: name the"),
         (PATCH, [], None, "patch reads the original model: name the layers to remove"),
         (DISTILL, [], lambda: short_llama(vocab_size=40), "the teacher knows 40 tokens, the model"),
-        ({"distill": Recipe(live_teacher=True)}, LAYERS, None, "a live teacher is a second model"),
     ],
 )
 def test_a_teacher_that_cannot_be_is_refused(steps, layers, teacher, message):
@@ -234,13 +232,11 @@ def test_a_teacher_that_cannot_be_is_refused(steps, layers, teacher, message):
         job(whole(), steps, layers=layers, teacher=teacher).run()
 
 
-@pytest.mark.parametrize("live", [False, True])
-def test_a_model_cut_before_learns_from_the_one_that_it_was_cut_from(live):
+def test_a_model_cut_before_learns_from_the_one_that_it_was_cut_from():
     short = whole()
     short.remove_layers(LAYERS)
-    steps = {"distill": replace(QUICK, top_k=8, live_teacher=live, temperature=2.0)}
+    steps = {"distill": replace(QUICK, top_k=8, temperature=2.0)}
     evidence = job(short, steps, layers=[], teacher=whole).run()
     assert list(evidence.perplexity) == ["before, 4 layers", "healed"]
     how = evidence.how
     assert how["kept_step"] and how["divergence"][how["kept_step"]] < how["divergence"][0]
-    assert how["distillation"]["cached"] is not live

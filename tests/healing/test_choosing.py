@@ -13,10 +13,15 @@ from conftest import CharTokenizer, interrupted, make_transformer, random_window
 
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama, choose_healed, heal_refit
-from short_gpt.evaluation.cells import ResultCache
-from short_gpt.evaluation.perplexity import Difference, Perplexity, Sample, combined, difference
+from short_gpt.evaluation.perplexity import (
+    Difference,
+    Perplexity,
+    Sample,
+    combined,
+    difference,
+)
 from short_gpt.healing import choosing, refit
-from short_gpt.healing.choosing import pruned_losses
+from short_gpt.healing.choosing import ResultCache, pruned_losses
 from short_gpt.runtime.errors import NotRemovableError
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection import search
@@ -61,7 +66,7 @@ def refitted(monkeypatch):
         found.append((*layers, len(windows)))
         return plain(short, layers, windows, **options)
 
-    monkeypatch.setattr(choosing.refit, "fit", fit)
+    monkeypatch.setattr(refit, "fit", fit)
     return found
 
 
@@ -80,14 +85,20 @@ def test_identities_are_chosen_at_no_distance_and_equal_sets_are_refitted_once(r
     assert others[0].difference.nats > 0
 
 
-def test_candidates_are_judged_by_their_refit_on_windows_that_it_does_not_read(candidates):
+@pytest.mark.parametrize("heal_by", ["refit", "patch"])
+def test_candidates_are_judged_by_their_refit_on_windows_that_it_does_not_read(candidates, heal_by):
     candidates("bi", "deepest")
     short = model()
-    result = choose_healed(short, WINDOWS, 2, budget=5, **QUIET)
+    result = choose_healed(short, WINDOWS, 2, budget=5, heal_by=heal_by, **QUIET)
     judged, reference = {}, short.reference(WINDOWS[8:])
     for one in result.candidates:
         own = judged[tuple(one.layers)] = pruned_losses(
-            short, one.layers, WINDOWS[8:], fit_on=WINDOWS[:8], reference=reference
+            short,
+            one.layers,
+            WINDOWS[8:],
+            fit_on=WINDOWS[:8],
+            heal_by=heal_by,
+            reference=reference,
         )
         assert one.kld == pytest.approx(combined(own).kld.value, abs=1e-6)
     best, worse = judged
@@ -190,14 +201,14 @@ def test_stepwise_removes_the_lowest_layer_refits_and_scores_again(candidates):
 def test_sets_that_cannot_be_removed_are_left_out(candidates, monkeypatch):
     """Such as all layers with attention of a hybrid."""
 
-    plain = choosing._pruned
+    plain = choosing.pruned
 
     def refused(short, layers, *args, **options):
         if {0, 1} & {*layers}:
             raise NotRemovableError("these layers cannot be removed")
         return plain(short, layers, *args, **options)
 
-    monkeypatch.setattr(choosing, "_pruned", refused)
+    monkeypatch.setattr(choosing, "pruned", refused)
     candidates("sequential", "reverse")
     result = choose_healed(model(), WINDOWS, 2, **QUIET)
     assert [one.methods for one in result.candidates] == [["reverse"]]
@@ -253,7 +264,7 @@ def stubbed(monkeypatch, candidates):
         monkeypatch.setattr(choosing, "choose", lambda scores, n, method: layers[method])
 
         @contextmanager
-        def pruned(short, layers, fit_on):
+        def pruned(short, layers, *, heal_by, calibration):
             now[:] = nats[layers]
             yield
             now.clear()
@@ -262,7 +273,7 @@ def stubbed(monkeypatch, candidates):
             own = [now[windows.index(window) - 8] for window in some]
             return [Perplexity.of([Sample(None, 0.0, 11, 11 * nats, 0)]) for nats in own]
 
-        monkeypatch.setattr(choosing, "_pruned", pruned)
+        monkeypatch.setattr(choosing, "pruned", pruned)
         monkeypatch.setattr(choosing, "window_perplexities", losses)
         return choose_healed(model(), windows, 1, budget=60, **QUIET)
 

@@ -38,7 +38,7 @@ HEAL += ["--max_windows", "8", "--eval_windows", "3", "--device", "cpu"]
 WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(9, 16))]
 CASES: dict[str, tuple[str, dict]] = {
     "refit": ("llama", {}),
-    "ridges": ("llama", {"ridge": (0.3, 3.0), "batch_size": 2}),
+    "ridges": ("llama", {"ridge": (0.3, 3.0)}),
     "norms": ("gemma2", {"ridge": 0.1}),
     "patch": ("llama", {"where": "gaps", "ridge": 30.0}),
 }

@@ -339,16 +339,6 @@ def test_several_replicas_do_not_write_one_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "work").exists()
 
 
-def test_windows_of_several_lengths_are_read_in_any_batches():
-    windows = [w[: 8 + 4 * (i % 3)] for i, w in enumerate(WINDOWS)]
-    how = {"held": windows, "progress": False}
-    alone, together = (fit(short_llama(), [3], windows, batch_size=size, **how) for size in (1, 4))
-    assert alone.values.keys() == together.values.keys()
-    for key, value in alone.values.items():
-        assert torch.allclose(value, together.values[key], atol=1e-5)
-    assert [f.ridge for f in alone.fits] == [f.ridge for f in together.fits]
-
-
 def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
     short = short_llama()
     before = weights_of(short)

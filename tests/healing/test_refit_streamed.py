@@ -286,9 +286,9 @@ def test_the_command_heals_streamed_as_in_memory_and_goes_on_where_it_was(kind, 
     source(kind, here)
     run("heal", "ckpt", "memory", *HEAL, "--json", "memory.json")
     with pytest.raises(SystemExit), interrupted(LayerRefit, "solve", 1):
-        run("heal", "ckpt", "out", *HEAL, "--stream", "--max_memory", "20GB")
+        run("heal", "ckpt", "out", *HEAL, "--stream", "20GB")
     assert (here / "out.refit").is_dir() and not (here / "out").exists()
-    run("heal", "ckpt", "out", *HEAL, "--stream", "--max_memory", "20GB", "--json", "out.json")
+    run("heal", "ckpt", "out", *HEAL, "--stream", "20GB", "--json", "out.json")
     assert not (here / "out.refit").exists() and not (here / "memory.refit").exists()
     ours, theirs = (json.loads(Path(f"{n}.json").read_text())["result"] for n in ("out", "memory"))
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
@@ -345,8 +345,6 @@ def test_the_command_refuses_in_one_line_what_cannot_be(here, capsys):
     stream = [*HEAL[2:], "--stream"]
     line = fails(capsys, "heal", "ckpt", "out", "--heal_by", "patch", *stream)
     assert "--stream holds one layer at a time, of a model that refit alone heals" in line
-    line = fails(capsys, "heal", "ckpt", "out", *HEAL, "--max_memory", "1GB")
-    assert "--max_memory 1GB bounds --stream" in line
-    line = fails(capsys, "heal", "ckpt", "out", *HEAL, "--stream", "--max_memory", "50MB")
-    assert "50MB is too little" in line
+    line = fails(capsys, "heal", "ckpt", "out", *HEAL, "--stream", "50MB")
+    assert "50MB of memory are too little" in line
     assert not (here / "out.refit").exists()

@@ -38,8 +38,9 @@ def test_the_papers_table_knows_its_models_pruned_or_not():
 
 
 def test_a_recipe_is_a_presets_name_and_changes():
-    text = "small, steps=400,rank=16,learning_rate=1e-4,four_bit=yes,warmup=none"
-    changes = {"steps": 400, "rank": 16, "learning_rate": 1e-4, "four_bit": True, "warmup": None}
+    text = "small, steps=400,rank=16,learning_rate=1e-4,gradient_checkpointing=yes,warmup=none"
+    changes = {"steps": 400, "rank": 16, "learning_rate": 1e-4, "warmup": None}
+    changes |= {"gradient_checkpointing": True}
     made = Recipe.parse(text)
     assert made == recipe_for(None, "small", **changes)
     assert Recipe.parse({"preset": "small", **changes}) == made == Recipe.parse(made, seed=3)
@@ -58,7 +59,10 @@ def test_a_recipe_is_a_presets_name_and_changes():
         (lambda: Recipe.parse("best"), "preset of a recipe = 'best': expected paper, demo, small"),
         (lambda: Recipe.parse("small,step=4"), "setting of a recipe = 'step': expected steps"),
         (lambda: Recipe.parse("rank=x"), "rank = 'x': expected int"),
-        (lambda: Recipe.parse("small,four_bit=2"), "four_bit = '2': expected bool"),
+        (
+            lambda: Recipe.parse("small,gradient_checkpointing=2"),
+            "gradient_checkpointing = '2': expected bool",
+        ),
         (lambda: Recipe.parse({"dropout": "x"}), "dropout = 'x': expected at least 0"),
         (lambda: Recipe.parse(None), "recipe = None: expected text, a dict or a Recipe"),
         (lambda: Recipe.parse("steps=4,small"), "expected changes such as steps=400, not small"),

@@ -10,7 +10,7 @@ import torch
 from conftest import random_windows, share_model, short_llama
 from families import make
 
-from short_gpt.healing.distillation import CachedTeacher, LiveTeacher, Targets, divergence
+from short_gpt.healing.distillation import Distillation, Targets, divergence
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 WINDOWS = [w[: 16 - 3 * i] for i, w in enumerate(random_windows(4, 16))]
@@ -21,25 +21,22 @@ def short() -> ShortHFModel:
     return ShortHFModel(make("llama"))
 
 
-def filled(folder, short, windows=WINDOWS, **options) -> CachedTeacher:
-    teacher = CachedTeacher(folder, short, windows, **options)
+def filled(folder, short, windows=WINDOWS, **options) -> Distillation:
+    teacher = Distillation(folder, short, windows, **options)
     teacher.fill(progress=False)
     return teacher
 
 
 def test_what_is_read_is_what_the_model_predicts(short, tmp_path):
     teacher = filled(tmp_path, short, k=5, temperature=2.0)
-    live = LiveTeacher(short, k=5, temperature=2.0)
     found = teacher.targets([2, 0], [WINDOWS[2], WINDOWS[0]])
-    asked = live.targets([2, 0], [WINDOWS[2], WINDOWS[0]])
-    for number, ours, theirs in zip((2, 0), found, asked, strict=True):
+    for number, ours in zip((2, 0), found, strict=True):
         logits = short.decoder.logits(torch.tensor([WINDOWS[number]]))[0, :-1]
         expected = Targets.of(logits, 5, 2.0)
         assert torch.equal(ours.ids, expected.ids) and ours.ids.shape == (len(logits), 5)
         assert torch.allclose(ours.logs, expected.logs, atol=5e-3)  # float16 on disk
         assert torch.allclose(ours.rest, expected.rest, atol=5e-3)
         assert divergence(logits, ours, temperature=2.0).max() < 1e-5
-        assert divergence(logits, theirs, temperature=2.0).abs().max() < 1e-6
     tokens = sum(len(window) - 1 for window in WINDOWS)
     assert (tmp_path / "predictions.bin").stat().st_size == tokens * (6 * 5 + 2)
 
@@ -48,13 +45,13 @@ def test_a_vocabulary_below_k_is_kept_whole(short, tmp_path):
     most = short.decoder.vocab_size
     teacher = filled(tmp_path, short, k=most + 10)
     (found,) = teacher.targets([1], [WINDOWS[1]])
-    assert teacher.k == LiveTeacher(short, k=most + 10).k == found.ids.shape[-1] == most
+    assert teacher.k == found.ids.shape[-1] == most
     assert (found.rest == -torch.inf).all() and found.logs.isfinite().all()
 
 
 def test_padding_changes_no_target(short, tmp_path):
     one_by_one = filled(tmp_path / "a", short)
-    at_once = CachedTeacher(tmp_path / "b", short, WINDOWS)
+    at_once = Distillation(tmp_path / "b", short, WINDOWS)
     at_once.fill(batch_size=4, progress=False)
     for number, window in enumerate(WINDOWS):
         (ours,), (theirs,) = (t.targets([number], [window]) for t in (at_once, one_by_one))
@@ -64,7 +61,7 @@ def test_padding_changes_no_target(short, tmp_path):
 
 def test_an_interrupted_cache_goes_on_where_it_was(short, tmp_path, monkeypatch):
     whole = filled(tmp_path / "whole", short)
-    broken = CachedTeacher(tmp_path / "broken", short, WINDOWS)
+    broken = Distillation(tmp_path / "broken", short, WINDOWS)
     asked = []
 
     def logits(windows, *, batch_size):
@@ -123,29 +120,26 @@ def test_predictions_of_something_else_are_refused(short, tmp_path, change, mess
     assert (tmp_path / "predictions.bin").read_bytes() == before
 
 
-def test_a_live_teacher_is_told_by_all_that_its_predictions_depend_on(short):
+def test_a_teacher_is_told_by_all_that_its_predictions_depend_on(short, tmp_path):
     """A training that is continued takes no other: see `TrainingRun.identity`."""
     other = ShortHFModel(make("llama", seed=1))
-    teachers = [LiveTeacher(short, k=4), LiveTeacher(short, k=4, temperature=2.0)]
-    teachers += [LiveTeacher(short, k=3), LiveTeacher(other, k=4)]
-    said = [json.dumps(teacher.identity(), sort_keys=True) for teacher in teachers]
-    assert len(set(said)) == 4
-    assert teachers[1].identity()["temperature"] == 2.0
-    assert LiveTeacher(short, k=4).identity() == teachers[0].identity()
+    cases = [(short, 4, 1.0), (short, 4, 2.0), (short, 3, 1.0), (other, 4, 1.0), (short, 4, 1.0)]
+    said = [
+        Distillation(tmp_path / str(i), model, WINDOWS, k=k, temperature=t).identity()
+        for i, (model, k, t) in enumerate(cases)
+    ]
+    assert said[0] == said[-1] and said[1]["temperature"] == 2.0
+    assert len({json.dumps(one, sort_keys=True) for one in said}) == 4
 
 
 def test_settings_that_cannot_be_are_refused(short, tmp_path):
     for options, message in (({"k": 0}, "top_k = 0"), ({"temperature": 0.0}, "temperature = 0.0")):
-        for make_one in (
-            lambda o: CachedTeacher(tmp_path, short, WINDOWS, **o),
-            lambda o: LiveTeacher(short, **o),
-        ):
-            with pytest.raises(ValueError, match=message):
-                make_one(options)
+        with pytest.raises(ValueError, match=message):
+            Distillation(tmp_path, short, WINDOWS, **options)
 
 
 def test_ranks_that_share_a_model_do_not_write_one_file(short, tmp_path, monkeypatch):
-    teacher = CachedTeacher(tmp_path, short, WINDOWS)
+    teacher = Distillation(tmp_path, short, WINDOWS)
     share_model(monkeypatch, 2)
     with pytest.raises(ValueError, match="the whole model on every rank, got 2 model-parallel"):
         teacher.fill(progress=False)

@@ -14,6 +14,7 @@ from short_gpt.cli.tables import compared
 from short_gpt.evaluation.perplexity import difference, perplexity, window_perplexities
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import sets
+from short_gpt.healing.job import CLOSED, STEPS
 from short_gpt.healing.sets import LayerSets
 from short_gpt.jobs import compare
 from short_gpt.jobs import comparing as module
@@ -312,8 +313,9 @@ def test_a_state_is_told_by_what_it_was_computed_from(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"the state of a run with another {what}: "):
             compare(model, CALIBRATION, windows, **chosen, state=state)
         assert state.read_bytes() == kept
-    for healing, of in (("refit", "RefitSettings"), ("patch", "PatchSettings")):
+    for healing in CLOSED:
         with monkeypatch.context() as other:
-            other.setattr(module, of, partial(getattr(module, of), lost=None))
+            step = STEPS[healing]
+            other.setitem(STEPS, healing, step._replace(settings=partial(step.settings, lost=None)))
             with pytest.raises(ValueError, match=f"a run with another {healing}: .*'lost': 2.0"):
                 compare(short(), CALIBRATION, EVALUATION, **cases, state=state)

@@ -92,7 +92,7 @@ def test_states_of_searches_that_differ_are_told_apart(here):
 def test_notify_is_told_what_a_streamed_run_takes(here, capsys):
     told: list[str] = []
     given = {**CUT, "device": "cpu", "notify": told.append}
-    result = rank("ckpt", "book.txt", stream=True, max_memory="900GB", **given)
+    result = rank("ckpt", "book.txt", stream="900GB", **given)
     assert len(told) == 1 and told[0].startswith("one layer at a time, ")
     again = rank("ckpt", "book.txt", **given)
     assert len(told) == 1
@@ -379,7 +379,6 @@ def test_a_setting_that_is_a_number_takes_no_text(value):
         ("ratio", lambda **own: shrink("ckpt", "o", **own)),
         ("minutes", lambda **own: shrink("ckpt", "o", **own)),
         ("ridge", lambda **own: heal("ckpt", "o", layers=[1], **own)),
-        ("confidence", lambda **own: rank("ckpt", "book.txt", n=1, **own)),
     ):
         with pytest.raises(ShortGPTError, match=rf"`{name}` = {re.escape(repr(value))}: expected"):
             call(**{name: value})
@@ -404,7 +403,6 @@ def test_a_job_that_reads_files_says_where_a_loaded_model_goes(model):
     [
         (lambda: jobs.generate("ckpt", "The", temperature="hot"), "temperature` = 'hot': expected"),
         (lambda: heal("ckpt", "o", layers=[1], data="book.txt", seed=None), "seed = None"),
-        (lambda: rank("ckpt", "book.txt", n=1, confidence=0.9, seed=None), "confidence` needs"),
         (lambda: rank("ckpt", "book.txt:train", n=1), "'book.txt' is one file, which has no sp"),
     ],
 )
@@ -460,7 +458,7 @@ def test_texts_in_memory_are_read_as_those_of_files(here, dataset):
     Path("docs").mkdir()
     for number, text in enumerate(TEXTS):
         Path("docs", f"{number}.txt").write_text(text)
-    how = {"n": 2, "size": 16, "stride": 16, "confidence": None, "max_windows": 9}
+    how = {"n": 2, "size": 16, "stride": 16, "max_windows": 9}
     rows = [{"body": text} for text in TEXTS]
     scores = [
         rank("ckpt", "docs", **how),

@@ -136,7 +136,7 @@ def test_stopped_and_continued_the_file_has_the_same_bytes(here, monkeypatch, st
 
 
 def test_two_ranks_share_the_windows_and_one_speaks(here):
-    line = ["reproduce", "ckpt", *map(str, LINE), "--model_parallel_size", "1", "--json"]
+    line = ["reproduce", "ckpt", *map(str, LINE), "--json"]
     done = ranks(2, Path("printed"), reproduction, SHAPE, [*line, "two.json"]).end()
     assert not any(done.codes), done.err
     assert done.out.count("tiny, layers in order of removal") == 1

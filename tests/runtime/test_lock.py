@@ -20,7 +20,7 @@ from processes import started
 from llama import files
 from short_gpt import ShortGPTError, jobs
 from short_gpt.healing import (
-    CachedTeacher,
+    Distillation,
     HealingJob,
     HealingWindows,
     Recipe,
@@ -91,7 +91,7 @@ def test_every_kind_of_state_is_one_processs_alone(tmp_path):
     for work in (
         lambda: heal_refit(short, [2], windows, work_dir=path, progress=False),
         lambda: heal_lora(short, windows[:3], windows[3:], recipe=recipe, work_dir=path),
-        lambda: CachedTeacher(path, short, windows),
+        lambda: Distillation(path, short, windows),
         lambda: HealingJob(short, parts, [2], steps={"patch": None}, work_dir=path).run(),
     ):
         with pytest.raises(ShortGPTError, match="work is in use by another process"):

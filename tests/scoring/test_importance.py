@@ -346,16 +346,6 @@ def stored_all(model, window: list[int]) -> Tensor:
     return torch.stack(stored_states(model, window))  # (L + 1, S, D) float64
 
 
-def test_distances_at_all_tokens_equal_those_of_stored_states():
-    windows = [w[:n] for w, n in zip(random_windows(2, 40), (40, 7), strict=True)]
-    found = measure(MetaDecoder(make_transformer()), [windows], all_tokens=True)
-    states = torch.cat([stored_all(make_transformer(), w) for w in windows], dim=1)
-    for start, end in ((0, 1), (1, 4), (0, 5)):
-        expected = angle(cosine(states[start], states[end])).mean()
-        assert found.angular_all_tokens[start, end] == pytest.approx(expected.item(), abs=1e-5)
-    assert measure(MetaDecoder(make_transformer()), [windows]).angular_all_tokens.isnan().all()
-
-
 def test_magnitude_and_norm_equal_those_of_stored_states():
     window = random_windows(1, 30)[0]
     found = measure(MetaDecoder(make_transformer()), [[window]])
@@ -415,7 +405,7 @@ def test_a_stream_that_is_changed_in_place_between_layers_scores_as_one_changed_
     shift = torch.linspace(-1, 1, 32)
     for change in (lambda h: h.add_(shift), lambda h: h + shift):
         model = Stream(change, inference=inference)
-        with hooked(model.layers, mask, all_tokens=True) as hooks:
+        with hooked(model.layers, mask) as hooks:
             model(tokens)
         found.append(hooks.scores())
     for name in vars(found[0]):

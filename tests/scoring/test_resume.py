@@ -98,23 +98,6 @@ def test_an_interruption_saves_even_between_two_saves(tmp_path, monkeypatch):
     assert again.to_dict() == run(tmp_path / "state", 20) == run(None, 20)
 
 
-def test_scores_of_another_kind_are_not_spoilt(tmp_path, monkeypatch):
-    windows, asked = random_windows(2, 12), {"all_tokens": True}
-    for number, (first, then) in enumerate((({}, asked), (asked, {}))):
-        short = ShortLlama(Tiny())
-        path = tmp_path / f"{number}"
-        short.measure(windows, progress=False, state=RunState(StateFile(path, IDENTITY)), **first)
-        before = short.importance.to_dict()
-        monkeypatch.setattr(short, "windows_at_once", lambda *_: pytest.fail("it would read"))
-        told = f"all_tokens = {bool(then)}: expected {bool(first)}, as in the scores"
-        with pytest.raises(ShortGPTError, match=f"{told} so far"):
-            short.measure(windows, progress=False, **then)
-        with pytest.raises(ShortGPTError, match=f"{told} in {path}"):
-            state = RunState(StateFile(path, IDENTITY))
-            short.measure(windows, progress=False, state=state, **then)
-        assert short.importance.to_dict() == before
-
-
 def test_every_replica_continues_what_the_first_one_saved(tmp_path):
     run(tmp_path / "state", 20)
     first = StateFile(tmp_path / "state", IDENTITY).content

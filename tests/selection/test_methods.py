@@ -12,18 +12,16 @@ from short_gpt.selection.methods import BY_LOSS, METHODS, choose
 NUMBERS = [0, 2, 3, 5, 8, 9]  # a model that has lost layers before
 
 
-def scored(*, all_tokens: bool = True) -> Importance:
+def scored() -> Importance:
     """One window of 2 tokens."""
     sums = Importance.empty(NUMBERS)
     angles = torch.full((1, 7, 7), 0.5)
     angles[0, 1, 3] = 0.1  # places 1 and 2
-    everywhere = torch.full((1, 7, 7), 0.5 if all_tokens else float("nan"))
-    everywhere[0, 3, 5] = 0.2  # places 3 and 4
     influence = torch.tensor([[0.9, 0.3, 0.5, 0.1, 0.4, 0.8]])
     magnitude = torch.tensor([[0.9, 0.8, 0.1, 0.2, 0.4, 0.8]])
     norm = torch.tensor([[1.0, 2.0, 9.0, 4.0, 5.0, 6.0]])
     metrics = torch.stack((magnitude, norm), dim=1)  # (1, 2, 6)
-    sums.add(Scores(torch.tensor([2]), influence, angles, metrics, token_angles=everywhere))
+    sums.add(Scores(torch.tensor([2]), influence, angles, metrics))
     return sums
 
 
@@ -32,7 +30,6 @@ def scored(*, all_tokens: bool = True) -> Importance:
     [
         ("bi", [5, 2]),
         ("angular", [2, 3]),
-        ("angular_all", [5, 8]),
         ("deepest", [5, 8]),
         ("relative_magnitude", [3, 5]),
         ("norm", [3, 9]),
@@ -60,8 +57,6 @@ def test_every_method_is_chosen_or_searched():
 
 
 def test_scores_that_lack_what_a_method_reads():
-    with pytest.raises(ValueError, match="measure with all_tokens"):
-        choose(scored(all_tokens=False), 2, method="angular_all")
     content = scored().to_dict()
     for method, metric in (("norm", "norm"), ("relative_magnitude", "magnitude")):
         lacking = Importance.from_dict({k: v for k, v in content.items() if k != metric})

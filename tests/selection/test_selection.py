@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from short_gpt.jobs.reproduction import published
-from short_gpt.scoring.order import at_random, best_block, deepest, lowest, reverse, sequential
+from short_gpt.scoring.importance import Importance
+from short_gpt.scoring.metrics import best_block, lowest
+from short_gpt.selection.methods import WITHOUT_TEXT, choose
 
 
 @pytest.mark.parametrize("model", ["Llama-2-7B", "Mistral-7B-v0.1"])
@@ -58,9 +60,9 @@ def test_n_out_of_range(n):
 def test_numbers_of_numpy_and_torch_are_numbers(kind):
     assert lowest(torch.arange(5.0), kind(2)) == [0, 1]
     assert best_block(torch.zeros(6, 6), kind(2)) == [0, 1]
-    for rule in (deepest, sequential, reverse, at_random):
-        found = rule(5, kind(2))
-        assert found == rule(5, 2) and all(type(i) is int for i in found)
+    for method in WITHOUT_TEXT:
+        found = of_layers(5, kind(2), method)
+        assert found == of_layers(5, 2, method) and all(type(i) is int for i in found)
 
 
 def test_nan_is_never_selected():
@@ -68,25 +70,30 @@ def test_nan_is_never_selected():
         lowest(torch.tensor([0.1, float("nan"), 0.3]), 1)
 
 
+def of_layers(count: int, n: int, method: str, seed: int = 0) -> list[int]:
+    return choose(Importance.empty(range(count)), n, method=method, seed=seed)
+
+
 def test_rules_without_scores():
-    assert deepest(32, 8) == list(range(23, 31))  # Gromov et al., counted from 0
-    assert sequential(6, 2) == [0, 1]
-    assert reverse(6, 3) == [5, 4, 3]
-    assert at_random(30, 8, 5) == at_random(30, 8, 5) != at_random(30, 8, 6)
-    assert at_random(30, 8) == at_random(30, 8, 0) != at_random(30, 8, 1)
-    assert len({*at_random(30, 29)}) == 29
+    assert of_layers(32, 8, "deepest") == list(range(23, 31))  # Gromov et al., counted from 0
+    assert of_layers(6, 2, "sequential") == [0, 1]
+    assert of_layers(6, 3, "reverse") == [5, 4, 3] and len(of_layers(6, 5, "reverse")) == 5
+    seeds = [of_layers(30, 8, "random", seed) for seed in (5, 5, 6, 0, 1)]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert of_layers(30, 8, "random") == seeds[3] != seeds[4]
+    assert len({*of_layers(30, 29, "random")}) == 29
 
 
-@pytest.mark.parametrize("rule", [deepest, sequential, reverse, at_random])
+@pytest.mark.parametrize("method", WITHOUT_TEXT)
 @pytest.mark.parametrize("n", [0, 6, True])
-def test_rules_check_the_number(rule, n):
+def test_rules_check_the_number(method, n):
     with pytest.raises(ValueError, match="the model has 6 layers: expected 1 to 5"):
-        rule(6, n)
+        of_layers(6, n, method)
 
 
 def test_every_random_set_is_equally_likely():
     counts = [0] * 6
     for seed in range(3000):
-        for layer in at_random(6, 2, seed):
+        for layer in of_layers(6, 2, "random", seed):
             counts[layer] += 1
     assert all(abs(c - 1000) < 100 for c in counts)  # 4 standard deviations

@@ -32,7 +32,7 @@ def opened(kind: str) -> ShortModel:
 
 OPERATIONS: dict[str, Callable[[ShortModel], object]] = {
     "remove_layers": lambda short: short.remove_layers([1, 3]),
-    "measure": lambda short: short.measure(WINDOWS, all_tokens=True, progress=False),
+    "measure": lambda short: short.measure(WINDOWS, progress=False),
     "search": lambda short: short.search(WINDOWS, 2, progress=False),
     "patch": lambda short: heal_patch(short, [2, 3], WINDOWS, progress=False),
 }

@@ -48,7 +48,7 @@ def public(kind: type) -> set[str]:
 
 def test_the_contract_is_written_down_once():
     assert ScoredModel.__abstractmethods__ == {"encode", "save", "configuration"}
-    added = {"greedy", "generate", "harness_model", "continued", "opening", "decode"}
+    added = {"greedy", "_continuations", "harness_model", "continued", "opening", "decode"}
     added |= {"dialog", "answer_ends"}
     assert ShortModel.__abstractmethods__ == ScoredModel.__abstractmethods__ | added
     with pytest.raises(TypeError, match="abstract"):
@@ -60,7 +60,7 @@ def test_a_streamed_model_offers_only_what_it_can_do(wrappers):
     assert isinstance(streamed, ScoredModel) and not isinstance(streamed, ShortModel)
     assert streamed.tokenizer.encode("ab", bos=True, eos=False) == streamed.encode("ab")
     more = public(StreamedLlama) - public(ScoredModel)
-    assert more == {"eval_importance", "plan"}
+    assert more == {"plan"}
     for name in ("generate", "greedy", "search", "harness_model", "llama"):
         assert not hasattr(streamed, name)
 

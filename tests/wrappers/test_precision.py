@@ -16,11 +16,11 @@ from families import FAMILIES, make
 from llama.formats.hf import meta_to_hf
 from short_gpt import Recipe, ShortGPTError, ShortHFModel, heal_lora, heal_refit
 from short_gpt.checkpoints.verify import fingerprint
-from short_gpt.evaluation.cells import ResultCache
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import combined, perplexity
 from short_gpt.healing import HealingJob, HealingWindows, trainer
-from short_gpt.healing.distillation import Distillation, LiveTeacher
+from short_gpt.healing.choosing import ResultCache
+from short_gpt.healing.distillation import Distillation
 from short_gpt.jobs import rank
 from short_gpt.models import decoder
 from short_gpt.models.decoder import without_layers
@@ -50,6 +50,12 @@ def here(tmp_path, monkeypatch) -> Path:
     Path("book.txt").write_text(TEXT)
     Path("other.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
     return tmp_path
+
+
+def taught(folder, model, windows) -> Distillation:
+    teacher = Distillation(folder, model, windows, k=4)
+    teacher.fill(progress=False)
+    return teacher
 
 
 def dtypes(layers, read) -> tuple[set, set]:
@@ -108,9 +114,9 @@ def test_every_kind_of_model_scores_and_evaluates_in_mixed(name, stream, here):
     assert ours.value == pytest.approx(theirs.value, rel=0.05) and ours.value != theirs.value
     logits = [*short.window_logits(WINDOWS)]
     assert not torch.equal(logits[0], next(iter(plain.window_logits(WINDOWS))))
-    targets = LiveTeacher(short, k=4).targets([0, 1, 2], WINDOWS)  # of what a teacher predicts
+    targets = taught("teacher", short, WINDOWS).targets([0], WINDOWS[:1])  # what it predicts
     expected = logits[0][:-1].log_softmax(-1).topk(4).values
-    assert torch.allclose(targets[0].logs, expected, atol=1e-5)
+    assert torch.allclose(targets[0].logs, expected, atol=5e-3)  # float16 on disk
     assert "precision" not in plain.identity() and short.identity()["precision"] == "mixed"
     calls = short.layer_calls()  # as the refit calls them
     with calls.loaded(0) as layer:
@@ -204,10 +210,10 @@ def test_training_multiplies_in_bfloat16_and_learns_in_float32(distilled, here, 
     for name in ("mixed", "float32"):
         short = open_trainable("hf", replace(CPU, precision=name))
         parts = [random_windows(6, 16, seed=seed, vocab=8) for seed in (4, 5, 6)]
-        teacher = LiveTeacher(open_trainable("hf", CPU), k=4)
+        teacher = taught(f"teacher-{name}", open_trainable("hf", CPU), [*parts[0], *parts[1]])
         short.remove_layers([1])
         before = {n: p.detach().clone() for n, p in short.model.named_parameters()}
-        learned = Distillation(teacher) if distilled else None
+        learned = teacher if distilled else None
         healed = heal_lora(short, *parts, recipe=recipe, distillation=learned, progress=False)
         after = dict(short.model.named_parameters())
         assert healed.kept_step and {p.dtype for p in after.values()} == {torch.float32}
