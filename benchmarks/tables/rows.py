@@ -190,6 +190,19 @@ def own_samples() -> list[str]:
     return [row(name, *map(nats, rows[name].values())) for name in ("pruned", *FITTED_ON)]
 
 
+def own_dialogs() -> list[str]:
+    """By what the refit was fitted on: KL divergence and same top token by text, and answers."""
+    found, lines = result("own_dialogs"), []
+    names = {"none": "pruned", "book": "the book", "half of each": "half of each (`self`)"}
+    for cell, own in found["rows"].items():
+        kind = cell.split(", ")[1]
+        each = [own[text] for text in ("wikitext", "book", "answers")]
+        distances = [f"{text['kld']:.3f} ({text['same_top']:.0%})" for text in each]
+        right = f"{own['right']}, {own['kept']} of the original's {found['original_right']}"
+        lines.append(row(names.get(kind, kind), *distances, right))
+    return lines
+
+
 def own_choices() -> list[str]:
     """The layers that Block Influence chooses on own samples and on real text, as pruned."""
     texts = {"book": "the book", "novels": "novels", "own-24": "own text"}

@@ -104,6 +104,11 @@ TABLES: dict[str, Callable[[], str]] = {
         rows.own_samples,
         "own_samples",
     ),
+    "own dialogs": table(
+        "| refitted on | WikiText-2: KLD (same top) | chapters | own answers | right answers |",
+        rows.own_dialogs,
+        "own_dialogs",
+    ),
     "layers chosen on own samples": table(
         "| chosen on | chapters | novels | WikiText-2 | own dialogs |",
         rows.own_choices,
