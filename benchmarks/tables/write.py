@@ -105,7 +105,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "own_samples",
     ),
     "own dialogs": table(
-        "| refitted on | WikiText-2: KLD (same top) | chapters | own answers | right answers |",
+        "| refitted on | WikiText-2: KLD (same top) | chapters | own answers | right of 40 |",
         rows.own_dialogs,
         "own_dialogs",
     ),
