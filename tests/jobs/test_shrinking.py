@@ -435,27 +435,27 @@ def test_auto_is_kept_by_a_continued_run_and_what_is_reported_is_in_float32(here
     done = shrink("hf", "out", **how)
     assert "with products in bfloat16" in done.plan and "--precision" not in done.command
     assert json.loads(Path("out/pruning.json").read_text())["precision"] == "mixed"
-    (states,) = done.quality.values()
-    assert {each.precision for each in states.values()} == {"float32"}
+    reported = [each for states in done.quality.values() for each in states.values()]
+    assert {each.precision for each in reported} == {"float32"}
     short = open_model("out", device="cpu", dtype="float32")
     read = healing_windows("other", short.encode, 24, eval_data="books", limit=8, eval_windows=6)
     written = short.perplexity(read.evaluation)
-    assert states["healed"].nats == pytest.approx(written.nats, rel=1e-6)
+    assert done.quality["books"]["healed"].nats == pytest.approx(written.nats, rel=1e-6)
 
 
 def test_what_writing_a_file_costs_is_measured_in_float32(here, monkeypatch):
     seen, plain = [], shrinking.window_perplexities
 
-    def read(decoder, *windows):
+    def read(decoder, *windows, **how):
         seen.append(decoder.mixed)
-        return plain(decoder, *windows)
+        return plain(decoder, *windows, **how)
 
     how = {**CUT, "data": "other", "precision": "mixed"}
     for module in (shrinking, healing):
         monkeypatch.setattr(module, "window_perplexities", read)
     shrink("model.gguf", "out.gguf", n=2, method="bi", **how)
     heal("model.gguf", "healed.gguf", layers=[2], **how)
-    assert seen == [False, False]
+    assert len(seen) > 1 and not any(seen)
 
 
 @pytest.mark.parametrize("out", ["out", "out.gguf"])
