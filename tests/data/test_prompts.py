@@ -9,7 +9,6 @@ import pytest
 
 from short_gpt.data.prompts import _built_in, prompts
 from short_gpt.evaluation.answers import questions
-from short_gpt.jobs.shrink_models import CHAT
 
 DRAWN = 20  # of every kind
 NEAR = 5  # words and signs in a row that no prompt has in common with a question
@@ -51,7 +50,7 @@ def test_words_and_numbers_are_drawn_anew_by_seed_and_text(drawn):
 
 def test_no_prompt_is_near_a_question_that_judges(drawn):
     """Not its text, and no run of `NEAR` words and signs: far less than 8."""
-    judged = [question.prompt for question in questions()] + [CHAT, "What is a king?"]
+    judged = [question.prompt for question in questions()] + ["What is a king?"]
     near = set().union(*(runs(text, NEAR) for text in judged))
     assert not {*drawn} & {*judged}
     assert not [prompt for prompt in drawn if runs(prompt, NEAR) & near]
