@@ -28,6 +28,7 @@ from short_gpt.checkpoints.rival import (
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, combined
+from short_gpt.models.decoder import keep_values
 from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_model import ShortModel
@@ -63,7 +64,8 @@ def rivals(
 ) -> list[Rival]:
     """The original in 8 and in about 4 bits, rounded in memory as GGUF files are.
 
-    Afterwards the weights are what they were, bit for bit. Memory holds the layers twice.
+    Afterwards the weights are what they were, bit for bit. The machine's memory holds the layers
+    once more.
 
     Args:
         short: The original, with all its layers.
@@ -97,7 +99,10 @@ def rounded(short: ShortModel, kind: str) -> Iterator[tuple[int, Counter[int]]]:
                 is_matrix = math.prod(weight.shape[:-1]) > 1 and not PLAIN.search(name)
                 if is_matrix and weight.is_floating_point():
                     new = type_of(weight.shape, kind)
-                    undo.callback(setattr, weight, "data", weight.data)
+                    if weight.device.type == "cpu":
+                        undo.callback(setattr, weight, "data", weight.data)
+                    else:  # which may have no room for both
+                        undo.callback(keep_values([weight]))
                     weight.data = _rounded(name, weight, new)
                     numbers += weight.numel()
                     sizes[new] += nbytes_of(name, tuple(weight.shape), new)

@@ -49,6 +49,8 @@ from short_gpt.wrappers.options import FASTER, OpenOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from short_gpt.wrappers.short_model import ShortModel
+
 Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
 WINDOW = 512  # tokens
 CONTEXT = 4096  # tokens of the KV cache in all
@@ -238,9 +240,9 @@ class Shrink:
         """What the original, the pruned and the healed model are asked."""
         return questions(self.settings.prompts)
 
-    def ask(self) -> list[Reply]:
-        """The answers of the model as it is now."""
-        return ask(self.short, self.questions, max_new_tokens=ANSWER_TOKENS)
+    def ask(self, short: ShortModel | None = None) -> list[Reply]:
+        """The answers of the model as it is now, or of another one."""
+        return ask(short or self.short, self.questions, max_new_tokens=ANSWER_TOKENS)
 
     # What it reads and keeps
 

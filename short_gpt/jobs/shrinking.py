@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -50,7 +50,8 @@ from short_gpt.jobs.shrunk import (
 from short_gpt.jobs.speeds import Speeds, beyond, of_files, pytorch, speeds
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.runtime.digest import json_digest, windows_digest
-from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, one_line
+from short_gpt.runtime.memory import format_bytes, free_memory
 from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold
 from short_gpt.scoring.stopping import unsure
@@ -183,8 +184,8 @@ def _sizes(run: Shrink, state: str) -> StateReport:
     parameters, size = (
         rest + sum(each[i] for i in present) for each, rest in (run.parameters, run.stored)
     )
-    # by tokenizer, chat template and tasks, which may be others when a run goes on
-    digest = json_digest([run.short.prompt_ids("Hello"), suite and suite.identity()])
+    # by tokenizer, chat template, tasks, and layers, which may be others when a run goes on
+    digest = json_digest([run.short.prompt_ids("Hello"), suite and suite.identity(), [*present]])
     tasks = run.cells.value(f"tasks {state} {digest}", lambda: vars(run.tasks.run(run.short)))
     return StateReport(parameters, size, size + sum(run.caches[i] for i in present), tasks)
 
@@ -199,10 +200,22 @@ def _answers(run: Shrink, state: str) -> Perplexity:
     return combined(each)
 
 
+@contextmanager
+def _optional(remarks: list[str]) -> Iterator[None]:
+    """A comparison: the model is also made, and written after hours, where it fails."""
+    try:
+        yield
+    except Exception as error:
+        remarks.append(one_line(str(error)) or type(error).__name__)
+
+
 def _rivals(run: Shrink) -> list[Rival]:
     """The original, which the model still is, in fewer bits; a GGUF file's come after writing."""
     if run.opened.in_place or not has_quantizer():
         return []
+    if (most := sum(p.nbytes for p in run.short.decoder.layers.parameters())) > free_memory():
+        more = format_bytes(most)
+        raise ShortGPTError(f"not compared with fewer bits: that takes {more} more of memory")
     total = sum(run.stored[0]) + run.stored[1]
     itemsize = run.opened.dtype.itemsize
     with in_own_dtype(run.short.decoder):
@@ -225,19 +238,15 @@ def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
     """The result with a file's rival, and with their speeds in llama.cpp."""
     source, remarks = str(run.source), [*result.remarks]
     paths = {"original": Path(source), "healed": run.built}
-    rivals: list[Rival] = []
-    beside = rival_file(source, run.built, run.folder) if has_quantizer() else nullcontext()
-    with beside as path:
-        if path is not None:
-            opening = replace(run.opening, precision=FLOAT32)
-            rivals = [of_file(path, run.texts, run.reference, opening)]
-            paths[rivals[0].name] = path
-        timed = result.speeds
-        try:
-            if not timed:
-                timed = of_files(paths, run.windows.evaluation[0], most=run.most)
-        except ShortGPTError as error:
-            remarks.append(str(error))
+    rivals, timed = list[Rival](), result.speeds
+    with _optional(remarks):
+        beside = rival_file(source, run.built, run.folder) if has_quantizer() else nullcontext()
+        with beside as path:
+            if path is not None:
+                opening = replace(run.opening, precision=FLOAT32)
+                rivals = [of_file(path, run.texts, run.reference, opening)]
+                paths[rivals[0].name] = path
+            timed = timed or of_files(paths, run.windows.evaluation[0], most=run.most)
     where = result.timed_in if result.speeds else "llama.cpp"
     return replace(result, rivals=rivals, speeds=timed, timed_in=where, remarks=remarks)
 
@@ -268,13 +277,23 @@ def _remarks(run: Shrink, evidence: HealingEvidence) -> list[str]:
     return [remark for remark in remarks if remark]
 
 
-def _rounding(run: Shrink, evidence: HealingEvidence) -> list[str]:
-    """The cost of rounding the changed tensors to the types of a GGUF file."""
+def _as_written(run: Shrink, result: ShrinkResult) -> ShrinkResult:
+    """The result with what the file gives, whose types round the changed tensors."""
     again = open_trainable(str(run.built), replace(run.opening, precision=FLOAT32))
-    written = combined(window_perplexities(again.decoder, run.windows.evaluation))
-    change = difference([evidence.perplexity["healed"]], [written])
-    remarks = [f"writing it in the file's own types changes the loss by {change}"]
-    return [*remarks, *filter(None, [about_kinds(str(run.source), run.layers)])]
+    reference = run.reference.through(again.decoder)
+    before, written, quality = list[Perplexity](), list[Perplexity](), dict(result.quality)
+    for kind, windows in run.texts.items():
+        each = window_perplexities(again.decoder, windows, progress=False, reference=reference)
+        if kind != ANSWERS:
+            before.append(quality[kind]["healed"])
+            written.append(combined(each))
+        quality[kind] = {**quality[kind], "healed": combined(each)}
+    answers = {**result.answers, "healed": Answered.of(run.ask(again))}
+    change = difference(before, written)
+    about = f"writing it in the file's own types changes the loss by {change}; included in KLD"
+    kinds = about_kinds(str(run.source), run.layers)
+    remarks = [*result.remarks, about, *([kinds] if kinds else [])]
+    return replace(result, quality=quality, answers=answers, remarks=remarks)
 
 
 # All of it
@@ -291,11 +310,14 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     short.evidence |= {"method": METHODS[run.method], "eval_data": eval_data, "size": run.size}
     run.running.tell(f"layers to remove: {sorted(run.layers)}")
     states, answers = {"original": _sizes(run, "original")}, {"original": _answers(run, "original")}
-    beside = _rivals(run)
+    remarks, beside, timed = list[str](), list[Rival](), Speeds()
+    with _optional(remarks):
+        beside = _rivals(run)
     with short.without_layers(run.layers):
         states["pruned"], answers["pruned"] = _sizes(run, "pruned"), _answers(run, "pruned")
         steps = _steps(run)
-    timed = _speeds(run)
+    with _optional(remarks):
+        timed = _speeds(run)
     kept: dict[str, Any] = {"work_dir": run.folder / HEALING, "max_windows": CLOSED_WINDOWS}
     job = HealingJob(short, windows, run.layers, steps=steps, notify=run.running.tell, **kept)
     with ExitStack() as undos:
@@ -318,7 +340,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
             speeds=timed,
             questions=[question.prompt for question in run.questions],
             answers=run.answers,
-            remarks=_remarks(run, evidence),
+            remarks=[*remarks, *_remarks(run, evidence)],
             healing=evidence.steps,
             choice=choice,
             importance=short.importance,
@@ -345,10 +367,11 @@ def _written(run: Shrink, result: ShrinkResult, evidence: HealingEvidence) -> Sh
         for name in ["healed"] if in_place else [*states]:
             size, memory = states[name].size + more, states[name].memory + more
             states[name] = states[name]._replace(size=size, memory=memory)
+        beside = [rival._replace(size=rival.size + more) for rival in result.rivals]
+        result = replace(result, rivals=beside)
     result = replace(result, states=states)
     if in_place:
-        remarks = [*result.remarks, *_rounding(run, evidence)]
-        result = _beside_file(run, replace(result, remarks=remarks))
+        result = _beside_file(run, _as_written(run, result))
     disturbed = beyond(result.speeds, run.most)
     result = replace(result, remarks=[*result.remarks, *disturbed])
     _move_into_place(run, result)

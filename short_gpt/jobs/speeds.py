@@ -171,7 +171,8 @@ def of_files(
     work = {"paths": {name: str(path) for name, path in paths.items()}, "most": most}
     command = [sys.executable, "-m", "short_gpt.jobs.speeds"]
     asked = json.dumps({**work, "window": [*window], "threads": torch.get_num_threads()})
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
+    piped: dict[str, Any] = {"input": asked, "capture_output": True, "errors": "replace"}
+    done = subprocess.run(command, text=True, check=False, **piped)
     if done.returncode:
         raise ShortGPTError(f"llama.cpp gave no speeds: {one_line(done.stderr[-300:])}")
     content = json.loads(done.stdout.splitlines()[-1])

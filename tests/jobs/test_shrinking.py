@@ -327,6 +327,51 @@ def test_a_file_is_timed_in_llama_cpp_with_its_rival(here, monkeypatch):
     assert "llama.cpp gave no speeds: it crashed" in done.remarks and "times as" not in done.worth
 
 
+def test_the_healed_numbers_are_those_of_the_written_file(here):
+    """Its tensors of 4 bits are rounded after the healing."""
+    in_types(Path("model.gguf"), Path("few.gguf"), dict.fromkeys(["attn_output", "ffn_down"], 2))
+    done = shrink("few.gguf", "out.gguf", **CUT, n=2, method="bi", data="other")
+    short, again = (open_model(name, device="cpu") for name in ("few.gguf", "out.gguf"))
+    how = {"eval_data": "books", "limit": 8, "eval_windows": 6}
+    read = healing_windows("other", short.encode, 24, **how).evaluation
+    reference = short.reference(read).through(again.decoder)
+    written = again.perplexity(read, reference=reference)
+    healed = done.quality["books"]["healed"]
+    assert healed.kld.value == pytest.approx(written.kld.value, rel=1e-6)
+    assert healed.value == pytest.approx(written.value, rel=1e-6)
+    replies = ask(again, questions(), max_new_tokens=24, progress=False)
+    assert done.answers["healed"] == Answered.of(replies)
+
+
+@pytest.mark.parametrize("model", ["hf", "model.gguf"])
+def test_a_comparison_that_fails_costs_no_model(here, monkeypatch, model):
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    for name in ("rivals", "rival_file", "speeds"):
+        monkeypatch.setattr(shrinking, name, broken)
+    out = "out.gguf" if model == "model.gguf" else "out"
+    done = shrink(model, out, **CUT, n=2, method="bi", data="other")
+    assert Path(out).exists() and not done.rivals and not done.speeds
+    assert "out of memory" in done.remarks
+
+
+def test_a_rival_that_does_not_fit_into_memory_is_not_made(here, monkeypatch):
+    monkeypatch.setattr(shrinking, "free_memory", lambda: 1000)
+    done = shrink("hf", "out", **CUT, n=2, method="bi", data="other")
+    (said,) = (line for line in done.remarks if "fewer bits" in line)
+    assert said.endswith(" more of memory") and not done.rivals and done.speeds
+
+
+def test_rivals_of_a_model_that_becomes_a_file_have_its_vocabulary(here):
+    sizes = {}
+    for out in ("out", "out.gguf"):
+        done = shrink("hf", out, **CUT, n=2, method="bi", data="other", dtype="float16")
+        sizes[out] = [done.states["original"].size, *(rival.size for rival in done.rivals)]
+    more = {after - before for before, after in zip(*sizes.values(), strict=True)}
+    assert len(more) == 1 and more.pop() > 0
+
+
 def test_without_the_quantizer_no_rival_is_compared(here, monkeypatch):
     monkeypatch.setattr(shrinking, "has_quantizer", lambda: False)
     done = shrink("model.gguf", "out.gguf", **CUT, n=2, method="deepest", data="other")
@@ -925,6 +970,26 @@ def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, 
     assert len(answered) == asked  # of the healed model alone, or of all three
     values = {look.tasks["metrics"]["t"]["acc"] for look in done.states.values()}
     assert values == {0.0 if changed == "tasks" else 1.0}
+
+
+def test_tasks_of_other_layers_are_measured_again(here, monkeypatch):
+    """Other questions may change how many layers go, when a run goes on."""
+    present, n = [], [1]
+
+    def documents(suite: TaskSuite, short: ShortHFModel) -> TaskRun:
+        present.append(len(short.present))
+        return TaskRun({"t": {"acc": float(present[-1])}})
+
+    Path("tasks").mkdir()
+    monkeypatch.setattr("short_gpt.jobs.inputs.Tasks.check", lambda _: None)
+    monkeypatch.setattr(TaskSuite, "documents", documents)
+    monkeypatch.setattr(shrinking, "_most_within", lambda *_: n[0])
+    how = {**CUT, "data": "other", "tasks": "tasks/t.yaml", "max_kld": 9, "method": "sequential"}
+    with interrupted(LayerRefit, "solve", 1):
+        shrink("hf", "out", **how)
+    n[0] = 2
+    done = shrink("hf", "out", **how)
+    assert present == [6, 5, 4, 4] and len(done.layers) == 2
 
 
 @pytest.mark.parametrize(("kind", "replaced"), [("gguf", True), ("gguf", False), ("hf", False)])
