@@ -26,13 +26,15 @@ from short_gpt.checkpoints.rival import (
     type_of,
 )
 from short_gpt.checkpoints.target import StrPath
+from short_gpt.data.windows import Answer, batches
 from short_gpt.evaluation.distance import Reference
-from short_gpt.evaluation.perplexity import Perplexity, combined
+from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.models.decoder import keep_values
 from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_model import ShortModel
 
+ANSWERS_AT_ONCE = 4  # which are short
 RIVAL = "rival"  # a folder of a run
 KINDS = ("q8_0", "q4_k")  # for users of Hugging Face's format: 8 bits, and 4 or a little more
 # Matrices in transformers that `checkpoints.rival.PLAIN` names in GGUF files.
@@ -148,8 +150,12 @@ def of_file(path: Path, texts: Texts, reference: Reference, opening: OpenOptions
 
 
 def _quality(short: ShortModel, texts: Texts, reference: Reference) -> dict[str, Perplexity]:
-    measure = short.window_perplexities
-    return {kind: combined(measure(own, reference=reference)) for kind, own in texts.items()}
+    found = {}
+    for kind, windows in texts.items():
+        together = ANSWERS_AT_ONCE if all(isinstance(w, Answer) for w in windows) else 1
+        read = batches(windows, together)
+        found[kind] = perplexity(short.decoder, read, reference=reference)
+    return found
 
 
 def _name(sizes: Counter[int]) -> str:

@@ -19,10 +19,12 @@ from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.data.disjoint import without_overlap
+from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     combined,
     difference,
+    perplexity,
     window_perplexities,
 )
 from short_gpt.healing import HealingEvidence, HealingJob
@@ -33,7 +35,7 @@ from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.costs import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import Tasks, Windows, about_own
 from short_gpt.jobs.page import is_page, shrunk_page
-from short_gpt.jobs.rivals import Rival, has_quantizer, of_file, rival_file, rivals
+from short_gpt.jobs.rivals import ANSWERS_AT_ONCE, Rival, has_quantizer, of_file, rival_file, rivals
 from short_gpt.jobs.saving import Running, Saving, interruptible
 from short_gpt.jobs.shrink_models import file_bytes
 from short_gpt.jobs.shrink_run import HEALING, Model, Shrink
@@ -196,8 +198,7 @@ def _answers(run: Shrink, state: str) -> Perplexity:
         run.answers[state] = Answered.of(run.ask())
     windows, decoder = run.texts[ANSWERS], run.short.decoder
     with in_own_dtype(decoder):
-        each = window_perplexities(decoder, windows, progress=False, reference=run.reference)
-    return combined(each)
+        return perplexity(decoder, batches(windows, ANSWERS_AT_ONCE), reference=run.reference)
 
 
 @contextmanager
