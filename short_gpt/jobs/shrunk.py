@@ -250,7 +250,7 @@ class ShrinkResult(Table):
         if not self.states:
             return self.plan
         lines = [line for text in (self.verdict, self.worth, self.head) for line in _wrapped(text)]
-        lines += ["", *aligned(self.rows())]
+        lines += ["", *self._narrow()]
         end = [f"written: {self.out}, read again and compared; more in {self.report()}"]
         question, texts = next(iter(self.completions), ("", {}))
         shown = {state: text for state, text in texts.items() if state != "pruned"}
@@ -259,6 +259,20 @@ class ShrinkResult(Table):
         if shown and len(lines) + len(said) + len(end) <= LINES:
             lines += [one_line(" ".join(line.split("\n")))[:WIDTH] for line in said]
         return "\n".join([*lines, *end])
+
+    def _narrow(self) -> list[str]:
+        """The table for a terminal: a text's long name is cut; the page alone has the refit."""
+        head, *_ = rows = self.rows()
+        kept = [i for i, name in enumerate(head) if name != "refit"]
+        rows = [[row[i] for i in kept] for row in rows]
+        over = max(map(len, aligned(rows))) - WIDTH
+        most = max(len(row[0]) for row in rows) - max(over, 0)
+        for row in rows:
+            what, comma, name = row[0].partition(", ")
+            room = most - len(what) - len(comma) - 1
+            if len(row[0]) > most and room > 0:
+                row[0] = f"{what}{comma}…{name[-room:]}"  # names of data sets end differently
+        return aligned(rows)
 
     @property
     def completions(self) -> list[tuple[str, dict[str, str]]]:

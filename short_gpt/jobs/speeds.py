@@ -25,6 +25,7 @@ from short_gpt.wrappers.short_model import ShortModel
 
 TURNS = 9  # fewest whose interval leaves out the outermost ratios, which others' programs make
 WORK = ("prompt", "generation")
+AN_HOUR = 3600  # seconds after which llama.cpp is stopped, if it hangs
 FEWEST, MOST_NEW = (32, 4), 32  # tokens that a turn reads and writes
 # Reads a prompt and writes so many tokens; returns tokens a second of both.
 Timer = Callable[[Sequence[int], int], tuple[float, float]]
@@ -167,12 +168,13 @@ def of_files(
 
     Raises:
         ShortGPTError: llama.cpp did not open one of them.
+        subprocess.TimeoutExpired: it took an hour.
     """
     work = {"paths": {name: str(path) for name, path in paths.items()}, "most": most}
     command = [sys.executable, "-m", "short_gpt.jobs.speeds"]
     asked = json.dumps({**work, "window": [*window], "threads": torch.get_num_threads()})
     piped: dict[str, Any] = {"input": asked, "capture_output": True, "errors": "replace"}
-    done = subprocess.run(command, text=True, check=False, **piped)
+    done = subprocess.run(command, text=True, check=False, timeout=AN_HOUR, **piped)
     if done.returncode:
         raise ShortGPTError(f"llama.cpp gave no speeds: {one_line(done.stderr[-300:])}")
     content = json.loads(done.stdout.splitlines()[-1])

@@ -738,6 +738,20 @@ def test_answers_kept_have_wilsons_interval():
     assert "15 of 20 right answers kept (53-89%)." in result([0.05], (20, 15)).verdict
 
 
+def test_the_table_fits_into_a_terminal():
+    own = Perplexity.of([Sample(i, 20.0, 10, 1.0 + i, 5) for i in range(3)])
+    states = dict.fromkeys(("original", "pruned", "refit", "healed"), own)
+    texts = dict.fromkeys(("Salesforce/wikitext:wikitext-2-raw-v1", "books"), states)
+    of = dict.fromkeys(texts, own)
+    rivals = [Rival(name, 90, of) for name in ("in Q8_0", "in Q5_0 and Q4_K")]
+    done = replace(result([0.05], (9, 9), rivals=rivals), quality=texts, answers={})
+    lines = str(done).split("\n")
+    assert max(map(len, lines)) <= 100 and not any(" refit " in line for line in lines)
+    assert any(line.startswith("KLD, books  ") for line in lines)
+    assert any(re.match(r"same top token, ….*t-2-raw-v1 +50.0%", line) for line in lines)
+    assert "KLD, Salesforce/wikitext:wikitext-2-raw-v1" in [row[0] for row in done.rows()]
+
+
 def test_a_rival_that_is_nearer_and_smaller_is_said():
     near, far = (result([kld] * 3, (0, 0)).quality["books"]["healed"] for kld in (0.04, 0.06))
     said = "The original in Q3_K is smaller (90 B instead of 100 B) and nearer (KLD 0.040): take it"
