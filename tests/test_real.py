@@ -170,13 +170,19 @@ def test_the_demo_does_the_whole_job(tmp_path, capsys):
 
     out, result = tmp_path / "out", tmp_path / "demo.json"
     command = [sys.executable, "-m", "short_gpt", "demo", str(out), "--json", str(result)]
-    command += ["--max_windows", "4", "--eval_windows", "2"]
+    command += ["--n", "4", "--max_windows", "8", "--eval_windows", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "removed 4 of 30 layers by Block Influence" in done.stdout
     record = json.loads(result.read_text())["result"]
     original, pruned, healed = (p["perplexity"] for p in record["quality"]["demo"].values())
     assert 5 < original < healed < pruned < 200
-    assert "power and authority" in record["states"]["original"]["completion"]
+    klds = [record["quality"]["own answers"][s]["kld"] for s in ("original", "healed", "pruned")]
+    assert klds == sorted(klds) and 0 <= klds[0] < 1e-6 and klds[1] > 0.1
+    assert "Paris" in record["answers"]["original"]["texts"][0]
+    assert sum(record["answers"]["original"]["right"]) == 21
+    assert record["verdict"]["grade"] == "broken" and done.stdout.startswith("Broken: KLD ")
+    eight, four = (rival["size"] for rival in record["rivals"])
+    assert four < eight < record["states"]["healed"]["size"]
     sizes = [state["size"] for state in record["states"].values()]
     assert sizes[0] > sizes[1] == sizes[2]
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 26

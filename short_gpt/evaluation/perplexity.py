@@ -169,7 +169,7 @@ class Perplexity:
             return None
         pairs = zip(self.samples, values, strict=True)
         error = sampling_error([s._replace(nats=value) for s, value in pairs])
-        return Mean(math.fsum(values) / self.tokens, error)
+        return Mean(max(math.fsum(values) / self.tokens, 0.0), error)  # rounding may give -1e-11
 
     def __repr__(self) -> str:
         low, high = self.interval()
