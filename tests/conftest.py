@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,16 +28,8 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 settings.register_profile("any machine", deadline=None)  # a busy one is not a wrong program
 settings.load_profile("any machine")
 
-TINY = {
-    "dim": 32,
-    "n_layers": 5,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": 96,
-    "multiple_of": 16,
-    "norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-}
+TINY = {"dim": 32, "n_layers": 5, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 96}
+TINY |= {"multiple_of": 16, "norm_eps": 1e-5, "rope_theta": 10000.0}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -168,11 +160,31 @@ def write_byte_tokenizer(directory: Path) -> Path:
     return path
 
 
-def save_byte_llama(directory: Path, model: Transformer | None = None) -> Path:
+def save_byte_llama(directory: Path, model: Transformer | None = None, **cuts: Any) -> Path:
     """Writes a Llama, a random one if none is given, with a tokenizer of bytes in Meta's format."""
     model = make_transformer(vocab_size=BYTE_VOCAB) if model is None else model
-    write_byte_tokenizer(save_checkpoint(directory, model))
+    write_byte_tokenizer(save_checkpoint(directory, model, **cuts))
     return directory
+
+
+def save_meta(
+    directory: Path,
+    *,
+    shards: int = 1,
+    vocab_parallel: bool = False,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **changes: object,
+) -> Transformer:
+    """Writes a random Llama with a tokenizer of bytes in Meta's format; returns the model."""
+    model = make_transformer(seed, vocab_size=BYTE_VOCAB, **changes)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    save_byte_llama(directory, model.to(dtype), shards=shards, vocab_parallel=vocab_parallel)
+    params = json.loads((directory / "params.json").read_text()) | changes
+    (directory / "params.json").write_text(json.dumps(params))
+    return model
 
 
 def save_chat_llama(path: Path, n_layers: int, template: str) -> None:
@@ -206,6 +218,16 @@ def here(made, tmp_path, monkeypatch) -> Path:
     shutil.copytree(made, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
+
+
+@pytest.fixture
+def ckpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A random model of 5 layers over bytes and a text; the working directory is a fresh folder."""
+    from commands import TEXT
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text(TEXT)
+    return save_byte_llama(tmp_path / "ckpt")
 
 
 @pytest.fixture(scope="session")
@@ -270,12 +292,17 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
     return folder
 
 
-def short_llama(seed: int = 0, **changes: object) -> Any:
-    """A `ShortLlama` of `make_transformer`."""
+def short_llama(
+    seed: int = 0, *, identities: Sequence[int] = (), n: int | None = None, **changes: object
+) -> Any:
+    """A `ShortLlama` of `make_transformer`; layers ``identities`` do nothing, ``n`` are to go."""
     from short_gpt import ShortLlama
 
     model = make_transformer(seed, **changes)
-    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
+    for layer in identities:
+        zero_layer(model, layer)
+    llama = SimpleNamespace(model=model, tokenizer=CharTokenizer())
+    return ShortLlama(llama, n_prune_layers=n)
 
 
 def weights_of(short: Any) -> list[Tensor]:

@@ -27,18 +27,9 @@ from short_gpt.scoring.metrics import block_influence
 from short_gpt.scoring.run import measure
 
 LAYERS = 6
-PLAIN = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+PLAIN = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS}
+PLAIN |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+PLAIN |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 OLD = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": LAYERS}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 HEAD = {"head_dim": 8}

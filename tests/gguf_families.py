@@ -12,18 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llama.formats.names import permute_rows
 
 LAYERS = 8
-COMMON = {
-    "vocab_size": BYTE_VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
+COMMON = {"vocab_size": BYTE_VOCAB, "hidden_size": 64, "intermediate_size": 96}
+COMMON |= {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
+COMMON |= {"max_position_embeddings": 128}
+COMMON |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 HEAD = {"head_dim": 16}
 SLIDING = {**HEAD, "sliding_window": 8, "query_pre_attn_scalar": 16}
 WINDOW = {"sliding_window": 8}

@@ -42,6 +42,12 @@ def write_gguf(path, model, *, arch="llama", tensors=(), drop=(), **fields):
     return finished(writer, path)
 
 
+def data(path: Path) -> dict[str, bytes]:
+    """Every tensor's bytes, by name."""
+    parts = GGUFParts(path)
+    return {name: b"".join(parts.chunks(name)) for name in parts.tensors}
+
+
 def in_types(path: Path, out: Path, kinds: dict[str, int]) -> Path:
     """A copy whose tensors with such names are of other types; of Q3_K only zeros are made."""
     gguf = pytest.importorskip("gguf")

@@ -117,14 +117,9 @@ def ranks(count: int, folder: Path, target: Callable[..., object], *args: object
     import torch.distributed as dist
 
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    common = {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     own = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return Running(folder, own, target, args, store)
 

@@ -14,7 +14,7 @@ import fire
 import pytest
 import torch
 from commands import run
-from conftest import random_windows
+from conftest import BYTES, random_windows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.studies import published
@@ -33,8 +33,6 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("on
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    from conftest import BYTES
-
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**SHAPE, **SAME, **heads, rope_scaling=ROPE)

@@ -13,11 +13,14 @@ import sys
 import pytest
 import torch
 from commands import fails
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama import Llama
+from llama.formats.gguf import to_meta
 from llama.formats.gguf_read import read_header
+from llama.formats.hf import meta_to_hf
 from llama.tokenizer import Tokenizer
-from short_gpt import ShortLlama, open_model, windows
+from short_gpt import ShortHFModel, ShortLlama, open_model, windows
 from short_gpt.data import demo
 from short_gpt.models.gguf_loading import mend_tokenizer
 
@@ -57,8 +60,6 @@ ODD = [
 @pytest.fixture(scope="module")
 def theirs():
     """transformers' model and tokenizer, read from the same GGUF file, with its cut at digits."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     file = demo.gguf_file()
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
@@ -117,19 +118,11 @@ def test_greedy_generation_equals_transformers_single_and_in_one_ragged_batch(th
     expected = []
     for prompt in prompts:
         with torch.no_grad():
-            out = (
-                theirs[0]
-                .generate(
-                    torch.tensor([prompt]),
-                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                    max_new_tokens=24,
-                    do_sample=False,
-                    eos_token_id=-1,
-                    pad_token_id=0,
-                )[0, len(prompt) :]
-                .tolist()
-            )
-        expected.append(out)
+            options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": -1}
+            mask = torch.ones(1, len(prompt), dtype=torch.long)
+            options |= {"attention_mask": mask, "pad_token_id": 0}
+            out = theirs[0].generate(torch.tensor([prompt]), **options)
+        expected.append(out[0, len(prompt) :].tolist())
     assert [len(tokens) for tokens in expected] == [24] * 4
     assert [llama.generate([p], 24, temperature=0)[0][0] for p in prompts] == expected
     assert llama.generate(prompts, 24, temperature=0)[0] == expected
@@ -166,8 +159,6 @@ def test_a_pruned_checkpoint_is_the_model_pruned_in_memory(tmp_path, book):
 
 
 def test_the_demo_does_the_whole_job(tmp_path, capsys):
-    from transformers import AutoModelForCausalLM
-
     out, result = tmp_path / "out", tmp_path / "demo.json"
     command = [sys.executable, "-m", "short_gpt", "demo", str(out), "--json", str(result)]
     command += ["--n", "4", "--max_windows", "8", "--eval_windows", "2"]
@@ -192,12 +183,6 @@ def test_the_demo_does_the_whole_job(tmp_path, capsys):
 
 def test_both_wrappers_are_one_on_the_same_weights(llama, book, tmp_path):
     """The same scores, lists and perplexities; what either saves, the other's loader loads."""
-    from transformers import AutoModelForCausalLM
-
-    from llama.formats.gguf import to_meta
-    from llama.formats.hf import meta_to_hf
-    from short_gpt import ShortHFModel
-
     ours = ShortLlama(build(), n_prune_layers=8)
     theirs = ShortHFModel(str(demo.gguf_file()), n_prune_layers=8, dtype=torch.float32)
     sample = [w[:256] for w in book[:2]]
@@ -236,12 +221,7 @@ def test_lm_eval_finds_the_same_in_both_wrappers(llama, lm_eval):
     """lm-eval's own class on transformers' model, ours on Meta's: every request agrees."""
     from lm_eval.api.instance import Instance
 
-    from short_gpt import ShortHFModel
-
-    pair = (
-        ShortLlama(llama),
-        ShortHFModel(str(demo.gguf_file()), dtype=torch.float32),
-    )
+    pair = (ShortLlama(llama), ShortHFModel(str(demo.gguf_file()), dtype=torch.float32))
     ours, theirs = (m.harness_model() for m in pair)
 
     def ask(kind, *arguments):

@@ -24,18 +24,7 @@ ODD = [
     "http://a.b/?c=1&d=%20#x",
     "<s> </s> <|end_of_text|>",
 ]
-MERGES = [
-    "t h",
-    "th e",
-    "\u0120 the",
-    "a t",
-    "h at",
-    "a n",
-    "an d",
-    "1 2",
-    "\u0120 a",
-    "\u010a \u010a",
-]
+MERGES = ["t h", "th e", "Ġ the", "a t", "h at", "a n", "an d", "1 2", "Ġ a", "Ċ Ċ"]
 
 
 def sentencepiece_model(path: Path, size: int = 320, **options: object) -> Path:
@@ -43,14 +32,9 @@ def sentencepiece_model(path: Path, size: int = 320, **options: object) -> Path:
     import sentencepiece
 
     data = io.BytesIO()
-    settings = {
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "minloglevel": 2,
-        **options,
-    }
+    settings = {"model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    settings |= options
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20), model_writer=data, vocab_size=size, **settings
     )

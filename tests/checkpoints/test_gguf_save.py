@@ -13,7 +13,7 @@ import torch
 from commands import TEXT, fails, run
 from conftest import BYTE_VOCAB, make_transformer, random_windows
 from gguf_families import FAMILIES, LAYERS, make, write_model
-from gguf_files import in_types, stack_file, write_gguf
+from gguf_files import data, in_types, stack_file, write_gguf
 
 from llama.formats.gguf_read import GGUFParts
 from llama.formats.gguf_write import writable
@@ -27,11 +27,6 @@ from short_gpt.runtime.errors import ShortGPTError
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
 KINDS = gguf.GGMLQuantizationType
 MAPPED = {arch for arch, row in ARCHITECTURES.items() if row.healed}
-
-
-def data(path: Path) -> dict[str, bytes]:
-    parts = GGUFParts(path)
-    return {name: b"".join(parts.chunks(name)) for name in parts.tensors}
 
 
 def opened(path: Path) -> ShortHFModel:

@@ -11,13 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from conftest import (
-    BYTE_VOCAB,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import random_windows, save_byte_llama
 from families import make
 from huggingface_hub import errors
 
@@ -82,8 +76,7 @@ def test_patched_then_trained_the_card_names_both_in_order(tmp_path):
 
 
 def test_what_is_not_in_the_changed_set_comes_from_the_file(tmp_path, monkeypatch):
-    directory = save_checkpoint(tmp_path / "dense", make_transformer(vocab_size=BYTE_VOCAB))
-    write_byte_tokenizer(directory)
+    directory = save_byte_llama(tmp_path / "dense")
     short = ShortLlama.from_checkpoint(directory, max_seq_len=64, device="cpu")
     heal_patch(short, [3], WINDOWS, progress=False)
     assert short.changed == {(2, "feed_forward.w2.weight")}

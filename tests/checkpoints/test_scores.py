@@ -141,10 +141,7 @@ def changed(path: Path, **entries: object) -> None:
 
 @pytest.mark.parametrize(
     ("model", "entry"),
-    [
-        ("ckpt", {"norm_eps": 0.5}),
-        ("hf", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-    ],
+    [("ckpt", {"norm_eps": 0.5}), ("hf", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}})],
 )
 def test_scores_of_another_configuration_are_refused_and_told(here, model, entry):
     meta_to_hf("ckpt", "hf")

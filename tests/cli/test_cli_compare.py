@@ -38,12 +38,7 @@ COMMON += ["--eval_windows", "4", "--n", "1,3", "--device", "cpu"]
 
 
 def test_compare_writes_table_picture_and_json(here, capsys):
-    methods = [
-        "--method",
-        "bi,sleb,random",
-        "--eval_data",
-        "others",
-    ]
+    methods = ["--method", "bi,sleb,random", "--eval_data", "others"]
     main([*COMMON, *methods, "--json", "c.json", "--plots", "pictures"])
     out = capsys.readouterr().out
     record = json.loads(Path("c.json").read_text())
@@ -71,23 +66,6 @@ def test_how_auto_chose_is_printed_and_kept(here, capsys):
         text = f"auto, {n} layers: {choice.layers}\n{choice}"
         assert f"\n{text}\n" in out
         assert choice.layers == next(r["layers"] for r in record["rows"] if r["n"] == int(n))
-
-
-def test_raw_patch_and_refit_stand_in_one_table_and_picture(here, capsys):
-    kinds = ["raw", "patch", "refit"]
-    options = ["--method", "bi", "--heal_by", ",".join(kinds), "--eval_data", "others"]
-    main([*COMMON, *options, "--json", "c.json", "--plots", "pictures"])
-    rows = json.loads(Path("c.json").read_text())["rows"][1:]
-    assert [r["healing"] for r in rows] == ["raw"] * 2 + ["patch"] * 2 + ["refit"] * 2
-    out = capsys.readouterr().out
-    assert all(f"{kind}: perplexity" in out for kind in kinds)
-    assert len({r["perplexity"] for r in rows if r["n"] == 3}) == 3
-    assert Path("pictures/quality.png").is_file() and not [*Path().glob("c.json.*")]
-
-
-def test_without_eval_data_texts_are_held_out(here, capsys):
-    main([*COMMON, "--method", "bi", "--heal_by", "raw"])
-    assert "raw: perplexity" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

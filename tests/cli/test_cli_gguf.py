@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 import shlex
@@ -14,7 +13,7 @@ import yaml
 from commands import fails, run
 from conftest import BYTE_VOCAB, make_transformer
 from gguf_families import make, write_model
-from gguf_files import stack_file, write_gguf
+from gguf_files import write_gguf
 from tokenizer_files import ODD, meta
 
 from llama.checkpoint import pth
@@ -25,7 +24,6 @@ from llama.formats.tokenizers import vocabulary
 from short_gpt import ShortHFModel, open_model
 from short_gpt.checkpoints import Provenance
 from short_gpt.checkpoints.provenance import source_card
-from short_gpt.jobs import ranking
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 CUT = ("--layers", "1,3")
@@ -239,29 +237,12 @@ def test_prune_writes_metas_format_from_gguf(here, capsys):
     assert record.removed_layers == [1, 3] and record.source == "model.gguf"
     assert json.loads(Path("cut/conversion.json").read_text())["source"] == "model.gguf"
     assert not Path("cut/README.md").exists()
-    run(
-        "prune",
-        "model.gguf",
-        "cut",
-        "--layers",
-        "0",
-        "--to",
-        "meta",
-        "--overwrite",
-        "--verify",
-        "no",
-    )
+    cut = ("prune", "model.gguf", "cut", "--layers", 0, "--to", "meta")
+    run(*cut, "--overwrite", "--verify", "no")
     assert Provenance.of_checkpoint("cut").removed_layers == [0]
     capsys.readouterr()
     line = fails(capsys, "prune", "qwen.gguf", "x", "--layers", "1", "--to", "meta")
     assert "holds architecture 'qwen2', expected 'llama'" in line and not Path("x").exists()
-
-
-def test_files_of_one_model_are_joined(here):
-    stack_file(here / "m.gguf", split=6)
-    whole = stack_file(here / "whole.gguf")
-    run("convert", "m-00001-of-00003.gguf", "joined.gguf")
-    assert filecmp.cmp(whole, "joined.gguf", shallow=False)
 
 
 @pytest.mark.parametrize(
@@ -285,14 +266,6 @@ def test_mistakes_cost_one_line(here, capsys, argv, message):
     before = sorted(p.name for p in Path().iterdir())
     assert message in fails(capsys, *argv)
     assert sorted(p.name for p in Path().iterdir()) == before
-
-
-@pytest.mark.parametrize("n", [0, 99])
-def test_so_many_layers_are_refused_before_a_window_is_read(here, capsys, monkeypatch, n):
-    monkeypatch.setattr(ranking, "_measure", lambda *_, **__: pytest.fail("windows were read"))
-    Path("text.txt").write_text("so much " * 99)
-    asked = ("--data", "text.txt", "--size", 16, "--method", "relative_magnitude", "--n", n)
-    assert f"n = {n}; the model has" in fails(capsys, "rank", "qwen.gguf", *asked)
 
 
 def test_a_header_is_parsed_once_a_command(here, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DATA, TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, random_windows, save_byte_llama
+from conftest import BYTE_VOCAB, make_transformer, save_byte_llama
 from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM
 
@@ -20,9 +20,7 @@ from llama.formats.hf import meta_to_hf
 from llama.formats.safetensors import tensor_bytes
 from llama.tokenizer import with_bos
 from short_gpt.models.hf import HFDecoder
-from short_gpt.scoring.importance import Importance
 from short_gpt.wrappers.opening import open_model
-from short_gpt.wrappers.short_hf import ShortHFModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 LAYERS = 5
@@ -59,31 +57,6 @@ def logits(directory: str) -> torch.Tensor:
     model, problems = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(problems.values()), problems
     return HFDecoder(model.eval()).logits(TOKENS)
-
-
-def test_a_gguf_model_can_be_trained(here):
-    from short_gpt.healing.lora import heal
-    from short_gpt.healing.settings import Recipe
-
-    short = ShortHFModel("model.gguf", device="cpu", dtype="float32")
-    recipe = Recipe(rank=2, steps=1, warmup=0, batch_size=1, eval_every=1, learning_rate=0.01)
-    apart = [random_windows(2, 16, vocab=90, seed=seed) for seed in (1, 2, 3)]
-    assert heal(short, *apart, recipe=recipe).to_dict()["recipe"]["rank"] == 2
-
-
-def test_rank_gives_the_scores_of_metas_format(here, capsys):
-    found = {}
-    for name in ("hf", "model.gguf", "meta"):
-        run("rank", name, *DATA, "--n", 2, "--json", f"{name}.json")
-        out = capsys.readouterr().out
-        found[name] = Importance.from_dict(record(f"{name}.json")["importance"])
-        assert f"{found[name].least_important(2)}" in out and "written" in out
-    expected = found["meta"]
-    for name in ("hf", "model.gguf"):
-        ours = found[name]
-        assert (ours.n_windows, ours.n_tokens) == (expected.n_windows, expected.n_tokens)
-        assert (ours.block_influence - expected.block_influence).abs().max() < 1e-5
-        assert (ours.angular - expected.angular).abs().max() < 1e-5
 
 
 def test_prune_by_scores_verified(here, capsys):
@@ -141,46 +114,7 @@ def test_prune_writes_the_other_format(here, capsys, source, to):
     assert record("out/pruning.json")["removed_layers"] == [2]
 
 
-@pytest.mark.parametrize(
-    ("kind", "how"),
-    [
-        (RuntimeError, ("hf",)),
-        (MemoryError, ("hf",)),
-        (KeyboardInterrupt, ("hf",)),
-        (RuntimeError, ("hf", "--to", "meta")),
-        (KeyboardInterrupt, ("meta", "--verify", "yes")),
-    ],
-)
-def test_what_fails_the_proof_leaves_the_earlier_checkpoint(here, capsys, monkeypatch, kind, how):
-    source, *flags = how
-    arguments = ("prune", source, "kept", *flags)
-    run(*arguments, "--layers", 3)
-    before = {p: p.read_bytes() for p in Path("kept").iterdir()}
-    looked = []
-
-    def differ(_, pruned, drop, **__):
-        looked.append(sorted(p.name for p in Path(pruned).iterdir()))
-        assert {p: p.read_bytes() for p in Path("kept").iterdir()} == before
-        raise kind("logits differ")
-
-    monkeypatch.setattr("short_gpt.jobs.conversion.same_model", differ)
-    with pytest.raises((kind, SystemExit)):
-        run(*arguments, *CUT, "--overwrite")
-    assert looked == [sorted(p.name for p in before)]  # all files, before the swap
-    assert {p: p.read_bytes() for p in Path("kept").iterdir()} == before
-    assert not [p.name for p in here.iterdir() if p.name.startswith(".")]
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    run(*arguments, *CUT, "--overwrite")
-    assert record("kept/pruning.json")["removed_layers"] != [3]
-
-
-CONVERSIONS = [
-    ("hf",),
-    ("meta",),
-    ("model.gguf",),
-    ("meta", "--shards", "2", "--verify"),
-]
+CONVERSIONS = [("hf",), ("meta",), ("model.gguf",), ("meta", "--shards", "2", "--verify")]
 
 
 @pytest.mark.parametrize("how", CONVERSIONS, ids=" ".join)
@@ -209,14 +143,6 @@ def test_generate(here, capsys, source):
         run("generate", source, "It was", "--seed", 3, "--max_new_tokens", 5)
     first, second = capsys.readouterr().out.split("It was")[1:]
     assert first == second
-
-
-def test_perplexity_is_that_of_metas_format(here, capsys):
-    for name in ("hf", "meta"):
-        run("evaluate", name, *DATA[:4], "--json", f"{name}.json")
-    assert "hf" in capsys.readouterr().out
-    ours, theirs = (record(f"{n}.json")["result"][n] for n in ("hf", "meta"))
-    assert ours == pytest.approx(theirs, rel=1e-5) and 1 < ours["book.txt perplexity"] < math.inf
 
 
 def test_convert_in_every_direction_comes_back_bit_exact(here, capsys):

@@ -11,7 +11,7 @@ from string import ascii_lowercase
 
 import pytest
 from commands import DATA, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import BYTE_VOCAB, make_transformer, save_byte_llama
 from gguf_families import make, write_model
 
 from short_gpt.healing import job
@@ -36,9 +36,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, monkeypatch, umask)
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text(BOOK)
     Path("held.txt").write_text(HELD)
-    write_byte_tokenizer(
-        save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB, n_layers=5))
-    )
+    save_byte_llama(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB, n_layers=5))
     write_model(Path("qwen.gguf"), "qwen2", make("qwen2", num_hidden_layers=3))
     for kind in (StateFile, RefitState):  # so that what an interrupted run leaves is there
         monkeypatch.setattr(kind, "clear", lambda self: None)

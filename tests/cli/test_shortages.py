@@ -11,21 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import DATA, TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from commands import DATA, fails, run
 
 from short_gpt.cli.app import PipeSafeStream, message_of
 
 RANK = ("rank", "ckpt", *DATA, "--max_windows", 2, "--json", "a.json")
-
-
-@pytest.fixture
-def ckpt(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB))
-    write_byte_tokenizer(path)
-    Path("book.txt").write_text(TEXT)
-    return path
 
 
 def allocate(size: int):
@@ -92,15 +82,8 @@ def test_no_result_is_lost_where_nobody_listens(ckpt, how):
 
 def test_a_terminal_that_knows_ascii_alone_gets_the_text_all_the_same(ckpt):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    command = [
-        sys.executable,
-        "-m",
-        "short_gpt",
-        "generate",
-        "ckpt",
-        "caf\u00e9",
-        "--max_new_tokens=2",
-    ]
+    line = "-m short_gpt generate ckpt caf\u00e9 --max_new_tokens=2"
+    command = [sys.executable, *line.split()]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("caf\\xe9")

@@ -14,14 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from short_gpt.data.texts import (
-    TextName,
-    check_named_once,
-    pg19,
-    read_texts,
-    source_names,
-    texts,
-)
+from short_gpt.data.texts import TextName, check_named_once, pg19, read_texts, source_names, texts
 from short_gpt.data.windows import Windows, windows
 from short_gpt.runtime.errors import ShortGPTError
 
@@ -434,10 +427,7 @@ def test_a_text_counts_once_by_any_spelling(tmp_path, monkeypatch):
 
 
 def test_damaged_pages_of_parquet_are_named(tmp_path):
-    import pyarrow as pa
-    from pyarrow.parquet import write_table
-
-    write_table(pa.table({"text": ["some words " * 500]}), path := tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["some words " * 500]}), path := tmp_path / "a.parquet")
     content = bytearray(path.read_bytes())
     content[20:60] = bytes(40)
     path.write_bytes(content)

@@ -54,9 +54,8 @@ import short_gpt
 assert short_gpt.__file__.startswith({root!r})
 from pathlib import Path
 from commands import TEXT, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
-save_checkpoint(Path("ckpt"), make_transformer(vocab_size=BYTE_VOCAB))
-write_byte_tokenizer(Path("ckpt"))
+from conftest import save_byte_llama
+save_byte_llama(Path("ckpt"))
 Path("book.txt").write_text(TEXT)
 Path("other.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 8)
 from short_gpt.jobs import compare_checkpoint, heal, shrink

@@ -72,14 +72,8 @@ def test_metas_own_package_is_importable_beside_ours_as_the_page_says(tmp_path):
     (folder / "model.py").write_text("class Transformer: ...\n")
     subprocess.run(block, shell=True, cwd=tmp_path, check=True)
     code = "import short_gpt, llama, meta_llama as theirs; print(theirs.Llama, llama.Llama)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **how)
     assert "<class 'meta_llama.model.Transformer'> <class 'llama.generation.Llama'>" in done.stdout
 
 

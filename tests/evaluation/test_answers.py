@@ -13,14 +13,7 @@ from families import FAMILIES, make
 
 from short_gpt import ShortGPTError, ShortLlama, open_model
 from short_gpt.data.windows import Answer
-from short_gpt.evaluation.answers import (
-    Question,
-    Reply,
-    answer_windows,
-    ask,
-    is_right,
-    questions,
-)
+from short_gpt.evaluation.answers import Question, Reply, answer_windows, ask, is_right, questions
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.wrappers.short_hf import ShortHFModel
 

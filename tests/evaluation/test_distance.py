@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows, zero_layer
+from conftest import random_windows, short_llama
 from families import FAMILIES, make
 from torch import Tensor
 from torch.nn.functional import kl_div
@@ -30,10 +29,7 @@ from short_gpt.selection.search import SearchOptions, by_loss
 
 
 def short(layers: int = 5, *identities: int) -> ShortLlama:
-    transformer = make_transformer(n_layers=layers)
-    for layer in identities:
-        zero_layer(transformer, layer)
-    return ShortLlama(SimpleNamespace(model=transformer, tokenizer=CharTokenizer()))
+    return short_llama(n_layers=layers, identities=identities)
 
 
 def by_hand(logits: Tensor, original: Tensor, start: int = 1) -> tuple[Tensor, Tensor]:

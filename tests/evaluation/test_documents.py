@@ -43,10 +43,7 @@ def test_equal_answers_differ_by_nothing_for_sure():
 def test_values_that_are_no_answers_have_no_such_test():
     found = task_difference([-2.5, -1.0], [-3.0, -1.0])
     assert found.change == -0.25 and math.isnan(found.p)
-    assert {*found.named("t perplexity")} == {
-        "t perplexity change",
-        "t perplexity change_stderr",
-    }
+    assert {*found.named("t perplexity")} == {"t perplexity change", "t perplexity change_stderr"}
     assert "t acc change_p" in task_difference([1, 0], [0, 0]).named("t acc")
     assert [*task_difference([1], [0]).named("t")] == ["t change", "t change_p"]  # no error of one
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, interrupted, make_transformer, random_windows, zero_layer
+from conftest import interrupted, random_windows, short_llama
 
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama, choose_healed, heal_refit
@@ -31,10 +30,7 @@ QUIET = {"progress": False}
 
 
 def model(layers: int = 6, *identities: int) -> ShortLlama:
-    transformer = make_transformer(n_layers=layers)
-    for layer in identities:
-        zero_layer(transformer, layer)
-    return ShortLlama(SimpleNamespace(model=transformer, tokenizer=CharTokenizer()))
+    return short_llama(n_layers=layers, identities=identities)
 
 
 @cache

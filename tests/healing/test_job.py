@@ -12,10 +12,8 @@ from conftest import (
     make_transformer,
     random_windows,
     save_byte_llama,
-    save_checkpoint,
     short_llama,
     weights_of,
-    write_byte_tokenizer,
 )
 from families import make
 from peft.tuners.lora import Linear
@@ -120,17 +118,6 @@ def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):
     assert torch.equal(anew.decoder.logits(TOKENS), again.decoder.logits(TOKENS))
 
 
-def test_logs_of_a_training_stay(tmp_path):
-    short, work = ShortHFModel(make("llama")), tmp_path / "work"
-    (work / "lora/runs").mkdir(parents=True)
-    (work / "lora/runs/events").write_text("logged")
-    job = HealingJob(short, WINDOWS, [2], steps=LORA, work_dir=work)
-    job.run()
-    assert (work / "lora/recipe.json").is_file()
-    job.save(tmp_path / "out")
-    assert sorted(path.name for path in work.rglob("*")) == ["events", "lora", "runs"]
-
-
 @pytest.mark.parametrize("steps", [LORA, PATCH])
 @pytest.mark.parametrize("step", ["the last measurement", "the removal"])
 def test_an_error_behind_the_healing_takes_it_back(monkeypatch, steps, step):
@@ -187,8 +174,7 @@ def test_a_merge_that_ends_in_the_middle_is_taken_back(layers, monkeypatch):
 
 
 def test_a_meta_model_goes_through_transformers_and_comes_back_in_its_format(tmp_path):
-    directory = save_checkpoint(tmp_path / "dense", make_transformer(vocab_size=BYTE_VOCAB))
-    write_byte_tokenizer(directory)
+    directory = save_byte_llama(tmp_path / "dense")
     short = ShortHFModel.from_meta(directory, device="cpu")
     job = HealingJob(short, WINDOWS, [2], steps=LORA, progress=False)
     assert job.run().how["kept_step"]

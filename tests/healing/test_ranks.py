@@ -11,14 +11,7 @@ import children
 import pytest
 import torch
 from commands import TEXT, run
-from conftest import (
-    BYTE_VOCAB,
-    CharTokenizer,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import CharTokenizer, make_transformer, random_windows, save_byte_llama
 from families import make
 from processes import ranks
 
@@ -43,10 +36,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "patch": ("llama", {"where": "gaps", "ridge": 30.0}),
 }
 QUICK = Recipe(4, steps=4, warmup=0, batch_size=4, eval_every=2, learning_rate=1e-2, dropout=0.0)
-TRAINED = {
-    "lora": QUICK,
-    "distill": replace(QUICK, micro_batch=2, top_k=8, kl_share=0.5),
-}
+TRAINED = {"lora": QUICK, "distill": replace(QUICK, micro_batch=2, top_k=8, kl_share=0.5)}
 LEARNING = HealingWindows(
     random_windows(8, 16, vocab=8, seed=1),
     random_windows(2, 16, vocab=8, seed=5),
@@ -154,8 +144,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(found, name, tmp_path):
 def here(tmp_path, monkeypatch) -> Path:
     """The current folder, with a model of five layers and two texts."""
     monkeypatch.chdir(tmp_path)
-    save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=BYTE_VOCAB))
-    write_byte_tokenizer(tmp_path / "ckpt")
+    save_byte_llama(tmp_path / "ckpt")
     (tmp_path / "book.txt").write_text(TEXT)
     (tmp_path / "other.txt").write_text(TEXT[::-1])
     return tmp_path

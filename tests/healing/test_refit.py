@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import (
-    interrupted,
-    random_windows,
-    short_llama,
-    states_of,
-    weights_of,
-    zero_layer,
-)
+from conftest import interrupted, random_windows, short_llama, states_of, weights_of, zero_layer
 from families import FAMILIES, make
 
 from short_gpt.healing import solver
@@ -58,14 +51,7 @@ def lack(short, place: int, part: str, windows, target: torch.Tensor) -> list[to
 
 @pytest.mark.parametrize(
     ("family", "step"),
-    [
-        ("meta", 0.5),
-        ("llama", 0.5),
-        ("gpt2", 0.5),
-        ("granite", 0.5),
-        ("mixtral", 0.5),
-        ("meta", 0.7),
-    ],
+    [("meta", 0.7), *((name, 0.5) for name in ("meta", "llama", "gpt2", "granite", "mixtral"))],
 )
 def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(family, step):
     whole, short = [
@@ -358,9 +344,7 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
 
 def test_what_cannot_be_is_refused_in_one_line():
     short = short_llama()
-    with pytest.raises(ValueError, match="step_size = 1.5: expected a number above 0 and at most"):
-        fit(short, [3], WINDOWS, step_size=1.5)
-    with pytest.raises(ValueError, match="9"):
+    with pytest.raises(ValueError, match=r"layers \[9\] do not exist"):
         fit(short, [9], WINDOWS, progress=False)
     refit = fit(short, [3], WINDOWS, progress=False)
     with pytest.raises(ValueError, match=r"without layers \[3\]; this one has"):

@@ -201,7 +201,6 @@ def test_a_refit_killed_again_and_again_goes_on_bit_for_bit(tmp_path):
         ({"ridge": 0.5}, "another ridge"),
         ({"parts": ("mlp",)}, "another parts"),
         ({"layers": [2]}, "another layers"),
-        ({"batch_size": 2}, "another batch_size"),
         ({"lost": None}, "another lost: 2.0, now "),
         ({"step_size": 0.7}, "another step_size"),
         ({"seed": 1}, "another weights: '.*', now '"),

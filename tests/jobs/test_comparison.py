@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CharTokenizer, interrupted, make_transformer, random_windows
+from conftest import interrupted, random_windows, short_llama
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from short_gpt import ShortHFModel, ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
@@ -29,13 +30,8 @@ pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
 
 
-class Tiny:
-    def __init__(self, layers: int = 6) -> None:
-        self.model, self.tokenizer = make_transformer(n_layers=layers), CharTokenizer()
-
-
 def short(layers: int = 6) -> ShortLlama:
-    return ShortLlama(Tiny(layers))
+    return short_llama(n_layers=layers)
 
 
 def rows_of(model: ShortLlama, **how: object) -> list[Row]:
@@ -191,11 +187,6 @@ def test_cases_are_checked_first(methods, counts, message):
         rows_of(short(), method=methods, n=counts)
 
 
-def test_default_counts_are_those_that_the_model_allows():
-    result = compare(short(), CALIBRATION, EVALUATION, method="bi,sleb", progress=False)
-    assert {row.n for row in result.rows} == {0, 2, 4} and result.counts == [2, 4]
-
-
 def test_what_a_cut_model_costs_counts_its_own_layers():
     model = short()
     model.remove_layers([0])
@@ -206,8 +197,6 @@ def test_what_a_cut_model_costs_counts_its_own_layers():
 
 
 def test_speed_is_of_as_many_tokens_where_every_token_ends_a_text():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
     model.generation_config.eos_token_id = [*range(32)]

@@ -8,14 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import TEXT, fails, run
-from conftest import (
-    BYTE_VOCAB,
-    make_transformer,
-    random_windows,
-    save_chat_llama,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import random_windows, save_byte_llama, save_chat_llama
 
 from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, open_model, own_samples, rank, shrink, texts
@@ -36,9 +29,7 @@ JUDGED = "evaluated on self: text that the model itself wrote, and perplexity on
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """A random model, a text of 38 windows at most, and a folder of six texts."""
-    write_byte_tokenizer(
-        save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=BYTE_VOCAB))
-    )
+    save_byte_llama(tmp_path / "ckpt")
     (tmp_path / "book.txt").write_text(TEXT)
     (tmp_path / "books").mkdir()
     for i, ids in enumerate(random_windows(6, 160, vocab=26)):
@@ -143,11 +134,7 @@ def test_a_healing_learns_from_own_text_and_is_judged_by_another(here, monkeypat
 
 @pytest.mark.parametrize(
     ("data", "more", "said"),
-    [
-        ("self", (), True),
-        ("self", ("--eval_data", "book.txt"), False),
-        ("books,self", (), False),
-    ],
+    [("self", (), True), ("self", ("--eval_data", "book.txt"), False), ("books,self", (), False)],
 )
 def test_where_own_text_alone_judges_it_is_said(here, capsys, data, more, said):
     read = ("--data", data, *SMALL, "--max_windows", 6, "--eval_windows", 2, *more)
@@ -245,12 +232,6 @@ def test_no_model_is_judged_by_a_text_named_self(here, capsys):
         assert "which no model is judged by" in fails(capsys, *command)
     Path("self.txt").write_text(TEXT)
     assert [*texts("self.txt")] == [TEXT]
-
-
-def test_a_streamed_model_is_refused_in_one_line(here, capsys):
-    line = fails(capsys, "rank", "ckpt", "--data", "self", "--stream", *SMALL)
-    assert "a streamed model writes no text of its own" in line
-    assert "short-gpt generate COPY --samples 96 --max_new_tokens 1152 --out own.jsonl" in line
 
 
 def test_generate_writes_samples_to_a_file_that_data_reads(here, capsys, monkeypatch):

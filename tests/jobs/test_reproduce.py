@@ -33,21 +33,6 @@ def test_the_paper_and_the_authors_repository_remove_the_same_layers() -> None:
     }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_the_lowest_published_scores_are_the_printed_list(name: str) -> None:
-    importance = torch.tensor(RUNS[name]["importance"], dtype=torch.float64)
-    assert len(importance) == 32
-    assert importance.argsort(stable=True)[:9].tolist() == RUNS[name]["removed"]
-
-
-@pytest.mark.parametrize(("name", "start"), [("Llama-2-7B", 21), ("Mistral-7B-v0.1", 20)])
-def test_the_best_published_block_is_among_the_real_starts(name: str, start: int) -> None:
-    angular = torch.tensor(RUNS[name]["angular_n9"], dtype=torch.float64)
-    assert int(angular[: 32 - 9 + 1].argmin()) == start
-    assert RUNS[name]["removed_angular_n9"] == [*range(start, start + 9)]
-    assert int(angular.argmin()) == 24  # the trap: the first 0 of the padding
-
-
 def test_the_reimplementation_removes_the_papers_layers_in_another_order() -> None:
     found = compare_with_paper("Llama-2-7B", RUNS["Llama-2-7B"]["removed"])
     assert found == PaperComparison(

@@ -10,14 +10,8 @@ import pytest
 import torch
 from children import reproduction
 from commands import TEXT, run
-from conftest import (
-    BYTE_VOCAB,
-    make_transformer,
-    save_byte_llama,
-    save_checkpoint,
-    write_byte_tokenizer,
-    zero_layer,
-)
+from conftest import BYTE_VOCAB, interrupted, make_transformer, save_byte_llama, zero_layer
+from huggingface_hub import constants
 from processes import ranks
 
 from llama.formats.hf import meta_to_hf
@@ -26,6 +20,7 @@ from short_gpt.jobs import reproduce
 from short_gpt.jobs import reproduction as module
 from short_gpt.jobs.inputs import Windows
 from short_gpt.jobs.reproduction import _changed
+from short_gpt.runtime import memory
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
@@ -56,8 +51,6 @@ def here(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def hub(here, monkeypatch) -> str:
     """The name of the same model in a cache of the hub's, which is not asked."""
-    from huggingface_hub import constants
-
     cache = here / "cache" / "models--some--model"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("0" * 40)
@@ -108,29 +101,17 @@ def test_it_ends_when_the_papers_number_of_layers_is_settled(here):
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["in memory", "streamed"])
 def test_stopped_and_continued_the_file_has_the_same_bytes(here, monkeypatch, stream):
-    from short_gpt.runtime import memory
-
     monkeypatch.setattr(memory, "MOST_WINDOWS", 4)
     command = ["reproduce", "ckpt", *LINE, *stream, "--json", "r.json"]
     run(*command)
     whole = Path("r.json").read_bytes()
     Path("r.json").unlink()
     owner = StreamedLlama if stream else type(open_model("ckpt", device="cpu"))
-    plain, left = owner.score_batch, [3]
-
-    def fails(*args: object, **more: object) -> object:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return plain(*args, **more)
-
-    monkeypatch.setattr(owner, "score_batch", fails)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, interrupted(owner, "score_batch", 3):
         run(*command)
     assert stop.value.code == 130 and not Path("r.json").exists()
     saved = json.loads(Path("r.json.state").read_text())
     assert sum(saved["importance"]["windows"]) == (12 if stream else 3)
-    monkeypatch.setattr(owner, "score_batch", plain)
     run(*command)
     assert Path("r.json").read_bytes() == whole and not Path("r.json.state").exists()
 
@@ -170,8 +151,7 @@ def test_other_models_are_refused_by_name_before_they_are_loaded(
     here, changes, message, kind, monkeypatch, tmp_path
 ):
     other = make_transformer(**{"vocab_size": BYTE_VOCAB, "n_kv_heads": 4, **changes})
-    folder = save_checkpoint(tmp_path / "other" / "ckpt", other)
-    write_byte_tokenizer(folder)
+    folder = save_byte_llama(tmp_path / "other" / "ckpt", other)
     if kind == "hf":
         meta_to_hf(folder, folder.parent / "hf")
     monkeypatch.chdir(folder.parent)
@@ -189,8 +169,5 @@ def test_what_was_changed_of_the_protocol_is_named(here):
         "the text pg19:test, not PG-19",
         "bos at the start of every window",
     )
-    assert changed("self,books", max_windows=3) == (
-        "at most 3 windows",
-        "the text self, not PG-19",
-    )
+    assert changed("self,books", max_windows=3) == ("at most 3 windows", "the text self, not PG-19")
     assert changed(["a text"])[0].startswith("the text list")

@@ -74,24 +74,11 @@ def test_a_stream_of_several_parts_is_not_refitted():
 
 
 @newest
-@pytest.mark.parametrize(
-    ("kind", "step"),
-    [
-        ("bart", "reload"),
-        ("bart", "files"),
-        ("bert", "score"),
-        ("bert", "generation"),
-        ("bert", "files"),
-        ("gemma4_text", "undo"),
-        ("gemma4_text", "reload"),
-        ("gemma4_text", "files"),
-        ("gpt_neox_japanese", "reload"),
-    ],
-)
-def test_decoders_among_encoders_and_settings_of_single_layers_keep_the_contract(
-    kind, step, tmp_path
-):
-    STEPS[step](random_model(kind), tmp_path)
+@pytest.mark.parametrize("kind", ["bart", "bert", "gemma4_text", "gpt_neox_japanese"])
+def test_decoders_among_encoders_and_settings_of_single_layers_keep_the_contract(kind, tmp_path):
+    others = {"bert": ("score", "generation"), "gemma4_text": ("undo", "reload")}
+    for step in (*others.get(kind, ["reload"]), "files"):
+        STEPS[step](random_model(kind), tmp_path / step)
 
 
 @newest

@@ -7,14 +7,7 @@ from families import FAMILIES as KINDS
 from families import make
 from torch import nn
 
-from short_gpt.models.families import (
-    ANY,
-    FAMILIES,
-    META,
-    family_of,
-    only_part,
-    part,
-)
+from short_gpt.models.families import ANY, FAMILIES, META, family_of, only_part, part
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_calls import attention_output, mlp_output
 

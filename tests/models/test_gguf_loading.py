@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import BYTE_VOCAB, make_transformer
-from gguf_families import COMMON, make, write_model, write_tokenizer
+from gguf_families import COMMON, finished, make, write_model, write_tokenizer
 from gguf_files import write_gguf
 from processes import alone
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -112,11 +112,7 @@ def random_file(path: Path, arch: str, kind: str) -> Path:
             writer.add_tensor(name, torch.randn(shape[::-1] if transposed else shape).numpy())
     writer.add_tensor("unknown.weight", torch.randn(4).numpy())
     write_tokenizer(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finished(writer, path)
 
 
 def test_the_header_is_read_once_and_by_no_other_reader(tmp_path, monkeypatch):
@@ -234,6 +230,8 @@ def test_what_transformers_leaves_out_of_the_metadata_is_in_the_config(
     path = write_model(tmp_path / "m.gguf", family, model, **keys)
     expected = logits_of(model)
     torch.testing.assert_close(logits_of(ShortHFModel(path).model), expected, atol=1e-3, rtol=1e-3)
+    if "num_hidden_layers" in changes:  # of 46 layers, which transformers reads slowly
+        return
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     assert (logits_of(plain) - expected).abs().max() > 0.05  # as long as transformers does not
 

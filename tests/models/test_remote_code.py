@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import DATA, TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import save_byte_llama
 
 from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel
@@ -29,9 +29,7 @@ class OwnModel(LlamaForCausalLM):
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """A Llama whose config names code of its own, which leaves a marker when it is run."""
-    write_byte_tokenizer(
-        save_checkpoint(tmp_path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
-    )
+    save_byte_llama(tmp_path / "meta")
     meta_to_hf(tmp_path / "meta", tmp_path / "own")
     (tmp_path / "own/own.py").write_text(CODE.format(marker=str(tmp_path / "marker")))
     config = json.loads((tmp_path / "own/config.json").read_text())

@@ -22,12 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from short_gpt.jobs import Row, compare_with_paper, published_scores
-from short_gpt.plots import (
-    angular_heatmap,
-    beside_published,
-    importance_bars,
-    quality_curves,
-)
+from short_gpt.plots import angular_heatmap, beside_published, importance_bars, quality_curves
 from short_gpt.plots.figures import KEPT, REMOVED
 from short_gpt.plots.quality import SHOWN
 from short_gpt.scoring.hooks import Scores

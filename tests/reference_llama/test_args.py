@@ -9,49 +9,21 @@ from llama.checkpoint.meta import full_shapes
 from llama.formats.names import ffn_keys, params_json
 
 # params.json as published by Meta, with the feed-forward width and the number of parameters.
-LLAMA3 = {"vocab_size": 128256, "rope_theta": 500000.0, "norm_eps": 1e-5, "n_kv_heads": 8}
+SIZES = ("dim", "n_layers", "n_heads", "multiple_of")
+WIDER = {"n_kv_heads": 8, "ffn_dim_multiplier": 1.3}
+LLAMA3 = WIDER | {"vocab_size": 128256, "rope_theta": 500000.0, "norm_eps": 1e-5}
 RELEASED = {
-    "Llama-2-7B": (
-        {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "vocab_size": -1},
-        11008,
-        6_738_415_616,
-    ),
-    "Llama-2-13B": (
-        {"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40, "vocab_size": -1},
-        13824,
-        13_015_864_320,
-    ),
-    "Llama-2-70B": (
-        {
-            "dim": 8192,
-            "multiple_of": 4096,
-            "ffn_dim_multiplier": 1.3,
-            "n_heads": 64,
-            "n_kv_heads": 8,
-            "n_layers": 80,
-            "vocab_size": -1,
-        },
-        28672,
-        68_976_648_192,
-    ),
-    "Llama-3-8B": (
-        {
-            "dim": 4096,
-            "n_layers": 32,
-            "n_heads": 32,
-            "multiple_of": 1024,
-            "ffn_dim_multiplier": 1.3,
-            **LLAMA3,
-        },
-        14336,
-        8_030_261_248,
-    ),
+    "Llama-2-7B": ((4096, 32, 32, 256), {}, 11008, 6_738_415_616),
+    "Llama-2-13B": ((5120, 40, 40, 256), {}, 13824, 13_015_864_320),
+    "Llama-2-70B": ((8192, 80, 64, 4096), WIDER, 28672, 68_976_648_192),
+    "Llama-3-8B": ((4096, 32, 32, 1024), LLAMA3, 14336, 8_030_261_248),
 }
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models(name):
-    params, ffn_dim, total = RELEASED[name]
+    sizes, more, ffn_dim, total = RELEASED[name]
+    params = dict(zip(SIZES, sizes, strict=True)) | {"vocab_size": -1, **more}
     args = ModelArgs.from_params(params)
     if args.vocab_size == -1:
         args.vocab_size = 32000

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from base64 import b64encode
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import make_transformer, save_byte_llama, save_meta, write_byte_tokenizer
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +20,7 @@ from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
 from llama.formats.gguf import to_meta
 from llama.formats.hf import HFCheckpoint, meta_to_hf
-from llama.formats.names import HF, META, name_in, permute
+from llama.formats.names import HF, META, permute
 from llama.formats.safetensors import (
     DTYPES,
     Entry,
@@ -29,6 +31,7 @@ from llama.formats.safetensors import (
 )
 from llama.formats.tokenizers import write_tokenizer
 from llama.generation import load_model
+from llama.model import rope_frequencies
 from llama.sources import hub_failure, resolve
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -37,19 +40,6 @@ TOKENS = torch.arange(3, 27).reshape(2, 12)
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 SCALED = {"use_scaled_rope": True, "rope_scaling_factor": 4.0, "rope_theta": 500000.0}
-
-
-def meta(directory, *, shards=1, vocab_parallel=False, tied=False, dtype=torch.float32, **changes):
-    """A Meta checkpoint with the byte tokenizer, and its model."""
-    model = make_transformer(vocab_size=VOCAB, **changes)
-    if tied:
-        model.output.weight = model.tok_embeddings.weight
-    model.to(dtype)
-    save_checkpoint(directory, model, shards=shards, vocab_parallel=vocab_parallel)
-    params = json.loads((directory / "params.json").read_text()) | changes
-    (directory / "params.json").write_text(json.dumps(params))
-    write_byte_tokenizer(directory)
-    return model
 
 
 def ours(path, tensors):
@@ -114,7 +104,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_meta_to_hf_gives_the_same_logits_and_comes_back_bit_exact(case, tmp_path):
-    model = meta(tmp_path / "meta", **CASES[case])
+    model = save_meta(tmp_path / "meta", **CASES[case])
     hf = meta_to_hf(tmp_path / "meta", tmp_path / "hf")
     if case != "bfloat16":
         expected = model(TOKENS)
@@ -148,7 +138,7 @@ def test_a_vocabulary_of_more_ids_than_words_is_refused_for_metas_format(tmp_pat
 
 @pytest.mark.parametrize("case", CASES)
 def test_hf_comes_back_bit_exact(case, tmp_path):
-    meta(tmp_path / "meta", **CASES[case])
+    save_meta(tmp_path / "meta", **CASES[case])
     first = meta_to_hf(tmp_path / "meta", tmp_path / "hf")
     # as transformers writes it
     model = transformers.AutoModelForCausalLM.from_pretrained(first, dtype="auto")
@@ -175,8 +165,8 @@ def test_hf_comes_back_bit_exact(case, tmp_path):
 @pytest.mark.parametrize("vocab_parallel", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_model_parallel_files_are_merged(vocab_parallel, tied, tmp_path):
-    model = meta(tmp_path / "two", shards=2, vocab_parallel=vocab_parallel, tied=tied)
-    meta(tmp_path / "one", tied=tied)
+    model = save_meta(tmp_path / "two", shards=2, vocab_parallel=vocab_parallel, tied=tied)
+    save_meta(tmp_path / "one", tied=tied)
     out = meta_to_hf(tmp_path / "two", tmp_path / "hf", max_shard_bytes=20_000)
     assert same(weights(out), weights(meta_to_hf(tmp_path / "one", tmp_path / "hf1")))
     assert ("lm_head.weight" in weights(out)) is not tied
@@ -197,13 +187,8 @@ def test_permutation_of_one_head():
     assert torch.equal(permute("layers.0.attention.wk.weight", turned, args, to=META), rows)
 
 
-def test_names():
-    assert name_in(HF, "layers.12.feed_forward.w2.weight") == "model.layers.12.mlp.down_proj.weight"
-    assert name_in(HF, "output.weight") == "lm_head.weight"
-
-
 def test_a_config_of_transformers_4_is_read(tmp_path):
-    model = meta(tmp_path / "meta", **SCALED)
+    model = save_meta(tmp_path / "meta", **SCALED)
     hf = meta_to_hf(tmp_path / "meta", tmp_path / "hf")
     config = json.loads((hf / "config.json").read_text())
     assert config.pop("rope_parameters")["rope_theta"] == 500000.0
@@ -215,7 +200,7 @@ def test_a_config_of_transformers_4_is_read(tmp_path):
 
 @pytest.mark.parametrize(("theta", "context"), [(1e4, 4096), (5e5, 8192), (1e6, 16384)])
 def test_the_longest_window_is_that_of_the_llama_with_such_a_theta(theta, context, tmp_path):
-    meta(tmp_path / "meta", rope_theta=theta)
+    save_meta(tmp_path / "meta", rope_theta=theta)
     hf = meta_to_hf(tmp_path / "meta", tmp_path / "hf")
     assert json.loads((hf / "config.json").read_text())["max_position_embeddings"] == context
 
@@ -241,7 +226,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory, one_rank):
     path = tmp_path_factory.mktemp("refused")
-    meta(path / "meta")
+    save_meta(path / "meta")
     return meta_to_hf(path / "meta", path / "hf")
 
 
@@ -300,8 +285,6 @@ def test_missing_and_damaged_files(hf_dir, tmp_path):
     ],
 )
 def test_the_hub_refuses_in_one_line(monkeypatch, name, kind, message):
-    import huggingface_hub
-
     cls = getattr(huggingface_hub.errors, name)
 
     def refuse(*_, **__):
@@ -320,8 +303,6 @@ def test_the_hub_refuses_in_one_line(monkeypatch, name, kind, message):
 
 
 def test_llama_3_ranks_become_a_tokenizer_json_with_the_same_ids(tmp_path):
-    from base64 import b64encode
-
     words = [bytes([i]) for i in range(256)]
     words += [b"th", b" t", b"the", b" the", b"in", b"ing", b"12", b"\n\n", "é".encode()]
     path = tmp_path / "tokenizer.model"
@@ -344,15 +325,6 @@ def gguf_model():
     return make_transformer(vocab_size=VOCAB)
 
 
-def test_to_meta_is_exact(tmp_path, gguf_model):
-    path = write_gguf(tmp_path / "a.gguf", gguf_model)
-    out = to_meta(path, tmp_path / "out")
-    assert same(state(out), gguf_model.state_dict())
-    assert Checkpoint(out).args.rope_factor is None
-    again = to_meta(path, tmp_path / "out", overwrite=True)
-    assert again == out
-
-
 def test_a_gguf_without_output_is_tied(tmp_path, gguf_model):
     path = write_gguf(tmp_path / "a.gguf", gguf_model, drop=["output.weight"])
     out = to_meta(path, tmp_path / "out")
@@ -364,8 +336,6 @@ def test_a_gguf_without_output_is_tied(tmp_path, gguf_model):
 
 
 def test_gguf_rope_factors(tmp_path):
-    from llama.model import rope_frequencies
-
     model = make_transformer(vocab_size=VOCAB, rope_theta=500000.0, dim=64)
     hd = model.params.head_dim
     divisors = rope_frequencies(hd, 500000.0) / rope_frequencies(hd, 500000.0, 32.0)
@@ -411,7 +381,7 @@ def test_the_longest_window_of_a_gguf_file_comes_through_metas_format(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b'{"version": "1.0"'])
 def test_a_damaged_tokenizer_is_not_carried_over(tmp_path, content):
-    meta(tmp_path / "meta")
+    save_meta(tmp_path / "meta")
     meta_to_hf(tmp_path / "meta", tmp_path / "hf")
     for folder in ("hf", "meta"):
         (tmp_path / folder / "tokenizer.json").write_bytes(content)
@@ -426,7 +396,7 @@ def test_a_damaged_tokenizer_is_not_carried_over(tmp_path, content):
 
 
 def test_bos_that_only_the_configuration_names_reaches_transformers(tmp_path):
-    meta(tmp_path / "meta")
+    save_meta(tmp_path / "meta")
     ours = Tokenizer(tmp_path / "meta/tokenizer.json")
     assert ours.add_bos
     meta_to_hf(tmp_path / "meta", tmp_path / "hf")
@@ -445,18 +415,14 @@ def test_bos_that_only_the_configuration_names_reaches_transformers(tmp_path):
 def test_what_float16_cannot_hold_is_not_written_as_infinite(tmp_path, source):
     model = make_transformer(vocab_size=VOCAB)
     model.layers[1].attention.wq.weight.data[0, 0] = 1e6
-    save_checkpoint(tmp_path / "meta", model)
-    write_byte_tokenizer(tmp_path / "meta")
-    if source == "gguf":
-        path = write_gguf(tmp_path / "m.gguf", model)
-    else:
-        path = tmp_path / source
-        source == "hf" and meta_to_hf(tmp_path / "meta", path)
-    convert = {"meta": to_meta, "hf": to_meta, "gguf": to_meta}[source]
+    save_byte_llama(tmp_path / "meta", model)
+    path = write_gguf(tmp_path / "m.gguf", model) if source == "gguf" else tmp_path / source
+    if source == "hf":
+        meta_to_hf(tmp_path / "meta", path)
     with pytest.raises(InputError, match=r"layers\.1\.attention\.wq\.weight has values beyond fl"):
-        convert(path, tmp_path / "half", shards=1, dtype="float16")
+        to_meta(path, tmp_path / "half", shards=1, dtype="float16")
     assert not (tmp_path / "half").exists()
-    convert(path, tmp_path / "wide", shards=1, dtype="bfloat16")
+    to_meta(path, tmp_path / "wide", shards=1, dtype="bfloat16")
 
 
 def test_a_tied_config_that_stores_another_head_is_refused(tmp_path):

@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llama.files import (
-    check_new,
-    contents,
-    new_directory,
-    new_file,
-    write_json,
-)
+from llama.files import check_new, contents, new_directory, new_file, write_json
 
 
 def write(out: Path, text: str = "first", *, overwrite: bool = False) -> None:
@@ -41,10 +35,7 @@ def unlist(out: Path) -> None:
 
 
 SOMEBODYS = {
-    "a file": (
-        lambda out: (out / "mine.txt").write_text(""),
-        "holds mine.txt, which its mark",
-    ),
+    "a file": (lambda out: (out / "mine.txt").write_text(""), "holds mine.txt, which its mark"),
     "a hidden one": (lambda out: (out / ".mine").write_text(""), "holds .mine, which"),
     "one below": (lambda out: (out / "below/mine").write_text(""), "holds below/mine, which"),
     "a folder": (lambda out: (out / "below/empty").mkdir(), "holds below/empty, which"),

@@ -178,12 +178,8 @@ def test_text_completion_returns_what_the_reference_returns(llama):
 class Spy(CharTokenizer):
     """Records what is encoded; ids are the positions in the record."""
 
-    special_tokens = {
-        "<|begin_of_text|>": 90,
-        "<|start_header_id|>": 91,
-        "<|end_header_id|>": 92,
-        "<|eot_id|>": 93,
-    }
+    special_tokens = {"<|begin_of_text|>": 90, "<|start_header_id|>": 91}
+    special_tokens |= {"<|end_header_id|>": 92, "<|eot_id|>": 93}
 
     def __init__(self, dialog_format: str | None) -> None:
         self.dialog_format = dialog_format

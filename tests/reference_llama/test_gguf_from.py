@@ -11,6 +11,8 @@ import tokenizer_files
 import torch
 from conftest import make_transformer, save_checkpoint
 from tokenizer_files import KINDS, ODD, meta, write_tokenizer
+from tokenizers import Tokenizer as Fast
+from tokenizers import models, normalizers
 
 from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
@@ -77,23 +79,13 @@ def test_what_the_file_says(tmp_path):
     (source / "params.json").write_text(json.dumps({**params, "use_scaled_rope": True}))
     llama_to_gguf(source, tmp_path / "m.gguf", also={"a.b": "c"})
     fields, tensors = read_header(tmp_path / "m.gguf")[:2]
-    expected = {
-        "general.architecture": "llama",
-        "general.name": "meta",
-        "general.file_type": 0,
-        "llama.block_count": 2,
-        "llama.context_length": 131072,
-        "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2,
-        "llama.rope.dimension_count": 8,
-        "llama.rope.freq_base": 500000.0,
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": "{{ messages }}",
-        "conversion.source": "meta",
-        "a.b": "c",
-    }
+    expected = {"general.architecture": "llama", "general.name": "meta", "general.file_type": 0}
+    expected |= {"llama.block_count": 2, "llama.context_length": 131072}
+    expected |= {"llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
+    expected |= {"llama.rope.dimension_count": 8, "llama.rope.freq_base": 500000.0}
+    expected |= {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1}
+    expected |= {"tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": "{{ messages }}"}
+    expected |= {"conversion.source": "meta", "a.b": "c"}
     assert {key: fields.get(key) for key in expected} == expected
     assert tensors["rope_freqs.weight"].shape == (4,)
     to_meta(tmp_path / "m.gguf", tmp_path / "again")
@@ -161,9 +153,6 @@ def test_ids_without_a_token_are_filled_up(tmp_path):
 
 def test_a_tokenizer_json_made_from_sentencepiece_gives_its_tokens(tmp_path):
     """As transformers writes Llama 2's: pairs in the order of scores."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import models, normalizers
-
     path = write_tokenizer(tmp_path / "t", "sentencepiece")
     pieces = Pieces.read(path.read_bytes(), "t")
     vocab = {text: i for i, text in enumerate(pieces.texts)}
@@ -221,9 +210,6 @@ METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
     ],
 )
 def test_rules_of_spaces_that_sentencepiece_lacks_are_refused(tmp_path, normalizers, pre, space):
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import models
-
     vocab = {"<unk>": 0, "a": 1, "\u2581": 2, "\u2581a": 3}
     merges = [("\u2581", "a")]
     fast = Fast(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>"))

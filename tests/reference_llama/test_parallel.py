@@ -9,13 +9,7 @@ from contextlib import nullcontext
 import children
 import pytest
 import torch
-from conftest import (
-    BYTE_VOCAB,
-    CharTokenizer,
-    make_transformer,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, save_byte_llama
 from processes import alone, ranks
 
 from llama import Llama
@@ -30,8 +24,7 @@ TOKENS = torch.arange(3, 23).reshape(2, 10)
 def test_two_ranks_with_two_shards_equal_one(tmp_path, vocab_parallel):
     """Each rank with its own file, through Llama.build."""
     model = make_transformer(vocab_size=BYTE_VOCAB)
-    folder = save_checkpoint(tmp_path / "two", model, shards=2, vocab_parallel=vocab_parallel)
-    write_byte_tokenizer(folder)
+    folder = save_byte_llama(tmp_path / "two", model, shards=2, vocab_parallel=vocab_parallel)
     done = ranks(2, tmp_path / "printed", children.of_two_shards, folder).end()
     assert done.codes == [0, 0], done.err
 

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_files import sentencepiece_model
+from tokenizers import Tokenizer as Model
+from tokenizers.processors import TemplateProcessing
 
 from llama.errors import InputError
 from llama.tokenizer import (
@@ -131,18 +133,9 @@ def test_json_facts(smollm: Tokenizer) -> None:
 def test_published_special_ids() -> None:
     names = llama3_names()
     assert len(names) == len({*names}) == 256
-    published = {
-        "begin_of_text": 0,
-        "end_of_text": 1,
-        "reserved_special_token_0": 2,
-        "finetune_right_pad_id": 4,  # the names that Llama 3.1 gave
-        "start_header_id": 6,
-        "end_header_id": 7,
-        "eom_id": 8,
-        "eot_id": 9,
-        "python_tag": 10,
-        "reserved_special_token_250": 255,
-    }
+    published = {"begin_of_text": 0, "end_of_text": 1, "reserved_special_token_0": 2}
+    published |= {"finetune_right_pad_id": 4, "start_header_id": 6, "end_header_id": 7}
+    published |= {"eom_id": 8, "eot_id": 9, "python_tag": 10, "reserved_special_token_250": 255}
     assert {name: names.index(f"<|{name}|>") for name in published} == published
 
 
@@ -349,9 +342,6 @@ def test_add_bos_from_the_config(tmp_path: Path, config: dict[str, object], expe
 def test_add_bos_from_the_post_processor(
     tmp_path: Path, config: dict[str, object], expected: bool
 ) -> None:
-    from tokenizers import Tokenizer as Model
-    from tokenizers.processors import TemplateProcessing
-
     tokens, types = vocabulary(control=["<s>", "</s>"])
     model = Model.from_str(tokenizer_json(tokens, types, PAIRS, "gpt-2"))
     model.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -369,11 +359,7 @@ def test_llama3_as_json(tmp_path: Path) -> None:
     tokenizer = json_file(tmp_path, names + headers)
     assert tokenizer.dialog_format == "llama3" and tokenizer.stop_tokens == {1, 2, 3}
     assert json_file(tmp_path, names).dialog_format is None
-
-
-def test_llama3_instruct_stops_at_the_end_of_text_too(tmp_path: Path) -> None:
-    """Its eos token is the end of a turn, and the file names no other."""
-    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
+    # Instruct's eos token is the end of a turn, and the file names no other
     config = {"bos_token": names[0], "eos_token": "<|eot_id|>"}
     assert json_file(tmp_path, names, config).stop_tokens == {1, 2, 3}
 
@@ -407,10 +393,7 @@ def test_damaged_config(tmp_path: Path, config: bytes, match: str) -> None:
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (
-            b"",
-            "damaged .expected SentencePiece, tiktoken ranks or .* begins with b''",
-        ),
+        (b"", "damaged .expected SentencePiece, tiktoken ranks or .* begins with b''"),
         (b"version https://git-lfs", r"begins with b'version https://git-'"),
         (b"<html>", "begins with b'<html>'"),
         (b"\x00" * 99, r"begins with b'\\x00"),

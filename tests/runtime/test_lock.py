@@ -7,13 +7,7 @@ import os
 
 import children
 import pytest
-from conftest import (
-    BYTE_VOCAB,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import random_windows, save_byte_llama
 from families import make
 from processes import started
 
@@ -57,9 +51,7 @@ def test_a_second_process_is_told_who_works_on_a_state_until_that_is_killed(tmp_
 
 @pytest.mark.parametrize(("method", "kind"), [("refit", "refit"), ("refit,lora", "training")])
 def test_a_second_healing_is_told_before_it_opens_the_model(tmp_path, monkeypatch, method, kind):
-    write_byte_tokenizer(
-        save_checkpoint(tmp_path / "meta", make_transformer(vocab_size=BYTE_VOCAB))
-    )
+    save_byte_llama(tmp_path / "meta")
     running = started(tmp_path / "first", children.holding, tmp_path / f"out.{kind}")
 
     def opened(*_: object, **__: object) -> None:

@@ -14,7 +14,6 @@ import children
 import pytest
 import torch
 from conftest import (
-    BYTE_VOCAB,
     CharTokenizer,
     cut,
     make_transformer,
@@ -29,7 +28,6 @@ from llama.checkpoint.meta import Checkpoint
 from llama.formats.gguf import to_meta
 from llama.generation import load_model
 from short_gpt import ShortLlama
-from short_gpt.cli.app import main
 from short_gpt.data.windows import Window
 from short_gpt.runtime.replicas import Replicas, lost
 from short_gpt.scoring.importance import Importance
@@ -273,33 +271,3 @@ def test_a_rank_reads_its_part_whatever_the_shards(tmp_path, model, shards, rank
                 heads = min(ranks, 2) if kv else ranks
                 expected = cut(name, whole, rank * heads // ranks, heads, shards == 8)
                 assert torch.equal(checkpoint.read(name, rank=rank, ranks=ranks), expected)
-
-
-def test_what_one_file_holds_is_mapped_not_copied(tmp_path, model):
-    checkpoint = Checkpoint(save_checkpoint(tmp_path / "x", model))
-    with checkpoint.mapped():
-        for name in ("output.weight", "layers.1.attention.wk.weight", "norm.weight"):
-            whole = checkpoint.read(name)
-            part = checkpoint.read(name, rank=1, ranks=2)
-            assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-
-
-def test_any_source_becomes_shards(tmp_path, capsys):
-    model = make_transformer(vocab_size=BYTE_VOCAB)
-    folder = save_checkpoint(tmp_path / "meta", model)
-    write_byte_tokenizer(folder)
-    main(["convert", str(folder), str(tmp_path / "hf")])
-    main(["convert", str(tmp_path / "hf"), str(tmp_path / "two"), "--shards", "2"])
-    main(["convert", str(folder), str(tmp_path / "half"), "--shards", "2", "--dtype", "bfloat16"])
-    cpu, tokens = torch.device("cpu"), TOKENS
-    two, half = (Checkpoint(tmp_path / n, max_seq_len=64) for n in ("two", "half"))
-    assert len(two.shards) == len(half.shards) == 2
-    with torch.no_grad():
-        expected = model(tokens)
-        assert torch.equal(load_model(two, device=cpu, dtype=torch.float32)(tokens), expected)
-    assert {info.dtype for info in half.infos.values()} == {torch.bfloat16}
-    with pytest.raises(SystemExit):
-        main(["convert", str(tmp_path / "hf"), str(tmp_path / "three"), "--shards", "3"])
-    assert "n_heads = 4: expected a multiple of the 3" in capsys.readouterr().err
-    main(["prune", str(tmp_path / "two"), str(tmp_path / "cut"), "--layers", "1", "--verify"])
-    assert "verified: the logits are those" in capsys.readouterr().out

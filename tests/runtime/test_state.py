@@ -80,8 +80,7 @@ def test_a_state_of_other_versions_continues(tmp_path):
     assert StateFile(path, IDENTITY).content["sums"] == [1.5]
     path.write_text(json.dumps({**content, "versions": {**others, "torch": "1.0"}}))
     with pytest.warns(
-        UserWarning,
-        match="with other versions, {.torch.: .1.0.}: .*; delete .*state",
+        UserWarning, match="with other versions, {.torch.: .1.0.}: .*; delete .*state"
     ):
         state = StateFile(path, IDENTITY)
     assert state.content["sums"] == [1.5]

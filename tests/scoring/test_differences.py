@@ -19,11 +19,7 @@ def importance(texts: list[int] | None) -> Importance:
     """Six windows of three layers."""
     found, count = Importance.empty(range(3)), len(TOKENS)
     found.add(
-        Scores(
-            tokens=TOKENS,
-            influence=MEANS * TOKENS[:, None],
-            angles=torch.zeros(count, 4, 4),
-        ),
+        Scores(tokens=TOKENS, influence=MEANS * TOKENS[:, None], angles=torch.zeros(count, 4, 4)),
         texts,
     )
     return found

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import save_byte_llama
 from processes import alone
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +64,7 @@ def test_a_toy_metric_that_follows_the_page_ranks_prunes_and_is_kept(tmp_path, m
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
     files = added(tmp_path)
     assert files[2:] == ["tests/selection/test_methods.py"] and len(files) == 3
-    write_byte_tokenizer(
-        save_checkpoint(tmp_path / "ckpt", make_transformer(vocab_size=BYTE_VOCAB))
-    )
+    save_byte_llama(tmp_path / "ckpt")
     (tmp_path / "book.txt").write_text("It was the best of times, it was the worst. " * 9)
     few = ("--data", "book.txt", "--size", "32", "--max_windows", "2", "--device", "cpu")
     rank = ["rank", "ckpt", *few, "--n", "2", "--method", name, "--json", "s.json"]

@@ -13,11 +13,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows, save_checkpoint
+from conftest import make_transformer, random_windows, save_checkpoint, short_llama
 from conftest import write_byte_tokenizer as write_tokenizer
 from processes import alone
 
-from short_gpt import ShortGPTError, ShortLlama
+from short_gpt import ShortGPTError
 from short_gpt.cli.app import main
 from short_gpt.runtime.state import StateFile, read_record
 from short_gpt.scoring.run import RunState
@@ -26,13 +26,8 @@ from short_gpt.scoring.stopping import Stop
 IDENTITY = {"model": "tiny", "data": "random", "seed": 0}
 
 
-class Tiny:
-    def __init__(self) -> None:
-        self.model, self.tokenizer = make_transformer(), CharTokenizer()
-
-
 def run(path: Path | None, count: int = 150, *, every: float = 0.0, batch_size: int = 2):
-    short = ShortLlama(Tiny())
+    short = short_llama()
     state = None if path is None else RunState(StateFile(path, IDENTITY, every=every))
     windows = random_windows(count, 40)
     short.measure(windows, batch_size=batch_size, progress=False, state=state)
@@ -72,7 +67,7 @@ def test_a_run_continues_a_finished_and_a_shorter_one(tmp_path):
 
 
 def test_an_interruption_saves_even_between_two_saves(tmp_path, monkeypatch):
-    short = ShortLlama(Tiny())
+    short = short_llama()
     state = RunState(StateFile(tmp_path / "state", IDENTITY, every=1e9))
     plain, left = short.decoder.run, [5]
 
@@ -94,7 +89,7 @@ def test_an_interruption_saves_even_between_two_saves(tmp_path, monkeypatch):
     short.measure(windows, batch_size=2, progress=False, state=state)
     assert sum(read) == 10
     assert short.importance.to_dict() == run(None, 20)
-    again = ShortLlama(Tiny()).measure(windows, batch_size=2, progress=False, state=state)
+    again = short_llama().measure(windows, batch_size=2, progress=False, state=state)
     assert again.to_dict() == run(tmp_path / "state", 20) == run(None, 20)
 
 
@@ -111,7 +106,7 @@ def test_every_replica_continues_what_the_first_one_saved(tmp_path):
 
 
 def test_nothing_to_read_is_refused_with_a_state_too(tmp_path):
-    short = ShortLlama(Tiny())
+    short = short_llama()
     short.measure(random_windows(3, 40), progress=False)
     state = RunState(StateFile(tmp_path / "state", IDENTITY))
     for more in ({}, {"state": state}):
@@ -136,7 +131,7 @@ def test_a_refused_state_is_left_as_it_is_and_refused_again(tmp_path, count, see
     run(state, 20)
     before, time_before = state.read_bytes(), state.stat().st_mtime_ns
     for _ in range(3):
-        short = ShortLlama(Tiny())
+        short = short_llama()
         again = RunState(StateFile(state, IDENTITY, every=0))
         with pytest.raises(ShortGPTError, match="state of a run on 20 other windows"):
             short.measure(random_windows(count, 40, seed=seed), progress=False, state=again)
@@ -184,7 +179,7 @@ def test_what_was_settled_when_it_was_killed_reads_no_further(tmp_path):
     """The state may be saved in front of a look, or behind the one that ended the run."""
 
     def ended(path: Path | None) -> tuple[str, dict]:
-        short = ShortLlama(Tiny())
+        short = short_llama()
         state = None if path is None else RunState(StateFile(path, IDENTITY))
         rule = Stop(1, min_windows=16, rare=0.4)
         windows = random_windows(100, 40)

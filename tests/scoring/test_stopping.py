@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows
+from conftest import random_windows, short_llama
 from scipy.stats import skew
 from torch import Tensor
 
 from benchmarks.lib.adversarial import HEAVY, KINDS, TIES, WINDOWS, attack, least_median, normal
 from benchmarks.lib.adversarial import scores as simulated
-from short_gpt import ShortLlama, windows
+from short_gpt import windows
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import spearman, student_t
@@ -30,6 +30,7 @@ from short_gpt.scoring.stopping import (
 )
 
 LAYERS = 8
+TEXT = "".join(chr(32 + i % 90) for w in random_windows(60, 97, seed=5) for i in w)
 
 
 def scores(influence: Tensor, angles: Tensor | None = None) -> Scores:
@@ -359,17 +360,11 @@ def test_rules_out_of_range(values, message):
         Stop(3, **values)
 
 
-class Tiny:
-    def __init__(self) -> None:
-        self.model, self.tokenizer = make_transformer(), CharTokenizer()
-
-
 def test_a_run_stops_and_gives_the_answer_of_all_windows():
-    text = "".join(chr(32 + i % 90) for w in random_windows(60, 97, seed=5) for i in w)
-    short = ShortLlama(Tiny(), n_prune_layers=2)
-    chosen = windows([text], short.encode, size=16, stride=16, seed=0)
+    short = short_llama(n=2)
+    chosen = windows([TEXT], short.encode, size=16, stride=16, seed=0)
     assert short.measure(chosen, progress=False, stop=Stop(2, rare=0.1)) is short.importance
-    whole, verdict = ShortLlama(Tiny(), n_prune_layers=2), short.verdict
+    whole, verdict = short_llama(n=2), short.verdict
     assert whole.measure(chosen, progress=False).n_windows == len(chosen) and not whole.verdict
     assert verdict.settled and verdict.population == len(chosen) == whole.n_windows
     assert short.n_windows == verdict.windows < whole.n_windows
@@ -378,9 +373,8 @@ def test_a_run_stops_and_gives_the_answer_of_all_windows():
 
 
 def test_a_limited_sample_of_a_larger_population_may_end_unsettled():
-    text = "".join(chr(32 + i % 90) for w in random_windows(60, 97, seed=5) for i in w)
-    short = ShortLlama(Tiny())
-    chosen = windows([text], short.encode, size=16, stride=16, seed=0, limit=20)
+    short = short_llama()
+    chosen = windows([TEXT], short.encode, size=16, stride=16, seed=0, limit=20)
     short.measure(chosen, progress=False, stop=Stop(2))
     verdict = short.verdict
     assert not verdict.settled and (verdict.windows, len(chosen)) == (20, 20)
@@ -388,26 +382,25 @@ def test_a_limited_sample_of_a_larger_population_may_end_unsettled():
 
 
 def test_a_stop_judges_one_run_over_windows_in_random_order():
-    short, rule = ShortLlama(Tiny()), Stop(2, rare=0.1)
-    text = "".join(chr(32 + i % 90) for w in random_windows(60, 97, seed=5) for i in w)
-    in_order = windows([text], short.encode, size=16, stride=16)
+    short, rule = short_llama(), Stop(2, rare=0.1)
+    in_order = windows([TEXT], short.encode, size=16, stride=16)
     for ordered in (in_order, random_windows(40, 8)):
         with pytest.raises(ValueError, match=r"in random order.*windows\(\.\.\., seed=0\)"):
             short.measure(ordered, progress=False, stop=rule)
     assert short.n_windows == 0
-    drawn = windows([text], short.encode, size=16, stride=16, seed=0)
+    drawn = windows([TEXT], short.encode, size=16, stride=16, seed=0)
     read = short.measure(drawn, progress=False, stop=rule).n_windows
     with pytest.raises(ValueError, match=f"{read} windows were scored before it"):
         short.measure(drawn, progress=False, stop=rule)
     assert short.n_windows == read
-    again = ShortLlama(Tiny())
+    again = short_llama()
     again.measure(list(drawn), progress=False, stop=rule, random_order=True)
     assert again.verdict.windows == again.n_windows > 0
 
 
 @pytest.mark.parametrize("n", [0, 5])
 def test_a_rule_for_layers_that_there_are_not_is_refused_before_the_run(n):
-    short = ShortLlama(Tiny())
+    short = short_llama()
     with pytest.raises(ValueError, match=f"n = {n}; the model has 5 layers: expected 1 to 4"):
         short.measure(random_windows(40, 8), progress=False, stop=Stop(n))
     assert short.n_windows == 0

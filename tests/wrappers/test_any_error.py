@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows
+from conftest import make_transformer, random_windows, short_llama
 from families import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from short_gpt.healing import heal_patch
 from short_gpt.models.decoder import MetaDecoder
 from short_gpt.wrappers.short_hf import ShortHFModel
-from short_gpt.wrappers.short_llama import ShortLlama
 from short_gpt.wrappers.short_model import ShortModel
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -25,8 +23,7 @@ PROMPT = list(range(3, 9))
 
 def opened(kind: str) -> ShortModel:
     if kind == "meta":
-        tokenizer = CharTokenizer()
-        return ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=tokenizer))
+        return short_llama()
     return ShortHFModel(make(kind))
 
 

@@ -8,14 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import (
-    BYTE_VOCAB,
-    CharTokenizer,
-    make_transformer,
-    random_windows,
-    save_checkpoint,
-    write_byte_tokenizer,
-)
+from conftest import CharTokenizer, make_transformer, random_windows, save_byte_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
@@ -32,8 +25,7 @@ WINDOWS = random_windows(3, 12)
 @pytest.fixture(scope="module")
 def wrappers(tmp_path_factory) -> dict[str, ScoredModel]:
     folder = tmp_path_factory.mktemp("meta")
-    save_checkpoint(folder, make_transformer(vocab_size=BYTE_VOCAB))
-    write_byte_tokenizer(folder)
+    save_byte_llama(folder)
     torch.manual_seed(0)
     return {
         "llama": ShortLlama(Llama(make_transformer(), CharTokenizer())),

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import (
-    random_windows,
-    write_byte_tokenizer,
-)
+from conftest import random_windows, write_byte_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from short_gpt import (
-    ShortGPTError,
-    ShortHFModel,
-    ShortLlama,
-    heal_refit,
-    perplexity,
-    rank,
-    windows,
-)
+from short_gpt import ShortGPTError, ShortHFModel, ShortLlama, heal_refit, perplexity, rank, windows
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.wrappers import opening
 from short_gpt.wrappers.opening import (
@@ -112,8 +102,6 @@ def test_a_cut_checkpoint_is_told_from_another(folder, tmp_path):
 
 
 def test_a_loaded_model_is_opened_with_its_tokenizer(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     named = open_model(str(folder / "hf"), device="cpu", dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
@@ -183,8 +171,6 @@ WITHOUT_BAR = {"progress": False}
 
 
 def test_a_name_a_loaded_and_an_opened_model_have_the_same_perplexity_on_strings(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(folder / "hf")
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     short = open_model(str(folder / "meta"), device="cpu")
@@ -200,8 +186,6 @@ def test_a_name_a_loaded_and_an_opened_model_have_the_same_perplexity_on_strings
 
 
 def test_a_loaded_model_is_ranked_and_refitted_as_the_opened_one(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(folder / "hf")
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     how = {"n": 1, "size": 32, "stride": 32, "max_windows": 6}

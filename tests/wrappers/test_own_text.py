@@ -8,8 +8,7 @@ from itertools import count
 
 import pytest
 import torch
-from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, save_checkpoint, share_model
-from conftest import write_byte_tokenizer as byte_tokenizer
+from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, save_byte_llama, share_model
 from gguf_files import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +65,7 @@ def folder(tmp_path_factory):
     """A Llama in Meta's format, Hugging Face's and GGUF."""
     path = tmp_path_factory.mktemp("models")
     model = make_transformer(vocab_size=BYTE_VOCAB)
-    byte_tokenizer(save_checkpoint(path / "meta", model))
+    save_byte_llama(path / "meta", model)
     meta_to_hf(path / "meta", path / "hf")
     write_gguf(path / "model.gguf", model)
     return path

@@ -136,14 +136,6 @@ def test_n_out_of_range_is_refused(short, n):
     assert unchanged(short)
 
 
-def test_without_n_there_is_nothing_to_choose(short):
-    short.n_prune_layers = None
-    short.eval_importance(WINDOWS[:1])
-    with pytest.raises(ValueError, match="set n_prune_layers, or name them"):
-        short.remove_layers()
-    assert short.remove_layers([4, 0]) == [4, 0]
-
-
 def test_nothing_to_score_is_refused(short):
     with pytest.raises(ValueError, match="expected at least one window of tokens, got none"):
         short.eval_importance([])
@@ -211,27 +203,12 @@ def test_nan_weights_are_found_before_attention_hides_them(short):
         short.eval_importance(WINDOWS[:1])
 
 
-def test_nan_states_never_become_scores(short):
-    short.eval_importance(WINDOWS[:1])
-    before = short.importances.clone()
-    with torch.no_grad():
-        short.llama.model.layers[3].attention.wo.weight[0] = math.nan
-    with pytest.raises(FloatingPointError, match="layer 3"):
-        short.eval_importance(WINDOWS[1:2])
-    assert torch.equal(short.importances, before)
-
-
 def test_perplexity_of_uniform_logits_is_the_vocabulary(short):
     with torch.no_grad():
         short.llama.model.output.weight.zero_()
     found = short.perplexity(WINDOWS, batch_size=4, progress=False)
     assert found.value == pytest.approx(96, rel=1e-5)
     assert (found.tokens, found.windows) == (6 * 19, 6)
-
-
-def test_greedy_tokens_are_the_same_with_and_without_the_cache(short):
-    cached, uncached = (short.greedy(WINDOWS[0], 9, use_cache=c) for c in (True, False))
-    assert cached == uncached and len(cached) == 9
 
 
 def test_saving_needs_a_source_and_something_removed(short, tmp_path):

@@ -18,7 +18,9 @@ import torch
 from conftest import (
     make_transformer,
     random_windows,
+    save_byte_llama,
     save_checkpoint,
+    save_meta,
     write_byte_tokenizer,
 )
 from processes import alone
@@ -55,17 +57,8 @@ META = {
 }
 
 
-def meta(
-    directory, *, shards=1, vocab_parallel=False, tied=False, dtype=torch.float32, seed=0, **changes
-):
-    model = make_transformer(seed, vocab_size=VOCAB, **changes)
-    if tied:
-        model.output.weight = model.tok_embeddings.weight
-    save_checkpoint(directory, model.to(dtype), shards=shards, vocab_parallel=vocab_parallel)
-    params = json.loads((directory / "params.json").read_text()) | changes
-    (directory / "params.json").write_text(json.dumps(params))
-    write_byte_tokenizer(directory)
-    return ShortLlama(Llama(model.float(), None))
+def meta(directory, **how):
+    return ShortLlama(Llama(save_meta(directory, **how).float(), None))
 
 
 def same(streamed, memory, *, scores: bool = True, **options) -> None:
@@ -96,14 +89,7 @@ def test_a_meta_directory_gives_the_scores_of_the_model_in_memory_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("case", "max_shard_bytes"),
-    [
-        ("one file", 10**9),
-        ("one file", 20_000),
-        ("tied", 10**9),
-        ("tied", 20_000),
-        ("llama 3.1", 10**9),
-        ("bfloat16", 20_000),
-    ],
+    [("one file", 10**9), ("tied", 20_000), ("llama 3.1", 10**9), ("bfloat16", 20_000)],
 )
 def test_a_hugging_face_directory_too(case, max_shard_bytes, tmp_path, monkeypatch):
     memory = meta(tmp_path / "meta", **META[case])
@@ -281,8 +267,7 @@ def test_sizes():
 def test_the_widest_dtype_of_a_layers_tensors_counts(tmp_path):
     model = make_transformer(vocab_size=VOCAB).bfloat16()
     model.layers[0].attention_norm.float()
-    save_checkpoint(tmp_path, model)
-    write_byte_tokenizer(tmp_path)
+    save_byte_llama(tmp_path, model)
     assert StreamedLlama(tmp_path, device="cpu").stream.stored is torch.float32
 
 
@@ -315,8 +300,7 @@ def test_nan_is_found_where_it_begins(place, message, tmp_path):
     with torch.no_grad():
         weight = model.get_parameter(place)
         weight[WINDOWS[5][3] % len(weight)] = math.nan  # the row of a token of window 5
-    save_checkpoint(tmp_path, model)
-    write_byte_tokenizer(tmp_path)
+    save_byte_llama(tmp_path, model)
     short = StreamedLlama(tmp_path, max_seq_len=20, device="cpu")
     before = message if place.startswith("layers") else f"the model has NaN or .* weights, {place}"
     with pytest.raises(FloatingPointError, match=before):
@@ -418,9 +402,8 @@ DATA = ("--data", "book.txt", "--size", 16, "--device", "cpu")
 STREAM = ("--stream", "900GB")
 
 
-@pytest.mark.parametrize("kind", ["meta", "hf"])
-def test_commands_stream_and_say_first_what_it_takes(kind, folder, capsys):
-    options = ("rank", kind, *DATA, "--stride", 16, "--n", 2, "--batch_size", 3)
+def test_commands_stream_and_say_first_what_it_takes(folder, capsys):
+    options = ("rank", "hf", *DATA, "--stride", 16, "--n", 2, "--batch_size", 3)
     options += ("--max_windows", 40)
     for name, more in (("streamed", STREAM), ("memory", ())):
         run(*options, "--json", f"{name}.json", *more)
