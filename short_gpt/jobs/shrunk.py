@@ -213,7 +213,7 @@ class ShrinkResult(Table):
     def worth(self) -> str:
         """The result beside a rival that is better, and what the removed layers buy."""
         size, buys = self.states["healed"].size, self._buys
-        for rival in self.rivals:
+        for rival in sorted(self.rivals, key=lambda rival: rival.size):
             klds = {kind: rival.quality[kind].kld for kind in self.distances}
             near = [kld.value for kld in klds.values() if kld is not None]
             nearer = all(a < b.value for a, b in zip(near, self.distances.values(), strict=True))

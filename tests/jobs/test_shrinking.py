@@ -738,6 +738,8 @@ def test_a_rival_that_is_nearer_and_smaller_is_said():
     near, far = (result([kld] * 3, (0, 0)).quality["books"]["healed"] for kld in (0.04, 0.06))
     said = "The original in Q3_K is smaller (90 B instead of 100 B) and nearer (KLD 0.040): take it"
     assert said in result([0.05] * 3, (0, 0), rivals=[Rival("in Q3_K", 90, {"books": near})]).worth
+    both = [Rival("in Q8_0", 95, {"books": near}), Rival("in Q3_K", 90, {"books": near})]
+    assert said in result([0.05] * 3, (0, 0), rivals=both).worth  # the smallest that is nearer
     for rival in (Rival("in Q3_K", 101, {"books": near}), Rival("in Q3_K", 90, {"books": far})):
         assert result([0.05] * 3, (0, 0), rivals=[rival]).worth == ""
 
