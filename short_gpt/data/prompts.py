@@ -21,8 +21,8 @@ def prompts(seed: int = 0, text: int = 0) -> Iterator[str]:
     through the kinds in an order of its own.
 
     Example:
-        >>> next(prompts())
-        'Explain friction to a child.'
+        >>> next(prompts())[:32]
+        'Chidi buys 7 cups at 7 dollars e'
     """
     words, kinds = _built_in()
     draw = np.random.default_rng((seed, text))
