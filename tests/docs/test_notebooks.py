@@ -15,9 +15,8 @@ from short_gpt.data import demo
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 FEWER = {
     "quickstart.ipynb": {
-        "n = 4 ": "n = 2 ",
-        "size = 512 ": "size = 64 ",
-        "max_windows = 12 ": "max_windows = 2 ",
+        "size = 256 ": "size = 64 ",
+        "max_windows = 24 ": "max_windows = 2 ",
         "eval_windows = 8 ": "eval_windows = 1 ",
     },
     "short_llama.ipynb": {
@@ -58,7 +57,7 @@ PICTURES = {
     "healing.ipynb": 3,
 }
 PRINTED = {
-    "quickstart.ipynb": "the same completion: True",
+    "quickstart.ipynb": "the same answer: True",
     "short_llama.ipynb": "the same completion: True",
     "short_hf.ipynb": "the same completion: True",
     "compare_methods.ipynb": "nats a token",
