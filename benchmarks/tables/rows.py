@@ -60,18 +60,6 @@ def _perplexity(found: dict) -> str:
     return f"{found['perplexity']:.2f} ({found['perplexity'] * found['standard_error']:.2f})"
 
 
-def short_table() -> list[str]:
-    """README's: a row for each method, 4 and 8 layers removed, pruned and refitted."""
-    found, lines = _compared(), []
-    for name, method in METHODS.items():
-        cells = [name]
-        for n in (4, 8):
-            raw, refit = (found[method, n, healing] for healing in ("raw", "refit"))
-            cells += [layer_set(raw["layers"]), _perplexity(raw), _perplexity(refit)]
-        lines.append(row(*cells))
-    return lines
-
-
 def compared() -> list[str]:
     """A row for every set of layers: pruned, and healed in every closed form."""
     found = _compared()
@@ -95,17 +83,13 @@ CANDIDATES = {
 
 
 def automatic() -> list[str]:
-    """By number of layers and candidate: nats above auto's set, and what it brings auto."""
-
-    def above(found: Mapping[str, float]) -> str:
-        return nats(found) if found["standard_error"] else "the same"  # sets
-
+    """By number of layers and candidate: nats above auto's set."""
     lines = []
     for found in sorted(result("choices")["means"], key=lambda found: found["n"]):
         for name in [name for name in CANDIDATES if name in found["from auto"]]:
-            own, without = (found[key][name] for key in ("from auto", "without it"))
-            cells = [above(of["all three kinds"]) for of in (own, without)]
-            lines.append(row(f"{found['n']} layers: {CANDIDATES[name]}", *cells))
+            own = found["from auto"][name]["all three kinds"]
+            worse = nats(own) if own["standard_error"] else "the same set"
+            lines.append(row(f"{found['n']} layers: {CANDIDATES[name]}", worse))
     return lines
 
 
@@ -117,33 +101,19 @@ MODELS = {
     "larger": "Qwen2.5-Coder-1.5B",
 }
 ASKED = {"reasoning": MODELS["larger_05b"], "reasoning_15b": MODELS["larger"]}  # word problems
-TEXT_KINDS = ("prose", "code", "wikitext", "chat")
 
 
 def larger() -> list[str]:
-    """Changes of three models' losses on every kind of text, with margins of 95%."""
+    """By model and set: changes of the loss on WikiText-2, the minutes of all steps, the memory."""
     lines = []
     for file, model in MODELS.items():
         for own in result(file)["rows"].values():
             title = f"{model}, {len(own['layers'])} of {own['of']}: {layer_set(own['layers'])}"
-            for state, name in (("pruned", "pruned"), ("refit", "refitted"), ("healed", "trained")):
-                cells = [own["texts"][kind][state] for kind in TEXT_KINDS]
-                margins = [f"{cell['change']:+.3f} ± {cell['reach_95']:.3f}" for cell in cells]
-                lines.append(row(f"{title}, pruned" if state == "pruned" else name, *margins))
-    return lines
-
-
-def taken() -> list[str]:
-    """The minutes of the longest steps and of all, and the peak memory."""
-    lines = []
-    for file, model in MODELS.items():
-        for own in result(file)["rows"].values():
-            seconds = {name: step["seconds"] for name, step in own["steps"].items()}
-            every = sum(seconds.values())
-            cells = [f"{s / 60:.1f}" for s in (seconds["refit"], seconds["healing"], every)]
-            peak = max(step["peak_mb"] for step in own["steps"].values())
-            title = f"{model}, {len(own['layers'])} of {own['of']}"
-            lines.append(row(title, *cells, f"{peak / 1e3:.1f} GB"))
+            states = [own["texts"]["wikitext"][state] for state in ("pruned", "refit", "healed")]
+            margins = [f"{cell['change']:+.3f} (±{cell['reach_95']:.3f})" for cell in states]
+            minutes = sum(step["seconds"] for step in own["steps"].values()) / 60
+            peak = max(step["peak_mb"] for step in own["steps"].values()) / 1e3
+            lines.append(row(title, *margins, f"{minutes:.0f}", f"{peak:.1f} GB"))
     return lines
 
 
@@ -438,26 +408,6 @@ def streaming() -> list[str]:
         row("peak memory of the process", f"{peak:.2f} GB, planned {plan:.2f} GB"),
         row("Llama-2-70B, by the same plan", f"{full:.1f} GB, in bfloat16 {half:.1f} GB"),
     ]
-
-
-def rehearsed() -> list[str]:
-    found = result("reproduce_7b")
-    assert all(found["limits"].values())
-    formats = [found["formats"][name] for name in ("meta", "hf")]
-    runs = [made["continued"] for made in formats]
-    size, total = found["tokens_per_window"], found["windows_of_data"]
-    cells = {
-        "files": [f"{made['files']}, {made['bytes'] / 1e9:.1f} GB" for made in formats],
-        "the 9 layers come out in their order": [
-            "yes" if run["layers"] == found["known"] else "no" for run in runs
-        ],
-        f"windows of {size} tokens read, of {total}": [run["windows"] for run in runs],
-        "stopped after, then continued": [
-            f"{made['stopped']['windows_saved']} windows" for made in formats
-        ],
-        "peak memory of the process": [f"{run['peak_bytes'] / 1e9:.2f} GB" for run in runs],
-    }
-    return [row(name, *values) for name, values in cells.items()]
 
 
 def refit_streamed() -> list[str]:

@@ -34,7 +34,6 @@ def table(head: str, make: Callable[[], list[str]], *results: str) -> Callable[[
     return lambda: "\n".join(["", head, line, *make(), "", f"Numbers: {files}", ""])
 
 
-SHORT = "| method | 4 layers removed | pruned | refitted | 8 layers removed | pruned | refitted |"
 KINDS = "chapters | WikiText-2 | novels |"
 
 # What makes every table of the documentation, by the name that stands in a page.
@@ -43,15 +42,14 @@ TABLES: dict[str, Callable[[], str]] = {
         "| removed | pruned | patched | refitted |", rows.compared, "compare"
     ),
     "automatic choice": table(
-        "| removed by | nats above auto's set | auto without this candidate |",
+        "| removed by | nats above auto's set |",
         rows.automatic,
         "choices",
     ),
     "three models": table(
-        "| layers removed | chapters | code | WikiText-2 | chats |", rows.larger, *rows.MODELS
-    ),
-    "what three models take": table(
-        "| layers removed | refit | training | all steps | peak memory |", rows.taken, *rows.MODELS
+        "| layers removed | pruned | refitted | trained | minutes | memory |",
+        rows.larger,
+        *rows.MODELS,
     ),
     "word problems": table(
         "| model | | svamp, solved | gsm8k, solved |", rows.word_problems, *rows.ASKED
@@ -61,9 +59,6 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "cuts by other tools": table(
         "| tiny model | ShortGPT | OptiPFair | llama.cpp |", rows.kinds, "peers"
-    ),
-    "the paper's list, rehearsed": table(
-        "| | Meta's format | Hugging Face's |", rows.rehearsed, "reproduce_7b"
     ),
     "cost of scoring": table("| | median (range) |", rows.scoring, "scoring"),
     "refit": table(f"| 8 of 30 layers removed | {KINDS}", rows.refitted, "healing", "healing_own"),

@@ -29,14 +29,14 @@ def test_links_and_pictures_lead_somewhere(page):
             assert (ROOT / page).parent.joinpath(target).is_file(), target
 
 
-def test_the_readme_is_read_in_three_minutes():
-    assert len(PAGES["README.md"].splitlines()) <= 250
+def test_the_readme_is_read_in_four_minutes():
+    assert len(PAGES["README.md"].split()) <= 1100
 
 
 def test_the_docs_stay_short():
-    pages = "\n".join(text for page, text in PAGES.items() if page.startswith("docs/"))
-    prose = re.sub(r"(?ms)^<!-- table .*?^<!-- end -->$", "", pages)  # without tables of results
-    assert len(re.findall(r"\S*\w\S*", prose)) <= 18000
+    """With their tables, as `cat docs/*.md | wc -w` counts them."""
+    pages = [text for page, text in PAGES.items() if Path(page).parent == Path("docs")]
+    assert sum(len(text.split()) for text in pages) <= 21700
 
 
 @pytest.mark.parametrize(("page", "words"), SHOWN)

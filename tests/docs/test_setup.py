@@ -73,16 +73,25 @@ def test_extras_bring_what_is_not_installed_without_them(packaging):
     assert not {*map(name, installed)} & {name(r) for own in extras.values() for r in own}
 
 
-def test_readme_says_what_each_extra_is_for(packaging):
-    shown = re.findall(r"^\| .*", PAGES["README.md"], flags=re.MULTILINE)
-    named = {extra for row in shown for extra in re.findall(r'-e "\.\[([\w-]+)\]"', row)}
-    assert named == EXTRAS
+def test_the_first_page_says_what_each_extra_is_for(packaging):
+    rows = re.findall(r"^\| `(\w+)` \|", PAGES["docs/index.md"], flags=re.MULTILINE)
+    assert set(rows) == EXTRAS
     pages = [*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")]
-    lines = [line for page in pages for line in page.splitlines()]
-    extras = {
-        extra for line in lines for extra in re.findall(r"pip install .*?\.\[([\w,-]+)\]", line)
-    }
-    assert extras == EXTRAS
+    lines = re.findall(r"pip install .*?\[([\w,-]+)\]", "\n".join(pages))
+    assert {extra for line in lines for extra in line.split(",")} <= EXTRAS
+
+
+def test_the_badges_are_true(packaging):
+    versions = [c.split()[-1] for c in packaging["classifiers"] if c[-4:-2] == "3."]
+    first, last = versions[0], versions[-1]
+    assert packaging["python_requires"] == f">={first}"
+    assert f"badge/python-{first}_to_{last}-" in PAGES["README.md"]
+    assert f"badge/license-{packaging['license']}-" in PAGES["README.md"]
+    assert packaging["license"] in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_the_release_file_that_readme_installs_is_this_version(packaging):
+    assert f"short_gpt-{packaging['version']}-py3-none-any.whl[" in PAGES["README.md"]
 
 
 def test_a_missing_package_is_named_with_a_command_that_needs_no_checkout(monkeypatch):
