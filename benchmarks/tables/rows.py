@@ -150,8 +150,8 @@ def _crossed(cell: dict) -> str:
     return f"{cell['excess']:+.3f} ({cell['excess_error']:.3f})"
 
 
-FITTED_ON = ("book-24", "wikitext-24", "book+wikitext-24", "own-12", "own-24", "own-96", "own-192")
-FITTED_ON += ("chats-24", "a third each-24", "book+wikitext-96", "book+wikitext+own-96")
+FITTED_ON = ("book-24", "book+wikitext-24", "own-24", "own-192", "a third each-24")
+FITTED_ON += ("book+wikitext-96", "book+wikitext+own-96")
 
 
 def own_samples() -> list[str]:
@@ -173,16 +173,6 @@ def own_dialogs() -> list[str]:
     return lines
 
 
-def own_choices() -> list[str]:
-    """The layers that Block Influence chooses on own samples and on real text, as pruned."""
-    texts = {"book": "the book", "novels": "novels", "own-24": "own text"}
-    lines = []
-    for name, own in result("own_samples")["choices"]["sets"].items():
-        cells = [nats(cell) for kind, cell in own.items() if kind != "layers"]
-        lines.append(row(f"{texts[name]}: {layer_set(own['layers'])}", *cells))
-    return lines
-
-
 # Tasks
 
 HEALED = {
@@ -196,7 +186,7 @@ HEALED = {
     "refit": "refit, both",
     "distilled": "refit, both, and distilled",
 }
-SETS = {"auto": "auto", "greedy": "greedy search", "bi": "Block Influence"}
+SETS = {"auto": "auto", "bi": "Block Influence"}
 
 
 def kept() -> list[str]:
@@ -283,7 +273,7 @@ def ways() -> list[str]:
     return [
         row(name, own["steps"], *(nats(own[kind]["from refit"]) for kind in KINDS_TRAINED))
         for name, own in result("training_choices")["rows"].items()
-        if name != "refit"
+        if name in ("lora", "lora-all-maps", "full-1e-4")
     ]
 
 
@@ -306,16 +296,14 @@ def rates() -> list[str]:
 
 
 def sinks() -> list[str]:
-    """By set and closed form: perplexity on novels, plain weights and lost sinks weighed more."""
-    lines = []
+    """By set: the refit's perplexity on novels, plain weights and lost sinks weighed more."""
+    step, lines = "step 0.5, ridge 2 F / N", []
     for file, model in (("refit_sinks", ""), ("refit_sinks_05b", "0.5B, ")):
         for name, own in result(file)["sets"].items():
-            for step in ("step 0.5, ridge 2 F / N", "patch, step 1, ridge local"):
-                cells = (f"{step}, sinks as other tokens", step)
-                found = [own["sinks"][cell]["kinds"]["lambada_passages"] for cell in cells]
-                how = "patch" if step.startswith("patch") else "refit"
-                values = [f"{cell['perplexity']:,.2f}" for cell in found]
-                lines.append(row(f"{model}{name}, {how}", *values, nats(found[1])))
+            cells = [own["sinks"][cell] for cell in (f"{step}, sinks as other tokens", step)]
+            found = [cell["kinds"]["lambada_passages"] for cell in cells]
+            values = [f"{cell['perplexity']:,.2f}" for cell in found]
+            lines.append(row(f"{model}{name}", *values, nats(found[1])))
     return lines
 
 
@@ -331,7 +319,7 @@ def steps_and_ridges() -> list[str]:
     """Nats above the default step and ridge, over three kinds of text, for two sets of layers."""
     sets = result("refit_choices")["sets"].values()
     every = [own["usual"] | own["ridges"] for own in sets]
-    default, *others = every[0]
+    default, *others = [name for name in every[0] if "local" not in name and "inputs" not in name]
     lines = [row(f"{default} (the default)", *["0"] * len(every))]
     for name in others:
         lines.append(row(name, *(nats(own[name]["kinds"]["all three kinds"]) for own in every)))
@@ -368,13 +356,13 @@ def stopping() -> list[str]:
 
 
 def attacked() -> list[str]:
-    lines = []
-    for kind in (*hostile.KINDS, *hostile.BEYOND):
-        case = result("stopping_adversarial")["kinds"][kind]
-        runs, stops = (hostile.shares(case, f"wrong_of_{of}") for of in ("runs", "early_stops"))
-        name = f"beyond the promise: {kind}" if kind in hostile.BEYOND else kind
-        lines.append(row(name, runs, f"{case['early_stops']:,}", stops))
-    return lines
+    """The six populations that mislead most often."""
+    kinds = result("stopping_adversarial")["kinds"]
+    worst = sorted(kinds, key=lambda kind: kinds[kind]["wrong_of_runs"], reverse=True)[:6]
+    return [
+        row(kind, hostile.shares(kinds[kind], "wrong_of_runs"), f"{kinds[kind]['early_stops']:,}")
+        for kind in worst
+    ]
 
 
 # Time and memory
@@ -423,9 +411,9 @@ def refit_streamed() -> list[str]:
 
 
 def serving() -> list[str]:
-    """A row for every model that was served: its size and speeds, beside the expected."""
+    """By format and layers removed: the size and speeds, beside the expected."""
     lines = []
-    for own in result("serving")["rows"]:
+    for own in [own for own in result("serving")["rows"] if own["removed"] in (0, 4, 8)]:
         cells = [f"{own['kind']}, {own['removed']} removed", f"{own['megabytes']:.0f}"]
         for name in ("prompt", "generation"):
             ratio, expected = spread(own[f"{name}_ratio"], 2), own[f"{name}_expected"]
@@ -480,8 +468,10 @@ def kinds() -> list[str]:
 
 
 def architectures() -> list[str]:
-    """A row for each outcome, with the names of its architectures."""
+    """A row for each outcome; the architectures that work are all others."""
     groups: dict[str, list[str]] = {}
     for name, found in result("architectures")["rows"].items():
         groups.setdefault(found["outcome"], []).append(f"`{name}`")
-    return [row(f"{outcome}, {len(n)}", ", ".join(n)) for outcome, n in groups.items()]
+    names = {outcome: ", ".join(n) for outcome, n in groups.items()}
+    names["works"] = "all others"
+    return [row(f"{outcome}, {len(n)}", names[outcome]) for outcome, n in groups.items()]

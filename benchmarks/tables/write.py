@@ -104,11 +104,6 @@ TABLES: dict[str, Callable[[], str]] = {
         rows.own_dialogs,
         "own_dialogs",
     ),
-    "layers chosen on own samples": table(
-        "| chosen on | chapters | novels | WikiText-2 | own dialogs |",
-        rows.own_choices,
-        "own_samples",
-    ),
     "coverage of intervals": table(
         "| texts | usual, two-sided | used, two-sided | used, one-sided | no interval |",
         lambda: rows.covering(rows.result("coverage")),
@@ -120,7 +115,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "stopping",
     ),
     "misleading populations": table(
-        "| windows | early and wrong, of runs | early stops | wrong, of these |",
+        "| windows | early and wrong | early stops |",
         rows.attacked,
         "stopping_adversarial",
     ),
