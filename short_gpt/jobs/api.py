@@ -36,7 +36,7 @@ DEMO = BuiltinName("demo")  # the model and the book, also where a folder has th
 DEMO_WINDOWS = Windows("self", eval_data=DEMO, size=256, max_windows=24, eval_windows=8).without(
     "data", "column", "eval_data", "stride", "seed"
 )
-OF_DEMO = Shrinking(n=1, method="bi").only("n", "method", "minutes")
+OF_DEMO = Shrinking(n=1, method="bi").only("n", "method", "time")
 SHRINKING = OpenOptions(precision=FASTER).only("device", "dtype", "precision", "trust_remote_code")
 COMPARED = Windows(max_windows=24, eval_windows=16).without("stride")
 PUBLISHED = Windows(Default("wikitext-2"), size=2048)  # as published perplexities are measured
@@ -326,10 +326,10 @@ def shrink(
 ) -> ShrinkResult:
     """Makes a smaller model that works, with all steps in one.
 
-    Layers are chosen and removed, the others refitted and, with `minutes`, trained; the result is
-    evaluated, verified and written, with a page that shows it all. It needs no data: without any,
-    it reads what the model itself writes; `eval_data` names text to evaluate on. What will be done
-    and how long it takes is printed first. If interrupted or killed, repeat it: it continues.
+    Layers are chosen and removed, the others refitted and, if `time` is left, trained; the result
+    is evaluated, verified and written, with a page that shows it all. It needs no data: without
+    any, it reads what the model itself writes; `eval_data` names text to evaluate on. What will be
+    done in that time is printed first. If interrupted or killed, repeat it: it continues.
 
     Args:
         model: Hugging Face directory or hub id, Meta directory or GGUF file; or a loaded model of

@@ -1,17 +1,13 @@
-"""What a model costs, and how long a job will take: sizes, speeds, forecasts."""
+"""What a model costs: sizes and speeds."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from short_gpt.healing.choosing import BARE_PASS, BUDGET, MAX_WINDOWS, REFIT_PASSES, TRIAL_WINDOWS
 from short_gpt.models.decoder import wait
-from short_gpt.selection.methods import AUTO, SEARCHED
-from short_gpt.selection.search import most_layers_run
 from short_gpt.wrappers.short_model import ShortModel
 
 TIMED = 3  # steps of writing by which its time is foretold
@@ -62,24 +58,3 @@ def seconds_a_token(short: ShortModel, texts: int) -> float:
 
     short.continued([[0]] * texts, TIMED, likeliest)
     return (times[-1] - times[0]) / (TIMED - 1)
-
-
-def windows_to_choose(method: str, n: int | None, n_layers: int, windows: int) -> float:
-    """Windows through the whole model, at most, that it takes to choose n layers.
-
-    Args:
-        method: Name of the method that chooses.
-        n: Layers to remove; None until a perplexity has told how many.
-        n_layers: Layers of the model.
-        windows: Calibration windows.
-    """
-    chosen, unknown = float(min(windows, MAX_WINDOWS)), 0.0
-    if n is None:  # a greedy search, and refits of halves of its list, on a quarter of the windows
-        trials = 2 * math.ceil(math.log2(n_layers)) * (3 * REFIT_PASSES + 1) * MAX_WINDOWS / 4
-        unknown = TRIAL_WINDOWS * most_layers_run(n_layers, n_layers - 2) / n_layers + trials
-    if method == AUTO:
-        chosen = BUDGET * BARE_PASS
-    elif method in SEARCHED:
-        rounds = 1 if method == "perplexity" else n or n_layers // 2
-        chosen = TRIAL_WINDOWS * most_layers_run(n_layers, rounds) / n_layers
-    return unknown + chosen

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from llama.files import check_new, check_output
 from llama.sources import BuiltinName, Source, find_source, is_gguf
@@ -26,13 +26,14 @@ from short_gpt.healing import RefitSettings
 from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
-from short_gpt.jobs.costs import CLOSED_WINDOWS, seconds_a_token, windows_to_choose
+from short_gpt.jobs.costs import CLOSED_WINDOWS, seconds_a_token
 from short_gpt.jobs.inputs import Tasks, Windows
 from short_gpt.jobs.page import is_page
 from short_gpt.jobs.rivals import RIVAL
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_models import Opened
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
+from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
 from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.models.numbering import check_count
@@ -41,7 +42,6 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.state import StateFile, joined
-from short_gpt.selection.methods import AUTO
 from short_gpt.wrappers import own_text
 from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import FASTER, OpenOptions
@@ -56,9 +56,12 @@ WINDOW = 512  # tokens
 CONTEXT = 4096  # tokens of the KV cache in all
 ANSWER_TOKENS = 24  # most tokens of an answer to a question
 TIMING = 10  # seconds of comparing speeds, about
-STATE, HEALING, WRITTEN = "state.json", "healing", "written"
+STATE, PLAN, HEALING, WRITTEN = "state.json", "plan.json", "healing", "written"
 # what the folder of a run holds, own texts and what a killed save leaves included
-PARTS = (f"{STATE}*", "self-*.json", f".{STATE}*", ".self-*", HEALING, WRITTEN, RIVAL)
+PARTS = (
+    *(f"{dot}{name}*" for name in (STATE, PLAN, "self-") for dot in ("", ".")),
+    *(HEALING, WRITTEN, RIVAL),
+)
 
 
 @dataclass
@@ -74,6 +77,7 @@ class Shrink:
     saving: Saving
     running: Running
     layers: Sequence[int] = ()  # to remove, once they are chosen
+    _timed: dict[int, float] = field(default_factory=dict)  # seconds a token by texts written
 
     # The request
 
@@ -99,7 +103,7 @@ class Shrink:
     @property
     def method(self) -> str:
         """The method that chooses the layers."""
-        return self.settings.method or AUTO
+        return self.planned.method
 
     @property
     def to(self) -> str:
@@ -115,11 +119,11 @@ class Shrink:
         defaults = (Shrinking(), SHRUNK, Tasks(), OpenOptions(precision=FASTER))
         groups = (self.settings, self.reading, self.tasks, self.opening)
         for group, usual in zip(groups, defaults, strict=True):
-            for field in group.taken():
-                value = getattr(group, field.name)
-                if not isinstance(value, BuiltinName) and value != getattr(usual, field.name):
+            for one in group.taken():
+                value = getattr(group, one.name)
+                if not isinstance(value, BuiltinName) and value != getattr(usual, one.name):
                     names = map(short_name, str(value).split(","))
-                    words += [f"--{field.name}", *([] if value is True else [",".join(names)])]
+                    words += [f"--{one.name}", *([] if value is True else [",".join(names)])]
         return shlex.join(words)
 
     def next_steps(self, out: Path) -> list[str]:
@@ -159,8 +163,11 @@ class Shrink:
 
     # The model, and what will be done with it
 
-    def open(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Opens the model; how many layers go, its sizes and its speed follow."""
+    def open(self, tokenizer: PreTrainedTokenizerBase | None, *, keep: bool) -> None:
+        """Opens the model; how many layers go, its sizes, its speed and the plan follow.
+
+        ``keep``: a run that continues this one has the same plan, whatever its speed.
+        """
         source, opening = self.source, self.opening.as_begun(self.folder / STATE)
         if source is None:
             short = open_trainable(cast("PreTrainedModel", self.model), opening, tokenizer)
@@ -169,9 +176,6 @@ class Shrink:
         self.short, self.opened = short, Opened(short, source, self.to, opening)
         short.check_weights()
         self.size = self.reading.size or min(WINDOW, short.decoder.max_seq_len)
-        many = 3 * CLOSED_WINDOWS if self.reading.own else None
-        usual = CLOSED_WINDOWS if self.settings.minutes is None else many
-        self.limit = self.reading.max_windows or usual  # windows to learn from; None is all
         self.parameters, self.stored = self.opened.sizes()
         itemsize = 2 if self.to == "gguf" else self.opened.dtype.itemsize  # llama.cpp's is float16
         self.caches = [cache.size(CONTEXT, itemsize) for cache in self.opened.caches()]  # bytes
@@ -184,6 +188,26 @@ class Shrink:
         # any tokens, which do not change the time
         self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
         self.a_pass = short.seconds_a_window(self.probe)
+        if not keep:
+            self.planned = self._fitted()
+            return
+        read = ("name", "max_windows", "eval_windows")
+        asked = self._dials | {name: str(getattr(self.reading, name)) for name in read}
+        state = StateFile(self.folder / PLAN, asked, folder=self.folder)
+        if not state.content:
+            state.save({"plan": self._fitted()})
+        self.planned = Plan(*(state.content or {})["plan"])
+
+    @property
+    def _dials(self) -> dict[str, Any]:
+        """Settings that choose layers and healing: questions and tasks may be others later."""
+        return asdict(replace(self.settings, prompts=None))
+
+    @property
+    def _most_seconds(self) -> float:
+        """The time of the run."""
+        usual = MINUTES.get(self.short.decoder.device.type, MINUTES[""])
+        return self.settings.seconds or 60.0 * usual
 
     @property
     def most(self) -> dict[str, float]:
@@ -198,8 +222,9 @@ class Shrink:
     def plan(self) -> str:
         """What will be done, roughly how long it takes, and how much memory."""
         (sizes, rest), n = self.parameters, self.n
-        fitted = min(self.limit or CLOSED_WINDOWS, CLOSED_WINDOWS)
-        refit = plan_of(self.short, [self.probe] * fitted)
+        planned = self.planned
+        read = min(planned.windows or CLOSED_WINDOWS, CLOSED_WINDOWS)
+        refit = plan_of(self.short, [self.probe] * read)
         memory = format_bytes(sum(refit.host.values()))
         before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
         kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
@@ -213,27 +238,74 @@ class Shrink:
                 f"{n or 'some'} of {self.count} layers {go} ({self.settings.size_flag})"
                 + (kept if n else ""),
                 f"a window of {self.size} tokens takes {takes}: in all about "
-                f"{duration(self._seconds())}{own}, and the time to {more}write the model and read "
+                f"{duration(planned.seconds)}{own}, and the time to {more}write the model and read "
                 "it again",
+                *self._given_up(),
                 f"the refit takes up to {memory} of the machine's memory",
             ]
         )
 
-    def _seconds(self) -> float:
-        limit = self.limit or MAX_WINDOWS
-        passes = windows_to_choose(self.method, self.n, self.count, limit)
+    def _given_up(self) -> list[str]:
+        """What the time does not allow, and what it is used for."""
+        plan, asked, within = self.planned, self.reading, duration(self._most_seconds)
+        named = asked.max_windows or plan.training  # which reads more of them
+        changes = (
+            ("method", self.settings.method, plan.method, PLANS[0].method),
+            ("windows to learn from", named, plan.windows, PLANS[0].windows),
+            ("windows to evaluate on", None, plan.eval_windows, asked.eval_windows),
+        )
+        fewer = [
+            f"{what} {now} instead of {usual}"
+            for what, named, now, usual in changes
+            if named is None and now != usual
+        ]
+        lines = [f"to stay within {within} (--time): {', '.join(fewer)}"] if fewer else []
+        if plan.training:
+            lines.append(f"of {within} (--time), {duration(plan.training)} go into distillation")
+        if plan.seconds > self._most_seconds:
+            lines.append(f"nothing cheaper is left to do: it takes longer than {within}")
+        return lines
+
+    def _fitted(self) -> Plan:
+        """The plan that fits into the time."""
+        judged, usual = self.reading.eval_windows, SHRUNK.eval_windows
+        return fitted(
+            self._seconds,
+            self._most_seconds,
+            method=self.settings.method,
+            windows=self.reading.max_windows,
+            eval_windows=None if judged == usual else judged,
+            train_on=MANY if self.reading.own else None,
+            train=self.settings.time is not None,
+        )
+
+    @cached_property
+    def _own_pass(self) -> float:
+        """Seconds that a window takes in the model's own dtype."""
+        with in_own_dtype(self.short.decoder):
+            return self.short.seconds_a_window(self.probe)
+
+    def _seconds(self, plan: Plan) -> float:
+        """Seconds that a plan takes, without training."""
+        limit = plan.windows or MAX_WINDOWS
+        passes = windows_to_choose(plan.method, self.n, self.count, limit)
         passes += REFIT_PASSES * min(limit, CLOSED_WINDOWS)
-        seconds = passes * self.a_pass + 60 * (self.settings.minutes or 0)
-        with in_own_dtype(self.short.decoder):  # the original, the pruned and the healed model
-            seconds += 3 * self.reading.eval_windows * self.short.seconds_a_window(self.probe)
+        seconds = passes * self.a_pass
+        seconds += 3 * plan.eval_windows * self._own_pass  # the original, pruned and healed model
         if sources := self.reading.own:
             names = source_names(self.reading.name)
             extra = self.reading.eval_name is None and sources == names
-            each = own_text.count_of_own(self.limit, len(names), extra=extra)
+            each = own_text.count_of_own(plan.windows, len(names), extra=extra)
             tokens = len(sources) * math.ceil(each / own_text.AT_ONCE) * self.size
-            seconds += tokens * seconds_a_token(self.short, min(own_text.AT_ONCE, each))
+            seconds += tokens * self._a_token(min(own_text.AT_ONCE, each))
         written = 3 * ANSWER_TOKENS * math.ceil(len(self.questions) / AT_ONCE)
-        return seconds + written * seconds_a_token(self.short, AT_ONCE) + TIMING
+        return seconds + written * self._a_token(AT_ONCE) + TIMING
+
+    def _a_token(self, texts: int) -> float:
+        """Seconds that it takes to write a token in so many texts together; each timed once."""
+        if texts not in self._timed:
+            self._timed[texts] = seconds_a_token(self.short, texts)
+        return self._timed[texts]
 
     @cached_property
     def questions(self) -> list[Question]:
@@ -248,11 +320,13 @@ class Shrink:
 
     def read(self) -> None:
         """The windows, and the state that keeps what is measured on them."""
-        self.windows = windows = self.reading.learning(
+        plan = self.planned
+        reading = self.reading.changed({"eval_windows": plan.eval_windows})
+        self.windows = windows = reading.learning(
             self.short,
             self.size,
-            self.limit,
-            validate=self.settings.minutes is not None,
+            plan.windows,
+            validate=plan.training > 0,
             beside=self.folder / REPORT,
         )
         self.calibration = windows.training[:MAX_WINDOWS]  # that choose the layers
@@ -274,8 +348,7 @@ class Shrink:
                 "evaluation": windows_digest(windows.evaluation),
                 "refit": vars(RefitSettings()),  # with which the choice and the healing begin
             },
-            # questions and tasks choose no layers, and may be others when a run goes on
-            asdict(replace(self.settings, prompts=None)),
+            self._dials | {"method": self.method},
         )
         saved = StateFile(self.folder / STATE, identity, folder=self.folder)
         texts = (self.calibration, windows.evaluation)

@@ -15,7 +15,6 @@ from short_gpt.runtime.settings import CHOOSE, RUN, Settings, setting
 SIZES = ("ratio", "n", "memory", "max_kld", "max_perplexity_ratio")  # one of these is set
 MAX_KLD = 0.1  # nats a token: near the original, as the better types of 4 bits
 SHRUNK = Windows("self", size=None).without("column", "stride", "seed")  # what is read by default
-A_YEAR = 365 * 24 * 60  # minutes
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,16 @@ class Shrinking(Settings):
     method: str | None = setting(
         None,
         "Method that chooses the layers: auto, which refits the sets of several methods and takes "
-        "the one nearest to the original, or another of rank. Default: auto.",
+        "the one nearest to the original, or another of rank. Default: auto, or what fits into "
+        "the time: greedy_kld, bi.",
     )
-    minutes: float | None = setting(
-        None, "Minutes of distillation after the refit. Default: none.", heading=RUN
+    time: str | int | None = setting(
+        None,
+        "Time of the whole run, as in 30m or 2h: fewer windows, and a cheaper method, where that "
+        "is not enough; distillation in what is left, where that is a quarter or more. Default: "
+        "at most 30 minutes on a CPU, 15 on a GPU, without distillation.",
+        heading=RUN,
+        value="TIME",
     )
     prompts: str | None = setting(
         None,
@@ -85,6 +90,13 @@ class Shrinking(Settings):
 
         return None if self.memory is None else bytes_of(self.memory, "memory")
 
+    @property
+    def seconds(self) -> float | None:
+        """The time of the run; None where that is not set."""
+        from short_gpt.runtime.progress import seconds_of
+
+        return None if self.time is None else seconds_of(self.time)
+
     def check(self) -> None:
         """Raises ShortGPTError for a setting that is refused, before a model is loaded."""
         from short_gpt.selection.methods import check_method
@@ -93,16 +105,14 @@ class Shrinking(Settings):
             raise ShortGPTError(
                 f"`{both[0]}` and `{both[1]}` both say how small the model becomes: give one"
             )
-        ratio, kld, minutes = self.ratio, self.max_kld, self.minutes
+        ratio, kld = self.ratio, self.max_kld
         check(ratio is None or 0 < ratio < 1, "`ratio`", ratio, "above 0 and below 1")
         check(kld is None or 0 < kld < math.inf, "`max_kld`", kld, "above 0, as in 0.1")
         rise = self.max_perplexity_ratio
         in_range = rise is None or 1 < rise < math.inf
         check(in_range, "`max_perplexity_ratio`", rise, "above 1, as in 1.2")
-        in_range = minutes is None or 0 < minutes <= A_YEAR
-        check(in_range, "`minutes`", minutes, f"above 0 and at most {A_YEAR:,}, a year")
         at_least(1, optional=True, n=self.n)
-        _ = self.target  # raises for an invalid size
+        _ = self.target, self.seconds  # raise for invalid texts
         if self.method is not None:
             check_method(self.method)
 

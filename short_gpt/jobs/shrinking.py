@@ -86,7 +86,7 @@ def shrink(
     run.check()
     saving.check(run.out, run.to)
     lock = None if dry_run else hold(run.folder)
-    run.open(tokenizer)
+    run.open(tokenizer, keep=not dry_run)
     plan = run.plan()
     if dry_run:
         if not windows.own:
@@ -158,12 +158,12 @@ def _most_within(run: Shrink, most_kld: float) -> int:
 
 
 def _steps(run: Shrink) -> dict[str, Recipe | None]:
-    """The refit, and a distillation of as many steps as the minutes allow."""
-    if (minutes := run.settings.minutes) is None:
+    """The refit, and a distillation of as many steps as its time allows."""
+    if not (seconds := run.planned.training):
         return {"refit": None}
     modules = {"modules": OUTPUTS} if run.opened.in_few_bits else {}
     recipe = recipe_for(run.short.model.config, "small", seed=run.seed, **modules)
-    steps = run.cells.value("steps", partial(_steps_in, run, 60 * minutes, recipe))
+    steps = run.cells.value("steps", partial(_steps_in, run, seconds, recipe))
     warmup = min(recipe.warmup_steps, steps // 8)
     recipe = replace(recipe, steps=steps, warmup=warmup, eval_every=-(-steps // CHECKS))
     return {"refit": None, "distill": recipe}

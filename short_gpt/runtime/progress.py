@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
 from llama.ranks import is_distributed
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, refused
 
 Bar = Any  # of tqdm, which has no types
 _quiet = False  # whether neither bars nor notes are shown
+A_YEAR = 365 * 86_400.0  # seconds
 RARELY = 30.0  # seconds between two lines of a bar in a file
 UNITS = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
@@ -77,6 +79,18 @@ def check_alone(what: str) -> None:
     """Raises ShortGPTError where this process is one of several ranks."""
     if is_distributed():
         raise ShortGPTError(f"{what} runs on one rank; start it alone, not by torchrun")
+
+
+def seconds_of(text: str | int, name: str = "time") -> float:
+    """Seconds of a text like "90s", "30m", "1.5 hours" or "2d"; a number alone counts minutes.
+
+    Raises ShortGPTError for another text, and for no time at all.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
+    units = [unit for words, unit in UNITS if words.startswith(match[2] or "m")] if match else []
+    if match is None or not units or not 0 < (seconds := float(match[1]) * units[0]) <= A_YEAR:
+        raise refused(f"`{name}`", text, "a time of at most a year, such as 30m, 90s or 2h")
+    return seconds
 
 
 def duration(seconds: float) -> str:

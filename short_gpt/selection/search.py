@@ -34,36 +34,6 @@ Batch = tuple[list[TokenIds], Tensor, Tensor]  # windows, tokens (B, S), mask (B
 Nats = dict[int, float]  # by candidate
 
 
-@dataclass(frozen=True)
-class SearchOptions:
-    """How a search by loss runs.
-
-    Attributes:
-        candidates: Positions that may be removed. Default: all except the first and the last.
-        batch_size: Windows read together.
-        max_memory: Bytes for stored states. Windows that need more even for one state each are read
-            in groups, one after the other.
-        state: Saves the search and continues it; that of another search is refused.
-        progress: Show a bar.
-        reference: The original's predictions for the windows: the mean KL divergence from them is
-            then the loss. Default: the loss is that of the next token.
-    """
-
-    candidates: Collection[int] | None = None
-    batch_size: int = 1
-    max_memory: int = 2**31
-    state: StateFile | None = None
-    progress: bool = False
-    reference: Reference | None = None
-
-    def allowed(self, count: int) -> list[int]:
-        """Candidates of a model of so many layers; the first and the last always stay."""
-        if self.candidates is None:
-            return [*range(1, count - 1)]
-        check_exist([*self.candidates], range(count))
-        return [i for i in range(1, count - 1) if i in self.candidates]
-
-
 @dataclass
 class Search:
     """The result of a search."""
@@ -77,6 +47,38 @@ class Search:
         """The removed layers, each with its loss in its round, or in the only one."""
         last = len(self.losses) - 1
         return [(layer, self.losses[min(i, last)][layer]) for i, layer in enumerate(self.removed)]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a search by loss runs.
+
+    Attributes:
+        candidates: Positions that may be removed. Default: all except the first and the last.
+        batch_size: Windows read together.
+        max_memory: Bytes for stored states. Windows that need more even for one state each are read
+            in groups, one after the other.
+        state: Saves the search and continues it; that of another search is refused.
+        progress: Show a bar.
+        reference: The original's predictions for the windows: the mean KL divergence from them is
+            then the loss. Default: the loss is that of the next token.
+        start: The same search of fewer layers, to go on with.
+    """
+
+    candidates: Collection[int] | None = None
+    batch_size: int = 1
+    max_memory: int = 2**31
+    state: StateFile | None = None
+    progress: bool = False
+    reference: Reference | None = None
+    start: Search | None = None
+
+    def allowed(self, count: int) -> list[int]:
+        """Candidates of a model of so many layers; the first and the last always stay."""
+        if self.candidates is None:
+            return [*range(1, count - 1)]
+        check_exist([*self.candidates], range(count))
+        return [i for i in range(1, count - 1) if i in self.candidates]
 
 
 def by_loss(
@@ -190,6 +192,8 @@ class Trials:
         read_on = {"layers": len(self._layers), "windows": windows_digest(windows)}
         self._identity = {**identity, **read_on}
         self.result, self._done = continued(options.state, self._sizes, self._identity)
+        if options.start and not self.result.removed:
+            self.result = Search([*options.start.removed], [*options.start.losses])
 
     def keep(self, n: int) -> None:
         """Drops the results of a saved search beyond n layers."""

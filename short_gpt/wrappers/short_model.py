@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -161,6 +162,7 @@ class ShortModel(ScoredModel):
         max_memory: int = 2**31,
         state: StateFile | None = None,
         progress: bool = True,
+        start: Search | None = None,
     ) -> Search:
         """The layers to remove by the loss without them; see `search.by_loss`.
 
@@ -169,6 +171,7 @@ class ShortModel(ScoredModel):
             method: Name of `methods.SEARCHED`. Default: "sleb".
             candidates: Original numbers of layers that may be removed. Default: all inner ones.
             max_memory: Bytes for stored states. Default: 2 GiB.
+            start: The same search of fewer layers, which it goes on with.
         """
         self.check_whole()
         self.check_weights()
@@ -178,8 +181,13 @@ class ShortModel(ScoredModel):
             check_exist(candidates, self.kept)
             few = [self.kept.index(i) for i in candidates]
         options = SearchOptions(few, batch_size, max_memory, state, progress)
+        if start is not None:
+            options = replace(options, start=_renumbered(start, self.kept.index))
         result = by_loss(self.decoder, windows, n, options, method=method)
         # a search counts positions in the model as it is now; a user sees original numbers
-        numbers = [{self.kept[i]: v for i, v in loss.items()} for loss in result.losses]
-        removed = [self.kept[i] for i in result.removed]
-        return Search(removed, numbers)
+        return _renumbered(result, self.kept.__getitem__)
+
+
+def _renumbered(search: Search, number: Callable[[int], int]) -> Search:
+    losses = [{number(i): value for i, value in loss.items()} for loss in search.losses]
+    return Search([number(i) for i in search.removed], losses)

@@ -390,12 +390,21 @@ def test_of_a_pruned_model_the_numbers_are_the_originals(candidates):
 
 
 def test_few_windows_and_windows_that_share_text():
-    assert choose_healed(model(), WINDOWS[:6], 1, budget=9, **QUIET).notes == [
-        "chosen on 6 windows, fewer than 16: the differences are less sure"
-    ]
+    notes = choose_healed(model(), WINDOWS[:6], 1, budget=9, **QUIET).notes
+    assert notes[0] == "chosen on 6 windows, fewer than 16: the differences are less sure"
     with pytest.raises(ValueError, match="at least 4 windows, .* got 3, of which 0 share"):
         choose_healed(model(), WINDOWS[:3], 1, **QUIET)
     with pytest.raises(ValueError, match="got 8, of which 4 share text"):
         choose_healed(model(), WINDOWS[:4] * 2, 1, **QUIET)
     with pytest.raises(ValueError, match="expected 1 to 4"):
         choose_healed(model(), WINDOWS, 5, **QUIET)
+
+
+def test_where_the_windows_do_not_settle_it_the_searched_set_is_taken(stubbed, monkeypatch):
+    monkeypatch.setattr(choosing, "GREEDY", "searched")
+    a, close, far = noisy(1.0, 1.0), noisy(1.01, 1.01, 0.2), noisy(1.5, 1.5)
+    result = stubbed(a=([2], a), searched=([3], close))
+    assert result.layers == [3] and result.kld == pytest.approx(1.01)
+    assert result.notes == ["a [2] is not told apart from searched's set, which is taken"]
+    assert [one.layers for one in result.candidates] == [[2], [3]]
+    assert stubbed(a=([2], a), searched=([3], far)).layers == [2]

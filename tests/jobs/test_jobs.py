@@ -363,7 +363,7 @@ def test_an_unknown_setting_is_named_with_the_nearest(call, said):
 def test_a_setting_that_is_a_number_takes_no_text(value):
     for name, call in (
         ("ratio", lambda **own: shrink("ckpt", "o", **own)),
-        ("minutes", lambda **own: shrink("ckpt", "o", **own)),
+        ("max_kld", lambda **own: shrink("ckpt", "o", **own)),
         ("ridge", lambda **own: heal("ckpt", "o", layers=[1], **own)),
     ):
         with pytest.raises(ShortGPTError, match=rf"`{name}` = {re.escape(repr(value))}: expected"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from short_gpt import ShortGPTError
 from short_gpt.jobs.shrink_settings import Shrinking
+from short_gpt.jobs.shrink_time import MANY, Plan, fitted, windows_to_choose
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,8 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"memory": 600}, "still takes 700 B; name that or more"),
         ({"memory": "much"}, "`memory` = 'much': expected a size with its unit, such as 12GB"),
         ({"memory": "12"}, "`memory` = '12': expected a size with its unit, such as 12GB"),
+        ({"time": "soon"}, "`time` = 'soon': expected a time of at most a year, such as 30m"),
+        ({"time": 0}, "`time` = 0: expected a time"),
         ({"max_kld": 0.0}, "`max_kld` = 0.0: expected above 0"),
         ({"max_perplexity_ratio": 0.9}, "`max_perplexity_ratio` = 0.9: expected above 1"),
     ],
@@ -66,3 +69,53 @@ def test_without_a_size_the_divergence_is_the_limit():
     assert Shrinking(max_perplexity_ratio=math.exp(0.2)).most_kld == pytest.approx(0.2)
     for size in ({"n": 2}, {"ratio": 0.25}, {"memory": "3kB"}):
         assert Shrinking(**size).most_kld is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), (30, 1800), ("1.5 hours", 5400), ("2d", 172_800), ("2m", 120)],
+)
+def test_times(text, seconds):
+    assert Shrinking(time=text).seconds == seconds
+
+
+NAMED = {"method": None, "windows": None, "eval_windows": None}
+FULL = Plan("auto", 64, 32)
+
+
+def seconds(plan: Plan) -> float:
+    return {"auto": 100, "greedy_kld": 50, "bi": 0}.get(plan.method, 10) + (plan.windows or 500)
+
+
+@pytest.mark.parametrize(
+    ("most", "named", "plan"),
+    [
+        (164, {}, FULL),  # as much as the first takes
+        (163, {}, ("auto", 48, 24)),
+        (100, {}, ("greedy_kld", 48, 16)),
+        (1, {}, ("bi", 16, 8)),  # the cheapest, which takes longer
+        (100, {"windows": 200, "eval_windows": 5}, ("bi", 200, 5)),
+        (60, {"method": "sleb"}, ("sleb", 48, 24)),
+        (10_000, {}, FULL),  # no training unless a time is named
+        (10_000, {"train": True, "train_on": MANY}, ("auto", MANY, 32)),
+        (10_000, {"train": True}, ("auto", None, 32)),
+        (300, {"train": True, "train_on": MANY}, FULL),  # less than a quarter is left
+    ],
+)
+def test_the_best_plan_that_fits(most, named, plan):
+    found = fitted(seconds, most, **{**NAMED, **named})
+    assert found[:3] == plan[:3]
+    trains = found.windows != 64 and named.get("train", False)
+    assert found.training == (most - seconds(found) if trains else 0)
+    assert found.seconds == (most if trains else seconds(found))
+
+
+def test_what_a_choice_takes():
+    # a round of 2 of 5 layers tries 3 of them: 1 + 2 + 3 and 3 layers run, the next 1 + 2 and 2
+    assert windows_to_choose("sleb", 2, 5, 64) == 4 * (6 + 3 + 3 + 2) / 5
+    assert windows_to_choose("bi", 2, 5, 64) == 48 and windows_to_choose("bi", 2, 5, 8) == 8
+    few, many = (windows_to_choose("auto", 8, 30, windows) for windows in (16, 64))
+    assert few < many <= 60 * 16
+    assert windows_to_choose("greedy_kld", None, 24, 32) > windows_to_choose(
+        "greedy_kld", 3, 24, 32
+    )

@@ -382,6 +382,23 @@ def test_speeds_of_files_come_from_a_process_of_its_own(here):
     assert measured["original"]["prompt"].ratio == 1 and [*measured["original"]] == [*WORK]
 
 
+def test_what_does_not_fit_into_the_time_is_said_and_a_continued_run_keeps_its_plan(
+    here, monkeypatch
+):
+    own: list[str] = []
+    how = {"n": 2, "time": "40s", "size": 24, "data": "other", "eval_data": "books"}
+    monkeypatch.setattr(ShortHFModel, "seconds_a_window", lambda *_: 0.1)
+    with interrupted(shrinking, "_move_into_place", 0):
+        shrink("hf", "out", **how, notify=own.append)
+    fewer = "method greedy_kld instead of auto, windows to evaluate on 16 instead of 32"
+    assert f"to stay within 40 seconds (--time): {fewer}" in own[0]
+    assert re.search(r"of 40 seconds \(--time\), \d+ seconds go into distillation", own[0])
+    monkeypatch.setattr(ShortHFModel, "seconds_a_window", lambda *_: 1.0)
+    done = shrink("hf", "out", **how, notify=own.append)
+    assert done.method == "greedy_kld" and fewer in done.plan
+    assert "it takes longer than 40 seconds" in shrink("hf", "no", **how, dry_run=True).plan
+
+
 def test_a_dry_run_writes_nothing(here, capsys):
     before = sorted(here.rglob("*"))
     run("shrink", "hf", "out", "--n", 1, "--dry_run", *FLAGS)
@@ -399,7 +416,7 @@ def test_a_loaded_model_is_shrunk_in_place_and_trained(here):
     model = AutoModelForCausalLM.from_pretrained("hf")
     tokenizer = AutoTokenizer.from_pretrained("hf")
     done = shrink(
-        model, "out", tokenizer=tokenizer, n=2, minutes=0.03, **CUT, data="other", method="bi"
+        model, "out", tokenizer=tokenizer, n=2, time="4s", **CUT, data="other", method="bi"
     )
     assert model.config.num_hidden_layers == 4
     assert [step["method"] for step in done.healing] == ["refit", "distillation"]
@@ -421,7 +438,7 @@ def test_a_loaded_model_is_whole_after_an_error_and_the_same_call_continues(here
     monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 3)
     model, tokenizer = (c.from_pretrained("hf") for c in (AutoModelForCausalLM, AutoTokenizer))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    how = {"tokenizer": tokenizer, "n": 2, **CUT, "data": "other", "method": "bi", "minutes": 0.03}
+    how = {"tokenizer": tokenizer, "n": 2, **CUT, "data": "other", "method": "bi", "time": "4s"}
     with interrupted(shrinking, "_move_into_place", 0):
         shrink(model, "out", **how)
     after = model.state_dict()
@@ -543,7 +560,7 @@ def test_a_training_that_changed_nothing_is_reported(here, monkeypatch):
     real = shrinking.recipe_for
     still = lambda *a, **how: replace(real(*a, **how), learning_rate=1e-30)  # noqa: E731
     monkeypatch.setattr(shrinking, "recipe_for", still)
-    done = shrink("hf", "out", n=2, minutes=0.03, **CUT, data="other", method="bi")
+    done = shrink("hf", "out", n=2, time="4s", **CUT, data="other", method="bi")
     assert done.healing[1]["kept_step"] == 0
     (said,) = (remark for remark in done.remarks if remark.startswith("distillation changed"))
     assert "no step lowered the loss" in said and said in (here / "out/report.html").read_text()
@@ -563,7 +580,7 @@ def test_of_a_quantized_file_only_output_projections_are_trained(here, monkeypat
     in_types(Path("model.gguf"), Path("few.gguf"), dict.fromkeys(names, 2))  # Q4_0
     monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)
     how = {"n": 2, **CUT, "data": "other", "method": "bi"}
-    done = shrink("few.gguf", "out.gguf", minutes=0.03, **how)
+    done = shrink("few.gguf", "out.gguf", time="4s", **how)
     assert done.healing[1]["recipe"]["modules"] == ("outputs",)
     before, after = GGUFParts(Path("few.gguf")), GGUFParts(Path("out.gguf"))
     kept = [i for i in range(done.total) if i not in done.layers]
@@ -577,10 +594,10 @@ def test_of_a_quantized_file_only_output_projections_are_trained(here, monkeypat
 
 
 def test_a_gguf_file_is_trained_with_its_attention(here, monkeypatch):
-    monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 0.5)  # few: the text is noise
+    monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 1.5)  # few: the text is noise
     how = {"n": 2, **CUT, "data": "other", "method": "bi"}
     kept = shrink("model.gguf", "refitted.gguf", **how)
-    done = shrink("model.gguf", "out.gguf", minutes=0.03, **how)
+    done = shrink("model.gguf", "out.gguf", time="4s", **how)
     assert [step["method"] for step in done.healing] == ["refit", "distillation"]
     assert done.layers == kept.layers and done.healing[1]["recipe"]["modules"] == ("all",)
     first, second = (
@@ -750,7 +767,7 @@ def test_a_rival_that_is_nearer_and_smaller_is_said():
         (("hf", "out", "--n", 2, "--ratio", 0.5), "--ratio and --n both say how small"),
         (("hf", "hf", "--n", 2), "hf exists; choose another name"),
         (("hf", "out", "--method", "best"), "no method 'best'"),
-        (("hf", "out", "--minutes", 0), "--minutes = 0.0: expected above 0"),
+        (("hf", "out", "--time", "0m"), "--time = '0m': expected a time of at most a year"),
         (("none", "out", "--device", "cpu"), "checkpoint directory none does not exist"),
         (("hf", "out", "--eval_data", "self", "--size", 24), "self is the model's own text"),
         (("hf", "out-00001-of-00002.gguf"), "the name of a single file"),

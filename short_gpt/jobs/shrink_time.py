@@ -1,0 +1,109 @@
+"""What of a run of `shrink` fits into its time, foretold from one timed window and a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from short_gpt.healing.choosing import (
+    BARE_PASS,
+    BUDGET,
+    CANDIDATES,
+    JUDGES,
+    MAX_WINDOWS,
+    REFIT_PASSES,
+    TRIAL_WINDOWS,
+)
+from short_gpt.jobs.costs import CLOSED_WINDOWS
+from short_gpt.selection.methods import AUTO, SEARCHED
+from short_gpt.selection.search import most_layers_run
+
+MINUTES = {"cpu": 30, "": 15}  # of a run, by device; "" is any accelerator
+MANY = 3 * CLOSED_WINDOWS  # windows of its own text that a model writes for a training
+SHARE = 0.25  # of the time, at least, that a training is worth
+
+
+class Plan(NamedTuple):
+    """How a run spends its time."""
+
+    method: str  # that chooses the layers
+    windows: int | None  # to learn from, at most; None: all
+    eval_windows: int
+    seconds: float = 0.0  # of everything, foretold
+    training: float = 0.0  # seconds of it for distillation
+
+
+# The best first. What tells sets apart least, for its time, goes first: windows, then `auto`.
+PLANS = (
+    Plan(AUTO, CLOSED_WINDOWS, 32),
+    Plan(AUTO, 48, 24),
+    Plan(AUTO, 32, 16),
+    Plan("greedy_kld", 48, 16),
+    Plan("greedy_kld", 32, 16),
+    Plan("greedy_kld", 24, 8),
+    Plan("bi", 24, 8),
+    Plan("bi", 16, 8),
+)
+
+
+def fitted(
+    foretell: Callable[[Plan], float],
+    most: float,
+    *,
+    method: str | None,
+    windows: int | None,
+    eval_windows: int | None,
+    train_on: int | None = None,
+    train: bool = False,
+) -> Plan:
+    """The best plan that takes ``most`` seconds, or the cheapest one.
+
+    Args:
+        foretell: Seconds that a plan takes, without training.
+        method: Method that the user named; ``windows`` and ``eval_windows`` likewise.
+        train_on: Windows of a run that trains. Default: all.
+        train: Distill in the rest of the time, if that is at least a quarter of it.
+    """
+    for usual in PLANS:
+        plan = Plan(
+            method or usual.method, windows or usual.windows, eval_windows or usual.eval_windows
+        )
+        plan = plan._replace(seconds=foretell(plan))
+        if plan.seconds <= most:
+            break
+    longer = plan._replace(windows=windows or train_on)
+    if train and (rest := most - foretell(longer)) >= SHARE * most:
+        return longer._replace(seconds=most, training=rest)
+    return plan
+
+
+def windows_to_choose(method: str, n: int | None, n_layers: int, windows: int) -> float:
+    """Windows through the whole model, about, that it takes to choose n layers.
+
+    Args:
+        method: Name of the method that chooses.
+        n: Layers to remove; None until a divergence has told how many: then an eighth is assumed.
+        n_layers: Layers of the model.
+        windows: Calibration windows.
+    """
+    windows, unknown = min(windows, MAX_WINDOWS), 0.0
+    if (
+        n is None
+    ):  # a greedy search, and refits on three quarters of the windows, doubled and halved
+        n = max(1, n_layers // 8)
+        trials = 2 * n.bit_length() * (REFIT_PASSES * 3 + 1) * windows / 4
+        unknown = trials + _searched(min(2 * n, n_layers - 2), n_layers)
+    if method == AUTO:
+        fit = min(BARE_PASS, windows) // 2
+        judging = min(JUDGES, windows - fit)
+        sets = len(CANDIDATES) * (REFIT_PASSES * fit + judging)
+        stepwise = (n - 1) * (REFIT_PASSES + 1) * fit
+        passes = fit + judging + sets + stepwise + _searched(n, n_layers)
+        return unknown + min(passes, BUDGET * min(BARE_PASS, windows))
+    if method in SEARCHED:
+        return unknown + _searched(1 if method == "perplexity" else n, n_layers)
+    return unknown + windows
+
+
+def _searched(n: int, n_layers: int) -> float:
+    return TRIAL_WINDOWS * most_layers_run(n_layers, n) / n_layers
