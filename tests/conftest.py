@@ -48,10 +48,9 @@ def slow_bfloat16() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def few_timed_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Few tokens are timed, which no test checks, and of 40 questions two are asked."""
+    from short_gpt.costs.speeds import WORK, Speed, speeds
     from short_gpt.evaluation import answers
-    from short_gpt.jobs import shrink_run, shrinking
-    from short_gpt.jobs.costs import tokens_per_second
-    from short_gpt.jobs.speeds import WORK, Speed, speeds
+    from short_gpt.jobs import comparing, shrink_run, shrinking
 
     few_questions = tmp_path_factory.mktemp("asked") / "questions.jsonl"
     few_questions.write_text('{"prompt": "Say a", "right": "a"}\n{"prompt": "Say b"}\n')
@@ -60,9 +59,7 @@ def few_timed_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         return {name: dict.fromkeys(WORK, Speed(2.0, 1.0, 1.0, 1.0, 4)) for name in paths}
 
     with pytest.MonkeyPatch.context() as patch:
-        few = {"prompt": 8, "count": 3, "runs": 3, "warm_up": 1}
-        assert few.keys() == tokens_per_second.__kwdefaults__.keys()
-        patch.setattr(tokens_per_second, "__kwdefaults__", few)
+        patch.setattr(comparing, "MOST_NEW", 3)
         patch.setattr(speeds, "__kwdefaults__", {"seconds": 0.01, "turns": 6})
         patch.setattr(answers, "BUILT_IN", few_questions)
         patch.setattr(shrinking, "of_files", no_llama_cpp)

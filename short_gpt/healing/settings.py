@@ -13,6 +13,7 @@ from short_gpt.runtime.errors import at_least, check, refused
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with other windows
 PARTS = ("attention", "mlp")
 RIDGES = (1e-2, 1e-1, 1.0)
 WHERE = ("all", "gaps")

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from llama.files import JsonObject
+from short_gpt.costs.sizes import size_without
+from short_gpt.costs.speeds import MOST_NEW, pytorch
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.texts import evaluation_texts
 from short_gpt.evaluation.perplexity import combined, difference
@@ -17,7 +19,6 @@ from short_gpt.healing.choosing import TRIAL_WINDOWS
 from short_gpt.healing.context import Windows as TokenWindows
 from short_gpt.healing.job import CLOSED, RAW, STEPS
 from short_gpt.healing.sets import LayerSets
-from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.jobs.inputs import SIZE, Tasks, Windows, check_model
 from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.jobs.settings import COMPARED, Cases
@@ -33,8 +34,7 @@ from short_gpt.wrappers.short_model import ShortModel
 # identifies a tokenizer by its ids: letters of several scripts, digits, signs and spaces
 PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)]))
 PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
-
-
+TIMED = 3  # measurements of a speed, of which other programs slow some down
 SEEDS = 3  # random sets for every number of layers
 
 
@@ -172,8 +172,9 @@ def _row(sets: LayerSets, method: str, seed: int | None, layers: list[int], heal
     short, n = sets.short, len(layers)
 
     def speed() -> float:
-        with short.without_layers(layers):
-            return tokens_per_second(short, sets.evaluation[0])
+        timer = pytorch(short, lambda: short.without_layers(layers))
+        count = min(MOST_NEW, short.decoder.max_seq_len // 2)
+        return max(timer(sets.evaluation[0][:1], count)[1] for _ in range(TIMED))
 
     dense, raw, healed = (
         sets.perplexities([]),

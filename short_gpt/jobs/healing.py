@@ -22,7 +22,7 @@ from short_gpt.evaluation.perplexity import (
 )
 from short_gpt.healing import HealingEvidence, HealingJob, HealingWindows
 from short_gpt.healing.job import CLOSED, TRAINING
-from short_gpt.jobs.costs import CLOSED_WINDOWS
+from short_gpt.healing.settings import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import SIZE, Windows, check_model
 from short_gpt.jobs.saving import Running, Saving, interruptible
 from short_gpt.jobs.settings import Choice, Healing, methods_of

@@ -19,6 +19,9 @@ from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import check_new_gguf
+from short_gpt.costs.rivals import RIVAL
+from short_gpt.costs.sizes import Opened
+from short_gpt.costs.speeds import seconds_a_token
 from short_gpt.data.texts import source_names
 from short_gpt.evaluation.answers import AT_ONCE, Question, Reply, answer_windows, ask, questions
 from short_gpt.evaluation.distance import Reference
@@ -26,12 +29,10 @@ from short_gpt.healing import RefitSettings
 from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
-from short_gpt.jobs.costs import CLOSED_WINDOWS, seconds_a_token
+from short_gpt.healing.settings import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import Tasks, Windows
 from short_gpt.jobs.page import is_page
-from short_gpt.jobs.rivals import RIVAL
 from short_gpt.jobs.saving import Running, Saving
-from short_gpt.jobs.shrink_models import Opened
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
 from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
@@ -304,7 +305,7 @@ class Shrink:
     def _a_token(self, texts: int) -> float:
         """Seconds that it takes to write a token in so many texts together; each timed once."""
         if texts not in self._timed:
-            self._timed[texts] = seconds_a_token(self.short, texts)
+            self._timed[texts] = seconds_a_token(self.short, [[0]] * texts)
         return self._timed[texts]
 
     @cached_property

@@ -14,7 +14,7 @@ from short_gpt.healing.choosing import (
     REFIT_PASSES,
     TRIAL_WINDOWS,
 )
-from short_gpt.jobs.costs import CLOSED_WINDOWS
+from short_gpt.healing.settings import CLOSED_WINDOWS
 from short_gpt.selection.methods import AUTO, SEARCHED
 from short_gpt.selection.search import most_layers_run
 

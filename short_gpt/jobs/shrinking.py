@@ -18,6 +18,16 @@ from llama.sources import is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.target import is_pruned_gguf
+from short_gpt.costs.rivals import (
+    ANSWERS_AT_ONCE,
+    Rival,
+    has_quantizer,
+    of_file,
+    rival_file,
+    rivals,
+)
+from short_gpt.costs.sizes import file_bytes
+from short_gpt.costs.speeds import Speeds, beyond, of_files, pytorch, speeds
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import (
@@ -30,14 +40,11 @@ from short_gpt.evaluation.perplexity import (
 from short_gpt.healing import HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
-from short_gpt.healing.settings import OUTPUTS, Recipe, recipe_for
+from short_gpt.healing.settings import CLOSED_WINDOWS, OUTPUTS, Recipe, recipe_for
 from short_gpt.jobs.conversion import convert
-from short_gpt.jobs.costs import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import Tasks, Windows, about_own
 from short_gpt.jobs.page import is_page, shrunk_page
-from short_gpt.jobs.rivals import ANSWERS_AT_ONCE, Rival, has_quantizer, of_file, rival_file, rivals
 from short_gpt.jobs.saving import Running, Saving, interruptible
-from short_gpt.jobs.shrink_models import file_bytes
 from short_gpt.jobs.shrink_run import HEALING, Model, Shrink
 from short_gpt.jobs.shrink_settings import Shrinking
 from short_gpt.jobs.shrunk import (
@@ -49,7 +56,6 @@ from short_gpt.jobs.shrunk import (
     report_of,
     short_name,
 )
-from short_gpt.jobs.speeds import Speeds, beyond, of_files, pytorch, speeds
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, one_line

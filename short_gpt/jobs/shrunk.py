@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from scipy.stats import binomtest
 
 from llama.sources import is_gguf
+from short_gpt.costs.rivals import Rival
+from short_gpt.costs.speeds import Speed
 from short_gpt.data.texts import OWN
 from short_gpt.evaluation.answers import Reply
 from short_gpt.evaluation.perplexity import Mean, Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice
-from short_gpt.jobs.rivals import Rival
-from short_gpt.jobs.speeds import Speed
 from short_gpt.runtime.errors import one_line
 from short_gpt.runtime.frames import Table, aligned, html_table
 from short_gpt.runtime.memory import format_bytes

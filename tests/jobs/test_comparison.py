@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from short_gpt import ShortHFModel, ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
+from short_gpt.costs.sizes import size_without
+from short_gpt.costs.speeds import pytorch
 from short_gpt.evaluation.perplexity import difference, perplexity, window_perplexities
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import sets
@@ -20,7 +23,6 @@ from short_gpt.healing.sets import LayerSets
 from short_gpt.jobs import compare
 from short_gpt.jobs import comparing as module
 from short_gpt.jobs.comparing import Row
-from short_gpt.jobs.costs import size_without, tokens_per_second
 from short_gpt.models.layer_calls import PartialRun
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS
@@ -202,14 +204,25 @@ def test_speed_is_of_as_many_tokens_where_every_token_ends_a_text():
     model.generation_config.eos_token_id = [*range(32)]
     passes = []
     model.model.register_forward_hook(lambda *_: passes.append(1))
-    tokens_per_second(ShortHFModel(model), [1, 2, 3], count=5, runs=1)
-    assert len(passes) == 2 * 5
+    rate = pytorch(ShortHFModel(model), nullcontext)([1, 2, 3], 5)[1]
+    assert rate > 0 and len(passes) == 1 + 5  # the prompt, and each token
 
 
-def test_speed_is_the_fastest_of_three_runs_after_a_warm_up(monkeypatch):
-    clock = iter([0, 0.5, 10, 14, 20, 21, 30, 32])  # the warm-up takes 0.5 s, then 4, 1 and 2
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    assert tokens_per_second(short(), EVALUATION[0], count=2) == pytest.approx(2 / 1)
+def test_the_speed_is_the_fastest_of_three_without_the_layers(monkeypatch):
+    present, rates = [], iter([3.0, 5.0, 4.0, 3.0, 8.0, 4.0])
+
+    def timer(model, state):
+        def rate(prompt, count):
+            with state():
+                present.append([*model.present])
+            return 0.0, next(rates)
+
+        return rate
+
+    monkeypatch.setattr(module, "pytorch", timer)
+    rows = rows_of(short(), method="bi", n=1)
+    assert [row.tokens_per_second for row in rows] == [5.0, 8.0]
+    assert [len(layers) for layers in present] == 3 * [6] + 3 * [5]
 
 
 CASES = dict(method="bi,sleb", n=[1, 2], heal_by="raw,patch", search_windows=2)
@@ -263,7 +276,7 @@ def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
     monkeypatch.setattr(TaskSuite, "check", lambda self: None)
     plain = compare(short(), CALIBRATION, EVALUATION, **given)
     monkeypatch.setattr(sets, "window_perplexities", never)
-    monkeypatch.setattr(module, "tokens_per_second", lambda *_: 1.0)
+    monkeypatch.setattr(module, "pytorch", lambda *_: lambda *_: (1.0, 1.0))
     one, two, other = short(), short(), short()
     first = compare(one, CALIBRATION, EVALUATION, tasks=TaskSuite("a"), **given)
     second = compare(two, CALIBRATION, EVALUATION, tasks=TaskSuite("b"), **given)

@@ -29,6 +29,8 @@ from llama.formats.gguf_read import GGUFParts
 from short_gpt import heal_refit, shrink
 from short_gpt.cli import COMMANDS
 from short_gpt.cli.flags import flags_of
+from short_gpt.costs.rivals import Rival
+from short_gpt.costs.speeds import WORK, Speed, of_files
 from short_gpt.data import demo
 from short_gpt.data.windows import Answer
 from short_gpt.evaluation.answers import answer_windows, ask, questions
@@ -44,9 +46,7 @@ from short_gpt.jobs import (
     shrink_run,
     shrinking,
 )
-from short_gpt.jobs.rivals import Rival
 from short_gpt.jobs.shrunk import ANSWERS, GRADES, Answered, StateReport, next_steps
-from short_gpt.jobs.speeds import WORK, Speed, of_files
 from short_gpt.models.hf import LayerCache
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.memory import format_bytes
@@ -901,7 +901,7 @@ def test_the_cache_is_of_each_layers_kind(here, monkeypatch, out, itemsize):
     """Layers with a window hold no more than that."""
     monkeypatch.setattr(shrink_run, "CONTEXT", 100)
     kinds = [LayerCache(10, 7, 5)] * 2 + [LayerCache(10)] * 4
-    monkeypatch.setattr("short_gpt.jobs.shrink_models.layer_caches", lambda *_: kinds)
+    monkeypatch.setattr("short_gpt.costs.sizes.layer_caches", lambda *_: kinds)
     how = {**CUT, "data": "other", "method": "sequential"}
     done = shrink("hf", out, n=2, **how)
     assert {0, 1} == {*done.layers}

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.parallel import choose_dtype, has_float64
 from short_gpt.checkpoints.verify import fingerprint
+from short_gpt.costs import speeds
 from short_gpt.healing.refit import fit
 from short_gpt.healing.solver import NormalEquations
-from short_gpt.jobs import costs
 from short_gpt.models.decoder import full_float32, wait
 from short_gpt.scoring.metrics import angular_distances
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -136,10 +136,9 @@ def test_a_token_is_timed_until_it_is_there(monkeypatch):
 
     with Log() as log:
         clock = SimpleNamespace(perf_counter=lambda: log.noted.count("r"))
-        monkeypatch.setattr(costs, "time", clock)
-        assert (
-            costs.seconds_a_token(SimpleNamespace(continued=continued), 1) == 1
-        )  # a value read in each
+        monkeypatch.setattr(speeds, "time", clock)
+        # a value is read in each
+        assert speeds.seconds_a_token(SimpleNamespace(continued=continued), [[0]]) == 1
 
 
 def test_float64_is_taken_where_a_device_has_it():

@@ -11,8 +11,8 @@ from gguf_families import make, write_model
 
 from llama.formats.gguf_read import nbytes_of
 from short_gpt import ShortHFModel, open_model
-from short_gpt.checkpoints import prune_checkpoint, requantized
-from short_gpt.jobs.rivals import RIVAL, of_file, rival_file, rivals, rounded
+from short_gpt.checkpoints import prune_checkpoint
+from short_gpt.costs.rivals import RIVAL, of_file, requantized, rival_file, rivals, rounded
 from short_gpt.wrappers.options import OpenOptions
 
 pytest.importorskip("libgguf")

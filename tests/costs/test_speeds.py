@@ -11,8 +11,8 @@ import pytest
 from gguf_families import make, write_model
 
 from short_gpt import ShortHFModel
-from short_gpt.jobs import speeds as module
-from short_gpt.jobs.speeds import beyond, interval, llama_cpp, pytorch, speeds
+from short_gpt.costs import speeds as module
+from short_gpt.costs.speeds import beyond, interval, llama_cpp, pytorch, speeds
 
 WINDOW = [i % 50 for i in range(48)]
 

@@ -26,6 +26,7 @@ from short_gpt.wrappers.short_model import ShortModel
 TURNS = 9  # fewest whose interval leaves out the outermost ratios, which others' programs make
 WORK = ("prompt", "generation")
 AN_HOUR = 3600  # seconds after which llama.cpp is stopped, if it hangs
+TIMED = 3  # tokens by which the time of writing is foretold
 FEWEST, MOST_NEW = (32, 4), 32  # tokens that a turn reads and writes
 # Reads a prompt and writes so many tokens; returns tokens a second of both.
 Timer = Callable[[Sequence[int], int], tuple[float, float]]
@@ -142,23 +143,30 @@ def pytorch(short: ShortModel, state: Callable[[], AbstractContextManager[object
     """An opened model in a state, such as ``lambda: short.without_layers(layers)``."""
 
     def timer(prompt: Sequence[int], count: int) -> tuple[float, float]:
-        ends: list[float] = []
-
-        def likeliest(logits: Tensor) -> Tensor:  # (1, V) to (1,)
-            tokens = logits.argmax(-1)
-            tokens[0].item()  # which a device may not have computed until it is read
-            ends.append(time.perf_counter())
-            return tokens
-
         with state():
             start = time.perf_counter()
             short.decoder.run(torch.tensor([[*prompt]], device=short.decoder.device))  # (1, S)
             wait(short.decoder.module)
             read = time.perf_counter() - start
-            short.continued([[*prompt[:1]]], count, likeliest)
-        return len(prompt) / read, (count - 1) / (ends[-1] - ends[0])
+            return len(prompt) / read, 1 / seconds_a_token(short, [[prompt[0]]], count)
 
     return timer
+
+
+def seconds_a_token(
+    short: ShortModel, starts: Sequence[Sequence[int]], count: int = TIMED
+) -> float:
+    """Seconds that it takes to write a token after each start, with the cache, over so many."""
+    times: list[float] = []
+
+    def likeliest(logits: Tensor) -> Tensor:  # (B, V) to (B,)
+        tokens = logits.argmax(-1)
+        tokens[0].item()  # which a device may not have computed until it is read
+        times.append(time.perf_counter())
+        return tokens
+
+    short.continued(starts, count, likeliest)
+    return (times[-1] - times[0]) / (count - 1)
 
 
 def of_files(
@@ -171,7 +179,7 @@ def of_files(
         subprocess.TimeoutExpired: it took an hour.
     """
     work = {"paths": {name: str(path) for name, path in paths.items()}, "most": most}
-    command = [sys.executable, "-m", "short_gpt.jobs.speeds"]
+    command = [sys.executable, "-m", "short_gpt.costs.speeds"]
     asked = json.dumps({**work, "window": [*window], "threads": torch.get_num_threads()})
     piped: dict[str, Any] = {"input": asked, "capture_output": True, "errors": "replace"}
     done = subprocess.run(command, text=True, check=False, timeout=AN_HOUR, **piped)

@@ -1,8 +1,9 @@
-"""What `shrink` needs of an opened model: its sizes and its files."""
+"""Sizes of a model: of its layers, of what is left without some, and as it is written."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,21 @@ from llama.sources import Source as Weights
 from llama.sources import resolve
 from short_gpt.checkpoints.gguf import in_few_bits
 from short_gpt.checkpoints.gguf_layers import LAYER
-from short_gpt.jobs.costs import size_without
 from short_gpt.models.hf import LayerCache, layer_caches
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
+from short_gpt.wrappers.short_model import ShortModel
 
 Sizes = tuple[list[int], int]  # of every layer, and of the rest
+
+
+def size_without(short: ShortModel, layers: Sequence[int]) -> tuple[int, int]:
+    """Parameters and bytes of the model without some layers; tied ones count once."""
+    removed = [short.decoder.layers[short.kept.index(number)] for number in layers]
+    excluded = {id(p) for layer in removed for p in layer.parameters()}
+    kept = {id(p): p for p in short.decoder.module.parameters() if id(p) not in excluded}.values()
+    return sum(p.numel() for p in kept), sum(p.numel() * p.element_size() for p in kept)
 
 
 def file_bytes(path: Path) -> int:

@@ -1,0 +1,278 @@
+"""What a user would take in place of a pruned model: the original with its layers in fewer bits.
+
+It is written as a GGUF file, or rounded in memory, and measured beside the original.
+
+Files are what ``llama-quantize --pure`` makes without an importance matrix, except that embedding
+and output head stay as they are: ``tensor_allows_quantization`` and ``tensor_type_fallback`` of
+llama.cpp's ``src/llama-quant.cpp`` name the tensors and types. The package libgguf quantizes, with
+llama.cpp's bytes: our own quantizer has less squared error and yet more distance from the original.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama.formats.gguf_read import GGUFParts, nbytes_of
+from llama.formats.gguf_write import F16, UINT32, Stored, packed, record, type_name
+from short_gpt.checkpoints.gguf import write_gguf
+from short_gpt.checkpoints.gguf_layers import LAYER, Stack
+from short_gpt.checkpoints.target import StrPath
+from short_gpt.data.windows import Answer, batches
+from short_gpt.evaluation.distance import Reference
+from short_gpt.evaluation.perplexity import Perplexity, perplexity
+from short_gpt.models.decoder import keep_values
+from short_gpt.runtime.errors import check, required
+from short_gpt.wrappers.opening import open_trainable
+from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.short_model import ShortModel
+
+# Largest first: the type where rows do not fill its blocks, and llama.cpp's number of such files.
+TYPES = {
+    "q8_0": ("F16", 7),
+    "q6_k": ("Q8_0", 18),
+    "q5_k": ("Q5_1", 16),
+    "q4_k": ("Q5_0", 14),
+    "q3_k": ("Q4_0", 11),
+    "q2_k": ("Q4_0", 10),
+}
+FILE_TYPE = "general.file_type"
+# Routers, convolutions and other small matrices, which are not quantized: in GGUF files, and their
+# names in transformers.
+PLAIN = re.compile(
+    r"_norm\.|ffn_gate_(inp|tid2eid)|altup|laurel|ssm_conv1d|shortconv\.conv|indexer\.[kq]_proj"
+    r"|time_mix_(first|[avgw]\d|decay_w\d|lerp_fused)|attn_rel_b"
+)
+PLAIN_HF = re.compile(r"router|(^|\.)gate\.weight|conv1d|conv\.conv|altup|laurel")
+ANSWERS_AT_ONCE = 4  # which are short
+RIVAL = "rival"  # a folder of a run
+KINDS = ("q8_0", "q4_k")  # for users of Hugging Face's format: 8 bits, and 4 or a little more
+Texts = Mapping[str, Sequence[Sequence[int]]]  # windows by kind of text
+
+
+class Rival(NamedTuple):
+    """The original with its layers in fewer bits."""
+
+    name: str  # types of the layers' matrices, most bytes first: "in Q4_0 and Q3_K"
+    size: int  # bytes of the file, or of the weights if they were written so
+    quality: Mapping[str, Perplexity]  # by kind of text, with the distance from the original
+
+
+# Written, as a file
+
+
+def requantized(
+    source: StrPath, out: StrPath, kind: str, *, progress: Callable[[str], object] = str
+) -> Path:
+    """Writes a GGUF model with the weight matrices of its layers in fewer bits; returns ``out``.
+
+    A matrix that has no more bits already, and all other tensors, are copied byte for byte. Memory
+    holds one matrix in float32 at a time.
+
+    Args:
+        source: the GGUF file, or any of several.
+        out: the new GGUF file; complete or not at all.
+        kind: "q8_0", "q6_k", "q5_k", "q4_k", "q3_k" or "q2_k". Rows that do not fill blocks of 256
+            weights get Q8_0, Q5_1, Q5_0, Q4_0 and Q4_0 in place of the last five.
+        progress: called with the name of each tensor before it is written.
+
+    Raises:
+        MissingPackageError: libgguf is not installed.
+        ShortGPTError: the type is none of these, or the model has no numbered layers.
+        FileExistsError: ``out`` exists.
+    """
+    stack = Stack(source)
+    changed = _changes(stack, kind)
+    typed = FILE_TYPE in stack.fields and changed
+    keys = {FILE_TYPE: record(FILE_TYPE, TYPES[kind][1], UINT32)} if typed else {}
+    blocks = range(stack.blocks)
+    return write_gguf(stack, out, blocks, changed=changed, keys=keys, progress=progress)
+
+
+def largest_within(source: StrPath, most_bytes: int) -> str | None:
+    """The largest type with which the file of `requantized` has at most so many bytes.
+
+    None if no type is small enough. Only the header of ``source`` is read.
+    """
+    parts = GGUFParts(Path(str(source)))
+    return next((kind for kind in TYPES if size_in(parts, kind) <= most_bytes), None)
+
+
+def size_in(parts: GGUFParts, kind: str) -> int:
+    """The bytes of the file of `requantized`; of a source in several files a few more."""
+    align, size = parts.headers[0].alignment, sum(path.stat().st_size for path in parts.paths)
+    for name, new in _changes(parts, kind).items():
+        old = parts.tensors[name].nbytes  # of each, bytes up to a whole alignment follow
+        size += new.nbytes + -new.nbytes % align - (old + -old % align)
+    return size + -size % align
+
+
+def _changes(parts: GGUFParts, kind: str) -> dict[str, Stored]:
+    """The tensors that get another type, read and quantized when they are written."""
+
+    def pieces(name: str, number: int) -> Iterator[bytes]:
+        yield quantized(name, parts.read(name), number)
+
+    changed: dict[str, Stored] = {}
+    for name, (shape, _, _, nbytes) in parts.tensors.items():
+        number = type_of(shape, kind)
+        size = nbytes_of(name, shape, number) if is_quantized(name, shape) else nbytes
+        if size < nbytes:
+            changed[name] = Stored(shape, number, size, partial(pieces, name, number))
+    return changed
+
+
+def is_quantized(name: str, shape: Sequence[int]) -> bool:
+    """Whether llama.cpp quantizes this tensor, and it is a layer's."""
+    is_matrix = name.endswith(".weight") and math.prod(shape[:-1]) > 1
+    return bool(is_matrix and LAYER.fullmatch(name) and not PLAIN.search(name))
+
+
+def type_of(shape: Sequence[int], kind: str) -> int:
+    """Ggml's number of the type that a matrix gets in ``kind`` of `TYPES`."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    check(kind in TYPES, "kind", kind, f"one of {', '.join(TYPES)}")
+    numbers = [GGMLQuantizationType[name] for name in (kind.upper(), TYPES[kind][0], "F16")]
+    return next(int(n) for n in numbers if shape[-1] % GGML_QUANT_SIZES[n][0] == 0)
+
+
+def quantized(name: str, weight: Tensor, number: int) -> bytes:
+    """The bytes of a matrix (..., K) in a type of `type_of`; errors as in `requantized`."""
+    if number == F16:
+        return packed(name, weight, number)
+    with required("libgguf", by="a model in fewer bits"):
+        import libgguf
+    rows = weight.detach().cpu().float().flatten(0, -2)
+    parts = rows.split(-(-len(rows) // torch.get_num_threads()))
+    with ThreadPoolExecutor() as pool:  # each part without Python's lock
+        done = pool.map(lambda part: libgguf.quantize_rows(part.numpy(), number), parts)
+        return b"".join(part.tobytes() for part in done)
+
+
+# Measured
+
+
+def has_quantizer() -> bool:
+    """Whether the package is installed that makes rivals."""
+    return find_spec("libgguf") is not None
+
+
+def rivals(
+    short: ShortModel,
+    texts: Texts,
+    reference: Reference,
+    *,
+    stored: int,
+    itemsize: int,
+    kinds: Sequence[str] = KINDS,
+) -> list[Rival]:
+    """The original in 8 and in about 4 bits, rounded in memory as GGUF files are.
+
+    Afterwards the weights are what they were, bit for bit. The machine's memory holds the layers
+    once more.
+
+    Args:
+        short: The original, with all its layers.
+        texts: Windows by kind of text, which ``reference`` has read with the original.
+        stored: Bytes of the original's weights as they are written.
+        itemsize: Bytes of a number there.
+        kinds: Names of `TYPES`.
+
+    Raises:
+        MissingPackageError: libgguf is not installed.
+    """
+    found: list[Rival] = []
+    for kind in kinds:
+        with rounded(short, kind) as (numbers, sizes):
+            if sizes:  # none of a model whose weights are quantized already
+                size = stored - itemsize * numbers + sizes.total()
+                found.append(Rival(_name(sizes), size, _quality(short, texts, reference)))
+    return found
+
+
+@contextmanager
+def rounded(short: ShortModel, kind: str) -> Iterator[tuple[int, Counter[int]]]:
+    """A model with its layers' matrices rounded inside a ``with`` block.
+
+    Yields how many numbers these have, and their bytes by ggml's type.
+    """
+    numbers, sizes = 0, Counter[int]()
+    with ExitStack() as undo:
+        for layer in short.decoder.layers:
+            for name, weight in layer.named_parameters():
+                is_matrix = math.prod(weight.shape[:-1]) > 1 and not PLAIN_HF.search(name)
+                if is_matrix and weight.is_floating_point():
+                    new = type_of(weight.shape, kind)
+                    if weight.device.type == "cpu":
+                        undo.callback(setattr, weight, "data", weight.data)
+                    else:  # which may have no room for both
+                        undo.callback(keep_values([weight]))
+                    weight.data = _rounded(name, weight, new)
+                    numbers += weight.numel()
+                    sizes[new] += nbytes_of(name, tuple(weight.shape), new)
+        yield numbers, sizes
+
+
+def _rounded(name: str, weight: Tensor, number: int) -> Tensor:
+    """A matrix as it is read of a GGUF file, in its own dtype and on its device."""
+    from gguf import GGMLQuantizationType, quants
+
+    rows = math.prod(weight.shape[:-1])
+    packed = np.frombuffer(quantized(name, weight, number), np.uint8).reshape(rows, -1)
+    values = quants.dequantize(packed, GGMLQuantizationType(number))  # (rows, K) in float32
+    return torch.from_numpy(values).view(weight.shape).to(weight)
+
+
+@contextmanager
+def rival_file(source: StrPath, out: Path, folder: Path) -> Iterator[Path | None]:
+    """The original GGUF model in the largest type whose file is not larger than ``out``.
+
+    None where all are larger. It is written to ``folder``, and removed after the block. Errors are
+    those of `requantized`.
+    """
+    kind = largest_within(source, out.stat().st_size)
+    shutil.rmtree(folder / RIVAL, ignore_errors=True)  # of a run that was killed
+    try:
+        if kind is None:
+            yield None
+        else:
+            (folder / RIVAL).mkdir(parents=True)
+            yield requantized(source, folder / RIVAL / f"{kind}.gguf", kind)
+    finally:
+        shutil.rmtree(folder / RIVAL, ignore_errors=True)
+
+
+def of_file(path: Path, texts: Texts, reference: Reference, opening: OpenOptions) -> Rival:
+    """A rival's file, read in PyTorch beside the original's ``reference``; texts as in `rivals`."""
+    short, sizes = open_trainable(str(path), opening), Counter[int]()
+    for name, entry in GGUFParts(path).tensors.items():
+        sizes[entry.kind] += entry.nbytes if is_quantized(name, entry.shape) else 0
+    quality = _quality(short, texts, reference.through(short.decoder))
+    return Rival(_name(+sizes), path.stat().st_size, quality)
+
+
+def _quality(short: ShortModel, texts: Texts, reference: Reference) -> dict[str, Perplexity]:
+    found = {}
+    for kind, windows in texts.items():
+        together = ANSWERS_AT_ONCE if all(isinstance(w, Answer) for w in windows) else 1
+        read = batches(windows, together)
+        found[kind] = perplexity(short.decoder, read, reference=reference)
+    return found
+
+
+def _name(sizes: Counter[int]) -> str:
+    return "in " + " and ".join(type_name(kind) for kind, _ in sizes.most_common())
