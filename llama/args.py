@@ -87,6 +87,8 @@ class ModelArgs:
             value = getattr(self, name)
             ok = value is None or (isinstance(value, int | float) and value > 0)
             check(ok, name, value, "a positive number")
+        scaled = self.use_scaled_rope
+        check(scaled in (True, False, None), "use_scaled_rope", scaled, "true or false")
         heads, kv_heads = self.n_heads, self.kv_heads
         even = not self.dim % heads and not self.head_dim % 2
         check(even, "dim", self.dim, f"{heads} heads (n_heads) of an even width")

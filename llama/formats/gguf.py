@@ -49,7 +49,7 @@ from llama.formats.gguf_write import (
     record,
     stored,
     writable,
-    write_new,
+    write_file,
 )
 from llama.formats.hf import HFCheckpoint, longest_window
 from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in, params_json
@@ -195,7 +195,7 @@ def llama_to_gguf(
     for key, value in {SOURCE_KEY: public_name(source), **(also or {})}.items():
         records[key] = record(key, value, STRING)
     with new_file(path, overwrite=overwrite, replaces=replaces) as file:
-        write_new(file, records, tensors, progress=progress)
+        write_file(file, records, tensors, progress=progress)
         if verify is not None:
             verify(file)
     return path

@@ -30,7 +30,7 @@ from llama.formats.gguf_read import (
 )
 
 UINT32, INT32, FLOAT32, BOOL = 4, 5, 6, 7  # types of values, by number
-VERSION, ALIGNMENT = 3, 32  # of new files
+NEW = Header({}, {}, {}, 3, 32)  # version and alignment of a new file
 F32, F16, Q8_0, F64, BF16 = 0, 1, 8, 28, 30  # ggml's numbers of types
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
 TORCH_TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
@@ -76,18 +76,6 @@ def copied(source: GGUFParts, name: str) -> Stored:
     return Stored(entry.shape, entry.kind, entry.nbytes, lambda: source.chunks(name))
 
 
-def write_new(
-    path: Path,
-    records: Mapping[str, Record],
-    tensors: Mapping[str, Stored],
-    *,
-    progress: Callable[[str], object] = str,
-) -> None:
-    """Writes a file of these keys and tensors; memory and errors as of `write_again`."""
-    like = Header({}, {}, {}, VERSION, ALIGNMENT)
-    _write_file(path, like, [key.raw for key in records.values()], tensors, progress)
-
-
 def write_again(
     path: Path,
     source: GGUFParts,
@@ -96,28 +84,32 @@ def write_again(
     records: Mapping[str, Record | None] | None = None,
     progress: Callable[[str], object] = str,
 ) -> None:
-    """Writes a file of a GGUF source's metadata, in memory of what a tensor yields at a time.
+    """Writes a file of a GGUF source's metadata; memory and errors as of `write_file`.
 
     ``tensors`` go by their new names, in order; ``records`` are the keys that are other than in the
-    source, of which None leaves one out. The file is read again: OSError if it does not hold what
-    was written.
+    source, of which None leaves one out.
     """
     keys: dict[str, Record | None] = dict(source.headers[0].records)
     if len(source.headers) > 1:  # here is one file
         keys = {key: value for key, value in keys.items() if not key.startswith("split.")}
     keys |= records or {}  # a key that was there keeps its position, a new one goes to the end
-    raw = [value.raw for value in keys.values() if value is not None]
-    _write_file(path, source.headers[0], raw, tensors, progress)
+    kept = {key: value for key, value in keys.items() if value is not None}
+    write_file(path, kept, tensors, like=source.headers[0], progress=progress)
 
 
-def _write_file(
+def write_file(
     path: Path,
-    like: Header,
-    records: Sequence[bytes],
+    records: Mapping[str, Record],
     tensors: Mapping[str, Stored],
-    progress: Callable[[str], object],
+    *,
+    like: Header = NEW,
+    progress: Callable[[str], object] = str,
 ) -> None:
-    """Writes one file, and reads it again."""
+    """Writes a file of these keys and tensors, in memory of what a tensor yields at a time.
+
+    ``like`` gives its version and alignment. The file is read again: OSError if it does not hold
+    what was written.
+    """
     infos, end, digests = [], 0, dict[str, bytes]()
     for name, tensor in tensors.items():
         start = end + -end % like.alignment
@@ -127,7 +119,8 @@ def _write_file(
         end = start + tensor.nbytes
     head = b"GGUF" + struct.pack("<IQQ", like.version, len(tensors), len(records))
     with open(path, "wb") as file:
-        file.write(b"".join([head, *records, *infos]))
+        raw = [key.raw for key in records.values()]
+        file.write(b"".join([head, *raw, *infos]))
         for name, tensor in tensors.items():
             progress(name)
             file.write(b"\0" * (-file.tell() % like.alignment))
@@ -139,7 +132,7 @@ def _write_file(
             digests[name] = digest.digest()
         file.write(b"\0" * (-file.tell() % like.alignment))
     again, wrong = read_header(path), list[str]()
-    if [key.raw for key in again.records.values()] != list(records):
+    if [key.raw for key in again.records.values()] != raw:
         wrong.append("list of keys")
     for name, entry in again.tensors.items():
         digest = blake2b()

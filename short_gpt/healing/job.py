@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Difference, Perplexity, combined, difference
 from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Step, Windows
 from short_gpt.healing.distillation import CONTENT, IDENTITY
-from short_gpt.healing.lora import TEACHER, prepare_distill, prepare_lora
+from short_gpt.healing.lora import TEACHER, prepare_training
 from short_gpt.healing.refit import prepare_patch, prepare_refit
 from short_gpt.healing.refit_state import STATE, STATES, VALUES
 from short_gpt.healing.settings import PatchSettings, Recipe, RefitSettings
@@ -39,8 +40,8 @@ from short_gpt.wrappers.scored_model import ScoredModel
 STEPS = {
     "refit": Step(RefitSettings, prepare_refit),
     "patch": Step(PatchSettings, prepare_patch),
-    "lora": Step(Recipe, prepare_lora, trains=True),
-    "distill": Step(Recipe, prepare_distill, trains=True),
+    "lora": Step(Recipe, partial(prepare_training, "lora"), trains=True),
+    "distill": Step(Recipe, partial(prepare_training, "distill"), trains=True),
 }
 CLOSED = tuple(name for name, step in STEPS.items() if not step.trains)  # closed forms
 TRAINING = tuple(name for name, step in STEPS.items() if step.trains)

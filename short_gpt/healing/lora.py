@@ -305,17 +305,11 @@ def target_modules(
     return targets
 
 
-def prepare_lora(context: HealingContext, recipe: Recipe | None) -> Heal:
-    """LoRA on text, as a step; without a recipe, by the paper's for the model."""
-    return _prepare("lora", context, recipe)
+def prepare_training(name: str, context: HealingContext, recipe: Recipe | None) -> Heal:
+    """LoRA as a step: "lora" on text, "distill" on what the original model predicts.
 
-
-def prepare_distill(context: HealingContext, recipe: Recipe | None) -> Heal:
-    """LoRA on what the original model predicts, as a step."""
-    return _prepare("distill", context, recipe)
-
-
-def _prepare(name: str, context: HealingContext, recipe: Recipe | None) -> Heal:
+    Without a recipe, by the paper's for the model.
+    """
     model = check_trainable(context.short.trainable())
     recipe = recipe or recipe_for(model.config)
     windows, distillation = context.windows, None

@@ -55,6 +55,7 @@ def test_params_may_stand_under_model():
         ({"norm_eps": "small"}, "norm_eps = 'small': expected a positive number"),
         ({"vocab_size": 0}, "vocab_size = 0: expected a positive integer or -1"),
         ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier = -1: expected a positive number"),
+        ({"use_scaled_rope": "false"}, "use_scaled_rope = 'false': expected true or false"),
     ],
 )
 def test_bad_params_are_refused(changes, message):
