@@ -105,7 +105,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "own_dialogs",
     ),
     "coverage of intervals": table(
-        "| texts | usual, two-sided | used, two-sided | used, one-sided | no interval |",
+        "| texts | usual | used | no interval |",
         lambda: rows.covering(rows.result("coverage")),
         "coverage",
     ),
