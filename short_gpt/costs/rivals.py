@@ -111,6 +111,17 @@ def largest_within(source: StrPath, most_bytes: int) -> str | None:
     return next((kind for kind in TYPES if size_in(parts, kind) <= most_bytes), None)
 
 
+def smaller_types(source: StrPath) -> list[str]:
+    """The types whose files are smaller than the source and than that of the type before."""
+    parts = GGUFParts(Path(str(source)))
+    size, found = sum(path.stat().st_size for path in parts.paths), list[str]()
+    for kind in TYPES:
+        if size_in(parts, kind) < size:
+            size = size_in(parts, kind)
+            found.append(kind)
+    return found
+
+
 def size_in(parts: GGUFParts, kind: str) -> int:
     """The bytes of the file of `requantized`; of a source in several files a few more."""
     align, size = parts.headers[0].alignment, sum(path.stat().st_size for path in parts.paths)
@@ -238,20 +249,15 @@ def _rounded(name: str, weight: Tensor, number: int) -> Tensor:
 
 
 @contextmanager
-def rival_file(source: StrPath, out: Path, folder: Path) -> Iterator[Path | None]:
-    """The original GGUF model in the largest type whose file is not larger than ``out``.
+def rival_file(source: StrPath, folder: Path, kind: str) -> Iterator[Path]:
+    """The original GGUF model in a type, written to ``folder`` and removed after the block.
 
-    None where all are larger. It is written to ``folder``, and removed after the block. Errors are
-    those of `requantized`.
+    Errors are those of `requantized`.
     """
-    kind = largest_within(source, out.stat().st_size)
     shutil.rmtree(folder / RIVAL, ignore_errors=True)  # of a run that was killed
     try:
-        if kind is None:
-            yield None
-        else:
-            (folder / RIVAL).mkdir(parents=True)
-            yield requantized(source, folder / RIVAL / f"{kind}.gguf", kind)
+        (folder / RIVAL).mkdir(parents=True)
+        yield requantized(source, folder / RIVAL / f"{kind}.gguf", kind)
     finally:
         shutil.rmtree(folder / RIVAL, ignore_errors=True)
 
@@ -263,6 +269,12 @@ def of_file(path: Path, texts: Texts, reference: Reference, opening: OpenOptions
         sizes[entry.kind] += entry.nbytes if is_quantized(name, entry.shape) else 0
     quality = _quality(short, texts, reference.through(short.decoder))
     return Rival(_name(+sizes), path.stat().st_size, quality)
+
+
+def distances(short: ShortModel, texts: Texts, reference: Reference) -> dict[str, float]:
+    """The mean KL divergence of the model as it is now, in nats a token, by kind of text."""
+    found = _quality(short, texts, reference)
+    return {kind: one.kld.value for kind, one in found.items() if one.kld is not None}
 
 
 def _quality(short: ShortModel, texts: Texts, reference: Reference) -> dict[str, Perplexity]:

@@ -83,7 +83,8 @@ class LayerSets:
             result = self.short.search(self._searched_on, n, method=method, **how)
             return {"removed": result.removed, "losses": result.losses}
 
-        content = self.cells.resumed(f"{method} {n}", measure)
+        longer = [m for m in self.short.kept if m >= n and f"{method} {m}" in self.cells]
+        content = self.cells.resumed(f"{method} {longer[0] if longer else n}", measure)
         # JSON's keys are strings
         trials = [{int(i): v for i, v in loss.items()} for loss in content["losses"]]
         return Search(content["removed"], trials)

@@ -29,6 +29,7 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
 
     from short_gpt.jobs.shrunk import GRADES
 
+    assert shrunk.states, "the page of a model that was written"
     name = "the loaded model" if shrunk.source is None else Path(shrunk.source).name
     calibration, judged, size = shrunk.windows
     head, *rows = shrunk.rows()
@@ -43,6 +44,7 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
         verdict=shrunk.verdict,
         worth=shrunk.worth,
         removed=shrunk.head,
+        front=front(shrunk),
         head=head,
         rows=rows,
         remarks=[*map(as_flags, shrunk.remarks)],
@@ -58,6 +60,55 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
         ],
         commands=shrunk.next_steps,
     )
+
+
+def front(shrunk: ShrinkResult) -> dict[str, Any] | None:
+    """Dots of KL divergence against size, on linear axes from 0 KLD on, for the template."""
+    from short_gpt.jobs.shrunk import CurvePoint
+
+    points = list(shrunk.curve)
+    if not points:
+        klds = {kind: kld.value for kind, kld in shrunk.distances.items()}
+        name, size = f"{len(shrunk.layers)} removed", shrunk.states["healed"].size
+        points = [CurvePoint(name, [*shrunk.layers], size, klds)]
+        for rival in shrunk.rivals:
+            each = {kind: p.kld.value for kind, p in rival.quality.items() if p.kld}
+            points.append(CurvePoint(rival.name, [], rival.size, each))
+        points.append(
+            CurvePoint("original", [], shrunk.states["original"].size, dict.fromkeys(klds, 0.0))
+        )
+    heights = [max(point.klds.values(), default=0.0) for point in points]
+    sizes, high = [point.size / 1e6 for point in points], max(heights) * 1.1
+    left, right = min(sizes), max(sizes)
+    left, right = left - 0.15 * (right - left or left), right + 0.15 * (right - left or left)
+    if not high:
+        return None
+    dots = [
+        {
+            "name": point.name,
+            "kind": "removed" if point.layers else "kept",
+            "x": 50 + 310 * (size - left) / (right - left),
+            "y": HEIGHT * (1 - kld / high),
+            "about": f"{size:.0f} MB, KLD {kld:.3f}",
+        }
+        for point, size, kld in zip(points, sizes, heights, strict=True)
+    ]
+    across = [(f"{v:g}", 50 + 310 * (v - left) / (right - left)) for v in ticks(left, right)]
+    up = [(f"{v:g}", HEIGHT * (1 - v / high)) for v in ticks(0.0, high)]
+    return {"dots": dots, "across": across, "up": up, "height": HEIGHT}
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers between two.
+
+    Example:
+        >>> ticks(0.0, 0.31)
+        [0.0, 0.1, 0.2, 0.3]
+    """
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(power * k for k in (5, 2, 1) if (high - low) / (power * k) >= 3)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [round(i * step, 10) for i in range(first, last + 1)]
 
 
 def is_page(path: Path) -> bool:

@@ -26,7 +26,7 @@ from short_gpt.data.texts import source_names
 from short_gpt.evaluation.answers import AT_ONCE, Question, Reply, answer_windows, ask, questions
 from short_gpt.evaluation.distance import Reference
 from short_gpt.healing import RefitSettings
-from short_gpt.healing.choosing import MAX_WINDOWS, REFIT_PASSES
+from short_gpt.healing.choosing import GREEDY, MAX_WINDOWS, REFIT_PASSES
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.settings import CLOSED_WINDOWS
@@ -37,7 +37,7 @@ from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
 from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
 from short_gpt.models.decoder import in_own_dtype
-from short_gpt.models.numbering import check_count
+from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import format_bytes
@@ -102,6 +102,14 @@ class Shrink:
         return self.reading.seed or 0
 
     @property
+    def _method(self) -> str | None:
+        """The method, if the settings name one; "" if they name layers."""
+        settings = self.settings
+        if settings.curve is not None and settings.method is None:
+            return GREEDY  # whose sets of all sizes are one search's
+        return settings.method if settings.layers is None else ""
+
+    @property
     def method(self) -> str:
         """The method that chooses the layers."""
         return self.planned.method
@@ -123,7 +131,8 @@ class Shrink:
             for one in group.taken():
                 value = getattr(group, one.name)
                 if not isinstance(value, BuiltinName) and value != getattr(usual, one.name):
-                    names = map(short_name, str(value).split(","))
+                    several = isinstance(value, list | tuple)
+                    names = map(short_name, map(str, value) if several else str(value).split(","))
                     words += [f"--{one.name}", *([] if value is True else [",".join(names)])]
         return shlex.join(words)
 
@@ -140,7 +149,8 @@ class Shrink:
         self.opening.check()
         self._check_folder()
         _ = self.questions  # raises for a file without any
-        gguf, n, source = is_gguf(self.out), self.settings.n, self.source
+        gguf, source, named = is_gguf(self.out), self.source, self.settings.named
+        n = self.settings.n if named is None else len(named)
         path = None if source is None else source.path
         if gguf:
             check_output(report_of(self.out), overwrite=True, replaces=is_page)
@@ -152,6 +162,7 @@ class Shrink:
             check_architecture(str(source)).check()
         if source is not None and n is not None and (count := layers_of(source)) is not None:
             check_count(n, count, most=count - 2)
+            check_exist(named or [], range(count))
         self.reading.check_texts()
 
     def _check_folder(self) -> None:
@@ -202,7 +213,7 @@ class Shrink:
     @property
     def _dials(self) -> dict[str, Any]:
         """Settings that choose layers and healing: questions and tasks may be others later."""
-        return asdict(replace(self.settings, prompts=None))
+        return asdict(replace(self.settings, prompts=None, pick=None))
 
     @property
     def _most_seconds(self) -> float:
@@ -234,9 +245,10 @@ class Shrink:
         takes = duration(self.a_pass)
         takes += " with products in bfloat16" if self.short.about_precision else ""
         go = "goes" if n == 1 else "go"
+        up_to = "up to " if self.settings.curve is not None and not self.settings.pick else ""
         return "\n".join(
             [
-                f"{n or 'some'} of {self.count} layers {go} ({self.settings.size_flag})"
+                f"{up_to}{n or 'some'} of {self.count} layers {go} ({self.settings.size_flag})"
                 + (kept if n else ""),
                 f"a window of {self.size} tokens takes {takes}: in all about "
                 f"{duration(planned.seconds)}{own}, and the time to {more}write the model and read "
@@ -251,7 +263,7 @@ class Shrink:
         plan, asked, within = self.planned, self.reading, duration(self._most_seconds)
         named = asked.max_windows or plan.training  # which reads more of them
         changes = (
-            ("method", self.settings.method, plan.method, PLANS[0].method),
+            ("method", self._method, plan.method, PLANS[0].method),
             ("windows to learn from", named, plan.windows, PLANS[0].windows),
             ("windows to evaluate on", None, plan.eval_windows, asked.eval_windows),
         )
@@ -273,7 +285,7 @@ class Shrink:
         return fitted(
             self._seconds,
             self._most_seconds,
-            method=self.settings.method,
+            method=self._method,
             windows=self.reading.max_windows,
             eval_windows=None if judged == usual else judged,
             train_on=MANY if self.reading.own else None,
@@ -290,16 +302,17 @@ class Shrink:
         """Seconds that a plan takes, without training."""
         limit = plan.windows or MAX_WINDOWS
         passes = windows_to_choose(plan.method, self.n, self.count, limit)
-        passes += REFIT_PASSES * min(limit, CLOSED_WINDOWS)
-        seconds = passes * self.a_pass
-        seconds += 3 * plan.eval_windows * self._own_pass  # the original, pruned and healed model
+        sizes = 0 if self.settings.curve is None else len(self.settings.counts(self.count))
+        passes += (1 + sizes) * REFIT_PASSES * min(limit, CLOSED_WINDOWS)
+        seconds, models = passes * self.a_pass, 3 + sizes  # original, pruned, healed; of the curve
+        seconds += models * plan.eval_windows * self._own_pass
         if sources := self.reading.own:
             names = source_names(self.reading.name)
             extra = self.reading.eval_name is None and sources == names
             each = own_text.count_of_own(plan.windows, len(names), extra=extra)
             tokens = len(sources) * math.ceil(each / own_text.AT_ONCE) * self.size
             seconds += tokens * self._a_token(min(own_text.AT_ONCE, each))
-        written = 3 * ANSWER_TOKENS * math.ceil(len(self.questions) / AT_ONCE)
+        written = models * ANSWER_TOKENS * math.ceil(len(self.questions) / AT_ONCE)
         return seconds + written * self._a_token(AT_ONCE) + TIMING
 
     def _a_token(self, texts: int) -> float:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
-from short_gpt.jobs.inputs import Windows
+from short_gpt.jobs.inputs import Windows, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import CHOOSE, RUN, Settings, setting
 
-SIZES = ("ratio", "n", "memory", "max_kld", "max_perplexity_ratio")  # one of these is set
+SIZES = (  # one of these is set
+    *("ratio", "n", "params", "memory", "layers", "curve"),
+    *("max_kld", "max_perplexity_ratio"),
+)
+CURVE = (1, 2, 3, 4, 6, 8)  # numbers of layers
 MAX_KLD = 0.1  # nats a token: near the original, as the better types of 4 bits
 SHRUNK = Windows("self", size=None).without("column", "stride", "seed")  # what is read by default
 
@@ -29,10 +35,27 @@ class Shrinking(Settings):
     HEADING: ClassVar = CHOOSE
     ratio: float | None = setting(None, "Share of the layers to remove, as in 0.25.")
     n: int | None = setting(None, "Number of layers to remove; two at least stay.")
+    params: str | int | None = setting(
+        None, "Maximum number of parameters, as in 400M or 1.2B.", value="COUNT", rare=True
+    )
     memory: str | int | None = setting(
         None,
         "Maximum memory, as in 12GB, for the weights and a KV cache of 4,096 tokens.",
         value="SIZE",
+    )
+    layers: object = setting(
+        None, "Numbers of the layers to remove, as in 3,12, where they are known.", value="N,N"
+    )
+    curve: object = setting(
+        None,
+        "Numbers of layers, as in 1,2,3,4, to compare: size, KLD, answers and speed of each, and "
+        "the original in fewer bits; auto: 1, 2, 3, 4, 6 and 8. Nothing is written without pick.",
+        value="N,N",
+    )
+    pick: int | None = setting(
+        None,
+        "Number of layers of the curve to remove, in the same or in a later run.",
+        needs="curve",
     )
     max_kld: float | None = setting(
         None,
@@ -73,21 +96,38 @@ class Shrinking(Settings):
     def size_flag(self) -> str:
         """The setting that says how small, as a flag."""
         name = next((name for name in SIZES if getattr(self, name) is not None), "max_kld")
-        return f"--{name} {getattr(self, name) or MAX_KLD}"
+        value = getattr(self, name) or MAX_KLD
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        return f"--{name} {text}"
 
     @property
     def most_kld(self) -> float | None:
         """The most divergence, in nats a token; None where another setting says how small."""
         if self.max_perplexity_ratio is not None:
             return math.log(self.max_perplexity_ratio)
-        others = (self.ratio, self.n, self.memory)
-        return self.max_kld or (MAX_KLD if all(size is None for size in others) else None)
+        others = all(getattr(self, name) is None for name in SIZES)
+        return self.max_kld or (MAX_KLD if others else None)
+
+    @property
+    def named(self) -> list[int] | None:
+        """The layers to remove, where they are named."""
+        if self.layers is None:
+            return None
+        return whole_numbers(self.layers, "layers", "3,12", what="layer numbers")
+
+    def counts(self, total: int) -> list[int]:
+        """The numbers of layers of the curve, for a model of so many."""
+        if self.curve == "auto":
+            return [n for n in CURVE if n <= total - 2] or [1]
+        return sorted({*whole_numbers(self.curve, "curve", "1,2,3,4")})
 
     @property
     def target(self) -> int | None:
-        """The most bytes of memory; None where that is not set."""
+        """The most bytes of memory, or the most parameters; None where neither is set."""
         from short_gpt.runtime.memory import bytes_of
 
+        if self.params is not None:
+            return count_of(self.params)
         return None if self.memory is None else bytes_of(self.memory, "memory")
 
     @property
@@ -112,7 +152,14 @@ class Shrinking(Settings):
         in_range = rise is None or 1 < rise < math.inf
         check(in_range, "`max_perplexity_ratio`", rise, "above 1, as in 1.2")
         at_least(1, optional=True, n=self.n)
-        _ = self.target, self.seconds  # raise for invalid texts
+        _ = self.target, self.seconds, self.named  # raise for invalid texts
+        if self.curve is not None:
+            counts = self.counts(sys.maxsize)
+            in_curve = self.pick is None or self.pick in counts
+            check(in_curve, "`pick`", self.pick, f"one of {', '.join(map(str, counts))}")
+            at_least(1, curve=counts[0])
+        if self.method is not None and self.layers is not None:
+            raise ShortGPTError("`method` chooses layers, and `layers` names them: give one")
         if self.method is not None:
             check_method(self.method)
 
@@ -120,14 +167,17 @@ class Shrinking(Settings):
         """How many layers must go for the target to hold, whichever these are.
 
         Args:
-            layers: Bytes of every layer, with its KV cache.
-            rest: Bytes of all that belongs to no layer.
+            layers: Parameters of every layer, or its bytes with its KV cache.
+            rest: Those of all that belongs to no layer.
         """
         from short_gpt.models.numbering import check_count
         from short_gpt.runtime.memory import format_bytes
 
         total, most = len(layers), len(layers) - 2
-        n = self.n or math.floor((self.ratio or 0.0) * total + 0.5)
+        n = self.n or len(self.named or []) or math.floor((self.ratio or 0.0) * total + 0.5)
+        if self.curve is not None:
+            check_count(max(self.counts(total)), total, most=most)
+            n = self.pick or max(self.counts(total))
         if self.target is not None:
             removed = accumulate(sorted(layers), initial=0)  # the smallest may be the removed ones
             sizes = [sum(layers) + rest - size for size in removed]
@@ -135,9 +185,17 @@ class Shrinking(Settings):
             if not n:
                 raise ShortGPTError(f"{self.size_flag}: the model is small enough already")
             if n > most:
-                least = format_bytes(sizes[most])
+                least = format_bytes(sizes[most]) if self.params is None else f"{sizes[most]:,}"
                 raise ShortGPTError(
                     f"{self.size_flag}: with 2 of its {total} layers it still takes {least}; name "
                     "that or more"
                 )
         return check_count(n, total, most=most)
+
+
+def count_of(text: str | int) -> int:
+    """A number of parameters, or of a text like "400M" or "1.2B"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
+    check(match is not None, "`params`", text, "a number of parameters, such as 400M or 1.2B")
+    assert match is not None
+    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]])

@@ -60,13 +60,16 @@ def fitted(
 
     Args:
         foretell: Seconds that a plan takes, without training.
-        method: Method that the user named; ``windows`` and ``eval_windows`` likewise.
+        method: Method that the user named, "" if it was the layers.
+        windows: Windows to learn from that the user named; ``eval_windows`` likewise.
         train_on: Windows of a run that trains. Default: all.
         train: Distill in the rest of the time, if that is at least a quarter of it.
     """
     for usual in PLANS:
         plan = Plan(
-            method or usual.method, windows or usual.windows, eval_windows or usual.eval_windows
+            usual.method if method is None else method,
+            windows or usual.windows,
+            eval_windows or usual.eval_windows,
         )
         plan = plan._replace(seconds=foretell(plan))
         if plan.seconds <= most:
@@ -102,7 +105,7 @@ def windows_to_choose(method: str, n: int | None, n_layers: int, windows: int) -
         return unknown + min(passes, BUDGET * min(BARE_PASS, windows))
     if method in SEARCHED:
         return unknown + _searched(1 if method == "perplexity" else n, n_layers)
-    return unknown + windows
+    return unknown + (windows if method else 0)
 
 
 def _searched(n: int, n_layers: int) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -21,13 +21,16 @@ from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.costs.rivals import (
     ANSWERS_AT_ONCE,
     Rival,
+    distances,
     has_quantizer,
+    largest_within,
     of_file,
     rival_file,
     rivals,
+    smaller_types,
 )
 from short_gpt.costs.sizes import file_bytes
-from short_gpt.costs.speeds import Speeds, beyond, of_files, pytorch, speeds
+from short_gpt.costs.speeds import WORK, Speeds, beyond, of_files, pytorch, speeds
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import (
@@ -39,6 +42,7 @@ from short_gpt.evaluation.perplexity import (
 )
 from short_gpt.healing import HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
+from short_gpt.healing.job import RAW, pruned
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.settings import CLOSED_WINDOWS, OUTPUTS, Recipe, recipe_for
 from short_gpt.jobs.conversion import convert
@@ -51,6 +55,7 @@ from short_gpt.jobs.shrunk import (
     ANSWERS,
     REPORT,
     Answered,
+    CurvePoint,
     ShrinkResult,
     StateReport,
     report_of,
@@ -60,7 +65,7 @@ from short_gpt.models.decoder import in_own_dtype
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, one_line
 from short_gpt.runtime.memory import format_bytes, free_memory
-from short_gpt.runtime.progress import check_alone
+from short_gpt.runtime.progress import bar, check_alone
 from short_gpt.runtime.state import hold
 from short_gpt.scoring.stopping import unsure
 from short_gpt.selection.methods import AUTO, METHODS
@@ -69,6 +74,8 @@ from short_gpt.wrappers.options import FLOAT32, OpenOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from short_gpt.wrappers.short_model import ShortModel
 
 CHECKS = 8  # evaluations during a training
 
@@ -105,6 +112,9 @@ def shrink(
         if run.folder.exists():
             running.tell(f"what was done is kept in {run.folder}: the same command continues")
         raise
+    if not result.states:  # a curve, of which none was picked
+        running.tell(f"kept in {run.folder}: the same command with --pick writes one of them")
+        return result
     shutil.rmtree(run.folder, ignore_errors=True)  # not a link
     del lock
     return replace(result, address=saving.push(run.out, result))
@@ -117,6 +127,8 @@ def _choose(run: Shrink) -> tuple[list[int], Mapping[str, Any]]:
     """The layers to remove, and how `auto` chose them."""
     n, sets = run.n, run.sets
     run.short.importance = sets.importance
+    if run.settings.named is not None:
+        return sorted(run.settings.named), {}
     if n is None:
         n = _most_within(run, run.settings.most_kld or 0.0)
     layers = sets.layers(run.method, n, run.seed)
@@ -183,6 +195,68 @@ def _steps_in(run: Shrink, seconds: float, recipe: Recipe) -> int:
     return max(1, int((seconds - checking) / a_step))
 
 
+# The curve: several sizes, of which one may be picked
+
+
+def _curve(run: Shrink) -> list[CurvePoint]:
+    """Every size, refitted and measured, and the original in fewer bits."""
+    counts, short = run.settings.counts(run.count), run.short
+    with bar("sizes", total=len(counts) + 1, unit="size", show=True, delay=0) as shown:
+        rows = [run.cells.value("size 0", partial(_point, run, []))]
+        for n in counts:
+            layers = run.sets.layers(run.method, n, run.seed, most=counts[-1])
+            shown.update(1)
+            rows.append(run.cells.value(f"size {n}", partial(_point, run, sorted(layers))))
+    points = [CurvePoint(**row) for row in rows]
+
+    def timed() -> dict[str, list[float]]:
+        timers = {point.name: pytorch(short, _without(short, point.layers)) for point in points}
+        most = {p.name: run.count / (run.count - len(p.layers)) for p in points}
+        with in_own_dtype(short.decoder):
+            found = speeds(timers, run.windows.evaluation[0], most=most)
+        return {name: [works[work].ratio for work in WORK] for name, works in found.items()}
+
+    times = run.cells.value("speeds of sizes", timed)
+    points = [point._replace(speeds=times[point.name]) for point in points]
+    others = run.cells.value("fewer bits", lambda: [p._asdict() for p in _in_fewer_bits(run)])
+    return points + [CurvePoint(**row) for row in others]
+
+
+def _without(short: ShortModel, layers: Sequence[int]) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: short.without_layers(layers)
+
+
+def _point(run: Shrink, layers: Sequence[int]) -> dict[str, Any]:
+    """The model without some layers, refitted, ready for JSON."""
+    short, (sizes, rest) = run.short, run.stored
+    size = rest + sum(size for i, size in enumerate(sizes) if i not in layers)
+    calibration = run.windows.training[:CLOSED_WINDOWS]
+    with pruned(short, layers, "refit" if layers else RAW, calibration):
+        with in_own_dtype(short.decoder):
+            klds = distances(short, run.texts, run.reference)
+        right = [reply.right for reply in run.ask()]
+    name = f"{len(layers)} removed" if layers else "original"
+    return CurvePoint(name, [*layers], size, klds, sum(map(bool, right)))._asdict()
+
+
+def _in_fewer_bits(run: Shrink) -> list[CurvePoint]:
+    """The original in fewer bits: of GGUF files of each type that is smaller."""
+    found = list[Rival]()
+    with suppress(ShortGPTError):  # too little memory for a comparison
+        found += _rivals(run)
+    if run.opened.in_place and has_quantizer():
+        opening = replace(run.opening, precision=FLOAT32)
+        for kind in smaller_types(str(run.source)):
+            with rival_file(str(run.source), run.folder, kind) as path:
+                found.append(of_file(path, run.texts, run.reference, opening))
+    return [
+        CurvePoint(
+            rival.name, [], rival.size, {k: p.kld.value for k, p in rival.quality.items() if p.kld}
+        )
+        for rival in found
+    ]
+
+
 # What is measured
 
 
@@ -247,8 +321,8 @@ def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
     paths = {"original": Path(source), "healed": run.built}
     rivals, timed = list[Rival](), result.speeds
     with _optional(remarks):
-        beside = rival_file(source, run.built, run.folder) if has_quantizer() else nullcontext()
-        with beside as path:
+        kind = largest_within(source, file_bytes(run.built)) if has_quantizer() else None
+        with rival_file(source, run.folder, kind) if kind else nullcontext() as path:
             if path is not None:
                 opening = replace(run.opening, precision=FLOAT32)
                 rivals = [of_file(path, run.texts, run.reference, opening)]
@@ -310,11 +384,15 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     """Does everything; continues what the folder holds."""
     run.read()
     opened, short, windows = run.opened, run.short, run.windows
+    curve = _curve(run) if run.settings.curve is not None else []
+    if curve and run.settings.pick is None:
+        return ShrinkResult(run.out, plan, run.count, method=run.method, curve=curve)
     run.layers, choice = _choose(run)
     if opened.in_place:
         check_architecture(str(run.source)).kept(run.layers)
     eval_data = run.reading.eval_name
-    short.evidence |= {"method": METHODS[run.method], "eval_data": eval_data, "size": run.size}
+    method = METHODS.get(run.method, "named by the caller")
+    short.evidence |= {"method": method, "eval_data": eval_data, "size": run.size}
     run.running.tell(f"layers to remove: {sorted(run.layers)}")
     states, answers = {"original": _sizes(run, "original")}, {"original": _answers(run, "original")}
     remarks, beside, timed = list[str](), list[Rival](), Speeds()
@@ -347,6 +425,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
             speeds=timed,
             questions=[question.prompt for question in run.questions],
             answers=run.answers,
+            curve=curve,
             remarks=[*remarks, *_remarks(run, evidence)],
             healing=evidence.steps,
             choice=choice,

@@ -61,6 +61,17 @@ class Answered(NamedTuple):
         return cls([reply.text for reply in replies], [reply.right for reply in replies])
 
 
+class CurvePoint(NamedTuple):
+    """One size of a curve, or the original in fewer bits."""
+
+    name: str
+    layers: list[int]  # removed, original numbers
+    size: int  # bytes
+    klds: dict[str, float]  # nats a token, by kind of text
+    right: int | None = None  # answers
+    speeds: Sequence[float] = ()  # by `speeds.WORK`, times the original's
+
+
 @dataclass(frozen=True, repr=False)
 class ShrinkResult(Table):
     """What `shrink` did, and what the result is worth.
@@ -80,6 +91,7 @@ class ShrinkResult(Table):
     timed_in: str = "PyTorch"  # or llama.cpp
     questions: Sequence[str] = ()
     answers: Mapping[str, Answered] = field(default_factory=dict)  # by state, except refit
+    curve: Sequence[CurvePoint] = ()  # of several sizes
     remarks: Sequence[str] = ()  # what a reader of the numbers must know
     healing: Sequence[Mapping[str, object]] = ()  # the steps, for JSON
     choice: Mapping[str, Any] = field(default_factory=dict)  # of `HealedChoice`
@@ -97,6 +109,8 @@ class ShrinkResult(Table):
 
     def rows(self) -> list[list[str]]:
         """The table: names first, then a column for every state and rival; the head is first."""
+        if not self.states and self.curve:
+            return self.curve_rows()
         states = [*next(iter(self.quality.values()), {})]
         names = [*states, *(rival.name for rival in self.rivals)]
         rows = [["", *names]]
@@ -132,6 +146,19 @@ class ShrinkResult(Table):
             add(label, dict(zip(self.states, cells, strict=True)))
         return rows
 
+    def curve_rows(self) -> list[list[str]]:
+        """The table of the sizes, one row each; the head is first."""
+        kinds = [*self.curve[0].klds]
+        head = ["", "size", *(f"KLD, {short_name(kind)}" for kind in kinds)]
+        rows = [[*head, "right answers", "reads", "writes", "layers"]]
+        for point in self.curve:
+            right = "" if point.right is None else str(point.right)
+            klds = [f"{point.klds[kind]:.3f}" for kind in kinds]
+            rates = [f"{rate:.2f} x" for rate in point.speeds] or ["", ""]
+            layers = ",".join(map(str, point.layers))
+            rows.append([point.name, format_bytes(point.size), *klds, right, *rates, layers])
+        return rows
+
     def _task_rows(self) -> list[list[str]]:
         """Rows of the states that have a report, in their order."""
         runs = [TaskRun.from_dict(r.tasks) for r in self.states.values() if r.tasks]
@@ -153,7 +180,8 @@ class ShrinkResult(Table):
     def head(self) -> str:
         """What was removed, in one line."""
         count = f"{len(self.layers)} of {self.total} layers"
-        return f"removed {count} by {LABELS[self.method]}: {sorted(self.layers)}"
+        by = f" by {LABELS[self.method]}" if self.method else ""
+        return f"removed {count}{by}: {sorted(self.layers)}"
 
     @property
     def _known(self) -> int:
@@ -199,7 +227,7 @@ class ShrinkResult(Table):
     def verdict(self) -> str:
         """What the result is worth, in a sentence; or the plan, if only that was requested."""
         if not self.states:
-            return self.plan
+            return "Nothing is written yet; pick one of these." if self.curve else self.plan
         klds = [f"{kld} on {short_name(kind)}" for kind, kld in self.distances.items()]
         parts = [f"{self.grade[0].upper()}{self.grade[1:]}: KLD {', '.join(klds)}"]
         kept, right = self.kept
@@ -248,7 +276,7 @@ class ShrinkResult(Table):
 
     def __str__(self) -> str:
         if not self.states:
-            return self.plan
+            return "\n".join([self.verdict, *aligned(self.rows())]) if self.curve else self.plan
         lines = [line for text in (self.verdict, self.worth, self.head) for line in _wrapped(text)]
         lines += ["", *self._narrow()]
         end = [f"written: {self.out}, read again and compared; more in {self.report()}"]
@@ -305,6 +333,7 @@ class ShrinkResult(Table):
             for kind, states in self.quality.items()
         }
         content = {**vars(self), "out": str(self.out), "quality": quality}
+        content["curve"] = [point._asdict() for point in self.curve]
         for name in ("states", "answers"):
             content[name] = {state: each._asdict() for state, each in content[name].items()}
         content["speeds"] = {
@@ -315,6 +344,8 @@ class ShrinkResult(Table):
             {**r._asdict(), "quality": {kind: p.to_dict() for kind, p in r.quality.items()}}
             for r in self.rivals
         ]
+        if not self.states:
+            return {name: content[name] for name in ("out", "plan", "method", "curve")}
         content["verdict"] = {"grade": self.grade, "text": self.verdict, "worth": self.worth}
         content["importance"] = None if self.importance is None else self.importance.to_dict()
         return content

@@ -12,7 +12,16 @@ from gguf_families import make, write_model
 from llama.formats.gguf_read import nbytes_of
 from short_gpt import ShortHFModel, open_model
 from short_gpt.checkpoints import prune_checkpoint
-from short_gpt.costs.rivals import RIVAL, of_file, requantized, rival_file, rivals, rounded
+from short_gpt.costs.rivals import (
+    RIVAL,
+    largest_within,
+    of_file,
+    requantized,
+    rival_file,
+    rivals,
+    rounded,
+    smaller_types,
+)
 from short_gpt.wrappers.options import OpenOptions
 
 pytest.importorskip("libgguf")
@@ -89,22 +98,28 @@ def test_the_file_is_not_larger_than_the_pruned_one_and_goes_afterwards(tmp_path
     original = open_model(str(source))
     reference = original.reference(EVERY)
     original.release()  # its weights are gone when the rival is read
-    with rival_file(source, out, folder) as path:
-        assert path is not None and path.stat().st_size <= out.stat().st_size
-        assert path.name == "q8_0.gguf"
+    kind = largest_within(source, out.stat().st_size)
+    with rival_file(source, folder, kind) as path:
+        assert path.stat().st_size <= out.stat().st_size and path.name == "q8_0.gguf"
         rival = of_file(path, TEXTS, reference, OpenOptions())
         assert rival.size == path.stat().st_size and rival.name == "in Q8_0"
         assert all(0 < own.kld.value < 0.02 for own in rival.quality.values())
     assert not (folder / RIVAL).exists()
-    with pytest.raises(KeyboardInterrupt), rival_file(source, out, folder):
+    with pytest.raises(KeyboardInterrupt), rival_file(source, folder, kind):
         raise KeyboardInterrupt
     assert not (folder / RIVAL).exists()
 
 
-def test_where_every_type_is_larger_there_is_no_rival(tmp_path, source):
-    (tmp_path / "tiny.gguf").write_bytes(b"")
-    with rival_file(source, tmp_path / "tiny.gguf", tmp_path) as path:
-        assert path is None
+def test_where_every_type_is_larger_there_is_no_rival(source):
+    assert largest_within(source, 1000) is None
+
+
+def test_types_that_make_a_file_smaller_come_largest_first(tmp_path, source):
+    kinds = smaller_types(source)
+    files = [requantized(source, tmp_path / f"{kind}.gguf", kind) for kind in kinds]
+    sizes = [path.stat().st_size for path in (source, *files)]
+    assert kinds[0] == "q8_0" and sizes == sorted({*sizes})[::-1]
+    assert not {*kinds} & {*smaller_types(files[0])} - {*kinds[1:]}
 
 
 def test_rows_that_fill_no_block_are_rounded_to_float16():

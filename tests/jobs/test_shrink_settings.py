@@ -22,6 +22,10 @@ from short_gpt.jobs.shrink_time import MANY, Plan, fitted, windows_to_choose
         (Shrinking(n=3), 3),
         (Shrinking(memory="3kB"), 5),
         (Shrinking(memory=2999), 6),
+        (Shrinking(params="3k"), 5),
+        (Shrinking(layers="3, 12"), 2),
+        (Shrinking(curve=(1, 5, 2)), 5),
+        (Shrinking(curve="auto", pick=4), 4),
     ],
 )
 def test_known_answers(settings, count):
@@ -47,6 +51,12 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"n": 0}, "n = 0"),
         ({"n": 29}, "^n = 29; the model has 30 layers: expected 1 to 28"),
         ({"ratio": 0.99}, "^n = 30; the model has 30 layers: expected 1 to 28"),
+        ({"params": "1M"}, "--params 1M: the model is small enough"),
+        ({"params": "few"}, "`params` = 'few': expected a number of parameters, such as 400M"),
+        ({"layers": "3,x"}, "expected layer numbers as in `layers` 3,12"),
+        ({"layers": "3", "method": "bi"}, "`method` chooses layers, and `layers` names them"),
+        ({"curve": "1,2", "pick": 3}, "`pick` = 3: expected one of 1, 2"),
+        ({"curve": "1,29"}, "n = 29; the model has 30 layers: expected 1 to 28"),
         ({"memory": "1GB"}, "--memory 1GB: the model is small enough"),
         ({"memory": 600}, "still takes 700 B; name that or more"),
         ({"memory": "much"}, "`memory` = 'much': expected a size with its unit, such as 12GB"),

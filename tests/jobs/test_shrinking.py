@@ -158,7 +158,8 @@ def test_it_needs_nothing_but_a_model(here):
     page = done.report().read_text()
     for part in ("Say b", "What was removed", *done.rows()[1]):
         assert part in page
-    assert page.count('<circle class="removed"') == 2 and page.count('<circle class="kept"') == 4
+    dots = [page.count(f'<circle class="{kind}"') for kind in ("removed", "kept")]
+    assert dots == [1 + 2, 3 + 4]  # against size the healed, the original and its rivals; layers
     upright = r'<line class="error" x1="([\d.]+)" x2="\1" y1="([\d.]+)" y2="(?!\2")'
     assert len(re.findall(upright, page)) == 6  # a bar each
     assert not re.search(r"(src|href|url\(|@import)\s*[=(]", page)
@@ -397,6 +398,49 @@ def test_what_does_not_fit_into_the_time_is_said_and_a_continued_run_keeps_its_p
     done = shrink("hf", "out", **how, notify=own.append)
     assert done.method == "greedy_kld" and fewer in done.plan
     assert "it takes longer than 40 seconds" in shrink("hf", "no", **how, dry_run=True).plan
+
+
+@pytest.mark.parametrize(("model", "out"), [("hf", "out"), ("model.gguf", "out.gguf")])
+def test_a_curve_compares_sizes_and_the_picked_one_is_written(
+    here, capsys, monkeypatch, model, out
+):
+    words = ("shrink", model, out, "--curve", "1,2,3", *TEXTS, *FLAGS[:-2])
+    run(*words, "--json", "curve.json")
+    printed = capsys.readouterr().out
+    assert printed.startswith("Nothing is written yet; pick one of these.")
+    assert not Path(out).exists() and not Path(f"{out}.report.html").exists()
+    points = json.loads(Path("curve.json").read_text())["result"]["curve"]
+    names = [point["name"] for point in points]
+    assert names[:4] == ["original", "1 removed", "2 removed", "3 removed"]
+    assert names[4] == "in Q8_0" and len(names) == (6 if model == "hf" else 8)
+    sizes = [point["size"] for point in points]
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[3] and sizes[4:] == sorted(sizes[4:])[::-1]
+    sets = [{*point["layers"]} for point in points[:4]]
+    assert sets[0] < sets[1] < sets[2] < sets[3]  # of one search
+    klds = [point["klds"]["books"] for point in points]
+    assert klds[0] == 0 < min(klds[1:]) and {*points[0]["klds"]} == {"books", ANSWERS}
+    assert all(len(point["speeds"]) == 2 for point in points[:4])
+    with monkeypatch.context() as patch:
+        patch.setattr(ShortHFModel, "search", None)  # nothing is measured again
+        run(*words, "--pick", 2)
+    printed = capsys.readouterr().out
+    assert re.search(rf"removed 2 of 6 layers by .*: {re.escape(str(sorted(sets[2])))}", printed)
+    page = Path(f"{out}.report.html" if out.endswith("gguf") else f"{out}/report.html").read_text()
+    assert all(f"<title>{name}: " in page for name in names)
+    assert not Path(f"{out}.shrinking").exists()
+    if model == "hf":
+        done = shrink("hf", "again", curve=(1, 2, 3), pick=2, **CUT, data="other", overwrite=True)
+        assert done.layers == sorted(sets[2]) and done.curve[2].size == done.states["healed"].size
+        assert done.curve[2].klds[ANSWERS] == pytest.approx(done.distances[ANSWERS].value)
+
+
+def test_named_layers_are_removed(here):
+    done = shrink("hf", "out", layers="2,4", **CUT, data="other")
+    assert done.layers == [2, 4] and done.head == "removed 2 of 6 layers: [2, 4]"
+    heal("hf", "healed", layers=[2, 4], data="other", eval_data="books", size=24, max_windows=8)
+    assert torch.equal(logits("out"), logits("healed"))
+    with pytest.raises(ValueError, match=r"layers \[9\] do not exist"):
+        shrink("hf", "no", layers="2,9", **CUT)
 
 
 def test_a_dry_run_writes_nothing(here, capsys):
