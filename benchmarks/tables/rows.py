@@ -410,7 +410,9 @@ def refit_streamed() -> list[str]:
 def serving() -> list[str]:
     """By format and layers removed: the size and speeds, beside the expected."""
     lines = []
-    for own in [own for own in result("serving")["rows"] if own["removed"] in (0, 4, 8)]:
+    for own in result("serving")["rows"]:
+        if own["removed"] not in (0, 4, 8) or own["kind"].startswith("transformers"):
+            continue
         cells = [f"{own['kind']}, {own['removed']} removed", f"{own['megabytes']:.0f}"]
         for name in ("prompt", "generation"):
             ratio, expected = spread(own[f"{name}_ratio"], 2), own[f"{name}_expected"]
@@ -431,15 +433,6 @@ def gemma() -> list[str]:
         names = (case["kinds"], case["kinds_by_position"])
         lines.append(row(layer_set(case["removed"]), *names, *cuts))
     return lines
-
-
-def peers() -> list[str]:
-    """A row for every tool and number of layers removed."""
-    return [
-        row(name, layer_set(own["layers"]), f"{own['perplexity']:.2f}", nats(own))
-        for rows in result("peers")["rows"].values()
-        for name, own in rows.items()
-    ]
 
 
 FAMILIES = {

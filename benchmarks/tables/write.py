@@ -54,9 +54,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "word problems": table(
         "| model | | svamp, solved | gsm8k, solved |", rows.word_problems, *rows.ASKED
     ),
-    "other tools": table(
-        "| tool | layers removed | perplexity | change in nats |", rows.peers, "peers"
-    ),
     "cuts by other tools": table(
         "| tiny model | ShortGPT | OptiPFair | llama.cpp |", rows.kinds, "peers"
     ),
