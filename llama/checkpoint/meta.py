@@ -26,7 +26,7 @@ from llama.checkpoint.sharding import (
     shapes_of_rank,
     split_dim,
 )
-from llama.errors import InputError, check, check_file, damaged
+from llama.errors import InputError, check_file, damaged
 from llama.files import JsonObject, StrPath, read_json, read_marker, write_json
 from llama.sources import TEMPLATES, check_inside
 from llama.tokenizer import Tokenizer, holds_json
@@ -255,9 +255,3 @@ def write_model(
 
     paths = [directory / f"consolidated.{rank:02d}.pth" for rank in range(shards)]
     write_shards(paths, parts, read, part)
-
-
-def check_shards(args: ModelArgs, shards: int) -> None:
-    """Raises InputError unless the model can be cut into so many shards."""
-    check(1 <= shards <= 100, "shards", shards, "1 to 100")
-    check_split(args, shards)

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, check_positive
+from llama.args import ModelArgs, check_positive, check_split
 from llama.checkpoint.meta import (
     CONVERSION,
     Checkpoint,
-    check_shards,
     check_vocabulary,
     copy_records,
     copy_tokenizer,
@@ -99,8 +98,10 @@ class GGUFFile(GGUFParts):
         args.check()
         self._check(args)
         if ROPE_FACTORS in self.tensors:
-            args.use_scaled_rope = True
-            args.rope_scaling_factor = self._rope_factor(args)
+            factor = llama3_factor(self.read(ROPE_FACTORS), args.head_dim, args.rope_theta)
+            if factor is None:
+                raise InputError(f"{self.path} scales its rotary frequencies unlike Llama 3.1")
+            args.use_scaled_rope, args.rope_scaling_factor = True, factor
         return args
 
     def _check(self, args: ModelArgs) -> None:
@@ -124,13 +125,6 @@ class GGUFFile(GGUFParts):
             problem = f"{name} has shape {list(self.tensors[name].shape)}; its metadata gives "
             same = self.tensors[name].shape == shape
             check_file(same, self.path, f"{problem}{list(shape)}")
-
-    def _rope_factor(self, args: ModelArgs) -> float:
-        """Llama 3.1's factor from the file's divisors of the rotary frequencies."""
-        factor = llama3_factor(self.read(ROPE_FACTORS), args.head_dim, args.rope_theta)
-        if factor is None:
-            raise InputError(f"{self.path} scales its rotary frequencies unlike Llama 3.1")
-        return factor
 
     def write_tokenizer(self, folder: Path) -> None:
         """Writes the file of its tokenizer, and ``tokenizer_config.json``."""
@@ -360,7 +354,8 @@ def to_meta(
         opened = open_meta(source, tokenizer_path)
     else:
         opened = open_gguf(source) if source.kind == "gguf" else open_hf(source)
-    check_shards(opened.args, shards)
+    check(1 <= shards <= 100, "shards", shards, "1 to 100")
+    check_split(opened.args, shards)
     kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
     infos = {n: TensorInfo(i.shape, kind or i.dtype, i.storage) for n, i in opened.infos.items()}
 

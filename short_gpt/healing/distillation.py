@@ -243,7 +243,11 @@ class Distillation:
 
     def _content(self, logits: Tensor) -> bytes:
         """The records of a window's logits, (S, V)."""
-        targets = _targets(logits, self.k, self.temperature)
+        targets = Targets.of(logits[:-1], self.k, self.temperature)
+        if targets.logs.isnan().any():
+            raise NotFiniteError(
+                "the teacher gave a NaN or infinite logit; check the weights, or another dtype"
+            )
         record = np.empty(len(targets.rest), self._record)
         for name, part in targets._asdict().items():
             record[name] = part.cpu().numpy()
@@ -335,12 +339,3 @@ class Distillation:
 
     def _divergence(self, logits: Tensor, targets: Targets) -> Tensor:
         return divergence(logits, targets, temperature=self.temperature)
-
-
-def _targets(logits: Tensor, k: int, temperature: float) -> Targets:
-    targets = Targets.of(logits[:-1], k, temperature)
-    if targets.logs.isnan().any():
-        raise NotFiniteError(
-            "the teacher gave a NaN or infinite logit; check the weights, or another dtype"
-        )
-    return targets

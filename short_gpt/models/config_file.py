@@ -10,15 +10,13 @@ from typing import Any
 
 from llama.args import ModelArgs
 from llama.checkpoint.meta import Checkpoint
-from llama.formats.names import ffn_keys
 from llama.sources import find_source, hub_failure, reach
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, check, without_password
 
 TRUST = "trust_remote_code"  # an option, and in errors: a model comes with Python code
-# The entries that a Llama's shape is made of.
-SHAPE = ["hidden_size", "num_hidden_layers", "vocab_size"]
-SHAPE += ["num_attention_heads", "intermediate_size"]
+# The entries by which a Llama is known.
+SHAPE = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
 # Entries of a config.json without effect on a forward pass. dtype: whoever opens a model chooses
 # it, and states keep it by itself. Text is encoded by the tokenizer, which has its own bos and eos;
 # pad_token_id counts, as RoBERTa numbers its positions from it.
@@ -42,7 +40,10 @@ def read_config(source: str, options: Mapping[str, object] | None = None) -> Any
 
 
 def shape_of(source: str, *, trust_remote_code: bool = False) -> ModelArgs:
-    """The shape of a Meta or Hugging Face directory, or of a model on the hub by its config."""
+    """The shape of a Meta or Hugging Face directory, or of a model on the hub by its config.
+
+    Of a config, the width of the feed-forward layers is not read.
+    """
     kind = find_source(source).kind
     check(kind != "gguf", "format of the model", kind, "Meta's or Hugging Face's")
     if kind == "meta":
@@ -58,10 +59,10 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> ModelArgs:
     # a family may have other names for them, and then is not a Llama
     sizes = [getattr(text, name, None) for name in SHAPE]
     check(None not in sizes, "model_type", text.model_type, f"a Llama, with {SHAPE}")
-    dim, layers, words, heads, wide = (int(size) for size in sizes if size is not None)
+    dim, layers, heads, words = (int(size) for size in sizes if size is not None)
     # without an entry every query has keys of its own
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    return ModelArgs(dim, layers, heads, kv_heads, words, **ffn_keys(dim, wide))
+    return ModelArgs(dim, layers, heads, kv_heads, words)
 
 
 def config_digest(config: Mapping[str, object]) -> str:

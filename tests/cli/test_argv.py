@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
 import re
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -56,19 +55,3 @@ def test_every_kind_of_flag_takes_or_refuses_odd_values(idle, command, name):
     for value in ODD:
         one_line_or_none([command, *needed, f"--{name}={value}"])
         one_line_or_none([command, *needed, f"--{name}", value])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_random_words_are_no_traceback(idle, seed):
-    rng = random.Random(seed)
-
-    def word() -> str:
-        return "".join(rng.choice(ODD) for _ in range(rng.choice([1, 1, 2, 4])))
-
-    for _ in range(100):
-        command = rng.choice([*COMMANDS])
-        names = [f"{rng.choice(['-', '--'])}{name}" for name in flags_of(COMMANDS[command])]
-        argv = [rng.choice([command] * 20 + [word()])]
-        for _ in range(rng.randint(1, 5)):
-            argv.append(rng.choice([word(), rng.choice(names), f"{rng.choice(names)}={word()}"]))
-        one_line_or_none(argv)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DATA, TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import save_byte_llama
 from processes import ranks
 from transformers import AutoConfig
 
@@ -27,18 +27,6 @@ from short_gpt.cli.flags import flags_of
 from short_gpt.healing import Recipe
 from short_gpt.runtime.settings import HEADINGS
 from short_gpt.selection.methods import METHODS
-from short_gpt.wrappers.opening import open_model
-
-
-@pytest.fixture
-def ckpt(tmp_path: Path, monkeypatch) -> Path:
-    """A random model of 5 layers over bytes; the working directory is a fresh folder."""
-    model = make_transformer(vocab_size=BYTE_VOCAB)
-    directory = save_checkpoint(tmp_path / "ckpt", model)
-    write_byte_tokenizer(directory)
-    (tmp_path / "book.txt").write_text(TEXT)
-    monkeypatch.chdir(tmp_path)
-    return directory
 
 
 def test_rank_prune_plot_and_perplexity(ckpt, capsys):
@@ -195,9 +183,7 @@ def test_version(capsys):
 def test_two_replicas_of_two_ranks_stop_together(ckpt):
     text = " ".join(f"{i * i % 977} and {i * 7 % 89}" for i in range(900))
     Path("long.txt").write_text(text)
-    # of a model in two files, which two ranks share
-    save_checkpoint(Path("two"), make_transformer(vocab_size=BYTE_VOCAB), shards=2)
-    write_byte_tokenizer(Path("two"))
+    save_byte_llama(Path("two"), shards=2)  # which two ranks share
     data = ["--data", "long.txt", "--size", "32", "--stride", "32", "--device", "cpu"]
     command = ["rank", "two", *data, "--n", "1"]
     command += ["--batch_size", "4", "--json", "four.json"]
@@ -214,15 +200,8 @@ def test_two_replicas_of_two_ranks_stop_together(ckpt):
         assert torch.allclose(torch.tensor(four[name]), expected, rtol=1e-5, atol=1e-5), name
 
 
-def test_hugging_face_models_are_not_split_over_ranks(capsys, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="only Meta's format is split over ranks; convert"):
-        open_model(str(tmp_path), model_parallel_size=2)
-
-
 def test_of_two_ranks_one_prints_and_writes(ckpt, capsys, monkeypatch):
-    save_checkpoint(Path("two"), make_transformer(vocab_size=BYTE_VOCAB), shards=2)
-    write_byte_tokenizer(Path("two"))
+    save_byte_llama(Path("two"), shards=2)
     rank = ["rank", "two", *map(str, DATA), "--n", "2", "--json", "two.json"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "-m", "--", "short_gpt", *rank]
@@ -371,11 +350,6 @@ def test_scores_of_another_model_are_refused(ckpt, capsys):
     assert "r.json holds scores of the weights" in line
     line = fails(capsys, "prune", "ckpt", "x", "--scores", "r.json")
     assert line.endswith("with --scores, say how many layers to remove: --n")
-
-
-def test_a_mistyped_flag_is_told_before_anything_runs(ckpt, capsys, monkeypatch):
-    monkeypatch.setattr("short_gpt.jobs.ranking.rank", lambda *_, **__: pytest.fail("it ran"))
-    assert "did you mean --seed" in fails(capsys, "rank", "ckpt", "--sead", "1")
 
 
 @pytest.mark.parametrize(

@@ -217,12 +217,10 @@ MISTAKES = [
     ("prune hf x --scores other.json -n 1", "other.json holds scores of the weights"),
     (f"rank no/where {READ}", "no/where is not a directory here, and the hub cannot be"),
     (f"rank strange {READ}", "strange cannot be loaded: The checkpoint you are trying"),
-    (f"rank broken.gguf {READ}", "broken.gguf is damaged"),
     ("generate hf --samples 1 --out o.jsonl --max_new_tokens 5000", "takes 2 to 4,096"),
     ("generate meta a --max_new_tokens 200000000", "expected at most 1,048,576"),
     ("generate hf 'It was' --max_new_tokens 9999", "but the model's context is 4,096: shorten"),
     ("generate hf \udcff", "holds '\\udcff' as character 0, half a surrogate pair"),
-    ("generate damaged a", "damaged cannot be loaded: "),
     ("convert meta x --dtype bfloat16", "is for Meta's format"),
     ("evaluate hf --data none", "nothing to evaluate: give --data or --tasks"),
     ("evaluate hf --data book.txt --source x", "--source is a copy of wiki"),
@@ -233,11 +231,8 @@ MISTAKES = [
 @pytest.mark.parametrize(("line", "message"), MISTAKES, ids=lambda part: ascii(part[:60]))
 def test_mistakes_cost_one_line(here, capsys, lm_eval, line, message):
     Path("empty").mkdir()
-    for name in ("strange", "damaged"):
-        shutil.copytree("hf", name)
+    shutil.copytree("hf", "strange")
     Path("strange/config.json").write_text('{"model_type": "nothing"}')
-    Path("damaged/model.safetensors").write_bytes(b"\x00" * 50)
-    Path("broken.gguf").write_bytes(Path("model.gguf").read_bytes()[:3000])
     if "other.json" in line:
         run("prune", "hf", "other", "--layers", 1, "--verify", "no")
         run("rank", "other", *DATA, "--max_windows", 1, "--json", "other.json")

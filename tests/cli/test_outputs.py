@@ -7,23 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
-from commands import DATA, TEXT, fails, run
-from conftest import save_byte_llama
+from commands import DATA, fails, run
 
 from short_gpt.runtime import progress
 from short_gpt.runtime.errors import ShortGPTError
 
 RANK = ("rank", "ckpt", *DATA, "--max_windows", 2)
-
-
-@pytest.fixture
-def ckpt(tmp_path, monkeypatch) -> Path:
-    """A tiny checkpoint in Meta's format and a text, in a working directory of their own."""
-    (tmp_path / "models").mkdir()
-    monkeypatch.chdir(tmp_path / "models")
-    path = save_byte_llama(Path("ckpt"))
-    Path("book.txt").write_text(TEXT)
-    return path
 
 
 def contents() -> dict[str, bytes]:
@@ -51,15 +40,15 @@ def test_somebodys_picture_is_not_replaced(ckpt, capsys):
 
 
 def test_a_tilde_is_the_home_folder_but_in_a_prompt(ckpt, monkeypatch, capsys):
-    home = Path.cwd().parent
+    home = ckpt.parent
     monkeypatch.setenv("HOME", str(home))
-    run("rank", "~/models/ckpt", "--data=~/models/book.txt", *DATA[2:], "--max_windows", 2,
+    run("rank", "~/ckpt", "--data=~/book.txt", *DATA[2:], "--max_windows", 2,
         "--json=~/a.json", "--plots=~/plots")  # fmt: skip
     assert (home / "a.json").is_file() and (home / "plots/angular.png").is_file()
-    run("prune", "~/models/ckpt", "~/x", "--scores=~/a.json", "--n", 1)
+    run("prune", "~/ckpt", "~/x", "--scores=~/a.json", "--n", 1)
     assert (home / "x/params.json").is_file() and not Path("~").exists()
     capsys.readouterr()
-    run("generate", "~/models/ckpt", "~ is", "--max_new_tokens", 2)
+    run("generate", "~/ckpt", "~ is", "--max_new_tokens", 2)
     assert capsys.readouterr().out.startswith("~ is")
 
 

@@ -54,6 +54,8 @@ def job(short, steps, *, layers=LAYERS, **options) -> HealingJob:
 def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     short, by_hand = whole(), whole()
     chain = job(short, PATCH | DISTILL, work_dir=tmp_path / "work")
+    with pytest.raises(RuntimeError, match="call run first"):
+        chain.save(tmp_path / "out")
     evidence = chain.run()
     windows = [*WINDOWS.training, *WINDOWS.validation]
     teacher = Distillation(tmp_path / "teacher", by_hand, windows, k=8)  # of the whole model
@@ -72,12 +74,18 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     parts = sum(change.nats for change in evidence.changes.values())
     assert evidence.change.nats == pytest.approx(parts)
     (tmp_path / "work" / "notes.txt").write_text("of the user")
-    out = chain.save(tmp_path / "out")
+    healed = by_hand.perplexity(WINDOWS.evaluation, progress=False)
+    assert evidence.perplexity["healed"].value == pytest.approx(healed.value)
+    out = chain.save(tmp_path / "out", facts={"data": "eight words"})
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["notes.txt"]
     record = json.loads((out / "pruning.json").read_text())
     assert [step["method"] for step in record["healing"]] == ["patch", "distillation"]
     assert record["healing"] == json.loads(json.dumps(evidence.to_dict()["healing"]))
-    assert "changed by patch, then distillation" in (out / "README.md").read_text()
+    told = {name: evidence.to_dict()[name] for name in ("perplexity", "change")}
+    assert record == record | told | {"data": "eight words"}
+    card, (low, high) = (out / "README.md").read_text(), healed.interval()
+    assert "changed by patch, then distillation" in card
+    assert f"| healed | {healed.value:.3f} | {low:.3f} to {high:.3f} | 45 |" in card
 
 
 def test_a_refit_is_judged_by_the_windows_that_validate():

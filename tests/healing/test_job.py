@@ -26,7 +26,6 @@ from short_gpt.healing import (
     PatchSettings,
     Recipe,
     RefitSettings,
-    heal_patch,
     healing_windows,
 )
 from short_gpt.wrappers.opening import open_model
@@ -43,32 +42,6 @@ WINDOWS = HealingWindows(
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
 QUICK = Recipe(rank=4, steps=2, warmup=0, batch_size=2, eval_every=2, learning_rate=1e-2)
 LORA, PATCH = {"lora": QUICK}, {"patch": None}
-
-
-def test_a_job_does_what_its_steps_do_and_keeps_the_evidence(tmp_path):
-    short, by_hand = ShortHFModel(make("llama")), ShortHFModel(make("llama"))
-    job = HealingJob(
-        short, WINDOWS, [4, 2], steps={"patch": PatchSettings(ridge=1e-3)}, progress=False
-    )
-    with pytest.raises(RuntimeError, match="call run first"):
-        job.save(tmp_path / "out")
-    evidence = job.run()
-    options = {"held": WINDOWS.validation, "progress": False}
-    heal_patch(by_hand, [4, 2], WINDOWS.training, ridge=1e-3, **options)
-    assert torch.equal(short.decoder.logits(TOKENS), by_hand.decoder.logits(TOKENS))
-    assert short.removed == [4, 2] and short.changed == by_hand.changed
-    assert list(evidence.perplexity) == ["original, 6 layers", "pruned, 4 layers", "healed"]
-    healed = by_hand.perplexity(WINDOWS.evaluation, progress=False)
-    assert evidence.perplexity["healed"].value == pytest.approx(healed.value)
-    out = job.save(tmp_path / "out", facts={"data": "eight words"})
-    record = json.loads((out / "pruning.json").read_text())
-    assert record["perplexity"] == evidence.to_dict()["perplexity"]
-    assert record["change"] == evidence.to_dict()["change"] and record["data"] == "eight words"
-    low, high = healed.interval()
-    assert (
-        f"| healed | {healed.value:.3f} | {low:.3f} to {high:.3f} | 60 |"
-        in (out / "README.md").read_text()
-    )
 
 
 def test_the_original_reads_the_evaluation_windows_once(monkeypatch):

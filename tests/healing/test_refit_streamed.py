@@ -13,15 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import TEXT, fails, run
+from commands import TEXT, run
 from conftest import (
     BYTE_VOCAB,
     interrupted,
     make_transformer,
     random_windows,
-    save_checkpoint,
+    save_byte_llama,
     short_llama,
-    write_byte_tokenizer,
 )
 from processes import killed_at
 
@@ -49,9 +48,7 @@ HEAL += ("--size", 16, "--max_windows", 8, "--eval_windows", 2, "--device", "cpu
 
 def checkpoint(folder: Path, *, shards: int = 1, dtype=torch.float32, seed: int = 0) -> Path:
     model = make_transformer(seed, vocab_size=BYTE_VOCAB).to(dtype)
-    save_checkpoint(folder, model, shards=shards)
-    write_byte_tokenizer(folder)
-    return folder
+    return save_byte_llama(folder, model, shards=shards)
 
 
 def source(kind: str, folder: Path) -> Path:
@@ -337,13 +334,3 @@ def test_what_a_refit_leaves_as_it_was_is_said():
         "LoRA changed nothing: no step lowered the loss on the validation windows; train longer, "
         "or on more text"
     ]
-
-
-def test_the_command_refuses_in_one_line_what_cannot_be(here, capsys):
-    source("meta", here)
-    stream = [*HEAL[2:], "--stream"]
-    line = fails(capsys, "heal", "ckpt", "out", "--heal_by", "patch", *stream)
-    assert "--stream holds one layer at a time, of a model that refit alone heals" in line
-    line = fails(capsys, "heal", "ckpt", "out", *HEAL, "--stream", "50MB")
-    assert "50MB of memory are too little" in line
-    assert not (here / "out.refit").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BYTE_VOCAB, make_transformer, save_checkpoint, write_byte_tokenizer
+from conftest import make_transformer, save_byte_llama, save_checkpoint, write_byte_tokenizer
 from tokenizer_files import sentencepiece_model
 
 from llama import Llama, Tokenizer
@@ -67,8 +67,7 @@ def test_chat(built):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
 def test_dtypes(tmp_path, dtype):
-    save_checkpoint(tmp_path, make_transformer(vocab_size=BYTE_VOCAB))
-    tokenizer = write_byte_tokenizer(tmp_path)
+    tokenizer = save_byte_llama(tmp_path) / "tokenizer.json"
     llama = Llama.build(tmp_path, tokenizer, 64, 4, device="cpu", dtype=dtype)
     expected = torch.bfloat16 if dtype == "bfloat16" else dtype
     assert {w.dtype for w in llama.model.parameters()} == {expected}
@@ -76,15 +75,13 @@ def test_dtypes(tmp_path, dtype):
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
-    save_checkpoint(tmp_path, make_transformer(vocab_size=96))
-    tokenizer = write_byte_tokenizer(tmp_path)
+    tokenizer = save_byte_llama(tmp_path, make_transformer()) / "tokenizer.json"
     with pytest.raises(ValueError, match=r"has 258 tokens, .* has 96 ids: it belongs to another"):
         Llama.build(tmp_path, tokenizer, 64, 4, device="cpu")
 
 
 def test_limits_are_checked(tmp_path):
-    save_checkpoint(tmp_path, make_transformer(vocab_size=BYTE_VOCAB))
-    tokenizer = write_byte_tokenizer(tmp_path)
+    tokenizer = save_byte_llama(tmp_path) / "tokenizer.json"
     with pytest.raises(ValueError, match="max_seq_len = 0: expected a positive integer"):
         Llama.build(tmp_path, tokenizer, 0, 4)
     with pytest.raises(ValueError, match="model_parallel_size = 2: expected 1"):

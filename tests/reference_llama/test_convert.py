@@ -264,12 +264,6 @@ def test_missing_and_damaged_files(hf_dir, tmp_path):
         (tmp_path / name / name).unlink()
         with pytest.raises(error, match=message):
             to_meta(tmp_path / name, tmp_path / "out")
-    data = (hf_dir / "model.safetensors").read_bytes()
-    path = tmp_path / "cut.safetensors"
-    for size in (0, 5, 100, len(data) - 1):
-        path.write_bytes(data[:size])
-        with pytest.raises(ValueError, match="cut.safetensors is damaged"):
-            SafetensorsFile(path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
     with pytest.raises(FileNotFoundError, match="names a file ../b"):
         open_weights(tmp_path)
@@ -363,9 +357,6 @@ def test_gguf_refusals(tmp_path, gguf_model):
             to_meta(path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         to_meta(tmp_path / "none.gguf", tmp_path / "out")
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="a.gguf is damaged"):
-        to_meta(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

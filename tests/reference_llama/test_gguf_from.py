@@ -285,15 +285,9 @@ def test_bos_and_eos_are_control_pieces_whatever_a_gguf_file_says(tmp_path, kind
     assert tokenizer.encode("the", True, True)[0 if name == "bos" else -1] == number
 
 
-@pytest.mark.parametrize(
-    ("kind", "key", "value", "expected"),
-    [
-        ("llama-bpe", "merges", [1, 2], "no list of values of type str"),
-    ],
-)
-def test_keys_of_a_tokenizer_with_other_values_are_refused(tmp_path, kind, key, value, expected):
-    llama_to_gguf(meta(tmp_path / "meta", kind), tmp_path / "m.gguf")
+def test_a_key_of_a_tokenizer_with_another_value_is_refused(tmp_path):
+    llama_to_gguf(meta(tmp_path / "meta", "llama-bpe"), tmp_path / "m.gguf")
     file = GGUFFile(tmp_path / "m.gguf")
-    file.fields[f"tokenizer.ggml.{key}"] = value
-    with pytest.raises(InputError, match=rf"m.gguf is damaged \(.*{key}.*{expected}"):
+    file.fields["tokenizer.ggml.merges"] = [1, 2]
+    with pytest.raises(InputError, match=r"m.gguf is damaged \(.*merges is no list of .* str"):
         gguf_tokenizer(file)
