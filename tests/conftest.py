@@ -202,11 +202,14 @@ def save_chat_llama(path: Path, n_layers: int, template: str) -> None:
 
 @pytest.fixture(scope="module")
 def llama_folders(tmp_path_factory, one_rank) -> Path:
-    """A folder with a random Llama in Meta's format, "meta", and Hugging Face's, "hf"."""
+    """A folder with a random Llama as "meta", as "hf" and as "model.gguf"."""
+    from gguf_files import write_gguf
+
     from llama.formats.hf import meta_to_hf
 
-    path = tmp_path_factory.mktemp("llama")
-    meta_to_hf(save_byte_llama(path / "meta"), path / "hf")
+    path, model = tmp_path_factory.mktemp("llama"), make_transformer(vocab_size=BYTE_VOCAB)
+    meta_to_hf(save_byte_llama(path / "meta", model), path / "hf")
+    write_gguf(path / "model.gguf", model)
     return path
 
 

@@ -11,9 +11,7 @@ import pytest
 import torch
 import yaml
 from commands import fails, run
-from conftest import BYTE_VOCAB, make_transformer
 from gguf_families import make, write_model
-from gguf_files import write_gguf
 from tokenizer_files import ODD, meta
 
 from llama.checkpoint import pth
@@ -34,7 +32,6 @@ TOKENS = torch.arange(3, 27).reshape(2, 12)
 @pytest.fixture(scope="module")
 def made(llama_folders) -> Path:
     """A random Llama in all formats, and a Qwen as GGUF."""
-    write_gguf(llama_folders / "model.gguf", make_transformer(vocab_size=BYTE_VOCAB))
     write_model(llama_folders / "qwen.gguf", "qwen2", make("qwen2", num_hidden_layers=3))
     return llama_folders
 

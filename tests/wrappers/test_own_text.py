@@ -8,12 +8,10 @@ from itertools import count
 
 import pytest
 import torch
-from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, save_byte_llama, share_model
-from gguf_files import write_gguf
+from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, share_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
-from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama, open_model, own_samples
 from short_gpt.wrappers import own_text as module
 from short_gpt.wrappers.own_text import draw
@@ -60,15 +58,9 @@ def hf(vocab_size: int = SYMBOLS, **entries: object) -> ShortHFModel:
     return ShortHFModel(LlamaForCausalLM(config), tokenizer=Bare())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A Llama in Meta's format, Hugging Face's and GGUF."""
-    path = tmp_path_factory.mktemp("models")
-    model = make_transformer(vocab_size=BYTE_VOCAB)
-    save_byte_llama(path / "meta", model)
-    meta_to_hf(path / "meta", path / "hf")
-    write_gguf(path / "model.gguf", model)
-    return path
+@pytest.fixture
+def folder(llama_folders):
+    return llama_folders
 
 
 def joint(short, temperature: float) -> torch.Tensor:
