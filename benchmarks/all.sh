@@ -89,7 +89,6 @@ script choices choices --also wikitext2_test.txt --others lambada_passages.txt -
     --draws 5
 script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt
 script own_dialogs own_samples --distance --layers 12,13,14,17 --wikitext wikitext2_test.txt
-script calibration calibration --wikitext wikitext2_test.txt --tasks tasks --state calibration.state
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --counts 2,4 --documents 100 \
     --state tasks.state
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \

@@ -15,7 +15,7 @@ from conftest import CharTokenizer, make_transformer, random_windows, save_chat_
 from torch import Tensor, nn
 
 from benchmarks.baselines import peer_maps, peers
-from benchmarks.lib import agreement, judging, task_files, task_results, word_problems
+from benchmarks.lib import judging, task_files, task_results, word_problems
 from benchmarks.lib.shared_contexts import SharedContexts
 from benchmarks.studies import choices, kept, tasks
 from short_gpt import ShortLlama, open_model
@@ -286,16 +286,3 @@ def test_windows_to_learn_from_share_nothing_with_what_judges_and_are_of_both_te
     ordered = judging.both_held_out(turns := [[i, i % 2] for i in range(37)])
     assert sorted(ordered) == turns
     assert [text for _, text in split_held_out(ordered)[1]] == [1, 0, 1, 0]
-
-
-def test_all_texts_together_choose_with_the_same_weight_and_a_block_by_its_start():
-    texts = {
-        "short": agreement.WindowScores([4, 7, 9], "bi", 1, [[1.0, 2.0, 30.0]], [1.0], [None]),
-        "long": agreement.WindowScores(
-            [4, 7, 9], "bi", 1, [[900.0, 100.0, 300.0]] * 2, [100.0] * 2, [None] * 2
-        ),
-    }
-    # means 1, 2, 30 and 9, 1, 3: together 10, 3, 33, where tokens as weights would give 9, 1, 3.3
-    assert agreement.mixed(texts) == [7]
-    blocks = agreement.WindowScores([0, 1, 2, 3, 4], "angular", 3, [[0.3, 0.1, 0.2]], [1.0], [None])
-    assert blocks.chosen == [1, 2, 3]

@@ -19,11 +19,12 @@ from conftest import save_chat_llama
 from gguf_files import stack_file
 
 from benchmarks.lib import adversarial, outcome, real_models, serve_once
-from benchmarks.studies import coverage, own_samples, reasoning, serving, stopping, streaming
+from benchmarks.studies import coverage, front, own_samples, reasoning, serving, stopping, streaming
 from llama.args import ModelArgs
 from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.data import demo
 from short_gpt.evaluation.answers import Question
+from short_gpt.plots.figures import is_picture
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # transformers' own
@@ -90,21 +91,13 @@ RUNS = {
     "choices": {**TEXTS, **SMALL, "counts": (1,), "draws": 1, "learned": 8, "budget": 40},
     "coverage": {"runs": 200},
     "distillation": {**TEXTS, **SMALL, "layers": (2, 4), "count": 8, "own": 24, "steps": 2},
+    "front": {"model": "0.5b", "wikitext": "wiki.txt", "counts": (0, 2), "types": ("q8_0", "q4_k")},
     "healing": {**TEXTS, "layers": (2, 4), "count": 8, "judged": 2, "methods": "patch,refit:0.3"},
     "own_samples": {
         "novels": "lambada_openai.jsonl",
         "wikitext": "wiki.txt",
         "layers": (2, 4),
         "rows": "own-12,book-24",
-    },
-    "calibration": {
-        "wikitext": "wiki.txt",
-        "tasks": ".",
-        "n": 2,
-        "size": 32,
-        "others": (16,),
-        "count": 4,
-        "judged": 2,
     },
     "kept": {
         "source": ".",
@@ -145,8 +138,16 @@ RUNS = {
 
 
 CONSTANTS = {  # of a script, as small as the model
+    "front": {
+        "COUNTS": (0, 2),
+        "OWN": 8,
+        "SIZE": 32,
+        "SEARCHED": 2,
+        "JUDGED": 3,
+        "ASKED": 3,
+        "WRITTEN": 4,
+    },
     "own_samples": {"GREEDY": (2, 3), "SIZE": 64},
-    "calibration": {"CODE": 12},
     "kept": {"TASKS": ("piqa", "lambada_openai")},
     "scoring": {"peak_memory": lambda _: 1.0},
     "serving": {"LAYERS": (4, 2, 3, 5), "KINDS": ("Q4_1", "transformers, F32")},
@@ -184,6 +185,27 @@ def test_a_script_runs_and_looks_first_where_its_result_goes(script, here, lm_ev
     monkeypatch.setattr(module, "finish", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(FileExistsError):
         module.main(**RUNS[script], out="out.json")
+
+
+def test_files_of_fewer_layers_and_bits_are_measured_once_timed_and_drawn(here, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    for name, value in {**CONSTANTS["front"], "SECONDS": 0.1}.items():
+        monkeypatch.setattr(front, name, value)
+    measured = []
+    plain = front.judged
+    monkeypatch.setattr(front, "judged", lambda *args: measured.append(args[0]) or plain(*args))
+    for speeds, out in ((False, "first.json"), (True, "out.json")):
+        with pytest.raises(SystemExit):
+            front.main(**RUNS["front"], speeds=speeds, out=out)
+    before, rows = (json.loads(Path(p).read_text())["rows"] for p in ("first.json", "out.json"))
+    assert [path.stem for path in measured] == ["0-q8_0", "0-q4_k", "2-q8_0", "2-q4_k"]
+    assert [row | {"speeds": None} for row in rows] == before
+    assert all(row["speeds"]["prompt"]["ratio"] > 0 for row in rows)
+    whole, few, pruned, _ = rows
+    assert whole["wikitext"]["kld"] < few["wikitext"]["kld"] < pruned["wikitext"]["kld"]
+    assert few["bytes"] < whole["bytes"] > pruned["bytes"]
+    front.main(out="out.json", plot=".")
+    assert is_picture(Path("out.png")) and is_picture(Path("out_dark.png"))
 
 
 def test_refits_on_own_text_and_dialogs_are_judged_by_distance(here, monkeypatch):

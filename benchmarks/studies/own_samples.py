@@ -42,7 +42,6 @@ from benchmarks.lib.agreement import WindowScores, agreement, score_windows
 from benchmarks.lib.judging import Losses, Windows, both_held_out, by_kind, cut, halves, judge, row
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.task_files import passages
-from benchmarks.studies.calibration import joined
 from short_gpt import ShortModel, open_model, own_samples
 from short_gpt.data import demo
 from short_gpt.evaluation.answers import Question, answer_windows, ask, questions
@@ -117,7 +116,8 @@ def main(
         path = Path(out or "own_dialogs.json")
         found = distances(short, gone, str(wikitext), seeds, path, first)
         finish("own_samples", [], found, out=out, overwrite=overwrite)
-    documents = joined(passages(Path(novels)), 50)
+    pieces = passages(Path(novels))
+    documents = ["\n\n".join(pieces[i : i + 50]) for i in range(0, len(pieces), 50)]
     kinds = {"book": demo.bible("held_out"), "novels": documents[::2]}
     kinds |= {"wikitext": [halves(wikitext)[1]]} if wikitext else {}
     held = {kind: cut(short, texts, HELD[kind], SIZE) for kind, texts in kinds.items()}

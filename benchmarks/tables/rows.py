@@ -93,6 +93,36 @@ def automatic() -> list[str]:
     return lines
 
 
+# Layers and bits
+
+FRONTS = {"front_smollm2": "SmolLM2-135M", "front_05b": "Qwen2.5-Coder-0.5B"}
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points of which no other is as small in both numbers, from left to right."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def fronts() -> list[str]:
+    """By model, the files on the front of bytes and KL divergence on WikiText-2."""
+    lines = []
+    for file, model in FRONTS.items():
+        found = {(row["bytes"], row["wikitext"]["kld"]): row for row in result(file)["rows"]}
+        for point in front(found):
+            own = found[point]
+            cells = [f"{own[text]['kld']:.3f} ({own[text]['same_top']:.0%})" for text in ON]
+            times = [(own["speeds"] and f"{own['speeds'][w]['ratio']:.2f}") or "-" for w in WORK]
+            title = f"{model}, {own['removed']} removed"
+            lines.append(row(title, own["types"][3:], f"{point[0] / 1e6:.0f}", *cells, *times))
+    return lines
+
+
+ON, WORK = ("wikitext", "answers"), ("prompt", "generation")
+
 # Three models, and word problems
 
 MODELS = {

@@ -169,16 +169,16 @@ def seconds_a_token(
     return (times[-1] - times[0]) / (count - 1)
 
 
-def of_files(
-    paths: Mapping[str, Path], window: Sequence[int], *, most: Mapping[str, float]
-) -> Speeds:
+def of_files(paths: Mapping[str, Path], window: Sequence[int], **how: Any) -> Speeds:
     """`speeds` of GGUF files in llama.cpp, in a process of its own: a crash there ends only that.
+
+    Keywords as there, ``most`` and ``seconds``.
 
     Raises:
         ShortGPTError: llama.cpp did not open one of them.
         subprocess.TimeoutExpired: it took an hour.
     """
-    work = {"paths": {name: str(path) for name, path in paths.items()}, "most": most}
+    work = {"paths": {name: str(path) for name, path in paths.items()}, "how": how}
     command = [sys.executable, "-m", "short_gpt.costs.speeds"]
     asked = json.dumps({**work, "window": [*window], "threads": torch.get_num_threads()})
     piped: dict[str, Any] = {"input": asked, "capture_output": True, "errors": "replace"}
@@ -195,7 +195,7 @@ def main() -> None:
     torch.set_num_threads(asked["threads"])
     window = asked["window"]
     timers = {name: llama_cpp(Path(path), len(window)) for name, path in asked["paths"].items()}
-    print("\n" + json.dumps(speeds(timers, window, most=asked["most"])))
+    print("\n" + json.dumps(speeds(timers, window, **asked["how"])))
 
 
 if __name__ == "__main__":
