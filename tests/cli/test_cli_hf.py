@@ -11,14 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DATA, TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_byte_llama
-from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM
 
 from llama.checkpoint.meta import write_model
-from llama.formats.hf import meta_to_hf
 from llama.formats.safetensors import tensor_bytes
-from llama.tokenizer import with_bos
 from short_gpt.models.hf import HFDecoder
 from short_gpt.wrappers.opening import open_model
 
@@ -29,17 +25,10 @@ TOKENS = torch.arange(3, 27).reshape(2, 12)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, one_rank) -> Path:
-    """A random Llama in both formats, hf and meta, as GGUF, and a text."""
-    path = tmp_path_factory.mktemp("made")
-    model = make_transformer(vocab_size=BYTE_VOCAB)
-    save_byte_llama(path / "meta", model)
-    words = path / "meta/tokenizer.json"
-    words.write_text(with_bos(words.read_text(), "<s>", 0))
-    meta_to_hf(path / "meta", path / "hf")
-    write_gguf(path / "model.gguf", model)
-    (path / "book.txt").write_text(TEXT)
-    return path
+def made(llama_folders) -> Path:
+    """A random Llama in all formats, and a text."""
+    (llama_folders / "book.txt").write_text(TEXT)
+    return llama_folders
 
 
 def spoilt(write):
