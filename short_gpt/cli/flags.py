@@ -128,7 +128,7 @@ def flags_of(command: Command) -> dict[str, Flag]:
         parameters |= {p.name: p for p in command.output.parameters() if p.name not in parameters}
     words, flags = described(job), dict[str, Flag]()
     for name, parameter in parameters.items():
-        if name in IN_PYTHON:
+        if name in IN_PYTHON or (name in fields and not fields[name][1].metadata["flag"]):
             continue
         kinds = get_args(parameter.annotation) or (parameter.annotation,)
         required = parameter.default is parameter.empty

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -212,8 +211,7 @@ def choose_healed(
     n = check_count(n, len(short.kept), most=len(short.kept) - 2)
     budget = BUDGET if budget is None else budget
     check(heal_by in CLOSED, "heal_by", heal_by, f"one of {', '.join(CLOSED)}")
-    healed = partial(pruned, short, heal_by=heal_by)
-    choosing = _Choosing(short, list(windows), n, budget, ResultCache(state), healed)
+    choosing = _Choosing(short, list(windows), n, budget, ResultCache(state), heal_by)
     total = budget * choosing.a_pass
     with bar("choosing", total=total, unit="layer", show=progress, delay=0) as shown:
         chosen = choosing.run(shown)
@@ -231,10 +229,10 @@ class _Choosing:
         n: int,
         budget: int,
         cells: ResultCache,
-        healed: Callable[..., AbstractContextManager[None]],  # `pruned` by the closed form
+        heal_by: str,
     ) -> None:
         self._short, self._n, self._budget, self._cells = short, n, budget, cells
-        self._healed = healed
+        self._heal_by, self._healed = heal_by, partial(pruned, short, heal_by=heal_by)
         half, self._count = min(BARE_PASS, len(windows)) // 2, len(short.kept)
         self._fit = windows[:half]
         others, shared = without_overlap(windows[half:], self._fit)
@@ -350,9 +348,9 @@ class _Choosing:
     def _stepwise(self, scores: Importance, price: int) -> list[int]:
         layers = choose(scores, 1)
         while len(layers) < self._n:
-            lowest = partial(self._lowest, layers)
+            lowest, name = partial(self._lowest, layers), f"{STEPWISE} by {self._heal_by}"
             try:
-                layers = [*layers, self._cells.value(f"stepwise after {layers}", lowest)]
+                layers = [*layers, self._cells.value(f"{name} after {layers}", lowest)]
             finally:
                 self._spend(price)
         return layers
@@ -389,7 +387,8 @@ class _Choosing:
         """Measures the model without these layers, refitted, on as many windows as are needed."""
         before, best = self._judged.get(layers, []), None if best == layers else best
         windows = f"windows {len(before)} to {len(self._judging)}"
-        name = f"{[*layers]} on {windows} beside {best and [*best]}"  # of the cell in the state
+        # of the cell in the state
+        name = f"{self._heal_by} {[*layers]} on {windows} beside {best and [*best]}"
         new = self._cells.perplexities(name, partial(self._refitted, layers, best, before))
         self._judged[layers] = [*before, *new]
         self._spend(self._price(len(new)))

@@ -13,7 +13,13 @@ from llama.files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
-from short_gpt.healing.choosing import TRIAL_WINDOWS, HealedChoice, ResultCache, choose_healed
+from short_gpt.healing.choosing import (
+    REFIT,
+    TRIAL_WINDOWS,
+    HealedChoice,
+    ResultCache,
+    choose_healed,
+)
 from short_gpt.healing.context import Windows
 from short_gpt.healing.job import RAW, pruned
 from short_gpt.runtime.state import StateFile
@@ -32,6 +38,7 @@ class LayerSets:
         calibration: Windows that choose the layers and that closed forms are fitted on.
         evaluation: Windows whose perplexities are measured; they share no text with the others.
         search_windows: Calibration windows that the searches by loss read. Default: 4.
+        heal_by: Closed form by which auto judges sets. Default: the refit.
         state: Keeps what was measured; the same calls continue from it. Default: none.
         progress: Show bars. Default: yes.
     """
@@ -43,12 +50,13 @@ class LayerSets:
         evaluation: Windows,
         *,
         search_windows: int = TRIAL_WINDOWS,
+        heal_by: str = REFIT,
         state: StateFile | None = None,
         progress: bool = True,
     ) -> None:
         check_disjoint(calibration, evaluation)
         self.short, self.calibration, self.evaluation = short, calibration, evaluation
-        self.cells = ResultCache(state)
+        self.cells, self.heal_by = ResultCache(state), heal_by
         self._reference: Reference | None = None
         self._searched_on, self._progress = calibration[:search_windows], progress
 
@@ -93,12 +101,11 @@ class LayerSets:
         """What auto chose, and how."""
 
         def measure(part: StateFile | None) -> JsonObject:
-            choice = choose_healed(
-                self.short, self.calibration, n, state=part, progress=self._progress
-            )
-            return choice.to_dict()
+            how: dict[str, Any] = {"heal_by": self.heal_by, "progress": self._progress}
+            return choose_healed(self.short, self.calibration, n, state=part, **how).to_dict()
 
-        return HealedChoice.from_dict(self.cells.resumed(f"{AUTO} {n}", measure))
+        name = f"{AUTO} {n} by {self.heal_by}"
+        return HealedChoice.from_dict(self.cells.resumed(name, measure))
 
     def perplexities(self, layers: Sequence[int], heal_by: str = RAW) -> list[Perplexity]:
         """Of each evaluation window without these layers: raw, or healed in closed form."""

@@ -25,8 +25,8 @@ from short_gpt.costs.speeds import seconds_a_token
 from short_gpt.data.texts import source_names
 from short_gpt.evaluation.answers import AT_ONCE, Question, Reply, answer_windows, ask, questions
 from short_gpt.evaluation.distance import Reference
-from short_gpt.healing import RefitSettings
-from short_gpt.healing.choosing import GREEDY, MAX_WINDOWS, REFIT_PASSES
+from short_gpt.healing.choosing import GREEDY, MAX_WINDOWS, REFIT, REFIT_PASSES
+from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.settings import CLOSED_WINDOWS
@@ -236,8 +236,8 @@ class Shrink:
         (sizes, rest), n = self.parameters, self.n
         planned = self.planned
         read = min(planned.windows or CLOSED_WINDOWS, CLOSED_WINDOWS)
-        refit = plan_of(self.short, [self.probe] * read)
-        memory = format_bytes(sum(refit.host.values()))
+        memory = format_bytes(sum(plan_of(self.short, [self.probe] * read).host.values()))
+        refit = [f"the refit takes up to {memory} of the machine's memory"]
         before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
         kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
         more = "run the tasks, " if self.tasks.tasks else ""
@@ -254,7 +254,7 @@ class Shrink:
                 f"{duration(planned.seconds)}{own}, and the time to {more}write the model and read "
                 "it again",
                 *self._given_up(),
-                f"the refit takes up to {memory} of the machine's memory",
+                *(refit if self.settings.heal_by == REFIT else []),
             ]
         )
 
@@ -355,16 +355,17 @@ class Shrink:
         self.reference = Reference(self.short.decoder)
         with in_own_dtype(self.short.decoder):
             self.reference.read(chain(*self.texts.values()))
+        heal_by = self.settings.heal_by
         identity = joined(
             self.short.identity(),
             {
                 "training": windows_digest(windows.training),
                 "evaluation": windows_digest(windows.evaluation),
-                "refit": vars(RefitSettings()),  # with which the choice and the healing begin
+                heal_by: vars(STEPS[heal_by].settings()),  # of the choice and of the healing
             },
             self._dials | {"method": self.method},
         )
         saved = StateFile(self.folder / STATE, identity, folder=self.folder)
         texts = (self.calibration, windows.evaluation)
-        self.sets = LayerSets(self.short, *texts, state=saved)
+        self.sets = LayerSets(self.short, *texts, heal_by=heal_by, state=saved)
         self.cells = self.sets.cells

@@ -91,6 +91,11 @@ class Shrinking(Settings):
         value="FILE",
         rare=True,
     )
+    heal_by: str = setting(
+        "refit",
+        "Closed form that heals the sets of layers that are compared, and the result.",
+        flag=False,
+    )
 
     @property
     def size_flag(self) -> str:
@@ -139,6 +144,7 @@ class Shrinking(Settings):
 
     def check(self) -> None:
         """Raises ShortGPTError for a setting that is refused, before a model is loaded."""
+        from short_gpt.healing.job import CLOSED
         from short_gpt.selection.methods import check_method
 
         if len(both := [name for name in SIZES if getattr(self, name) is not None]) > 1:
@@ -160,6 +166,7 @@ class Shrinking(Settings):
             at_least(1, curve=counts[0])
         if self.method is not None and self.layers is not None:
             raise ShortGPTError("`method` chooses layers, and `layers` names them: give one")
+        check(self.heal_by in CLOSED, "`heal_by`", self.heal_by, f"one of {', '.join(CLOSED)}")
         if self.method is not None:
             check_method(self.method)
 

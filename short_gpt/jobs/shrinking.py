@@ -151,7 +151,8 @@ def _most_within(run: Shrink, most_kld: float) -> int:
 
     def distance(layers: Sequence[int]) -> float:
         """The larger one of that on the model's text and that on its answers."""
-        pruned = partial(pruned_losses, short, layers, every, fit_on=fit_on, reference=reference)
+        how: dict[str, Any] = {"heal_by": run.settings.heal_by, "reference": reference}
+        pruned = partial(pruned_losses, short, layers, every, fit_on=fit_on, **how)
         try:
             each = run.cells.perplexities(f"without {sorted(layers)} on {digest}", pruned)
         except NotRemovableError:  # such as all layers with attention of a hybrid
@@ -176,15 +177,16 @@ def _most_within(run: Shrink, most_kld: float) -> int:
 
 
 def _steps(run: Shrink) -> dict[str, Recipe | None]:
-    """The refit, and a distillation of as many steps as its time allows."""
+    """The closed form, and a distillation of as many steps as its time allows."""
+    heal_by = run.settings.heal_by
     if not (seconds := run.planned.training):
-        return {"refit": None}
+        return {heal_by: None}
     modules = {"modules": OUTPUTS} if run.opened.in_few_bits else {}
     recipe = recipe_for(run.short.model.config, "small", seed=run.seed, **modules)
     steps = run.cells.value("steps", partial(_steps_in, run, seconds, recipe))
     warmup = min(recipe.warmup_steps, steps // 8)
     recipe = replace(recipe, steps=steps, warmup=warmup, eval_every=-(-steps // CHECKS))
-    return {"refit": None, "distill": recipe}
+    return {heal_by: None, "distill": recipe}
 
 
 def _steps_in(run: Shrink, seconds: float, recipe: Recipe) -> int:
@@ -231,7 +233,7 @@ def _point(run: Shrink, layers: Sequence[int]) -> dict[str, Any]:
     short, (sizes, rest) = run.short, run.stored
     size = rest + sum(size for i, size in enumerate(sizes) if i not in layers)
     calibration = run.windows.training[:CLOSED_WINDOWS]
-    with pruned(short, layers, "refit" if layers else RAW, calibration):
+    with pruned(short, layers, run.settings.heal_by if layers else RAW, calibration):
         with in_own_dtype(short.decoder):
             klds = distances(short, run.texts, run.reference)
         right = [reply.right for reply in run.ask()]

@@ -23,6 +23,7 @@ from short_gpt.evaluation.answers import Reply
 from short_gpt.evaluation.perplexity import Mean, Perplexity
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice
+from short_gpt.healing.job import CLOSED
 from short_gpt.runtime.errors import one_line
 from short_gpt.runtime.frames import Table, aligned, html_table
 from short_gpt.runtime.memory import format_bytes
@@ -289,9 +290,9 @@ class ShrinkResult(Table):
         return "\n".join([*lines, *end])
 
     def _narrow(self) -> list[str]:
-        """The table for a terminal: a text's long name is cut; the page alone has the refit."""
+        """The table for a terminal: a text's long name is cut, and the closed form left out."""
         head, *_ = rows = self.rows()
-        kept = [i for i, name in enumerate(head) if name != "refit"]
+        kept = [i for i, name in enumerate(head) if name not in CLOSED]
         rows = [[row[i] for i in kept] for row in rows]
         over = max(map(len, aligned(rows))) - WIDTH
         most = max(len(row[0]) for row in rows) - max(over, 0)

@@ -34,6 +34,7 @@ def setting(
     value: str | None = None,
     rare: bool = False,
     needs: str | None = None,
+    flag: bool = True,
 ) -> Any:
     """A field of a class of settings.
 
@@ -44,9 +45,10 @@ def setting(
         value: Placeholder in the help, as in FILE. Default: N for a number, else NAME.
         rare: Show the flag under ``--help all`` alone.
         needs: Name of another setting of the call, without which this one has no effect.
+        flag: Take it in the shell too. Default: yes.
     """
     metadata = {"words": words, "heading": heading, "value": value, "rare": rare, "needs": needs}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={**metadata, "flag": flag})
 
 
 class Settings:

@@ -361,6 +361,18 @@ def test_a_state_of_another_budget_changes_nothing(tmp_path, candidates):
     assert whole.layers == [1, 4]
 
 
+def test_a_state_of_another_closed_form_changes_nothing(tmp_path, candidates):
+    candidates("bi", "greedy_kld", "stepwise_bi")
+
+    def choice(heal_by: str, **options):
+        return choose_healed(model(), WINDOWS, 2, heal_by=heal_by, **QUIET, **options)
+
+    state = StateFile(tmp_path / "s", {}, every=0.0)
+    first, whole = choice("refit", state=state), choice("patch")
+    assert first != whole
+    assert choice("patch", state=StateFile(tmp_path / "s", {}, every=0.0)) == whole
+
+
 def test_what_was_measured_is_not_measured_again(tmp_path, candidates, refitted):
     candidates("deepest")
     for _ in range(2):

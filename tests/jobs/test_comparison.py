@@ -151,13 +151,24 @@ def test_auto_is_measured_once_by_the_calibration_windows_and_continues(tmp_path
 
     with interrupted(PartialRun, "logits", 9):  # in the greedy search, a run inside a run inside
         layers()
-    assert (tmp_path / "state.auto-2.greedy_kld").is_file()
+    assert (tmp_path / "state.auto-2-by-refit.greedy_kld").is_file()
     found = layers()
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
     with interrupted(PartialRun, "logits", 0):
         assert layers() == found
         raise KeyboardInterrupt  # nothing else did
     assert found == choose_healed(short(), CALIBRATION, 2, progress=False).layers
+
+
+def test_each_closed_form_has_its_own_choice_in_a_state(tmp_path):
+    def choice(heal_by: str, name: str):
+        state = StateFile(tmp_path / name, {}, every=0.0)
+        sets = LayerSets(short(), CALIBRATION, EVALUATION, heal_by=heal_by, state=state)
+        return sets.choice(1)
+
+    first = choice("refit", "shared")
+    assert choice("patch", "shared") == choice("patch", "alone") != first
+    assert choice("refit", "shared") == first
 
 
 def test_what_healing_brings_is_paired_with_the_same_layers_raw():

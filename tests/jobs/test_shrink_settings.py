@@ -64,6 +64,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"time": "soon"}, "`time` = 'soon': expected a time of at most a year, such as 30m"),
         ({"time": 0}, "`time` = 0: expected a time"),
         ({"max_kld": 0.0}, "`max_kld` = 0.0: expected above 0"),
+        ({"heal_by": "lora"}, "`heal_by` = 'lora': expected one of refit, patch"),
         ({"max_perplexity_ratio": 0.9}, "`max_perplexity_ratio` = 0.9: expected above 1"),
     ],
 )

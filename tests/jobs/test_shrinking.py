@@ -37,6 +37,7 @@ from short_gpt.evaluation.answers import answer_windows, ask, questions
 from short_gpt.evaluation.perplexity import Perplexity, Sample, combined
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import HealedChoice, Recipe, RefitSettings, healing_windows
+from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.jobs import (
     ShrinkResult,
@@ -218,7 +219,8 @@ def test_the_same_call_continues_what_was_killed(
         with pytest.raises(ValueError, match="with another method: 'sequential', now 'deepest'"):
             shrink("hf", "out", **{**KILLED, "method": "deepest"})
         with monkeypatch.context() as other:
-            other.setattr(shrink_run, "RefitSettings", partial(RefitSettings, lost=None))
+            another = STEPS["refit"]._replace(settings=partial(RefitSettings, lost=None))
+            other.setitem(STEPS, "refit", another)
             with pytest.raises(ValueError, match="with another refit: .*'lost': 2.0"):
                 shrink("hf", "out", **KILLED)
         monkeypatch.setattr(ShortHFModel, "measure", None)  # nothing is measured again
@@ -227,6 +229,28 @@ def test_the_same_call_continues_what_was_killed(
     assert torch.equal(logits("out"), logits(str(uninterrupted.out)))
     assert done.answers == uninterrupted.answers
     assert not Path("out.shrinking").exists()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"n": 1, "method": "bi", "time": "4s"}, {"max_kld": 10, "method": "auto"}]
+)
+def test_another_closed_form_chooses_and_heals(here, monkeypatch, asked):
+    """In Python; a training follows it as it follows the refit."""
+    used, prepare = [], STEPS["refit"].prepare
+    counted = STEPS["refit"]._replace(prepare=lambda *a: used.append("refit") or prepare(*a))
+    monkeypatch.setitem(STEPS, "refit", counted)
+    said, how = [], {**asked, **CUT, "max_windows": 12, "data": "other"}
+    with interrupted(shrinking, "_move_into_place", 0):
+        shrink("hf", "out", **how, heal_by="patch", notify=said.append)
+    with pytest.raises(ValueError, match="with another heal_by: 'patch', now 'refit'"):
+        shrink("hf", "out", **how)
+    done = shrink("hf", "out", **how, heal_by="patch")
+    trained = ["distillation"] if "time" in asked else []
+    assert [step["method"] for step in done.healing] == ["patch", *trained]
+    assert not used and "the refit takes" not in said[0]
+    assert ("patch" in done.rows()[0]) == bool(trained) and " patch " not in str(done)
+    with pytest.raises(SystemExit):
+        run("shrink", "hf", "other_out", "--heal_by", "patch")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".env"])
