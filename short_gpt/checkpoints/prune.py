@@ -34,7 +34,6 @@ def prune_checkpoint(
     target: Target | StrPath,
     layers: Sequence[int],
     *,
-    tokenizer_path: StrPath | None = None,
     provenance: Provenance | None = None,
     progress: Callable[[str], object] = str,
 ) -> Path:
@@ -48,7 +47,6 @@ def prune_checkpoint(
         source: Meta or Hugging Face directory, hub id (safetensors), or GGUF file.
         target: where and in which format; a path is enough.
         layers: numbers of the layers to remove.
-        tokenizer_path: of a Meta checkpoint, copied along; None looks in its directory.
         provenance: how the layers were chosen; completed here and written with the weights.
         progress: called with every tensor's name before it is written.
 
@@ -58,7 +56,7 @@ def prune_checkpoint(
     """
     target, source = Target.of(target).resolved(source), find_source(source)
     target.check(source=source.path)
-    write = _writer(source, layers, provenance or Provenance(), tokenizer_path, progress)
+    write = _writer(source, layers, provenance or Provenance(), progress)
     if target.format == {"hub": "hf"}.get(source.kind, source.kind):
         return write(target)
     if source.kind == "gguf" and target.format == "hf":
@@ -73,7 +71,6 @@ def _writer(
     source: Source,
     layers: Sequence[int],
     provenance: Provenance,
-    tokenizer_path: StrPath | None,
     progress: Callable[[str], object],
 ) -> Callable[[Target], Path]:
     """What writes a checkpoint in its own format without some layers."""
@@ -87,13 +84,12 @@ def _writer(
         checkpoint = Checkpoint(source)
         keep = check_layers(layers, range(checkpoint.args.n_layers))
         done = provenance.pruned(source, removed=layers, kept=keep)
-        how: dict[str, Any] = {"tokenizer_path": tokenizer_path, "progress": progress}
-        return partial(write_meta, checkpoint, keep=keep, record=done, **how)
+        return partial(write_meta, checkpoint, keep=keep, record=done, progress=progress)
     directory = resolve(source)
     decoder = skeleton(directory)
     keep = check_layers(layers, range(len(decoder.layers)))
     done = provenance.pruned(source, removed=layers, kept=keep, directory=directory)
-    how = {"replaced": {}, "decoder": decoder, "progress": progress}
+    how: dict[str, Any] = {"replaced": {}, "decoder": decoder, "progress": progress}
     return partial(write_hf, directory, keep=keep, record=done, **how)
 
 

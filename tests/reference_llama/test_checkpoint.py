@@ -22,9 +22,11 @@ from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard
 from llama.errors import InputError
 from llama.generation import load_model
+from llama.sources import find_source
 from short_gpt import ShortLlama
-from short_gpt.checkpoints import Provenance
+from short_gpt.checkpoints import Provenance, Target
 from short_gpt.checkpoints import prune_checkpoint as prune
+from short_gpt.checkpoints.meta import write_meta
 from short_gpt.runtime import versions
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -245,13 +247,17 @@ def test_pruning_keeps_dtype_sharding_and_ties(tmp_path, checkpoint_dir):
 
 
 def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir):
+    def write(path: Path | str) -> None:
+        target = Target(tmp_path / "out").resolved(find_source(checkpoint_dir))
+        write_meta(Checkpoint(checkpoint_dir), target, [0], Provenance(), tokenizer_path=path)
+
     with pytest.raises(FileNotFoundError, match=r"tokenizer file typo\.model does not exist"):
-        prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path="typo.model")
+        write("typo.model")
     (tmp_path / "mine.py").write_text("print('no tokenizer')")
     with pytest.raises(ValueError, match=r"mine\.py"):
-        prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path=tmp_path / "mine.py")
+        write(tmp_path / "mine.py")
     (checkpoint_dir / "tokenizer.json").rename(checkpoint_dir / "mine.bin")
-    prune(checkpoint_dir, tmp_path / "out", [1], tokenizer_path=checkpoint_dir / "mine.bin")
+    write(checkpoint_dir / "mine.bin")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json"} < names and "mine.bin" not in names
 
