@@ -27,10 +27,11 @@ from llama.sources import is_gguf
 from short_gpt.checkpoints.gguf_layers import LAYER, Stack
 from short_gpt.checkpoints.model_record import ModelRecord
 from short_gpt.checkpoints.provenance import NAME, RECORD, Provenance
+from short_gpt.checkpoints.requantizing import changes, file_type, quantized
 from short_gpt.checkpoints.target import StrPath, Target, check_new_gguf, stored_names
 from short_gpt.models.gguf_architectures import ARCHITECTURES
 from short_gpt.models.gguf_loading import PATTERN, is_scaled
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 
 
 def write_gguf(
@@ -96,14 +97,31 @@ def save_gguf(
     stack = Stack(source)
     short.check_source(source, stack.layers)
     keep = [*short.kept, *range(stack.layers, stack.blocks)]
-    changed: dict[str, Stored] = {}
+    kind = next((str(each.how["type"]) for each in short.changes if "type" in each.how), None)
+    keys = file_type(stack, kind) if kind else {}
+    changed = changes(stack, kind) if kind else {}
     if short.changed:
         check_architecture(source)
     for number, own in sorted(short.changed):
         weight = short.decoder.layers[short.kept.index(number)].get_parameter(own)
         name = _name(stack, f"{layers_path}.{number}.{own}")
-        changed[name] = _stored(stack, name, weight)
-    return write_gguf(stack, replace(target, verify=None), keep, changed=changed, done=record)
+        changed[name] = _stored(stack, name, weight, changed.get(name))
+    target = replace(target, verify=None)
+    return write_gguf(stack, target, keep, changed=changed, done=record, keys=keys)
+
+
+def types_in(
+    short: ModelRecord, source: StrPath, layers_path: str, kind: str
+) -> dict[int, dict[str, int]]:
+    """What `ModelRecord.types_in` returns; ShortGPTError if no matrix of the file gets smaller."""
+    stack = check_architecture(source)
+    new, found = changes(stack, kind), dict[int, dict[str, int]]()
+    check(new, "type", kind, f"one that takes fewer bytes than those of {source}")
+    for number, layer in zip(short.present, short.decoder.layers, strict=True):
+        each = [(own, weight) for own, weight in layer.named_parameters() if weight.dim() > 1]
+        names = {own: _name(stack, f"{layers_path}.{number}.{own}") for own, _ in each}
+        found[number] = {own: new[name].kind for own, name in names.items() if name in new}
+    return found
 
 
 def in_few_bits(source: StrPath) -> bool:
@@ -143,8 +161,8 @@ def _name(stack: Stack, full: str) -> str:
     return str(name)
 
 
-def _stored(stack: Stack, name: str, weight: Tensor) -> Stored:
-    """A changed tensor in its own type, or in one that can be written."""
+def _stored(stack: Stack, name: str, weight: Tensor, new: Stored | None) -> Stored:
+    """A changed tensor in the type of ``new``, else in its own or in one that can be written."""
     before = stack.tensors[name]
     heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
     key = heads.get(name.split(".")[-2])
@@ -155,5 +173,7 @@ def _stored(stack: Stack, name: str, weight: Tensor) -> Stored:
         weight = permute_rows(weight, count, to_neighbours=True)
     if stack.row.norms_plus_one and name.endswith("norm.weight"):
         weight = weight.float() + 1
+    if new is not None:
+        return new._replace(chunks=lambda: [quantized(name, weight, new.kind)])
     kind = writable(before.kind, before.shape)
     return stored(name, weight, kind)

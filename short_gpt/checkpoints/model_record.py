@@ -137,6 +137,13 @@ class ModelRecord:
             f"LoRA heals a ShortHFModel, got {type(self).__name__}: convert the checkpoint first"
         )
 
+    def types_in(self, kind: str) -> dict[int, dict[str, int]]:
+        """Ggml's types of the matrices of layers that are requantized in a type of GGUF files.
+
+        By original layer number and name; ShortGPTError if the model is from no such file.
+        """
+        raise ShortGPTError(f"{kind}: only a model from a GGUF file is requantized")
+
     def layer_calls(self) -> LayerCalls:
         """The model's layers, called one at a time; ShortGPTError if they need more than states."""
         return LayerCalls(self.decoder)

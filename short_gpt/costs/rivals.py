@@ -1,11 +1,6 @@
 """What a user would take in place of a pruned model: the original with its layers in fewer bits.
 
 It is written as a GGUF file, or rounded in memory, and measured beside the original.
-
-Files are what ``llama-quantize --pure`` makes without an importance matrix, except that embedding
-and output head stay as they are: ``tensor_allows_quantization`` and ``tensor_type_fallback`` of
-llama.cpp's ``src/llama-quant.cpp`` name the tensors and types. The package libgguf quantizes, with
-llama.cpp's bytes: our own quantizer has less squared error and yet more distance from the original.
 """
 
 from __future__ import annotations
@@ -15,47 +10,33 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from llama.formats.gguf_read import GGUFParts, nbytes_of
-from llama.formats.gguf_write import F16, UINT32, Stored, packed, record, type_name
+from llama.formats.gguf_write import type_name
 from short_gpt.checkpoints.gguf import write_gguf
-from short_gpt.checkpoints.gguf_layers import LAYER, Stack
+from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.checkpoints.requantizing import (
+    TYPES,
+    changes,
+    file_type,
+    is_quantized,
+    rounded_values,
+    type_of,
+)
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.windows import Answer, batches
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
 from short_gpt.models.decoder import keep_values
-from short_gpt.runtime.errors import check, required
 from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_model import ShortModel
 
-# Largest first: the type where rows do not fill its blocks, and llama.cpp's number of such files.
-TYPES = {
-    "q8_0": ("F16", 7),
-    "q6_k": ("Q8_0", 18),
-    "q5_k": ("Q5_1", 16),
-    "q4_k": ("Q5_0", 14),
-    "q3_k": ("Q4_0", 11),
-    "q2_k": ("Q4_0", 10),
-}
-FILE_TYPE = "general.file_type"
-# Routers, convolutions and other small matrices, which are not quantized: in GGUF files, and their
-# names in transformers.
-PLAIN = re.compile(
-    r"_norm\.|ffn_gate_(inp|tid2eid)|altup|laurel|ssm_conv1d|shortconv\.conv|indexer\.[kq]_proj"
-    r"|time_mix_(first|[avgw]\d|decay_w\d|lerp_fused)|attn_rel_b"
-)
+# Matrices in transformers that `checkpoints.requantizing.PLAIN` names in GGUF files.
 PLAIN_HF = re.compile(r"router|(^|\.)gate\.weight|conv1d|conv\.conv|altup|laurel")
 ANSWERS_AT_ONCE = 4  # which are short
 RIVAL = "rival"  # a folder of a run
@@ -95,9 +76,8 @@ def requantized(
         FileExistsError: ``out`` exists.
     """
     stack = Stack(source)
-    changed = _changes(stack, kind)
-    typed = FILE_TYPE in stack.fields and changed
-    keys = {FILE_TYPE: record(FILE_TYPE, TYPES[kind][1], UINT32)} if typed else {}
+    changed = changes(stack, kind)
+    keys = file_type(stack, kind) if changed else {}
     blocks = range(stack.blocks)
     return write_gguf(stack, out, blocks, changed=changed, keys=keys, progress=progress)
 
@@ -125,53 +105,10 @@ def smaller_types(source: StrPath) -> list[str]:
 def size_in(parts: GGUFParts, kind: str) -> int:
     """The bytes of the file of `requantized`; of a source in several files a few more."""
     align, size = parts.headers[0].alignment, sum(path.stat().st_size for path in parts.paths)
-    for name, new in _changes(parts, kind).items():
+    for name, new in changes(parts, kind).items():
         old = parts.tensors[name].nbytes  # of each, bytes up to a whole alignment follow
         size += new.nbytes + -new.nbytes % align - (old + -old % align)
     return size + -size % align
-
-
-def _changes(parts: GGUFParts, kind: str) -> dict[str, Stored]:
-    """The tensors that get another type, read and quantized when they are written."""
-
-    def pieces(name: str, number: int) -> Iterator[bytes]:
-        yield quantized(name, parts.read(name), number)
-
-    changed: dict[str, Stored] = {}
-    for name, (shape, _, _, nbytes) in parts.tensors.items():
-        number = type_of(shape, kind)
-        size = nbytes_of(name, shape, number) if is_quantized(name, shape) else nbytes
-        if size < nbytes:
-            changed[name] = Stored(shape, number, size, partial(pieces, name, number))
-    return changed
-
-
-def is_quantized(name: str, shape: Sequence[int]) -> bool:
-    """Whether llama.cpp quantizes this tensor, and it is a layer's."""
-    is_matrix = name.endswith(".weight") and math.prod(shape[:-1]) > 1
-    return bool(is_matrix and LAYER.fullmatch(name) and not PLAIN.search(name))
-
-
-def type_of(shape: Sequence[int], kind: str) -> int:
-    """Ggml's number of the type that a matrix gets in ``kind`` of `TYPES`."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    check(kind in TYPES, "kind", kind, f"one of {', '.join(TYPES)}")
-    numbers = [GGMLQuantizationType[name] for name in (kind.upper(), TYPES[kind][0], "F16")]
-    return next(int(n) for n in numbers if shape[-1] % GGML_QUANT_SIZES[n][0] == 0)
-
-
-def quantized(name: str, weight: Tensor, number: int) -> bytes:
-    """The bytes of a matrix (..., K) in a type of `type_of`; errors as in `requantized`."""
-    if number == F16:
-        return packed(name, weight, number)
-    with required("libgguf", by="a model in fewer bits"):
-        import libgguf
-    rows = weight.detach().cpu().float().flatten(0, -2)
-    parts = rows.split(-(-len(rows) // torch.get_num_threads()))
-    with ThreadPoolExecutor() as pool:  # each part without Python's lock
-        done = pool.map(lambda part: libgguf.quantize_rows(part.numpy(), number), parts)
-        return b"".join(part.tobytes() for part in done)
 
 
 # Measured
@@ -232,20 +169,10 @@ def rounded(short: ShortModel, kind: str) -> Iterator[tuple[int, Counter[int]]]:
                         undo.callback(setattr, weight, "data", weight.data)
                     else:  # which may have no room for both
                         undo.callback(keep_values([weight]))
-                    weight.data = _rounded(name, weight, new)
+                    weight.data = rounded_values(name, weight, new)
                     numbers += weight.numel()
                     sizes[new] += nbytes_of(name, tuple(weight.shape), new)
         yield numbers, sizes
-
-
-def _rounded(name: str, weight: Tensor, number: int) -> Tensor:
-    """A matrix as it is read of a GGUF file, in its own dtype and on its device."""
-    from gguf import GGMLQuantizationType, quants
-
-    rows = math.prod(weight.shape[:-1])
-    packed = np.frombuffer(quantized(name, weight, number), np.uint8).reshape(rows, -1)
-    values = quants.dequantize(packed, GGMLQuantizationType(number))  # (rows, K) in float32
-    return torch.from_numpy(values).view(weight.shape).to(weight)
 
 
 @contextmanager

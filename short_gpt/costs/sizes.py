@@ -18,6 +18,7 @@ from llama.sources import Source as Weights
 from llama.sources import resolve
 from short_gpt.checkpoints.gguf import in_few_bits
 from short_gpt.checkpoints.gguf_layers import LAYER
+from short_gpt.checkpoints.requantizing import changes
 from short_gpt.models.hf import LayerCache, layer_caches
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
@@ -83,8 +84,8 @@ class Opened:
             stored = config_dtype(read_json(folder / "config.json"), folder) or loaded
         return min(stored, loaded, key=lambda dtype: dtype.itemsize)
 
-    def sizes(self) -> tuple[Sizes, Sizes]:
-        """Parameters, and bytes as they are written."""
+    def sizes(self, kind: str | None = None) -> tuple[Sizes, Sizes]:
+        """Parameters, and bytes as they are written, requantized in a type of GGUF files."""
         total, count = size_without(self.short, ())[0], len(self.short.kept)
         layers = [total - size_without(self.short, [i])[0] for i in self.short.kept]
         parameters = layers, total - sum(layers)
@@ -92,10 +93,13 @@ class Opened:
             width = self.dtype.itemsize
             return parameters, ([width * size for size in layers], width * parameters[1])
         path, sizes = Path(str(self.source)), [0] * count  # each tensor in its own type
-        for name, entry in GGUFParts(path).tensors.items():
+        parts, rest = GGUFParts(path), file_bytes(path)
+        new = changes(parts, kind) if kind else {}
+        for name, entry in parts.tensors.items():
             if (match := LAYER.fullmatch(name)) and int(match[1]) < count:
-                sizes[int(match[1])] += entry.nbytes
-        return parameters, (sizes, file_bytes(path) - sum(sizes))
+                sizes[int(match[1])] += new.get(name, entry).nbytes
+                rest -= entry.nbytes
+        return parameters, (sizes, rest)
 
     def caches(self) -> list[LayerCache]:
         """The KV cache of each layer."""

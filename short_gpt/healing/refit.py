@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from short_gpt.checkpoints.requantizing import round_layer
 from short_gpt.healing.context import Heal, HealingContext, Windows
 from short_gpt.healing.refit_layer import Batches, LayerRefit
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, RefitState, plan_of
@@ -87,6 +88,7 @@ class Refit:
             "parts": list(self.settings.parts),
             "lost": self.settings.lost,
             "step_size": self.settings.step_size,
+            **({"type": self.settings.type} if self.settings.type else {}),
             "fits": fits,
             **({"unsolved": groups} if (groups := self._unsolved_groups()) else {}),
             "windows": self.windows,
@@ -250,12 +252,17 @@ def _solve(
         stack.callback(calls.close)
         batches = Batches(calls, state, fitted, held_out, team, plan.room, shown.update)
         batches.embed(removed=range(visits[0].layer))
-        _refit_layers(batches, visits, short.kept, settings)
+        types = short.types_in(settings.type) if settings.type else {}
+        _refit_layers(batches, visits, short.kept, settings, types)
     state.finish()
 
 
 def _refit_layers(
-    batches: Batches, visits: Sequence[Visit], numbers: Sequence[int], settings: RefitSettings
+    batches: Batches,
+    visits: Sequence[Visit],
+    numbers: Sequence[int],
+    settings: RefitSettings,
+    types: Mapping[int, Mapping[str, int]],
 ) -> None:
     """Runs each layer, solves it, and runs it again."""
     calls, state = batches.calls, batches.state
@@ -277,7 +284,8 @@ def _refit_layers(
             for batch in batches:
                 state.entering(PRUNED)[batch] = state.entering(ORIGINAL)[batch]  # (B, S, D)
         with calls.loaded(index):
-            layer = LayerRefit(batches, index, numbers[index], **solving)
+            number = numbers[index]
+            layer = LayerRefit(batches, index, number, types=types.get(number, {}), **solving)
             layer.run_original()
         for removed in range(index + 1, next_kept):  # the target is the state after the gap
             batches.run_all(removed, target, target)
@@ -303,7 +311,8 @@ def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Vi
         visits = [Visit(i, after, after > i + 1, copied=True) for i, after in pairs]
         return visits[: 1 + max(n for n, visit in enumerate(visits) if visit.solved)]
     first_removed = next(i for i in range(count + 1) if i not in kept)
-    start = max(first_removed - 1, 0)  # the first layer whose target is not its own output
+    # the first layer whose output is not its target: of rounded ones the very first
+    start = 0 if settings.type else max(first_removed - 1, 0)
     return [Visit(i, after, i >= start, copied=i == start > 0) for i, after in pairs]
 
 
@@ -351,7 +360,15 @@ def apply_refit(short: ScoredModel, refit: Refit) -> Callable[[], None]:
             f"the refit is for a model without layers {refit.layers}; this one has "
             f"{span(present)}: remove the former, keep the others"
         )
-    return short.change_weights(refit.to_dict(), refit.values)
+    with ExitStack() as undo:
+        undo.callback(short.change_weights(refit.to_dict(), refit.values))
+        if kind := refit.settings.type:
+            types = short.types_in(kind)
+            for number, layer in zip(present, short.decoder.layers, strict=True):
+                # what was solved is rounded once, when it is written
+                rest = {n: t for n, t in types[number].items() if (number, n) not in refit.values}
+                undo.callback(round_layer(layer, rest))
+        return undo.pop_all().close
 
 
 def split_held_out(windows: Windows) -> tuple[Windows, Windows]:

@@ -5,7 +5,7 @@ Shapes: B windows, S tokens, N = B S, D width of the residual stream, F inputs o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from short_gpt.checkpoints.requantizing import round_layer
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, HiddenStates, RefitState
 from short_gpt.healing.settings import PARTS
 from short_gpt.healing.solver import (
@@ -118,10 +119,11 @@ class LayerRefit:
         parts: Sequence[str],
         last_only: bool,
         lost: float | None,
+        types: Mapping[str, int],  # ggml's, of the matrices that are rounded
         **solving: Any,
     ) -> None:
         self._batches, self._index, self._layer = batches, index, layer
-        self._lost, self._solving = lost, solving
+        self._lost, self._types, self._solving = lost, types, solving
         state, calls = batches.state, batches.calls
         self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
         self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
@@ -167,6 +169,7 @@ class LayerRefit:
     def solve(self) -> tuple[list[Fit], dict[Parameter, Tensor]]:
         """Solves the projections in turn, leaves new values in place and returns copies of them."""
         module = self._batches.calls.layer(self._index)
+        self.restored.callback(round_layer(module, self._types))
         fits: list[Fit] = []
         values: dict[Parameter, Tensor] = {}
         for part, projection in self.projections.items():
@@ -175,6 +178,8 @@ class LayerRefit:
                 # one at a time: what is solved next frees the layer's other weights
                 for key in parameters_of(self._layer, module, projection.modules):
                     values[key] = module.get_parameter(key[1]).detach().to("cpu", copy=True)
+                    own = {key[1]: self._types[key[1]]} if key[1] in self._types else {}
+                    round_layer(module, own)  # what follows answers this, too
         return fits, values
 
     def run_pruned(self) -> None:

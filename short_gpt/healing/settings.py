@@ -45,6 +45,10 @@ class RefitSettings:
     # a token weighs 1 / ||T||^2; where T is more than so many times as long as h + W m, the present
     # state, 1 / (lost ||h + W m||)^2, unless a norm follows the matrix; 1 or more, None: never
     lost: float | None = 2.0
+    # GGUF type of the kept layers' matrices, as in "q3_k", of a model that was opened from a GGUF
+    # file: these are rounded first, and every kept layer is solved with what rounding left of it.
+    # Targets are the original's. None: the types of the file
+    type: str | None = None
 
     def __post_init__(self) -> None:
         some = self.parts and not isinstance(self.parts, str) and {*self.parts} <= {*PARTS}
@@ -54,6 +58,8 @@ class RefitSettings:
         check(self.where in WHERE, "where", self.where, f"one of {', '.join(WHERE)}")
         check(self.lost is None or 1 <= self.lost < math.inf, "lost", self.lost, "1 or more")
         check_above_0(1, step_size=self.step_size)
+        everywhere = self.type is None or self.where == WHERE[0]
+        check(everywhere, "where", self.where, f"{WHERE[0]} with a type")
 
     @property
     def ridges(self) -> Sequence[float] | None:

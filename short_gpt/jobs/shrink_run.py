@@ -19,7 +19,7 @@ from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import check_new_gguf
-from short_gpt.costs.rivals import RIVAL
+from short_gpt.costs.rivals import RIVAL, has_quantizer
 from short_gpt.costs.sizes import Opened
 from short_gpt.costs.speeds import seconds_a_token
 from short_gpt.data.texts import source_names
@@ -39,7 +39,7 @@ from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.state import StateFile, joined
@@ -151,6 +151,11 @@ class Shrink:
         _ = self.questions  # raises for a file without any
         gguf, source, named = is_gguf(self.out), self.source, self.settings.named
         n = self.settings.n if named is None else len(named)
+        if self.settings.type is not None:
+            both = gguf and source is not None and source.kind == "gguf"
+            check(both, "`type`", self.settings.type, "a GGUF file as the model and as `out`")
+            if not has_quantizer():
+                raise ShortGPTError('`type` needs a quantizer: pip install "short-gpt[rival]"')
         path = None if source is None else source.path
         if gguf:
             check_output(report_of(self.out), overwrite=True, replaces=is_page)
@@ -187,13 +192,15 @@ class Shrink:
             short = open_trainable(source, opening)
         self.short, self.opened = short, Opened(short, source, self.to, opening)
         short.check_weights()
+        if self.settings.type is not None:
+            short.types_in(self.settings.type)  # raises where no matrix gets smaller
         self.size = self.reading.size or min(WINDOW, short.decoder.max_seq_len)
         self.parameters, self.stored = self.opened.sizes()
         itemsize = 2 if self.to == "gguf" else self.opened.dtype.itemsize  # llama.cpp's is float16
         self.caches = [cache.size(CONTEXT, itemsize) for cache in self.opened.caches()]  # bytes
         sizes, rest = self.parameters
         if self.settings.memory is not None:
-            layers, rest = self.stored
+            layers, rest = self.opened.sizes(self.settings.type)[1]
             sizes = [a + b for a, b in zip(layers, self.caches, strict=True)]
         searched = self.settings.most_kld is not None
         self.n = None if searched else self.settings.count(sizes, rest)
@@ -249,7 +256,8 @@ class Shrink:
         return "\n".join(
             [
                 f"{up_to}{n or 'some'} of {self.count} layers {go} ({self.settings.size_flag})"
-                + (kept if n else ""),
+                + (kept if n else "")
+                + (f", the others in {kind}" if (kind := self.settings.type) else ""),
                 f"a window of {self.size} tokens takes {takes}: in all about "
                 f"{duration(planned.seconds)}{own}, and the time to {more}write the model and read "
                 "it again",

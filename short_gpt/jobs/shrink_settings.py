@@ -75,6 +75,13 @@ class Shrinking(Settings):
         "the one nearest to the original, or another of rank. Default: auto, or what fits into "
         "the time: greedy_kld, bi.",
     )
+    type: str | None = setting(
+        None,
+        "GGUF type that the layers' matrices get too, of q8_0, q6_k, q5_k, q4_k, q3_k and q2_k; "
+        "the refit answers the rounding. From GGUF to GGUF, with n, ratio or memory. Default: the "
+        "source's types.",
+        value="NAME",
+    )
     time: str | int | None = setting(
         None,
         "Time of the whole run, as in 30m or 2h: fewer windows, and a cheaper method, where that "
@@ -144,6 +151,7 @@ class Shrinking(Settings):
 
     def check(self) -> None:
         """Raises ShortGPTError for a setting that is refused, before a model is loaded."""
+        from short_gpt.checkpoints.requantizing import check_type
         from short_gpt.healing.job import CLOSED
         from short_gpt.selection.methods import check_method
 
@@ -169,6 +177,10 @@ class Shrinking(Settings):
         check(self.heal_by in CLOSED, "`heal_by`", self.heal_by, f"one of {', '.join(CLOSED)}")
         if self.method is not None:
             check_method(self.method)
+        if self.type is not None:
+            check_type(self.type)
+            sized = self.most_kld is None  # the search for a distance rounds nothing
+            check(sized, "`type`", self.type, "also `n`, `ratio` or `memory`")
 
     def count(self, layers: Sequence[int], rest: int) -> int:
         """How many layers must go for the target to hold, whichever these are.
@@ -190,7 +202,8 @@ class Shrinking(Settings):
             sizes = [sum(layers) + rest - size for size in removed]
             n = next((i for i, size in enumerate(sizes) if size <= self.target), total)
             if not n:
-                raise ShortGPTError(f"{self.size_flag}: the model is small enough already")
+                kept = f" in {self.type}" if self.type else ""
+                raise ShortGPTError(f"{self.size_flag}: the model is small enough already{kept}")
             if n > most:
                 least = format_bytes(sizes[most]) if self.params is None else f"{sizes[most]:,}"
                 raise ShortGPTError(

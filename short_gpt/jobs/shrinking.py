@@ -44,7 +44,7 @@ from short_gpt.healing import HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
 from short_gpt.healing.job import RAW, pruned
 from short_gpt.healing.lora import seconds_a_step
-from short_gpt.healing.settings import CLOSED_WINDOWS, OUTPUTS, Recipe, recipe_for
+from short_gpt.healing.settings import CLOSED_WINDOWS, OUTPUTS, Recipe, RefitSettings, recipe_for
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.inputs import Tasks, Windows, about_own
 from short_gpt.jobs.page import is_page, shrunk_page
@@ -176,17 +176,18 @@ def _most_within(run: Shrink, most_kld: float) -> int:
     return low
 
 
-def _steps(run: Shrink) -> dict[str, Recipe | None]:
+def _steps(run: Shrink) -> dict[str, Recipe | RefitSettings | None]:
     """The closed form, and a distillation of as many steps as its time allows."""
-    heal_by = run.settings.heal_by
+    heal_by, kind = run.settings.heal_by, run.settings.type
+    closed = None if kind is None else RefitSettings(type=kind)
     if not (seconds := run.planned.training):
-        return {heal_by: None}
-    modules = {"modules": OUTPUTS} if run.opened.in_few_bits else {}
+        return {heal_by: closed}
+    modules = {"modules": OUTPUTS} if run.opened.in_few_bits or kind else {}
     recipe = recipe_for(run.short.model.config, "small", seed=run.seed, **modules)
     steps = run.cells.value("steps", partial(_steps_in, run, seconds, recipe))
     warmup = min(recipe.warmup_steps, steps // 8)
     recipe = replace(recipe, steps=steps, warmup=warmup, eval_every=-(-steps // CHECKS))
-    return {heal_by: None, "distill": recipe}
+    return {heal_by: closed, "distill": recipe}
 
 
 def _steps_in(run: Shrink, seconds: float, recipe: Recipe) -> int:

@@ -19,7 +19,7 @@ from llama.model import MASKED
 from llama.parallel import choose_device, choose_dtype
 from llama.sources import is_gguf
 from llama.tokenizer import check_text, find_tokenizer
-from short_gpt.checkpoints.gguf import save_gguf
+from short_gpt.checkpoints.gguf import save_gguf, types_in
 from short_gpt.checkpoints.hf import save_as_meta, save_hf
 from short_gpt.checkpoints.hub import check_push, push
 from short_gpt.checkpoints.provenance import Provenance
@@ -405,6 +405,11 @@ class ShortHFModel(ShortModel):
         proof = partial(self.check_saved, release=release)
         target = Target(out_dir, "meta", overwrite, proof)
         return save_as_meta(self.model, target, record=record, tokenizer_path=self._meta_tokenizer)
+
+    def types_in(self, kind: str) -> dict[int, dict[str, int]]:
+        if not is_gguf(self.source):
+            return super().types_in(kind)
+        return types_in(self, self.source, self._layers_path, kind)
 
     def release(self) -> None:
         """Drops all weights, which makes room for others; this model computes nothing after it."""

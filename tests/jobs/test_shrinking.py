@@ -29,6 +29,7 @@ from llama.formats.gguf_read import GGUFParts
 from short_gpt import heal_refit, shrink
 from short_gpt.cli import COMMANDS
 from short_gpt.cli.flags import flags_of
+from short_gpt.costs import requantized
 from short_gpt.costs.rivals import Rival
 from short_gpt.costs.speeds import WORK, Speed, of_files
 from short_gpt.data import demo
@@ -1096,3 +1097,38 @@ def test_a_model_whose_files_change_meanwhile_is_not_written(here, kind, replace
     with pytest.raises(ValueError, match=r"own/.* has changed since the model was opened"):
         shrink(source, out, **KILLED, notify=change)
     assert not Path(out).exists()
+
+
+def test_layers_go_and_the_others_get_another_type(here):
+    """Matrices that stay are those of the original requantized; the refit answers the rounding."""
+    pytest.importorskip("libgguf")
+    how = {**CUT, "n": 2, "method": "deepest", "data": "other"}
+    done = shrink("model.gguf", "out.gguf", type="q3_k", **how)
+    whole = GGUFParts(requantized("model.gguf", "whole.gguf", "q3_k"))
+    out, before = GGUFParts(Path("out.gguf")), GGUFParts(Path("model.gguf"))
+    kept = [i for i in range(6) if i not in done.layers]
+    for name, entry in out.tensors.items():
+        block, old = re.match(r"blk\.(\d+)", name), name
+        if block:
+            old = name.replace(block[0], f"blk.{kept[int(block[1])]}")
+        assert entry.kind == whole.tensors[old].kind
+        solved = name.endswith(("attn_output.weight", "ffn_down.weight"))
+        assert solved != torch.equal(out.read(name), whole.read(old))
+    fits = done.healing[0]["fits"]
+    assert done.healing[0]["type"] == "q3_k" and [fit["layer"] for fit in fits[::2]] == kept
+    assert out.fields["general.file_type"] == 11 != before.fields["general.file_type"]
+    assert json.loads(out.fields["short_gpt.pruning"])["healing"][0]["type"] == "q3_k"
+    original, healed = done.states["original"], done.states["healed"]
+    assert original.size == Path("model.gguf").stat().st_size
+    assert healed.size == Path("out.gguf").stat().st_size
+    # rounded after the refit, which does not know of it, the model is farther from the original
+    shrink("model.gguf", "pruned.gguf", **how)
+    requantized("pruned.gguf", "later.gguf", "q3_k")
+    short, later = (open_model(name, device="cpu") for name in ("model.gguf", "later.gguf"))
+    texts = {"eval_data": "books", "limit": 8, "eval_windows": 6}
+    read = healing_windows("other", short.encode, 24, **texts).evaluation
+    reference = short.reference(read).through(later.decoder)
+    assert (
+        done.quality["books"]["healed"].kld.value
+        < later.perplexity(read, reference=reference).kld.value
+    )
