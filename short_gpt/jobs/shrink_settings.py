@@ -78,7 +78,7 @@ class Shrinking(Settings):
     type: str | None = setting(
         None,
         "GGUF type that the layers' matrices get too, of q8_0, q6_k, q5_k, q4_k, q3_k and q2_k; "
-        "the refit answers the rounding. From GGUF to GGUF, with n, ratio or memory. Default: the "
+        "the refit answers the rounding. From GGUF to GGUF, with a size such as n. Default: the "
         "source's types.",
         value="NAME",
     )
@@ -179,8 +179,9 @@ class Shrinking(Settings):
             check_method(self.method)
         if self.type is not None:
             check_type(self.type)
-            sized = self.most_kld is None  # the search for a distance rounds nothing
-            check(sized, "`type`", self.type, "also `n`, `ratio` or `memory`")
+            # the search for a distance, and the curve, round nothing
+            sized = self.most_kld is None and self.curve is None
+            check(sized, "`type`", self.type, "a size with it, as `n`, but no KLD and no curve")
 
     def count(self, layers: Sequence[int], rest: int) -> int:
         """How many layers must go for the target to hold, whichever these are.

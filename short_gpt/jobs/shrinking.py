@@ -351,7 +351,9 @@ def _remarks(run: Shrink, evidence: HealingEvidence) -> list[str]:
                 f"{short_name(kind)}: 95% unknown, because {why}; evaluate on more text "
                 "(`eval_data`)"
             )
-    if evidence.worse:
+    if run.settings.type:
+        remarks.append(f"healed: in {run.settings.type}; pruned: in the types of the original")
+    elif evidence.worse:
         remarks.append(f"WORSE: healing changes the loss by {evidence.change}; give more text")
     if not has_quantizer():
         remarks.append('not compared with fewer bits: pip install "short-gpt[rival]"')

@@ -840,9 +840,17 @@ def test_a_rival_that_is_nearer_and_smaller_is_said():
         (("none", "out", "--device", "cpu"), "checkpoint directory none does not exist"),
         (("hf", "out", "--eval_data", "self", "--size", 24), "self is the model's own text"),
         (("hf", "out-00001-of-00002.gguf"), "the name of a single file"),
+        (("hf", "out.gguf", "--n", 2, "--type", "q3_k"), "expected a GGUF file as the model and"),
+        (("model.gguf", "out.gguf", "--type", "q3_k"), "expected a size with it, as --n, but no"),
+        (("model.gguf", "out.gguf", "--curve", "1,2", "--type", "q3_k"), "no KLD and no curve"),
+        (("model.gguf", "out.gguf", "--n", 2, "--type", "q3"), "--type = 'q3': expected one of q8"),
+        (("few.gguf", "out.gguf", "--n", 2, "--type", "q8_0"), "expected one that takes fewer"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
+    if "few.gguf" in words:
+        pytest.importorskip("libgguf")
+        requantized("model.gguf", "few.gguf", "q4_k")
     assert line in fails(capsys, "shrink", *words)
     assert not [p for p in here.iterdir() if "out" in p.name]
 
@@ -1097,6 +1105,24 @@ def test_a_model_whose_files_change_meanwhile_is_not_written(here, kind, replace
     with pytest.raises(ValueError, match=r"own/.* has changed since the model was opened"):
         shrink(source, out, **KILLED, notify=change)
     assert not Path(out).exists()
+
+
+def test_a_type_needs_the_quantizer(here, monkeypatch):
+    monkeypatch.setattr(shrink_run, "has_quantizer", lambda: False)
+    with pytest.raises(ShortGPTError, match=r'pip install "short-gpt\[rival\]"'):
+        shrink("model.gguf", "out.gguf", n=2, type="q3_k")
+
+
+def test_memory_counts_the_other_type(here):
+    pytest.importorskip("libgguf")
+    how = {**CUT, "method": "deepest", "data": "other", "dry_run": True}
+    cache = 6 * 2 * 2 * 8 * 4096 * 2  # of 6 layers, 2 KV heads of 8, float16
+    rounded = requantized("model.gguf", "whole.gguf", "q3_k").stat().st_size + cache
+    assert rounded < Path("model.gguf").stat().st_size + cache
+    plan = shrink("model.gguf", "out.gguf", memory=rounded - 1000, type="q3_k", **how).plan
+    assert plan.startswith("1 of 6 layers goes") and ", the others in q3_k" in plan
+    with pytest.raises(ShortGPTError, match="small enough already in q3_k"):
+        shrink("model.gguf", "out.gguf", memory=rounded + 1000, type="q3_k", **how)
 
 
 def test_layers_go_and_the_others_get_another_type(here):
