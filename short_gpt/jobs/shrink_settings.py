@@ -182,6 +182,7 @@ class Shrinking(Settings):
             # the search for a distance, and the curve, round nothing
             sized = self.most_kld is None and self.curve is None
             check(sized, "`type`", self.type, "a size with it, as `n`, but no KLD and no curve")
+            check(self.heal_by == "refit", "`heal_by`", self.heal_by, "refit with a `type`")
 
     def count(self, layers: Sequence[int], rest: int) -> int:
         """How many layers must go for the target to hold, whichever these are.
