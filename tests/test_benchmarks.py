@@ -198,11 +198,21 @@ def test_files_of_fewer_layers_and_bits_are_measured_once_timed_and_drawn(here, 
         with pytest.raises(SystemExit):
             front.main(**RUNS["front"], speeds=speeds, out=out)
     before, rows = (json.loads(Path(p).read_text())["rows"] for p in ("first.json", "out.json"))
-    assert [path.stem for path in measured] == ["0-q8_0", "0-q4_k", "2-q8_0", "2-q4_k"]
+    assert [path.stem for path in measured] == [
+        "model",
+        "0-q8_0",
+        "0-q4_k",
+        *(f"2-{kind}" for kind in ("source", "q8_0", "q4_k")),
+    ]
     assert [row | {"speeds": None} for row in rows] == before
     assert all(row["speeds"]["prompt"]["ratio"] > 0 for row in rows)
-    whole, few, pruned, _ = rows
-    assert whole["wikitext"]["kld"] < few["wikitext"]["kld"] < pruned["wikitext"]["kld"]
+    original, whole, few, _, pruned, _ = rows
+    assert (
+        original["wikitext"]["kld"]
+        < whole["wikitext"]["kld"]
+        < few["wikitext"]["kld"]
+        < pruned["wikitext"]["kld"]
+    )
     assert few["bytes"] < whole["bytes"] > pruned["bytes"]
     front.main(out="out.json", plot=".")
     assert is_picture(Path("out.png")) and is_picture(Path("out_dark.png"))

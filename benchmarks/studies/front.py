@@ -1,8 +1,8 @@
 """Layers removed and fewer bits together: the distance that each pair costs, and what it saves.
 
 A greedy search by KL divergence on the model's own text gives nested sets of layers. Without each
-set the model is refitted on that text, and written with its layers in every type of
-`costs.rivals`, rounded once. Every file is opened again and compared with the original, in
+set the model is refitted on that text, and written with its layers in the types that they have and
+in every type of `costs.rivals`. Every file is opened again and compared with the original, in
 float32, on WikiText-2 and on the original's own answers.
 
     python benchmarks/studies/front.py --wikitext wikitext2_test.txt --files front-smollm2 \
@@ -53,7 +53,8 @@ from short_gpt.wrappers.short_model import ShortModel
 COUNTS = (0, 1, 2, 3, 4, 6, 8)  # layers removed
 OWN, SIZE, SEARCHED = 24, 256, 4  # own windows that the refit reads, their tokens; and the search
 JUDGED, ASKED, WRITTEN = 8, 20, 24  # windows; questions, and most tokens of an answer
-MARKERS = dict(zip(TYPES, "osD^vP", strict=True))
+SOURCE = "source"  # every tensor in the type that it has in the original
+MARKERS = dict(zip((SOURCE, *TYPES), "*osD^vP", strict=True))
 SECONDS = 120.0  # of timing the files of one type
 READING = OpenOptions(device="cpu", dtype="float32", precision=FASTER)  # as `shrink` reads
 JUDGING = OpenOptions(device="cpu", dtype="float32")
@@ -104,7 +105,7 @@ def main(
             paths[kind, n] = path
             print(f"{n} removed, {kind}: {row}", flush=True)
     window = texts["wikitext"][0]
-    for kind in types if speeds else ():
+    for kind in (SOURCE, *types) if speeds else ():
         timed = {"original": source} | {str(n): paths[kind, n] for n in counts}
         cells.value(f"speeds {kind} {counts}", lambda timed=timed: in_turns(timed, window))
     for row in rows:
@@ -123,21 +124,25 @@ def searched(short: ShortModel, windows: Sequence[Window], state: StateFile | No
 def written(
     source: Path, folder: Path, layers: Sequence[int], own: Sequence[Window], types: Sequence[str]
 ) -> dict[str, Path]:
-    """The refitted model's file in each type, rounded once: until then it is in float16."""
+    """The refitted model's file in each type, rounded once: of float16, or as it is saved."""
     n = len(layers)
-    paths = {kind: folder / f"{n}-{kind}.gguf" for kind in types}
+    paths = {kind: folder / f"{n}-{kind}.gguf" for kind in (SOURCE, *types)}
     missing = [kind for kind, path in paths.items() if not path.is_file()]
-    if missing:
-        whole, fitted = folder / "whole.gguf", folder / f"{n}-f16.gguf"
-        if not whole.is_file():
-            in_float16(source, whole)
-        if n and not fitted.is_file():
-            again = open_trainable(str(whole), READING)
-            heal_refit(again, layers, own)
-            again.save(fitted)
-        for kind in missing:
-            requantized(fitted if n else whole, paths[kind], kind)
-        fitted.unlink(missing_ok=True)
+    whole, fitted = folder / "whole.gguf", folder / f"{n}-f16.gguf"
+    if not whole.is_file():
+        in_float16(source, whole)
+    if not n:
+        paths[SOURCE], fitted = source, whole
+    elif missing and not (fitted.is_file() and paths[SOURCE].is_file()):
+        short = open_trainable(str(source), READING.as_begun(folder / "state.json"))
+        heal_refit(short, layers, own)
+        short.save(paths[SOURCE], overwrite=True)
+        short.source = str(whole)  # the types of its tensors
+        short.save(fitted, overwrite=True)
+    for kind in missing:
+        if kind != SOURCE:
+            requantized(fitted, paths[kind], kind)
+    (folder / f"{n}-f16.gguf").unlink(missing_ok=True)
     return paths
 
 
@@ -197,24 +202,24 @@ def panel(axes: Any, rows: Sequence[Any], places: Sequence[float], original: flo
     from matplotlib import colormaps, rcParams
 
     points = [(x, row["wikitext"]["kld"]) for x, row in zip(places, rows, strict=True)]
+    shown = [i for i, row in enumerate(rows) if row["removed"] or row["type"] != SOURCE]
     ink, counts = rcParams["text.color"], sorted({row["removed"] for row in rows})
     for n in counts:
         colour = colormaps["viridis"](0.2 + 0.65 * n / max(1, counts[-1]))
-        own = [i for i, row in enumerate(rows) if row["removed"] == n]
+        own = [i for i in shown if rows[i]["removed"] == n]
         label = f"{n or 'no'} layer{'s' * (n != 1)} removed"
         axes.plot(*zip(*(points[i] for i in own), strict=True), color=colour, label=label)
         for i in own:
             marker = MARKERS[rows[i]["type"]]
             axes.plot(*points[i], marker=marker, color=colour, markersize=6, zorder=3)
         at = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-        axes.annotate(str(n), points[own[0]], (7, 0), **at)
+        axes.annotate(str(n), max(points[i] for i in own), (7, 0), **at)
     for kind, marker in MARKERS.items():
-        axes.plot([], [], marker=marker, color="grey", linestyle="", label=kind.upper())
-    best = zip(*front(points), strict=True)
+        label = "types of the original" if kind == SOURCE else kind.upper()
+        axes.plot([], [], marker=marker, color="grey", linestyle="", label=label)
+    best = zip(*{*front(points)} & {points[i] for i in shown}, strict=True)
     ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": "", "color": ink}
-    axes.plot(
-        *best, **ring, label="front: no other file is\nas near and as small or fast", zorder=4
-    )
+    axes.plot(*best, **ring, label="front: no other file is\nas near and as small or fast")
     axes.axvline(original, color="grey", linestyle=":", label="the original's file")
     logarithmic(axes, "g")
     axes.grid(alpha=0.25)
