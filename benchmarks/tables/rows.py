@@ -96,6 +96,7 @@ def automatic() -> list[str]:
 # Layers and bits
 
 FRONTS = {"front_smollm2": "SmolLM2-135M", "front_05b": "Qwen2.5-Coder-0.5B"}
+ON, WORK = ("wikitext", "answers"), ("prompt", "generation")
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -120,8 +121,6 @@ def fronts() -> list[str]:
             lines.append(row(title, own["types"][3:], f"{point[0] / 1e6:.0f}", *cells, *times))
     return lines
 
-
-ON, WORK = ("wikitext", "answers"), ("prompt", "generation")
 
 # Three models, and word problems
 
