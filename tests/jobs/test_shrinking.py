@@ -246,6 +246,7 @@ def test_another_closed_form_chooses_and_heals(here, monkeypatch, asked):
     with pytest.raises(ValueError, match="with another heal_by: 'patch', now 'refit'"):
         shrink("hf", "out", **how)
     done = shrink("hf", "out", **how, heal_by="patch")
+    assert "heal_by" not in done.command  # no flag
     trained = ["distillation"] if "time" in asked else []
     assert [step["method"] for step in done.healing] == ["patch", *trained]
     assert not used and "the refit takes" not in said[0]
