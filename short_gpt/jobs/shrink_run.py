@@ -128,7 +128,7 @@ class Shrink:
         defaults = (Shrinking(), SHRUNK, Tasks(), OpenOptions(precision=FASTER))
         groups = (self.settings, self.reading, self.tasks, self.opening)
         for group, usual in zip(groups, defaults, strict=True):
-            for one in (field for field in group.taken() if field.metadata["flag"]):
+            for one in (item for item in group.taken() if item.metadata["flag"]):
                 value = getattr(group, one.name)
                 if not isinstance(value, BuiltinName) and value != getattr(usual, one.name):
                     several = isinstance(value, list | tuple)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -21,16 +21,13 @@ from short_gpt.checkpoints.target import is_pruned_gguf
 from short_gpt.costs.rivals import (
     ANSWERS_AT_ONCE,
     Rival,
-    distances,
     has_quantizer,
     largest_within,
     of_file,
     rival_file,
-    rivals,
-    smaller_types,
 )
 from short_gpt.costs.sizes import file_bytes
-from short_gpt.costs.speeds import WORK, Speeds, beyond, of_files, pytorch, speeds
+from short_gpt.costs.speeds import Speeds, beyond, of_files, pytorch, speeds
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import (
@@ -42,20 +39,19 @@ from short_gpt.evaluation.perplexity import (
 )
 from short_gpt.healing import HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
-from short_gpt.healing.job import RAW, pruned
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.settings import CLOSED_WINDOWS, OUTPUTS, Recipe, RefitSettings, recipe_for
 from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.inputs import Tasks, Windows, about_own
 from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Running, Saving, interruptible
+from short_gpt.jobs.shrink_curve import curve_of, rivals_in_memory
 from short_gpt.jobs.shrink_run import HEALING, Model, Shrink
 from short_gpt.jobs.shrink_settings import Shrinking
 from short_gpt.jobs.shrunk import (
     ANSWERS,
     REPORT,
     Answered,
-    CurvePoint,
     ShrinkResult,
     StateReport,
     report_of,
@@ -64,8 +60,7 @@ from short_gpt.jobs.shrunk import (
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, one_line
-from short_gpt.runtime.memory import format_bytes, free_memory
-from short_gpt.runtime.progress import bar, check_alone
+from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold
 from short_gpt.scoring.stopping import unsure
 from short_gpt.selection.methods import AUTO, METHODS
@@ -75,7 +70,6 @@ from short_gpt.wrappers.options import FLOAT32, OpenOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from short_gpt.wrappers.short_model import ShortModel
 
 CHECKS = 8  # evaluations during a training
 
@@ -198,68 +192,6 @@ def _steps_in(run: Shrink, seconds: float, recipe: Recipe) -> int:
     return max(1, int((seconds - checking) / a_step))
 
 
-# The curve: several sizes, of which one may be picked
-
-
-def _curve(run: Shrink) -> list[CurvePoint]:
-    """Every size, refitted and measured, and the original in fewer bits."""
-    counts, short = run.settings.counts(run.count), run.short
-    with bar("sizes", total=len(counts) + 1, unit="size", show=True, delay=0) as shown:
-        rows = [run.cells.value("size 0", partial(_point, run, []))]
-        for n in counts:
-            layers = run.sets.layers(run.method, n, run.seed, most=counts[-1])
-            shown.update(1)
-            rows.append(run.cells.value(f"size {n}", partial(_point, run, sorted(layers))))
-    points = [CurvePoint(**row) for row in rows]
-
-    def timed() -> dict[str, list[float]]:
-        timers = {point.name: pytorch(short, _without(short, point.layers)) for point in points}
-        most = {p.name: run.count / (run.count - len(p.layers)) for p in points}
-        with in_own_dtype(short.decoder):
-            found = speeds(timers, run.windows.evaluation[0], most=most)
-        return {name: [works[work].ratio for work in WORK] for name, works in found.items()}
-
-    times = run.cells.value("speeds of sizes", timed)
-    points = [point._replace(speeds=times[point.name]) for point in points]
-    others = run.cells.value("fewer bits", lambda: [p._asdict() for p in _in_fewer_bits(run)])
-    return points + [CurvePoint(**row) for row in others]
-
-
-def _without(short: ShortModel, layers: Sequence[int]) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: short.without_layers(layers)
-
-
-def _point(run: Shrink, layers: Sequence[int]) -> dict[str, Any]:
-    """The model without some layers, refitted, ready for JSON."""
-    short, (sizes, rest) = run.short, run.stored
-    size = rest + sum(size for i, size in enumerate(sizes) if i not in layers)
-    calibration = run.windows.training[:CLOSED_WINDOWS]
-    with pruned(short, layers, run.settings.heal_by if layers else RAW, calibration):
-        with in_own_dtype(short.decoder):
-            klds = distances(short, run.texts, run.reference)
-        right = [reply.right for reply in run.ask()]
-    name = f"{len(layers)} removed" if layers else "original"
-    return CurvePoint(name, [*layers], size, klds, sum(map(bool, right)))._asdict()
-
-
-def _in_fewer_bits(run: Shrink) -> list[CurvePoint]:
-    """The original in fewer bits: of GGUF files of each type that is smaller."""
-    found = list[Rival]()
-    with suppress(ShortGPTError):  # too little memory for a comparison
-        found += _rivals(run)
-    if run.opened.in_place and has_quantizer():
-        opening = replace(run.opening, precision=FLOAT32)
-        for kind in smaller_types(str(run.source)):
-            with rival_file(str(run.source), run.folder, kind) as path:
-                found.append(of_file(path, run.texts, run.reference, opening))
-    return [
-        CurvePoint(
-            rival.name, [], rival.size, {k: p.kld.value for k, p in rival.quality.items() if p.kld}
-        )
-        for rival in found
-    ]
-
-
 # What is measured
 
 
@@ -291,19 +223,6 @@ def _optional(remarks: list[str]) -> Iterator[None]:
         yield
     except Exception as error:
         remarks.append(one_line(str(error)) or type(error).__name__)
-
-
-def _rivals(run: Shrink) -> list[Rival]:
-    """The original, which the model still is, in fewer bits; a GGUF file's come after writing."""
-    if run.opened.in_place or not has_quantizer():
-        return []
-    if (most := sum(p.nbytes for p in run.short.decoder.layers.parameters())) > free_memory():
-        more = format_bytes(most)
-        raise ShortGPTError(f"not compared with fewer bits: that takes {more} more of memory")
-    total = sum(run.stored[0]) + run.stored[1]
-    itemsize = run.opened.dtype.itemsize
-    with in_own_dtype(run.short.decoder):
-        return rivals(run.short, run.texts, run.reference, stored=total, itemsize=itemsize)
 
 
 def _speeds(run: Shrink) -> Speeds:
@@ -389,7 +308,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     """Does everything; continues what the folder holds."""
     run.read()
     opened, short, windows = run.opened, run.short, run.windows
-    curve = _curve(run) if run.settings.curve is not None else []
+    curve = curve_of(run) if run.settings.curve is not None else []
     if curve and run.settings.pick is None:
         return ShrinkResult(run.out, plan, run.count, method=run.method, curve=curve)
     run.layers, choice = _choose(run)
@@ -402,7 +321,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     states, answers = {"original": _sizes(run, "original")}, {"original": _answers(run, "original")}
     remarks, beside, timed = list[str](), list[Rival](), Speeds()
     with _optional(remarks):
-        beside = _rivals(run)
+        beside = rivals_in_memory(run)
     with short.without_layers(run.layers):
         states["pruned"], answers["pruned"] = _sizes(run, "pruned"), _answers(run, "pruned")
         steps = _steps(run)

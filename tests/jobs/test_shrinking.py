@@ -369,7 +369,7 @@ def test_a_comparison_that_fails_costs_no_model(here, monkeypatch, model):
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
-    for name in ("rivals", "rival_file", "speeds"):
+    for name in ("rivals_in_memory", "rival_file", "speeds"):
         monkeypatch.setattr(shrinking, name, broken)
     out = "out.gguf" if model == "model.gguf" else "out"
     done = shrink(model, out, **CUT, n=2, method="bi", data="other")
@@ -378,7 +378,7 @@ def test_a_comparison_that_fails_costs_no_model(here, monkeypatch, model):
 
 
 def test_a_rival_that_does_not_fit_into_memory_is_not_made(here, monkeypatch):
-    monkeypatch.setattr(shrinking, "free_memory", lambda: 1000)
+    monkeypatch.setattr("short_gpt.jobs.shrink_curve.free_memory", lambda: 1000)
     done = shrink("hf", "out", **CUT, n=2, method="bi", data="other")
     (said,) = (line for line in done.remarks if "fewer bits" in line)
     assert said.endswith(" more of memory") and not done.rivals and done.speeds
@@ -394,7 +394,8 @@ def test_rivals_of_a_model_that_becomes_a_file_have_its_vocabulary(here):
 
 
 def test_without_the_quantizer_no_rival_is_compared(here, monkeypatch):
-    monkeypatch.setattr(shrinking, "has_quantizer", lambda: False)
+    for module in ("shrinking", "shrink_curve"):
+        monkeypatch.setattr(f"short_gpt.jobs.{module}.has_quantizer", lambda: False)
     done = shrink("model.gguf", "out.gguf", **CUT, n=2, method="deepest", data="other")
     assert 'not compared with fewer bits: pip install "short-gpt[rival]"' in done.remarks
     assert not done.rivals and "original" not in done.worth
