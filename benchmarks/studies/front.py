@@ -208,7 +208,8 @@ def panel(axes: Any, rows: Sequence[Any], places: Sequence[float], original: flo
         colour = colormaps["viridis"](0.2 + 0.65 * n / max(1, counts[-1]))
         own = [i for i in shown if rows[i]["removed"] == n]
         label = f"{n or 'no'} layer{'s' * (n != 1)} removed"
-        axes.plot(*zip(*(points[i] for i in own), strict=True), color=colour, label=label)
+        joined = [points[i] for i in own if rows[i]["type"] != SOURCE]
+        axes.plot(*zip(*joined, strict=True), color=colour, label=label)
         for i in own:
             marker = MARKERS[rows[i]["type"]]
             axes.plot(*points[i], marker=marker, color=colour, markersize=6, zorder=3)
