@@ -16,20 +16,20 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 27159,
-    "modules": 136,
+    "lines": 27715,
+    "modules": 138,
     "dataclasses": 62,
-    "raises": 353,
+    "raises": 357,
     "functions over 60 lines": 0,
-    "lines of jobs": 4433,
-    "flags of shrink": 24,
+    "lines of jobs": 4394,
+    "flags of shrink": 29,
     "flags of rank": 18,
     "flags of heal": 27,
-    "flags": 52,
-    "lines of check functions": 945,
+    "flags": 55,
+    "lines of check functions": 967,
     "settings classes for windows": 1,
-    "lines of tests": 26978,
-    "lines of benchmarks": 8344,
+    "lines of tests": 27000,
+    "lines of benchmarks": 8121,
     "scripts of benchmarks": 38,
 }
 
