@@ -36,6 +36,7 @@ from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
 from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
+from short_gpt.models.config_file import config_digest
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
@@ -43,6 +44,7 @@ from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.runtime.memory import format_bytes
 from short_gpt.runtime.progress import duration
 from short_gpt.runtime.state import StateFile, joined
+from short_gpt.selection.methods import AUTO
 from short_gpt.wrappers import own_text
 from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import FASTER, OpenOptions
@@ -212,6 +214,7 @@ class Shrink:
             return
         read = ("name", "max_windows", "eval_windows")
         asked = self._dials | {name: str(getattr(self.reading, name)) for name in read}
+        asked["model"] = config_digest(short.configuration)  # whose speed it is
         state = StateFile(self.folder / PLAN, asked, folder=self.folder)
         if not state.content:
             state.save({"plan": self._fitted()})
@@ -282,7 +285,9 @@ class Shrink:
         ]
         lines = [f"to stay within {within} (--time): {', '.join(fewer)}"] if fewer else []
         if plan.training:
-            lines.append(f"of {within} (--time), {duration(plan.training)} go into distillation")
+            later = " of the picked size" if self.settings.curve is not None else ""
+            training = duration(plan.training)
+            lines.append(f"of {within} (--time), {training} go into distillation{later}")
         if plan.seconds > self._most_seconds:
             lines.append(f"nothing cheaper is left to do: it takes longer than {within}")
         return lines
@@ -309,8 +314,13 @@ class Shrink:
     def _seconds(self, plan: Plan) -> float:
         """Seconds that a plan takes, without training."""
         limit = plan.windows or MAX_WINDOWS
-        passes = windows_to_choose(plan.method, self.n, self.count, limit)
-        sizes = 0 if self.settings.curve is None else len(self.settings.counts(self.count))
+        counts = [] if self.settings.curve is None else self.settings.counts(self.count)
+        # a search for the most layers has all sizes, auto chooses for each
+        chosen: list[int | None] = [*(counts if plan.method == AUTO else counts[-1:])]
+        passes = sum(
+            windows_to_choose(plan.method, n, self.count, limit) for n in chosen or [self.n]
+        )
+        sizes = len(counts)
         passes += (1 + sizes) * REFIT_PASSES * min(limit, CLOSED_WINDOWS)
         seconds, models = passes * self.a_pass, 3 + sizes  # original, pruned, healed; of the curve
         seconds += models * plan.eval_windows * self._own_pass

@@ -104,11 +104,16 @@ class Shrinking(Settings):
         flag=False,
     )
 
+    def __post_init__(self) -> None:
+        for name in ("layers", "curve"):
+            if isinstance(value := getattr(self, name), range):  # which JSON does not have
+                object.__setattr__(self, name, [*value])
+
     @property
     def size_flag(self) -> str:
         """The setting that says how small, as a flag."""
         name = next((name for name in SIZES if getattr(self, name) is not None), "max_kld")
-        value = getattr(self, name) or MAX_KLD
+        value = MAX_KLD if getattr(self, name) is None else getattr(self, name)
         text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
         return f"--{name} {text}"
 

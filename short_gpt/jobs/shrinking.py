@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -45,7 +45,7 @@ from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.inputs import Tasks, Windows, about_own
 from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Running, Saving, interruptible
-from short_gpt.jobs.shrink_curve import curve_of, rivals_in_memory
+from short_gpt.jobs.shrink_curve import curve_of, optional, rivals_in_memory
 from short_gpt.jobs.shrink_run import HEALING, Model, Shrink
 from short_gpt.jobs.shrink_settings import Shrinking
 from short_gpt.jobs.shrunk import (
@@ -59,7 +59,7 @@ from short_gpt.jobs.shrunk import (
 )
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.runtime.digest import json_digest, windows_digest
-from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, one_line
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold
 from short_gpt.scoring.stopping import unsure
@@ -216,15 +216,6 @@ def _answers(run: Shrink, state: str) -> Perplexity:
         return perplexity(decoder, batches(windows, ANSWERS_AT_ONCE), reference=run.reference)
 
 
-@contextmanager
-def _optional(remarks: list[str]) -> Iterator[None]:
-    """A comparison: the model is also made, and written after hours, where it fails."""
-    try:
-        yield
-    except Exception as error:
-        remarks.append(one_line(str(error)) or type(error).__name__)
-
-
 def _speeds(run: Shrink) -> Speeds:
     """Of the original and the pruned model, which is as fast as the healed one, in PyTorch."""
     if run.opened.in_place and find_spec("xllamacpp"):
@@ -242,7 +233,7 @@ def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
     source, remarks = str(run.source), [*result.remarks]
     paths = {"original": Path(source), "healed": run.built}
     rivals, timed = list[Rival](), result.speeds
-    with _optional(remarks):
+    with optional(remarks):
         kind = largest_within(source, file_bytes(run.built)) if has_quantizer() else None
         with rival_file(source, run.folder, kind) if kind else nullcontext() as path:
             if path is not None:
@@ -320,12 +311,12 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     run.running.tell(f"layers to remove: {sorted(run.layers)}")
     states, answers = {"original": _sizes(run, "original")}, {"original": _answers(run, "original")}
     remarks, beside, timed = list[str](), list[Rival](), Speeds()
-    with _optional(remarks):
+    with optional(remarks):
         beside = rivals_in_memory(run)
     with short.without_layers(run.layers):
         states["pruned"], answers["pruned"] = _sizes(run, "pruned"), _answers(run, "pruned")
         steps = _steps(run)
-    with _optional(remarks):
+    with optional(remarks):
         timed = _speeds(run)
     kept: dict[str, Any] = {"work_dir": run.folder / HEALING, "max_windows": CLOSED_WINDOWS}
     job = HealingJob(short, windows, run.layers, steps=steps, notify=run.running.tell, **kept)
@@ -378,7 +369,9 @@ def _written(run: Shrink, result: ShrinkResult, evidence: HealingEvidence) -> Sh
             size, memory = states[name].size + more, states[name].memory + more
             states[name] = states[name]._replace(size=size, memory=memory)
         beside = [rival._replace(size=rival.size + more) for rival in result.rivals]
-        result = replace(result, rivals=beside)
+        # of a file, sizes of the curve are those of files already
+        curve = [p._replace(size=p.size + more * (not in_place)) for p in result.curve]
+        result = replace(result, rivals=beside, curve=curve)
     result = replace(result, states=states)
     if in_place:
         result = _beside_file(run, _as_written(run, result))

@@ -317,9 +317,9 @@ class ShrinkResult(Table):
         ]
 
     def _repr_html_(self) -> str:
-        if not self.states:
+        if not self.states and not self.curve:
             return f"<pre>{escape(self.plan)}</pre>"
-        return html_table(self.columns, self.head)
+        return html_table(self.columns, self.head if self.states else self.verdict)
 
     @property
     def columns(self) -> dict[str, list[object]]:

@@ -194,6 +194,7 @@ class Trials:
         self.result, self._done = continued(options.state, self._sizes, self._identity)
         if options.start and not self.result.removed:
             self.result = Search([*options.start.removed], [*options.start.losses])
+            self._done = [{}]  # what a saved search tried is of an earlier round
 
     def keep(self, n: int) -> None:
         """Drops the results of a saved search beyond n layers."""

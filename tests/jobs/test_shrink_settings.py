@@ -78,6 +78,8 @@ def test_refusals(settings, message):
 def test_without_a_size_the_divergence_is_the_limit():
     assert Shrinking().most_kld == 0.1 and Shrinking().size_flag == "--max_kld 0.1"
     assert Shrinking(max_perplexity_ratio=math.exp(0.2)).most_kld == pytest.approx(0.2)
+    assert Shrinking(layers=0).size_flag == "--layers 0"
+    assert Shrinking(curve=range(1, 4)).size_flag == "--curve 1,2,3"
     for size in ({"n": 2}, {"ratio": 0.25}, {"memory": "3kB"}):
         assert Shrinking(**size).most_kld is None
 

@@ -425,6 +425,14 @@ def test_what_does_not_fit_into_the_time_is_said_and_a_continued_run_keeps_its_p
     done = shrink("hf", "out", **how, notify=own.append)
     assert done.method == "greedy_kld" and fewer in done.plan
     assert "it takes longer than 40 seconds" in shrink("hf", "no", **how, dry_run=True).plan
+    with interrupted(shrink_run.Shrink, "read", 0):
+        shrink("hf", "two", **how)
+    shutil.copytree("hf", "other-model")
+    config = AutoConfig.from_pretrained("hf")
+    config.rms_norm_eps *= 2
+    config.save_pretrained("other-model")
+    with pytest.raises(ValueError, match="plan.json is the state of a run with another model"):
+        shrink("other-model", "two", **how)
 
 
 @pytest.mark.parametrize(("model", "out"), [("hf", "out"), ("model.gguf", "out.gguf")])
@@ -459,6 +467,41 @@ def test_a_curve_compares_sizes_and_the_picked_one_is_written(
         done = shrink("hf", "again", curve=(1, 2, 3), pick=2, **CUT, data="other", overwrite=True)
         assert {*done.layers} == sets[2] and done.curve[2].size == done.states["healed"].size
         assert done.curve[2].klds[ANSWERS] == pytest.approx(done.distances[ANSWERS].value)
+
+
+def test_a_curve_goes_on_with_other_questions_and_has_the_sizes_of_files(here):
+    how = {"curve": (1,), **CUT, "data": "other"}
+    assert "<td>1 removed</td>" in shrink("hf", "out.gguf", **how)._repr_html_()
+    Path("asked.txt").write_text("Say something else")
+    done = shrink("hf", "out.gguf", **how, pick=1, prompts="asked.txt")
+    one = done.curve[1]
+    assert one.klds[ANSWERS] == pytest.approx(done.distances[ANSWERS].value)
+    assert one.right is None  # nobody knows a right answer
+    assert one.size == done.states["healed"].size > shrink("hf", "two", **how).curve[1].size
+
+
+@pytest.mark.parametrize(("model", "out"), [("hf", "out"), ("model.gguf", "out.gguf")])
+def test_fewer_bits_that_fail_cost_no_curve(here, monkeypatch, model, out):
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    for name in ("rivals", "rival_file"):
+        monkeypatch.setattr(f"short_gpt.jobs.shrink_curve.{name}", broken)
+    said: list[str] = []
+    done = shrink(model, out, curve=(1,), **CUT, data="other", notify=said.append)
+    assert [point.name for point in done.curve] == ["original", "1 removed"]
+    assert "out of memory" in said
+
+
+def test_what_a_curve_takes_is_foretold_for_all_of_its_sizes(here, monkeypatch):
+    counted, plain = [], shrink_run.windows_to_choose
+    foretell = lambda method, n, *rest: counted.append(n) or plain(method, n, *rest)  # noqa: E731
+    monkeypatch.setattr(shrink_run, "windows_to_choose", foretell)
+    for method, counts in (("auto", {1, 3}), ("sleb", {3})):
+        counted.clear()
+        how = {"curve": (1, 3), "pick": 1, "method": method, "time": "2h", **CUT}
+        plan = shrink("hf", "out", **how, dry_run=True).plan
+        assert {*counted} == counts and "go into distillation of the picked size" in plan
 
 
 def test_named_layers_are_removed(here):

@@ -137,6 +137,11 @@ def test_a_search_for_fewer_layers_takes_the_first_of_a_saved_one(tmp_path):
     fewer = sleb(model(), windows, 2, state=StateFile(tmp_path / "s", {}))
     assert fewer.removed == whole.removed[:2] and fewer.losses == whole.losses[:2]
     assert sleb(model(), windows, 3, start=fewer) == whole  # or goes on with them
+    with interrupted(PartialRun, "logits", 20):
+        sleb(model(), windows, 3, state=StateFile(tmp_path / "begun", {}))
+    # whose first round is not the third
+    begun = StateFile(tmp_path / "begun", {})
+    assert sleb(model(), windows, 3, state=begun, start=fewer) == whole
     every = [*sleb_rounds(model(), windows, 3, SearchOptions())]
     assert [len(found.removed) for found in every] == [1, 2, 3]
 

@@ -1,0 +1,118 @@
+"""The sizes of a run of `shrink` side by side, of which one may be picked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from short_gpt.costs.rivals import (
+    Rival,
+    distances,
+    has_quantizer,
+    of_file,
+    rival_file,
+    rivals,
+    smaller_types,
+)
+from short_gpt.costs.speeds import WORK, pytorch, speeds
+from short_gpt.healing.job import RAW, pruned
+from short_gpt.healing.settings import CLOSED_WINDOWS
+from short_gpt.jobs.shrink_run import Shrink
+from short_gpt.jobs.shrunk import ANSWERS, CurvePoint
+from short_gpt.models.decoder import in_own_dtype
+from short_gpt.runtime.digest import json_digest, windows_digest
+from short_gpt.runtime.errors import ShortGPTError, one_line
+from short_gpt.runtime.memory import format_bytes, free_memory
+from short_gpt.runtime.progress import bar
+from short_gpt.wrappers.options import FLOAT32
+
+if TYPE_CHECKING:
+    from short_gpt.wrappers.short_model import ShortModel
+
+
+def curve_of(run: Shrink) -> list[CurvePoint]:
+    """Every size, refitted and measured, and the original in fewer bits."""
+    counts, short = run.settings.counts(run.count), run.short
+    # questions and chat template may be others when a run goes on
+    asked = json_digest([run.questions, windows_digest(run.texts[ANSWERS])])
+    with bar("sizes", total=len(counts) + 1, unit="size", show=True, delay=0) as shown:
+        rows = [run.cells.value(f"size 0 {asked}", partial(_point, run, []))]
+        for n in counts:
+            layers = run.sets.layers(run.method, n, run.seed, most=counts[-1])
+            shown.update(1)
+            rows.append(run.cells.value(f"size {n} {asked}", partial(_point, run, sorted(layers))))
+    points = [CurvePoint(**row) for row in rows]
+
+    def timed() -> dict[str, list[float]]:
+        timers = {point.name: pytorch(short, _without(short, point.layers)) for point in points}
+        most = {p.name: run.count / (run.count - len(p.layers)) for p in points}
+        with in_own_dtype(short.decoder):
+            found = speeds(timers, run.windows.evaluation[0], most=most)
+        return {name: [works[work].ratio for work in WORK] for name, works in found.items()}
+
+    times = run.cells.value("speeds of sizes", timed)
+    points = [point._replace(speeds=times[point.name]) for point in points]
+    others = run.cells.value(f"fewer bits {asked}", partial(_in_fewer_bits, run))
+    return points + [CurvePoint(**row) for row in others]
+
+
+def _without(short: ShortModel, layers: Sequence[int]) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: short.without_layers(layers)
+
+
+def _point(run: Shrink, layers: Sequence[int]) -> dict[str, Any]:
+    """The model without some layers, refitted, ready for JSON."""
+    short, (sizes, rest) = run.short, run.stored
+    size = rest + sum(size for i, size in enumerate(sizes) if i not in layers)
+    calibration = run.windows.training[:CLOSED_WINDOWS]
+    with pruned(short, layers, run.settings.heal_by if layers else RAW, calibration):
+        with in_own_dtype(short.decoder):
+            klds = distances(short, run.texts, run.reference)
+        answers = [reply.right for reply in run.ask() if reply.right is not None]
+    name = f"{len(layers)} removed" if layers else "original"
+    right = sum(answers) if answers else None
+    return CurvePoint(name, [*layers], size, klds, right)._asdict()
+
+
+def _in_fewer_bits(run: Shrink) -> list[dict[str, Any]]:
+    """The original in fewer bits, as `_point`: of GGUF files of each type that is smaller."""
+    found, failed = list[Rival](), list[str]()
+    with optional(failed):
+        found += rivals_in_memory(run)
+        if run.opened.in_place and has_quantizer():
+            opening = replace(run.opening, precision=FLOAT32)
+            for kind in smaller_types(str(run.source)):
+                with rival_file(str(run.source), run.folder, kind) as path:
+                    found.append(of_file(path, run.texts, run.reference, opening))
+    for reason in failed:
+        run.running.tell(reason)
+    points = []
+    for rival in found:
+        klds = {kind: p.kld.value for kind, p in rival.quality.items() if p.kld}
+        points.append(CurvePoint(rival.name, [], rival.size, klds)._asdict())
+    return points
+
+
+@contextmanager
+def optional(remarks: list[str]) -> Iterator[None]:
+    """A comparison: the model is also made, and written after hours, where it fails."""
+    try:
+        yield
+    except Exception as error:
+        remarks.append(one_line(str(error)) or type(error).__name__)
+
+
+def rivals_in_memory(run: Shrink) -> list[Rival]:
+    """The original, which the model still is, in fewer bits; a GGUF file's come after writing."""
+    if run.opened.in_place or not has_quantizer():
+        return []
+    if (most := sum(p.nbytes for p in run.short.decoder.layers.parameters())) > free_memory():
+        more = format_bytes(most)
+        raise ShortGPTError(f"not compared with fewer bits: that takes {more} more of memory")
+    total = sum(run.stored[0]) + run.stored[1]
+    itemsize = run.opened.dtype.itemsize
+    with in_own_dtype(run.short.decoder):
+        return rivals(run.short, run.texts, run.reference, stored=total, itemsize=itemsize)
