@@ -16,19 +16,19 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 27715,
+    "lines": 27738,
     "modules": 138,
     "dataclasses": 62,
     "raises": 357,
     "functions over 60 lines": 0,
-    "lines of jobs": 4394,
+    "lines of jobs": 4416,
     "flags of shrink": 29,
     "flags of rank": 18,
     "flags of heal": 27,
     "flags": 55,
     "lines of check functions": 967,
     "settings classes for windows": 1,
-    "lines of tests": 27000,
+    "lines of tests": 27050,
     "lines of benchmarks": 8121,
     "scripts of benchmarks": 38,
 }
