@@ -55,7 +55,7 @@ OWN, SIZE, SEARCHED = 24, 256, 4  # own windows that the refit reads, their toke
 JUDGED, ASKED, WRITTEN = 8, 20, 24  # windows; questions, and most tokens of an answer
 SOURCE = "source"  # every tensor in the type that it has in the original
 MARKERS = dict(zip((SOURCE, *TYPES), "*osD^vP", strict=True))
-SECONDS = 120.0  # of timing the files of one type
+SECONDS = 40.0  # of timing the files of one type
 READING = OpenOptions(device="cpu", dtype="float32", precision=FASTER)  # as `shrink` reads
 JUDGING = OpenOptions(device="cpu", dtype="float32")
 
