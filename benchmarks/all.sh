@@ -66,6 +66,7 @@ script streaming streaming
 script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script serving serving --repeats 9
+script front_smollm2 front --wikitext wikitext2_test.txt --speeds --model smollm2 --counts 0,1,2,3,4 --files front-smollm2
 few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
 script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --time 15m
 script larger_05b larger --model 0.5b $few --counts 3,4,6 --time 15m --precision mixed --keep

@@ -95,7 +95,7 @@ def automatic() -> list[str]:
 
 # Layers and bits
 
-FRONTS = {"front_smollm2": "SmolLM2-135M", "front_05b": "Qwen2.5-Coder-0.5B"}
+FRONTS = {"front_smollm2": "SmolLM2-135M"}
 ON, WORK = ("wikitext", "answers"), ("prompt", "generation")
 
 
@@ -109,11 +109,11 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def fronts() -> list[str]:
-    """By model, the files on the front of bytes and KL divergence on WikiText-2."""
+    """By model, the files on the front of bytes and KL divergence on WikiText-2, up to 1 nat."""
     lines = []
     for file, model in FRONTS.items():
         found = {(row["bytes"], row["wikitext"]["kld"]): row for row in result(file)["rows"]}
-        for point in front(found):
+        for point in (point for point in front(found) if point[1] < 1):
             own = found[point]
             cells = [f"{own[text]['kld']:.3f} ({own[text]['same_top']:.0%})" for text in ON]
             times = [(own["speeds"] and f"{own['speeds'][w]['ratio']:.2f}") or "-" for w in WORK]
@@ -382,9 +382,9 @@ def stopping() -> list[str]:
 
 
 def attacked() -> list[str]:
-    """The six populations that mislead most often."""
+    """The four populations that mislead most often."""
     kinds = result("stopping_adversarial")["kinds"]
-    worst = sorted(kinds, key=lambda kind: kinds[kind]["wrong_of_runs"], reverse=True)[:6]
+    worst = sorted(kinds, key=lambda kind: kinds[kind]["wrong_of_runs"], reverse=True)[:4]
     return [
         row(kind, hostile.shares(kinds[kind], "wrong_of_runs"), f"{kinds[kind]['early_stops']:,}")
         for kind in worst

@@ -46,6 +46,11 @@ TABLES: dict[str, Callable[[], str]] = {
         rows.automatic,
         "choices",
     ),
+    "layers and bits": table(
+        "| model | layers in | MB | WikiText-2: KLD (same top) | own answers | prompt | writing |",
+        rows.fronts,
+        *rows.FRONTS,
+    ),
     "three models": table(
         "| layers removed | pruned | refitted | trained | minutes | memory |",
         rows.larger,
