@@ -29,7 +29,7 @@ MOST = {
     "lines of check functions": 967,
     "settings classes for windows": 1,
     "lines of tests": 27050,
-    "lines of benchmarks": 8121,
+    "lines of benchmarks": 8127,
     "scripts of benchmarks": 38,
 }
 
