@@ -16,19 +16,19 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 27738,
+    "lines": 27739,
     "modules": 138,
     "dataclasses": 62,
     "raises": 357,
     "functions over 60 lines": 0,
-    "lines of jobs": 4416,
+    "lines of jobs": 4417,
     "flags of shrink": 29,
     "flags of rank": 18,
     "flags of heal": 27,
     "flags": 55,
     "lines of check functions": 967,
     "settings classes for windows": 1,
-    "lines of tests": 27050,
+    "lines of tests": 27051,
     "lines of benchmarks": 8127,
     "scripts of benchmarks": 38,
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TextIO, get_type_hi
 from llama.files import check_output, new_file
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank, is_quiet, print_above_bars
-from short_gpt.runtime.settings import WRITE, Settings, setting
+from short_gpt.runtime.settings import WRITE, Settings, as_flags, setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,7 +155,7 @@ def print_note(text: str) -> None:
 def print_progress(text: str) -> None:
     """Prints to stderr what a user must know of a long run, above its bars; of ranks the first."""
     if is_first_rank():
-        print_above_bars(text)
+        print_above_bars(as_flags(text))
 
 
 def print_done(what: str, *targets: Path | str | None) -> None:

@@ -33,7 +33,7 @@ class Shrinking(Settings):
     """
 
     HEADING: ClassVar = CHOOSE
-    ratio: float | None = setting(None, "Share of the layers to remove, as in 0.25.")
+    ratio: float | None = setting(None, "Share of the layers to remove, as in 0.25.", rare=True)
     n: int | None = setting(None, "Number of layers to remove; two at least stay.")
     params: str | int | None = setting(
         None, "Maximum number of parameters, as in 400M or 1.2B.", value="COUNT", rare=True
@@ -81,6 +81,7 @@ class Shrinking(Settings):
         "the refit answers the rounding. From GGUF to GGUF, with a size such as n. Default: the "
         "source's types.",
         value="NAME",
+        rare=True,
     )
     time: str | int | None = setting(
         None,

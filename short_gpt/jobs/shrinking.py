@@ -107,7 +107,7 @@ def shrink(
             running.tell(f"what was done is kept in {run.folder}: the same command continues")
         raise
     if not result.states:  # a curve, of which none was picked
-        running.tell(f"kept in {run.folder}: the same command with --pick writes one of them")
+        running.tell(f"kept in {run.folder}: the same call with `pick` writes one of them")
         return result
     shutil.rmtree(run.folder, ignore_errors=True)  # not a link
     del lock

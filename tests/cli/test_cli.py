@@ -244,7 +244,7 @@ MISTAKES = [
     ("rank ckpt more", "rank takes MODEL; what is 'more'?"),
     ("rank ckpt --sed 1", "rank has no flag --sed; did you mean --seed?"),
     ("shrink ckpt x --n_layers 4", "no flag --n_layers; did you mean --n?"),
-    ("shrink ckpt x --layers 4", "no flag --layers; heal, prune have it"),
+    ("shrink ckpt x --scores 4", "no flag --scores; heal, prune have it"),
     ("rank ckpt -q 1", "rank has no flag -q"),
     ("rank ckpt --zzz 1", "rank has no flag --zzz; see rank --help"),
     ("rank ckpt --json", "--json needs a value"),

@@ -441,8 +441,9 @@ def test_a_curve_compares_sizes_and_the_picked_one_is_written(
 ):
     words = ("shrink", model, out, "--curve", "1,2,3", *TEXTS, *FLAGS[:-2])
     run(*words, "--json", "curve.json")
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert printed.startswith("Nothing is written yet; pick one of these.")
+    assert f"kept in {out}.shrinking: the same call with --pick writes one of them" in said
     assert not Path(out).exists() and not Path(f"{out}.report.html").exists()
     points = json.loads(Path("curve.json").read_text())["result"]["curve"]
     names = [point["name"] for point in points]
@@ -743,7 +744,7 @@ def test_the_weights_are_written_as_the_source_has_them(here, monkeypatch, used)
 def test_as_many_layers_go_as_the_divergence_allows(here, monkeypatch):
     tried = []
 
-    def measured(short, layers, judging, *, fit_on, reference):
+    def measured(short, layers, judging, *, fit_on, reference, heal_by):
         tried.append(len(layers))
         return [Perplexity.of([Sample(0, 2.0, 1, 0.1 * len(layers), 1)])]
 
@@ -767,8 +768,8 @@ def test_as_many_layers_go_as_the_divergence_allows(here, monkeypatch):
 def test_how_many_layers_go_is_measured_on_windows_that_no_refit_reads(here, monkeypatch):
     judged, plain = [], shrinking.pruned_losses
 
-    def measured(short, layers, judging, *, fit_on, reference):
-        found = plain(short, layers, judging, fit_on=fit_on, reference=reference)
+    def measured(short, layers, judging, *, fit_on, reference, heal_by):
+        found = plain(short, layers, judging, fit_on=fit_on, reference=reference, heal_by=heal_by)
         parts = [[own for own, w in zip(found, judging, strict=True) if isinstance(w, Answer) is a]
                  for a in (False, True)]  # fmt: skip
         shared = {*map(tuple, judging)} & {*map(tuple, fit_on)}
