@@ -88,9 +88,16 @@ def here(model, tmp_path, monkeypatch) -> Path:
 
 
 RUNS = {
+    "answers": {
+        "source": ".",
+        "wikitext": "wiki.txt",
+        "layers": (2, 4),
+        "tokens": (0, 64),
+        "own": 4,
+        "problems": 2,
+    },
     "choices": {**TEXTS, **SMALL, "counts": (1,), "draws": 1, "learned": 8, "budget": 40},
     "coverage": {"runs": 200},
-    "distillation": {**TEXTS, **SMALL, "layers": (2, 4), "count": 8, "own": 24, "steps": 2},
     "front": {"model": "0.5b", "wikitext": "wiki.txt", "counts": (0, 2), "types": ("q8_0", "q4_k")},
     "healing": {**TEXTS, "layers": (2, 4), "count": 8, "judged": 2, "methods": "patch,refit:0.3"},
     "own_samples": {
@@ -138,6 +145,7 @@ RUNS = {
 
 
 CONSTANTS = {  # of a script, as small as the model
+    "answers": {"SIZE": 32, "JUDGED": 2, "WRITTEN": 4, "EVALUATIONS": 2},
     "front": {
         "COUNTS": (0, 2),
         "OWN": 8,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,15 @@ def without_shared(windows: Windows, judged: Windows, count: int) -> HealingWind
     training, validation = free[:-VALIDATED], free[-VALIDATED:]
     training, _ = without_overlap(training, validation)
     return HealingWindows(training[:count], validation, judged)
+
+
+def divided(
+    kinds: Sequence[Windows], counts: Sequence[int], steps: int, judged: Windows
+) -> tuple[Windows, HealingWindows]:
+    """Windows to refit on, so many of each kind; and of the rest, by turns, those to train on."""
+    firsts = [w for own, count in zip(kinds, counts, strict=True) for w in own[:count]]
+    fitted = list(without_overlap(firsts, judged)[0])
+    random.Random(0).shuffle(fitted)  # the refit holds out every eighth
+    rests = [own[count:] for own, count in zip(kinds, counts, strict=True)]
+    turns = [w for group in zip_longest(*rests) for w in group if w is not None]
+    return fitted, without_shared(turns[: windows_to_cut(steps)], judged, steps)

@@ -40,7 +40,7 @@ import torch
 
 from benchmarks.baselines import peer_maps
 from benchmarks.lib import task_files, word_problems
-from benchmarks.lib.judging import Windows, cut, halves, judged_by, windows_to_cut
+from benchmarks.lib.judging import Windows, cut, divided, halves, judged_by, windows_to_cut
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.lib.real_models import MODELS
 from benchmarks.lib.shared_contexts import SharedContexts
@@ -59,7 +59,6 @@ from benchmarks.lib.task_results import (
     text_changes,
     unflattered,
 )
-from benchmarks.studies.distillation import divided
 from short_gpt import ShortHFModel, choose, heal_lora, heal_refit, open_model, own_samples
 from short_gpt.data import demo, without_overlap
 from short_gpt.evaluation.perplexity import window_perplexities
