@@ -8,7 +8,6 @@ lists every file in it is ever replaced.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import operator
@@ -29,7 +28,6 @@ if sys.platform != "win32":
 
 FILES = "files"  # the marker's key of the list
 LOCK, NEW, ASIDE = "lock", "new", "old"  # in a writer's folder
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, <fcntl.h> and <linux/fs.h>
 CHUNK_BYTES = 16 * 2**20
 LONGEST_NAME = 200  # bytes; most systems take 255, and files beside have longer ones
 IsKind = Callable[[Path], bool]
@@ -115,21 +113,9 @@ def new_directory(
             write_json(partial / marker, {**content, FILES: contents(partial)})
         follow_umask(partial)
         check_new(path, marker=marker, overwrite=overwrite)  # it may have appeared meanwhile
-        if path.exists() and exchange(partial, path):
-            return
         if path.exists():
             path.rename(work / ASIDE)
         partial.rename(path)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step, by renameat2(2) of Linux; False where it cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    return renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
 
 
 def read_marker(path: Path) -> JsonObject:

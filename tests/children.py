@@ -189,7 +189,8 @@ def of_two_shards(folder: Path) -> None:
     with torch.no_grad():
         logits = llama.model(tokens)
     sampled, _ = llama.generate(tokens.tolist(), 6, temperature=0.8)
-    result = {"logits": logits, "importances": short.importances, "angular": short.angular}
+    result = {"logits": logits, "importances": short.importances}
+    result["angular"] = short.importance.angular
     result["sampled"] = torch.tensor([s + [0] * (6 - len(s)) for s in sampled])
     result["perplexity"] = torch.tensor(short.perplexity(tokens.tolist(), progress=False).value)
     result["removed"] = torch.tensor(short.remove_layers())

@@ -28,9 +28,9 @@ Importance.add: test_windows_fall_alternately_into_the_halves_whatever_the_batch
 Importance.covariance: test_the_error_of_ragged_windows_is_that_of_a_ratio
 - return residual @ self.products @ residual.T *
 + m = self.influence.sum(0); return (self.products[:-1, :-1] - torch.outer(m, m) / n) *
-difference_margins: test_the_margin_is_that_of_the_difference_over_texts_else_windows
-- importance.sampling_covariance
-+ importance.covariance
+Importance.standard_error: test_texts_are_the_samples_where_there_are_several
+- self.sampling_covariance
++ self.covariance
 ratio_covariance: test_the_covariance_is_that_of_leaving_out_one_cluster_after_the_other
 - sums.sum(0) / total * sizes[:, None]
 + sums.mean(0)

@@ -24,7 +24,7 @@ from llama.args import ModelArgs
 from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.data import demo
 from short_gpt.evaluation.answers import Question
-from short_gpt.plots.figures import is_picture
+from short_gpt.plots import is_picture
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # transformers' own

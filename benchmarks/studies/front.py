@@ -43,7 +43,7 @@ from short_gpt.evaluation.answers import answer_windows, ask, questions
 from short_gpt.evaluation.distance import Reference
 from short_gpt.healing.choosing import ResultCache
 from short_gpt.models.decoder import in_own_dtype
-from short_gpt.plots.figures import empty, logarithmic, save
+from short_gpt.plots import empty, logarithmic, save
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers.opening import open_trainable

@@ -181,7 +181,7 @@ def command(case: Case, directory: Path, result: Path) -> list[str]:
 def outcome(result: Path) -> dict[str, Any]:
     """What the command wrote, and a text of its scores to compare."""
     record = read_record(result)
-    scores = {name: record[name] for name in ("result", "order", "importance", "settled")}
+    scores = {name: record[name] for name in ("result", "importance", "settled")}
     found = {"layers": record["result"]["ours"], "result": record["result"]}
     found |= {"settled": record["settled"]["settled"], "scores": json.dumps(scores)}
     return {**found, "windows": windows_of(record)}

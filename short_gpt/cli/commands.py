@@ -64,12 +64,7 @@ def show_evaluated(result: Any, run: Run) -> None:
 
 def show_reproduced(result: Any, run: Run) -> None:
     print_result(tables.reproduced(result))
-
-    def draw() -> list[Any]:
-        published = plots.beside_published(result.importance, result.comparison)
-        return [*plots.score_figures(result.importance, result.n), published]
-
-    run.finish(result.to_dict(), draw)
+    run.finish(result.to_dict(), partial(plots.score_figures, result.importance, result.n))
     result.ranking.finish()
 
 
@@ -137,7 +132,7 @@ COMMANDS: dict[str, Command] = {  # in the order of use
         "short-gpt reproduce llama-2-7b --stream --json paper.json",
         show_reproduced,
         Output(),
-        (*SCORE_PICTURES, "published.png"),
+        SCORE_PICTURES,
     ),
     "convert": Command(
         jobs.convert,

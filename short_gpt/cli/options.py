@@ -84,9 +84,8 @@ class Run(NamedTuple):
     def check(self) -> None:
         """Raises what would keep a file from being written, before the work."""
         if self.pictures:
-            from short_gpt.plots.figures import is_picture, require_matplotlib
+            from short_gpt.plots import is_picture
 
-            require_matplotlib()
             for picture in self.pictures:
                 check_output(picture, overwrite=self.overwrite, replaces=is_picture)
         if self.file is not None:
@@ -122,7 +121,7 @@ class Run(NamedTuple):
         """Writes the result, and its pictures if they were asked for, and names all files."""
         self.write(content)
         if draw is not None and self.pictures and is_first_rank():
-            from short_gpt.plots.figures import save
+            from short_gpt.plots import save
 
             for figure, path in zip(draw(), self.pictures, strict=True):
                 save(figure, path)

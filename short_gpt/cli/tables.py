@@ -109,15 +109,13 @@ def _samples(importance: Importance) -> str:
 
 
 def reproduced(result: ReproductionResult) -> str:
-    """The ranking, the paper's list beside it, and what the scores say of the paper's order."""
-    from short_gpt.jobs.reproduction import order_table
-
+    """The ranking, and the paper's list beside it."""
     parts = [f"not the paper's protocol: {'; '.join(result.changed)}"] if result.changed else []
     parts += [f"taken for PG-19: {', '.join(result.taken)}"] if result.taken else []
     parts += [ranked(result.ranking), "", result.comparison.table()]
     if result.published is not None:
         parts += [f"rank correlation with published scores of all layers {result.published:.3f}"]
-    return "\n".join([*parts, "", order_table(result.order)])
+    return "\n".join(parts)
 
 
 def pruned(result: PruneResult) -> str:

@@ -27,12 +27,10 @@ if TYPE_CHECKING:
     from short_gpt.jobs.pruning import PruneResult
     from short_gpt.jobs.ranking import Ranking
     from short_gpt.jobs.reproduction import (
-        Pair,
         PaperComparison,
         ReproductionResult,
         compare_with_paper,
         identify,
-        paper_order,
         published_scores,
     )
     from short_gpt.jobs.saving import NotUploadedError
@@ -41,9 +39,9 @@ else:
     __getattr__, __dir__ = lazy(__name__)
 
 
-__all__ = ["ChosenLayers", "ComparisonResult", "HealingResult", "NotUploadedError", "Pair"]
+__all__ = ["ChosenLayers", "ComparisonResult", "HealingResult", "NotUploadedError"]
 __all__ += ["PaperComparison", "PruneResult", "Ranking", "ReproductionResult", "Row"]
 __all__ += ["SavedScores", "ShrinkResult", "StateReport", "chosen", "compare"]
 __all__ += ["compare_checkpoint", "compare_with_paper", "convert", "demo", "evaluate", "generate"]
-__all__ += ["heal", "identify", "paper_order", "prune", "published_scores", "rank", "reproduce"]
+__all__ += ["heal", "identify", "prune", "published_scores", "rank", "reproduce"]
 __all__ += ["shrink"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from importlib.resources import files
-from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,11 +20,9 @@ from short_gpt.jobs.settings import Answer
 from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
-from short_gpt.scoring.importance import Importance, difference_margins
+from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.metrics import kendall, spearman
 from short_gpt.wrappers.options import OpenOptions
-
-BORNE_OUT, REVERSED, WITHIN = "as in the paper", "the other way", "within the error"
 
 
 def published() -> JsonObject:
@@ -144,56 +140,10 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
     )
 
 
-class Pair(NamedTuple):
-    """Two layers that the paper removes, one before the other."""
-
-    first: int
-    second: int
-    difference: float  # Block Influence of second minus first; above 0 in the paper's order
-    margin: float  # half of its interval, of the paired error; NaN if one window was read
-
-    @property
-    def verdict(self) -> str:
-        """Whether the scores show the paper's order, the opposite, or neither."""
-        if not abs(self.difference) > self.margin:  # nothing exceeds an unknown error
-            return WITHIN
-        return BORNE_OUT if self.difference > 0 else REVERSED
-
-
-def paper_order(paper: Sequence[int], scores: Importance) -> list[Pair]:
-    """Compares the order of a list of removed layers with measured scores: every two of its layers.
-
-    Where a difference is within its error, another sample of texts may give the other order.
-    ``paper`` lists scored layers in order of removal; each pair by itself is at 95%.
-    """
-    margins, influence = difference_margins(scores), scores.block_influence
-    pairs = []
-    for first, second in combinations(paper, 2):
-        a, b = scores.layers.index(first), scores.layers.index(second)
-        pairs.append(Pair(first, second, float(influence[b] - influence[a]), float(margins[a, b])))
-    return pairs
-
-
-def order_table(pairs: Sequence[Pair]) -> str:
-    """Neighbours of the paper's list, and a count of all its pairs, for a terminal."""
-    neighbours = {*pairwise(dict.fromkeys(layer for pair in pairs for layer in pair[:2]))}
-    lines = ["The paper's order by these scores (difference, ± its paired error at 95%):"]
-    lines += [
-        f"{pair.first:>5} before {pair.second:>3}  {pair.difference:>+10.6f} ± "
-        f"{pair.margin:.6f}  {pair.verdict}"
-        for pair in pairs
-        if pair[:2] in neighbours
-    ]
-    verdicts = [pair.verdict for pair in pairs]
-    counts = [f"{verdicts.count(name)} {name}" for name in (BORNE_OUT, WITHIN, REVERSED)]
-    return "\n".join([*lines, f"pairs of the list, {len(pairs)}: {', '.join(counts)}"])
-
-
 class ReproductionResult(NamedTuple):
     """What `reproduce` gives."""
 
     comparison: PaperComparison  # the paper's layers and ours
-    order: list[Pair]  # how far our scores confirm the paper's order, at 95%
     ranking: Ranking  # our scores
     changed: tuple[str, ...] = ()  # departures from the paper's protocol, in words
     taken: tuple[str, ...] = ()  # local texts in place of PG-19
@@ -214,18 +164,9 @@ class ReproductionResult(NamedTuple):
         return None if scores is None else spearman(scores[0], self.importance.block_influence)
 
     def to_dict(self) -> dict[str, object]:
-        """All fields, ready for JSON; None stands for NaN."""
-        pairs = [
-            {
-                **pair._asdict(),
-                "margin": None if math.isnan(pair.margin) else pair.margin,
-                "verdict": pair.verdict,
-            }
-            for pair in self.order
-        ]
+        """All fields, ready for JSON."""
         return {
             "result": self.comparison._asdict(),
-            "order": {"confidence": 0.95, "pairs": pairs},
             "published_rank_correlation": self.published,
             "changed": list(self.changed),
             "taken_for_pg19": list(self.taken),
@@ -246,10 +187,8 @@ def reproduce(
     answer = Answer(len(_paper_model(name)["removed"]), confidence=confidence)
     result = rank(model, windows, answer, opening, running)
     ours = compare_with_paper(name, result.layers)
-    assert result.importance is not None  # of Block Influence, which is not a search
-    order = paper_order(ours.paper, result.importance)
     local = tuple(filter(is_local, source_names(windows.name)))
-    return ReproductionResult(ours, order, result, _changed(windows, result.bos), local)
+    return ReproductionResult(ours, result, _changed(windows, result.bos), local)
 
 
 def _name(model: str, shape: ModelArgs) -> str:

@@ -285,16 +285,6 @@ class Importance(Table):
 SUMS = [f.name for f in fields(Importance) if f.name not in ("layers", "texts")]
 
 
-def difference_margins(importance: Importance, confidence: float = 0.95) -> Tensor:
-    """Half of the interval of the difference in Block Influence of each two layers, (L, L).
-
-    The error is paired: what moves both layers of a text (or window) the same way cancels. NaN
-    where `Importance.margin` is. ``confidence`` is that of each interval by itself.
-    """
-    spread = moments.pair_spread(importance.sampling_covariance).sqrt()
-    return t_quantile((1 + confidence) / 2, importance.degrees) * spread
-
-
 def to_lists(values: Tensor) -> list[Any]:
     """A tensor as lists, every digit kept; None for NaN, which JSON does not have."""
     numbers = values.numpy().astype(object)

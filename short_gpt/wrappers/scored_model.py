@@ -321,26 +321,6 @@ class ScoredModel(ModelRecord, ABC):
         """Scores of single windows from one pass, without adding them; see `hooks.score_batch`."""
         return score_batch(self.decoder, windows, layers=self.kept)
 
-    @property
-    def standard_errors(self) -> Tensor:
-        """Standard error of every entry of `importances`, (L,); NaN below two windows."""
-        return self.by_layer(self._scored(), "standard_error")
-
-    @property
-    def agreement(self) -> float:
-        """Rank correlation of the scores between two halves of the windows, in [-1, 1]."""
-        return self._scored().agreement
-
-    @property
-    def angular(self) -> Tensor:
-        """Mean angular distances, (L' + 1, L' + 1) over the L' layers scored; see `Importance`."""
-        return self._scored().angular
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens scored; padding does not count."""
-        return self.importance.n_tokens
-
     def layers_to_remove(
         self,
         n: int | None = None,

@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from short_gpt.jobs import (
-    PaperComparison,
-    compare_with_paper,
-    identify,
-    paper_order,
-    published_scores,
-)
-from short_gpt.jobs.reproduction import order_table, published
-from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.metrics import student_t
+from short_gpt.jobs import PaperComparison, compare_with_paper, identify, published_scores
+from short_gpt.jobs.reproduction import published
 
 LLAMA = [27, 26, 25, 28, 24, 29, 23, 21, 22]
 RUNS = published()["reimplementation"]["models"]
@@ -59,48 +49,6 @@ def test_published_scores_are_those_of_the_list_and_end_where_blocks_do() -> Non
     assert influence.argsort(stable=True)[:9].tolist() == RUNS["Llama-2-7B"]["removed"]
     assert len(angles) == 24 and int(angles.argmin()) == 21
     assert published_scores("Llama-2-13B") is None
-
-
-def scores_of(*means: float) -> Importance:
-    """Three texts of two windows of ten tokens, whose layers differ in size, and by 0.01 alike."""
-    found, count = Importance.empty(range(len(means))), len(means)
-    each = torch.tensor(means, dtype=torch.float64) + torch.tensor([[0.01], [0.03]] * 3)
-    each[0, -1] += 0.12  # of one window, which makes the last layer's difference unsure
-    tokens, angles = torch.full((6,), 10.0), torch.zeros(6, count + 1, count + 1)
-    found.add(Scores(tokens=tokens, influence=10 * each, angles=angles), [0, 0, 1, 1, 2, 2])
-    return found
-
-
-def test_pairs_of_the_list_are_borne_out_reversed_or_within_the_error() -> None:
-    order = paper_order([2, 0, 1, 3], scores_of(0.2, 0.1, 0.15, 0.15))
-    found = {(pair.first, pair.second): pair.verdict for pair in order}
-    assert found == {
-        (2, 0): "as in the paper",
-        (2, 1): "the other way",
-        (0, 1): "the other way",
-        (2, 3): "within the error",
-        (0, 3): "within the error",
-        (1, 3): "within the error",
-    }
-    pair = order[3]  # 2 and 1: texts' differences are equal, so the error is 0
-    assert pair.difference == pytest.approx(-0.1) and pair.margin < 1e-6
-    (unsure,) = (p for p in order if (p.first, p.second) == (2, 3))
-    # 0.06 of one text of three: half an interval of two degrees of freedom
-    assert unsure.difference == pytest.approx(0.02)
-    assert unsure.margin == pytest.approx(0.02 * student_t(0.975, 2), rel=1e-6)
-    table = order_table(order).splitlines()
-    assert len(table) == 5 and table[1].startswith("    2 before   0   +0.050000 ± 0.000000  as in")
-    assert table[-1] == (
-        "pairs of the list, 6: 1 as in the paper, 3 within the error, 2 the other way"
-    )
-
-
-def test_from_one_window_no_order_follows() -> None:
-    one = Importance.empty(range(2))
-    influence, angles = torch.tensor([[0.1, 0.9]]), torch.zeros(1, 3, 3)
-    one.add(Scores(tokens=torch.ones(1), influence=influence, angles=angles), [0])
-    order = paper_order([0, 1], one)
-    assert [pair.verdict for pair in order] == ["within the error"]
 
 
 def test_lists_that_share_a_part() -> None:

@@ -11,22 +11,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("matplotlib")
-
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
-from short_gpt.jobs import Row, compare_with_paper, published_scores
-from short_gpt.plots import angular_heatmap, beside_published, importance_bars, quality_curves
-from short_gpt.plots.figures import KEPT, REMOVED
-from short_gpt.plots.quality import SHOWN
-from short_gpt.scoring.hooks import Scores
-from short_gpt.scoring.importance import Importance
+from short_gpt.jobs import Row
+from short_gpt.plots import KEPT, REMOVED, SHOWN, angular_heatmap, importance_bars, quality_curves
 from short_gpt.selection.methods import LABELS
 
 LEVEL = torch.tensor([0.4, 0.2, 0.1, 0.3, 0.25])
@@ -349,64 +342,6 @@ def test_curves_need_rows() -> None:
         quality_curves([])
 
 
-# Beside what was published
-
-MEASURED = "measured, with its 95% margin"
-PUBLISHED = "published, scaled to the measured median"
-
-
-def measured(seed: int = 0) -> Importance:
-    """Scores of 32 layers whose means are the published ones by a factor, and a little noise."""
-    influence, _ = published_scores("Llama-2-7B") or pytest.fail("none")
-    generator = torch.Generator().manual_seed(seed)
-    found, windows, layers = Importance.empty(range(32)), 12, 32
-    each = influence / influence.max() * 0.7
-    each = each * (1 + 0.1 * torch.randn(windows, layers, generator=generator, dtype=torch.double))
-    states = torch.arange(layers + 1)
-    angles = 0.02 * (states[:, None] - states).abs().sqrt().expand(windows, -1, -1)
-    tokens = torch.full((windows,), 64.0)
-    found.add(Scores(tokens=tokens, influence=each * 64, angles=angles), [0, 1, 2] * 4)
-    return found
-
-
-def lines(axes: Axes) -> dict[str, np.ndarray]:
-    """Heights of the curves by their names."""
-    return {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.lines} | {
-        str(group.get_label()): np.asarray(group.lines[0].get_ydata())
-        for group in axes.containers
-        if isinstance(group, ErrorbarContainer)
-    }
-
-
-def test_measured_scores_stand_beside_published_ones_of_the_same_median() -> None:
-    scores, (influence, angles) = measured(), published_scores("Llama-2-7B") or pytest.fail("none")
-    comparison = compare_with_paper("Llama-2-7B", scores.least_important(9))
-    figure = beside_published(scores, comparison)
-    png(figure)
-    above, below = figure.axes
-    found = lines(above)
-    assert found[MEASURED] == pytest.approx(scores.block_influence.numpy())
-    ratios = found[PUBLISHED] / influence.numpy()
-    assert ratios == pytest.approx(np.full(32, ratios[0]))
-    assert np.sort(found[PUBLISHED])[15] == pytest.approx(scores.block_influence.median())
-    assert sorted(found["the measured scores remove this layer"]) == sorted(
-        scores.block_influence[comparison.ours].tolist()
-    )
-    shaded = sorted(patch.get_x() + 0.5 for patch in above.patches)
-    assert shaded == sorted(comparison.paper)
-    assert lines(below)["measured"] == pytest.approx(scores.angular.diagonal(9).numpy())
-    assert len(lines(below)[PUBLISHED]) == len(angles) == 24
-    assert (above.get_yscale(), below.get_yscale()) == ("log", "linear")
-
-
-def test_of_a_model_without_published_scores_the_measured_ones_stand_alone() -> None:
-    scores = measured()
-    figure = beside_published(scores, compare_with_paper("Baichuan-2-7B", [1, 2]))
-    png(figure)
-    (axes,) = figure.axes
-    assert PUBLISHED not in lines(axes) and MEASURED in lines(axes)
-
-
 # All
 
 
@@ -416,10 +351,3 @@ def test_pyplot_is_not_needed() -> None:
     png(angular_heatmap(distances()))
     png(quality_curves([DENSE, *CUT]))
     assert "matplotlib.pyplot" not in set(sys.modules) - before
-
-
-def test_without_matplotlib_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for draw in (lambda: importance_bars(LEVEL), lambda: angular_heatmap(distances())):
-        with pytest.raises(ImportError, match=r"drawing needs matplotlib .*pip install matplotlib"):
-            draw()

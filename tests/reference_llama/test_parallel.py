@@ -34,7 +34,7 @@ def test_two_ranks_with_two_shards_equal_one(tmp_path, vocab_parallel):
     with torch.no_grad():
         assert (first["logits"] - model(TOKENS)).abs().max() < 1e-5
     assert (first["importances"] - short.importances).abs().max() < 1e-6
-    assert (first["angular"] - short.angular).abs().max() < 1e-5
+    assert (first["angular"] - short.importance.angular).abs().max() < 1e-5
     expected = short.perplexity(TOKENS.tolist(), progress=False).value
     assert first["perplexity"].item() == pytest.approx(expected, rel=1e-5)
     assert first["removed"].tolist() == short.remove_layers()

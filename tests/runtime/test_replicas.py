@@ -133,7 +133,7 @@ def test_texts_are_the_same_ones_on_all_replicas(found, mp, replicas):
     for result in of_ranks(found, mp, replicas):
         ours = Importance.from_dict(result["texts"])
         assert ours.n_texts == short.importance.n_texts == 6
-        assert torch.allclose(ours.standard_error, short.standard_errors, rtol=1e-3)
+        assert torch.allclose(ours.standard_error, short.importance.standard_error, rtol=1e-3)
 
 
 def same(one: Importance, other: Importance) -> None:

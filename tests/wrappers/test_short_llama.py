@@ -42,7 +42,7 @@ def test_the_whole_story(short):
     for window in WINDOWS:
         short.eval_importance([window])
     assert short.importances.shape == (5,)
-    assert (short.n_windows, short.n_tokens) == (6, 120)
+    assert (short.n_windows, short.importance.n_tokens) == (6, 120)
     each = []
     for window in WINDOWS:
         one = ShortLlama(Llama(make_transformer(), CharTokenizer()))
@@ -50,10 +50,10 @@ def test_the_whole_story(short):
         each.append(one.importances)
     means = torch.stack(each)
     assert torch.allclose(short.importances, means.mean(0), rtol=1e-5)
-    assert torch.allclose(short.standard_errors, means.std(0) / 6**0.5, rtol=1e-4)
+    assert torch.allclose(short.importance.standard_error, means.std(0) / 6**0.5, rtol=1e-4)
     halves = spearmanr(means[0::2].mean(0), means[1::2].mean(0)).statistic
-    assert short.agreement == pytest.approx(halves)
-    assert short.angular.shape == (6, 6)
+    assert short.importance.agreement == pytest.approx(halves)
+    assert short.importance.angular.shape == (6, 6)
     expected = short.importances.argsort()[:2].tolist()
     assert short.remove_layers() == expected
     assert short.removed == expected
@@ -96,7 +96,7 @@ def test_generated_tokens_are_scored_with_the_prompt(short):
     short.llama.tokenizer.stop_tokens = frozenset({95})
     generated, _ = short.llama.generate(prompts, 6, temperature=0, echo=True)
     short.eval_importance(prompts, max_gen_len=6, temperature=0)
-    assert short.n_tokens == sum(len(g) for g in generated) > 14
+    assert short.importance.n_tokens == sum(len(g) for g in generated) > 14
     other = ShortLlama(short.llama)
     other.eval_importance(generated)
     assert torch.equal(short.importances, other.importances)
@@ -299,7 +299,7 @@ def test_an_object_of_the_reference_package_works_too(short):
     for wrapper in (short, theirs):
         wrapper.eval_importance(WINDOWS[:3])
     assert torch.allclose(theirs.importances, short.importances, atol=1e-6)
-    assert torch.allclose(theirs.angular, short.angular, atol=1e-5)
+    assert torch.allclose(theirs.importance.angular, short.importance.angular, atol=1e-5)
     ours = short.perplexity(WINDOWS, progress=False).value
     assert theirs.perplexity(WINDOWS, progress=False).value == pytest.approx(ours, rel=1e-5)
     expected = short.greedy(WINDOWS[0], 9)

@@ -1,27 +1,71 @@
-"""Pictures of scores: Block Influence as bars, angular distance as a map, and published scores.
+"""Results as pictures: scores of layers, and what removal costs over the number of layers.
 
 L layers, by their numbers in the original model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from short_gpt.jobs.reproduction import PaperComparison, published_scores
+from llama.files import new_file
 from short_gpt.models.numbering import check_exist, span
-from short_gpt.plots.figures import KEPT, REMOVED, empty, logarithmic
-from short_gpt.runtime.errors import check
-from short_gpt.scoring.importance import Importance
+from short_gpt.runtime.errors import ShortGPTError, check
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
-BLOCK = 9  # layers of the blocks whose distances others published
+    from short_gpt.jobs.comparing import Row
+    from short_gpt.scoring.importance import Importance
+
+__all__ = ["angular_heatmap", "importance_bars", "quality_curves", "score_figures"]
+
+# Colours that colour-blind readers tell apart (Okabe and Ito), and that differ in lightness too.
+KEPT, REMOVED = "#56B4E9", "#D55E00"
+# Times the original model's perplexity, up to where curves of quality are shown.
+SHOWN = 100
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C7A00", "#000000")
+MARKERS = "osD^vPX*"  # one shape a method: where lines coincide, the colour alone hides one
+TITLES = {  # of parts, by healing, in their order
+    "raw": "pruned, not healed",
+    "patch": "healed by a patch",
+    "refit": "healed by a refit",
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture as PNG, complete or not at all; it replaces only matplotlib's pictures."""
+    with new_file(path, overwrite=True, replaces=is_picture) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a PNG that matplotlib wrote."""
+    with path.open("rb") as file:
+        start = file.read(256)
+    return start.startswith(b"\x89PNG") and b"Matplotlib" in start
+
+
+def empty(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def logarithmic(axes: Axes, form: str) -> None:
+    """Logarithmic heights, with numbers in this form at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def score_figures(importance: Importance, n: int | None = None) -> list[Figure]:
@@ -86,6 +130,8 @@ def importance_bars(
 
 
 def _double(x: Tensor) -> Tensor:
+    import torch
+
     return torch.as_tensor(x).detach().cpu().double()
 
 
@@ -143,6 +189,8 @@ def angular_heatmap(
         block: (start, n) of a block to outline.
         layers: the numbers of the L layers in the original model; None counts from 0.
     """
+    import torch
+
     distances = _double(angular)
     n_layers = len(distances) - 1
     numbers = list(range(n_layers)) if layers is None else list(layers)
@@ -194,52 +242,119 @@ def _outline(axes: Axes, position: int, block: Sequence[int]) -> None:
     axes.add_patch(frame)
 
 
-def beside_published(importance: Importance, comparison: PaperComparison) -> Figure:
-    """Block Influence, and distances of blocks of 9 layers, with those that were published.
+def quality_curves(rows: Sequence[Row]) -> Figure:
+    """Perplexity over the number of layers removed: a part for each healing, a colour and shape
+    for each method.
 
-    The published ones are sums over an unknown number of tokens, of which only the ratios mean
-    something: they are scaled to the same median, Block Influence on a logarithmic axis. The layers
-    that the paper removes are shaded; those that the measured scores would remove are marked.
+    Bars reach one standard error of the change from the original model up and down. Several rows
+    of one method and number, such as random sets, are a band from the least to the largest.
+    The axis ends at `SHOWN` times the original model's perplexity; triangles at its end stand for
+    the models that are worse, and the legend says so.
+
+    Args:
+        rows: Rows of `compare`, the original model first.
     """
-    theirs = published_scores(comparison.model)
-    angles = theirs is not None and len(importance.layers) > BLOCK
-    figure = empty(9.0, 7.6 if angles else 4.4)
-    parts = figure.subplots(2 if angles else 1, 1, squeeze=False)[:, 0]
-    _influence(parts[0], importance, comparison)
-    if theirs is not None:
-        _published(parts[0], importance.layers, theirs[0], importance.block_influence)
-    if angles and theirs is not None:
-        ours = importance.angular.diagonal(BLOCK)  # of every block, by its start
-        parts[1].plot(ours, "o-", color="black", markersize=4, label="measured")
-        _published(parts[1], range(len(theirs[1])), theirs[1], ours)
-        parts[1].set_xlabel(f"first layer of a block of {BLOCK}")
-        parts[1].set_ylabel("angular distance")
-    logarithmic(parts[0], "g")
-    for axes in parts:
+    if not rows:
+        raise ShortGPTError("expected the rows of a comparison, the original model first; got none")
+    dense, pruned = rows[0], rows[1:]
+    methods = list(dict.fromkeys(r.method for r in pruned))
+    healings = sorted({"raw", *(r.healing for r in pruned)}, key=_order)
+    top, numbers = _top(rows), sorted({0, *(r.n for r in pruned)})
+    gap = min((b - a for a, b in pairwise(numbers)), default=1)
+    step = min(0.5 * gap / max(len(methods), 1), 0.02 * numbers[-1])  # between marks side by side
+    columns = min(3, len(healings))
+    lines = -(-len(healings) // columns)
+    keys = -(-(len(methods) + 2) // columns)  # lines of the legend
+    figure = empty(1.4 + 2.4 * columns, 1.2 + 2.5 * lines + 0.22 * keys)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, healing in zip(grid.flat, healings, strict=False):
+        axes.axhline(dense.perplexity, color="0.5", linewidth=1, label="original model")
+        for index, method in enumerate(methods):
+            chosen = [r for r in pruned if (r.method, r.healing) == (method, healing)]
+            style = {"color": PALETTE[index % 8], "marker": MARKERS[index % 8]}
+            shift = step * (index - (len(methods) - 1) / 2)
+            _draw_method(axes, dense, chosen, shift, top, style)
+        axes.set_title(TITLES.get(healing, f"healed by {healing}"), fontsize="medium")
+        axes.set_xticks(numbers)
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelbottom=True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.suptitle(f"{comparison.model}: measured and published")
+    for axes in [*grid.flat][len(healings) :]:
+        axes.set_visible(False)
+    logarithmic(grid[0, 0], ",.5g")
+    grid[0, 0].set_ylim(0.9 * dense.perplexity, top)
+    for axes in grid[-1]:
+        axes.set_xlabel("layers removed")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("perplexity, lower is better")
+    _legend(figure, grid, columns)
     return figure
 
 
-def _influence(axes: Axes, importance: Importance, comparison: PaperComparison) -> None:
-    layers, ours = importance.layers, importance.block_influence
-    for number, layer in enumerate(comparison.paper):
-        label = "the paper removes this layer" if number == 0 else None
-        axes.axvspan(layer - 0.5, layer + 0.5, color=REMOVED, alpha=0.15, linewidth=0, label=label)
-    margin = importance.margin.nan_to_num(nan=0.0)
-    line = axes.errorbar(layers, ours, yerr=margin, fmt="o-", color="black", markersize=4)
-    line.set_label("measured, with its 95% margin")
-    chosen = ours[[layers.index(i) for i in comparison.ours]]
-    rings: dict[str, Any] = {"color": REMOVED, "markersize": 10, "zorder": 0}
-    rings["label"] = "the measured scores remove this layer"
-    axes.plot(comparison.ours, chosen, "o", **rings)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("Block Influence, 1 - cos")
-
-
-def _published(axes: Axes, x: Sequence[int], theirs: Tensor, ours: Tensor) -> None:
-    scaled = theirs * (ours.median() / theirs.median())
-    axes.plot(
-        x, scaled, "s--", color=KEPT, markersize=4, label="published, scaled to the measured median"
+def _legend(figure: Figure, grid: Any, columns: int) -> None:
+    """One legend below all parts: the methods first, then what they are compared with."""
+    named = {
+        label: handle
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    labels = sorted(named, key=lambda label: label.startswith(("original model", "worse than")))
+    figure.legend(
+        [named[label] for label in labels],
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        title="layers chosen by (bars: one standard error)",
+        fontsize=9,
     )
+
+
+def _order(healing: str) -> tuple[int, str]:
+    return ([*TITLES].index(healing) if healing in TITLES else len(TITLES)), healing
+
+
+def _top(rows: Sequence[Row]) -> float:
+    ends = [r.perplexity * math.exp(_error(r)) for r in rows]
+    return min(1.1 * max(filter(math.isfinite, ends), default=1.0), SHOWN * rows[0].perplexity)
+
+
+def _error(row: Row) -> float:
+    """That of the loss; none is drawn where one window leaves it unknown."""
+    return row.standard_error if math.isfinite(row.standard_error) else 0.0
+
+
+def _draw_method(
+    axes: Axes, dense: Row, rows: Sequence[Row], shift: float, top: float, style: dict[str, str]
+) -> None:
+    """One method, healed one way: a line, or a band where a number has several rows.
+
+    It begins at the original model; `shift` keeps lines apart.
+    """
+    from short_gpt.selection.methods import LABELS
+
+    if not rows:
+        return
+    label = LABELS.get(rows[0].method, rows[0].method)
+    groups = {n: [r for r in rows if r.n == n] for n in sorted({r.n for r in rows})}
+    values = {n: [r.perplexity for r in group] for n, group in groups.items()}
+    if most := max(map(len, values.values())) - 1:
+        low, high = ([dense.perplexity, *map(end, values.values())] for end in (min, max))
+        label, shift, style = f"{label}, best to worst of {most + 1}", 0.0, {"color": "0.6"}
+        axes.fill_between([0, *groups], low, high, color="0.87", label=label)
+    else:
+        y = [dense.perplexity, *(value[0] for value in values.values())]
+        errors = [0.0, *(_error(group[0]) for group in groups.values())]
+        margin = [
+            [v * (1 - math.exp(-e)) for v, e in zip(y, errors, strict=True)],
+            [v * (math.exp(e) - 1) for v, e in zip(y, errors, strict=True)],
+        ]
+        x = [0.0, *(n + shift for n in groups)]
+        line: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "label": label, **style}
+        axes.errorbar(x, y, yerr=margin, elinewidth=1, **line)
+    off = [n + shift for n, each in values.items() if not all(v <= top for v in each)]  # NaN too
+    if off:
+        mark: dict[str, Any] = {"linestyle": "none", "marker": 6, "markersize": 9, "zorder": 4}
+        axes.plot(off, [top] * len(off), clip_on=False, color=style["color"], **mark)
+        axes.plot([], [], color="black", label=f"worse than {top:,.0f}, off the axis", **mark)
