@@ -12,7 +12,7 @@ from traceback import clear_frames
 from typing import TextIO
 
 from llama.ranks import environment, is_distributed
-from short_gpt.cli.commands import COMMANDS, call
+from short_gpt.cli.commands import COMMANDS, call, result_alone
 from short_gpt.cli.flags import (
     flags_of,
     help_of,
@@ -21,7 +21,6 @@ from short_gpt.cli.flags import (
     similar,
     values_of,
 )
-from short_gpt.cli.options import result_alone
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
 from short_gpt.runtime.progress import be_quiet, is_first_rank
 from short_gpt.runtime.settings import as_flags

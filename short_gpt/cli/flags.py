@@ -13,7 +13,6 @@ from types import NoneType
 from typing import Any, NamedTuple, get_args
 
 from llama.args import some
-from short_gpt.cli.options import Output
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.settings import (
     CHOOSE,
@@ -31,7 +30,6 @@ EXPECTED: dict[object, str] = {int: "a whole number", float: "a number", bool: "
 DASHED = r"--?[A-Za-z]"
 SIZE = r"(?i)[\d.]+[kmgt]i?b"  # after a flag that stands alone or has a size, such as 3GB
 WIDTH, INDENT = 80, 26  # of the help
-IN_PYTHON = ("notify", "state", "tokenizer")  # parameters of jobs that are no flags
 # of parameters of a job that are no fields of settings: part of the help, and whether it is rare
 PLACES = {"dry_run": (RUN, True), "out": (WRITE, False), "source": (READ, True)}
 PLACES |= {"to": (WRITE, False), "verify": (WRITE, True)}
@@ -42,8 +40,8 @@ class Command(NamedTuple):
 
     job: Callable[..., Any]  # whose parameters are its flags
     example: str
-    show: Callable[..., object]  # prints a result; gets it and a `cli.options.Run`
-    output: Output | None = None  # the files that it writes of the result, beside the job's
+    show: Callable[..., object]  # prints a result; gets it and a `commands.Run`
+    output: Settings | None = None  # the files that it writes of the result, beside the job's
     pictures: tuple[str, ...] = ()  # their names in the folder ``plots``
     alone: bool = False  # of several ranks, only the first runs it
 
@@ -128,7 +126,7 @@ def flags_of(command: Command) -> dict[str, Flag]:
         parameters |= {p.name: p for p in command.output.parameters() if p.name not in parameters}
     words, flags = described(job), dict[str, Flag]()
     for name, parameter in parameters.items():
-        if name in IN_PYTHON or (name in fields and not fields[name][1].metadata["flag"]):
+        if name == "tokenizer" or (name in fields and not fields[name][1].metadata["flag"]):
             continue
         kinds = get_args(parameter.annotation) or (parameter.annotation,)
         required = parameter.default is parameter.empty

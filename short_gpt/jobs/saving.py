@@ -28,10 +28,12 @@ class Running(Settings):
     """What a Python caller is told, and where a long run is saved; a command has its own."""
 
     state: str | PathLike[str] | None = setting(
-        None, "File that the run is saved in, to be continued."
+        None, "File that the run is saved in, to be continued.", flag=False
     )
     notify: Callable[[str], object] | None = setting(
-        None, "Called with what must be known before a long run starts, and how it goes."
+        None,
+        "Called with what must be known before a long run starts, and how it goes.",
+        flag=False,
     )
 
     def tell(self, message: str) -> None:

@@ -24,6 +24,7 @@ S = TypeVar("S", bound="Settings")
 
 READ, CHOOSE, RUN, WRITE = "what to read", "how to choose", "how to run", "what to write"
 HEADINGS = (READ, CHOOSE, RUN, WRITE)
+POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def setting(
@@ -76,6 +77,16 @@ class Settings:
     def taken(self) -> list[Field[Any]]:
         """The fields that a job takes."""
         return [one for one in fields(self) if one.name not in self._left_out]  # type: ignore[arg-type]
+
+    def parameters(self, positional: Collection[str] = ()) -> list[inspect.Parameter]:
+        """The same as parameters of a job, keyword-only except for the ``positional`` ones."""
+        types, parameters = get_type_hints(type(self)), list[inspect.Parameter]()
+        for one in self.taken():
+            named = one.name not in positional
+            kind = inspect.Parameter.KEYWORD_ONLY if named else POSITIONAL
+            how: Any = {"default": getattr(self, one.name), "annotation": types[one.name]}
+            parameters.append(inspect.Parameter(one.name, kind, **how))
+        return parameters
 
 
 def flat(
@@ -140,14 +151,10 @@ def _flattened(
     hints = get_type_hints(SimpleNamespace(__annotations__=annotations), job.__globals__)
     every: list[inspect.Parameter] = []
     for name, parameter in own.parameters.items():
-        if name not in groups:
+        if name in groups:
+            every += groups[name].parameters(positional)
+        else:
             every.append(parameter.replace(annotation=hints[name]))
-            continue
-        types = get_type_hints(type(groups[name]))
-        for one in groups[name].taken():
-            kind = parameter.POSITIONAL_OR_KEYWORD if one.name in positional else parameter.kind
-            how: Any = {"default": getattr(groups[name], one.name), "annotation": types[one.name]}
-            every.append(inspect.Parameter(one.name, kind, **how))
     return own.replace(parameters=sorted(every, key=lambda p: p.kind))
 
 
