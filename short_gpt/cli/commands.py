@@ -182,7 +182,7 @@ def show_healed(result: Any, run: Run) -> None:
 
 def show_compared(result: Any, run: Run) -> None:
     values = {**run.values, "n": [*result.counts]}  # of the default, those that there could be
-    print_result(tables.compared(result.rows, result.tasks, bos=result.bos))
+    print_result(tables.compared(result.rows, bos=result.bos))
     for n, choice in result.choices.items():  # of auto
         print_result(f"\nauto, {n} layers: {choice.layers}\n{choice}")
     if (remark := about_own(values["data"], values["eval_data"])) is not None:

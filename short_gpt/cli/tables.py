@@ -211,12 +211,7 @@ def _rounded(value: float, error: float) -> str:
     return f"{value:.{max(digits, 0)}f}" if digits <= 6 else f"{round(value, digits):g}"
 
 
-def compared(
-    rows: Sequence[Row],
-    tasks: Mapping[str, Mapping[str, float]] = {},
-    *,
-    bos: str = "first",
-) -> str:
+def compared(rows: Sequence[Row], *, bos: str = "first") -> str:
     """A row for every method, a column for every number of layers, and every set of layers."""
     dense, pruned = rows[0], rows[1:]
     counts = sorted({r.n for r in pruned})
@@ -229,23 +224,7 @@ def compared(
     lines += _sizes(dense, {r.n: r for r in pruned}, counts)
     if dense.windows:
         lines.append(f"standard errors over {_error(dense.windows, dense.texts).over}")
-    return "\n".join(lines + _tasks(tasks))
-
-
-def _tasks(tasks: Mapping[str, Mapping[str, float]]) -> list[str]:
-    lines = []
-    for layers, values in tasks.items():
-        lines.append(f"{layers} removed:" if layers != "[]" else "original:")
-        bases = (n.removesuffix(" change") for n in values if not n.endswith(("_stderr", "_p")))
-        for name in dict.fromkeys(bases):
-            change, error = (values.get(f"{name} change{end}") for end in ("", "_stderr"))
-            line = f"  {name:<26}" + (f"{values[name]:>22.4f}" if name in values else " " * 22)
-            if change is not None and error is not None and layers != "[]":
-                line += f"  change from the original {change:+.4f} ({error:.4f})"
-                p = values.get(f"{name} change_p")
-                line += "" if p is None else f", p {p:.3g}"
-            lines.append(line)
-    return lines
+    return "\n".join(lines)
 
 
 def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:

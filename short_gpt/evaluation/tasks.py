@@ -178,10 +178,6 @@ class TaskSuite:
     num_fewshot: int | None = None
     batch_size: int = 1
 
-    def check(self) -> None:
-        """Raises what `run_tasks` would for tasks that are unknown, before a model is run."""
-        task_names(self.tasks)
-
     def identity(self) -> dict[str, object]:
         """The settings, with a digest of the tasks' files, ready for JSON.
 

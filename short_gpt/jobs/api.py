@@ -155,7 +155,6 @@ def compare_checkpoint(
     *,
     windows: Windows = COMPARED,
     cases: Cases = Cases(),
-    tasks: Tasks = Tasks().without("num_fewshot"),
     opening: OpenOptions = OpenOptions().only(*READING),
     running: Running = Running().only("state"),
 ) -> ComparisonResult:

@@ -7,22 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from llama.files import JsonObject
 from short_gpt.costs.sizes import size_without
 from short_gpt.costs.speeds import MOST_NEW, pytorch
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.texts import evaluation_texts
 from short_gpt.evaluation.perplexity import combined, difference
-from short_gpt.evaluation.tasks import TaskRun, TaskSuite, task_changes
 from short_gpt.healing import HealedChoice
 from short_gpt.healing.choosing import TRIAL_WINDOWS
 from short_gpt.healing.context import Windows as TokenWindows
 from short_gpt.healing.job import CLOSED, RAW, STEPS
 from short_gpt.healing.sets import LayerSets
-from short_gpt.jobs.inputs import SIZE, Tasks, Windows, check_model
+from short_gpt.jobs.inputs import SIZE, Windows, check_model
 from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.jobs.settings import COMPARED, Cases
-from short_gpt.runtime.digest import json_digest, windows_digest
+from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.progress import bar, check_alone
 from short_gpt.runtime.state import StateFile, joined
 from short_gpt.selection.methods import AUTO
@@ -31,9 +29,6 @@ from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, split_own_text
 from short_gpt.wrappers.short_model import ShortModel
 
-# identifies a tokenizer by its ids: letters of several scripts, digits, signs and spaces
-PROBE = "".join(map(chr, [*range(32, 127), *range(161, 1424), *range(8192, 8448)]))
-PROBE += " 1,234,567 ordinary words; naturally, unbelievable internationalization.\n\n"
 TIMED = 3  # measurements of a speed, of which other programs slow some down
 SEEDS = 3  # random sets for every number of layers
 
@@ -67,9 +62,6 @@ class ComparisonResult:
     """What `compare` gives."""
 
     rows: list[Row]  # the original model first, then a row for every case
-    # metrics without healing, by the layers removed, and their changes from the original model with
-    # errors, as "piqa acc change" and "piqa acc change_stderr"
-    tasks: dict[str, dict[str, float]]
     counts: Sequence[int] = ()  # numbers of layers that were compared
     state: StateFile | None = None  # holds what was measured, to be cleared once the result is safe
     bos: str = "first"  # which windows began with it: first of each text, or every
@@ -80,7 +72,6 @@ class ComparisonResult:
         """The result, ready for JSON."""
         return {
             "rows": [asdict(row) for row in self.rows],
-            "tasks": self.tasks,
             "bos": self.bos,
             "choices": {n: choice.to_dict() for n, choice in self.choices.items()},
             **(self.precision or {}),
@@ -96,7 +87,6 @@ def compare(
     n: object = Cases.n,
     heal_by: str | Sequence[str] = RAW,
     search_windows: int = TRIAL_WINDOWS,
-    tasks: TaskSuite | None = None,
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
 ) -> ComparisonResult:
@@ -110,7 +100,6 @@ def compare(
         n: Numbers of layers to remove. Default: those of 2, 4, 8 and 12 that the model allows.
         heal_by: Some of raw, patch and refit. Default: raw.
         search_windows: Calibration windows that the searches by loss read. Default: 4.
-        tasks: Tasks that also run on the models without healing. Default: none.
         progress: Show bars. Default: True.
         state: File that the run is saved in and continued from, until ``result.state.clear()``.
 
@@ -125,8 +114,6 @@ def compare(
     cases = Cases(method, n, heal_by)
     cases.check()
     cases = cases.within(len(short.kept))
-    if tasks is not None:
-        tasks.check()
     saved = None
     if state is not None:
         identity = joined(
@@ -139,9 +126,8 @@ def compare(
     how: dict[str, Any] = {"search_windows": search_windows, "state": saved, "progress": progress}
     sets = LayerSets(short, calibration, evaluation, **how)
     rows = _rows(sets, cases, progress=progress)
-    metrics = {} if tasks is None else _tasks(sets, rows, tasks)
     choices = {n: sets.choice(n) for n in (cases.counts if AUTO in cases.methods else ())}
-    return ComparisonResult(rows, metrics, cases.counts, saved, choices=choices)
+    return ComparisonResult(rows, cases.counts, saved, choices=choices)
 
 
 def _rows(sets: LayerSets, cases: Cases, *, progress: bool) -> list[Row]:
@@ -207,31 +193,11 @@ def _row(sets: LayerSets, method: str, seed: int | None, layers: list[int], heal
     )
 
 
-def _tasks(sets: LayerSets, rows: Sequence[Row], suite: TaskSuite) -> dict[str, dict[str, float]]:
-    """Metrics of the models without healing, by the layers removed, as in ``"[3, 4]"``."""
-    # they depend on the tokenizer too
-    digest = json_digest([suite.identity(), sets.short.encode(PROBE)])
-
-    def documents(layers: list[int]) -> TaskRun:
-        def measure() -> JsonObject:
-            with sets.short.without_layers(layers):
-                return vars(suite.documents(sets.short))
-
-        return TaskRun.from_dict(sets.cells.value(f"documents {digest} {layers}", measure))
-
-    original = documents([])
-    pruned = [sorted(row.layers) for row in rows if row.healing == RAW]
-    runs = {str(layers): documents(layers) for layers in pruned}
-    changes = {name: task_changes(original, run) for name, run in runs.items() if name != "[]"}
-    return {name: run.named() | changes.get(name, {}) for name, run in runs.items()}
-
-
 @interruptible()
 def compare_checkpoint(
     model: str,
     windows: Windows,
     cases: Cases,
-    tasks: Tasks,
     opening: OpenOptions,
     running: Running,
 ) -> ComparisonResult:
@@ -239,8 +205,7 @@ def compare_checkpoint(
     check_alone("compare")
     running.check()
     windows.check(shuffled=True)
-    for group in (tasks, cases):
-        group.check()
+    cases.check()
     if (n_layers := check_model(model)) is not None:
         cases = cases.within(n_layers)
     held = evaluation_texts(windows.eval_name, windows.column).values()
@@ -252,6 +217,5 @@ def compare_checkpoint(
     calibration, evaluation = split_own_text(kinds, [list(kind) for kind in held], write, *limits)
     held_out = list(windows.cut(evaluation, short, windows.eval_windows))
     fit_on, _ = without_overlap(list(windows.cut(calibration, short)), held_out)
-    suite, how = tasks.suite(), asdict(cases)
-    result = compare(short, fit_on, held_out, **how, tasks=suite, state=running.state)
+    result = compare(short, fit_on, held_out, **asdict(cases), state=running.state)
     return replace(result, bos=short.bos, precision=short.about_precision)

@@ -10,7 +10,7 @@ from commands import fails
 from short_gpt.cli import COMMANDS
 
 UNUSED = [
-    (("compare", "model", "--limit", 5), "--limit has no effect without --tasks"),
+    (("evaluate", "model", "--limit", 5), "--limit has no effect without --tasks"),
     (("evaluate", "model", "--num_fewshot", 5), "--num_fewshot has no effect without --tasks"),
     (("heal", "model", "out", "--private"), "--private has no effect without --push_to_hub"),
 ]

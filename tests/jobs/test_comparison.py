@@ -16,7 +16,6 @@ from short_gpt.cli.tables import compared
 from short_gpt.costs.sizes import size_without
 from short_gpt.costs.speeds import pytorch
 from short_gpt.evaluation.perplexity import difference, perplexity, window_perplexities
-from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import sets
 from short_gpt.healing.job import CLOSED, STEPS
 from short_gpt.healing.sets import LayerSets
@@ -239,30 +238,12 @@ def test_the_speed_is_the_fastest_of_three_without_the_layers(monkeypatch):
 CASES = dict(method="bi,sleb", n=[1, 2], heal_by="raw,patch", search_windows=2)
 
 
-def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monkeypatch):
-    def documents(self, model):
-        right = [1.0] * len(model.present) + [0.0] * (10 - len(model.present))
-        return TaskRun({"t": {"acc": len(model.present)}}, {"t": {"acc": right}})
-
-    monkeypatch.setattr(TaskSuite, "documents", documents)
-    monkeypatch.setattr(TaskSuite, "check", lambda self: None)
-    seen = dict(**CASES, tasks=TaskSuite("t"), state=tmp_path / "state")
+def test_one_call_gives_rows_and_keeps_a_state(tmp_path, monkeypatch):
+    seen = dict(**CASES, state=tmp_path / "state")
     result = compare(short(), CALIBRATION, EVALUATION, **seen)
     by_hand = LayerSets(short(), CALIBRATION, EVALUATION, search_windows=2)
     searched = [row.layers for row in result.rows if row.method == "sleb" and row.healing == "raw"]
     assert searched == [by_hand.layers("sleb", n) for n in (1, 2)]
-    assert {k: v["t acc"] for k, v in result.tasks.items()} == {
-        str(sorted(r.layers)): 6 - r.n for r in result.rows if r.healing == "raw"
-    }
-    for name, values in result.tasks.items():
-        gone = len(json.loads(name))
-        assert ("t acc change" in values) == bool(gone)
-        if gone:  # of 10 documents, one a layer: paired, as by hand
-            assert values["t acc change"] == pytest.approx(-gone / 10)
-            spread = gone / 10 * (1 - gone / 10) / 9
-            assert values["t acc change_stderr"] == pytest.approx(spread**0.5)
-            said = f"change from the original {-gone / 10:+.4f} ({spread**0.5:.4f})"
-            assert said in compared(result.rows, result.tasks)
     assert json.loads(json.dumps(result.to_dict()))["rows"][0]["method"] == "dense"
 
     monkeypatch.setattr(sets, "window_perplexities", lambda *_, **__: 1 / 0)  # all is in the file
@@ -271,43 +252,6 @@ def test_one_call_gives_rows_agreement_metrics_and_keeps_a_state(tmp_path, monke
     for found in (result, repeated):  # both hold it
         found.state.clear()
     assert [*tmp_path.iterdir()] == []
-
-
-def test_other_tasks_keep_what_was_measured_without_them(tmp_path, monkeypatch):
-    ran, given = [], {"method": "bi", "n": 1, "state": tmp_path / "state"}
-
-    def run(self, model):
-        ran.append((self.tasks, len(model.present)))
-        return TaskRun({self.tasks: {"acc": len(ran)}})
-
-    def never(*_, **__):
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(TaskSuite, "documents", run)
-    monkeypatch.setattr(TaskSuite, "check", lambda self: None)
-    plain = compare(short(), CALIBRATION, EVALUATION, **given)
-    monkeypatch.setattr(sets, "window_perplexities", never)
-    monkeypatch.setattr(module, "pytorch", lambda *_: lambda *_: (1.0, 1.0))
-    one, two, other = short(), short(), short()
-    first = compare(one, CALIBRATION, EVALUATION, tasks=TaskSuite("a"), **given)
-    second = compare(two, CALIBRATION, EVALUATION, tasks=TaskSuite("b"), **given)
-    assert compare(one, CALIBRATION, EVALUATION, tasks=TaskSuite("a"), **given).tasks == first.tasks
-    assert ran == [("a", 6), ("a", 5), ("b", 6), ("b", 5)]
-    assert [r.nats for r in first.rows] == [r.nats for r in plain.rows]
-    assert [*second.tasks.values()] == [{"b acc": 3}, {"b acc": 4}]
-    encode = other.encode
-    other.encode = lambda text: encode(text)[::-1]  # another tokenizer: other prompts
-    compare(other, CALIBRATION, EVALUATION, tasks=TaskSuite("b"), **given)
-    assert ran[4:] == [("b", 6), ("b", 5)]
-
-
-def test_an_unknown_task_is_refused_before_anything_is_measured(lm_eval, tmp_path):
-    measured = short()
-    measured.score_batch = None  # whatever is measured would fail by a TypeError
-    state = tmp_path / "state"
-    with pytest.raises(ValueError, match=r"lm-eval has no tasks \['pika'\]"):
-        compare(measured, CALIBRATION, EVALUATION, tasks=TaskSuite(["pika"]), state=state)
-    assert not state.exists()
 
 
 def test_a_state_is_told_by_what_it_was_computed_from(tmp_path, monkeypatch):
