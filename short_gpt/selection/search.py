@@ -3,7 +3,7 @@
 A trial without layer j differs from the model only from j on, so it starts from the stored hidden
 state entering j: a round costs about half of what trials from the beginning cost, for the same
 losses. States before the layer that a round removes hold for the next round too; as many as memory
-allows are stored.
+allows are stored. If it does not hold one for all windows, every trial runs from the beginning.
 
 Shapes: B windows, S tokens, D width.
 """
@@ -56,8 +56,7 @@ class SearchOptions:
     Attributes:
         candidates: Positions that may be removed. Default: all except the first and the last.
         batch_size: Windows read together.
-        max_memory: Bytes for stored states. Windows that need more even for one state each are read
-            in groups, one after the other.
+        max_memory: Bytes for stored states.
         state: Saves the search and continues it; that of another search is refused.
         progress: Show a bar.
         reference: The original's predictions for the windows: the mean KL divergence from them is
@@ -109,7 +108,7 @@ def by_loss(
     count = len(decoder.layers)
     n = check_count(n, count)
     trials = Trials(decoder, windows, options, {"method": method})
-    with trials.progress_bar(count * trials.groups, options.progress) as shown:
+    with trials.progress_bar(count, options.progress) as shown:
         if not trials.result.losses:  # of a saved search
             trials.round(range(count), shown.update)
     loss = trials.result.losses[0]
@@ -136,7 +135,7 @@ def sleb_rounds(
     method = "sleb" if options.reference is None else "greedy_kld"
     trials = Trials(decoder, windows, options, {"method": method, "candidates": allowed})
     trials.keep(n)
-    total = sum(len(allowed) - i for i in range(n)) * trials.groups
+    total = sum(len(allowed) - i for i in range(n))
     with trials.progress_bar(total, options.progress) as shown:
         for number in range(n):
             if number >= len(trials.result.removed):  # else a saved search had this round
@@ -155,7 +154,7 @@ def most_layers_run(count: int, n: int) -> int:
 
 
 class Trials:
-    """Rounds of trials: ``result`` is the search so far, over ``groups`` groups of windows.
+    """Rounds of trials: ``result`` is the search so far.
 
     ``identity`` tells the search from others on the same model, layers and windows.
     """
@@ -169,7 +168,7 @@ class Trials:
     ) -> None:
         self._layers, self._state = range(len(decoder.layers)), options.state
         self._run, self._reference = PartialRun(decoder), options.reference
-        read = [
+        self._batches: list[Batch] = [
             ([batch[i] for i in indices], tokens, mask)
             for batch in batches(windows, options.batch_size)
             for indices, tokens, mask in padded(batch, decoder)
@@ -178,49 +177,31 @@ class Trials:
             self._reference.read(windows)
         self._predicted = sum(max(0, len(window) - first_predicted(window)) for window in windows)
         check_predicted(self._predicted)
-        self._groups = list(self._grouped(read, options.max_memory))
-        self.groups = len(self._groups)
         self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) entering it
-        size = sum(self._bytes(batch) for batch in read)
+        tokens_read = sum(tokens.numel() for _, tokens, _ in self._batches)
+        size = tokens_read * self._run.bytes_per_token  # of one state of all windows
         # two more are in use while the states advance
-        self._room = 0 if self.groups > 1 else options.max_memory // size - 2
+        self._fits, self._room = size <= options.max_memory, options.max_memory // size - 2
         if self._reference is not None and decoder.device.type == "cpu":  # others' heads are fast
             rest = options.max_memory - (len(self._layers) + 2) * size
             self._reference.room = max(0, min(rest, free_memory() // 2))
-        # nats of an unfinished round are by group: with other groups they would count twice
-        self._sizes = [sum(int(mask.sum()) for *_, mask in group) for group in self._groups]
         read_on = {"layers": len(self._layers), "windows": windows_digest(windows)}
         self._identity = {**identity, **read_on}
-        self.result, self._done = continued(options.state, self._sizes, self._identity)
+        self.result, self._done = continued(options.state, self._identity)
         if options.start and not self.result.removed:
             self.result = Search([*options.start.removed], [*options.start.losses])
-            self._done = [{}]  # what a saved search tried is of an earlier round
+            self._done = {}  # what a saved search tried is of an earlier round
 
     def keep(self, n: int) -> None:
         """Drops the results of a saved search beyond n layers."""
         if len(self.result.removed) >= n:
-            self._done = [{}]
+            self._done = {}
         del self.result.removed[n:], self.result.losses[n:]
 
     def progress_bar(self, total: int, show: bool) -> Bar:
         """A bar of all trials, starting with those of a continued search."""
-        tried = sum(map(len, self.result.losses)) * self.groups + sum(map(len, self._done))
+        tried = sum(map(len, self.result.losses)) + len(self._done)
         return bar("searching", total=total, unit="trial", show=show, done=tried)
-
-    def _bytes(self, batch: Batch) -> int:
-        return batch[1].numel() * self._run.bytes_per_token  # of one state
-
-    def _grouped(self, padded: list[Batch], max_memory: int) -> Iterator[list[Batch]]:
-        """Batches whose states fit into ``max_memory``, at least one at a time."""
-        group: list[Batch] = []
-        used = 0
-        for batch in padded:
-            if group and used + self._bytes(batch) > max_memory:
-                yield group
-                group, used = [], 0
-            group.append(batch)
-            used += self._bytes(batch)
-        yield group
 
     def round(
         self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool = False
@@ -230,14 +211,11 @@ class Trials:
         ``tick`` gets 1 after every trial; ``again``: another round follows, so states are stored.
         """
         try:
-            for number, group in enumerate(self._groups):
-                while len(self._done) <= number:
-                    self._done.append({})
-                self._try(candidates, group, self._done[number], tick, again=again)
+            self._try(candidates, tick, again=again)
         except BaseException:
             self._save()
             raise
-        self._remove_best({i: sum(done[i] for done in self._done) for i in candidates})
+        self._remove_best({i: self._done[i] for i in candidates})
         self._save()
 
     def _remove_best(self, nats: Nats) -> None:
@@ -249,36 +227,31 @@ class Trials:
         self._stored = {i: states for i, states in self._stored.items() if i <= best}
         self.result.removed.append(best)
         self.result.losses.append({i: value / self._predicted for i, value in nats.items()})
-        self._done = [{}]
+        self._done = {}
 
     def _try(
-        self,
-        candidates: Sequence[int],
-        group: list[Batch],
-        done: Nats,
-        tick: Callable[[int], object],
-        *,
-        again: bool,
+        self, candidates: Sequence[int], tick: Callable[[int], object], *, again: bool
     ) -> None:
-        """Adds each candidate's nats on the group's windows to ``done``, unless they are in it."""
+        """Notes the nats without each candidate, unless they are known."""
         # the layer that the present states (B, S, D) enter; None: the embeddings
-        at, states = 0, cast("Sequence[Tensor | None]", [None] * len(group))
+        at, states = 0, cast("Sequence[Tensor | None]", [None] * len(self._batches))
         for j in candidates:
-            if j in done:
+            if j in self._done:
                 continue
             for i in sorted(self._stored):  # a stored state may be nearer than the present one
                 if at <= i <= j:
                     at, states = i, self._stored[i]
             between, rest = self._alive(at, j), self._alive(j + 1)
-            pairs = zip(group, states, strict=True)
-            entering = [
-                self._run.advance(tokens, between, state) for (_, tokens, _), state in pairs
-            ]
-            at, states = j, entering
-            if again and j not in self._stored and len(self._stored) < self._room:
-                self._stored[j] = entering
-            pairs = zip(group, states, strict=True)
-            done[j] = sum(self._loss(batch, rest, state) for batch, state in pairs)
+            nats, entering = 0.0, list[Tensor]()
+            for batch, state in zip(self._batches, states, strict=True):
+                entered = self._run.advance(batch[1], between, state)
+                nats += self._loss(batch, rest, entered)
+                entering += [entered] * self._fits
+            self._done[j] = nats
+            if self._fits:
+                at, states = j, entering
+                if again and j not in self._stored and len(self._stored) < self._room:
+                    self._stored[j] = entering
             tick(1)
             if self._state is not None and self._state.due():
                 self._save()
@@ -296,30 +269,25 @@ class Trials:
 
     def _save(self) -> None:
         if self._state is not None:
-            now = {"done": self._done, "tokens": self._sizes, **self._identity}
+            now = {"tried": self._done, **self._identity}
             self._state.save({"search": {**vars(self.result), **now}})
 
 
-def continued(
-    state: StateFile | None, tokens: Sequence[int], identity: Mapping[str, object]
-) -> tuple[Search, list[Nats]]:
-    """The search in a state, and by group the nats of its unfinished round; new ones if none.
+def continued(state: StateFile | None, identity: Mapping[str, object]) -> tuple[Search, Nats]:
+    """The search in a state, and the nats of its unfinished round; new ones if none.
 
-    ``tokens`` are those of each group: a round with other groups starts again. ShortGPTError if the
-    state is not of a search with this identity.
+    ShortGPTError if the state is not of a search with this identity.
     """
     if state is None or not state.content:
-        return Search(), [{}]
+        return Search(), {}
     content = state.content.get("search", {})
     if other := [name for name, value in identity.items() if content.get(name) != value]:
         raise ShortGPTError(
             f"{state.path} is the state of another search (it differs in {', '.join(other)}); go "
             "on with the former, delete it or name another state"
         )
-    losses, done = (  # by layers, whose numbers JSON has turned into strings
-        [{int(i): value for i, value in by_layer.items()} for by_layer in content[name]]
-        for name in ("losses", "done")
+    *losses, tried = (  # by layers, whose numbers JSON has turned into strings
+        {int(i): value for i, value in by_layer.items()}
+        for by_layer in (*content["losses"], content.get("tried", {}))
     )
-    if content["tokens"] != tokens:
-        done = []
-    return Search(list(content["removed"]), losses), done or [{}]
+    return Search(list(content["removed"]), losses), tried
