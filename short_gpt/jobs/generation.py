@@ -25,7 +25,6 @@ def generate(
     opening: OpenOptions,
 ) -> str | Path:
     """What `jobs.generate` does."""
-    sampling.check()
     check(isinstance(prompt, str | None), "prompt", prompt, "one text")
     if prompt is None:
         return _write_samples(model, samples, out, sampling, opening)

@@ -83,7 +83,6 @@ def heal(
     methods = methods_of(healing.heal_by)
     windows.check(shuffled=True)
     healing.check(methods)
-    opening.check()
     if opening.stream and methods != ["refit"] and "distill" not in methods:
         raise ShortGPTError(
             "`stream` holds one layer at a time, of a model that refit alone heals, or of the "

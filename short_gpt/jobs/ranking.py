@@ -195,7 +195,6 @@ def check_ranking(
             f"`method` {answer.method} needs the model in memory for every candidate; choose "
             "another, or leave out `stream`"
         )
-    opening.check()
     if answer.by_loss:
         check_alone(f"`method` {answer.method}")
     if isinstance(model, str | PathLike):

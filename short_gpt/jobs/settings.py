@@ -80,8 +80,7 @@ class Sampling(Settings):
     top_p: float = setting(0.9, "Sample from the smallest set of tokens with this probability.")
     seed: int = setting(1, "Seed of the sampling.", rare=True)
 
-    def check(self) -> None:
-        """Raises ShortGPTError for a number out of range, before a model is loaded."""
+    def __post_init__(self) -> None:
         at_least(0, max_new_tokens=self.max_new_tokens, seed=self.seed)
         most, count = f"at most {MAX_NEW_TOKENS:,}", self.max_new_tokens
         check(count <= MAX_NEW_TOKENS, "max_new_tokens", count, most)

@@ -148,7 +148,6 @@ class Shrink:
         self.settings.check()
         self.reading.check(shuffled=True)
         self.tasks.check()
-        self.opening.check()
         self._check_folder()
         _ = self.questions  # raises for a file without any
         gguf, source, named = is_gguf(self.out), self.source, self.settings.named

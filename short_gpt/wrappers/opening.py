@@ -84,7 +84,6 @@ def open_model(
         >>> short = open_model("llama-2-70b", stream="12GB")  # doctest: +SKIP
     """
     options = replace(options, **changes, stream=options.stream if stream is None else stream)
-    options.check()
     if not isinstance(source, str | PathLike | Source):
         return open_trainable(source, options, tokenizer)
     if not options.stream:

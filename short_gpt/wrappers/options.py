@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from llama.files import JsonObject
-from short_gpt.runtime.errors import ShortGPTError, at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import Settings, setting
 
 PRECISIONS = FLOAT32, MIXED, FASTER = ("float32", "mixed", "auto")
@@ -66,11 +66,19 @@ class OpenOptions(Settings):
     seed: int = 1  # of what a model samples
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ShortGPTError(
-                f"`precision` {self.precision}: expected one of {', '.join(PRECISIONS)}"
-            )
+        known = f"one of {', '.join(PRECISIONS)}"
+        check(self.precision in PRECISIONS, "precision", self.precision, known)
         at_least(1, batch_size=self.batch_size)
+        check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a whole number below 2**63")
+        if self.max_memory is not None:
+            from short_gpt.runtime.memory import bytes_of
+
+            bytes_of(self.max_memory, "stream")
+        if self.model_parallel_size is not None and self.stream:
+            raise ShortGPTError(
+                f"model_parallel_size = {self.model_parallel_size}: `stream` holds one layer on "
+                "one rank; leave one of them out"
+            )
 
     def as_begun(self, state: str | PathLike[str] | None) -> OpenOptions:
         """The options with the precision of the run in a state, where `auto` would choose one."""
@@ -87,17 +95,3 @@ class OpenOptions(Settings):
     def max_memory(self) -> str | int | None:
         """Memory of a streamed model's process; None is half of what is free."""
         return None if isinstance(self.stream, bool) else self.stream
-
-    def check(self) -> None:
-        """Raises ShortGPTError for options that do not go together."""
-        from short_gpt.runtime.memory import bytes_of
-
-        if not -(2**63) <= self.seed < 2**63:
-            raise ShortGPTError(f"seed = {self.seed}: expected a whole number below 2**63")
-        if self.max_memory is not None:
-            bytes_of(self.max_memory, "stream")
-        if self.model_parallel_size is not None and self.stream:
-            raise ShortGPTError(
-                f"model_parallel_size = {self.model_parallel_size}: `stream` holds one layer on "
-                "one rank; leave one of them out"
-            )

@@ -53,7 +53,6 @@ class ShortLlama(ShortModel):
         `open_model` does so for every format, and streams.
         """
         chosen = OpenOptions(n_prune_layers=n_prune_layers, **options)
-        chosen.check()
         check(not chosen.stream, "stream", True, "open_model(..., stream=True), which streams")
         tokenizer = chosen.tokenizer_path or find_tokenizer(ckpt_dir)
         names = ["max_seq_len", "seed", "device", "dtype", "model_parallel_size"]

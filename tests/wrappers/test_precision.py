@@ -242,8 +242,8 @@ def test_a_model_that_is_not_in_float32_stays_as_it_is(here):
 
 def test_what_cannot_be_is_refused_in_one_line(here, capsys):
     line = fails(capsys, *RANK, "--precision", "half")
-    assert line == "short-gpt: --precision half: expected one of float32, mixed, auto"
-    with pytest.raises(ShortGPTError, match="`precision` half: expected one of"):
+    assert line == "short-gpt: --precision = 'half': expected one of float32, mixed, auto"
+    with pytest.raises(ShortGPTError, match="precision = 'half': expected one of"):
         open_model("meta", precision="half")
     for command in (("generate", "meta", "a"), ("prune", "meta", "out", "--layers", 1)):
         assert "has no flag" in fails(capsys, *command, *MIXED)
