@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import random
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import peer_maps, peers
 from benchmarks.lib import judging, task_files, task_results, word_problems
 from benchmarks.lib.shared_contexts import SharedContexts
-from benchmarks.studies import choices, kept, tasks
+from benchmarks.studies import kept, tasks
 from short_gpt import ShortLlama, open_model
 from short_gpt.data import check_disjoint
 from short_gpt.healing.refit import split_held_out
@@ -255,24 +254,6 @@ def test_local_documents_are_asked_for_as_lm_eval_asks_for_its_own(lm_eval, tmp_
         assert task_files.passages(tmp_path / "lambada_openai.jsonl") == [
             "He said:\n\n \"I don't care"
         ]
-
-
-def test_means_over_draws_are_paired_over_windows():
-    """Of two draws, one without the search; each kind has two windows of 10 tokens."""
-
-    def nats(*values: float) -> dict:
-        return {kind: [(value, 10) for value in values] for kind in ("a", "b")}
-
-    first = {"bi": nats(30, 20), "sleb": nats(21, 11), "auto": nats(20, 10)}
-    second = {"bi": nats(20, 10), "auto": nats(20, 10), "without bi": nats(26, 16)}
-    found = choices.over_draws([first, second])
-    assert [*found["from auto"]] == ["bi", "sleb"]
-    for name, draws, more in (("bi", 2, 0.5), ("sleb", 1, 0.1)):
-        own = found["from auto"][name]
-        assert own["draws"] == draws and own["all three kinds"]["nats"] == pytest.approx(more)
-        assert own["a"]["perplexity"] == pytest.approx(math.exp(1.5 + more))
-        assert own["a"]["standard_error"] == pytest.approx(0, abs=1e-6)
-    assert found["without it"]["bi"]["a"]["nats"] == pytest.approx(0.6)
 
 
 def test_windows_to_learn_from_share_nothing_with_what_judges_and_are_of_both_texts():

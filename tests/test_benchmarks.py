@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
-from hashlib import sha256
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -18,8 +16,8 @@ import pytest
 from conftest import save_chat_llama
 from gguf_files import stack_file
 
-from benchmarks.lib import adversarial, outcome, real_models, serve_once
-from benchmarks.studies import coverage, front, own_samples, reasoning, serving, stopping, streaming
+from benchmarks.lib import adversarial, real_models, serve_once
+from benchmarks.studies import front, own_samples, reasoning, serving, stopping, streaming
 from llama.args import ModelArgs
 from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.data import demo
@@ -277,39 +275,3 @@ def test_what_is_expected_of_fewer_layers_follows_from_the_bytes(tmp_path):
     assert len(serving.limits([row])) == 0
     row["prompt_ratio"] = {"median": 1.1}
     assert serving.limits([row]) == ["Q4_1 without 2 layers: prompt at 1.10, expected 1.33"]
-
-
-def test_intervals_that_hold_too_seldom_end_the_benchmark_with_1(monkeypatch, capsys):
-    def former(means, sizes):
-        return coverage.liang_zeger(means, sizes), sizes.shape[1] - 1.0 + 0 * means[:, 0]
-
-    monkeypatch.setattr(coverage, "jackknife", former)
-    with pytest.raises(AssertionError):  # it is the library's rule that is judged
-        coverage.main(runs=2000)
-    monkeypatch.setattr(coverage, "same_as_the_library", lambda *_: None)
-    with pytest.raises(SystemExit) as ended:
-        coverage.main(runs=2000)
-    assert ended.value.code == 1
-    assert "MISSED: lognormal, sd 1, alike within a text, 3 texts:" in capsys.readouterr().out
-
-
-def test_parts_of_a_file_become_one_of_the_sum_that_is_known(tmp_path):
-    parts = [tmp_path / f"part{i}/part{i}.bin" for i in range(6)]
-    for i, path in enumerate(parts):
-        path.parent.mkdir()
-        path.write_bytes(bytes([i]) * (i + 5))
-    expected = b"".join(path.read_bytes() for path in parts)
-    with pytest.raises(ValueError, match="whole has SHA-256 .*, expected 00; its parts were"):
-        real_models.join(parts[3:], tmp_path / "whole", "00")
-    assert not (tmp_path / "whole").exists()
-    real_models.join(parts[:3], tmp_path / "whole", sha256(expected[:18]).hexdigest())
-    assert (tmp_path / "whole").read_bytes() == expected[:18]
-
-
-def test_a_result_names_the_commit_that_made_it(tmp_path):
-    assert outcome.commit(tmp_path) is None
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["commit", "-qm", "one", "--allow-empty"]):
-        subprocess.run([*git, *words], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    assert outcome.commit(tmp_path) == head.stdout.strip()

@@ -62,7 +62,7 @@ def model_card(record: Provenance) -> str:
     )
     return TEMPLATE.format(
         head=head.to_yaml(),
-        name=_in_markdown(source if on_hub else Path(source).name),
+        name=one_line(source if on_hub else Path(source).name),
         count=len(removed),
         total=len(removed) + len(record.kept_layers),
         healed=", healed" if record.steps else "",
@@ -74,11 +74,6 @@ def model_card(record: Provenance) -> str:
     )
 
 
-def _in_markdown(name: str) -> str:
-    """A name of the user's as a card shows it: no HTML, link or cell of a table."""
-    return re.sub(r"[&<>\[\]|`]", lambda match: f"&#{ord(match[0])};", one_line(name))
-
-
 def _scores(record: Provenance) -> str:
     method = record.evidence.get("method")
     if not record.scored:  # a search by loss keeps no scores
@@ -86,7 +81,7 @@ def _scores(record: Provenance) -> str:
     by = record.evidence.get("scored_by")
     # a healing's data need not be the scores'
     name = (by.get("data") if isinstance(by, Mapping) else None) or record.facts.get("data")
-    data = f" of {_in_markdown(str(name))}" if name else ""
+    data = f" of {one_line(str(name))}" if name else ""
     method = method or "Block Influence and angular distance"
     windows, tokens = record.scored["windows"], record.scored["tokens"]
     return f"Scores: {method}, on {tokens:,} tokens{data} in {windows:,} windows."
@@ -103,7 +98,7 @@ def _table(record: Provenance) -> str:
             f"{math.inf if end is None else end:.3f}" for end in error.get("interval_95", ())
         )
         tokens = f"{count:,}" if (count := record.perplexity_tokens.get(name)) else ""
-        rows.append(f"| {_in_markdown(name)} | {value:.3f} | {interval} | {tokens} |")
+        rows.append(f"| {one_line(name)} | {value:.3f} | {interval} | {tokens} |")
         if error:
             samples.append(SamplingError(math.nan, error["windows"], error.get("texts")).over)
     over = ["", f"Over {'; '.join(dict.fromkeys(samples))}."] if samples else []

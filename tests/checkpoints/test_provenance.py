@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -130,16 +129,6 @@ def test_names_with_line_breaks_leave_the_card_whole():
     lines = model_card(record).splitlines()
     assert r"# some\n---\n# model without 1 of its 3 layers" in lines
     assert sum(line.startswith("#") for line in lines) == 1 and lines.count("---") == 2
-
-
-def test_a_name_in_the_card_is_neither_html_nor_a_link():
-    record = Provenance.of_scores(facts={"data": "[x](javascript:y)"}).pruned(
-        "models/<img src=x onerror=alert(1)>", removed=[1], kept=[0, 2]
-    )
-    scored = {"windows": 1, "tokens": 2}
-    card = model_card(replace(record, scored=scored, perplexity={"a | b": 2.0}))
-    assert "# &#60;img src=x onerror=alert(1)&#62; without 1 of its 3 layers" in card
-    assert "<img" not in card and "[x]" not in card and "| a &#124; b |" in card
 
 
 def test_the_cards_table_begins_a_paragraph():
