@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ class Generator(Protocol):
     def greedy(self, ids: list[int], count: int, *, use_cache: bool = True) -> list[int]: ...
 
 
-@dataclass(frozen=True)
-class Fingerprint:
+class Fingerprint(NamedTuple):
     """What two models must share to be the same.
 
     ``logits`` are (1, S, V) float32 on the CPU, of S tokens over the vocabulary; ``tokens`` are
@@ -83,7 +81,7 @@ def fingerprint_aligned(
     if dtype is not None:
         for weight in short.decoder.module.parameters():
             weight.data.copy_(weight.data.to(dtype))
-    return replace(fingerprint(short, count), damaged=damaged)
+    return fingerprint(short, count)._replace(damaged=damaged)
 
 
 def one_by_one(*models: Callable[[], Fingerprint]) -> list[Fingerprint]:

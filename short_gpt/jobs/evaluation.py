@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 from short_gpt.data.texts import check_named_once, read_texts, source_names
 from short_gpt.evaluation.distance import Reference
@@ -113,8 +113,7 @@ def _local_texts(windows: Windows, source: str | None) -> dict[str, list[str]]:
     return {name: [*read_texts(name, column, split=None)] for name in names}
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """What the first model gave, from which the others differ."""
 
     texts: dict[str, tuple[Perplexity, str]]  # by text; with a digest of the windows' tokens

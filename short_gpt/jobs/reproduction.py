@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from short_gpt.models.config_file import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.metrics import kendall, spearman
+from short_gpt.scoring.metrics import spearman
 from short_gpt.wrappers.options import OpenOptions
 
 
@@ -127,7 +128,8 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
     check_exist(ours, range(known["n_layers"]))
     paper = known["removed"]
     shared = [layer for layer in paper if layer in ours]
-    several = len(shared) >= 2
+    # of every two of these: 1 if both lists have them the same way round, else -1
+    signs = [1 if ours.index(a) < ours.index(b) else -1 for a, b in combinations(shared, 2)]
     return PaperComparison(
         model=model,
         paper=paper,
@@ -136,7 +138,7 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
         overlap=len(shared),
         same_order=paper == ours,
         same_places=sum(a == b for a, b in zip(paper, ours, strict=False)),
-        kendall_tau=kendall(shared, [i for i in ours if i in shared]) if several else None,
+        kendall_tau=sum(signs) / len(signs) if signs else None,
     )
 
 

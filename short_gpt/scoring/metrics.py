@@ -9,8 +9,7 @@ Shapes: B sequences, S tokens, D width, L layers, N items; "..." are any leading
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import combinations
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from llama.parallel import has_float64
 from short_gpt.models.decoder import full_float32
 from short_gpt.models.numbering import check_count
-from short_gpt.runtime.errors import ShortGPTError, check
+from short_gpt.runtime.errors import ShortGPTError
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -141,24 +140,6 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
     correlation = float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
     return max(-1.0, min(1.0, correlation)) if math.isfinite(correlation) else math.nan
-
-
-def kendall(a: Sequence[int], b: Sequence[int]) -> float:
-    """Kendall's rank correlation tau of two orders of the same items (Biometrika 30, 1938).
-
-    The share of pairs in the same order in both less the share of the others: in [-1, 1]; NaN for
-    fewer than 2 items.
-
-    Example:
-        >>> kendall([1, 2, 3], [1, 3, 2])  # two pairs of three the same way round
-        0.3333333333333333
-    """
-    check({*a} == {*b} and len({*a}) == len(a) == len(b), "orders", [a, b], "the same items")
-    if len(a) < 2:
-        return math.nan
-    rank = {item: i for i, item in enumerate(b)}
-    signs = [1 if rank[x] < rank[y] else -1 for x, y in combinations(a, 2)]
-    return sum(signs) / len(signs)
 
 
 # Fewer degrees of freedom allow no interval: two units say too little of others, and so do more

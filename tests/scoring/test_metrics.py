@@ -6,12 +6,10 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from short_gpt import ShortGPTError
 from short_gpt.scoring.metrics import (
     angle,
     angular_distances,
@@ -19,7 +17,6 @@ from short_gpt.scoring.metrics import (
     cosine,
     cosine_from_product,
     influence,
-    kendall,
     norms,
     relative_change,
     spearman,
@@ -103,22 +100,6 @@ def test_spearman_is_pearson_of_mean_ranks(values, seed):
         assert math.isnan(found)
     else:
         assert found == pytest.approx(np.corrcoef(mean_ranks(a), mean_ranks(b))[0, 1], abs=1e-9)
-
-
-@given(st.permutations(range(7)), st.permutations(range(7)))
-def test_kendall_is_scipys_tau_of_the_places(a, b):
-    places = [[order.index(item) for item in range(7)] for order in (a, b)]
-    assert kendall(a, b) == pytest.approx(scipy.stats.kendalltau(*places).statistic, abs=1e-12)
-
-
-def test_kendall_counts_the_pairs_that_stand_the_same_way_round():
-    assert kendall([5, 9, 2, 7], [5, 9, 2, 7]) == 1
-    assert kendall([5, 9, 2, 7], [7, 2, 9, 5]) == -1
-    assert kendall([5, 9, 2, 7], [9, 5, 2, 7]) == pytest.approx(4 / 6)  # one pair of six swapped
-    assert math.isnan(kendall([3], [3])) and math.isnan(kendall([], []))
-    for a, b in (([1, 2], [1, 3]), ([1, 2], [1]), ([1, 1], [1, 1])):
-        with pytest.raises(ShortGPTError, match="orders = .*: expected the same items"):
-            kendall(a, b)
 
 
 def test_spearman_of_fewer_than_two_or_of_no_number_is_nan():
