@@ -29,7 +29,7 @@ def test_the_help_of_every_command_needs_no_torch():
     "package",
     [
         *("llama", "short_gpt", "short_gpt.evaluation"),
-        *(f"short_gpt.{p}" for p in ("healing", "jobs", "models", "plots", "runtime")),
+        *(f"short_gpt.{p}" for p in ("healing", "jobs", "models", "runtime")),
         *(f"short_gpt.{p}" for p in ("scoring", "selection", "wrappers")),
     ],
 )
