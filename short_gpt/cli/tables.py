@@ -137,11 +137,14 @@ def healed(result: HealingResult) -> str:
         lines += [f"{name} changes the loss by {part}" for name, part in evidence.changes.items()]
     lines += evidence.unchanged
     lines += [f"healing changes the loss by {evidence.change}"]
+    if (apart := evidence.kld_change) is not None:
+        change = f"{apart.nats:+.4f} nats a token (standard error {apart.standard_error:.4f})"
+        lines += [f"healing changes the KL divergence from the original by {change}"]
     if evidence.worse:
         lines += [
-            "WORSE: on held-out text the healed model predicts worse than without the healing. Use "
-            "the layers alone (short-gpt prune), or give more --max_windows, text like that to be "
-            "read, or other settings"
+            "WORSE: on held-out text the healed model is further from the original than without "
+            "the healing. Use the layers alone (short-gpt prune), or give more --max_windows, text "
+            "like that to be read, or other settings"
         ]
     if result.quantization is not None:
         lines += [f"writing it in the file's own types changes the loss by {result.quantization}"]

@@ -109,6 +109,8 @@ class HealingEvidence:
     changes: Mapping[str, Difference] = field(default_factory=dict)  # the same by step
     # by the kind of text, where that is known, and the model's state
     by_kind: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)
+    # of the KL divergence from the original; None where no layer was removed, and none is known
+    kld_change: Difference | None = None
 
     @property
     def how(self) -> Mapping[str, object]:
@@ -121,7 +123,8 @@ class HealingEvidence:
 
     @property
     def worse(self) -> bool:
-        return self.change.nats > 0
+        """Whether healing moved the model away from the original; else by the loss."""
+        return (self.kld_change or self.change).nats > 0
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -129,6 +132,7 @@ class HealingEvidence:
             "perplexity": {name: measured.value for name, measured in self.perplexity.items()},
             "change": asdict(self.change),
             "changes": {name: asdict(change) for name, change in self.changes.items()},
+            "kld_change": None if self.kld_change is None else asdict(self.kld_change),
             "worse": self.worse,
         }
 
@@ -261,6 +265,7 @@ class HealingJob:
                 }
                 for kind in dict.fromkeys(kinds)
             },
+            difference(pruned, healed[-1], by="kld") if self.layers else None,
         )
         self.short.evidence["change"] = asdict(self.evidence.change)
         return self.evidence

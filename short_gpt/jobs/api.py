@@ -131,7 +131,7 @@ def heal(
     trains on the text, distill on what the original model predicts of it. lora, and distill with a
     teacher, also heal a model whose layers are already removed. If training or a streamed refit is
     interrupted or killed, repeat it: it continues. Evaluation text is never trained on. A healed
-    model that predicts held-out text worse than before is written all the same, and called WORSE.
+    model that is further from the original than the pruned one is written, and called WORSE.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id, or GGUF file.

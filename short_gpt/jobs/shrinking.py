@@ -264,7 +264,9 @@ def _remarks(run: Shrink, evidence: HealingEvidence) -> list[str]:
     if run.settings.type:
         remarks.append(f"healed: in {run.settings.type}; pruned: in the types of the original")
     elif evidence.worse:
-        remarks.append(f"WORSE: healing changes the loss by {evidence.change}; give more text")
+        change = evidence.kld_change
+        assert change is not None
+        remarks.append(f"WORSE: healing changes the KLD by {change.nats:+.3f}; give more text")
     if not has_quantizer():
         remarks.append('not compared with fewer bits: pip install "short-gpt[rival]"')
     evaluated, written = run.short.runs_in()[0], run.opened.dtype

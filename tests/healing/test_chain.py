@@ -73,6 +73,8 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     assert list(evidence.changes) == ["patch", "distill"]
     parts = sum(change.nats for change in evidence.changes.values())
     assert evidence.change.nats == pytest.approx(parts)
+    pruned, healed = (each.kld.value for each in [*evidence.perplexity.values()][1::2])
+    assert evidence.kld_change.nats == pytest.approx(healed - pruned)
     (tmp_path / "work" / "notes.txt").write_text("of the user")
     healed = by_hand.perplexity(WINDOWS.evaluation, progress=False)
     assert evidence.perplexity["healed"].value == pytest.approx(healed.value)

@@ -38,15 +38,16 @@ from short_gpt.checkpoints import Provenance
 from short_gpt.data.disjoint import hold_out
 from short_gpt.data.texts import Conversation
 from short_gpt.evaluation.perplexity import (
+    Difference,
     Perplexity,
     combined,
     difference,
     perplexity,
     window_perplexities,
 )
+from short_gpt.healing import HealingEvidence, trainer
 from short_gpt.healing import heal_patch as patch
 from short_gpt.healing import lora as healing
-from short_gpt.healing import trainer
 from short_gpt.healing.distillation import collate, examples
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
@@ -600,10 +601,22 @@ def test_a_healing_that_makes_it_worse_says_so(books, capsys):
     arguments = ("--layers", "2", "--heal_by", "patch", "--data", "odd.txt", "--ridge", 1e-6)
     arguments += ("--eval_data", "books/3.txt")
     run("heal", "dense", "out", *SMALL, *arguments, "--json", "worse.json")
-    assert "WORSE: on held-out text the healed model predicts worse" in capsys.readouterr().out
+    assert (
+        "WORSE: on held-out text the healed model is further from the original"
+        in capsys.readouterr().out
+    )
     result = json.loads(Path("worse.json").read_text())["result"]
-    assert result["worse"] is True and result["change"]["nats"] > 0
+    assert result["worse"] is True and result["kld_change"]["nats"] > 0
     assert result["perplexity"]["healed"] > result["perplexity"]["pruned, 4 layers"]
+
+
+def test_worse_is_further_from_the_original_and_without_one_a_higher_loss():
+    def change(nats: float) -> Difference:
+        return Difference(nats, 0.01, 8)
+
+    for loss, kld, worse in ((-1, 1, True), (1, -1, False), (1, None, True), (-1, None, False)):
+        apart = None if kld is None else change(kld)
+        assert HealingEvidence([], {}, change(loss), kld_change=apart).worse is worse
 
 
 def test_a_training_goes_on_with_as_many_processes_alone(tmp_path, monkeypatch):
