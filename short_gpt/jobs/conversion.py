@@ -61,8 +61,12 @@ def convert(
             record = Provenance.of_checkpoint(source)
             how: dict[str, Any] = {"tokenizer": short.tokenizer, "record": record}
             save_hf(short.trainable(), target, **how, source=source)
+        elif source.kind == "meta" and shards is None:
+            meta_to_hf(source, out, **writing)
         else:
-            _to_directory(source, out, dtype, shards, writing)
+            writing |= {"dtype": dtype, "shards": 1 if shards is None else shards}
+            also = [PROVENANCE] if source.kind == "meta" else []  # the history stays the same
+            to_meta(source, out, also=also, **writing)
     if proofs and proofs[0] is not None:
         running.tell(proofs[0])
     return Path(out)
@@ -81,22 +85,6 @@ def _to_gguf(source: Source, out: str, type: str | None, writing: dict[str, Any]
     if before is not None and before.all_removed and before.first_source is not None:
         also[NAME] = before.named(Path(before.first_source).name)
     llama_to_gguf(source, out, kind=type, also=also, **writing)
-
-
-def _to_directory(
-    source: Source,
-    out: str,
-    dtype: str | None,
-    shards: int | None,
-    writing: dict[str, Any],
-) -> None:
-    if source.kind != "meta":
-        to_meta(source, out, dtype=dtype, shards=shards or 1, **writing)
-    elif shards is None:
-        meta_to_hf(source, out, **writing)
-    else:
-        writing |= {"also": (PROVENANCE,)}  # the history stays the same
-        to_meta(source, out, dtype=dtype, shards=shards, **writing)
 
 
 def _format(source: Source, out: str, shards: int | None) -> str:
@@ -125,12 +113,6 @@ def _check_options(
         raise ShortGPTError(f"{source} is in the format {to} already; give `to` another one")
 
 
-def readback_message(source: Source) -> str:
-    """What the writer of a GGUF file has verified."""
-    what = "that remains is the source's" if source.kind == "gguf" else "is what was written"
-    return f"verified: read again, every tensor {what}, byte for byte"
-
-
 def prove(
     directory: Path,
     source: Source,
@@ -148,7 +130,8 @@ def prove(
     """
     written = find_source(directory)
     if written.kind == "gguf" and not verify:
-        return readback_message(source)
+        what = "that remains is the source's" if source.kind == "gguf" else "is what was written"
+        return f"verified: read again, every tensor {what}, byte for byte"
     if not (verify or (verify is None and not source.kind == written.kind == "meta")):
         return None
     how: dict[str, Any] = {"trust_remote_code": opening.trust_remote_code}

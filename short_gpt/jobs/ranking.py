@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -150,12 +150,26 @@ def rank(
     how: Any = {"bos": short.bos, "precision": short.about_precision}
     result = Ranking(answer, windows.seed, state=file, scored=digests, **how)
     if answer.by_loss:
-        return _search(short, cut, result, opening)
-    size = opening.batch_size
-    result = _measure(short, cut, result, windows, size, running)
+        assert isinstance(short, ShortModel) and isinstance(cut, list)  # it is not streamed
+        n = answer.n or 0  # by loss it is set
+        if answer.method == AUTO:
+            return replace(result, choice=choose_healed(short, cut, n, state=file))
+        how = {"method": answer.method, "batch_size": opening.batch_size, "state": file}
+        return replace(result, search=short.search(cut, n, **how))
+    if (plan := short.plan_text(opening.batch_size)) is not None:
+        running.tell(plan)
+    count = count_of(cut)
+    importance = short.measure(
+        cut,
+        batch_size=opening.batch_size,
+        total=windows.max_windows if count is None else count,
+        stop=answer.rule(windows.seed),
+        state=None if file is None else RunState(file),
+        random_order=windows.seed is not None,
+    )
     if named and not alone and is_first_rank():
-        return replace(result, scored=digests_of(str(model)))
-    return result
+        digests = digests_of(str(model))
+    return replace(result, importance=importance, verdict=short.verdict, scored=digests)
 
 
 def _sharing(model: str) -> int | None:
@@ -199,44 +213,3 @@ def check_ranking(
         check_alone(f"`method` {answer.method}")
     if isinstance(model, str | PathLike):
         check_model(model, answer.n)
-
-
-def _measure(
-    short: ScoredModel,
-    windows: Iterable[list[int]],
-    result: Ranking,
-    cut: Windows,
-    size: int,
-    running: Running,
-) -> Ranking:
-    answer = result.answer
-    state = None if result.state is None else RunState(result.state)
-    count = count_of(windows)
-    if (plan := short.plan_text(size)) is not None:
-        running.tell(plan)
-    importance = short.measure(
-        windows,
-        batch_size=size,
-        total=cut.max_windows if count is None else count,
-        stop=answer.rule(cut.seed),
-        state=state,
-        random_order=cut.seed is not None,
-    )
-    return replace(result, importance=importance, verdict=short.verdict)
-
-
-def _search(
-    short: ScoredModel, windows: Iterable[list[int]], result: Ranking, opening: OpenOptions
-) -> Ranking:
-    assert isinstance(short, ShortModel) and isinstance(windows, list)  # it is not streamed
-    answer, n = result.answer, result.answer.n or 0  # by loss it is set
-    if answer.method == AUTO:
-        return replace(result, choice=choose_healed(short, windows, n, state=result.state))
-    search = short.search(
-        windows,
-        n,
-        method=answer.method,
-        batch_size=opening.batch_size,
-        state=result.state,
-    )
-    return replace(result, search=search)
