@@ -44,14 +44,14 @@ sampling_error: test_the_error_over_texts_is_the_jackknifes
 - key = index if count in (None, 1) else int(sample.text or 0)
 + key = index
 Trials.__init__: test_sleb_equals_the_plain_loop
-- max(0, len(window) - first_predicted(window))
+- sum(evaluated(window))
 + len(window)
 _predicted: test_ragged_windows_weigh_by_their_tokens
 - mask[:, 1:].clone()
 + torch.ones_like(mask[:, 1:])
-first_predicted: test_the_prompt_of_an_answer_is_only_read
-- window.start if isinstance(window, Answer) else 1
-+ 1
+evaluated: test_the_prompt_of_an_answer_is_only_read
+- window if isinstance(window, Answer) else [*window]
++ [*window]
 collate: test_padding_is_no_target
 - torch.full_like(tokens, IGNORED)
 + torch.zeros_like(tokens)

@@ -42,6 +42,13 @@ class Default(str):
 class Conversation(str):
     """Messages with role and content, as JSON; a wrapper encodes them by its chat template."""
 
+    @classmethod
+    def of(cls, messages: object) -> Conversation | None:
+        """One of these messages; None where they are no list of them."""
+        if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+            return None
+        return cls(json.dumps([{k: turn[k] for k in ("role", "content")} for turn in messages]))
+
     @property
     def messages(self) -> list[dict[str, str]]:
         return list(json.loads(self))
@@ -328,10 +335,10 @@ def _cell(row: object, column: str | None) -> str:
         raise ShortGPTError(
             f"no column {name!r}, only {', '.join(map(str, row))}: name one by `column`"
         )
-    if isinstance(turns := row[name], list) and turns and all(map(_is_message, turns)):
-        for turn in turns:
+    if conversation := Conversation.of(row[name]):
+        for turn in conversation.messages:
             check_text(turn["content"])
-        return Conversation(json.dumps([{k: t[k] for k in ("role", "content")} for t in turns]))
+        return conversation
     if not isinstance(row[name], str):
         raise ShortGPTError(f"column {name!r} holds {row[name]!r:.60}, expected text")
     check_text(row[name])

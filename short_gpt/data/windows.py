@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice, takewhile, zip_longest
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, overload
@@ -16,6 +16,7 @@ T = TypeVar("T")
 BOS = ("first", "every")  # windows that begin with the text's bos
 TokenIds = Sequence[int]  # of a window
 Span = tuple[int, int]  # start and end of a window, in tokens
+Counted = bytes | None  # for every token 1 if a training counts it, else 0; None: it counts all
 Text = str | Sequence[int]  # or its token ids, where the model itself wrote them
 
 
@@ -33,13 +34,14 @@ class Prefixed(list[int]):
 
     Attributes:
         start: how many tokens at the beginning were added, and are not from the text.
+        counted: `Counted`; 0 is a token that is only read, such as of a user's turn.
     """
 
-    __slots__ = ("start",)
+    __slots__ = ("counted", "start")
 
-    def __init__(self, tokens: Iterable[int], start: int) -> None:
+    def __init__(self, tokens: Iterable[int], start: int, counted: Counted = None) -> None:
         super().__init__(tokens)
-        self.start = start
+        self.start, self.counted = start, counted
 
 
 class Window(Prefixed):
@@ -53,19 +55,40 @@ class Window(Prefixed):
     __slots__ = ("origin", "text")
 
     def __init__(
-        self, tokens: Iterable[int], text: int, start: int = 0, origin: Origin | None = None
+        self,
+        tokens: Iterable[int],
+        text: int,
+        start: int = 0,
+        origin: Origin | None = None,
+        counted: Counted = None,
     ) -> None:
-        super().__init__(tokens, start)
+        super().__init__(tokens, start, counted)
         self.text, self.origin = text, origin
 
-    def __reduce__(self) -> tuple[type[Window], tuple[list[int], int, int]]:
-        return type(self), (list(self), self.text, self.start)
+    def __reduce__(self) -> tuple[type[Window], tuple[object, ...]]:
+        return type(self), (list(self), self.text, self.start, None, self.counted)
 
 
 class Answer(Window):
-    """A prompt's tokens, ``start`` of them, and those of its answer, which alone are predicted."""
+    """A window whose ``counted`` tokens alone are predicted, such as a prompt with its answer."""
 
     __slots__ = ()
+
+
+def learned(window: TokenIds) -> bytes:
+    """For every token 1 if a training counts it, else 0; nothing predicts the first.
+
+    Example:
+        >>> learned([5, 6, 7]) == bytes([0, 1, 1])
+        True
+    """
+    counted = window.counted if isinstance(window, Prefixed) else None
+    return b"\0" + (b"\1" * len(window) if counted is None else counted)[1:]
+
+
+def evaluated(window: TokenIds) -> bytes:
+    """The same for an evaluation: of an `Answer` its counted tokens, else all after the first."""
+    return learned(window if isinstance(window, Answer) else [*window])
 
 
 def text_number(window: Sequence[int]) -> int | None:
@@ -158,7 +181,8 @@ def mix(
     by_kind, before = list[list[Window]](), 0
     for texts in map(list, kinds):
         cuts = windows(texts, encode, seed=seed, limit=each, **cutting)
-        by_kind.append([Window(w, w.text + before, w.start, w.origin) for w in cuts])
+        numbered = ((w, w.text + before, w.start, w.origin, w.counted) for w in cuts)
+        by_kind.append([Window(*each) for each in numbered])
         before += len(texts)
     least = min(map(len, by_kind)) if equal else None
     turns = zip_longest(*(own[:least] for own in by_kind))
@@ -170,29 +194,37 @@ def mix(
 
 def _in_order(spanned: Iterable[tuple[Prefixed, list[Span]]], start: list[int]) -> Iterator[Window]:
     for text, (encoded, spans) in enumerate(spanned):
-        tokens = array("i", encoded)
+        tokens, counted = array("i", encoded), encoded.counted
         for span in spans:
-            yield _window(tokens, span, start, text, (encoded.start, len(tokens)))
+            own = None if counted is None else counted[slice(*span)]
+            yield _window(tokens, span, start, text, (encoded.start, len(tokens)), own)
 
 
-def _window(tokens: array[int], span: Span, start: list[int], text: int, text_span: Span) -> Window:
+def _window(
+    tokens: array[int], span: Span, start: list[int], text: int, text_span: Span, own: Counted
+) -> Window:
     """A window at ``span`` of the tokens; ``text_span`` leaves out what was put before the text."""
     (first, end), (begin, text_end) = span, text_span
     origin = Origin(tokens, begin, text_end, max(first - begin, 0))
-    return Window([*start, *tokens[first:end]], text, len(start) + max(begin - first, 0), origin)
+    counted = None if own is None else bytes(len(start)) + own
+    before = len(start) + max(begin - first, 0)
+    return Window([*start, *tokens[first:end]], text, before, origin, counted)
 
 
 def _shuffled(
     spanned: Iterable[tuple[Prefixed, list[Span]]], start: list[int], seed: int, limit: int | None
 ) -> Windows:
     flat: array[int] = array("i")
-    every, texts = list[Span](), list[Span]()
+    every, texts, counted = list[Span](), list[Span](), dict[int, bytes]()
     for tokens, spans in spanned:
         every += [(len(flat) + begin, len(flat) + end) for begin, end in spans]
+        if tokens.counted is not None:
+            counted |= {len(flat) + begin: tokens.counted[begin:end] for begin, end in spans}
         texts.append((len(flat) + tokens.start, len(flat) + len(tokens)))
         flat.extend(tokens)
     random.Random(seed).shuffle(every)
-    return Windows(flat, every[:limit], population=len(every), texts=texts, start=start)
+    how: Any = {"population": len(every), "texts": texts, "start": start, "counted": counted}
+    return Windows(flat, every[:limit], **how)
 
 
 def starts_texts(encode: Callable[[str], Sequence[int]]) -> list[int]:
@@ -215,9 +247,9 @@ def _start(encode: Callable[[str], Sequence[int]], size: int) -> list[int]:
 
 
 def _without(start: list[int], tokens: Sequence[int]) -> Prefixed:
-    added = tokens.start if isinstance(tokens, Prefixed) else 0
+    added, counted = (tokens.start, tokens.counted) if isinstance(tokens, Prefixed) else (0, None)
     gone = len(start) if list(tokens[: len(start)]) == start else 0
-    return Prefixed(tokens[gone:], max(added - gone, 0))
+    return Prefixed(tokens[gone:], max(added - gone, 0), counted and counted[gone:])
 
 
 class Windows(Sequence[Window]):
@@ -228,6 +260,7 @@ class Windows(Sequence[Window]):
         population: Number of windows that these are a random sample of. Default: as many as these.
         texts: Start of each text, after what was put before it, and its end. Default: one text.
         start: Tokens before every window. Default: none.
+        counted: `Prefixed.counted` of windows by their starts, where not all of a window counts.
     """
 
     def __init__(
@@ -238,8 +271,10 @@ class Windows(Sequence[Window]):
         population: int | None = None,
         texts: Sequence[Span] = (),
         start: Sequence[int] = (),
+        counted: Mapping[int, bytes] | None = None,
     ) -> None:
         self._tokens, self._spans, self._start = tokens, spans, list(start)
+        self._counted = counted or {}
         self._texts = texts or [(0, len(tokens))]
         self.population = len(spans) if population is None else population
 
@@ -257,7 +292,8 @@ class Windows(Sequence[Window]):
             return [self[i] for i in range(*index.indices(len(self)))]
         span = self._spans[index]
         text = bisect_right(self._texts, span[0], key=itemgetter(1))
-        return _window(self._tokens, span, self._start, text, self._texts[text])
+        own = self._counted.get(span[0])
+        return _window(self._tokens, span, self._start, text, self._texts[text], own)
 
 
 def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from short_gpt.data.prompts import prompt_of
+from short_gpt.data.texts import check_plain
 from short_gpt.data.windows import Answer, batches
 from short_gpt.models.decoder import Decoder
 from short_gpt.runtime.errors import ShortGPTError, at_least
@@ -38,7 +40,10 @@ class Answering(Protocol):
 
 
 class Question(NamedTuple):
-    """A prompt, and the answers to it that are right, any of them; none where nobody knows."""
+    """A prompt, and the answers to it that are right, any of them; none where nobody knows.
+
+    A prompt with earlier messages is a `data.texts.Conversation`, which takes a chat template.
+    """
 
     prompt: str
     right: tuple[str, ...] = ()
@@ -64,10 +69,11 @@ def questions(path: str | Path | None = None) -> list[Question]:
     """Reads questions from a file.
 
     Args:
-        path: A file ``.jsonl``, each line an object with "prompt" and, if right answers are known,
-            "right", a text or a list of texts; or another file, each line a prompt. Empty lines are
-            skipped. Default: 40 questions of this library, with right answers: facts, arithmetic,
-            what a line of Python prints, lists and words.
+        path: A file ``.jsonl``, each line an object with "prompt", or "messages" of which the
+            last user's is the prompt, and, if right answers are known, "right", a text or a list of
+            texts; or another file, each line a prompt. Empty lines are skipped. Default: 40
+            questions of this library, with right answers: facts, arithmetic, what a line of Python
+            prints, lists and words.
 
     Raises:
         ShortGPTError: a line is something else, or there is no question.
@@ -97,15 +103,26 @@ def _question(line: str, where: str) -> Question:
     except (ValueError, RecursionError):
         content = None
     given = content if isinstance(content, dict) else {}
+    prompt = prompt_of(given.get("prompt", given.get("messages")))
     right = given.get("right") or []
     right = [right] if isinstance(right, str) else right
-    texts = [given.get("prompt"), *(right if isinstance(right, list) else [None])]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+    texts = [prompt, *(right if isinstance(right, list) else [None])]
+    if prompt is None or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ShortGPTError(
-            f'{where}: expected {{"prompt": "..."}} and perhaps "right", a text or a list of '
-            f"texts; got {line:.60}"
+            f'{where}: expected {{"prompt": "..."}} or "messages" with a user\'s, and perhaps '
+            f'"right", a text or a list of texts; got {line:.60}'
         )
-    return Question(given["prompt"], tuple(right))
+    return Question(prompt, tuple(right))
+
+
+def to_learn(path: str | Path) -> list[str]:
+    """The prompts of a file that a model answers to learn from: those without a right answer.
+
+    What has one, in the file or among this library's questions, judges, and is left out.
+    """
+    every = questions(path)
+    judged = {question.prompt for question in (*every, *questions()) if question.right}
+    return [question.prompt for question in every if question.prompt not in judged]
 
 
 def is_right(question: Question, text: str) -> bool | None:
@@ -161,6 +178,8 @@ def ask(
     """
     at_least(1, max_new_tokens=max_new_tokens)
     chats, context = model.chats, model.decoder.max_seq_len
+    for question in () if chats else questions:
+        check_plain(question.prompt)
     asked = [q.prompt if chats else PLAIN.format(q.prompt) for q in questions]
     prompts = [model.prompt_ids(prompt) for prompt in asked]
     replies = dict[int, Reply]()
@@ -198,8 +217,9 @@ def answer_windows(replies: Sequence[Reply]) -> list[Answer]:
         >>> with short.without_layers([12, 13]):  # doctest: +SKIP
         ...     print(perplexity(short.decoder, [windows], reference=reference).kld)
     """
-    return [
-        Answer([*reply.prompt_ids, *reply.ids], number, len(reply.prompt_ids))
-        for number, reply in enumerate(replies)
-        if reply.ids
-    ]
+    windows = []
+    for number, (prompt, answer, *_) in enumerate(replies):
+        counted = bytes(len(prompt)) + b"\1" * len(answer)
+        if answer:
+            windows.append(Answer([*prompt, *answer], number, len(prompt), counted=counted))
+    return windows

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from short_gpt.data.texts import check_has_split, pg19, texts
-from short_gpt.data.windows import Answer, text_number, windows
+from short_gpt.data.windows import evaluated, text_number, windows
 from short_gpt.evaluation.distance import Reference, kl_divergence
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
@@ -241,7 +241,6 @@ def perplexity(
         5.47
     """
     samples: list[Sample] = []
-    predicted = 0
     with bar("perplexity", total=total, unit="window", show=progress) as shown:
         for batch in batches:
             for indices, tokens, mask in padded(batch, decoder):
@@ -253,16 +252,10 @@ def perplexity(
                     continue
                 logits = decoder.logits(tokens)  # (B, S, V)
                 samples += measured(windows, logits, tokens, mask, reference)
-            predicted += sum(map(len, batch)) - len(batch)
             shown.update(len(batch))
             check_loss(sum(s.nats for s in samples[-len(batch) :]))
     check_predicted(sum(s.tokens for s in samples))
     return replace(Perplexity.of(samples), precision="mixed" if decoder.mixed else "float32")
-
-
-def first_predicted(window: Sequence[int]) -> int:
-    """Position of the first token that is predicted: those before it are only read."""
-    return window.start if isinstance(window, Answer) else 1
 
 
 def measured(
@@ -301,7 +294,8 @@ def _predicted(windows: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
     """Which tokens after the first are predicted, (B, S - 1), from the mask of real ones (B, S)."""
     predicted = mask[:, 1:].clone()
     for row, window in enumerate(windows):
-        predicted[row, : first_predicted(window) - 1] = False
+        counted = torch.tensor([*evaluated(window)[1:]], dtype=torch.bool, device=mask.device)
+        predicted[row, : len(counted)] &= counted
     return predicted
 
 

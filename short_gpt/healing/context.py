@@ -18,6 +18,7 @@ from short_gpt.wrappers.own_text import Write, split_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
 
 Windows = Sequence[Sequence[int]]  # of token ids
+VALIDATE = 16  # most windows to choose the training step by
 # Heals the model; returns how, ready for JSON, and what undoes it.
 Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]
 
@@ -110,7 +111,7 @@ def healing_windows(
     training = _apart(training, evaluation)
     validation: list[list[int]] = []
     if validate:
-        count = max(1, min(len(training) // 10, 16))
+        count = max(1, min(len(training) // 10, VALIDATE))
         if len(training) <= count:
             raise ShortGPTError(
                 "expected at least 2 windows, one to learn from and one to choose the training "

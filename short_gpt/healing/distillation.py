@@ -1,6 +1,7 @@
 """Distillation: a student learns what its teacher predicts, not only the text.
 
-The loss is the mean over predicted tokens of
+The loss is the mean over the tokens that count (all predicted ones, except in dialogs of the
+model's own, where its answers count alone) of
 
     (1 - a) (-log q(next token)) + a t^2 KL(p || q)
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.utils.rnn import pad_sequence
 
-from short_gpt.data.windows import TokenIds, batches
+from short_gpt.data.windows import TokenIds, batches, learned
 from short_gpt.evaluation.perplexity import AT_ONCE, Perplexity, check_loss
 from short_gpt.healing.settings import Recipe, check_above_0
 from short_gpt.models.decoder import Decoder, padded
@@ -47,22 +48,38 @@ class Example(TypedDict):
     """One window, as the Trainer takes it."""
 
     input_ids: list[int]
+    counted: bytes  # as `learned`
     index: int  # among all windows of the run
 
 
 def examples(windows: Sequence[Sequence[int]], *, first: int = 0) -> list[Example]:
-    return [Example(input_ids=[*w], index=i) for i, w in enumerate(windows, start=first)]
+    numbered = enumerate(windows, start=first)
+    return [Example(input_ids=[*w], counted=learned(w), index=i) for i, w in numbered]
+
+
+def learned_digest(windows: Sequence[TokenIds]) -> str:
+    """A digest of windows and of which of their tokens count."""
+    return windows_digest([*windows, *map(learned, windows)])
 
 
 def collate(batch: Sequence[Example]) -> dict[str, Tensor]:
-    """Windows as one batch (B, S), padded on the right; padding is not a target."""
+    """Windows as one batch (B, S), padded on the right; tokens that do not count are no targets."""
     longest = max(len(e["input_ids"]) for e in batch)
     tokens = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, S)
     labels = torch.full_like(tokens, IGNORED)
     for row, example in enumerate(batch):
         ids = torch.tensor(example["input_ids"])
-        tokens[row, : len(ids)] = labels[row, : len(ids)] = ids
+        counted = torch.tensor([*example["counted"]], dtype=torch.bool)
+        tokens[row, : len(ids)] = ids
+        labels[row, : len(ids)] = ids.where(counted, IGNORED)
     return {"input_ids": tokens, "labels": labels}
+
+
+def _predicting(logits: Tensor, counted: Sequence[bool | int]) -> Tensor:
+    """What predicts the counted tokens of a window: of logits (S, V) those before each, (N, V)."""
+    rows = [row for row, counts in enumerate(counted[1:]) if counts]
+    # a slice takes no second copy of the logits
+    return logits[: len(rows)] if rows[-1:] == [len(rows) - 1] else logits[rows]
 
 
 class Targets(NamedTuple):
@@ -154,7 +171,8 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 class Distillation:
     """What LoRA learns besides the text, or instead of it: a teacher's predictions.
 
-    They are kept in a file that is mapped into memory, 6 K + 2 bytes a token.
+    They are kept in a file that is mapped into memory, 6 K + 2 bytes a token. Tokens that do not
+    count (`data.windows.learned`), such as a user's in a dialog of the model's own, have none.
 
     Args:
         folder: Folder of the file; one with predictions for the same is continued.
@@ -193,11 +211,11 @@ class Distillation:
         self.kl_share = kl_share
         K = (self.k,)
         self._record = np.dtype([("ids", "<i4", K), ("logs", "<f2", K), ("rest", "<f2")])
-        # in the file, of each window: records of all tokens except the last
-        sizes = [(len(window) - 1) * self._record.itemsize for window in windows]
+        # in the file, of each window: records of the tokens that count
+        sizes = [sum(learned(window)) * self._record.itemsize for window in windows]
         self._ends = [0, *accumulate(sizes)]
         self._file = Path(folder) / CONTENT
-        digest = {"windows": windows_digest(windows)}
+        digest = {"windows": learned_digest(windows)}
         about = joined(known, digest, {"top_k": self.k, "temperature": self.temperature})
         path = Path(folder) / IDENTITY
         self._state = StateFile(path, about, lock=hold(folder), folder=Path(folder))
@@ -226,6 +244,7 @@ class Distillation:
         rest, model = self._windows[done:], self._model
         mine = team.own_items(rest)
         every = iter(model.window_logits(mine, batch_size=batch_size) if mine and model else ())
+        read = iter(mine)
         with (
             open(self._file, "ab") as file,
             bar("teacher", total=len(self._windows), unit="window", show=progress) as shown,
@@ -233,7 +252,7 @@ class Distillation:
             shown.update(done)
             for _ in range(0, len(rest), team.count):
                 logits = next(every, None)  # (S, V)
-                own = b"" if logits is None else self._content(logits)
+                own = b"" if logits is None else self._content(next(read), logits)
                 del logits  # before the next ones, which are as large
                 for content in team.gather(own):
                     file.write(b"" if team.rank else content)
@@ -241,9 +260,9 @@ class Distillation:
         team.gather(None)  # the first has written all
         self._model = None
 
-    def _content(self, logits: Tensor) -> bytes:
-        """The records of a window's logits, (S, V)."""
-        targets = Targets.of(logits[:-1], self.k, self.temperature)
+    def _content(self, window: TokenIds, logits: Tensor) -> bytes:
+        """The records of a window by its logits, (S, V)."""
+        targets = Targets.of(_predicting(logits, learned(window)), self.k, self.temperature)
         if targets.logs.isnan().any():
             raise NotFiniteError(
                 "the teacher gave a NaN or infinite logit; check the weights, or another dtype"
@@ -254,7 +273,7 @@ class Distillation:
         return record.tobytes()
 
     def targets(self, indices: Sequence[int], windows: Sequence[TokenIds]) -> list[Targets]:
-        """Its predictions after every token of these windows, except the last of each.
+        """Its predictions of every token that counts in these windows.
 
         The indices are those among all windows of training, then of validation.
         """
@@ -286,45 +305,46 @@ class Distillation:
         return finished
 
     def collate(self, batch: Sequence[Example]) -> dict[str, Tensor]:
-        """Windows with their targets, padded: ids and logs (B, S - 1, K), rest (B, S - 1)."""
+        """Windows with their targets, padded to N: ids and logs (B, N, K), rest (B, N)."""
         parts = zip(*self._of(batch), strict=True)  # each of all windows
         padded_parts = [pad_sequence([*part], batch_first=True) for part in parts]
-        tensors = collate(batch)
-        # versions of transformers count the first token as predicted or not: here none does
-        tensors["labels"][:, 0] = IGNORED
-        return tensors | dict(zip(Targets._fields, padded_parts, strict=True))
+        return collate(batch) | dict(zip(Targets._fields, padded_parts, strict=True))
 
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """The sum over the predicted tokens of a batch of `collate`, for logits (B, S, V)."""
+        """The sum over the counted tokens of a batch of `collate`, for logits (B, S, V)."""
         total = logits.new_zeros((), dtype=batch["logs"].dtype)
         # unbound at once: indexing each row would make a gradient as large as the batch for each
         rows = zip(logits.unbind(0), batch["labels"], strict=True)
         for row, (every, labels) in enumerate(rows):
-            count = int(labels.ne(IGNORED).sum())  # the padding follows them
-            own = every[:count]  # (N, V)
-            targets = Targets(*(batch[name][row, :count] for name in Targets._fields))
+            counted = labels.ne(IGNORED)  # (S,)
+            own = _predicting(every, counted.tolist())  # (N, V)
+            targets = Targets(*(batch[name][row, : len(own)] for name in Targets._fields))
             total = total + self._scale * self._divergence(own, targets).sum()
             if self.kl_share < 1:
-                text = F.cross_entropy(own.float(), labels[1 : count + 1], reduction="sum")
+                text = F.cross_entropy(own.float(), labels[counted], reduction="sum")
                 total = total + (1 - self.kl_share) * text
         return total
 
     def measure(
         self, decoder: Decoder, windows: Sequence[TokenIds], *, first: int, batch_size: int
     ) -> dict[str, float]:
-        """A student's mean loss, divergence and perplexity; ``first``: the first window's index."""
+        """A student's mean loss, divergence and perplexity over the tokens that count.
+
+        ``first`` is the index of the first window.
+        """
         apart = nats = 0.0
         for batch in batches(examples(windows, first=first), batch_size):
             every = [example["input_ids"] for example in batch]
             for indices, tokens, _ in padded(every, decoder):
                 few, logits = [batch[i] for i in indices], decoder.logits(tokens)
                 for row, (example, targets) in enumerate(zip(few, self._of(few), strict=True)):
-                    labels = tokens[row, 1 : len(example["input_ids"])]
-                    own = logits[row, : len(labels)]
+                    counted = torch.tensor([*example["counted"]], dtype=torch.bool)  # (S,)
+                    own = _predicting(logits[row], counted.tolist())  # (N, V)
+                    labels = tokens[row, : len(counted)][counted]  # (N,)
                     apart += float(self._divergence(own, targets.to(own.device)).sum())
                     nats += float(F.cross_entropy(own, labels, reduction="sum"))
         check_loss(apart + nats)
-        count = sum(len(window) - 1 for window in windows)
+        count = sum(sum(learned(window)) for window in windows)
         value = Perplexity(nats, count, len(windows)).value
         loss = (self._scale * apart + (1 - self.kl_share) * nats) / count  # as it is trained
         return {"eval_loss": loss, "eval_divergence": apart / count, "eval_perplexity": value}

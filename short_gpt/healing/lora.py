@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from short_gpt.data.disjoint import check_disjoint
-from short_gpt.data.windows import TokenIds
+from short_gpt.data.windows import TokenIds, learned
 from short_gpt.healing.context import Heal, HealingContext
 from short_gpt.healing.distillation import Distillation
 from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
@@ -50,7 +50,8 @@ class LoraResult:
     losses: dict[int, float]  # training loss in nats by step
     validation: dict[int, float]  # perplexity on the validation windows by step; 0 is before
     windows: int  # different ones trained on
-    tokens: int  # trained on, with repetitions
+    tokens: int  # read, with repetitions
+    counted_tokens: int  # of these, which the loss counts: in dialogs of its own the answers'
     divergence: dict[int, float] | None = None  # from the teacher in validation by step, nats
     distillation: dict[str, object] | None = None  # its settings; None where text was learned
 
@@ -175,6 +176,7 @@ def _train(adapted: PeftModel, run: TrainingRun) -> LoraResult:
         validation={step: metrics["eval_perplexity"] for step, metrics in measured.items()},
         windows=round(min(1.0, state.epoch) * len(run.training)),
         tokens=round(state.epoch * sum(map(len, run.training))),
+        counted_tokens=round(state.epoch * sum(sum(learned(w)) for w in run.training)),
         divergence=apart,
         distillation=None if distilled is None else distilled.identity(),
     )
@@ -225,8 +227,8 @@ def _check(run: TrainingRun, evaluation: Sequence[TokenIds], processes: int) -> 
     multiple = f"a multiple of {at_once}, the windows that {processes} processes read at once"
     check(run.recipe.batch_size % at_once == 0, "batch_size", run.recipe.batch_size, multiple)
     for name, windows in (("training", run.training), ("validation", run.validation)):
-        shortest = min(map(len, windows), default=0)
-        check(shortest > 1, f"{name} windows", len(windows), "some of at least 2 tokens")
+        fewest = min((sum(learned(window)) for window in windows), default=0)
+        check(fewest, f"{name} windows", len(windows), "some of at least 2 tokens, one that counts")
         check_disjoint(windows, evaluation)
     check_disjoint(run.training, run.validation)
     check_installed(run.recipe)
@@ -312,16 +314,20 @@ def prepare_training(name: str, context: HealingContext, recipe: Recipe | None) 
     """
     model = check_trainable(context.short.trainable())
     recipe = recipe or recipe_for(model.config)
-    windows, distillation = context.windows, None
-    training = context.unseen_first()[: recipe.steps * recipe.batch_size]
+    # a prompt may fill a window, and leave nothing that counts
+    every, validation = (
+        [window for window in windows if any(learned(window))]
+        for windows in (context.unseen_first(), context.windows.validation)
+    )
+    training, distillation = every[: recipe.steps * recipe.batch_size], None
     if name == "distill":
-        distillation = _distillation(context, recipe, [*training, *windows.validation])
+        distillation = _distillation(context, recipe, [*training, *validation])
     folder = None if context.folder is None else context.folder / name
-    read = (training, windows.validation, recipe)
+    read = (training, validation, recipe)
     run = TrainingRun(*read, folder, context.progress, distillation)
 
     def train_and_merge() -> tuple[dict[str, object], Callable[[], object]]:
-        healed, undo = heal_run(context.short, run, windows.evaluation)
+        healed, undo = heal_run(context.short, run, context.windows.evaluation)
         return healed.to_dict(), undo
 
     return train_and_merge

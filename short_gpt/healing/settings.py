@@ -129,6 +129,18 @@ class Recipe:
     def warmup_steps(self) -> int:
         return min(100, self.steps // 10) if self.warmup is None else self.warmup
 
+    def steps_for(self, reads: int, windows: int) -> int:
+        """Steps that read so many windows, of ``windows`` different ones, over and over.
+
+        The last step of a round is of the windows that are left.
+
+        Example:
+            >>> Recipe(batch_size=4).steps_for(13, 6)
+            5
+        """
+        rounds, rest = divmod(reads, windows)
+        return rounds * -(-windows // self.batch_size) + -(-rest // self.batch_size)
+
     @classmethod
     def parse(
         cls,

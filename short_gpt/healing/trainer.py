@@ -18,9 +18,9 @@ import torch
 
 from llama.files import follow_umask
 from llama.ranks import environment
-from short_gpt.data.windows import TokenIds, batches
+from short_gpt.data.windows import Answer, TokenIds, batches, learned
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.healing.distillation import Distillation, collate, examples
+from short_gpt.healing.distillation import Distillation, collate, examples, learned_digest
 from short_gpt.healing.settings import Recipe
 from short_gpt.models.config_file import config_digest, config_entries
 from short_gpt.models.hf import HFDecoder
@@ -58,9 +58,8 @@ class TrainingRun(NamedTuple):
     layers_path: str | None = None  # where the layers are in the model; None finds them
 
     def identity(self, adapted: PeftModel) -> dict[str, object]:
-        windows = [[list(w) for w in part] for part in (self.training, self.validation)]
         read = {
-            "text": json_digest(windows),
+            "text": json_digest([*map(learned_digest, (self.training, self.validation))]),
             "model": weights_digest(adapted),
             "configuration": config_digest(config_entries(adapted.get_base_model().config)),
         }
@@ -81,7 +80,9 @@ class TrainingRun(NamedTuple):
             read = {"first": len(self.training), "batch_size": at_once}  # validation comes after
             metrics = self.distillation.measure(decoder, self.validation, **read)
         else:
-            measured = perplexity(decoder, batches(self.validation, at_once))
+            # its answers alone, of a dialog
+            counted = [Answer(w, 0, counted=learned(w)) for w in self.validation]
+            measured = perplexity(decoder, batches(counted, at_once))
             loss = measured.nats / measured.tokens
             metrics = {"eval_loss": loss, "eval_perplexity": measured.value}
         return replicas.current().gather(metrics)[0]  # by which all ranks choose

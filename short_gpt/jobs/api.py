@@ -29,16 +29,17 @@ if TYPE_CHECKING:
     from short_gpt.jobs.reproduction import ReproductionResult
     from short_gpt.jobs.shrunk import ShrinkResult
 
-SCORED = Windows(stride=STRIDE).without("eval_data", "eval_windows")  # as the ShortGPT authors cut
+# as the ShortGPT authors cut
+SCORED = Windows(stride=STRIDE).without("eval_data", "eval_windows", "prompts")
 RANKING = OpenOptions().only(*STREAMING, "batch_size")
 DEMO = BuiltinName("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two minutes on two cores
 DEMO_WINDOWS = Windows("self", eval_data=DEMO, size=256, max_windows=24, eval_windows=8).without(
-    "data", "column", "eval_data", "stride", "seed"
+    "data", "column", "eval_data", "prompts", "stride", "seed"
 )
 OF_DEMO = Shrinking(n=1, method="bi").only("n", "method", "time")
 SHRINKING = OpenOptions(precision=FASTER).only("device", "dtype", "precision", "trust_remote_code")
-COMPARED = Windows(max_windows=24, eval_windows=16).without("stride")
+COMPARED = Windows(max_windows=24, eval_windows=16).without("prompts", "stride")
 PUBLISHED = Windows(Default("wikitext-2"), size=2048)  # as published perplexities are measured
 
 

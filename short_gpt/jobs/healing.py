@@ -21,13 +21,14 @@ from short_gpt.evaluation.perplexity import (
     window_perplexities,
 )
 from short_gpt.healing import HealingEvidence, HealingJob, HealingWindows
+from short_gpt.healing.context import VALIDATE
 from short_gpt.healing.job import CLOSED, TRAINING
 from short_gpt.healing.settings import CLOSED_WINDOWS
 from short_gpt.jobs.inputs import SIZE, Windows, check_model
 from short_gpt.jobs.saving import Running, Saving, interruptible
 from short_gpt.jobs.settings import Choice, Healing, methods_of
 from short_gpt.models.numbering import check_layers
-from short_gpt.runtime.errors import ShortGPTError
+from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.state import hold
 from short_gpt.wrappers.opening import open_model, open_trainable
@@ -82,6 +83,8 @@ def heal(
     """What `jobs.heal` does."""
     methods = methods_of(healing.heal_by)
     windows.check(shuffled=True)
+    learns = windows.prompts is None or windows.asked
+    check(learns, "prompts", windows.prompts, "some without right answers: heal asks no questions")
     healing.check(methods)
     if opening.stream and methods != ["refit"] and "distill" not in methods:
         raise ShortGPTError(
@@ -117,13 +120,18 @@ def _heal(
     lock = None if folder is None else hold(folder)  # before the model is opened
     windows.check_texts()
     short = _opened(model, removal, opening, trains=trains, size=windows.size or SIZE)
-    recipe = None
+    recipe, few_bits = None, trains and is_gguf(out) and in_few_bits(model)
     if trains:
-        few_bits = is_gguf(out) and in_few_bits(model)
         recipe = healing.trained(short, windows.seed or 0, few_bits=few_bits)
     size = windows.size or (recipe.size if recipe else SIZE)
     limit = None if trains else CLOSED_WINDOWS
+    if healing.count is not None:  # each read once, and those of a closed form and to validate
+        closed = CLOSED_WINDOWS if methods[0] in CLOSED else 0
+        limit = -(-healing.count // size) + closed + VALIDATE
     parts = windows.learning(short, size, limit, validate=trains, beside=out)
+    if recipe is not None and healing.count is not None:
+        steps = recipe.steps_for(-(-healing.count // size), len(parts.training))
+        recipe = healing.trained(short, windows.seed or 0, few_bits=few_bits, steps=steps)
     teacher = _teacher(model, healing, opening, size)
     job = HealingJob(
         short,

@@ -20,7 +20,7 @@ from short_gpt.data.texts import (
     source_names,
 )
 from short_gpt.data.windows import Text, mix, windows
-from short_gpt.runtime.errors import ShortGPTError, at_least
+from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import READ, Settings, setting
 
 if TYPE_CHECKING:
@@ -55,6 +55,19 @@ def whole_numbers(
     return list(several)  # type: ignore[call-overload]
 
 
+def count_of(text: str | int, name: str) -> int:
+    """A number of parameters or tokens, or of a text like "400k", "1.6M" or "1.2B".
+
+    Example:
+        >>> count_of("1.6M", "tokens")
+        1600000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
+    check(match is not None, f"`{name}`", text, "a number, such as 400k, 1.6M or 1.2B")
+    assert match is not None
+    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]])
+
+
 @dataclass(frozen=True)
 class Windows(Settings):
     """Texts by the names of their sources, and the windows of tokens that they are cut into.
@@ -85,6 +98,14 @@ class Windows(Settings):
         "Texts to evaluate on. Default: a tenth of the texts of data, or the end of a lone text, "
         "is held out.",
         value="TEXTS",
+    )
+    prompts: str | None = setting(
+        None,
+        "File of prompts, one a line, or .jsonl with prompt, or messages whose last user's is the "
+        "prompt. Those with the right answer, in shrink: what the models are asked, instead of 40 "
+        "of ours. The others: what a user asks in the dialogs of self, which the original answers.",
+        value="FILE",
+        rare=True,
     )
     size: int | None = setting(SIZE, "Tokens in a window.")
     max_windows: int | None = setting(None, "Windows to read, in random order. Default: all.")
@@ -127,6 +148,13 @@ class Windows(Settings):
         return [name for name in source_names(self.name) if name in OWN]
 
     @property
+    def asked(self) -> list[str]:
+        """The prompts that the model answers in dialogs of its own; without a file none."""
+        from short_gpt.evaluation.answers import to_learn
+
+        return [] if self.prompts is None else to_learn(self.prompts)
+
+    @property
     def step(self) -> int:
         """Tokens from the start of a window to that of the next."""
         size = SIZE if self.size is None else self.size
@@ -142,6 +170,9 @@ class Windows(Settings):
         at_least(0, optional=not shuffled, seed=self.seed)
         size = SIZE if self.size is None else self.size
         windows([], lambda _: [], size=size, stride=self.step)
+        dialogs = not self.asked or {"self", "self:chat"} & {*self.own}
+        expected = "self or self:chat in `data`, whose dialogs ask those without right answers"
+        check(dialogs, "prompts", self.prompts, expected)
 
     def kinds(self) -> list[Iterable[Text]]:
         """The texts of each source, as `data.texts.read_kinds`."""
@@ -190,7 +221,7 @@ class Windows(Settings):
             limit=self.max_windows or limit,
             eval_windows=self.eval_windows,
             validate=validate,
-            write=own_text_writer(short, size, seed=seed, beside=beside),
+            write=own_text_writer(short, size, seed=seed, beside=beside, prompts=self.asked),
         )
 
 

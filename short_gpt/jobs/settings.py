@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from short_gpt.jobs.inputs import listed, whole_numbers
+from short_gpt.jobs.inputs import count_of, listed, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import CHOOSE, Settings, setting
 
@@ -131,6 +131,7 @@ class Choice(Settings):
 
 CLOSED_FORM = ("ridge", "step_size")  # settings of closed forms
 DISTILLED = ("top_k", "temperature", "kl_share")  # of a recipe, for distill alone
+CHECKS = 40  # evaluations of a long training, at most
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,12 @@ class Healing(Settings):
         "small,steps=400,rank=16,batch_size=4 or distill's top_k=64; in Python "
         "also a dict or a Recipe, which describes all. Default: paper.",
     )
+    tokens: str | int | None = setting(
+        None,
+        "Tokens that lora and distill read, as in 400k or 1.6M, instead of the recipe's steps; "
+        "more than once where the texts have fewer.",
+        value="COUNT",
+    )
     teacher: str | None = setting(
         None,
         "Original model of which MODEL is a part, for distill; with stream it is read by the "
@@ -175,7 +182,7 @@ class Healing(Settings):
 
         closed = {name: {one.name for one in fields(STEPS[name].settings)} for name in CLOSED}
         users = {name: [form for form in closed if name in closed[form]] for name in CLOSED_FORM}
-        users |= {"recipe": [*TRAINING], "teacher": ["distill"]}
+        users |= {"recipe": [*TRAINING], "tokens": [*TRAINING], "teacher": ["distill"]}
         for name, ways in users.items():
             if getattr(self, name) is not None and not {*ways} & {*methods}:
                 raise ShortGPTError(f"`{name}` is for `heal_by` {' or '.join(ways)}")
@@ -187,6 +194,16 @@ class Healing(Settings):
             if changed and "distill" not in methods:
                 raise ShortGPTError(f"{', '.join(changed)} of `recipe`: for `heal_by` distill")
             lora.check_installed(recipe)
+            at_least(1, optional=True, tokens=self.count)
+            # a recipe that names its steps has them whatever the default is
+            one, two = (Recipe.parse(self.recipe or "", steps=steps).steps for steps in (1, 2))
+            twice = self.count is not None and one == two and recipe is not self.recipe
+            check(not twice, "tokens", self.tokens, "a recipe without steps, which say the same")
+
+    @property
+    def count(self) -> int | None:
+        """The tokens that a training reads; None where the recipe's steps say it."""
+        return None if self.tokens is None else count_of(self.tokens, "tokens")
 
     def closed(self, name: str) -> object:
         """The settings of a closed form; ShortGPTError for one out of range."""
@@ -196,16 +213,24 @@ class Healing(Settings):
         changes = {n: getattr(self, n) for n in CLOSED_FORM if n in known}
         return STEPS[name].settings(**{n: v for n, v in changes.items() if v is not None})
 
-    def trained(self, short: ScoredModel, seed: int, *, few_bits: bool = False) -> Recipe:
+    def trained(
+        self, short: ScoredModel, seed: int, *, few_bits: bool = False, steps: int | None = None
+    ) -> Recipe:
         """The recipe for a model of transformers.
 
         ``few_bits``: what it changes is rounded again, and so a preset that changes all maps
-        changes the output projections alone.
+        changes the output projections alone. ``steps`` follow from ``tokens``.
         """
         from short_gpt.healing.settings import ALL, OUTPUTS, Recipe
 
-        recipe = Recipe.parse(self.recipe or "", short.trainable().config, seed=seed)
-        if few_bits and recipe is not self.recipe and recipe.modules == ALL:
+        given, config = self.recipe or "", short.trainable().config
+        recipe = Recipe.parse(given, config, seed=seed)
+        if isinstance(given, Recipe):
+            return recipe if steps is None else replace(recipe, steps=steps)
+        if steps is not None:  # how often it is evaluated stays, if the recipe says it
+            every = max(recipe.eval_every, -(-steps // CHECKS))
+            recipe = Recipe.parse(given, config, seed=seed, steps=steps, eval_every=every)
+        if few_bits and recipe.modules == ALL:
             return replace(recipe, modules=OUTPUTS)
         return recipe
 

@@ -222,7 +222,7 @@ class Shrink:
     @property
     def _dials(self) -> dict[str, Any]:
         """Settings that choose layers and healing: questions and tasks may be others later."""
-        return asdict(replace(self.settings, prompts=None, pick=None))
+        return asdict(replace(self.settings, pick=None))
 
     @property
     def _most_seconds(self) -> float:
@@ -340,8 +340,9 @@ class Shrink:
 
     @cached_property
     def questions(self) -> list[Question]:
-        """What the original, the pruned and the healed model are asked."""
-        return questions(self.settings.prompts)
+        """What the original, the pruned and the healed model are asked, and do not learn."""
+        own = [] if self.reading.prompts is None else questions(self.reading.prompts)
+        return [question for question in own if question.right] or questions()
 
     def ask(self, short: ShortModel | None = None) -> list[Reply]:
         """The answers of the model as it is now, or of another one."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
-from short_gpt.jobs.inputs import Windows, whole_numbers
+from short_gpt.jobs.inputs import Windows, count_of, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import CHOOSE, RUN, Settings, setting
 
@@ -91,14 +90,6 @@ class Shrinking(Settings):
         heading=RUN,
         value="TIME",
     )
-    prompts: str | None = setting(
-        None,
-        "File of questions that the original, the pruned and the healed model answer, one a line, "
-        "or .jsonl with prompt and the right answer. Default: 40 of ours.",
-        heading=RUN,
-        value="FILE",
-        rare=True,
-    )
     heal_by: str = setting(
         "refit",
         "Closed form that heals the sets of layers that are compared, and the result.",
@@ -145,7 +136,7 @@ class Shrinking(Settings):
         from short_gpt.runtime.memory import bytes_of
 
         if self.params is not None:
-            return count_of(self.params)
+            return count_of(self.params, "params")
         return None if self.memory is None else bytes_of(self.memory, "memory")
 
     @property
@@ -219,11 +210,3 @@ class Shrinking(Settings):
                     "that or more"
                 )
         return check_count(n, total, most=most)
-
-
-def count_of(text: str | int) -> int:
-    """A number of parameters, or of a text like "400M" or "1.2B"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
-    check(match is not None, "`params`", text, "a number of parameters, such as 400M or 1.2B")
-    assert match is not None
-    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]])

@@ -17,9 +17,9 @@ from typing import cast
 
 from torch import Tensor
 
-from short_gpt.data.windows import TokenIds, batches
+from short_gpt.data.windows import TokenIds, batches, evaluated
 from short_gpt.evaluation.distance import Reference
-from short_gpt.evaluation.perplexity import check_predicted, divergence, first_predicted, measured
+from short_gpt.evaluation.perplexity import check_predicted, divergence, measured
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.layer_calls import PartialRun
 from short_gpt.models.numbering import check_count, check_exist
@@ -175,7 +175,7 @@ class Trials:
         ]
         if self._reference is not None:
             self._reference.read(windows)
-        self._predicted = sum(max(0, len(window) - first_predicted(window)) for window in windows)
+        self._predicted = sum(sum(evaluated(window)) for window in windows)
         check_predicted(self._predicted)
         self._stored: dict[int, list[Tensor]] = {}  # by layer, the states (B, S, D) entering it
         tokens_read = sum(tokens.numel() for _, tokens, _ in self._batches)

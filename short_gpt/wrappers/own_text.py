@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +17,10 @@ from torch import Tensor
 from llama.generation import COLDEST, check_logits
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.disjoint import hold_out
-from short_gpt.data.prompts import BUILT_IN, prompts
-from short_gpt.data.texts import OWN
+from short_gpt.data.prompts import BUILT_IN, in_turn, prompt_of, prompts
+from short_gpt.data.texts import OWN, Conversation
 from short_gpt.data.windows import Text, Window, batches, common_start, starts_texts
+from short_gpt.evaluation.answers import to_learn
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
@@ -47,6 +50,7 @@ def own_samples(
     temperature: float = 1.0,
     seed: int = 0,
     chat: bool | None = None,
+    prompts: StrPath | Iterable[object] | None = None,
     batch_size: int | None = None,
     beside: StrPath | None = None,
     progress: bool = True,
@@ -54,7 +58,8 @@ def own_samples(
     """Texts that the model writes, each a window of ``size`` token ids: half of them dialogs.
 
     A text begins with bos, and nothing ends it. A dialog is in the chat template: a user's turns
-    are `data.prompts`, each followed by the model's answer up to its own stop. Every token of the
+    are `data.prompts`, each followed by the model's answer up to its own stop; the answers alone
+    are ``counted`` in its window, the tokens that a training learns. Every token of the
     model's is drawn from softmax(logits / temperature) over the whole vocabulary (as for
     fine-tuning in arXiv:2410.09982 and quantization in arXiv:2305.17888), or is the likeliest in
     every fourth answer. A draw is argmax(logits / temperature - log E), E ~ Exp(1) of V numbers by
@@ -65,6 +70,9 @@ def own_samples(
         count: Number of texts. Default: 96.
         size: Tokens of each, with bos if the tokenizer puts it before a text. Default: 1024.
         chat: Write dialogs alone, or none. Default: half of the texts, if the model `chats`.
+        prompts: The user's turns: texts, or lists of messages with role and content, the last
+            user's of which is answered; or a file as `evaluation.answers.questions` reads, whose
+            prompts with right answers are left out. Default: `data.prompts`.
         batch_size: Texts written at once; with a number, the batches are those of one process.
             Default: up to 64, in half of the free memory.
         beside: File beside which texts are kept, by a digest of weights and settings: a later
@@ -83,22 +91,44 @@ def own_samples(
     at_least(0, seed=seed)
     at_least(1, optional=True, batch_size=batch_size)
     check(COLDEST <= temperature < math.inf, "temperature", temperature, "a number above 0")
+    asked = None if prompts is None else _asked(short, prompts, size)
+    check(chat is not False or asked is None, "chat", chat, "dialogs, for `prompts`")
+    openings, unseen = _openings(short, chat, asked=asked is not None)
+    starts = [len(ids) - (0 if dialog else unseen) for dialog, ids in openings.items()]
+    start, most = max(starts), short.decoder.max_seq_len
+    at_least(2, size=size)
+    check(start < size <= most, "size", size, f"more than {start} tokens and at most {most}")
+    writer = _Writer(short, openings, size + unseen, unseen, temperature, seed, asked)
+    texts = writer.texts(count, batch_size, beside, progress)
+    return [writer.window(row, ids) for row, ids in enumerate(texts)]
+
+
+def _openings(
+    short: ShortModel, chat: bool | None, *, asked: bool
+) -> tuple[dict[bool, list[int]], int]:
+    """What texts and dialogs begin with; and how many tokens of bos no text is read with."""
     usual, openings = starts_texts(short.encode), dict[bool, list[int]]()  # of dialogs or not
     if not chat:
         openings[False] = usual or short.opening()
-    if chat or (chat is None and short.chats):
-        with nullcontext() if chat else suppress(ShortGPTError):
+    if chat or asked or (chat is None and short.chats):
+        with nullcontext() if chat or asked else suppress(ShortGPTError):
             openings[True] = short.opening(chat=True)
-    # bos that the tokenizer puts before no text
-    unseen = 0 if chat or usual else len(openings[False])
-    starts = {each: len(ids) - (0 if each else unseen) for each, ids in openings.items()}
-    start, most = max(starts.values()), short.decoder.max_seq_len
-    at_least(2, size=size)
-    check(start < size <= most, "size", size, f"more than {start} tokens and at most {most}")
-    writer = _Writer(short, openings, size + unseen, temperature, seed)
-    texts = writer.texts(count, batch_size, beside, progress)
-    cut = [ids[:size] if writer.is_dialog(i) else ids[unseen:] for i, ids in enumerate(texts)]
-    return [Window(ids, i, starts[writer.is_dialog(i)]) for i, ids in enumerate(cut)]
+    return openings, 0 if chat or usual else len(openings[False])
+
+
+def _asked(short: ShortModel, prompts: StrPath | Iterable[object], size: int) -> list[str]:
+    """The user's prompts; ShortGPTError unless each leaves room for an answer in a window."""
+    if isinstance(prompts, str | PathLike):
+        every: list[str | None] = [*to_learn(Path(prompts))]
+    else:
+        every = [prompt_of(prompt) for prompt in prompts]
+    asked = [prompt for prompt in every if prompt is not None]
+    expected = "texts, or messages with a user's, without right answers"
+    check(asked and len(asked) == len(every), "prompts", prompts, expected)
+    for prompt in asked:
+        room = f"at most {size - 1} tokens with the chat template, to fit `size` with an answer"
+        check(len(short.turn(prompt)) < size, "prompt", f"{prompt:.40}", room)
+    return asked
 
 
 def draw(logits: Tensor, temperature: float, keys: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -153,8 +183,10 @@ class _Writer:
     short: ShortModel
     openings: dict[bool, list[int]]  # of texts and of dialogs, those that there are
     length: int
+    unseen: int  # tokens of bos, which the tokenizer puts before no text
     temperature: float
     seed: int
+    asked: Sequence[str] | None = None  # the user's turns; None: the built-in ones
 
     def is_dialog(self, row: int) -> bool:
         """Whether the text of this number is a dialog."""
@@ -208,21 +240,38 @@ class _Writer:
         self.short.continued([text.ids for text in texts], self.length - 1, choose)
         return [text.ids for text in texts]
 
+    def window(self, row: int, ids: Sequence[int]) -> Window:
+        """The text of this number; of a dialog the model's answers count."""
+        if not self.is_dialog(row):
+            return Window(ids[self.unseen :], row, len(self.openings[False]) - self.unseen)
+        text, wrote, ids = self._started(row), [False], ids[: self.length - self.unseen]
+        for token in ids[1:]:
+            wrote.append(not text.ahead)
+            if not text.ahead:
+                text.write(token)
+            text.read()
+        start = len(common_start(ids, self.openings[True]))  # messages may bring a system prompt
+        return Window(ids, row, start, counted=bytes(wrote))
+
     def _started(self, row: int) -> _Text:
         """The text of this number, up to where the model begins."""
         if not self.is_dialog(row):
             return _Text(self.openings[False])
-        asked, short, opening = prompts(self.seed, row), self.short, self.openings[True]
-        first, ends = short.turn(next(asked)), short.answer_ends
-        start = [*opening, *first[len(common_start(first, opening)) :]]
+        every, short, opening = self.asked, self.short, self.openings[True]
+        asked = in_turn(every, self.seed, row) if every else prompts(self.seed, row)
+        prompt, ends = next(asked), short.answer_ends
+        start = short.turn(prompt)
+        if not isinstance(prompt, Conversation):
+            start = [*opening, *start[len(common_start(start, opening)) :]]
         return _Text(start, row, (short.turn(prompt, ends=ends) for prompt in asked), ends)
 
     def _state(self, folder: Path) -> StateFile:
         settings = {"length": self.length, "seed": self.seed, "temperature": self.temperature}
         identity = {**self.short.identity(), **settings, "opening": self.openings.get(False)}
         if True in self.openings:
-            asked = json_digest(BUILT_IN.read_text(encoding="utf-8"))
-            identity["dialogs"] = [self.openings[True], GREEDY, asked]
+            asked = json_digest(self.asked or BUILT_IN.read_text(encoding="utf-8"))
+            turn = self.short.turn("?", ends=self.short.answer_ends)
+            identity["dialogs"] = [self.openings[True], turn, GREEDY, asked]
         identity.pop("precision", None)  # of reading windows: a text is written in the model's own
         return StateFile(folder / f"self-{json_digest(identity)}.json", identity)
 
@@ -241,12 +290,21 @@ class _Writer:
 
 
 def own_text_writer(
-    short: ScoredModel, size: int, *, seed: int | None = 0, beside: StrPath | None = None
+    short: ScoredModel,
+    size: int,
+    *,
+    seed: int | None = 0,
+    beside: StrPath | None = None,
+    prompts: Sequence[str] = (),
 ) -> Write:
     """Writes the text of ``self`` for a run: `own_samples` of its model."""
-    return lambda chat, count: own_samples(
-        short, count, size, seed=seed or 0, chat=chat, beside=beside
-    )
+
+    def write(chat: bool | None, count: int) -> list[Window]:
+        how: dict[str, Any] = {"seed": seed or 0, "chat": chat, "beside": beside}
+        how |= {"prompts": prompts} if prompts and chat is not False else {}
+        return own_samples(short, count, size, **how)
+
+    return write
 
 
 def count_of_own(limit: int | None, kinds: int, *, extra: bool) -> int:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from short_gpt.data.texts import Conversation
 from short_gpt.data.windows import common_start
 from short_gpt.models.numbering import check_exist, layer_numbers
 from short_gpt.runtime.errors import ShortGPTError
@@ -84,8 +85,11 @@ class ShortModel(ScoredModel):
     def turn(self, prompt: str, *, ends: frozenset[int] = frozenset()) -> list[int]:
         """Token ids of a user's turn, up to where the model begins to answer.
 
-        With `answer_ends` as ``ends`` it follows one of these, and has no system prompt.
+        With `answer_ends` as ``ends`` it follows one of these, and has no system prompt. A
+        `Conversation` is a dialog of its own, and follows nothing.
         """
+        if isinstance(prompt, Conversation):
+            return self.dialog(prompt.messages, answer=True)
         after = self._after_answer(prompt) if ends else []
         between = common_start(after, self._after_answer("?")) if ends else []
         end = next((i for i, token in enumerate(between, 1) if token in ends), 0)

@@ -23,14 +23,13 @@ from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.target import StrPath, Target
 from short_gpt.checkpoints.verify import check_same_logits
 from short_gpt.data.texts import check_plain
-from short_gpt.data.windows import batches, text_number
+from short_gpt.data.windows import batches, evaluated, text_number
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import (
     Perplexity,
     Sample,
     check_loss,
     check_predicted,
-    first_predicted,
 )
 from short_gpt.models.config_file import params_entries
 from short_gpt.models.decoder import MetaDecoder, Parameter, WeightChange, mixed_precision, pad
@@ -232,7 +231,7 @@ class StreamedLlama(ScoredModel):
                 losses = torch.cat([row.cpu()[batch.mask[:, 1:]] for row, batch in pairs]).double()
                 each = losses.split([len(window) - 1 for window in part])
                 for window, values in zip(part, each, strict=True):
-                    own = values[first_predicted(window) - 1 :]  # of its predicted tokens
+                    own = values[torch.tensor([*evaluated(window)[1:]], dtype=torch.bool)]
                     samples.append(Sample(text_number(window), float(own.sum()), len(own)))
                 check_loss(float(losses.sum()))
                 shown.update(len(part))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -58,7 +59,8 @@ def test_patched_then_trained_the_card_names_both_in_order(tmp_path):
     heal_patch(short, [2, 4], WINDOWS, progress=False)
     assert heal_lora(short, TRAINING, VALIDATION, recipe=QUICK, progress=False).kept_step
     out = short.save(tmp_path / "out", facts={"data": "eight words"})
-    assert "were changed by patch, then LoRA." in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert re.search(r"were changed by patch \(\d+ tokens\), then LoRA \(\d+ tokens\)\.", card)
     record = record_of(out)
     assert [step["method"] for step in record["healing"]] == ["patch", "LoRA"]
     assert record["data"] == "eight words"

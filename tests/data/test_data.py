@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from short_gpt.data.texts import TextName, check_named_once, pg19, read_texts, source_names, texts
-from short_gpt.data.windows import Windows, windows
+from short_gpt.data.windows import Window, Windows, learned, mix, windows
 from short_gpt.runtime.errors import ShortGPTError
 
 BOOKS = ["First book.\n\nIt is short.", "Second book: naïve.", "Third."]
@@ -325,6 +326,24 @@ def test_a_seed_permutes_and_a_limit_takes_the_first(
             books, letters, size=size, stride=stride, tail=tail, seed=one_seed, limit=limit
         )
         assert [*part] == full[:limit]
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("bos", ["first", "every"])
+def test_which_tokens_count_goes_with_them_through_cutting_and_mixing(seed, bos) -> None:
+    """Tokens of a dialog count where they are even; of other texts all count."""
+    dialogs = [Window([1, *range(10 * i, 10 * i + 9)], i, counted=b"\0\1" * 5) for i in (2, 3)]
+    kinds, encode = [dialogs, ["abcdefgh"]], lambda text: [1, *map(ord, text)]
+    cut = [*mix(kinds, encode, size=4, stride=4, seed=seed, bos=bos)]
+    cut += windows(dialogs, encode, size=4, stride=4, seed=seed, bos=bos)
+    assert len([w for w in cut if max(w) < 40]) == 2 * (4 if bos == "first" else 6)
+    for window in cut:
+        if max(window) >= 40:
+            assert window.counted is None
+        else:
+            assert [*window.counted] == [int(t % 2 == 0) for t in window]
+        assert pickle.loads(pickle.dumps(window)).counted == window.counted
+        assert [*learned(window)] == [0, *(window.counted or [1] * 4)[1:]]
 
 
 def test_the_seeded_order_is_this_one_everywhere() -> None:

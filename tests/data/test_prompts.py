@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from itertools import islice
 
 import pytest
 
-from short_gpt.data.prompts import _built_in, prompts
+from short_gpt.data.prompts import _built_in, in_turn, prompts
 from short_gpt.evaluation.answers import questions
 
 DRAWN = 20  # of every kind
@@ -46,6 +47,17 @@ def test_words_and_numbers_are_drawn_anew_by_seed_and_text(drawn):
     for prompt in drawn:
         if prompt.endswith("Who comes last?"):
             assert len({w for w in words if w in prompt}) == 3  # no name twice
+
+
+def test_texts_begin_far_apart_in_the_prompts_of_a_user():
+    own = [f"p{i}" for i in range(40)]
+    firsts = [[*islice(in_turn(own, 0, text), 4)] for text in range(10)]
+    assert firsts == [[*islice(in_turn(own, 0, text), 4)] for text in range(10)]
+    drawn = Counter(prompt for first in firsts for prompt in first)
+    assert len(drawn) >= 30 and max(drawn.values()) == 2  # at random 26, and up to 4 times
+    assert sorted(islice(in_turn(own, 0, 7), 40)) == sorted(own)
+    assert [*islice(in_turn(own, 1, 0), 40)] != [*islice(in_turn(own, 0, 0), 40)]
+    assert [*islice(in_turn(["a"], 0, 5), 3)] == ["a"] * 3
 
 
 def test_no_prompt_is_near_a_question_that_judges(drawn):

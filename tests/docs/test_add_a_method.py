@@ -85,8 +85,8 @@ short, windows = open_model("ckpt", device="cpu"), random_windows(16, 16)
 assert choose_healed(short, windows, 1, heal_by="rescale", progress=False).kld > 0
 with pytest.raises(ValueError, match="heal_by = 'lora': expected one of .*rescale"):
     choose_healed(short, windows, 1, heal_by="lora", progress=False)
-Path("questions.txt").write_text("Say a\\n")
-more = {{"n": 1, "method": "auto", "max_windows": 4, "prompts": "questions.txt"}}
+Path("questions.jsonl").write_text('{{"prompt": "Say a", "right": "a"}}')
+more = {{"n": 1, "method": "auto", "max_windows": 4, "prompts": "questions.jsonl"}}
 done = shrink("ckpt", "small", heal_by="rescale", **more, **{{**how, "data": "long.txt"}})
 assert [step["method"] for step in done.healing] == ["rescale"] and done.choice["fitted"] == 2
 with pytest.raises(ValueError, match="heal_by. = 'lora': expected one of .*rescale"):

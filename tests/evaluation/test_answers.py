@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +13,31 @@ from conftest import CharTokenizer, make_transformer, save_chat_llama
 from families import FAMILIES, make
 
 from short_gpt import ShortGPTError, ShortLlama, open_model
+from short_gpt.data.texts import Conversation
 from short_gpt.data.windows import Answer
-from short_gpt.evaluation.answers import Question, Reply, answer_windows, ask, is_right, questions
+from short_gpt.evaluation.answers import (
+    Question,
+    Reply,
+    answer_windows,
+    ask,
+    is_right,
+    questions,
+    to_learn,
+)
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}A:"
 ASKED = [Question("Say a"), Question("Say b, and more", ("b",))]
+
+
+ROLES = {"u": "user", "a": "assistant", "s": "system"}
+
+
+def turns(text: str) -> list[dict[str, str]]:
+    """Messages of a text as in "u:Hi a:Yes?"."""
+    said = re.findall(r"(\w):(.*?)(?= \w:|$)", text)
+    return [{"role": ROLES[role], "content": content} for role, content in said]
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +88,38 @@ def test_own_questions_are_40_and_none_holds_its_answer():
 def test_questions_are_read_from_lines_with_and_without_answers(tmp_path):
     file = tmp_path / "own.jsonl"
     rows = [{"prompt": "a"}, {"prompt": "b", "right": "c"}, {"prompt": "d", "right": ["e", "f"]}]
+    rows.append({"messages": turns("u:g a:h s:i")})
+    rows.append({"messages": turns("s:i u:j a:k u:l"), "right": "m"})
     file.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
-    assert questions(file) == [Question("a"), Question("b", ("c",)), Question("d", ("e", "f"))]
+    known = [Question("a"), Question("b", ("c",)), Question("d", ("e", "f")), Question("g")]
+    assert questions(file)[:4] == known and len(questions(file)) == 5
+    last = questions(file)[4]
+    assert last.prompt.messages == turns("s:i u:j a:k u:l") and last.right == ("m",)
     plain = tmp_path / "own.txt"
     plain.write_text("Why?\n\n  How? \n")
     assert questions(str(plain)) == [Question("Why?"), Question("How?")]
 
 
+def test_what_judges_is_not_learned(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "right": "c"}, {"prompt": "b"}, {"prompt": "d"}]
+    rows.append({"prompt": questions()[0].prompt})  # of ours, with a right answer
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert to_learn(tmp_path / "own.jsonl") == ["a", "d"]
+
+
+def test_earlier_messages_are_the_context_of_a_prompt(chat):
+    prompt = Conversation.of(turns("s:Be kind. u:Hi a:Yes? u:Say a"))
+    (reply,) = ask(chat, [Question(prompt)], max_new_tokens=2)
+    assert chat.decode(reply.prompt_ids) == "<s>Be kind.</s><s>Hi</s><s>Yes?</s><s>Say a</s>A:"
+    plain = ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
+    with pytest.raises(ShortGPTError, match="a conversation needs a model with a chat template"):
+        ask(plain, [Question(prompt)])
+
+
 WRONG = ["{", "[1]", '{"question": "a"}', '{"prompt": " "}', '{"prompt": "a", "right": 4}']
-WRONG += ['{"prompt": "a", "right": ["b", ""]}', '{"prompt": 3}']
+WRONG += ['{"prompt": "a", "right": ["b", ""]}', '{"prompt": 3}', '{"messages": []}']
+WRONG += ['{"messages": [{"role": "assistant", "content": "a"}]}']
+WRONG += ['{"messages": [{"role": "user"}]}']
 
 
 @pytest.mark.parametrize("line", WRONG)
@@ -145,6 +187,7 @@ def test_of_a_window_the_answer_alone_is_predicted(chat):
     windows = answer_windows(replies)
     assert [type(window) for window in windows] == [Answer, Answer]
     assert [(w.text, w.start) for w in windows] == [(i, len(replies[i].prompt_ids)) for i in (1, 2)]
+    assert all(w.counted == bytes(w.start) + b"\1" * (len(w) - w.start) for w in windows)
     reference = chat.reference(windows)
     found = perplexity(chat.decoder, [windows], reference=reference)
     assert found.tokens == sum(len(reply.ids) for reply in replies)

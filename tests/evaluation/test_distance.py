@@ -63,7 +63,8 @@ def test_a_pruned_model_is_as_far_from_the_original_as_its_plain_logits_say(fami
 
 def test_the_prompt_of_an_answer_is_only_read():
     model, start = short(), 4
-    window = Answer(random_windows(1, 12)[0], text=0, start=start)
+    counted = bytes(start) + b"\1" * (12 - start)
+    window = Answer(random_windows(1, 12)[0], text=0, counted=counted)
     reference = model.reference([window])
     (original,) = model.window_logits([window])
     with model.without_layers([2]):

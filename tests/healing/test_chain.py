@@ -86,7 +86,7 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     told = {name: evidence.to_dict()[name] for name in ("perplexity", "change")}
     assert record == record | told | {"data": "eight words"}
     card, (low, high) = (out / "README.md").read_text(), healed.interval()
-    assert "changed by patch, then distillation" in card
+    assert "changed by patch (96 tokens), then distillation (96 tokens)" in card
     assert f"| healed | {healed.value:.3f} | {low:.3f} to {high:.3f} | 45 |" in card
 
 

@@ -12,6 +12,7 @@ from conftest import interrupted, random_windows, weights_of
 from families import make
 from transformers import Trainer
 
+from short_gpt.data.windows import Window, learned
 from short_gpt.healing import Distillation
 from short_gpt.healing.distillation import Targets, collate, divergence, examples
 from short_gpt.healing.lora import heal
@@ -81,6 +82,62 @@ def test_a_batchs_loss_is_the_mean_over_its_tokens_and_padding_does_not_count(te
     padded = batch["labels"].roll(-1, 1).eq(-100)  # and the last token, which predicts nothing
     (gradient,) = torch.autograd.grad(found, logits)
     assert not gradient[padded].any() and gradient[~padded].abs().sum(-1).min() > 0
+
+
+# of four windows which tokens count: none of a prompt, one alone, all, and two answers
+MASKS = [b"\0" * 6 + b"\1" * 10, b"\0" * 14 + b"\1", None, b"\0\0\1\1\1\0\0\0\1\1\1\1\0"]
+DIALOGS = [Window(w, i, counted=m) for i, (w, m) in enumerate(zip(TRAINING, MASKS, strict=False))]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_of_a_dialog_the_answers_alone_are_learned(tmp_path, share):
+    """The gradient elsewhere is zero, and the text's loss is transformers' own with labels -100."""
+    short, dense = cut(), whole()
+    distillation = Distillation(tmp_path, whole(), DIALOGS, k=96, temperature=1.5, kl_share=share)
+    distillation.fill(progress=False)
+    batch = distillation.collate(examples(DIALOGS))
+    with torch.no_grad():
+        teacher = dense.model(batch["input_ids"]).logits
+    logits = short.model(batch["input_ids"]).logits
+    found = distillation.loss(logits, batch)
+    (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
+    apart = text = 0.0
+    labels = torch.full_like(batch["input_ids"], -100)
+    for row, (window, mask) in enumerate(zip(DIALOGS, MASKS, strict=True)):
+        counted = [i for i in range(1, len(window)) if mask is None or mask[i]]
+        labels[row, counted] = torch.tensor(window)[counted]
+        before = [i - 1 for i in counted]
+        assert gradient[row].abs().sum(-1).nonzero().flatten().tolist() == before
+        ours, theirs = (each[row, before].div(1.5).log_softmax(-1) for each in (logits, teacher))
+        apart += F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    assert batch["labels"].tolist() == labels.tolist()
+    count = int(labels.ne(-100).sum())
+    assert count == sum(sum(learned(window)) for window in DIALOGS) == 10 + 1 + 13 + 7
+    assert (tmp_path / "predictions.bin").stat().st_size == count * (6 * distillation.k + 2)
+    text = short.model(batch["input_ids"], labels=labels).loss * count
+    expected = share * 1.5**2 * apart + (1 - share) * text
+    assert found.item() == pytest.approx(expected.item(), rel=2e-3)  # float16 on disk
+    measured = distillation.measure(short.decoder, DIALOGS, first=0, batch_size=2)
+    assert measured["eval_loss"] == pytest.approx(expected.item() / count, rel=2e-3)
+    assert measured["eval_perplexity"] == pytest.approx((text / count).exp().item(), rel=1e-4)
+    with pytest.raises(ValueError, match="is the state of a run with another windows"):
+        Distillation(tmp_path, whole(), [[*w] for w in DIALOGS], k=96, temperature=1.5)
+
+
+def test_lora_learns_and_is_judged_by_the_answers_alone():
+    text = {"recipe": Recipe(**{**vars(QUICK), "steps": 1, "batch_size": 4}), "progress": False}
+    healed = heal(cut(), DIALOGS, [Window(VALIDATION[0], 0, counted=MASKS[0])], **text)
+    batch, short = collate(examples(DIALOGS)), cut()
+    with torch.no_grad():
+        loss = short.model(**batch).loss.item()
+    assert healed.losses[1] == pytest.approx(loss, rel=1e-5)
+    logs = short.decoder.logits(torch.tensor(VALIDATION[:1]))[0].log_softmax(-1)
+    nats = -logs[range(5, 15), VALIDATION[0][6:]].mean()
+    assert healed.validation[0] == pytest.approx(nats.exp().item(), rel=1e-5)
+    assert (healed.tokens, healed.counted_tokens) == (16 + 15 + 14 + 13, 31)
+    nothing = [Window(VALIDATION[0], 0, counted=bytes(16))]
+    with pytest.raises(ShortGPTError, match="validation windows = 1: expected .* one that counts"):
+        heal(cut(), DIALOGS, nothing, **text)
 
 
 def test_a_step_divides_by_the_tokens_of_all_its_parts(tmp_path):

@@ -345,7 +345,8 @@ def test_padding_is_no_target():
     """Windows of 5 and 11 tokens as training reads them: the loss is over 14 predictions."""
     model, windows = make("llama"), [TRAINING[0][:5], TRAINING[1][:11]]
     batch = collate(examples(windows))
-    assert batch["labels"].tolist() == [windows[0] + [-100] * 6, windows[1]]
+    labels = [[-100, *windows[0][1:]] + [-100] * 6, [-100, *windows[1][1:]]]
+    assert batch["labels"].tolist() == labels
     assert batch["input_ids"].tolist() == [windows[0] + [0] * 6, windows[1]]
     expected = perplexity(HFDecoder(model), [windows])
     with torch.no_grad():
@@ -462,7 +463,7 @@ def test_a_healed_hugging_face_model_is_an_ordinary_checkpoint(dense, tmp_path):
     assert Provenance.read(twice / "pruning.json").original_layers == [0, 2, 4]
     card = (twice / "README.md").read_text()
     assert "# hf without 2 of its 5 layers" in card and "    [3, 1]\n" in card
-    assert "were changed by LoRA, then patch" in card
+    assert "were changed by LoRA (64 tokens), then patch (80 tokens)." in card
 
 
 def test_several_shards_are_refused(tmp_path):
@@ -564,6 +565,34 @@ def test_heal_by_a_chain_leaves_windows_for_the_training(books, monkeypatch, met
     assert [step["windows"] for step in steps] == expected
 
 
+@pytest.mark.parametrize(
+    ("method", "tokens", "most", "read", "steps"),
+    [
+        ("lora", 1000, None, 1024, 16),  # 32 windows, once each
+        # 9 windows three times, in 4 steps of two and one of one, and 3 steps of two
+        ("distill", "1k", 10, 33 * 32, 18),
+        ("patch,lora", "0.1k", None, 128, 2),
+    ],
+)
+def test_a_training_reads_so_many_tokens_in_a_schedule_that_ends_there(
+    books, method, tokens, most, read, steps
+):
+    windows = () if most is None else ("--max_windows", most)
+    how = ("--heal_by", method, "--recipe", "paper,batch_size=2,rank=2,eval_every=5")
+    run("heal", "dense", "out", *SMALL, *windows, "--layers", 1, *how, "--tokens", tokens)
+    step = json.loads(Path("out/pruning.json").read_text())["healing"][-1]
+    assert (step["tokens"], step["steps"]) == (read, steps)
+    assert (step["recipe"]["steps"], step["recipe"]["eval_every"]) == (steps, 5)
+
+
+def test_a_long_training_is_evaluated_40_times_unless_its_recipe_says_otherwise():
+    short = ShortHFModel(make("llama"))
+    for recipe, every in (("small", 40), ("small,eval_every=7", 7), (QUICK, QUICK.eval_every)):
+        found = Healing(tokens="1.6M", recipe=recipe).trained(short, 3, steps=1563)
+        assert (found.steps, found.eval_every) == (1563, every)
+    assert Healing(tokens="1k", recipe="small").trained(short, 3, steps=5).eval_every == 20
+
+
 @pytest.mark.parametrize("how", [("--stream",), ()], ids=["streamed", "in memory"])
 def test_heal_a_pruned_model_by_what_the_whole_one_says(books, capsys, how):
     run("prune", "dense", "small", "--layers", "2")
@@ -587,6 +616,10 @@ def test_heal_refuses_before_it_works(books, capsys):
         ("lora", ("--recipe", "small,stepps=3"), "setting of a recipe = 'stepps': expected steps"),
         ("refit", ("--ridge", -1), "ridge = -1.0: expected a number above 0"),
         ("lora", ("--stream",), "--stream holds one layer at a time"),
+        ("refit", ("--tokens", "400k"), "--tokens is for --heal_by lora or distill"),
+        ("lora", ("--tokens", "many"), "--tokens = 'many': expected a number, such as 400k"),
+        ("lora", ("--tokens", 0), "tokens = 0: expected a whole number of at least 1"),
+        ("lora", ("--tokens", 9, "--recipe", "small,steps=3"), "expected a recipe without steps"),
     ):
         assert message in fails(capsys, *base, "--layers", "1", "--heal_by", method, *flags)
     line = fails(capsys, *base, "--heal_by", "distill")

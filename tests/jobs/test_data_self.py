@@ -219,6 +219,41 @@ def test_a_dialog_that_comes_again_is_found_after_its_system_prompt(prompted, tm
     assert healed.left_out == "left out 6 of 12 windows that share text with held-out ones"
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("few_timed_tokens")
+def test_prompts_of_a_file_are_answered_in_dialogs_and_those_with_right_answers_asked(
+    prompted, tmp_path, monkeypatch, capsys
+):
+    seen: list[list[str]] = []
+    plain = module.in_turn
+    monkeypatch.setattr(module, "in_turn", lambda own, *a: seen.append([*own]) or plain(own, *a))
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "learned"}, {"prompt": "judged", "right": "yes"}, {"prompt": "too"}]
+    Path("both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("judged.jsonl").write_text(json.dumps(rows[1]))
+    Path("lines.txt").write_text("learned\ntoo\n")
+    windows = {"size": 192, "max_windows": 12, "eval_windows": 4}
+    shrunk = shrink(prompted, "shrunk", n=1, **windows, prompts="both.jsonl")
+    assert shrunk.questions == ["judged"] and shrunk.answers["original"].right != [None]
+    assert seen and all(own == ["learned", "too"] for own in seen)
+    assert "--prompts both.jsonl" in shrunk.command
+    seen.clear()
+    train = ("--heal_by", "distill", "--recipe", "small,steps=1")
+    read = ("--layers", 2, "--size", 192, "--max_windows", 12, "--eval_windows", 4)
+    run("heal", prompted, "out", "--data", "self:chat", *read, "--prompts", "lines.txt", *train)
+    assert seen and all(own == ["learned", "too"] for own in seen)
+    (step,) = json.loads(Path("out/pruning.json").read_text())["healing"]
+    assert step["tokens"] == 2 * 192 and 0 < step["counted_tokens"] < 2 * (192 - OPENING)
+    capsys.readouterr()
+    for data, file, message in (
+        ("self:text", "both.jsonl", "expected self or self:chat in --data"),
+        ("book.txt", "lines.txt", "expected self or self:chat in --data"),
+        ("self", "judged.jsonl", "expected some without right answers"),
+    ):
+        refused = ("heal", prompted, "no", *read, "--data", data, "--prompts", file)
+        assert message in fails(capsys, *refused)
+
+
 def test_no_model_is_judged_by_a_text_named_self(here, capsys):
     with pytest.raises(
         ShortGPTError, match=r"perplexity on own samples is not quality\): expected"

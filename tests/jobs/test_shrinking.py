@@ -473,11 +473,10 @@ def test_a_curve_compares_sizes_and_the_picked_one_is_written(
 def test_a_curve_goes_on_with_other_questions_and_has_the_sizes_of_files(here):
     how = {"curve": (1,), **CUT, "data": "other"}
     assert "<td>1 removed</td>" in shrink("hf", "out.gguf", **how)._repr_html_()
-    Path("asked.txt").write_text("Say something else")
-    done = shrink("hf", "out.gguf", **how, pick=1, prompts="asked.txt")
+    Path("asked.jsonl").write_text('{"prompt": "Say something else", "right": "else"}')
+    done = shrink("hf", "out.gguf", **how, pick=1, prompts="asked.jsonl")
     one = done.curve[1]
     assert one.klds[ANSWERS] == pytest.approx(done.distances[ANSWERS].value)
-    assert one.right is None  # nobody knows a right answer
     assert one.size == done.states["healed"].size > shrink("hf", "two", **how).curve[1].size
 
 
@@ -637,17 +636,20 @@ def test_a_link_to_another_file_system_is_an_output(here, monkeypatch, out):
 
 
 def test_a_question_that_is_too_long_is_refused_before_the_choice_and_others_continue(here):
-    how = {"n": 2, **CUT, "data": "other", "method": "bi", "prompts": "asked.txt"}
-    Path("asked.txt").write_text("many " * 1000)
+    how = {"n": 2, **CUT, "data": "other", "method": "bi", "prompts": "asked.jsonl"}
+
+    def asked(prompt: str) -> None:
+        Path("asked.jsonl").write_text(json.dumps({"prompt": prompt, "right": "3"}))
+
+    asked("many " * 1000)
     with pytest.raises(ValueError, match=r"`prompt` has [\d,]+ tokens, but the model's context"):
         shrink("hf", "out", **how)
-    Path("asked.txt").write_text("one")
+    asked("one")
     with interrupted(shrinking, "_move_into_place", 0):
         shrink("hf", "out", **how)
-    Path("asked.txt").write_text("two")
+    asked("two")
     done = shrink("hf", "out", **how)
-    assert done.questions == ["two"] and done.answers["original"].right == [None]
-    assert "right answers" not in str(done)
+    assert done.questions == ["two"]
 
 
 @pytest.mark.parametrize(

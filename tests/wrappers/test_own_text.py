@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
-from itertools import count
+from itertools import count, islice
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama, open_model, own_samples
+from short_gpt.data.prompts import in_turn
 from short_gpt.wrappers import own_text as module
 from short_gpt.wrappers.own_text import draw
 
@@ -218,7 +220,9 @@ def chatting(folder, monkeypatch):
     return short
 
 
-def test_a_dialog_goes_on_with_a_prompt_after_the_end_of_each_answer(chatting, monkeypatch):
+def test_a_dialog_goes_on_with_a_prompt_after_the_end_of_each_answer(
+    chatting, monkeypatch, tmp_path
+):
     """Known answer: a model that writes two letters, x likelier than y, and the end."""
     x, y, end = *chatting.tokenizer("xy", add_special_tokens=False)["input_ids"], 1
 
@@ -233,7 +237,8 @@ def test_a_dialog_goes_on_with_a_prompt_after_the_end_of_each_answer(chatting, m
                 text.append(token)
 
     monkeypatch.setattr(chatting, "continued", continued)
-    windows, answers = quiet(chatting, 8, 64, chat=True), {True: set(), False: set()}
+    kept = {"chat": True, "beside": tmp_path / "out"}
+    windows, answers = quiet(chatting, 8, 64, **kept), {True: set(), False: set()}
     for text, window in enumerate(windows):
         said = re.findall("assistant:(..)</s>", chatting.decode(window))
         assert len(said) == 2
@@ -243,7 +248,12 @@ def test_a_dialog_goes_on_with_a_prompt_after_the_end_of_each_answer(chatting, m
         whole = "".join(f"<s>user:{q}</s><s>assistant:{a}</s>" for q, a in turns)
         assert chatting.decode(window) == whole[: len(chatting.decode(window))]
         assert len(window) == 64 and window.start == len("s user:") - 1
+        own = [token for token, counts in zip(window, window.counted, strict=True) if counts]
+        wrote = "".join(f"{answer}</s>" for answer in said)
+        assert re.fullmatch(re.escape(wrote) + "[xy]*", chatting.decode(own))
     assert answers[True] == {"xx"} and answers[False] == {"xx", "xy", "yx", "yy"}
+    monkeypatch.setattr(chatting, "continued", None)  # nothing is written again
+    assert [w.counted for w in quiet(chatting, 8, 64, **kept)] == [w.counted for w in windows]
 
 
 def test_half_of_the_text_of_a_chat_model_is_dialogs(chatting):
@@ -251,6 +261,8 @@ def test_half_of_the_text_of_a_chat_model_is_dialogs(chatting):
     texts, dialogs = (quiet(chatting, 16, 40, chat=chat) for chat in (False, True))
     alone = [dialogs[i] if i in (1, 3, 5, 7, 8, 10, 12, 14) else texts[i] for i in range(16)]
     assert mixed == alone and [w.start for w in mixed] == [w.start for w in alone]
+    assert [w.counted for w in mixed] == [w.counted for w in alone]
+    assert {w.counted for w in texts} == {None}  # all tokens of a text are the model's
     assert [w.text for w in mixed] == [*range(16)]
     assert quiet(chatting, 5, 40, batch_size=2) == mixed[:5]
     chatting.tokenizer.chat_template = "{{ messages[0].content }}"  # begins no dialog alike
@@ -263,6 +275,65 @@ def test_other_prompts_write_anew(chatting, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BUILT_IN", tmp_path / "others.txt")
     quiet(chatting, 1, 20, chat=True, beside=tmp_path / "out")
     assert len([*tmp_path.glob("self-*.json")]) == 2
+
+
+def test_a_users_prompts_are_asked_instead_and_messages_begin_a_dialog_anew(
+    chatting, monkeypatch, tmp_path
+):
+    """Known answer: a model that writes x and the end."""
+    x, end = *chatting.tokenizer("x", add_special_tokens=False)["input_ids"], 1
+
+    def continued(ids, count, choose):
+        texts = [[*start] for start in ids]
+        for _ in range(count):
+            logits = torch.full((len(texts), BYTE_VOCAB), -1e9)
+            for row, text in enumerate(texts):
+                logits[row, end if text[-1] == x else x] = 0.0
+            for text, token in zip(texts, choose(logits).tolist(), strict=True):
+                text.append(token)
+
+    monkeypatch.setattr(chatting, "continued", continued)
+    turn = lambda role, content: {"role": role, "content": content}  # noqa: E731
+    context = [turn("system", "S"), turn("user", "U"), turn("assistant", "A"), turn("user", "V")]
+    own = ["p", [turn("user", "q"), turn("assistant", "r")], context]
+    asked = {"p": "<s>user:p</s>", "q": "<s>user:q</s>"}
+    asked["V"] = "<s>system:S</s><s>user:U</s><s>assistant:A</s><s>user:V</s>"
+    windows = quiet(chatting, 6, 64, chat=True, prompts=own, beside=tmp_path / "out")
+    firsts = set()
+    for row, window in enumerate(windows):
+        order = [*islice(in_turn(["p", "q", "V"], 0, row), 9)]
+        whole = "".join(f"{asked[name]}<s>assistant:x</s>" for name in order)
+        assert whole.startswith(chatting.decode(window)) and len(window) == 64
+        own_tokens = [t for t, counts in zip(window, window.counted, strict=True) if counts]
+        assert re.fullmatch("(x</s>)+x?", chatting.decode(own_tokens))
+        assert window.start == (1 if order[0] == "V" else len("s user:") - 1)
+        firsts.add(order[0])
+    assert firsts == {"p", "q", "V"}
+    (tmp_path / "asked.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in ({"prompt": "p"}, {"messages": own[1]}))
+        + json.dumps({"messages": context})
+        + '\n{"prompt": "judged", "right": "x"}'
+    )
+    assert windows == quiet(chatting, 6, 64, chat=True, prompts=tmp_path / "asked.jsonl")
+    quiet(chatting, 6, 64, chat=True, prompts=own[:2], beside=tmp_path / "out")
+    assert len([*tmp_path.glob("self-*.json")]) == 2  # other prompts write anew
+    assert quiet(chatting, 4, 64, prompts=own)[1] == windows[1]  # half of the texts
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": []}, "prompts = .*: expected texts, or messages with a user's"),
+        ({"prompts": ["a", 3]}, "prompts = .*: expected texts, or messages with a user's"),
+        ({"prompts": ["a"], "chat": False}, "chat = False: expected dialogs, for `prompts`"),
+        ({"prompts": ["a" * 40]}, "prompt = 'aaa.*: expected at most 39 tokens with the chat"),
+    ],
+)
+def test_prompts_that_nothing_can_answer_are_refused(chatting, settings, message):
+    with pytest.raises(ShortGPTError, match=message):
+        quiet(chatting, 2, 40, **settings)
+    with pytest.raises(ShortGPTError, match="neither Llama 2's nor Llama 3's dialog format"):
+        quiet(llama(), 2, 40, prompts=["a"])
 
 
 @pytest.mark.parametrize(
