@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llama.files import json_text
 from llama.formats.gguf import llama_to_gguf, to_meta
 from llama.formats.gguf_read import GGUFParts
 from llama.formats.hf import meta_to_hf
+from llama.parallel import choose_dtype
 from llama.sources import Source, find_source, is_gguf, resolve
 from short_gpt.checkpoints.gguf import write_gguf
 from short_gpt.checkpoints.gguf_layers import Stack
@@ -17,10 +20,17 @@ from short_gpt.checkpoints.hf import save_hf
 from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
 from short_gpt.checkpoints.prune import kept_tensors
 from short_gpt.checkpoints.target import Target, check_format
+from short_gpt.checkpoints.verify import (
+    ROUNDING,
+    Fingerprint,
+    check_same,
+    fingerprint_aligned,
+    one_by_one,
+)
 from short_gpt.jobs.saving import Running, Saving, interruptible
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import bar
-from short_gpt.wrappers.opening import open_trainable, same_model
+from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import OpenOptions
 
 
@@ -134,5 +144,23 @@ def prove(
         return f"verified: read again, every tensor {what}, byte for byte"
     if not (verify or (verify is None and not source.kind == written.kind == "meta")):
         return None
-    how: dict[str, Any] = {"trust_remote_code": opening.trust_remote_code}
-    return same_model(source, written, list(drop), name=out, dtype=opening.dtype, **how)
+    options = OpenOptions(device="cpu", trust_remote_code=opening.trust_remote_code)
+    dtype = None if opening.dtype is None else choose_dtype(opening.dtype, torch.device("cpu"))
+
+    def of_original() -> Fingerprint:
+        short = open_model(source, options)
+        if drop:
+            short.remove_layers(drop)
+        return fingerprint_aligned(short, dtype=dtype)
+
+    exact = check_same(
+        *one_by_one(of_original, lambda: fingerprint_aligned(open_model(written, options))),
+        rounding=ROUNDING if (source.kind == "meta") != (written.kind == "meta") else 0.0,
+        names=(f"{source} without {[*drop]}" if drop else str(source), out),
+    )
+    which = " without these layers" if drop else ""
+    which += "" if opening.dtype is None else f" in {opening.dtype}"
+    return (
+        f"verified: the logits are those of the source{which}, {exact}, and generation "
+        "with the cache is that without it"
+    )

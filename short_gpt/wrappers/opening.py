@@ -1,4 +1,4 @@
-"""Checkpoints of any format by their path: opened as a model, told apart and compared."""
+"""Models of any format, opened by their path."""
 
 from __future__ import annotations
 
@@ -13,13 +13,6 @@ from torch import nn
 
 from llama.parallel import choose_device, choose_dtype, initialize, is_distributed
 from llama.sources import Source, find_source
-from short_gpt.checkpoints.verify import (
-    ROUNDING,
-    Fingerprint,
-    check_same,
-    fingerprint_aligned,
-    one_by_one,
-)
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.perplexity import perplexity as perplexity_of_decoder
@@ -199,38 +192,3 @@ def open_trainable(
     how = {"dtype": choose_dtype(options.dtype, device), TRUST: options.trust_remote_code}
     short = ShortHFModel(source, None, count, tokenizer=tokenizer, device=device, **how)
     return short.in_precision(options.precision)
-
-
-def same_model(
-    source: str | Source,
-    pruned: str | Source,
-    drop: list[int],
-    *,
-    trust_remote_code: bool = False,
-    name: str | None = None,
-    dtype: str | None = None,
-) -> str:
-    """Proves that a checkpoint is the source without layers ``drop``, and says what was compared.
-
-    ``dtype`` is the one its weights were rounded to; errors call it by ``name``, else its path.
-    """
-    source, pruned = find_source(source), find_source(pruned)
-    rounded_to = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
-    options = OpenOptions(device="cpu", trust_remote_code=trust_remote_code)
-
-    def of_original() -> Fingerprint:
-        short = open_model(source, options)
-        if drop:
-            short.remove_layers(drop)
-        return fingerprint_aligned(short, dtype=rounded_to)
-
-    exact = check_same(
-        *one_by_one(of_original, lambda: fingerprint_aligned(open_model(pruned, options))),
-        rounding=ROUNDING if (source.kind == "meta") != (pruned.kind == "meta") else 0.0,
-        names=(f"{source} without {drop}" if drop else str(source), name or str(pruned)),
-    )
-    which = (" without these layers" if drop else "") + (f" in {dtype}" if dtype else "")
-    return (
-        f"verified: the logits are those of the source{which}, {exact}, and generation "
-        "with the cache is that without it"
-    )

@@ -7,15 +7,12 @@ import torch
 from conftest import random_windows, write_byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama.sources import find_source
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama, heal_refit, perplexity, rank, windows
 from short_gpt.checkpoints.prune import layers_of
+from short_gpt.jobs.conversion import prove
 from short_gpt.wrappers import opening
-from short_gpt.wrappers.opening import (
-    OpenOptions,
-    open_model,
-    open_trainable,
-    same_model,
-)
+from short_gpt.wrappers.opening import OpenOptions, open_model, open_trainable
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
@@ -93,12 +90,15 @@ def test_a_cut_checkpoint_is_told_from_another(folder, tmp_path):
     short = open_model(str(folder / "meta"), device="cpu")
     short.remove_layers([1, 3])
     short.save(tmp_path / "cut")
-    arguments = (str(folder / "meta"), str(tmp_path / "cut"))
-    assert same_model(*arguments, [1, 3]).startswith("verified: the logits are those of")
+
+    def proved(kind: str, drop: list[int]) -> str | None:
+        source = find_source(folder / kind)
+        return prove(tmp_path / "cut", source, "cut", OpenOptions(), True, drop=drop)
+
+    assert proved("meta", [1, 3]).startswith("verified: the logits are those of")
     with pytest.raises(RuntimeError, match=r"cut is not .*meta without \[1, 2\]: logits differ"):
-        same_model(*arguments, [1, 2])
-    across = same_model(str(folder / "hf"), str(tmp_path / "cut"), [1, 3])
-    assert "except for the last digits" in across
+        proved("meta", [1, 2])
+    assert "except for the last digits" in proved("hf", [1, 3])
 
 
 def test_a_loaded_model_is_opened_with_its_tokenizer(folder):
