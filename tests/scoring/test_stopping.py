@@ -11,7 +11,7 @@ from conftest import random_windows, short_llama
 from scipy.stats import skew
 from torch import Tensor
 
-from benchmarks.lib.adversarial import KINDS, attack
+from benchmarks.lib.adversarial import KINDS, attack, least_median
 from short_gpt import windows
 from short_gpt.scoring.hooks import Scores
 from short_gpt.scoring.importance import Importance
@@ -269,6 +269,13 @@ def test_few_runs_end_early_and_wrong_on_populations_made_to_mislead(kind):
     found = attack(Stop(3), KINDS[kind], 600, seed=5)
     assert found["early_stops"] > 60
     assert found["wrong_of_runs"] <= 0.01
+
+
+def test_no_rule_with_this_promise_reads_less_than_the_hypergeometric_bound():
+    """Half of the runs, less 1% that are wrong, times the chance to miss 12 of 600, is 1%."""
+    least = round(600 * least_median(Stop(3), 600))
+    missed = [math.comb(588, m) / math.comb(600, m) for m in (least - 1, least)]
+    assert missed[1] * (0.5 - 0.01) <= 0.01 < missed[0] * (0.5 - 0.01)
 
 
 def test_a_verdict_tells_its_kind_of_answer_and_its_windows():
