@@ -16,17 +16,17 @@
 #
 # NOT RUN HERE: no command was run on a GPU or on an 8B. A test runs all steps after the download of
 # the texts on a tiny Llama. What follows is computed, with the arithmetic of docs/scaling.md: a
-# window of 2048 tokens is 31 TFLOP, 0.5 s at an assumed 60 TFLOP/s; 8 CPU cores; a GPU of 24 GB.
+# window of 2048 tokens is 31 TFLOP, 0.5 s at an assumed 60 TFLOP/s, in float64 0.5; a GPU of 24 GB.
 # auto fills it most: 16.1 GB of weights, 2 GB of states, 1.6 GB of logits in bfloat16 and float32.
 #
 #     rank, 128 windows in 1.009 passes each (results/scoring.json)          0.02 hours
 #     refit of 25 layers: 128 windows in 2.43 passes (results/healing.json) and 16 judged three
-#       times, 180 s; sums to the CPU, 570 s; solving, 580 s; reading, 50 s   0.38
-#     auto: 13 refits on 16 windows, 7,500 s of solving, 900 s of sums and
-#       480 s of passes                                                       2.5, its refit 0.38
+#       times, 180 s; sums, 20 s; solving, 140 s; reading, 50 s               0.11
+#     auto: 13 refits on 16 windows, 1,850 s of solving, 30 s of sums and
+#       480 s of passes                                                       0.66, its refit 0.11
 #     evaluation, five times: 141 + 256 windows, and nine tasks of some 8 million tokens (an
 #       estimate, nobody counted them)                                        3
-#     in all about 6 hours; AUTO=no leaves auto, its refit and two evaluations out: 2.2 hours
+#     in all about 4 hours; AUTO=no leaves auto, its refit and two evaluations out: 2 hours
 set -euo pipefail
 MODEL=${MODEL:-meta-llama/Llama-3.1-8B}
 N=${N:-7} SIZE=${SIZE:-2048} WINDOWS=${WINDOWS:-128} HELD=${HELD:-16} AUTO=${AUTO:-yes}

@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor
 
 from short_gpt.checkpoints.requantizing import round_layer
+from short_gpt.data.windows import batches as batches_of
 from short_gpt.healing.context import Heal, HealingContext, Windows
 from short_gpt.healing.refit_layer import Batches, LayerRefit
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, RefitState, plan_of
@@ -173,7 +175,8 @@ def fit(
     All windows pass a layer before the next one, in the original model and in the pruned one. Held
     beside the model are three states (N, D), the inputs of a matrix (N, F) and one (F, F) float64
     matrix; states for which there is no room go into temporary files. Replicas (torchrun) share
-    the windows, which changes the rounding of sums alone, and get the same values.
+    the windows, which changes the rounding of sums alone, and get the same values. An accelerator
+    holds the sums, and takes windows of one length together, as far as its memory goes.
 
     Args:
         short: Model with all the layers, in memory or streamed.
@@ -240,7 +243,7 @@ def _solve(
         return
     # held-out windows go on where those to fit on end
     shares = (team.own_items(windows), team.own_items(held, first=len(windows)))
-    fitted, held_out = ([torch.tensor([[*window]]) for window in part] for part in shares)
+    fitted, held_out = ([*equal_lengths(part, plan.at_once)] for part in shares)
     with ExitStack() as stack:
         if plan.spilled and state.states is None:
             state.states = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -369,6 +372,18 @@ def apply_refit(short: ScoredModel, refit: Refit) -> Callable[[], None]:
                 rest = {n: t for n, t in types[number].items() if (number, n) not in refit.values}
                 undo.callback(round_layer(layer, rest))
         return undo.pop_all().close
+
+
+def equal_lengths(windows: Windows, tokens: int) -> Iterator[Tensor]:
+    """Token ids (B, S) of windows, in their order: those of one length, up to so many tokens.
+
+    Example:
+        >>> [batch.tolist() for batch in equal_lengths([[1, 2], [3, 4], [5]], 4)]
+        [[[1, 2], [3, 4]], [[5]]]
+    """
+    for length, equal in groupby(windows, key=len):
+        for batch in batches_of(equal, max(1, tokens // length)):
+            yield torch.tensor([[*window] for window in batch])  # (B, S)
 
 
 def split_held_out(windows: Windows) -> tuple[Windows, Windows]:

@@ -51,6 +51,7 @@ class Batches:
         self._room, self._passed = room, passed
         self.tokens = [*fitted, *held_out]  # (B, S) each
         self.shapes = [(tokens.shape[0], tokens.shape[1]) for tokens in self.tokens]
+        self.most = max(tokens.numel() for tokens in self.tokens)
         self.fitted = range(len(fitted))
         self.held_out = range(len(fitted), len(self.tokens))
 
@@ -212,7 +213,8 @@ class LayerRefit:
             return every._replace(outputs=outputs, weights=every.weights * factors[batch])
 
         first_read = self._read_mlp if part == "mlp" else self._read_attention
-        equations = equations_of(projection, first_read(projection, tokens), batches.team)
+        read = first_read(projection, tokens)
+        equations = equations_of(projection, read, batches.team, batches.most)
         if part == "mlp":  # only the output projections of a streamed layer stay loaded
             batches.calls.keep_only(self._index, self._output_modules)
         parameters = [p for module in projection.modules for p in module.parameters()]

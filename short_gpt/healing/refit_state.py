@@ -23,11 +23,11 @@ from torch import Tensor
 
 from llama.files import JsonObject, follow_umask
 from llama.formats.safetensors import SafetensorsFile
-from short_gpt.healing.solver import COLUMNS, ROWS, Fit
-from short_gpt.models.decoder import Parameter
+from short_gpt.healing.solver import COLUMNS, ROWS, Fit, working_memory
+from short_gpt.models.decoder import Decoder, Parameter
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime import replicas
-from short_gpt.runtime.memory import bytes_of, check_room, free_memory, resident
+from short_gpt.runtime.memory import UNUSED, bytes_of, check_room, free_memory, resident
 from short_gpt.runtime.state import StateFile, damaged_run, hold
 from short_gpt.wrappers.scored_model import ScoredModel
 
@@ -35,7 +35,7 @@ ORIGINAL, PRUNED = "original", "pruned"  # the models whose hidden states are ke
 MODELS = (ORIGINAL, PRUNED)
 # in a refit's folder; the first is written after all that it names
 STATE, STATES, VALUES = "refit.json", "states", "values."
-UNUSED = 200 * 10**6  # bytes that libraries take at their first use, and that lie between pieces
+MOST_AT_ONCE = 4096  # tokens that pass a layer together on an accelerator: more are no faster
 
 
 class HiddenStates:
@@ -187,6 +187,7 @@ class RefitPlan(NamedTuple):
     host: Mapping[str, int]  # by purpose, at most, without ``room``
     room: int  # for the states of one layer; more go into a file
     spilled: bool  # whether the states of both models are files, for which there is no room
+    at_once: int  # tokens of windows of one length that pass a layer together; 0: of one window
 
 
 def plan_of(
@@ -201,7 +202,9 @@ def plan_of(
     """
     calls, max_memory = short.layer_calls(), short.max_memory
     width, inputs, itemsize = calls.widths()
-    tokens = max(map(len, windows))
+    at_once = _at_once(short.decoder, calls)
+    # of what passes a layer elsewhere, the machine holds less than half as much
+    tokens = max(*map(len, windows), at_once // 2)
     own = replicas.current().own_items(windows)  # states of others are theirs
     states = sum(map(len, own)) * width * itemsize
     host = {"the process itself": resident() + UNUSED, **_peak_memory(calls, tokens)}
@@ -213,7 +216,19 @@ def plan_of(
         host[f"states of {len(own)} windows"] = 3 * states
         room -= 3 * states
     check_room(host, max_memory, "the refit of this model")
-    return RefitPlan(host, max(room, 0), spilled)
+    return RefitPlan(host, max(room, 0), spilled, at_once)
+
+
+def _at_once(decoder: Decoder, calls: LayerCalls) -> int:
+    """Tokens that fill an accelerator, in half of its memory that a layer and its sums leave."""
+    devices = {p.device for p in decoder.layers.parameters() if not p.is_meta} or {decoder.device}
+    if any(device.type == "cpu" for device in devices):
+        return 0
+    width, inputs, _ = calls.widths()
+    room = min(map(free_memory, devices)) - sum(_peak_memory(calls, 0).values())
+    most = max(room, 0) // 2 // working_memory(1, inputs, width)
+    # a power of two: a run that is continued with a little more or less memory rounds alike
+    return min(MOST_AT_ONCE, 1 << most.bit_length() >> 1)
 
 
 def _peak_memory(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
@@ -224,7 +239,7 @@ def _peak_memory(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
     # rows of a product are in memory twice, in float32 and while they are added; an attention that
     # was solved before has freed more than the copies of its matrix take
     summed = {"layer": read.get("layer", 0), "sums": sums}
-    summed["working memory"] = 4 * tokens * (4 * inputs + 10 * width) + 12 * ROWS * inputs
+    summed["working memory"] = working_memory(tokens, inputs, width) + 12 * ROWS * inputs
     # only the output projections of the layer are loaded: both and a copy of each as it was, one of
     # the attention's as solved, and for the MLP's the solver's copy and the best so far
     solved = {"layer": (attention + mlp) * bool(read), "sums": sums}

@@ -21,10 +21,12 @@ from llama.checkpoint.sharding import full_shapes
 from llama.ranks import is_distributed
 from short_gpt.runtime.errors import ShortGPTError, refused, whole
 
+CPU = torch.device("cpu")
 BLOCK_BYTES = 32 * 2**20  # rows of the embedding or the output head that are read at once
 # Most windows of a round, and on the CPU tokens too: by then reading a layer takes less time
 # than running it, a rule to stop can look again, and a run be saved.
 MOST_WINDOWS, MOST_ON_DEVICE, MOST_TOKENS = 32, 256, 8192
+UNUSED = 200 * 10**6  # bytes that libraries take at their first use, and that lie between pieces
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -176,11 +178,18 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-def free_memory() -> int:
-    """Bytes that the machine and control groups still give, without swapping.
+def free_memory(device: torch.device = CPU) -> int:
+    """Bytes that a device still gives, 0 where it does not tell, as Apple's GPUs do not.
 
-    Several ranks on the machine get equal parts.
+    Of the CPU: what the machine and control groups give without swapping, of which several ranks
+    on the machine get equal parts.
     """
+    if device.type != "cpu":
+        with suppress(AttributeError, RuntimeError):
+            module = torch.get_device_module(device)
+            held = module.memory_reserved(device) - module.memory_allocated(device)  # by torch
+            return module.mem_get_info(device)[0] + held
+        return 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_distributed() else 1
     return max(0, min([psutil.virtual_memory().available, *left_in_groups()])) // ranks
 

@@ -63,7 +63,7 @@ class Replicas:
         return [parts[i % self.count][i // self.count] for i in range(total)]
 
     def summed(self, values: Tensor) -> Tensor:
-        """The sum of all replicas' tensors on the CPU. All ranks must call it."""
+        """The sum of all replicas' tensors, where they are. All ranks must call it."""
         if self.count == 1:
             return values
         total = values.contiguous().to(_device(), copy=True)
@@ -71,7 +71,7 @@ class Replicas:
         if groups.get_model_parallel_world_size() > 1:  # all ranks of a model act on the same bits
             source = groups.get_model_parallel_src_rank()
             dist.broadcast(total, source, group=groups.get_model_parallel_group())
-        return total.cpu()
+        return total.to(values.device)
 
     def gather(self, value: T) -> list[T]:
         """The value of each replica, in order. All ranks must call it."""

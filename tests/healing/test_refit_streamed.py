@@ -23,6 +23,7 @@ from conftest import (
     short_llama,
 )
 from processes import killed_at
+from torch import nn
 
 from llama.checkpoint.meta import Checkpoint
 from llama.formats.gguf import to_meta
@@ -262,7 +263,8 @@ def test_a_llama_2_7b_is_refitted_within_3_gb(kind, itemsize, windows, tmp_path,
         memory=lambda: {"layer": weights * itemsize, "weights as stored": 2 * matrix * 2},
     )
     count, size = windows
-    short = SimpleNamespace(layer_calls=lambda: calls, max_memory="3GB")
+    decoder = SimpleNamespace(layers=nn.Linear(1, 1), device=torch.device("cpu"))
+    short = SimpleNamespace(layer_calls=lambda: calls, decoder=decoder, max_memory="3GB")
     planned = refit_state.plan_of(short, [[0] * size] * count, folder=tmp_path / "work")
     # of F x F and F x D numbers of float64 one each
     assert planned.host["sums"] == 8 * 11008 * (11008 + 4096)
