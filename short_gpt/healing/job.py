@@ -118,7 +118,7 @@ class HealingEvidence:
 
     @property
     def unchanged(self) -> list[str]:
-        """Lines on the steps that left all or a part of the model as it was."""
+        """Lines on the steps that could not heal a part of the model, or changed nothing."""
         return [line for step in self.steps for line in unchanged(step)]
 
     @property
@@ -138,18 +138,14 @@ class HealingEvidence:
 
 
 def unchanged(step: Mapping[str, Any]) -> list[str]:
-    """What a step has left unchanged, in lines with the reasons."""
+    """A part of the model that a step could not heal, or a training in vain, with the reasons."""
     if step.get("kept_step") == 0:
         why = "no step lowered the loss on the validation windows"
         return [f"{step['method']} changed nothing: {why}; train longer, or on more text"]
-    fits = step.get("fits", [])
-    same = [fit for fit in fits if fit["ridge"] is None and fit["norm_ridge"] is None]
-    names = ", ".join(f"{fit['part']} of {fit['layer']}" for fit in same)
-    why = f"no ridge lowered the held-out error ({names})"
-    lines = [f"{len(same)} of {len(fits)} matrices unchanged: {why}"] if same else []
-    for own in step.get("unsolved", []):
-        lines.append(f"{own['part']} of {span(own['layers'])} not solved: {own['why']}")
-    return lines
+    return [
+        f"{own['part']} of {span(own['layers'])} not solved: {own['why']}"
+        for own in step.get("unsolved", [])
+    ]
 
 
 @contextmanager
