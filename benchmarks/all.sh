@@ -65,7 +65,7 @@ script stopping_adversarial stopping --adversarial
 script streaming streaming
 script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
-script serving serving --repeats 9
+script servers servers --environments environments
 script front_smollm2 front --wikitext wikitext2_test.txt --speeds --model smollm2 --counts 0,1,2,3,4 --files front-smollm2
 few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
 script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --time 15m

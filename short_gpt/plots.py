@@ -204,7 +204,7 @@ def angular_heatmap(
     values = torch.full((n_layers, n_layers), torch.nan, dtype=torch.float64)
     for n in range(1, n_layers + 1):
         values[n - 1, : n_layers - n + 1] = distances.diagonal(n)
-    figure = empty(7.0, 5.8)
+    figure = empty(7.0, 6.0)
     axes = figure.subplots()
     extent = (-0.5, n_layers - 0.5, 0.5, n_layers + 0.5)
     image = axes.imshow(values.numpy(), origin="lower", extent=extent, cmap="viridis_r")
@@ -224,7 +224,7 @@ def angular_heatmap(
         axes.xaxis.set_major_formatter(
             lambda position, _: f"{numbers[round(position)]}" if 0 <= position < n_layers else ""
         )
-    axes.legend(loc="upper right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Angle between the hidden states before and after a block")
     return figure

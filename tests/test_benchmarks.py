@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
@@ -13,11 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import save_chat_llama
-from gguf_files import stack_file
 
-from benchmarks.lib import adversarial, real_models, serve_once
-from benchmarks.studies import front, own_samples, reasoning, serving, stopping, streaming
+from benchmarks.lib import adversarial, real_models, served
+from benchmarks.studies import front, own_samples, reasoning, servers, stopping, streaming
+from benchmarks.tables import rows
 from llama.args import ModelArgs
 from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.data import demo
@@ -138,7 +140,7 @@ RUNS = {
     },
     "architectures": {"only": "llama"},
     "streaming": {"layers": 2, "windows": 1, "repeats": 1},
-    "serving": {"counts": (0, 1), "prompt": 8, "tokens": 2, "repeats": 1},
+    "servers": {"only": ("llama.cpp", "lm-eval")},
 }
 
 
@@ -156,7 +158,7 @@ CONSTANTS = {  # of a script, as small as the model
     "own_samples": {"GREEDY": (2, 3), "SIZE": 64},
     "kept": {"TASKS": ("piqa", "lambada_openai")},
     "scoring": {"peak_memory": lambda _: 1.0},
-    "serving": {"LAYERS": (4, 2, 3, 5), "KINDS": ("Q4_1", "transformers, F32")},
+    "servers": {"LAYERS": (2, 4), "SIZE": 16, "FITTED": 4, "FIT_SIZE": 16},
     "stopping": {"COUNTS": (2,)},
     "streaming": {"ModelArgs": partial(ModelArgs, dim=64, n_heads=4, multiple_of=16)},
 }
@@ -169,10 +171,10 @@ def printed(run: Callable[..., object], **arguments: object) -> str:
     return out.getvalue()
 
 
-def served(_: object, *, input: str, **__: object) -> SimpleNamespace:
+def read_here(_: object, *, input: str, **__: object) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", StringIO(input))
-        return SimpleNamespace(returncode=0, stdout=printed(serve_once.main))
+        return SimpleNamespace(returncode=0, stdout=printed(served.main))
 
 
 @pytest.mark.parametrize("script", RUNS)
@@ -181,7 +183,8 @@ def test_a_script_runs_and_looks_first_where_its_result_goes(script, here, lm_ev
     for name, value in CONSTANTS.get(script, {}).items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr("benchmarks.lib.agreement.RESAMPLES", 50)
-    monkeypatch.setattr(serving, "subprocess", SimpleNamespace(run=served))
+    run = SimpleNamespace(run=read_here, CalledProcessError=subprocess.CalledProcessError)
+    monkeypatch.setattr(servers, "subprocess", run)
     child = lambda name, **how: json.loads(printed(getattr(streaming, name), **how))  # noqa: E731
     monkeypatch.setattr(streaming, "child", child)
     with pytest.raises(SystemExit):
@@ -256,22 +259,30 @@ def test_word_problems_are_asked_of_the_original_the_pruned_and_the_healed_file(
     assert [*rows["a, healed"]["from pruned"]] == ["svamp exact_match", "svamp well_formed"]
 
 
-def test_what_is_expected_of_fewer_layers_follows_from_the_bytes(tmp_path):
-    """A prompt by the layers alone, writing by all bytes; ratios are to the same repeat's whole."""
-    whole = stack_file(tmp_path / "whole.gguf")
-    prune_checkpoint(whole, tmp_path / "cut.gguf", [1, 4])
-    paths = {("Q4_1", 0): whole, ("Q4_1", 2): tmp_path / "cut.gguf"}
-    layers, rest = serving.weights(whole)
-    assert (layers, rest) == (8 * (3 * 18 + 7 * 4), (64 + 8) * 4)  # Q4_0 has 18 bytes for 32 values
-    speeds = {0: (100.0, 200.0, 50.0), 2: (150.0, 220.0, 60.0)}
-    runs = {
-        ("Q4_1", n): [{"prompt": s, "generation": s, "peak_mb": 1.0} for s in values]
-        for n, values in speeds.items()
-    }
-    row = serving.row(("Q4_1", 2), runs, paths)
-    assert row["prompt_expected"] == 8 / 6
-    assert row["generation_expected"] == (layers + rest) / (layers * 6 / 8 + rest)
-    assert row["prompt_ratio"] == {"median": 1.2, "min": 1.1, "max": 1.5}
-    assert len(serving.limits([row])) == 0
-    row["prompt_ratio"] = {"median": 1.1}
-    assert serving.limits([row]) == ["Q4_1 without 2 layers: prompt at 1.10, expected 1.33"]
+def test_programs_are_compared_by_every_log_probability(monkeypatch):
+    expected = {"logprobs": [[-1.0, -2.0], [-3.0]], "top": [[5, 6], [7]]}
+    found = servers.compared({"logprobs": [[-1.0, -2.5], [-2.0]], "top": [[5, -1], [8]]}, expected)
+    assert found == {"largest": 1.0, "mean": 0.5, "same_top": 0.5}  # -1 is not told
+    row = {"form": "hf", "versions": {"a": "1.0"}, "pruned": found, "healed": found}
+    assert not servers.near(row) and not servers.near({"failed": "why"})
+    near = {**found, "largest": 1e-3}
+    assert servers.near({**row, "pruned": near, "healed": near})
+    failed = {"form": "f16", "failed": "why"}
+    monkeypatch.setattr(rows, "result", lambda _: {"rows": {"one": row, "other": failed}})
+    lines = ["| one (a 1.0) | directory | 1, 1 | 50% |", "| other | GGUF, F16 | failed |  |"]
+    assert rows.servers() == lines
+
+
+def test_logits_are_read_as_log_probabilities_of_the_next_token():
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))  # (S, V)
+    found = served.predicted([[3, 1, 4, 2]], [logits])
+    expected = logits.log_softmax(-1)[[0, 1, 2], [1, 4, 2]]
+    torch.testing.assert_close(torch.tensor(found["logprobs"][0]), expected)
+    assert found["top"] == [logits[:3].argmax(-1).tolist()]
+
+
+def test_a_program_that_fails_is_a_row_with_the_reason(tmp_path):
+    missing = servers.Program("lm_eval", told=("no-such-package",))
+    paths = {(state, "hf"): tmp_path for state in servers.STATES}
+    found = servers.row(missing, tmp_path, paths, [[1, 2]], {})
+    assert "no-such-package" in found["failed"]

@@ -440,7 +440,7 @@ def serving() -> list[str]:
     """By format and layers removed: the size and speeds, beside the expected."""
     lines = []
     for own in result("serving")["rows"]:
-        if own["removed"] not in (0, 4, 8) or own["kind"].startswith("transformers"):
+        if own["removed"] not in (0, 4, 8) or own["kind"] not in ("Q4_1", "F16"):
             continue
         cells = [f"{own['kind']}, {own['removed']} removed", f"{own['megabytes']:.0f}"]
         for name in ("prompt", "generation"):
@@ -452,6 +452,24 @@ def serving() -> list[str]:
 
 
 # Formats and other tools
+
+FORMS = {"hf": "directory", "f32": "GGUF, F32", "f16": "GGUF, F16"}
+
+
+def servers() -> list[str]:
+    """By program and its versions: the largest difference of a log probability, by model."""
+    lines = []
+    for name, own in result("servers")["rows"].items():
+        versions = ", ".join(map(" ".join, own.get("versions", {}).items()))
+        cells = [f"{name} ({versions})" if versions else name, FORMS[own["form"]]]
+        if "failed" in own:
+            lines.append(row(*cells, "failed", ""))
+            continue
+        both = [own[state] for state in ("pruned", "healed")]
+        shares = [f"{one['same_top']:.0%}" for one in both if one["same_top"] is not None]
+        cells.append(", ".join(f"{one['largest']:.1g}" for one in both))
+        lines.append(row(*cells, ", ".join(dict.fromkeys(shares)) or "-"))
+    return lines
 
 
 def gemma() -> list[str]:

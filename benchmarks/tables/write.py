@@ -123,6 +123,11 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "streamed scoring": table("| | |", rows.streaming, "streaming"),
     "streamed refit": table("| | |", rows.refit_streamed, "refit_streamed"),
+    "programs": table(
+        "| program | opened | largest difference, nats: pruned, healed | same top token |",
+        rows.servers,
+        "servers",
+    ),
     "speed and memory": table("| | file, MB | prompt | writing |", rows.serving, "serving"),
     "cuts of a Gemma 3": table(
         "| removed | kinds kept | kinds by position | ShortGPT's cut | llama.cpp's cut |",
