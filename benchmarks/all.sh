@@ -84,9 +84,6 @@ script healing healing --count 36 --own 36 --methods refit --also wikitext2_test
     --others lambada_passages.txt
 script healing_own healing --layers 10,12,13,14,15,16,17,18 --count 36 --own 36 --methods refit \
     --also wikitext2_test.txt --others lambada_passages.txt
-answers="answers --source tasks --wikitext wikitext2_test.txt"
-script answers $answers
-script answers_05b $answers --model 0.5b --layers 10,11
 script choices choices --also wikitext2_test.txt --others lambada_passages.txt --mixed --counts 8,4 \
     --draws 5
 script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wikitext2_test.txt
