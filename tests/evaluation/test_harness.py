@@ -7,6 +7,7 @@ import math
 import sys
 from http.client import RemoteDisconnected
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,19 @@ def test_generations_agree(both):
     assert ours == theirs
     assert not any("e" in text for text in ours[0::4])
     assert any(len(text) > 32 for text in ours)  # longer than the first look for a stop string
+
+
+@needs_lm_eval
+def test_a_llama_of_metas_own_which_cannot_be_asked_generates_the_same(both):
+    ours = both[0].llama
+    parts = {"model": ours.model, "tokenizer": ours.tokenizer}
+    own = ShortLlama(SimpleNamespace(**parts, generate=lambda *given: ours.generate(*given)))
+    settings = {"until": ["e"], "max_gen_toks": 50}
+    asked = requests("generate_until", *((p, settings) for p in ("Once", "A long", "Q", "of")))
+    found, expected = (
+        m.harness_model().generate_until(asked, disable_tqdm=True) for m in (own, both[0])
+    )
+    assert found == expected and max(map(len, found)) > 32
 
 
 @needs_lm_eval
