@@ -193,7 +193,10 @@ class _LlamaLM:
             answer = self.tok_decode(new)
             return any(stop in answer for stop in stops)
 
-        (new,), _ = self.short.llama.generate([prompt], limit, temperature, top_p, ended=ended)
+        llama = self.short.llama
+        # Meta's own cannot be asked while it runs, and goes on behind the stop string
+        ends: dict[str, Any] = {"ended": ended} if isinstance(llama, Llama) else {}
+        (new,), _ = llama.generate([prompt], limit, temperature, top_p, **ends)
         answer = self.tok_decode(new)
         return answer[: min((answer.find(s) for s in stops if s in answer), default=None)]
 

@@ -76,7 +76,7 @@ def config_entries(config: Any) -> dict[str, object]:
 
 
 def params_entries(params: object) -> dict[str, object]:
-    """The entries of a Llama's arguments."""
+    """The entries of a Llama's arguments, ours or those of Meta's reference package."""
     return {name: value for name, value in vars(params).items() if name not in LIMITS}
 
 

@@ -264,7 +264,7 @@ def is_finite(weight: Tensor) -> bool:
 
 
 class MetaDecoder:
-    """A `Decoder` over ``llama.Transformer``."""
+    """A `Decoder` over ``llama.Transformer``, or over the model of Meta's reference package."""
 
     family = META
     rotary_limits: Sequence[int] = ()
@@ -291,13 +291,19 @@ class MetaDecoder:
 
     @torch.no_grad()
     def run(self, tokens: Tensor) -> None:
+        # ours has a way around the output head, the reference's model has none
         with mixed_precision(self.mixed, self.device):
-            self.model.hidden(tokens)
+            if hasattr(self.model, "hidden"):
+                self.model.hidden(tokens)
+            else:
+                self.model(tokens, 0)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
+        # ours takes tokens alone, the reference's a start, too
+        ours = hasattr(self.model, "hidden")
         with mixed_precision(self.mixed, self.device):
-            return self.model(tokens)  # (B, S, V)
+            return self.model(tokens) if ours else self.model(tokens, 0).float()  # (B, S, V)
 
     def keep_layers(self, keep: Sequence[int]) -> Callable[[], None]:
         before = self.layers

@@ -30,7 +30,7 @@ from short_gpt.wrappers.short_model import Prompts, ShortModel
 
 
 class ShortLlama(ShortModel):
-    """Scores a `llama.Llama` by hooks on its layers, and removes layers.
+    """Scores a `llama.Llama`, or Meta's own ``Llama``, by hooks on its layers, and removes layers.
 
     Example:
         >>> short = ShortLlama(llama, n_prune_layers=9)  # doctest: +SKIP
@@ -112,15 +112,15 @@ class ShortLlama(ShortModel):
     ) -> None:
         model: Any = self.llama.model
         tokens = torch.tensor(ids, device=self.decoder.device)  # (B, S)
-        start = 0
+        start, ours = 0, hasattr(model, "hidden")  # the reference's model has no such part
         try:
             for _ in range(count):
                 new = tokens[:, start:]  # what the cache does not hold yet
-                logits = model.head(model.hidden(new, start)[:, -1])  # (B, V)
-                start = tokens.shape[1]
+                last = (model.hidden(new, start) if ours else model(new, start))[:, -1]  # (B, D)
+                logits, start = model.head(last) if ours else last.float(), tokens.shape[1]
                 tokens = torch.cat((tokens, choose(logits)[:, None]), dim=1)  # (B, S + 1)
         finally:
-            for layer in model.layers:
+            for layer in model.layers if ours else ():
                 layer.attention.cache_k = layer.attention.cache_v = None  # of many texts: large
 
     def opening(self, *, chat: bool = False) -> list[int]:
@@ -174,7 +174,9 @@ class ShortLlama(ShortModel):
             )
         record = Provenance.of(self, source, facts=facts, measured=measured)
         path = getattr(self.llama, "tokenizer_path", None)
-        target = Target(out_dir, "meta", overwrite, self._check_saved)
+        # an instance of the reference's own package may round otherwise
+        verify = self._check_saved if isinstance(self.llama, Llama) else None
+        target = Target(out_dir, "meta", overwrite, verify)
         if ckpt_dir is None:  # what did not change is copied from there
             check_unchanged(self._opened)
         saved = save_meta(self, target, source=source, record=record, tokenizer_path=path)

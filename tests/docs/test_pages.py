@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -55,6 +58,23 @@ def test_what_the_examples_import_is_exported(page):
                 package = import_module(str(node.module))
                 assert hasattr(package, "__path__")  # no module inside one
                 assert {alias.name for alias in node.names} <= set(package.__all__)
+
+
+def test_metas_own_package_is_importable_beside_ours_as_the_page_says(tmp_path):
+    """Their modules import each other by the name llama, which is ours too."""
+    folder, (block,) = (
+        tmp_path / "llama3/llama",
+        re.findall(r"```bash\n(cp .*?)```", PAGES["docs/python.md"], flags=re.DOTALL),
+    )
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("from .generation import Llama\n")
+    (folder / "generation.py").write_text("from llama.model import Transformer as Llama\n")
+    (folder / "model.py").write_text("class Transformer: ...\n")
+    subprocess.run(block, shell=True, cwd=tmp_path, check=True)
+    code = "import short_gpt, llama, meta_llama as theirs; print(theirs.Llama, llama.Llama)"
+    how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **how)
+    assert "<class 'meta_llama.model.Transformer'> <class 'llama.generation.Llama'>" in done.stdout
 
 
 def test_the_site_has_every_page():

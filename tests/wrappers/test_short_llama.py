@@ -6,6 +6,8 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from conftest import (
     zero_layer,
 )
 from scipy.stats import spearmanr
+from torch import nn
 
 from llama import Llama
 from short_gpt import ShortLlama, heal_refit
@@ -215,6 +218,101 @@ def test_saving_needs_a_source_and_something_removed(short, tmp_path):
         short.save(tmp_path / "out", ckpt_dir=tmp_path)
 
 
+class ReferenceAttention(nn.Module):
+    """Our weights; keys and values are always cached, in a fixed batch of 4."""
+
+    def __init__(self, ours: nn.Module) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wv, self.wo = ours.wq, ours.wk, ours.wv, ours.wo
+        self.size, self.n_rep = ours.head_dim, ours.n_rep
+        shape = (4, 64, ours.n_local_kv_heads, self.size)
+        self.cache_k, self.cache_v = torch.zeros(shape), torch.zeros(shape)
+
+    def turned(self, x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, H, hd / 2)
+        return torch.view_as_real(pairs * freqs_cis[:, None]).flatten(-2).type_as(x)
+
+    def forward(self, x, start_pos, freqs_cis, mask):
+        B, S, _ = x.shape
+        q, k, v = (w(x).view(B, S, -1, self.size) for w in (self.wq, self.wk, self.wv))
+        end = start_pos + S
+        self.cache_k[:B, start_pos:end] = self.turned(k, freqs_cis)
+        self.cache_v[:B, start_pos:end] = v
+        k, v = (
+            cache[:B, :end].repeat_interleave(self.n_rep, dim=2).transpose(1, 2)
+            for cache in (self.cache_k, self.cache_v)
+        )  # (B, H, T, hd)
+        scores = self.turned(q, freqs_cis).transpose(1, 2) @ k.transpose(2, 3) / self.size**0.5
+        scores = scores if mask is None else scores + mask
+        out = scores.float().softmax(-1).type_as(q) @ v
+        return self.wo(out.transpose(1, 2).reshape(B, S, -1))
+
+
+class ReferenceBlock(nn.Module):
+    def __init__(self, ours: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.feed_forward = ReferenceAttention(ours.attention), ours.feed_forward
+        self.attention_norm, self.ffn_norm = ours.attention_norm, ours.ffn_norm
+
+    def forward(self, x, start_pos, freqs_cis, mask):
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class ReferenceShaped(nn.Module):
+    """A model with the surface of Meta's reference package: complex rotations, caches on a
+    fixed batch, an additive mask, no way around the head."""
+
+    def __init__(self, ours: nn.Module) -> None:
+        super().__init__()
+        self.params = SimpleNamespace(max_seq_len=64, n_layers=5)
+        self.vocab_size, self.n_layers = 96, 5
+        self.tok_embeddings, self.norm, self.output = ours.tok_embeddings, ours.norm, ours.output
+        self.layers = nn.ModuleList(map(ReferenceBlock, ours.layers))
+        self.freqs_cis = torch.view_as_complex(ours.freqs_cis)
+
+    @torch.inference_mode()
+    def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
+        S, mask = tokens.shape[1], None
+        if S > 1:
+            mask = torch.full((S, S), float("-inf")).triu(1)
+            mask = torch.hstack([torch.zeros(S, start_pos), mask])
+        h = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            h = layer(h, start_pos, self.freqs_cis[start_pos : start_pos + S], mask)
+        return self.output(self.norm(h)).float()
+
+
+def likeliest(seen: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits)
+        return logits.argmax(-1)
+
+    return choose
+
+
+def test_an_object_of_the_reference_package_works_too(short):
+    reference = SimpleNamespace(
+        model=ReferenceShaped(make_transformer()), tokenizer=CharTokenizer()
+    )
+    theirs = ShortLlama(reference, n_prune_layers=2)
+    for wrapper in (short, theirs):
+        wrapper.eval_importance(WINDOWS[:3])
+    assert torch.allclose(theirs.importances, short.importances, atol=1e-6)
+    assert torch.allclose(theirs.importance.angular, short.importance.angular, atol=1e-5)
+    ours = short.perplexity(WINDOWS, progress=False).value
+    assert theirs.perplexity(WINDOWS, progress=False).value == pytest.approx(ours, rel=1e-5)
+    expected = short.greedy(WINDOWS[0], 9)
+    assert [theirs.greedy(WINDOWS[0], 9, use_cache=c) for c in (True, False)] == [expected] * 2
+    both: list[list[torch.Tensor]] = [[], []]  # the logits of every step
+    for wrapper, seen in zip((short, theirs), both, strict=True):
+        wrapper.continued(WINDOWS[:3], 9, likeliest(seen))
+    assert len(both[0]) == 9
+    assert torch.allclose(*map(torch.stack, both), atol=1e-4)
+    assert theirs.remove_layers() == short.remove_layers()
+    assert reference.model.n_layers == reference.model.params.n_layers == 3
+
+
 def test_a_search_and_methods_name_original_layers(short):
     windows = random_windows(3, 20)
     short.remove_layers([2])
@@ -249,13 +347,6 @@ def test_a_model_of_one_layer_prints_its_scores(short):
     short.remove_layers([1, 2, 3, 4])
     short.measure(WINDOWS, progress=False)
     assert repr(short.importance) == "Importance(1 layers, 6 windows, 120 tokens)"
-
-
-def test_many_texts_continued_at_once_are_those_continued_alone(short):
-    chosen: list[torch.Tensor] = []
-    short.continued(WINDOWS[:3], 9, lambda logits: chosen.append(logits.argmax(-1)) or chosen[-1])
-    alone = [short.greedy(window, 9, use_cache=False) for window in WINDOWS[:3]]
-    assert torch.stack(chosen, dim=1).tolist() == alone
 
 
 def test_caches_of_many_texts_go_after_an_error_too(short):
