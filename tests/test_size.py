@@ -16,7 +16,7 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 27609,
+    "lines": 27620,
     "modules": 134,
     "dataclasses": 60,
     "raises": 355,
@@ -28,7 +28,7 @@ MOST = {
     "flags": 56,
     "lines of check functions": 946,
     "settings classes for windows": 1,
-    "lines of tests": 27069,
+    "lines of tests": 27194,
     "lines of benchmarks": 8364,
     "scripts of benchmarks": 38,
 }
