@@ -25,7 +25,7 @@ def prompts(seed: int = 0, text: int = 0) -> Iterator[str]:
 
     Example:
         >>> next(prompts())[:32]
-        'Chidi buys 7 cups at 7 dollars e'
+        'Extract the number: the train wi'
     """
     words, kinds = _built_in()
     draw = np.random.default_rng((seed, text))
