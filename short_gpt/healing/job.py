@@ -249,6 +249,7 @@ class HealingJob:
         pruned, *healed = [*parts.values()][-len(done) - 1 :]
         names, before = [*self.steps], [pruned, *healed[:-1]]
         kinds = self.windows.kinds  # of the windows to evaluate on
+        known = all(part.kld is not None for part in (*pruned, *healed[-1]))
         self.evidence = HealingEvidence(
             done,
             {name: combined(windows) for name, windows in parts.items()},
@@ -261,7 +262,7 @@ class HealingJob:
                 }
                 for kind in dict.fromkeys(kinds)
             },
-            difference(pruned, healed[-1], by="kld") if self.layers else None,
+            difference(pruned, healed[-1], by="kld") if self.layers and known else None,
         )
         self.short.evidence["change"] = asdict(self.evidence.change)
         return self.evidence
