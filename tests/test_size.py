@@ -16,7 +16,7 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 27620,
+    "lines": 27621,
     "modules": 134,
     "dataclasses": 60,
     "raises": 355,
