@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -30,7 +31,7 @@ from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.settings import CLOSED_WINDOWS
-from short_gpt.jobs.inputs import Tasks, Windows
+from short_gpt.jobs.inputs import EVAL_WINDOWS, Tasks, Windows
 from short_gpt.jobs.page import is_page
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
@@ -152,6 +153,8 @@ class Shrink:
         _ = self.questions  # raises for a file without any
         gguf, source, named = is_gguf(self.out), self.source, self.settings.named
         n = self.settings.n if named is None else len(named)
+        if self.tasks.tasks and self.settings.curve is not None and self.settings.pick is None:
+            raise ShortGPTError("`tasks` has no effect on a `curve` without `pick`: add that")
         if self.settings.type is not None:
             both = gguf and source is not None and source.kind == "gguf"
             check(both, "`type`", self.settings.type, "a GGUF file as the model and as `out`")
@@ -236,6 +239,11 @@ class Shrink:
         return {"healed": self.count / (self.count - len(self.layers))}
 
     @property
+    def in_llama_cpp(self) -> bool:
+        """Whether speeds are those of files, in llama.cpp; else they are PyTorch's."""
+        return self.opened.in_place and find_spec("xllamacpp") is not None
+
+    @property
     def count(self) -> int:
         """Layers of the original model."""
         return len(self.caches)
@@ -275,7 +283,7 @@ class Shrink:
         changes = (
             ("method", self._method, plan.method, PLANS[0].method),
             ("windows to learn from", named, plan.windows, PLANS[0].windows),
-            ("windows to evaluate on", None, plan.eval_windows, asked.eval_windows),
+            ("windows to evaluate on", asked.eval_windows, plan.eval_windows, EVAL_WINDOWS),
         )
         fewer = [
             f"{what} {now} instead of {usual}"
@@ -293,13 +301,12 @@ class Shrink:
 
     def _fitted(self) -> Plan:
         """The plan that fits into the time."""
-        judged, usual = self.reading.eval_windows, SHRUNK.eval_windows
         return fitted(
             self._seconds,
             self._most_seconds,
             method=self._method,
             windows=self.reading.max_windows,
-            eval_windows=None if judged == usual else judged,
+            eval_windows=self.reading.eval_windows,
             train_on=MANY if self.reading.own else None,
             train=self.settings.time is not None,
         )

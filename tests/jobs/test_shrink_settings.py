@@ -54,6 +54,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"params": "1M"}, "--params 1M: the model is small enough"),
         ({"params": "few"}, "`params` = 'few': expected a number, such as 400k, 1.6M or 1.2B"),
         ({"layers": "3,x"}, "expected layer numbers as in `layers` 3,12"),
+        ({"layers": "3,30"}, r"layers \[30\] do not exist; the model has 0..29"),
         ({"layers": "3", "method": "bi"}, "`method` chooses layers, and `layers` names them"),
         ({"curve": "1,2", "pick": 3}, "`pick` = 3: expected one of 1, 2"),
         ({"curve": "1,29"}, "n = 29; the model has 30 layers: expected 1 to 28"),
