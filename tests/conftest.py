@@ -50,7 +50,7 @@ def few_timed_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """Few tokens are timed, which no test checks, and of 40 questions two are asked."""
     from short_gpt.costs.speeds import WORK, Speed, speeds
     from short_gpt.evaluation import answers
-    from short_gpt.jobs import comparing, shrink_run, shrinking
+    from short_gpt.jobs import comparing, shrink_curve, shrink_run, shrinking
 
     few_questions = tmp_path_factory.mktemp("asked") / "questions.jsonl"
     few_questions.write_text('{"prompt": "Say a", "right": "a"}\n{"prompt": "Say b"}\n')
@@ -62,7 +62,8 @@ def few_timed_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setattr(comparing, "MOST_NEW", 3)
         patch.setattr(speeds, "__kwdefaults__", {"seconds": 0.01, "turns": 6})
         patch.setattr(answers, "BUILT_IN", few_questions)
-        patch.setattr(shrinking, "of_files", no_llama_cpp)
+        for module in (shrinking, shrink_curve):
+            patch.setattr(module, "of_files", no_llama_cpp)
         patch.setattr(shrink_run, "TIMING", 0.0)
         yield
 

@@ -176,15 +176,12 @@ def rounded(short: ShortModel, kind: str) -> Iterator[tuple[int, Counter[int]]]:
 
 
 @contextmanager
-def rival_file(source: StrPath, folder: Path, kind: str) -> Iterator[Path]:
-    """The original GGUF model in a type, written to ``folder`` and removed after the block.
-
-    Errors are those of `requantized`.
-    """
+def scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder inside ``folder`` for a file to measure; both go after the block."""
     shutil.rmtree(folder / RIVAL, ignore_errors=True)  # of a run that was killed
     try:
         (folder / RIVAL).mkdir(parents=True)
-        yield requantized(source, folder / RIVAL / f"{kind}.gguf", kind)
+        yield folder / RIVAL
     finally:
         shutil.rmtree(folder / RIVAL, ignore_errors=True)
 

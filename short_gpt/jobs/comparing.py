@@ -17,7 +17,7 @@ from short_gpt.healing.choosing import TRIAL_WINDOWS
 from short_gpt.healing.context import Windows as TokenWindows
 from short_gpt.healing.job import CLOSED, RAW, STEPS
 from short_gpt.healing.sets import LayerSets
-from short_gpt.jobs.inputs import SIZE, Windows, check_model
+from short_gpt.jobs.inputs import EVAL_WINDOWS, SIZE, Windows, check_model
 from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.jobs.settings import COMPARED, Cases
 from short_gpt.runtime.digest import windows_digest
@@ -215,7 +215,7 @@ def compare_checkpoint(
     write = own_text_writer(short, size, seed=windows.seed, beside=running.state)
     limits = (windows.max_windows, windows.seed or 0)
     calibration, evaluation = split_own_text(kinds, [list(kind) for kind in held], write, *limits)
-    held_out = list(windows.cut(evaluation, short, windows.eval_windows))
+    held_out = list(windows.cut(evaluation, short, windows.eval_windows or EVAL_WINDOWS))
     fit_on, _ = without_overlap(list(windows.cut(calibration, short)), held_out)
     result = compare(short, fit_on, held_out, **asdict(cases), state=running.state)
     return replace(result, bos=short.bos, precision=short.about_precision)

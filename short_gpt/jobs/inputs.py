@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Data = str | PathLike[str] | Iterable[object]  # a name or a path, or texts in memory
 SIZE, STRIDE = 1024, 256  # of the ShortGPT authors' windows
+EVAL_WINDOWS = 32
 
 
 def listed(names: str) -> list[str]:
@@ -109,7 +110,7 @@ class Windows(Settings):
     )
     size: int | None = setting(SIZE, "Tokens in a window.")
     max_windows: int | None = setting(None, "Windows to read, in random order. Default: all.")
-    eval_windows: int = setting(32, "Windows to evaluate on.", rare=True)
+    eval_windows: int | None = setting(None, "Windows to evaluate on. Default: 32.", rare=True)
     stride: int | None = setting(
         None,
         "Tokens between the starts of windows. Default: the size, so that none overlap.",
@@ -165,8 +166,8 @@ class Windows(Settings):
 
         ``shuffled`` windows need a seed.
         """
-        at_least(1, optional=True, max_windows=self.max_windows)
-        at_least(1, eval_windows=self.eval_windows)
+        counts = {"max_windows": self.max_windows, "eval_windows": self.eval_windows}
+        at_least(1, optional=True, **counts)
         at_least(0, optional=not shuffled, seed=self.seed)
         size = SIZE if self.size is None else self.size
         windows([], lambda _: [], size=size, stride=self.step)
@@ -219,7 +220,7 @@ class Windows(Settings):
             seed=seed,
             bos=short.bos,
             limit=self.max_windows or limit,
-            eval_windows=self.eval_windows,
+            eval_windows=self.eval_windows or EVAL_WINDOWS,
             validate=validate,
             write=own_text_writer(short, size, seed=seed, beside=beside, prompts=self.asked),
         )

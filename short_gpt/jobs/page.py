@@ -71,12 +71,9 @@ def front(shrunk: ShrinkResult) -> dict[str, Any] | None:
         klds = {kind: kld.value for kind, kld in shrunk.distances.items()}
         name, size = f"{len(shrunk.layers)} removed", shrunk.states["healed"].size
         points = [CurvePoint(name, [*shrunk.layers], size, klds)]
-        for rival in shrunk.rivals:
-            each = {kind: p.kld.value for kind, p in rival.quality.items() if p.kld}
-            points.append(CurvePoint(rival.name, [], rival.size, each))
-        points.append(
-            CurvePoint("original", [], shrunk.states["original"].size, dict.fromkeys(klds, 0.0))
-        )
+        points += map(CurvePoint.of, shrunk.rivals)
+        size = shrunk.states["original"].size
+        points.append(CurvePoint("original", [], size, dict.fromkeys(klds, 0.0)))
     heights = [max(point.klds.values(), default=0.0) for point in points]
     sizes, high = [point.size / 1e6 for point in points], max(heights) * 1.1
     left, right = min(sizes), max(sizes)

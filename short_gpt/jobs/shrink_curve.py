@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from short_gpt.checkpoints.prune import prune_checkpoint
 from short_gpt.costs.rivals import (
     Rival,
     distances,
     has_quantizer,
     of_file,
-    rival_file,
+    requantized,
     rivals,
+    scratch,
     smaller_types,
 )
-from short_gpt.costs.speeds import WORK, pytorch, speeds
+from short_gpt.costs.speeds import WORK, of_files, pytorch, speeds
 from short_gpt.healing.job import RAW, pruned
 from short_gpt.healing.settings import CLOSED_WINDOWS
 from short_gpt.jobs.shrink_run import Shrink
@@ -29,13 +33,10 @@ from short_gpt.runtime.memory import format_bytes, free_memory
 from short_gpt.runtime.progress import bar
 from short_gpt.wrappers.options import FLOAT32
 
-if TYPE_CHECKING:
-    from short_gpt.wrappers.short_model import ShortModel
 
-
-def curve_of(run: Shrink) -> list[CurvePoint]:
-    """Every size, refitted and measured, and the original in fewer bits."""
-    counts, short = run.settings.counts(run.count), run.short
+def curve_of(run: Shrink, remarks: list[str]) -> list[CurvePoint]:
+    """Every size, refitted and measured, and the original in fewer bits; remarks are added."""
+    counts = run.settings.counts(run.count)
     # questions and chat template may be others when a run goes on
     asked = json_digest([run.questions, windows_digest(run.texts[ANSWERS])])
     with bar("sizes", total=len(counts) + 1, unit="size", show=True, delay=0) as shown:
@@ -45,22 +46,46 @@ def curve_of(run: Shrink) -> list[CurvePoint]:
             shown.update(1)
             rows.append(run.cells.value(f"size {n} {asked}", partial(_point, run, sorted(layers))))
     points = [CurvePoint(**row) for row in rows]
-
-    def timed() -> dict[str, list[float]]:
-        timers = {point.name: pytorch(short, _without(short, point.layers)) for point in points}
-        most = {p.name: run.count / (run.count - len(p.layers)) for p in points}
-        with in_own_dtype(short.decoder):
-            found = speeds(timers, run.windows.evaluation[0], most=most)
-        return {name: [works[work].ratio for work in WORK] for name, works in found.items()}
-
-    times = run.cells.value("speeds of sizes", timed)
-    points = [point._replace(speeds=times[point.name]) for point in points]
-    others = run.cells.value(f"fewer bits {asked}", partial(_in_fewer_bits, run))
+    times = run.cells.value("speeds of sizes", partial(_speeds, run, points, remarks))
+    points = [point._replace(speeds=times.get(point.name, [])) for point in points]
+    others = run.cells.value(f"fewer bits {asked}", partial(_in_fewer_bits, run, remarks))
+    if run.opened.in_place:
+        remarks.append(
+            "sizes are measured before their refitted matrices are rounded to the file's types; "
+            "the picked one as it is written"
+        )
     return points + [CurvePoint(**row) for row in others]
 
 
-def _without(short: ShortModel, layers: Sequence[int]) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: short.without_layers(layers)
+def _speeds(
+    run: Shrink, points: Sequence[CurvePoint], remarks: list[str]
+) -> dict[str, list[float]]:
+    """How many times as fast as the original each size is, by `WORK`."""
+    short = run.short
+    most = {point.name: run.count / (run.count - len(point.layers)) for point in points}
+    if not run.in_llama_cpp:
+        timers = {p.name: pytorch(short, partial(short.without_layers, p.layers)) for p in points}
+        with in_own_dtype(short.decoder):
+            found = speeds(timers, run.windows.evaluation[0], most=most)
+        return {name: [works[work].ratio for work in WORK] for name, works in found.items()}
+    ratios, source = {"original": [1.0] * len(WORK)}, str(run.source)
+    for name, layers, *_ in points[1:]:
+        with optional(remarks), scratch(run.folder) as folder:
+            path = prune_checkpoint(source, folder / "pruned.gguf", layers)  # healed as fast
+            ratios[name] = _in_llama_cpp(run, path, remarks, most[name])
+    return ratios
+
+
+def _in_llama_cpp(
+    run: Shrink, path: Path, remarks: list[str], most: float = math.inf
+) -> list[float]:
+    """How many times as fast as the original a GGUF file is; empty where llama.cpp cannot say."""
+    if run.in_llama_cpp:
+        with optional(remarks):
+            paths = {"original": Path(str(run.source)), "other": path}
+            found = of_files(paths, run.windows.evaluation[0], most={"other": most})
+            return [found["other"][work].ratio for work in WORK]
+    return []
 
 
 def _point(run: Shrink, layers: Sequence[int]) -> dict[str, Any]:
@@ -77,23 +102,19 @@ def _point(run: Shrink, layers: Sequence[int]) -> dict[str, Any]:
     return CurvePoint(name, [*layers], size, klds, right)._asdict()
 
 
-def _in_fewer_bits(run: Shrink) -> list[dict[str, Any]]:
+def _in_fewer_bits(run: Shrink, remarks: list[str]) -> list[dict[str, Any]]:
     """The original in fewer bits, as `_point`: of GGUF files of each type that is smaller."""
-    found, failed = list[Rival](), list[str]()
-    with optional(failed):
-        found += rivals_in_memory(run)
+    points, source = list[CurvePoint](), str(run.source)
+    with optional(remarks):
+        points += map(CurvePoint.of, rivals_in_memory(run))
         if run.opened.in_place and has_quantizer():
             opening = replace(run.opening, precision=FLOAT32)
-            for kind in smaller_types(str(run.source)):
-                with rival_file(str(run.source), run.folder, kind) as path:
-                    found.append(of_file(path, run.texts, run.reference, opening))
-    for reason in failed:
-        run.running.tell(reason)
-    points = []
-    for rival in found:
-        klds = {kind: p.kld.value for kind, p in rival.quality.items() if p.kld}
-        points.append(CurvePoint(rival.name, [], rival.size, klds)._asdict())
-    return points
+            for kind in smaller_types(source):
+                with scratch(run.folder) as folder:
+                    path = requantized(source, folder / f"{kind}.gguf", kind)
+                    rival = CurvePoint.of(of_file(path, run.texts, run.reference, opening))
+                    points.append(rival._replace(speeds=_in_llama_cpp(run, path, remarks)))
+    return [point._asdict() for point in points]
 
 
 @contextmanager

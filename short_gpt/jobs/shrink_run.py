@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import chain
 from os import PathLike
 from pathlib import Path
+from timeit import timeit
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
 
 from llama.files import check_new, check_output
 from llama.sources import BuiltinName, Source, find_source, is_gguf
@@ -19,18 +23,19 @@ from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import check_new_gguf
-from short_gpt.costs.rivals import RIVAL, has_quantizer
+from short_gpt.costs.rivals import KINDS, RIVAL, has_quantizer, smaller_types
 from short_gpt.costs.sizes import Opened
 from short_gpt.costs.speeds import seconds_a_token
 from short_gpt.data.texts import source_names
 from short_gpt.evaluation.answers import AT_ONCE, Question, Reply, answer_windows, ask, questions
 from short_gpt.evaluation.distance import Reference
+from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.choosing import GREEDY, MAX_WINDOWS, REFIT, REFIT_PASSES
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.settings import CLOSED_WINDOWS
-from short_gpt.jobs.inputs import Tasks, Windows
+from short_gpt.jobs.inputs import EVAL_WINDOWS, Tasks, Windows
 from short_gpt.jobs.page import is_page
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
@@ -58,7 +63,8 @@ Model: TypeAlias = "str | PathLike[str] | PreTrainedModel"
 WINDOW = 512  # tokens
 CONTEXT = 4096  # tokens of the KV cache in all
 ANSWER_TOKENS = 24  # most tokens of an answer to a question
-TIMING = 10  # seconds of comparing speeds, about
+TIMING = 20  # seconds of comparing speeds, about
+GROWTH = 1.15  # a token after half of a text, by the first: 1.07 (16 texts) to 1.2 (64) measured
 STATE, PLAN, HEALING, WRITTEN = "state.json", "plan.json", "healing", "written"
 # what the folder of a run holds, own texts and what a killed save leaves included
 PARTS = (
@@ -152,6 +158,8 @@ class Shrink:
         _ = self.questions  # raises for a file without any
         gguf, source, named = is_gguf(self.out), self.source, self.settings.named
         n = self.settings.n if named is None else len(named)
+        if self.tasks.tasks and self.settings.curve is not None and self.settings.pick is None:
+            raise ShortGPTError("`tasks` has no effect on a `curve` without `pick`: add that")
         if self.settings.type is not None:
             both = gguf and source is not None and source.kind == "gguf"
             check(both, "`type`", self.settings.type, "a GGUF file as the model and as `out`")
@@ -207,7 +215,8 @@ class Shrink:
         self.n = None if searched else self.settings.count(sizes, rest)
         # any tokens, which do not change the time
         self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
-        self.a_pass = short.seconds_a_window(self.probe)
+        # the first one is slower
+        self.a_pass = min(short.seconds_a_window(self.probe) for _ in range(2))
         if not keep:
             self.planned = self._fitted()
             return
@@ -234,6 +243,11 @@ class Shrink:
     def most(self) -> dict[str, float]:
         """How many times as fast the model without the layers can be."""
         return {"healed": self.count / (self.count - len(self.layers))}
+
+    @property
+    def in_llama_cpp(self) -> bool:
+        """Whether speeds are those of files, in llama.cpp; else they are PyTorch's."""
+        return self.opened.in_place and find_spec("xllamacpp") is not None
 
     @property
     def count(self) -> int:
@@ -275,7 +289,7 @@ class Shrink:
         changes = (
             ("method", self._method, plan.method, PLANS[0].method),
             ("windows to learn from", named, plan.windows, PLANS[0].windows),
-            ("windows to evaluate on", None, plan.eval_windows, asked.eval_windows),
+            ("windows to evaluate on", asked.eval_windows, plan.eval_windows, EVAL_WINDOWS),
         )
         fewer = [
             f"{what} {now} instead of {usual}"
@@ -293,44 +307,72 @@ class Shrink:
 
     def _fitted(self) -> Plan:
         """The plan that fits into the time."""
-        judged, usual = self.reading.eval_windows, SHRUNK.eval_windows
         return fitted(
             self._seconds,
             self._most_seconds,
             method=self._method,
             windows=self.reading.max_windows,
-            eval_windows=None if judged == usual else judged,
+            eval_windows=self.reading.eval_windows,
             train_on=MANY if self.reading.own else None,
             train=self.settings.time is not None,
         )
 
     @cached_property
-    def _own_pass(self) -> float:
-        """Seconds that a window takes in the model's own dtype."""
-        with in_own_dtype(self.short.decoder):
-            return self.short.seconds_a_window(self.probe)
+    def _judging(self) -> tuple[float, float]:
+        """Seconds to read a window in the own dtype and compare what it predicts; for the latter.
+
+        By a quarter of a window, because long texts take as much for each token.
+        """
+        decoder, few = self.short.decoder, self.probe[: max(2, self.size // 4)]
+        with in_own_dtype(decoder):
+            reference = Reference(decoder)
+            reference.read([few])
+            judged = timeit(lambda: perplexity(decoder, [[few]], reference=reference), number=1)
+            comparing = max(0.0, judged - self.short.seconds_a_window(few))
+        return judged * self.size / len(few), comparing * self.size / len(few)
 
     def _seconds(self, plan: Plan) -> float:
         """Seconds that a plan takes, without training."""
-        limit = plan.windows or MAX_WINDOWS
+        limit, in_place = plan.windows or MAX_WINDOWS, self.opened.in_place
         counts = [] if self.settings.curve is None else self.settings.counts(self.count)
         # a search for the most layers has all sizes, auto chooses for each
         chosen: list[int | None] = [*(counts if plan.method == AUTO else counts[-1:])]
-        passes = sum(
-            windows_to_choose(plan.method, n, self.count, limit) for n in chosen or [self.n]
-        )
-        sizes = len(counts)
-        passes += (1 + sizes) * REFIT_PASSES * min(limit, CLOSED_WINDOWS)
-        seconds, models = passes * self.a_pass, 3 + sizes  # original, pruned, healed; of the curve
-        seconds += models * plan.eval_windows * self._own_pass
+        work = [windows_to_choose(plan.method, n, self.count, limit) for n in chosen or [self.n]]
+        refits = (1 + len(counts)) * REFIT_PASSES * min(limit, CLOSED_WINDOWS)
+        passes = refits + min(limit, MAX_WINDOWS) + sum(read for read, _ in work)
+        judged, comparing = self._judging
+        seconds = passes * self.a_pass + sum(compared for _, compared in work) * comparing
+        # the original, the pruned, the healed model and its file; of a curve the original again
+        states = 3 + in_place + (1 + len(counts) if counts else 0)
+        rivals = self._rivals(counts)
+        tokens = sum(len(self.short.encode(one.prompt)) + ANSWER_TOKENS for one in self.questions)
+        asked = tokens / self.size  # windows
+        seconds += (states + rivals) * (plan.eval_windows + asked) * judged
+        written = ANSWER_TOKENS * math.ceil(len(self.questions) / AT_ONCE)
+        seconds += states * (asked * judged + written * self._a_token(AT_ONCE))
+        seconds += TIMING * (1 + (len(counts) + rivals) * bool(counts and self.in_llama_cpp))
         if sources := self.reading.own:
             names = source_names(self.reading.name)
             extra = self.reading.eval_name is None and sources == names
             each = own_text.count_of_own(plan.windows, len(names), extra=extra)
-            tokens = len(sources) * math.ceil(each / own_text.AT_ONCE) * self.size
-            seconds += tokens * self._a_token(min(own_text.AT_ONCE, each))
-        written = models * ANSWER_TOKENS * math.ceil(len(self.questions) / AT_ONCE)
-        return seconds + written * self._a_token(AT_ONCE) + TIMING
+            batches = len(sources) * math.ceil(each / own_text.AT_ONCE)
+            seconds += batches * self.size * self._own_token(min(own_text.AT_ONCE, each))
+        return seconds
+
+    def _rivals(self, counts: Sequence[int]) -> int:
+        """How many rivals are measured, those of a curve included."""
+        if not has_quantizer():
+            return 0
+        if not self.opened.in_place:
+            return len(KINDS) * (1 + bool(counts))
+        return 1 + (len(smaller_types(str(self.source))) if counts else 0)
+
+    def _own_token(self, texts: int) -> float:
+        """Seconds of a token in so many texts of the model's own, drawn from its predictions."""
+        logits = torch.zeros(texts, self.short.decoder.vocab_size)  # (B, V)
+        keys = [(0, row, 0) for row in range(texts)]
+        drawn = timeit(lambda: own_text.draw(logits, 1.0, keys), number=1)
+        return GROWTH * self._a_token(texts) + drawn
 
     def _a_token(self, texts: int) -> float:
         """Seconds that it takes to write a token in so many texts together; each timed once."""

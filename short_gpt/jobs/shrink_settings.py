@@ -188,10 +188,11 @@ class Shrinking(Settings):
             layers: Parameters of every layer, or its bytes with its KV cache.
             rest: Those of all that belongs to no layer.
         """
-        from short_gpt.models.numbering import check_count
+        from short_gpt.models.numbering import check_count, check_exist
         from short_gpt.runtime.memory import format_bytes
 
         total, most = len(layers), len(layers) - 2
+        check_exist(self.named or [], range(total))
         n = self.n or len(self.named or []) or math.floor((self.ratio or 0.0) * total + 0.5)
         if self.curve is not None:
             check_count(max(self.counts(total)), total, most=most)

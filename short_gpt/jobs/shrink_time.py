@@ -9,6 +9,7 @@ from short_gpt.healing.choosing import (
     BARE_PASS,
     BUDGET,
     CANDIDATES,
+    EARLIEST,
     JUDGES,
     MAX_WINDOWS,
     REFIT_PASSES,
@@ -80,8 +81,12 @@ def fitted(
     return plan
 
 
-def windows_to_choose(method: str, n: int | None, n_layers: int, windows: int) -> float:
+def windows_to_choose(
+    method: str, n: int | None, n_layers: int, windows: int
+) -> tuple[float, float]:
     """Windows through the whole model, about, that it takes to choose n layers.
+
+    And those of which the predictions are compared with the original's. Scores are extra.
 
     Args:
         method: Name of the method that chooses.
@@ -89,24 +94,25 @@ def windows_to_choose(method: str, n: int | None, n_layers: int, windows: int) -
         n_layers: Layers of the model.
         windows: Calibration windows.
     """
-    windows, unknown = min(windows, MAX_WINDOWS), 0.0
-    if (
-        n is None
-    ):  # a greedy search, and refits on three quarters of the windows, doubled and halved
+    windows, passes, compared = min(windows, MAX_WINDOWS), 0.0, 0.0
+    searches = []  # by the number of layers that each removes
+    if n is None:
         n = max(1, n_layers // 8)
-        trials = 2 * n.bit_length() * (REFIT_PASSES * 3 + 1) * windows / 4
-        unknown = trials + _searched(min(2 * n, n_layers - 2), n_layers)
+        searches.append(min(2 * n, n_layers - 2))
+        # a quarter of the windows judges the refit on the others, of so many sizes
+        sizes = 2 * n.bit_length()
+        passes, compared = sizes * (REFIT_PASSES * 3 + 1) * windows / 4, sizes * windows / 4
     if method == AUTO:
         fit = min(BARE_PASS, windows) // 2
         judging = min(JUDGES, windows - fit)
-        sets = len(CANDIDATES) * (REFIT_PASSES * fit + judging)
+        each = min((EARLIEST + JUDGES) / 2, judging)  # bad sets are told apart early
+        sets = len(CANDIDATES) * (REFIT_PASSES * fit + each)
         stepwise = (n - 1) * (REFIT_PASSES + 1) * fit
-        passes = fit + judging + sets + stepwise + _searched(n, n_layers)
-        return unknown + min(passes, BUDGET * min(BARE_PASS, windows))
-    if method in SEARCHED:
-        return unknown + _searched(1 if method == "perplexity" else n, n_layers)
-    return unknown + (windows if method else 0)
-
-
-def _searched(n: int, n_layers: int) -> float:
-    return TRIAL_WINDOWS * most_layers_run(n_layers, n) / n_layers
+        passes += min(fit + judging + sets + stepwise, BUDGET * min(BARE_PASS, windows))
+        compared += len(CANDIDATES) * each
+    if method == AUTO or (method in SEARCHED and not searches):
+        searches.append(1 if method == "perplexity" else n)
+    for most in searches:
+        passes += TRIAL_WINDOWS * most_layers_run(n_layers, most) / n_layers
+        compared += TRIAL_WINDOWS * sum(n_layers - 2 - removed for removed in range(most))
+    return passes, compared

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,8 @@ from short_gpt.costs.rivals import (
     has_quantizer,
     largest_within,
     of_file,
-    rival_file,
+    requantized,
+    scratch,
 )
 from short_gpt.costs.sizes import file_bytes
 from short_gpt.costs.speeds import Speeds, beyond, of_files, pytorch, speeds
@@ -218,7 +218,7 @@ def _answers(run: Shrink, state: str) -> Perplexity:
 
 def _speeds(run: Shrink) -> Speeds:
     """Of the original and the pruned model, which is as fast as the healed one, in PyTorch."""
-    if run.opened.in_place and find_spec("xllamacpp"):
+    if run.in_llama_cpp:  # which times files
         return {}
     timers = {
         "original": pytorch(run.short, nullcontext),
@@ -235,14 +235,14 @@ def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
     rivals, timed = list[Rival](), result.speeds
     with optional(remarks):
         kind = largest_within(source, file_bytes(run.built)) if has_quantizer() else None
-        with rival_file(source, run.folder, kind) if kind else nullcontext() as path:
-            if path is not None:
+        with scratch(run.folder) as folder:
+            if kind is not None:
+                path = requantized(source, folder / f"{kind}.gguf", kind)
                 opening = replace(run.opening, precision=FLOAT32)
                 rivals = [of_file(path, run.texts, run.reference, opening)]
                 paths[rivals[0].name] = path
             timed = timed or of_files(paths, run.windows.evaluation[0], most=run.most)
-    where = result.timed_in if result.speeds else "llama.cpp"
-    return replace(result, rivals=rivals, speeds=timed, timed_in=where, remarks=remarks)
+    return replace(result, rivals=rivals, speeds=timed, remarks=remarks)
 
 
 # What a reader of the numbers must know
@@ -301,9 +301,12 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     """Does everything; continues what the folder holds."""
     run.read()
     opened, short, windows = run.opened, run.short, run.windows
-    curve = curve_of(run) if run.settings.curve is not None else []
+    remarks = list[str]()
+    curve = curve_of(run, remarks) if run.settings.curve is not None else []
+    known: dict[str, Any] = {"plan": plan, "total": run.count, "method": run.method, "curve": curve}
+    known["timed_in"] = "llama.cpp" if run.in_llama_cpp else "PyTorch"
     if curve and run.settings.pick is None:
-        return ShrinkResult(run.out, plan, run.count, method=run.method, curve=curve)
+        return ShrinkResult(run.out, **known, remarks=remarks)
     run.layers, choice = _choose(run)
     if opened.in_place:
         check_architecture(str(run.source)).kept(run.layers)
@@ -312,7 +315,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     short.evidence |= {"method": method, "eval_data": eval_data, "size": run.size}
     run.running.tell(f"layers to remove: {sorted(run.layers)}")
     states, answers = {"original": _sizes(run, "original")}, {"original": _answers(run, "original")}
-    remarks, beside, timed = list[str](), list[Rival](), Speeds()
+    beside, timed = list[Rival](), Speeds()
     with optional(remarks):
         beside = rivals_in_memory(run)
     with short.without_layers(run.layers):
@@ -328,10 +331,8 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
         states["healed"], answers["healed"] = _sizes(run, "healed"), _answers(run, "healed")
         result = ShrinkResult(
             out=run.out,
-            plan=plan,
-            total=run.count,
+            **known,
             layers=run.layers,
-            method=run.method,
             quality={  # by names as in "original, 30 layers"
                 kind: {name.partition(",")[0]: value for name, value in each.items()}
                 for kind, each in evidence.by_kind.items()
@@ -342,7 +343,6 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
             speeds=timed,
             questions=[question.prompt for question in run.questions],
             answers=run.answers,
-            curve=curve,
             remarks=[*remarks, *_remarks(run, evidence)],
             healing=evidence.steps,
             choice=choice,

@@ -71,6 +71,11 @@ class CurvePoint(NamedTuple):
     right: int | None = None  # answers
     speeds: Sequence[float] = ()  # by `speeds.WORK`, times the original's
 
+    @classmethod
+    def of(cls, rival: Rival) -> CurvePoint:
+        klds = {kind: p.kld.value for kind, p in rival.quality.items() if p.kld}
+        return cls(rival.name, [], rival.size, klds)
+
 
 @dataclass(frozen=True, repr=False)
 class ShrinkResult(Table):
@@ -227,7 +232,8 @@ class ShrinkResult(Table):
     def verdict(self) -> str:
         """What the result is worth, in a sentence; or the plan, if only that was requested."""
         if not self.states:
-            return "Nothing is written yet; pick one of these." if self.curve else self.plan
+            nothing = f"Nothing is written yet; pick one of these. Timed in {self.timed_in}."
+            return nothing if self.curve else self.plan
         klds = [f"{kld} on {short_name(kind)}" for kind, kld in self.distances.items()]
         parts = [f"{self.grade[0].upper()}{self.grade[1:]}: KLD {', '.join(klds)}"]
         kept, right = self.kept
@@ -276,7 +282,9 @@ class ShrinkResult(Table):
 
     def __str__(self) -> str:
         if not self.states:
-            return "\n".join([self.verdict, *aligned(self.rows())]) if self.curve else self.plan
+            remarks = [line for remark in self.remarks for line in _wrapped(remark)]
+            lines = [self.verdict, *aligned(self.rows()), *remarks]
+            return "\n".join(lines) if self.curve else self.plan
         lines = [line for text in (self.verdict, self.worth, self.head) for line in _wrapped(text)]
         lines += ["", *self._narrow()]
         end = [f"written: {self.out}, read again and compared; more in {self.report()}"]
@@ -345,7 +353,8 @@ class ShrinkResult(Table):
             for r in self.rivals
         ]
         if not self.states:
-            return {name: content[name] for name in ("out", "plan", "method", "curve")}
+            known = ("out", "plan", "method", "curve", "timed_in", "remarks")
+            return {name: content[name] for name in known}
         content["verdict"] = {"grade": self.grade, "text": self.verdict, "worth": self.worth}
         content["importance"] = None if self.importance is None else self.importance.to_dict()
         return content

@@ -17,9 +17,9 @@ from short_gpt.costs.rivals import (
     largest_within,
     of_file,
     requantized,
-    rival_file,
     rivals,
     rounded,
+    scratch,
     smaller_types,
 )
 from short_gpt.wrappers.options import OpenOptions
@@ -99,13 +99,14 @@ def test_the_file_is_not_larger_than_the_pruned_one_and_goes_afterwards(tmp_path
     reference = original.reference(EVERY)
     original.release()  # its weights are gone when the rival is read
     kind = largest_within(source, out.stat().st_size)
-    with rival_file(source, folder, kind) as path:
-        assert path.stat().st_size <= out.stat().st_size and path.name == "q8_0.gguf"
+    with scratch(folder) as place:
+        path = requantized(source, place / "q8_0.gguf", kind)
+        assert path.stat().st_size <= out.stat().st_size
         rival = of_file(path, TEXTS, reference, OpenOptions())
         assert rival.size == path.stat().st_size and rival.name == "in Q8_0"
         assert all(0 < own.kld.value < 0.02 for own in rival.quality.values())
     assert not (folder / RIVAL).exists()
-    with pytest.raises(KeyboardInterrupt), rival_file(source, folder, kind):
+    with pytest.raises(KeyboardInterrupt), scratch(folder):
         raise KeyboardInterrupt
     assert not (folder / RIVAL).exists()
 

@@ -54,6 +54,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"params": "1M"}, "--params 1M: the model is small enough"),
         ({"params": "few"}, "`params` = 'few': expected a number, such as 400k, 1.6M or 1.2B"),
         ({"layers": "3,x"}, "expected layer numbers as in `layers` 3,12"),
+        ({"layers": "3,30"}, r"layers \[30\] do not exist; the model has 0..29"),
         ({"layers": "3", "method": "bi"}, "`method` chooses layers, and `layers` names them"),
         ({"curve": "1,2", "pick": 3}, "`pick` = 3: expected one of 1, 2"),
         ({"curve": "1,29"}, "n = 29; the model has 30 layers: expected 1 to 28"),
@@ -125,10 +126,14 @@ def test_the_best_plan_that_fits(most, named, plan):
 
 def test_what_a_choice_takes():
     # a round of 2 of 5 layers tries 3 of them: 1 + 2 + 3 and 3 layers run, the next 1 + 2 and 2
-    assert windows_to_choose("sleb", 2, 5, 64) == 4 * (6 + 3 + 3 + 2) / 5
-    assert windows_to_choose("bi", 2, 5, 64) == 48 and windows_to_choose("bi", 2, 5, 8) == 8
+    assert windows_to_choose("sleb", 2, 5, 64) == (4 * (6 + 3 + 3 + 2) / 5, 4 * (3 + 2))
+    assert windows_to_choose("bi", 2, 5, 64) == (0, 0)  # scores are measured for every method
     few, many = (windows_to_choose("auto", 8, 30, windows) for windows in (16, 64))
-    assert few < many <= 60 * 16
-    assert windows_to_choose("greedy_kld", None, 24, 32) > windows_to_choose(
-        "greedy_kld", 3, 24, 32
-    )
+    search = windows_to_choose("greedy_kld", 8, 30, 64)
+    assert few < many and many[0] <= 60 * 16 + search[0]
+    # five sets, of which 28 windows judge one on average
+    assert many[1] == 5 * 28 + search[1]
+    unknown = windows_to_choose("greedy_kld", None, 24, 32)
+    known = windows_to_choose("greedy_kld", 6, 24, 32)  # up to twice the eighth is searched
+    assert unknown == (known[0] + 4 * 10 * 8, known[1] + 4 * 8)
+    assert windows_to_choose("bi", None, 24, 32) == unknown

@@ -43,6 +43,7 @@ from short_gpt.jobs import (
     convert,
     heal,
     healing,
+    shrink_curve,
     shrink_run,
     shrinking,
 )
@@ -367,7 +368,7 @@ def test_a_comparison_that_fails_costs_no_model(here, monkeypatch, model):
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
-    for name in ("rivals_in_memory", "rival_file", "speeds"):
+    for name in ("rivals_in_memory", "requantized", "speeds"):
         monkeypatch.setattr(shrinking, name, broken)
     out = "out.gguf" if model == "model.gguf" else "out"
     done = shrink(model, out, **CUT, n=2, method="bi", data="other")
@@ -422,7 +423,10 @@ def test_what_does_not_fit_into_the_time_is_said_and_a_continued_run_keeps_its_p
     monkeypatch.setattr(ShortHFModel, "seconds_a_window", lambda *_: 1.0)
     done = shrink("hf", "out", **how, notify=own.append)
     assert done.method == "greedy_kld" and fewer in done.plan
-    assert "it takes longer than 40 seconds" in shrink("hf", "no", **how, dry_run=True).plan
+    plan = shrink("hf", "no", **how, dry_run=True).plan
+    assert "it takes longer than 40 seconds" in plan and "windows to evaluate on 8 inst" in plan
+    named = shrink("hf", "no", **how, eval_windows=32, dry_run=True).plan
+    assert "to stay within" in named and "windows to evaluate on" not in named
     with interrupted(shrink_run.Shrink, "read", 0):
         shrink("hf", "two", **how)
     shutil.copytree("hf", "other-model")
@@ -478,17 +482,43 @@ def test_a_curve_goes_on_with_other_questions_and_has_the_sizes_of_files(here):
     assert one.size == done.states["healed"].size > shrink("hf", "two", **how).curve[1].size
 
 
+def test_the_files_of_a_curve_are_timed_in_llama_cpp_and_gone_afterwards(here, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    in_types(Path("model.gguf"), Path("few.gguf"), dict.fromkeys(["attn_output", "ffn_down"], 2))
+    sizes, most_ratios = [], []
+
+    def measured(paths, window, *, most):
+        sizes.append([path.stat().st_size for path in paths.values()])
+        most_ratios.append(most["other"])
+        if len(sizes) == 2:
+            raise ShortGPTError("llama.cpp gave no speeds: it crashed")
+        ratios = {"original": 1.0, "other": 1.5}
+        return {n: dict.fromkeys(WORK, Speed(9.0, r, r, r, 24)) for n, r in ratios.items()}
+
+    monkeypatch.setattr(shrink_curve, "of_files", measured)
+    done = shrink("few.gguf", "out.gguf", curve=(1, 2), **CUT, data="other")
+    one, two, *fewer = (own for _, own in sizes)
+    assert {original for original, _ in sizes} == {Path("few.gguf").stat().st_size}
+    assert one > two and fewer == [point.size for point in done.curve[3:]]
+    assert most_ratios[:2] == [6 / 5, 6 / 4] and {*most_ratios[2:]} <= {math.inf}
+    assert [point.speeds for point in done.curve[:3]] == [[1, 1], [1.5, 1.5], []]
+    assert {*map(tuple, (point.speeds for point in done.curve[3:]))} <= {(1.5, 1.5)}
+    assert "Timed in llama.cpp." in str(done) and not [*Path("out.gguf.shrinking").rglob("*.gguf")]
+    assert "llama.cpp gave no speeds: it crashed" in done.remarks
+    assert done.remarks[-1].startswith("sizes are measured before their refitted matrices are")
+    assert max(map(len, str(done).splitlines())) <= 100
+
+
 @pytest.mark.parametrize(("model", "out"), [("hf", "out"), ("model.gguf", "out.gguf")])
 def test_fewer_bits_that_fail_cost_no_curve(here, monkeypatch, model, out):
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
-    for name in ("rivals", "rival_file"):
+    for name in ("rivals", "requantized"):
         monkeypatch.setattr(f"short_gpt.jobs.shrink_curve.{name}", broken)
-    said: list[str] = []
-    done = shrink(model, out, curve=(1,), **CUT, data="other", notify=said.append)
+    done = shrink(model, out, curve=(1,), **CUT, data="other")
     assert [point.name for point in done.curve] == ["original", "1 removed"]
-    assert "out of memory" in said
+    assert done.remarks[0] == "out of memory" and "\nout of memory" in str(done)
 
 
 def test_what_a_curve_takes_is_foretold_for_all_of_its_sizes(here, monkeypatch):
@@ -502,13 +532,17 @@ def test_what_a_curve_takes_is_foretold_for_all_of_its_sizes(here, monkeypatch):
         assert {*counted} == counts and "go into distillation of the picked size" in plan
 
 
-def test_named_layers_are_removed(here):
+def test_named_layers_are_removed(here, monkeypatch):
     done = shrink("hf", "out", layers="2,4", **CUT, data="other")
     assert done.layers == [2, 4] and done.head == "removed 2 of 6 layers: [2, 4]"
     heal("hf", "healed", layers=[2, 4], data="other", eval_data="books", size=24, max_windows=8)
     assert torch.equal(logits("out"), logits("healed"))
     with pytest.raises(ValueError, match=r"layers \[9\] do not exist"):
         shrink("hf", "no", layers="2,9", **CUT)
+    model, tokenizer = (c.from_pretrained("hf") for c in (AutoModelForCausalLM, AutoTokenizer))
+    monkeypatch.setattr(ShortHFModel, "seconds_a_window", None)  # nothing is run before
+    with pytest.raises(ValueError, match=r"layers \[9\] do not exist"):
+        shrink(model, "no", layers="2,9", **CUT, tokenizer=tokenizer)
 
 
 def test_a_dry_run_writes_nothing(here, capsys):
@@ -891,6 +925,7 @@ def test_a_rival_that_is_nearer_and_smaller_is_said():
         (("model.gguf", "out.gguf", "--curve", "1,2", "--type", "q3_k"), "no KLD and no curve"),
         (("model.gguf", "out.gguf", "--n", 2, "--type", "q3"), "--type = 'q3': expected one of q8"),
         (("few.gguf", "out.gguf", "--n", 2, "--type", "q8_0"), "expected one that takes fewer"),
+        (("hf", "out", "--curve", "1,2", "--tasks", "piqa"), "--tasks has no effect on a --curve"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
