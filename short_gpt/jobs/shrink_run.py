@@ -42,7 +42,7 @@ from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
 from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
 from short_gpt.models.config_file import config_digest
-from short_gpt.models.decoder import in_own_dtype
+from short_gpt.models.decoder import in_own_dtype, matrices_rounded_once
 from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError, check
@@ -86,7 +86,8 @@ class Shrink:
     saving: Saving
     running: Running
     layers: Sequence[int] = ()  # to remove, once they are chosen
-    _timed: dict[int, float] = field(default_factory=dict)  # seconds a token by texts written
+    # seconds a token, by how many texts, and whether of the model's own, are written at once
+    _timed: dict[tuple[int, bool], float] = field(default_factory=dict)
 
     # The request
 
@@ -369,16 +370,20 @@ class Shrink:
 
     def _own_token(self, texts: int) -> float:
         """Seconds of a token in so many texts of the model's own, drawn from its predictions."""
-        logits = torch.zeros(texts, self.short.decoder.vocab_size)  # (B, V)
-        keys = [(0, row, 0) for row in range(texts)]
-        drawn = timeit(lambda: own_text.draw(logits, 1.0, keys), number=1)
-        return GROWTH * self._a_token(texts) + drawn
+        if (texts, True) not in self._timed:
+            logits = torch.zeros(texts, self.short.decoder.vocab_size)  # (B, V)
+            keys = [(0, row, 0) for row in range(texts)]
+            with matrices_rounded_once(self.short.decoder):
+                token = GROWTH * seconds_a_token(self.short, [[0]] * texts)
+            token += timeit(lambda: own_text.draw(logits, 1.0, keys), number=1)
+            self._timed[texts, True] = token
+        return self._timed[texts, True]
 
     def _a_token(self, texts: int) -> float:
-        """Seconds that it takes to write a token in so many texts together; each timed once."""
-        if texts not in self._timed:
-            self._timed[texts] = seconds_a_token(self.short, [[0]] * texts)
-        return self._timed[texts]
+        """Seconds of a token in so many answers."""
+        if (texts, False) not in self._timed:
+            self._timed[texts, False] = seconds_a_token(self.short, [[0]] * texts)
+        return self._timed[texts, False]
 
     @cached_property
     def questions(self) -> list[Question]:

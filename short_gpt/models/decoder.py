@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from llama.formats.safetensors import DTYPES
 from short_gpt.models.families import META, Family
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError, check
+from short_gpt.runtime.memory import free_memory
 
 
 class Decoder(Protocol):
@@ -72,6 +73,34 @@ def mixed_precision(mixed: bool, device: torch.device) -> AbstractContextManager
         return nullcontext()
     # a pass reads each weight once: copies that outlive their product would take half a model more
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def matrices_rounded_once(decoder: Decoder) -> Iterator[None]:
+    """`mixed_precision`, for many passes of few tokens: on a CPU a pass does not round the weights.
+
+    Copies of the matrices in bfloat16 take their place; without the memory for them, each pass
+    rounds, to the same numbers.
+    """
+    modules = {*decoder.layers.modules()}
+    modules |= {m for m in decoder.module.modules() if isinstance(m, nn.Linear)}  # the head
+    own = {module: module._parameters.get("weight") for module in modules}
+    weights = {m: weight for m, weight in own.items() if _is_matrix(weight)}
+    size = sum(2 * weight.numel() for weight in weights.values())  # bytes
+    rounds = decoder.mixed and decoder.device.type == "cpu" and size < free_memory() / 4
+    try:
+        for module, weight in weights.items() if rounds else ():
+            # the module's alone: an embedding that shares the weight keeps it
+            module._parameters["weight"] = nn.Parameter(weight.bfloat16(), requires_grad=False)
+        with mixed_precision(decoder.mixed, decoder.device):
+            yield
+    finally:
+        for module, weight in weights.items():
+            module._parameters["weight"] = weight
+
+
+def _is_matrix(weight: nn.Parameter | None) -> TypeGuard[nn.Parameter]:
+    return weight is not None and weight.ndim == 2 and weight.dtype is torch.float32
 
 
 @cache

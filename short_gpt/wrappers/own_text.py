@@ -21,6 +21,7 @@ from short_gpt.data.prompts import BUILT_IN, in_turn, prompt_of, prompts
 from short_gpt.data.texts import OWN, Conversation
 from short_gpt.data.windows import Text, Window, batches, common_start, starts_texts
 from short_gpt.evaluation.answers import to_learn
+from short_gpt.models.decoder import matrices_rounded_once
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
@@ -62,9 +63,10 @@ def own_samples(
     are ``counted`` in its window, the tokens that a training learns. Every token of the
     model's is drawn from softmax(logits / temperature) over the whole vocabulary (as for
     fine-tuning in arXiv:2410.09982 and quantization in arXiv:2305.17888), or is the likeliest in
-    every fourth answer. A draw is argmax(logits / temperature - log E), E ~ Exp(1) of V numbers by
-    seed, text and position alone: batch and count change a text only where rounding decides between
-    two tokens. Replicas (torchrun) share the texts, and all get every one.
+    every fourth answer. A draw is the token where the cumulated probability exceeds a uniform
+    number by seed, text and position alone: batch and count change a text only where rounding
+    decides between two tokens. A model that reads windows with products in bfloat16 writes so, too.
+    Replicas (torchrun) share the texts, and all get every one.
 
     Args:
         count: Number of texts. Default: 96.
@@ -134,10 +136,14 @@ def _asked(short: ShortModel, prompts: StrPath | Iterable[object], size: int) ->
 def draw(logits: Tensor, temperature: float, keys: Sequence[tuple[int, int, int]]) -> Tensor:
     """A token for each row of logits, (B, V) to (B,), by its seed, text and position."""
     check_logits(logits)
-    rows = [np.random.default_rng(key).standard_exponential(logits.shape[1]) for key in keys]
-    # float32 holds the logarithm of what is as small as a rare token's probability
-    noise = torch.from_numpy(np.log(np.stack(rows))).to(logits.device, torch.float32)  # (B, V)
-    return (logits / temperature - noise).argmax(-1)
+    drawn = list[int]()
+    # row by row, because a row stays in the processor's cache
+    for row, key in zip(logits.float().cpu().numpy(), keys, strict=True):  # (V,)
+        cumulative = np.exp((row - row.max()) / temperature).cumsum(dtype=np.float64)  # (V,)
+        # never a token of probability 0: it adds nothing to the sum
+        threshold = np.random.default_rng(key).random() * cumulative[-1]
+        drawn.append(int(np.searchsorted(cumulative, threshold, side="right")))
+    return torch.tensor(drawn, device=logits.device)
 
 
 class _Text:
@@ -228,16 +234,21 @@ class _Writer:
 
         def choose(logits: Tensor) -> Tensor:  # (B, V) to (B,)
             free = [i for i, text in enumerate(texts) if not text.ahead]
-            if free:
-                keys = [(self.seed, rows[i], len(texts[i].ids)) for i in free]
-                drawn = draw(logits[free], self.temperature, keys).tolist()
-                likeliest = logits[free].argmax(-1).tolist()
-                for i, token, best in zip(free, drawn, likeliest, strict=True):
-                    texts[i].write(best if texts[i].greedy else token)
+            likeliest = [i for i in free if texts[i].greedy]
+            drawn = [i for i in free if not texts[i].greedy]
+            if likeliest:
+                for i, token in zip(likeliest, logits[likeliest].argmax(-1).tolist(), strict=True):
+                    texts[i].write(token)
+            if drawn:
+                keys = [(self.seed, rows[i], len(texts[i].ids)) for i in drawn]
+                tokens = draw(logits[drawn], self.temperature, keys).tolist()
+                for i, token in zip(drawn, tokens, strict=True):
+                    texts[i].write(token)
             done(len(rows))
             return torch.tensor([text.read() for text in texts], device=logits.device)
 
-        self.short.continued([text.ids for text in texts], self.length - 1, choose)
+        with matrices_rounded_once(self.short.decoder):
+            self.short.continued([text.ids for text in texts], self.length - 1, choose)
         return [text.ids for text in texts]
 
     def window(self, row: int, ids: Sequence[int]) -> Window:
@@ -268,11 +279,11 @@ class _Writer:
     def _state(self, folder: Path) -> StateFile:
         settings = {"length": self.length, "seed": self.seed, "temperature": self.temperature}
         identity = {**self.short.identity(), **settings, "opening": self.openings.get(False)}
+        identity["draw"] = "inverse of the cumulated probabilities"
         if True in self.openings:
             asked = json_digest(self.asked or BUILT_IN.read_text(encoding="utf-8"))
             turn = self.short.turn("?", ends=self.short.answer_ends)
             identity["dialogs"] = [self.openings[True], turn, GREEDY, asked]
-        identity.pop("precision", None)  # of reading windows: a text is written in the model's own
         return StateFile(folder / f"self-{json_digest(identity)}.json", identity)
 
     def _fitting(self) -> int:

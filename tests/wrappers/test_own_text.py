@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama import Llama
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama, open_model, own_samples
 from short_gpt.data.prompts import in_turn
+from short_gpt.models import decoder
 from short_gpt.wrappers import own_text as module
 from short_gpt.wrappers.own_text import draw
 
@@ -165,12 +166,23 @@ def test_other_weights_or_settings_write_anew(other, changes, tmp_path):
     assert len([*tmp_path.glob("self-*.json")]) == 2
 
 
-def test_a_text_is_that_of_the_model_in_whatever_precision_windows_are_read(tmp_path, monkeypatch):
-    first, mixed = quiet(llama(), 3, 12, beside=tmp_path / "out"), llama()
+@pytest.mark.parametrize("make", [llama, hf])
+def test_a_model_that_reads_with_products_in_bfloat16_writes_so(make, tmp_path, monkeypatch):
+    types, mixed = set(), make()
+    exact = quiet(make(), 3, 12, beside=tmp_path / "out")
     mixed.decoder.mixed = True
-    assert mixed.identity() != llama().identity()
-    monkeypatch.setattr(module, "draw", None)  # nothing more is written
-    assert quiet(mixed, 3, 12, beside=tmp_path / "out") == first
+    layer = next(
+        m for m in mixed.decoder.layers.modules() if hasattr(m, "weight") and m.weight.ndim == 2
+    )
+    layer.register_forward_hook(lambda _, args, out: types.update((layer.weight.dtype, out.dtype)))
+    quiet(mixed, 3, 12, beside=tmp_path / "out")
+    assert types == {torch.bfloat16} and layer.weight.dtype == torch.float32
+    assert len([*tmp_path.glob("self-*.json")]) == 2  # none of one in the other's
+    assert quiet(make(), 3, 12, beside=tmp_path / "out") == exact
+    monkeypatch.setattr(decoder, "free_memory", lambda: 0)  # no copies, the same products
+    types.clear()
+    quiet(mixed, 3, 13, beside=tmp_path / "out")
+    assert types == {torch.float32, torch.bfloat16}
 
 
 @pytest.mark.parametrize("make", [llama, hf])

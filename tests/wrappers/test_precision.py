@@ -23,7 +23,7 @@ from short_gpt.healing.choosing import ResultCache
 from short_gpt.healing.distillation import Distillation
 from short_gpt.jobs import rank
 from short_gpt.models import decoder
-from short_gpt.models.decoder import without_layers
+from short_gpt.models.decoder import matrices_rounded_once, without_layers
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime.state import StateFile, read_record
@@ -94,6 +94,12 @@ def test_products_are_in_bfloat16_and_the_stream_in_float32(family):
     assert logits.dtype == torch.float32 and not torch.equal(logits, exact)
     # every product keeps 8 bits, and each logit is a sum of many
     assert (logits - exact).norm() < 0.05 * exact.norm()
+    weights = dict(decoder.model.named_parameters())
+    with matrices_rounded_once(decoder):
+        few = {id(own) for own in weights.values()} - {*map(id, decoder.model.parameters())}
+        assert sum(id(own) in few for own in weights.values() if own.ndim == 2) >= len(few) > 4
+        assert torch.equal(decoder.logits(tokens), logits)
+    assert all(own is weights[name] for name, own in decoder.model.named_parameters())
 
 
 @pytest.mark.parametrize(("name", "stream"), KINDS)
