@@ -15,7 +15,7 @@ OPEN = re.compile(r"\{([a-z]+|(\d+)-(\d+))\}")  # a word, or a number and its ra
 
 
 def prompts(seed: int = 0, text: int = 0) -> Iterator[str]:
-    """Endless prompts of some 300 kinds; their words and numbers are drawn anew each time.
+    """Endless prompts of some 370 kinds; their words and numbers are drawn anew each time.
 
     They depend on ``seed`` and the number of the ``text`` alone that they are for. A text goes
     through the kinds in an order of its own.
