@@ -95,6 +95,7 @@ def automatic() -> list[str]:
 
 # Layers and bits
 
+WORTH = {"worth_05b": "Qwen2.5-Coder-0.5B"}
 FRONTS = {"front_smollm2": "SmolLM2-135M"}
 ON, WORK = ("wikitext", "answers"), ("prompt", "generation")
 
@@ -448,6 +449,30 @@ def serving() -> list[str]:
             speed = f"{own[name]['median']:.0f} tokens/s"
             cells.append(f"{ratio}, {expected:.2f}" if own["removed"] else speed)
         lines.append(row(*cells))
+    return lines
+
+
+def worth() -> list[str]:
+    """README's: what `shrink` gives for models that people know, beside the same in fewer bits."""
+    lines = []
+    for name, model in WORTH.items():
+        own = result(name)["result"]
+        right = {state: each["right"] for state, each in own["answers"].items()}
+        kept = sum(a and b for a, b in zip(right["original"], right["healed"], strict=True))
+        healed, rival = own["states"]["healed"], own["rivals"][0]
+        speeds = (own["speeds"]["healed"][work]["ratio"] for work in ("prompt", "generation"))
+        lines.append(
+            row(
+                model,
+                f"{len(own['layers'])} of {own['total']}",
+                ", ".join(f"{each['healed']['kld']:.3f}" for each in own["quality"].values()),
+                f"{kept} of {sum(right['original'])}",
+                ", ".join(f"{ratio:.2f}" for ratio in speeds),
+                f"{healed['size'] / 1e6:.0f} MB",
+                f"{rival['size'] / 1e6:.0f} MB",
+                ", ".join(f"{each['kld']:.3f}" for each in rival["quality"].values()),
+            )
+        )
     return lines
 
 

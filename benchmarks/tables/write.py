@@ -129,6 +129,12 @@ TABLES: dict[str, Callable[[], str]] = {
         "servers",
     ),
     "speed and memory": table("| | file, MB | prompt | writing |", rows.serving, "serving"),
+    "worth": table(
+        "| model | layers removed | KLD: text, own answers | answers kept | times as fast: reads, "
+        "writes | size | in fewer bits | their KLD |",
+        rows.worth,
+        *rows.WORTH,
+    ),
     "cuts of a Gemma 3": table(
         "| removed | kinds kept | kinds by position | ShortGPT's cut | llama.cpp's cut |",
         rows.gemma,
