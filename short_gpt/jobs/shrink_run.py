@@ -7,12 +7,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from timeit import timeit
+from timeit import repeat, timeit
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -216,8 +216,8 @@ class Shrink:
         self.n = None if searched else self.settings.count(sizes, rest)
         # any tokens, which do not change the time
         self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
-        # the first one is slower
-        self.a_pass = min(short.seconds_a_window(self.probe) for _ in range(2))
+        # the first ones are slower
+        self.a_pass = min(short.seconds_a_window(self.probe) for _ in range(4))
         if not keep:
             self.planned = self._fitted()
             return
@@ -320,17 +320,22 @@ class Shrink:
 
     @cached_property
     def _judging(self) -> tuple[float, float]:
-        """Seconds to read a window in the own dtype and compare what it predicts; for the latter.
+        """Seconds to judge a window, in the own dtype; to compare what it predicts, in a choice."""
+        with in_own_dtype(self.short.decoder):
+            judged = self._judged()
+        return judged, max(0.0, self._judged() - self.a_pass)
+
+    def _judged(self) -> float:
+        """Seconds to read a window and compare what it predicts.
 
         By a quarter of a window, because long texts take as much for each token.
         """
         decoder, few = self.short.decoder, self.probe[: max(2, self.size // 4)]
-        with in_own_dtype(decoder):
-            reference = Reference(decoder)
-            reference.read([few])
-            judged = timeit(lambda: perplexity(decoder, [[few]], reference=reference), number=1)
-            comparing = max(0.0, judged - self.short.seconds_a_window(few))
-        return judged * self.size / len(few), comparing * self.size / len(few)
+        reference = Reference(decoder)
+        reference.read([few])
+        judge = partial(perplexity, decoder, [[few]], reference=reference)
+        # the first ones are slower
+        return min(repeat(judge, number=1, repeat=2)) * self.size / len(few)
 
     def _seconds(self, plan: Plan) -> float:
         """Seconds that a plan takes, without training."""

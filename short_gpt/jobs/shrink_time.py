@@ -106,10 +106,11 @@ def windows_to_choose(
         fit = min(BARE_PASS, windows) // 2
         judging = min(JUDGES, windows - fit)
         each = min((EARLIEST + JUDGES) / 2, judging)  # bad sets are told apart early
-        sets = len(CANDIDATES) * (REFIT_PASSES * fit + each)
+        sets = min(len(CANDIDATES), n + 1)  # of few layers, most methods choose the same
         stepwise = (n - 1) * (REFIT_PASSES + 1) * fit
-        passes += min(fit + judging + sets + stepwise, BUDGET * min(BARE_PASS, windows))
-        compared += len(CANDIDATES) * each
+        trials = sets * (REFIT_PASSES * fit + each)
+        passes += min(fit + judging + trials + stepwise, BUDGET * min(BARE_PASS, windows))
+        compared += sets * each
     if method == AUTO or (method in SEARCHED and not searches):
         searches.append(1 if method == "perplexity" else n)
     for most in searches:

@@ -37,11 +37,12 @@ class OpenOptions(Settings):
     )
     precision: str = setting(
         FLOAT32,
-        "Precision of reading windows, to score, search, evaluate, refit and train: float32 keeps "
-        "the model's dtype; mixed takes matrix products in bfloat16, with weights and the stream "
-        "of a float32 model in float32; auto takes mixed where this processor multiplies so in two "
-        "thirds of the time or less. Generation, tasks, what heal and shrink report in the end, "
-        "and proofs of what was written are not affected, nor are models in half precision.",
+        "Precision of reading windows, to score, search, evaluate, refit and train, and of writing "
+        "text of the model's own: float32 keeps the model's dtype; mixed takes matrix products in "
+        "bfloat16, with weights and the stream of a float32 model in float32; auto takes mixed "
+        "where this processor multiplies so in two thirds of the time or less. Answers, tasks, "
+        "what heal and shrink report in the end, and proofs of what was written are not affected, "
+        "nor are models in half precision.",
         rare=True,
     )
     trust_remote_code: bool = setting(
