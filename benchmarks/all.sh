@@ -75,8 +75,8 @@ script streaming streaming
 script reproduce_7b reproduce_7b
 script refit_streamed refit_streamed
 script servers servers --environments environments
-ln -sf "$(python -c "from benchmarks.lib.real_models import MODELS; print(MODELS['0.5b']())")" qwen.gguf
-measure worth_05b shrunk qwen.gguf worth_05b.gguf --n 2 --eval_data wikitext2_test.txt --json
+ln -sf "$(python -c "from benchmarks.lib.real_models import MODELS; print(MODELS['0.5b']())")" qwen2.5-coder-0.5b.gguf
+measure worth_05b shrunk qwen2.5-coder-0.5b.gguf worth_05b.gguf --n 2 --eval_data wikitext2_test.txt --json
 script front_smollm2 front --wikitext wikitext2_test.txt --speeds --model smollm2 --counts 0,1,2,3,4 --files front-smollm2
 few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
 script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --time 15m

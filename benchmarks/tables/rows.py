@@ -460,17 +460,21 @@ def worth() -> list[str]:
         right = {state: each["right"] for state, each in own["answers"].items()}
         kept = sum(a and b for a, b in zip(right["original"], right["healed"], strict=True))
         healed, rival = own["states"]["healed"], own["rivals"][0]
-        speeds = (own["speeds"]["healed"][work]["ratio"] for work in ("prompt", "generation"))
+        speeds = {
+            state: ", ".join(f"{each[work]['ratio']:.2f}" for work in WORK)
+            for state, each in own["speeds"].items()
+        }
         lines.append(
             row(
                 model,
                 f"{len(own['layers'])} of {own['total']}",
                 ", ".join(f"{each['healed']['kld']:.3f}" for each in own["quality"].values()),
                 f"{kept} of {sum(right['original'])}",
-                ", ".join(f"{ratio:.2f}" for ratio in speeds),
+                speeds["healed"],
                 f"{healed['size'] / 1e6:.0f} MB",
-                f"{rival['size'] / 1e6:.0f} MB",
                 ", ".join(f"{each['kld']:.3f}" for each in rival["quality"].values()),
+                speeds[rival["name"]],
+                f"{rival['size'] / 1e6:.0f} MB",
             )
         )
     return lines
