@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -23,6 +23,7 @@ from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.distillation import Distillation, collate, examples, learned_digest
 from short_gpt.healing.settings import Recipe
 from short_gpt.models.config_file import config_digest, config_entries
+from short_gpt.models.decoder import rounded_matrices
 from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, weights_digest
@@ -105,8 +106,10 @@ def train(
             base = cast("transformers.PreTrainedModel", adapted.get_base_model())
             base.gradient_checkpointing_enable({"use_reentrant": False})
         trainer = _trainer(adapted, run, folder, shown)
+        decoder = HFDecoder(adapted.get_base_model(), run.layers_path)
         if not (begun and _finished(trainer, folder)):
-            trainer.train(resume_from_checkpoint=begun)
+            with rounded_matrices(decoder, frozen=True) if run.mixed else nullcontext():
+                trainer.train(resume_from_checkpoint=begun)
         return trainer.state, before
 
 

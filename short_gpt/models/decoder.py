@@ -79,21 +79,38 @@ def mixed_precision(mixed: bool, device: torch.device) -> AbstractContextManager
 def matrices_rounded_once(decoder: Decoder) -> Iterator[None]:
     """`mixed_precision`, for many passes of few tokens: on a CPU a pass does not round the weights.
 
-    Copies of the matrices in bfloat16 take their place; without the memory for them, each pass
-    rounds, to the same numbers.
+    See `rounded_matrices`.
+    """
+    mixed = mixed_precision(decoder.mixed, decoder.device)
+    with rounded_matrices(decoder) if decoder.mixed else nullcontext(), mixed:
+        yield
+
+
+@contextmanager
+def rounded_matrices(decoder: Decoder, *, frozen: bool = False) -> Iterator[None]:
+    """Copies of a CPU's float32 matrices in bfloat16 take their place inside the block.
+
+    Autocast, which would round them at every pass, gives the same numbers. Nothing changes where
+    there is no memory for the copies.
+
+    Args:
+        decoder: Its layers' matrices and its head are meant.
+        frozen: Leave the matrices that are trained. Default: all are copied.
     """
     modules = {*decoder.layers.modules()}
     modules |= {m for m in decoder.module.modules() if isinstance(m, nn.Linear)}  # the head
     own = {module: module._parameters.get("weight") for module in modules}
     weights = {m: weight for m, weight in own.items() if _is_matrix(weight)}
+    if frozen:
+        weights = {m: weight for m, weight in weights.items() if not weight.requires_grad}
     size = sum(2 * weight.numel() for weight in weights.values())  # bytes
-    rounds = decoder.mixed and decoder.device.type == "cpu" and size < free_memory() / 4
+    if decoder.device.type != "cpu" or size > free_memory() / 4:
+        weights = {}
     try:
-        for module, weight in weights.items() if rounds else ():
+        for module, weight in weights.items():
             # the module's alone: an embedding that shares the weight keeps it
             module._parameters["weight"] = nn.Parameter(weight.bfloat16(), requires_grad=False)
-        with mixed_precision(decoder.mixed, decoder.device):
-            yield
+        yield
     finally:
         for module, weight in weights.items():
             module._parameters["weight"] = weight

@@ -231,6 +231,22 @@ def test_training_multiplies_in_bfloat16_and_learns_in_float32(distilled, here, 
     assert not torch.equal(*changes.values())
 
 
+def test_frozen_matrices_that_are_rounded_once_train_to_the_same_weights(here, monkeypatch):
+    recipe = Recipe(rank=2, steps=3, warmup=1, batch_size=2, eval_every=1, learning_rate=1e-2)
+    parts = [random_windows(4, 16, seed=seed) for seed in (4, 5, 6)]
+    weights, seen = [], []
+    for free in (2**40, 0):
+        short = open_trainable("hf", replace(CPU, precision="mixed"))
+        monkeypatch.setattr(decoder, "free_memory", lambda free=free: free)
+        up = short.decoder.layers[0].mlp.up_proj
+        up.register_forward_hook(lambda own, *_: seen.append((own.weight.dtype, own.training)))
+        assert heal_lora(short, *parts, recipe=recipe, progress=False).kept_step
+        weights.append(short.model.state_dict())
+        assert ((torch.bfloat16, True) in seen and (torch.float32, True) not in seen) or not free
+        seen.clear()
+    assert all(torch.equal(own, weights[1][name]) for name, own in weights[0].items())
+
+
 def test_training_goes_on_in_the_precision_that_it_began_with(here):
     recipe = Recipe(rank=2, steps=2, warmup=1, batch_size=2, eval_every=1)
     parts = [random_windows(4, 16, seed=seed) for seed in (4, 5, 6)]
