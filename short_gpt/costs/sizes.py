@@ -16,9 +16,7 @@ from llama.formats.gguf_read import GGUFParts, part_paths
 from llama.parallel import config_dtype
 from llama.sources import Source as Weights
 from llama.sources import resolve
-from short_gpt.checkpoints.gguf import in_few_bits
-from short_gpt.checkpoints.gguf_layers import LAYER
-from short_gpt.checkpoints.requantizing import changes
+from short_gpt.checkpoints.gguf import LAYER, changes, in_few_bits
 from short_gpt.models.hf import LayerCache, layer_caches
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions

@@ -18,7 +18,7 @@ from short_gpt.jobs.inputs import SIZE, STRIDE, Windows, about_bos
 from short_gpt.jobs.ranking import Ranking, rank
 from short_gpt.jobs.saving import Running
 from short_gpt.jobs.settings import Answer
-from short_gpt.models.config_file import shape_of
+from short_gpt.models.loading import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance

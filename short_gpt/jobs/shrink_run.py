@@ -41,8 +41,8 @@ from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
 from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
-from short_gpt.models.config_file import config_digest
 from short_gpt.models.decoder import in_own_dtype, matrices_rounded_once
+from short_gpt.models.loading import config_digest
 from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError, check

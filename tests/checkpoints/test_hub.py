@@ -174,9 +174,6 @@ def test_what_keeps_it_from_the_hub_is_said_before_the_work(here, hub, capsys, m
         return line
 
     assert "--private has no effect without --push_to_hub" in refused("--private")
-    line = refused("--to", "meta", "--push_to_hub", "me/small")
-    assert "--push_to_hub uploads a directory in Hugging Face's format" in line
-    assert "hf upload me/small x" in line
     with pytest.raises(ShortGPTError, match="uploads a directory in Hugging Face's format"):
         heal("meta", "x", data=TEXTS, push_to_hub="me/small", **FEW)
     line = refused("--push_to_hub", "a/b/c")
