@@ -316,9 +316,8 @@ def shrink(
     tokenizer: object = None,
     settings: Shrinking = Shrinking(),
     windows: Windows = SHRUNK,
-    tasks: Tasks = Tasks().only("tasks"),
     opening: OpenOptions = SHRINKING,
-    saving: Saving = Saving().only("overwrite", "push_to_hub"),
+    saving: Saving = Saving(),
     running: Running = Running().only("notify"),
     dry_run: bool = False,
 ) -> ShrinkResult:
@@ -371,5 +370,5 @@ def demo(
     """
     from short_gpt.jobs import shrinking
 
-    groups = (settings, windows, Tasks(), opening, saving, running)
+    groups = (settings, windows, opening, saving, running)
     return shrinking.shrink(DEMO, out, *groups, dry_run)

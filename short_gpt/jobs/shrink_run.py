@@ -35,7 +35,7 @@ from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.settings import CLOSED_WINDOWS
-from short_gpt.jobs.inputs import EVAL_WINDOWS, Tasks, Windows
+from short_gpt.jobs.inputs import EVAL_WINDOWS, Windows
 from short_gpt.jobs.page import is_page
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
@@ -81,7 +81,6 @@ class Shrink:
     out: Path
     settings: Shrinking
     reading: Windows
-    tasks: Tasks
     opening: OpenOptions
     saving: Saving
     running: Running
@@ -134,8 +133,8 @@ class Shrink:
         name = "MODEL" if self.source is None else short_name(str(self.model))
         demo = isinstance(self.model, BuiltinName)  # whose command names these by default
         words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), short_name(str(self.out))]
-        defaults = (Shrinking(), SHRUNK, Tasks(), OpenOptions(precision=FASTER))
-        groups = (self.settings, self.reading, self.tasks, self.opening)
+        defaults = (Shrinking(), SHRUNK, OpenOptions(precision=FASTER))
+        groups = (self.settings, self.reading, self.opening)
         for group, usual in zip(groups, defaults, strict=True):
             for one in (item for item in group.taken() if item.metadata["flag"]):
                 value = getattr(group, one.name)
@@ -154,13 +153,10 @@ class Shrink:
         """Raises errors that are known before a model is loaded, the cheapest first."""
         self.settings.check()
         self.reading.check(shuffled=True)
-        self.tasks.check()
         self._check_folder()
         _ = self.questions  # raises for a file without any
         gguf, source, named = is_gguf(self.out), self.source, self.settings.named
         n = self.settings.n if named is None else len(named)
-        if self.tasks.tasks and self.settings.curve is not None and self.settings.pick is None:
-            raise ShortGPTError("`tasks` has no effect on a `curve` without `pick`: add that")
         if self.settings.type is not None:
             both = gguf and source is not None and source.kind == "gguf"
             check(both, "`type`", self.settings.type, "a GGUF file as the model and as `out`")
@@ -231,7 +227,7 @@ class Shrink:
 
     @property
     def _dials(self) -> dict[str, Any]:
-        """Settings that choose layers and healing: questions and tasks may be others later."""
+        """Settings that choose layers and healing: questions may be others later."""
         return asdict(replace(self.settings, pick=None))
 
     @property
@@ -264,7 +260,6 @@ class Shrink:
         refit = [f"the refit takes up to {memory} of the machine's memory"]
         before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
         kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
-        more = "run the tasks, " if self.tasks.tasks else ""
         own = ", its own text included" if self.reading.own else ""
         takes = duration(self.a_pass)
         takes += " with products in bfloat16" if self.short.about_precision else ""
@@ -276,7 +271,7 @@ class Shrink:
                 + (kept if n else "")
                 + (f", the others in {kind}" if (kind := self.settings.type) else ""),
                 f"a window of {self.size} tokens takes {takes}: in all about "
-                f"{duration(planned.seconds)}{own}, and the time to {more}write the model and read "
+                f"{duration(planned.seconds)}{own}, and the time to write the model and read "
                 "it again",
                 *self._given_up(),
                 *(refit if self.settings.heal_by == REFIT else []),

@@ -275,8 +275,7 @@ def test_a_choice_names_layers_or_scores(here):
 
 
 def test_names_are_read_with_or_without_spaces():
-    suite = Tasks("piqa, arc_easy ,boolq").suite()
-    assert suite is not None and list(suite.tasks) == ["piqa", "arc_easy", "boolq"]
+    assert Tasks("piqa, arc_easy ,boolq").names == ["piqa", "arc_easy", "boolq"]
     cases = Cases("bi, sleb", 2, "raw, refit")
     assert cases.methods == ["bi", "sleb"] and cases.counts == [2]
     assert cases.healings == ["raw", "refit"]

@@ -34,7 +34,6 @@ from short_gpt.data import demo
 from short_gpt.data.windows import Answer
 from short_gpt.evaluation.answers import answer_windows, ask, questions
 from short_gpt.evaluation.perplexity import Perplexity, Sample, combined
-from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import HealedChoice, Recipe, RefitSettings, healing_windows
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_layer import LayerRefit
@@ -819,28 +818,6 @@ def test_how_many_layers_go_is_measured_on_windows_that_no_refit_reads(here, mon
     assert len(shrink("hf", "out", max_kld=limit, **CUT, data="other").layers) >= 1
 
 
-def test_tasks_are_paired(here, lm_eval, tasks, capsys):
-    run("shrink", "hf", "out", "--n", 2, *FLAGS, *TEXTS, "--tasks",
-        tasks / "tiny_choice.yaml", "--json", "r.json")  # fmt: skip
-    out = capsys.readouterr().out
-    assert "tiny_choice acc " in out and "tiny_choice acc change, paired" in out
-    result = json.loads(Path("r.json").read_text())["result"]
-    assert len(result["states"]["healed"]["tasks"]["documents"]["tiny_choice"]["acc"]) == 6
-
-
-def test_a_task_value_that_is_no_number_is_shown_from_a_state_too():
-    quality = {"books": dict.fromkeys(("original", "healed"), Perplexity(2.0, 2, 1))}
-    for odd in (math.nan, None):  # JSON has null for it
-        reports = {}
-        for state, value in (("original", 1.0), ("healed", odd)):
-            values = {"metrics": {"t": {"f1": value}}, "documents": {"t": {"f1": [0.0, value]}}}
-            reports[state] = StateReport(1, 1, 1, values)
-        for first, *others in ("original", "healed"), ("healed", "original"):
-            ordered = {state: reports[state] for state in (first, *others)}
-            rows = ShrinkResult(Path("out"), "", quality=quality, states=ordered).rows()
-            assert ["t f1", "1.0000", "nan"] in rows
-
-
 def result(klds: list[float], right: tuple[int, int], **fields: Any) -> ShrinkResult:
     """A healed model with these divergences on texts of 10 tokens, and right answers of it."""
     healed = Perplexity.of([Sample(i, 20.0, 10, 10 * kld, 5) for i, kld in enumerate(klds)])
@@ -848,7 +825,7 @@ def result(klds: list[float], right: tuple[int, int], **fields: Any) -> ShrinkRe
     before, after = right
     answers = {state: Answered([], [True] * before) for state in ("original", "pruned")}
     answers["healed"] = Answered([], [True] * after + [False] * (before - after))
-    reports = dict.fromkeys(states, StateReport(1, 100, 100, {}))
+    reports = dict.fromkeys(states, StateReport(1, 100, 100))
     fields = {"states": reports, **fields}
     return ShrinkResult(Path("out"), "", quality={"books": states}, answers=answers, **fields)
 
@@ -925,7 +902,6 @@ def test_a_rival_that_is_nearer_and_smaller_is_said():
         (("model.gguf", "out.gguf", "--curve", "1,2", "--type", "q3_k"), "no KLD and no curve"),
         (("model.gguf", "out.gguf", "--n", 2, "--type", "q3"), "--type = 'q3': expected one of q8"),
         (("few.gguf", "out.gguf", "--n", 2, "--type", "q8_0"), "expected one that takes fewer"),
-        (("hf", "out", "--curve", "1,2", "--tasks", "piqa"), "--tasks has no effect on a --curve"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
@@ -1100,59 +1076,6 @@ def test_scores_that_were_interrupted_are_continued(here, monkeypatch):
     assert done.layers == whole.layers
     assert done.importance.to_dict() == whole.importance.to_dict()
     assert torch.equal(logits("out"), logits("whole-3"))
-
-
-@pytest.mark.parametrize(("changed", "asked"), [(None, 1), ("tasks", 3), ("template", 3)])
-def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, changed, asked):
-    shutil.copytree("hf", "own")
-    tasks, answered = Path("tasks"), []
-    tasks.mkdir()
-    (tasks / "documents.py").write_text("1")
-
-    def documents(suite: TaskSuite, _: object) -> TaskRun:
-        answered.append(float(Path("tasks/documents.py").read_text()))
-        return TaskRun({"t": {"acc": answered[-1]}})
-
-    monkeypatch.setattr("short_gpt.jobs.inputs.Tasks.check", lambda _: None)
-    monkeypatch.setattr(TaskSuite, "documents", documents)
-    # own dialogs would be others with another template, and so another run
-    how = {**KILLED, "data": "self:text", "tasks": "tasks/t.yaml"}
-    with interrupted(LayerRefit, "solve", 1):
-        shrink("own", "out", **how)
-    assert answered == [1.0, 1.0]  # of the original and the pruned model
-    if changed == "tasks":
-        (tasks / "documents.py").write_text("0")
-    if changed == "template":
-        config = json.loads(Path("own/tokenizer_config.json").read_text())
-        config["chat_template"] = TEMPLATE.replace("<s>", "<s>A ")
-        Path("own/tokenizer_config.json").write_text(json.dumps(config))
-        for file in Path("own").glob("*.jinja"):
-            file.write_text(config["chat_template"])
-    answered.clear()
-    done = shrink("own", "out", **how)
-    assert len(answered) == asked  # of the healed model alone, or of all three
-    values = {look.tasks["metrics"]["t"]["acc"] for look in done.states.values()}
-    assert values == {0.0 if changed == "tasks" else 1.0}
-
-
-def test_tasks_of_other_layers_are_measured_again(here, monkeypatch):
-    """Other questions may change how many layers go, when a run goes on."""
-    present, n = [], [1]
-
-    def documents(suite: TaskSuite, short: ShortHFModel) -> TaskRun:
-        present.append(len(short.present))
-        return TaskRun({"t": {"acc": float(present[-1])}})
-
-    Path("tasks").mkdir()
-    monkeypatch.setattr("short_gpt.jobs.inputs.Tasks.check", lambda _: None)
-    monkeypatch.setattr(TaskSuite, "documents", documents)
-    monkeypatch.setattr(shrinking, "_most_within", lambda *_: n[0])
-    how = {**CUT, "data": "other", "tasks": "tasks/t.yaml", "max_kld": 9, "method": "sequential"}
-    with interrupted(LayerRefit, "solve", 1):
-        shrink("hf", "out", **how)
-    n[0] = 2
-    done = shrink("hf", "out", **how)
-    assert present == [6, 5, 4, 4] and len(done.layers) == 2
 
 
 @pytest.mark.parametrize(("kind", "replaced"), [("gguf", True), ("gguf", False), ("hf", False)])

@@ -223,7 +223,7 @@ def test_the_block_must_exist(block: tuple[int, int]) -> None:
 
 
 def row(method: str, n: int, healing: str, perplexity: float) -> Row:
-    return Row(method, None, n, healing, [], perplexity, 0.0, 0.0, None, None, 1, 1.0, 1.0)
+    return Row(method, None, n, healing, [], perplexity, 0.0, 0.0, None, None, 1, 1.0)
 
 
 DENSE = row("dense", 0, "raw", 10.0)
