@@ -156,12 +156,10 @@ def test_it_needs_nothing_but_a_model(here):
         r.text for r in ask(pruned, questions(), max_new_tokens=24)
     ]
     page = done.report().read_text()
-    for part in ("Say b", "What was removed", *done.rows()[1]):
+    for part in ("Say b", *done.rows()[1]):
         assert part in page
     dots = [page.count(f'<circle class="{kind}"') for kind in ("removed", "kept")]
-    assert dots == [1 + 2, 3 + 4]  # against size the healed, the original and its rivals; layers
-    upright = r'<line class="error" x1="([\d.]+)" x2="\1" y1="([\d.]+)" y2="(?!\2")'
-    assert len(re.findall(upright, page)) == 6  # a bar each
+    assert dots == [1, 3]  # against size the healed, the original and its rivals
     assert not re.search(r"(src|href|url\(|@import)\s*[=(]", page)
     command = "short-gpt shrink hf out --ratio 0.3 --size 24 --max_windows 12 --eval_windows 6"
     assert f"<pre>{command}\n\n2 of 6 layers go" in page and "<li>seed 0</li>" in page
