@@ -112,10 +112,7 @@ def reproduced(result: ReproductionResult) -> str:
     """The ranking, and the paper's list beside it."""
     parts = [f"not the paper's protocol: {'; '.join(result.changed)}"] if result.changed else []
     parts += [f"taken for PG-19: {', '.join(result.taken)}"] if result.taken else []
-    parts += [ranked(result.ranking), "", result.comparison.table()]
-    if result.published is not None:
-        parts += [f"rank correlation with published scores of all layers {result.published:.3f}"]
-    return "\n".join(parts)
+    return "\n".join([*parts, ranked(result.ranking), "", result.comparison.table()])
 
 
 def pruned(result: PruneResult) -> str:
