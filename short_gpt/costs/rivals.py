@@ -126,7 +126,6 @@ def rivals(
     *,
     stored: int,
     itemsize: int,
-    kinds: Sequence[str] = KINDS,
 ) -> list[Rival]:
     """The original in 8 and in about 4 bits, rounded in memory as GGUF files are.
 
@@ -138,13 +137,12 @@ def rivals(
         texts: Windows by kind of text, which ``reference`` has read with the original.
         stored: Bytes of the original's weights as they are written.
         itemsize: Bytes of a number there.
-        kinds: Names of `TYPES`.
 
     Raises:
         MissingPackageError: libgguf is not installed.
     """
     found: list[Rival] = []
-    for kind in kinds:
+    for kind in KINDS:
         with rounded(short, kind) as (numbers, sizes):
             if sizes:  # none of a model whose weights are quantized already
                 size = stored - itemsize * numbers + sizes.total()

@@ -6,7 +6,6 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatch
 from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import chain
@@ -23,7 +22,7 @@ from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import check_new_gguf
-from short_gpt.costs.rivals import KINDS, RIVAL, has_quantizer, smaller_types
+from short_gpt.costs.rivals import KINDS, has_quantizer, smaller_types
 from short_gpt.costs.sizes import Opened
 from short_gpt.costs.speeds import seconds_a_token
 from short_gpt.data.texts import source_names
@@ -42,6 +41,7 @@ from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
 from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
 from short_gpt.models.decoder import in_own_dtype, matrices_rounded_once
+from short_gpt.models.hf import layer_caches
 from short_gpt.models.loading import config_digest
 from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
@@ -66,11 +66,6 @@ ANSWER_TOKENS = 24  # most tokens of an answer to a question
 TIMING = 20  # seconds of comparing speeds, about
 GROWTH = 1.15  # a token after half of a text, by the first: 1.07 (16 texts) to 1.2 (64) measured
 STATE, PLAN, HEALING, WRITTEN = "state.json", "plan.json", "healing", "written"
-# what the folder of a run holds, own texts and what a killed save leaves included
-PARTS = (
-    *(f"{dot}{name}*" for name in (STATE, PLAN, "self-") for dot in ("", ".")),
-    *(HEALING, WRITTEN, RIVAL),
-)
 
 
 @dataclass
@@ -153,7 +148,11 @@ class Shrink:
         """Raises errors that are known before a model is loaded, the cheapest first."""
         self.settings.check()
         self.reading.check(shuffled=True)
-        self._check_folder()
+        other = self.folder.exists() and any(self.folder.iterdir())
+        if other and not (self.folder / PLAN).exists():  # what every run writes first
+            raise ShortGPTError(
+                f"{self.folder} is not from a run of shrink: move it away, or choose another output"
+            )
         _ = self.questions  # raises for a file without any
         gguf, source, named = is_gguf(self.out), self.source, self.settings.named
         n = self.settings.n if named is None else len(named)
@@ -176,14 +175,6 @@ class Shrink:
             check_exist(named or [], range(count))
         self.reading.check_texts()
 
-    def _check_folder(self) -> None:
-        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
-        if other := [n for n in names if not any(fnmatch(n, part) for part in PARTS)]:
-            raise ShortGPTError(
-                f"{self.folder} holds {min(other)}, and is not from a run of shrink: move it away, "
-                "or choose another output"
-            )
-
     # The model, and what will be done with it
 
     def open(self, tokenizer: PreTrainedTokenizerBase | None, *, keep: bool) -> None:
@@ -203,7 +194,8 @@ class Shrink:
         self.size = self.reading.size or min(WINDOW, short.decoder.max_seq_len)
         self.parameters, self.stored = self.opened.sizes()
         itemsize = 2 if self.to == "gguf" else self.opened.dtype.itemsize  # llama.cpp's is float16
-        self.caches = [cache.size(CONTEXT, itemsize) for cache in self.opened.caches()]  # bytes
+        every = layer_caches(short.model, len(short.kept), short.decoder.device)
+        self.caches = [cache.size(CONTEXT, itemsize) for cache in every]  # bytes
         sizes, rest = self.parameters
         if self.settings.memory is not None:
             layers, rest = self.opened.sizes(self.settings.type)[1]

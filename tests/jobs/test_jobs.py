@@ -400,7 +400,8 @@ def test_a_setting_that_would_be_ignored_is_refused(here, call, message):
 def test_a_dry_run_leaves_the_folder_of_a_running_shrink_as_it_is(here):
     folder = Path("out.shrinking")
     folder.mkdir()
-    (folder / "self-0.json").write_text("{}")
+    for name in ("plan.json", "self-0.json"):
+        (folder / name).write_text("{}")
     letters = random.Random(0).choices(string.ascii_letters, k=4000)
     how = {"n": 1, "size": 32, "max_windows": 8, "eval_windows": 4, "method": "bi"}
     data = ["".join(letters[:2000]), "".join(letters[2000:])]

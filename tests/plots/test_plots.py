@@ -268,8 +268,8 @@ def test_every_healing_has_a_part_whose_title_names_it() -> None:
         "pruned, not healed",
         "healed by a patch",
         "healed by a refit",
-        "healed by linearpatch",
         "healed by rescale",
+        "healed by linearpatch",
     ]
     drawn = [curves(axes)["Block Influence"] for axes in parts.values()]
     assert drawn[0] == [(0, 10.0), (2, 20.0), (4, 90.0)]
