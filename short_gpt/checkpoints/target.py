@@ -51,10 +51,11 @@ class Target:
     def check(self, *, source: Path | None = None) -> None:
         """Raises FileExistsError or PermissionError where the model could not be written.
 
-        With ``overwrite``, ``source`` must not lie in the directory that is replaced.
+        Also with ``overwrite``, nothing replaces ``source``, or the directory that it lies in.
         """
         if is_gguf(self.out):
-            check_new_gguf(self.out, overwrite=self.overwrite)
+            of_gguf = source if source is not None and is_gguf(source) else None
+            check_new_gguf(self.out, source=of_gguf, overwrite=self.overwrite)
         else:
             check_new(self.path, marker=PROVENANCE, overwrite=self.overwrite, source=source)
 

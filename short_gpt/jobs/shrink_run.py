@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
-from llama.files import check_new, check_output
+from llama.files import check_output
 from llama.sources import BuiltinName, Source, find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_architecture
-from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
-from short_gpt.checkpoints.target import check_new_gguf
+from short_gpt.checkpoints.target import Target
 from short_gpt.costs.rivals import KINDS, has_quantizer, smaller_types
 from short_gpt.costs.sizes import Opened
 from short_gpt.costs.speeds import seconds_a_token
@@ -164,10 +163,7 @@ class Shrink:
         path = None if source is None else source.path
         if gguf:
             check_output(report_of(self.out), overwrite=True, replaces=is_page)
-            of_gguf = path if source is not None and source.kind == "gguf" else None
-            check_new_gguf(self.out, source=of_gguf, overwrite=self.saving.overwrite)
-        else:
-            check_new(self.out, marker=PROVENANCE, overwrite=self.saving.overwrite, source=path)
+        Target(self.out, self.saving.overwrite).check(source=path)
         if gguf and source is not None and source.kind == "gguf":
             check_architecture(str(source)).check()
         if source is not None and n is not None and (count := layers_of(source)) is not None:
