@@ -184,15 +184,6 @@ def test_texts_that_overlap_are_refused():
         LayerSets(short(), [long[0][:100]], [long[0][20:]])
 
 
-@pytest.mark.parametrize(
-    ("methods", "counts", "message"),
-    [(["best"], [1], "no method 'best'"), (["bi"], [6], "expected 1 to 5")],
-)
-def test_cases_are_checked_first(methods, counts, message):
-    with pytest.raises(ValueError, match=message):
-        rows_of(short(), method=methods, n=counts)
-
-
 def test_what_a_cut_model_costs_counts_its_own_layers():
     model = short()
     model.remove_layers([0])

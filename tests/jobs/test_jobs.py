@@ -262,14 +262,10 @@ def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
 
 
 def test_a_choice_names_layers_or_scores(here):
-    for choice, message in (
-        (Choice(), "expected either `layers`, as in 21,22,23, or `scores` and `n`"),
-        (Choice([1], "r.json"), "expected either `layers`"),
-        (Choice([1], method="bi"), "`method` chooses from `scores`"),
-        (Choice(scores="r", method="best"), "no method 'best'"),
-    ):
-        with pytest.raises(ShortGPTError, match=message):
-            choice.check()
+    with pytest.raises(ShortGPTError, match="expected either `layers`, as in 21,22,23, or `scor"):
+        Choice([1], "r.json").check()
+    with pytest.raises(ShortGPTError, match="no method 'best'"):
+        Choice(scores="r", method="best").check()
     with pytest.raises(ShortGPTError, match="`n` chooses from `scores`"):
         prune("ckpt", "x", layers=[1], n=1)
 

@@ -928,22 +928,6 @@ def test_the_size_of_a_gguf_file_is_that_on_disk(here, model):
         assert "6 others evaluated on" in page
 
 
-@pytest.mark.parametrize("out", ["state.json", "written"])
-def test_a_model_may_be_called_as_what_a_run_keeps(here, out):
-    run("shrink", "hf", out, "--n", 2, *FLAGS, "--data", "books")
-    assert AutoConfig.from_pretrained(out).num_hidden_layers == 4
-    assert not [*here.glob("*shrinking*")]
-
-
-def test_the_page_names_no_folders(here):
-    texts = {"data": str(here / "other"), "eval_data": str(here / "books")}
-    done = shrink(str(here / "hf"), str(here / "out"), n=2, method="bi", **{**CUT, **texts})
-    page = done.report().read_text()
-    assert str(here) not in page and "perplexity, books" in page
-    assert "short-gpt shrink hf out --n 2 --method bi --data other" in page
-    assert f"{here}/out" in done.next_steps[0]
-
-
 @pytest.mark.parametrize("out", ["out", "it's mine", 'cost "$HOME" `ls`', "both ' and \""])
 def test_what_to_type_next_takes_any_name_and_suits_format_and_architecture(out):
     path, gguf = Path(out), f"{out}.gguf"

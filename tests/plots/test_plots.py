@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -341,14 +340,3 @@ def test_a_row_without_an_error_is_on_the_axis_and_has_no_bar() -> None:
 def test_curves_need_rows() -> None:
     with pytest.raises(ValueError, match="expected the rows of a comparison"):
         quality_curves([])
-
-
-# All
-
-
-def test_pyplot_is_not_needed() -> None:
-    before = set(sys.modules)
-    png(importance_bars(LEVEL))
-    png(angular_heatmap(distances()))
-    png(quality_curves([DENSE, *CUT]))
-    assert "matplotlib.pyplot" not in set(sys.modules) - before
