@@ -261,7 +261,7 @@ def _cell(values: Sequence[tuple[float | None, float | None, str]]) -> str:
     numbers = [(value, form) for value, _, form in values if value is not None]
     if not numbers:
         return "-"
-    ends = [known(*end(numbers)) for end in (min, max)]
+    ends = [known(*min(numbers)), known(*max(numbers))]
     _, error, form = values[0]
     if len(numbers) > 1 or error is None:
         return " to ".join(dict.fromkeys(ends))
