@@ -409,18 +409,18 @@ def test_what_does_not_fit_into_the_time_is_said_and_a_continued_run_keeps_its_p
     here, monkeypatch
 ):
     own: list[str] = []
-    how = {"n": 2, "time": "40s", "size": 24, "data": "other", "eval_data": "books"}
+    how = {"n": 2, "time": "33s", "size": 24, "data": "other", "eval_data": "books"}
     monkeypatch.setattr(ShortHFModel, "seconds_a_window", lambda *_: 0.1)
     with interrupted(shrinking, "_move_into_place", 0):
         shrink("hf", "out", **how, notify=own.append)
     fewer = "method greedy_kld instead of auto, windows to evaluate on 16 instead of 32"
-    assert f"to stay within 40 seconds (--time): {fewer}" in own[0]
-    assert re.search(r"of 40 seconds \(--time\), \d+ seconds go into distillation", own[0])
+    assert f"to stay within 33 seconds (--time): {fewer}" in own[0]
+    assert re.search(r"of 33 seconds \(--time\), \d+ seconds go into distillation", own[0])
     monkeypatch.setattr(ShortHFModel, "seconds_a_window", lambda *_: 1.0)
     done = shrink("hf", "out", **how, notify=own.append)
     assert done.method == "greedy_kld" and fewer in done.plan
     plan = shrink("hf", "no", **how, dry_run=True).plan
-    assert "it takes longer than 40 seconds" in plan and "windows to evaluate on 8 inst" in plan
+    assert "it takes longer than 33 seconds" in plan and "windows to evaluate on 8 inst" in plan
     named = shrink("hf", "no", **how, eval_windows=32, dry_run=True).plan
     assert "to stay within" in named and "windows to evaluate on" not in named
     with interrupted(shrink_run.Shrink, "read", 0):
