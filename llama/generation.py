@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.args import check_split
-from llama.checkpoint.meta import LAYER_NAME, Checkpoint, check_vocabulary
-from llama.checkpoint.sharding import split_dim
+from llama.checkpoint.meta import LAYER_NAME, Checkpoint, check_vocabulary, split_dim
 from llama.errors import InputError, check
 from llama.files import StrPath
 from llama.model import Transformer

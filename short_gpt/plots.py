@@ -31,7 +31,7 @@ KEPT, REMOVED = "#56B4E9", "#D55E00"
 SHOWN = 100
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C7A00", "#000000")
 MARKERS = "osD^vPX*"  # one shape a method: where lines coincide, the colour alone hides one
-TITLES = {  # of parts, by healing, in their order
+TITLES = {  # of parts, by healing
     "raw": "pruned, not healed",
     "patch": "healed by a patch",
     "refit": "healed by a refit",
@@ -258,7 +258,7 @@ def quality_curves(rows: Sequence[Row]) -> Figure:
         raise ShortGPTError("expected the rows of a comparison, the original model first; got none")
     dense, pruned = rows[0], rows[1:]
     methods = list(dict.fromkeys(r.method for r in pruned))
-    healings = sorted({"raw", *(r.healing for r in pruned)}, key=_order)
+    healings = list(dict.fromkeys(["raw", *(r.healing for r in pruned)]))
     top, numbers = _top(rows), sorted({0, *(r.n for r in pruned)})
     gap = min((b - a for a, b in pairwise(numbers)), default=1)
     step = min(0.5 * gap / max(len(methods), 1), 0.02 * numbers[-1])  # between marks side by side
@@ -309,10 +309,6 @@ def _legend(figure: Figure, grid: Any, columns: int) -> None:
         title="layers chosen by (bars: one standard error)",
         fontsize=9,
     )
-
-
-def _order(healing: str) -> tuple[int, str]:
-    return ([*TITLES].index(healing) if healing in TITLES else len(TITLES)), healing
 
 
 def _top(rows: Sequence[Row]) -> float:

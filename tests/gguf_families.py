@@ -9,7 +9,7 @@ import torch
 from conftest import BYTE_VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llama.formats.names import permute_rows
+from llama.formats.hf import permute_rows
 
 LAYERS = 8
 COMMON = {"vocab_size": BYTE_VOCAB, "hidden_size": 64, "intermediate_size": 96}

@@ -11,7 +11,7 @@ from gguf_families import add_keys, finished, write_tokenizer
 
 from llama.formats.gguf_read import GGUFParts
 from llama.formats.gguf_write import Stored, copied, packed, writable, write_again
-from llama.formats.names import GGUF, name_in
+from llama.formats.hf import GGUF, name_in
 
 
 def write_gguf(path, model, *, arch="llama", tensors=(), drop=(), **fields):

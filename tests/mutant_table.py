@@ -66,8 +66,8 @@ Reference.logits: test_windows_of_any_lengths_give_the_same_alone_and_in_batches
 - batch[row, : len(state)] = state
 + batch[row, -len(state) :] = state
 _row: test_what_healing_brings_is_paired_with_the_same_layers_raw
-- gain = difference(dense, healed), difference(raw, healed)
-+ gain = difference(dense, healed), difference(dense, healed)
+- difference(sets.perplexities(layers), healed)
++ difference(sets.perplexities([]), healed)
 # Hidden states: whose they are, and which ones.
 choose: test_each_takes_its_layers_in_original_numbers
 - [importance.layers[i] for i in row.choose

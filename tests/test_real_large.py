@@ -14,7 +14,7 @@ from llama_cpp import LlamaCpp
 from benchmarks.lib.real_models import MODELS
 from short_gpt import open_model, shrink
 from short_gpt.checkpoints import Provenance, prune_checkpoint
-from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.checkpoints.gguf import Stack
 from short_gpt.jobs import ShrinkResult
 
 pytestmark = [pytest.mark.real_large, pytest.mark.filterwarnings("default")]

@@ -58,7 +58,7 @@ def compared(folder: Path, removed: Sequence[int]) -> dict[str, Any]:
     """Both cuts of a file, whose ``removed`` layers change nothing, beside the file itself."""
     source, ours, theirs = (folder / f"{name}.gguf" for name in ("source", "ours", "theirs"))
     write(source, removed)
-    prune_checkpoint(source, Target(ours, "gguf", overwrite=True), removed)
+    prune_checkpoint(source, Target(ours, overwrite=True), removed)
     cut_by_llama_cpp(source, theirs, removed)
     expected = predictions(source)
     found: dict[str, Any] = {"removed": [*removed]}

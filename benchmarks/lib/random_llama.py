@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
+from llama.checkpoint.meta import full_shapes
 from llama.checkpoint.pth import TensorInfo, write_shard
-from llama.checkpoint.sharding import full_shapes
-from llama.formats.hf import config_of
-from llama.formats.names import HF, name_in, params_json, permute
+from llama.formats.hf import HF, config_of, name_in, params_json, permute
 from llama.formats.safetensors import Entry, grouped, tensor_bytes, write_weights
 from llama.tokenizer import ALPHABET, Tokenizer, tokenizer_json, with_bos
 

@@ -189,7 +189,7 @@ class Case:
 
     def _same_in_llama_cpp(self, short: ShortHFModel, folder: Path, removed: list[int]) -> None:
         ours, theirs = (folder.with_name(f"{name}.gguf") for name in ("ours", "theirs"))
-        prune_checkpoint(self.folder / "original.gguf", Target(ours, "gguf", True), removed)
+        prune_checkpoint(self.folder / "original.gguf", Target(ours, True), removed)
         if self._by_transformers:
             expected = last(short.decoder.logits(self.tokens))
         else:

@@ -32,9 +32,7 @@ from benchmarks.lib.real_models import MODELS
 from benchmarks.tables.rows import front
 from llama.formats.gguf_write import F16, stored
 from short_gpt import heal_refit, own_samples
-from short_gpt.checkpoints.gguf import write_gguf
-from short_gpt.checkpoints.gguf_layers import Stack
-from short_gpt.checkpoints.requantizing import TYPES, is_quantized
+from short_gpt.checkpoints.gguf import TYPES, Stack, is_quantized, write_gguf
 from short_gpt.costs import requantized
 from short_gpt.costs.rivals import of_file
 from short_gpt.costs.speeds import of_files
@@ -76,7 +74,7 @@ def main(
     Args:
         model: a name of `real_models.MODELS`.
         files: folder of the models' files, and of the state from which a later run goes on.
-        counts, types: layers removed; names of `checkpoints.requantizing.TYPES`.
+        counts, types: layers removed; names of `checkpoints.gguf.TYPES`.
     """
     if plot is not None:
         return draw(Path(str(out)), Path(plot))

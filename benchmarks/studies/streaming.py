@@ -33,10 +33,9 @@ from torch import Tensor
 from benchmarks.lib.outcome import begin, finish
 from benchmarks.studies.scoring import spread
 from llama.args import ModelArgs
-from llama.checkpoint.meta import Checkpoint
+from llama.checkpoint.meta import Checkpoint, full_shapes
 from llama.checkpoint.pth import TensorInfo, write_shard
-from llama.checkpoint.sharding import full_shapes
-from llama.formats.names import params_json
+from llama.formats.hf import params_json
 from short_gpt.runtime.memory import plan, resident
 from short_gpt.runtime.progress import bar
 from short_gpt.scoring.hooks import Scores

@@ -14,15 +14,17 @@ from torch import Tensor
 from llama.args import ModelArgs, check_positive, check_split
 from llama.checkpoint.meta import (
     CONVERSION,
+    EMBEDDING,
+    OUTPUT,
     Checkpoint,
     check_vocabulary,
     copy_records,
     copy_tokenizer,
+    full_shapes,
     read_conversion,
     write_model,
 )
 from llama.checkpoint.pth import TensorInfo
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
 from llama.errors import InputError, check, check_file
 from llama.files import (
     JsonObject,
@@ -50,8 +52,15 @@ from llama.formats.gguf_write import (
     writable,
     write_file,
 )
-from llama.formats.hf import HFCheckpoint, longest_window
-from llama.formats.names import GGUF, check_tensors, ffn_keys, name_in, params_json
+from llama.formats.hf import (
+    GGUF,
+    HFCheckpoint,
+    check_tensors,
+    ffn_keys,
+    longest_window,
+    name_in,
+    params_json,
+)
 from llama.formats.tokenizers import gguf_tokenizer, vocabulary
 from llama.model import rope_frequencies
 from llama.parallel import choose_dtype
@@ -152,7 +161,6 @@ def llama_to_gguf(
     out: StrPath,
     *,
     kind: str | None = None,
-    tokenizer_path: StrPath | None = None,
     also: Mapping[str, str] | None = None,
     exact: bool = False,
     overwrite: bool = False,
@@ -168,7 +176,6 @@ def llama_to_gguf(
         source: Directory in Meta's or Hugging Face's format, or a hub id.
         out: The new file; it and what is not named here are as in `to_meta`.
         kind: Type of the matrices: "f32", "f16", "bf16" or "q8_0". Default: the source's.
-        tokenizer_path: Tokenizer file of Meta's format. Default: that of the source's directory.
         also: Further keys, whose values are texts.
         exact: Refuse a ``kind`` that rounds the weights, because ``verify`` compares logits.
         verify: Called with the complete file, under a temporary name, before it is renamed.
@@ -177,7 +184,7 @@ def llama_to_gguf(
     replaces = partial(has_key, key=SOURCE_KEY)
     check_output(path, overwrite=overwrite, replaces=replaces)
     source = find_source(source)
-    opened = open_meta(source, tokenizer_path) if source.kind == "meta" else open_hf(source)
+    opened = open_meta(source) if source.kind == "meta" else open_hf(source)
     own_kind = SOURCE_TYPES.get(opened.infos[EMBEDDING].dtype, "f32")
     tensors = _tensors(opened, kind or own_kind)
     rounds = exact and kind not in (None, "f32", own_kind)
@@ -237,11 +244,11 @@ def _shape_records(opened: Llama) -> dict[str, Record]:
     return {key: record(key, value, kind) for key, (value, kind) in values.items()}
 
 
-def open_meta(source: StrPath, tokenizer_path: StrPath | None = None) -> Llama:
-    """A directory in Meta's format; ``tokenizer_path`` None is the file in it or its parent."""
+def open_meta(source: StrPath) -> Llama:
+    """A directory in Meta's format, whose tokenizer is in it or its parent."""
     checkpoint = Checkpoint(source)
     folder = checkpoint.directory
-    tokenizer = Path(str(tokenizer_path)) if tokenizer_path else find_tokenizer(folder)
+    tokenizer = find_tokenizer(folder)
     Tokenizer(tokenizer)
     return Llama(
         folder.resolve().name,
@@ -325,7 +332,6 @@ def to_meta(
     *,
     dtype: str | torch.dtype | None = None,
     shards: int = 1,
-    tokenizer_path: StrPath | None = None,
     also: Sequence[str] = (),
     overwrite: bool = False,
     progress: Callable[[str], object] = str,
@@ -334,15 +340,14 @@ def to_meta(
     """Writes a Llama of any format as a Meta checkpoint directory, tensor by tensor.
 
     From Meta's format the number of files changes: there and back gives the same bits. The
-    embedding stays cut the way it is, see `sharding.by_vocabulary`. Tied embeddings are stored
-    once. Quantized weights become what they stand for; in float32, exactly.
+    embedding stays cut the way it is, see `by_vocabulary` of `llama.checkpoint.meta`. Tied
+    embeddings are stored once. Quantized weights become what they stand for; in float32, exactly.
 
     Args:
         source: Directory in Meta's or Hugging Face's format, GGUF file, or hub id.
         out_dir: The new directory; appears complete or not at all.
         dtype: Dtype of the weights. Default: the source's; of GGUF float32.
         shards: Number of files: the model-parallel ranks that will read the checkpoint.
-        tokenizer_path: Tokenizer file of Meta's format. Default: that of the source's directory.
         also: Names of a Meta directory's JSON files to copy, where they exist.
         overwrite: Replace an earlier conversion; nothing else ever is. Default: False.
         progress: Called with every tensor's name before it is written.
@@ -350,10 +355,7 @@ def to_meta(
     """
     source, out = find_source(source), Path(str(out_dir))
     check_new(out, marker=CONVERSION, overwrite=overwrite, source=source.path)
-    if source.kind == "meta":
-        opened = open_meta(source, tokenizer_path)
-    else:
-        opened = open_gguf(source) if source.kind == "gguf" else open_hf(source)
+    opened = {"meta": open_meta, "gguf": open_gguf}.get(source.kind, open_hf)(source)
     check(1 <= shards <= 100, "shards", shards, "1 to 100")
     check_split(opened.args, shards)
     kind = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))

@@ -1,8 +1,9 @@
-"""A Hugging Face Llama directory in Meta's terms: its config and its weights."""
+"""What the formats call the same things; a Hugging Face Llama directory in Meta's terms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 import torch
@@ -11,18 +12,18 @@ from torch import Tensor
 from llama.args import ModelArgs, check_positive
 from llama.checkpoint.meta import (
     CONVERSION,
+    EMBEDDING,
+    OUTPUT,
     Checkpoint,
+    full_shapes,
     read_conversion,
 )
 from llama.checkpoint.pth import TensorInfo
-from llama.checkpoint.sharding import EMBEDDING, OUTPUT, full_shapes
-from llama.errors import check, check_file, refused
+from llama.errors import InputError, check, check_file, refused
 from llama.files import JsonObject, StrPath, check_new, new_directory, read_json, write_json
-from llama.formats.names import HF, META, check_tensors, ffn_keys, name_in, permute
 from llama.formats.safetensors import (
     DTYPES,
     Entry,
-    SafetensorsFile,
     grouped,
     open_weights,
     tensor_bytes,
@@ -33,6 +34,84 @@ from llama.model import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
 from llama.parallel import config_dtype
 from llama.sources import check_links, public_name
 from llama.tokenizer import Tokenizer, find_tokenizer
+
+# The names of a weight in Meta's, Hugging Face's and GGUF's format; {} is the layer.
+META, HF, GGUF = range(3)
+NAMES = (
+    ("tok_embeddings.weight", "model.embed_tokens.weight", "token_embd.weight"),
+    ("norm.weight", "model.norm.weight", "output_norm.weight"),
+    ("output.weight", "lm_head.weight", "output.weight"),
+    *(
+        (f"layers.{{}}.{meta}.weight", f"model.layers.{{}}.{hf}.weight", f"blk.{{}}.{gguf}.weight")
+        for meta, hf, gguf in (
+            ("attention.wq", "self_attn.q_proj", "attn_q"),
+            ("attention.wk", "self_attn.k_proj", "attn_k"),
+            ("attention.wv", "self_attn.v_proj", "attn_v"),
+            ("attention.wo", "self_attn.o_proj", "attn_output"),
+            ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
+            ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
+            ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
+            ("attention_norm", "input_layernorm", "attn_norm"),
+            ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
+        )
+    ),
+)
+
+
+def name_in(column: int, meta_name: str) -> str:
+    """The name of Meta's weight in another column of `NAMES`."""
+    number = re.match(r"layers\.(\d+)\.", meta_name)
+    template = re.sub(r"^layers\.\d+\.", "layers.{}.", meta_name)
+    row = next(row for row in NAMES if row[META] == template)
+    return row[column].format(number[1] if number else "")
+
+
+def permute(meta_name: str, weight: Tensor, args: ModelArgs, *, to: int) -> Tensor:
+    """Rows of wq and wk, (H hd, D), in the order of `HF` or `META`; other weights as they are.
+
+    Meta rotates the neighbours (2i, 2i + 1) of a head, Hugging Face i and i + hd / 2.
+    """
+    heads = {"wq": args.n_heads, "wk": args.kv_heads}.get(meta_name.split(".")[-2])
+    return weight if heads is None else permute_rows(weight, heads, to_neighbours=to == META)
+
+
+def permute_rows(weight: Tensor, heads: int, *, to_neighbours: bool) -> Tensor:
+    """Rows of heads, (H hd, ...), from one order of rotated pairs to the other.
+
+    Pairs (i, i + hd / 2) become the neighbours (2i, 2i + 1), Meta's and GGUF's order of a Llama,
+    or with ``to_neighbours`` False the reverse.
+    """
+    # (H hd, ...) -> (H, 2, hd / 2, ...) or (H, hd / 2, 2, ...); the inner axes are transposed
+    pairs = (2, -1) if to_neighbours else (-1, 2)
+    return weight.unflatten(0, (heads, *pairs)).transpose(1, 2).flatten(0, 2)
+
+
+def check_tensors(source: Path, have: Set[str], needed: Set[str], *, ignored: Set[str]) -> None:
+    """Raises InputError unless a source has all needed tensors and no others, such as biases."""
+    missing, unknown = sorted(needed - have), sorted(have - needed - ignored)
+    problem = f"no plain Llama: it lacks tensors {missing[:3]} and has others {unknown[:3]}"
+    if missing or unknown:
+        raise InputError(f"{source} is {problem}")
+
+
+def params_json(args: ModelArgs) -> JsonObject:
+    """The content of a ``params.json`` for these arguments; keys of no effect are left out."""
+    names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"]
+    names += ["ffn_dim_multiplier", "norm_eps", "rope_theta"]
+    if args.use_scaled_rope:
+        names += ["use_scaled_rope", "rope_scaling_factor"]
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def ffn_keys(dim: int, width: int) -> JsonObject:
+    """``multiple_of`` (and ``ffn_dim_multiplier``) with which a feed-forward layer is so wide."""
+    for multiple_of in (256, 1024, 4096):
+        if ModelArgs(dim=dim, multiple_of=multiple_of).ffn_dim == width:
+            return {"multiple_of": multiple_of}
+    multiplier = (width + 0.5) / int(2 * (4 * dim) / 3)
+    return {"multiple_of": 1, "ffn_dim_multiplier": multiplier}
+
 
 LLAMA3_SCALING = {
     "low_freq_factor": ROPE_LOW_FACTOR,
@@ -56,8 +135,9 @@ _OLDER_NAMES: dict[str, dict[str, str]] = {
 class HFCheckpoint:
     """A Hugging Face Llama's config and weights in Meta's terms, checked by their headers.
 
-    ``tied`` is True where the config makes the output head the embedding; ``infos`` are as in
-    `meta_infos`. InputError if it is not a plain Llama.
+    ``tied`` is True where the config makes the output head the embedding; ``infos`` are what the
+    files hold, by Meta's names, with the name in Hugging Face's as the storage. InputError if it is
+    not a plain Llama.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -66,7 +146,33 @@ class HFCheckpoint:
         self.directory = directory
         self.args, self._files = args_of(config, directory), open_weights(directory)
         self.tied = bool(config.get("tie_word_embeddings", False))
-        self.infos = meta_infos(self.args, self._files, tied=self.tied, directory=directory)
+        self.infos = self._infos()
+
+    def _infos(self) -> dict[str, TensorInfo]:
+        shapes, weights = full_shapes(self.args), self._files
+        names = {name: name_in(HF, name) for name in shapes}
+        head, embedding = names[OUTPUT], names[EMBEDDING]
+        if self.tied:
+            names[OUTPUT] = embedding
+            if {head, embedding} <= weights.keys():  # else transformers would use the stored head
+                files = weights[head], weights[embedding]
+                same = files[0].entries[head] == files[1].entries[embedding]
+                pairs = zip(files[0].chunks(head), files[1].chunks(embedding), strict=False)
+                equal = same and all(a == b for a, b in pairs)
+                problem = f"it ties its embeddings, but stores another {head}"
+                check_file(equal, self.directory, problem)
+        ignored = {name for name in weights if name.endswith("rotary_emb.inv_freq")} | {head}
+        check_tensors(self.directory, weights.keys(), {*names.values()}, ignored=ignored)
+        infos: dict[str, TensorInfo] = {}
+        for name, shape in shapes.items():
+            own = names[name]
+            entry = weights[own].entries[own]
+            problem = f"{own} has shape {list(entry.shape)}; config.json gives {list(shape)}"
+            check_file(entry.shape == shape, self.directory, problem)
+            problem = f"{own} is {entry.dtype}, expected {', '.join(DTYPES)}"
+            check_file(entry.dtype in DTYPES, self.directory, problem)
+            infos[name] = TensorInfo(shape, DTYPES[entry.dtype], own)
+        return infos
 
     def read(self, name: str) -> Tensor:
         """The tensor of Meta's name, with Meta's order of rows, in the dtype of the file."""
@@ -224,47 +330,6 @@ def config_of(
         **ids,
     }
     return config, record.get("generation_config", ids)
-
-
-def meta_infos(
-    args: ModelArgs, weights: Mapping[str, SafetensorsFile], *, tied: bool, directory: Path
-) -> dict[str, TensorInfo]:
-    """What a directory's files hold, by Meta's names; the storage is the name in Hugging Face's.
-
-    ``weights`` is the file of every tensor; ``tied`` says whether the config makes the output head
-    the embedding; ``directory`` is for messages.
-    """
-    shapes = full_shapes(args)
-    names = {name: name_in(HF, name) for name in shapes}
-    head = names[OUTPUT]
-    if tied:
-        _check_tied(weights, head, names[EMBEDDING], directory)
-        names[OUTPUT] = names[EMBEDDING]
-    ignored = {name for name in weights if name.endswith("rotary_emb.inv_freq")} | {head}
-    check_tensors(directory, weights.keys(), set(names.values()), ignored=ignored)
-    infos: dict[str, TensorInfo] = {}
-    for name, shape in shapes.items():
-        entry = weights[names[name]].entries[names[name]]
-        problem = f"{names[name]} has shape {list(entry.shape)}; config.json gives {list(shape)}"
-        check_file(entry.shape == shape, directory, problem)
-        problem = f"{names[name]} is {entry.dtype}, expected {', '.join(DTYPES)}"
-        check_file(entry.dtype in DTYPES, directory, problem)
-        infos[name] = TensorInfo(shape, DTYPES[entry.dtype], names[name])
-    return infos
-
-
-def _check_tied(
-    weights: Mapping[str, SafetensorsFile], head: str, embedding: str, directory: Path
-) -> None:
-    """Raises InputError where a tied head is stored too, with other values.
-
-    transformers ties nothing then, and uses the stored one.
-    """
-    if head in weights and embedding in weights:
-        same = weights[head].entries[head] == weights[embedding].entries[embedding]
-        pairs = zip(weights[head].chunks(head), weights[embedding].chunks(embedding), strict=False)
-        equal = same and all(a == b for a, b in pairs)
-        check_file(equal, directory, f"it ties its embeddings, but stores another {head}")
 
 
 def meta_to_hf(

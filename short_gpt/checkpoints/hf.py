@@ -27,9 +27,8 @@ from llama.formats.safetensors import (
 from llama.sources import TEMPLATES, check_links, public_name
 from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
 from short_gpt.checkpoints.target import Replaced, StrPath, Target, stored_names
-from short_gpt.models.config_file import TRUST, explained, read_config
 from short_gpt.models.hf import HFDecoder
-from short_gpt.models.loading import auto_class, check_stored
+from short_gpt.models.loading import TRUST, auto_class, check_stored, explained, read_config
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import read_record
 

@@ -117,15 +117,13 @@ def _own(record: Provenance) -> str:
 
 def _changed(record: Provenance) -> str:
     """What was done to the weights of the layers that stayed, in order."""
-    if record.steps:
-        how = ", then ".join(map(_step, record.steps))
-        return f"Weights of the kept layers were changed by {how}."
+    how = []
+    for step in record.steps:
+        tokens: Any = step.get("tokens")
+        how.append(f"{step['method']} ({tokens:,} tokens)" if tokens else str(step["method"]))
+    if how:
+        return f"Weights of the kept layers were changed by {', then '.join(how)}."
     return "No weight of the kept layers was changed."
-
-
-def _step(step: Mapping[str, Any]) -> str:
-    read = f" ({tokens:,} tokens)" if (tokens := step.get("tokens")) else ""
-    return f"{step['method']}{read}"
 
 
 def check_push(repo_id: str, out: StrPath, format: str | None = "hf") -> None:

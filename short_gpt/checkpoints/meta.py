@@ -15,9 +15,9 @@ from llama.checkpoint.meta import (
     check_vocabulary,
     copy_records,
     copy_tokenizer,
+    part_of,
 )
 from llama.checkpoint.pth import write_shard
-from llama.checkpoint.sharding import part_of
 from llama.files import write_json
 from llama.parallel import model_parallel_size
 from llama.tokenizer import Tokenizer, find_tokenizer

@@ -13,8 +13,7 @@ from llama.files import FILES, read_json
 from llama.sources import Source, find_source, resolve
 from llama.tokenizer import find_tokenizer
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.models.config_file import config_digest, params_entries
-from short_gpt.models.loading import TOKENIZER, weight_files
+from short_gpt.models.loading import TOKENIZER, config_digest, params_entries, weight_files
 from short_gpt.runtime.digest import files_digest, json_digest
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import CHECKED, content_digest, read_record

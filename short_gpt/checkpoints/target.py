@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -31,13 +31,11 @@ class Target:
 
     Attributes:
         out: the new directory, or file if its name ends with ``.gguf``; complete or not at all.
-        format: "meta", "hf" or "gguf"; None as in `format_of`.
         overwrite: whether an earlier pruned model is replaced; nothing else ever is.
         verify: called with the finished directory or file before it takes its place; may raise.
     """
 
     out: StrPath
-    format: str | None = None
     overwrite: bool = False
     verify: Callable[[Path], object] | None = None
 
@@ -50,17 +48,14 @@ class Target:
     def path(self) -> Path:
         return Path(str(self.out))
 
-    def resolved(self, source: StrPath) -> Target:
-        """The same with its format, as `format_of` decides it."""
-        return replace(self, format=format_of(source, self.out, self.format))
-
     def check(self, *, source: Path | None = None) -> None:
         """Raises FileExistsError or PermissionError where the model could not be written.
 
-        With ``overwrite``, ``source`` must not lie in the directory that is replaced.
+        Also with ``overwrite``, nothing replaces ``source``, or the directory that it lies in.
         """
-        if self.format == "gguf":
-            check_new_gguf(self.out, overwrite=self.overwrite)
+        if is_gguf(self.out):
+            of_gguf = source if source is not None and is_gguf(source) else None
+            check_new_gguf(self.out, source=of_gguf, overwrite=self.overwrite)
         else:
             check_new(self.path, marker=PROVENANCE, overwrite=self.overwrite, source=source)
 
@@ -93,15 +88,13 @@ class Target:
             self.verify(partial)
 
 
-def format_of(source: StrPath | Source, out: StrPath, to: str | None = None) -> str:
-    """The format to write a model in: ``to``, else what the name ``out`` or the source says.
+def format_of(source: StrPath | Source, out: StrPath) -> str:
+    """The format to write a model in: GGUF if ``out`` ends with ``.gguf``, else the source's.
 
-    It is GGUF if ``out`` ends with ``.gguf``, else the source's, except that a model in GGUF is
-    written in Hugging Face's.
+    A model in GGUF is written in Hugging Face's.
     """
-    check_format(out, to)
-    if to is not None or is_gguf(out):
-        return to or "gguf"
+    if is_gguf(out):
+        return "gguf"
     return "meta" if not is_gguf(source) and find_source(source).kind == "meta" else "hf"
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TextIO
 
-from llama.files import check_output, new_file
+from llama.files import check_output
 from short_gpt import jobs, plots
 from short_gpt.cli import tables
 from short_gpt.cli.flags import Command, flags_of
@@ -68,48 +68,35 @@ class Run(NamedTuple):
     def targets(self) -> list[Path]:
         return [*([] if self.file is None else [self.file]), *self.pictures]
 
-    @property
-    def overwrite(self) -> bool:
-        return bool(self.values.get("overwrite"))
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What a result is kept with: the command, its arguments by flag, and the seed."""
-        kept = str | int | float | tuple | list | None
-        arguments = {name: v for name, v in self.values.items() if isinstance(v, kept)}
-        seed = {"seed": arguments["seed"]} if "seed" in arguments else {}
-        return {"command": self.command, "arguments": arguments, **seed}
-
     def check(self) -> None:
         """Raises what would keep a file from being written, before the work."""
+        overwrite, out = bool(self.values.get("overwrite")), self.values.get("out")
         for picture in self.pictures:
-            check_output(picture, overwrite=self.overwrite, replaces=plots.is_picture)
+            check_output(picture, overwrite=overwrite, replaces=plots.is_picture)
         if self.file is not None:
             from short_gpt.runtime.state import is_record
 
-            check_output(self.file, overwrite=self.overwrite, replaces=is_record)
-        out = self.values.get("out")
+            check_output(self.file, overwrite=overwrite, replaces=is_record)
         for target in self.targets:
-            if out is not None and Path(out).resolve() in (
-                target.resolve(),
-                *target.resolve().parents,
-            ):
+            if out is not None and target.resolve().is_relative_to(Path(out).resolve()):
                 raise ShortGPTError(
                     f"{target} lies in OUT, which holds the model alone; name a file beside it"
                 )
 
     def write(self, content: Mapping[str, object]) -> None:
-        """Writes the result with its record; of several ranks, only the first does."""
-        from short_gpt.runtime.state import is_record, record_text
+        """Writes the result with command, arguments and seed; of several ranks, the first does."""
+        from short_gpt.runtime.state import record_text, write_record
 
         if self.values.get("json") is None or not is_first_rank():
             return
-        text = record_text({**self.record, **content})
+        kept = str | int | float | tuple | list | None
+        arguments = {name: v for name, v in self.values.items() if isinstance(v, kept)}
+        seed = {"seed": arguments["seed"]} if "seed" in arguments else {}
+        content = {"command": self.command, "arguments": arguments, **seed, **content}
         if self.file is None:
-            print(text, end="", flush=True, file=_alone[-1] if _alone else None)
-            return
-        with new_file(self.file, overwrite=self.overwrite, replaces=is_record) as partial:
-            partial.write_text(text, encoding="utf-8")
+            print(record_text(content), end="", flush=True, file=_alone[-1] if _alone else None)
+        else:
+            write_record(self.file, content, overwrite=bool(self.values.get("overwrite")))
 
     def finish(
         self, content: Mapping[str, object], draw: Callable[[], Sequence[Figure]] | None = None

@@ -112,10 +112,7 @@ def reproduced(result: ReproductionResult) -> str:
     """The ranking, and the paper's list beside it."""
     parts = [f"not the paper's protocol: {'; '.join(result.changed)}"] if result.changed else []
     parts += [f"taken for PG-19: {', '.join(result.taken)}"] if result.taken else []
-    parts += [ranked(result.ranking), "", result.comparison.table()]
-    if result.published is not None:
-        parts += [f"rank correlation with published scores of all layers {result.published:.3f}"]
-    return "\n".join(parts)
+    return "\n".join([*parts, ranked(result.ranking), "", result.comparison.table()])
 
 
 def pruned(result: PruneResult) -> str:
@@ -217,94 +214,71 @@ def _rounded(value: float, error: float) -> str:
 def compared(rows: Sequence[Row], *, bos: str = "first") -> str:
     """A row for every method, a column for every number of layers, and every set of layers."""
     dense, pruned = rows[0], rows[1:]
-    counts = sorted({r.n for r in pruned})
-    size = f"{dense.parameters / 1e6:.1f} M"
+    sizes = {r.n: r for r in sorted(pruned, key=lambda r: r.n)}
     lines = [*filter(None, [about_bos(bos)])]
+    size = f"{dense.parameters / 1e6:.1f} M"
     lines += [f"original model: perplexity {dense.perplexity:.3f}, {size}", ""]
     for healing in dict.fromkeys(r.healing for r in pruned):
-        lines += _healed(healing, [r for r in pruned if r.healing == healing], counts)
-    lines += _removed(pruned, counts)
-    lines += _sizes(dense, {r.n: r for r in pruned}, counts)
+        lines += [*_healed(healing, [r for r in pruned if r.healing == healing], [*sizes]), ""]
+    lines += [*_removed(pruned, [*sizes]), ""]
+    lines += [_line("parameters, M", [f"{r.parameters / 1e6:.1f}" for r in sizes.values()])]
+    lines += [_line("weights, MB", [f"{r.megabytes:.0f}" for r in sizes.values()])]
     if dense.windows:
         lines.append(f"standard errors over {_error(dense.windows, dense.texts).over}")
     return "\n".join(lines)
 
 
+def _line(name: str, cells: Sequence[object]) -> str:
+    return f"{name:<28}" + "".join(f"{cell!s:>22}" for cell in cells)
+
+
 def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
-    parts = {f"{healing}: perplexity (standard error)": _perplexity}
+    parts: dict[str, Callable[[Row], tuple[float | None, float | None, str]]] = {
+        "perplexity (standard error)": lambda r: (
+            r.perplexity,
+            r.perplexity * r.standard_error,
+            ".2f" if r.perplexity < 10_000 else ".2e",
+        )
+    }
     if all(r.kld is not None for r in rows):
-        parts[f"{healing}: KLD from the original, nats a token (standard error)"] = _kld
-        parts[f"{healing}: same top token as the original"] = _same_top
+        far = "KLD from the original, nats a token (standard error)"
+        parts[far] = lambda r: (r.kld, r.kld_error, ".3f")
+        parts["same top token as the original"] = lambda r: (r.same_top, None, ".1%")
     if any(r.gain is not None for r in rows):
-        parts[f"{healing}: loss in nats a token, change from raw (standard error)"] = _gain
-    lines = [f"{'layers removed':<28}" + "".join(f"{n:>22}" for n in counts)]
-    for title, cell in parts.items():
-        lines.append(title)
+        change = "loss in nats a token, change from raw (standard error)"
+        parts[change] = lambda r: (r.gain, r.gain_error, "+.3f")
+    lines = [_line("layers removed", counts)]
+    for title, part in parts.items():
+        lines.append(f"{healing}: {title}")
         for method in dict.fromkeys(r.method for r in rows):
-            sets = [[r for r in rows if (r.method, r.n) == (method, n)] for n in counts]
-            cells = "".join(f"{cell(own) if own else '-':>22}" for own in sets)
-            lines.append(f"  {method:<26}{cells}")
-    return [*lines, ""]
+            own = [[r for r in rows if (r.method, r.n) == (method, n)] for n in counts]
+            lines.append(_line(f"  {method}", [_cell([part(r) for r in sets]) for sets in own]))
+    return lines
+
+
+def _cell(values: Sequence[tuple[float | None, float | None, str]]) -> str:
+    """A value with its error, in a form; of several sets, such as random ones, both ends."""
+    numbers = [(value, form) for value, _, form in values if value is not None]
+    if not numbers:
+        return "-"
+    ends = [known(*min(numbers)), known(*max(numbers))]
+    _, error, form = values[0]
+    if len(numbers) > 1 or error is None:
+        return " to ".join(dict.fromkeys(ends))
+    return f"{ends[0]} ({known(error, form.removeprefix('+'))})"
 
 
 def _removed(rows: Sequence[Row], counts: Sequence[int]) -> list[str]:
-    lines = [
-        f"{'sets of layers removed':<28}" + " | ".join(f"{n} layer{'s' * (n != 1)}" for n in counts)
-    ]
+    heads = [f"{n} layer{'s' * (n != 1)}" for n in counts]
+    lines = [f"{'sets of layers removed':<28}" + " | ".join(heads)]
     for method, seed in dict.fromkeys((r.method, r.seed) for r in rows):
         sets = {r.n: r.layers for r in rows if (r.method, r.seed) == (method, seed)}
         cells = (" ".join(map(str, sorted(sets[n]))) if n in sets else "-" for n in counts)
         name = method if seed is None else f"{method}, seed {seed}"
         lines.append(f"  {name:<26}{' | '.join(cells)}")
-    return [*lines, ""]
+    return lines
 
 
-def _sizes(dense: Row, sizes: Mapping[int, Row], counts: Sequence[int]) -> list[str]:
-    speed = dense.tokens_per_second
-    cells: dict[str, Callable[[Row], str]] = {
-        "parameters, M": lambda r: f"{r.parameters / 1e6:.1f}",
-        "weights, MB": lambda r: f"{r.megabytes:.0f}",
-        "speed / original model's": lambda r: f"{r.tokens_per_second / speed:.2f}",
-    }
-    return [
-        f"{name:<28}" + "".join(f"{cell(sizes[n]):>22}" for n in counts)
-        for name, cell in cells.items()
-    ]
-
-
-def _perplexity(rows: Sequence[Row]) -> str:
-    values = [r.perplexity for r in rows]
-    if len(values) > 1:
-        return f"{_short(min(values))} to {_short(max(values))}"
-    return f"{_short(values[0])} ({_short(values[0] * rows[0].standard_error)})"
-
-
-def _kld(rows: Sequence[Row]) -> str:
-    values = [r.kld for r in rows if r.kld is not None]
-    if len(values) > 1:
-        return f"{min(values):.3f} to {max(values):.3f}"
-    return f"{values[0]:.3f} ({known(rows[0].kld_error, '.3f')})"
-
-
-def _same_top(rows: Sequence[Row]) -> str:
-    values = [r.same_top for r in rows if r.same_top is not None]
-    return " to ".join(f"{value:.1%}" for value in sorted({min(values), max(values)}))
-
-
-def known(error: float | None, form: str) -> str:
-    """An error as it is printed; a dash where there is none, or NaN: one sample tells none."""
-    return "-" if error is None or math.isnan(error) else format(error, form)
-
-
-def _short(value: float) -> str:
-    """Two decimals where that is short, else three digits."""
-    if math.isnan(value):
-        return "-"
-    return f"{value:.2f}" if value < 10_000 else f"{value:.2e}"
-
-
-def _gain(rows: Sequence[Row]) -> str:
-    values = [r.gain for r in rows if r.gain is not None]
-    if len(values) > 1:
-        return f"{min(values):+.2f} to {max(values):+.2f}"
-    return f"{values[0]:+.3f} ({known(rows[0].gain_error, '.3f')})"
+def known(value: float | None, form: str) -> str:
+    """A number as it is printed; a dash where there is none, or NaN: one sample has no error."""
+    return "-" if value is None or math.isnan(value) else format(value, form)

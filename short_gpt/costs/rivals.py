@@ -17,15 +17,15 @@ from typing import NamedTuple
 
 from llama.formats.gguf_read import GGUFParts, nbytes_of
 from llama.formats.gguf_write import type_name
-from short_gpt.checkpoints.gguf import write_gguf
-from short_gpt.checkpoints.gguf_layers import Stack
-from short_gpt.checkpoints.requantizing import (
+from short_gpt.checkpoints.gguf import (
     TYPES,
+    Stack,
     changes,
     file_type,
     is_quantized,
     rounded_values,
     type_of,
+    write_gguf,
 )
 from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.windows import Answer, batches
@@ -36,7 +36,7 @@ from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_model import ShortModel
 
-# Matrices in transformers that `checkpoints.requantizing.PLAIN` names in GGUF files.
+# Matrices in transformers that `checkpoints.gguf.PLAIN` names in GGUF files.
 PLAIN_HF = re.compile(r"router|(^|\.)gate\.weight|conv1d|conv\.conv|altup|laurel")
 ANSWERS_AT_ONCE = 4  # which are short
 RIVAL = "rival"  # a folder of a run
@@ -126,7 +126,6 @@ def rivals(
     *,
     stored: int,
     itemsize: int,
-    kinds: Sequence[str] = KINDS,
 ) -> list[Rival]:
     """The original in 8 and in about 4 bits, rounded in memory as GGUF files are.
 
@@ -138,13 +137,12 @@ def rivals(
         texts: Windows by kind of text, which ``reference`` has read with the original.
         stored: Bytes of the original's weights as they are written.
         itemsize: Bytes of a number there.
-        kinds: Names of `TYPES`.
 
     Raises:
         MissingPackageError: libgguf is not installed.
     """
     found: list[Rival] = []
-    for kind in kinds:
+    for kind in KINDS:
         with rounded(short, kind) as (numbers, sizes):
             if sizes:  # none of a model whose weights are quantized already
                 size = stored - itemsize * numbers + sizes.total()

@@ -16,10 +16,7 @@ from llama.formats.gguf_read import GGUFParts, part_paths
 from llama.parallel import config_dtype
 from llama.sources import Source as Weights
 from llama.sources import resolve
-from short_gpt.checkpoints.gguf import in_few_bits
-from short_gpt.checkpoints.gguf_layers import LAYER
-from short_gpt.checkpoints.requantizing import changes
-from short_gpt.models.hf import LayerCache, layer_caches
+from short_gpt.checkpoints.gguf import LAYER, changes, in_few_bits
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.short_hf import ShortHFModel
@@ -100,7 +97,3 @@ class Opened:
                 sizes[int(match[1])] += new.get(name, entry).nbytes
                 rest -= entry.nbytes
         return parameters, (sizes, rest)
-
-    def caches(self) -> list[LayerCache]:
-        """The KV cache of each layer."""
-        return layer_caches(self.short.model, len(self.short.kept), self.short.decoder.device)

@@ -110,10 +110,10 @@ class _Piece(NamedTuple):
         bare = window[window.start :] if isinstance(window, Prefixed) else window
         if not isinstance(window, Window) or window.origin is None:
             return cls(number, bare, 0, len(bare), len(bare))
-        text, begin, text_end, first = window.origin
+        text, begin, first = window.origin
         low, end = max(0, first - SPAN + 1), first + len(bare)
-        part = text[begin + low : min(begin + end + SPAN - 1, text_end)]
-        return cls(number, part, first - low, end - low, text_end - begin)
+        part = text[begin + low : begin + end + SPAN - 1]
+        return cls(number, part, first - low, end - low, len(text) - begin)
 
     def runs(self, length: int) -> Iterator[tuple[bytes, range]]:
         """The part's runs of so many tokens as bytes, and which of their tokens the window has."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 from array import array
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice, takewhile, zip_longest
-from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, overload
 
 from short_gpt.runtime.errors import ShortGPTError, at_least, check, whole
@@ -23,9 +21,8 @@ Text = str | Sequence[int]  # or its token ids, where the model itself wrote the
 class Origin(NamedTuple):
     """A window's position in its text."""
 
-    tokens: Sequence[int]  # of the text, and perhaps of others; the windows share them
-    begin: int  # of the text in these
-    end: int  # of the text in these
+    tokens: Sequence[int]  # of the text, which its windows share
+    begin: int  # of the text in these, after what was put before it
     position: int  # of the window in its text
 
 
@@ -192,39 +189,37 @@ def mix(
     return mixed
 
 
-def _in_order(spanned: Iterable[tuple[Prefixed, list[Span]]], start: list[int]) -> Iterator[Window]:
-    for text, (encoded, spans) in enumerate(spanned):
-        tokens, counted = array("i", encoded), encoded.counted
+class _Encoded(NamedTuple):
+    """The tokens of a text, at 4 bytes each, and what `Prefixed` says of them."""
+
+    tokens: array[int]
+    start: int
+    counted: Counted
+
+    def window(self, number: int, span: Span, opening: list[int]) -> Window:
+        """The window at ``span`` of the text of this number, after the tokens of ``opening``."""
+        first, end = span
+        origin = Origin(self.tokens, self.start, max(first - self.start, 0))
+        counted = None if self.counted is None else bytes(len(opening)) + self.counted[first:end]
+        before = len(opening) + max(self.start - first, 0)
+        return Window([*opening, *self.tokens[first:end]], number, before, origin, counted)
+
+
+def _in_order(spanned: Iterable[tuple[_Encoded, list[Span]]], start: list[int]) -> Iterator[Window]:
+    for number, (text, spans) in enumerate(spanned):
         for span in spans:
-            own = None if counted is None else counted[slice(*span)]
-            yield _window(tokens, span, start, text, (encoded.start, len(tokens)), own)
-
-
-def _window(
-    tokens: array[int], span: Span, start: list[int], text: int, text_span: Span, own: Counted
-) -> Window:
-    """A window at ``span`` of the tokens; ``text_span`` leaves out what was put before the text."""
-    (first, end), (begin, text_end) = span, text_span
-    origin = Origin(tokens, begin, text_end, max(first - begin, 0))
-    counted = None if own is None else bytes(len(start)) + own
-    before = len(start) + max(begin - first, 0)
-    return Window([*start, *tokens[first:end]], text, before, origin, counted)
+            yield text.window(number, span, start)
 
 
 def _shuffled(
-    spanned: Iterable[tuple[Prefixed, list[Span]]], start: list[int], seed: int, limit: int | None
+    spanned: Iterable[tuple[_Encoded, list[Span]]], start: list[int], seed: int, limit: int | None
 ) -> Windows:
-    flat: array[int] = array("i")
-    every, texts, counted = list[Span](), list[Span](), dict[int, bytes]()
-    for tokens, spans in spanned:
-        every += [(len(flat) + begin, len(flat) + end) for begin, end in spans]
-        if tokens.counted is not None:
-            counted |= {len(flat) + begin: tokens.counted[begin:end] for begin, end in spans}
-        texts.append((len(flat) + tokens.start, len(flat) + len(tokens)))
-        flat.extend(tokens)
-    random.Random(seed).shuffle(every)
-    how: Any = {"population": len(every), "texts": texts, "start": start, "counted": counted}
-    return Windows(flat, every[:limit], **how)
+    texts, places = list[_Encoded](), list[tuple[int, Span]]()
+    for number, (text, spans) in enumerate(spanned):
+        texts.append(text)
+        places += [(number, span) for span in spans]
+    random.Random(seed).shuffle(places)
+    return Windows(texts, places[:limit], start, population=len(places))
 
 
 def starts_texts(encode: Callable[[str], Sequence[int]]) -> list[int]:
@@ -253,33 +248,27 @@ def _without(start: list[int], tokens: Sequence[int]) -> Prefixed:
 
 
 class Windows(Sequence[Window]):
-    """Windows in all texts' tokens, which are held once, at 4 bytes each.
+    """Windows in texts' tokens, which are held once, at 4 bytes each.
 
     Args:
-        tokens: Tokens of all texts, one after the other.
-        population: Number of windows that these are a random sample of. Default: as many as these.
-        texts: Start of each text, after what was put before it, and its end. Default: one text.
-        start: Tokens before every window. Default: none.
-        counted: `Prefixed.counted` of windows by their starts, where not all of a window counts.
+        texts: Tokens of each text.
+        places: Number of a window's text, and where in it the window is.
+        start: Tokens before every window.
+        population: Number of windows that these are a random sample of.
     """
 
     def __init__(
         self,
-        tokens: array[int],
-        spans: Sequence[Span],
-        *,
-        population: int | None = None,
-        texts: Sequence[Span] = (),
-        start: Sequence[int] = (),
-        counted: Mapping[int, bytes] | None = None,
+        texts: Sequence[_Encoded],
+        places: Sequence[tuple[int, Span]],
+        start: list[int],
+        population: int,
     ) -> None:
-        self._tokens, self._spans, self._start = tokens, spans, list(start)
-        self._counted = counted or {}
-        self._texts = texts or [(0, len(tokens))]
-        self.population = len(spans) if population is None else population
+        self._texts, self._places, self._start = texts, places, start
+        self.population = population
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> Window: ...
@@ -290,10 +279,8 @@ class Windows(Sequence[Window]):
     def __getitem__(self, index: int | slice) -> Window | list[Window]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        span = self._spans[index]
-        text = bisect_right(self._texts, span[0], key=itemgetter(1))
-        own = self._counted.get(span[0])
-        return _window(self._tokens, span, self._start, text, self._texts[text], own)
+        number, span = self._places[index]
+        return self._texts[number].window(number, span, self._start)
 
 
 def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -310,7 +297,7 @@ def batches(windows: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def _with_spans(
     encoded: Iterable[Prefixed], size: int, stride: int, tail: str
-) -> Iterator[tuple[Prefixed, list[Span]]]:
+) -> Iterator[tuple[_Encoded, list[Span]]]:
     """Every text's tokens with its windows; an error at the end if there was no window."""
     longest, empty = 0, True
     for tokens in encoded:
@@ -318,7 +305,7 @@ def _with_spans(
         spans = [s for s in _spans(len(tokens), size, stride, tail) if s[1] > tokens.start]
         longest = max(longest, len(tokens) - tokens.start)
         empty = empty and not spans
-        yield tokens, spans
+        yield _Encoded(array("i", tokens), tokens.start, tokens.counted), spans
     if empty:
         raise ShortGPTError(
             f"no windows: the longest text has {longest} tokens, a window needs "

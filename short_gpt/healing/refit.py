@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from short_gpt.checkpoints.requantizing import round_layer
+from short_gpt.checkpoints.gguf import round_layer
 from short_gpt.data.windows import batches as batches_of
 from short_gpt.healing.context import Heal, HealingContext, Windows
 from short_gpt.healing.refit_layer import Batches, LayerRefit

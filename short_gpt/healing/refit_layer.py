@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from short_gpt.checkpoints.requantizing import round_layer
+from short_gpt.checkpoints.gguf import round_layer
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, HiddenStates, RefitState
 from short_gpt.healing.settings import PARTS
 from short_gpt.healing.solver import (

@@ -22,9 +22,9 @@ from short_gpt.data.windows import Answer, TokenIds, batches, learned
 from short_gpt.evaluation.perplexity import perplexity
 from short_gpt.healing.distillation import Distillation, collate, examples, learned_digest
 from short_gpt.healing.settings import Recipe
-from short_gpt.models.config_file import config_digest, config_entries
 from short_gpt.models.decoder import rounded_matrices
 from short_gpt.models.hf import HFDecoder
+from short_gpt.models.loading import config_digest, config_entries
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, weights_digest
 from short_gpt.runtime.errors import NotFiniteError

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         ReproductionResult,
         compare_with_paper,
         identify,
-        published_scores,
     )
     from short_gpt.jobs.saving import NotUploadedError
     from short_gpt.jobs.shrunk import ShrinkResult, StateReport
@@ -43,5 +42,5 @@ __all__ = ["ChosenLayers", "ComparisonResult", "HealingResult", "NotUploadedErro
 __all__ += ["PaperComparison", "PruneResult", "Ranking", "ReproductionResult", "Row"]
 __all__ += ["SavedScores", "ShrinkResult", "StateReport", "chosen", "compare"]
 __all__ += ["compare_checkpoint", "compare_with_paper", "convert", "demo", "evaluate", "generate"]
-__all__ += ["heal", "identify", "prune", "published_scores", "rank", "reproduce"]
+__all__ += ["heal", "identify", "prune", "rank", "reproduce"]
 __all__ += ["shrink"]

@@ -81,27 +81,25 @@ def prune(
     out: str,
     *,
     choice: Choice = Choice(),
-    to: str | None = None,
     verify: bool | None = None,
     opening: OpenOptions = OpenOptions().only("dtype", "trust_remote_code"),
     saving: Saving = Saving(),
 ) -> PruneResult:
-    """Writes a checkpoint without some layers, in any format.
+    """Writes a checkpoint without some layers, in its own format.
 
     The model is not loaded for that, but read tensor by tensor: memory is bounded by the largest
     one. From GGUF to GGUF every tensor stays in its quantization. To `verify`, source and result
     are then loaded, one after the other, and compared. From GGUF to a directory the model is
-    loaded.
+    loaded, and written in Hugging Face's format. For another format, `convert` the model first.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file of any architecture.
-        out: New directory, or file if it ends with .gguf; appears whole or not at all.
-        to: Format to write: meta or gguf (a Llama only, except from GGUF to GGUF) or hf. Default:
-            gguf where OUT ends with .gguf, else the source's, or hf from GGUF.
+        out: New directory, or of a GGUF file also a file that ends with .gguf; appears whole or
+            not at all.
         verify: Prove the result: the same logits as the source with the layers removed in memory,
-            and the same greedy generation with and without the cache. Default: yes, but no from
-            Meta's to Meta's and to GGUF, whose files are read again and compared in any case.
+            and the same greedy generation with and without the cache. Default: yes, but no for
+            Meta's and GGUF, whose files are read again and compared in any case.
 
     Raises:
         RuntimeError: the result is not the source without the layers. It is deleted, and an
@@ -318,9 +316,8 @@ def shrink(
     tokenizer: object = None,
     settings: Shrinking = Shrinking(),
     windows: Windows = SHRUNK,
-    tasks: Tasks = Tasks().only("tasks"),
     opening: OpenOptions = SHRINKING,
-    saving: Saving = Saving().only("overwrite", "push_to_hub"),
+    saving: Saving = Saving(),
     running: Running = Running().only("notify"),
     dry_run: bool = False,
 ) -> ShrinkResult:
@@ -373,5 +370,5 @@ def demo(
     """
     from short_gpt.jobs import shrinking
 
-    groups = (settings, windows, Tasks(), opening, saving, running)
+    groups = (settings, windows, opening, saving, running)
     return shrinking.shrink(DEMO, out, *groups, dry_run)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from short_gpt.costs.sizes import size_without
-from short_gpt.costs.speeds import MOST_NEW, pytorch
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.texts import evaluation_texts
 from short_gpt.evaluation.perplexity import combined, difference
@@ -29,7 +28,6 @@ from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, split_own_text
 from short_gpt.wrappers.short_model import ShortModel
 
-TIMED = 3  # measurements of a speed, of which other programs slow some down
 SEEDS = 3  # random sets for every number of layers
 
 
@@ -49,7 +47,6 @@ class Row:
     gain_error: float | None  # standard error of gain
     parameters: int  # of the model without the layers
     megabytes: float  # of its weights
-    tokens_per_second: float  # greedy generation with the cache, one sequence
     windows: int = 0  # that the errors are over
     texts: int | None = None  # of the windows; see `evaluation.Difference`
     kld: float | None = None  # KL divergence from the original, nats a token; None if streamed
@@ -90,7 +87,7 @@ def compare(
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
 ) -> ComparisonResult:
-    """Compares methods on one model: perplexity, size and speed without the layers, healed or not.
+    """Compares methods on one model: perplexity and size without the layers, healed or not.
 
     Args:
         short: The original model, which stays unchanged.
@@ -155,20 +152,10 @@ def _rows(sets: LayerSets, cases: Cases, *, progress: bool) -> list[Row]:
 
 
 def _row(sets: LayerSets, method: str, seed: int | None, layers: list[int], healing: str) -> Row:
-    short, n = sets.short, len(layers)
-
-    def speed() -> float:
-        timer = pytorch(short, lambda: short.without_layers(layers))
-        count = min(MOST_NEW, short.decoder.max_seq_len // 2)
-        return max(timer(sets.evaluation[0][:1], count)[1] for _ in range(TIMED))
-
-    dense, raw, healed = (
-        sets.perplexities([]),
-        sets.perplexities(layers),
-        sets.perplexities(layers, healing),
-    )
-    change, gain = difference(dense, healed), difference(raw, healed)
-    parameters, size = size_without(short, layers)
+    n, healed = len(layers), sets.perplexities(layers, healing)
+    change = difference(sets.perplexities([]), healed)
+    gain = None if healing == RAW else difference(sets.perplexities(layers), healed)
+    parameters, size = size_without(sets.short, layers)
     quality = combined(healed)
     kld, same = quality.kld, quality.same_top
     return Row(
@@ -180,11 +167,10 @@ def _row(sets: LayerSets, method: str, seed: int | None, layers: list[int], heal
         perplexity=quality.value,
         nats=change.nats,
         standard_error=change.standard_error if n else 0.0,
-        gain=None if healing == RAW else gain.nats,
-        gain_error=None if healing == RAW else gain.standard_error,
+        gain=None if gain is None else gain.nats,
+        gain_error=None if gain is None else gain.standard_error,
         parameters=parameters,
         megabytes=size / 1e6,
-        tokens_per_second=float(sets.cells.value(f"speed {n}", speed)),
         windows=change.windows,
         texts=change.texts,
         kld=None if kld is None else kld.value,

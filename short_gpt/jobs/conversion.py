@@ -14,8 +14,7 @@ from llama.formats.gguf_read import GGUFParts
 from llama.formats.hf import meta_to_hf
 from llama.parallel import choose_dtype
 from llama.sources import Source, find_source, is_gguf, resolve
-from short_gpt.checkpoints.gguf import write_gguf
-from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.checkpoints.gguf import Stack, write_gguf
 from short_gpt.checkpoints.hf import save_hf
 from short_gpt.checkpoints.provenance import NAME, PROVENANCE, RECORD, Provenance
 from short_gpt.checkpoints.prune import kept_tensors
@@ -65,9 +64,7 @@ def convert(
             _to_gguf(source, out, type, {**writing, "exact": bool(verify)})
         elif to == "hf" and source.kind == "gguf":  # as transformers reads it
             short = open_trainable(source, OpenOptions(device="cpu", dtype=dtype or "float32"))
-            target = Target(
-                out, "hf", saving.overwrite, None if verify is False else short.check_saved
-            )
+            target = Target(out, saving.overwrite, None if verify is False else short.check_saved)
             record = Provenance.of_checkpoint(source)
             how: dict[str, Any] = {"tokenizer": short.tokenizer, "record": record}
             save_hf(short.trainable(), target, **how, source=source)
@@ -86,7 +83,7 @@ def _to_gguf(source: Source, out: str, type: str | None, writing: dict[str, Any]
     """Writes GGUF: of its own tensors as they are, or a Llama."""
     if source.kind == "gguf":
         stack = Stack(source)
-        target = Target(out, "gguf", writing["overwrite"], writing["verify"])
+        target = Target(out, writing["overwrite"], writing["verify"])
         write_gguf(stack, target, range(stack.blocks), progress=writing["progress"])
         return
     # the same model in another format has the same history

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llama.files import check_new
 from llama.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_architecture, in_few_bits
-from short_gpt.checkpoints.provenance import PROVENANCE, Provenance
+from short_gpt.checkpoints.provenance import Provenance
 from short_gpt.checkpoints.scores import ChosenLayers
-from short_gpt.checkpoints.target import check_new_gguf, format_of
+from short_gpt.checkpoints.target import Target, format_of
 from short_gpt.evaluation.perplexity import (
     Difference,
     Perplexity,
@@ -178,15 +177,12 @@ def _opened(
 
 def _check_target(model: str, out: str, *, overwrite: bool) -> None:
     check_model(model)
-    if not is_gguf(out):
-        check_new(Path(out), marker=PROVENANCE, overwrite=overwrite, source=Path(model))
-    elif is_gguf(model):
-        check_new_gguf(out, source=model, overwrite=overwrite)
-    else:
+    if is_gguf(out) and not is_gguf(model):
         raise ShortGPTError(
             f"{out} is written from a GGUF file alone: heal into a directory and convert that, "
             f"short-gpt convert DIRECTORY {out}"
         )
+    Target(out, overwrite).check(source=Path(model))
 
 
 def _teacher(

@@ -24,7 +24,7 @@ from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import READ, Settings, setting
 
 if TYPE_CHECKING:
-    from short_gpt.evaluation.tasks import TaskRun, TaskSuite
+    from short_gpt.evaluation.tasks import TaskRun
     from short_gpt.healing.context import HealingWindows
     from short_gpt.wrappers.scored_model import ScoredModel
     from short_gpt.wrappers.short_model import ShortModel
@@ -254,20 +254,17 @@ class Tasks(Settings):
         if self.tasks is not None:
             task_names(self.names)
 
-    def suite(self, *, batch_size: int = 1) -> TaskSuite | None:
-        """The tasks as a suite, which reads so many prompts together; None without tasks."""
-        from short_gpt.evaluation.tasks import TaskSuite
+    def run(self, short: ShortModel, *, batch_size: int) -> TaskRun:
+        """Every metric of every task, and the values of documents; nothing without tasks.
+
+        So many prompts are read together.
+        """
+        from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 
         if self.tasks is None:
-            return None
-        return TaskSuite(self.names, self.limit, self.num_fewshot, batch_size=batch_size)
-
-    def run(self, short: ShortModel, *, batch_size: int = 1) -> TaskRun:
-        """Every metric of every task, and the values of documents; nothing without tasks."""
-        from short_gpt.evaluation.tasks import TaskRun
-
-        suite = self.suite(batch_size=batch_size)
-        return TaskRun({}) if suite is None else suite.documents(short)
+            return TaskRun({})
+        suite = TaskSuite(self.names, self.limit, self.num_fewshot, batch_size=batch_size)
+        return suite.documents(short)
 
 
 def check_model(source: str | PathLike[str], n: int | None = None) -> int | None:

@@ -7,14 +7,12 @@ no matplotlib.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from short_gpt.runtime.settings import as_flags
 from short_gpt.runtime.state import versions
-from short_gpt.scoring.importance import Importance
 
 if TYPE_CHECKING:
     from short_gpt.jobs.shrunk import ShrinkResult
@@ -49,7 +47,6 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
         rows=rows,
         remarks=[*map(as_flags, shrunk.remarks)],
         completions=shrunk.completions[:3],
-        picture=None if shrunk.importance is None else picture(shrunk.importance, shrunk.layers),
         how="\n\n".join(filter(None, [shrunk.command, shrunk.plan, shrunk.chosen])),
         steps=[
             f"seed {shrunk.seed}",
@@ -112,29 +109,3 @@ def is_page(path: Path) -> bool:
     """Whether a file is such a page."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return MARK in file.read(200)
-
-
-def picture(importance: Importance, removed: Sequence[int]) -> dict[str, Any]:
-    """Dots of every layer's Block Influence on a logarithmic axis, for the template."""
-    values = importance.block_influence.tolist()
-    margins = importance.margin.nan_to_num(0.0, posinf=0.0).tolist()
-    ends = [value + margin for value, margin in zip(values, margins, strict=True)]
-    least = min((value for value in values if value > 0), default=1.0)
-    high = math.log10(max(*ends, least))
-    low = min(math.floor(math.log10(least)), math.ceil(high) - 1)
-
-    def top(value: float) -> float:
-        return HEIGHT * (high - math.log10(max(value, 10.0**low))) / (high - low)
-
-    dots = [
-        {
-            "layer": layer,
-            "kind": "removed" if layer in removed else "kept",
-            "value": value,
-            "top": top(value),
-            "ends": (top(value - margin), top(value + margin)) if margin else None,
-        }
-        for layer, value, margin in zip(importance.layers, values, margins, strict=True)
-    ]
-    powers = [(10.0**power, top(10.0**power)) for power in range(low, math.floor(high) + 1)]
-    return {"dots": dots, "powers": powers, "height": HEIGHT}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llama.sources import Source, find_source
+from llama.sources import Source, find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.prune import kept_tensors, prune_checkpoint
 from short_gpt.checkpoints.scores import ChosenLayers
-from short_gpt.checkpoints.target import Target
+from short_gpt.checkpoints.target import Target, format_of
 from short_gpt.jobs.conversion import prove
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.jobs.settings import Choice
@@ -44,22 +44,21 @@ def prune(
     model: str,
     out: str,
     choice: Choice,
-    to: str | None,
     verify: bool | None,
     opening: OpenOptions,
     saving: Saving,
 ) -> PruneResult:
     """What `jobs.prune` does."""
     source = find_source(model)
-    target = Target(out, to, saving.overwrite).resolved(source)
+    target = Target(out, saving.overwrite)
     choice.check()
     target.check()
-    saving.check(out, target.format)
-    opened = source.kind == "gguf" and target.format == "hf"
+    saving.check(out, format_of(source, out))
+    copied = source.kind == "gguf" and is_gguf(out)
+    opened = source.kind == "gguf" and not copied
     if opening.dtype is not None and not opened:
         raise ShortGPTError("`dtype` is of a GGUF file written as a directory: leave it out")
     removal = choice.chosen(model)
-    copied = source.kind == target.format == "gguf"
     proof = (_write_opened if opened else _write)(source, target, removal, verify, opening)
     remark = about_kinds(source, removal.layers) if copied else None
     result = PruneResult(target.path, removal, proof, remark)
@@ -92,8 +91,7 @@ def _write(
         proofs.append(prove(directory, source, str(target.out), opening, verify, drop=layers))
 
     names = kept_tensors(source, removal.layers)
-    total = len(names) + (0 if target.format == source.kind else len({*names}))  # converted later
-    with bar("writing", total=total or None, unit="tensor") as shown:
+    with bar("writing", total=len(names) or None, unit="tensor") as shown:
         prune_checkpoint(
             source,
             replace(target, verify=check),

@@ -185,15 +185,14 @@ def _identity(
     windows: Windows, answer: Answer, opening: OpenOptions, bos: str
 ) -> dict[str, object]:
     """The settings that a saved run depends on, by the names that an error shows."""
-    parts: list[Mapping[str, object]] = [{"data": windows.name, "column": windows.column}]
-    parts += [{"bos": bos, "size": windows.size, "seed": windows.seed, "stride": windows.step}]
-    parts += [{"batch_size": opening.batch_size}]
+    parts: dict[str, object] = {"data": windows.name, "column": windows.column, "bos": bos}
+    parts |= {"size": windows.size, "seed": windows.seed, "stride": windows.step}
+    parts["batch_size"] = opening.batch_size
     if answer.by_loss:  # only these read a fixed number of windows for a fixed number of layers
-        parts += [{"method": answer.method, "n": answer.n}]
-        parts += [{"max_windows": windows.max_windows}]
+        parts |= {"method": answer.method, "n": answer.n, "max_windows": windows.max_windows}
     if answer.method == AUTO:
-        parts += [{"refit": vars(RefitSettings())}]
-    return joined(*parts)
+        parts["refit"] = vars(RefitSettings())
+    return parts
 
 
 def check_ranking(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.resources import files
-from itertools import combinations
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from scipy.stats import kendalltau
 
 from llama.args import ModelArgs
 from llama.files import JsonObject
@@ -18,11 +16,10 @@ from short_gpt.jobs.inputs import SIZE, STRIDE, Windows, about_bos
 from short_gpt.jobs.ranking import Ranking, rank
 from short_gpt.jobs.saving import Running
 from short_gpt.jobs.settings import Answer
-from short_gpt.models.config_file import shape_of
+from short_gpt.models.loading import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
-from short_gpt.scoring.metrics import spearman
 from short_gpt.wrappers.options import OpenOptions
 
 
@@ -36,21 +33,6 @@ def published() -> JsonObject:
     """
     file = files("short_gpt.jobs").joinpath("published.json")
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def published_scores(model: str) -> tuple[Tensor, Tensor] | None:
-    """Scores that others published for one of the paper's models; None where there are none.
-
-    Block Influence of every layer, (L,), and the angular distance of every block of 9 layers,
-    (L - 9 + 1,), both as sums, of which only ratios mean something.
-    """
-    scores = published()["reimplementation"]["models"].get(model)
-    if scores is None:
-        return None
-    influence, angles = (
-        torch.tensor(scores[name], dtype=torch.float64) for name in ("importance", "angular_n9")
-    )
-    return influence, angles[: len(angles) - 9 + 1]
 
 
 def _paper_model(name: str) -> JsonObject:
@@ -128,8 +110,8 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
     check_exist(ours, range(known["n_layers"]))
     paper = known["removed"]
     shared = [layer for layer in paper if layer in ours]
-    # of every two of these: 1 if both lists have them the same way round, else -1
-    signs = [1 if ours.index(a) < ours.index(b) else -1 for a, b in combinations(shared, 2)]
+    places = [ours.index(layer) for layer in shared]
+    tau = float(kendalltau(range(len(shared)), places).statistic) if shared[1:] else None
     return PaperComparison(
         model=model,
         paper=paper,
@@ -138,7 +120,7 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
         overlap=len(shared),
         same_order=paper == ours,
         same_places=sum(a == b for a, b in zip(paper, ours, strict=False)),
-        kendall_tau=sum(signs) / len(signs) if signs else None,
+        kendall_tau=tau,
     )
 
 
@@ -159,17 +141,10 @@ class ReproductionResult(NamedTuple):
         assert self.ranking.importance is not None  # one pass was asked for
         return self.ranking.importance
 
-    @property
-    def published(self) -> float | None:
-        """Rank correlation of our Block Influence with a published one of all layers."""
-        scores = published_scores(self.comparison.model)
-        return None if scores is None else spearman(scores[0], self.importance.block_influence)
-
     def to_dict(self) -> dict[str, object]:
         """All fields, ready for JSON."""
         return {
             "result": self.comparison._asdict(),
-            "published_rank_correlation": self.published,
             "changed": list(self.changed),
             "taken_for_pg19": list(self.taken),
             **self.ranking.to_dict(),
@@ -195,10 +170,7 @@ def reproduce(
 
 def _name(model: str, shape: ModelArgs) -> str:
     """The paper's name of a model, by its shape."""
-    try:
-        name = identify(shape.dim, shape.n_layers, shape.vocab_size)
-    except ShortGPTError as error:
-        raise ShortGPTError(f"{model} is none of the paper's models: {error}") from None
+    name = identify(shape.dim, shape.n_layers, shape.vocab_size)
     if shape.kv_heads != shape.n_heads:
         raise ShortGPTError(
             f"{model} has the size of {name} but groups its keys and values, so it is another model"

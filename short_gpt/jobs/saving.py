@@ -59,9 +59,6 @@ class Saving(Settings):
         value="REPO",
         rare=True,
     )
-    private: bool = setting(
-        False, "Create the repository as private.", rare=True, needs="push_to_hub"
-    )
 
     def check(self, out: str | Path, format: str | None) -> None:
         """Raises what would prevent the upload, before the model is made."""
@@ -77,7 +74,7 @@ class Saving(Settings):
         if (repo := self.push_to_hub) is None or not is_first_rank():
             return None
         try:
-            return push(out, repo, private=self.private)
+            return push(out, repo)
         except ConnectionError as error:
             line = f"{error}; it is written: hf upload {repo} {out}"
             raise NotUploadedError(line, result) from error

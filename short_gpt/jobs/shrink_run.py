@@ -6,7 +6,6 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatch
 from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import chain
@@ -17,13 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
-from llama.files import check_new, check_output
+from llama.files import check_output
 from llama.sources import BuiltinName, Source, find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_architecture
-from short_gpt.checkpoints.provenance import PROVENANCE
 from short_gpt.checkpoints.prune import layers_of
-from short_gpt.checkpoints.target import check_new_gguf
-from short_gpt.costs.rivals import KINDS, RIVAL, has_quantizer, smaller_types
+from short_gpt.checkpoints.target import Target
+from short_gpt.costs.rivals import KINDS, has_quantizer, smaller_types
 from short_gpt.costs.sizes import Opened
 from short_gpt.costs.speeds import seconds_a_token
 from short_gpt.data.texts import source_names
@@ -35,14 +33,15 @@ from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.settings import CLOSED_WINDOWS
-from short_gpt.jobs.inputs import EVAL_WINDOWS, Tasks, Windows
+from short_gpt.jobs.inputs import EVAL_WINDOWS, Windows
 from short_gpt.jobs.page import is_page
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
 from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
-from short_gpt.models.config_file import config_digest
 from short_gpt.models.decoder import in_own_dtype, matrices_rounded_once
+from short_gpt.models.hf import layer_caches
+from short_gpt.models.loading import config_digest
 from short_gpt.models.numbering import check_count, check_exist
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError, check
@@ -66,11 +65,6 @@ ANSWER_TOKENS = 24  # most tokens of an answer to a question
 TIMING = 20  # seconds of comparing speeds, about
 GROWTH = 1.15  # a token after half of a text, by the first: 1.07 (16 texts) to 1.2 (64) measured
 STATE, PLAN, HEALING, WRITTEN = "state.json", "plan.json", "healing", "written"
-# what the folder of a run holds, own texts and what a killed save leaves included
-PARTS = (
-    *(f"{dot}{name}*" for name in (STATE, PLAN, "self-") for dot in ("", ".")),
-    *(HEALING, WRITTEN, RIVAL),
-)
 
 
 @dataclass
@@ -81,7 +75,6 @@ class Shrink:
     out: Path
     settings: Shrinking
     reading: Windows
-    tasks: Tasks
     opening: OpenOptions
     saving: Saving
     running: Running
@@ -134,8 +127,8 @@ class Shrink:
         name = "MODEL" if self.source is None else short_name(str(self.model))
         demo = isinstance(self.model, BuiltinName)  # whose command names these by default
         words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), short_name(str(self.out))]
-        defaults = (Shrinking(), SHRUNK, Tasks(), OpenOptions(precision=FASTER))
-        groups = (self.settings, self.reading, self.tasks, self.opening)
+        defaults = (Shrinking(), SHRUNK, OpenOptions(precision=FASTER))
+        groups = (self.settings, self.reading, self.opening)
         for group, usual in zip(groups, defaults, strict=True):
             for one in (item for item in group.taken() if item.metadata["flag"]):
                 value = getattr(group, one.name)
@@ -154,13 +147,14 @@ class Shrink:
         """Raises errors that are known before a model is loaded, the cheapest first."""
         self.settings.check()
         self.reading.check(shuffled=True)
-        self.tasks.check()
-        self._check_folder()
+        other = self.folder.exists() and any(self.folder.iterdir())
+        if other and not (self.folder / PLAN).exists():  # what every run writes first
+            raise ShortGPTError(
+                f"{self.folder} is not from a run of shrink: move it away, or choose another output"
+            )
         _ = self.questions  # raises for a file without any
         gguf, source, named = is_gguf(self.out), self.source, self.settings.named
         n = self.settings.n if named is None else len(named)
-        if self.tasks.tasks and self.settings.curve is not None and self.settings.pick is None:
-            raise ShortGPTError("`tasks` has no effect on a `curve` without `pick`: add that")
         if self.settings.type is not None:
             both = gguf and source is not None and source.kind == "gguf"
             check(both, "`type`", self.settings.type, "a GGUF file as the model and as `out`")
@@ -169,24 +163,13 @@ class Shrink:
         path = None if source is None else source.path
         if gguf:
             check_output(report_of(self.out), overwrite=True, replaces=is_page)
-            of_gguf = path if source is not None and source.kind == "gguf" else None
-            check_new_gguf(self.out, source=of_gguf, overwrite=self.saving.overwrite)
-        else:
-            check_new(self.out, marker=PROVENANCE, overwrite=self.saving.overwrite, source=path)
+        Target(self.out, self.saving.overwrite).check(source=path)
         if gguf and source is not None and source.kind == "gguf":
             check_architecture(str(source)).check()
         if source is not None and n is not None and (count := layers_of(source)) is not None:
             check_count(n, count, most=count - 2)
             check_exist(named or [], range(count))
         self.reading.check_texts()
-
-    def _check_folder(self) -> None:
-        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
-        if other := [n for n in names if not any(fnmatch(n, part) for part in PARTS)]:
-            raise ShortGPTError(
-                f"{self.folder} holds {min(other)}, and is not from a run of shrink: move it away, "
-                "or choose another output"
-            )
 
     # The model, and what will be done with it
 
@@ -207,7 +190,8 @@ class Shrink:
         self.size = self.reading.size or min(WINDOW, short.decoder.max_seq_len)
         self.parameters, self.stored = self.opened.sizes()
         itemsize = 2 if self.to == "gguf" else self.opened.dtype.itemsize  # llama.cpp's is float16
-        self.caches = [cache.size(CONTEXT, itemsize) for cache in self.opened.caches()]  # bytes
+        every = layer_caches(short.model, len(short.kept), short.decoder.device)
+        self.caches = [cache.size(CONTEXT, itemsize) for cache in every]  # bytes
         sizes, rest = self.parameters
         if self.settings.memory is not None:
             layers, rest = self.opened.sizes(self.settings.type)[1]
@@ -231,7 +215,7 @@ class Shrink:
 
     @property
     def _dials(self) -> dict[str, Any]:
-        """Settings that choose layers and healing: questions and tasks may be others later."""
+        """Settings that choose layers and healing: questions may be others later."""
         return asdict(replace(self.settings, pick=None))
 
     @property
@@ -264,7 +248,6 @@ class Shrink:
         refit = [f"the refit takes up to {memory} of the machine's memory"]
         before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
         kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
-        more = "run the tasks, " if self.tasks.tasks else ""
         own = ", its own text included" if self.reading.own else ""
         takes = duration(self.a_pass)
         takes += " with products in bfloat16" if self.short.about_precision else ""
@@ -276,7 +259,7 @@ class Shrink:
                 + (kept if n else "")
                 + (f", the others in {kind}" if (kind := self.settings.type) else ""),
                 f"a window of {self.size} tokens takes {takes}: in all about "
-                f"{duration(planned.seconds)}{own}, and the time to {more}write the model and read "
+                f"{duration(planned.seconds)}{own}, and the time to write the model and read "
                 "it again",
                 *self._given_up(),
                 *(refit if self.settings.heal_by == REFIT else []),

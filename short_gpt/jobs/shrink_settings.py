@@ -148,7 +148,7 @@ class Shrinking(Settings):
 
     def check(self) -> None:
         """Raises ShortGPTError for a setting that is refused, before a model is loaded."""
-        from short_gpt.checkpoints.requantizing import check_type
+        from short_gpt.checkpoints.gguf import check_type
         from short_gpt.healing.job import CLOSED
         from short_gpt.selection.methods import check_method
 

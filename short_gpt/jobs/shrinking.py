@@ -41,8 +41,8 @@ from short_gpt.healing import HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.settings import CLOSED_WINDOWS, OUTPUTS, Recipe, RefitSettings, recipe_for
-from short_gpt.jobs.conversion import convert
-from short_gpt.jobs.inputs import Tasks, Windows, about_own
+from short_gpt.jobs.api import convert
+from short_gpt.jobs.inputs import Windows, about_own
 from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Running, Saving, interruptible
 from short_gpt.jobs.shrink_curve import curve_of, optional, rivals_in_memory
@@ -58,7 +58,7 @@ from short_gpt.jobs.shrunk import (
     short_name,
 )
 from short_gpt.models.decoder import in_own_dtype
-from short_gpt.runtime.digest import json_digest, windows_digest
+from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.progress import check_alone
 from short_gpt.runtime.state import hold
@@ -80,7 +80,6 @@ def shrink(
     out: str,
     settings: Shrinking,
     windows: Windows,
-    tasks: Tasks,
     opening: OpenOptions,
     saving: Saving,
     running: Running,
@@ -89,7 +88,7 @@ def shrink(
 ) -> ShrinkResult:
     """What `jobs.shrink` does."""
     check_alone("shrink")
-    run = Shrink(model, Path(out), settings, windows, tasks, opening, saving, running)
+    run = Shrink(model, Path(out), settings, windows, opening, saving, running)
     run.check()
     saving.check(run.out, run.to)
     lock = None if dry_run else hold(run.folder)
@@ -195,16 +194,13 @@ def _steps_in(run: Shrink, seconds: float, recipe: Recipe) -> int:
 # What is measured
 
 
-def _sizes(run: Shrink, state: str) -> StateReport:
-    """Sizes and tasks of the present model; the tasks are measured once."""
-    suite, present = run.tasks.suite(), run.short.present
+def _sizes(run: Shrink) -> StateReport:
+    """Sizes of the present model."""
+    present = run.short.present
     parameters, size = (
         rest + sum(each[i] for i in present) for each, rest in (run.parameters, run.stored)
     )
-    # by tokenizer, chat template, tasks, and layers, which may be others when a run goes on
-    digest = json_digest([run.short.prompt_ids("Hello"), suite and suite.identity(), [*present]])
-    tasks = run.cells.value(f"tasks {state} {digest}", lambda: vars(run.tasks.run(run.short)))
-    return StateReport(parameters, size, size + sum(run.caches[i] for i in present), tasks)
+    return StateReport(parameters, size, size + sum(run.caches[i] for i in present))
 
 
 def _answers(run: Shrink, state: str) -> Perplexity:
@@ -314,12 +310,12 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     method = METHODS.get(run.method, "named by the caller")
     short.evidence |= {"method": method, "eval_data": eval_data, "size": run.size}
     run.running.tell(f"layers to remove: {sorted(run.layers)}")
-    states, answers = {"original": _sizes(run, "original")}, {"original": _answers(run, "original")}
+    states, answers = {"original": _sizes(run)}, {"original": _answers(run, "original")}
     beside, timed = list[Rival](), Speeds()
     with optional(remarks):
         beside = rivals_in_memory(run)
     with short.without_layers(run.layers):
-        states["pruned"], answers["pruned"] = _sizes(run, "pruned"), _answers(run, "pruned")
+        states["pruned"], answers["pruned"] = _sizes(run), _answers(run, "pruned")
         steps = _steps(run)
     with optional(remarks):
         timed = _speeds(run)
@@ -328,7 +324,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     with ExitStack() as undos:
         # a loaded model is the caller's: after an error it is complete, and the same call continues
         evidence = job.run(undos if run.source is None else None)
-        states["healed"], answers["healed"] = _sizes(run, "healed"), _answers(run, "healed")
+        states["healed"], answers["healed"] = _sizes(run), _answers(run, "healed")
         result = ShrinkResult(
             out=run.out,
             **known,
@@ -401,14 +397,7 @@ def _write(run: Shrink, **how: Any) -> None:
         return
     scratch = built.parent / f"{built.stem}-hf"
     short.save_pretrained(scratch, **how, release=release)
-    converting: dict[str, Any] = {
-        "type": None,
-        "shards": None,
-        "verify": None,
-        "opening": OpenOptions(),
-    }
-    saving = Saving(overwrite=True)
-    convert(str(scratch), str(built), "gguf", **converting, running=run.running, saving=saving)
+    convert(str(scratch), str(built), overwrite=True, notify=run.running.notify)
 
 
 def _move_into_place(run: Shrink, result: ShrinkResult) -> None:

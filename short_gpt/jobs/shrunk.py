@@ -20,7 +20,6 @@ from short_gpt.costs.speeds import Speed
 from short_gpt.data.texts import OWN
 from short_gpt.evaluation.answers import Reply
 from short_gpt.evaluation.perplexity import Mean, Perplexity
-from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.healing import HealedChoice
 from short_gpt.healing.job import CLOSED
 from short_gpt.runtime.errors import one_line
@@ -42,12 +41,11 @@ PER_SECOND = {"prompt": "prompt tokens a second", "generation": "written tokens 
 
 
 class StateReport(NamedTuple):
-    """Size and tasks of one state of the model, beside its distance from the original."""
+    """Size of one state of the model."""
 
     parameters: int
     size: int  # bytes of the weights as they are written; of the whole file in GGUF
     memory: int  # the same with the KV cache
-    tasks: dict[str, Any]  # of `TaskRun`
 
 
 class Answered(NamedTuple):
@@ -147,8 +145,6 @@ class ShrinkResult(Table):
         for work, label in PER_SECOND.items():
             rates = {name: f"{each[work].per_second:.0f}" for name, each in self.speeds.items()}
             add(label, rates)
-        for label, *cells in self._task_rows():
-            add(label, dict(zip(self.states, cells, strict=True)))
         return rows
 
     def curve_rows(self) -> list[list[str]]:
@@ -162,23 +158,6 @@ class ShrinkResult(Table):
             rates = [f"{rate:.2f} x" for rate in point.speeds] or ["", ""]
             layers = ",".join(map(str, point.layers))
             rows.append([point.name, format_bytes(point.size), *klds, right, *rates, layers])
-        return rows
-
-    def _task_rows(self) -> list[list[str]]:
-        """Rows of the states that have a report, in their order."""
-        runs = [TaskRun.from_dict(r.tasks) for r in self.states.values() if r.tasks]
-        named, rows = [run.named() for run in runs], list[list[str]]()
-        changes = [task_changes(runs[0], run) for run in runs[1:]]
-        for metric in named[0] if named else ():
-            if not metric.endswith("_stderr"):
-                rows.append([metric, *(f"{metrics[metric]:.4f}" for metrics in named)])
-        for metric in changes[0] if changes else ():
-            if metric.endswith(" change"):
-                values = [change.get(metric, math.nan) for change in changes]
-                errors = [change.get(f"{metric}_stderr", math.nan) for change in changes]
-                pairs = zip(values, errors, strict=True)
-                cells = [f"{value:+.4f} (error {error:.4f})" for value, error in pairs]
-                rows.append([f"{metric}, paired", "", *cells])
         return rows
 
     @property

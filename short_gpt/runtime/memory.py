@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from llama.args import ModelArgs
-from llama.checkpoint.sharding import full_shapes
+from llama.checkpoint.meta import full_shapes
 from llama.ranks import is_distributed
 from short_gpt.runtime.errors import ShortGPTError, refused, whole
 

@@ -81,7 +81,7 @@ def check_alone(what: str) -> None:
         raise ShortGPTError(f"{what} runs on one rank; start it alone, not by torchrun")
 
 
-def seconds_of(text: str | int, name: str = "time") -> float:
+def seconds_of(text: str | int) -> float:
     """Seconds of a text like "90s", "30m", "1.5 hours" or "2d"; a number alone counts minutes.
 
     Raises ShortGPTError for another text, and for no time at all.
@@ -89,7 +89,7 @@ def seconds_of(text: str | int, name: str = "time") -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     units = [unit for words, unit in UNITS if words.startswith(match[2] or "m")] if match else []
     if match is None or not units or not 0 < (seconds := float(match[1]) * units[0]) <= A_YEAR:
-        raise refused(f"`{name}`", text, "a time of at most a year, such as 30m, 90s or 2h")
+        raise refused("`time`", text, "a time of at most a year, such as 30m, 90s or 2h")
     return seconds
 
 

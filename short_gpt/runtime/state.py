@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
@@ -33,7 +32,6 @@ from short_gpt.runtime.progress import is_first_rank
 ABOUT = ("versions", "machine")  # entries of every record
 CHECKED = "sha256"  # the entry with the digest of all entries except these
 PACKAGES = ("short-gpt", "torch", "fairscale", "datasets", "transformers", "numpy")
-COMPUTING = ("short-gpt", "torch", "transformers")  # of these, that compute what a state holds
 # entries of a run's identity that it has only where they are others
 USUAL = {"precision": "float32"}
 
@@ -255,17 +253,7 @@ class StateFile:
                 )
         if content.get(CHECKED) != content_digest(content):
             raise damaged_run(self.path, self._folder)
-        self._warn_of_versions(content)
         return content
-
-    def _warn_of_versions(self, content: JsonObject) -> None:
-        saved, current = content["versions"], versions()
-        if others := {k: v for k, v in saved.items() if k in COMPUTING and current.get(k) != v}:
-            warnings.warn(
-                f"{self.path} was begun with other versions, {others}: what continues may differ "
-                f"from it; delete {self._folder} to start again",
-                stacklevel=5,
-            )
 
     def part(self, name: str) -> StateFile:
         """The state, in a file of its own, of a run inside this one."""

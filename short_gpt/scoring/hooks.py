@@ -39,9 +39,6 @@ class Scores:
     angles: Tensor  # angular distances at the last token of all states, (B, L + 1, L + 1)
     metrics: Tensor = NAN  # sums over tokens of each of `LAYER_METRICS`, (B, M, L)
 
-    def metric(self, name: str) -> Tensor:
-        return self.metrics[:, [*LAYER_METRICS].index(name)]
-
     def check_finite(self, layers: Sequence[int]) -> None:
         """Raises NotFiniteError if a state was NaN or infinite; names its layer."""
         bad = ~self.influence.isfinite()  # (B, L): a state that is not finite makes its cosine NaN

@@ -16,8 +16,8 @@ from llama.sources import Source, find_source
 from short_gpt.data.windows import windows
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.perplexity import perplexity as perplexity_of_decoder
-from short_gpt.models.config_file import TRUST
 from short_gpt.models.decoder import Decoder
+from short_gpt.models.loading import TRUST
 from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel

@@ -20,7 +20,6 @@ from short_gpt.checkpoints.target import StrPath
 from short_gpt.data.windows import batches, count_of, starts_texts
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, perplexity
-from short_gpt.models.config_file import config_digest
 from short_gpt.models.decoder import (
     Decoder,
     damaged_weight,
@@ -29,6 +28,7 @@ from short_gpt.models.decoder import (
     remove_layers,
     without_layers,
 )
+from short_gpt.models.loading import config_digest
 from short_gpt.models.numbering import check_count, check_layers, layer_numbers
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import weights_digest

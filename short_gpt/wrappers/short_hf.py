@@ -35,11 +35,11 @@ from short_gpt.data.texts import Conversation, check_plain
 from short_gpt.data.windows import Prefixed, common_start, starts_texts, windows
 from short_gpt.evaluation.harness import hugging_face_lm
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.config_file import config_entries
 from short_gpt.models.decoder import check_token_ids, evaluating
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.loading import (
     check_loaded,
+    config_entries,
     load,
     restore_frequencies,
     weight_stamps,
@@ -363,7 +363,7 @@ class ShortHFModel(ShortModel):
             check_unchanged(self._opened, mapped=True)
         record = Provenance.of(self, self.source, facts=facts, measured=measured)
         proof = partial(self.check_saved, release=release) if verify else None
-        target = Target(out_dir, "hf", overwrite, proof)
+        target = Target(out_dir, overwrite, proof)
         return save_hf(self.trainable(), target, tokenizer=self.tokenizer, record=record)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, verify: bool = True) -> str:
@@ -398,12 +398,12 @@ class ShortHFModel(ShortModel):
         record = Provenance.of(self, self.source, **about)
         if is_gguf(out_dir):
             check_unchanged(self._opened)  # kept tensors are copied from there
-            target = Target(out_dir, "gguf", overwrite)
+            target = Target(out_dir, overwrite)
             return save_gguf(self, target, self.source, self._layers_path, record=record)
         self.check_whole()
         assert self._meta_tokenizer is not None
         proof = partial(self.check_saved, release=release)
-        target = Target(out_dir, "meta", overwrite, proof)
+        target = Target(out_dir, overwrite, proof)
         return save_as_meta(self.model, target, record=record, tokenizer_path=self._meta_tokenizer)
 
     def types_in(self, kind: str) -> dict[int, dict[str, int]]:

@@ -20,9 +20,8 @@ from short_gpt.data.texts import check_plain
 from short_gpt.data.windows import starts_texts
 from short_gpt.evaluation.harness import llama_lm
 from short_gpt.evaluation.perplexity import Perplexity
-from short_gpt.models.config_file import params_entries
 from short_gpt.models.decoder import MetaDecoder, in_own_dtype
-from short_gpt.models.loading import weight_stamps
+from short_gpt.models.loading import params_entries, weight_stamps
 from short_gpt.runtime.digest import check_unchanged
 from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.wrappers.options import OpenOptions
@@ -176,7 +175,7 @@ class ShortLlama(ShortModel):
         path = getattr(self.llama, "tokenizer_path", None)
         # an instance of the reference's own package may round otherwise
         verify = self._check_saved if isinstance(self.llama, Llama) else None
-        target = Target(out_dir, "meta", overwrite, verify)
+        target = Target(out_dir, overwrite, verify)
         if ckpt_dir is None:  # what did not change is copied from there
             check_unchanged(self._opened)
         saved = save_meta(self, target, source=source, record=record, tokenizer_path=path)

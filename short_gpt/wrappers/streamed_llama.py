@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llama.checkpoint.meta import Checkpoint, check_vocabulary
-from llama.checkpoint.sharding import EMBEDDING
+from llama.checkpoint.meta import EMBEDDING, Checkpoint, check_vocabulary
 from llama.parallel import choose_device, choose_dtype
 from llama.sources import find_source, resolve
 from llama.tokenizer import Tokenizer, check_text, find_tokenizer
@@ -31,11 +30,10 @@ from short_gpt.evaluation.perplexity import (
     check_loss,
     check_predicted,
 )
-from short_gpt.models.config_file import params_entries
 from short_gpt.models.decoder import MetaDecoder, Parameter, WeightChange, mixed_precision, pad
 from short_gpt.models.families import META
 from short_gpt.models.layer_calls import Call, LayerCalls
-from short_gpt.models.loading import load_tokenizer
+from short_gpt.models.loading import load_tokenizer, params_entries
 from short_gpt.runtime.digest import files_digest
 from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.runtime.memory import BLOCK_BYTES, Plan
@@ -305,7 +303,7 @@ class StreamedLlama(ScoredModel):
 
         # read when it is written, in the file's layout
         new = {source.stored_name(f"layers.{i}.{n}"): partial(as_stored, i, n) for i, n in changed}
-        target = Target(out_dir, None, overwrite, verify=self._check_saved if changed else None)
+        target = Target(out_dir, overwrite, verify=self._check_saved if changed else None)
         if isinstance(source, HFSource):
             return write_hf(directory, target, self.kept, record, new)
         target.check(source=directory)

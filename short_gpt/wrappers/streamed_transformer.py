@@ -18,11 +18,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llama.checkpoint.meta import Checkpoint
-from llama.checkpoint.sharding import EMBEDDING, LAYER_SPLITS, OUTPUT, split_dim
-from llama.formats import names as formats
-from llama.formats.hf import HFCheckpoint
-from llama.formats.names import name_in, permute
+from llama.checkpoint.meta import EMBEDDING, LAYER_SPLITS, OUTPUT, Checkpoint, split_dim
+from llama.formats.hf import HF, HFCheckpoint, name_in, permute
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
 from short_gpt.models.decoder import is_finite
@@ -76,10 +73,10 @@ class HFSource(HFCheckpoint):
         self.files = sorted({file.path for file in self._files.values()})
 
     def stored_name(self, name: str) -> str:
-        return name_in(formats.HF, name)
+        return name_in(HF, name)
 
     def as_stored(self, name: str, weight: Tensor) -> Tensor:
-        return permute(name, weight, self.args, to=formats.HF)
+        return permute(name, weight, self.args, to=HF)
 
     def rows(self, name: str, start: int, count: int) -> Tensor:
         stored = str(self.infos[name].storage)  # tied weights are stored once

@@ -26,9 +26,8 @@ from llama.formats.gguf_write import copied, write_again
 from llama.formats.gguf_write import record as key_record
 from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance, Target, prune_checkpoint, write_gguf
-from short_gpt.checkpoints.gguf import about_kinds, check_architecture
-from short_gpt.checkpoints.gguf_layers import Stack
-from short_gpt.models.gguf_architectures import ARCHITECTURES, Architecture
+from short_gpt.checkpoints.gguf import Stack, about_kinds, check_architecture
+from short_gpt.models.gguf_loading import ARCHITECTURES, Architecture
 from short_gpt.runtime.errors import ShortGPTError
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF

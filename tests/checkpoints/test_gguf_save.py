@@ -21,7 +21,7 @@ from short_gpt import ShortHFModel
 from short_gpt.checkpoints import Provenance
 from short_gpt.data import demo
 from short_gpt.models.decoder import WeightChange
-from short_gpt.models.gguf_architectures import ARCHITECTURES
+from short_gpt.models.gguf_loading import ARCHITECTURES
 from short_gpt.runtime.errors import ShortGPTError
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF

@@ -18,12 +18,12 @@ from llama.formats.gguf_write import UINT32, copied, record, write_again
 from llama.model import rope_frequencies
 from llama.tokenizer import Tokenizer, find_tokenizer
 from short_gpt import ShortHFModel, ShortLlama
-from short_gpt.checkpoints import Target, prune_checkpoint
-from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.checkpoints import prune_checkpoint
+from short_gpt.checkpoints.gguf import Stack
 from short_gpt.checkpoints.target import stored_names
 from short_gpt.data import demo
 from short_gpt.models.decoder import WeightChange
-from short_gpt.models.gguf_architectures import architecture
+from short_gpt.models.gguf_loading import architecture
 from short_gpt.models.hf import HFDecoder
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]
@@ -83,11 +83,10 @@ def test_the_source_and_the_pruned_file_are_ours_but_for_llama_cpps_own_rounding
 
 
 def test_in_float32_llama_cpp_writes_the_same_text_token_for_token(tmp_path):
-    """The first layers: from Meta's format, and pruned from there by way of Hugging Face's."""
-    first = prune_checkpoint(demo.checkpoint(), Target(tmp_path / "first"), list(range(12, 30)))
+    """The first layers, from Meta's format, and pruned there."""
+    first = prune_checkpoint(demo.checkpoint(), tmp_path / "first", list(range(12, 30)))
     llama_to_gguf(first, tmp_path / "whole.gguf")
-    prune_checkpoint(first, Target(tmp_path / "hf", "hf"), [3, 8])
-    llama_to_gguf(tmp_path / "hf", tmp_path / "cut.gguf")
+    llama_to_gguf(prune_checkpoint(first, tmp_path / "pruned", [3, 8]), tmp_path / "cut.gguf")
     short, cut = build(first), build(first)
     cut.remove_layers([3, 8])
     for name, model in (("whole", short), ("cut", cut)):

@@ -139,23 +139,6 @@ def test_what_is_for_llamas_alone_names_what_works_for_others(here, capsys):
     assert "config.json: model_type = 'qwen2': expected 'llama'" in line
 
 
-@pytest.mark.parametrize("source", ["hf", "meta"])
-def test_prune_writes_gguf_from_either_format(here, capsys, source):
-    run("prune", source, "cut.gguf", *CUT, "--verify", "yes")
-    out = capsys.readouterr().out
-    assert "removed layers [1, 3]" in out and "verified: the logits are those of the source" in out
-    run("prune", "model.gguf", "theirs.gguf", *CUT)
-    assert same_tensors("cut.gguf", "theirs.gguf")
-    record, fields = Provenance.of_checkpoint("cut.gguf"), GGUFParts(Path("cut.gguf")).fields
-    assert record.removed_layers == [1, 3] and record.source == source
-    assert (
-        fields["conversion.source"] == source
-        and fields["general.name"] == f"{source}, 2 layers removed"
-    )
-    run("prune", source, "cut.gguf", "--layers", "0", "--overwrite")
-    assert Provenance.of_checkpoint("cut.gguf").removed_layers == [0]
-
-
 def turned(monkeypatch, at: int = 1) -> None:
     """From now on, the last byte of each tensor of Meta's and of each GGUF file is another one."""
     record, header = pth._write_record, gguf_write.read_header
@@ -182,8 +165,7 @@ def turned(monkeypatch, at: int = 1) -> None:
         ("convert", "meta", "out.gguf"),
         ("convert", "hf", "out"),
         ("convert", "meta", "out", "--shards", "2"),
-        ("prune", "hf", "out.gguf", *CUT),
-        ("prune", "meta", "out.gguf", *CUT),
+        ("prune", "model.gguf", "out.gguf", *CUT),
         ("prune", "meta", "out", *CUT),
     ],
     ids=" ".join,
@@ -216,26 +198,6 @@ def test_a_conversion_to_gguf_says_what_was_proved(here, capsys):
     run("convert", "meta", "c.gguf", "--verify", "yes", "--type", "f32")
     assert "verified: the logits are those of the source" in capsys.readouterr().out
     run("convert", "hf", "a.gguf", "--overwrite")
-
-
-def test_prune_writes_metas_format_from_gguf(here, capsys):
-    run("prune", "model.gguf", "cut", *CUT, "--to", "meta")
-    out = capsys.readouterr().out
-    assert "removed layers [1, 3]" in out and "verified: the logits are those of the source" in out
-    run("prune", "meta", "theirs", *CUT)
-    ours, theirs = (torch.load(f"{d}/consolidated.00.pth") for d in ("cut", "theirs"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    record = Provenance.of_checkpoint("cut")
-    assert record.removed_layers == [1, 3] and record.source == "model.gguf"
-    assert json.loads(Path("cut/conversion.json").read_text())["source"] == "model.gguf"
-    assert not Path("cut/README.md").exists()
-    cut = ("prune", "model.gguf", "cut", "--layers", 0, "--to", "meta")
-    run(*cut, "--overwrite", "--verify", "no")
-    assert Provenance.of_checkpoint("cut").removed_layers == [0]
-    capsys.readouterr()
-    line = fails(capsys, "prune", "qwen.gguf", "x", "--layers", "1", "--to", "meta")
-    assert "holds architecture 'qwen2', expected 'llama'" in line and not Path("x").exists()
 
 
 @pytest.mark.parametrize(

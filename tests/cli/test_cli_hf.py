@@ -80,29 +80,6 @@ def test_prune_proves_weights_without_a_tokenizer_too(here, capsys):
     assert "hf came without a tokenizer" in fails(capsys, "rank", "hf", *DATA)
 
 
-@pytest.mark.parametrize(("source", "to"), [("hf", "meta"), ("meta", "hf")])
-def test_prune_writes_the_other_format(here, capsys, source, to):
-    run("prune", source, "out", *CUT, "--to", to)
-    assert "without these layers, except for the last digits" in capsys.readouterr().out
-    run("prune", source, "same", *CUT)
-    run("convert", "same", "expected")
-    assert {p.name for p in Path("out").iterdir()} == {
-        *(p.name for p in Path("expected").iterdir()),
-        "pruning.json",
-        *(["README.md"] if to == "hf" else []),
-    }
-    for name in ("consolidated.00.pth", "model.safetensors", "config.json", "params.json"):
-        if (Path("expected") / name).exists():
-            assert (Path("out") / name).read_bytes() == (Path("expected") / name).read_bytes()
-    ours, same = (record(f"{name}/pruning.json") for name in ("out", "same"))
-    assert ours.pop("files") == sorted(p.name for p in Path("out").iterdir()) != same.pop("files")
-    assert ours == same
-    assert record("out/conversion.json")["source"] == source
-    assert [p.name for p in here.iterdir() if p.name.startswith(".")] == []
-    run("prune", source, "out", "--layers", 2, "--to", to, "--overwrite", "--verify", "no")
-    assert record("out/pruning.json")["removed_layers"] == [2]
-
-
 CONVERSIONS = [("hf",), ("meta",), ("model.gguf",), ("meta", "--shards", "2", "--verify")]
 
 
@@ -192,7 +169,7 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
 
 READ = "--data book.txt --size 32 --stride 16"
 MISTAKES = [
-    ("prune hf x --layers 1 --to gguf", "expected a name that ends with .gguf"),
+    ("prune hf x.gguf --layers 1", "x.gguf is of another format than hf: convert hf first"),
     ("prune model.gguf model.gguf --layers 1 --overwrite", "model.gguf exists and is"),
     ("prune hf x --layers 1 --dtype float32", "--dtype is of a GGUF file written as a directory"),
     ("prune hf x --scores other.json -n 1", "other.json holds scores of the weights"),

@@ -101,7 +101,7 @@ def test_a_quiet_run_says_its_result_alone(ckpt, monkeypatch, capsys):
         ((*RANK, "--json", "new/inside/r.json"), "short_gpt.scoring.run.ScoringRun.read"),
         (("evaluate", "ckpt", *DATA[:4], "--json", "new/inside/r.json"), "follow_umask"),
         (("prune", "ckpt", "new/inside/out", "--layers", 1), "follow_umask"),
-        (("prune", "ckpt", "new/inside/out.gguf", "--layers", 1), "follow_umask"),
+        (("convert", "ckpt", "new/inside/out.gguf"), "follow_umask"),
     ],
 )
 def test_a_run_that_fails_leaves_no_folder_of_its_result(ckpt, capsys, monkeypatch, words, failing):

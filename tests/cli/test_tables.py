@@ -122,7 +122,7 @@ def test_a_comparison_names_every_set_of_layers():
     cases += [("bi", None, 1, how, [3]) for how in ("raw", "refit")]
     cases += [("bi", None, 2, "raw", [3, 1])]
     cases += [("random", seed, 1, "raw", [seed + 1]) for seed in (0, 1)]
-    rows = [Row(*case, 9.0, 0.1, 0.01, None, None, 10, 1.0, 1.0) for case in cases]
+    rows = [Row(*case, 9.0, 0.1, 0.01, None, None, 10, 1.0) for case in cases]
     lines = compared(rows).splitlines()
     first = lines.index("sets of layers removed      1 layer | 2 layers")
     assert [line.split() for line in lines[first + 1 : first + 5]] == [

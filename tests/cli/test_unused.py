@@ -12,7 +12,7 @@ from short_gpt.cli import COMMANDS
 UNUSED = [
     (("evaluate", "model", "--limit", 5), "--limit has no effect without --tasks"),
     (("evaluate", "model", "--num_fewshot", 5), "--num_fewshot has no effect without --tasks"),
-    (("heal", "model", "out", "--private"), "--private has no effect without --push_to_hub"),
+    (("shrink", "model", "out", "--pick", 1), "--pick has no effect without --curve"),
 ]
 
 

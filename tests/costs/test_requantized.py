@@ -16,7 +16,7 @@ from llama_cpp import LlamaCpp
 
 from llama.formats.gguf_read import GGUFParts
 from llama.formats.gguf_write import UINT32, copied, record, write_again
-from short_gpt.checkpoints.requantizing import FILE_TYPE, TYPES, is_quantized
+from short_gpt.checkpoints.gguf import FILE_TYPE, TYPES, is_quantized
 from short_gpt.costs import largest_within, requantized
 from short_gpt.costs.rivals import size_in
 from short_gpt.runtime.errors import MissingPackageError, ShortGPTError

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from conftest import interrupted, random_windows, short_llama
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from short_gpt import ShortHFModel, ShortLlama, choose_healed, heal_patch, heal_refit
+from short_gpt import ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.costs.sizes import size_without
-from short_gpt.costs.speeds import pytorch
 from short_gpt.evaluation.perplexity import difference, perplexity, window_perplexities
 from short_gpt.healing import sets
 from short_gpt.healing.job import CLOSED, STEPS
 from short_gpt.healing.sets import LayerSets
 from short_gpt.jobs import compare
-from short_gpt.jobs import comparing as module
 from short_gpt.jobs.comparing import Row
 from short_gpt.models.layer_calls import PartialRun
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.methods import METHODS
-
-pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 
 CALIBRATION, EVALUATION = random_windows(6, 40), random_windows(5, 30, seed=9)
 
@@ -190,15 +184,6 @@ def test_texts_that_overlap_are_refused():
         LayerSets(short(), [long[0][:100]], [long[0][20:]])
 
 
-@pytest.mark.parametrize(
-    ("methods", "counts", "message"),
-    [(["best"], [1], "no method 'best'"), (["bi"], [6], "expected 1 to 5")],
-)
-def test_cases_are_checked_first(methods, counts, message):
-    with pytest.raises(ValueError, match=message):
-        rows_of(short(), method=methods, n=counts)
-
-
 def test_what_a_cut_model_costs_counts_its_own_layers():
     model = short()
     model.remove_layers([0])
@@ -206,33 +191,6 @@ def test_what_a_cut_model_costs_counts_its_own_layers():
     layer = sum(p.numel() for p in model.decoder.layers[-1].parameters())
     assert size_without(model, []) == (sum(weights.values()), 4 * sum(weights.values()))
     assert size_without(model, [5])[0] == sum(weights.values()) - layer
-
-
-def test_speed_is_of_as_many_tokens_where_every_token_ends_a_text():
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
-    model.generation_config.eos_token_id = [*range(32)]
-    passes = []
-    model.model.register_forward_hook(lambda *_: passes.append(1))
-    rate = pytorch(ShortHFModel(model), nullcontext)([1, 2, 3], 5)[1]
-    assert rate > 0 and len(passes) == 1 + 5  # the prompt, and each token
-
-
-def test_the_speed_is_the_fastest_of_three_without_the_layers(monkeypatch):
-    present, rates = [], iter([3.0, 5.0, 4.0, 3.0, 8.0, 4.0])
-
-    def timer(model, state):
-        def rate(prompt, count):
-            with state():
-                present.append([*model.present])
-            return 0.0, next(rates)
-
-        return rate
-
-    monkeypatch.setattr(module, "pytorch", timer)
-    rows = rows_of(short(), method="bi", n=1)
-    assert [row.tokens_per_second for row in rows] == [5.0, 8.0]
-    assert [len(layers) for layers in present] == 3 * [6] + 3 * [5]
 
 
 CASES = dict(method="bi,sleb", n=[1, 2], heal_by="raw,patch", search_windows=2)

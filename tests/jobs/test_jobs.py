@@ -262,21 +262,16 @@ def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
 
 
 def test_a_choice_names_layers_or_scores(here):
-    for choice, message in (
-        (Choice(), "expected either `layers`, as in 21,22,23, or `scores` and `n`"),
-        (Choice([1], "r.json"), "expected either `layers`"),
-        (Choice([1], method="bi"), "`method` chooses from `scores`"),
-        (Choice(scores="r", method="best"), "no method 'best'"),
-    ):
-        with pytest.raises(ShortGPTError, match=message):
-            choice.check()
+    with pytest.raises(ShortGPTError, match="expected either `layers`, as in 21,22,23, or `scor"):
+        Choice([1], "r.json").check()
+    with pytest.raises(ShortGPTError, match="no method 'best'"):
+        Choice(scores="r", method="best").check()
     with pytest.raises(ShortGPTError, match="`n` chooses from `scores`"):
         prune("ckpt", "x", layers=[1], n=1)
 
 
 def test_names_are_read_with_or_without_spaces():
-    suite = Tasks("piqa, arc_easy ,boolq").suite()
-    assert suite is not None and list(suite.tasks) == ["piqa", "arc_easy", "boolq"]
+    assert Tasks("piqa, arc_easy ,boolq").names == ["piqa", "arc_easy", "boolq"]
     cases = Cases("bi, sleb", 2, "raw, refit")
     assert cases.methods == ["bi", "sleb"] and cases.counts == [2]
     assert cases.healings == ["raw", "refit"]
@@ -401,7 +396,8 @@ def test_a_setting_that_would_be_ignored_is_refused(here, call, message):
 def test_a_dry_run_leaves_the_folder_of_a_running_shrink_as_it_is(here):
     folder = Path("out.shrinking")
     folder.mkdir()
-    (folder / "self-0.json").write_text("{}")
+    for name in ("plan.json", "self-0.json"):
+        (folder / name).write_text("{}")
     letters = random.Random(0).choices(string.ascii_letters, k=4000)
     how = {"n": 1, "size": 32, "max_windows": 8, "eval_windows": 4, "method": "bi"}
     data = ["".join(letters[:2000]), "".join(letters[2000:])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from short_gpt.jobs import PaperComparison, compare_with_paper, identify, published_scores
+from short_gpt.jobs import PaperComparison, compare_with_paper, identify
 from short_gpt.jobs.reproduction import published
 
 LLAMA = [27, 26, 25, 28, 24, 29, 23, 21, 22]
@@ -42,13 +42,6 @@ def test_the_papers_own_list() -> None:
     assert (found.same_set, found.same_order, found.overlap) == (True, True, 9)
     assert (found.same_places, found.kendall_tau) == (9, 1.0)
     assert compare_with_paper("Llama-2-7B", LLAMA[::-1]).kendall_tau == -1.0
-
-
-def test_published_scores_are_those_of_the_list_and_end_where_blocks_do() -> None:
-    influence, angles = published_scores("Llama-2-7B") or pytest.fail("none")
-    assert influence.argsort(stable=True)[:9].tolist() == RUNS["Llama-2-7B"]["removed"]
-    assert len(angles) == 24 and int(angles.argmin()) == 21
-    assert published_scores("Llama-2-13B") is None
 
 
 def test_lists_that_share_a_part() -> None:
@@ -106,9 +99,3 @@ def test_what_cannot_be_compared(model: str, ours: list[int], message: str) -> N
 def test_a_shape_names_its_model(shape: tuple[int, int, int], name: str) -> None:
     assert identify(*shape) == name
     assert compare_with_paper(name, [0]).model == name
-
-
-def test_another_shape_names_those_that_are_covered() -> None:
-    message = r"dim 4096, 32 layers and a vocabulary of 128256; it covers Llama-2-7B \(4096, 32, "
-    with pytest.raises(ValueError, match=message):
-        identify(4096, 32, 128256)

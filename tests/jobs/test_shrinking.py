@@ -34,7 +34,6 @@ from short_gpt.data import demo
 from short_gpt.data.windows import Answer
 from short_gpt.evaluation.answers import answer_windows, ask, questions
 from short_gpt.evaluation.perplexity import Perplexity, Sample, combined
-from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import HealedChoice, Recipe, RefitSettings, healing_windows
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_layer import LayerRefit
@@ -157,12 +156,10 @@ def test_it_needs_nothing_but_a_model(here):
         r.text for r in ask(pruned, questions(), max_new_tokens=24)
     ]
     page = done.report().read_text()
-    for part in ("Say b", "What was removed", *done.rows()[1]):
+    for part in ("Say b", *done.rows()[1]):
         assert part in page
     dots = [page.count(f'<circle class="{kind}"') for kind in ("removed", "kept")]
-    assert dots == [1 + 2, 3 + 4]  # against size the healed, the original and its rivals; layers
-    upright = r'<line class="error" x1="([\d.]+)" x2="\1" y1="([\d.]+)" y2="(?!\2")'
-    assert len(re.findall(upright, page)) == 6  # a bar each
+    assert dots == [1, 3]  # against size the healed, the original and its rivals
     assert not re.search(r"(src|href|url\(|@import)\s*[=(]", page)
     command = "short-gpt shrink hf out --ratio 0.3 --size 24 --max_windows 12 --eval_windows 6"
     assert f"<pre>{command}\n\n2 of 6 layers go" in page and "<li>seed 0</li>" in page
@@ -254,13 +251,12 @@ def test_another_closed_form_chooses_and_heals(here, monkeypatch, asked):
         run("shrink", "hf", "other_out", "--heal_by", "patch")
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".env"])
-def test_a_folder_that_is_not_from_a_run_is_refused_and_kept(here, name):
+def test_a_folder_that_is_not_from_a_run_is_refused_and_kept(here):
     Path("out.shrinking/healing").mkdir(parents=True)  # which a run has too
-    Path("out.shrinking", name).write_text("mine")
-    with pytest.raises(ValueError, match="out.shrinking holds .* is not from a run of shrink"):
+    Path("out.shrinking/.env").write_text("mine")
+    with pytest.raises(ValueError, match="out.shrinking is not from a run of shrink"):
         shrink("hf", "out", **KILLED)
-    assert Path("out.shrinking", name).read_text() == "mine" and not Path("out").exists()
+    assert Path("out.shrinking/.env").read_text() == "mine" and not Path("out").exists()
 
 
 @pytest.mark.parametrize("appears", ["model.gguf", "page"])
@@ -413,18 +409,18 @@ def test_what_does_not_fit_into_the_time_is_said_and_a_continued_run_keeps_its_p
     here, monkeypatch
 ):
     own: list[str] = []
-    how = {"n": 2, "time": "40s", "size": 24, "data": "other", "eval_data": "books"}
+    how = {"n": 2, "time": "33s", "size": 24, "data": "other", "eval_data": "books"}
     monkeypatch.setattr(ShortHFModel, "seconds_a_window", lambda *_: 0.1)
     with interrupted(shrinking, "_move_into_place", 0):
         shrink("hf", "out", **how, notify=own.append)
     fewer = "method greedy_kld instead of auto, windows to evaluate on 16 instead of 32"
-    assert f"to stay within 40 seconds (--time): {fewer}" in own[0]
-    assert re.search(r"of 40 seconds \(--time\), \d+ seconds go into distillation", own[0])
+    assert f"to stay within 33 seconds (--time): {fewer}" in own[0]
+    assert re.search(r"of 33 seconds \(--time\), \d+ seconds go into distillation", own[0])
     monkeypatch.setattr(ShortHFModel, "seconds_a_window", lambda *_: 1.0)
     done = shrink("hf", "out", **how, notify=own.append)
     assert done.method == "greedy_kld" and fewer in done.plan
     plan = shrink("hf", "no", **how, dry_run=True).plan
-    assert "it takes longer than 40 seconds" in plan and "windows to evaluate on 8 inst" in plan
+    assert "it takes longer than 33 seconds" in plan and "windows to evaluate on 8 inst" in plan
     named = shrink("hf", "no", **how, eval_windows=32, dry_run=True).plan
     assert "to stay within" in named and "windows to evaluate on" not in named
     with interrupted(shrink_run.Shrink, "read", 0):
@@ -819,28 +815,6 @@ def test_how_many_layers_go_is_measured_on_windows_that_no_refit_reads(here, mon
     assert len(shrink("hf", "out", max_kld=limit, **CUT, data="other").layers) >= 1
 
 
-def test_tasks_are_paired(here, lm_eval, tasks, capsys):
-    run("shrink", "hf", "out", "--n", 2, *FLAGS, *TEXTS, "--tasks",
-        tasks / "tiny_choice.yaml", "--json", "r.json")  # fmt: skip
-    out = capsys.readouterr().out
-    assert "tiny_choice acc " in out and "tiny_choice acc change, paired" in out
-    result = json.loads(Path("r.json").read_text())["result"]
-    assert len(result["states"]["healed"]["tasks"]["documents"]["tiny_choice"]["acc"]) == 6
-
-
-def test_a_task_value_that_is_no_number_is_shown_from_a_state_too():
-    quality = {"books": dict.fromkeys(("original", "healed"), Perplexity(2.0, 2, 1))}
-    for odd in (math.nan, None):  # JSON has null for it
-        reports = {}
-        for state, value in (("original", 1.0), ("healed", odd)):
-            values = {"metrics": {"t": {"f1": value}}, "documents": {"t": {"f1": [0.0, value]}}}
-            reports[state] = StateReport(1, 1, 1, values)
-        for first, *others in ("original", "healed"), ("healed", "original"):
-            ordered = {state: reports[state] for state in (first, *others)}
-            rows = ShrinkResult(Path("out"), "", quality=quality, states=ordered).rows()
-            assert ["t f1", "1.0000", "nan"] in rows
-
-
 def result(klds: list[float], right: tuple[int, int], **fields: Any) -> ShrinkResult:
     """A healed model with these divergences on texts of 10 tokens, and right answers of it."""
     healed = Perplexity.of([Sample(i, 20.0, 10, 10 * kld, 5) for i, kld in enumerate(klds)])
@@ -848,7 +822,7 @@ def result(klds: list[float], right: tuple[int, int], **fields: Any) -> ShrinkRe
     before, after = right
     answers = {state: Answered([], [True] * before) for state in ("original", "pruned")}
     answers["healed"] = Answered([], [True] * after + [False] * (before - after))
-    reports = dict.fromkeys(states, StateReport(1, 100, 100, {}))
+    reports = dict.fromkeys(states, StateReport(1, 100, 100))
     fields = {"states": reports, **fields}
     return ShrinkResult(Path("out"), "", quality={"books": states}, answers=answers, **fields)
 
@@ -925,7 +899,6 @@ def test_a_rival_that_is_nearer_and_smaller_is_said():
         (("model.gguf", "out.gguf", "--curve", "1,2", "--type", "q3_k"), "no KLD and no curve"),
         (("model.gguf", "out.gguf", "--n", 2, "--type", "q3"), "--type = 'q3': expected one of q8"),
         (("few.gguf", "out.gguf", "--n", 2, "--type", "q8_0"), "expected one that takes fewer"),
-        (("hf", "out", "--curve", "1,2", "--tasks", "piqa"), "--tasks has no effect on a --curve"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(here, capsys, words, line):
@@ -953,22 +926,6 @@ def test_the_size_of_a_gguf_file_is_that_on_disk(here, model):
     if model == "model.gguf":
         assert "out.gguf: model.gguf without 2 of 6 layers" in page
         assert "6 others evaluated on" in page
-
-
-@pytest.mark.parametrize("out", ["state.json", "written"])
-def test_a_model_may_be_called_as_what_a_run_keeps(here, out):
-    run("shrink", "hf", out, "--n", 2, *FLAGS, "--data", "books")
-    assert AutoConfig.from_pretrained(out).num_hidden_layers == 4
-    assert not [*here.glob("*shrinking*")]
-
-
-def test_the_page_names_no_folders(here):
-    texts = {"data": str(here / "other"), "eval_data": str(here / "books")}
-    done = shrink(str(here / "hf"), str(here / "out"), n=2, method="bi", **{**CUT, **texts})
-    page = done.report().read_text()
-    assert str(here) not in page and "perplexity, books" in page
-    assert "short-gpt shrink hf out --n 2 --method bi --data other" in page
-    assert f"{here}/out" in done.next_steps[0]
 
 
 @pytest.mark.parametrize("out", ["out", "it's mine", 'cost "$HOME" `ls`', "both ' and \""])
@@ -1050,7 +1007,7 @@ def test_the_cache_is_of_each_layers_kind(here, monkeypatch, out, itemsize):
     """Layers with a window hold no more than that."""
     monkeypatch.setattr(shrink_run, "CONTEXT", 100)
     kinds = [LayerCache(10, 7, 5)] * 2 + [LayerCache(10)] * 4
-    monkeypatch.setattr("short_gpt.costs.sizes.layer_caches", lambda *_: kinds)
+    monkeypatch.setattr(shrink_run, "layer_caches", lambda *_: kinds)
     how = {**CUT, "data": "other", "method": "sequential"}
     done = shrink("hf", out, n=2, **how)
     assert {0, 1} == {*done.layers}
@@ -1100,59 +1057,6 @@ def test_scores_that_were_interrupted_are_continued(here, monkeypatch):
     assert done.layers == whole.layers
     assert done.importance.to_dict() == whole.importance.to_dict()
     assert torch.equal(logits("out"), logits("whole-3"))
-
-
-@pytest.mark.parametrize(("changed", "asked"), [(None, 1), ("tasks", 3), ("template", 3)])
-def test_tasks_and_templates_that_changed_are_measured_again(here, monkeypatch, changed, asked):
-    shutil.copytree("hf", "own")
-    tasks, answered = Path("tasks"), []
-    tasks.mkdir()
-    (tasks / "documents.py").write_text("1")
-
-    def documents(suite: TaskSuite, _: object) -> TaskRun:
-        answered.append(float(Path("tasks/documents.py").read_text()))
-        return TaskRun({"t": {"acc": answered[-1]}})
-
-    monkeypatch.setattr("short_gpt.jobs.inputs.Tasks.check", lambda _: None)
-    monkeypatch.setattr(TaskSuite, "documents", documents)
-    # own dialogs would be others with another template, and so another run
-    how = {**KILLED, "data": "self:text", "tasks": "tasks/t.yaml"}
-    with interrupted(LayerRefit, "solve", 1):
-        shrink("own", "out", **how)
-    assert answered == [1.0, 1.0]  # of the original and the pruned model
-    if changed == "tasks":
-        (tasks / "documents.py").write_text("0")
-    if changed == "template":
-        config = json.loads(Path("own/tokenizer_config.json").read_text())
-        config["chat_template"] = TEMPLATE.replace("<s>", "<s>A ")
-        Path("own/tokenizer_config.json").write_text(json.dumps(config))
-        for file in Path("own").glob("*.jinja"):
-            file.write_text(config["chat_template"])
-    answered.clear()
-    done = shrink("own", "out", **how)
-    assert len(answered) == asked  # of the healed model alone, or of all three
-    values = {look.tasks["metrics"]["t"]["acc"] for look in done.states.values()}
-    assert values == {0.0 if changed == "tasks" else 1.0}
-
-
-def test_tasks_of_other_layers_are_measured_again(here, monkeypatch):
-    """Other questions may change how many layers go, when a run goes on."""
-    present, n = [], [1]
-
-    def documents(suite: TaskSuite, short: ShortHFModel) -> TaskRun:
-        present.append(len(short.present))
-        return TaskRun({"t": {"acc": float(present[-1])}})
-
-    Path("tasks").mkdir()
-    monkeypatch.setattr("short_gpt.jobs.inputs.Tasks.check", lambda _: None)
-    monkeypatch.setattr(TaskSuite, "documents", documents)
-    monkeypatch.setattr(shrinking, "_most_within", lambda *_: n[0])
-    how = {**CUT, "data": "other", "tasks": "tasks/t.yaml", "max_kld": 9, "method": "sequential"}
-    with interrupted(LayerRefit, "solve", 1):
-        shrink("hf", "out", **how)
-    n[0] = 2
-    done = shrink("hf", "out", **how)
-    assert present == [6, 5, 4, 4] and len(done.layers) == 2
 
 
 @pytest.mark.parametrize(("kind", "replaced"), [("gguf", True), ("gguf", False), ("hf", False)])

@@ -22,7 +22,7 @@ from llama.formats.tokenizers import gguf_tokenizer
 from llama.generation import load_model
 from llama.tokenizer import Tokenizer
 from short_gpt import ShortHFModel, ShortLlama
-from short_gpt.checkpoints.gguf_layers import Stack
+from short_gpt.checkpoints.gguf import Stack
 from short_gpt.jobs import SavedScores
 from short_gpt.models.loading import load_tokenizer
 from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError

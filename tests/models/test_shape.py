@@ -9,7 +9,7 @@ import pytest
 from conftest import make_transformer, save_checkpoint
 
 from short_gpt import ShortGPTError
-from short_gpt.models.config_file import shape_of
+from short_gpt.models.loading import shape_of
 
 CONFIG = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32}
 CONFIG |= {"num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}

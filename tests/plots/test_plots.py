@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -223,7 +222,7 @@ def test_the_block_must_exist(block: tuple[int, int]) -> None:
 
 
 def row(method: str, n: int, healing: str, perplexity: float) -> Row:
-    return Row(method, None, n, healing, [], perplexity, 0.0, 0.0, None, None, 1, 1.0, 1.0)
+    return Row(method, None, n, healing, [], perplexity, 0.0, 0.0, None, None, 1, 1.0)
 
 
 DENSE = row("dense", 0, "raw", 10.0)
@@ -268,8 +267,8 @@ def test_every_healing_has_a_part_whose_title_names_it() -> None:
         "pruned, not healed",
         "healed by a patch",
         "healed by a refit",
-        "healed by linearpatch",
         "healed by rescale",
+        "healed by linearpatch",
     ]
     drawn = [curves(axes)["Block Influence"] for axes in parts.values()]
     assert drawn[0] == [(0, 10.0), (2, 20.0), (4, 90.0)]
@@ -341,14 +340,3 @@ def test_a_row_without_an_error_is_on_the_axis_and_has_no_bar() -> None:
 def test_curves_need_rows() -> None:
     with pytest.raises(ValueError, match="expected the rows of a comparison"):
         quality_curves([])
-
-
-# All
-
-
-def test_pyplot_is_not_needed() -> None:
-    before = set(sys.modules)
-    png(importance_bars(LEVEL))
-    png(angular_heatmap(distances()))
-    png(quality_curves([DENSE, *CUT]))
-    assert "matplotlib.pyplot" not in set(sys.modules) - before

@@ -6,7 +6,7 @@ import pytest
 
 from llama.args import ModelArgs, check_split, kv_heads_of_rank
 from llama.checkpoint.meta import full_shapes
-from llama.formats.names import ffn_keys, params_json
+from llama.formats.hf import ffn_keys, params_json
 
 # params.json as published by Meta, with the feed-forward width and the number of parameters.
 SIZES = ("dim", "n_layers", "n_heads", "multiple_of")

@@ -22,7 +22,6 @@ from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard
 from llama.errors import InputError
 from llama.generation import load_model
-from llama.sources import find_source
 from short_gpt import ShortLlama
 from short_gpt.checkpoints import Provenance, Target
 from short_gpt.checkpoints import prune_checkpoint as prune
@@ -248,7 +247,7 @@ def test_pruning_keeps_dtype_sharding_and_ties(tmp_path, checkpoint_dir):
 
 def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir):
     def write(path: Path | str) -> None:
-        target = Target(tmp_path / "out").resolved(find_source(checkpoint_dir))
+        target = Target(tmp_path / "out")
         write_meta(Checkpoint(checkpoint_dir), target, [0], Provenance(), tokenizer_path=path)
 
     with pytest.raises(FileNotFoundError, match=r"tokenizer file typo\.model does not exist"):

@@ -19,8 +19,7 @@ from llama import Tokenizer
 from llama.checkpoint.meta import Checkpoint
 from llama.errors import InputError
 from llama.formats.gguf import to_meta
-from llama.formats.hf import HFCheckpoint, meta_to_hf
-from llama.formats.names import HF, META, permute
+from llama.formats.hf import HF, META, HFCheckpoint, meta_to_hf, permute
 from llama.formats.safetensors import (
     DTYPES,
     Entry,

@@ -11,8 +11,7 @@ import torch
 import xllamacpp
 
 from llama.errors import InputError
-from llama.formats.gguf_quantize import LAYOUTS, Q4_0, Q4_K, Q6_K, quantized
-from llama.formats.gguf_write import Q8_0, packed
+from llama.formats.gguf_write import LAYOUTS, Q4_0, Q4_K, Q6_K, Q8_0, packed, quantized
 
 KINDS = gguf.GGMLQuantizationType
 NAMES = [KINDS(kind).name for kind in LAYOUTS]
@@ -97,7 +96,7 @@ def test_weights_of_which_float16_holds_no_scale_stay_small(kind):
 def test_many_weights_are_packed_in_pieces(monkeypatch):
     weight = torch.randn(10, 512)
     whole = {kind: quantized(weight, kind) for kind in LAYOUTS}
-    monkeypatch.setattr("llama.formats.gguf_quantize.AT_A_TIME", 768)
+    monkeypatch.setattr("llama.formats.gguf_write.AT_A_TIME", 768)
     assert whole == {kind: quantized(weight, kind) for kind in LAYOUTS}
     assert quantized(weight.bfloat16(), Q4_K) == quantized(weight.bfloat16().float(), Q4_K)
 

@@ -238,7 +238,7 @@ SPLITS = [(2, {}), (8, {}), (2, {"n_heads": 6, "n_kv_heads": 3, "dim": 48})]
 @pytest.mark.parametrize("source", ["by width", "by vocabulary", "tied"])
 def test_there_and_back_gives_the_same_bits(tmp_path, shards, changes, source, monkeypatch):
     if source == "by vocabulary":
-        monkeypatch.setattr("llama.checkpoint.sharding.LLAMA_3_VOCABULARY", 96)
+        monkeypatch.setattr("llama.checkpoint.meta.LLAMA_3_VOCABULARY", 96)
     model = (tied_model if source == "tied" else model_of)(**changes).bfloat16()
     folder = (save_tied if source == "tied" else save_checkpoint)(tmp_path / "one", model)
     write_byte_tokenizer(folder)

@@ -36,16 +36,6 @@ def test_results_are_replaced_and_empty_files(tmp_path):
         assert read_record(path)["n"] == number
 
 
-def test_a_link_is_followed(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "folder" / "real.json")
-    for n in (1, 2):
-        write_record(tmp_path / "link", {"n": n}, overwrite=True)
-        assert read_record(tmp_path / "folder" / "real.json")["n"] == n
-    assert (tmp_path / "link").is_symlink()
-    assert len(list(tmp_path.rglob("*"))) == 3
-
-
 def test_pipes_and_folders_are_refused(tmp_path):
     with pytest.raises(FileExistsError, match="is a directory"):
         write_record(tmp_path, {}, overwrite=True)

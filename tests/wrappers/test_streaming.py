@@ -27,10 +27,9 @@ from processes import alone
 
 from llama import Llama
 from llama.args import ModelArgs
+from llama.checkpoint.meta import full_shapes
 from llama.checkpoint.pth import TensorInfo, write_shard
-from llama.checkpoint.sharding import full_shapes
-from llama.formats.hf import meta_to_hf
-from llama.formats.names import params_json
+from llama.formats.hf import meta_to_hf, params_json
 from short_gpt import ShortLlama, open_model
 from short_gpt.cli.app import main
 from short_gpt.models.decoder import pad
