@@ -52,11 +52,11 @@ _predicted: test_ragged_windows_weigh_by_their_tokens
 evaluated: test_the_prompt_of_an_answer_is_only_read
 - window if isinstance(window, Answer) else [*window]
 + [*window]
-collate: test_padding_is_no_target
+collate: test_of_a_dialog_the_answers_alone_are_learned
 - torch.full_like(tokens, IGNORED)
 + torch.zeros_like(tokens)
 # Pairs: the same text, the same layers, the right one less the other.
-difference: test_paired_difference_and_its_error
+difference: test_a_change_of_one_window_has_no_error
 - getattr(b, by) - getattr(a, by)
 + getattr(a, by) - getattr(b, by)
 kl_divergence: test_a_pruned_model_is_as_far_from_the_original_as_its_plain_logits_say

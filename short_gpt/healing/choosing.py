@@ -108,9 +108,11 @@ def pruned_losses(
     fit_on: Windows | None = None,
     heal_by: str = REFIT,
     reference: Reference | None = None,
+    progress: bool = False,
 ) -> list[Perplexity]:
     """What windows give without some layers; ``fit_on``, if given, has those of a closed form."""
-    with pruned(short, layers, RAW if fit_on is None else heal_by, fit_on or ()):
+    how = RAW if fit_on is None else heal_by
+    with pruned(short, layers, how, fit_on or (), progress=progress):
         return window_perplexities(short.decoder, evaluation, progress=False, reference=reference)
 
 
@@ -261,14 +263,15 @@ class _Choosing:
         self._shown = shown
         best, methods = self._candidates()
         best = self._settled(self._judged_further(best, [*methods]), methods)
-        candidates, kld = [], _kld(self._judged[best])
+        candidates, mean = [], combined(self._judged[best]).kld
+        assert mean is not None
         for layers, names in methods.items():
             change = self._change(best, layers)
-            total = kld + change.nats
+            total = mean.value + change.nats
             candidates.append(Candidate(names, [*layers], total, change, change.told_apart))
         return HealedChoice(
             layers=[*best],
-            kld=kld,
+            kld=mean.value,
             candidates=sorted(candidates, key=lambda one: one.kld),
             fitted=len(self._fit),
             judged=len(self._judging),
@@ -437,9 +440,3 @@ def _is_worse(change: Difference) -> bool:
 
 def _difference(first: Sequence[Perplexity], second: Sequence[Perplexity]) -> Difference:
     return difference(first, second, by="kld")
-
-
-def _kld(parts: Sequence[Perplexity]) -> float:
-    mean = combined(parts).kld
-    assert mean is not None
-    return mean.value

@@ -121,8 +121,9 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
-    with _as_before(model, run.recipe):
-        healed, restore = _heal(model, run)
+    with adapters(model, run.recipe, path) as adapted:
+        healed = _train(adapted, run)
+        restore = _merge(adapted, healed)
     change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:  # else no evaluation was better than before, and nothing was merged
         short.note_change(change)
@@ -134,17 +135,6 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds
     return healed, undo
 
 
-def _heal(model: PreTrainedModel, run: TrainingRun) -> Merged:
-    """Trains low-rank changes and merges the result."""
-    adapted = adapt(model, run.recipe, run.layers_path)
-    try:
-        healed = _train(adapted, run)
-        return healed, _merge(adapted, healed)
-    except BaseException:
-        adapted.unload()  # removes the adapters and keeps the model's own weights
-        raise
-
-
 def _merge(adapted: PeftModel, healed: LoraResult) -> Callable[[], None]:
     """Merges what was learned if an evaluation was better than before; returns the undo."""
     base = [p for name, p in adapted.named_parameters() if ".base_layer." in name]
@@ -152,8 +142,6 @@ def _merge(adapted: PeftModel, healed: LoraResult) -> Callable[[], None]:
     with restored_on_error(base if healed.kept_step else ()) as restore:
         if healed.kept_step:
             adapted.merge_and_unload()
-        else:
-            adapted.unload()
     return restore
 
 
@@ -187,28 +175,34 @@ def seconds_a_step(short: ScoredModel, window: TokenIds, recipe: Recipe) -> floa
     model = check_trainable(short.trainable())
     path = getattr(short.decoder, "layers_path", None)
     tokens = torch.tensor([list(window)], device=model.device)
-    with _as_before(model, recipe):
-        adapted = adapt(model, recipe, path)
-        try:
-            for _ in range(2):  # the first warms up
-                started = time.perf_counter()
-                with mixed_precision(short.decoder.mixed, tokens.device):
-                    loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
-                loss.backward()
-                wait(model)
-            return recipe.batch_size * (time.perf_counter() - started)
-        finally:
-            adapted.unload()
+    with adapters(model, recipe, path) as adapted:
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            with mixed_precision(short.decoder.mixed, tokens.device):
+                loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            wait(model)
+        seconds = recipe.batch_size * (time.perf_counter() - started)
+    return seconds
 
 
 @contextmanager
-def _as_before(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
-    """Undoes, after the block, what training changes of a model other than its weights."""
+def adapters(
+    model: PreTrainedModel, recipe: Recipe, layers_path: str | None
+) -> Iterator[PeftModel]:
+    """The model with low-rank changes inside the block; what is not merged there is dropped.
+
+    All else that training changes of a model is undone after the block.
+    """
     unfrozen, config = [p for p in model.parameters() if p.requires_grad], vars(model.config)
     before = dict(config)
+    adapted: PeftModel | None = None
     try:
-        yield
+        adapted = adapt(model, recipe, layers_path)
+        yield adapted
     finally:
+        if adapted is not None:
+            adapted.unload()  # keeps the model's own weights, merged ones too
         model.eval()
         if recipe.gradient_checkpointing:
             with quiet():

@@ -12,16 +12,17 @@ from typing import Any
 from llama.files import JsonObject
 from short_gpt.data.disjoint import check_disjoint
 from short_gpt.evaluation.distance import Reference
-from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
+from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.healing.choosing import (
     REFIT,
     TRIAL_WINDOWS,
     HealedChoice,
     ResultCache,
     choose_healed,
+    pruned_losses,
 )
 from short_gpt.healing.context import Windows
-from short_gpt.healing.job import RAW, pruned
+from short_gpt.healing.job import RAW
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import RunState
@@ -113,12 +114,8 @@ class LayerSets:
         def measure() -> list[Perplexity]:
             if self._reference is None:
                 self._reference = self.short.reference(self.evaluation)
-            with pruned(self.short, layers, heal_by, self.calibration, progress=self._progress):
-                return window_perplexities(
-                    self.short.decoder,
-                    self.evaluation,
-                    progress=False,
-                    reference=self._reference,
-                )
+            how: dict[str, Any] = {"reference": self._reference, "progress": self._progress}
+            how |= {"heal_by": heal_by, "fit_on": self.calibration}
+            return pruned_losses(self.short, layers, self.evaluation, **how)
 
         return self.cells.perplexities(f"{heal_by} {sorted(layers)}", measure)

@@ -11,7 +11,7 @@ Shapes: B windows, S tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -22,7 +22,7 @@ from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import check_predicted, divergence, measured
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.models.layer_calls import PartialRun
-from short_gpt.models.numbering import check_count, check_exist
+from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
 from short_gpt.runtime.memory import free_memory
@@ -54,7 +54,6 @@ class SearchOptions:
     """How a search by loss runs.
 
     Attributes:
-        candidates: Positions that may be removed. Default: all except the first and the last.
         batch_size: Windows read together.
         max_memory: Bytes for stored states.
         state: Saves the search and continues it; that of another search is refused.
@@ -64,20 +63,12 @@ class SearchOptions:
         start: The same search of fewer layers, to go on with.
     """
 
-    candidates: Collection[int] | None = None
     batch_size: int = 1
     max_memory: int = 2**31
     state: StateFile | None = None
     progress: bool = False
     reference: Reference | None = None
     start: Search | None = None
-
-    def allowed(self, count: int) -> list[int]:
-        """Candidates of a model of so many layers; the first and the last always stay."""
-        if self.candidates is None:
-            return [*range(1, count - 1)]
-        check_exist([*self.candidates], range(count))
-        return [i for i in range(1, count - 1) if i in self.candidates]
 
 
 def by_loss(
@@ -90,21 +81,21 @@ def by_loss(
 ) -> Search:
     """The search of a name in `methods.SEARCHED`; ShortGPTError for another name.
 
-    "sleb" is `sleb_rounds`; "greedy_kld" is the same by the KL divergence from the model as it is
-    now, in place of the loss of the next token; "perplexity" takes the n layers without which, each
-    alone, the loss is lowest (Shortened LLaMA): every layer is a candidate, and n is 1 to L - 1.
+    "sleb" removes greedily the layer whose absence costs least, n times (SLEB, arXiv:2402.09025):
+    every round scores all remaining layers on the model as pruned so far, except the first and the
+    last; ties go to the lower layer. "greedy_kld" is the same by the KL divergence from the model
+    as it is now, in place of the loss of the next token. "perplexity" takes the n layers without
+    which, each alone, the loss is lowest (Shortened LLaMA): every layer is a candidate.
 
     Args:
         windows: Token ids; all are read once for every candidate of every round.
+        n: Layers to remove, 1 to L - 2, and by "perplexity" to L - 1.
     """
     check(method in SEARCHED, "method", method, f"one of {', '.join(SEARCHED)}")
     if method == "greedy_kld" and options.reference is None:
         options = replace(options, reference=Reference(decoder))
     if method != "perplexity":
-        *_, result = sleb_rounds(decoder, windows, n, options)
-        return result
-    # it tries every layer
-    check(options.candidates is None, "candidates", options.candidates, f"None with {method}")
+        return _greedy(decoder, windows, n, options)
     count = len(decoder.layers)
     n = check_count(n, count)
     trials = Trials(decoder, windows, options, {"method": method})
@@ -116,38 +107,25 @@ def by_loss(
     return trials.result
 
 
-def sleb_rounds(
+def _greedy(
     decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: SearchOptions
-) -> Iterator[Search]:
-    """Removes greedily the layer whose absence costs least, n times (SLEB, arXiv:2402.09025).
-
-    Every round scores all remaining layers on the model as pruned so far. The first and the last
-    are never candidates; ties go to the lower layer. Yields the result so far after each round.
-
-    Args:
-        windows: Token ids; all are read once for every candidate of every round.
-        n: Layers to remove, 1 to L - 2.
-    """
+) -> Search:
     count = len(decoder.layers)
-    allowed = options.allowed(count)
-    check(allowed or options.candidates is None, "candidates", options.candidates, "inner layers")
-    n = check_count(n, count, most=len(allowed))
+    inner = [*range(1, count - 1)]
+    n = check_count(n, count, most=len(inner))
     method = "sleb" if options.reference is None else "greedy_kld"
-    trials = Trials(decoder, windows, options, {"method": method, "candidates": allowed})
+    trials = Trials(decoder, windows, options, {"method": method, "candidates": inner})
     trials.keep(n)
-    total = sum(len(allowed) - i for i in range(n))
+    total = sum(len(inner) - i for i in range(n))
     with trials.progress_bar(total, options.progress) as shown:
-        for number in range(n):
-            if number >= len(trials.result.removed):  # else a saved search had this round
-                alive = [i for i in range(count) if i not in trials.result.removed]
-                candidates = [i for i in alive[1:-1] if i in allowed]
-                trials.round(candidates, shown.update, again=number < n - 1)
-            done = trials.result
-            yield replace(done, removed=[*done.removed], losses=[*done.losses])
+        for number in range(len(trials.result.removed), n):  # a saved search had some rounds
+            candidates = [i for i in inner if i not in trials.result.removed]
+            trials.round(candidates, shown.update, again=number < n - 1)
+    return trials.result
 
 
 def most_layers_run(count: int, n: int) -> int:
-    """The most layers, of so many, that a window runs through in `sleb_rounds`."""
+    """The most layers, of so many, that a window runs through in a greedy search."""
     tried = [alive - 2 for alive in range(count, count - n, -1)]  # in every round
     # the layers after each candidate, and the candidates, through which the states advance
     return sum(trials * (trials + 1) // 2 + trials for trials in tried)

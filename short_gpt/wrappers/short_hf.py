@@ -83,8 +83,6 @@ class ShortHFModel(ShortModel):
         device: str | torch.device | None = None,
         **options: object,
     ) -> None:
-        tokenizes = tokenizer is None or callable(tokenizer)
-        check(tokenizes, "tokenizer", tokenizer, "a tokenizer of transformers")
         one_place = device is None or "device_map" not in options
         check(one_place, "device", device, "None where a device_map says several")
         to_device = None if device is None else choose_device(device)
@@ -106,11 +104,6 @@ class ShortHFModel(ShortModel):
         if is_model:
             check_loaded(model)
         decoder = HFDecoder(model.eval(), layers_path)
-        if decoder.device.type == "meta":
-            raise ShortGPTError(
-                f"{type(model).__name__} is on the device meta, where tensors have no values: load "
-                "it with its weights"
-            )
         if to_device is not None and not getattr(model, "is_quantized", False):
             model.to(to_device)
         if decoder.device.type in MASKED and "sdpa" in attention_of(model.config).values():

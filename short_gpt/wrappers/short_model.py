@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from short_gpt.data.texts import Conversation
 from short_gpt.data.windows import common_start
-from short_gpt.models.numbering import check_exist, layer_numbers
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.selection.search import Search, SearchOptions, by_loss
@@ -161,9 +160,7 @@ class ShortModel(ScoredModel):
         n: int,
         *,
         method: str = "sleb",
-        candidates: Sequence[int] | None = None,
         batch_size: int = 1,
-        max_memory: int = 2**31,
         state: StateFile | None = None,
         progress: bool = True,
         start: Search | None = None,
@@ -173,22 +170,14 @@ class ShortModel(ScoredModel):
         Args:
             windows: Token ids, all read for every candidate.
             method: Name of `methods.SEARCHED`. Default: "sleb".
-            candidates: Original numbers of layers that may be removed. Default: all inner ones.
-            max_memory: Bytes for stored states. Default: 2 GiB.
             start: The same search of fewer layers, which it goes on with.
         """
         self.check_whole()
         self.check_weights()
-        few = None
-        if candidates is not None:
-            candidates = layer_numbers(candidates)
-            check_exist(candidates, self.kept)
-            few = [self.kept.index(i) for i in candidates]
-        options = SearchOptions(few, batch_size, max_memory, state, progress)
-        if start is not None:
-            options = replace(options, start=_renumbered(start, self.kept.index))
-        result = by_loss(self.decoder, windows, n, options, method=method)
         # a search counts positions in the model as it is now; a user sees original numbers
+        start = None if start is None else _renumbered(start, self.kept.index)
+        how: Any = {"batch_size": batch_size, "state": state, "progress": progress, "start": start}
+        result = by_loss(self.decoder, windows, n, SearchOptions(**how), method=method)
         return _renumbered(result, self.kept.__getitem__)
 
 

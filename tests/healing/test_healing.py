@@ -42,18 +42,15 @@ from short_gpt.evaluation.perplexity import (
     Perplexity,
     combined,
     difference,
-    perplexity,
     window_perplexities,
 )
 from short_gpt.healing import HealingEvidence, trainer
 from short_gpt.healing import heal_patch as patch
 from short_gpt.healing import lora as healing
-from short_gpt.healing.distillation import collate, examples
 from short_gpt.healing.lora import adapt, heal, target_modules
 from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun
 from short_gpt.jobs.settings import Healing
-from short_gpt.models.hf import HFDecoder
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.replicas import Replicas
 from short_gpt.runtime.state import StateFile
@@ -341,19 +338,6 @@ def test_windows_of_different_lengths_and_gpt2s_transposed_maps():
     assert any(healed.losses[1] == pytest.approx(loss, rel=1e-4) for loss in expected)
 
 
-def test_padding_is_no_target():
-    """Windows of 5 and 11 tokens as training reads them: the loss is over 14 predictions."""
-    model, windows = make("llama"), [TRAINING[0][:5], TRAINING[1][:11]]
-    batch = collate(examples(windows))
-    labels = [[-100, *windows[0][1:]] + [-100] * 6, [-100, *windows[1][1:]]]
-    assert batch["labels"].tolist() == labels
-    assert batch["input_ids"].tolist() == [windows[0] + [0] * 6, windows[1]]
-    expected = perplexity(HFDecoder(model), [windows])
-    with torch.no_grad():
-        loss = model(**batch).loss.item()
-    assert expected.tokens == 14 and loss == pytest.approx(expected.nats / 14, rel=1e-5)
-
-
 def test_without_an_alpha_changes_count_as_they_are():
     for alpha, scale in ((None, 1.0), (8, 2.0)):
         model, name = make("llama"), "model.layers.1.mlp.down_proj"
@@ -409,19 +393,6 @@ def test_of_one_text_the_end_is_held_out():
     for texts in ([], ["unbroken"], [Conversation('[{"role": "user", "content": "a b c d e"}]')]):
         with pytest.raises(ValueError, match=f"{len(texts)} text cannot be split"):
             hold_out(texts)
-
-
-def test_paired_difference_and_its_error():
-    first = [Perplexity(10.0, 10, 1), Perplexity(24.0, 20, 1)]
-    second = [Perplexity(8.0, 10, 1), Perplexity(19.0, 20, 1)]
-    found = difference(first, second)
-    mean = -7 / 30
-    without = (-5 / 20 - mean) ** 2 + (-2 / 10 - mean) ** 2  # one window or the other
-    assert found.nats == pytest.approx(mean)
-    assert found.standard_error == pytest.approx(math.sqrt(without / 2))
-    assert combined(first) == Perplexity(34.0, 30, 2)
-    with pytest.raises(ValueError, match="losses of the same windows, got 2 windows and 1"):
-        difference(first, second[:1])
 
 
 # on disk

@@ -317,16 +317,7 @@ def test_a_streamed_heal_reads_windows_shorter_than_its_proof(kind, size, here):
     assert (here / "out").is_dir()
 
 
-def test_what_a_refit_cannot_solve_is_said_and_no_more():
-    fits = [{"layer": 3, "part": "mlp", "ridge": None, "norm_ridge": None}]
-    assert unchanged({"method": "refit", "fits": fits}) == []  # which is for JSON
-    experts, norm = "Mixtral has experts", "a norm comes between"
-    unsolved = [{"part": "mlp", "layers": [3, 4, 5], "why": experts}]
-    unsolved += [{"part": "attention", "layers": [4], "why": norm}]
-    assert unchanged({"method": "refit", "fits": fits, "unsolved": unsolved}) == [
-        "mlp of 3..5 not solved: Mixtral has experts",
-        "attention of 4 not solved: a norm comes between",
-    ]
+def test_a_training_in_vain_is_said():
     assert unchanged({"method": "LoRA", "kept_step": 8}) == []
     assert unchanged({"method": "LoRA", "kept_step": 0}) == [
         "LoRA changed nothing: no step lowered the loss on the validation windows; train longer, "

@@ -13,7 +13,7 @@ from short_gpt import ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
 from short_gpt.costs.sizes import size_without
 from short_gpt.evaluation.perplexity import difference, perplexity, window_perplexities
-from short_gpt.healing import sets
+from short_gpt.healing import choosing
 from short_gpt.healing.job import CLOSED, STEPS
 from short_gpt.healing.sets import LayerSets
 from short_gpt.jobs import compare
@@ -90,7 +90,7 @@ def test_the_difference_from_the_whole_model_has_its_error(rows):
 
 
 def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
-    calls, plain = [], sets.window_perplexities
+    calls, plain = [], choosing.window_perplexities
 
     def counted(decoder, windows, **options):
         calls.append(len(decoder.layers))
@@ -98,7 +98,7 @@ def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(decoder, windows, **options)
 
-    monkeypatch.setattr(sets, "window_perplexities", counted)
+    monkeypatch.setattr(choosing, "window_perplexities", counted)
 
     def run():
         methods = ["bi", "angular", "deepest", "sequential"]
@@ -204,7 +204,9 @@ def test_one_call_gives_rows_and_keeps_a_state(tmp_path, monkeypatch):
     assert searched == [by_hand.layers("sleb", n) for n in (1, 2)]
     assert json.loads(json.dumps(result.to_dict()))["rows"][0]["method"] == "dense"
 
-    monkeypatch.setattr(sets, "window_perplexities", lambda *_, **__: 1 / 0)  # all is in the file
+    monkeypatch.setattr(
+        choosing, "window_perplexities", lambda *_, **__: 1 / 0
+    )  # all is in the file
     repeated = compare(short(), CALIBRATION, EVALUATION, **seen)
     assert repeated.rows == result.rows
     for found in (result, repeated):  # both hold it

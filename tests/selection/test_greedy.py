@@ -16,7 +16,7 @@ from short_gpt.models.decoder import Decoder, MetaDecoder, without_layers
 from short_gpt.models.hf import HFDecoder
 from short_gpt.models.layer_calls import PartialRun
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.search import SearchOptions, by_loss, sleb_rounds
+from short_gpt.selection.search import SearchOptions, by_loss
 
 
 def plain_sleb(decoder: Decoder, windows: list[list[int]], n: int):
@@ -125,12 +125,6 @@ def test_ties_go_to_the_lower_layer_and_the_ends_stay():
     assert one_shot(decoder, windows, 4).removed == [0, 1, 2, 3]
 
 
-def test_only_candidates_are_tried():
-    found = sleb(model(), random_windows(2, 10), 2, candidates=[0, 2, 5, 6])
-    assert set(found.losses[0]) == {2, 5, 6}
-    assert set(found.removed) < {2, 5, 6}
-
-
 def test_a_search_for_fewer_layers_takes_the_first_of_a_saved_one(tmp_path):
     windows = random_windows(4, 16)
     whole = sleb(model(), windows, 3, state=StateFile(tmp_path / "s", {}))
@@ -142,8 +136,6 @@ def test_a_search_for_fewer_layers_takes_the_first_of_a_saved_one(tmp_path):
     # whose first round is not the third
     begun = StateFile(tmp_path / "begun", {})
     assert sleb(model(), windows, 3, state=begun, start=fewer) == whole
-    every = [*sleb_rounds(model(), windows, 3, SearchOptions())]
-    assert [len(found.removed) for found in every] == [1, 2, 3]
 
 
 def test_a_state_of_another_search_is_refused(tmp_path):
@@ -151,7 +143,6 @@ def test_a_state_of_another_search_is_refused(tmp_path):
     sleb(model(), windows, 2, state=StateFile(path, {}))
     calls = {
         "windows": lambda state: sleb(model(), random_windows(3, 16), 2, state=state),
-        "candidates": lambda state: sleb(model(), windows, 2, candidates=[1, 2, 4], state=state),
         "method": lambda state: one_shot(model(), windows, 2, state=state),
         "candidates, layers": lambda state: sleb(model(7), windows, 2, state=state),
     }
@@ -205,18 +196,16 @@ def test_a_loss_that_is_not_finite_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("search", "layers", "n", "options", "message"),
+    ("search", "layers", "n", "message"),
     [
-        (sleb, 5, 4, {}, "n = 4; the model has 5 layers: expected 1 to 3"),
-        (one_shot, 5, 5, {}, "n = 5; the model has 5 layers: expected 1 to 4"),
-        (sleb, 2, 1, {}, "n = 1; the model has 2 layers"),
-        (sleb, 5, 1, {"candidates": [0, 4]}, "candidates = .*: expected inner layers"),
-        (sleb, 5, 1, {"candidates": [3, -2]}, r"layers \[-2\] do not exist; the model has 0\.\.4"),
+        (sleb, 5, 4, "n = 4; the model has 5 layers: expected 1 to 3"),
+        (one_shot, 5, 5, "n = 5; the model has 5 layers: expected 1 to 4"),
+        (sleb, 2, 1, "n = 1; the model has 2 layers"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(search, layers, n, options, message):
+def test_what_cannot_be_searched_is_refused(search, layers, n, message):
     with pytest.raises(ValueError, match=message):
-        search(model(layers), random_windows(2, 10), n, **options)
+        search(model(layers), random_windows(2, 10), n)
 
 
 def test_windows_without_a_prediction():

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama import Llama
 from short_gpt import ShortGPTError, ShortHFModel, ShortLlama, open_model, own_samples
 from short_gpt.data.prompts import in_turn
+from short_gpt.data.texts import Conversation
 from short_gpt.models import decoder
 from short_gpt.wrappers import own_text as module
 from short_gpt.wrappers.own_text import draw
@@ -232,23 +233,28 @@ def chatting(folder, monkeypatch):
     return short
 
 
+def written_by(logits_of, ids, count, choose) -> None:
+    """`continued` of a model whose logits a function fills in, by the text so far."""
+    texts = [[*start] for start in ids]
+    for _ in range(count):
+        logits = torch.full((len(texts), BYTE_VOCAB), -1e9)
+        for row, text in zip(logits, texts, strict=True):
+            logits_of(text, row)
+        for text, token in zip(texts, choose(logits).tolist(), strict=True):
+            text.append(token)
+
+
 def test_a_dialog_goes_on_with_a_prompt_after_the_end_of_each_answer(
     chatting, monkeypatch, tmp_path
 ):
     """Known answer: a model that writes two letters, x likelier than y, and the end."""
     x, y, end = *chatting.tokenizer("xy", add_special_tokens=False)["input_ids"], 1
 
-    def continued(ids, count, choose):
-        texts = [[*start] for start in ids]
-        for _ in range(count):
-            logits = torch.full((len(texts), BYTE_VOCAB), -1e9)
-            for row, text in enumerate(texts):
-                ended = {*text[-2:]} <= {x, y}
-                logits[row, [end] if ended else [x, y]] = torch.tensor([0.0, -0.1])[: 2 - ended]
-            for text, token in zip(texts, choose(logits).tolist(), strict=True):
-                text.append(token)
+    def logits(text: list[int], row: torch.Tensor) -> None:
+        ended = {*text[-2:]} <= {x, y}
+        row[[end] if ended else [x, y]] = torch.tensor([0.0, -0.1])[: 2 - ended]
 
-    monkeypatch.setattr(chatting, "continued", continued)
+    monkeypatch.setattr(chatting, "continued", partial(written_by, logits))
     kept = {"chat": True, "beside": tmp_path / "out"}
     windows, answers = quiet(chatting, 8, 64, **kept), {True: set(), False: set()}
     for text, window in enumerate(windows):
@@ -295,16 +301,10 @@ def test_a_users_prompts_are_asked_instead_and_messages_begin_a_dialog_anew(
     """Known answer: a model that writes x and the end."""
     x, end = *chatting.tokenizer("x", add_special_tokens=False)["input_ids"], 1
 
-    def continued(ids, count, choose):
-        texts = [[*start] for start in ids]
-        for _ in range(count):
-            logits = torch.full((len(texts), BYTE_VOCAB), -1e9)
-            for row, text in enumerate(texts):
-                logits[row, end if text[-1] == x else x] = 0.0
-            for text, token in zip(texts, choose(logits).tolist(), strict=True):
-                text.append(token)
+    def logits(text: list[int], row: torch.Tensor) -> None:
+        row[end if text[-1] == x else x] = 0.0
 
-    monkeypatch.setattr(chatting, "continued", continued)
+    monkeypatch.setattr(chatting, "continued", partial(written_by, logits))
     turn = lambda role, content: {"role": role, "content": content}  # noqa: E731
     context = [turn("system", "S"), turn("user", "U"), turn("assistant", "A"), turn("user", "V")]
     own = ["p", [turn("user", "q"), turn("assistant", "r")], context]
@@ -405,3 +405,53 @@ def test_streamed_models_and_model_parallel_ranks_are_refused(folder, monkeypatc
     share_model(monkeypatch, 2)
     with pytest.raises(ShortGPTError, match="got 2 model-parallel ranks: open the model with"):
         own_samples(llama(), 2, 8)
+
+
+# whatever a chat template fails by is one line of ours
+
+MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+DIALOG = Conversation(json.dumps(MESSAGES))
+FAILING = {
+    "{{ raise_exception('no\nway') }}": r"refuses \[{'role': 'user', .*: no\\nway; give plain text",
+    "{{ 1//0 }}": "division or modulo by zero",
+    "{% include 'other' %}": "no loader",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth exceeded",
+    "{% for m in messages %}{{ m.content + 1 }}{% endfor %}": "can only concatenate str",
+    "{% for i in range(10**9) %}{% endfor %}": "Range too big",
+    "{% for": "unexpected 'end of template'",
+    "{{ '\\ud800' }}": r"holds '\\ud800' as character 0, half a surrogate pair",
+}
+
+
+@pytest.fixture(scope="module")
+def short(llama_folders):
+    return open_model(str(llama_folders / "hf"), device="cpu")
+
+
+@pytest.mark.parametrize("template", FAILING, ids=range(len(FAILING)))
+def test_a_failing_template_is_one_line_where_a_dialog_is_asked_for(short, template):
+    short.tokenizer.chat_template = template
+    asks = [lambda: short.encode(DIALOG), lambda: own_samples(short, 1, 20, chat=True)]
+    for ask in asks:
+        with pytest.raises(ShortGPTError, match=FAILING[template]) as error:
+            ask()
+        assert "\n" not in str(error.value)
+    assert short.encode("text") and own_samples(short, 1, 20, progress=False)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ '' }}", None])
+def test_what_begins_no_dialog_alike_is_refused_for_own_dialogs_alone(short, template):
+    short.tokenizer.chat_template = template
+    with pytest.raises(ShortGPTError, match="no chat template that begins all dialogs alike, for"):
+        own_samples(short, 1, 20, chat=True)
+    if template == "{{ messages[0].content }}":
+        ids = short.encode(DIALOG)
+        assert (short.decode(ids), ids.start) == ("Hello", 0)
+
+
+def test_the_opening_is_not_needed_to_read_a_dialog(short):
+    """A template that takes no user alone."""
+    refuses = "{{ raise_exception('no') }}"
+    short.tokenizer.chat_template = "{% if messages[1] %}A{% else %}" + refuses + "{% endif %}"
+    ids = short.encode(DIALOG)
+    assert (short.decode(ids), ids.start) == ("A", 0)

@@ -1,24 +1,35 @@
-"""Errors of means over tokens, against statsmodels, and by simulation where windows are alike."""
+"""Perplexity, its error and its changes; published texts and windows.
+
+Perplexity is exp(total nats / predicted tokens), never a mean of means. Errors are compared with
+statsmodels, and by simulation where windows are alike.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+import torch.nn.functional as F
 from conftest import make_transformer, random_windows
 
 from short_gpt.cli.tables import perplexities
+from short_gpt.data.texts import pg19, texts
 from short_gpt.data.windows import Window, batches, text_number, windows
 from short_gpt.evaluation.perplexity import (
+    Difference,
     Perplexity,
     Sample,
     combined,
     difference,
     perplexity,
+    protocol,
     sampling_error,
     window_perplexities,
 )
@@ -188,6 +199,8 @@ def test_windows_of_parts_that_hold_several_add_up():
     assert whole.windows == 8 and whole == Perplexity.of(SAMPLES)
     without_samples = [Perplexity(p.nats, p.tokens, p.windows) for p in parts]
     assert combined(without_samples).windows == 8
+    with pytest.raises(ValueError, match="losses of the same windows, got 8 windows and 3"):
+        difference(parts, parts[:1])
 
 
 def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path, monkeypatch):
@@ -209,3 +222,169 @@ def test_cells_keep_what_windows_gave(tmp_path):
     ResultCache(state).perplexities("new", lambda: parts)
     again = ResultCache(StateFile(tmp_path / "c.json", {"a": 1})).perplexities("new", list)
     assert again == parts and [p.samples for p in again] == [p.samples for p in parts]
+
+
+# values
+
+
+def test_ragged_windows_weigh_by_their_tokens():
+    model = make_transformer()
+    windows = [w[:n] for w, n in zip(random_windows(3, 30), (30, 2, 11), strict=True)]
+    nats = [
+        F.cross_entropy(model(torch.tensor([w]))[0, :-1], torch.tensor(w[1:]), reduction="sum")
+        for w in windows
+    ]
+    found = perplexity(MetaDecoder(model), [windows[:2], windows[2:]])
+    assert found.tokens == 29 + 1 + 10
+    assert found.value == pytest.approx(math.exp(sum(nats).item() / 40), rel=1e-5)
+
+
+def test_hopeless_models_have_infinite_perplexity():
+    assert Perplexity(nats=1e6, tokens=10, windows=1).value == math.inf
+
+
+@pytest.mark.parametrize(("nats", "ratio"), [(709, "8.2184e+307"), (710, "inf"), (-800, "0.0")])
+def test_a_change_that_no_ratio_can_hold_is_still_told(nats, ratio):
+    """exp(710) is more than a float of 64 bits holds."""
+    said = str(Difference(nats, 0.5, 12, 3))
+    assert said.startswith(f"{nats:+.4f} nats a token") and "paired over 12 windows" in said
+    shown = said.split("perplexity x ")[1].split(";")[0]
+    assert float(shown) == pytest.approx(float(ratio), rel=1e-4)
+
+
+def test_a_change_of_one_window_has_no_error():
+    one = [Perplexity.of([Sample(0, nats, 4)]) for nats in (8.0, 6.0)]
+    said = str(difference([one[0]], [one[1]]))
+    assert said.startswith("-0.5000 nats a token (no interval: one window tells nothing of others)")
+    assert "nan" not in said
+    assert "(standard error 0.5000, no interval: two" in str(Difference(0.0, 0.5, 2, 2))
+
+
+def test_the_end_of_an_interval_that_no_float_holds_is_infinite():
+    samples = [Sample(text, nats, 1) for text, nats in enumerate((600.0, 700.0, 800.0))]
+    low, high = Perplexity.of(samples).interval()
+    half = scipy.stats.t.ppf(0.975, 2) * 100 / math.sqrt(3)
+    assert math.log(low) == pytest.approx(700 - half) and high == math.inf
+    assert Perplexity.of(samples).to_dict()["interval_95"] == [low, math.inf]
+
+
+def test_no_interval_begins_below_a_perplexity_of_1():
+    certain = Perplexity.of([Sample(text, nats, 1) for text, nats in enumerate((0.1, 0.2, 0.6))])
+    low, high = certain.interval()
+    assert certain.error.margin() > 0.3 and low == 1.0
+    assert math.log(high) == pytest.approx(0.3 + certain.error.margin())
+    assert all(map(math.isnan, Perplexity(0.3, 1, 1).interval()))
+
+
+def test_nothing_to_predict_is_refused():
+    with pytest.raises(ValueError, match="at least 2 tokens; nothing was predicted"):
+        perplexity(MetaDecoder(make_transformer()), [[[5], [6]]])
+
+
+def test_nan_logits_are_refused():
+    model = make_transformer()
+    with torch.no_grad():
+        model.output.weight[3] = math.nan
+    with pytest.raises(FloatingPointError, match="NaN or infinite loss"):
+        perplexity(MetaDecoder(model), [random_windows(1, 8)])
+
+
+def test_a_perplexity_shows_itself():
+    assert repr(Perplexity(4.0, 4, 2)) == "Perplexity(2.718, nats=4.0, tokens=4, windows=2)"
+    several = Perplexity.of([Sample(text, nats, 4) for text, nats in enumerate((3.0, 4.0, 5.0))])
+    low, high = several.interval()
+    assert f"(2.718, 95% {low:.3f} to {high:.3f}, nats=12.0" in repr(several)
+    assert "<td>2.718</td>" in several._repr_html_()
+
+
+# published texts and windows
+
+# bos once a text, then the characters
+BOS = -1
+
+
+def with_bos(text: str) -> list[int]:
+    return [BOS, *map(ord, text)]
+
+
+def local_copy(folder: Path, split: str, rows: list[str]) -> Path:
+    folder.mkdir()
+    for name, own in ((split, rows), ("train", ["not these"])):
+        lines = (json.dumps({"text": text}) for text in own)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_wikitext_is_one_text_of_joined_rows(tmp_path):
+    source = local_copy(tmp_path / "wiki", "test", ["", " = A = \n", "word"])
+    whole = with_bos("\n\n = A = \n\n\nword")
+    found = protocol("wikitext-2", with_bos, size=5, source=source)
+    assert found == [whole[0:5], whole[5:10], whole[10:15]]  # the rest of 18 is dropped
+    assert protocol("wikitext-2", with_bos, size=5, limit=2, source=source) == found[:2]
+
+
+def test_c4_is_256_windows_of_the_first_1100_texts(tmp_path):
+    rows = [f"{n:04}" for n in range(1200)]
+    source = local_copy(tmp_path / "c4", "validation", rows)
+    whole = with_bos(" ".join(rows[:1100]))
+    found = protocol("c4", with_bos, size=20, source=source)
+    assert len(found) == 256
+    assert [token for window in found for token in window] == whole[: 256 * 20]
+    assert len(protocol("c4", with_bos, size=50, source=source)) == len(whole) // 50
+    assert protocol("c4", with_bos, size=20, limit=3, source=source) == found[:3]
+    assert len(protocol("c4", with_bos, size=20, limit=300, source=source)) == 256
+
+
+def test_pg19_windows_do_not_cross_books(tmp_path):
+    source = local_copy(tmp_path / "pg19", "test", ["abcdefg", "hi", "jklm"])
+    found = protocol("pg19", with_bos, size=4, source=source)
+    assert found == [with_bos("abc"), [*map(ord, "defg")], with_bos("jkl")]
+
+
+def test_ptb_is_one_line_of_a_local_copy(tmp_path):
+    (tmp_path / "ptb.test.txt").write_text(" no it was n't \n mr. <unk> N \n")
+    whole = with_bos("no it was n't mr. <unk> N")
+    found = protocol("ptb", with_bos, size=6, source=tmp_path / "ptb.test.txt")
+    assert [token for window in found for token in window] == whole[: len(whole) // 6 * 6]
+    rows = [{"sentence": "no it was n't"}, {"sentence": "mr. <unk> N"}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert protocol("ptb", with_bos, size=6, source=str(tmp_path / "test.jsonl")) == found
+    with pytest.raises(ValueError, match="ptb needs a local copy: pass `source`"):
+        protocol("ptb", with_bos)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("ptb", "ptb."), ("wikitext-2", "wiki_"), ("c4", "c4-")]
+)
+def test_of_files_named_by_split_only_the_split_is_read(tmp_path, name, prefix):
+    split = "validation" if name == "c4" else "test"
+    for other in ("train", "valid", split):
+        (tmp_path / f"{prefix}{other}.txt").write_text(f"of {other}")
+    found = protocol(name, with_bos, size=4, source=tmp_path)
+    assert [token for window in found for token in window] == with_bos(f"of {split}")[
+        : 4 * len(found)
+    ]
+    (tmp_path / f"{prefix}{split}.txt").unlink()
+    expected = f"has files of train, valid, and none of {split}: name the file or folder to read"
+    with pytest.raises(ValueError, match=expected):
+        protocol(name, with_bos, size=4, source=tmp_path)
+
+
+def test_unknown_names_and_short_texts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="protocol 'x' is unknown: .* wikitext-2, c4, ptb, pg19"):
+        protocol("x", with_bos)
+    source = local_copy(tmp_path / "wiki", "test", ["short"])
+    with pytest.raises(ValueError, match="no windows: the longest text has 6 tokens"):
+        protocol("wikitext-2", with_bos, source=source)
+
+
+@pytest.mark.parametrize("name", ["wikitext-2", "c4", "pg19"])
+def test_without_a_network_the_error_says_what_to_do(name):
+    with pytest.raises(ConnectionError, match="the hub cannot be reached .* name a local copy"):
+        protocol(name, with_bos)
+
+
+def test_a_word_of_a_title_is_no_split(tmp_path):
+    for name in ("emma", "the-last-test", "the-great-train-robbery"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert len([*texts(tmp_path, split="test")]) == len([*pg19("test", path=tmp_path)]) == 3
