@@ -115,13 +115,13 @@ def _greedy(
     n = check_count(n, count, most=len(inner))
     method = "sleb" if options.reference is None else "greedy_kld"
     trials = Trials(decoder, windows, options, {"method": method, "candidates": inner})
-    trials.keep(n)
     total = sum(len(inner) - i for i in range(n))
     with trials.progress_bar(total, options.progress) as shown:
         for number in range(len(trials.result.removed), n):  # a saved search had some rounds
             candidates = [i for i in inner if i not in trials.result.removed]
             trials.round(candidates, shown.update, again=number < n - 1)
-    return trials.result
+    found = trials.result  # a saved search may have more layers
+    return Search(found.removed[:n], found.losses[:n])
 
 
 def most_layers_run(count: int, n: int) -> int:
@@ -169,12 +169,6 @@ class Trials:
         if options.start and not self.result.removed:
             self.result = Search([*options.start.removed], [*options.start.losses])
             self._done = {}  # what a saved search tried is of an earlier round
-
-    def keep(self, n: int) -> None:
-        """Drops the results of a saved search beyond n layers."""
-        if len(self.result.removed) >= n:
-            self._done = {}
-        del self.result.removed[n:], self.result.losses[n:]
 
     def progress_bar(self, total: int, show: bool) -> Bar:
         """A bar of all trials, starting with those of a continued search."""

@@ -359,13 +359,11 @@ class ScoredModel(ModelRecord, ABC):
         """Raises NotFiniteError for NaN or infinite weights; looks at them once.
 
         Attention may turn them into finite states, and no text may read them, until it is saved.
+        A streamed model looks at those of its layers whenever it reads them.
         """
-        if not self._weights_checked and (damaged := self._damaged_weight()):
+        if not self._weights_checked and (damaged := damaged_weight(self.decoder, self.kept)):
             raise NotFiniteError(
                 f"the model has NaN or infinite weights, {damaged}; fetch them again, or take a "
                 "dtype that holds them"
             )
         self._weights_checked = True
-
-    def _damaged_weight(self) -> str | None:
-        return damaged_weight(self.decoder, self.kept)

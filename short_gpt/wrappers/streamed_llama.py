@@ -353,9 +353,6 @@ class StreamedLlama(ScoredModel):
 
         return undo
 
-    def _damaged_weight(self) -> str | None:
-        return self.stream.damaged_weight()
-
 
 def _hf_tokenizer(directory: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:

@@ -22,7 +22,6 @@ from llama.checkpoint.meta import EMBEDDING, LAYER_SPLITS, OUTPUT, Checkpoint, s
 from llama.formats.hf import HF, HFCheckpoint, name_in, permute
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
-from short_gpt.models.decoder import is_finite
 from short_gpt.runtime.digest import check_unchanged, stamps
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.memory import Plan, block_rows, plan, resident
@@ -191,18 +190,6 @@ class StreamedTransformer(nn.Module):
         for start, rows in self._blocks(EMBEDDING):
             for batch in batches:
                 batch.embed(start, rows)
-
-    def damaged_weight(self) -> str | None:
-        """The embedding, the last norm or the head with NaN or infinite values; None without.
-
-        Layers are looked at as they are read.
-        """
-        if not is_finite(self.norm.weight):
-            return "norm.weight"
-        for name in (EMBEDDING, OUTPUT):
-            if not all(is_finite(rows.to(self.dtype)) for _, rows in self._blocks(name)):
-                return name
-        return None
 
     def _blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         # so many rows of a (V, D) tensor at a time, after the number of the first

@@ -301,10 +301,10 @@ def test_nan_is_found_where_it_begins(place, message, tmp_path):
         weight[WINDOWS[5][3] % len(weight)] = math.nan  # the row of a token of window 5
     save_byte_llama(tmp_path, model)
     short = StreamedLlama(tmp_path, max_seq_len=20, device="cpu")
-    before = message if place.startswith("layers") else f"the model has NaN or .* weights, {place}"
-    with pytest.raises(FloatingPointError, match=before):
-        short.measure(WINDOWS, progress=False)
-    assert short.n_windows == 0
+    if place != "output.weight":  # which no score reads
+        with pytest.raises(FloatingPointError, match=message):
+            short.measure(WINDOWS, progress=False)
+        assert short.n_windows == 0
     with pytest.raises(FloatingPointError, match=message):
         short.perplexity(WINDOWS, progress=False)
 
