@@ -121,9 +121,9 @@ def heal_run(short: ScoredModel, run: TrainingRun, evaluation: Sequence[TokenIds
         parameters_of(number, layer, [m for m in layer.modules() if id(m) in adapted])
         for number, layer in zip(short.present, short.decoder.layers, strict=True)
     ]
-    with adapters(model, run.recipe, path) as adapted:
-        healed = _train(adapted, run)
-        restore = _merge(adapted, healed)
+    with adapters(model, run.recipe, path) as trained:
+        healed = _train(trained, run)
+        restore = _merge(trained, healed)
     change = WeightChange(healed.to_dict(), frozenset().union(*ends))
     if healed.kept_step:  # else no evaluation was better than before, and nothing was merged
         short.note_change(change)
