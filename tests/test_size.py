@@ -16,12 +16,12 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 27295,
+    "lines": 27297,
     "modules": 127,
     "dataclasses": 60,
     "raises": 352,
     "functions over 60 lines": 0,
-    "lines of jobs": 4279,
+    "lines of jobs": 4281,
     "flags of shrink": 28,
     "flags of rank": 18,
     "flags of heal": 28,

@@ -41,7 +41,7 @@ from short_gpt.healing import HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.settings import CLOSED_WINDOWS, OUTPUTS, Recipe, RefitSettings, recipe_for
-from short_gpt.jobs.api import convert
+from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.inputs import Windows, about_own
 from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Running, Saving, interruptible
@@ -397,7 +397,9 @@ def _write(run: Shrink, **how: Any) -> None:
         return
     scratch = built.parent / f"{built.stem}-hf"
     short.save_pretrained(scratch, **how, release=release)
-    convert(str(scratch), str(built), overwrite=True, notify=run.running.notify)
+    usual = (None, None, None)  # type, shards, verify
+    options = (OpenOptions(), run.running, Saving(overwrite=True))
+    convert(str(scratch), str(built), "gguf", *usual, *options)
 
 
 def _move_into_place(run: Shrink, result: ShrinkResult) -> None:
