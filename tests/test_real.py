@@ -177,7 +177,7 @@ def test_the_demo_does_the_whole_job(tmp_path, capsys):
     sizes = [state["size"] for state in record["states"].values()]
     assert sizes[0] > sizes[1] == sizes[2]
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 26
-    assert "<h2>What was removed</h2>" in (out / "report.html").read_text()
+    assert "<h2>How it was made</h2>" in (out / "report.html").read_text()
     assert "exists" in fails(capsys, *command[3:])
 
 

@@ -16,19 +16,19 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 27297,
+    "lines": 27316,
     "modules": 127,
     "dataclasses": 60,
-    "raises": 352,
+    "raises": 353,
     "functions over 60 lines": 0,
-    "lines of jobs": 4281,
+    "lines of jobs": 4290,
     "flags of shrink": 28,
     "flags of rank": 18,
     "flags of heal": 28,
     "flags": 55,
-    "lines of check functions": 923,
+    "lines of check functions": 924,
     "settings classes for windows": 1,
-    "lines of tests": 26856,
+    "lines of tests": 26872,
     "lines of benchmarks": 8406,
     "scripts of benchmarks": 38,
 }

@@ -46,9 +46,11 @@ def curve_of(run: Shrink, remarks: list[str]) -> list[CurvePoint]:
             shown.update(1)
             rows.append(run.cells.value(f"size {n} {asked}", partial(_point, run, sorted(layers))))
     points = [CurvePoint(**row) for row in rows]
-    times = run.cells.value("speeds of sizes", partial(_speeds, run, points, remarks))
+    timed = "in llama.cpp" if run.in_llama_cpp else "in PyTorch"
+    times = run.cells.value(f"speeds of sizes {timed}", partial(_speeds, run, points, remarks))
     points = [point._replace(speeds=times.get(point.name, [])) for point in points]
-    others = run.cells.value(f"fewer bits {asked}", partial(_in_fewer_bits, run, remarks))
+    measure_bits = partial(_in_fewer_bits, run, remarks)
+    others = run.cells.value(f"fewer bits {asked}, timed {timed}", measure_bits)
     if run.opened.in_place:
         remarks.append(
             "sizes are measured before their refitted matrices are rounded to the file's types; "

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import chain
@@ -21,7 +22,7 @@ from llama.sources import BuiltinName, Source, find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import Target
-from short_gpt.costs.rivals import KINDS, has_quantizer, smaller_types
+from short_gpt.costs.rivals import KINDS, RIVAL, has_quantizer, smaller_types
 from short_gpt.costs.sizes import Opened
 from short_gpt.costs.speeds import seconds_a_token
 from short_gpt.data.texts import source_names
@@ -65,6 +66,11 @@ ANSWER_TOKENS = 24  # most tokens of an answer to a question
 TIMING = 20  # seconds of comparing speeds, about
 GROWTH = 1.15  # a token after half of a text, by the first: 1.07 (16 texts) to 1.2 (64) measured
 STATE, PLAN, HEALING, WRITTEN = "state.json", "plan.json", "healing", "written"
+# what the folder of a run holds, which is deleted with it: own texts, what a killed save leaves
+PARTS = (
+    *(f"{dot}{name}*" for name in (STATE, PLAN, "self-") for dot in ("", ".")),
+    *(HEALING, WRITTEN, RIVAL),
+)
 
 
 @dataclass
@@ -147,10 +153,11 @@ class Shrink:
         """Raises errors that are known before a model is loaded, the cheapest first."""
         self.settings.check()
         self.reading.check(shuffled=True)
-        other = self.folder.exists() and any(self.folder.iterdir())
-        if other and not (self.folder / PLAN).exists():  # what every run writes first
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        if other := [n for n in names if not any(fnmatch(n, part) for part in PARTS)]:
             raise ShortGPTError(
-                f"{self.folder} is not from a run of shrink: move it away, or choose another output"
+                f"{self.folder} holds {min(other)}, and is not from a run of shrink: move it away, "
+                "or choose another output"
             )
         _ = self.questions  # raises for a file without any
         gguf, source, named = is_gguf(self.out), self.source, self.settings.named

@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+import re
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -99,6 +100,8 @@ def rounded_matrices(decoder: Decoder, *, frozen: bool = False) -> Iterator[None
     """
     modules = {*decoder.layers.modules()}
     modules |= {m for m in decoder.module.modules() if isinstance(m, nn.Linear)}  # the head
+    # a norm of each head has a weight of two dimensions, and is no product
+    modules = {m for m in modules if not re.search("Norm|Embedding", type(m).__name__)}
     own = {module: module._parameters.get("weight") for module in modules}
     weights = {m: weight for m, weight in own.items() if _is_matrix(weight)}
     if frozen:

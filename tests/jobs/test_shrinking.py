@@ -251,12 +251,14 @@ def test_another_closed_form_chooses_and_heals(here, monkeypatch, asked):
         run("shrink", "hf", "other_out", "--heal_by", "patch")
 
 
-def test_a_folder_that_is_not_from_a_run_is_refused_and_kept(here):
+@pytest.mark.parametrize("name", ["notes.txt", ".env"])
+def test_a_folder_that_is_not_from_a_run_is_refused_and_kept(here, name):
     Path("out.shrinking/healing").mkdir(parents=True)  # which a run has too
-    Path("out.shrinking/.env").write_text("mine")
-    with pytest.raises(ValueError, match="out.shrinking is not from a run of shrink"):
+    Path("out.shrinking/plan.json").write_text("{}")
+    Path("out.shrinking", name).write_text("mine")
+    with pytest.raises(ValueError, match="out.shrinking holds .* is not from a run of shrink"):
         shrink("hf", "out", **KILLED)
-    assert Path("out.shrinking/.env").read_text() == "mine" and not Path("out").exists()
+    assert Path("out.shrinking", name).read_text() == "mine" and not Path("out").exists()
 
 
 @pytest.mark.parametrize("appears", ["model.gguf", "page"])

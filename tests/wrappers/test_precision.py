@@ -12,6 +12,7 @@ import torch
 from commands import TEXT, fails, run
 from conftest import interrupted, random_windows, save_byte_llama
 from families import FAMILIES, make
+from transformers import CohereConfig, CohereForCausalLM
 
 from llama.formats.hf import meta_to_hf
 from short_gpt import Recipe, ShortGPTError, ShortHFModel, heal_lora, heal_refit
@@ -229,6 +230,19 @@ def test_training_multiplies_in_bfloat16_and_learns_in_float32(distilled, here, 
     assert losses["mixed"] == pytest.approx(losses["float32"], rel=0.02)
     assert torch.cosine_similarity(*changes.values(), dim=0) > 0.95
     assert not torch.equal(*changes.values())
+
+
+def test_the_norm_of_each_head_is_no_matrix_that_is_rounded():
+    options = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "pad_token_id": 0}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "use_qk_norm": True}
+    torch.manual_seed(0)
+    short = HFDecoder(CohereForCausalLM(CohereConfig(**options, **sizes)).eval())
+    norm = short.layers[0].self_attn.q_norm.weight
+    torch.nn.init.normal_(norm)
+    short.mixed, tokens = True, torch.tensor(random_windows(2, 10, vocab=64))
+    logits = short.logits(tokens)
+    with matrices_rounded_once(short):
+        assert norm.ndim == 2 and torch.equal(short.logits(tokens), logits)
 
 
 def test_frozen_matrices_that_are_rounded_once_train_to_the_same_weights(here, monkeypatch):
