@@ -258,7 +258,7 @@ def _healed(healing: str, rows: Sequence[Row], counts: Sequence[int]) -> list[st
 
 def _cell(values: Sequence[tuple[float | None, float | None, str]]) -> str:
     """A value with its error, in a form; of several sets, such as random ones, both ends."""
-    numbers = [(value, form) for value, _, form in values if value is not None]
+    numbers = [(v, form) for v, _, form in values if v is not None and not math.isnan(v)]
     if not numbers:
         return "-"
     ends = [known(*min(numbers)), known(*max(numbers))]

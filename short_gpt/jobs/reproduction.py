@@ -111,7 +111,8 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
     paper = known["removed"]
     shared = [layer for layer in paper if layer in ours]
     places = [ours.index(layer) for layer in shared]
-    tau = float(kendalltau(range(len(shared)), places).statistic) if shared[1:] else None
+    # scipy's ends in ...99 for some equal lists
+    tau = kendalltau(range(len(shared)), places).statistic if shared[1:] else None
     return PaperComparison(
         model=model,
         paper=paper,
@@ -120,7 +121,7 @@ def compare_with_paper(model: str, ours: Sequence[int]) -> PaperComparison:
         overlap=len(shared),
         same_order=paper == ours,
         same_places=sum(a == b for a, b in zip(paper, ours, strict=False)),
-        kendall_tau=tau,
+        kendall_tau=None if tau is None else round(float(tau), 12),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -47,16 +47,28 @@ def curve_of(run: Shrink, remarks: list[str]) -> list[CurvePoint]:
             rows.append(run.cells.value(f"size {n} {asked}", partial(_point, run, sorted(layers))))
     points = [CurvePoint(**row) for row in rows]
     timed = "in llama.cpp" if run.in_llama_cpp else "in PyTorch"
-    times = run.cells.value(f"speeds of sizes {timed}", partial(_speeds, run, points, remarks))
+    times = _kept(run, f"speeds of sizes {timed}", partial(_speeds, run, points), remarks)
     points = [point._replace(speeds=times.get(point.name, [])) for point in points]
-    measure_bits = partial(_in_fewer_bits, run, remarks)
-    others = run.cells.value(f"fewer bits {asked}, timed {timed}", measure_bits)
+    name = f"fewer bits {asked}, timed {timed}"
+    others = _kept(run, name, partial(_in_fewer_bits, run), remarks)
     if run.opened.in_place:
         remarks.append(
             "sizes are measured before their refitted matrices are rounded to the file's types; "
             "the picked one as it is written"
         )
     return points + [CurvePoint(**row) for row in others]
+
+
+def _kept(run: Shrink, name: str, measure: Callable[[list[str]], Any], remarks: list[str]) -> Any:
+    """What ``measure`` gives, kept with what it remarks, which later runs say too."""
+
+    def measured() -> dict[str, Any]:
+        said = list[str]()
+        return {"value": measure(said), "remarks": said}
+
+    kept = run.cells.value(name, measured)
+    remarks += kept["remarks"]
+    return kept["value"]
 
 
 def _speeds(

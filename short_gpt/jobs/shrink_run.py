@@ -40,7 +40,7 @@ from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
 from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
-from short_gpt.models.decoder import in_own_dtype, matrices_rounded_once
+from short_gpt.models.decoder import in_own_dtype, writing_precision
 from short_gpt.models.hf import layer_caches
 from short_gpt.models.loading import config_digest
 from short_gpt.models.numbering import check_count, check_exist
@@ -64,6 +64,7 @@ WINDOW = 512  # tokens
 CONTEXT = 4096  # tokens of the KV cache in all
 ANSWER_TOKENS = 24  # most tokens of an answer to a question
 TIMING = 20  # seconds of comparing speeds, about
+SLOW = 5.0  # seconds of a window that is timed once
 GROWTH = 1.15  # a token after half of a text, by the first: 1.07 (16 texts) to 1.2 (64) measured
 STATE, PLAN, HEALING, WRITTEN = "state.json", "plan.json", "healing", "written"
 # what the folder of a run holds, which is deleted with it: own texts, what a killed save leaves
@@ -207,8 +208,10 @@ class Shrink:
         self.n = None if searched else self.settings.count(sizes, rest)
         # any tokens, which do not change the time
         self.probe = [i % short.decoder.vocab_size for i in range(self.size)]
-        # the first ones are slower
-        self.a_pass = min(short.seconds_a_window(self.probe) for _ in range(4))
+        self.a_pass = short.seconds_a_window(self.probe)
+        if self.a_pass < SLOW:  # the first ones are slower
+            again = (short.seconds_a_window(self.probe) for _ in range(3))
+            self.a_pass = min(self.a_pass, *again)
         if not keep:
             self.planned = self._fitted()
             return
@@ -368,7 +371,7 @@ class Shrink:
         if (texts, True) not in self._timed:
             logits = torch.zeros(texts, self.short.decoder.vocab_size)  # (B, V)
             keys = [(0, row, 0) for row in range(texts)]
-            with matrices_rounded_once(self.short.decoder):
+            with writing_precision(self.short.decoder):
                 token = GROWTH * seconds_a_token(self.short, [[0]] * texts)
             token += timeit(lambda: own_text.draw(logits, 1.0, keys), number=1)
             self._timed[texts, True] = token

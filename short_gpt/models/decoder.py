@@ -77,11 +77,8 @@ def mixed_precision(mixed: bool, device: torch.device) -> AbstractContextManager
 
 
 @contextmanager
-def matrices_rounded_once(decoder: Decoder) -> Iterator[None]:
-    """`mixed_precision`, for many passes of few tokens: on a CPU a pass does not round the weights.
-
-    See `rounded_matrices`.
-    """
+def writing_precision(decoder: Decoder) -> Iterator[None]:
+    """`mixed_precision` for writing: on a CPU a pass of few tokens does not round all weights."""
     mixed = mixed_precision(decoder.mixed, decoder.device)
     with rounded_matrices(decoder) if decoder.mixed else nullcontext(), mixed:
         yield

@@ -21,7 +21,7 @@ from short_gpt.data.prompts import BUILT_IN, in_turn, prompt_of, prompts
 from short_gpt.data.texts import OWN, Conversation
 from short_gpt.data.windows import Text, Window, batches, common_start, starts_texts
 from short_gpt.evaluation.answers import to_learn
-from short_gpt.models.decoder import matrices_rounded_once
+from short_gpt.models.decoder import writing_precision
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
@@ -247,7 +247,7 @@ class _Writer:
             done(len(rows))
             return torch.tensor([text.read() for text in texts], device=logits.device)
 
-        with matrices_rounded_once(self.short.decoder):
+        with writing_precision(self.short.decoder):
             self.short.continued([text.ids for text in texts], self.length - 1, choose)
         return [text.ids for text in texts]
 

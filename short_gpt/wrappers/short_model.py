@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 from torch import Tensor
 
@@ -176,8 +175,8 @@ class ShortModel(ScoredModel):
         self.check_weights()
         # a search counts positions in the model as it is now; a user sees original numbers
         start = None if start is None else _renumbered(start, self.kept.index)
-        how: Any = {"batch_size": batch_size, "state": state, "progress": progress, "start": start}
-        result = by_loss(self.decoder, windows, n, SearchOptions(**how), method=method)
+        options = SearchOptions(batch_size, state=state, progress=progress, start=start)
+        result = by_loss(self.decoder, windows, n, options, method=method)
         return _renumbered(result, self.kept.__getitem__)
 
 

@@ -24,7 +24,7 @@ from short_gpt.healing.choosing import ResultCache
 from short_gpt.healing.distillation import Distillation
 from short_gpt.jobs import rank
 from short_gpt.models import decoder
-from short_gpt.models.decoder import matrices_rounded_once, without_layers
+from short_gpt.models.decoder import without_layers, writing_precision
 from short_gpt.models.hf import HFDecoder, find_layers
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.runtime.state import StateFile, read_record
@@ -96,7 +96,7 @@ def test_products_are_in_bfloat16_and_the_stream_in_float32(family):
     # every product keeps 8 bits, and each logit is a sum of many
     assert (logits - exact).norm() < 0.05 * exact.norm()
     weights = dict(decoder.model.named_parameters())
-    with matrices_rounded_once(decoder):
+    with writing_precision(decoder):
         few = {id(own) for own in weights.values()} - {*map(id, decoder.model.parameters())}
         assert sum(id(own) in few for own in weights.values() if own.ndim == 2) >= len(few) > 4
         assert torch.equal(decoder.logits(tokens), logits)
@@ -241,7 +241,7 @@ def test_the_norm_of_each_head_is_no_matrix_that_is_rounded():
     torch.nn.init.normal_(norm)
     short.mixed, tokens = True, torch.tensor(random_windows(2, 10, vocab=64))
     logits = short.logits(tokens)
-    with matrices_rounded_once(short):
+    with writing_precision(short):
         assert norm.ndim == 2 and torch.equal(short.logits(tokens), logits)
 
 
