@@ -29,7 +29,6 @@ from short_gpt.checkpoints import meta as meta_format
 from short_gpt.checkpoints import prune_checkpoint
 from short_gpt.cli import app
 from short_gpt.data.windows import Window, batches
-from short_gpt.jobs import reproduction as protocol
 from short_gpt.runtime import replicas
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.hooks import score_batch
@@ -89,6 +88,7 @@ def of_division(mp: int, folder: Path, given: dict) -> dict[object, object]:
         found["measured", size] = short.importance.to_dict()
     found["texts"] = of_texts(ShortLlama(llama), given["windows"])
     found["digest"] = short.weights_digest()
+    found["perplexity"] = short.perplexity(given["windows"], progress=False).value
     given_twice = given["windows"][:4], given["windows"]
     found["saves"] = saves(llama, given_twice, folder / f"state{dist.get_world_size()}-{mp}")
     team = replicas.current()
@@ -177,26 +177,7 @@ def failing(case: str) -> None:
     app.main([])
 
 
-# One model of two ranks, for `test_parallel`
-
-
-def of_two_shards(folder: Path) -> None:
-    """Saves what a rank computes and decides with its own shard, through `Llama.build`."""
-    tokens = torch.arange(3, 23).reshape(2, 10)
-    llama = Llama.build(folder, folder / "tokenizer.json", 64, 4, device="cpu")
-    short = ShortLlama(llama, n_prune_layers=2)
-    short.eval_importance(tokens.tolist())
-    with torch.no_grad():
-        logits = llama.model(tokens)
-    sampled, _ = llama.generate(tokens.tolist(), 6, temperature=0.8)
-    result = {"logits": logits, "importances": short.importances}
-    result["angular"] = short.importance.angular
-    result["sampled"] = torch.tensor([s + [0] * (6 - len(s)) for s in sampled])
-    result["perplexity"] = torch.tensor(short.perplexity(tokens.tolist(), progress=False).value)
-    result["removed"] = torch.tensor(short.remove_layers())
-    torch.save(result, folder / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+# What a process sets up first of all, for `test_parallel`
 
 
 def without_setting_up() -> None:
@@ -210,17 +191,6 @@ def set_up() -> None:
     initialize(device=CPU)
     assert dict(os.environ) == before
     assert sys.stdout is out and torch.get_default_dtype() == torch.float32
-
-
-# A model that stands in for one of the paper's, for `test_reproduction`
-
-
-def reproduction(shape: dict[str, object], argv: list[str]) -> None:
-    """Runs the command where the paper has a model of this shape."""
-    known = protocol.published()
-    known["paper"]["models"]["tiny"] = shape
-    protocol.published = lambda: known
-    app.main(argv)
 
 
 # What only a process of its own can tell: its peak of memory

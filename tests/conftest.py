@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from llama.args import ModelArgs
+from llama.errors import InputError
 from llama.model import Transformer
 from llama.parallel import initialize
 from llama.tokenizer import tokenizer_json, with_bos
@@ -327,6 +328,23 @@ def share_model(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     monkeypatch.setattr("short_gpt.runtime.replicas._several", lambda: True)
     monkeypatch.setattr(f"{groups}.model_parallel_is_initialized", lambda: True)
     monkeypatch.setattr(f"{groups}.get_model_parallel_world_size", lambda: ranks)
+
+
+def refuses(
+    words: str,
+    call: Callable[..., object],
+    /,
+    *args: Any,
+    error: type[Exception] = InputError,
+    **options: Any,
+) -> str:
+    """A call raises this error, in whose one line a regular expression finds these words."""
+    with pytest.raises(error, match=words) as caught:
+        call(*args, **options)
+    said = str(caught.value)
+    del caught  # with the frames of the call, which may hold a lock
+    assert "\n" not in said
+    return said
 
 
 @contextmanager

@@ -1,14 +1,9 @@
-"""Tiny random models of many families of transformers, and the contract that all keep.
-
-``python tests/families.py`` prints which step of the contract each family passes.
-"""
+"""Tiny random models of many families of transformers, and the contract that all keep."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import sys
-import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -241,31 +236,3 @@ def check(family: str, step: str, folder: Path) -> None:
             raise
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     STEPS[step](model, folder)
-
-
-def table() -> bool:
-    """Prints the contract, family by family; whether all of it holds."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    print(f"transformers {transformers.__version__}\n")
-    print(f"| family | {' | '.join(STEPS)} |\n| --- |{' --- |' * len(STEPS)}")
-    whole = True
-    for family in FAMILIES:
-        cells = []
-        for step in STEPS:
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    check(family, step, Path(folder))
-                    cells.append("ok")
-                except pytest.skip.Exception:
-                    cells.append("absent")
-                except Exception as error:
-                    cells.append(f"{type(error).__name__}: {' '.join(str(error).split())[:80]}")
-                    whole = False
-        print(f"| {family} | {' | '.join(cells)} |", flush=True)
-    return whole
-
-
-if __name__ == "__main__":
-    sys.exit(not table())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import gguf
 import torch
 from conftest import BYTE_VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,12 +56,11 @@ def make(family: str, seed: int = 0, **changes: object):
 
 def write_model(path: Path, family: str, model, **keys: object) -> Path:
     """Writes a model of transformers as GGUF in float32, with a tokenizer of letters."""
-    gguf = pytest.importorskip("gguf")
     arch, config = FAMILIES[family][0], model.config
     divisors = keys.pop("rope_freqs", None)  # of the rotary frequencies
     # tensors in each of several files; 0 is one file
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=keys.pop("split", 0))
-    _write_keys(writer, arch, config, {**FAMILIES[family][3], **keys})
+    add_keys(writer, arch, {**_keys(arch, config), **FAMILIES[family][3], **keys})
     blocks = config.num_hidden_layers
     number = next(n for n, known in gguf.MODEL_ARCH_NAMES.items() if known == arch)
     names = gguf.get_tensor_name_map(number, blocks)
@@ -121,50 +120,50 @@ def _layout(arch: str, name: str, weight: torch.Tensor, config) -> torch.Tensor:
     return weight.contiguous()
 
 
-def _write_keys(writer, arch: str, config, own: dict) -> None:
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    if arch in ("starcoder2", "cohere2"):
-        eps = getattr(config, "norm_epsilon", None) or config.layer_norm_eps
-        writer.add_layer_norm_eps(eps)
-    else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if head := getattr(config, "head_dim", None):
-        writer.add_key_length(head)
-        writer.add_value_length(head)
+def _keys(arch: str, config) -> dict[str, object]:
+    """What a file of the architecture says of a model with this config."""
     if (theta := getattr(config, "rope_theta", None)) is None:  # which version 4 has
         rotary = config.rope_parameters
         theta = rotary.get("full_attention", rotary)["rope_theta"]  # gemma3 has two
-    writer.add_rope_freq_base(float(theta))
-    writer.add_vocab_size(config.vocab_size)
+    keys = {"context_length": config.max_position_embeddings, "vocab_size": config.vocab_size}
+    keys |= {"embedding_length": config.hidden_size, "block_count": config.num_hidden_layers}
+    keys |= {"feed_forward_length": config.intermediate_size, "rope.freq_base": float(theta)}
+    keys |= {"attention.head_count": config.num_attention_heads}
+    keys |= {"attention.head_count_kv": config.num_key_value_heads}
+    if arch in ("starcoder2", "cohere2"):
+        eps = getattr(config, "norm_epsilon", None) or config.layer_norm_eps
+        keys["attention.layer_norm_epsilon"] = eps
+    else:
+        keys["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    if head := getattr(config, "head_dim", None):
+        keys |= {"attention.key_length": head, "attention.value_length": head}
     if arch == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        keys["attn_logit_softcapping"] = float(config.attn_logit_softcapping)
+        keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
     if arch == "cohere2":
-        writer.add_logit_scale(config.logit_scale)
-        writer.add_rope_dimension_count(config.head_dim)
+        keys |= {"logit_scale": config.logit_scale, "rope.dimension_count": config.head_dim}
     if arch == "granite":
-        writer.add_logit_scale(config.logits_scaling)
-        writer.add_attention_scale(config.attention_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_embedding_scale(config.embedding_multiplier)
-    add_keys(writer, arch, own)
+        keys["logit_scale"] = float(config.logits_scaling)
+        keys["attention.scale"] = float(config.attention_multiplier)
+        keys["residual_scale"] = float(config.residual_multiplier)
+        keys["embedding_scale"] = float(config.embedding_multiplier)
+    return keys
 
 
-def write_tokenizer(writer) -> None:
-    """Tokens of two letters, for models that are given ids: whatever is likeliest is a text."""
+def write_tokenizer(writer, words: list[str] | None = None) -> None:
+    """Tokens of two letters, for models that are given ids: whatever is likeliest is a text.
+
+    With ``words`` these, of a tokenizer that puts bos before every text.
+    """
     letters = [chr(97 + i) for i in range(26)]
-    words = [*letters, *(a + b for a in letters for b in letters)][: BYTE_VOCAB - 2]
+    known = words or [*letters, *(a + b for a in letters for b in letters)][: BYTE_VOCAB - 2]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(["<s>", "</s>", *words])
-    writer.add_token_types([3, 3] + [1] * len(words))
+    writer.add_token_list(["<s>", "</s>", *known])
+    writer.add_token_types([3, 3] + [1] * len(known))
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    writer.add_pad_token_id(1)
-    writer.add_add_bos_token(False)
+    if not words:
+        writer.add_pad_token_id(1)
+    writer.add_add_bos_token(bool(words))

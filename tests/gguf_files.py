@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
-import pytest
 from conftest import BYTES
 from gguf_families import add_keys, finished, write_tokenizer
 
@@ -16,24 +16,14 @@ from llama.formats.hf import GGUF, name_in
 
 def write_gguf(path, model, *, arch="llama", tensors=(), drop=(), **fields):
     """A GGUF file of a Transformer in float32."""
-    gguf = pytest.importorskip("gguf")
     writer, args = gguf.GGUFWriter(path, arch), model.params
-    writer.add_embedding_length(args.dim)
-    writer.add_block_count(args.n_layers)
-    writer.add_head_count(args.n_heads)
-    writer.add_head_count_kv(args.kv_heads)
-    writer.add_feed_forward_length(args.ffn_dim)
-    writer.add_layer_norm_rms_eps(args.norm_eps)
-    writer.add_rope_freq_base(args.rope_theta)
+    keys = {"embedding_length": args.dim, "block_count": args.n_layers}
+    keys |= {"attention.head_count": args.n_heads, "attention.head_count_kv": args.kv_heads}
+    keys |= {"feed_forward_length": args.ffn_dim, "rope.freq_base": float(args.rope_theta)}
+    keys |= {"attention.layer_norm_rms_epsilon": args.norm_eps}
+    add_keys(writer, arch, keys)
     add_keys(writer, "llama", fields)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(["<s>", "</s>", *BYTES[:-1], "ab"])
-    writer.add_token_types([3, 3] + [1] * 256)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_add_bos_token(True)
+    write_tokenizer(writer, [*BYTES[:-1], "ab"])
     for name, weight in model.state_dict().items():
         if name not in drop:
             writer.add_tensor(name_in(GGUF, name), weight.numpy())
@@ -50,7 +40,6 @@ def data(path: Path) -> dict[str, bytes]:
 
 def in_types(path: Path, out: Path, kinds: dict[str, int]) -> Path:
     """A copy whose tensors with such names are of other types; of Q3_K only zeros are made."""
-    gguf = pytest.importorskip("gguf")
     parts = GGUFParts(path)
 
     def other(name: str) -> Stored:
@@ -78,7 +67,6 @@ def layers_file(path, arch, *, identity=(), layers=8, **fields):
         layers: how many.
         fields: numbers under the architecture, ``__`` for ``.``.
     """
-    gguf = pytest.importorskip("gguf")
     writer, random = gguf.GGUFWriter(path, arch), np.random.default_rng(0)
     bert, embeds = arch == "modern-bert", arch != "muse-glimmer"
     width, ffn, heads, head = 64, 96, 4, 16
@@ -136,7 +124,6 @@ def stack_file(path, arch="llama", layers=8, *, names=(), drop=(), split=0, **fi
         split: tensors in each of several files; 0 is one file.
         fields: keys under the architecture, ``__`` for ``.``; a list, a text or a number.
     """
-    gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     writer.add_block_count(layers)
     writer.add_token_list([f"token{i}" for i in range(layers)])  # as many as there are layers

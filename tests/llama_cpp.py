@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+
+
+def ggml_bytes(rows: np.ndarray, kind: int) -> np.ndarray:
+    """What ggml's own code, inside llama.cpp, makes of rows (N, K) of float32, in bytes."""
+    ggml = ctypes.PyDLL(pytest.importorskip("xllamacpp").xllamacpp.__file__)
+    kinds = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
+    ggml.ggml_quantize_chunk.argtypes, ggml.ggml_quantize_chunk.restype = kinds, ctypes.c_size_t
+    rows = np.ascontiguousarray(rows)
+    shape = gguf.quants.quant_shape_to_byte_shape(rows.shape, gguf.GGMLQuantizationType(kind))
+    out = np.zeros(shape, np.uint8)
+    size = ggml.ggml_quantize_chunk(kind, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
+    assert size == out.nbytes
+    return out
 
 
 class LlamaCpp:

@@ -176,7 +176,6 @@ def test_completions_known_answers():
     assert found.nats == pytest.approx(expected, rel=1e-5) and found.tokens == 4
 
 
-@pytest.mark.filterwarnings("default")  # transformers' own
 def test_many_are_answered_together_as_alone(tmp_path, monkeypatch, one_rank, lm_eval):
     """Word problems in one batch, and the answers of a multiple choice in one sequence."""
     texts = ["It is 5.", "so $1,234.50.", "a -3 b", "none...", "7 eggs, 10-3", "18, or 9"]
@@ -238,7 +237,7 @@ ASKED = {
 }
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default:get_task_dict:DeprecationWarning")
 def test_local_documents_are_asked_for_as_lm_eval_asks_for_its_own(lm_eval, tmp_path):
     from lm_eval.tasks import TaskManager, get_task_dict
 

@@ -26,10 +26,7 @@ from short_gpt.data import demo
 from short_gpt.evaluation.answers import Question
 from short_gpt.plots import is_picture
 
-pytestmark = [
-    pytest.mark.filterwarnings("default"),  # transformers' own
-    pytest.mark.usefixtures("one_rank", "few_timed_tokens"),
-]
+pytestmark = pytest.mark.usefixtures("one_rank", "few_timed_tokens")
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TEXTS = {"also": "wiki.txt", "others": "novels.txt"}
 SMALL = {"size": 32, "judged": 2}
@@ -87,74 +84,35 @@ def here(model, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+WIKI = {"wikitext": "wiki.txt"}
+PRUNED = {**WIKI, "layers": (2, 4)}
+KEPT = {**TEXTS, **SMALL, "source": ".", "sets": "bi", "bi": (2, 4), "documents": (2, 3)}
+KEPT |= {"problems": 2, "count": 8, "own": 8, "steps": 4}
+TASKS = {**WIKI, **SMALL, "source": ".", "counts": (2,), "documents": 2, "learned": 8, "steps": 2}
+FEW = {"size": 24, "max_windows": 12, "eval_windows": 8, "counts": (1,), "time": "3s"}
 RUNS = {
-    "answers": {
-        "source": ".",
-        "wikitext": "wiki.txt",
-        "layers": (2, 4),
-        "tokens": (0, 64),
-        "own": 4,
-        "problems": 2,
-    },
+    "answers": {**PRUNED, "source": ".", "tokens": (0, 64), "own": 4, "problems": 2},
     "choices": {**TEXTS, **SMALL, "counts": (1,), "draws": 1, "learned": 8, "budget": 40},
     "coverage": {"runs": 200},
-    "front": {"model": "0.5b", "wikitext": "wiki.txt", "counts": (0, 2), "types": ("q8_0", "q4_k")},
+    "front": {**WIKI, "model": "0.5b", "counts": (0, 2), "types": ("q8_0", "q4_k")},
     "healing": {**TEXTS, "layers": (2, 4), "count": 8, "judged": 2, "methods": "patch,refit:0.3"},
-    "own_samples": {
-        "novels": "lambada_openai.jsonl",
-        "wikitext": "wiki.txt",
-        "layers": (2, 4),
-        "rows": "own-12,book-24",
-    },
-    "kept": {
-        "source": ".",
-        **TEXTS,
-        **SMALL,
-        "sets": "bi",
-        "bi": (2, 4),
-        "documents": (2, 3),
-        "problems": 2,
-        "count": 8,
-        "own": 8,
-        "steps": 4,
-    },
+    "own_samples": {**PRUNED, "novels": "lambada_openai.jsonl", "rows": "own-12,book-24"},
+    "kept": KEPT,
     "scoring": {"repeats": 1, "mixed": True},
     "stopping": {"windows": 24, "orders": 3},
-    "tasks": {
-        "source": ".",
-        "wikitext": "wiki.txt",
-        "counts": (2,),
-        "documents": 2,
-        "learned": 8,
-        "judged": 2,
-        "size": 32,
-        "steps": 2,
-    },
-    "larger": {
-        "size": 24,
-        "max_windows": 12,
-        "eval_windows": 8,
-        "counts": (1,),
-        "chats": "chats.jsonl",
-        "time": "3s",
-    },
+    "tasks": TASKS,
+    "larger": {**FEW, "chats": "chats.jsonl"},
     "architectures": {"only": "llama"},
     "streaming": {"layers": 2, "windows": 1, "repeats": 1},
     "servers": {"only": ("lm-eval",)},
 }
 
 
+FRONT = {"COUNTS": (0, 2), "OWN": 8, "SIZE": 32, "SEARCHED": 2}
+FRONT |= {"JUDGED": 3, "ASKED": 3, "WRITTEN": 4}
 CONSTANTS = {  # of a script, as small as the model
     "answers": {"SIZE": 32, "JUDGED": 2, "WRITTEN": 4, "EVALUATIONS": 2},
-    "front": {
-        "COUNTS": (0, 2),
-        "OWN": 8,
-        "SIZE": 32,
-        "SEARCHED": 2,
-        "JUDGED": 3,
-        "ASKED": 3,
-        "WRITTEN": 4,
-    },
+    "front": FRONT,
     "own_samples": {"GREEDY": (2, 3), "SIZE": 64},
     "kept": {"TASKS": ("piqa", "lambada_openai")},
     "scoring": {"peak_memory": lambda _: 1.0},

@@ -14,34 +14,25 @@ import fire
 import pytest
 import torch
 from commands import run
-from conftest import BYTES, random_windows
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import random_windows, refuses, save_meta
 
 from benchmarks.studies import published
-from llama.tokenizer import tokenizer_json, with_bos
+from llama.formats.hf import meta_to_hf
+from llama.tokenizer import with_bos
 from short_gpt import open_model
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/gpu.sh"
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "vocab_size": 258}
-# what the config of Llama-3.1-8B says beside its shape
-SAME = {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": False}
-SAME |= {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 131072}
-ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ROPE |= {"original_max_position_embeddings": 8192}
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_rank")]
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**SHAPE, **SAME, **heads, rope_scaling=ROPE)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    words = tokenizer_json(["<s>", "</s>", *BYTES], [3, 3] + [1] * 256, [], "gpt-2")
-    (tmp_path / "words.json").write_text(with_bos(words, "<s>", 0))
-    own = {"tokenizer_file": str(tmp_path / "words.json"), "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(**own).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    """With what the config of Llama-3.1-8B says beside its shape."""
+    scaled = {"rope_theta": 5e5, "use_scaled_rope": True, "dtype": torch.bfloat16}
+    save_meta(tmp_path / "meta", n_layers=6, **scaled)
+    words = tmp_path / "meta/tokenizer.json"
+    words.write_text(with_bos(words.read_text(), "<s>", 0))
+    return meta_to_hf(tmp_path / "meta", tmp_path / "model")
 
 
 def text(seed: int, size: int) -> str:
@@ -97,8 +88,7 @@ def test_every_step_runs_on_a_tiny_llama_and_is_done_once(
     monkeypatch.setattr(published, "open_model", partial(open_model, device="cpu"))
     for name, *words in asked:
         if name.endswith("published.py"):
-            with pytest.raises(SystemExit, match="0|False"):
-                fire.Fire(published.main, words)
+            refuses("0|False", fire.Fire, published.main, words, error=SystemExit)
         else:
             run(name, *words, *([] if name == "prune" else ["--device", "cpu"]))
     printed = script(SCRIPT)

@@ -24,10 +24,7 @@ from short_gpt import ShortHFModel, ShortLlama, open_model, windows
 from short_gpt.data import demo
 from short_gpt.models.gguf_loading import mend_tokenizer
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.filterwarnings("default"),  # transformers' own, while it reads GGUF
-]
+pytestmark = pytest.mark.real
 
 PROMPTS = [
     "The capital of France is",

@@ -17,7 +17,7 @@ from short_gpt.checkpoints import Provenance, prune_checkpoint
 from short_gpt.checkpoints.gguf import Stack
 from short_gpt.jobs import ShrinkResult
 
-pytestmark = [pytest.mark.real_large, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.real_large
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "In the year 1492, Columbus"]
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from commands import fails, run
+from conftest import refuses
 from gguf import GGMLQuantizationType, quants
 from gguf_families import make, write_model
 from gguf_files import data, stack_file
 from transformers import AutoModelForCausalLM
 
-from llama.errors import InputError
 from llama.formats import gguf_write
 from llama.formats.gguf_read import STRING, GGUFParts, read_header
 from llama.formats.gguf_write import copied, write_again
@@ -29,8 +29,6 @@ from short_gpt.checkpoints import Provenance, Target, prune_checkpoint, write_gg
 from short_gpt.checkpoints.gguf import Stack, about_kinds, check_architecture
 from short_gpt.models.gguf_loading import ARCHITECTURES, Architecture
 from short_gpt.runtime.errors import ShortGPTError
-
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
 
 
 def said(path: Path, name: str):
@@ -100,10 +98,8 @@ def test_files_in_parts_are_read_and_written(tmp_path):
     with pytest.raises(ShortGPTError, match=r"OUT = 'c-00001-of-00002.gguf': expected .* single"):
         prune_checkpoint(whole, tmp_path / "c-00001-of-00002.gguf", [0, 1])
     (tmp_path / "m-00003-of-00003.gguf").rename(tmp_path / "m3.gguf")
-    with pytest.raises(FileNotFoundError, match=r"m-00003-of-00003.gguf, one of 3 of its model"):
-        GGUFParts(parts.path)
-    with pytest.raises(ShortGPTError, match=r"m3.gguf is damaged .it says that it is part 2 of 3"):
-        GGUFParts(tmp_path / "m3.gguf")
+    refuses(r"m-00003-of-00003.gguf, one of 3 of", GGUFParts, parts.path, error=FileNotFoundError)
+    refuses(r"m3.gguf is damaged .it says that it is part 2 of 3", GGUFParts, tmp_path / "m3.gguf")
 
 
 @pytest.fixture
@@ -169,8 +165,9 @@ def test_a_file_that_was_cut_off_since_it_was_opened_is_told(tmp_path):
     name = list(parts.tensors)[-1]
     parts.path.write_bytes(parts.path.read_bytes()[: parts.tensors[name].start + 8])
     for read in (parts.read, lambda name: list(parts.chunks(name))):
-        with pytest.raises(InputError, match=r"m\.gguf is damaged .it was cut off while"):
-            read(name)
+        refuses(r"m\.gguf is damaged .it was cut off while", read, name)
+    (tmp_path / "n.gguf").write_bytes(b"GGUF\x03")
+    refuses(r"n\.gguf is damaged .its header ends early", GGUFParts, tmp_path / "n.gguf")
 
 
 def with_count(path: Path, change: int, at: int = 8) -> None:
@@ -188,8 +185,7 @@ def test_a_number_of_tensors_that_is_not_the_files_is_refused(tmp_path, capsys, 
     cut = ("prune", path, tmp_path / "cut.gguf", "--layers", 1)
     expected = rf"m.gguf is damaged .its {17 + len(names)} tensors end at byte \d+ of \d+"
     assert re.search(expected, fails(capsys, *cut)) and not (tmp_path / "cut.gguf").exists()
-    with pytest.raises(ShortGPTError, match=expected):
-        ShortHFModel(path)
+    refuses(expected, ShortHFModel, path)
     for change, at in ((2, 8), (-1, 16), (1, 16)):
         path = stack_file(tmp_path / "m.gguf", names=names)
         with_count(path, change, at)
@@ -288,8 +284,7 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
 )
 def test_what_no_key_can_say_is_refused(tmp_path, arch, fields, layers, message):
     path = stack_file(tmp_path / "m.gguf", arch, **fields)
-    with pytest.raises(ShortGPTError, match=message):
-        prune_checkpoint(path, tmp_path / "cut.gguf", list(layers))
+    refuses(message, prune_checkpoint, path, tmp_path / "cut.gguf", list(layers))
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
@@ -307,13 +302,11 @@ def test_a_new_architecture_is_one_row(tmp_path, monkeypatch):
     """As docs/add-a-family.md says: with the row, no layer that stays changes its kind."""
     path = stack_file(tmp_path / "m.gguf", "my-arch")
     prune_checkpoint(path, tmp_path / "unknown.gguf", [2])  # as if all its layers were alike
-    with pytest.raises(ShortGPTError, match="is of my-arch: name a directory instead"):
-        check_architecture(path)
+    refuses("is of my-arch: name a directory instead", check_architecture, path)
     monkeypatch.setitem(ARCHITECTURES, "my-arch", Architecture((4, 3), healed=True))
     assert check_architecture(path).period() == (4, 3)
     message = "one in 4 layers of my-arch is of another kind.* remove 4 layers in a row"
-    with pytest.raises(ShortGPTError, match=message):
-        prune_checkpoint(path, tmp_path / "refused.gguf", [2])
+    refuses(message, prune_checkpoint, path, tmp_path / "refused.gguf", [2])
 
 
 def legal(stack: Stack, gone: Sequence[int]) -> bool:
@@ -425,8 +418,7 @@ def test_what_was_written_wrong_never_takes_its_place(tmp_path, monkeypatch):
         (lambda content: content.index(b"ffn_down") + 2, "another blk.0.ffo_down.weight than"),
     ):
         monkeypatch.setattr(gguf_write, "read_header", spoil(at))
-        with pytest.raises(OSError, match=message):
-            prune_checkpoint(path, Target(out, overwrite=True), [1])
+        refuses(message, prune_checkpoint, path, Target(out, overwrite=True), [1], error=OSError)
         assert out.read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf"]
 

@@ -26,7 +26,7 @@ from short_gpt.models.decoder import WeightChange
 from short_gpt.models.gguf_loading import architecture
 from short_gpt.models.hf import HFDecoder
 
-pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.real
 
 PROMPTS = [
     "The capital of France is",

@@ -21,10 +21,7 @@ from llama.formats.hf import for_older_readers, meta_to_hf
 from short_gpt import ShortHFModel
 from short_gpt.jobs import convert, heal, prune, shrink
 
-pytestmark = [
-    pytest.mark.filterwarnings("default"),  # transformers' own
-    pytest.mark.usefixtures("few_timed_tokens"),
-]
+pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}

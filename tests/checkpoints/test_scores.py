@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import DATA, TEXT, fails, run
-from conftest import BYTE_VOCAB, make_transformer, save_byte_llama
+from commands import DATA, fails, run
+from conftest import BYTE_VOCAB, make_transformer, refuses, save_byte_llama
 from gguf_files import stack_file
 
 from llama.files import new_directory
@@ -21,19 +21,10 @@ from short_gpt.runtime import write_record
 LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
 
 
-def checkpoint(folder: Path, seed: int = 0, layers: int = 5) -> Path:
-    model = make_transformer(seed, vocab_size=BYTE_VOCAB, n_layers=layers)
-    save_byte_llama(folder, model)
-    return folder
-
-
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_text(TEXT)
-    Path("held.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
-    checkpoint(Path("ckpt"))
-    return tmp_path
+def here(ckpt) -> Path:
+    (ckpt.parent / "held.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+    return ckpt.parent
 
 
 def ranked(model: str, file: str, *options: object) -> dict:
@@ -68,8 +59,7 @@ def test_a_model_in_parts_is_told_by_all_of_them(tmp_path):
         changed.write_bytes(whole)
     assert {weights_of(str(part)) for part in parts} == {first}
     parts[1].unlink()
-    with pytest.raises(FileNotFoundError, match="m-00002-of-00003.gguf, one of 3 of its model"):
-        weights_of(str(parts[0]))
+    refuses("m-00002-of-00003.gguf, one of 3", weights_of, str(parts[0]), error=FileNotFoundError)
 
 
 def refused(model: str, file: str = "r.json") -> str:
@@ -80,7 +70,7 @@ def refused(model: str, file: str = "r.json") -> str:
 
 @pytest.mark.parametrize("options", [(), ("--method", "sleb", "--n", 2)])
 def test_scores_of_other_weights_are_refused_and_told(here, capsys, options):
-    checkpoint(Path("other"), seed=1)
+    save_byte_llama(Path("other"), make_transformer(1, vocab_size=BYTE_VOCAB))
     record = ranked("ckpt", "r.json", *options)
     ours, theirs = weights_of("ckpt"), weights_of("other")
     assert record["scored"] == scored("ckpt") and ours != theirs

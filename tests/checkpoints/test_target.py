@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import BYTE_VOCAB, make_transformer
+from conftest import BYTE_VOCAB, make_transformer, refuses
 from gguf_files import write_gguf as write_model
 
 from llama.formats.gguf import to_meta
@@ -13,7 +13,6 @@ from llama.formats.hf import meta_to_hf
 from llama.sources import find_source
 from short_gpt.checkpoints import Provenance, Target, format_of, prune_checkpoint
 from short_gpt.checkpoints.prune import kept_tensors
-from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.opening import open_model
 
 
@@ -49,8 +48,7 @@ def test_the_format_follows_the_name_then_the_source(tmp_path, source):
     assert format_of(source, "out") == ("meta" if source.name == "meta" else "hf")
     assert format_of("owner/name", "out") == "hf"
     other = tmp_path / ("out" if source.suffix else "out.gguf")
-    with pytest.raises(ShortGPTError, match=r"is of another format .*: convert .* first"):
-        prune_checkpoint(source, other, [1])
+    refuses(r"is of another format .*: convert .* first", prune_checkpoint, source, other, [1])
     assert not other.exists()
 
 
@@ -65,10 +63,8 @@ def test_how_many_tensors_are_written_is_known_before(source):
 def test_a_directory_is_not_written_by_the_name_of_a_gguf_file(tmp_path, source):
     short = open_model(str(source))
     short.remove_layers([1])
-    with pytest.raises(ShortGPTError, match="short-gpt convert"):
-        short.save(tmp_path / "out.gguf")
+    refuses("short-gpt convert", short.save, tmp_path / "out.gguf")
     streamed = open_model(str(source), stream=True)
     streamed.remove_layers([1])
-    with pytest.raises(ShortGPTError, match="expected the name of a directory, which short-gpt"):
-        streamed.save(tmp_path / "out.gguf")
+    refuses("expected the name of a directory, which", streamed.save, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()

@@ -17,7 +17,6 @@ from llama.checkpoint.pth import Shard
 from llama.formats.hf import meta_to_hf
 from short_gpt import convert, open_model
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 CUT = ("--layers", 1)
 HEAL = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 16, "--max_windows", 8)
 WEIGHT = "layers.2.feed_forward.w2.weight"

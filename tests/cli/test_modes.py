@@ -18,7 +18,6 @@ from short_gpt.healing import job
 from short_gpt.healing.refit_state import RefitState
 from short_gpt.runtime import StateFile
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 BOOK, HELD = ("".join(random.Random(seed).choices(ascii_lowercase, k=800)) for seed in (0, 1))
 HEAL = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
 TRAIN = ("--recipe", "paper,steps=2,batch_size=1,eval_every=1,rank=2")

@@ -25,7 +25,6 @@ from short_gpt.costs.rivals import (
 from short_gpt.wrappers.options import OpenOptions
 
 pytest.importorskip("libgguf")
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own, while it reads GGUF
 TEXTS = {"text": random_windows(3, 24), "own": random_windows(2, 16, seed=1)}
 EVERY = [window for windows in TEXTS.values() for window in windows]
 KEYS = {"rope.dimension_count": 64}

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, one_rank) -> Path:
+def made(tmp_path_factory, one_rank) -> Path:
     """A random Gemma 2 and, under another name, a Llama, both with Gemma's tokenizer."""
     folder = tmp_path_factory.mktemp("gemma")
     for family in ("gemma2", "llama"):
@@ -43,23 +43,15 @@ def saved(tmp_path_factory, one_rank) -> Path:
 
 
 @pytest.fixture
-def here(saved, monkeypatch, tmp_path) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in ("gemma2", "llama", "book.txt", "other.txt"):
-        Path(name).symlink_to(saved / name)
-    return tmp_path
+def gemma(made) -> ShortHFModel:
+    return ShortHFModel(str(made / "gemma2"))
 
 
-@pytest.fixture
-def gemma(saved) -> ShortHFModel:
-    return ShortHFModel(str(saved / "gemma2"))
-
-
-def test_the_model_says_which(gemma, saved):
+def test_the_model_says_which(gemma, made):
     ids = gemma.tokenizer(TEXT).input_ids
     assert ids[0] == gemma.tokenizer.bos_token_id == BOS and ids.count(BOS) == 1
     assert starts_texts(gemma.encode) == [BOS] and gemma.bos == "every"
-    assert ShortHFModel(str(saved / "llama")).bos == "first"
+    assert ShortHFModel(str(made / "llama")).bos == "first"
     silent = GemmaTokenizer(vocab=VOCAB, merges=[], add_bos_token=False)
     assert ShortHFModel(gemma.model, tokenizer=silent).bos == "first"
 

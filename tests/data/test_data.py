@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -146,12 +147,9 @@ def test_without_a_column_it_is_text_else_messages(tmp_path: Path) -> None:
 def test_pg19_is_not_read_from_other_splits(tmp_path: Path) -> None:
     write_txt(tmp_path / "train")
     assert [*texts(tmp_path, split="test")] == BOOKS
-    with pytest.raises(ValueError, match=r"has files of train, and none of test: name the file"):
-        pg19("test", path=tmp_path)
-    with pytest.raises(ShortGPTError, match="has no files of the split test"):
-        texts(f"{tmp_path}:test")
-    with pytest.raises(ValueError, match="split = 'dev': expected one of train, validation, test"):
-        pg19("dev")
+    refuses(r"has files of train, and none of test: name the file", pg19, "test", path=tmp_path)
+    refuses("has no files of the split test", texts, f"{tmp_path}:test")
+    refuses("split = 'dev': expected one of train, validation, test", pg19, "dev")
 
 
 @pytest.mark.parametrize(
@@ -159,8 +157,7 @@ def test_pg19_is_not_read_from_other_splits(tmp_path: Path) -> None:
     ["./novels", "~no-one/novels", "novels.txt", "a/b/c", "", "a\\b", "--", Path("novels")],
 )
 def test_what_looks_like_a_path_is_not_asked_of_the_hub(source: str | Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^no such file or folder: .*; expected a file or"):
-        texts(source)
+    refuses(r"^no such file or folder: .*; expected a", texts, source, error=FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -188,10 +185,8 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message:
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet")
     columns = "short_book_title, publication_date, url, text: name one by `column`"
-    with pytest.raises(ValueError, match=f"no column 'content', only {columns}"):
-        texts(tmp_path, column="content")
-    with pytest.raises(ValueError, match="column 'publication_date' holds 1850, expected text"):
-        texts(tmp_path, column="publication_date")
+    refuses(f"no column 'content', only {columns}", texts, tmp_path, column="content")
+    refuses("column 'publication_date' holds 1850", texts, tmp_path, column="publication_date")
 
 
 # The hub
@@ -235,8 +230,7 @@ def test_pg19_is_the_parquet_copy(hub: Hub) -> None:
 
 
 def test_the_only_split_need_not_be_named(hub: Hub) -> None:
-    with pytest.raises(ValueError, match="several splits, train, test: name one, as in"):
-        texts("allenai/c4")
+    refuses("several splits, train, test: name one, as in", texts, "allenai/c4")
     del hub.splits["train"]
     assert [*texts("allenai/c4")] == ["b"]
 
@@ -387,19 +381,16 @@ def test_no_window_says_how_long_the_texts_are(seed: int | None) -> None:
     ],
 )
 def test_wrong_arguments_fail_in_the_call(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        windows(["abc"], letters, **arguments)
+    refuses(message, windows, ["abc"], letters, **arguments)
 
 
 def test_several_texts_are_not_read_as_their_names() -> None:
-    with pytest.raises(ShortGPTError, match="got a dict: pass one split or column"):
-        texts({"train": ["a"], "test": ["b"]})
+    refuses("got a dict: pass one split or column", texts, {"train": ["a"], "test": ["b"]})
 
     class Table(list):
         def iterrows(self) -> None: ...
 
-    with pytest.raises(ShortGPTError, match="got a Table: pass one split or column"):
-        texts(Table(["text"]))
+    refuses("got a Table: pass one split or column", texts, Table(["text"]))
 
 
 def test_names_of_many_files_and_of_a_home_with_a_comma(tmp_path: Path, monkeypatch) -> None:
@@ -439,10 +430,8 @@ def test_a_text_counts_once_by_any_spelling(tmp_path, monkeypatch):
     # of these no two are one text: "self" is what the model writes, "./self" a folder
     check_named_once(["self", "./self", "a.txt", "a" * 5000])
     for again in ("a.txt", "./a.txt", str(tmp_path / "a.txt"), "a.txt[:3]"):
-        with pytest.raises(ShortGPTError, match="twice: name it once"):
-            check_named_once(["a.txt", again])
-    with pytest.raises(ShortGPTError, match="twice: name it once"):
-        check_named_once(["pg19", "emozilla/pg19"])
+        refuses("twice: name it once", check_named_once, ["a.txt", again])
+    refuses("twice: name it once", check_named_once, ["pg19", "emozilla/pg19"])
 
 
 def test_damaged_pages_of_parquet_are_named(tmp_path):
@@ -458,7 +447,6 @@ def test_damaged_pages_of_parquet_are_named(tmp_path):
 def test_a_source_of_empty_texts_is_refused_at_once(tmp_path, contents):
     for number, content in enumerate(contents):
         (tmp_path / f"{number}.txt").write_text(content)
-    with pytest.raises(ShortGPTError, match="holds no text"):
-        texts(tmp_path)
+    refuses("holds no text", texts, tmp_path)
     (tmp_path / "z.txt").write_text("some")
     assert [*texts(tmp_path)] == [*contents, "some"]

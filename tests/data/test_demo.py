@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+from conftest import refuses
 
 import short_gpt
 from llama.sources import NAMED, BuiltinName, find_source
@@ -19,8 +19,7 @@ def test_demo_is_a_model_unless_a_directory_has_that_name(tmp_path, monkeypatch)
     monkeypatch.setattr(demo, "gguf_file", lambda: Path("small.gguf"))
     assert (find_source("demo").name, find_source("demo").kind) == ("small.gguf", "gguf")
     Path("demo").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"demo has no params.json"):
-        find_source("demo")
+    refuses(r"demo has no params.json", find_source, "demo", error=FileNotFoundError)
     assert find_source(BuiltinName("demo")).name == "small.gguf"
     Path("demo/params.json").touch()
     assert find_source("demo").kind == "meta"
@@ -51,7 +50,6 @@ def test_two_processes_may_convert_the_demo_at_once(tmp_path, monkeypatch):
         raise FileExistsError("another path exists")
 
     monkeypatch.setattr(demo, "to_meta", other_path_exists)
-    with pytest.raises(FileExistsError, match="another path"):
-        demo.checkpoint()
+    refuses("another path", demo.checkpoint, error=FileExistsError)
     monkeypatch.setattr(demo, "to_meta", other_was_first)
     assert demo.checkpoint().parent == tmp_path and demo.checkpoint().is_dir()

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, save_chat_llama
+from conftest import CharTokenizer, make_transformer, refuses, save_chat_llama
 from families import FAMILIES, make
 
-from short_gpt import ShortGPTError, ShortLlama, open_model
+from short_gpt import ShortLlama, open_model
 from short_gpt.data.texts import Conversation
 from short_gpt.data.windows import Answer
 from short_gpt.evaluation.answers import (
@@ -112,8 +112,7 @@ def test_earlier_messages_are_the_context_of_a_prompt(chat):
     (reply,) = ask(chat, [Question(prompt)], max_new_tokens=2)
     assert chat.decode(reply.prompt_ids) == "<s>Be kind.</s><s>Hi</s><s>Yes?</s><s>Say a</s>A:"
     plain = ShortLlama(SimpleNamespace(model=make_transformer(), tokenizer=CharTokenizer()))
-    with pytest.raises(ShortGPTError, match="a conversation needs a model with a chat template"):
-        ask(plain, [Question(prompt)])
+    refuses("a conversation needs a model with a chat template", ask, plain, [Question(prompt)])
 
 
 WRONG = ["{", "[1]", '{"question": "a"}', '{"prompt": " "}', '{"prompt": "a", "right": 4}']
@@ -125,16 +124,13 @@ WRONG += ['{"messages": [{"role": "user"}]}']
 @pytest.mark.parametrize("line", WRONG)
 def test_another_line_is_named(line, tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "a"}\n' + line)
-    with pytest.raises(ShortGPTError, match=r"own\.jsonl, line 2: expected .*; got") as error:
-        questions(tmp_path / "own.jsonl")
-    assert "\n" not in str(error.value)
+    refuses(r"own\.jsonl, line 2: expected .*; got", questions, tmp_path / "own.jsonl")
 
 
 @pytest.mark.parametrize("content", [b"\n \n", b"\xff\xfe\x00"])
 def test_a_file_without_questions_is_one_line(content, tmp_path):
     (tmp_path / "own.txt").write_bytes(content)
-    with pytest.raises(ShortGPTError, match=r"own\.txt(: 'utf-8'| has no question)"):
-        questions(tmp_path / "own.txt")
+    refuses(r"own\.txt(: 'utf-8'| has no question)", questions, tmp_path / "own.txt")
 
 
 def test_answers_are_those_of_generate_after_the_chat_template(chat):
@@ -178,8 +174,7 @@ def test_without_a_template_a_line_break_or_an_end_token_ends_the_answer(monkeyp
 
 def test_a_prompt_that_fills_the_context_is_named(chat):
     most = chat.decoder.max_seq_len
-    with pytest.raises(ShortGPTError, match=f"but the model's context is {most:,}; shorten it"):
-        ask(chat, [Question("a" * most)])
+    refuses(f"but the model's context is {most:,}; shorten it", ask, chat, [Question("a" * most)])
 
 
 def test_of_a_window_the_answer_alone_is_predicted(chat):

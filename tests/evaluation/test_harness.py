@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import BYTE_VOCAB, DOCS, write_byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import DOCS, refuses, save_meta
 
-from llama import Llama, Transformer
-from llama.formats.hf import HFCheckpoint
-from llama.tokenizer import Tokenizer
+from llama.formats.hf import meta_to_hf
+from llama.tokenizer import with_bos
 from short_gpt import ShortHFModel, ShortLlama
 from short_gpt.cli.tables import comparison
 from short_gpt.evaluation.tasks import (
@@ -36,57 +34,21 @@ from short_gpt.evaluation.tasks import (
 )
 
 needs_lm_eval = pytest.mark.usefixtures("lm_eval")
-pytestmark = pytest.mark.filterwarnings("default")
 SIZE = 64  # max_seq_len
 
 
 def pair(folder: Path, *, bos: bool) -> tuple[ShortLlama, ShortHFModel]:
     """A random Llama of 3 layers in both forms, and its tokenizer in both."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=BYTE_VOCAB,
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=SIZE,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    hf = LlamaForCausalLM(config).eval()
-    hf.save_pretrained(folder / "hf")
-    opened = HFCheckpoint(folder / "hf")
-    opened.args.max_seq_len = SIZE
-    model = Transformer(opened.args).eval()
-    model.load_state_dict({name: opened.read(name) for name in opened.infos})
-    file = write_byte_tokenizer(folder)
+    save_meta(folder / "meta", n_layers=3)
+    words = folder / "meta/tokenizer.json"
     if bos:  # as the files of Llamas say it: a step of the tokenizer puts bos in front
-        content = json.loads(file.read_text())
-        part = (
-            {"SpecialToken": {"id": "<s>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        )
-        content["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": part,
-            "pair": part,
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
-        }
-        file.write_text(json.dumps(content))
-    file.with_name("tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
-    )
-    words = PreTrainedTokenizerFast(
-        tokenizer_file=str(file),
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-    )
-    ours = ShortLlama(Llama(model, Tokenizer(file)))
-    return ours, ShortHFModel(hf, tokenizer=words)
+        words.write_text(with_bos(words.read_text(), "<s>", 0))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    words.with_name("tokenizer_config.json").write_text(json.dumps(names))
+    theirs = ShortHFModel(meta_to_hf(folder / "meta", folder / "hf"))
+    theirs.model.config.max_position_embeddings = SIZE
+    ours = ShortLlama.from_checkpoint(folder / "meta", max_seq_len=SIZE, device="cpu")
+    return ours, theirs
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["bos", "no bos"])
@@ -219,10 +181,8 @@ def test_mistakes_get_one_line(both, tasks):
     ours, theirs = both
     with pytest.raises(ValueError, match=r"no tasks \['tiny_chioce'\]; `lm-eval ls tasks`.* YAML"):
         run_tasks(ours, [str(tasks / "tiny_choice.yaml"), "tiny_chioce"])
-    with pytest.raises(ValueError, match="lm-eval has no tasks"):
-        run_tasks(ours, [])
-    with pytest.raises(ValueError, match="pass tokenizer="):
-        ShortHFModel(theirs.model).harness_model()
+    refuses("lm-eval has no tasks", run_tasks, ours, [])
+    refuses("pass tokenizer=", ShortHFModel(theirs.model).harness_model)
     model = ours.harness_model()
     with pytest.raises(ValueError, match=r"settings \{'num_beams': 4\} have no meaning"):
         model.generate_until(requests("generate_until", ("a", {"num_beams": 4})))
@@ -238,8 +198,7 @@ def test_a_broken_pipe_is_not_the_hubs(lm_eval, both, tasks, monkeypatch, error)
         raise error("of a process")
 
     monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", fail)
-    with pytest.raises(error, match="^of a process$"):
-        run_tasks(both[0], str(tasks / "tiny_choice.yaml"))
+    refuses("^of a process$", run_tasks, both[0], str(tasks / "tiny_choice.yaml"), error=error)
 
 
 def test_a_connection_that_the_hub_resets_is_the_hubs(lm_eval, both, tasks, monkeypatch):
@@ -258,8 +217,7 @@ def test_a_missing_package_is_named(both, monkeypatch):
             monkeypatch.setitem(sys.modules, name, None)
     for act in (lambda model: model.harness_model(), lambda model: run_tasks(model, ["piqa"])):
         for model in both:
-            with pytest.raises(ImportError, match=r"tasks needs lm_eval .*pip install lm_eval$"):
-                act(model)
+            refuses(r"tasks needs lm_eval .*pip install lm_eval$", act, model, error=ImportError)
 
 
 # documents
@@ -289,10 +247,8 @@ def test_values_that_are_no_answers_have_no_such_test():
 
 
 def test_documents_of_other_numbers_are_refused():
-    with pytest.raises(ValueError, match="values of the same documents, got 2 and 1"):
-        task_difference([1, 0], [1])
-    with pytest.raises(ValueError, match="got 0 and 0"):
-        task_difference([], [])
+    refuses("values of the same documents, got 2 and 1", task_difference, [1, 0], [1])
+    refuses("got 0 and 0", task_difference, [], [])
 
 
 def test_only_what_both_have_is_compared():

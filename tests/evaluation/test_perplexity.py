@@ -17,7 +17,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import make_transformer, random_windows
+from conftest import make_transformer, random_windows, refuses
 
 from short_gpt.cli.tables import perplexities
 from short_gpt.data.texts import pg19, texts
@@ -199,8 +199,7 @@ def test_windows_of_parts_that_hold_several_add_up():
     assert whole.windows == 8 and whole == Perplexity.of(SAMPLES)
     without_samples = [Perplexity(p.nats, p.tokens, p.windows) for p in parts]
     assert combined(without_samples).windows == 8
-    with pytest.raises(ValueError, match="losses of the same windows, got 8 windows and 3"):
-        difference(parts, parts[:1])
+    refuses("losses of the same windows, got 8 windows and 3", difference, parts, parts[:1])
 
 
 def test_what_a_kill_left_of_a_measurement_goes_with_its_value(tmp_path, monkeypatch):
@@ -349,8 +348,7 @@ def test_ptb_is_one_line_of_a_local_copy(tmp_path):
     rows = [{"sentence": "no it was n't"}, {"sentence": "mr. <unk> N"}]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert protocol("ptb", with_bos, size=6, source=str(tmp_path / "test.jsonl")) == found
-    with pytest.raises(ValueError, match="ptb needs a local copy: pass `source`"):
-        protocol("ptb", with_bos)
+    refuses("ptb needs a local copy: pass `source`", protocol, "ptb", with_bos)
 
 
 @pytest.mark.parametrize(
@@ -366,22 +364,18 @@ def test_of_files_named_by_split_only_the_split_is_read(tmp_path, name, prefix):
     ]
     (tmp_path / f"{prefix}{split}.txt").unlink()
     expected = f"has files of train, valid, and none of {split}: name the file or folder to read"
-    with pytest.raises(ValueError, match=expected):
-        protocol(name, with_bos, size=4, source=tmp_path)
+    refuses(expected, protocol, name, with_bos, size=4, source=tmp_path)
 
 
 def test_unknown_names_and_short_texts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="protocol 'x' is unknown: .* wikitext-2, c4, ptb, pg19"):
-        protocol("x", with_bos)
+    refuses("protocol 'x' is unknown: .* wikitext-2, c4, ptb, pg19", protocol, "x", with_bos)
     source = local_copy(tmp_path / "wiki", "test", ["short"])
-    with pytest.raises(ValueError, match="no windows: the longest text has 6 tokens"):
-        protocol("wikitext-2", with_bos, source=source)
+    refuses("longest text has 6 tokens", protocol, "wikitext-2", with_bos, source=source)
 
 
 @pytest.mark.parametrize("name", ["wikitext-2", "c4", "pg19"])
 def test_without_a_network_the_error_says_what_to_do(name):
-    with pytest.raises(ConnectionError, match="the hub cannot be reached .* name a local copy"):
-        protocol(name, with_bos)
+    refuses("cannot be reached .* a local copy", protocol, name, with_bos, error=ConnectionError)
 
 
 def test_a_word_of_a_title_is_no_split(tmp_path):

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import interrupted, random_windows, short_llama
+from conftest import interrupted, random_windows, refuses, short_llama
 
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama, choose_healed, heal_refit
@@ -136,8 +136,7 @@ def test_searches_are_left_out_where_the_budget_does_not_allow_it(candidates):
         "greedy_kld takes up to 3.0 bare passes, more than were left: left out",
         "stepwise_bi takes up to 4.0 bare passes, more than were left: left out",
     ]
-    with pytest.raises(ValueError, match="budget = 2: expected at least 3, as many"):
-        choose_healed(model(), WINDOWS, 2, budget=2, **QUIET)
+    refuses("= 2: expected at least 3", choose_healed, model(), WINDOWS, 2, budget=2, **QUIET)
 
 
 def test_bars_move_while_a_search_runs(candidates, monkeypatch):
@@ -221,8 +220,7 @@ def test_40_windows_judge_at_first(candidates):
     assert (result.fitted, result.judged) == (8, 40)
     # 48 windows of the original, and each set refitted on 8; the second is told apart on 16
     assert result.passes == 3 + (3 * 8 + 40) / 16 + (3 * 8 + 16) / 16
-    with pytest.raises(ValueError, match="budget = 10: expected at least 11, as many"):
-        choose_healed(model(), windows, 1, budget=10, **QUIET)
+    refuses("= 10: expected at least 11", choose_healed, model(), windows, 1, budget=10, **QUIET)
 
 
 @pytest.mark.parametrize("names", [("bi", "deepest"), ("deepest", "bi")])
@@ -346,31 +344,24 @@ def test_an_interrupted_choice_continues_to_the_same_result(tmp_path, candidates
     assert choice(state=state) == whole
 
 
-def test_a_state_of_another_budget_changes_nothing(tmp_path, candidates):
-    """Where the search is left out, the last candidate is judged beside another best."""
-    candidates("deepest", "greedy_kld", "reverse")
-    windows = written(6, 1, 4, count=48)
+@pytest.mark.parametrize(
+    ("names", "count", "first", "then"),
+    [
+        # where the search is left out, the last candidate is judged beside another best
+        (("deepest", "greedy_kld", "reverse"), 48, {"budget": 11}, {"budget": 16}),
+        (("bi", "greedy_kld", "stepwise_bi"), 16, {"heal_by": "refit"}, {"heal_by": "patch"}),
+    ],
+)
+def test_a_state_of_another_choice_changes_nothing(tmp_path, candidates, names, count, first, then):
+    candidates(*names)
+    windows = written(6, 1, 4, count=count)
 
-    def choice(budget: int, **options):
-        return choose_healed(model(6, 1, 4), windows, 2, budget=budget, **QUIET, **options)
+    def choice(**how):
+        return choose_healed(model(6, 1, 4), windows, 2, **QUIET, **how)
 
-    state = StateFile(tmp_path / "s", {}, every=0.0)
-    assert "left out" in choice(11, state=state).notes[0]
-    whole = choice(16)
-    assert choice(16, state=StateFile(tmp_path / "s", {}, every=0.0)) == whole
+    kept, whole = choice(**first, state=StateFile(tmp_path / "s", {}, every=0.0)), choice(**then)
+    assert choice(**then, state=StateFile(tmp_path / "s", {}, every=0.0)) == whole != kept
     assert whole.layers == [1, 4]
-
-
-def test_a_state_of_another_closed_form_changes_nothing(tmp_path, candidates):
-    candidates("bi", "greedy_kld", "stepwise_bi")
-
-    def choice(heal_by: str, **options):
-        return choose_healed(model(), WINDOWS, 2, heal_by=heal_by, **QUIET, **options)
-
-    state = StateFile(tmp_path / "s", {}, every=0.0)
-    first, whole = choice("refit", state=state), choice("patch")
-    assert first != whole
-    assert choice("patch", state=StateFile(tmp_path / "s", {}, every=0.0)) == whole
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, candidates, refitted):
@@ -404,12 +395,9 @@ def test_of_a_pruned_model_the_numbers_are_the_originals(candidates):
 def test_few_windows_and_windows_that_share_text():
     notes = choose_healed(model(), WINDOWS[:6], 1, budget=9, **QUIET).notes
     assert notes[0] == "chosen on 6 windows, fewer than 16: the differences are less sure"
-    with pytest.raises(ValueError, match="at least 4 windows, .* got 3, of which 0 share"):
-        choose_healed(model(), WINDOWS[:3], 1, **QUIET)
-    with pytest.raises(ValueError, match="got 8, of which 4 share text"):
-        choose_healed(model(), WINDOWS[:4] * 2, 1, **QUIET)
-    with pytest.raises(ValueError, match="expected 1 to 4"):
-        choose_healed(model(), WINDOWS, 5, **QUIET)
+    refuses("at least 4 windows, .* got 3, of", choose_healed, model(), WINDOWS[:3], 1, **QUIET)
+    refuses("got 8, of which 4 share text", choose_healed, model(), WINDOWS[:4] * 2, 1, **QUIET)
+    refuses("expected 1 to 4", choose_healed, model(), WINDOWS, 5, **QUIET)
 
 
 def test_where_the_windows_do_not_settle_it_the_searched_set_is_taken(stubbed, monkeypatch):

@@ -11,6 +11,7 @@ from conftest import (
     BYTE_VOCAB,
     make_transformer,
     random_windows,
+    refuses,
     save_byte_llama,
     short_llama,
     weights_of,
@@ -31,8 +32,6 @@ from short_gpt.healing import (
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
-
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 
 WINDOWS = HealingWindows(
     random_windows(6, 16, vocab=8, seed=1),
@@ -68,8 +67,7 @@ def test_the_original_reads_the_evaluation_windows_once(monkeypatch):
     ],
 )
 def test_a_job_refuses_what_it_would_not_do(options, said):
-    with pytest.raises(ValueError, match=said):
-        HealingJob(short_llama(), WINDOWS, [2], **options)
+    refuses(said, HealingJob, short_llama(), WINDOWS, [2], **options)
 
 
 def test_lora_removes_heals_and_takes_its_checkpoints_away(tmp_path):

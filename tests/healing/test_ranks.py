@@ -11,7 +11,7 @@ import children
 import pytest
 import torch
 from commands import TEXT, run
-from conftest import CharTokenizer, make_transformer, random_windows, save_byte_llama
+from conftest import CharTokenizer, make_transformer, random_windows
 from families import make
 from processes import ranks
 
@@ -22,10 +22,7 @@ from short_gpt.healing import HealingJob, HealingWindows, Recipe
 from short_gpt.healing.refit import fit
 from short_gpt.wrappers.short_hf import ShortHFModel
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo"),
-    pytest.mark.filterwarnings("default"),  # transformers' own
-]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo")
 HEAL = ["--layers", "2,3", "--data", "book.txt,self", "--eval_data", "other.txt", "--size", "16"]
 HEAL += ["--max_windows", "8", "--eval_windows", "3", "--device", "cpu"]
 WINDOWS = [w[: 16 - i % 2] for i, w in enumerate(random_windows(9, 16))]
@@ -53,11 +50,6 @@ def llama() -> Llama:
     return Llama(make_transformer(), CharTokenizer())
 
 
-def fitted(name: str):
-    family, changes = CASES[name]
-    return fit(ShortHFModel(make(family)), [2, 3], WINDOWS, **changes, progress=False)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[tuple[int, int], dict]:
     """What every rank saved, by the number of processes and rank."""
@@ -79,7 +71,8 @@ def found(tmp_path_factory) -> dict[tuple[int, int], dict]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_processes_that_share_the_windows_solve_the_matrices_of_one(found, name):
-    one = fitted(name)
+    family, changes = CASES[name]
+    one = fit(ShortHFModel(make(family)), [2, 3], WINDOWS, **changes, progress=False)
     assert any(fit.changed for fit in one.fits)
     for world in [world for world, names in WORLDS.items() if name in names]:
         values, fits = found[world, 0][name]
@@ -140,21 +133,13 @@ def test_two_processes_train_as_one_with_the_whole_batch(found, name, tmp_path):
         assert (first - alone).abs().max() <= 1e-4 * alone.abs().max()
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, with a model of five layers and two texts."""
-    monkeypatch.chdir(tmp_path)
-    save_byte_llama(tmp_path / "ckpt")
-    (tmp_path / "book.txt").write_text(TEXT)
-    (tmp_path / "other.txt").write_text(TEXT[::-1])
-    return tmp_path
-
-
 def weights(folder: str) -> list[torch.Tensor]:
     return [*open_model(folder, device="cpu", max_seq_len=16).decoder.module.parameters()]
 
 
-def test_a_command_of_two_processes_ends_together_and_starts_again(here):
+def test_a_command_of_two_processes_ends_together_and_starts_again(ckpt):
+    here = ckpt.parent
+    (here / "other.txt").write_text(TEXT[::-1])
     line = ["heal", "ckpt", "out", *HEAL]
     done = ranks(2, here / "first", children.heals_and_fails, ["whole", *HEAL], line).end()
     assert any(done.codes)

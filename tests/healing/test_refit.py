@@ -7,6 +7,7 @@ import torch
 from conftest import (
     interrupted,
     random_windows,
+    refuses,
     share_model,
     short_llama,
     states_of,
@@ -34,8 +35,7 @@ from short_gpt.models.numbering import runs
 from short_gpt.models.sublayers import Sublayers, after_attention
 from short_gpt.runtime import replicas
 from short_gpt.wrappers.short_hf import ShortHFModel
-
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
+from short_gpt.wrappers.short_llama import ShortLlama
 
 WINDOWS, HELD = random_windows(8, 16), random_windows(4, 16, seed=5)
 TOKENS = torch.tensor(random_windows(2, 16, seed=9))
@@ -115,32 +115,33 @@ def test_in_the_model_that_is_left_every_matrix_solves_its_normal_equations(fami
     assert weighed_more or family == "gpt2"
 
 
-def attention_sink(short, windows, layer: int, times: float = 100) -> None:
-    """Lets the MLP of a layer give the first token of windows a state so many times as long."""
-    calls, state = LayerCalls(short.decoder), states_of(short, windows)[layer]
+# the first token is of one kind, and the others are not
+SINKING = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
+
+
+def with_sink(layer: int, times: float = 100) -> ShortLlama:
+    """The MLP of a layer gives the first token of `SINKING` a state so many times as long."""
+    short = short_llama(n_layers=6)
+    calls, state = LayerCalls(short.decoder), states_of(short, SINKING)[layer]
     matrix = mlp_output(short.decoder.layers[layer])
     inputs = calls.until(layer, state, matrix).flatten(0, 1)  # (N, F)
-    first = torch.zeros(len(windows), len(windows[0]))  # (B, S)
+    first = torch.zeros(len(SINKING), len(SINKING[0]))  # (B, S)
     first[:, 0] = 1.0
     only_first = torch.linalg.lstsq(inputs, first.flatten()[:, None]).solution  # (F, 1)
     length = times * state.norm(dim=-1).mean()
     with torch.no_grad():
         matrix.weight[3] += length * only_first[:, 0]
+    return short
 
 
 @pytest.mark.parametrize("healed", [heal, heal_patch])
 def test_the_layer_before_a_gap_makes_the_attention_sink_that_went_with_the_gap(healed):
-    # the first token is of one kind, and the others are not
-    windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
-    whole = short_llama(n_layers=6)
-    attention_sink(whole, windows, 2)
-    target = states_of(whole, windows)[3][:, 0]  # (B, D), of first tokens
+    target = states_of(with_sink(2), SINKING)[3][:, 0]  # (B, D), of first tokens
 
     def missing(**settings: object) -> float:
-        short = short_llama(n_layers=6)
-        attention_sink(short, windows, 2)
-        healed(short, [2], windows, progress=False, **settings)
-        made = states_of(short, windows)[2][:, 0]
+        short = with_sink(2)
+        healed(short, [2], SINKING, progress=False, **settings)
+        made = states_of(short, SINKING)[2][:, 0]
         return float((made - target).norm() / target.norm())
 
     assert missing(step_size=1.0, lost=None) > 0.9
@@ -150,18 +151,13 @@ def test_the_layer_before_a_gap_makes_the_attention_sink_that_went_with_the_gap(
 @pytest.mark.parametrize("times", [100, 10_000])
 def test_both_sublayers_of_the_layer_that_makes_an_attention_sink_are_solved(times):
     # the long state rounds the stream between them, which is what it is less the MLP's output
-    windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
-    short = short_llama(n_layers=6)
-    attention_sink(short, windows, 3, times)
-    found = fit(short, [1], windows, progress=False)
+    found = fit(with_sink(3, times), [1], SINKING, progress=False)
     assert {one.part for one in found.fits if one.layer == 3} == {"attention", "mlp"}
 
 
 def test_an_attention_sink_whose_layer_is_kept_weighs_as_other_tokens():
-    windows = [[9, *window[1:]] for window in random_windows(24, 16, vocab=8, seed=3)]
-    short = short_llama(n_layers=6)
-    attention_sink(short, windows, 3)
-    ours, theirs = (fit(short, [1], windows, lost=lost, progress=False) for lost in (20.0, None))
+    short = with_sink(3)
+    ours, theirs = (fit(short, [1], SINKING, lost=lost, progress=False) for lost in (20.0, None))
     assert {key[0] for key in ours.values} >= {3}
     assert all(torch.equal(ours.values[key], theirs.values[key]) for key in theirs.values)
 
@@ -223,8 +219,7 @@ def test_layers_that_do_not_add_what_a_matrix_gives_are_refused_with_the_reason(
     short = ShortHFModel(make(family))
     short.model.config.model_type = "llama"  # whose row names none of its parts
     before = weights_of(short)
-    with pytest.raises(ValueError, match=r"cannot be refitted|nothing of this model"):
-        heal(short, [3], WINDOWS, progress=False)
+    refuses(r"cannot be refitted|nothing of this model", heal, short, [3], WINDOWS, progress=False)
     assert same(before, weights_of(short)) and short.kept == [*range(6)]
 
 
@@ -355,15 +350,12 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
 
 def test_what_cannot_be_is_refused_in_one_line():
     short = short_llama()
-    with pytest.raises(ValueError, match=r"layers \[9\] do not exist"):
-        fit(short, [9], WINDOWS, progress=False)
+    refuses(r"layers \[9\] do not exist", fit, short, [9], WINDOWS, progress=False)
     refit = fit(short, [3], WINDOWS, progress=False)
-    with pytest.raises(ValueError, match=r"without layers \[3\]; this one has"):
-        apply_refit(short, refit)
+    refuses(r"without layers \[3\]; this one has", apply_refit, short, refit)
     with torch.no_grad():
         short.decoder.layers[2].feed_forward.w1.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="output of layer 2"):
-        fit(short, [3], WINDOWS, progress=False)
+    refuses("output of layer 2", fit, short, [3], WINDOWS, progress=False, error=FloatingPointError)
 
 
 def test_layers_that_need_the_tokens_are_refused():
@@ -373,8 +365,7 @@ def test_layers_that_need_the_tokens_are_refused():
         lambda m, args, kwargs: (args, {**kwargs, "text": read[-1]}), with_kwargs=True
     )
     short.decoder.run = lambda tokens: (read.append(tokens), run(tokens))
-    with pytest.raises(ValueError, match="take more than the hidden state entering them"):
-        fit(short, [3], WINDOWS, progress=False)
+    refuses("take more than the hidden state entering", fit, short, [3], WINDOWS, progress=False)
 
 
 def test_the_ridge_is_chosen_by_the_windows_kept_apart():
@@ -512,18 +503,14 @@ def test_after_an_earlier_removal():
 
 
 def test_other_refusals(monkeypatch):
-    with pytest.raises(ValueError, match="layer 0 cannot be patched: it begins the model"):
-        fit_patch(short_llama(), [1, 0])
+    refuses("layer 0 cannot be patched: it begins the model", fit_patch, short_llama(), [1, 0])
     share_model(monkeypatch, 2)
-    with pytest.raises(ValueError, match="a refit needs the whole model on every rank, got 2"):
-        fit_patch(short_llama(), [2])
+    refuses("a refit needs the whole model on every rank, got 2", fit_patch, short_llama(), [2])
 
 
 def test_an_output_projection_that_cannot_be_read_is_refused():
     layer = make("llama").model.layers[0]
-    with pytest.raises(ValueError, match="not in memory: open the model without stream"):
-        mlp_output(layer.to("meta"))
+    refuses("not in memory: open the model without stream", mlp_output, layer.to("meta"))
     eight_bit = torch.nn.Parameter(torch.zeros(32, 48, dtype=torch.int8), requires_grad=False)
     layer.mlp.down_proj.weight = eight_bit
-    with pytest.raises(ValueError, match="Linear of torch.int8: load the model"):
-        mlp_output(layer)
+    refuses("Linear of torch.int8: load the model", mlp_output, layer)

@@ -19,6 +19,7 @@ from conftest import (
     interrupted,
     make_transformer,
     random_windows,
+    refuses,
     save_byte_llama,
     short_llama,
 )
@@ -129,8 +130,7 @@ def test_a_directory_that_is_not_the_healed_model_is_not_written(tmp_path, monke
     source = short.stream.source
     plain = source.as_stored
     monkeypatch.setattr(source, "as_stored", lambda *weight: 2 * plain(*weight))
-    with pytest.raises(RuntimeError, match="the saved model is not the model in memory"):
-        short.save(tmp_path / "out")
+    refuses("the saved model is not the model", short.save, tmp_path / "out", error=RuntimeError)
     assert not (tmp_path / "out").exists()
 
 
@@ -165,12 +165,10 @@ def test_a_model_that_lacks_other_layers_is_another(tmp_path):
         if gone == 3:
             fit(short, [2], WINDOWS, work_dir=tmp_path / "work", **QUIET)
             continue
-        with pytest.raises(ValueError, match="another kept"):
-            fit(short, [2], WINDOWS, work_dir=tmp_path / "work", **QUIET)
+        refuses("another kept", fit, short, [2], WINDOWS, work_dir=tmp_path / "work", **QUIET)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_refit_killed_again_and_again_goes_on_bit_for_bit(tmp_path):
     """Wherever it writes: each process is killed a little later than the one before."""
     windows, options = WINDOWS[:4], {"held": WINDOWS[:2], **QUIET}
@@ -211,8 +209,7 @@ def test_the_state_of_another_refit_is_refused_by_name(changes, named, tmp_path)
     options = {"held": held, "work_dir": tmp_path, **QUIET, **changes}
     layers, windows = options.pop("layers", LAYERS), options.pop("windows", WINDOWS)
     short = memory(options.pop("seed", 0))
-    with pytest.raises(ValueError, match=named):
-        fit(short, layers, windows, **options)
+    refuses(named, fit, short, layers, windows, **options)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 

@@ -20,7 +20,6 @@ from short_gpt.healing.solver import ALONE, NormalEquations
 from short_gpt.runtime import memory
 from short_gpt.wrappers.short_hf import ShortHFModel
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 AWAY, CPU = torch.device("xla", 0), torch.device("cpu")
 aten = torch.ops.aten
 WINDOWS = [w[: 16 - (i > 7)] for i, w in enumerate(random_windows(12, 16, vocab=8))]

@@ -68,6 +68,7 @@ def test_a_recipe_is_a_presets_name_and_changes():
         (lambda: Recipe.parse("steps=4,small"), "expected changes such as steps=400, not small"),
         (lambda: Recipe(batch_size=16, micro_batch=3), "expected a multiple of `micro_batch` 3"),
         (lambda: Recipe(rank=0), "rank = 0: expected a whole number of at least 1"),
+        (lambda: Recipe(patience=0), "patience = 0: expected a whole number"),
         (lambda: Recipe(warmup=-1), "warmup = -1: expected a whole number of at least 0"),
         (lambda: Recipe(alpha=0), "alpha = 0: expected a number above 0"),
         (lambda: Recipe(temperature=math.nan), "temperature = nan: expected a number above 0"),

@@ -22,8 +22,6 @@ from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.sublayers import OutputProjection, Sublayers, effective_weight
 from short_gpt.wrappers.short_hf import ShortHFModel
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
-
 NORMS_BEHIND = ["gemma2", "gemma3", "gemma3, wrapped", "olmo2"]
 WINDOWS, HELD = random_windows(24, 16, vocab=8), random_windows(6, 16, vocab=8, seed=5)
 HERE = {"layer": 1, "part": "mlp"}

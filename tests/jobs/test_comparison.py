@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import interrupted, random_windows, short_llama
+from conftest import interrupted, random_windows, refuses, short_llama
 
 from short_gpt import ShortLlama, choose_healed, heal_patch, heal_refit
 from short_gpt.cli.tables import compared
@@ -61,6 +61,7 @@ def test_there_is_a_row_for_every_method_number_and_healing(rows):
 
 
 def test_every_row_is_what_is_measured_by_hand(rows):
+    dense = window_perplexities(short().decoder, EVALUATION, progress=False)
     for row in rows[::3]:
         model = short()
         if row.healing == "patch":
@@ -69,24 +70,14 @@ def test_every_row_is_what_is_measured_by_hand(rows):
             model.remove_layers(row.layers)
         found = perplexity(model.decoder, [[w] for w in EVALUATION])
         assert row.perplexity == pytest.approx(found.value, rel=1e-4)
+        own = window_perplexities(model.decoder, EVALUATION, progress=False)
+        change = difference(dense, own)
+        assert row.nats == pytest.approx(change.nats, abs=1e-5)
+        assert row.standard_error == pytest.approx(change.standard_error, rel=1e-3, abs=1e-6)
         weights = list(model.llama.model.parameters())
         assert row.parameters == sum(w.numel() for w in weights)
         assert row.megabytes == pytest.approx(4e-6 * row.parameters)
         assert row.n == len(row.layers)
-
-
-def test_the_difference_from_the_whole_model_has_its_error(rows):
-    dense, first = rows[0], rows[1]
-    assert dense.nats == dense.standard_error == 0
-    one = [perplexity(short().decoder, [[w]]) for w in EVALUATION]
-    model = short()
-    model.remove_layers(first.layers)
-    other = [perplexity(model.decoder, [[w]]) for w in EVALUATION]
-    changes = [(b.nats - a.nats) / a.tokens for a, b in zip(one, other, strict=True)]
-    mean = sum(changes) / 5
-    variance = sum((c - mean) ** 2 for c in changes) / 4
-    assert first.nats == pytest.approx(mean, abs=1e-5)
-    assert first.standard_error == pytest.approx((variance / 5) ** 0.5, rel=1e-3)
 
 
 def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
@@ -112,45 +103,27 @@ def test_nothing_is_computed_twice_and_it_continues(tmp_path, monkeypatch):
     assert [r.perplexity for r in found] == [r.perplexity for r in run()]
 
 
-def test_an_interrupted_search_continues_in_the_middle(tmp_path, monkeypatch):
-    calls, plain = [], PartialRun.logits
-
-    def counted(*args):
-        calls.append(1)
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-        return plain(*args)
-
-    monkeypatch.setattr(PartialRun, "logits", counted)
-
+@pytest.mark.parametrize(
+    ("method", "part"),  # of auto the greedy search, a run inside a run inside
+    [("sleb", "sleb-2"), ("auto", "auto-2-by-refit.greedy_kld")],
+)
+def test_a_search_is_made_once_by_the_calibration_windows_and_continues(tmp_path, method, part):
     def layers():
         state = StateFile(tmp_path / "state", {"model": "tiny"})
-        return LayerSets(short(), CALIBRATION, EVALUATION, state=state).layers("sleb", 2)
+        return LayerSets(short(), CALIBRATION, EVALUATION, state=state).layers(method, 2)
 
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(PartialRun, "logits", 9):
         layers()
-    assert (tmp_path / "state.sleb-2").is_file()
-    found, needed = layers(), len(calls)
-    assert [p.name for p in tmp_path.iterdir()] == ["state"]
-    calls[:] = range(100)
-    assert LayerSets(short(), CALIBRATION, EVALUATION).layers("sleb", 2) == found
-    assert needed == len(calls) - 100 + 1  # and the interrupted window
-
-
-def test_auto_is_measured_once_by_the_calibration_windows_and_continues(tmp_path):
-    def layers():
-        state = StateFile(tmp_path / "state", {"model": "tiny"})
-        return LayerSets(short(), CALIBRATION, EVALUATION, state=state).layers("auto", 2)
-
-    with interrupted(PartialRun, "logits", 9):  # in the greedy search, a run inside a run inside
-        layers()
-    assert (tmp_path / "state.auto-2-by-refit.greedy_kld").is_file()
+    assert (tmp_path / f"state.{part}").is_file()
     found = layers()
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
     with interrupted(PartialRun, "logits", 0):
         assert layers() == found
         raise KeyboardInterrupt  # nothing else did
-    assert found == choose_healed(short(), CALIBRATION, 2, progress=False).layers
+    if method == "auto":
+        assert found == choose_healed(short(), CALIBRATION, 2, progress=False).layers
+    else:
+        assert found == short().search(CALIBRATION, 2, progress=False).removed
 
 
 def test_each_closed_form_has_its_own_choice_in_a_state(tmp_path):
@@ -180,8 +153,7 @@ def test_what_healing_brings_is_paired_with_the_same_layers_raw():
 
 def test_texts_that_overlap_are_refused():
     long = random_windows(1, 200)
-    with pytest.raises(ValueError, match="share text with the windows to evaluate on"):
-        LayerSets(short(), [long[0][:100]], [long[0][20:]])
+    refuses("share text with the windows to", LayerSets, short(), [long[0][:100]], [long[0][20:]])
 
 
 def test_what_a_cut_model_costs_counts_its_own_layers():

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import reproduction
 from commands import TEXT, run
-from conftest import BYTE_VOCAB, interrupted, make_transformer, save_byte_llama, zero_layer
+from conftest import BYTE_VOCAB, interrupted, make_transformer, refuses, save_byte_llama, zero_layer
 from huggingface_hub import constants
-from processes import ranks
 
 from llama.formats.hf import meta_to_hf
-from short_gpt import ShortGPTError, rank
+from short_gpt import rank
 from short_gpt.jobs import reproduce
 from short_gpt.jobs import reproduction as module
 from short_gpt.jobs.inputs import Windows
@@ -110,17 +108,6 @@ def test_stopped_and_continued_the_file_has_the_same_bytes(here, monkeypatch, st
     assert Path("r.json").read_bytes() == whole and not Path("r.json.state").exists()
 
 
-def test_two_ranks_share_the_windows_and_one_speaks(here):
-    line = ["reproduce", "ckpt", *map(str, LINE), "--json"]
-    done = ranks(2, Path("printed"), reproduction, SHAPE, [*line, "two.json"]).end()
-    assert not any(done.codes), done.err
-    assert done.out.count("tiny, layers in order of removal") == 1
-    run(*line, "one.json")
-    two, one = (json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one"))
-    assert two["result"] == one["result"]
-    assert sum(two["importance"]["windows"]) == sum(one["importance"]["windows"]) == 20
-
-
 def test_pictures_and_the_paper_beside(here, capsys):
     run("reproduce", "ckpt", *LINE, "--plots", "p")
     out = capsys.readouterr().out
@@ -130,15 +117,14 @@ def test_pictures_and_the_paper_beside(here, capsys):
     assert {p.name for p in Path("p").iterdir()} == {"block_influence.png", "angular.png"}
 
 
-def refusals() -> list[tuple[dict[str, object], str]]:
-    return [
-        ({"dim": 64}, "the paper has no list for a model of dim 64, 5 layers"),
-        ({"n_layers": 6}, "of dim 32, 6 layers and a vocabulary of 258; it covers Llama-2-7B (409"),
-        ({"n_kv_heads": 2}, "ckpt has the size of tiny but groups its keys and values"),
-    ]
+REFUSED = [
+    ({"dim": 64}, "the paper has no list for a model of dim 64, 5 layers"),
+    ({"n_layers": 6}, "of dim 32, 6 layers and a vocabulary of 258; it covers Llama-2-7B (409"),
+    ({"n_kv_heads": 2}, "ckpt has the size of tiny but groups its keys and values"),
+]
 
 
-@pytest.mark.parametrize(("changes", "message"), refusals(), ids=lambda part: str(part)[:30])
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=lambda part: str(part)[:30])
 @pytest.mark.parametrize("kind", ["ckpt", "hf"])
 def test_other_models_are_refused_by_name_before_they_are_loaded(
     here, changes, message, kind, monkeypatch, tmp_path
@@ -149,8 +135,7 @@ def test_other_models_are_refused_by_name_before_they_are_loaded(
         meta_to_hf(folder, folder.parent / "hf")
     monkeypatch.chdir(folder.parent)
     monkeypatch.setattr("short_gpt.jobs.reproduction.rank", lambda *_, **__: pytest.fail("it ran"))
-    with pytest.raises(ShortGPTError, match=re.escape(message.replace("ckpt", kind))):
-        reproduce(kind, "books")
+    refuses(re.escape(message.replace("ckpt", kind)), reproduce, kind, "books")
 
 
 def test_what_was_changed_of_the_protocol_is_named(here):

@@ -27,7 +27,6 @@ def held(model, batch: int) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-@pytest.mark.filterwarnings("default")  # transformers' own
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_is_transformers_own(family):
     model = make(family)

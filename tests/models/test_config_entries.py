@@ -15,8 +15,6 @@ from short_gpt.models.hf import HFDecoder
 from short_gpt.models.layer_config import pruned_entries
 from short_gpt.runtime.errors import ShortGPTError
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
-
 
 def test_numbers_of_layers_are_renumbered_however_many_there_are():
     """A list of all layers' numbers is no list of a value for each layer."""

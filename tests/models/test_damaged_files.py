@@ -6,13 +6,19 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
 from commands import TEXT
-from conftest import BYTE_VOCAB, CharTokenizer, make_transformer, random_windows, save_byte_llama
+from conftest import (
+    BYTE_VOCAB,
+    make_transformer,
+    random_windows,
+    refuses,
+    save_byte_llama,
+    short_llama,
+)
 from gguf_files import write_gguf
 
 from llama.checkpoint.meta import Checkpoint
@@ -21,17 +27,17 @@ from llama.formats.hf import meta_to_hf
 from llama.formats.tokenizers import gguf_tokenizer
 from llama.generation import load_model
 from llama.tokenizer import Tokenizer
-from short_gpt import ShortHFModel, ShortLlama
+from short_gpt import ShortHFModel
 from short_gpt.checkpoints.gguf import Stack
 from short_gpt.jobs import SavedScores
 from short_gpt.models.loading import load_tokenizer
-from short_gpt.runtime.errors import USER_ERRORS, ShortGPTError
+from short_gpt.runtime.errors import USER_ERRORS
 from short_gpt.runtime.state import StateFile, write_record
 from short_gpt.scoring.run import RunState
 from short_gpt.wrappers.streamed_transformer import HFSource
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 WINDOWS = random_windows(6, 8, vocab=BYTE_VOCAB)
+FEW = {"vocab_size": BYTE_VOCAB, "n_layers": 4}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def made(tmp_path_factory, one_rank) -> Path:
     (path / "ranks.model").write_text("\n".join(ranks))
     rank_state(path)
     sleb_state(path)
-    short = short_llama()
+    short = short_llama(**FEW)
     short.measure(WINDOWS, progress=False)
     arguments, sums = {"method": "bi", "seed": 0}, short.importance.to_dict()
     write_record(path / "scores.json", {"arguments": arguments, "importance": sums})
@@ -84,10 +90,6 @@ def read_gguf(folder: Path) -> None:
         file.read(name)
 
 
-def read_blocks(folder: Path) -> None:
-    Stack(folder / "model.gguf")
-
-
 def read_words(name: str) -> Callable[[Path], None]:
     def read(folder: Path) -> None:
         tokenizer = Tokenizer(folder / name)
@@ -96,25 +98,16 @@ def read_words(name: str) -> Callable[[Path], None]:
     return read
 
 
-def short_llama() -> ShortLlama:
-    model = make_transformer(vocab_size=BYTE_VOCAB, n_layers=4)
-    return ShortLlama(SimpleNamespace(model=model, tokenizer=CharTokenizer()))
-
-
 def rank_state(folder: Path) -> None:
     """Continues a scoring run, or begins it."""
     state = RunState(StateFile(folder / "rank.state", {"seed": 0, "text": "a"}))
-    short_llama().measure(WINDOWS, progress=False, state=state)
+    short_llama(**FEW).measure(WINDOWS, progress=False, state=state)
 
 
 def sleb_state(folder: Path) -> None:
     """Continues a search by loss, or begins it."""
     state = StateFile(folder / "sleb.state", {"seed": 0, "text": "a"}, every=0.0)
-    short_llama().search(WINDOWS, 2, progress=False, state=state)
-
-
-def read_scores(folder: Path) -> None:
-    SavedScores.read(str(folder / "scores.json")).layers(1)
+    short_llama(**FEW).search(WINDOWS, 2, progress=False, state=state)
 
 
 def read_transformers(name: str) -> Callable[[Path], None]:
@@ -133,7 +126,7 @@ CASES = [
     ("parts/model.safetensors.index.json", read_streamed("parts")),
     ("parts/model-00001-of-00005.safetensors", read_streamed("parts")),
     ("model.gguf", read_gguf),
-    ("model.gguf", read_blocks),
+    ("model.gguf", lambda folder: Stack(folder / "model.gguf")),
     ("hf/tokenizer.json", read_words("hf/tokenizer.json")),
     ("hf/tokenizer_config.json", read_words("hf/tokenizer.json")),
     ("pieces.model", read_words("pieces.model")),
@@ -142,7 +135,7 @@ CASES = [
     ("hf/tokenizer.json", read_transformers("hf")),
     ("parts/model.safetensors.index.json", read_transformers("parts")),
     ("model.gguf", read_transformers("model.gguf")),
-    ("scores.json", read_scores),
+    ("scores.json", lambda folder: SavedScores.read(str(folder / "scores.json")).layers(1)),
     ("rank.state", rank_state),
     ("sleb.state", sleb_state),
 ]
@@ -161,8 +154,7 @@ def test_a_file_that_is_cut_off_or_another_is_told_in_one_line(name, read, damag
 
 
 def test_a_token_that_the_model_does_not_have(here):
-    with pytest.raises(ShortGPTError, match=r"\.\.10000000 are outside .*the model's tokenizer\?"):
-        ShortHFModel("hf").greedy([10**7], 2)
+    refuses(r"\.\.10000000 are outside .*the model's", ShortHFModel("hf").greedy, [10**7], 2)
 
 
 def test_a_directory_without_its_vocabulary(here):
@@ -170,8 +162,7 @@ def test_a_directory_without_its_vocabulary(here):
     path = here / "hf/tokenizer_config.json"
     config = {**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizer"}
     path.write_text(json.dumps(config))
-    with pytest.raises(ShortGPTError, match=r"hf is damaged \(no vocabulary\): fetch its files"):
-        read_transformers("hf")(here)
+    refuses(r"hf is damaged \(no vocabulary\): fetch its files", read_transformers("hf"), here)
 
 
 def test_a_panic_of_the_tokenizers_code_is_one_line(here, monkeypatch):
@@ -182,5 +173,4 @@ def test_a_panic_of_the_tokenizers_code_is_one_line(here, monkeypatch):
         raise PanicException("no entry found for key")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panics)
-    with pytest.raises(ShortGPTError, match="the tokenizer in .* is damaged .no entry found"):
-        load_tokenizer(str(here / "hf"), {})
+    refuses("the tokenizer in .* is damaged .no entry found", load_tokenizer, str(here / "hf"), {})

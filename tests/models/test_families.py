@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from conftest import refuses
 from families import FAMILIES as KINDS
 from families import make
 from torch import nn
@@ -51,13 +52,10 @@ def test_a_map_named_twice_ends_nothing():
     layer = nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": nn.Linear(2, 2)})})
     assert mlp_output(layer) is layer.mlp.down_proj
     layer.fc2 = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="no plain matrix at the end of its MLP"):
-        mlp_output(layer)
+    refuses("no plain matrix at the end of its MLP", mlp_output, layer)
     assert mlp_output(layer, family_of("llama")) is layer.mlp.down_proj
-    with pytest.raises(ValueError, match="no plain matrix at the end of its MLP"):
-        mlp_output(layer, META)
-    with pytest.raises(ValueError, match="no plain matrix at the end of its attention"):
-        attention_output(layer, META)
+    refuses("no plain matrix at the end of its MLP", mlp_output, layer, META)
+    refuses("no plain matrix at the end of its attention", attention_output, layer, META)
 
 
 def test_the_familys_list_is_taken_where_another_has_as_many_layers():
@@ -65,5 +63,4 @@ def test_the_familys_list_is_taken_where_another_has_as_many_layers():
     model.others = nn.ModuleList(nn.Identity() for _ in range(6))
     assert find_layers(model) == "model.layers"
     model.config.model_type = "brand_new"
-    with pytest.raises(ValueError, match=r"has 2 lists of 6 layers .*name one with layers_path"):
-        find_layers(model)
+    refuses(r"has 2 lists of 6 layers .*name one with layers_path", find_layers, model)

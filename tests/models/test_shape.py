@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_transformer, save_checkpoint
+from conftest import make_transformer, refuses, save_checkpoint
 
-from short_gpt import ShortGPTError
 from short_gpt.models.loading import shape_of
 
 CONFIG = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32}
@@ -46,15 +45,11 @@ def test_a_meta_directory_says_the_shape(tmp_path):
     ],
 )
 def test_what_says_none_is_refused_by_name(tmp_path, changes, message):
-    with pytest.raises(ShortGPTError, match=message):
-        shape_of(hf(tmp_path / "other", **changes))
+    refuses(message, shape_of, hf(tmp_path / "other", **changes))
 
 
 def test_gguf_files_and_what_is_not_there_are_refused_by_name(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ShortGPTError, match="format of the model = .gguf.: expected Meta"):
-        shape_of(str(tmp_path / "model.gguf"))
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        shape_of(str(tmp_path / "nowhere"))
-    with pytest.raises(ConnectionError, match="owner/name is not a directory here, and the hub"):
-        shape_of("owner/name")
+    refuses("format of the model = .gguf.: expected Meta", shape_of, str(tmp_path / "model.gguf"))
+    refuses("nowhere does not exist", shape_of, str(tmp_path / "nowhere"), error=FileNotFoundError)
+    refuses("owner/name is not a directory here", shape_of, "owner/name", error=ConnectionError)

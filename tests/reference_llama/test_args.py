@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from conftest import refuses
 
 from llama.args import ModelArgs, check_split, kv_heads_of_rank
 from llama.checkpoint.meta import full_shapes
@@ -60,17 +61,13 @@ def test_params_may_stand_under_model():
 )
 def test_bad_params_are_refused(changes, message):
     params = {"dim": 64, "n_layers": 2, "n_heads": 4, **changes}
-    with pytest.raises(ValueError, match=message):
-        ModelArgs.from_params({k: v for k, v in params.items() if v is not None})
+    refuses(message, ModelArgs.from_params, {k: v for k, v in params.items() if v is not None})
 
 
 def test_what_does_not_divide_among_ranks_is_refused():
     args = ModelArgs(dim=64, n_heads=4, n_kv_heads=1, vocab_size=96)
     check_split(args, 4)
-    with pytest.raises(
-        ValueError, match="n_heads = 4: expected a multiple of the 3 model-parallel"
-    ):
-        check_split(args, 3)
+    refuses("n_heads = 4: expected a multiple of the 3 model-parallel", check_split, args, 3)
     with pytest.raises(ValueError, match="vocab_size = 99: expected a multiple of the 2"):
         check_split(ModelArgs(dim=64, n_heads=4, vocab_size=99), 2)
 

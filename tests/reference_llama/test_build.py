@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_transformer, save_byte_llama, save_checkpoint, write_byte_tokenizer
-from tokenizer_files import sentencepiece_model
+from conftest import (
+    make_transformer,
+    refuses,
+    save_byte_llama,
+    save_checkpoint,
+    write_byte_tokenizer,
+)
+from tokenizer_files import ranks, sentencepiece_model
 
 from llama import Llama, Tokenizer
 
-# SWIG's types, on which sentencepiece is built, lack __module__ for Python 3.12 and on.
-pytestmark = pytest.mark.filterwarnings("ignore:builtin type [sS]wig.*:DeprecationWarning")
-
-
-def tiktoken_file(path: Path) -> Path:
-    lines = (b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
-    path.write_bytes(b"".join(lines))
-    return path
-
-
 KINDS = {
     "llama-2": lambda folder: sentencepiece_model(folder / "tokenizer.model", 290),
-    "llama-3": lambda folder: tiktoken_file(folder / "tokenizer.model"),
+    "llama-3": lambda folder: ranks(folder / "tokenizer.model"),
     "json": write_byte_tokenizer,
 }
 
@@ -57,8 +52,7 @@ def test_chat(built):
     kind, llama, _ = built
     dialogs = [[{"role": "user", "content": "a text"}]]
     if kind == "json":
-        with pytest.raises(ValueError, match="neither Llama 2's nor Llama 3's dialog format"):
-            llama.chat_completion(dialogs)
+        refuses("neither Llama 2's nor Llama 3's dialog format", llama.chat_completion, dialogs)
         return
     result = llama.chat_completion(dialogs, temperature=0, max_gen_len=5)[0]
     assert list(result) == ["generation"]
@@ -82,7 +76,6 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
 
 def test_limits_are_checked(tmp_path):
     tokenizer = save_byte_llama(tmp_path) / "tokenizer.json"
-    with pytest.raises(ValueError, match="max_seq_len = 0: expected a positive integer"):
-        Llama.build(tmp_path, tokenizer, 0, 4)
+    refuses("max_seq_len = 0: expected a positive integer", Llama.build, tmp_path, tokenizer, 0, 4)
     with pytest.raises(ValueError, match="model_parallel_size = 2: expected 1"):
         Llama.build(tmp_path, tokenizer, 64, 4, model_parallel_size=2, device="cpu")

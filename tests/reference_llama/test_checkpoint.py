@@ -13,6 +13,7 @@ from conftest import (
     BYTE_VOCAB,
     CharTokenizer,
     make_transformer,
+    refuses,
     save_byte_llama,
     save_checkpoint,
     write_byte_tokenizer,
@@ -20,7 +21,6 @@ from conftest import (
 
 from llama.checkpoint.meta import Checkpoint
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard
-from llama.errors import InputError
 from llama.generation import load_model
 from short_gpt import ShortLlama
 from short_gpt.checkpoints import Provenance, Target
@@ -162,16 +162,14 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_one_error(checkpoint_dir, name):
     damage, message = DAMAGES[name]
     damage(checkpoint_dir)
-    with pytest.raises(InputError, match=rf"{checkpoint_dir}.* is damaged \(.*{message}"):
-        Checkpoint(checkpoint_dir)
+    refuses(rf"{checkpoint_dir}.* is damaged \(.*{message}", Checkpoint, checkpoint_dir)
 
 
 def test_sizes_that_do_not_divide_among_the_shards_are_refused(tmp_path):
     """Rounded down, 97 rows of two shards are the 96 that are there."""
     directory = save_checkpoint(tmp_path / "two", make_transformer(), shards=2)
     edit_params(directory, vocab_size=97)
-    with pytest.raises(ValueError, match="vocab_size = 97: expected a multiple of the 2"):
-        Checkpoint(directory)
+    refuses("vocab_size = 97: expected a multiple of the 2", Checkpoint, directory)
 
 
 # ------------------------------------------------------------------------------ writing
@@ -250,11 +248,9 @@ def test_the_tokenizer_goes_along_under_its_usual_name(tmp_path, checkpoint_dir)
         target = Target(tmp_path / "out")
         write_meta(Checkpoint(checkpoint_dir), target, [0], Provenance(), tokenizer_path=path)
 
-    with pytest.raises(FileNotFoundError, match=r"tokenizer file typo\.model does not exist"):
-        write("typo.model")
+    refuses(r"file typo\.model does not exist", write, "typo.model", error=FileNotFoundError)
     (tmp_path / "mine.py").write_text("print('no tokenizer')")
-    with pytest.raises(ValueError, match=r"mine\.py"):
-        write(tmp_path / "mine.py")
+    refuses(r"mine\.py", write, tmp_path / "mine.py")
     (checkpoint_dir / "tokenizer.json").rename(checkpoint_dir / "mine.bin")
     write(checkpoint_dir / "mine.bin")
     names = {p.name for p in (tmp_path / "out").iterdir()}
@@ -271,8 +267,7 @@ def test_too_little_memory_is_no_damage(checkpoint_dir, monkeypatch):
         raise RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory")
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(ValueError, match="does not fit the free memory"):
-        Checkpoint(checkpoint_dir)
+    refuses("does not fit the free memory", Checkpoint, checkpoint_dir)
 
 
 @pytest.mark.parametrize(
@@ -283,5 +278,4 @@ def test_missing_files(tmp_path, checkpoint_dir, missing, message):
     with pytest.raises(FileNotFoundError, match="checkpoint directory .* does not exist"):
         Checkpoint(tmp_path / "nowhere")
     (checkpoint_dir / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=message):
-        Checkpoint(checkpoint_dir)
+    refuses(message, Checkpoint, checkpoint_dir, error=FileNotFoundError)

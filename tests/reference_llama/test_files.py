@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from conftest import refuses
 
 from llama.files import check_new, contents, new_directory, new_file, write_json
 
@@ -29,18 +30,14 @@ def test_a_marker_lists_what_its_writer_wrote(tmp_path):
     assert (out / "file").read_text() == "second" and contents(out) == files
 
 
-def unlist(out: Path) -> None:
-    """As a writer of an earlier version left it."""
-    write_json(out / "mark.json", {"layers": [1]})
-
-
 SOMEBODYS = {
     "a file": (lambda out: (out / "mine.txt").write_text(""), "holds mine.txt, which its mark"),
     "a hidden one": (lambda out: (out / ".mine").write_text(""), "holds .mine, which"),
     "one below": (lambda out: (out / "below/mine").write_text(""), "holds below/mine, which"),
     "a folder": (lambda out: (out / "below/empty").mkdir(), "holds below/empty, which"),
     "a link": (lambda out: (out / "link").symlink_to(out.parent), "holds link, which"),
-    "no list": (unlist, "holds below/inner.json, which"),
+    # as a writer of an earlier version left it
+    "no list": (lambda out: write_json(out / "mark.json", {}), "holds below/inner.json, which"),
     "no marker": (lambda out: (out / "mark.json").unlink(), "holds no mark.json"),
 }
 
@@ -59,8 +56,7 @@ def test_a_directory_with_anything_that_is_not_listed_stays(tmp_path, name):
 def test_nothing_is_replaced_unasked_nor_the_source(tmp_path):
     write(out := tmp_path / "out")
     (tmp_path / "link").symlink_to(out, target_is_directory=True)
-    with pytest.raises(FileExistsError, match="out exists; choose another name or pass"):
-        write(out)
+    refuses("out exists; choose another name or pass", write, out, error=FileExistsError)
     for source in (out, out / "below"):
         for path in (out, tmp_path / "link"):
             with pytest.raises(FileExistsError, match="holds the source"):
@@ -90,8 +86,7 @@ def test_a_link_is_followed_and_a_failed_swap_leaves_the_old(tmp_path, monkeypat
         return plain(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(OSError, match="in use"):
-        write(real, "third", overwrite=True)
+    refuses("in use", write, real, "third", overwrite=True, error=OSError)
     assert (real / "file").read_text() == "second"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
 

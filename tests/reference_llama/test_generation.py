@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CharTokenizer, make_transformer, random_windows
+from conftest import CharTokenizer, make_transformer, random_windows, refuses
 
 from llama import Llama
 from llama.generation import sample_top_p
@@ -136,8 +136,7 @@ def test_top_p_takes_the_smallest_sufficient_set():
     ],
 )
 def test_prompts_that_do_not_fit(llama, prompts, message):
-    with pytest.raises(ValueError, match=message):
-        llama.generate(prompts, 4)
+    refuses(message, llama.generate, prompts, 4)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +154,7 @@ def test_a_tiny_temperature_is_greedy(llama, temperature):
 
 
 def test_one_string_is_no_list_of_prompts(llama):
-    with pytest.raises(ValueError, match="prompts = 'abc': expected a list of texts"):
-        llama.text_completion("abc")
+    refuses("prompts = 'abc': expected a list of texts", llama.text_completion, "abc")
 
 
 def test_text_completion_returns_what_the_reference_returns(llama):
@@ -219,8 +217,7 @@ def test_llama_3_dialogs():
     [[], ["assistant"], ["user", "user"], ["user", "assistant"], ["system"], ["user", "system"]],
 )
 def test_roles_out_of_order_are_refused(roles):
-    with pytest.raises(ValueError, match="roles = .*ending with user"):
-        check_roles([{"role": r, "content": ""} for r in roles])
+    refuses("roles = .*ending with user", check_roles, [{"role": r, "content": ""} for r in roles])
 
 
 def test_chat_completion_answers_and_refuses_forged_tags(llama):

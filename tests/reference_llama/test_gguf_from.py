@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizer_files
 import torch
-from conftest import make_transformer, save_checkpoint
+from conftest import make_transformer, refuses, save_checkpoint
 from tokenizer_files import KINDS, ODD, meta, write_tokenizer
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, normalizers
@@ -137,8 +137,7 @@ def test_values_beyond_float16_are_refused_and_nothing_is_left(tmp_path):
         llama_to_gguf(source, tmp_path / "m.gguf", kind="f16")
     assert [p.name for p in tmp_path.iterdir()] == ["meta"]
     llama_to_gguf(source, tmp_path / "m.gguf")
-    with pytest.raises(FileExistsError, match="exists"):
-        llama_to_gguf(source, tmp_path / "m.gguf")
+    refuses("exists", llama_to_gguf, source, tmp_path / "m.gguf", error=FileExistsError)
     llama_to_gguf(source, tmp_path / "m.gguf", kind="bf16", overwrite=True)
     with pytest.raises(InputError, match="type = 'q4_k': expected one of f32, f16, bf16, q8_0"):
         llama_to_gguf(source, tmp_path / "n.gguf", kind="q4_k")
@@ -147,8 +146,7 @@ def test_values_beyond_float16_are_refused_and_nothing_is_left(tmp_path):
 def test_ids_without_a_token_are_filled_up(tmp_path):
     keys = vocabulary(write_tokenizer(tmp_path / "t", "gpt-2"), 270)
     assert b"[PAD269]" in keys["tokenizer.ggml.tokens"].raw
-    with pytest.raises(InputError, match="has 268 tokens, the model to write has 260 ids"):
-        vocabulary(tmp_path / "t/tokenizer.json", 260)
+    refuses("268 tokens, .* has 260 ids", vocabulary, tmp_path / "t/tokenizer.json", 260)
 
 
 def test_a_tokenizer_json_made_from_sentencepiece_gives_its_tokens(tmp_path):
@@ -218,8 +216,7 @@ def test_rules_of_spaces_that_sentencepiece_lacks_are_refused(tmp_path, normaliz
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     if space is None:
-        with pytest.raises(InputError, match="rules of splitting texts .* expected Llama 2's"):
-            vocabulary(path, 4)
+        refuses("rules of splitting texts .* expected Llama 2's", vocabulary, path, 4)
     else:
         assert vocabulary(path, 4)["tokenizer.ggml.add_space_prefix"].raw[-1] == space
 
@@ -229,8 +226,7 @@ def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tmp_path):
     unigram = tokenizer_files.sentencepiece_model(
         tmp_path / "u/tokenizer.model", 320, model_type="unigram", hard_vocab_limit=False
     )
-    with pytest.raises(InputError, match="model_type = 1: expected that of byte-pair"):
-        vocabulary(unigram, 400)
+    refuses("model_type = 1: expected that of byte-pair", vocabulary, unigram, 400)
     path = write_tokenizer(tmp_path / "t", "gpt-2")
     content = json.loads(path.read_text())
     for part, value, message in (
@@ -241,16 +237,14 @@ def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tmp_path):
         ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "'WordLevel': exp"),
     ):
         path.write_text(json.dumps({**content, part: value}))
-        with pytest.raises(InputError, match=message):
-            vocabulary(path, 300)
+        refuses(message, vocabulary, path, 300)
 
 
 def test_a_damaged_sentencepiece_model_is_refused(tmp_path):
     data = write_tokenizer(tmp_path / "t", "sentencepiece").read_bytes()
     assert Pieces.read(data, "t").to_bytes()[:4000] == data[:4000]  # the pieces, byte for byte
     for cut in range(1, len(data), 997):
-        with pytest.raises(InputError, match="^t is damaged|^t: model_type"):
-            Pieces.read(data[:cut], "t")
+        refuses("^t is damaged|^t: model_type", Pieces.read, data[:cut], "t")
 
 
 def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monkeypatch):
@@ -258,12 +252,10 @@ def test_a_gguf_file_of_sentencepiece_that_is_damaged_is_refused(tmp_path, monke
     llama_to_gguf(source, tmp_path / "m.gguf")
     file = GGUFFile(tmp_path / "m.gguf")
     file.fields["tokenizer.ggml.scores"] = [0.0]
-    with pytest.raises(InputError, match=r"\[320, 320, 1, 320\]"):
-        gguf_tokenizer(file)
+    refuses(r"\[320, 320, 1, 320\]", gguf_tokenizer, file)
     file.fields["tokenizer.ggml.scores"] = [0.0] * 320
     file.fields["tokenizer.ggml.add_bos_token"] = False
-    with pytest.raises(InputError, match="add_bos_token = False: expected true"):
-        gguf_tokenizer(file)
+    refuses("add_bos_token = False: expected true", gguf_tokenizer, file)
 
 
 @pytest.mark.parametrize("kind", [1, 4])  # NORMAL and USER_DEFINED
@@ -289,5 +281,4 @@ def test_a_key_of_a_tokenizer_with_another_value_is_refused(tmp_path):
     llama_to_gguf(meta(tmp_path / "meta", "llama-bpe"), tmp_path / "m.gguf")
     file = GGUFFile(tmp_path / "m.gguf")
     file.fields["tokenizer.ggml.merges"] = [1, 2]
-    with pytest.raises(InputError, match=r"m.gguf is damaged \(.*merges is no list of .* str"):
-        gguf_tokenizer(file)
+    refuses(r"m.gguf is damaged \(.*merges is no list of .* str", gguf_tokenizer, file)

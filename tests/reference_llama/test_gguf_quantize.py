@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import gguf
 import numpy as np
 import pytest
 import torch
-import xllamacpp
+from conftest import refuses
+from llama_cpp import ggml_bytes
 
-from llama.errors import InputError
 from llama.formats.gguf_write import LAYOUTS, Q4_0, Q4_K, Q6_K, Q8_0, packed, quantized
 
 KINDS = gguf.GGMLQuantizationType
@@ -26,17 +24,8 @@ def read(weight: torch.Tensor, kind: int) -> np.ndarray:
 
 
 def theirs(weight: torch.Tensor, kind: int) -> np.ndarray:
-    """What ggml's own code, inside llama.cpp, makes of weights (rows, K)."""
-    ggml = ctypes.PyDLL(xllamacpp.xllamacpp.__file__)
-    rows, width = weight.shape
-    kinds = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
-    ggml.ggml_quantize_chunk.argtypes, ggml.ggml_quantize_chunk.restype = kinds, ctypes.c_size_t
-    values = np.ascontiguousarray(weight.numpy())
-    shape = gguf.quants.quant_shape_to_byte_shape(values.shape, KINDS(kind))
-    out = np.zeros(shape, np.uint8)
-    size = ggml.ggml_quantize_chunk(kind, values.ctypes.data, out.ctypes.data, 0, rows, width, None)
-    assert size == out.nbytes
-    return gguf.quants.dequantize(out, KINDS(kind))
+    """What the package gguf reads of ggml's bytes."""
+    return gguf.quants.dequantize(ggml_bytes(weight.numpy(), kind), KINDS(kind))
 
 
 def some(how: str) -> torch.Tensor:
@@ -105,9 +94,7 @@ def test_weights_beyond_float16_are_refused():
     weight = torch.ones(2, 256)
     weight[1, 3] = 7e4
     for kind in (Q4_0, Q6_K):
-        with pytest.raises(InputError, match="name has values beyond F16's: write bf16"):
-            packed("name", weight, kind)
+        refuses("name has values beyond F16's: write bf16", packed, "name", weight, kind)
     packed("name", weight, Q8_0)  # whose step alone is of float16
     weight[1, 3] = 9e6
-    with pytest.raises(InputError, match="name has values beyond F16's: write bf16 or f32"):
-        packed("name", weight, Q8_0)
+    refuses("name has values beyond F16's: write bf16 or f32", packed, "name", weight, Q8_0)

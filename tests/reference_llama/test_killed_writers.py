@@ -32,7 +32,6 @@ def number_in(out: Path) -> int:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_writer_killed_at_any_call_leaves_the_earlier_directory_or_the_new(tmp_path):
     """The next writer leaves nothing else."""
     out, found, set_aside, call = tmp_path / "below/out", [], 0, 1

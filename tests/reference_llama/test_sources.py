@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from conftest import refuses
 
 import llama
 from llama.files import read_json
@@ -61,25 +62,21 @@ def test_what_a_source_is(places, source, kind):
     ],
 )
 def test_what_is_no_source(places, source, message):
-    with pytest.raises(FileNotFoundError, match=message):
-        find_source(source)
+    refuses(message, find_source, source, error=FileNotFoundError)
 
 
 def test_json_is_one_object_or_refused(tmp_path):
     path = tmp_path / "x.json"
-    with pytest.raises(FileNotFoundError, match=r"has no x\.json"):
-        read_json(path)
+    refuses(r"has no x\.json", read_json, path, error=FileNotFoundError)
     for text, message in (
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ("[[1, 2]]", "expected one JSON object, got a list"),
     ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_json(path)
+        refuses(message, read_json, path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is not JSON"):
-        read_json(path)
+    refuses("is not JSON", read_json, path)
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}')  # as editors of Windows write it
     assert read_json(path) == {"a": 1}
 

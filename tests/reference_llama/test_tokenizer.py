@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refuses
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_files import sentencepiece_model
@@ -23,9 +24,6 @@ from llama.tokenizer import (
     llama3_names,
     tokenizer_json,
 )
-
-# SWIG's types, on which sentencepiece is built, lack __module__ for Python 3.12 and on.
-pytestmark = pytest.mark.filterwarnings("ignore:builtin type [sS]wig.*:DeprecationWarning")
 
 PAIRS = ["t h", "th e", "i n", "a n", "an d", "Ġ the", "Ġ and", "Ġ Ġ", "ĠĠ ĠĠ", "1 2", "12 3"]
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -172,15 +170,11 @@ def test_half_characters_decode_to_the_replacement(tokenizer: Tokenizer) -> None
 
 @pytest.mark.parametrize("wrong", [-1, 10_000])
 def test_unknown_id(tokenizer: Tokenizer, wrong: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"token ids = \[{wrong}\]: expected 0\.\.{tokenizer.n_words - 1}"
-    ):
-        tokenizer.decode([1, wrong])
+    refuses(rf"\[{wrong}\]: expected 0\.\.\d+", tokenizer.decode, [1, wrong])
 
 
 def test_half_a_surrogate_pair(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"holds '\\ud83d' as character 1, half a surrogate"):
-        plain(tokenizer, "a\ud83d")
+    refuses(r"holds '\\ud83d' as character 1, half a surrogate", plain, tokenizer, "a\ud83d")
 
 
 # Long texts
@@ -278,8 +272,7 @@ def test_tokens_outside_the_byte_alphabet(tmp_path: Path) -> None:
 def test_vocabularies_that_do_not_fit(change: dict[str, Any], match: str) -> None:
     tokens, types = vocabulary(control=[])
     parts: dict[str, Any] = dict(tokens=tokens, token_types=types, merges=PAIRS, pre="smollm")
-    with pytest.raises(ValueError, match=match):
-        tokenizer_json(**(parts | change))
+    refuses(match, tokenizer_json, **parts | change)
 
 
 # Names of bos and eos beside a tokenizer.json
@@ -367,8 +360,7 @@ def test_llama3_as_json(tmp_path: Path) -> None:
 def test_absent_bos_or_eos(tmp_path: Path, key: str) -> None:
     flags = {"bos": False, "eos": False, key: True}
     need = rf"{key} = True: expected a {key}_token, but .*tokenizer_config.json"
-    with pytest.raises(ValueError, match=f"{need} is missing"):
-        json_file(tmp_path, ["<pad>"]).encode("the", **flags)
+    refuses(f"{need} is missing", json_file(tmp_path, ["<pad>"]).encode, "the", **flags)
     with pytest.raises(ValueError, match=f"{need} names none"):
         json_file(tmp_path, ["<pad>"], {"bos_token": None}).encode("the", **flags)
 
@@ -382,8 +374,7 @@ def test_absent_bos_or_eos(tmp_path: Path, key: str) -> None:
 )
 def test_damaged_config(tmp_path: Path, config: bytes, match: str) -> None:
     write(tmp_path / "tokenizer_config.json", config)
-    with pytest.raises(ValueError, match=match):
-        json_file(tmp_path, ["<s>"])
+    refuses(match, json_file, tmp_path, ["<s>"])
 
 
 # Files that are not what they should be
@@ -407,8 +398,7 @@ def test_damaged_config(tmp_path: Path, config: bytes, match: str) -> None:
     ],
 )
 def test_damaged_files(tmp_path: Path, data: bytes, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        Tokenizer(write(tmp_path / "tokenizer.model", data))
+    refuses(match, Tokenizer, write(tmp_path / "tokenizer.model", data))
 
 
 # Where a tokenizer is
@@ -430,5 +420,4 @@ def test_find_tokenizer(tmp_path: Path, files: list[str], found: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"looked for .*tokenizer\.model, .*json"):
         find_tokenizer(tmp_path / "elsewhere" / "m")
     for path, problem in ((tmp_path / "none", "does not exist"), (tmp_path, "is a directory")):
-        with pytest.raises(FileNotFoundError, match=problem):
-            Tokenizer(path)
+        refuses(problem, Tokenizer, path, error=FileNotFoundError)

@@ -7,7 +7,7 @@ import os
 
 import children
 import pytest
-from conftest import random_windows, save_byte_llama
+from conftest import random_windows, refuses, save_byte_llama
 from families import make
 from processes import started
 
@@ -34,8 +34,7 @@ def test_a_second_process_is_told_who_works_on_a_state_until_that_is_killed(tmp_
     process = running.processes[0]
     before = path.read_bytes()
     for _ in range(2):  # being refused takes nothing away
-        with pytest.raises(ShortGPTError, match="scores.json.state is in use by another process"):
-            StateFile(path, IDENTITY)
+        refuses("scores.json.state is in use by another process", StateFile, path, IDENTITY)
         assert path.read_bytes() == before
     other = StateFile(tmp_path / "other.state", IDENTITY)
     assert other.content is None  # a lock is of one state alone
@@ -64,12 +63,10 @@ def test_a_second_healing_is_told_before_it_opens_the_model(tmp_path, monkeypatc
     how = {"layers": [2], "data": str(tmp_path / "book.txt"), "heal_by": method}
     how["stream"] = method == "refit"
     said = f"out.{kind} is in use by another process"
-    with pytest.raises(ShortGPTError, match=said):
-        jobs.heal(*arguments, **how)
+    refuses(said, jobs.heal, *arguments, **how)
     running.processes[0].kill()
     running.end()
-    with pytest.raises(AssertionError, match="was opened"):
-        jobs.heal(*arguments, **how)
+    refuses("was opened", jobs.heal, *arguments, **how, error=AssertionError)
 
 
 def test_every_kind_of_state_is_one_processs_alone(tmp_path):
@@ -86,8 +83,7 @@ def test_every_kind_of_state_is_one_processs_alone(tmp_path):
         lambda: Distillation(path, short, windows),
         lambda: HealingJob(short, parts, [2], steps={"patch": None}, work_dir=path).run(),
     ):
-        with pytest.raises(ShortGPTError, match="work is in use by another process"):
-            work()
+        refuses("work is in use by another process", work)
     assert short.kept == [*range(6)] and not short.changes
     running.processes[0].kill()
     running.end()
@@ -159,8 +155,7 @@ def test_a_lock_file_of_another_user_is_a_lock(tmp_path, monkeypatch):
         return really(path, flags, *mode)
 
     monkeypatch.setattr(files.os, "open", refused)
-    with pytest.raises(ShortGPTError, match="in use by another process"):
-        StateFile(tmp_path / "state", IDENTITY)
+    refuses("in use by another process", StateFile, tmp_path / "state", IDENTITY)
     running.processes[0].kill()
     running.end()
     assert StateFile(tmp_path / "state", IDENTITY).content is not None  # nobody holds it

@@ -145,10 +145,12 @@ def same(one: Importance, other: Importance) -> None:
 
 
 @pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)
-def test_all_ranks_know_a_model_by_the_same_digest(found, mp, replicas):
+def test_all_ranks_know_a_model_by_the_same_digest_and_perplexity(found, mp, replicas):
     digests = {result["digest"] for result in of_ranks(found, mp, replicas)}
-    alone = ShortLlama(Llama(tied_model(), CharTokenizer())).weights_digest()
-    assert len(digests) == 1 and (digests == {alone}) == (mp == 1)
+    alone = ShortLlama(Llama(tied_model(), CharTokenizer()))
+    assert len(digests) == 1 and (digests == {alone.weights_digest()}) == (mp == 1)
+    expected = pytest.approx(alone.perplexity(WINDOWS, progress=False).value, rel=1e-5)
+    assert all(result["perplexity"] == expected for result in of_ranks(found, mp, replicas))
 
 
 @pytest.mark.parametrize(("mp", "replicas"), DIVISIONS)

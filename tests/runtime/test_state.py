@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from conftest import refuses
 
-from short_gpt import ShortGPTError
 from short_gpt.runtime import StateFile
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.state import joined
@@ -45,8 +45,7 @@ def test_another_value_is_named(tmp_path, more, name, now):
     path = saved(tmp_path / "state", **more)
     before = path.read_bytes()
     said = f"a run with another {name}: 1, now {now}; go on with the former {name}, or delete .*"
-    with pytest.raises(ShortGPTError, match=said):
-        StateFile(path, IDENTITY)
+    refuses(said, StateFile, path, IDENTITY)
     assert path.read_bytes() == before
 
 
@@ -59,16 +58,14 @@ def test_what_is_no_state_is_refused_and_stays(tmp_path, content):
     said = (
         f"is not the state of a run, or is damaged; choose another name, or delete {tmp_path}/run"
     )
-    with pytest.raises(ShortGPTError, match=said):
-        StateFile(tmp_path / "state", IDENTITY, folder=tmp_path / "run")
+    refuses(said, StateFile, tmp_path / "state", IDENTITY, folder=tmp_path / "run")
     assert (tmp_path / "state").read_text() == content
 
 
 def test_what_was_edited_is_refused(tmp_path):
     path = saved(tmp_path / "state")
     path.write_text(path.read_text().replace("1.5", "1.25"))
-    with pytest.raises(ShortGPTError, match="state is damaged: delete .*state to start again"):
-        StateFile(path, IDENTITY)
+    refuses("state is damaged: delete .*state to start again", StateFile, path, IDENTITY)
     assert "1.25" in path.read_text()
 
 
@@ -82,12 +79,10 @@ def test_a_state_of_other_versions_continues(tmp_path):
 
 def test_no_entry_of_an_identity_hides_another(tmp_path):
     assert joined({"a": 1}, {}, {"b": 2}) == {"a": 1, "b": 2}
-    with pytest.raises(ValueError, match="two values for a, b: rename one of them"):
-        joined({"a": 1, "b": 1, "c": 1}, {"b": 1, "a": 2})
+    refuses("two values for a, b: rename one", joined, {"a": 1, "b": 1, "c": 1}, {"b": 1, "a": 2})
     state = StateFile(tmp_path / "state", IDENTITY)
     for content in ({"run": 1}, {"sha256": 1}):
-        with pytest.raises(ValueError, match="two values for "):
-            state.save(content)
+        refuses("two values for ", state.save, content, error=ValueError)
 
 
 def test_a_part_may_have_parts_which_are_told_apart(tmp_path):
@@ -96,8 +91,7 @@ def test_a_part_may_have_parts_which_are_told_apart(tmp_path):
     inside.save({"sums": [1]})
     assert inside.path.name == "state.one.two"
     assert StateFile(inside.path, {**IDENTITY, "part": "one, two"}).content["sums"] == [1]
-    with pytest.raises(ValueError, match="with another part: 'one, two', now 'two'"):
-        StateFile(inside.path, {**IDENTITY, "part": "two"})
+    refuses("part: 'one, two', now 'two'", StateFile, inside.path, {**IDENTITY, "part": "two"})
 
 
 def test_an_identity_is_compared_as_the_file_has_it(tmp_path):

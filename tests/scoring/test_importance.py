@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import make_transformer, random_windows, short_llama
+from conftest import make_transformer, random_windows, refuses, short_llama
 from torch import Tensor
 
 from short_gpt.data.windows import Window
 from short_gpt.evaluation.perplexity import Sample, sampling_error
 from short_gpt.models.decoder import MetaDecoder, pad
-from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.hooks import Scores, hooked
 from short_gpt.scoring.importance import Importance
@@ -188,12 +187,6 @@ def two_readings() -> tuple[list[Window], list[Window]]:
     return cut[:3], cut[3:]
 
 
-def as_one_reading() -> list[Window]:
-    """The same windows as four texts of one call."""
-    first, second = two_readings()
-    return [*first, *(Window(w, w.text + 2) for w in second)]
-
-
 READINGS = {
     "measure into": lambda d, one, two: measure(d, [two], into=measure(d, [one])),
     "sum": lambda d, one, two: measure(d, [one]) + measure(d, [two]),
@@ -216,7 +209,8 @@ def by_wrapper(*readings: list[Window]) -> Importance:
 def test_texts_of_two_calls_are_different_texts(way):
     decoder = MetaDecoder(make_transformer())
     found = READINGS[way](decoder, *two_readings())
-    expected = measure(decoder, [as_one_reading()])
+    first, second = two_readings()  # as four texts of one call
+    expected = measure(decoder, [[*first, *(Window(w, w.text + 2) for w in second)]])
     assert found.n_texts == 4 and found.degrees == pytest.approx(expected.degrees)
     assert torch.allclose(found.standard_error, expected.standard_error, rtol=1e-6)
     assert torch.allclose(found.block_influence, expected.block_influence, rtol=1e-6)
@@ -292,11 +286,9 @@ def test_scores_of_different_layers_do_not_add():
 def test_what_are_no_saved_scores_is_refused(damage):
     whole = Importance.empty([0, 1]).to_dict()
     assert Importance.from_dict(whole).layers == [0, 1]
-    with pytest.raises(ShortGPTError, match="these are not saved scores: score again"):
-        Importance.from_dict(whole | damage)
+    refuses("these are not saved scores: score again", Importance.from_dict, whole | damage)
     without = {name: value for name, value in whole.items() if name != "windows"}
-    with pytest.raises(ShortGPTError, match="these are not saved scores"):
-        Importance.from_dict(without)
+    refuses("these are not saved scores", Importance.from_dict, without)
 
 
 @pytest.mark.parametrize(
@@ -310,18 +302,13 @@ def test_what_are_no_saved_scores_is_refused(damage):
     ],
 )
 def test_windows_that_do_not_fit(windows, message):
-    with pytest.raises(ValueError, match=message):
-        pad(windows, MetaDecoder(make_transformer()))
-
-
-def stored_all(model, window: list[int]) -> Tensor:
-    return torch.stack(stored_states(model, window))  # (L + 1, S, D) float64
+    refuses(message, pad, windows, MetaDecoder(make_transformer()))
 
 
 def test_magnitude_and_norm_equal_those_of_stored_states():
     window = random_windows(1, 30)[0]
     found = measure(MetaDecoder(make_transformer()), [[window]])
-    states = stored_all(make_transformer(), window)
+    states = torch.stack(stored_states(make_transformer(), window))  # (L + 1, S, D)
     norms = states.norm(dim=-1)
     changed = (states[1:] - states[:-1]).norm(dim=-1)
     assert torch.allclose(found.mean("magnitude"), (changed / norms[1:]).mean(1), atol=1e-5)
@@ -395,8 +382,7 @@ class Writing(torch.nn.Module):
 def test_a_layer_that_writes_over_its_state_is_refused():
     model = make_transformer()
     model.layers[2] = Writing()
-    with pytest.raises(ShortGPTError, match="Writing writes over its state"):
-        measure(MetaDecoder(model), [random_windows(2, 12)])
+    refuses("Writing writes over its state", measure, MetaDecoder(model), [random_windows(2, 12)])
 
 
 def test_numbers_of_texts_may_be_numpys():
@@ -419,5 +405,4 @@ def test_scores_turn_into_a_frame_and_show_themselves_shortly(monkeypatch):
     assert frame["magnitude"].tolist() == scores.mean("magnitude").tolist()
     assert frame["margin"].tolist() == scores.margin.tolist()
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match="a data frame needs pandas .*: pip install pandas"):
-        scores.to_dataframe()
+    refuses("a data frame needs pandas .*: pip install", scores.to_dataframe, error=ImportError)

@@ -13,8 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import make_transformer, random_windows, save_checkpoint, short_llama
-from conftest import write_byte_tokenizer as write_tokenizer
+from conftest import random_windows, refuses, save_byte_llama, short_llama
 from processes import alone
 
 from short_gpt import ShortGPTError
@@ -101,8 +100,7 @@ def test_every_replica_continues_what_the_first_one_saved(tmp_path):
     sums = other.sums(range(len(first["importance"]["layers"])))
     assert sums.n_windows == 20
     assert not [*other.unread(random_windows(20, 40), 20)]
-    with pytest.raises(ValueError, match="state of a run on 20 other windows"):
-        other.unread(random_windows(20, 40, seed=1), 20)
+    refuses("state of a run on 20 other windows", other.unread, random_windows(20, 40, seed=1), 20)
 
 
 def test_nothing_to_read_is_refused_with_a_state_too(tmp_path):
@@ -110,19 +108,17 @@ def test_nothing_to_read_is_refused_with_a_state_too(tmp_path):
     short.measure(random_windows(3, 40), progress=False)
     state = RunState(StateFile(tmp_path / "state", IDENTITY))
     for more in ({}, {"state": state}):
-        with pytest.raises(ShortGPTError, match="at least one window of tokens, got none"):
-            short.measure(iter([]), progress=False, **more)
+        refuses("at least one window of tokens", short.measure, iter([]), progress=False, **more)
 
 
 def test_a_state_of_another_run_is_refused_by_name(tmp_path):
     run(tmp_path / "state", 10)
-    with pytest.raises(ValueError, match="state of a run with another seed: 0, now 1"):
-        StateFile(tmp_path / "state", {**IDENTITY, "seed": 1})
-    with pytest.raises(ValueError, match="scores the layers"):
-        RunState(StateFile(tmp_path / "state", IDENTITY)).sums([0, 1])
+    refuses(
+        "run with another seed: 0, now 1", StateFile, tmp_path / "state", {**IDENTITY, "seed": 1}
+    )
+    refuses("scores the layers", RunState(StateFile(tmp_path / "state", IDENTITY)).sums, [0, 1])
     (tmp_path / "notes.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="is not the state of a run"):
-        StateFile(tmp_path / "notes.json", IDENTITY)
+    refuses("is not the state of a run", StateFile, tmp_path / "notes.json", IDENTITY)
 
 
 @pytest.mark.parametrize(("count", "seed"), [(20, 1), (12, 0)])
@@ -146,9 +142,7 @@ def saving_at_once(command: list[str]) -> None:
 
 
 def test_the_command_saves_when_asked_to_end_and_continues(tmp_path, capsys):
-    model = make_transformer(vocab_size=258)
-    directory = save_checkpoint(tmp_path / "model", model)
-    write_tokenizer(directory)
+    directory = save_byte_llama(tmp_path / "model")
     letters = random.Random(0)
     text = "".join(chr(letters.randrange(97, 123)) for _ in range(8_000))
     (tmp_path / "book.txt").write_text(text)
@@ -205,8 +199,7 @@ def test_other_batches_go_on(tmp_path):
 def test_a_state_of_a_changed_model_in_the_same_place_is_refused_by_name(
     tmp_path, capsys, monkeypatch, stream
 ):
-    folder = save_checkpoint(tmp_path / "model", make_transformer(vocab_size=258))
-    write_tokenizer(folder)
+    folder = save_byte_llama(tmp_path / "model")
     (tmp_path / "book.txt").write_text("abcdefgh" * 20)
     command = ["rank", str(folder), "--data", str(tmp_path / "book.txt"), "--size", "32", *stream]
     command += ["--stride", "32", "--device", "cpu", "--overwrite", "--json", f"{tmp_path}/s.json"]

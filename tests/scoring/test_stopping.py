@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_windows, short_llama
+from conftest import random_windows, refuses, short_llama
 from scipy.stats import skew
 from torch import Tensor
 
@@ -338,8 +338,7 @@ def test_many_looks_at_two_layers_as_good_as_tied_err_no_more_than_stated():
     ],
 )
 def test_rules_out_of_range(values, message):
-    with pytest.raises(ValueError, match=message):
-        Stop(3, **values)
+    refuses(message, Stop, 3, **values)
 
 
 def test_a_run_stops_and_gives_the_answer_of_all_windows():
@@ -372,8 +371,7 @@ def test_a_stop_judges_one_run_over_windows_in_random_order():
     assert short.n_windows == 0
     drawn = windows([TEXT], short.encode, size=16, stride=16, seed=0)
     read = short.measure(drawn, progress=False, stop=rule).n_windows
-    with pytest.raises(ValueError, match=f"{read} windows were scored before it"):
-        short.measure(drawn, progress=False, stop=rule)
+    refuses(f"{read} windows were scored before", short.measure, drawn, progress=False, stop=rule)
     assert short.n_windows == read
     again = short_llama()
     again.measure(list(drawn), progress=False, stop=rule, random_order=True)

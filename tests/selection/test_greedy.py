@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import interrupted, make_transformer, random_windows, zero_layer
+from conftest import interrupted, make_transformer, random_windows, refuses, zero_layer
 from families import FAMILIES, make
 
 from llama.model import TransformerBlock
@@ -148,14 +148,12 @@ def test_a_state_of_another_search_is_refused(tmp_path):
     }
     for name, call in calls.items():
         expected = rf"s is the state of another search \(it differs in {name}\); go on with"
-        with pytest.raises(ValueError, match=expected):
-            call(StateFile(path, {}))
+        refuses(expected, call, StateFile(path, {}))
     one_shot(model(), windows, 2, state=StateFile(tmp_path / "one", {}))  # names no candidates
     with pytest.raises(ValueError, match=r"another search \(it differs in method, candidates\)"):
         sleb(model(), windows, 2, state=StateFile(tmp_path / "one", {}))
     StateFile(path, {}).save({"importance": {}})
-    with pytest.raises(ValueError, match="s is the state of another search"):
-        sleb(model(), windows, 2, state=StateFile(path, {}))
+    refuses("state of another search", sleb, model(), windows, 2, state=StateFile(path, {}))
 
 
 def test_a_round_is_continued_with_more_or_less_memory(tmp_path):
@@ -204,13 +202,11 @@ def test_a_loss_that_is_not_finite_is_an_error():
     ],
 )
 def test_what_cannot_be_searched_is_refused(search, layers, n, message):
-    with pytest.raises(ValueError, match=message):
-        search(model(layers), random_windows(2, 10), n)
+    refuses(message, search, model(layers), random_windows(2, 10), n)
 
 
 def test_windows_without_a_prediction():
-    with pytest.raises(ValueError, match="nothing was predicted"):
-        sleb(model(5), [[1], [2]], 1)
+    refuses("nothing was predicted", sleb, model(5), [[1], [2]], 1)
 
 
 def test_one_shot_takes_the_layers_whose_absence_alone_costs_least():

@@ -15,8 +15,6 @@ from short_gpt.models.decoder import MetaDecoder
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_model import ShortModel
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
-
 WINDOWS = random_windows(3, 12)
 PROMPT = list(range(3, 9))
 

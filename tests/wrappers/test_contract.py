@@ -8,7 +8,8 @@ import json
 
 import pytest
 import torch
-from conftest import CharTokenizer, make_transformer, random_windows, save_byte_llama
+from conftest import CharTokenizer, make_transformer, random_windows, refuses, save_byte_llama
+from families import make
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
@@ -16,9 +17,6 @@ from short_gpt import ShortHFModel, ShortLlama, ShortModel
 from short_gpt.wrappers.scored_model import ScoredModel
 from short_gpt.wrappers.streamed_llama import StreamedLlama
 
-pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 96}
-SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 64}
 WINDOWS = random_windows(3, 12)
 
 
@@ -26,10 +24,9 @@ WINDOWS = random_windows(3, 12)
 def wrappers(tmp_path_factory) -> dict[str, ScoredModel]:
     folder = tmp_path_factory.mktemp("meta")
     save_byte_llama(folder)
-    torch.manual_seed(0)
     return {
         "llama": ShortLlama(Llama(make_transformer(), CharTokenizer())),
-        "hf": ShortHFModel(LlamaForCausalLM(LlamaConfig(**SIZES))),
+        "hf": ShortHFModel(make("llama")),
         "streamed": StreamedLlama(folder, max_seq_len=64, device="cpu"),
     }
 
@@ -43,8 +40,7 @@ def test_the_contract_is_written_down_once():
     added = {"greedy", "_continuations", "harness_model", "continued", "opening", "decode"}
     added |= {"dialog", "answer_ends"}
     assert ShortModel.__abstractmethods__ == ScoredModel.__abstractmethods__ | added
-    with pytest.raises(TypeError, match="abstract"):
-        ShortModel(None)
+    refuses("abstract", ShortModel, None, error=TypeError)
 
 
 def test_a_streamed_model_offers_only_what_it_can_do(wrappers):

@@ -15,9 +15,11 @@ from types import SimpleNamespace
 import children
 import pytest
 import torch
+from commands import fails, run
 from conftest import (
     make_transformer,
     random_windows,
+    refuses,
     save_byte_llama,
     save_checkpoint,
     save_meta,
@@ -31,10 +33,8 @@ from llama.checkpoint.meta import full_shapes
 from llama.checkpoint.pth import TensorInfo, write_shard
 from llama.formats.hf import meta_to_hf, params_json
 from short_gpt import ShortLlama, open_model
-from short_gpt.cli.app import main
 from short_gpt.models.decoder import pad
 from short_gpt.runtime import memory as memory_plan
-from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.memory import bytes_of, pinned
 from short_gpt.scoring.importance import SUMS, Importance
 from short_gpt.scoring.stopping import Stop
@@ -203,8 +203,7 @@ def test_logits_are_in_memory_once_and_counted(streamed, monkeypatch):
     assert needed == (1 + 3) * 20 * VOCAB * 4 > known  # and what a teacher makes of them
     streamed.max_memory = least.total - (least.windows - 1) * least.window
     assert streamed.plan().windows == 1
-    with pytest.raises(ValueError, match="are too little: one layer at a time, this model"):
-        next(streamed.window_logits(WINDOWS))
+    refuses("are too little: one layer at a time, this", next, streamed.window_logits(WINDOWS))
     streamed.max_memory += needed - known
     assert len([*streamed.window_logits(WINDOWS)]) == len(WINDOWS)
 
@@ -225,8 +224,7 @@ def test_too_little_memory_is_refused_and_the_least_is_enough(streamed, tmp_path
     least = str(caught.value).split("at least ")[1].split(" (")[0]
     short = StreamedLlama(tmp_path / "meta", max_seq_len=20, device="cpu", max_memory=least)
     assert short.plan().windows == 1
-    with pytest.raises(ValueError, match="states of a batch"):
-        short.measure(WINDOWS, batch_size=9, progress=False)
+    refuses("states of a batch", short.measure, WINDOWS, batch_size=9, progress=False)
     assert short.plan().describe().startswith("one layer at a time, 1 windows a round: ")
 
 
@@ -259,8 +257,7 @@ def test_sizes():
     for text, size in sizes.items():
         assert bytes_of(text) == size
     for text in ("3 apples", "-1GB", "", "GB", "1e9", "17", None, True, 0):
-        with pytest.raises(ValueError, match="expected a size with its unit"):
-            bytes_of(text)
+        refuses("expected a size with its unit", bytes_of, text)
 
 
 def test_the_widest_dtype_of_a_layers_tensors_counts(tmp_path):
@@ -302,11 +299,9 @@ def test_nan_is_found_where_it_begins(place, message, tmp_path):
     save_byte_llama(tmp_path, model)
     short = StreamedLlama(tmp_path, max_seq_len=20, device="cpu")
     if place != "output.weight":  # which no score reads
-        with pytest.raises(FloatingPointError, match=message):
-            short.measure(WINDOWS, progress=False)
+        refuses(message, short.measure, WINDOWS, progress=False, error=FloatingPointError)
         assert short.n_windows == 0
-    with pytest.raises(FloatingPointError, match=message):
-        short.perplexity(WINDOWS, progress=False)
+    refuses(message, short.perplexity, WINDOWS, progress=False, error=FloatingPointError)
 
 
 def test_a_state_of_padding_may_be_infinite(streamed):
@@ -322,39 +317,27 @@ def test_a_state_of_padding_may_be_infinite(streamed):
 
 
 def test_what_cannot_be_is_said(streamed, tmp_path):
-    with pytest.raises(ValueError, match="has no cache; it reads whole windows only"):
-        streamed.stream(torch.tensor(WINDOWS[:1]), 0)
-    with pytest.raises(ShortGPTError, match="nothing was removed yet"):
-        streamed.save(tmp_path / "out")
-    with pytest.raises(ValueError, match="expected at least one window"):
-        streamed.measure([], progress=False)
-    with pytest.raises(ValueError, match="expected windows of at least 2 tokens"):
-        streamed.perplexity([[5]], progress=False)
-    with pytest.raises(ValueError, match="1 to 20"):
-        streamed.measure([WINDOWS[0] * 2], progress=False)
+    refuses("has no cache; it reads whole windows", streamed.stream, torch.tensor(WINDOWS[:1]), 0)
+    refuses("nothing was removed yet", streamed.save, tmp_path / "out")
+    refuses("expected at least one window", streamed.measure, [], progress=False)
+    refuses("expected windows of at least 2 tokens", streamed.perplexity, [[5]], progress=False)
+    refuses("1 to 20", streamed.measure, [WINDOWS[0] * 2], progress=False)
     with pytest.raises(ValueError, match=r"stream = True: expected open_model\(..., stream=True\)"):
         ShortLlama.from_checkpoint(tmp_path / "meta", stream=True)
-    with pytest.raises(FileNotFoundError, match="has no params.json"):
-        StreamedLlama(tmp_path)
+    refuses("has no params.json", StreamedLlama, tmp_path, error=FileNotFoundError)
     write_byte_tokenizer(tmp_path)
     small = make_transformer()
     save_checkpoint(tmp_path, small)
-    with pytest.raises(ValueError, match="has 258 tokens, .* has 96 ids: it belongs to another"):
-        StreamedLlama(tmp_path, max_seq_len=20)
+    refuses("has 258 tokens, .* has 96 ids: it belongs", StreamedLlama, tmp_path, max_seq_len=20)
     save_checkpoint(tmp_path, make_transformer(vocab_size=300))
-    with pytest.raises(
-        ValueError, match="has 258 tokens, .* has 300 ids: .*; give the model's own"
-    ):
-        StreamedLlama(tmp_path, max_seq_len=20)
+    refuses("has 258 tokens, .* has 300 ids: .*; give", StreamedLlama, tmp_path, max_seq_len=20)
 
 
 def test_another_checkpoint_has_another_digest(streamed, tmp_path):
     meta(tmp_path / "again")
     meta(tmp_path / "other", seed=1)
-    again, other = (
-        StreamedLlama(tmp_path / name, max_seq_len=20, device="cpu") for name in ("again", "other")
-    )
-    assert streamed.weights_digest() == again.weights_digest() != other.weights_digest()
+    found = [StreamedLlama(tmp_path / n, device="cpu").weights_digest() for n in ("again", "other")]
+    assert streamed.weights_digest() == found[0] != found[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -376,10 +359,6 @@ def test_the_peak_stays_within_the_plan(tmp_path):
     planned = total - 28 * 64 * (768 * 4 + 16)  # only four windows come
     print(planned, before, peak, weights)
     assert peak < planned + 32e6 and planned - before < 4 * weights / 4
-
-
-def run(*arguments: object) -> None:
-    main([str(a) for a in arguments])
 
 
 def scores(name: str) -> Importance:
@@ -447,14 +426,8 @@ def test_a_streamed_command_continues_whatever_its_rounds(folder, capsys, monkey
 
 
 REFUSED = [
-    (
-        ("rank", "hf", "--method", "sleb", "--n", 1),
-        "--method sleb needs the model in memory",
-    ),
-    (
-        ("rank", "hf", "--method", "auto", "--n", 1),
-        "--method auto needs the model in memory",
-    ),
+    (("rank", "hf", "--method", "sleb", "--n", 1), "--method sleb needs the model in memory"),
+    (("rank", "hf", "--method", "auto", "--n", 1), "--method auto needs the model in memory"),
     (("rank", "hf", "--stream", "1MB"), "1MB of memory are too little: .* at least"),
     (("rank", "hf", "--stream=much"), "--stream = 'much': expected a size"),
     (("rank", "hf", "--stream", "much"), "--stream takes yes or no, or a size, got 'much'"),
@@ -470,18 +443,13 @@ def test_commands_refuse_what_cannot_be_streamed(arguments, message, folder, cap
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
     stream = () if "--stream" in " ".join(map(str, arguments)) else ("--stream",)
-    with pytest.raises(SystemExit) as stop:
-        run(*arguments, *DATA, *stream)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 1 and len(lines) == 1
-    assert re.match(f"short-gpt: {message}", lines[0]), lines
+    assert re.match(f"short-gpt: {message}", fails(capsys, *arguments, *DATA, *stream))
 
 
 def test_of_several_ranks_none_streams(folder, monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="a streamed model runs on one rank; start it alone"):
-        StreamedLlama("meta", device="cpu")
+    refuses("model runs on one rank; start it alone", StreamedLlama, "meta", device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["meta", "hf"])
@@ -529,5 +497,4 @@ def test_files_that_change_are_not_read_on(tmp_path, kind):
         lambda: stream.load(stream.layers[0]),
         lambda: short.save(tmp_path / "out"),
     ):
-        with pytest.raises(ShortGPTError, match=f"{file.name} has changed since the model was"):
-            call()
+        refuses(f"{file.name} has changed since the model was", call)
