@@ -123,7 +123,7 @@ def test_a_search_is_made_once_by_the_calibration_windows_and_continues(tmp_path
     if method == "auto":
         assert found == choose_healed(short(), CALIBRATION, 2, progress=False).layers
     else:
-        assert found == short().search(CALIBRATION, 2, progress=False).removed
+        assert found == LayerSets(short(), CALIBRATION, EVALUATION).layers(method, 2)
 
 
 def test_each_closed_form_has_its_own_choice_in_a_state(tmp_path):

@@ -219,6 +219,7 @@ def test_the_same_call_continues_what_was_killed(
 )
 def test_another_closed_form_chooses_and_heals(here, monkeypatch, asked):
     """In Python; a training follows it as it follows the refit."""
+    monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 2)
     used, prepare = [], STEPS["refit"].prepare
     counted = STEPS["refit"]._replace(prepare=lambda *a: used.append("refit") or prepare(*a))
     monkeypatch.setitem(STEPS, "refit", counted)
@@ -392,8 +393,8 @@ def test_speeds_of_files_come_from_a_process_of_its_own(here):
     pytest.importorskip("xllamacpp")
     Path("broken.gguf").write_bytes(Path("model.gguf").read_bytes()[:5000])
     with pytest.raises(ShortGPTError, match="llama.cpp gave no speeds: .*"):
-        of_files({"original": Path("broken.gguf")}, range(40), most={})
-    measured = of_files({"original": Path("model.gguf")}, range(40), most={})
+        of_files({"original": Path("broken.gguf")}, range(40), most={}, seconds=0.1)
+    measured = of_files({"original": Path("model.gguf")}, range(40), most={}, seconds=0.1)
     assert measured["original"]["prompt"].ratio == 1 and [*measured["original"]] == [*WORK]
 
 
@@ -671,6 +672,7 @@ def test_shrink_is_started_alone(here, monkeypatch):
 
 
 def test_a_training_that_changed_nothing_is_reported(here, monkeypatch):
+    monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 2)
     real = shrinking.recipe_for
     still = lambda *a, **how: replace(real(*a, **how), learning_rate=1e-30)  # noqa: E731
     monkeypatch.setattr(shrinking, "recipe_for", still)
