@@ -166,18 +166,27 @@ class Checkpoint:
     def read(self, name: str, *, rank: int = 0, ranks: int = 1) -> Tensor:
         """The part of a tensor that one of several model-parallel ranks holds; all of it for one.
 
-        From any number of shards to any number of ranks that divides the heads. What lies in one
-        shard is mapped from its file; what several hold is joined.
+        From any number of shards to any number of ranks that divides the heads. A single shard is
+        mapped from its file; several are joined.
         """
         if ranks == len(self.shards):
             return self.shards[rank].read(name)
-        dim = split_dim(name, vocab_parallel=self.vocab_parallel)
-        if dim is None:
-            return self.shards[0].read(name)
-        pieces = [
-            self.shards[shard].read(name).narrow(dim, start, length)
-            for shard, start, length in self._pieces(name, dim, rank, ranks)
-        ]
+        by_vocabulary = self.vocab_parallel
+        dim = split_dim(name, vocab_parallel=by_vocabulary)
+        alone = dim is None or len(self.shards) == 1
+        full = self.shards[0].read(name) if alone else self._joined(name, dim)
+        return part_of(self.args, name, full, rank, ranks, vocab_parallel=by_vocabulary)
+
+    def _joined(self, name: str, dim: int) -> Tensor:
+        size, count, end = self.infos[name].shape[dim], len(self.shards), 0
+        pieces: list[Tensor] = []
+        for number, shard in enumerate(self.shards):
+            offset, held = 0, shard.read(name)
+            for start, stop in ranges_of_rank(self.args, name, size, number, count):
+                if start == end:  # else a key/value head that an earlier shard holds, too
+                    pieces.append(held.narrow(dim, offset, stop - start))
+                    end = stop
+                offset += stop - start
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     @contextmanager
@@ -187,24 +196,6 @@ class Checkpoint:
             for shard in self.shards:
                 stack.enter_context(shard.mapped())
             yield
-
-    def _pieces(self, name: str, dim: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
-        """Where a rank's part lies: shard, start and length in it, in order."""
-        size, count = self.infos[name].shape[dim], len(self.shards)
-        pieces: list[tuple[int, int, int]] = []
-        for at, end in ranges_of_rank(self.args, name, size, rank, ranks):
-            for shard in range(count):
-                offset = 0  # in the shard, of the range looked at
-                for start, stop in ranges_of_rank(self.args, name, size, shard, count):
-                    if start <= at < min(stop, end):
-                        begin, length = offset + at - start, min(stop, end) - at
-                        at += length
-                        if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == (shard, begin):
-                            _, begin, before = pieces.pop()  # which ends where this one begins
-                            length += before
-                        pieces.append((shard, begin, length))
-                    offset += stop - start
-        return pieces
 
     def is_tied(self) -> bool:
         """Whether output head and embedding are equal, bit for bit; compared shard by shard."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor
 
 from llama.errors import check_file, damaged
@@ -178,11 +179,8 @@ class _Reader:
 
 def nbytes_of(name: str, shape: tuple[int, ...], kind: int) -> int:
     """The bytes of a tensor of this shape, in torch's order, in blocks of ggml's type."""
-    from gguf import GGML_QUANT_SIZES
-
-    sizes = {int(k): size for k, size in GGML_QUANT_SIZES.items()}
-    _expect(kind in sizes, f"tensor {name} is of the unknown type {kind}")
-    block, size = sizes[kind]
+    _expect(kind in GGML_QUANT_SIZES, f"tensor {name} is of the unknown type {kind}")
+    block, size = GGML_QUANT_SIZES[kind]
     full_blocks = shape and 0 not in shape and not shape[-1] % block
     _expect(bool(full_blocks), f"tensor {name} {list(shape)} does not fill blocks of {block}")
     return prod(shape) // block * size
@@ -233,8 +231,6 @@ class GGUFParts:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor in its own memory, dequantized to float32 and rounded to ``dtype`` in pieces."""
-        from gguf import GGMLQuantizationType, quants
-
         entry, path = self.tensors[name], self.file_of[name]
         kind, width = GGMLQuantizationType(entry.kind), entry.shape[-1]
         plain = NUMPY_TYPES.get(kind.name)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
 from llama.errors import InputError
@@ -151,13 +152,6 @@ def write_file(
         )
 
 
-def type_name(kind: int) -> str:
-    """Ggml's name of a type: ``"Q8_0"``."""
-    from gguf import GGMLQuantizationType
-
-    return GGMLQuantizationType(kind).name
-
-
 def writable(kind: int, shape: tuple[int, ...]) -> int:
     """``kind``, ggml's number of a type, or the type to write instead.
 
@@ -185,8 +179,6 @@ def packed(name: str, weight: Tensor, kind: int) -> bytes:
     if kind in TORCH_TYPES:
         values = rows.to(TORCH_TYPES[kind]).contiguous()
         return values.view(torch.uint8).numpy().tobytes() if values.numel() else b""
-    from gguf import GGMLQuantizationType, quants
-
     return quants.quantize(rows.float().contiguous().numpy(), GGMLQuantizationType(kind)).tobytes()
 
 

@@ -24,6 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    get_tensor_name_map,
+    quants,
+)
 from torch import Tensor, nn
 
 from llama.errors import check_file
@@ -337,8 +344,6 @@ def check_architecture(source: StrPath) -> Stack:
 
 def _name(stack: Stack, full: str) -> str:
     """GGUF's name of a parameter of transformers; ShortGPTError where it is not known."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
     arch_of = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(arch_of[stack.arch], stack.blocks)
     name = names.get_name(full, try_suffixes=(".weight", ".bias"))
@@ -419,8 +424,6 @@ def check_type(kind: str) -> None:
 
 def type_of(shape: Sequence[int], kind: str) -> int:
     """Ggml's number of the type that a matrix gets in ``kind`` of `TYPES`."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
     check_type(kind)
     numbers = [GGMLQuantizationType[name] for name in (kind.upper(), TYPES[kind][0], "F16")]
     return next(int(n) for n in numbers if shape[-1] % GGML_QUANT_SIZES[n][0] == 0)
@@ -441,8 +444,6 @@ def quantized(name: str, weight: Tensor, number: int) -> bytes:
 
 def rounded_values(name: str, weight: Tensor, number: int) -> Tensor:
     """A matrix as it is read of a GGUF file, in its own dtype and on its device."""
-    from gguf import GGMLQuantizationType, quants
-
     rows = math.prod(weight.shape[:-1])
     packed = np.frombuffer(quantized(name, weight, number), np.uint8).reshape(rows, -1)
     values = quants.dequantize(packed, GGMLQuantizationType(number))  # (rows, K) in float32

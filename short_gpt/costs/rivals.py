@@ -15,8 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from gguf import GGMLQuantizationType
+
 from llama.formats.gguf_read import GGUFParts, nbytes_of
-from llama.formats.gguf_write import type_name
 from short_gpt.checkpoints.gguf import (
     TYPES,
     Stack,
@@ -209,4 +210,4 @@ def _quality(short: ShortModel, texts: Texts, reference: Reference) -> dict[str,
 
 
 def _name(sizes: Counter[int]) -> str:
-    return "in " + " and ".join(type_name(kind) for kind, _ in sizes.most_common())
+    return "in " + " and ".join(GGMLQuantizationType(kind).name for kind, _ in sizes.most_common())

@@ -81,16 +81,6 @@ def test_json_is_one_object_or_refused(tmp_path):
     assert read_json(path) == {"a": 1}
 
 
-def test_the_package_knows_nothing_of_short_gpt():
-    names = ["pruning.json", "layers.json", "block_influence", "angular.png"]
-    for path in Path(llama.__file__).parent.rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        assert not [name for name in names if name in text], path
-        tree = ast.walk(ast.parse(text))
-        modules = [node.module or "" for node in tree if isinstance(node, ast.ImportFrom)]
-        assert not [name for name in modules if name.startswith("short_gpt")], path
-
-
 def test_no_module_uses_a_private_name_of_another():
     for path in Path(llama.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
