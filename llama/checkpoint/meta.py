@@ -173,11 +173,12 @@ class Checkpoint:
             return self.shards[rank].read(name)
         by_vocabulary = self.vocab_parallel
         dim = split_dim(name, vocab_parallel=by_vocabulary)
-        alone = dim is None or len(self.shards) == 1
-        full = self.shards[0].read(name) if alone else self._joined(name, dim)
+        full = self._joined(name, dim)
         return part_of(self.args, name, full, rank, ranks, vocab_parallel=by_vocabulary)
 
-    def _joined(self, name: str, dim: int) -> Tensor:
+    def _joined(self, name: str, dim: int | None) -> Tensor:
+        if dim is None or len(self.shards) == 1:
+            return self.shards[0].read(name)
         size, count, end = self.infos[name].shape[dim], len(self.shards), 0
         pieces: list[Tensor] = []
         for number, shard in enumerate(self.shards):

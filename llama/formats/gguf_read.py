@@ -180,7 +180,7 @@ class _Reader:
 def nbytes_of(name: str, shape: tuple[int, ...], kind: int) -> int:
     """The bytes of a tensor of this shape, in torch's order, in blocks of ggml's type."""
     _expect(kind in GGML_QUANT_SIZES, f"tensor {name} is of the unknown type {kind}")
-    block, size = GGML_QUANT_SIZES[kind]
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     full_blocks = shape and 0 not in shape and not shape[-1] % block
     _expect(bool(full_blocks), f"tensor {name} {list(shape)} does not fill blocks of {block}")
     return prod(shape) // block * size

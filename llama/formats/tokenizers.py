@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llama.checkpoint.meta import check_vocabulary, copy_tokenizer
 from llama.errors import check, check_file, damaged, refused, short_repr
@@ -185,6 +186,7 @@ PROBE = (
 )
 PREFIX = "tokenizer.ggml"
 SPACE = "\u2581"  # SentencePiece's
+Values = dict[str, tuple[Any, ...]]  # by key: a value, its type and that of its elements
 
 
 def vocabulary(path: Path, size: int) -> dict[str, Record]:
@@ -196,21 +198,15 @@ def vocabulary(path: Path, size: int) -> dict[str, Record]:
     tokenizer = Tokenizer(path)
     check_vocabulary(tokenizer, path, size, "the model to write", spare=True)
     if tokenizer.json is None:
-        keys = _of_pieces(Pieces.read(path.read_bytes(), str(path)), size)
+        values = _of_pieces(Pieces.read(path.read_bytes(), str(path)), size)
     else:
-        keys = _of_json(json.loads(tokenizer.json), path, size)
+        values = _of_json(json.loads(tokenizer.json), path, size)
     named = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
-    for name, number in named.items():
-        if number >= 0:
-            keys |= _key(f"{PREFIX}.{name}_token_id", number, UINT32)
-    keys |= _key(f"{PREFIX}.add_bos_token", tokenizer.add_bos, BOOL)
+    values |= {f"{PREFIX}.{n}_token_id": (i, UINT32) for n, i in named.items() if i >= 0}
+    values["tokenizer.ggml.add_bos_token"] = (tokenizer.add_bos, BOOL)
     if template := _template(path.parent):
-        keys |= _key("tokenizer.chat_template", template, STRING)
-    return keys
-
-
-def _key(key: str, value: object, kind: int, element: int | None = None) -> dict[str, Record]:
-    return {key: record(key, value, kind, element)}
+        values["tokenizer.chat_template"] = (template, STRING)
+    return {key: record(key, *how) for key, how in values.items()}
 
 
 def _template(directory: Path) -> str | None:
@@ -224,21 +220,23 @@ def _template(directory: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _of_pieces(pieces: Pieces, size: int) -> dict[str, Record]:
+def _of_pieces(pieces: Pieces, size: int) -> Values:
     missing = range(len(pieces.texts), size)
     texts = [*pieces.texts, *(f"[PAD{i}]" for i in missing)]
-    keys = _key(f"{PREFIX}.model", "llama", STRING) | _key(f"{PREFIX}.pre", "default", STRING)
-    keys |= _key(f"{PREFIX}.tokens", texts, ARRAY, STRING)
-    keys |= _key(f"{PREFIX}.scores", [*pieces.scores, *(0.0 for _ in missing)], ARRAY, FLOAT32)
     types = [*pieces.types, *(UNUSED for _ in missing)]
-    keys |= _key(f"{PREFIX}.token_type", types, ARRAY, INT32)
-    if UNKNOWN in pieces.types:
-        number = list(pieces.types).index(UNKNOWN)
-        keys |= _key(f"{PREFIX}.unknown_token_id", number, UINT32)
-    return keys | _key(f"{PREFIX}.add_space_prefix", pieces.space_first, BOOL)
+    values: Values = {
+        "tokenizer.ggml.model": ("llama", STRING),
+        "tokenizer.ggml.pre": ("default", STRING),
+        "tokenizer.ggml.tokens": (texts, ARRAY, STRING),
+        "tokenizer.ggml.scores": ([*pieces.scores, *(0.0 for _ in missing)], ARRAY, FLOAT32),
+        "tokenizer.ggml.token_type": (types, ARRAY, INT32),
+    }
+    if UNKNOWN in types:
+        values["tokenizer.ggml.unknown_token_id"] = (types.index(UNKNOWN), UINT32)
+    return values | {"tokenizer.ggml.add_space_prefix": (pieces.space_first, BOOL)}
 
 
-def _of_json(content: JsonObject, path: Path, size: int) -> dict[str, Record]:
+def _of_json(content: JsonObject, path: Path, size: int) -> Values:
     """The keys of a ``tokenizer.json``: of a byte-level encoding, or of one like Llama 2's."""
     model = content.get("model") or {}
     kind = model.get("type")
@@ -247,11 +245,13 @@ def _of_json(content: JsonObject, path: Path, size: int) -> dict[str, Record]:
     tokens, types = _tokens(content, model["vocab"], size)
     if model.get("byte_fallback"):
         return _of_pieces(_as_pieces(content, tokens, types, merges, path), size)
-    keys = _key(f"{PREFIX}.model", "gpt2", STRING)
-    keys |= _key(f"{PREFIX}.pre", _pre_tokenizer(content, path), STRING)
-    keys |= _key(f"{PREFIX}.tokens", tokens, ARRAY, STRING)
-    keys |= _key(f"{PREFIX}.token_type", types, ARRAY, INT32)
-    return keys | _key(f"{PREFIX}.merges", merges, ARRAY, STRING)
+    return {
+        "tokenizer.ggml.model": ("gpt2", STRING),
+        "tokenizer.ggml.pre": (_pre_tokenizer(content, path), STRING),
+        "tokenizer.ggml.tokens": (tokens, ARRAY, STRING),
+        "tokenizer.ggml.token_type": (types, ARRAY, INT32),
+        "tokenizer.ggml.merges": (merges, ARRAY, STRING),
+    }
 
 
 def _tokens(
@@ -324,11 +324,11 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
     Byte-level encodings become ``tokenizer.json``, SentencePiece's ``tokenizer.model``.
     """
     kind = source.need(f"{PREFIX}.model")
-    if kind == "llama":
-        return _sentencepiece(source)
-    check(kind == "gpt2", f"{source.path}: {PREFIX}.model", kind, "'gpt2' or 'llama'")
+    check(kind in ("gpt2", "llama"), f"{source.path}: {PREFIX}.model", kind, "'gpt2' or 'llama'")
     tokens = source.need_list(f"{PREFIX}.tokens", str)
     types = source.need_list(f"{PREFIX}.token_type", int)
+    if kind == "llama":
+        return _sentencepiece(source, tokens, types)
     pre = str(source.get(f"{PREFIX}.pre", "default"))
     text = tokenizer_json(tokens, types, source.need_list(f"{PREFIX}.merges", str), pre)
     # llama.cpp's defaults where the file is silent: Llama 3 begins with bos, others do not
@@ -341,9 +341,9 @@ def gguf_tokenizer(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
     return "tokenizer.json", text.encode("utf-8"), config
 
 
-def _sentencepiece(source: GGUFParts) -> tuple[str, bytes, JsonObject]:
-    tokens = source.need_list(f"{PREFIX}.tokens", str)
-    types = source.need_list(f"{PREFIX}.token_type", int)
+def _sentencepiece(
+    source: GGUFParts, tokens: Sequence[str], types: Sequence[int]
+) -> tuple[str, bytes, JsonObject]:
     scores = source.need_list(f"{PREFIX}.scores", float)
     counts = [len(tokens), len(set(tokens)), len(scores), len(types)]
     problem = f"tokens, distinct ones, scores, types: {counts}"

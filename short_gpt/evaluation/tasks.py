@@ -218,8 +218,9 @@ class TaskSuite:
 def task_names(tasks: str | Sequence[str]) -> list[str]:
     """The tasks that are meant, wildcards resolved; arguments and errors as for `run_tasks`."""
     harness("tasks")  # a manager of an earlier call may be there without the package
+    named = {task: _name(task) for task in _listed(tasks)}  # raises for a file that is not there
     manager = _task_manager(_folders(tasks))
-    matches = {name: manager.match_tasks([_name(name)]) for name in _listed(tasks)}
+    matches = {task: manager.match_tasks([name]) for task, name in named.items()}
     unknown = [name for name, names in matches.items() if not names]
     if unknown or not matches:
         raise ShortGPTError(
@@ -249,9 +250,6 @@ def _folders(tasks: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _task_manager(folders: tuple[str, ...]) -> Any:
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder of YAML files")
     return _manager(folders, stamps(_files(folders, "*.y*ml")))
 
 

@@ -14,9 +14,15 @@ from gguf_files import stack_file
 from llama.files import new_directory
 from llama.formats.hf import meta_to_hf
 from short_gpt import ShortGPTError, ShortLlama, rank
-from short_gpt.checkpoints.scores import chosen, configuration_of, tokenizer_of, weights_of
+from short_gpt.checkpoints.scores import (
+    chosen,
+    configuration_of,
+    digests_of,
+    tokenizer_of,
+    weights_of,
+)
 from short_gpt.jobs import SavedScores, ranking
-from short_gpt.runtime import write_record
+from short_gpt.runtime.state import write_record
 
 LEARNED = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)
 
@@ -30,13 +36,6 @@ def here(ckpt) -> Path:
 def ranked(model: str, file: str, *options: object) -> dict:
     run("rank", model, *DATA, "--max_windows", 6, "--json", file, *options)
     return json.loads(Path(file).read_text())
-
-
-def scored(model: str) -> dict:
-    files = (weights_of, tokenizer_of, configuration_of)
-    return dict(
-        zip(("weights", "tokenizer", "configuration"), (f(model) for f in files), strict=True)
-    )
 
 
 def rewritten(record: dict, file: str) -> None:
@@ -73,7 +72,7 @@ def test_scores_of_other_weights_are_refused_and_told(here, capsys, options):
     save_byte_llama(Path("other"), make_transformer(1, vocab_size=BYTE_VOCAB))
     record = ranked("ckpt", "r.json", *options)
     ours, theirs = weights_of("ckpt"), weights_of("other")
-    assert record["scored"] == scored("ckpt") and ours != theirs
+    assert record["scored"] == digests_of("ckpt") and ours != theirs
     assert f"r.json holds scores of the weights {ours}, other has {theirs}: score" in refused(
         "other"
     )
@@ -121,7 +120,7 @@ def test_ranks_do_not_wait_while_the_first_one_reads_all_files(here, monkeypatch
     for several in (False, True):
         monkeypatch.setattr(ranking, "is_distributed", lambda several=several: several)
         result = rank("ckpt", "book.txt", n=1, size=32, max_windows=6, stride=16)
-        assert result.to_dict()["scored"] == scored("ckpt")
+        assert result.to_dict()["scored"] == digests_of("ckpt")
     assert order == ["files", "scores", "scores", "files"]
 
 

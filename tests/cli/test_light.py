@@ -28,8 +28,7 @@ def test_the_help_of_every_command_needs_no_torch():
 @pytest.mark.parametrize(
     "package",
     [
-        *("llama", "short_gpt", "short_gpt.evaluation"),
-        *(f"short_gpt.{p}" for p in ("healing", "jobs", "models", "runtime")),
+        *("llama", "short_gpt", "short_gpt.healing", "short_gpt.jobs"),
         *(f"short_gpt.{p}" for p in ("scoring", "selection", "wrappers")),
     ],
 )

@@ -16,7 +16,7 @@ from gguf_families import make, write_model
 
 from short_gpt.healing import job
 from short_gpt.healing.refit_state import RefitState
-from short_gpt.runtime import StateFile
+from short_gpt.runtime.state import StateFile
 
 BOOK, HELD = ("".join(random.Random(seed).choices(ascii_lowercase, k=800)) for seed in (0, 1))
 HEAL = ("--data", "book.txt", "--eval_data", "held.txt", "--size", 32, "--max_windows", 4)

@@ -23,9 +23,6 @@ from short_gpt.models.loading import auto_class
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.run import measure
 
-newest = pytest.mark.skipif(
-    transformers.__version__.startswith("4."), reason="these models came with transformers 5"
-)
 KEPT = (1, 4, 5)  # layers that are refitted without layers 2 and 3
 ATTENTION, MLP = ({(layer, part) for layer in KEPT} for part in ("attention", "mlp"))
 # what of a tiny model's kept layers is refitted
@@ -50,7 +47,6 @@ REFITTED = {
 }
 
 
-@newest
 @pytest.mark.parametrize("kind", REFITTED)
 def test_of_every_layer_the_output_projections_are_refitted(kind):
     short = ShortHFModel(random_model(kind))
@@ -66,14 +62,12 @@ def test_a_stream_of_another_shape_is_refused_by_name():
         short.measure(random_windows(1, 12), progress=False)
 
 
-@newest
 def test_a_stream_of_several_parts_is_not_refitted():
     short = ShortHFModel(random_model("qwen4_exp_text"))  # two, of 32 each
     with pytest.raises(ValueError, match="nothing of this model can be refitted"):
         heal_refit(short, [2, 3], random_windows(6, 12), progress=False)
 
 
-@newest
 @pytest.mark.parametrize("kind", ["bart", "bert", "gemma4_text", "gpt_neox_japanese"])
 def test_decoders_among_encoders_and_settings_of_single_layers_keep_the_contract(kind, tmp_path):
     others = {"bert": ("score", "generation"), "gemma4_text": ("undo", "reload")}
@@ -81,7 +75,6 @@ def test_decoders_among_encoders_and_settings_of_single_layers_keep_the_contract
         STEPS[step](random_model(kind), tmp_path / step)
 
 
-@newest
 def test_a_model_that_reads_in_both_directions_is_refused():
     config = AutoConfig.for_model(
         "bert", num_hidden_layers=4, hidden_size=24, num_attention_heads=2
@@ -92,7 +85,6 @@ def test_a_model_that_reads_in_both_directions_is_refused():
     assert len(ShortHFModel(AutoModelForCausalLM.from_config(config)).kept) == 4
 
 
-@newest
 def test_layers_that_predict_further_tokens_do_not_go_along(tmp_path, monkeypatch):
     """They follow the last in DeepSeek's files, and transformers reads none of them."""
     model = random_model("deepseek_v3")
@@ -117,7 +109,6 @@ def test_layers_that_predict_further_tokens_do_not_go_along(tmp_path, monkeypatc
         prune_checkpoint(tmp_path / "m", Target(tmp_path / "other"), [4])
 
 
-@newest
 def test_settings_of_single_layers_follow_their_layers():
     decoder = HFDecoder(random_model("gemma4_text"))
     wide = [layer.self_attn.o_proj.in_features for layer in decoder.layers]
@@ -126,14 +117,12 @@ def test_settings_of_single_layers_follow_their_layers():
     assert [one.head_dim for one in decoder.config.per_layer_config] == [8, 8, 8, 16]
 
 
-@newest
 def test_layers_that_read_keys_of_others_are_not_removed():
     model = random_model("gemma4_text")
     model.config.num_kv_shared_layers = 2
     refuses(r"read keys and values of others", remove_layers, HFDecoder(model), [1])
 
 
-@newest
 def test_a_hybrid_keeps_a_layer_with_attention():
     decoder = HFDecoder(random_model("nemotron_h"))  # with attention in 2 and 5
     refuses(r"cannot be removed: no layer with attention would be", remove_layers, decoder, [2, 5])
@@ -142,25 +131,21 @@ def test_a_hybrid_keeps_a_layer_with_attention():
     assert decoder.config.layer_types == ["linear_attention", "moe", "mlp", "full_attention"]
 
 
-@newest
 def test_layers_that_run_several_times_in_a_pass_are_not_scored():
     with pytest.raises(ValueError, match="a pass ran layers 8 times, expected each of 6 once"):
         measure(HFDecoder(random_model("dory")), [TOKENS.tolist()])
 
 
-@newest
 def test_a_config_may_list_a_width_for_each_layer(tmp_path):
     model = random_model("gemma3n_text")
     model.save_pretrained(tmp_path)
     assert ShortHFModel(tmp_path).configuration["intermediate_size"] == [48] * 6
 
 
-@newest
 def test_a_model_of_several_lists_of_layers_is_refused():
     refuses("BltForCausalLM has 0 lists of None layers", HFDecoder, random_model("blt"))
 
 
-@newest
 def test_a_model_around_a_decoder_may_be_among_the_causal_language_models():
     loader = auto_class(config_of("moss_transcribe_diarize"))
     assert loader is transformers.AutoModelForCausalLM
@@ -199,7 +184,6 @@ def test_hooks_around_layers_are_the_model_without_them(kind):
     assert not torch.equal(whole, expected)
 
 
-@newest
 @pytest.mark.parametrize("kind", [*OWN, *VARIANTS])
 def test_own_entries_make_a_config(kind):
     assert config_of(kind).model_type == VARIANTS.get(kind, (kind, {}))[0].replace("-sw3", "2")

@@ -23,11 +23,10 @@ from short_gpt.scoring.metrics import angular_distances
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-NEWER = hasattr(cuda.matmul, "fp32_precision")  # torch 2.9: a switch of each backend
 HIGHEST = "highest"
 
 
-KINDS = (cuda.matmul, mkldnn.matmul, mkldnn.conv, cudnn.conv) if NEWER else ()
+KINDS = (cuda.matmul, mkldnn.matmul, mkldnn.conv, cudnn.conv)
 HALF = [f"allow_{name}_reduced_precision_reduction" for name in ("fp16", "bf16")]
 
 
@@ -43,28 +42,25 @@ SWITCHES = {
     "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
     "tf32": lambda: setattr(cuda.matmul, "allow_tf32", True),
+    # from torch 2.9 on every backend has a switch
+    "tf32 anew": lambda: setattr(cuda.matmul, "fp32_precision", "tf32"),
+    "bf16 on the CPU": lambda: setattr(mkldnn.matmul, "fp32_precision", "bf16"),
+    "convolutions": lambda: setattr(cudnn.conv, "fp32_precision", "tf32"),
+    "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "both kinds": lambda: [
+        torch.set_float32_matmul_precision("high"),
+        setattr(cuda.matmul, "fp32_precision", "ieee"),
+    ],
 }
-if NEWER:
-    SWITCHES |= {
-        "tf32 anew": lambda: setattr(cuda.matmul, "fp32_precision", "tf32"),
-        "bf16 on the CPU": lambda: setattr(mkldnn.matmul, "fp32_precision", "bf16"),
-        "convolutions": lambda: setattr(cudnn.conv, "fp32_precision", "tf32"),
-        "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
-        "both kinds": lambda: [
-            torch.set_float32_matmul_precision("high"),
-            setattr(cuda.matmul, "fp32_precision", "ieee"),
-        ],
-    }
 
 
 @pytest.fixture
 def defaults():
     yield
     torch.set_float32_matmul_precision(HIGHEST)
-    if NEWER:
-        torch.backends.fp32_precision = "none"
-        for kind in KINDS:
-            kind.fp32_precision = "none"
+    torch.backends.fp32_precision = "none"
+    for kind in KINDS:
+        kind.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

@@ -26,7 +26,7 @@ from short_gpt import ShortLlama
 from short_gpt.checkpoints import Provenance, Target
 from short_gpt.checkpoints import prune_checkpoint as prune
 from short_gpt.checkpoints.meta import write_meta
-from short_gpt.runtime import versions
+from short_gpt.runtime.state import versions
 
 CPU, F32 = torch.device("cpu"), torch.float32
 TOKENS = torch.arange(3, 15)[None]

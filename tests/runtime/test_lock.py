@@ -21,8 +21,7 @@ from short_gpt.healing import (
     heal_lora,
     heal_refit,
 )
-from short_gpt.runtime import StateFile
-from short_gpt.runtime.state import hold
+from short_gpt.runtime.state import StateFile, hold
 from short_gpt.wrappers.short_hf import ShortHFModel
 
 IDENTITY = {"data": "novels"}

@@ -7,8 +7,7 @@ import os
 import pytest
 
 from llama.files import write_json
-from short_gpt.runtime import StateFile, read_record, write_record
-from short_gpt.runtime.state import is_record
+from short_gpt.runtime.state import StateFile, is_record, read_record, write_record
 
 
 @pytest.mark.parametrize(

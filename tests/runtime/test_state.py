@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from conftest import refuses
 
-from short_gpt.runtime import StateFile
 from short_gpt.runtime.digest import json_digest
-from short_gpt.runtime.state import joined
+from short_gpt.runtime.state import StateFile, joined
 
 IDENTITY = {"data": "novels", "seed": 0}
 
