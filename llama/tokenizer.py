@@ -199,8 +199,11 @@ def holds_json(path: Path) -> bool:
         return file.read(64).lstrip().startswith(b"{")
 
 
-def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
-    """Llama 3's tokens and their ids from lines of a token in base64 and its rank, from 0 up."""
+def llama3_json(path: Path, data: bytes) -> str:
+    """The ``tokenizer.json`` of a file of ranks: every pair that makes a token is a merge.
+
+    Its lines are Llama 3's tokens in base64 and their ids, from 0 up.
+    """
     try:
         lines = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
@@ -209,12 +212,6 @@ def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     complete = list(ranks.values()) == list(range(len(lines)))
     complete = complete and all(bytes([i]) in ranks for i in range(256))
     check_file(complete, path, "expected new tokens of the ranks 0, 1, ... and each single byte")
-    return ranks
-
-
-def llama3_json(path: Path, data: bytes) -> str:
-    """The ``tokenizer.json`` of a file of ranks: every pair that makes a token is a merge."""
-    ranks = read_ranks(path, data)
     merges: list[str] = []
     for token in ranks:
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]

@@ -199,21 +199,12 @@ class Checkpoint:
             yield
 
     def is_tied(self) -> bool:
-        """Whether output head and embedding are equal, bit for bit; compared shard by shard."""
-        first = self.shards[0].infos
-        if first[OUTPUT].dtype != first[EMBEDDING].dtype:
+        """Whether output head and embedding are equal, bit for bit."""
+        if self.infos[OUTPUT].dtype != self.infos[EMBEDDING].dtype:
             return False
-        for rank, shard in enumerate(self.shards):
-            # the head is always cut by vocabulary; an embedding cut by width is joined for it
-            if len(self.shards) == 1 or self.vocab_parallel:
-                embedding = shard.read(EMBEDDING)
-            else:
-                rows = shard.infos[OUTPUT].shape[0]
-                part = slice(rank * rows, (rank + 1) * rows)
-                embedding = torch.cat([s.read(EMBEDDING)[part] for s in self.shards], 1)
-            if not torch.equal(shard.read(OUTPUT), embedding):
-                return False
-        return True
+        rows = self.read(EMBEDDING).split(self.shards[0].infos[OUTPUT].shape[0])
+        # the head is always cut by vocabulary, and read one shard after the other
+        return all(map(torch.equal, (shard.read(OUTPUT) for shard in self.shards), rows))
 
 
 def _check_shapes(shard: Shard, expected: Mapping[str, tuple[int, ...]], ranks: int) -> None:

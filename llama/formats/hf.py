@@ -29,7 +29,7 @@ from llama.formats.safetensors import (
     tensor_bytes,
     write_weights,
 )
-from llama.formats.tokenizers import find_hf_tokenizer, write_tokenizer
+from llama.formats.tokenizers import write_tokenizer
 from llama.model import ROPE_HIGH_FACTOR, ROPE_LOW_FACTOR, ROPE_ORIGINAL_CONTEXT
 from llama.parallel import config_dtype
 from llama.sources import check_links, public_name
@@ -183,7 +183,10 @@ class HFCheckpoint:
     @property
     def tokenizer(self) -> Path:
         """The path of the tokenizer file; FileNotFoundError if there is none."""
-        return find_hf_tokenizer(self.directory)
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (self.directory / name).is_file():
+                return self.directory / name
+        raise FileNotFoundError(f"{self.directory} has neither tokenizer.json nor tokenizer.model")
 
 
 def args_of(config: JsonObject, directory: Path) -> ModelArgs:

@@ -50,14 +50,6 @@ CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE = 2, 3, 4, 5
 BPE = 2
 
 
-def find_hf_tokenizer(directory: Path) -> Path:
-    """The tokenizer file of a Hugging Face directory; FileNotFoundError if there is none."""
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (directory / name).is_file():
-            return directory / name
-    raise FileNotFoundError(f"{directory} has neither tokenizer.json nor tokenizer.model")
-
-
 def write_tokenizer(source: Path, target: Path) -> None:
     """Writes a Meta checkpoint's tokenizer file for transformers into an existing directory.
 

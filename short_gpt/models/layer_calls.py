@@ -165,7 +165,7 @@ class PartialRun:
                     stack.enter_context(patched_forward(layer, forward))
             if state is not None and run:
                 enter = layers[start].register_forward_pre_hook(
-                    _entered_by(state), with_kwargs=True
+                    lambda _, args, kwargs: _with_state(args, kwargs, state), with_kwargs=True
                 )
                 stack.callback(enter.remove)
             if leaving is not None:
@@ -182,13 +182,9 @@ class PartialRun:
         return forward
 
 
-def _entered_by(state: Tensor) -> Callable[..., Call]:
-    def hook(module: nn.Module, args: Arguments, kwargs: dict[str, object]) -> Call:
-        if args:
-            return (state, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": state}
-
-    return hook
+def _with_state(args: Arguments, kwargs: dict[str, object], state: Tensor | None) -> Call:
+    # the state comes by position, or by its name in some families
+    return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
 
 
 class LayerCalls:
@@ -272,8 +268,7 @@ class LayerCalls:
         shape = state.shape[:2]
         if shape not in self._calls:  # which tokens they are does not matter, as was proved
             self._calls[shape] = self._seen(torch.zeros(shape, dtype=torch.long))  # (B, S)
-        args, kwargs = self._calls[shape][index]
-        return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
+        return _with_state(*self._calls[shape][index], state)
 
     @torch.no_grad()
     def _seen(self, tokens: Tensor) -> list[Call]:
@@ -281,9 +276,7 @@ class LayerCalls:
         calls: list[Call] = []
 
         def note(_: nn.Module, args: Arguments, kwargs: dict[str, object]) -> None:
-            # the state comes by position, or by its name in some families
-            named = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            calls.append(((None, *args[1:]) if args else (), named))
+            calls.append(_with_state(args, kwargs, None))
 
         # one pass shows the calls of all layers
         with ExitStack() as stack:
