@@ -264,7 +264,7 @@ def about_kinds(source: StrPath, layers: Sequence[int]) -> str | None:
     """What other programs get wrong in a GGUF model without these layers; None if nothing."""
     stack = Stack(source)
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
-    directory = "for transformers, name a directory in place of the file"
+    directory = "for transformers, convert this file to Hugging Face's format"
     if not stack.changed_kinds(keep):
         if not stack.row.healed or not is_scaled(stack):
             return None

@@ -47,9 +47,7 @@ def prune_checkpoint(
         >>> prune_checkpoint("7b", "5b", [21, 22], provenance=facts)  # doctest: +SKIP
     """
     target, source, record = Target.of(target), find_source(source), provenance or Provenance()
-    if is_gguf(target.out) != (source.kind == "gguf"):
-        way = f"convert {source} first, by short-gpt convert"
-        raise ShortGPTError(f"{target.out} is of another format than {source}: {way}")
+    check_same_format(source, target.out)
     target.check(source=source.path)
     if source.kind == "gguf":
         stack = Stack(source.path)
@@ -67,6 +65,13 @@ def prune_checkpoint(
     keep = check_layers(layers, range(len(decoder.layers)))
     done = record.pruned(source, removed=layers, kept=keep, directory=directory)
     return write_hf(directory, target, keep, done, {}, decoder=decoder, progress=progress)
+
+
+def check_same_format(source: Source, out: StrPath) -> None:
+    """Raises ShortGPTError unless a file is written of a GGUF file, and a directory of others."""
+    if is_gguf(out) != (source.kind == "gguf"):
+        way = f"convert {source} first, by short-gpt convert"
+        raise ShortGPTError(f"{out} is of another format than {source}: {way}")
 
 
 def kept_tensors(source: Source, removed: Sequence[int] = ()) -> list[str]:

@@ -207,61 +207,37 @@ def show_shrunk(result: Any, run: Run) -> None:
 
 
 COMMANDS: dict[str, Command] = {  # in the order of use
-    "demo": Command(jobs.demo, "short-gpt demo", show_shrunk, RESULT, alone=True),
+    "demo": Command(jobs.demo, "", show_shrunk, RESULT, alone=True),
     "shrink": Command(
-        jobs.shrink,
-        "short-gpt shrink llama-2-7b llama-2-5b --eval_data novels/",
-        show_shrunk,
-        RESULT,
-        alone=True,
+        jobs.shrink, "llama-2-7b llama-2-5b --eval_data novels/", show_shrunk, RESULT, alone=True
     ),
     "rank": Command(
-        jobs.rank,
-        "short-gpt rank llama-2-7b --n 9 --json ranking.json",
-        show_ranking,
-        Output(),
-        SCORE_PICTURES,
+        jobs.rank, "llama-2-7b --n 9 --json ranking.json", show_ranking, Output(), SCORE_PICTURES
     ),
     "prune": Command(
-        jobs.prune,
-        "short-gpt prune llama-2-7b llama-2-5b --scores ranking.json --n 9",
-        show_pruned,
-        alone=True,
+        jobs.prune, "llama-2-7b llama-2-5b --scores ranking.json --n 9", show_pruned, alone=True
     ),
-    "heal": Command(
-        jobs.heal,
-        "short-gpt heal llama-2-7b out --scores ranking.json --n 9",
-        show_healed,
-        RESULT,
-    ),
+    "heal": Command(jobs.heal, "llama-2-7b out --scores ranking.json --n 9", show_healed, RESULT),
     "compare": Command(
         jobs.compare_checkpoint,
-        "short-gpt compare llama-2-7b --data novels/ --json compared.json",
+        "llama-2-7b --data novels/ --json compared.json",
         show_compared,
         Output(),
         ("quality.png",),
     ),
-    "generate": Command(
-        jobs.generate, 'short-gpt generate llama-2-7b "I am an avid fan of"', show_written
-    ),
+    "generate": Command(jobs.generate, 'llama-2-7b "I am an avid fan of"', show_written),
     "evaluate": Command(
-        jobs.evaluate,
-        "short-gpt evaluate llama-2-7b llama-2-5b --tasks piqa,arc_easy",
-        show_evaluated,
-        RESULT,
+        jobs.evaluate, "llama-2-7b llama-2-5b --tasks piqa,arc_easy", show_evaluated, RESULT
     ),
     "reproduce": Command(
         jobs.reproduce,
-        "short-gpt reproduce llama-2-7b --stream --json paper.json",
+        "llama-2-7b --stream --json paper.json",
         show_reproduced,
         Output(),
         SCORE_PICTURES,
     ),
     "convert": Command(
-        jobs.convert,
-        "short-gpt convert llama-3-8b llama-3-8b.gguf --type q8_0",
-        show_written,
-        alone=True,
+        jobs.convert, "llama-3-8b llama-3-8b.gguf --type q8_0", show_written, alone=True
     ),
 }
 

@@ -39,7 +39,7 @@ class Command(NamedTuple):
     """A command of the shell."""
 
     job: Callable[..., Any]  # whose parameters are its flags
-    example: str
+    example: str  # of its arguments
     show: Callable[..., object]  # prints a result; gets it and a `commands.Run`
     output: Settings | None = None  # the files that it writes of the result, beside the job's
     pictures: tuple[str, ...] = ()  # their names in the folder ``plots``
@@ -246,7 +246,7 @@ def help_of(name: str, command: Command, *, whole: bool = False) -> str:
     text = as_flags((inspect.getdoc(command.job) or "").partition("\n\nArgs:")[0])
     flags = flags_of(command).values()
     names = [f.name.upper() if f.required else f"[{f.name.upper()}]" for f in flags if f.positional]
-    parts = [f"Example:\n  {command.example}"]
+    parts = [f"Example:\n  short-gpt {name} {command.example}".rstrip()]
     parts += [textwrap.fill(part, WIDTH) for part in text.split("\n\n")]
     parts += [f"Usage: short-gpt {name} {' '.join(names)} [flags]"]
     for heading in HEADINGS:

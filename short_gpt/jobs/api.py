@@ -82,21 +82,21 @@ def prune(
     *,
     choice: Choice = Choice(),
     verify: bool | None = None,
-    opening: OpenOptions = OpenOptions().only("dtype", "trust_remote_code"),
+    opening: OpenOptions = OpenOptions().only("trust_remote_code"),
     saving: Saving = Saving(),
 ) -> PruneResult:
     """Writes a checkpoint without some layers, in its own format.
 
     The model is not loaded for that, but read tensor by tensor: memory is bounded by the largest
     one. From GGUF to GGUF every tensor stays in its quantization. To `verify`, source and result
-    are then loaded, one after the other, and compared. From GGUF to a directory the model is
-    loaded, and written in Hugging Face's format. For another format, `convert` the model first.
+    are then loaded, one after the other, and compared. For another format, `convert` the model or
+    the result.
 
     Args:
         model: Meta checkpoint directory, Hugging Face directory or hub id (safetensors), or GGUF
             file of any architecture.
-        out: New directory, or of a GGUF file also a file that ends with .gguf; appears whole or
-            not at all.
+        out: New directory, or of a GGUF file a file that ends with .gguf; appears whole or not at
+            all.
         verify: Prove the result: the same logits as the source with the layers removed in memory,
             and the same greedy generation with and without the cache. Default: yes, but no for
             Meta's and GGUF, whose files are read again and compared in any case.

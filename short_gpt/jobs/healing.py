@@ -69,6 +69,7 @@ class HealingResult:
         return {**self.evidence.to_dict(), "perplexity": values, **self.texts, **rounded}
 
 
+@interruptible()
 def heal(
     model: str,
     out: str,
@@ -80,39 +81,13 @@ def heal(
     running: Running,
 ) -> HealingResult:
     """What `jobs.heal` does."""
-    methods = methods_of(healing.heal_by)
-    windows.check(shuffled=True)
-    learns = windows.prompts is None or windows.asked
-    check(learns, "prompts", windows.prompts, "some without right answers: heal asks no questions")
-    healing.check(methods)
-    if opening.stream and methods != ["refit"] and "distill" not in methods:
-        raise ShortGPTError(
-            "`stream` holds one layer at a time, of a model that refit alone heals, or of the "
-            f"teacher of distill; got `heal_by` {healing.heal_by}"
-        )
+    methods = _checked_methods(windows, healing, opening)
     model = str(find_source(model))  # of a name such as demo, the file that it stands for
     _check_target(model, out, overwrite=saving.overwrite)
     saving.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, healing)
     if is_gguf(out):
         check_architecture(model).kept(removal.layers)
-    done = _heal(model, Path(out), methods, removal, windows, healing, opening, saving, running)
-    return replace(done, address=saving.push(done.out, done))
-
-
-@interruptible()
-def _heal(
-    model: str,
-    out: Path,
-    methods: Sequence[str],
-    removal: ChosenLayers,
-    windows: Windows,
-    healing: Healing,
-    opening: OpenOptions,
-    saving: Saving,
-    running: Running,
-) -> HealingResult:
-    """What is left of `heal` once everything is checked."""
     trains, folder = methods[-1] in TRAINING, None
     if trains or opening.stream:  # what takes hours continues from files beside the new directory
         folder = Path(f"{out}.training" if trains else f"{out}.refit")
@@ -131,30 +106,45 @@ def _heal(
     if recipe is not None and healing.count is not None:
         steps = recipe.steps_for(-(-healing.count // size), len(parts.training))
         recipe = healing.trained(short, windows.seed or 0, few_bits=few_bits, steps=steps)
-    teacher = _teacher(model, healing, opening, size)
     job = HealingJob(
         short,
         parts,
         removal.layers,
         steps={name: healing.closed(name) if name in CLOSED else recipe for name in methods},
         max_windows=CLOSED_WINDOWS if trains or windows.max_windows is None else None,
-        teacher=teacher,
+        teacher=_teacher(model, healing, opening, size),
         work_dir=folder,
         notify=running.tell,
     )
     texts: dict[str, Any] = {"data": windows.name, "eval_data": windows.eval_name}
     texts |= {"size": size, "bos": short.bos, **short.about_precision}
-    done = HealingResult(out, job.run(), parts.left_out, removal.unchecked, texts)
+    done = HealingResult(Path(out), job.run(), parts.left_out, removal.unchecked, texts)
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_name, "size": size}
     facts = {**removal.record.facts, "data": windows.name}
     job.save(out, facts=facts, overwrite=saving.overwrite, release=isinstance(short, ShortHFModel))
-    del short, job, teacher, lock  # makes room for the model that is read again
+    del short, job, lock  # makes room for the model that is read again
     if not is_first_rank():
         return done
     if is_gguf(out):
         done = replace(done, remark=about_kinds(model, removal.layers))
     usual = replace(opening, stream=False, precision=FLOAT32)
-    return reread(done, parts, usual, size)
+    done = reread(done, parts, usual, size)
+    return replace(done, address=saving.push(done.out, done))
+
+
+def _checked_methods(windows: Windows, healing: Healing, opening: OpenOptions) -> list[str]:
+    """The ways to heal; ShortGPTError for settings that do not go with them."""
+    methods = methods_of(healing.heal_by)
+    windows.check(shuffled=True)
+    learns = windows.prompts is None or windows.asked
+    check(learns, "prompts", windows.prompts, "some without right answers: heal asks no questions")
+    healing.check(methods)
+    if opening.stream and methods != ["refit"] and "distill" not in methods:
+        raise ShortGPTError(
+            "`stream` holds one layer at a time, of a model that refit alone heals, or of the "
+            f"teacher of distill; got `heal_by` {healing.heal_by}"
+        )
+    return methods
 
 
 def _opened(

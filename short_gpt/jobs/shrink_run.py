@@ -22,7 +22,7 @@ from llama.sources import BuiltinName, Source, find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_architecture
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import Target
-from short_gpt.costs.rivals import KINDS, RIVAL, has_quantizer, smaller_types
+from short_gpt.costs.rivals import KINDS, RIVAL, has_quantizer
 from short_gpt.costs.sizes import Opened
 from short_gpt.costs.speeds import seconds_a_token
 from short_gpt.data.texts import source_names
@@ -86,8 +86,8 @@ class Shrink:
     saving: Saving
     running: Running
     layers: Sequence[int] = ()  # to remove, once they are chosen
-    # seconds a token, by how many texts, and whether of the model's own, are written at once
-    _timed: dict[tuple[int, bool], float] = field(default_factory=dict)
+    # seconds a token, by how many texts are written at once
+    _timed: dict[int, float] = field(default_factory=dict)
 
     # The request
 
@@ -313,22 +313,18 @@ class Shrink:
 
     @cached_property
     def _judging(self) -> tuple[float, float]:
-        """Seconds to judge a window, in the own dtype; to compare what it predicts, in a choice."""
-        with in_own_dtype(self.short.decoder):
-            judged = self._judged()
-        return judged, max(0.0, self._judged() - self.a_pass)
-
-    def _judged(self) -> float:
-        """Seconds to read a window and compare what it predicts.
+        """Seconds to judge a window, in the own dtype; of them, to compare what it predicts.
 
         By a quarter of a window, because long texts take as much for each token.
         """
         decoder, few = self.short.decoder, self.probe[: max(2, self.size // 4)]
-        reference = Reference(decoder)
-        reference.read([few])
-        judge = partial(perplexity, decoder, [[few]], reference=reference)
-        # the first ones are slower
-        return min(repeat(judge, number=1, repeat=2)) * self.size / len(few)
+        reference, share = Reference(decoder), self.size / len(few)
+        with in_own_dtype(decoder):
+            reference.read([few])
+            judge = partial(perplexity, decoder, [[few]], reference=reference)
+            judged = min(repeat(judge, number=1, repeat=2))  # the first ones are slower
+            comparing = judged - self.short.seconds_a_window(few)
+        return share * judged, max(0.0, share * comparing)
 
     def _seconds(self, plan: Plan) -> float:
         """Seconds that a plan takes, without training."""
@@ -343,7 +339,7 @@ class Shrink:
         seconds = passes * self.a_pass + sum(compared for _, compared in work) * comparing
         # the original, the pruned, the healed model and its file; of a curve the original again
         states = 3 + in_place + (1 + len(counts) if counts else 0)
-        rivals = self._rivals(counts)
+        rivals = has_quantizer() * len(KINDS) * (1 + bool(counts))  # as many of a file, about
         tokens = sum(len(self.short.encode(one.prompt)) + ANSWER_TOKENS for one in self.questions)
         asked = tokens / self.size  # windows
         seconds += (states + rivals) * (plan.eval_windows + asked) * judged
@@ -355,33 +351,18 @@ class Shrink:
             extra = self.reading.eval_name is None and sources == names
             each = own_text.count_of_own(plan.windows, len(names), extra=extra)
             batches = len(sources) * math.ceil(each / own_text.AT_ONCE)
-            seconds += batches * self.size * self._own_token(min(own_text.AT_ONCE, each))
+            seconds += batches * self.size * self._a_token(min(own_text.AT_ONCE, each))
         return seconds
 
-    def _rivals(self, counts: Sequence[int]) -> int:
-        """How many rivals are measured, those of a curve included."""
-        if not has_quantizer():
-            return 0
-        if not self.opened.in_place:
-            return len(KINDS) * (1 + bool(counts))
-        return 1 + (len(smaller_types(str(self.source))) if counts else 0)
-
-    def _own_token(self, texts: int) -> float:
-        """Seconds of a token in so many texts of the model's own, drawn from its predictions."""
-        if (texts, True) not in self._timed:
+    def _a_token(self, texts: int) -> float:
+        """Seconds of a token in so many texts at once, drawn from the model's predictions."""
+        if texts not in self._timed:
             logits = torch.zeros(texts, self.short.decoder.vocab_size)  # (B, V)
             keys = [(0, row, 0) for row in range(texts)]
             with writing_precision(self.short.decoder):
                 token = GROWTH * seconds_a_token(self.short, [[0]] * texts)
-            token += timeit(lambda: own_text.draw(logits, 1.0, keys), number=1)
-            self._timed[texts, True] = token
-        return self._timed[texts, True]
-
-    def _a_token(self, texts: int) -> float:
-        """Seconds of a token in so many answers."""
-        if (texts, False) not in self._timed:
-            self._timed[texts, False] = seconds_a_token(self.short, [[0]] * texts)
-        return self._timed[texts, False]
+            self._timed[texts] = token + timeit(lambda: own_text.draw(logits, 1.0, keys), number=1)
+        return self._timed[texts]
 
     @cached_property
     def questions(self) -> list[Question]:

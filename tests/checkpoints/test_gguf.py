@@ -352,7 +352,7 @@ def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_
     run("prune", path, tmp_path / "a.gguf", "--layers", 1)
     out = capsys.readouterr().out
     assert "gpt-oss.attention.sliding_window_pattern lists the kinds" in out
-    assert "name a directory in place of the file" in out
+    assert "convert this file to Hugging Face's format" in out
     assert "llama.cpp from before September 2026" in out
     run("prune", path, tmp_path / "b.gguf", "--layers", "0,1")
     assert "pattern" not in capsys.readouterr().out
@@ -360,7 +360,7 @@ def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_
     assert "pattern" not in capsys.readouterr().out
     assert said(tmp_path / "c.gguf", "attention.sliding_window_pattern") == [1, 0, 1, 0, 1, 0]
     path = stack_file(tmp_path / "n.gguf", "gemma4", **{PATTERN: [True, True, False, True] * 2})
-    assert about_kinds(path, [1]).endswith("name a directory in place of the file")
+    assert about_kinds(path, [1]).endswith("convert this file to Hugging Face's format")
     assert about_kinds(path, [4, 5, 6, 7]) is None
 
 
@@ -452,11 +452,11 @@ def test_a_cut_file_is_the_model_cut_in_memory(tmp_path, family, capsys):
 
 
 def test_transformers_own_reader_passes_over_the_list_and_a_directory_is_right(tmp_path):
-    """Why the output of `prune` names the directory."""
+    """Why the output of `prune` names Hugging Face's format."""
     S, F = "sliding_attention", "full_attention"
     path = write_model(tmp_path / "m.gguf", "gemma2", make("gemma2"))
-    for out in ("cut.gguf", "cut"):
-        run("prune", path, tmp_path / out, "--layers", "1,4")
+    run("prune", path, tmp_path / "cut.gguf", "--layers", "1,4")
+    run("convert", tmp_path / "cut.gguf", tmp_path / "cut")
     ours = ShortHFModel(tmp_path / "cut.gguf", dtype=torch.float32).decoder
     tokens = torch.randint(2, 258, (1, 40), generator=torch.Generator().manual_seed(0))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="cut.gguf", dtype="float32")

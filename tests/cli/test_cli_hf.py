@@ -168,9 +168,9 @@ def test_evaluate_dense_against_pruned(here, capsys, lm_eval, tasks):
 
 READ = "--data book.txt --size 32 --stride 16"
 MISTAKES = [
-    ("prune hf x.gguf --layers 1", "x.gguf is of another format than hf: convert hf first"),
+    ("prune hf x.gguf --scores no.json -n 1", "x.gguf is of another format than hf: convert hf"),
+    ("prune model.gguf x --layers 1", "x is of another format than model.gguf: convert model.gg"),
     ("prune model.gguf model.gguf --layers 1 --overwrite", "model.gguf exists and is"),
-    ("prune hf x --layers 1 --dtype float32", "--dtype is of a GGUF file written as a directory"),
     (f"rank strange {READ}", "strange cannot be loaded: The checkpoint you are trying"),
     ("generate hf --samples 1 --out o.jsonl --max_new_tokens 5000", "takes 2 to 4,096"),
     ("generate meta a --max_new_tokens 200000000", "expected at most 1,048,576"),

@@ -751,7 +751,7 @@ def test_as_many_layers_go_as_the_divergence_allows(here, monkeypatch):
 
     monkeypatch.setattr(shrinking, "pruned_losses", measured)
     settings = {**CUT, "data": "other", "method": "bi"}
-    done = shrink("hf", "out", max_perplexity_ratio=math.exp(0.25), **settings)
+    done = shrink("hf", "out", max_kld=0.25, **settings)
     assert len(done.layers) == 2 and tried == [1, 2, 4, 3]
     refuses("alone the refitted model is 0.100 nats", shrink, "hf", "no", max_kld=0.05, **settings)
     assert not Path("no").exists()
