@@ -335,7 +335,7 @@ def row(
     found: dict[str, Any] = {"layers": sorted(done.layers), "of": done.total}
     found |= {"windows": done.windows, "texts": quality(done), "remarks": list(done.remarks)}
     found |= {"looks": {state: report._asdict() for state, report in done.states.items()}}
-    found |= {"choice": done.choice, "healing": list(done.healing)}
+    found |= {"choice": done.choice and done.choice.to_dict(), "healing": list(done.healing)}
     found["llama.cpp"] = beside(out, texts(places / "held_out/prose"), reading.size)
     clock.mark("llama.cpp")
     found |= {"bare": bare, "continued": continued, "steps": priced(clock.steps, bare)}

@@ -47,7 +47,7 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
         rows=rows,
         remarks=[*map(as_flags, shrunk.remarks)],
         completions=shrunk.completions[:3],
-        how="\n\n".join(filter(None, [shrunk.command, shrunk.plan, shrunk.chosen])),
+        how="\n\n".join(filter(None, [shrunk.command, shrunk.plan, str(shrunk.choice or "")])),
         steps=[
             f"seed {shrunk.seed}",
             f"{calibration} windows of {size} tokens learned from, {judged} others evaluated on",

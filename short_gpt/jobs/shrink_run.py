@@ -301,15 +301,13 @@ class Shrink:
 
     def _fitted(self) -> Plan:
         """The plan that fits into the time."""
-        return fitted(
-            self._seconds,
-            self._most_seconds,
-            method=self._method,
-            windows=self.reading.max_windows,
-            eval_windows=self.reading.eval_windows,
-            train_on=MANY if self.reading.own else None,
-            train=self.settings.time is not None,
-        )
+        asked = {"method": self._method, "windows": self.reading.max_windows}
+        asked["eval_windows"] = self.reading.eval_windows
+        named = {name: value for name, value in asked.items() if value is not None}
+        train_on = MANY if self.reading.own else None
+        if self.settings.time is None:
+            train_on = 0
+        return fitted(self._seconds, self._most_seconds, named, train_on)
 
     @cached_property
     def _judging(self) -> tuple[float, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from short_gpt.healing.choosing import (
     BARE_PASS,
@@ -50,33 +50,24 @@ PLANS = (
 def fitted(
     foretell: Callable[[Plan], float],
     most: float,
-    *,
-    method: str | None,
-    windows: int | None,
-    eval_windows: int | None,
-    train_on: int | None = None,
-    train: bool = False,
+    named: Mapping[str, Any],
+    train_on: int | None = 0,
 ) -> Plan:
     """The best plan that takes ``most`` seconds, or the cheapest one.
 
     Args:
         foretell: Seconds that a plan takes, without training.
-        method: Method that the user named, "" if it was the layers.
-        windows: Windows to learn from that the user named; ``eval_windows`` likewise.
-        train_on: Windows of a run that trains. Default: all.
-        train: Distill in the rest of the time, if that is at least a quarter of it.
+        named: Fields of the plan that the user named; "method" is "" if it was the layers.
+        train_on: Windows of a run that distills in the rest of the time, if that is at least a
+            quarter of it; None: all, 0: no training.
     """
     for usual in PLANS:
-        plan = Plan(
-            usual.method if method is None else method,
-            windows or usual.windows,
-            eval_windows or usual.eval_windows,
-        )
+        plan = usual._replace(**named)
         plan = plan._replace(seconds=foretell(plan))
         if plan.seconds <= most:
             break
-    longer = plan._replace(windows=windows or train_on)
-    if train and (rest := most - foretell(longer)) >= SHARE * most:
+    longer = plan._replace(**{"windows": train_on, **named})
+    if train_on != 0 and (rest := most - foretell(longer)) >= SHARE * most:
         return longer._replace(seconds=most, training=rest)
     return plan
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -37,7 +37,7 @@ from short_gpt.evaluation.perplexity import (
     perplexity,
     window_perplexities,
 )
-from short_gpt.healing import HealingEvidence, HealingJob
+from short_gpt.healing import HealedChoice, HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.settings import CLOSED_WINDOWS, OUTPUTS, Recipe, RefitSettings, recipe_for
@@ -116,16 +116,16 @@ def shrink(
 # What is chosen
 
 
-def _choose(run: Shrink) -> tuple[list[int], Mapping[str, Any]]:
+def _choose(run: Shrink) -> tuple[list[int], HealedChoice | None]:
     """The layers to remove, and how `auto` chose them."""
     n, sets = run.n, run.sets
     run.short.importance = sets.importance
     if run.settings.named is not None:
-        return sorted(run.settings.named), {}
+        return sorted(run.settings.named), None
     if n is None:
         n = _most_within(run, run.settings.most_kld or 0.0)
     layers = sets.layers(run.method, n, run.seed)
-    return layers, sets.choice(n).to_dict() if run.method == AUTO else {}
+    return layers, sets.choice(n) if run.method == AUTO else None
 
 
 def _most_within(run: Shrink, most_kld: float) -> int:

@@ -97,7 +97,7 @@ class ShrinkResult(Table):
     curve: Sequence[CurvePoint] = ()  # of several sizes
     remarks: Sequence[str] = ()  # what a reader of the numbers must know
     healing: Sequence[Mapping[str, object]] = ()  # the steps, for JSON
-    choice: Mapping[str, Any] = field(default_factory=dict)  # of `HealedChoice`
+    choice: HealedChoice | None = None  # how auto chose; None of other methods
     importance: Importance | None = None  # scores of the original model
     next_steps: Sequence[str] = ()  # commands that use the result
     address: str | None = None  # of the model on the hub, if it was uploaded
@@ -251,11 +251,6 @@ class ShrinkResult(Table):
             f"Pruned, it {' and '.join(times)} times as fast in {self.timed_in}." if times else ""
         )
 
-    @property
-    def chosen(self) -> str:
-        """How auto chose, as a table; empty for other methods."""
-        return str(HealedChoice.from_dict(self.choice)) if self.choice else ""
-
     def __repr__(self) -> str:
         return f"ShrinkResult({self.head if self.states else self.plan!r})"
 
@@ -315,28 +310,25 @@ class ShrinkResult(Table):
 
     def to_dict(self) -> dict[str, object]:
         """All fields, ready for JSON."""
-        quality = {
-            kind: {state: p.to_dict() for state, p in states.items()}
-            for kind, states in self.quality.items()
-        }
-        content = {**vars(self), "out": str(self.out), "quality": quality}
-        content["curve"] = [point._asdict() for point in self.curve]
-        for name in ("states", "answers"):
-            content[name] = {state: each._asdict() for state, each in content[name].items()}
-        content["speeds"] = {
-            name: {work: speed._asdict() for work, speed in each.items()}
-            for name, each in self.speeds.items()
-        }
-        content["rivals"] = [
-            {**r._asdict(), "quality": {kind: p.to_dict() for kind, p in r.quality.items()}}
-            for r in self.rivals
-        ]
+        content = {name: _plain(value) for name, value in vars(self).items()}
         if not self.states:
             known = ("out", "plan", "method", "curve", "timed_in", "remarks")
             return {name: content[name] for name in known}
         content["verdict"] = {"grade": self.grade, "text": self.verdict, "worth": self.worth}
-        content["importance"] = None if self.importance is None else self.importance.to_dict()
         return content
+
+
+def _plain(value: Any) -> Any:
+    """A value of a result, ready for JSON."""
+    if isinstance(value, Perplexity | Importance | HealedChoice):
+        return value.to_dict()
+    if isinstance(value, Answered | CurvePoint | Rival | Speed | StateReport):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _wrapped(text: str) -> list[str]:

@@ -88,7 +88,7 @@ with pytest.raises(ValueError, match="heal_by = 'lora': expected one of .*rescal
 Path("questions.jsonl").write_text('{{"prompt": "Say a", "right": "a"}}')
 more = {{"n": 1, "method": "auto", "max_windows": 4, "prompts": "questions.jsonl"}}
 done = shrink("ckpt", "small", heal_by="rescale", **more, **{{**how, "data": "long.txt"}})
-assert [step["method"] for step in done.healing] == ["rescale"] and done.choice["fitted"] == 2
+assert [step["method"] for step in done.healing] == ["rescale"] and done.choice.fitted == 2
 with pytest.raises(ValueError, match="heal_by. = 'lora': expected one of .*rescale"):
     shrink("ckpt", "small", heal_by="lora", n=1, **how)
 """

@@ -91,7 +91,6 @@ def test_times(text, seconds):
     assert Shrinking(time=text).seconds == seconds
 
 
-NAMED = {"method": None, "windows": None, "eval_windows": None}
 FULL = Plan("auto", 64, 32)
 
 
@@ -109,15 +108,18 @@ def seconds(plan: Plan) -> float:
         (100, {"windows": 200, "eval_windows": 5}, ("bi", 200, 5)),
         (60, {"method": "sleb"}, ("sleb", 48, 24)),
         (10_000, {}, FULL),  # no training unless a time is named
-        (10_000, {"train": True, "train_on": MANY}, ("auto", MANY, 32)),
-        (10_000, {"train": True}, ("auto", None, 32)),
-        (300, {"train": True, "train_on": MANY}, FULL),  # less than a quarter is left
+        (10_000, {"train_on": MANY}, ("auto", MANY, 32)),
+        (10_000, {"train_on": MANY, "windows": 8}, ("auto", 8, 32)),
+        (10_000, {"train_on": None}, ("auto", None, 32)),
+        (300, {"train_on": MANY}, FULL),  # less than a quarter is left
     ],
 )
 def test_the_best_plan_that_fits(most, named, plan):
-    found = fitted(seconds, most, **{**NAMED, **named})
+    train_on = named.get("train_on", 0)
+    fields = {name: value for name, value in named.items() if name != "train_on"}
+    found = fitted(seconds, most, fields, train_on)
     assert found[:3] == plan[:3]
-    trains = found.windows != 64 and named.get("train", False)
+    trains = found.windows != 64 and train_on != 0
     assert found.training == (most - seconds(found) if trains else 0)
     assert found.seconds == (most if trains else seconds(found))
 
