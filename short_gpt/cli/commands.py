@@ -187,7 +187,10 @@ def show_evaluated(result: Any, run: Run) -> None:
 
 def show_reproduced(result: Any, run: Run) -> None:
     print_result(tables.reproduced(result))
-    run.finish(result.to_dict(), partial(plots.score_figures, result.importance, result.n))
+    run.finish(
+        result.to_dict(),
+        partial(plots.score_figures, result.importance, len(result.comparison.paper)),
+    )
     result.ranking.finish()
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from scipy.stats import kendalltau
 
-from llama.args import ModelArgs
 from llama.files import JsonObject
 from short_gpt.data.texts import PG19, TextName, is_local, source_names
 from short_gpt.jobs.inputs import SIZE, STRIDE, Windows, about_bos
@@ -134,10 +133,6 @@ class ReproductionResult(NamedTuple):
     taken: tuple[str, ...] = ()  # local texts in place of PG-19
 
     @property
-    def n(self) -> int:
-        return len(self.comparison.paper)
-
-    @property
     def importance(self) -> Importance:
         assert self.ranking.importance is not None  # one pass was asked for
         return self.ranking.importance
@@ -161,7 +156,11 @@ def reproduce(
 ) -> ReproductionResult:
     """What `jobs.reproduce` does."""
     shape = shape_of(model, trust_remote_code=opening.trust_remote_code)
-    name = _name(model, shape)
+    name = identify(shape.dim, shape.n_layers, shape.vocab_size)
+    if shape.kv_heads != shape.n_heads:
+        raise ShortGPTError(
+            f"{model} has the size of {name} but groups its keys and values, so it is another model"
+        )
     answer = Answer(len(_paper_model(name)["removed"]), confidence=confidence)
     result = rank(model, windows, answer, opening, running)
     ours = compare_with_paper(name, result.layers)
@@ -169,26 +168,14 @@ def reproduce(
     return ReproductionResult(ours, result, _changed(windows, result.bos), local)
 
 
-def _name(model: str, shape: ModelArgs) -> str:
-    """The paper's name of a model, by its shape."""
-    name = identify(shape.dim, shape.n_layers, shape.vocab_size)
-    if shape.kv_heads != shape.n_heads:
-        raise ShortGPTError(
-            f"{model} has the size of {name} but groups its keys and values, so it is another model"
-        )
-    return name
-
-
-def _is_pg19(name: str) -> bool:
-    source, split, limit = TextName.of(name)
-    return source in PG19 and split in (None, "validation") and limit is None
-
-
 def _changed(windows: Windows, bos: str) -> tuple[str, ...]:
+    """Departures from the paper's protocol, in words."""
     numbers = (("size", windows.size, SIZE), ("stride", windows.step, STRIDE))
     changed = [f"{name} {ours:,}, not {paper:,}" for name, ours, paper in numbers if ours != paper]
     limit = windows.max_windows
     changed += [f"at most {limit:,} windows"] if limit is not None else []
-    others = [n for n in source_names(windows.name) if not _is_pg19(n) and not is_local(n)]
+    theirs = [(source, split, None) for source in PG19 for split in (None, "validation")]
+    texts = [name for name in source_names(windows.name) if not is_local(name)]
+    others = [name for name in texts if TextName.of(name) not in theirs]
     changed += [f"the text {', '.join(others)}, not PG-19"] if others else []
     return (*changed, *filter(None, [about_bos(bos)]))
