@@ -370,5 +370,5 @@ def demo(
     """
     from short_gpt.jobs import shrinking
 
-    groups = (settings, windows, opening, saving, running)
-    return shrinking.shrink(DEMO, out, *groups, dry_run)
+    groups = {"settings": settings, "windows": windows, "opening": opening, "saving": saving}
+    return shrinking.shrink(model=DEMO, out=out, **groups, running=running, dry_run=dry_run)

@@ -80,7 +80,7 @@ def _speeds(
     if not run.in_llama_cpp:
         timers = {p.name: pytorch(short, partial(short.without_layers, p.layers)) for p in points}
         with in_own_dtype(short.decoder):
-            found = speeds(timers, run.windows.evaluation[0], most=most)
+            found = speeds(timers, run.parts.evaluation[0], most=most)
         return {name: [works[work].ratio for work in WORK] for name, works in found.items()}
     ratios, source = {"original": [1.0] * len(WORK)}, str(run.source)
     for name, layers, *_ in points[1:]:
@@ -97,7 +97,7 @@ def _in_llama_cpp(
     if run.in_llama_cpp:
         with optional(remarks):
             paths = {"original": Path(str(run.source)), "other": path}
-            found = of_files(paths, run.windows.evaluation[0], most={"other": most})
+            found = of_files(paths, run.parts.evaluation[0], most={"other": most})
             return [found["other"][work].ratio for work in WORK]
     return []
 
@@ -106,7 +106,7 @@ def _point(run: Shrink, layers: Sequence[int]) -> dict[str, Any]:
     """The model without some layers, refitted, ready for JSON."""
     short, (sizes, rest) = run.short, run.stored
     size = rest + sum(size for i, size in enumerate(sizes) if i not in layers)
-    calibration = run.windows.training[:CLOSED_WINDOWS]
+    calibration = run.parts.training[:CLOSED_WINDOWS]
     with pruned(short, layers, run.settings.heal_by if layers else RAW, calibration):
         with in_own_dtype(short.decoder):
             klds = distances(short, run.texts, run.reference)

@@ -81,13 +81,18 @@ class Shrink:
     model: Model
     out: Path
     settings: Shrinking
-    reading: Windows
+    windows: Windows
     opening: OpenOptions
     saving: Saving
     running: Running
+    dry_run: bool
+    tokenizer: PreTrainedTokenizerBase | None = None
     layers: Sequence[int] = ()  # to remove, once they are chosen
     # seconds a token, by how many texts are written at once
     _timed: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.out)
 
     # The request
 
@@ -108,7 +113,7 @@ class Shrink:
 
     @property
     def seed(self) -> int:
-        return self.reading.seed or 0
+        return self.windows.seed or 0
 
     @property
     def _method(self) -> str | None:
@@ -135,7 +140,7 @@ class Shrink:
         demo = isinstance(self.model, BuiltinName)  # whose command names these by default
         words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), short_name(str(self.out))]
         defaults = (Shrinking(), SHRUNK, OpenOptions(precision=FASTER))
-        groups = (self.settings, self.reading, self.opening)
+        groups = (self.settings, self.windows, self.opening)
         for group, usual in zip(groups, defaults, strict=True):
             for one in (item for item in group.taken() if item.metadata["flag"]):
                 value = getattr(group, one.name)
@@ -153,7 +158,7 @@ class Shrink:
     def check(self) -> None:
         """Raises errors that are known before a model is loaded, the cheapest first."""
         self.settings.check()
-        self.reading.check(shuffled=True)
+        self.windows.check(shuffled=True)
         names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
         if other := [n for n in names if not any(fnmatch(n, part) for part in PARTS)]:
             raise ShortGPTError(
@@ -177,25 +182,22 @@ class Shrink:
         if source is not None and n is not None and (count := layers_of(source)) is not None:
             check_count(n, count, most=count - 2)
             check_exist(named or [], range(count))
-        self.reading.check_texts()
+        self.windows.check_texts()
 
     # The model, and what will be done with it
 
-    def open(self, tokenizer: PreTrainedTokenizerBase | None, *, keep: bool) -> None:
-        """Opens the model; how many layers go, its sizes, its speed and the plan follow.
-
-        ``keep``: a run that continues this one has the same plan, whatever its speed.
-        """
+    def open(self) -> None:
+        """Opens the model; how many layers go, its sizes, its speed and the plan follow."""
         source, opening = self.source, self.opening.as_begun(self.folder / STATE)
         if source is None:
-            short = open_trainable(cast("PreTrainedModel", self.model), opening, tokenizer)
+            short = open_trainable(cast("PreTrainedModel", self.model), opening, self.tokenizer)
         else:
             short = open_trainable(source, opening)
         self.short, self.opened = short, Opened(short, source, self.to, opening)
         short.check_weights()
         if self.settings.type is not None:
             short.types_in(self.settings.type)  # raises where no matrix gets smaller
-        self.size = self.reading.size or min(WINDOW, short.decoder.max_seq_len)
+        self.size = self.windows.size or min(WINDOW, short.decoder.max_seq_len)
         self.parameters, self.stored = self.opened.sizes()
         itemsize = 2 if self.to == "gguf" else self.opened.dtype.itemsize  # llama.cpp's is float16
         every = layer_caches(short.model, len(short.kept), short.decoder.device)
@@ -212,11 +214,12 @@ class Shrink:
         if self.a_pass < SLOW:  # the first ones are slower
             again = (short.seconds_a_window(self.probe) for _ in range(3))
             self.a_pass = min(self.a_pass, *again)
-        if not keep:
+        if self.dry_run:
             self.planned = self._fitted()
             return
+        # a run that continues this one has the same plan, whatever its speed
         read = ("name", "max_windows", "eval_windows")
-        asked = self._dials | {name: str(getattr(self.reading, name)) for name in read}
+        asked = self._dials | {name: str(getattr(self.windows, name)) for name in read}
         asked["model"] = config_digest(short.configuration)  # whose speed it is
         state = StateFile(self.folder / PLAN, asked, folder=self.folder)
         if not state.content:
@@ -258,7 +261,7 @@ class Shrink:
         refit = [f"the refit takes up to {memory} of the machine's memory"]
         before, gone = sum(sizes) + rest, sum(sorted(sizes)[: n or 0])
         kept = f": {before / 1e6:.1f} M parameters become {(before - gone) / 1e6:.1f} M"
-        own = ", its own text included" if self.reading.own else ""
+        own = ", its own text included" if self.windows.own else ""
         takes = duration(self.a_pass)
         takes += " with products in bfloat16" if self.short.about_precision else ""
         go = "goes" if n == 1 else "go"
@@ -278,7 +281,7 @@ class Shrink:
 
     def _given_up(self) -> list[str]:
         """What the time does not allow, and what it is used for."""
-        plan, asked, within = self.planned, self.reading, duration(self._most_seconds)
+        plan, asked, within = self.planned, self.windows, duration(self._most_seconds)
         named = asked.max_windows or plan.training  # which reads more of them
         changes = (
             ("method", self._method, plan.method, PLANS[0].method),
@@ -301,10 +304,10 @@ class Shrink:
 
     def _fitted(self) -> Plan:
         """The plan that fits into the time."""
-        asked = {"method": self._method, "windows": self.reading.max_windows}
-        asked["eval_windows"] = self.reading.eval_windows
+        asked = {"method": self._method, "windows": self.windows.max_windows}
+        asked["eval_windows"] = self.windows.eval_windows
         named = {name: value for name, value in asked.items() if value is not None}
-        train_on = MANY if self.reading.own else None
+        train_on = MANY if self.windows.own else None
         if self.settings.time is None:
             train_on = 0
         return fitted(self._seconds, self._most_seconds, named, train_on)
@@ -344,9 +347,9 @@ class Shrink:
         written = ANSWER_TOKENS * math.ceil(len(self.questions) / AT_ONCE)
         seconds += states * (asked * judged + written * self._a_token(AT_ONCE))
         seconds += TIMING * (1 + (len(counts) + rivals) * bool(counts and self.in_llama_cpp))
-        if sources := self.reading.own:
-            names = source_names(self.reading.name)
-            extra = self.reading.eval_name is None and sources == names
+        if sources := self.windows.own:
+            names = source_names(self.windows.name)
+            extra = self.windows.eval_name is None and sources == names
             each = own_text.count_of_own(plan.windows, len(names), extra=extra)
             batches = len(sources) * math.ceil(each / own_text.AT_ONCE)
             seconds += batches * self.size * self._a_token(min(own_text.AT_ONCE, each))
@@ -365,7 +368,7 @@ class Shrink:
     @cached_property
     def questions(self) -> list[Question]:
         """What the original, the pruned and the healed model are asked, and do not learn."""
-        own = [] if self.reading.prompts is None else questions(self.reading.prompts)
+        own = [] if self.windows.prompts is None else questions(self.windows.prompts)
         return [question for question in own if question.right] or questions()
 
     def ask(self, short: ShortModel | None = None) -> list[Reply]:
@@ -377,21 +380,21 @@ class Shrink:
     def read(self) -> None:
         """The windows, and the state that keeps what is measured on them."""
         plan = self.planned
-        reading = self.reading.changed({"eval_windows": plan.eval_windows})
-        self.windows = windows = reading.learning(
+        reading = self.windows.changed({"eval_windows": plan.eval_windows})
+        self.parts = parts = reading.learning(
             self.short,
             self.size,
             plan.windows,
             validate=plan.training > 0,
             beside=self.folder / REPORT,
         )
-        self.calibration = windows.training[:MAX_WINDOWS]  # that choose the layers
+        self.calibration = parts.training[:MAX_WINDOWS]  # that choose the layers
         replies = self.ask()
         self.answers = {"original": Answered.of(replies)}
         # windows by kind of text, and what the original predicts for them
         self.texts: dict[str, list[Sequence[int]]] = {
-            kind: [w for w, k in zip(windows.evaluation, windows.kinds, strict=True) if k == kind]
-            for kind in dict.fromkeys(windows.kinds)
+            kind: [w for w, k in zip(parts.evaluation, parts.kinds, strict=True) if k == kind]
+            for kind in dict.fromkeys(parts.kinds)
         }
         self.texts[ANSWERS] = [*answer_windows(replies)]
         self.reference = Reference(self.short.decoder)
@@ -401,13 +404,13 @@ class Shrink:
         identity = joined(
             self.short.identity(),
             {
-                "training": windows_digest(windows.training),
-                "evaluation": windows_digest(windows.evaluation),
+                "training": windows_digest(parts.training),
+                "evaluation": windows_digest(parts.evaluation),
                 heal_by: vars(STEPS[heal_by].settings()),  # of the choice and of the healing
             },
             self._dials | {"method": self.method},
         )
         saved = StateFile(self.folder / STATE, identity, folder=self.folder)
-        texts = (self.calibration, windows.evaluation)
+        texts = (self.calibration, parts.evaluation)
         self.sets = LayerSets(self.short, *texts, heal_by=heal_by, state=saved)
         self.cells = self.sets.cells

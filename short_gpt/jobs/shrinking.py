@@ -10,7 +10,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama.files import new_directory, new_file
 from llama.sources import is_gguf
@@ -42,12 +42,11 @@ from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
 from short_gpt.healing.settings import CLOSED_WINDOWS, OUTPUTS, Recipe, RefitSettings, recipe_for
 from short_gpt.jobs.conversion import convert
-from short_gpt.jobs.inputs import Windows, about_own
+from short_gpt.jobs.inputs import about_own
 from short_gpt.jobs.page import is_page, shrunk_page
-from short_gpt.jobs.saving import Running, Saving, interruptible
+from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.jobs.shrink_curve import curve_of, optional, rivals_in_memory
-from short_gpt.jobs.shrink_run import HEALING, Model, Shrink
-from short_gpt.jobs.shrink_settings import Shrinking
+from short_gpt.jobs.shrink_run import HEALING, Shrink
 from short_gpt.jobs.shrunk import (
     ANSWERS,
     REPORT,
@@ -67,50 +66,36 @@ from short_gpt.selection.methods import AUTO, METHODS
 from short_gpt.wrappers.opening import open_trainable
 from short_gpt.wrappers.options import FLOAT32, OpenOptions
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 CHECKS = 8  # evaluations during a training
 
 
 @interruptible()
-def shrink(
-    model: Model,
-    out: str,
-    settings: Shrinking,
-    windows: Windows,
-    opening: OpenOptions,
-    saving: Saving,
-    running: Running,
-    dry_run: bool,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> ShrinkResult:
-    """What `jobs.shrink` does."""
+def shrink(**asked: Any) -> ShrinkResult:
+    """What `jobs.shrink` does; ``asked`` are fields of `Shrink`."""
     check_alone("shrink")
-    run = Shrink(model, Path(out), settings, windows, opening, saving, running)
+    run = Shrink(**asked)
     run.check()
-    saving.check(run.out, run.to)
-    lock = None if dry_run else hold(run.folder)
-    run.open(tokenizer, keep=not dry_run)
+    run.saving.check(run.out, run.to)
+    lock = None if run.dry_run else hold(run.folder)
+    run.open()
     plan = run.plan()
-    if dry_run:
-        if not windows.own:
+    if run.dry_run:
+        if not run.windows.own:
             run.read()  # raises for too little text
         return ShrinkResult(run.out, plan)
-    running.tell(plan)
+    run.running.tell(plan)
     try:
         result = _work(run, plan)
     except KeyboardInterrupt:
         if run.folder.exists():
-            running.tell(f"what was done is kept in {run.folder}: the same command continues")
+            run.running.tell(f"what was done is kept in {run.folder}: the same command continues")
         raise
     if not result.states:  # a curve, of which none was picked
-        running.tell(f"kept in {run.folder}: the same call with `pick` writes one of them")
+        run.running.tell(f"kept in {run.folder}: the same call with `pick` writes one of them")
         return result
     shutil.rmtree(run.folder, ignore_errors=True)  # not a link
     del lock
-    return replace(result, address=saving.push(run.out, result))
+    return replace(result, address=run.saving.push(run.out, result))
 
 
 # What is chosen
@@ -187,7 +172,7 @@ def _steps_in(run: Shrink, seconds: float, recipe: Recipe) -> int:
     """Training steps that fit, by one that is timed; the teacher reads each window before."""
     a_step = seconds_a_step(run.short, run.probe, recipe) + recipe.batch_size * run.a_pass
     # the validation windows are also read once before it, and once by the teacher
-    checking = (CHECKS + 2) * len(run.windows.validation) * run.a_pass
+    checking = (CHECKS + 2) * len(run.parts.validation) * run.a_pass
     return max(1, int((seconds - checking) / a_step))
 
 
@@ -221,7 +206,7 @@ def _speeds(run: Shrink) -> Speeds:
         "healed": pytorch(run.short, lambda: run.short.without_layers(run.layers)),
     }
     with in_own_dtype(run.short.decoder):
-        return speeds(timers, run.windows.evaluation[0], most=run.most)
+        return speeds(timers, run.parts.evaluation[0], most=run.most)
 
 
 def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
@@ -237,7 +222,7 @@ def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
                 opening = replace(run.opening, precision=FLOAT32)
                 rivals = [of_file(path, run.texts, run.reference, opening)]
                 paths[rivals[0].name] = path
-            timed = timed or of_files(paths, run.windows.evaluation[0], most=run.most)
+            timed = timed or of_files(paths, run.parts.evaluation[0], most=run.most)
     return replace(result, rivals=rivals, speeds=timed, remarks=remarks)
 
 
@@ -245,7 +230,7 @@ def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
 
 
 def _remarks(run: Shrink, evidence: HealingEvidence) -> list[str]:
-    remarks = [about_own(run.reading.name, run.reading.eval_name), run.windows.left_out]
+    remarks = [about_own(run.windows.name, run.windows.eval_name), run.parts.left_out]
     if run.method in ("bi", "angular"):  # other text might choose other layers
         scores, angular = run.short.importance, run.method == "angular"
         remarks.insert(0, unsure(scores, len(run.layers), angular=angular))
@@ -296,7 +281,7 @@ def _as_written(run: Shrink, result: ShrinkResult) -> ShrinkResult:
 def _work(run: Shrink, plan: str) -> ShrinkResult:
     """Does everything; continues what the folder holds."""
     run.read()
-    opened, short, windows = run.opened, run.short, run.windows
+    opened, short, parts = run.opened, run.short, run.parts
     remarks = list[str]()
     curve = curve_of(run, remarks) if run.settings.curve is not None else []
     known: dict[str, Any] = {"plan": plan, "total": run.count, "method": run.method, "curve": curve}
@@ -306,7 +291,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     run.layers, choice = _choose(run)
     if opened.in_place:
         check_architecture(str(run.source)).kept(run.layers)
-    eval_data = run.reading.eval_name
+    eval_data = run.windows.eval_name
     method = METHODS.get(run.method, "named by the caller")
     short.evidence |= {"method": method, "eval_data": eval_data, "size": run.size}
     run.running.tell(f"layers to remove: {sorted(run.layers)}")
@@ -320,7 +305,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     with optional(remarks):
         timed = _speeds(run)
     kept: dict[str, Any] = {"work_dir": run.folder / HEALING, "max_windows": CLOSED_WINDOWS}
-    job = HealingJob(short, windows, run.layers, steps=steps, notify=run.running.tell, **kept)
+    job = HealingJob(short, parts, run.layers, steps=steps, notify=run.running.tell, **kept)
     with ExitStack() as undos:
         # a loaded model is the caller's: after an error it is complete, and the same call continues
         evidence = job.run(undos if run.source is None else None)
@@ -345,7 +330,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
             importance=short.importance,
             next_steps=run.next_steps(run.out),
             source=None if run.source is None else str(run.source),
-            windows=(len(windows.training), len(windows.evaluation), run.size),
+            windows=(len(parts.training), len(parts.evaluation), run.size),
             command=run.command,
             seed=run.seed,
         )
@@ -359,7 +344,7 @@ def _written(run: Shrink, result: ShrinkResult, evidence: HealingEvidence) -> Sh
     built, states, in_place = run.built, dict(result.states), run.opened.in_place
     shutil.rmtree(built.parent, ignore_errors=True)
     built.parent.mkdir(parents=True)
-    _write(run, facts={"data": run.reading.name}, measured=evidence.perplexity)
+    _write(run, facts={"data": run.windows.name}, measured=evidence.perplexity)
     if is_gguf(built):
         # of another format tensors alone were counted: all states lack the vocabulary
         more = file_bytes(built) - states["healed"].size

@@ -686,7 +686,7 @@ def test_training_takes_the_minutes_that_checking_leaves(monkeypatch):
     monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 1.5)
     for held, steps in ((0, 30), (4, 24), (400, 1)):  # read ten times
         windows = SimpleNamespace(validation=[[0]] * held)
-        run: Any = SimpleNamespace(short=None, probe=None, a_pass=0.25, windows=windows)
+        run: Any = SimpleNamespace(short=None, probe=None, a_pass=0.25, parts=windows)
         assert shrinking._steps_in(run, 52.5, Recipe(batch_size=1)) == steps
 
 
