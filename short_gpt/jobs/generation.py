@@ -25,11 +25,10 @@ def generate(
     opening: OpenOptions,
 ) -> str | Path:
     """What `jobs.generate` does."""
-    check(isinstance(prompt, str | None), "prompt", prompt, "one text")
-    if prompt is None:
-        return _write_samples(model, samples, out, sampling, opening)
-    if samples is not None or out is not None:
+    if [samples is None, out is None] != [prompt is not None] * 2:
         raise ShortGPTError("expected either a `prompt` to continue, or `samples` and `out`")
+    if prompt is None:
+        return _write_samples(model, samples or 0, Path(str(out)), sampling, opening)
     size = sampling.max_new_tokens
     # Meta's format has no limit of its own: room for a token a byte of the prompt, bos and eos
     room = max(opening.max_seq_len, len(prompt.encode(errors="replace")) + 2 + size)
@@ -45,25 +44,19 @@ def generate(
 
 
 def _write_samples(
-    model: str, count: int | None, out: str | None, sampling: Sampling, opening: OpenOptions
+    model: str, count: int, out: Path, sampling: Sampling, opening: OpenOptions
 ) -> Path:
     """Writes `own_samples` of a checkpoint as texts to a .jsonl file, which ``data`` reads."""
-    at_least(1, optional=True, samples=count)
-    if count is None or out is None:
-        raise ShortGPTError("expected either a `prompt` to continue, or `samples` and `out`")
-    if (target := Path(out)).suffix != ".jsonl":
-        raise ShortGPTError(f"`out` {out}: expected the name of a .jsonl file")
-    if target.is_file():
-        raise FileExistsError(f"{target} exists; choose another name")
-    check_output(target, overwrite=False, replaces=lambda _: False)
+    at_least(1, samples=count)
+    check(out.suffix == ".jsonl", "`out`", out.name, "the name of a .jsonl file")
+    check_output(out, overwrite=False, replaces=Path.is_file)
     size, seed = sampling.max_new_tokens, sampling.seed
     short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
     if not 2 <= size <= (most := short.decoder.max_seq_len):
         raise ShortGPTError(f"`max_new_tokens` {size}: this model takes 2 to {most:,}")
-    texts = own_samples(short, count, size, seed=seed, beside=target)
-    if not is_first_rank():
-        return target
-    with new_file(target, overwrite=False, replaces=lambda _: False) as partial:
-        lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
-        partial.write_text("".join(lines), encoding="utf-8")
-    return target
+    texts = own_samples(short, count, size, seed=seed, beside=out)
+    if is_first_rank():
+        with new_file(out, overwrite=False, replaces=Path.is_file) as partial:
+            lines = (json.dumps({"text": short.decode(ids)}) + "\n" for ids in texts)
+            partial.write_text("".join(lines), encoding="utf-8")
+    return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,17 +69,12 @@ class Ranking(Table):
     def to_dict(self) -> dict[str, object]:
         """The scores and the verdict, or the search, and the weights' digests, ready for JSON."""
         source = {"bos": self.bos, "scored": dict(self.scored), **self.precision}
-        if self.importance is None:
-            chosen = {"method": self.answer.method, "layers": self.layers}
-            how = (
-                {"choice": self.choice.to_dict()} if self.choice else {"search": vars(self.search)}
-            )
-            return {"chosen": chosen, **how, **source}
-        settled: dict[str, object] | None = None
-        if self.verdict is not None:
-            settled = {**vars(self.verdict), "stop": vars(self.verdict.stop)}
-            settled["pair"] = list(self.verdict.pair)
-        return {"importance": self.importance.to_dict(), "settled": settled, **source}
+        if self.importance is not None:
+            settled = None if self.verdict is None else asdict(self.verdict)
+            return {"importance": self.importance.to_dict(), "settled": settled, **source}
+        chosen = {"method": self.answer.method, "layers": self.layers}
+        how = {"choice": self.choice.to_dict()} if self.choice else {"search": vars(self.search)}
+        return {"chosen": chosen, **how, **source}
 
     @property
     def columns(self) -> dict[str, list[object]]:

@@ -83,10 +83,6 @@ class Saving(Settings):
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Inside the block SIGTERM and a closed terminal count as Ctrl-C, so that work is saved."""
-
-    def end(*_: object) -> None:
-        raise KeyboardInterrupt
-
     before: dict[int, Any] = {}
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -94,7 +90,7 @@ def interruptible() -> Iterator[None]:
         if number is None or signal.getsignal(number) in (None, signal.SIG_IGN):
             continue
         with suppress(ValueError):  # only the main thread may
-            before[number] = signal.signal(number, end)
+            before[number] = signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:

