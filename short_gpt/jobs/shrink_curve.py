@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from short_gpt.costs.rivals import (
     scratch,
     smaller_types,
 )
-from short_gpt.costs.speeds import WORK, of_files, pytorch, speeds
+from short_gpt.costs.speeds import WORK, Speeds, of_files, pytorch, speeds
 from short_gpt.healing.job import RAW, pruned
 from short_gpt.healing.settings import CLOSED_WINDOWS
 from short_gpt.jobs.shrink_run import Shrink
@@ -75,19 +75,24 @@ def _speeds(
     run: Shrink, points: Sequence[CurvePoint], remarks: list[str]
 ) -> dict[str, list[float]]:
     """How many times as fast as the original each size is, by `WORK`."""
-    short = run.short
-    most = {point.name: run.count / (run.count - len(point.layers)) for point in points}
     if not run.in_llama_cpp:
-        timers = {p.name: pytorch(short, partial(short.without_layers, p.layers)) for p in points}
-        with in_own_dtype(short.decoder):
-            found = speeds(timers, run.parts.evaluation[0], most=most)
+        found = in_pytorch(run, {point.name: point.layers for point in points})
         return {name: [works[work].ratio for work in WORK] for name, works in found.items()}
     ratios, source = {"original": [1.0] * len(WORK)}, str(run.source)
     for name, layers, *_ in points[1:]:
         with optional(remarks), scratch(run.folder) as folder:
             path = prune_checkpoint(source, folder / "pruned.gguf", layers)  # healed as fast
-            ratios[name] = _in_llama_cpp(run, path, remarks, most[name])
+            ratios[name] = _in_llama_cpp(run, path, remarks, run.fastest(layers))
     return ratios
+
+
+def in_pytorch(run: Shrink, sets: Mapping[str, Sequence[int]]) -> Speeds:
+    """Speeds of the model without some layers, which is as fast as the healed one, by name."""
+    short = run.short
+    timers = {n: pytorch(short, partial(short.without_layers, own)) for n, own in sets.items()}
+    most = {name: run.fastest(layers) for name, layers in sets.items()}
+    with in_own_dtype(short.decoder):
+        return speeds(timers, run.parts.evaluation[0], most=most)
 
 
 def _in_llama_cpp(

@@ -232,10 +232,9 @@ class Shrink:
         usual = MINUTES.get(self.short.decoder.device.type, MINUTES[""])
         return self.settings.seconds or 60.0 * usual
 
-    @property
-    def most(self) -> dict[str, float]:
-        """How many times as fast the model without the layers can be."""
-        return {"healed": self.count / (self.count - len(self.layers))}
+    def fastest(self, layers: Sequence[int]) -> float:
+        """How many times as fast the model without some layers can be."""
+        return self.count / (self.count - len(layers))
 
     @property
     def in_llama_cpp(self) -> bool:

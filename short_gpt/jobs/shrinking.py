@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from short_gpt.costs.rivals import (
     scratch,
 )
 from short_gpt.costs.sizes import file_bytes
-from short_gpt.costs.speeds import Speeds, beyond, of_files, pytorch, speeds
+from short_gpt.costs.speeds import Speeds, beyond, of_files
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.windows import batches
 from short_gpt.evaluation.perplexity import (
@@ -45,7 +45,7 @@ from short_gpt.jobs.conversion import convert
 from short_gpt.jobs.inputs import about_own
 from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Saving, interruptible
-from short_gpt.jobs.shrink_curve import curve_of, optional, rivals_in_memory
+from short_gpt.jobs.shrink_curve import curve_of, in_pytorch, optional, rivals_in_memory
 from short_gpt.jobs.shrink_run import HEALING, Shrink
 from short_gpt.jobs.shrunk import (
     ANSWERS,
@@ -198,21 +198,9 @@ def _answers(run: Shrink, state: str) -> Perplexity:
         return perplexity(decoder, batches(windows, ANSWERS_AT_ONCE), reference=run.reference)
 
 
-def _speeds(run: Shrink) -> Speeds:
-    """Of the original and the pruned model, which is as fast as the healed one, in PyTorch."""
-    if run.in_llama_cpp:  # which times files
-        return {}
-    timers = {
-        "original": pytorch(run.short, nullcontext),
-        "healed": pytorch(run.short, lambda: run.short.without_layers(run.layers)),
-    }
-    with in_own_dtype(run.short.decoder):
-        return speeds(timers, run.parts.evaluation[0], most=run.most)
-
-
 def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
     """The result with a file's rival, and with their speeds in llama.cpp."""
-    source, remarks = str(run.source), [*result.remarks]
+    source, remarks, most = str(run.source), [*result.remarks], {"healed": run.fastest(run.layers)}
     paths = {"original": Path(source), "healed": run.built}
     rivals, timed = list[Rival](), result.speeds
     with optional(remarks):
@@ -223,7 +211,7 @@ def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
                 opening = replace(run.opening, precision=FLOAT32)
                 rivals = [of_file(path, run.texts, run.reference, opening)]
                 paths[rivals[0].name] = path
-            timed = timed or of_files(paths, run.parts.evaluation[0], most=run.most)
+            timed = timed or of_files(paths, run.parts.evaluation[0], most=most)
     return replace(result, rivals=rivals, speeds=timed, remarks=remarks)
 
 
@@ -304,7 +292,8 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
         states["pruned"], answers["pruned"] = _sizes(run), _answers(run, "pruned")
         steps = _steps(run)
     with optional(remarks):
-        timed = _speeds(run)
+        if not run.in_llama_cpp:  # which times files
+            timed = in_pytorch(run, {"original": [], "healed": run.layers})
     kept: dict[str, Any] = {"work_dir": run.folder / HEALING, "max_windows": CLOSED_WINDOWS}
     job = HealingJob(short, parts, run.layers, steps=steps, notify=run.running.tell, **kept)
     with ExitStack() as undos:
@@ -359,7 +348,7 @@ def _written(run: Shrink, result: ShrinkResult, evidence: HealingEvidence) -> Sh
     result = replace(result, states=states)
     if in_place:
         result = _beside_file(run, _as_written(run, result))
-    disturbed = beyond(result.speeds, run.most)
+    disturbed = beyond(result.speeds, {"healed": run.fastest(run.layers)})
     result = replace(result, remarks=[*result.remarks, *disturbed])
     _move_into_place(run, result)
     return result

@@ -42,7 +42,6 @@ ROUTES = {
     "convert-meta": lambda out: convert("meta", out),
     "convert-gguf": lambda out: convert("model.gguf", out, to="hf"),
     "prune-files": lambda out: prune("new", out, layers=[1]),
-    "prune-gguf": lambda out: prune("model.gguf", out, layers=[1]),
     "heal": lambda out: heal("new", out, layers=[1], **WINDOWS, **HOW),
     "shrink": lambda out: shrink("model.gguf", out, n=1, method="bi", **WINDOWS, **HOW),
 }

@@ -288,7 +288,7 @@ def test_speeds_are_those_of_the_original_and_the_pruned_model(here, monkeypatch
     present = []
 
     def measured(timers, window, *, most):
-        assert most == {"healed": 1.5} and len(window) == 24
+        assert most == {"original": 1, "healed": 1.5} and len(window) == 24
         for timer in timers.values():
             timer(window, 3)
         return {name: dict.fromkeys(WORK, Speed(9.0, 2.0, 1.8, 2.2, 24)) for name in timers}
@@ -298,7 +298,7 @@ def test_speeds_are_those_of_the_original_and_the_pruned_model(here, monkeypatch
         return plain(model, *args)
 
     plain = ShortHFModel.continued
-    monkeypatch.setattr(shrinking, "speeds", measured)
+    monkeypatch.setattr(shrink_curve, "speeds", measured)
     monkeypatch.setattr(ShortHFModel, "continued", counted)
     done = shrink("hf", "out", **KILLED, data="other")
     assert present[-2:] == [6, 4]
@@ -356,7 +356,7 @@ def test_a_comparison_that_fails_costs_no_curve_and_no_model(here, monkeypatch, 
     done = shrink(model, out, curve=(1,), **CUT, data="other")
     assert [point.name for point in done.curve] == ["original", "1 removed"]
     assert done.remarks[0] == "out of memory" and "\nout of memory" in str(done)
-    for name in ("rivals_in_memory", "requantized", "speeds"):
+    for name in ("rivals_in_memory", "requantized", "in_pytorch"):
         monkeypatch.setattr(shrinking, name, broken)
     done = shrink(model, f"2{out}", **CUT, n=2, method="bi", data="other")
     assert Path(f"2{out}").exists() and not done.rivals and not done.speeds
