@@ -7,12 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from traceback import clear_frames
 from typing import TextIO
 
 from llama.ranks import environment, is_distributed
-from short_gpt.cli.commands import COMMANDS, call, result_alone
+from short_gpt.cli.commands import COMMANDS, STDOUT, call
 from short_gpt.cli.flags import (
     flags_of,
     help_of,
@@ -60,10 +60,11 @@ def run(argv: list[str]) -> None:
         texts = prepared(argv, COMMANDS)
         single = COMMANDS[argv[0]].alone  # it waits for no other rank: these have ended
         if is_first_rank() or not single:
-            alone = texts.get("json") == "-"
+            stdout, alone = sys.stdout, texts.get("json") == STDOUT
             ranks = environment("WORLD_SIZE", None) if single else nullcontext()
-            with result_alone() if alone else nullcontext(), ranks:
-                call(argv[0], values_of(COMMANDS[argv[0]], texts))
+            # a result on stdout is alone there
+            with redirect_stdout(sys.stderr) if alone else nullcontext(), ranks:
+                call(argv[0], values_of(COMMANDS[argv[0]], texts), stdout)
     elif is_first_rank():
         print(text)
 

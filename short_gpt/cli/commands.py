@@ -5,9 +5,7 @@ The table goes to stdout, progress to stderr; files are written whole or not at 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 SCORE_PICTURES = ("block_influence.png", "angular.png")
 STDOUT = "-"  # in place of a file
-_alone: list[TextIO] = []  # the stdout that a result has for itself
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,8 @@ class Run(NamedTuple):
 
     command: str
     values: Mapping[str, Any]
-    pictures: Sequence[Path] = ()
+    pictures: Sequence[Path]
+    stdout: TextIO  # also where all else is printed to stderr
 
     @property
     def file(self) -> Path | None:
@@ -94,7 +92,7 @@ class Run(NamedTuple):
         seed = {"seed": arguments["seed"]} if "seed" in arguments else {}
         content = {"command": self.command, "arguments": arguments, **seed, **content}
         if self.file is None:
-            print(record_text(content), end="", flush=True, file=_alone[-1] if _alone else None)
+            print(record_text(content), end="", flush=True, file=self.stdout)
         else:
             write_record(self.file, content, overwrite=bool(self.values.get("overwrite")))
 
@@ -107,17 +105,6 @@ class Run(NamedTuple):
             for figure, path in zip(draw(), self.pictures, strict=True):
                 plots.save(figure, path)
         print_done("written", *self.targets)
-
-
-@contextmanager
-def result_alone() -> Iterator[None]:
-    """Keeps stdout for a result inside the block: all that is printed goes to stderr."""
-    _alone.append(sys.stdout)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        _alone.pop()
 
 
 def print_result(text: str) -> None:
@@ -245,14 +232,14 @@ COMMANDS: dict[str, Command] = {  # in the order of use
 }
 
 
-def call(name: str, values: Mapping[str, Any]) -> None:
+def call(name: str, values: Mapping[str, Any], stdout: TextIO) -> None:
     """Runs a command with values of its flags, and prints and writes the result."""
     command = COMMANDS[name]
     flags, job = flags_of(command), command.job
     every = {**{flag: one.default for flag, one in flags.items()}, **values}
     folder = every.get("plots")
     pictures = [] if folder is None else [Path(folder) / name for name in command.pictures]
-    run = Run(name, every, pictures)
+    run = Run(name, every, pictures, stdout)
     run.check()
     if name == "rank" and pictures and Answer(every["n"], every["method"]).by_loss:
         raise ShortGPTError(f"--plots draws scores, and --method {every['method']} has none")

@@ -34,7 +34,7 @@ from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.settings import CLOSED_WINDOWS
-from short_gpt.jobs.inputs import EVAL_WINDOWS, Windows
+from short_gpt.jobs.inputs import Windows
 from short_gpt.jobs.page import is_page
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
@@ -273,19 +273,23 @@ class Shrink:
             ]
         )
 
+    @property
+    def _named(self) -> dict[str, Any]:
+        """Fields of the plan that the user named."""
+        asked = {"method": self._method, "windows": self.windows.max_windows}
+        asked["eval_windows"] = self.windows.eval_windows
+        return {name: value for name, value in asked.items() if value is not None}
+
     def _given_up(self) -> list[str]:
         """What the time does not allow, and what it is used for."""
-        plan, asked, within = self.planned, self.windows, duration(self._most_seconds)
-        named = asked.max_windows or plan.training  # which reads more of them
-        changes = (
-            ("method", self._method, plan.method, PLANS[0].method),
-            ("windows to learn from", named, plan.windows, PLANS[0].windows),
-            ("windows to evaluate on", asked.eval_windows, plan.eval_windows, EVAL_WINDOWS),
-        )
+        plan, within = self.planned, duration(self._most_seconds)
+        words = {"method": "method", "windows": "windows to learn from"}
+        words["eval_windows"] = "windows to evaluate on"
+        known = {*self._named, "windows" if plan.training else ""}  # a training reads more of them
         fewer = [
-            f"{what} {now} instead of {usual}"
-            for what, named, now, usual in changes
-            if named is None and now != usual
+            f"{what} {getattr(plan, name)} instead of {getattr(PLANS[0], name)}"
+            for name, what in words.items()
+            if name not in known and getattr(plan, name) != getattr(PLANS[0], name)
         ]
         lines = [f"to stay within {within} (--time): {', '.join(fewer)}"] if fewer else []
         if plan.training:
@@ -298,13 +302,10 @@ class Shrink:
 
     def _fitted(self) -> Plan:
         """The plan that fits into the time."""
-        asked = {"method": self._method, "windows": self.windows.max_windows}
-        asked["eval_windows"] = self.windows.eval_windows
-        named = {name: value for name, value in asked.items() if value is not None}
         train_on = MANY if self.windows.own else None
         if self.settings.time is None:
             train_on = 0
-        return fitted(self._seconds, self._most_seconds, named, train_on)
+        return fitted(self._seconds, self._most_seconds, self._named, train_on)
 
     @cached_property
     def _judging(self) -> tuple[float, float]:
