@@ -8,15 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from short_gpt.costs.sizes import size_without
-from short_gpt.data.disjoint import without_overlap
-from short_gpt.data.texts import evaluation_texts
 from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.healing import HealedChoice
 from short_gpt.healing.choosing import TRIAL_WINDOWS
 from short_gpt.healing.context import Windows as TokenWindows
 from short_gpt.healing.job import CLOSED, RAW, STEPS
 from short_gpt.healing.sets import LayerSets
-from short_gpt.jobs.inputs import EVAL_WINDOWS, SIZE, Windows, check_model
+from short_gpt.jobs.inputs import SIZE, Windows, check_model
 from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.jobs.settings import COMPARED, Cases
 from short_gpt.runtime.digest import windows_digest
@@ -25,7 +23,6 @@ from short_gpt.runtime.state import StateFile, joined
 from short_gpt.selection.methods import AUTO
 from short_gpt.wrappers.opening import open_model
 from short_gpt.wrappers.options import OpenOptions
-from short_gpt.wrappers.own_text import own_text_writer, split_own_text
 from short_gpt.wrappers.short_model import ShortModel
 
 SEEDS = 3  # random sets for every number of layers
@@ -194,14 +191,10 @@ def compare_checkpoint(
     cases.check()
     if (n_layers := check_model(model)) is not None:
         cases = cases.within(n_layers)
-    held = evaluation_texts(windows.eval_name, windows.column).values()
-    size, kinds = windows.size or SIZE, windows.kinds()
+    windows.check_texts()
+    size = windows.size or SIZE
     short = open_model(model, opening.as_begun(running.state), max_seq_len=size)
     cases = cases.within(len(short.kept))
-    write = own_text_writer(short, size, seed=windows.seed, beside=running.state)
-    limits = (windows.max_windows, windows.seed or 0)
-    calibration, evaluation = split_own_text(kinds, [list(kind) for kind in held], write, *limits)
-    held_out = list(windows.cut(evaluation, short, windows.eval_windows or EVAL_WINDOWS))
-    fit_on, _ = without_overlap(list(windows.cut(calibration, short)), held_out)
-    result = compare(short, fit_on, held_out, **asdict(cases), state=running.state)
+    parts = windows.learning(short, size, None, validate=False, beside=running.state)
+    result = compare(short, parts.training, parts.evaluation, **asdict(cases), state=running.state)
     return replace(result, bos=short.bos, precision=short.about_precision)

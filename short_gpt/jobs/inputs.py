@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from short_gpt.data.texts import (
@@ -200,7 +199,7 @@ class Windows(Settings):
         limit: int | None,
         *,
         validate: bool,
-        beside: str | Path,
+        beside: str | PathLike[str] | None,
     ) -> HealingWindows:
         """Windows to learn from, ``limit`` of them, and others, as `healing_windows`.
 
