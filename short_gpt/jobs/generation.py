@@ -49,6 +49,8 @@ def _write_samples(
     """Writes `own_samples` of a checkpoint as texts to a .jsonl file, which ``data`` reads."""
     at_least(1, samples=count)
     check(out.suffix == ".jsonl", "`out`", out.name, "the name of a .jsonl file")
+    if out.is_file():  # no flag replaces it
+        raise FileExistsError(f"{out} exists; choose another name")
     check_output(out, overwrite=False, replaces=Path.is_file)
     size, seed = sampling.max_new_tokens, sampling.seed
     short = open_model(model, opening, max_seq_len=size, model_parallel_size=1)
