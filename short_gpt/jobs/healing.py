@@ -81,7 +81,7 @@ def heal(
     running: Running,
 ) -> HealingResult:
     """What `jobs.heal` does."""
-    methods = _checked_methods(windows, healing, opening)
+    methods = _methods(windows, healing, opening)
     model = str(find_source(model))  # of a name such as demo, the file that it stands for
     _check_target(model, out, overwrite=saving.overwrite)
     saving.check(out, format_of(model, out))
@@ -132,7 +132,7 @@ def heal(
     return replace(done, address=saving.push(done.out, done))
 
 
-def _checked_methods(windows: Windows, healing: Healing, opening: OpenOptions) -> list[str]:
+def _methods(windows: Windows, healing: Healing, opening: OpenOptions) -> list[str]:
     """The ways to heal; ShortGPTError for settings that do not go with them."""
     methods = methods_of(healing.heal_by)
     windows.check(shuffled=True)

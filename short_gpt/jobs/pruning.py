@@ -53,14 +53,14 @@ def prune(
     saving.check(out, format_of(source, out))
     removal = choice.chosen(model)
 
-    def check(written: Path) -> None:
+    def prove_it(written: Path) -> None:
         proofs.append(prove(written, source, out, opening, verify, drop=removal.layers))
 
     names = kept_tensors(source, removal.layers)
     with bar("writing", total=len(names) or None, unit="tensor") as shown:
         path = prune_checkpoint(
             source,
-            Target(out, saving.overwrite, check),
+            Target(out, saving.overwrite, prove_it),
             removal.layers,
             provenance=removal.record,
             progress=lambda _: shown.update(),
