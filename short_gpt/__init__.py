@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from short_gpt.jobs.comparing import compare
     from short_gpt.runtime.errors import ShortGPTError
     from short_gpt.scoring.importance import Importance
+    from short_gpt.scoring.metrics import angular_distances, block_influence
     from short_gpt.scoring.run import measure
     from short_gpt.scoring.stopping import Stop
     from short_gpt.selection.methods import choose
@@ -53,6 +54,7 @@ else:
 
 
 __all__ = ["Importance", "Recipe", "ShortGPTError", "ShortHFModel", "ShortLlama", "ShortModel"]
-__all__ += ["Stop", "batches", "choose", "choose_healed", "compare", "convert"]
+__all__ += ["Stop", "angular_distances", "batches", "block_influence", "choose", "choose_healed"]
+__all__ += ["compare", "convert"]
 __all__ += ["heal_lora", "heal_patch", "heal_refit", "measure", "open_model", "own_samples"]
 __all__ += ["perplexity", "pg19", "prune", "rank", "run_tasks", "shrink", "texts", "windows"]
