@@ -101,6 +101,8 @@ script own_samples own_samples --novels tasks/lambada_openai.jsonl --wikitext wi
 script own_dialogs own_samples --distance --layers 12,13,14,17 --wikitext wikitext2_test.txt
 script tasks tasks --source tasks --wikitext wikitext2_test.txt --counts 2,4 --documents 100 \
     --state tasks.state
+script answers_smollm2 answers --source tasks --wikitext wikitext2_test.txt --model smollm2 \
+    --tokens 0,50000,200000 --own 400 --files ans_s
 script kept kept --source tasks --also wikitext2_test.txt --others lambada_passages.txt \
     --documents 295,600 --sets auto,greedy,bi --auto 10,12,13,14,15,16,17,18 \
     --greedy 3,12,13,14,15,16,17,18 --bi 12,13,14,15,16,17,25,26

@@ -322,6 +322,24 @@ def rates() -> list[str]:
     return lines
 
 
+def trained_tokens() -> list[str]:
+    """By tokens of training after the refit: distances from the original, and answers kept."""
+    found, lines = result("answers_smollm2")["rows"], []
+    before = found["original"]["right"]
+    names = {"pruned": "pruned", "0": "refit"}
+    for name, own in found.items():
+        if name == "original":
+            continue
+        distances = [
+            f"{own[kind]['kld']:.3f} ({own[kind]['same_top']:.0%})"
+            for kind in ("wikitext", "answers")
+        ]
+        kept = sum(a and b for a, b in zip(before, own["right"], strict=True))
+        trained = f"refit, then {own['tokens']:,} tokens" if "tokens" in own else names[name]
+        lines.append(row(trained, *distances, f"{kept} of {sum(before)}"))
+    return lines
+
+
 def sinks() -> list[str]:
     """By set: the refit's perplexity on novels, plain weights and lost sinks weighed more."""
     step, lines = "step 0.5, ridge 2 F / N", []

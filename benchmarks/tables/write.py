@@ -106,6 +106,11 @@ TABLES: dict[str, Callable[[], str]] = {
         rows.own_dialogs,
         "own_dialogs",
     ),
+    "tokens and answers": table(
+        "| 8 of 30 layers removed | WikiText-2: KLD (same top) | own answers | right answers kept |",
+        rows.trained_tokens,
+        "answers_smollm2",
+    ),
     "coverage of intervals": table(
         "| texts | usual | used | no interval |",
         lambda: rows.covering(rows.result("coverage")),

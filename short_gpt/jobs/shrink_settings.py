@@ -13,7 +13,10 @@ from short_gpt.jobs.inputs import Windows, count_of, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import CHOOSE, RUN, Settings, setting
 
-SIZES = ("ratio", "n", "params", "memory", "layers", "curve", "max_kld")  # one of these is set
+SIZES = (  # one of these is set
+    *("ratio", "n", "params", "memory", "layers", "curve"),
+    *("max_kld", "max_perplexity_ratio"),
+)
 CURVE = (1, 2, 3, 4, 6, 8)  # numbers of layers
 MAX_KLD = 0.1  # nats a token: near the original, as the better types of 4 bits
 SHRUNK = Windows("self", size=None).without("column", "stride", "seed")  # what is read by default
@@ -60,6 +63,11 @@ class Shrinking(Settings):
         "original answers; the set of another method may be farther. Default: 0.1, unless another "
         "size is given.",
     )
+    max_perplexity_ratio: float | None = setting(
+        None,
+        "The same limit as the perplexity's rise that it is on the model's own text: exp(max_kld).",
+        rare=True,
+    )
     method: str | None = setting(
         None,
         "Method that chooses the layers: auto, which refits the sets of several methods and takes "
@@ -104,6 +112,8 @@ class Shrinking(Settings):
     @property
     def most_kld(self) -> float | None:
         """The most divergence, in nats a token; None where another setting says how small."""
+        if self.max_perplexity_ratio is not None:
+            return math.log(self.max_perplexity_ratio)
         others = all(getattr(self, name) is None for name in SIZES)
         return self.max_kld or (MAX_KLD if others else None)
 
@@ -149,6 +159,9 @@ class Shrinking(Settings):
         ratio, kld = self.ratio, self.max_kld
         check(ratio is None or 0 < ratio < 1, "`ratio`", ratio, "above 0 and below 1")
         check(kld is None or 0 < kld < math.inf, "`max_kld`", kld, "above 0, as in 0.1")
+        rise = self.max_perplexity_ratio
+        in_range = rise is None or 1 < rise < math.inf
+        check(in_range, "`max_perplexity_ratio`", rise, "above 1, as in 1.2")
         at_least(1, optional=True, n=self.n)
         _ = self.target, self.seconds, self.named  # raise for invalid texts
         if self.curve is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import pytest
@@ -65,6 +66,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
         ({"time": 0}, "`time` = 0: expected a time"),
         ({"max_kld": 0.0}, "`max_kld` = 0.0: expected above 0"),
         ({"heal_by": "lora"}, "`heal_by` = 'lora': expected one of refit, patch"),
+        ({"max_perplexity_ratio": 0.9}, "`max_perplexity_ratio` = 0.9: expected above 1"),
     ],
 )
 def test_refusals(settings, message):
@@ -76,7 +78,7 @@ def test_refusals(settings, message):
 
 def test_without_a_size_the_divergence_is_the_limit():
     assert Shrinking().most_kld == 0.1 and Shrinking().size_flag == "--max_kld 0.1"
-    assert Shrinking(max_kld=0.2).most_kld == 0.2
+    assert Shrinking(max_perplexity_ratio=math.exp(0.2)).most_kld == pytest.approx(0.2)
     assert Shrinking(layers=0).size_flag == "--layers 0"
     assert Shrinking(curve=range(1, 4)).size_flag == "--curve 1,2,3"
     for size in ({"n": 2}, {"ratio": 0.25}, {"memory": "3kB"}):
