@@ -107,7 +107,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "own_dialogs",
     ),
     "tokens and answers": table(
-        "| 8 of 30 layers removed | WikiText-2: KLD (same top) | own answers | right answers kept |",
+        "| healed by | WikiText-2: KLD (same top) | own answers | right answers kept |",
         rows.trained_tokens,
         "answers_smollm2",
     ),

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.sources import BuiltinName
 from short_gpt.data.texts import Default
 from short_gpt.jobs.inputs import STRIDE, Tasks, Windows
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.settings import Answer, Cases, Choice, Healing, Sampling
-from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
+from short_gpt.jobs.shrink_settings import DEMO, SHRUNK, Shrinking
 from short_gpt.runtime.settings import flat
 from short_gpt.wrappers.options import FASTER, LOADING, READING, STREAMING, OpenOptions
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 # as the ShortGPT authors cut
 SCORED = Windows(stride=STRIDE).without("eval_data", "eval_windows", "prompts")
 RANKING = OpenOptions().only(*STREAMING, "batch_size")
-DEMO = BuiltinName("demo")  # the model and the book, also where a folder has that name
 # of the demo: few enough for two minutes on two cores
 DEMO_WINDOWS = Windows("self", eval_data=DEMO, size=256, max_windows=24, eval_windows=8).without(
     "data", "column", "eval_data", "prompts", "stride", "seed"
@@ -344,7 +342,7 @@ def shrink(
     """
 
 
-@flat()
+@flat(work="short_gpt.jobs.shrinking")
 def demo(
     out: str = "short_gpt_demo",
     *,
@@ -368,7 +366,3 @@ def demo(
     Example:
         >>> print(demo("small", n=2))  # doctest: +SKIP
     """
-    from short_gpt.jobs import shrinking
-
-    groups = {"settings": settings, "windows": windows, "opening": opening, "saving": saving}
-    return shrinking.shrink(model=DEMO, out=out, **groups, running=running, dry_run=dry_run)

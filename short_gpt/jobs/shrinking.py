@@ -47,6 +47,7 @@ from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.jobs.shrink_curve import curve_of, in_pytorch, optional, rivals_in_memory
 from short_gpt.jobs.shrink_run import HEALING, Shrink
+from short_gpt.jobs.shrink_settings import DEMO
 from short_gpt.jobs.shrunk import (
     ANSWERS,
     REPORT,
@@ -97,6 +98,11 @@ def shrink(**asked: Any) -> ShrinkResult:
     shutil.rmtree(run.folder, ignore_errors=True)  # not a link
     del lock
     return replace(result, address=run.saving.push(run.out, result))
+
+
+def demo(**asked: Any) -> ShrinkResult:
+    """What `jobs.demo` does."""
+    return shrink(model=DEMO, **asked)
 
 
 # What is chosen
