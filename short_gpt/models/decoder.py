@@ -97,8 +97,8 @@ def rounded_matrices(decoder: Decoder, *, frozen: bool = False) -> Iterator[None
     """
     modules = {*decoder.layers.modules()}
     modules |= {m for m in decoder.module.modules() if isinstance(m, nn.Linear)}  # the head
-    # a norm of each head has a weight of two dimensions, and is no product
-    modules = {m for m in modules if not re.search("Norm|Embedding", type(m).__name__)}
+    # norms of heads are no products, and a router may multiply with autocast off
+    modules = {m for m in modules if re.search("Linear|Conv1D", type(m).__name__)}
     own = {module: module._parameters.get("weight") for module in modules}
     weights = {m: weight for m, weight in own.items() if _is_matrix(weight)}
     if frozen:

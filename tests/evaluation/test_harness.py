@@ -33,7 +33,7 @@ from short_gpt.evaluation.tasks import (
     task_difference,
 )
 
-needs_lm_eval = pytest.mark.usefixtures("lm_eval")
+pytestmark = pytest.mark.usefixtures("lm_eval")
 SIZE = 64  # max_seq_len
 
 
@@ -68,7 +68,6 @@ def requests(kind: str, *arguments: tuple) -> list[Any]:
     return [Instance(kind, {}, found, i) for i, found in enumerate(arguments)]
 
 
-@needs_lm_eval
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_loglikelihoods_agree(both, batch_size):
     asked = requests("loglikelihood", *((q, choice) for q, c, _ in DOCS for choice in c))
@@ -80,7 +79,6 @@ def test_loglikelihoods_agree(both, batch_size):
         assert greedy == expected_greedy
 
 
-@needs_lm_eval
 def test_what_greedy_decoding_gives_is_greedy(both):
     ours, theirs = (m.harness_model() for m in both)
     encoded = ours.tok_encode("Once")
@@ -92,7 +90,6 @@ def test_what_greedy_decoding_gives_is_greedy(both):
         assert found[0][0] > found[1][0]
 
 
-@needs_lm_eval
 def test_rolling_loglikelihoods_agree(both):
     texts = ["", "x", "short", "a" * (SIZE - 1), "b" * SIZE, "c" * (SIZE + 1), "Long text. " * 20]
     asked = requests("loglikelihood_rolling", *((text,) for text in texts))
@@ -104,7 +101,6 @@ def test_rolling_loglikelihoods_agree(both):
     assert ours[0] == pytest.approx(of_bos.item(), rel=1e-5)
 
 
-@needs_lm_eval
 def test_generations_agree(both):
     settings = [
         {"until": ["e"], "max_gen_toks": 40},
@@ -120,7 +116,6 @@ def test_generations_agree(both):
     assert any(len(text) > 32 for text in ours)  # longer than the first look for a stop string
 
 
-@needs_lm_eval
 def test_a_llama_of_metas_own_which_cannot_be_asked_generates_the_same(both):
     ours = both[0].llama
     parts = {"model": ours.model, "tokenizer": ours.tokenizer}
@@ -133,7 +128,6 @@ def test_a_llama_of_metas_own_which_cannot_be_asked_generates_the_same(both):
     assert found == expected and max(map(len, found)) > 32
 
 
-@needs_lm_eval
 def test_metrics_of_local_tasks_agree(both, tasks):
     names = ["tiny_choice", "tiny_generate", "tiny_rolling"]
     paths = [str(tasks / f"{name}.yaml") for name in names]
@@ -146,7 +140,6 @@ def test_metrics_of_local_tasks_agree(both, tasks):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
-@needs_lm_eval
 def test_a_task_named_by_its_file_is_that_of_its_folder(both, tasks):
     path = str(tasks / "tiny_choice.yaml")
     expected = run_tasks(both[0], path)
@@ -157,7 +150,6 @@ def test_a_task_named_by_its_file_is_that_of_its_folder(both, tasks):
         run_tasks(both[0], str(tasks / "none.yaml"))
 
 
-@needs_lm_eval
 def test_the_metric_is_that_of_the_model_after_removal(tmp_path, tasks):
     both = pair(tmp_path, bos=True)
     before = [run_tasks(m, str(tasks / "tiny_rolling.yaml"), limit=2) for m in both]
@@ -170,13 +162,11 @@ def test_the_metric_is_that_of_the_model_after_removal(tmp_path, tasks):
     assert not math.isclose(perplexities[0], perplexities[2], rel_tol=1e-3)
 
 
-@needs_lm_eval
 def test_the_users_tokenizer_is_left_as_it_is(both):
     both[1].harness_model()
     assert both[1].tokenizer.pad_token is None
 
 
-@needs_lm_eval
 def test_mistakes_get_one_line(both, tasks):
     ours, theirs = both
     with pytest.raises(ValueError, match=r"no tasks \['tiny_chioce'\]; `lm-eval ls tasks`.* YAML"):
@@ -273,7 +263,6 @@ def test_a_measure_of_one_model_stands_in_its_column():
     assert rows.splitlines()[-1].index("-0.5") > rows.splitlines()[1].index("3")
 
 
-@needs_lm_eval
 def test_the_mean_over_documents_is_the_harness_metric(both, tasks):
     suite = TaskSuite([str(tasks / f"tiny_{kind}.yaml") for kind in ("choice", "generate")])
     found = suite.documents(both[0])
