@@ -50,7 +50,6 @@ from short_gpt.evaluation.perplexity import (
 )
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import (
-    TOP_K,
     Distillation,
     HealingWindows,
     Recipe,
@@ -110,7 +109,7 @@ class Distiller:
         """What the whole model predicts."""
         if self._predictions is None:
             windows = [*self.learning.training, *self.learning.validation]
-            self._predictions = Distillation(self._folder, self._whole, windows, k=TOP_K)
+            self._predictions = Distillation(self._folder, self._whole, windows)
             self._predictions.fill()
         return self._predictions
 

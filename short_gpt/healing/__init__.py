@@ -14,7 +14,7 @@ from llama import lazy
 if TYPE_CHECKING:
     from short_gpt.healing.choosing import HealedChoice, choose_healed
     from short_gpt.healing.context import HealingContext, HealingWindows, Step, healing_windows
-    from short_gpt.healing.distillation import TOP_K, Distillation
+    from short_gpt.healing.distillation import Distillation
     from short_gpt.healing.job import STEPS, HealingEvidence, HealingJob
     from short_gpt.healing.lora import LoraResult
     from short_gpt.healing.lora import heal as heal_lora
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["PRESETS", "STEPS", "TOP_K", "Distillation", "Fit", "HealedChoice"]
+__all__ = ["PRESETS", "STEPS", "Distillation", "Fit", "HealedChoice"]
 __all__ += ["HealingContext", "HealingEvidence", "HealingJob", "HealingWindows"]
 __all__ += ["LoraResult", "PatchSettings", "Recipe", "Refit", "RefitSettings", "Step"]
 __all__ += ["choose_healed", "heal_lora", "heal_patch", "heal_refit", "healing_windows"]

@@ -199,12 +199,12 @@ def choose_healed(
         windows: Token ids of calibration text in random order, at least 4 windows.
         n: Layers to remove, 1 to L - 2.
         budget: Bare passes, each the original model on the first 16 windows; a search that would
-            take more than is left is left out. Default: 60.
+            take more than is left is left out, other candidates never. Default: 60.
         heal_by: Closed form that heals the candidates, one of `job.CLOSED`. Default: the refit.
         state: Keeps what was measured; the same call continues from it. Default: none.
 
     Raises:
-        ShortGPTError: too few windows, or a budget too small for the candidates; as in `refit.fit`.
+        ShortGPTError: too few windows; as in `refit.fit`.
         NotFiniteError: a state or a loss is NaN or infinite.
 
     Example:
@@ -252,12 +252,6 @@ class _Choosing:
             self._notes.append(
                 f"chosen on {first} windows, fewer than {BARE_PASS}: the differences are less sure"
             )
-        # the candidates that need no search must be refitted and judged
-        scored = sum(name not in SEARCHES for name in CANDIDATES)
-        read = first + scored * (REFIT_PASSES * half + len(self._judging))
-        least = math.ceil(read / min(BARE_PASS, first))
-        enough = f"at least {least}, as many bare passes as the candidates may take"
-        check(budget >= least, "budget", budget, enough)
 
     def run(self, shown: Bar) -> HealedChoice:
         self._shown = shown

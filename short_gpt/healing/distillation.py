@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from short_gpt.data.windows import TokenIds, batches, learned
 from short_gpt.evaluation.perplexity import AT_ONCE, Perplexity, check_loss
-from short_gpt.healing.settings import Recipe, check_above_0
+from short_gpt.healing.settings import Recipe
 from short_gpt.models.decoder import Decoder, padded
 from short_gpt.runtime import replicas
 from short_gpt.runtime.digest import json_digest, windows_digest
@@ -39,7 +39,6 @@ from short_gpt.runtime.progress import bar
 from short_gpt.runtime.state import StateFile, hold, joined
 from short_gpt.wrappers.scored_model import ScoredModel
 
-TOP_K = Recipe.top_k
 IGNORED = -100  # a label that cross entropy passes over
 IDENTITY, CONTENT = "teacher.json", "predictions.bin"
 
@@ -178,10 +177,7 @@ class Distillation:
         folder: Folder of the file; one with predictions for the same is continued.
         model: Teacher, with all its layers. Only `fill` asks it, and it may be changed after that.
         windows: Token ids of all windows of training, then of validation.
-        k: Likeliest tokens that are kept of each prediction. Default: 64.
-        temperature: Divisor of both models' logits. Default: 1.
-        kl_share: Share of the divergence in the loss, above 0; the rest is the text's own.
-            Default: 1.
+        recipe: Its ``top_k``, ``temperature`` and ``kl_share`` count. Default: `Recipe`'s.
 
     Raises:
         ShortGPTError: the folder holds predictions of another model, other windows or settings.
@@ -197,18 +193,14 @@ class Distillation:
         folder: str | Path,
         model: ScoredModel,
         windows: Sequence[TokenIds],
-        *,
-        k: int = TOP_K,
-        temperature: float = 1.0,
-        kl_share: float = 1.0,
+        recipe: Recipe | None = None,
     ) -> None:
-        check_above_0(top_k=k, temperature=temperature)
-        check_above_0(1, kl_share=kl_share)
+        recipe = recipe or Recipe()
         self._model: ScoredModel | None = model
         self._windows, known = windows, model.identity()
         self._teacher = json_digest(known)
-        self.k, self.temperature = min(k, model.decoder.vocab_size), temperature
-        self.kl_share = kl_share
+        self.k, self.temperature = min(recipe.top_k, model.decoder.vocab_size), recipe.temperature
+        self.kl_share = recipe.kl_share
         K = (self.k,)
         self._record = np.dtype([("ids", "<i4", K), ("logs", "<f2", K), ("rest", "<f2")])
         # in the file, of each window: records of the tokens that count

@@ -343,13 +343,6 @@ def _distillation(
             "pruned from"
         )
     assert context.folder is not None
-    learned = Distillation(
-        context.folder / TEACHER,
-        model,
-        windows,
-        k=recipe.top_k,
-        temperature=recipe.temperature,
-        kl_share=recipe.kl_share,
-    )
+    learned = Distillation(context.folder / TEACHER, model, windows, recipe)
     learned.fill(batch_size=recipe.micro_batch, progress=context.progress)
     return learned

@@ -269,14 +269,6 @@ def _refit_layers(
 ) -> None:
     """Runs each layer, solves it, and runs it again."""
     calls, state = batches.calls, batches.state
-    gaps = settings.where == "gaps"
-    solving: dict[str, Any] = {
-        "parts": settings.parts,
-        "last_only": gaps,  # their inputs are the original model's: the attention misses nothing
-        "lost": settings.lost,
-        "ridges": settings.ridges,
-        "step_size": settings.step_size,
-    }
     for index, next_kept, solved, copied in visits[state.done :]:
         target = state.leaving(ORIGINAL)  # T, (B, S, D) of every batch
         if not solved:  # up to here both models are one
@@ -288,7 +280,7 @@ def _refit_layers(
                 state.entering(PRUNED)[batch] = state.entering(ORIGINAL)[batch]  # (B, S, D)
         with calls.loaded(index):
             number = numbers[index]
-            layer = LayerRefit(batches, index, number, types=types.get(number, {}), **solving)
+            layer = LayerRefit(batches, index, number, settings, types.get(number, {}))
             layer.run_original()
         for removed in range(index + 1, next_kept):  # the target is the state after the gap
             batches.run_all(removed, target, target)

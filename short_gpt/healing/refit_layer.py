@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from short_gpt.checkpoints.gguf import round_layer
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, HiddenStates, RefitState
-from short_gpt.healing.settings import PARTS
+from short_gpt.healing.settings import PARTS, RefitSettings
 from short_gpt.healing.solver import (
     Fit,
     SublayerSolver,
@@ -25,7 +25,7 @@ from short_gpt.healing.solver import (
 )
 from short_gpt.models.decoder import Parameter, keep_values, parameters_of
 from short_gpt.models.families import part as part_of
-from short_gpt.models.layer_calls import LayerCalls, Output, first, patched_forward
+from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.sublayers import OutputProjection, Sublayers, after_attention
 from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
 from short_gpt.runtime.replicas import Replicas
@@ -60,12 +60,13 @@ class Batches:
 
     def embed(self, *, removed: range) -> None:
         """The states entering the first kept layer, the original's through removed ones before."""
-        sample = next(iter(self.calls.embed_all([self.tokens[0][:1, :1]])))  # (1, 1, D)
+        sample = self.calls.embed(self.tokens[0][:1, :1])  # (1, 1, D)
         self.state.open(self.shapes, sample.shape[-1], sample.dtype)
         if self.state.done:
             return
         original, pruned = self.state.entering(ORIGINAL), self.state.entering(PRUNED)
-        for batch, embedded in enumerate(self.calls.embed_all(self.tokens)):  # (B, S, D)
+        for batch, tokens in enumerate(self.tokens):
+            embedded = self.calls.embed(tokens)  # (B, S, D)
             original[batch] = embedded
             pruned[batch] = embedded  # of the model whose very first layers are removed
         for index in removed:
@@ -107,8 +108,7 @@ class Batches:
 class LayerRefit:
     """Solves the output projections of a kept layer, while its weights are in memory.
 
-    ``index`` is its position in the decoder, ``layer`` its original number. ``parts`` are solved
-    where they can be, or the last of these alone.
+    ``index`` is its position in the decoder, ``layer`` its original number.
     """
 
     def __init__(
@@ -116,15 +116,11 @@ class LayerRefit:
         batches: Batches,
         index: int,
         layer: int,
-        *,
-        parts: Sequence[str],
-        last_only: bool,
-        lost: float | None,
+        settings: RefitSettings,
         types: Mapping[str, int],  # ggml's, of the matrices that are rounded
-        **solving: Any,
     ) -> None:
         self._batches, self._index, self._layer = batches, index, layer
-        self._lost, self._types, self._solving = lost, types, solving
+        self._settings, self._types = settings, types
         state, calls = batches.state, batches.calls
         self._entering, self._leaving = state.entering(PRUNED), state.leaving(PRUNED)
         self._target = state.leaving(ORIGINAL)  # after `run_original` and the removed layers
@@ -134,9 +130,10 @@ class LayerRefit:
         self._sublayers = Sublayers.of(calls, index, sample, calls.family)
         # attention first, whatever the order of names: the MLP restores what it leaves
         solvable = self._sublayers.projections
-        chosen = [part for part in PARTS if part in parts]
+        chosen = [part for part in PARTS if part in settings.parts]
         names = [part for part in chosen if part in solvable]
-        if last_only and names:
+        if settings.where == "gaps" and names:
+            # the last alone: their inputs are the original model's, the attention misses nothing
             names, chosen = names[-1:], chosen[chosen.index(names[-1]) :]
         if part_of(calls.layer(index), calls.family.attention) is None:  # such as Mamba's layers
             chosen = [part for part in chosen if part != "attention" or part in solvable]
@@ -147,10 +144,6 @@ class LayerRefit:
         self.restored = ExitStack()  # after this block the parameters have their old values again
         self._between = HiddenStates([], 0, sample.dtype)
         self._inputs: dict[str, HiddenStates] = {}  # of a projection, by sublayer
-        self._known: KnownAttention | None = None
-        if len(names) > 1:  # else the attention runs once anyway
-            known = KnownAttention(calls, index, self.projections["attention"], sample)
-            self._known = known if known.proved else None
 
     def run_original(self) -> None:
         """The original model's states leaving the layer, and between its sublayers if a target."""
@@ -193,7 +186,7 @@ class LayerRefit:
             self._batches.keep(self._leaving, batch, leaving, self._index)
 
     def _solve_part(self, part: str, projection: OutputProjection) -> Fit:
-        batches = self._batches
+        batches, lost = self._batches, self._settings.lost
         factors: dict[int, Tensor] = {}  # of the weights, (N,), by batch
 
         def tokens(batch: int, inputs: Tensor, outputs: Tensor | None) -> Tokens:
@@ -204,12 +197,12 @@ class LayerRefit:
             )
             every = Tokens.of(inputs.reshape(len(h), -1).float(), h, t)
             # a norm's weight is of all tokens alike: one must not decide it
-            if self._lost is None or projection.norm is not None:
+            if lost is None or projection.norm is not None:
                 return every._replace(outputs=outputs)
             if batch not in factors:  # before anything is solved
                 outputs = projection.outputs(every.inputs) if outputs is None else outputs  # (N, D)
                 present = h + projection.factor * outputs  # (N, D)
-                factors[batch] = sink_weights(present, t, self._lost)
+                factors[batch] = sink_weights(present, t, lost)
             return every._replace(outputs=outputs, weights=every.weights * factors[batch])
 
         first_read = self._read_mlp if part == "mlp" else self._read_attention
@@ -225,7 +218,8 @@ class LayerRefit:
             return lambda: (tokens(batch, inputs[batch].to(device), None) for batch in chosen)
 
         reads = (read_again(batches.fitted), read_again(batches.held_out))
-        solver = SublayerSolver(projection, *reads, team=batches.team, **self._solving)
+        how: Any = {"ridges": self._settings.ridges, "step_size": self._settings.step_size}
+        solver = SublayerSolver(projection, *reads, team=batches.team, **how)
         # tokens weigh 1 / ||T||^2, or more: what rounding misses of them is relative to that, one
         # unit of a half-precision dtype, or several of float32, in which the sums are taken
         unit = torch.finfo(self._entering[0].dtype).eps
@@ -234,27 +228,20 @@ class LayerRefit:
 
     def _read_attention(self, projection: OutputProjection, tokens: TokensOf) -> Iterator[Tokens]:
         """The tokens to fit the attention's projection on; keeps inputs that are needed again."""
-        batches, all_again = self._batches, projection.norm is not None or self._known is not None
+        batches = self._batches
         for batch in batches:
             state = self._entering[batch].to(batches.device(self._index))  # (B, S, D)
             inputs = batches.calls.until(self._index, state, projection.matrix)  # (B, S, F)
-            self._keep("attention", batch, inputs, all_again or batch in batches.held_out)
+            again = projection.norm is not None or batch in batches.held_out
+            self._keep("attention", batch, inputs, again)
             if batch in batches.fitted:
                 yield tokens(batch, inputs, None)
 
     def _read_mlp(self, projection: OutputProjection, tokens: TokensOf) -> Iterator[Tokens]:
         """The same for the MLP's; from here on ``_leaving`` is the state before its output."""
         batches = self._batches
-        if self._known is not None:  # nothing else of the attention is needed now
-            layer, attention = batches.calls.layer(self._index), self._known.attention
-            others = [child for child in layer.children() if child is not attention]
-            batches.calls.keep_only(self._index, [*self._output_modules, *others])
         for batch in batches:
-            with seen_at(projection.matrix) as seen, ExitStack() as stack:
-                if self._known is not None:  # the attention's heads need not run again
-                    known = self._inputs["attention"][batch]  # (B, S, F)
-                    reads = self._known.reads(known.to(batches.device(self._index)))
-                    stack.enter_context(reads)
+            with seen_at(projection.matrix) as seen:
                 state = batches.run(self._index, self._entering[batch])  # (B, S, D)
             inputs, outputs = seen[-1]
             outputs = outputs.reshape(-1, outputs.shape[-1]).float()  # (N, D)
@@ -286,38 +273,6 @@ class LayerRefit:
         inputs = inputs.to(projection.device).flatten(0, 1).float()  # (N, F)
         added = projection.factor * projection.normed(projection.outputs(inputs)).cpu()  # (N, D)
         return (before + added.view_as(before)).to(before.dtype)  # (B, S, D)
-
-
-class KnownAttention:
-    """Runs a layer with known inputs of its attention's output projection, without the heads."""
-
-    def __init__(
-        self, calls: LayerCalls, index: int, projection: OutputProjection, state: Tensor
-    ) -> None:
-        self._matrix = projection.matrix
-        self.attention = module = part_of(calls.layer(index), calls.family.attention)
-        self.proved = False  # that the layer then returns the same bits, tried on this state
-        if module is None:
-            return
-        outputs: list[Output] = []
-        with module.register_forward_hook(lambda _, __, output: outputs.append(output)):
-            expected = calls.run(index, state)  # (B, S, D)
-        # how many values, such as attention weights, it returns after its output
-        self._others = None if isinstance(outputs[0], Tensor) else len(outputs[0]) - 1
-        with self.reads(calls.until(index, state, projection.matrix).view(*state.shape[:2], -1)):
-            self.proved = torch.equal(calls.run(index, state), expected)
-
-    @contextmanager
-    def reads(self, inputs: Tensor) -> Iterator[None]:
-        """Inside the block the attention returns its projection of these inputs, (B, S, F)."""
-
-        def forward(*_: object, **__: object) -> object:
-            out = first(self._matrix(inputs))  # (B, S, D)
-            return out if self._others is None else (out, *[None] * self._others)
-
-        assert self.attention is not None
-        with patched_forward(self.attention, forward):
-            yield
 
 
 @contextmanager

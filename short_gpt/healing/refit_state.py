@@ -10,12 +10,13 @@ width of a hidden state (D or F).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -79,26 +80,17 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-class StoredValues(Mapping[Parameter, Tensor]):
-    """New values of parameters, in files that are read one tensor at a time."""
-
-    def __init__(self) -> None:
-        self._files: dict[Parameter, SafetensorsFile] = {}
+class StoredValues(UserDict[Parameter, Any]):
+    """New values of parameters, whose files are read one tensor at a time, when it is asked for."""
 
     def read(self, path: Path) -> None:
         file = SafetensorsFile(path)
         for name in file.entries:
             layer, parameter = name.split(" ", 1)
-            self._files[int(layer), parameter] = file
+            self[int(layer), parameter] = file
 
     def __getitem__(self, key: Parameter) -> Tensor:
-        return self._files[key].read(f"{key[0]} {key[1]}")
-
-    def __iter__(self) -> Iterator[Parameter]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+        return self.data[key].read(f"{key[0]} {key[1]}")
 
 
 class RefitState:
@@ -236,9 +228,9 @@ def _peak_memory(calls: LayerCalls, tokens: int) -> Mapping[str, int]:
     width, inputs, itemsize = calls.widths()
     attention, mlp = width**2 * itemsize, inputs * width * itemsize  # of their matrices
     read, sums = calls.memory(), 8 * inputs * (inputs + width)
-    # rows of a product are in memory twice, in float32 and while they are added; an attention that
-    # was solved before has freed more than the copies of its matrix take
-    summed = {"layer": read.get("layer", 0), "sums": sums}
+    # rows of a product are in memory twice, in float32 and while they are added; of an attention
+    # that was solved before there are a copy of its matrix as it was, and one as solved
+    summed = {"layer": read.get("layer", 0), "sums": sums, "copies of matrices": 2 * attention}
     summed["working memory"] = working_memory(tokens, inputs, width) + 12 * ROWS * inputs
     # only the output projections of the layer are loaded: both and a copy of each as it was, one of
     # the attention's as solved, and for the MLP's the solver's copy and the best so far

@@ -237,13 +237,9 @@ class LayerCalls:
                     itemsize = weight.dtype.itemsize
         return max(d for d, _ in shapes), max(f for _, f in shapes), itemsize
 
-    def embed_all(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What `embed` gives of tokens (B, S), one batch after the other."""
-        for tokens in batches:
-            yield self.embed(tokens.to(self._decoder.device))
-
     def embed(self, tokens: Tensor) -> Tensor:
         """The state (B, S, D) entering the first layer, of tokens (B, S)."""
+        tokens = tokens.to(self._decoder.device)
         return self._input_of(self.layer(0), lambda: self._decoder.run(tokens))
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 from torch import Tensor
@@ -28,7 +28,7 @@ from short_gpt.runtime.errors import NotFiniteError, ShortGPTError, check
 from short_gpt.runtime.memory import free_memory
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
-from short_gpt.selection.methods import SEARCHED
+from short_gpt.selection.methods import KLD, SEARCHED
 
 Batch = tuple[list[TokenIds], Tensor, Tensor]  # windows, tokens (B, S), mask (B, S)
 Nats = dict[int, float]  # by candidate
@@ -58,8 +58,6 @@ class SearchOptions:
         max_memory: Bytes for stored states.
         state: Saves the search and continues it; that of another search is refused.
         progress: Show a bar.
-        reference: The original's predictions for the windows: the mean KL divergence from them is
-            then the loss. Default: the loss is that of the next token.
         start: The same search of fewer layers, to go on with.
     """
 
@@ -67,7 +65,6 @@ class SearchOptions:
     max_memory: int = 2**31
     state: StateFile | None = None
     progress: bool = False
-    reference: Reference | None = None
     start: Search | None = None
 
 
@@ -92,35 +89,21 @@ def by_loss(
         n: Layers to remove, 1 to L - 2, and by "perplexity" to L - 1.
     """
     check(method in SEARCHED, "method", method, f"one of {', '.join(SEARCHED)}")
-    if method == "greedy_kld" and options.reference is None:
-        options = replace(options, reference=Reference(decoder))
-    if method != "perplexity":
-        return _greedy(decoder, windows, n, options)
-    count = len(decoder.layers)
-    n = check_count(n, count)
-    trials = Trials(decoder, windows, options, {"method": method})
-    with trials.progress_bar(count, options.progress) as shown:
-        if not trials.result.losses:  # of a saved search
-            trials.round(range(count), shown.update)
-    loss = trials.result.losses[0]
-    trials.result.removed = sorted(loss, key=lambda i: (loss[i], i))[:n]
-    return trials.result
-
-
-def _greedy(
-    decoder: Decoder, windows: Sequence[Sequence[int]], n: int, options: SearchOptions
-) -> Search:
-    count = len(decoder.layers)
-    inner = [*range(1, count - 1)]
-    n = check_count(n, count, most=len(inner))
-    method = "sleb" if options.reference is None else "greedy_kld"
-    trials = Trials(decoder, windows, options, {"method": method, "candidates": inner})
-    total = sum(len(inner) - i for i in range(n))
+    count, one_shot = len(decoder.layers), method == "perplexity"
+    candidates = [*range(count)] if one_shot else [*range(1, count - 1)]
+    n = check_count(n, count, most=None if one_shot else len(candidates))
+    about = {"method": method} | ({} if one_shot else {"candidates": candidates})
+    trials = Trials(decoder, windows, options, about)
+    rounds = 1 if one_shot else n
+    total = sum(len(candidates) - i for i in range(rounds))
     with trials.progress_bar(total, options.progress) as shown:
-        for number in range(len(trials.result.removed), n):  # a saved search had some rounds
-            candidates = [i for i in inner if i not in trials.result.removed]
-            trials.round(candidates, shown.update, again=number < n - 1)
+        for number in range(len(trials.result.losses), rounds):  # a saved search had some rounds
+            left = [i for i in candidates if i not in trials.result.removed]
+            trials.round(left, shown.update, again=number < rounds - 1)
     found = trials.result  # a saved search may have more layers
+    if one_shot:
+        loss = found.losses[0]
+        return Search(sorted(loss, key=lambda i: (loss[i], i))[:n], found.losses)
     return Search(found.removed[:n], found.losses[:n])
 
 
@@ -145,7 +128,8 @@ class Trials:
         identity: Mapping[str, object],
     ) -> None:
         self._layers, self._state = range(len(decoder.layers)), options.state
-        self._run, self._reference = PartialRun(decoder), options.reference
+        self._run = PartialRun(decoder)
+        self._reference = Reference(decoder) if identity["method"] == KLD else None
         self._batches: list[Batch] = [
             ([batch[i] for i in indices], tokens, mask)
             for batch in batches(windows, options.batch_size)

@@ -193,9 +193,7 @@ class ScoredModel(ModelRecord, ABC):
         read = batches(windows, batch_size)
         return perplexity(self.decoder, read, total=total, progress=progress, reference=reference)
 
-    def reference(
-        self, windows: Sequence[Sequence[int]], *, progress: bool = False, read: bool = True
-    ) -> Reference | None:
+    def reference(self, windows: Sequence[Sequence[int]], *, read: bool = True) -> Reference | None:
         """What the model as it is now predicts for windows, for the distance of later states.
 
         None for a streamed model. Replicas share the windows as in `window_perplexities`. Without
@@ -206,7 +204,7 @@ class ScoredModel(ModelRecord, ABC):
         reference = Reference(self.decoder)
         own = replicas.current(self.decoder.device).own_items(windows)
         if read:
-            reference.read(own, progress=progress)
+            reference.read(own)
         else:
             reference.expect(own)
         return reference

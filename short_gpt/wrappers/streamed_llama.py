@@ -67,10 +67,6 @@ def open_stream(
     return StreamedTransformer(weights, device=on, dtype=choose_dtype(dtype, on))
 
 
-# The hidden states of a group of batches that are embedded in one reading of the embedding.
-GROUP_BYTES = 2 * BLOCK_BYTES
-
-
 class StreamedCalls(LayerCalls):
     """`LayerCalls` whose layers have weights inside `loaded` alone, one at a time."""
 
@@ -111,22 +107,9 @@ class StreamedCalls(LayerCalls):
         return (state, None, self._model.freqs_cis[: state.shape[1]], None), {}
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return next(self.embed_all([tokens]))
-
-    def embed_all(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        width = self._model.params.dim * self._model.dtype.itemsize
-        group: list[Batch] = []
-        for tokens in batches:
-            group.append(Batch(tokens, torch.ones_like(tokens, dtype=torch.bool)))
-            if sum(batch.tokens.numel() for batch in group) * width >= GROUP_BYTES:
-                yield from self._embedded(group)
-        yield from self._embedded(group)
-
-    def _embedded(self, group: list[Batch]) -> Iterator[Tensor]:
-        if group:
-            self._model.embed(group, pin=False)  # they are kept, or go into a file
-        while group:  # empty at the end
-            yield group.pop(0).state
+        batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        self._model.embed([batch], pin=False)  # it is kept, or goes into a file
+        return batch.state
 
     def widths(self) -> tuple[int, int, int]:
         width, inputs, _ = super().widths()
@@ -137,7 +120,7 @@ class StreamedCalls(LayerCalls):
         sizes = [p.numel() for p in model.layers[0].parameters()]
         # a matrix of a Hugging Face file is there twice while its rows are put in order
         stored = 2 * max(sizes) * model.source.infos[EMBEDDING].dtype.itemsize
-        embedding = GROUP_BYTES + args.max_seq_len * args.dim * model.dtype.itemsize + BLOCK_BYTES
+        embedding = args.max_seq_len * args.dim * model.dtype.itemsize + BLOCK_BYTES
         layer = sum(sizes) * model.dtype.itemsize
         return {"layer": layer, "weights as stored": max(stored, embedding - layer)}
 

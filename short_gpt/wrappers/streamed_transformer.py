@@ -23,7 +23,7 @@ from llama.formats.hf import HF, HFCheckpoint, name_in, permute
 from llama.model import RMSNorm, TransformerBlock, precompute_freqs_cis
 from llama.parallel import initialize
 from short_gpt.runtime.digest import check_unchanged, stamps
-from short_gpt.runtime.errors import NotFiniteError, ShortGPTError
+from short_gpt.runtime.errors import NotFiniteError
 from short_gpt.runtime.memory import Plan, block_rows, plan, resident
 from short_gpt.scoring.hooks import LayerHooks
 
@@ -187,6 +187,7 @@ class StreamedTransformer(nn.Module):
         for batch in batches:
             shape = (*batch.tokens.shape, self.params.dim)
             batch.state = torch.empty(shape, dtype=self.dtype, pin_memory=pin)  # (B, S, D)
+        # by blocks: pages of a mapped file that are read count as this process's memory
         for start, rows in self._blocks(EMBEDDING):
             for batch in batches:
                 batch.embed(start, rows)
@@ -305,26 +306,24 @@ class StreamedTransformer(nn.Module):
         for start, rows in self._blocks(OUTPUT):
             yield start, rows.to(self.device, self.dtype)
 
-    def hidden(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor) -> Tensor:
         """The hidden states entering the final norm, (B, S, D), of one batch read on its own."""
-        if start_pos is not None:
-            raise ShortGPTError("a streamed model has no cache; it reads whole windows only")
+        return self._passed(tokens).state.to(self.device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of every position, (B, S, V) float32."""
+        return self.logits(self._passed(tokens))
+
+    def _passed(self, tokens: Tensor) -> Batch:
         batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
         self.run([batch])
-        return batch.state.to(self.device)
+        return batch
 
-    def forward(self, tokens: Tensor, start_pos: int | None = None) -> Tensor:
-        """Logits of every position, (B, S, V) float32."""
-        return self._logits(self.hidden(tokens, start_pos))
-
+    @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """The same of a batch that has passed the layers; it loses its state."""
         state, batch.state = batch.state, torch.empty(0)
-        return self._logits(state.to(self.device))
-
-    @torch.no_grad()
-    def _logits(self, state: Tensor) -> Tensor:
-        normed = self.norm(state)  # (B, S, D)
+        normed = self.norm(state.to(self.device))  # (B, S, D)
         shape = (*state.shape[:2], self.vocab_size)
         logits = torch.empty(shape, dtype=torch.float32, device=self.device)  # (B, S, V)
         for start, weight in self._head():

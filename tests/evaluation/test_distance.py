@@ -25,6 +25,7 @@ from short_gpt.evaluation.perplexity import (
 )
 from short_gpt.models.decoder import without_layers
 from short_gpt.models.hf import HFDecoder
+from short_gpt.selection import search
 from short_gpt.selection.search import SearchOptions, by_loss
 
 
@@ -204,8 +205,10 @@ def test_a_search_needs_the_originals_head_once_a_window_where_memory_allows(
     reference = Reference(model.decoder)
     plain = reference._head.logits
     monkeypatch.setattr(reference._head, "logits", lambda *a: seen.append(1) or plain(*a))
-    options = SearchOptions(max_memory=most, reference=reference)
-    found = by_loss(model.decoder, windows, 2, options, method="greedy_kld")
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "Reference", lambda _: reference)
+        options = SearchOptions(max_memory=most)
+        found = by_loss(model.decoder, windows, 2, options, method="greedy_kld")
     assert len(seen) == calls  # 4 trials, and 3
     assert found == by_loss(model.decoder, windows, 2, SearchOptions(), method="greedy_kld")
 

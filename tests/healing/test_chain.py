@@ -55,7 +55,8 @@ def test_a_chain_does_what_its_steps_do_and_is_recorded_as_one(tmp_path):
     refuses("call run first", chain.save, tmp_path / "out", error=RuntimeError)
     evidence = chain.run()
     windows = [*WINDOWS.training, *WINDOWS.validation]
-    teacher = Distillation(tmp_path / "teacher", by_hand, windows, k=8)  # of the whole model
+    recipe = Recipe(top_k=8)
+    teacher = Distillation(tmp_path / "teacher", by_hand, windows, recipe)  # of the whole model
     teacher.fill(progress=False)
     options = {"held": WINDOWS.validation, "progress": False}
     heal_patch(by_hand, LAYERS, WINDOWS.training, ridge=30.0, **options)

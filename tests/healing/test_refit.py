@@ -28,7 +28,7 @@ from short_gpt.healing.refit import (
     heal_patch,
     split_held_out,
 )
-from short_gpt.healing.refit_layer import KnownAttention, LayerRefit
+from short_gpt.healing.refit_layer import LayerRefit
 from short_gpt.healing.settings import RIDGES
 from short_gpt.models.layer_calls import LayerCalls, attention_output, mlp_output, transposed
 from short_gpt.models.numbering import runs
@@ -375,52 +375,6 @@ def test_the_ridge_is_chosen_by_the_windows_kept_apart():
     chosen = fit(short_llama(), [3], WINDOWS, ridge=ridges, **only).fits[0]
     assert (chosen.ridge, chosen.restored_held) == (best.ridge, best.restored_held)
     assert 0 < chosen.restored_held < chosen.restored and chosen.ridge != 1e-3
-
-
-# attention whose inputs are known is not computed again
-
-# tuples and tensors, parallel blocks, another layout of the matrix, norms behind
-KNOWN = ["llama", "gpt2", "falcon", "phi", "bloom", "gemma2", "olmo2", "granite"]
-
-
-@pytest.mark.parametrize("family", KNOWN)
-def test_the_refit_is_what_it_is_where_layers_run_whole(family, monkeypatch):
-    known = fit(ShortHFModel(make(family)), [3], WINDOWS, **ALL)
-    monkeypatch.setattr(
-        KnownAttention, "proved", property(lambda _: False, lambda *_: None), raising=False
-    )
-    whole = fit(ShortHFModel(make(family)), [3], WINDOWS, **ALL)
-    assert known.values.keys() == whole.values.keys() and known.values
-    for key, value in known.values.items():
-        assert torch.allclose(value, whole.values[key], atol=1e-4)
-
-
-def test_behind_its_solution_an_attention_is_not_computed_again(monkeypatch):
-    short, calls, inside = ShortHFModel(make("llama")), [], []
-    for layer in short.decoder.layers:
-        layer.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(len(inside)))
-    plain = LayerRefit._read_mlp
-
-    def read_mlp(layer, *args):
-        inside.append(layer)
-        yield from plain(layer, *args)
-        inside.pop()
-
-    monkeypatch.setattr(LayerRefit, "_read_mlp", read_mlp)
-    fit(short, [3], WINDOWS, **ALL)
-    assert calls and not any(calls)
-
-
-def test_an_attention_that_gives_more_than_its_matrix_is_not_taken_for_known():
-    short = ShortHFModel(make("llama"))
-    calls = LayerCalls(short.decoder)
-    state = calls.embed(torch.tensor(WINDOWS[:1]))
-    end = Sublayers.of(calls, 0, state, short.decoder.family).projections["attention"]
-    assert KnownAttention(calls, 0, end, state).proved
-    attention = short.decoder.layers[0].self_attn
-    plain = attention.forward
-    attention.forward = lambda *args, **kwargs: (plain(*args, **kwargs)[0] + 1, None)
-    assert not KnownAttention(calls, 0, end, state).proved
 
 
 # the patch

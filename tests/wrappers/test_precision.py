@@ -54,7 +54,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def taught(folder, model, windows) -> Distillation:
-    teacher = Distillation(folder, model, windows, k=4)
+    teacher = Distillation(folder, model, windows, Recipe(top_k=4))
     teacher.fill(progress=False)
     return teacher
 
@@ -135,7 +135,7 @@ def test_every_kind_of_model_scores_and_evaluates_in_mixed(name, stream, here):
     assert "precision" not in plain.identity() and short.identity()["precision"] == "mixed"
     calls = short.layer_calls()  # as the refit calls them
     with calls.loaded(0) as layer:
-        state = next(calls.embed_all([torch.tensor(WINDOWS[:1])]))  # (1, S, D)
+        state = calls.embed(torch.tensor(WINDOWS[:1]))  # (1, S, D)
         found = dtypes(torch.nn.ModuleList([layer]), lambda: calls.run(0, state))
         assert found == ({torch.bfloat16}, {torch.float32})
     calls.close()

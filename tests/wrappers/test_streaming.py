@@ -317,7 +317,6 @@ def test_a_state_of_padding_may_be_infinite(streamed):
 
 
 def test_what_cannot_be_is_said(streamed, tmp_path):
-    refuses("has no cache; it reads whole windows", streamed.stream, torch.tensor(WINDOWS[:1]), 0)
     refuses("nothing was removed yet", streamed.save, tmp_path / "out")
     refuses("expected at least one window", streamed.measure, [], progress=False)
     refuses("expected windows of at least 2 tokens", streamed.perplexity, [[5]], progress=False)
