@@ -6,6 +6,7 @@ A commit that raises a number says what for; one that deletes lowers it.
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -16,20 +17,20 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 27316,
+    "lines": 26853,
     "modules": 127,
     "dataclasses": 60,
-    "raises": 353,
+    "raises": 346,
     "functions over 60 lines": 0,
-    "lines of jobs": 4290,
+    "lines of jobs": 4168,
     "flags of shrink": 28,
     "flags of rank": 18,
     "flags of heal": 28,
     "flags": 55,
-    "lines of check functions": 924,
+    "lines of check functions": 901,
     "settings classes for windows": 1,
-    "lines of tests": 26872,
-    "lines of benchmarks": 8406,
+    "lines of tests": 25868,
+    "lines of benchmarks": 8430,
     "scripts of benchmarks": 38,
 }
 
@@ -68,7 +69,7 @@ def counted() -> dict[str, int]:
         "raises": sum(isinstance(node, ast.Raise) for node in nodes),
         "functions over 60 lines": sum(length >= 61 for _, length in functions),
         "lines of check functions": sum(
-            length for name, length in functions if name.lstrip("_").startswith("check")
+            length for name, length in functions if re.match("_*check(_|$)", name)
         ),
         "settings classes for windows": sum("max_windows" in names for names in settings),
         "lines of jobs": sum(n for path, n in lines.items() if "jobs" in path.parts),
