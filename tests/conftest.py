@@ -51,7 +51,7 @@ def few_timed_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """Few tokens are timed, which no test checks, and of 40 questions two are asked."""
     from short_gpt.costs.speeds import WORK, Speed, speeds
     from short_gpt.evaluation import answers
-    from short_gpt.jobs import shrink_curve, shrink_run, shrinking
+    from short_gpt.jobs import shrink_curve, shrink_run, shrink_steps
 
     few_questions = tmp_path_factory.mktemp("asked") / "questions.jsonl"
     few_questions.write_text('{"prompt": "Say a", "right": "a"}\n{"prompt": "Say b"}\n')
@@ -62,7 +62,7 @@ def few_timed_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speeds, "__kwdefaults__", {"seconds": 0.01, "turns": 6})
         patch.setattr(answers, "BUILT_IN", few_questions)
-        for module in (shrinking, shrink_curve):
+        for module in (shrink_steps, shrink_curve):
             patch.setattr(module, "of_files", no_llama_cpp)
         patch.setattr(shrink_run, "TIMING", 0.0)
         yield

@@ -27,7 +27,7 @@ from short_gpt.evaluation.perplexity import (
     difference,
     window_perplexities,
 )
-from short_gpt.healing.context import Windows
+from short_gpt.healing.context import TokenWindows
 from short_gpt.healing.job import CLOSED, RAW, pruned
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, check
@@ -103,9 +103,9 @@ class ResultCache:
 def pruned_losses(
     short: ShortModel,
     layers: Sequence[int],
-    evaluation: Windows,
+    evaluation: TokenWindows,
     *,
-    fit_on: Windows | None = None,
+    fit_on: TokenWindows | None = None,
     heal_by: str = REFIT,
     reference: Reference | None = None,
     progress: bool = False,
@@ -174,7 +174,7 @@ def _in_nats(change: Difference) -> str:
 
 def choose_healed(
     short: ShortModel,
-    windows: Windows,
+    windows: TokenWindows,
     n: int,
     *,
     budget: int | None = None,
@@ -227,7 +227,7 @@ class _Choosing:
     def __init__(
         self,
         short: ShortModel,
-        windows: Windows,
+        windows: TokenWindows,
         n: int,
         budget: int,
         cells: ResultCache,

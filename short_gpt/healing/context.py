@@ -17,7 +17,7 @@ from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.wrappers.own_text import Write, split_own_text
 from short_gpt.wrappers.scored_model import ScoredModel
 
-Windows = Sequence[Sequence[int]]  # of token ids
+TokenWindows = Sequence[Sequence[int]]  # of token ids
 VALIDATE = 16  # most windows to choose the training step by
 # Heals the model; returns how, ready for JSON, and what undoes it.
 Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]
@@ -27,9 +27,9 @@ Heal = Callable[[], tuple[dict[str, object], Callable[[], object]]]
 class HealingWindows:
     """Windows of token ids that share no text with each other."""
 
-    training: Windows  # to learn from
-    validation: Windows  # to choose the training step by; none for a patch
-    evaluation: Windows  # to evaluate on
+    training: TokenWindows  # to learn from
+    validation: TokenWindows  # to choose the training step by; none for a patch
+    evaluation: TokenWindows  # to evaluate on
     left_out: str | None = None  # in words, how many windows were dropped for shared text
     kinds: Sequence[str] = ()  # of each window of ``evaluation``: the name of its source
 
@@ -43,11 +43,11 @@ class HealingContext:
     layers: Sequence[int]  # to remove after the steps are prepared, original numbers
     folder: Path | None = None  # what steps keep, until the healing ends or to be continued
     lasting: bool = False  # the folder outlives the healing
-    calibration: Windows = ()  # training windows, from the first, that the closed form reads
+    calibration: TokenWindows = ()  # training windows, from the first, that the closed form reads
     teacher: Callable[[], ScoredModel] | None = None  # opens it; None: the model with all layers
     progress: bool = True  # show bars
 
-    def unseen_first(self) -> Windows:
+    def unseen_first(self) -> TokenWindows:
         """All training windows; those that the closed form reads come last."""
         every, first = self.windows.training, len(self.calibration)
         return [*every[first:], *every[:first]]

@@ -14,7 +14,7 @@ from typing import Any
 
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Difference, Perplexity, combined, difference
-from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Step, Windows
+from short_gpt.healing.context import Heal, HealingContext, HealingWindows, Step, TokenWindows
 from short_gpt.healing.distillation import CONTENT, IDENTITY
 from short_gpt.healing.lora import TEACHER, prepare_training
 from short_gpt.healing.refit import prepare_patch, prepare_refit
@@ -153,7 +153,7 @@ def pruned(
     short: ScoredModel,
     layers: Sequence[int],
     heal_by: str = RAW,
-    calibration: Windows = (),
+    calibration: TokenWindows = (),
     *,
     progress: bool = False,
 ) -> Iterator[None]:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from short_gpt.checkpoints.gguf import round_layer
 from short_gpt.data.windows import batches as batches_of
-from short_gpt.healing.context import Heal, HealingContext, Windows
+from short_gpt.healing.context import Heal, HealingContext, TokenWindows
 from short_gpt.healing.refit_layer import Batches, LayerRefit
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, RefitState, plan_of
 from short_gpt.healing.settings import PatchSettings, RefitSettings
@@ -162,9 +162,9 @@ def heal_patch(
 def fit(
     short: ScoredModel,
     layers: Sequence[int],
-    windows: Windows,
+    windows: TokenWindows,
     *,
-    held: Windows | None = None,
+    held: TokenWindows | None = None,
     settings: RefitSettings | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -224,8 +224,8 @@ def fit(
 def _solve(
     short: ScoredModel,
     layers: Sequence[int],
-    windows: Windows,
-    held: Windows,
+    windows: TokenWindows,
+    held: TokenWindows,
     settings: RefitSettings,
     state: RefitState,
     progress: bool,
@@ -314,8 +314,8 @@ def _visits(kept: Sequence[int], count: int, settings: RefitSettings) -> list[Vi
 def _identity(
     short: ScoredModel,
     layers: Sequence[int],
-    windows: Windows,
-    held: Windows,
+    windows: TokenWindows,
+    held: TokenWindows,
     settings: RefitSettings,
 ) -> dict[str, object]:
     """All that a refit depends on, by the names that an error shows."""
@@ -366,7 +366,7 @@ def apply_refit(short: ScoredModel, refit: Refit) -> Callable[[], None]:
         return undo.pop_all().close
 
 
-def equal_lengths(windows: Windows, tokens: int) -> Iterator[Tensor]:
+def equal_lengths(windows: TokenWindows, tokens: int) -> Iterator[Tensor]:
     """Token ids (B, S) of windows, in their order: those of one length, up to so many tokens.
 
     Example:
@@ -378,7 +378,7 @@ def equal_lengths(windows: Windows, tokens: int) -> Iterator[Tensor]:
             yield torch.tensor([[*window] for window in batch])  # (B, S)
 
 
-def split_held_out(windows: Windows) -> tuple[Windows, Windows]:
+def split_held_out(windows: TokenWindows) -> tuple[TokenWindows, TokenWindows]:
     """The windows to fit on, and every eighth, or the last, which is held out.
 
     Example:

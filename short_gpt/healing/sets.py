@@ -21,7 +21,7 @@ from short_gpt.healing.choosing import (
     choose_healed,
     pruned_losses,
 )
-from short_gpt.healing.context import Windows
+from short_gpt.healing.context import TokenWindows
 from short_gpt.healing.job import RAW
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
@@ -47,8 +47,8 @@ class LayerSets:
     def __init__(
         self,
         short: ShortModel,
-        calibration: Windows,
-        evaluation: Windows,
+        calibration: TokenWindows,
+        evaluation: TokenWindows,
         *,
         search_windows: int = TRIAL_WINDOWS,
         heal_by: str = REFIT,

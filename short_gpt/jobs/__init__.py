@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         identify,
     )
     from short_gpt.jobs.saving import NotUploadedError
-    from short_gpt.jobs.shrunk import ShrinkResult, StateReport
+    from short_gpt.jobs.shrink_result import ShrinkResult, StateReport
 else:
     __getattr__, __dir__ = lazy(__name__)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from short_gpt.data.texts import Default
-from short_gpt.jobs.inputs import STRIDE, Tasks, Windows
+from short_gpt.jobs.inputs import STRIDE, Tasks, WindowSettings
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.settings import Answer, Cases, Choice, Healing, Sampling
-from short_gpt.jobs.shrink_settings import DEMO, SHRUNK, Shrinking
+from short_gpt.jobs.shrink_settings import DEMO, SHRUNK, ShrinkSettings
 from short_gpt.runtime.settings import flat
 from short_gpt.wrappers.options import FASTER, LOADING, READING, STREAMING, OpenOptions
 
@@ -26,19 +26,21 @@ if TYPE_CHECKING:
     from short_gpt.jobs.pruning import PruneResult
     from short_gpt.jobs.ranking import Ranking
     from short_gpt.jobs.reproduction import ReproductionResult
-    from short_gpt.jobs.shrunk import ShrinkResult
+    from short_gpt.jobs.shrink_result import ShrinkResult
 
 # as the ShortGPT authors cut
-SCORED = Windows(stride=STRIDE).without("eval_data", "eval_windows", "prompts")
+SCORED = WindowSettings(stride=STRIDE).without("eval_data", "eval_windows", "prompts")
 RANKING = OpenOptions().only(*STREAMING, "batch_size")
 # of the demo: few enough for two minutes on two cores
-DEMO_WINDOWS = Windows("self", eval_data=DEMO, size=256, max_windows=24, eval_windows=8).without(
-    "data", "column", "eval_data", "prompts", "stride", "seed"
-)
-OF_DEMO = Shrinking(n=1, method="bi").only("n", "method", "time")
+DEMO_WINDOWS = WindowSettings(
+    "self", eval_data=DEMO, size=256, max_windows=24, eval_windows=8
+).without("data", "column", "eval_data", "prompts", "stride", "seed")
+OF_DEMO = ShrinkSettings(n=1, method="bi").only("n", "method", "time")
 SHRINKING = OpenOptions(precision=FASTER).only("device", "dtype", "precision", "trust_remote_code")
-COMPARED = Windows(max_windows=24, eval_windows=16).without("prompts", "stride")
-PUBLISHED = Windows(Default("wikitext-2"), size=2048)  # as published perplexities are measured
+COMPARED = WindowSettings(max_windows=24, eval_windows=16).without("prompts", "stride")
+PUBLISHED = WindowSettings(
+    Default("wikitext-2"), size=2048
+)  # as published perplexities are measured
 
 
 @flat("data", work="short_gpt.jobs.ranking")
@@ -46,7 +48,7 @@ def rank(
     model: str | object,
     *,
     tokenizer: object = None,
-    windows: Windows = SCORED,
+    windows: WindowSettings = SCORED,
     answer: Answer = Answer().without("confidence"),
     opening: OpenOptions = RANKING,
     running: Running = Running(),
@@ -115,7 +117,7 @@ def heal(
     out: str,
     *,
     choice: Choice = Choice(),
-    windows: Windows = Windows(size=None).without("stride"),
+    windows: WindowSettings = WindowSettings(size=None).without("stride"),
     healing: Healing = Healing(),
     opening: OpenOptions = OpenOptions().only(*STREAMING),
     saving: Saving = Saving(),
@@ -150,7 +152,7 @@ def heal(
 def compare_checkpoint(
     model: str,
     *,
-    windows: Windows = COMPARED,
+    windows: WindowSettings = COMPARED,
     cases: Cases = Cases(),
     opening: OpenOptions = OpenOptions().only(*READING),
     running: Running = Running().only("state"),
@@ -173,7 +175,7 @@ def evaluate(
     model: str | Sequence[str],
     pruned: str | None = None,
     *,
-    windows: Windows = PUBLISHED.only("data", "column", "size", "max_windows"),
+    windows: WindowSettings = PUBLISHED.only("data", "column", "size", "max_windows"),
     source: str | None = None,
     tasks: Tasks = Tasks(),
     opening: OpenOptions = OpenOptions().only(*READING, "batch_size"),
@@ -237,7 +239,7 @@ def generate(
 def reproduce(
     model: str,
     *,
-    windows: Windows = SCORED,
+    windows: WindowSettings = SCORED,
     confidence: float | None = 0.99,
     opening: OpenOptions = RANKING,
     running: Running = Running(),
@@ -306,14 +308,14 @@ def convert(
     """
 
 
-@flat(work="short_gpt.jobs.shrinking")
+@flat(work="short_gpt.jobs.shrink_steps")
 def shrink(
     model: str | object,
     out: str,
     *,
     tokenizer: object = None,
-    settings: Shrinking = Shrinking(),
-    windows: Windows = SHRUNK,
+    settings: ShrinkSettings = ShrinkSettings(),
+    windows: WindowSettings = SHRUNK,
     opening: OpenOptions = SHRINKING,
     saving: Saving = Saving(),
     running: Running = Running().only("notify"),
@@ -342,12 +344,12 @@ def shrink(
     """
 
 
-@flat(work="short_gpt.jobs.shrinking")
+@flat(work="short_gpt.jobs.shrink_steps")
 def demo(
     out: str = "short_gpt_demo",
     *,
-    settings: Shrinking = OF_DEMO,
-    windows: Windows = DEMO_WINDOWS,
+    settings: ShrinkSettings = OF_DEMO,
+    windows: WindowSettings = DEMO_WINDOWS,
     opening: OpenOptions = SHRINKING.without("trust_remote_code"),
     running: Running = Running().only("notify"),
     saving: Saving = Saving().only("overwrite"),

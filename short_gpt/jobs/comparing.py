@@ -11,10 +11,10 @@ from short_gpt.costs.sizes import size_without
 from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.healing import HealedChoice
 from short_gpt.healing.choosing import TRIAL_WINDOWS
-from short_gpt.healing.context import Windows as TokenWindows
+from short_gpt.healing.context import TokenWindows
 from short_gpt.healing.job import CLOSED, RAW, STEPS
 from short_gpt.healing.sets import LayerSets
-from short_gpt.jobs.inputs import SIZE, Windows, check_model
+from short_gpt.jobs.inputs import SIZE, WindowSettings, check_model
 from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.jobs.settings import COMPARED, Cases
 from short_gpt.runtime.digest import windows_digest
@@ -179,7 +179,7 @@ def _row(sets: LayerSets, method: str, seed: int | None, layers: list[int], heal
 @interruptible()
 def compare_checkpoint(
     model: str,
-    windows: Windows,
+    windows: WindowSettings,
     cases: Cases,
     opening: OpenOptions,
     running: Running,

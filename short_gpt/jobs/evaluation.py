@@ -19,7 +19,7 @@ from short_gpt.evaluation.perplexity import (
     rows_of,
 )
 from short_gpt.evaluation.tasks import TaskRun, task_changes
-from short_gpt.jobs.inputs import Tasks, Windows, check_model
+from short_gpt.jobs.inputs import Tasks, WindowSettings, check_model
 from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -34,7 +34,7 @@ NONE = "none"  # the name of no text
 def evaluate(
     model: str | PathLike[str] | Sequence[str],
     pruned: str | None,
-    windows: Windows,
+    windows: WindowSettings,
     source: str | None,
     tasks: Tasks,
     opening: OpenOptions,
@@ -70,7 +70,10 @@ def evaluate(
 
 
 def _cut(
-    windows: Windows, source: str | None, local: Mapping[str, Sequence[str]], short: ShortModel
+    windows: WindowSettings,
+    source: str | None,
+    local: Mapping[str, Sequence[str]],
+    short: ShortModel,
 ) -> dict[str, list[list[int]]]:
     """Windows of each text by its name, in their order: as published, or without overlap.
 
@@ -86,7 +89,7 @@ def _cut(
     return {name: list(cut.cut([own], short, each)) for name, own in local.items()}
 
 
-def _check(windows: Windows, source: str | None, tasks: Tasks) -> None:
+def _check(windows: WindowSettings, source: str | None, tasks: Tasks) -> None:
     """Raises ShortGPTError for settings that do not go together."""
     name = windows.name
     if name == NONE and tasks.tasks is None:
@@ -103,7 +106,7 @@ def _check(windows: Windows, source: str | None, tasks: Tasks) -> None:
     tasks.check()
 
 
-def _local_texts(windows: Windows, source: str | None) -> dict[str, list[str]]:
+def _local_texts(windows: WindowSettings, source: str | None) -> dict[str, list[str]]:
     """The texts of each local file or folder; none of a protocol, whose first is read."""
     if windows.name in PROTOCOLS:
         rows_of(windows.name, source)

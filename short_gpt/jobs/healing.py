@@ -23,7 +23,7 @@ from short_gpt.healing import HealingEvidence, HealingJob, HealingWindows
 from short_gpt.healing.context import VALIDATE
 from short_gpt.healing.job import CLOSED, TRAINING
 from short_gpt.healing.settings import CLOSED_WINDOWS
-from short_gpt.jobs.inputs import SIZE, Windows, check_model
+from short_gpt.jobs.inputs import SIZE, WindowSettings, check_model
 from short_gpt.jobs.saving import Running, Saving, interruptible
 from short_gpt.jobs.settings import Choice, Healing, methods_of
 from short_gpt.models.numbering import check_layers
@@ -74,7 +74,7 @@ def heal(
     model: str,
     out: str,
     choice: Choice,
-    windows: Windows,
+    windows: WindowSettings,
     healing: Healing,
     opening: OpenOptions,
     saving: Saving,
@@ -132,7 +132,7 @@ def heal(
     return replace(done, address=saving.push(done.out, done))
 
 
-def _methods(windows: Windows, healing: Healing, opening: OpenOptions) -> list[str]:
+def _methods(windows: WindowSettings, healing: Healing, opening: OpenOptions) -> list[str]:
     """The ways to heal; ShortGPTError for settings that do not go with them."""
     methods = methods_of(healing.heal_by)
     windows.check(shuffled=True)

@@ -69,11 +69,11 @@ def count_of(text: str | int, name: str) -> int:
 
 
 @dataclass(frozen=True)
-class Windows(Settings):
+class WindowSettings(Settings):
     """Texts by the names of their sources, and the windows of tokens that they are cut into.
 
     Example:
-        >>> Windows("novels/", size=512).step
+        >>> WindowSettings("novels/", size=512).step
         512
     """
 

@@ -15,7 +15,7 @@ from short_gpt.runtime.settings import as_flags
 from short_gpt.runtime.state import versions
 
 if TYPE_CHECKING:
-    from short_gpt.jobs.shrunk import ShrinkResult
+    from short_gpt.jobs.shrink_result import ShrinkResult
 
 TEMPLATE, MARK = "page.html", "<!-- a page of ShortGPT -->"
 HEIGHT = 150  # of the picture, whose width is a phone's, to keep letters large
@@ -25,7 +25,7 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
     """The page of a shrunk model, as one text."""
     from jinja2 import Environment, StrictUndefined
 
-    from short_gpt.jobs.shrunk import GRADES
+    from short_gpt.jobs.shrink_result import GRADES
 
     assert shrunk.states, "the page of a model that was written"
     name = "the loaded model" if shrunk.source is None else Path(shrunk.source).name
@@ -61,7 +61,7 @@ def shrunk_page(shrunk: ShrinkResult) -> str:
 
 def front(shrunk: ShrinkResult) -> dict[str, Any] | None:
     """Dots of KL divergence against size, on linear axes from 0 KLD on, for the template."""
-    from short_gpt.jobs.shrunk import CurvePoint
+    from short_gpt.jobs.shrink_result import CurvePoint
 
     points = list(shrunk.curve)
     if not points:

@@ -15,7 +15,7 @@ from short_gpt.checkpoints.scores import Digests, digests_of
 from short_gpt.data.windows import count_of
 from short_gpt.healing.choosing import MAX_WINDOWS, HealedChoice, choose_healed
 from short_gpt.healing.refit import RefitSettings
-from short_gpt.jobs.inputs import SIZE, Windows, check_model
+from short_gpt.jobs.inputs import SIZE, WindowSettings, check_model
 from short_gpt.jobs.saving import Running, interruptible
 from short_gpt.jobs.settings import Answer
 from short_gpt.models.numbering import check_count
@@ -109,7 +109,7 @@ class Ranking(Table):
 @interruptible()
 def rank(
     model: str | PathLike[str] | object,
-    windows: Windows,
+    windows: WindowSettings,
     answer: Answer,
     opening: OpenOptions,
     running: Running,
@@ -177,7 +177,7 @@ def _sharing(model: str) -> int | None:
 
 
 def _identity(
-    windows: Windows, answer: Answer, opening: OpenOptions, bos: str
+    windows: WindowSettings, answer: Answer, opening: OpenOptions, bos: str
 ) -> dict[str, object]:
     """The settings that a saved run depends on, by the names that an error shows."""
     parts: dict[str, object] = {"data": windows.name, "column": windows.column, "bos": bos}
@@ -191,7 +191,10 @@ def _identity(
 
 
 def check_ranking(
-    model: str | PathLike[str] | object, answer: Answer, windows: Windows, opening: OpenOptions
+    model: str | PathLike[str] | object,
+    answer: Answer,
+    windows: WindowSettings,
+    opening: OpenOptions,
 ) -> None:
     """Raises errors that would otherwise come after the model is loaded or the texts are opened."""
     windows.check()

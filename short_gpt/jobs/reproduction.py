@@ -11,7 +11,7 @@ from scipy.stats import kendalltau
 
 from llama.files import JsonObject
 from short_gpt.data.texts import PG19, TextName, is_local, source_names
-from short_gpt.jobs.inputs import SIZE, STRIDE, Windows, about_bos
+from short_gpt.jobs.inputs import SIZE, STRIDE, WindowSettings, about_bos
 from short_gpt.jobs.ranking import Ranking, rank
 from short_gpt.jobs.saving import Running
 from short_gpt.jobs.settings import Answer
@@ -149,7 +149,7 @@ class ReproductionResult(NamedTuple):
 
 def reproduce(
     model: str,
-    windows: Windows,
+    windows: WindowSettings,
     confidence: float | None,
     opening: OpenOptions,
     running: Running,
@@ -168,7 +168,7 @@ def reproduce(
     return ReproductionResult(ours, result, _changed(windows, result.bos), local)
 
 
-def _changed(windows: Windows, bos: str) -> tuple[str, ...]:
+def _changed(windows: WindowSettings, bos: str) -> tuple[str, ...]:
     """Departures from the paper's protocol, in words."""
     numbers = (("size", windows.size, SIZE), ("stride", windows.step, STRIDE))
     changed = [f"{name} {ours:,}, not {paper:,}" for name, ours, paper in numbers if ours != paper]

@@ -24,8 +24,8 @@ from short_gpt.costs.rivals import (
 from short_gpt.costs.speeds import WORK, Speeds, of_files, pytorch, speeds
 from short_gpt.healing.job import RAW, pruned
 from short_gpt.healing.settings import CLOSED_WINDOWS
-from short_gpt.jobs.shrink_run import Shrink
-from short_gpt.jobs.shrunk import ANSWERS, CurvePoint
+from short_gpt.jobs.shrink_result import ANSWERS, CurvePoint
+from short_gpt.jobs.shrink_run import ShrinkRun
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.runtime.digest import json_digest, windows_digest
 from short_gpt.runtime.errors import ShortGPTError, one_line
@@ -34,7 +34,7 @@ from short_gpt.runtime.progress import bar
 from short_gpt.wrappers.options import FLOAT32
 
 
-def curve_of(run: Shrink, remarks: list[str]) -> list[CurvePoint]:
+def curve_of(run: ShrinkRun, remarks: list[str]) -> list[CurvePoint]:
     """Every size, refitted and measured, and the original in fewer bits; remarks are added."""
     counts = run.settings.counts(run.count)
     # questions and chat template may be others when a run goes on
@@ -59,7 +59,9 @@ def curve_of(run: Shrink, remarks: list[str]) -> list[CurvePoint]:
     return points + [CurvePoint(**row) for row in others]
 
 
-def _kept(run: Shrink, name: str, measure: Callable[[list[str]], Any], remarks: list[str]) -> Any:
+def _kept(
+    run: ShrinkRun, name: str, measure: Callable[[list[str]], Any], remarks: list[str]
+) -> Any:
     """What ``measure`` gives, kept with what it remarks, which later runs say too."""
 
     def measured() -> dict[str, Any]:
@@ -72,7 +74,7 @@ def _kept(run: Shrink, name: str, measure: Callable[[list[str]], Any], remarks: 
 
 
 def _speeds(
-    run: Shrink, points: Sequence[CurvePoint], remarks: list[str]
+    run: ShrinkRun, points: Sequence[CurvePoint], remarks: list[str]
 ) -> dict[str, list[float]]:
     """How many times as fast as the original each size is, by `WORK`."""
     if not run.in_llama_cpp:
@@ -86,7 +88,7 @@ def _speeds(
     return ratios
 
 
-def in_pytorch(run: Shrink, sets: Mapping[str, Sequence[int]]) -> Speeds:
+def in_pytorch(run: ShrinkRun, sets: Mapping[str, Sequence[int]]) -> Speeds:
     """Speeds of the model without some layers, which is as fast as the healed one, by name."""
     short = run.short
     timers = {n: pytorch(short, partial(short.without_layers, own)) for n, own in sets.items()}
@@ -96,7 +98,7 @@ def in_pytorch(run: Shrink, sets: Mapping[str, Sequence[int]]) -> Speeds:
 
 
 def _in_llama_cpp(
-    run: Shrink, path: Path, remarks: list[str], most: float = math.inf
+    run: ShrinkRun, path: Path, remarks: list[str], most: float = math.inf
 ) -> list[float]:
     """How many times as fast as the original a GGUF file is; empty where llama.cpp cannot say."""
     if run.in_llama_cpp:
@@ -107,7 +109,7 @@ def _in_llama_cpp(
     return []
 
 
-def _point(run: Shrink, layers: Sequence[int]) -> dict[str, Any]:
+def _point(run: ShrinkRun, layers: Sequence[int]) -> dict[str, Any]:
     """The model without some layers, refitted, ready for JSON."""
     short, (sizes, rest) = run.short, run.stored
     size = rest + sum(size for i, size in enumerate(sizes) if i not in layers)
@@ -121,7 +123,7 @@ def _point(run: Shrink, layers: Sequence[int]) -> dict[str, Any]:
     return CurvePoint(name, [*layers], size, klds, right)._asdict()
 
 
-def _in_fewer_bits(run: Shrink, remarks: list[str]) -> list[dict[str, Any]]:
+def _in_fewer_bits(run: ShrinkRun, remarks: list[str]) -> list[dict[str, Any]]:
     """The original in fewer bits, as `_point`: of GGUF files of each type that is smaller."""
     points, source = list[CurvePoint](), str(run.source)
     with optional(remarks):
@@ -145,7 +147,7 @@ def optional(remarks: list[str]) -> Iterator[None]:
         remarks.append(one_line(str(error)) or type(error).__name__)
 
 
-def rivals_in_memory(run: Shrink) -> list[Rival]:
+def rivals_in_memory(run: ShrinkRun) -> list[Rival]:
     """The original, which the model still is, in fewer bits; a GGUF file's come after writing."""
     if run.opened.in_place or not has_quantizer():
         return []

@@ -34,12 +34,12 @@ from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
 from short_gpt.healing.settings import CLOSED_WINDOWS
-from short_gpt.jobs.inputs import Windows
+from short_gpt.jobs.inputs import WindowSettings
 from short_gpt.jobs.page import is_page
 from short_gpt.jobs.saving import Running, Saving
-from short_gpt.jobs.shrink_settings import SHRUNK, Shrinking
+from short_gpt.jobs.shrink_result import ANSWERS, REPORT, Answered, report_of, short_name
+from short_gpt.jobs.shrink_settings import SHRUNK, ShrinkSettings
 from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
-from short_gpt.jobs.shrunk import ANSWERS, REPORT, Answered, report_of, short_name
 from short_gpt.models.decoder import in_own_dtype, writing_precision
 from short_gpt.models.hf import layer_caches
 from short_gpt.models.loading import config_digest
@@ -75,13 +75,13 @@ PARTS = (
 
 
 @dataclass
-class Shrink:
+class ShrinkRun:
     """One run: the settings; from `open` on the model; from `read` on windows and saved cells."""
 
     model: Model
     out: Path
-    settings: Shrinking
-    windows: Windows
+    settings: ShrinkSettings
+    windows: WindowSettings
     opening: OpenOptions
     saving: Saving
     running: Running
@@ -139,7 +139,7 @@ class Shrink:
         name = "MODEL" if self.source is None else short_name(str(self.model))
         demo = isinstance(self.model, BuiltinName)  # whose command names these by default
         words = ["short-gpt", *(["demo"] if demo else ["shrink", name]), short_name(str(self.out))]
-        defaults = (Shrinking(), SHRUNK, OpenOptions(precision=FASTER))
+        defaults = (ShrinkSettings(), SHRUNK, OpenOptions(precision=FASTER))
         groups = (self.settings, self.windows, self.opening)
         for group, usual in zip(groups, defaults, strict=True):
             for one in (item for item in group.taken() if item.metadata["flag"]):

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import ClassVar
 
 from llama.sources import BuiltinName
-from short_gpt.jobs.inputs import Windows, count_of, whole_numbers
+from short_gpt.jobs.inputs import WindowSettings, count_of, whole_numbers
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.settings import CHOOSE, RUN, Settings, setting
 
@@ -21,16 +21,18 @@ SIZES = (  # one of these is set
 CURVE = (1, 2, 3, 4, 6, 8)  # numbers of layers
 MAX_KLD = 0.1  # nats a token: near the original, as the better types of 4 bits
 DEMO = BuiltinName("demo")  # the model and the book, also where a folder has that name
-SHRUNK = Windows("self", size=None).without("column", "stride", "seed")  # what is read by default
+SHRUNK = WindowSettings("self", size=None).without(
+    "column", "stride", "seed"
+)  # what is read by default
 
 
 @dataclass(frozen=True)
-class Shrinking(Settings):
+class ShrinkSettings(Settings):
     """How small a model becomes, and how.
 
     Example:
-        >>> Shrinking(n=8).count([100] * 30, 500), Shrinking(memory="3kB").count([100] * 30, 500)
-        (8, 5)
+        >>> ShrinkSettings(memory="3kB").count([100] * 30, 500)
+        5
     """
 
     HEADING: ClassVar = CHOOSE

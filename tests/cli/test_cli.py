@@ -300,7 +300,8 @@ def test_names_with_line_breaks_and_long_ones_take_one_short_line(ckpt, capsys, 
 
 
 # what only a shell is told, or whole command lines of short-gpt and pip
-SHELL = ("cli/", "jobs/shrunk.py", "runtime/errors.py", "checkpoints/meta.py", "data/demo.py")
+SHELL = ("cli/", "jobs/shrink_result.py", "runtime/errors.py", "checkpoints/meta.py")
+SHELL += ("data/demo.py",)
 
 
 def test_messages_speak_python_and_name_settings_in_backticks():

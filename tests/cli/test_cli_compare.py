@@ -11,7 +11,7 @@ from conftest import save_byte_llama
 from short_gpt.cli.app import main
 from short_gpt.healing import HealedChoice
 from short_gpt.jobs import comparing
-from short_gpt.jobs.inputs import Windows
+from short_gpt.jobs.inputs import WindowSettings
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
@@ -79,7 +79,7 @@ def test_how_auto_chose_is_printed_and_kept(here, capsys):
 def test_mistakes_are_one_line(here, capsys, monkeypatch, options, message):
     if "=" in message:  # a value out of range is told before a text is read or a model opened
         monkeypatch.setattr(comparing, "open_model", None)
-        monkeypatch.setattr(Windows, "kinds", None)
+        monkeypatch.setattr(WindowSettings, "kinds", None)
     with pytest.raises(SystemExit):
         main([*COMMON, *options])
     errors = capsys.readouterr().err.splitlines()

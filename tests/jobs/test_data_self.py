@@ -16,8 +16,8 @@ from short_gpt.data.texts import TextsInMemory
 from short_gpt.data.windows import mix
 from short_gpt.healing import healing_windows
 from short_gpt.jobs import generation, heal
-from short_gpt.jobs.inputs import Windows
-from short_gpt.jobs.shrunk import ANSWERS
+from short_gpt.jobs.inputs import WindowSettings
+from short_gpt.jobs.shrink_result import ANSWERS
 from short_gpt.wrappers import own_text as module
 from short_gpt.wrappers.own_text import split_own_text, with_own_text
 from short_gpt.wrappers.short_llama import ShortLlama
@@ -280,5 +280,5 @@ def test_texts_that_will_not_be_read_are_told_before_the_model_writes(here, monk
     monkeypatch.setattr(module, "own_samples", None)
     with pytest.raises(FileNotFoundError, match=r"no such file or folder: 'no\.txt'"):
         rank("ckpt", "self,no.txt", size=32)
-    assert Windows("self:text,self:chat").kinds() == ["self:text", "self:chat"]
-    refuses("names self:chat twice: name it once", Windows("self,self:chat").kinds)
+    assert WindowSettings("self:text,self:chat").kinds() == ["self:text", "self:chat"]
+    refuses("names self:chat twice: name it once", WindowSettings("self,self:chat").kinds)

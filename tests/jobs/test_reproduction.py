@@ -16,7 +16,7 @@ from llama.formats.hf import meta_to_hf
 from short_gpt import rank
 from short_gpt.jobs import reproduce
 from short_gpt.jobs import reproduction as module
-from short_gpt.jobs.inputs import Windows
+from short_gpt.jobs.inputs import WindowSettings
 from short_gpt.jobs.reproduction import _changed
 from short_gpt.runtime import memory
 from short_gpt.wrappers.opening import open_model
@@ -140,7 +140,7 @@ def test_other_models_are_refused_by_name_before_they_are_loaded(
 
 def test_what_was_changed_of_the_protocol_is_named(here):
     def changed(data: object = "pg19", bos: str = "first", **how: int) -> tuple[str, ...]:
-        return _changed(Windows(data, **{"stride": 256, **how}), bos)
+        return _changed(WindowSettings(data, **{"stride": 256, **how}), bos)
 
     assert changed() == changed("emozilla/pg19") == changed("books") == ()
     assert changed("pg19:test", bos="every") == (

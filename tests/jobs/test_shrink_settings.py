@@ -10,22 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from short_gpt import ShortGPTError
-from short_gpt.jobs.shrink_settings import Shrinking
+from short_gpt.jobs.shrink_settings import ShrinkSettings
 from short_gpt.jobs.shrink_time import MANY, Plan, fitted, windows_to_choose
 
 
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        (Shrinking(ratio=0.25), 8),  # 7.5 of 30, to the nearest whole
-        (Shrinking(ratio=0.02), 1),
-        (Shrinking(n=3), 3),
-        (Shrinking(memory="3kB"), 5),
-        (Shrinking(memory=2999), 6),
-        (Shrinking(params="3k"), 5),
-        (Shrinking(layers="3, 12"), 2),
-        (Shrinking(curve=(1, 5, 2)), 5),
-        (Shrinking(curve="auto", pick=4), 4),
+        (ShrinkSettings(ratio=0.25), 8),  # 7.5 of 30, to the nearest whole
+        (ShrinkSettings(ratio=0.02), 1),
+        (ShrinkSettings(n=3), 3),
+        (ShrinkSettings(memory="3kB"), 5),
+        (ShrinkSettings(memory=2999), 6),
+        (ShrinkSettings(params="3k"), 5),
+        (ShrinkSettings(layers="3, 12"), 2),
+        (ShrinkSettings(curve=(1, 5, 2)), 5),
+        (ShrinkSettings(curve="auto", pick=4), 4),
     ],
 )
 def test_known_answers(settings, count):
@@ -37,7 +37,7 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
     total = sum(layers) + rest
     least = total - sum(sorted(layers)[:-2])
     target = data.draw(st.integers(least, total - 1))
-    n = Shrinking(memory=target).count(layers, rest)
+    n = ShrinkSettings(memory=target).count(layers, rest)
     sets = [total - sum(chosen) for chosen in combinations(layers, n)]
     assert max(sets) <= target
     assert max(total - sum(chosen) for chosen in combinations(layers, n - 1)) > target
@@ -71,18 +71,18 @@ def test_a_target_holds_whichever_layers_go_and_no_layer_goes_in_vain(layers, re
 )
 def test_refusals(settings, message):
     with pytest.raises(ShortGPTError, match=message):
-        how_small = Shrinking(**settings)
+        how_small = ShrinkSettings(**settings)
         how_small.check()
         how_small.count([100] * 30, 500)
 
 
 def test_without_a_size_the_divergence_is_the_limit():
-    assert Shrinking().most_kld == 0.1 and Shrinking().size_flag == "--max_kld 0.1"
-    assert Shrinking(max_perplexity_ratio=math.exp(0.2)).most_kld == pytest.approx(0.2)
-    assert Shrinking(layers=0).size_flag == "--layers 0"
-    assert Shrinking(curve=range(1, 4)).size_flag == "--curve 1,2,3"
+    assert ShrinkSettings().most_kld == 0.1 and ShrinkSettings().size_flag == "--max_kld 0.1"
+    assert ShrinkSettings(max_perplexity_ratio=math.exp(0.2)).most_kld == pytest.approx(0.2)
+    assert ShrinkSettings(layers=0).size_flag == "--layers 0"
+    assert ShrinkSettings(curve=range(1, 4)).size_flag == "--curve 1,2,3"
     for size in ({"n": 2}, {"ratio": 0.25}, {"memory": "3kB"}):
-        assert Shrinking(**size).most_kld is None
+        assert ShrinkSettings(**size).most_kld is None
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_without_a_size_the_divergence_is_the_limit():
     [("90s", 90), (30, 1800), ("1.5 hours", 5400), ("2d", 172_800), ("2m", 120)],
 )
 def test_times(text, seconds):
-    assert Shrinking(time=text).seconds == seconds
+    assert ShrinkSettings(time=text).seconds == seconds
 
 
 FULL = Plan("auto", 64, 32)

@@ -44,9 +44,9 @@ from short_gpt.jobs import (
     healing,
     shrink_curve,
     shrink_run,
-    shrinking,
+    shrink_steps,
 )
-from short_gpt.jobs.shrunk import ANSWERS, GRADES, Answered, StateReport, next_steps
+from short_gpt.jobs.shrink_result import ANSWERS, GRADES, Answered, StateReport, next_steps
 from short_gpt.models.hf import LayerCache
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
 from short_gpt.runtime.memory import format_bytes
@@ -189,7 +189,7 @@ def test_every_format_has_the_model_of_single_steps(here, by_hand, capsys, model
         (ShortHFModel, "continued", 2),  # the first two are timed
         (LayerRefit, "solve", 1),
         (ShortHFModel, "save_pretrained", 0),
-        (shrinking, "_move_into_place", 0),
+        (shrink_steps, "_move_into_place", 0),
     ],
 )
 def test_the_same_call_continues_what_was_killed(
@@ -219,12 +219,12 @@ def test_the_same_call_continues_what_was_killed(
 )
 def test_another_closed_form_chooses_and_heals(here, monkeypatch, asked):
     """In Python; a training follows it as it follows the refit."""
-    monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 2)
+    monkeypatch.setattr(shrink_steps, "_steps_in", lambda *_: 2)
     used, prepare = [], STEPS["refit"].prepare
     counted = STEPS["refit"]._replace(prepare=lambda *a: used.append("refit") or prepare(*a))
     monkeypatch.setitem(STEPS, "refit", counted)
     said, how = [], {**asked, **CUT, "max_windows": 12, "data": "other"}
-    with interrupted(shrinking, "_move_into_place", 0):
+    with interrupted(shrink_steps, "_move_into_place", 0):
         shrink("hf", "out", **how, heal_by="patch", notify=said.append)
     refuses("with another heal_by: 'patch', now 'refit'", shrink, "hf", "out", **how)
     done = shrink("hf", "out", **how, heal_by="patch")
@@ -249,14 +249,14 @@ def test_a_folder_that_is_not_from_a_run_is_refused_and_kept(here, name):
 @pytest.mark.parametrize("appears", ["model.gguf", "page"])
 def test_a_file_that_appeared_while_it_ran_is_not_replaced(here, monkeypatch, appears):
     name = "out.gguf" if appears == "model.gguf" else "out.gguf.report.html"
-    place = shrinking._move_into_place
+    place = shrink_steps._move_into_place
 
     def late(*args: Any) -> None:
         Path(name).write_text("mine")
         place(*args)
 
     with monkeypatch.context() as patch, pytest.raises(FileExistsError, match=f"{name} exists"):
-        patch.setattr(shrinking, "_move_into_place", late)
+        patch.setattr(shrink_steps, "_move_into_place", late)
         shrink("hf", "out.gguf", **KILLED)
     assert Path(name).read_text() == "mine"
     assert GGUFParts(Path("out.gguf.shrinking/written/out.gguf")).tensors  # where it was built
@@ -309,13 +309,13 @@ def test_speeds_are_those_of_the_original_and_the_pruned_model(here, monkeypatch
 
 def test_a_file_is_timed_in_llama_cpp_with_its_rival(here, monkeypatch):
     pytest.importorskip("xllamacpp")
-    timed, found = [], shrinking.of_files
+    timed, found = [], shrink_steps.of_files
 
     def measured(paths, window, *, most):
         timed.append({name: path.stat().st_size for name, path in paths.items()})
         return found(paths, window, most=most)
 
-    monkeypatch.setattr(shrinking, "of_files", measured)
+    monkeypatch.setattr(shrink_steps, "of_files", measured)
     done = shrink("model.gguf", "out.gguf", **CUT, n=2, method="deepest", data="other")
     ((name, size),) = [(rival.name, rival.size) for rival in done.rivals]
     out = Path("out.gguf").stat().st_size
@@ -325,7 +325,7 @@ def test_a_file_is_timed_in_llama_cpp_with_its_rival(here, monkeypatch):
     def broken(*_, **__):
         raise ShortGPTError("llama.cpp gave no speeds: it crashed")
 
-    monkeypatch.setattr(shrinking, "of_files", broken)
+    monkeypatch.setattr(shrink_steps, "of_files", broken)
     done = shrink("model.gguf", "two.gguf", **CUT, n=2, method="deepest", data="other")
     assert "llama.cpp gave no speeds: it crashed" in done.remarks and "times as" not in done.worth
 
@@ -357,7 +357,7 @@ def test_a_comparison_that_fails_costs_no_curve_and_no_model(here, monkeypatch, 
     assert [point.name for point in done.curve] == ["original", "1 removed"]
     assert done.remarks[0] == "out of memory" and "\nout of memory" in str(done)
     for name in ("rivals_in_memory", "requantized", "in_pytorch"):
-        monkeypatch.setattr(shrinking, name, broken)
+        monkeypatch.setattr(shrink_steps, name, broken)
     done = shrink(model, f"2{out}", **CUT, n=2, method="bi", data="other")
     assert Path(f"2{out}").exists() and not done.rivals and not done.speeds
     assert "out of memory" in done.remarks
@@ -380,7 +380,7 @@ def test_rivals_of_a_model_that_becomes_a_file_have_its_vocabulary(here):
 
 
 def test_without_the_quantizer_no_rival_is_compared_and_no_type_is_written(here, monkeypatch):
-    for module in (shrinking, shrink_curve, shrink_run):
+    for module in (shrink_steps, shrink_curve, shrink_run):
         monkeypatch.setattr(module, "has_quantizer", lambda: False)
     extra = r'pip install "short-gpt\[rival\]"'
     refuses(extra, shrink, "model.gguf", "out.gguf", n=2, type="q3_k")
@@ -404,7 +404,7 @@ def test_what_does_not_fit_into_the_time_is_said_and_a_continued_run_keeps_its_p
     own: list[str] = []
     how = {"n": 2, "time": "33s", "size": 24, "data": "other", "eval_data": "books"}
     monkeypatch.setattr(ShortHFModel, "seconds_a_window", lambda *_: 0.1)
-    with interrupted(shrinking, "_move_into_place", 0):
+    with interrupted(shrink_steps, "_move_into_place", 0):
         shrink("hf", "out", **how, notify=own.append)
     fewer = "method greedy_kld instead of auto, windows to evaluate on 16 instead of 32"
     assert f"to stay within 33 seconds (--time): {fewer}" in own[0]
@@ -416,7 +416,7 @@ def test_what_does_not_fit_into_the_time_is_said_and_a_continued_run_keeps_its_p
     assert "it takes longer than 33 seconds" in plan and "windows to evaluate on 8 inst" in plan
     named = shrink("hf", "no", **how, eval_windows=32, dry_run=True).plan
     assert "to stay within" in named and "windows to evaluate on" not in named
-    with interrupted(shrink_run.Shrink, "read", 0):
+    with interrupted(shrink_run.ShrinkRun, "read", 0):
         shrink("hf", "two", **how)
     shutil.copytree("hf", "other-model")
     config = AutoConfig.from_pretrained("hf")
@@ -534,7 +534,7 @@ def test_a_dry_run_writes_nothing(here, capsys):
 
 
 def test_a_loaded_model_is_shrunk_in_place_and_trained(here, monkeypatch):
-    monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 2)
+    monkeypatch.setattr(shrink_steps, "_steps_in", lambda *_: 2)
     model = AutoModelForCausalLM.from_pretrained("hf")
     tokenizer = AutoTokenizer.from_pretrained("hf")
     how = {**CUT, "data": "other", "method": "bi", "precision": "mixed", "device": "cpu"}
@@ -557,11 +557,11 @@ def test_a_loaded_model_is_shrunk_in_place_and_trained(here, monkeypatch):
 
 def test_a_loaded_model_is_whole_after_an_error_and_the_same_call_continues(here, monkeypatch):
     # whatever the machine's speed, from which each run would take its own number of steps
-    monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 3)
+    monkeypatch.setattr(shrink_steps, "_steps_in", lambda *_: 3)
     model, tokenizer = (c.from_pretrained("hf") for c in (AutoModelForCausalLM, AutoTokenizer))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     how = {"tokenizer": tokenizer, "n": 2, **CUT, "data": "other", "method": "bi", "time": "10m"}
-    with interrupted(shrinking, "_move_into_place", 0):
+    with interrupted(shrink_steps, "_move_into_place", 0):
         shrink(model, "out", **how)
     after = model.state_dict()
     assert model.config.num_hidden_layers == 6 and after.keys() == before.keys()
@@ -589,7 +589,7 @@ def test_a_loaded_model_whose_dtype_was_changed_is_shrunk(here):
 def test_auto_is_kept_by_a_continued_run_and_what_is_reported_is_in_float32(here, monkeypatch):
     how = {"n": 2, "method": "bi", **CUT, "data": "other"}
     monkeypatch.setattr(scored_model, "multiplies_faster", lambda _: True)
-    with interrupted(shrinking, "_move_into_place", 0):
+    with interrupted(shrink_steps, "_move_into_place", 0):
         shrink("hf", "out", **how)
     monkeypatch.setattr(scored_model, "multiplies_faster", lambda _: False)
     done = shrink("hf", "out", **how)
@@ -604,14 +604,14 @@ def test_auto_is_kept_by_a_continued_run_and_what_is_reported_is_in_float32(here
 
 
 def test_what_writing_a_file_costs_is_measured_in_float32(here, monkeypatch):
-    seen, plain = [], shrinking.window_perplexities
+    seen, plain = [], shrink_steps.window_perplexities
 
     def read(decoder, *windows, **how):
         seen.append(decoder.mixed)
         return plain(decoder, *windows, **how)
 
     how = {**CUT, "data": "other", "precision": "mixed"}
-    for module in (shrinking, healing):
+    for module in (shrink_steps, healing):
         monkeypatch.setattr(module, "window_perplexities", read)
     shrink("model.gguf", "out.gguf", n=2, method="bi", **how)
     heal("model.gguf", "healed.gguf", layers=[2], **how)
@@ -645,7 +645,7 @@ def test_a_question_that_is_too_long_is_refused_before_the_choice_and_others_con
     asked("many " * 1000)
     refuses(r"`prompt` has [\d,]+ tokens, but the model's context", shrink, "hf", "out", **how)
     asked("one")
-    with interrupted(shrinking, "_move_into_place", 0):
+    with interrupted(shrink_steps, "_move_into_place", 0):
         shrink("hf", "out", **how)
     asked("two")
     done = shrink("hf", "out", **how)
@@ -673,10 +673,10 @@ def test_shrink_is_started_alone(here, monkeypatch):
 
 
 def test_a_training_that_changed_nothing_is_reported(here, monkeypatch):
-    monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 2)
-    real = shrinking.recipe_for
+    monkeypatch.setattr(shrink_steps, "_steps_in", lambda *_: 2)
+    real = shrink_steps.recipe_for
     still = lambda *a, **how: replace(real(*a, **how), learning_rate=1e-30)  # noqa: E731
-    monkeypatch.setattr(shrinking, "recipe_for", still)
+    monkeypatch.setattr(shrink_steps, "recipe_for", still)
     done = shrink("hf", "out", n=2, time="10m", **CUT, data="other", method="bi")
     assert done.healing[1]["kept_step"] == 0
     (said,) = (remark for remark in done.remarks if remark.startswith("distillation changed"))
@@ -684,18 +684,18 @@ def test_a_training_that_changed_nothing_is_reported(here, monkeypatch):
 
 
 def test_training_takes_the_minutes_that_checking_leaves(monkeypatch):
-    monkeypatch.setattr(shrinking, "seconds_a_step", lambda *_: 1.5)
+    monkeypatch.setattr(shrink_steps, "seconds_a_step", lambda *_: 1.5)
     for held, steps in ((0, 30), (4, 24), (400, 1)):  # read ten times
         windows = SimpleNamespace(validation=[[0]] * held)
         run: Any = SimpleNamespace(short=None, probe=None, a_pass=0.25, parts=windows)
-        assert shrinking._steps_in(run, 52.5, Recipe(batch_size=1)) == steps
+        assert shrink_steps._steps_in(run, 52.5, Recipe(batch_size=1)) == steps
 
 
 def test_of_a_quantized_file_only_output_projections_are_trained(here, monkeypatch):
     """No other matrix is rounded again: it stays byte for byte."""
     names = ("attn_q", "attn_output", "ffn_up", "ffn_down", "ffn_gate")
     in_types(Path("model.gguf"), Path("few.gguf"), dict.fromkeys(names, 2))  # Q4_0
-    monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 6)
+    monkeypatch.setattr(shrink_steps, "_steps_in", lambda *_: 6)
     how = {"n": 2, **CUT, "data": "other", "method": "bi"}
     done = shrink("few.gguf", "out.gguf", time="10m", **how)
     assert done.healing[1]["recipe"]["modules"] == ("outputs",)
@@ -711,7 +711,7 @@ def test_of_a_quantized_file_only_output_projections_are_trained(here, monkeypat
 
 
 def test_a_gguf_file_is_trained_with_its_attention(here, monkeypatch):
-    monkeypatch.setattr(shrinking, "_steps_in", lambda *_: 2)  # few: the text is noise
+    monkeypatch.setattr(shrink_steps, "_steps_in", lambda *_: 2)  # few: the text is noise
     how = {"n": 2, **CUT, "data": "other", "method": "bi"}
     kept = shrink("model.gguf", "refitted.gguf", **how)
     done = shrink("model.gguf", "out.gguf", time="10m", **how)
@@ -750,7 +750,7 @@ def test_as_many_layers_go_as_the_divergence_allows(here, monkeypatch):
         tried.append(len(layers))
         return [Perplexity.of([Sample(0, 2.0, 1, 0.1 * len(layers), 1)])]
 
-    monkeypatch.setattr(shrinking, "pruned_losses", measured)
+    monkeypatch.setattr(shrink_steps, "pruned_losses", measured)
     settings = {**CUT, "data": "other", "method": "bi"}
     done = shrink("hf", "out", max_kld=0.25, **settings)
     assert len(done.layers) == 2 and tried == [1, 2, 4, 3]
@@ -761,12 +761,12 @@ def test_as_many_layers_go_as_the_divergence_allows(here, monkeypatch):
     few = {**settings, "max_windows": 3}
     refuses("expected at least 4 windows, a quarter of", shrink, "hf", "few", max_kld=0.3, **few)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="a quarter of which"):
-        patch.setattr(shrinking, "without_overlap", lambda windows, _: ([], len(windows)))
+        patch.setattr(shrink_steps, "without_overlap", lambda windows, _: ([], len(windows)))
         shrink("hf", "alike", max_kld=0.3, **settings)
 
 
 def test_how_many_layers_go_is_measured_on_windows_that_no_refit_reads(here, monkeypatch):
-    judged, plain = [], shrinking.pruned_losses
+    judged, plain = [], shrink_steps.pruned_losses
 
     def measured(short, layers, judging, *, fit_on, reference, heal_by):
         found = plain(short, layers, judging, fit_on=fit_on, reference=reference, heal_by=heal_by)
@@ -776,7 +776,7 @@ def test_how_many_layers_go_is_measured_on_windows_that_no_refit_reads(here, mon
         judged.append((max(combined(part).kld.value for part in parts), shared))
         return found
 
-    monkeypatch.setattr(shrinking, "pruned_losses", measured)
+    monkeypatch.setattr(shrink_steps, "pruned_losses", measured)
     refuses("alone the refitted model is", shrink, "hf", "out", max_kld=1e-9, **CUT, data="other")
     assert judged[0][0] > 1e-9 and judged[0][1] == set()
     limit = judged[0][0] * 1.01
@@ -916,7 +916,7 @@ def test_too_many_layers_are_refused_before_a_weight_is_read(here, monkeypatch, 
 
 def test_a_close_choice_is_said_and_that_one_window_tells_no_interval(here, monkeypatch):
     said = "{.n_windows} windows, {} layers, angular {angular}".format
-    monkeypatch.setattr(shrinking, "unsure", said)
+    monkeypatch.setattr(shrink_steps, "unsure", said)
     cut = {**CUT, "eval_windows": 1}
     done = shrink("hf", "out", n=2, method="angular", **cut, data="other")
     assert done.remarks[0] == "8 windows, 2 layers, angular True"
@@ -985,14 +985,14 @@ def test_the_cache_is_of_each_layers_kind(here, monkeypatch, out, itemsize):
 
 
 def test_numbers_of_layers_that_cannot_go_are_too_many(here, monkeypatch):
-    real = shrinking.pruned_losses
+    real = shrink_steps.pruned_losses
 
     def refused(short, layers, *args, **options):
         if len(layers) > 1:
             raise NotRemovableError("no attention layer would be left")
         return real(short, layers, *args, **options)
 
-    monkeypatch.setattr(shrinking, "pruned_losses", refused)
+    monkeypatch.setattr(shrink_steps, "pruned_losses", refused)
     how = {"method": "sequential", **CUT, "data": "other"}
     assert len(shrink("hf", "out", max_kld=100.0, **how).layers) == 1
 

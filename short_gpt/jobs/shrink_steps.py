@@ -46,9 +46,7 @@ from short_gpt.jobs.inputs import about_own
 from short_gpt.jobs.page import is_page, shrunk_page
 from short_gpt.jobs.saving import Saving, interruptible
 from short_gpt.jobs.shrink_curve import curve_of, in_pytorch, optional, rivals_in_memory
-from short_gpt.jobs.shrink_run import HEALING, Shrink
-from short_gpt.jobs.shrink_settings import DEMO
-from short_gpt.jobs.shrunk import (
+from short_gpt.jobs.shrink_result import (
     ANSWERS,
     REPORT,
     Answered,
@@ -58,6 +56,8 @@ from short_gpt.jobs.shrunk import (
     report_of,
     short_name,
 )
+from short_gpt.jobs.shrink_run import HEALING, ShrinkRun
+from short_gpt.jobs.shrink_settings import DEMO
 from short_gpt.models.decoder import in_own_dtype
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.errors import NotRemovableError, ShortGPTError
@@ -73,9 +73,9 @@ CHECKS = 8  # evaluations during a training
 
 @interruptible()
 def shrink(**asked: Any) -> ShrinkResult:
-    """What `jobs.shrink` does; ``asked`` are fields of `Shrink`."""
+    """What `jobs.shrink` does; ``asked`` are fields of `ShrinkRun`."""
     check_alone("shrink")
-    run = Shrink(**asked)
+    run = ShrinkRun(**asked)
     run.check()
     run.saving.check(run.out, run.to)
     lock = None if run.dry_run else hold(run.folder)
@@ -108,7 +108,7 @@ def demo(**asked: Any) -> ShrinkResult:
 # What is chosen
 
 
-def _choose(run: Shrink) -> tuple[list[int], HealedChoice | None]:
+def _choose(run: ShrinkRun) -> tuple[list[int], HealedChoice | None]:
     """The layers to remove, and how `auto` chose them."""
     n, sets = run.n, run.sets
     run.short.importance = sets.importance
@@ -120,7 +120,7 @@ def _choose(run: Shrink) -> tuple[list[int], HealedChoice | None]:
     return layers, sets.choice(n) if run.method == AUTO else None
 
 
-def _most_within(run: Shrink, most_kld: float) -> int:
+def _most_within(run: ShrinkRun, most_kld: float) -> int:
     """The most layers, of a greedy search's, whose refitted model stays so near to the original."""
     windows, short, name = run.calibration, run.short, run.settings.size_flag
     held = max(2, len(windows) // 4)
@@ -161,7 +161,7 @@ def _most_within(run: Shrink, most_kld: float) -> int:
     return low
 
 
-def _steps(run: Shrink) -> dict[str, Recipe | RefitSettings | None]:
+def _steps(run: ShrinkRun) -> dict[str, Recipe | RefitSettings | None]:
     """The closed form, and a distillation of as many steps as its time allows."""
     heal_by, kind = run.settings.heal_by, run.settings.type
     closed = None if kind is None else RefitSettings(type=kind)
@@ -175,7 +175,7 @@ def _steps(run: Shrink) -> dict[str, Recipe | RefitSettings | None]:
     return {heal_by: closed, "distill": recipe}
 
 
-def _steps_in(run: Shrink, seconds: float, recipe: Recipe) -> int:
+def _steps_in(run: ShrinkRun, seconds: float, recipe: Recipe) -> int:
     """Training steps that fit, by one that is timed; the teacher reads each window before."""
     a_step = seconds_a_step(run.short, run.probe, recipe) + recipe.batch_size * run.a_pass
     # the validation windows are also read once before it, and once by the teacher
@@ -186,7 +186,7 @@ def _steps_in(run: Shrink, seconds: float, recipe: Recipe) -> int:
 # What is measured
 
 
-def _sizes(run: Shrink) -> StateReport:
+def _sizes(run: ShrinkRun) -> StateReport:
     """Sizes of the present model."""
     present = run.short.present
     parameters, size = (
@@ -195,7 +195,7 @@ def _sizes(run: Shrink) -> StateReport:
     return StateReport(parameters, size, size + sum(run.caches[i] for i in present))
 
 
-def _answers(run: Shrink, state: str) -> Perplexity:
+def _answers(run: ShrinkRun, state: str) -> Perplexity:
     """The distance of the present model on the original's answers; it gives its own, too."""
     if state not in run.answers:
         run.answers[state] = Answered.of(run.ask())
@@ -204,7 +204,7 @@ def _answers(run: Shrink, state: str) -> Perplexity:
         return perplexity(decoder, batches(windows, ANSWERS_AT_ONCE), reference=run.reference)
 
 
-def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
+def _beside_file(run: ShrinkRun, result: ShrinkResult) -> ShrinkResult:
     """The result with a file's rival, and with their speeds in llama.cpp."""
     source, remarks, most = str(run.source), [*result.remarks], {"healed": run.fastest(run.layers)}
     paths = {"original": Path(source), "healed": run.built}
@@ -224,7 +224,7 @@ def _beside_file(run: Shrink, result: ShrinkResult) -> ShrinkResult:
 # What a reader of the numbers must know
 
 
-def _remarks(run: Shrink, evidence: HealingEvidence) -> list[str]:
+def _remarks(run: ShrinkRun, evidence: HealingEvidence) -> list[str]:
     remarks = [about_own(run.windows.name, run.windows.eval_name), run.parts.left_out]
     if run.method in ("bi", "angular"):  # other text might choose other layers
         scores, angular = run.short.importance, run.method == "angular"
@@ -251,7 +251,7 @@ def _remarks(run: Shrink, evidence: HealingEvidence) -> list[str]:
     return [remark for remark in remarks if remark]
 
 
-def _as_written(run: Shrink, result: ShrinkResult) -> ShrinkResult:
+def _as_written(run: ShrinkRun, result: ShrinkResult) -> ShrinkResult:
     """The result with what the file gives, whose types round the changed tensors."""
     again = open_trainable(str(run.built), replace(run.opening, precision=FLOAT32))
     reference = run.reference.through(again.decoder)
@@ -273,7 +273,7 @@ def _as_written(run: Shrink, result: ShrinkResult) -> ShrinkResult:
 # All of it
 
 
-def _work(run: Shrink, plan: str) -> ShrinkResult:
+def _work(run: ShrinkRun, plan: str) -> ShrinkResult:
     """Does everything; continues what the folder holds."""
     run.read()
     opened, short, parts = run.opened, run.short, run.parts
@@ -335,7 +335,7 @@ def _work(run: Shrink, plan: str) -> ShrinkResult:
     return result
 
 
-def _written(run: Shrink, result: ShrinkResult, evidence: HealingEvidence) -> ShrinkResult:
+def _written(run: ShrinkRun, result: ShrinkResult, evidence: HealingEvidence) -> ShrinkResult:
     """Writes the model, completes the result by it, and puts both into place."""
     built, states, in_place = run.built, dict(result.states), run.opened.in_place
     shutil.rmtree(built.parent, ignore_errors=True)
@@ -360,7 +360,7 @@ def _written(run: Shrink, result: ShrinkResult, evidence: HealingEvidence) -> Sh
     return result
 
 
-def _write(run: Shrink, **how: Any) -> None:
+def _write(run: ShrinkRun, **how: Any) -> None:
     """Writes the model, reads it again and compares it; only a loaded one stays in memory.
 
     So there is never a second copy of the weights in memory.
@@ -383,7 +383,7 @@ def _write(run: Shrink, **how: Any) -> None:
     convert(str(scratch), str(built), "gguf", *usual, *options)
 
 
-def _move_into_place(run: Shrink, result: ShrinkResult) -> None:
+def _move_into_place(run: ShrinkRun, result: ShrinkResult) -> None:
     """Puts model and page where they belong, whole or not at all."""
     out, built = run.out, run.built
     steps = next_steps(Path(out.name), is_llama=run.opened.is_llama)
