@@ -143,7 +143,9 @@ def test_a_command_of_two_processes_ends_together_and_starts_again(ckpt):
     line = ["heal", "ckpt", "out", *HEAL]
     done = ranks(2, here / "first", children.heals_and_fails, ["whole", *HEAL], line).end()
     assert any(done.codes)
-    assert done.err.count("short-gpt:") == 1 and "short-gpt: rank 1 alone\n" in done.err, done.err
+    said = {line for line in done.err.splitlines() if line.startswith("short-gpt:")}
+    # the launcher ends the other rank, which may say so
+    assert said - {"short-gpt: interrupted"} == {"short-gpt: rank 1 alone"}, done.err
     assert not any(here.glob("out*"))
     done = ranks(2, here / "again", main, [*line, "--json", "out.json"]).end()
     assert not any(done.codes), done.err
