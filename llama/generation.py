@@ -230,7 +230,7 @@ class Llama:
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The checkpoint's Transformer on any number of ranks that divides the heads.
 
-    Each rank maps its own file if there is one, else it copies its part of each tensor. Tied
+    Each rank maps its own file if there is one, else it joins each tensor and copies its part. Tied
     weights stay tied.
     """
     rank, ranks = model_parallel_rank(), model_parallel_size()

@@ -17,19 +17,19 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 26865,
+    "lines": 26883,
     "modules": 127,
     "dataclasses": 60,
-    "raises": 346,
+    "raises": 347,
     "functions over 60 lines": 0,
-    "lines of jobs": 4180,
+    "lines of jobs": 4181,
     "flags of shrink": 28,
     "flags of rank": 18,
     "flags of heal": 28,
     "flags": 55,
     "lines of check functions": 904,
     "settings classes for windows": 1,
-    "lines of tests": 25872,
+    "lines of tests": 25904,
     "lines of benchmarks": 8430,
     "scripts of benchmarks": 38,
 }

@@ -224,8 +224,8 @@ class Stack(GGUFParts):
                 row.reads_first and 0 in removed
             ),
             f"one in {', '.join(map(str, every))} layers of {arch} is of another kind, and no key "
-            f"is known to say which; remove {self.whole_period} layers in a row, or write a "
-            "directory, whose config can list the kinds": every,
+            f"is known to say which; remove {self.whole_period} layers in a row, or prune "
+            "a Hugging Face directory, whose config can list the kinds": every,
         }
         return next((why for why, wrong in reasons.items() if wrong), None)
 
@@ -264,15 +264,16 @@ def about_kinds(source: StrPath, layers: Sequence[int]) -> str | None:
     """What other programs get wrong in a GGUF model without these layers; None if nothing."""
     stack = Stack(source)
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
-    directory = "for transformers, convert this file to Hugging Face's format"
+    directory = "for transformers, where it reads this architecture: "
+    directory += "short-gpt convert FILE DIR --to hf"
     if not stack.changed_kinds(keep):
         if not stack.row.healed or not is_scaled(stack):
             return None
-        return f"transformers ignores how this file scales positions: {directory}"
+        return f"transformers ignores how this file scales positions; {directory}"
     return (
         f"{stack.arch}.{PATTERN} lists the kinds of the kept layers. transformers, and llama.cpp "
         "from before September 2026 where it has a rule of its own, ignore the list and take kinds "
-        f"from positions, which is wrong here: {directory}"
+        f"from positions, which is wrong here; {directory}"
     )
 
 

@@ -381,10 +381,15 @@ def window_perplexities(
 
 def combined(parts: Sequence[Perplexity]) -> Perplexity:
     """The perplexity of all windows."""
-    samples = tuple(s for p in parts for s in p.samples)
+    samples = tuple(s for p in parts for s in _samples(p))
     nats, tokens = sum(s.nats for s in samples), sum(s.tokens for s in samples)
     precision = parts[0].precision if parts else "float32"
     return Perplexity(nats, tokens, sum(p.windows for p in parts), samples, precision)
+
+
+def _samples(part: Perplexity) -> tuple[Sample, ...]:
+    """Of every window; of all as one where only that is known."""
+    return part.samples or (Sample(None, part.nats, part.tokens),)
 
 
 def difference(
@@ -394,7 +399,7 @@ def difference(
 
     ``by`` is the field of `Sample` that is compared: "nats", the loss, or "kld".
     """
-    before, after = ([s for p in parts for s in p.samples] for parts in (first, second))
+    before, after = ([s for p in parts for s in _samples(p)] for parts in (first, second))
     if [s.tokens for s in before] != [s.tokens for s in after] or not before:
         got = f"got {len(before)} windows and {len(after)}"
         raise ShortGPTError(f"expected losses of the same windows, {got}")

@@ -30,7 +30,7 @@ from short_gpt.evaluation.perplexity import (
 from short_gpt.healing.context import TokenWindows
 from short_gpt.healing.job import CLOSED, RAW, pruned
 from short_gpt.models.numbering import check_count
-from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, check
+from short_gpt.runtime.errors import NotRemovableError, ShortGPTError, at_least, check
 from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
@@ -212,6 +212,7 @@ def choose_healed(
     """
     n = check_count(n, len(short.kept), most=len(short.kept) - 2)
     budget = BUDGET if budget is None else budget
+    at_least(0, budget=budget)
     check(heal_by in CLOSED, "heal_by", heal_by, f"one of {', '.join(CLOSED)}")
     choosing = _Choosing(short, list(windows), n, budget, ResultCache(state), heal_by)
     total = budget * choosing.a_pass

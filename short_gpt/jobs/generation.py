@@ -25,6 +25,7 @@ def generate(
     opening: OpenOptions,
 ) -> str | Path:
     """What `jobs.generate` does."""
+    check(isinstance(prompt, str | None), "prompt", prompt, "one text")
     if [samples is None, out is None] != [prompt is not None] * 2:
         raise ShortGPTError("expected either a `prompt` to continue, or `samples` and `out`")
     if prompt is None:

@@ -82,7 +82,8 @@ def heal(
 ) -> HealingResult:
     """What `jobs.heal` does."""
     methods = _methods(windows, healing, opening)
-    model = str(find_source(model))  # of a name such as demo, the file that it stands for
+    # of a name such as demo, the file; names that begin with ``out`` follow: no slash at its end
+    model, out = str(find_source(model)), str(Path(out))
     _check_target(model, out, overwrite=saving.overwrite)
     saving.check(out, format_of(model, out))
     removal = _removal(model, choice, methods, healing)
@@ -127,8 +128,7 @@ def heal(
         return done
     if is_gguf(out):
         done = replace(done, remark=about_kinds(model, removal.layers))
-    usual = replace(opening, stream=False, precision=FLOAT32)
-    done = reread(done, parts, usual, size)
+    done = reread(done, parts, replace(opening, stream=False, precision=FLOAT32), size)
     return replace(done, address=saving.push(done.out, done))
 
 

@@ -68,7 +68,7 @@ def _kept(
         said = list[str]()
         return {"value": measure(said), "remarks": said}
 
-    kept = run.cells.value(name, measured)
+    kept = run.cells.value(f"{name}, with remarks", measured)
     remarks += kept["remarks"]
     return kept["value"]
 

@@ -95,10 +95,15 @@ def rounded_matrices(decoder: Decoder, *, frozen: bool = False) -> Iterator[None
         decoder: Its layers' matrices and its head are meant.
         frozen: Leave the matrices that are trained. Default: all are copied.
     """
-    modules = {*decoder.layers.modules()}
-    modules |= {m for m in decoder.module.modules() if isinstance(m, nn.Linear)}  # the head
+    named = [*decoder.layers.named_modules()]
+    named += [(n, m) for n, m in decoder.module.named_modules() if isinstance(m, nn.Linear)]
     # norms of heads are no products, and a router may multiply with autocast off
-    modules = {m for m in modules if re.search("Linear|Conv1D", type(m).__name__)}
+    modules = {
+        module
+        for name, module in named
+        if re.search("Linear|Conv1D", type(module).__name__)
+        and name.rpartition(".")[2] not in ("gate", "router")
+    }
     own = {module: module._parameters.get("weight") for module in modules}
     weights = {m: weight for m, weight in own.items() if _is_matrix(weight)}
     if frozen:

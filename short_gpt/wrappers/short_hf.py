@@ -106,6 +106,11 @@ class ShortHFModel(ShortModel):
         tokenizes = tokenizer is None or callable(tokenizer)
         check(tokenizes, "tokenizer", tokenizer, "a tokenizer of transformers")
         decoder = HFDecoder(model.eval(), layers_path)
+        if decoder.device.type == "meta":
+            raise ShortGPTError(
+                f"{type(model).__name__} is on the device meta, where tensors have no values: load "
+                "it with its weights"
+            )
         if to_device is not None and not getattr(model, "is_quantized", False):
             model.to(to_device)
         if decoder.device.type in MASKED and "sdpa" in attention_of(model.config).values():

@@ -248,7 +248,12 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
     ("arch", "fields", "layers", "message"),
     [
         ("qwen3next", {}, [2], "one in 4 layers .*; remove 4 layers in a row, or"),
-        ("llama4", {}, [5, 6], "or write a directory, whose config can list the kinds$"),
+        (
+            "llama4",
+            {},
+            [5, 6],
+            "or prune a Hugging Face directory, whose config",
+        ),
         ("cohere2moe", {}, [0], "one in 4 layers of cohere2moe is of another kind"),
         ("other", {"full_attention_interval": 4}, [1], "one in 4 layers of other"),
         ("other", {"moe_every_n_layers": 2}, [1, 4], "one in 2 layers of other"),
@@ -352,7 +357,7 @@ def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_
     run("prune", path, tmp_path / "a.gguf", "--layers", 1)
     out = capsys.readouterr().out
     assert "gpt-oss.attention.sliding_window_pattern lists the kinds" in out
-    assert "convert this file to Hugging Face's format" in out
+    assert "short-gpt convert FILE DIR --to hf" in out
     assert "llama.cpp from before September 2026" in out
     run("prune", path, tmp_path / "b.gguf", "--layers", "0,1")
     assert "pattern" not in capsys.readouterr().out
@@ -360,7 +365,7 @@ def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_
     assert "pattern" not in capsys.readouterr().out
     assert said(tmp_path / "c.gguf", "attention.sliding_window_pattern") == [1, 0, 1, 0, 1, 0]
     path = stack_file(tmp_path / "n.gguf", "gemma4", **{PATTERN: [True, True, False, True] * 2})
-    assert about_kinds(path, [1]).endswith("convert this file to Hugging Face's format")
+    assert about_kinds(path, [1]).endswith("short-gpt convert FILE DIR --to hf")
     assert about_kinds(path, [4, 5, 6, 7]) is None
 
 

@@ -398,6 +398,7 @@ def test_few_windows_and_windows_that_share_text():
     refuses("at least 4 windows, .* got 3, of", choose_healed, model(), WINDOWS[:3], 1, **QUIET)
     refuses("got 8, of which 4 share text", choose_healed, model(), WINDOWS[:4] * 2, 1, **QUIET)
     refuses("expected 1 to 4", choose_healed, model(), WINDOWS, 5, **QUIET)
+    refuses("budget", choose_healed, model(), WINDOWS, 1, **{**QUIET, "budget": -5})
 
 
 def test_where_the_windows_do_not_settle_it_the_searched_set_is_taken(stubbed, monkeypatch):

@@ -15,7 +15,7 @@ from short_gpt import open_model, own_samples, rank, shrink, texts
 from short_gpt.data.texts import TextsInMemory
 from short_gpt.data.windows import mix
 from short_gpt.healing import healing_windows
-from short_gpt.jobs import generation, heal
+from short_gpt.jobs import generate, generation, heal
 from short_gpt.jobs.inputs import WindowSettings
 from short_gpt.jobs.shrink_result import ANSWERS
 from short_gpt.wrappers import own_text as module
@@ -262,6 +262,7 @@ def test_generate_writes_samples_to_a_file_that_data_reads(here, capsys, monkeyp
     run("rank", "ckpt", "--data", "own.jsonl", "--size", 16, "--stream", "--n", 1)
     run("generate", "ckpt", "ab", "--max_new_tokens", 3)
     monkeypatch.setattr(generation, "open_model", None)  # what follows is told before
+    refuses("prompt.* one text", generate, "ckpt", 5)
     for options, message in (
         ((), "expected either a --prompt to continue, or --samples and --out"),
         (("ab", "--samples", 2, "--out", "a.jsonl"), "expected either a --prompt to continue"),

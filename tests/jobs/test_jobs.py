@@ -141,7 +141,7 @@ def test_lora_that_was_interrupted_continues_by_the_same_call(here, monkeypatch)
 
     def healed(settings):
         how = {"data": "other.txt", **windows, "recipe": settings}
-        return heal("ckpt", "out", heal_by="lora", layers=[1], **how)
+        return heal("ckpt", "out/", heal_by="lora", layers=[1], **how)
 
     monkeypatch.setattr(lora, "heal_run", interrupted)
     with pytest.raises(KeyboardInterrupt):

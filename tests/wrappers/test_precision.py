@@ -253,6 +253,27 @@ def test_the_norm_of_each_head_is_no_matrix_that_is_rounded():
         assert norm.ndim == 2 and torch.equal(short.logits(tokens), logits)
 
 
+def test_a_linear_router_that_multiplies_with_autocast_off_keeps_its_weights():
+    class Routed(torch.nn.Module):
+        def __init__(self, mlp, width):
+            super().__init__()
+            self.mlp, self.gate = mlp, torch.nn.Linear(width, 1)
+
+        def forward(self, states):  # (B, S, D)
+            with torch.autocast("cpu", enabled=False):
+                share = self.gate(states.float()).sigmoid()
+            return share * self.mlp(states)
+
+    short = HFDecoder(make("llama"))
+    layer = short.layers[1]
+    layer.mlp = Routed(layer.mlp, layer.mlp.gate_proj.in_features)
+    short.mixed, tokens = True, torch.tensor(random_windows(2, 10))
+    logits = short.logits(tokens)
+    with writing_precision(short):
+        assert layer.mlp.mlp.gate_proj.weight.dtype == torch.bfloat16
+        assert torch.equal(short.logits(tokens), logits)
+
+
 def test_frozen_matrices_that_are_rounded_once_train_to_the_same_weights(here, monkeypatch):
     recipe = Recipe(rank=2, steps=3, warmup=1, batch_size=2, eval_every=1, learning_rate=1e-2)
     parts = [random_windows(4, 16, seed=seed) for seed in (4, 5, 6)]

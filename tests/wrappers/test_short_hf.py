@@ -586,6 +586,10 @@ def test_a_model_with_an_adapter_is_refused(tmp_path):
     assert ShortHFModel(adapted.merge_and_unload()).kept
 
 
+def test_a_model_without_values_is_refused():
+    refuses("is on the device meta", ShortHFModel, make("llama").to("meta"))
+
+
 def in_inference_mode(model):
     with torch.inference_mode():
         return model.double().float()
