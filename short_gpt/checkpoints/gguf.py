@@ -264,8 +264,7 @@ def about_kinds(source: StrPath, layers: Sequence[int]) -> str | None:
     """What other programs get wrong in a GGUF model without these layers; None if nothing."""
     stack = Stack(source)
     keep = [i for i in range(stack.blocks) if i not in set(layers)]
-    directory = "for transformers, where it reads this architecture: "
-    directory += "short-gpt convert FILE DIR --to hf"
+    directory = "for transformers, where it reads this architecture, convert it with `to` hf"
     if not stack.changed_kinds(keep):
         if not stack.row.healed or not is_scaled(stack):
             return None

@@ -145,7 +145,7 @@ def healed(result: HealingResult) -> str:
         ]
     if result.quantization is not None:
         lines += [f"writing it in the file's own types changes the loss by {result.quantization}"]
-    return "\n".join([*lines, *([result.remark] if result.remark else [])])
+    return "\n".join([*lines, *([as_flags(result.remark)] if result.remark else [])])
 
 
 def perplexities(models: Mapping[str, Perplexity]) -> str:

@@ -357,7 +357,7 @@ def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_
     run("prune", path, tmp_path / "a.gguf", "--layers", 1)
     out = capsys.readouterr().out
     assert "gpt-oss.attention.sliding_window_pattern lists the kinds" in out
-    assert "short-gpt convert FILE DIR --to hf" in out
+    assert "convert it with --to hf" in out
     assert "llama.cpp from before September 2026" in out
     run("prune", path, tmp_path / "b.gguf", "--layers", "0,1")
     assert "pattern" not in capsys.readouterr().out
@@ -365,7 +365,7 @@ def test_a_list_of_kinds_comes_with_a_warning_of_programs_that_pass_over_it(tmp_
     assert "pattern" not in capsys.readouterr().out
     assert said(tmp_path / "c.gguf", "attention.sliding_window_pattern") == [1, 0, 1, 0, 1, 0]
     path = stack_file(tmp_path / "n.gguf", "gemma4", **{PATTERN: [True, True, False, True] * 2})
-    assert about_kinds(path, [1]).endswith("short-gpt convert FILE DIR --to hf")
+    assert about_kinds(path, [1]).endswith("convert it with `to` hf")
     assert about_kinds(path, [4, 5, 6, 7]) is None
 
 
