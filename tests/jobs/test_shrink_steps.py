@@ -403,7 +403,10 @@ def test_what_does_not_fit_into_the_time_is_said_and_a_continued_run_keeps_its_p
 ):
     own: list[str] = []
     how = {"n": 2, "time": "33s", "size": 24, "data": "other", "eval_data": "books"}
+    # whatever the machine's speed
     monkeypatch.setattr(ShortHFModel, "seconds_a_window", lambda *_: 0.1)
+    monkeypatch.setattr(shrink_run.ShrinkRun, "_judging", (0.01, 0.0))
+    monkeypatch.setattr(shrink_run.ShrinkRun, "_a_token", lambda *_: 0.0)
     with interrupted(shrink_steps, "_move_into_place", 0):
         shrink("hf", "out", **how, notify=own.append)
     fewer = "method greedy_kld instead of auto, windows to evaluate on 16 instead of 32"
