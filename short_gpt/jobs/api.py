@@ -89,7 +89,7 @@ def prune(
 
     The model is not loaded for that, but read tensor by tensor: memory is bounded by the largest
     one. From GGUF to GGUF every tensor stays in its quantization. To `verify`, source and result
-    are then loaded, one after the other, and compared. For another format, `convert` the model or
+    are then loaded, one after the other, and compared. For another format, convert the model or
     the result.
 
     Args:

@@ -83,6 +83,14 @@ def test_the_site_has_every_page():
     assert set(listed) == pages and len(listed) == len(pages)
 
 
+def test_the_tests_that_all_checks_name_exist():
+    named = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", (ROOT / ".ci/run").read_text())
+    assert len(named) > 5
+    for file, name in named:
+        text = (ROOT / file).read_text()
+        assert not name or f"def {name}(" in text, (file, name)
+
+
 SEVERAL = [(p, w) for p in PAGES for w in commands(p, "torchrun") if "short_gpt" in w]
 
 
