@@ -16,10 +16,10 @@ from short_gpt import jobs, plots
 from short_gpt.cli import tables
 from short_gpt.cli.flags import Command, flags_of
 from short_gpt.jobs.inputs import about_own
-from short_gpt.jobs.settings import Answer
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.runtime.progress import is_first_rank, is_quiet, print_above_bars
 from short_gpt.runtime.settings import WRITE, Settings, as_flags, setting
+from short_gpt.selection.settings import Answer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from short_gpt.data.disjoint import check_disjoint
 from short_gpt.data.windows import TokenIds, learned
 from short_gpt.healing.context import Heal, HealingContext
 from short_gpt.healing.distillation import Distillation
-from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
+from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, check_installed, recipe_for
 from short_gpt.healing.trainer import TrainingRun, of_lora, quiet, train
 from short_gpt.models.decoder import (
     WeightChange,
@@ -244,15 +244,6 @@ def check_trainable(model: PreTrainedModel) -> PreTrainedModel:
             "`dtype` float32 or bfloat16"
         )
     return model
-
-
-def check_installed(recipe: Recipe) -> None:
-    """Raises ShortGPTError for a service that a recipe reports to and the machine lacks."""
-    from transformers.integrations import get_available_reporting_integrations
-
-    known = ["all", "none", *get_available_reporting_integrations()]
-    for name in recipe.report_to.split(",") if recipe.report_to else ():
-        check(name in known, "report_to", name, f"an installed service of {', '.join(known)}")
 
 
 def adapt(model: PreTrainedModel, recipe: Recipe, layers_path: str | None = None) -> PeftModel:

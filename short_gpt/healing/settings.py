@@ -1,18 +1,32 @@
-"""Settings of all ways to heal, which need no torch: of closed forms, and of training with LoRA."""
+"""Settings of all ways to heal, without torch: of closed forms, of training, and of jobs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from short_gpt.runtime.errors import at_least, check, refused
+from short_gpt.runtime.errors import ShortGPTError, at_least, check, refused
+from short_gpt.runtime.settings import (
+    CHOOSE,
+    Settings,
+    count_of,
+    listed,
+    setting,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from short_gpt.healing.context import Step
+
+T = TypeVar("T")
+# methods that `compare` takes by default
+COMPARED = "bi,angular,deepest,relative_magnitude,perplexity,sleb,reverse,random"
 CLOSED_WINDOWS = 64  # that a closed form reads; training after it begins with other windows
 PARTS = ("attention", "mlp")
 RIDGES = (1e-2, 1e-1, 1.0)
@@ -255,3 +269,186 @@ def recipe_for(config: PretrainedConfig | None, preset: str = "paper", **changes
             if all(getattr(text, name, None) == value for name, value in values.items()):
                 settings = dict(zip(("rank", "learning_rate", "size"), published, strict=True))
     return Recipe(**settings | changes)
+
+
+CLOSED_FORM = ("ridge", "step_size")  # settings of closed forms
+DISTILLED = ("top_k", "temperature", "kl_share")  # of a recipe, for distill alone
+CHECKS = 40  # evaluations of a long training, at most
+
+
+@dataclass(frozen=True)
+class Healing(Settings):
+    """How the model is healed."""
+
+    HEADING: ClassVar = CHOOSE
+    heal_by: str = setting(
+        "refit",
+        "Way to heal: refit, patch, lora or distill; or several by commas, a closed form first.",
+    )
+    ridge: float | None = setting(
+        None,
+        "Ridge of a closed form, relative to the mean square of the inputs. Default: in the refit "
+        "2 F / N, twice the inputs of the matrix divided by the tokens; in the patch what held-out "
+        "windows choose.",
+        rare=True,
+    )
+    step_size: float | None = setting(
+        None,
+        "Share of the solved change that a closed form applies, above 0 and at most 1. Default: "
+        "0.5 in the refit, 1 in the patch.",
+        rare=True,
+    )
+    recipe: str | Mapping[str, object] | None = setting(
+        None,
+        "Settings of lora and distill: a preset (paper, demo or small) and changes, such as "
+        "small,steps=400,rank=16,batch_size=4 or distill's top_k=64; in Python "
+        "also a dict or a Recipe, which describes all. Default: paper.",
+    )
+    tokens: str | int | None = setting(
+        None,
+        "Tokens that lora and distill read, as in 400k or 1.6M, instead of the recipe's steps; "
+        "more than once where the texts have fewer.",
+        value="COUNT",
+    )
+    teacher: str | None = setting(
+        None,
+        "Original model of which MODEL is a part, for distill; with stream it is read by the "
+        "layer. Default: MODEL itself, before layers go.",
+        rare=True,
+    )
+
+    def check(self, steps: Mapping[str, Step]) -> list[str]:
+        """The methods, of ``steps``; ShortGPTError for what none of them can do."""
+        methods = listed(self.heal_by)
+        for name in methods:
+            some = f"one of {', '.join(steps)}, or several by commas"
+            check(name in steps, "heal_by", name, some)
+        training = [name for name, step in steps.items() if step.trains]
+        users = {"recipe": training, "tokens": training, "teacher": ["distill"]}
+        for name in CLOSED_FORM:
+            users[name] = [n for n, s in steps.items() if name in _names_of(s.settings)]
+        for name, ways in users.items():
+            if getattr(self, name) is not None and not {*ways} & {*methods}:
+                raise ShortGPTError(f"`{name}` is for `heal_by` {' or '.join(ways)}")
+        for name in {*methods}.difference(training):
+            self.closed(steps[name].settings)
+        if {*training} & {*methods}:
+            recipe = self.trained()  # raises for values out of range
+            changed = [n for n in DISTILLED if getattr(recipe, n) != getattr(Recipe, n)]
+            if changed and "distill" not in methods:
+                raise ShortGPTError(f"{', '.join(changed)} of `recipe`: for `heal_by` distill")
+            check_installed(recipe)
+            at_least(1, optional=True, tokens=self.count)
+            free = self.count is None or all(self.trained(steps=n).steps == n for n in (1, 2))
+            check(free, "tokens", self.tokens, "a recipe without steps, which say the same")
+        return methods
+
+    @property
+    def count(self) -> int | None:
+        """The tokens that a training reads; None where the recipe's steps say it."""
+        return None if self.tokens is None else count_of(self.tokens, "tokens")
+
+    def closed(self, kind: type[T]) -> T:
+        """The settings of a closed form, of a class; ShortGPTError for one out of range."""
+        changes = {n: getattr(self, n) for n in CLOSED_FORM if n in _names_of(kind)}
+        return kind(**{n: v for n, v in changes.items() if v is not None})
+
+    def trained(
+        self,
+        config: PretrainedConfig | None = None,
+        *,
+        seed: int = 0,
+        few_bits: bool = False,
+        steps: int | None = None,
+    ) -> Recipe:
+        """The recipe for a model of transformers.
+
+        ``few_bits``: what it changes is rounded again, and so a preset that changes all maps
+        changes the output projections alone. ``steps`` follow from ``tokens``.
+        """
+        if isinstance(self.recipe, Recipe):
+            return self.recipe if steps is None else replace(self.recipe, steps=steps)
+        parse = partial(Recipe.parse, self.recipe or "", config, seed=seed)
+        recipe = parse()
+        if steps is not None:  # how often it is evaluated stays, if the recipe says it
+            recipe = parse(steps=steps, eval_every=max(recipe.eval_every, -(-steps // CHECKS)))
+        outputs = few_bits and recipe.modules == ALL
+        return replace(recipe, modules=OUTPUTS) if outputs else recipe
+
+
+def _names_of(kind: type) -> set[str]:
+    return {one.name for one in fields(kind)}
+
+
+def check_installed(recipe: Recipe) -> None:
+    """Raises ShortGPTError for a service that a recipe reports to and the machine lacks."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    known = ["all", "none", *get_available_reporting_integrations()]
+    for name in recipe.report_to.split(",") if recipe.report_to else ():
+        check(name in known, "report_to", name, f"an installed service of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Cases(Settings):
+    """What is compared: every method x number of layers x healing.
+
+    Example:
+        >>> Cases("bi, sleb", 2).methods
+        ['bi', 'sleb']
+    """
+
+    HEADING: ClassVar = CHOOSE
+    method: str | Sequence[str] = setting(
+        COMPARED, "Names as of the method of rank, with commas between.", value="A,B"
+    )
+    n: object = setting(
+        (2, 4, 8, 12),
+        "Numbers of layers to remove, as in 2,4,8; by default those of 2, 4, 8 and 12 that the "
+        "model allows.",
+        value="N,N",
+    )
+    heal_by: str | Sequence[str] = setting(
+        "raw,patch",
+        "Ways to heal: of raw (none), patch and refit, with commas between.",
+        value="A,B",
+    )
+
+    @property
+    def methods(self) -> list[str]:
+        return listed(self.method)
+
+    @property
+    def counts(self) -> list[int]:
+        counts = whole_numbers(self.n, "n", "2,4,8")
+        at_least(1, n=min(counts))
+        return counts
+
+    @property
+    def healings(self) -> list[str]:
+        return listed(self.heal_by)
+
+    def within(self, n_layers: int) -> Cases:
+        """These cases for a model of so many layers: of the default numbers, those it allows.
+
+        Raises ShortGPTError if it has too few for the numbers that the user set.
+        """
+        from short_gpt.models.numbering import check_count
+        from short_gpt.selection.methods import BY_LOSS
+
+        # searches keep the first and the last layer
+        most, counts = n_layers - (2 if {*self.methods} & {*BY_LOSS} else 1), self.counts
+        if self.n is Cases.n:
+            counts = [n for n in counts if n <= most] or [1]
+        for n in counts:
+            check_count(n, n_layers, most=most, name="`n`")
+        return replace(self, n=counts)
+
+    def check(self, healings: Collection[str]) -> None:
+        """Raises ShortGPTError for an unknown name."""
+        from short_gpt.selection.methods import check_method
+
+        for name in self.methods:
+            check_method(name)
+        for name in self.healings:
+            check(name in healings, "`heal_by`", name, f"some of {', '.join(healings)}")

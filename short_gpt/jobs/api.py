@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from short_gpt.data.texts import Default
+from short_gpt.healing.settings import Cases, Healing
 from short_gpt.jobs.inputs import STRIDE, Tasks, WindowSettings
 from short_gpt.jobs.saving import Running, Saving
-from short_gpt.jobs.settings import Answer, Cases, Choice, Healing, Sampling
 from short_gpt.jobs.shrink_settings import DEMO, SHRUNK, ShrinkSettings
 from short_gpt.runtime.settings import flat
-from short_gpt.wrappers.options import FASTER, LOADING, READING, STREAMING, OpenOptions
+from short_gpt.selection.settings import Answer, Choice
+from short_gpt.wrappers.options import (
+    FASTER,
+    LOADING,
+    READING,
+    STREAMING,
+    OpenOptions,
+    Sampling,
+)
 
 if TYPE_CHECKING:
     from short_gpt.jobs.comparing import ComparisonResult

@@ -12,11 +12,11 @@ from short_gpt.evaluation.perplexity import combined, difference
 from short_gpt.healing import HealedChoice
 from short_gpt.healing.choosing import TRIAL_WINDOWS
 from short_gpt.healing.context import TokenWindows
-from short_gpt.healing.job import CLOSED, RAW, STEPS
+from short_gpt.healing.job import CLOSED, HEALINGS, RAW, STEPS
 from short_gpt.healing.sets import LayerSets
+from short_gpt.healing.settings import COMPARED, Cases
 from short_gpt.jobs.inputs import SIZE, WindowSettings, check_model
 from short_gpt.jobs.saving import Running, interruptible
-from short_gpt.jobs.settings import COMPARED, Cases
 from short_gpt.runtime.digest import windows_digest
 from short_gpt.runtime.progress import bar, check_alone
 from short_gpt.runtime.state import StateFile, joined
@@ -106,7 +106,7 @@ def compare(
         >>> print(tables.compared(result.rows))  # doctest: +SKIP
     """
     cases = Cases(method, n, heal_by)
-    cases.check()
+    cases.check(HEALINGS)
     cases = cases.within(len(short.kept))
     saved = None
     if state is not None:
@@ -188,7 +188,7 @@ def compare_checkpoint(
     check_alone("compare")
     running.check()
     windows.check(shuffled=True)
-    cases.check()
+    cases.check(HEALINGS)
     if (n_layers := check_model(model)) is not None:
         cases = cases.within(n_layers)
     windows.check_texts()

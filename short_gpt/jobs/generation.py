@@ -7,11 +7,10 @@ from pathlib import Path
 
 from llama.files import check_output, new_file
 from short_gpt.jobs.saving import interruptible
-from short_gpt.jobs.settings import Sampling
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.wrappers.opening import open_model
-from short_gpt.wrappers.options import OpenOptions
+from short_gpt.wrappers.options import OpenOptions, Sampling
 from short_gpt.wrappers.own_text import own_samples
 
 

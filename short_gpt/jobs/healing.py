@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llama.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds, check_architecture, in_few_bits
 from short_gpt.checkpoints.provenance import Provenance
-from short_gpt.checkpoints.scores import ChosenLayers
+from short_gpt.checkpoints.scores import ChosenLayers, chosen
 from short_gpt.checkpoints.target import Target, format_of
 from short_gpt.evaluation.perplexity import (
     Difference,
@@ -21,15 +22,15 @@ from short_gpt.evaluation.perplexity import (
 )
 from short_gpt.healing import HealingEvidence, HealingJob, HealingWindows
 from short_gpt.healing.context import VALIDATE
-from short_gpt.healing.job import CLOSED, TRAINING
-from short_gpt.healing.settings import CLOSED_WINDOWS
+from short_gpt.healing.job import CLOSED, STEPS, TRAINING, check_order
+from short_gpt.healing.settings import CLOSED_WINDOWS, Healing
 from short_gpt.jobs.inputs import SIZE, WindowSettings, check_model
 from short_gpt.jobs.saving import Running, Saving, interruptible
-from short_gpt.jobs.settings import Choice, Healing, methods_of
 from short_gpt.models.numbering import check_layers
 from short_gpt.runtime.errors import ShortGPTError, check
 from short_gpt.runtime.progress import is_first_rank
 from short_gpt.runtime.state import hold
+from short_gpt.selection.settings import Choice
 from short_gpt.wrappers.opening import open_model, open_trainable
 from short_gpt.wrappers.options import FLOAT32, OpenOptions
 from short_gpt.wrappers.scored_model import ScoredModel
@@ -84,8 +85,7 @@ def heal(
     methods = _methods(windows, healing, opening)
     # of a name such as demo, the file; names that begin with ``out`` follow: no slash at its end
     model, out = str(find_source(model)), str(Path(out))
-    _check_target(model, out, overwrite=saving.overwrite)
-    saving.check(out, format_of(model, out))
+    _check_target(model, out, saving)
     removal = _removal(model, choice, methods, healing)
     if is_gguf(out):
         check_architecture(model).kept(removal.layers)
@@ -95,23 +95,25 @@ def heal(
     lock = None if folder is None else hold(folder)  # before the model is opened
     windows.check_texts()
     short = _opened(model, removal, opening, trains=trains, size=windows.size or SIZE)
-    recipe, few_bits = None, trains and is_gguf(out) and in_few_bits(model)
+    closed = {n: healing.closed(STEPS[n].settings) for n in methods if n in CLOSED}
+    recipe = None
     if trains:
-        recipe = healing.trained(short, windows.seed or 0, few_bits=few_bits)
+        few_bits = is_gguf(out) and in_few_bits(model)
+        how: Any = {"seed": windows.seed or 0, "few_bits": few_bits}
+        trained = partial(healing.trained, short.trainable().config, **how)
+        recipe = trained()
     size = windows.size or (recipe.size if recipe else SIZE)
     limit = None if trains else CLOSED_WINDOWS
     if healing.count is not None:  # each read once, and those of a closed form and to validate
-        closed = CLOSED_WINDOWS if methods[0] in CLOSED else 0
-        limit = -(-healing.count // size) + closed + VALIDATE
+        limit = -(-healing.count // size) + CLOSED_WINDOWS * len(closed) + VALIDATE
     parts = windows.learning(short, size, limit, validate=trains, beside=out)
     if recipe is not None and healing.count is not None:
-        steps = recipe.steps_for(-(-healing.count // size), len(parts.training))
-        recipe = healing.trained(short, windows.seed or 0, few_bits=few_bits, steps=steps)
+        recipe = trained(steps=recipe.steps_for(-(-healing.count // size), len(parts.training)))
     job = HealingJob(
         short,
         parts,
         removal.layers,
-        steps={name: healing.closed(name) if name in CLOSED else recipe for name in methods},
+        steps=closed | {name: recipe for name in methods if name in TRAINING},
         max_windows=CLOSED_WINDOWS if trains or windows.max_windows is None else None,
         teacher=_teacher(model, healing, opening, size),
         work_dir=folder,
@@ -119,26 +121,25 @@ def heal(
     )
     texts: dict[str, Any] = {"data": windows.name, "eval_data": windows.eval_name}
     texts |= {"size": size, "bos": short.bos, **short.about_precision}
-    done = HealingResult(Path(out), job.run(), parts.left_out, removal.unchecked, texts)
+    remark = about_kinds(model, removal.layers) if is_gguf(out) else None
+    done = HealingResult(Path(out), job.run(), parts.left_out, removal.unchecked, texts, remark)
     short.evidence |= {**removal.record.evidence, "eval_data": windows.eval_name, "size": size}
     facts = {**removal.record.facts, "data": windows.name}
     job.save(out, facts=facts, overwrite=saving.overwrite, release=isinstance(short, ShortHFModel))
     del short, job, lock  # makes room for the model that is read again
     if not is_first_rank():
         return done
-    if is_gguf(out):
-        done = replace(done, remark=about_kinds(model, removal.layers))
     done = reread(done, parts, replace(opening, stream=False, precision=FLOAT32), size)
     return replace(done, address=saving.push(done.out, done))
 
 
 def _methods(windows: WindowSettings, healing: Healing, opening: OpenOptions) -> list[str]:
     """The ways to heal; ShortGPTError for settings that do not go with them."""
-    methods = methods_of(healing.heal_by)
+    methods = healing.check(STEPS)
+    check_order(methods)
     windows.check(shuffled=True)
     learns = windows.prompts is None or windows.asked
     check(learns, "prompts", windows.prompts, "some without right answers: heal asks no questions")
-    healing.check(methods)
     if opening.stream and methods != ["refit"] and "distill" not in methods:
         raise ShortGPTError(
             "`stream` holds one layer at a time, of a model that refit alone heals, or of the "
@@ -165,14 +166,15 @@ def _opened(
     return short
 
 
-def _check_target(model: str, out: str, *, overwrite: bool) -> None:
+def _check_target(model: str, out: str, saving: Saving) -> None:
     check_model(model)
     if is_gguf(out) and not is_gguf(model):
         raise ShortGPTError(
             f"{out} is written from a GGUF file alone: heal into a directory and convert that, "
             f"short-gpt convert DIRECTORY {out}"
         )
-    Target(out, overwrite).check(source=Path(model))
+    Target(out, saving.overwrite).check(source=Path(model))
+    saving.check(out, format_of(model, out))
 
 
 def _teacher(
@@ -187,7 +189,7 @@ def _teacher(
 def _removal(model: str, choice: Choice, methods: Sequence[str], healing: Healing) -> ChosenLayers:
     """The layers to remove; none where the methods heal a model that was pruned before."""
     if choice.layers is not None or choice.scores is not None:
-        return choice.check().chosen(model)
+        return chosen(model, **choice.checked())
     ask = "give `layers`, as in 21,22,23, or `scores` and `n`"
     if methods[0] in CLOSED:
         raise ShortGPTError(

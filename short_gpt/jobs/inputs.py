@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -19,8 +18,8 @@ from short_gpt.data.texts import (
     source_names,
 )
 from short_gpt.data.windows import Text, mix, windows
-from short_gpt.runtime.errors import ShortGPTError, at_least, check
-from short_gpt.runtime.settings import READ, Settings, setting
+from short_gpt.runtime.errors import at_least, check
+from short_gpt.runtime.settings import READ, Settings, listed, setting
 
 if TYPE_CHECKING:
     from short_gpt.evaluation.tasks import TaskRun
@@ -31,41 +30,6 @@ if TYPE_CHECKING:
 Data = str | PathLike[str] | Iterable[object]  # a name or a path, or texts in memory
 SIZE, STRIDE = 1024, 256  # of the ShortGPT authors' windows
 EVAL_WINDOWS = 32
-
-
-def listed(names: str) -> list[str]:
-    """Names with commas between, with or without spaces."""
-    return [name.strip() for name in names.split(",")]
-
-
-def whole_numbers(
-    numbers: object, name: str, example: str, *, what: str = "whole numbers", empty: bool = False
-) -> list[int]:
-    """One number or several as a list; ShortGPTError for anything else, and for an empty list.
-
-    A string of numbers, as in "3 4", is several.
-    """
-    several = [numbers] if isinstance(numbers, int) else numbers
-    if isinstance(numbers, str):
-        listed_so = re.fullmatch(r"\s*\d{1,9}([\s,]+\d{1,9})*[\s,]*", numbers)
-        several = [int(number) for number in re.findall(r"\d+", numbers)] if listed_so else None
-    right = isinstance(several, Sequence) and all(type(i) is int for i in several)
-    if not right or not (several or empty):
-        raise ShortGPTError(f"expected {what} as in `{name}` {example}, got {numbers!r}")
-    return list(several)  # type: ignore[call-overload]
-
-
-def count_of(text: str | int, name: str) -> int:
-    """A number of parameters or tokens, or of a text like "400k", "1.6M" or "1.2B".
-
-    Example:
-        >>> count_of("1.6M", "tokens")
-        1600000
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
-    check(match is not None, f"`{name}`", text, "a number, such as 400k, 1.6M or 1.2B")
-    assert match is not None
-    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]])
 
 
 @dataclass(frozen=True)

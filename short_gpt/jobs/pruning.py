@@ -8,12 +8,12 @@ from pathlib import Path
 from llama.sources import find_source, is_gguf
 from short_gpt.checkpoints.gguf import about_kinds
 from short_gpt.checkpoints.prune import check_same_format, kept_tensors, prune_checkpoint
-from short_gpt.checkpoints.scores import ChosenLayers
+from short_gpt.checkpoints.scores import ChosenLayers, chosen
 from short_gpt.checkpoints.target import Target, format_of
 from short_gpt.jobs.conversion import prove
 from short_gpt.jobs.saving import Saving, interruptible
-from short_gpt.jobs.settings import Choice
 from short_gpt.runtime.progress import bar
+from short_gpt.selection.settings import Choice
 from short_gpt.wrappers.options import OpenOptions
 
 
@@ -47,11 +47,11 @@ def prune(
 ) -> PruneResult:
     """What `jobs.prune` does."""
     source, proofs = find_source(model), list[str | None]()
-    choice.check()
+    asked = choice.checked()
     check_same_format(source, out)
     Target(out, saving.overwrite).check()
     saving.check(out, format_of(source, out))
-    removal = choice.chosen(model)
+    removal = chosen(model, **asked)
 
     def prove_it(written: Path) -> None:
         proofs.append(prove(written, source, out, opening, verify, drop=removal.layers))

@@ -17,7 +17,6 @@ from short_gpt.healing.choosing import MAX_WINDOWS, HealedChoice, choose_healed
 from short_gpt.healing.refit import RefitSettings
 from short_gpt.jobs.inputs import SIZE, WindowSettings, check_model
 from short_gpt.jobs.saving import Running, interruptible
-from short_gpt.jobs.settings import Answer
 from short_gpt.models.numbering import check_count
 from short_gpt.runtime.digest import json_digest
 from short_gpt.runtime.errors import ShortGPTError
@@ -29,6 +28,7 @@ from short_gpt.scoring.run import RunState
 from short_gpt.scoring.stopping import Verdict
 from short_gpt.selection.methods import AUTO, KLD, choose
 from short_gpt.selection.search import Search
+from short_gpt.selection.settings import Answer
 from short_gpt.wrappers.opening import as_short, open_model
 from short_gpt.wrappers.options import OpenOptions
 from short_gpt.wrappers.own_text import own_text_writer, with_own_text

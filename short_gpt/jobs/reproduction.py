@@ -14,11 +14,11 @@ from short_gpt.data.texts import PG19, TextName, is_local, source_names
 from short_gpt.jobs.inputs import SIZE, STRIDE, WindowSettings, about_bos
 from short_gpt.jobs.ranking import Ranking, rank
 from short_gpt.jobs.saving import Running
-from short_gpt.jobs.settings import Answer
 from short_gpt.models.loading import shape_of
 from short_gpt.models.numbering import check_exist
 from short_gpt.runtime.errors import ShortGPTError
 from short_gpt.scoring.importance import Importance
+from short_gpt.selection.settings import Answer
 from short_gpt.wrappers.options import OpenOptions
 
 

@@ -10,9 +10,9 @@ from itertools import accumulate
 from typing import ClassVar
 
 from llama.sources import BuiltinName
-from short_gpt.jobs.inputs import WindowSettings, count_of, whole_numbers
+from short_gpt.jobs.inputs import WindowSettings
 from short_gpt.runtime.errors import ShortGPTError, at_least, check
-from short_gpt.runtime.settings import CHOOSE, RUN, Settings, setting
+from short_gpt.runtime.settings import CHOOSE, RUN, Settings, count_of, setting, whole_numbers
 
 SIZES = (  # one of these is set
     *("ratio", "n", "params", "memory", "layers", "curve"),

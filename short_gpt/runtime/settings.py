@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields, replace
 from difflib import get_close_matches
 from functools import wraps
@@ -17,7 +17,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
-from short_gpt.runtime.errors import ShortGPTError, check_numbers
+from short_gpt.runtime.errors import ShortGPTError, check, check_numbers
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Settings")
@@ -200,3 +200,38 @@ def as_flags(text: str, known: Collection[str] | None = None) -> str:
         return f"--{match[1]}" if known is None or match[1] in known else match[0]
 
     return re.sub(r"`([a-z_]+)`", flag, text)
+
+
+def listed(names: str | Iterable[str]) -> list[str]:
+    """Names as a list, of a text with commas between, with or without spaces."""
+    return [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+
+
+def whole_numbers(
+    numbers: object, name: str, example: str, *, what: str = "whole numbers", empty: bool = False
+) -> list[int]:
+    """One number or several as a list; ShortGPTError for anything else, and for an empty list.
+
+    A string of numbers, as in "3 4", is several.
+    """
+    several = [numbers] if isinstance(numbers, int) else numbers
+    if isinstance(numbers, str):
+        listed_so = re.fullmatch(r"\s*\d{1,9}([\s,]+\d{1,9})*[\s,]*", numbers)
+        several = [int(number) for number in re.findall(r"\d+", numbers)] if listed_so else None
+    right = isinstance(several, Sequence) and all(type(i) is int for i in several)
+    if not right or not (several or empty):
+        raise ShortGPTError(f"expected {what} as in `{name}` {example}, got {numbers!r}")
+    return list(several)  # type: ignore[call-overload]
+
+
+def count_of(text: str | int, name: str) -> int:
+    """A number of parameters or tokens, or of a text like "400k", "1.6M" or "1.2B".
+
+    Example:
+        >>> count_of("1.6M", "tokens")
+        1600000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
+    check(match is not None, f"`{name}`", text, "a number, such as 400k, 1.6M or 1.2B")
+    assert match is not None
+    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2]])

@@ -1,4 +1,4 @@
-"""How a checkpoint is opened, and how windows go through it."""
+"""How a checkpoint is opened, how windows go through it, and how a text is continued."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ PRECISIONS = FLOAT32, MIXED, FASTER = ("float32", "mixed", "auto")
 LOADING = ("device", "dtype", "trust_remote_code")
 READING = (*LOADING, "precision")
 STREAMING = (*READING, "stream")
+MAX_NEW_TOKENS = 2**20  # more than Llamas are trained for; their cache is allocated in advance
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,20 @@ class OpenOptions(Settings):
     def max_memory(self) -> str | int | None:
         """Memory of a streamed model's process; None is half of what is free."""
         return None if isinstance(self.stream, bool) else self.stream
+
+
+@dataclass(frozen=True)
+class Sampling(Settings):
+    """How a text is continued."""
+
+    max_new_tokens: int = setting(64, "Tokens to add at most; those of each sample.")
+    temperature: float = setting(0.6, "Divisor of the logits; 0 takes the likeliest token.")
+    top_p: float = setting(0.9, "Sample from the smallest set of tokens with this probability.")
+    seed: int = setting(1, "Seed of the sampling.", rare=True)
+
+    def __post_init__(self) -> None:
+        at_least(0, max_new_tokens=self.max_new_tokens, seed=self.seed)
+        most, count = f"at most {MAX_NEW_TOKENS:,}", self.max_new_tokens
+        check(count <= MAX_NEW_TOKENS, "max_new_tokens", count, most)
+        check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        check(0 <= self.top_p <= 1, "top_p", self.top_p, "0 to 1")

@@ -47,13 +47,12 @@ from short_gpt.evaluation.perplexity import (
     difference,
     window_perplexities,
 )
-from short_gpt.healing import HealingEvidence, trainer
+from short_gpt.healing import STEPS, HealingEvidence, trainer
 from short_gpt.healing import heal_patch as patch
 from short_gpt.healing import lora as healing
 from short_gpt.healing.lora import adapt, heal, target_modules
-from short_gpt.healing.settings import ALL, OUTPUTS, Recipe, recipe_for
+from short_gpt.healing.settings import ALL, OUTPUTS, Healing, Recipe, recipe_for
 from short_gpt.healing.trainer import TrainingRun
-from short_gpt.jobs.settings import Healing
 from short_gpt.runtime.replicas import Replicas
 from short_gpt.runtime.state import StateFile
 from short_gpt.wrappers.opening import open_model
@@ -531,11 +530,11 @@ def test_a_training_reads_so_many_tokens_in_a_schedule_that_ends_there(
 
 
 def test_a_long_training_is_evaluated_40_times_unless_its_recipe_says_otherwise():
-    short = ShortHFModel(make("llama"))
+    config = make("llama").config
     for recipe, every in (("small", 40), ("small,eval_every=7", 7), (QUICK, QUICK.eval_every)):
-        found = Healing(tokens="1.6M", recipe=recipe).trained(short, 3, steps=1563)
+        found = Healing(tokens="1.6M", recipe=recipe).trained(config, seed=3, steps=1563)
         assert (found.steps, found.eval_every) == (1563, every)
-    assert Healing(tokens="1k", recipe="small").trained(short, 3, steps=5).eval_every == 20
+    assert Healing(tokens="1k", recipe="small").trained(config, seed=3, steps=5).eval_every == 20
 
 
 @pytest.mark.parametrize("how", [("--stream",), ()], ids=["streamed", "in memory"])
@@ -623,4 +622,4 @@ def test_the_training_reports_where_the_recipe_says(tmp_path, monkeypatch):
     for name in ("wandb", "none", None):
         healing.check_installed(changed(report_to=name))
     with pytest.raises(ValueError, match="report_to = 'mlflow': expected an installed service of"):
-        Healing(recipe="report_to=wandb+mlflow").check(["lora"])
+        Healing("lora", recipe="report_to=wandb+mlflow").check(STEPS)

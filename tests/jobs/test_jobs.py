@@ -28,10 +28,11 @@ from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import RefitSettings, lora
+from short_gpt.healing.settings import Cases
 from short_gpt.jobs import SavedScores, evaluate, heal, ranking, reproduce
 from short_gpt.jobs.inputs import Tasks
-from short_gpt.jobs.settings import Answer, Cases, Choice
 from short_gpt.models.layer_calls import PartialRun
+from short_gpt.selection.settings import Answer, Choice
 from short_gpt.wrappers.short_hf import ShortHFModel
 from short_gpt.wrappers.short_llama import ShortLlama
 
@@ -259,8 +260,8 @@ def test_evaluate_reads_so_many_windows_at_once(here, monkeypatch):
 
 
 def test_a_choice_names_layers_or_scores(here):
-    refuses("expected either `layers`, as in 21,22,23, or `scor", Choice([1], "r.json").check)
-    refuses("no method 'best'", Choice(scores="r", method="best").check)
+    refuses("expected either `layers`, as in 21,22,23, or `scor", Choice([1], "r.json").checked)
+    refuses("no method 'best'", Choice(scores="r", method="best").checked)
     refuses("`n` chooses from `scores`", prune, "ckpt", "x", layers=[1], n=1)
 
 
