@@ -95,7 +95,7 @@ def heal(
     lock = None if folder is None else hold(folder)  # before the model is opened
     windows.check_texts()
     short = _opened(model, removal, opening, trains=trains, size=windows.size or SIZE)
-    closed = {n: healing.closed(STEPS[n].settings) for n in methods if n in CLOSED}
+    closed: dict[str, Any] = {n: healing.closed(STEPS[n].settings) for n in methods if n in CLOSED}
     recipe = None
     if trains:
         few_bits = is_gguf(out) and in_few_bits(model)
