@@ -35,7 +35,7 @@ from short_gpt.runtime.progress import Bar, bar
 from short_gpt.runtime.state import StateFile
 from short_gpt.scoring.importance import Importance
 from short_gpt.scoring.run import measure
-from short_gpt.selection.methods import choose
+from short_gpt.selection.methods import AUTO, SEARCHED, choose
 from short_gpt.selection.search import most_layers_run
 from short_gpt.wrappers.short_model import ShortModel
 
@@ -170,6 +170,47 @@ class HealedChoice:
 def _in_nats(change: Difference) -> str:
     margin = change.error.margin()
     return f"{change.nats:+.4f} " + ("(-)" if math.isnan(margin) else f"(± {margin:.4f})")
+
+
+def refit_windows(fit: int, read: int) -> int:
+    """Windows through the whole model for a refit on some, and to read others without layers."""
+    return REFIT_PASSES * fit + read
+
+
+def windows_to_choose(
+    method: str, n: int | None, n_layers: int, windows: int
+) -> tuple[float, float]:
+    """Windows through the whole model, about, that it takes to choose n layers.
+
+    And those of which the predictions are compared with the original's. Scores are extra.
+
+    Args:
+        method: Name of the method that chooses.
+        n: Layers to remove; None until a divergence has told how many: then an eighth is assumed.
+        n_layers: Layers of the model.
+        windows: Calibration windows.
+    """
+    windows, passes, compared = min(windows, MAX_WINDOWS), 0.0, 0.0
+    searches = []  # by the number of layers that each removes
+    if n is None:
+        n = max(1, n_layers // 8)
+        searches.append(min(2 * n, n_layers - 2))
+        sizes = 2 * n.bit_length()  # a quarter of the windows judges the refit on the others
+        passes, compared = sizes * refit_windows(3, 1) * windows / 4, sizes * windows / 4
+    if method == AUTO:
+        fit = min(BARE_PASS, windows) // 2
+        judging = min(JUDGES, windows - fit)
+        each = min((EARLIEST + JUDGES) // 2, judging)  # bad sets are told apart early
+        sets = min(len(CANDIDATES), n + 1)  # of few layers, most methods choose the same
+        trials = sets * refit_windows(fit, each) + (n - 1) * refit_windows(fit, fit)
+        passes += min(fit + judging + trials, BUDGET * min(BARE_PASS, windows))
+        compared += sets * each
+    if method == AUTO or (method in SEARCHED and not searches):
+        searches.append(1 if method == "perplexity" else n)
+    for most in searches:
+        passes += TRIAL_WINDOWS * most_layers_run(n_layers, most) / n_layers
+        compared += TRIAL_WINDOWS * sum(n_layers - 2 - removed for removed in range(most))
+    return passes, compared
 
 
 def choose_healed(
@@ -318,39 +359,36 @@ class _Choosing:
 
     def _searched(self, name: str, scores: Importance) -> list[int]:
         """The layers that a search would remove; none where the budget does not allow it."""
-        n, steps, read = self._n, 1, len(self._fit[:TRIAL_WINDOWS])
-        price = most_layers_run(self._count, n) * read
+        price = most_layers_run(self._count, self._n) * len(self._fit[:TRIAL_WINDOWS])
         if name == STEPWISE:
-            steps, price = n - 1, self._count * (REFIT_PASSES + 1) * len(self._fit)
-        total = steps * price + self._price()
+            price = (self._n - 1) * self._price(len(self._fit))
+        total = price + self._price()
         cost = f"{name} takes up to {total / self.a_pass:.1f} bare passes"
         if not self._affords(total):
             self._notes.append(f"{cost}, more than were left: left out")
             return []
         self._shown.set_postfix_str(cost)
         try:
-            if name == STEPWISE:
-                return self._stepwise(scores, price)
-            return self._greedy(name, price)
+            return self._stepwise(scores) if name == STEPWISE else self._greedy(price)
         finally:
             self._shown.set_postfix_str("")
 
-    def _greedy(self, name: str, price: int) -> list[int]:
+    def _greedy(self, price: int) -> list[int]:
         few, show = self._fit[:TRIAL_WINDOWS], not self._shown.disable
-        search = partial(self._short.search, few, self._n, method=name, progress=show)
+        search = partial(self._short.search, few, self._n, method=GREEDY, progress=show)
         try:
-            return self._cells.resumed(name, lambda state: search(state=state).removed)
+            return self._cells.resumed(GREEDY, lambda state: search(state=state).removed)
         finally:  # also where the layers turn out not to be removable
             self._spend(price)
 
-    def _stepwise(self, scores: Importance, price: int) -> list[int]:
+    def _stepwise(self, scores: Importance) -> list[int]:
         layers = choose(scores, 1)
         while len(layers) < self._n:
             lowest, name = partial(self._lowest, layers), f"{STEPWISE} by {self._heal_by}"
             try:
                 layers = [*layers, self._cells.value(f"{name} after {layers}", lowest)]
             finally:
-                self._spend(price)
+                self._spend(self._price(len(self._fit)))
         return layers
 
     def _lowest(self, removed: list[int]) -> int:
@@ -369,9 +407,8 @@ class _Choosing:
                 if len(self._judged[layers]) < len(self._judging)
                 and not _is_worse(self._change(best, layers))
             ]
-            left = sum(len(self._judging) - len(self._judged[layers]) for layers in stopped)
-            price = self._count * (REFIT_PASSES * len(self._fit) * len(stopped) + left)
-            if not stopped or not self._affords(price):
+            left = (len(self._judging) - len(self._judged[layers]) for layers in stopped)
+            if not stopped or not self._affords(sum(map(self._price, left))):
                 return best
             for layers in stopped:
                 best = self._better(best, layers)
@@ -418,7 +455,7 @@ class _Choosing:
     def _price(self, judging: int | None = None) -> int:
         """The price of a refit and its losses, in layers run."""
         judging = len(self._judging) if judging is None else judging
-        return self._count * (REFIT_PASSES * len(self._fit) + judging)
+        return self._count * refit_windows(len(self._fit), judging)
 
     def _affords(self, price: int) -> bool:
         return self._spent + price <= self._budget * self.a_pass

@@ -29,7 +29,13 @@ from short_gpt.data.texts import source_names
 from short_gpt.evaluation.answers import AT_ONCE, Question, Reply, answer_windows, ask, questions
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.healing.choosing import GREEDY, MAX_WINDOWS, REFIT, REFIT_PASSES
+from short_gpt.healing.choosing import (
+    GREEDY,
+    MAX_WINDOWS,
+    REFIT,
+    refit_windows,
+    windows_to_choose,
+)
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets
@@ -39,7 +45,7 @@ from short_gpt.jobs.page import is_page
 from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_result import ANSWERS, REPORT, Answered, report_of, short_name
 from short_gpt.jobs.shrink_settings import SHRUNK, ShrinkSettings
-from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted, windows_to_choose
+from short_gpt.jobs.shrink_time import MANY, MINUTES, PLANS, Plan, fitted
 from short_gpt.models.decoder import in_own_dtype, writing_precision
 from short_gpt.models.hf import layer_caches
 from short_gpt.models.loading import config_digest
@@ -329,7 +335,7 @@ class ShrinkRun:
         # a search for the most layers has all sizes, auto chooses for each
         chosen: list[int | None] = [*(counts if plan.method == AUTO else counts[-1:])]
         work = [windows_to_choose(plan.method, n, self.count, limit) for n in chosen or [self.n]]
-        refits = (1 + len(counts)) * REFIT_PASSES * min(limit, CLOSED_WINDOWS)
+        refits = (1 + len(counts)) * refit_windows(min(limit, CLOSED_WINDOWS), 0)
         passes = refits + min(limit, MAX_WINDOWS) + sum(read for read, _ in work)
         judged, comparing = self._judging
         seconds = passes * self.a_pass + sum(compared for _, compared in work) * comparing

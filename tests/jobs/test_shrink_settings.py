@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from short_gpt import ShortGPTError
+from short_gpt.healing.choosing import windows_to_choose
 from short_gpt.jobs.shrink_settings import ShrinkSettings
-from short_gpt.jobs.shrink_time import MANY, Plan, fitted, windows_to_choose
+from short_gpt.jobs.shrink_time import MANY, Plan, fitted
 
 
 @pytest.mark.parametrize(
