@@ -268,8 +268,7 @@ def test_a_choice_names_layers_or_scores(here):
 def test_names_are_read_with_or_without_spaces():
     assert Tasks("piqa, arc_easy ,boolq").names == ["piqa", "arc_easy", "boolq"]
     cases = Cases("bi, sleb", 2, "raw, refit")
-    assert cases.methods == ["bi", "sleb"] and cases.counts == [2]
-    assert cases.healings == ["raw", "refit"]
+    assert (cases.methods, cases.counts, cases.healings) == (["bi", "sleb"], [2], ["raw", "refit"])
 
 
 def test_settings_are_refused_before_a_model_is_loaded(here):
