@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -31,6 +32,12 @@ settings.load_profile("any machine")
 
 TINY = {"dim": 32, "n_layers": 5, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 96}
 TINY |= {"multiple_of": 16, "norm_eps": 1e-5, "rope_theta": 10000.0}
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected is garbage of no test: nothing looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -237,6 +244,7 @@ def lm_eval() -> Iterator[Any]:
     """The package, without what takes it seconds: its own tasks' files, a report on the machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setenv("DISABLE_MULTIPROC", "1")  # a pool of processes for each standard error
         package = pytest.importorskip("lm_eval")
         from lm_eval import evaluator, tasks
 

@@ -174,12 +174,10 @@ def test_version(capsys):
 
 
 def test_two_replicas_of_two_ranks_stop_together(ckpt):
-    text = " ".join(f"{i * i % 977} and {i * 7 % 89}" for i in range(900))
-    Path("long.txt").write_text(text)
+    Path("long.txt").write_text(" ".join(f"{i * i % 977} and {i * 7 % 89}" for i in range(900)))
     save_byte_llama(Path("two"), shards=2)  # which two ranks share
     data = ["--data", "long.txt", "--size", "32", "--stride", "32", "--device", "cpu"]
-    command = ["rank", "two", *data, "--n", "1"]
-    command += ["--batch_size", "4", "--json", "four.json"]
+    command = ["rank", "two", *data, "--n", "1", "--batch_size", "4", "--json", "four.json"]
     done = ranks(4, Path("printed"), main, command).end()
     assert not any(done.codes), done.err
     assert done.out.count("set of the 1 lowest settled at 0.99 after") == 1
