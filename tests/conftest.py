@@ -35,7 +35,7 @@ TINY |= {"multiple_of": 16, "norm_eps": 1e-5, "rope_theta": 10000.0}
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected is garbage of no test: nothing looks through it again."""
+    """Garbage collection skips what was imported and collected, which no test frees."""
     gc.collect()
     gc.freeze()
 

@@ -17,7 +17,7 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 26870,
+    "lines": 26865,
     "modules": 127,
     "dataclasses": 60,
     "raises": 347,
@@ -29,7 +29,7 @@ MOST = {
     "flags": 55,
     "lines of check functions": 894,
     "settings classes for windows": 1,
-    "lines of tests": 25914,
+    "lines of tests": 25930,
     "lines of benchmarks": 8431,
     "scripts of benchmarks": 38,
 }

@@ -166,28 +166,23 @@ class Checkpoint:
     def read(self, name: str, *, rank: int = 0, ranks: int = 1) -> Tensor:
         """The part of a tensor that one of several model-parallel ranks holds; all of it for one.
 
-        From any number of shards to any number of ranks that divides the heads. A single shard is
-        mapped from its file; several are joined.
+        From any number of shards to any number of ranks that divides the heads. What lies in one
+        piece is mapped from its file; several pieces are joined.
         """
-        if ranks == len(self.shards):
-            return self.shards[rank].read(name)
-        by_vocabulary = self.vocab_parallel
-        dim = split_dim(name, vocab_parallel=by_vocabulary)
-        full = self._joined(name, dim)
-        return part_of(self.args, name, full, rank, ranks, vocab_parallel=by_vocabulary)
-
-    def _joined(self, name: str, dim: int | None) -> Tensor:
-        if dim is None or len(self.shards) == 1:
-            return self.shards[0].read(name)
-        size, count, end = self.infos[name].shape[dim], len(self.shards), 0
-        pieces: list[Tensor] = []
-        for number, shard in enumerate(self.shards):
-            offset, held = 0, shard.read(name)
-            for start, stop in ranges_of_rank(self.args, name, size, number, count):
-                if start == end:  # else a key/value head that an earlier shard holds, too
-                    pieces.append(held.narrow(dim, offset, stop - start))
-                    end = stop
-                offset += stop - start
+        count = len(self.shards)
+        dim = split_dim(name, vocab_parallel=self.vocab_parallel)
+        if ranks == count or dim is None:
+            return self.shards[rank if ranks == count else 0].read(name)
+        size, pieces = self.infos[name].shape[dim], list[Tensor]()
+        for at, end in ranges_of_rank(self.args, name, size, rank, ranks):
+            for number, shard in enumerate(self.shards):
+                offset = 0  # in the shard, of the range (start, stop)
+                for start, stop in ranges_of_rank(self.args, name, size, number, count):
+                    # neighbouring shards may hold one key/value head: it is read from the first
+                    if start <= at < (last := min(stop, end)):
+                        pieces.append(shard.read(name).narrow(dim, offset + at - start, last - at))
+                        at = last
+                    offset += stop - start
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from conftest import (
     write_byte_tokenizer,
 )
 
-from llama.checkpoint.meta import Checkpoint
+from llama.checkpoint.meta import Checkpoint, shapes_of_rank
 from llama.checkpoint.pth import Shard, TensorInfo, write_shard
 from llama.generation import load_model
 from short_gpt import ShortLlama
@@ -82,6 +83,21 @@ def test_vocab_size_minus_one_comes_from_the_weights(checkpoint_dir):
     path = checkpoint_dir / "params.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": -1}))
     assert Checkpoint(checkpoint_dir).args.vocab_size == BYTE_VOCAB
+
+
+def test_a_rank_joins_its_own_part_of_a_tensor_alone(tmp_path, monkeypatch):
+    model, joined, cat = make_transformer(n_heads=8, n_kv_heads=4), list[int](), torch.cat
+    with monkeypatch.context() as patch:  # which stands for reading, as mapped files are read late
+        for shards, ranks in ((4, 2), (2, 4), (4, 8), (1, 4)):
+            save_checkpoint(tmp_path / f"{shards}", model, shards=shards)
+            checkpoint = Checkpoint(tmp_path / f"{shards}")
+            patch.setattr(torch, "cat", lambda *a: joined.append(cat(*a).numel()) or cat(*a))
+            for name, shape in shapes_of_rank(checkpoint.args, ranks).items():
+                for rank in range(ranks):
+                    joined.clear()
+                    assert checkpoint.read(name, rank=rank, ranks=ranks).shape == shape
+                    assert sum(joined) in (0, math.prod(shape)), (shards, ranks, name)
+            patch.setattr(torch, "cat", cat)
 
 
 class Bomb:
