@@ -73,8 +73,8 @@ def front(shrunk: ShrinkResult) -> dict[str, Any] | None:
         points.append(CurvePoint("original", [], size, dict.fromkeys(klds, 0.0)))
     heights = [max(point.klds.values(), default=0.0) for point in points]
     sizes, high = [point.size / 1e6 for point in points], max(heights) * 1.1
-    left, right = min(sizes), max(sizes)
-    left, right = left - 0.15 * (right - left or left), right + 0.15 * (right - left or left)
+    span = max(sizes) - min(sizes) or min(sizes)  # a name is as wide as the left margin
+    left, right = min(sizes) - 0.25 * span, max(sizes) + 0.15 * span
     if not high:
         return None
     dots = [
