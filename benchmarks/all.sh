@@ -78,7 +78,7 @@ script servers servers --environments environments
 ln -sf "$(python -c "from benchmarks.lib.real_models import MODELS; print(MODELS['0.5b']())")" qwen2.5-coder-0.5b.gguf
 measure worth_05b shrunk qwen2.5-coder-0.5b.gguf worth_05b.gguf --n 2 --eval_data wikitext2_test.txt --json
 script front_smollm2 front --wikitext wikitext2_test.txt --speeds --model smollm2 --counts 0,1,2,3,4 --files front-smollm2
-script front_05b front --wikitext wikitext2_test.txt --model 0.5b --counts 0,1,2,3,4 --files front-05b
+script front_05b front --wikitext wikitext2_test.txt --model 0.5b --counts 0,1,2,3,4 --files front-05b --speeds
 few="--wikitext wikitext2_test.txt --max_windows 160 --eval_windows 24"
 script larger_smollm2 larger --model smollm2 $few --counts 3,5,8 --time 15m
 script larger_05b larger --model 0.5b $few --counts 3,4,6 --time 15m --precision mixed --keep

@@ -30,7 +30,7 @@ MOST = {
     "lines of check functions": 894,
     "settings classes for windows": 1,
     "lines of tests": 25930,
-    "lines of benchmarks": 8431,
+    "lines of benchmarks": 8432,
     "scripts of benchmarks": 38,
 }
 

@@ -221,6 +221,7 @@ def panel(axes: Any, rows: Sequence[Any], places: Sequence[float], original: flo
     axes.plot(*best, **ring, label="front: no other file is\nas near and as small or fast")
     axes.axvline(original, color="grey", linestyle=":", label="the original's file")
     logarithmic(axes, "g")
+    axes.margins(x=0.09)  # room for the numbers at the right
     axes.grid(alpha=0.25)
 
 
