@@ -17,7 +17,7 @@ from short_gpt.cli.flags import flags_of
 
 ROOT = Path(__file__).parents[1]
 MOST = {
-    "lines": 26865,
+    "lines": 26863,
     "modules": 127,
     "dataclasses": 60,
     "raises": 347,

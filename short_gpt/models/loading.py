@@ -21,11 +21,7 @@ from llama.formats.gguf import ROPE_FACTORS
 from llama.formats.gguf_read import GGUFParts, part_paths
 from llama.parallel import FLOATS
 from llama.sources import check_links, find_source, hub_failure, is_gguf, reach, resolve
-from short_gpt.models.gguf_loading import (
-    complete_config,
-    mend_tokenizer,
-    reading_gguf,
-)
+from short_gpt.models.gguf_loading import complete_config, mend_tokenizer, reading_gguf
 from short_gpt.runtime.digest import Stamps, json_digest, stamps
 from short_gpt.runtime.errors import ShortGPTError, check, damaged, without_password
 
@@ -164,8 +160,9 @@ def load(name: str, options: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         path, gguf = path.parent, {"gguf_file": path.name}
     # transformers takes a GGUF file as a directory and a name in it
     where = str(path) if gguf else name
-    # never None, with which transformers asks on the terminal
-    options = {"dtype": "auto", **options, TRUST: bool(options.get(TRUST, False))}
+    # never None, with which transformers asks on the terminal; kernels of the hub round otherwise
+    options = {"dtype": "auto", "use_kernels": False} | options
+    options[TRUST] = bool(options.get(TRUST, False))
     both = {key: options[key] for key in FROM_WHERE if key in options} | gguf
     reading: AbstractContextManager[list[str]] = reading_gguf(parts) if parts else nullcontext([])
     try:
@@ -269,7 +266,7 @@ def check_stored(directory: Path, config: Any) -> None:
     try:
         with without_report():
             loader = auto_class(config)
-            _, info = loader.from_pretrained(directory, device_map="meta", **ALL)
+            _, info = loader.from_pretrained(directory, device_map="meta", use_kernels=False, **ALL)
     except Exception as error:
         raise ShortGPTError(f"{directory} cannot be loaded: {explained(error)}") from error
     check_weights(str(directory), info)

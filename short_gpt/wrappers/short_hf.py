@@ -64,7 +64,8 @@ class ShortHFModel(ShortModel):
         tokenizer: Tokenizer of a loaded model. Default: the one beside the model, if any.
         device: Device to move the model to. Default: it stays where it is loaded.
         options: Options of ``from_pretrained``: ``dtype`` (None is the files'), ``device_map``,
-            ``revision`` and so on; ``trust_remote_code=True`` runs a model's Python files.
+            ``revision`` and so on; ``trust_remote_code=True`` runs a model's Python files, and
+            kernels of the hub, which may round otherwise, wait for ``use_kernels=True``.
 
     Example:
         >>> short = ShortHFModel("mistralai/Mistral-7B-v0.1", n_prune_layers=9)  # doctest: +SKIP
@@ -426,9 +427,9 @@ class ShortHFModel(ShortModel):
         def saved() -> ShortHFModel:
             if release:  # its logits are kept by now
                 self.release()
-            open_again = partial(
-                type(self.model).from_pretrained, directory, dtype=self.model.dtype
-            )
+            kernels = getattr(self.model, "use_kernels", False)
+            loader = partial(type(self.model).from_pretrained, directory, use_kernels=kernels)
+            open_again = partial(loader, dtype=self.model.dtype)
             again, attention = open_again(), attention_of(self.model.config)
             if attention_of(again.config) != attention:  # which may round otherwise
                 del again
