@@ -172,10 +172,7 @@ def _bars(axes: Axes, heights: Tensor, errors: Tensor | None, removed: set[int])
 
 
 def angular_heatmap(
-    angular: Tensor,
-    *,
-    block: tuple[int, int] | None = None,
-    layers: Sequence[int] | None = None,
+    angular: Tensor, *, block: tuple[int, int] | None = None, layers: Sequence[int] | None = None
 ) -> Figure:
     """Angular distance over every block of consecutive layers (arXiv:2403.17887, Eq. 6).
 

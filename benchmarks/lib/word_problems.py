@@ -76,11 +76,7 @@ def answers(short: ShortHFModel, problems: Sequence[Problem]) -> list[str]:
         for problem in problems
     ]
     read = short.tokenizer(
-        prompts,
-        add_special_tokens=False,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
+        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     ).to(short.decoder.device)
     with torch.inference_mode():
         ids = short.model.generate(**read, max_new_tokens=TOKENS, do_sample=False)

@@ -42,12 +42,7 @@ from benchmarks.lib.task_results import CLOSE, against_theirs, metrics, text_cha
 from benchmarks.studies.scoring import build
 from short_gpt import ShortHFModel, ShortLlama, choose
 from short_gpt.data import demo
-from short_gpt.evaluation.perplexity import (
-    Perplexity,
-    Sample,
-    check_loss,
-    window_perplexities,
-)
+from short_gpt.evaluation.perplexity import Perplexity, Sample, check_loss, window_perplexities
 from short_gpt.evaluation.tasks import TaskRun, TaskSuite
 from short_gpt.healing import (
     Distillation,

@@ -41,11 +41,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods and healings": table(
         "| removed | pruned | patched | refitted |", rows.compared, "compare"
     ),
-    "automatic choice": table(
-        "| removed by | nats above auto's set |",
-        rows.automatic,
-        "choices",
-    ),
+    "automatic choice": table("| removed by | nats above auto's set |", rows.automatic, "choices"),
     "layers and bits": table(
         "| model | layers in | MB | WikiText-2: KLD (same top) | own answers | prompt | writing |",
         rows.fronts,
@@ -122,16 +118,12 @@ TABLES: dict[str, Callable[[], str]] = {
         "stopping",
     ),
     "misleading populations": table(
-        "| windows | early and wrong | early stops |",
-        rows.attacked,
-        "stopping_adversarial",
+        "| windows | early and wrong | early stops |", rows.attacked, "stopping_adversarial"
     ),
     "streamed scoring": table("| | |", rows.streaming, "streaming"),
     "streamed refit": table("| | |", rows.refit_streamed, "refit_streamed"),
     "programs": table(
-        "| program | difference, nats: pruned, healed | same top token |",
-        rows.servers,
-        "servers",
+        "| program | difference, nats: pruned, healed | same top token |", rows.servers, "servers"
     ),
     "speed and memory": table("| | file, MB | prompt | writing |", rows.serving, "serving"),
     "worth": table(

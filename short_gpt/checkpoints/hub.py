@@ -55,10 +55,7 @@ def model_card(record: Provenance) -> str:
     tags = ["pruned", "depth-pruning", *(["healed"] if record.steps else []), "short-gpt"]
     licence: Any = {key: record.source_card.get(key) for key in (BASE, *LICENSE)}
     head = ModelCardData(
-        **licence,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=tags,
+        **licence, library_name="transformers", pipeline_tag="text-generation", tags=tags
     )
     return TEMPLATE.format(
         head=head.to_yaml(),

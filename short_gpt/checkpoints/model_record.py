@@ -11,12 +11,7 @@ from torch import Tensor
 
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import Perplexity, window_perplexities
-from short_gpt.models.decoder import (
-    Decoder,
-    Parameter,
-    WeightChange,
-    restored_on_error,
-)
+from short_gpt.models.decoder import Decoder, Parameter, WeightChange, restored_on_error
 from short_gpt.models.layer_calls import LayerCalls
 from short_gpt.models.numbering import span
 from short_gpt.runtime import replicas

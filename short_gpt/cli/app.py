@@ -13,14 +13,7 @@ from typing import TextIO
 
 from llama.ranks import environment, is_distributed
 from short_gpt.cli.commands import COMMANDS, STDOUT, call
-from short_gpt.cli.flags import (
-    flags_of,
-    help_of,
-    overview,
-    prepared,
-    similar,
-    values_of,
-)
+from short_gpt.cli.flags import flags_of, help_of, overview, prepared, similar, values_of
 from short_gpt.runtime.errors import USER_ERRORS, NotSavedError, ShortGPTError, one_line, shortage
 from short_gpt.runtime.progress import be_quiet, is_first_rank
 from short_gpt.runtime.settings import as_flags

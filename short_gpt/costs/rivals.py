@@ -121,12 +121,7 @@ def has_quantizer() -> bool:
 
 
 def rivals(
-    short: ShortModel,
-    texts: Texts,
-    reference: Reference,
-    *,
-    stored: int,
-    itemsize: int,
+    short: ShortModel, texts: Texts, reference: Reference, *, stored: int, itemsize: int
 ) -> list[Rival]:
     """The original in 8 and in about 4 bits, rounded in memory as GGUF files are.
 

@@ -20,13 +20,7 @@ if TYPE_CHECKING:
     from short_gpt.healing.lora import heal as heal_lora
     from short_gpt.healing.refit import Refit, heal_patch
     from short_gpt.healing.refit import heal as heal_refit
-    from short_gpt.healing.settings import (
-        PRESETS,
-        PatchSettings,
-        Recipe,
-        RefitSettings,
-        recipe_for,
-    )
+    from short_gpt.healing.settings import PRESETS, PatchSettings, Recipe, RefitSettings, recipe_for
     from short_gpt.healing.solver import Fit
 else:
     __getattr__, __dir__ = lazy(__name__)

@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from short_gpt.checkpoints.gguf import round_layer
 from short_gpt.healing.refit_state import ORIGINAL, PRUNED, HiddenStates, RefitState
 from short_gpt.healing.settings import PARTS, RefitSettings
-from short_gpt.healing.solver import (
-    Fit,
-    SublayerSolver,
-    Tokens,
-    equations_of,
-    sink_weights,
-)
+from short_gpt.healing.solver import Fit, SublayerSolver, Tokens, equations_of, sink_weights
 from short_gpt.models.decoder import Parameter, keep_values, parameters_of
 from short_gpt.models.families import part as part_of
 from short_gpt.models.layer_calls import LayerCalls

@@ -135,9 +135,7 @@ class RefitState:
         return self._turns[model][(self.done + 1) % 2]
 
     def advance(
-        self,
-        fits: Sequence[Fit] = (),
-        values: Mapping[Parameter, Tensor] | None = None,
+        self, fits: Sequence[Fit] = (), values: Mapping[Parameter, Tensor] | None = None
     ) -> None:
         """Finishes a layer and keeps its solutions."""
         fits, done, values = [*self.fits, *fits], self.done + 1, values or {}
@@ -183,10 +181,7 @@ class RefitPlan(NamedTuple):
 
 
 def plan_of(
-    short: ScoredModel,
-    windows: Sequence[Sequence[int]],
-    *,
-    folder: Path | None = None,
+    short: ScoredModel, windows: Sequence[Sequence[int]], *, folder: Path | None = None
 ) -> RefitPlan:
     """Plans a refit in the memory allowed for the model, or half of what is free.
 

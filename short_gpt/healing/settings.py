@@ -10,14 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from short_gpt.runtime.errors import ShortGPTError, at_least, check, refused
-from short_gpt.runtime.settings import (
-    CHOOSE,
-    Settings,
-    count_of,
-    listed,
-    setting,
-    whole_numbers,
-)
+from short_gpt.runtime.settings import CHOOSE, Settings, count_of, listed, setting, whole_numbers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

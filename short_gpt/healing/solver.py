@@ -202,10 +202,7 @@ class NormalEquations:
 
 
 def equations_of(
-    projection: OutputProjection,
-    batches: Iterable[Tokens],
-    team: Replicas = ALONE,
-    most: int = 0,
+    projection: OutputProjection, batches: Iterable[Tokens], team: Replicas = ALONE, most: int = 0
 ) -> NormalEquations:
     """The equations of a projection as it is; before a norm, at the outputs' present rms.
 

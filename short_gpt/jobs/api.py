@@ -19,14 +19,7 @@ from short_gpt.jobs.saving import Running, Saving
 from short_gpt.jobs.shrink_settings import DEMO, SHRUNK, ShrinkSettings
 from short_gpt.runtime.settings import flat
 from short_gpt.selection.settings import Answer, Choice
-from short_gpt.wrappers.options import (
-    FASTER,
-    LOADING,
-    READING,
-    STREAMING,
-    OpenOptions,
-    Sampling,
-)
+from short_gpt.wrappers.options import FASTER, LOADING, READING, STREAMING, OpenOptions, Sampling
 
 if TYPE_CHECKING:
     from short_gpt.jobs.comparing import ComparisonResult

@@ -178,11 +178,7 @@ def _row(sets: LayerSets, method: str, seed: int | None, layers: list[int], heal
 
 @interruptible()
 def compare_checkpoint(
-    model: str,
-    windows: WindowSettings,
-    cases: Cases,
-    opening: OpenOptions,
-    running: Running,
+    model: str, windows: WindowSettings, cases: Cases, opening: OpenOptions, running: Running
 ) -> ComparisonResult:
     """What `jobs.compare_checkpoint` does."""
     check_alone("compare")

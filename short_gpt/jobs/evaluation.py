@@ -11,13 +11,7 @@ from typing import Any, NamedTuple
 
 from short_gpt.data.texts import check_named_once, read_texts, source_names
 from short_gpt.evaluation.distance import Reference
-from short_gpt.evaluation.perplexity import (
-    PROTOCOLS,
-    Perplexity,
-    difference,
-    protocol,
-    rows_of,
-)
+from short_gpt.evaluation.perplexity import PROTOCOLS, Perplexity, difference, protocol, rows_of
 from short_gpt.evaluation.tasks import TaskRun, task_changes
 from short_gpt.jobs.inputs import Tasks, WindowSettings, check_model
 from short_gpt.jobs.saving import Running, interruptible

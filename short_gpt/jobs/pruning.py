@@ -38,12 +38,7 @@ class PruneResult:
 
 @interruptible()
 def prune(
-    model: str,
-    out: str,
-    choice: Choice,
-    verify: bool | None,
-    opening: OpenOptions,
-    saving: Saving,
+    model: str, out: str, choice: Choice, verify: bool | None, opening: OpenOptions, saving: Saving
 ) -> PruneResult:
     """What `jobs.prune` does."""
     source, proofs = find_source(model), list[str | None]()

@@ -29,13 +29,7 @@ from short_gpt.data.texts import source_names
 from short_gpt.evaluation.answers import AT_ONCE, Question, Reply, answer_windows, ask, questions
 from short_gpt.evaluation.distance import Reference
 from short_gpt.evaluation.perplexity import perplexity
-from short_gpt.healing.choosing import (
-    GREEDY,
-    MAX_WINDOWS,
-    REFIT,
-    refit_windows,
-    windows_to_choose,
-)
+from short_gpt.healing.choosing import GREEDY, MAX_WINDOWS, REFIT, refit_windows, windows_to_choose
 from short_gpt.healing.job import STEPS
 from short_gpt.healing.refit_state import plan_of
 from short_gpt.healing.sets import LayerSets

@@ -56,10 +56,7 @@ GPT2 = Family(
     lora=("mlp.c_fc", "mlp.c_proj"),
 )
 GPTJ = replace(
-    GPT2,
-    attention_output=("attn.out_proj",),
-    mlp_output=("mlp.fc_out",),
-    lora=("fc_in", "fc_out"),
+    GPT2, attention_output=("attn.out_proj",), mlp_output=("mlp.fc_out",), lora=("fc_in", "fc_out")
 )
 # Attention or a linear attention, which end in maps of two names.
 LINEAR = replace(LLAMA, attention_output=("self_attn.o_proj", "linear_attn.out_proj"))
@@ -136,9 +133,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(lora=("gate_up_proj", "down_proj")),
     "starcoder2": Family(mlp_output=("mlp.c_proj",), lora=("mlp.c_fc", "mlp.c_proj")),
     "phi": Family(
-        attention_output=("self_attn.dense",),
-        mlp_output=("mlp.fc2",),
-        lora=("fc1", "fc2"),
+        attention_output=("self_attn.dense",), mlp_output=("mlp.fc2",), lora=("fc1", "fc2")
     ),
     "opt": Family(
         layers=("model.decoder.layers",),

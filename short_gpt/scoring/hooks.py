@@ -61,10 +61,7 @@ class Scores:
 
 
 def score_batch(
-    decoder: Decoder,
-    windows: Sequence[Sequence[int]],
-    *,
-    layers: Sequence[int],
+    decoder: Decoder, windows: Sequence[Sequence[int]], *, layers: Sequence[int]
 ) -> Scores:
     """Scores of single windows of token ids, of any lengths, from one pass.
 

@@ -320,11 +320,7 @@ class ScoredModel(ModelRecord, ABC):
         return score_batch(self.decoder, windows, layers=self.kept)
 
     def layers_to_remove(
-        self,
-        n: int | None = None,
-        *,
-        angular: bool = False,
-        method: str | None = None,
+        self, n: int | None = None, *, angular: bool = False, method: str | None = None
     ) -> list[int]:
         """The layers to remove by the scores, least important first or an ascending block.
 

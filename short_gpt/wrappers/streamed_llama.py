@@ -24,12 +24,7 @@ from short_gpt.checkpoints.verify import check_same_logits
 from short_gpt.data.texts import check_plain
 from short_gpt.data.windows import batches, evaluated, text_number
 from short_gpt.evaluation.distance import Reference
-from short_gpt.evaluation.perplexity import (
-    Perplexity,
-    Sample,
-    check_loss,
-    check_predicted,
-)
+from short_gpt.evaluation.perplexity import Perplexity, Sample, check_loss, check_predicted
 from short_gpt.models.decoder import MetaDecoder, Parameter, WeightChange, mixed_precision, pad
 from short_gpt.models.families import META
 from short_gpt.models.layer_calls import Call, LayerCalls

@@ -248,12 +248,7 @@ def test_what_speaks_of_positions_is_adjusted(tmp_path, arch, fields, layers, af
     ("arch", "fields", "layers", "message"),
     [
         ("qwen3next", {}, [2], "one in 4 layers .*; remove 4 layers in a row, or"),
-        (
-            "llama4",
-            {},
-            [5, 6],
-            "or prune a Hugging Face directory, whose config",
-        ),
+        ("llama4", {}, [5, 6], "or prune a Hugging Face directory, whose config"),
         ("cohere2moe", {}, [0], "one in 4 layers of cohere2moe is of another kind"),
         ("other", {"full_attention_interval": 4}, [1], "one in 4 layers of other"),
         ("other", {"moe_every_n_layers": 2}, [1, 4], "one in 2 layers of other"),

@@ -12,13 +12,7 @@ from conftest import interrupted, random_windows, refuses, short_llama
 
 from llama.model import TransformerBlock
 from short_gpt import ShortLlama, choose_healed, heal_refit
-from short_gpt.evaluation.perplexity import (
-    Difference,
-    Perplexity,
-    Sample,
-    combined,
-    difference,
-)
+from short_gpt.evaluation.perplexity import Difference, Perplexity, Sample, combined, difference
 from short_gpt.healing import choosing, refit
 from short_gpt.healing.choosing import ResultCache, pruned_losses
 from short_gpt.runtime.errors import NotRemovableError
@@ -89,12 +83,7 @@ def test_candidates_are_judged_by_their_refit_on_windows_that_it_does_not_read(c
     judged, reference = {}, short.reference(WINDOWS[8:])
     for one in result.candidates:
         own = judged[tuple(one.layers)] = pruned_losses(
-            short,
-            one.layers,
-            WINDOWS[8:],
-            fit_on=WINDOWS[:8],
-            heal_by=heal_by,
-            reference=reference,
+            short, one.layers, WINDOWS[8:], fit_on=WINDOWS[:8], heal_by=heal_by, reference=reference
         )
         assert one.kld == pytest.approx(combined(own).kld.value, abs=1e-6)
     best, worse = judged
