@@ -91,8 +91,7 @@ def importance_bars(
 ) -> Figure:
     """Bars of the Block Influence of every layer (ShortGPT, arXiv:2403.03853, Eq. 1).
 
-    Where a few layers tower over the others, the axis is broken: the lower part shows the bulk
-    from 0 on, the upper part the ends of the tall bars.
+    Bars thrice as high as most others are cut off, with their values above.
 
     Args:
         importance: (L,), mean of 1 - cos a layer; NaN draws no bar.
@@ -106,23 +105,19 @@ def importance_bars(
     check_exist(removed, numbers)
     errors = None if margin is None else _double(margin).nan_to_num(nan=0.0)
     figure = empty(min(max(2 + 0.22 * n_layers, 6.0), 14.0), 4.2)
-    top, break_at = _limits(heights if errors is None else heights + errors)
-    if break_at < top:
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.4))
-        _break(upper, lower, break_at, top)
-        parts = [lower, upper]
-    else:
-        parts = [figure.subplots()]
-        parts[0].set_ylim(0, top)
-    for axes in parts:
-        _bars(axes, heights, errors, {numbers.index(i) for i in removed})
-    parts[0].set_xlabel("layer")
-    parts[0].set_xlim(-0.7, n_layers - 0.3)
+    axes, top = figure.subplots(), _top_of_bars(heights if errors is None else heights + errors)
+    _bars(axes, heights, errors, {numbers.index(i) for i in removed})
+    for layer in (heights > top).nonzero()[:, 0].tolist():
+        near: dict[str, Any] = {"xytext": (0, 1), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{heights[layer]:.2f}", (layer, top), annotation_clip=False, size=7, **near)
+    axes.set_ylim(0, top)
+    axes.set_xlabel("layer")
+    axes.set_xlim(-0.7, n_layers - 0.3)
     ticks = range(0, n_layers, 1 if n_layers <= 40 else 5)
-    parts[0].set_xticks(ticks, [f"{numbers[position]}" for position in ticks])
-    parts[0].tick_params(axis="x", labelsize=8)
+    axes.set_xticks(ticks, [f"{numbers[position]}" for position in ticks])
+    axes.tick_params(axis="x", labelsize=8)
     figure.supylabel("Block Influence, 1 - cos", fontsize="medium")
-    entries = parts[0].get_legend_handles_labels()
+    entries = axes.get_legend_handles_labels()
     if entries[1]:
         figure.legend(*entries, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle("Block Influence: how far each layer turns the hidden states")
@@ -135,27 +130,14 @@ def _double(x: Tensor) -> Tensor:
     return torch.as_tensor(x).detach().cpu().double()
 
 
-def _limits(ends: Tensor) -> tuple[float, float]:
-    """Upper end of the axis, and where it is broken (the same if it is not)."""
+def _top_of_bars(ends: Tensor) -> float:
+    """The upper end of the axis."""
     ends = ends[ends.isfinite()]
     if not len(ends) or ends.max() <= 0:
-        return 1.0, 1.0
-    # most layers reach up to the 85th percentile; broken if the tallest is thrice as high
+        return 1.0
+    # most layers reach up to the 85th percentile
     top, bulk = float(ends.max()), float(ends.quantile(0.85))
-    return (1.08 * top, 1.2 * bulk) if 0 < 3 * bulk < top else (1.08 * top, 1.08 * top)
-
-
-def _break(upper: Axes, lower: Axes, break_at: float, top: float) -> None:
-    """Makes one broken axis of two, with slanted marks at the break."""
-    lower.set_ylim(0, break_at)
-    upper.set_ylim(break_at, top)
-    upper.spines.bottom.set_visible(False)
-    lower.spines.top.set_visible(False)
-    upper.tick_params(axis="x", bottom=False, labelbottom=False)
-    mark: dict[str, Any] = {"marker": [(-1, -0.5), (1, 0.5)], "markersize": 9}
-    mark |= {"linestyle": "none", "color": "black", "clip_on": False}
-    upper.plot([0, 1], [0, 0], transform=upper.transAxes, **mark)
-    lower.plot([0, 1], [1, 1], transform=lower.transAxes, **mark)
+    return 1.2 * bulk if 0 < 3 * bulk < top else 1.08 * top
 
 
 def _bars(axes: Axes, heights: Tensor, errors: Tensor | None, removed: set[int]) -> None:
