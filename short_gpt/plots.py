@@ -238,7 +238,9 @@ def quality_curves(rows: Sequence[Row]) -> Figure:
     dense, pruned = rows[0], rows[1:]
     methods = list(dict.fromkeys(r.method for r in pruned))
     healings = list(dict.fromkeys(["raw", *(r.healing for r in pruned)]))
-    top, numbers = _top(rows), sorted({0, *(r.n for r in pruned)})
+    ends = filter(math.isfinite, [r.perplexity * math.exp(_error(r)) for r in rows])
+    top = min(1.1 * max(ends, default=1.0), SHOWN * dense.perplexity)
+    numbers = sorted({0, *(r.n for r in pruned)})
     gap = min((b - a for a, b in pairwise(numbers)), default=1)
     step = min(0.5 * gap / max(len(methods), 1), 0.02 * numbers[-1])  # between marks side by side
     columns = min(3, len(healings))
@@ -288,11 +290,6 @@ def _legend(figure: Figure, grid: Any, columns: int) -> None:
         title="layers chosen by (bars: one standard error)",
         fontsize=9,
     )
-
-
-def _top(rows: Sequence[Row]) -> float:
-    ends = [r.perplexity * math.exp(_error(r)) for r in rows]
-    return min(1.1 * max(filter(math.isfinite, ends), default=1.0), SHOWN * rows[0].perplexity)
 
 
 def _error(row: Row) -> float:

@@ -41,10 +41,6 @@ def prune_checkpoint(
         layers: numbers of the layers to remove.
         provenance: how the layers were chosen; completed here and written with the weights.
         progress: called with every tensor's name before it is written.
-
-    Example:
-        >>> facts = Provenance.of_scores(importance, facts={"data": "PG-19"})  # doctest: +SKIP
-        >>> prune_checkpoint("7b", "5b", [21, 22], provenance=facts)  # doctest: +SKIP
     """
     target, source, record = Target.of(target), find_source(source), provenance or Provenance()
     check_same_format(source, target.out)

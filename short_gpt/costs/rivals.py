@@ -142,7 +142,7 @@ def rivals(
         with rounded(short, kind) as (numbers, sizes):
             if sizes:  # none of a model whose weights are quantized already
                 size = stored - itemsize * numbers + sizes.total()
-                found.append(Rival(_name(sizes), size, _quality(short, texts, reference)))
+                found.append(Rival(_name(sizes), size, quality_of(short, texts, reference)))
     return found
 
 
@@ -185,17 +185,18 @@ def of_file(path: Path, texts: Texts, reference: Reference, opening: OpenOptions
     short, sizes = open_trainable(str(path), opening), Counter[int]()
     for name, entry in GGUFParts(path).tensors.items():
         sizes[entry.kind] += entry.nbytes if is_quantized(name, entry.shape) else 0
-    quality = _quality(short, texts, reference.through(short.decoder))
+    quality = quality_of(short, texts, reference.through(short.decoder))
     return Rival(_name(+sizes), path.stat().st_size, quality)
 
 
 def distances(short: ShortModel, texts: Texts, reference: Reference) -> dict[str, float]:
     """The mean KL divergence of the model as it is now, in nats a token, by kind of text."""
-    found = _quality(short, texts, reference)
+    found = quality_of(short, texts, reference)
     return {kind: one.kld.value for kind, one in found.items() if one.kld is not None}
 
 
-def _quality(short: ShortModel, texts: Texts, reference: Reference) -> dict[str, Perplexity]:
+def quality_of(short: ShortModel, texts: Texts, reference: Reference) -> dict[str, Perplexity]:
+    """The model as it is now, on each kind of text."""
     found = {}
     for kind, windows in texts.items():
         together = ANSWERS_AT_ONCE if all(isinstance(w, Answer) for w in windows) else 1

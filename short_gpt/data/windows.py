@@ -149,7 +149,8 @@ def windows(
     stride = max(1, min(stride, room)) if stride <= size else stride
     spanned = _with_spans(encoded, room, stride, tail)
     if seed is None:
-        return islice(_in_order(spanned, start), limit)
+        each = enumerate(spanned)
+        return islice((t.window(i, s, start) for i, (t, spans) in each for s in spans), limit)
     return _shuffled(spanned, start, whole(seed), limit)
 
 
@@ -203,12 +204,6 @@ class _Encoded(NamedTuple):
         counted = None if self.counted is None else bytes(len(opening)) + self.counted[first:end]
         before = len(opening) + max(self.start - first, 0)
         return Window([*opening, *self.tokens[first:end]], number, before, origin, counted)
-
-
-def _in_order(spanned: Iterable[tuple[_Encoded, list[Span]]], start: list[int]) -> Iterator[Window]:
-    for number, (text, spans) in enumerate(spanned):
-        for span in spans:
-            yield text.window(number, span, start)
 
 
 def _shuffled(

@@ -170,11 +170,6 @@ def ask(
 
     Raises:
         ShortGPTError: a prompt fills the model's context.
-
-    Example:
-        >>> replies = ask(short, questions())  # doctest: +SKIP
-        >>> sum(reply.right for reply in replies)  # doctest: +SKIP
-        31
     """
     at_least(1, max_new_tokens=max_new_tokens)
     chats, context = model.chats, model.decoder.max_seq_len
@@ -210,12 +205,6 @@ def answer_windows(replies: Sequence[Reply]) -> list[Answer]:
 
     Each is a prompt and its answer, and counts as a text of its own; a reply without a token has
     none.
-
-    Example:
-        >>> windows = answer_windows(ask(short, questions()))  # doctest: +SKIP
-        >>> reference = short.reference(windows)  # doctest: +SKIP
-        >>> with short.without_layers([12, 13]):  # doctest: +SKIP
-        ...     print(perplexity(short.decoder, [windows], reference=reference).kld)
     """
     windows = []
     for number, (prompt, answer, *_) in enumerate(replies):

@@ -50,12 +50,6 @@ class Reference:
         decoder: The original model, with all its layers. Layers may be removed from it later; its
             final norm and its output head must stay as they are.
         room: Bytes that `logits` may keep, so that the same windows need the head once. Default: 0.
-
-    Example:
-        >>> reference = Reference(short.decoder)  # doctest: +SKIP
-        >>> reference.read(windows)  # doctest: +SKIP
-        >>> with short.without_layers([12, 13]):  # doctest: +SKIP
-        ...     print(perplexity(short.decoder, [windows], reference=reference).kld)
     """
 
     def __init__(self, decoder: Decoder, room: int = 0) -> None:

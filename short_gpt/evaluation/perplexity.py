@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -235,10 +236,6 @@ def perplexity(
     Raises:
         ShortGPTError: no window has two tokens, or as in `decoder.pad`.
         NotFiniteError: a logit of a predicted token is NaN or infinite.
-
-    Example:
-        >>> perplexity(short.decoder, batches(windows, 4)).value  # doctest: +SKIP
-        5.47
     """
     samples: list[Sample] = []
     with bar("perplexity", total=total, unit="window", show=progress) as shown:
@@ -269,7 +266,7 @@ def measured(
     predicted = _predicted(windows, mask)  # (B, S - 1)
     # cross_entropy gives 0 for -100, so that padding costs nothing
     targets = tokens[:, 1:].masked_fill(~predicted, -100)  # (B, S - 1)
-    columns = [_by_token(_losses, logits, targets)]
+    columns = [_by_token(partial(F.cross_entropy, reduction="none"), logits, targets)]
     if reference is not None:
         original = reference.logits(windows, tokens.shape[1])  # (B, S, V)
         columns += [_by_token(f, logits, original) for f in (kl_divergence, _same_top)]
@@ -310,10 +307,6 @@ def _by_token(function: Callable[..., Tensor], logits: Tensor, other: Tensor) ->
     others = other[:, :count].flatten(0, 1)  # (B (S - 1), ...)
     values = [function(*part) for part in zip(each.split(rows), others.split(rows), strict=True)]
     return torch.cat(values).cpu().double().view(len(logits), -1)  # MPS has no float64
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits, targets, reduction="none")  # (N, V) and (N,) to (N,)
 
 
 def _same_top(logits: Tensor, original: Tensor) -> Tensor:
@@ -461,10 +454,6 @@ def protocol(
         source: Local copy or another name at the hub, as `texts` reads it, with the rows of the
             original in their order; for "ptb" and "pg19" only a path. Default: the hub's.
         bos: Windows that begin with bos, as in `data.windows`. Default: "first".
-
-    Example:
-        >>> windows = protocol("wikitext-2", short.encode, limit=40)  # doctest: +SKIP
-        >>> short.perplexity(windows).value  # doctest: +SKIP
     """
     if name not in PROTOCOLS:
         raise ShortGPTError(f"protocol {name!r} is unknown: expected one of {', '.join(PROTOCOLS)}")

@@ -98,21 +98,17 @@ def task_difference(first: Sequence[float], second: Sequence[float]) -> TaskDiff
     if len(first) != len(second) or not first:
         got = f"got {len(first)} and {len(second)}"
         raise ShortGPTError(f"expected values of the same documents, {got}")
+    from scipy.stats import binomtest
+
     changes = [b - a for a, b in zip(first, second, strict=True)]
     count, mean = len(changes), math.fsum(changes) / len(changes)
     squares = math.fsum((c - mean) ** 2 for c in changes)
     error = math.sqrt(squares / (count - 1) / count) if count > 1 else math.nan
     better, worse = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
-    answers = {*first, *second} <= {0, 1}
-    p = _mcnemar(better, worse) if answers else math.nan
+    p = math.nan
+    if {*first, *second} <= {0, 1}:
+        p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
     return TaskDifference(mean, error, count, better, worse, p)
-
-
-def _mcnemar(better: int, worse: int) -> float:
-    """Two-sided probability that fair coins fall at least as unevenly."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def task_changes(first: TaskRun, second: TaskRun) -> dict[str, float]:

@@ -47,11 +47,6 @@ class HealingContext:
     teacher: Callable[[], ScoredModel] | None = None  # opens it; None: the model with all layers
     progress: bool = True  # show bars
 
-    def unseen_first(self) -> TokenWindows:
-        """All training windows; those that the closed form reads come last."""
-        every, first = self.windows.training, len(self.calibration)
-        return [*every[first:], *every[:first]]
-
 
 class Step(NamedTuple):
     """A way to heal. One that trains follows those that do not, which are closed forms."""

@@ -181,11 +181,6 @@ class Distillation:
 
     Raises:
         ShortGPTError: the folder holds predictions of another model, other windows or settings.
-
-    Example:
-        >>> learned = Distillation("teacher", short, windows)  # doctest: +SKIP
-        >>> learned.fill()  # doctest: +SKIP
-        >>> short.remove_layers([21, 22, 25])  # doctest: +SKIP
     """
 
     def __init__(

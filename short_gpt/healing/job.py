@@ -52,17 +52,15 @@ HEALINGS = (RAW, *CLOSED)  # of a model without layers, in `pruned`
 KEPT = f"{STATE} {STATES} {VALUES}* {CONTENT} {IDENTITY} checkpoint-*/{LAST} checkpoint-* {RECIPE}"
 
 
-def _by_number(path: Path) -> tuple[int, str]:
-    return len(str(path)), str(path)  # checkpoint-8 before checkpoint-10
-
-
 def clear(folder: Path) -> None:
     """Removes what the steps of a healing kept; logs and files of others stay."""
     for name in (TEACHER, *STEPS):
         own = folder / name
         # of checkpoints the newest first: a kill leaves those that a run continues from
-        found = [sorted(own.glob(pattern), key=_by_number) for pattern in KEPT.split()]
-        for path in [path for paths in found for path in reversed(paths)]:
+        found = [[str(path) for path in own.glob(pattern)] for pattern in KEPT.split()]
+        # checkpoint-10 is longer than checkpoint-8
+        ordered = [sorted(paths, key=lambda name: (len(name), name)) for paths in found]
+        for path in [Path(name) for paths in ordered for name in reversed(paths)]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -23,6 +23,7 @@ from short_gpt.costs.rivals import (
     has_quantizer,
     largest_within,
     of_file,
+    quality_of,
     requantized,
     scratch,
 )
@@ -30,13 +31,7 @@ from short_gpt.costs.sizes import file_bytes
 from short_gpt.costs.speeds import Speeds, beyond, of_files
 from short_gpt.data.disjoint import without_overlap
 from short_gpt.data.windows import batches
-from short_gpt.evaluation.perplexity import (
-    Perplexity,
-    combined,
-    difference,
-    perplexity,
-    window_perplexities,
-)
+from short_gpt.evaluation.perplexity import Perplexity, combined, difference, perplexity
 from short_gpt.healing import HealedChoice, HealingEvidence, HealingJob
 from short_gpt.healing.choosing import MIN_WINDOWS, pruned_losses
 from short_gpt.healing.lora import seconds_a_step
@@ -255,15 +250,11 @@ def _as_written(run: ShrinkRun, result: ShrinkResult) -> ShrinkResult:
     """The result with what the file gives, whose types round the changed tensors."""
     again = open_trainable(str(run.built), replace(run.opening, precision=FLOAT32))
     reference = run.reference.through(again.decoder)
-    before, written, quality = list[Perplexity](), list[Perplexity](), dict(result.quality)
-    for kind, windows in run.texts.items():
-        each = window_perplexities(again.decoder, windows, progress=False, reference=reference)
-        if kind != ANSWERS:
-            before.append(quality[kind]["healed"])
-            written.append(combined(each))
-        quality[kind] = {**quality[kind], "healed": combined(each)}
+    written, before = quality_of(again, run.texts, reference), result.quality
+    quality = {kind: {**before[kind], "healed": own} for kind, own in written.items()}
     answers = {**result.answers, "healed": Answered.of(run.ask(again))}
-    change = difference(before, written)
+    read = [kind for kind in run.texts if kind != ANSWERS]
+    change = difference([before[k]["healed"] for k in read], [written[k] for k in read])
     about = f"writing it in the file's own types changes the loss by {change}; included in KLD"
     kinds = about_kinds(str(run.source), run.layers)
     remarks = [*result.remarks, about, *([kinds] if kinds else [])]

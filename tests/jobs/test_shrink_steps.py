@@ -27,7 +27,7 @@ from llama.formats.gguf_read import GGUFParts
 from short_gpt import heal_refit, shrink
 from short_gpt.cli import COMMANDS
 from short_gpt.cli.flags import flags_of
-from short_gpt.costs import requantized
+from short_gpt.costs import requantized, rivals
 from short_gpt.costs.rivals import Rival
 from short_gpt.costs.speeds import WORK, Speed, of_files
 from short_gpt.data import demo
@@ -607,15 +607,14 @@ def test_auto_is_kept_by_a_continued_run_and_what_is_reported_is_in_float32(here
 
 
 def test_what_writing_a_file_costs_is_measured_in_float32(here, monkeypatch):
-    seen, plain = [], shrink_steps.window_perplexities
+    seen = []
 
-    def read(decoder, *windows, **how):
-        seen.append(decoder.mixed)
-        return plain(decoder, *windows, **how)
+    def noting(plain):
+        return lambda decoder, *a, **how: seen.append(decoder.mixed) or plain(decoder, *a, **how)
 
     how = {**CUT, "data": "other", "precision": "mixed"}
-    for module in (shrink_steps, healing):
-        monkeypatch.setattr(module, "window_perplexities", read)
+    monkeypatch.setattr(rivals, "perplexity", noting(rivals.perplexity))
+    monkeypatch.setattr(healing, "window_perplexities", noting(healing.window_perplexities))
     shrink("model.gguf", "out.gguf", n=2, method="bi", **how)
     heal("model.gguf", "healed.gguf", layers=[2], **how)
     assert len(seen) > 1 and not any(seen)

@@ -35,8 +35,9 @@ assert result.layers == means.argsort()[:2].tolist()
 
 
 def inside(assignment: str) -> str:
-    """The lines between the brackets of a page's dictionary or tuple."""
-    return "".join(assignment.strip().splitlines(keepends=True)[1:-1])
+    """What stands between the brackets of a page's dictionary or tuple, with a comma."""
+    entries = assignment[assignment.index("= ") + 3 :].rstrip()[:-1].rstrip(" ,\n")
+    return f"    {entries.strip()},\n"
 
 
 def added(folder: Path) -> list[str]:
